@@ -1,0 +1,75 @@
+# One command per task.  A fresh machine needs python3 (3.11 or newer, with venv), gcc and make;
+# the tests also need a redis-server as second engine (Debian: apt install redis-server).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := embedded,cli,web,test,lint
+BUILT := $(VENV)/.built
+BENCH_BUILT := $(VENV)/.built-bench
+SANITIZE := build/sanitize
+
+# Python and Lua files are read where they are; only these need a build after a change.
+COMPILED := $(shell find ff_fast -name '*.pyx' -o -name '*.pxd')
+COPIED := setup.py pyproject.toml MANIFEST.in README.md LICENSE ff_fast lua tests
+
+.PHONY: build demo test lint types sanitize wheel-test bench bench-quick clean help
+
+help: ## List the tasks
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+build: $(BUILT) ## Create .venv and install this checkout in it, in editable mode
+$(BUILT): setup.py pyproject.toml $(COMPILED)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	touch $@
+
+demo: build ## Stream a text through an embedded server: make demo RATE=1000 ARGS=...
+	$(BIN)/ff-fast demo $(if $(RATE),--rate $(RATE)) $(ARGS)
+
+# pytest-benchmark, when make bench has installed it, warns about worker processes.
+test: build ## Run the whole suite but the packaging tests: make test ARGS="tests/unit -k keys"
+	$(BIN)/python -m pytest -n 2 -p no:benchmark -m "not packaging" $(ARGS)
+
+# cython-lint runs pycodestyle from PATH.
+lint: build ## Check style: ruff, ruff format, cython-lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint ff_fast
+
+types: build ## Check types: mypy --strict, and the stubs against the compiled modules
+	$(BIN)/mypy --strict
+	$(BIN)/python -m mypy.stubtest --allowlist .ci/stubtest-allowlist --ignore-unused-allowlist ff_fast
+
+# A copy of the checkout, because an editable build puts its extensions beside their sources.
+# -s: pytest would swallow the report of a sanitizer that ends the process.
+sanitize: ## Run the suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf $(SANITIZE)/src
+	mkdir -p $(SANITIZE)/src
+	tar -c --exclude='*.so' --exclude=__pycache__ $(COPIED) | tar -x -C $(SANITIZE)/src
+	test -x $(SANITIZE)/venv/bin/python || $(PYTHON) -m venv $(SANITIZE)/venv
+	cd $(SANITIZE)/src && FF_FAST_SANITIZE=1 \
+		../venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	cd $(SANITIZE)/src && \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		../venv/bin/python -m pytest -s --timeout 300 -m "not packaging" $(ARGS)
+
+wheel-test: build ## Build sdist and wheel, install them elsewhere, load the Lua from there
+	$(BIN)/python -m pytest -p no:benchmark -m packaging tests/packaging $(ARGS)
+
+bench: $(BENCH_BUILT) ## Measure against rivals: make bench ARGS=...
+	$(BIN)/python -m bench $(ARGS)
+
+bench-quick: $(BENCH_BUILT) ## Run every benchmark briefly, to see that it works
+	$(BIN)/python -m bench --quick $(ARGS)
+
+$(BENCH_BUILT): $(BUILT)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	touch $@
+
+clean: ## Remove what was built and what tools have cached; .venv keeps its packages
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache $(BUILT) $(BENCH_BUILT)
+	find ff_fast tests $(wildcard bench) -name __pycache__ -prune -exec rm -rf {} +
+	find ff_fast -name '*.so' -delete

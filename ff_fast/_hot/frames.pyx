@@ -1,0 +1,474 @@
+"""Stream entries to :class:`StreamFrame`, and the order of frames across the two streams of an attempt.
+
+An entry id is ``<ms>-<sequence>``: server time, and the sequence of the entry's last frame. Entries are field lists:
+
+    log entry        frame_type payload [prev] [correlation_id] [encoding] [source]
+    live entry       mode frame_type [prev] [correlation_id] [encoding] [source] [patch_kind [pointer]]
+                     [summary_version] and then, last,   payload            for one frame
+                                                  or     count run          for several (a run)
+    end entry        end prev
+
+A field that has its usual value is left out: mode ``durable``, encoding ``utf8``, source ``worker``.
+``prev`` stands on the first visible (not best-effort) frame after best-effort frames: the sequence of the visible frame
+before it, 0 for none. ``summary_version`` is that of the entry's last frame.
+
+A run holds consecutive frames that share all those fields, so only what differs is stored:
+
+    count                    varint
+    payload lengths          count varints, in bytes
+    ages                     count varints, ms before the entry's ms at which each frame was written
+    payloads                 back to back
+
+A varint is little-endian base 128, the high bit of a byte saying that another follows. Frame i of n has the id
+``<entry ms>-<entry sequence - n + 1 + i>``, so a cursor may stand inside a run.
+"""
+
+cimport cython
+from cpython.bytes cimport (
+    PyBytes_AS_STRING,
+    PyBytes_CheckExact,
+    PyBytes_FromStringAndSize,
+    PyBytes_GET_SIZE,
+)
+from cpython.dict cimport PyDict_GetItem
+from cpython.list cimport PyList_CheckExact
+from cpython.object cimport Py_EQ, Py_NE, PyObject
+from libc.string cimport memcmp
+
+from ff_fast.errors import Corruption
+from ff_fast.types import Gap, PatchKind
+
+# Frame types and correlation ids recur; beyond this many different texts the table starts anew.
+cdef Py_ssize_t TEXT_LIMIT = 4096
+cdef Py_ssize_t TEXT_BYTES = 64
+cdef dict texts = {}
+cdef dict patch_kinds = {}
+
+cdef str DURABLE = "durable"
+cdef str BEST_EFFORT = "best_effort"
+cdef str UTF8 = "utf8"
+cdef str WORKER = "worker"
+
+
+cdef str text_of(bytes raw):
+    """The text of a field, one object for each text that recurs."""
+    cdef PyObject* known = PyDict_GetItem(texts, raw)
+    cdef str text
+    if known is not NULL:
+        return <str>known
+    text = raw.decode("utf-8", "replace")
+    if PyBytes_GET_SIZE(raw) <= TEXT_BYTES:
+        if len(texts) >= TEXT_LIMIT:
+            texts.clear()
+        texts[raw] = text
+    return text
+
+
+cdef object patch_kind_of(bytes wire, bytes pointer):
+    """The kind of a patch, one object for each kind that recurs."""
+    cdef tuple key = (wire, pointer)
+    kind = patch_kinds.get(key)
+    if kind is None:
+        try:
+            kind = PatchKind(wire.decode(), None if pointer is None else pointer.decode())
+        except ValueError:
+            bad_entry()
+        if len(patch_kinds) >= TEXT_LIMIT:
+            patch_kinds.clear()
+        patch_kinds[key] = kind
+    return kind
+
+
+@cython.final
+@cython.freelist(256)
+cdef class StreamFrame:
+    """One frame of a stream, as a reader gets it. Immutable.
+
+    Attributes:
+        stream_id: ``<server ms>-<sequence>``, a cursor for reading on after this frame.
+        sequence: Position in the attempt, dense, from 1.
+        frame_type: Classifier that the worker chose.
+        payload: The bytes that were written.
+        ts_ms: When the frame was written, in ms since the epoch by the server's clock.
+        mode: Wire token of the stream mode: ``durable``, ``summary`` or ``best_effort``.
+        encoding: ``utf8`` or ``binary``: what the worker says of the payload; nothing is converted.
+        source: Who wrote it, usually ``worker``.
+        correlation_id: Text that the worker gave, or None.
+        summary_version: Version of the summary document after this patch; None outside mode ``summary``.
+        patch_kind: How the payload changes the summary document; None outside mode ``summary``.
+    """
+
+    cdef long long _ms
+    cdef readonly long long sequence
+    cdef readonly str frame_type
+    cdef readonly bytes payload
+    cdef readonly long long ts_ms
+    cdef readonly str mode
+    cdef readonly str encoding
+    cdef readonly str source
+    cdef readonly str correlation_id
+    cdef long long _summary_version
+    cdef readonly object patch_kind
+    # Sequence of the visible frame before this one.
+    cdef long long _previous
+
+    def __init__(
+        self, *, str stream_id not None, str frame_type not None, bytes payload not None, long long ts_ms,
+        str mode="durable", str encoding="utf8", str source="worker", str correlation_id=None,
+        summary_version=None, patch_kind=None,
+    ):
+        cdef bytes raw = stream_id.encode()
+        parse_id(raw, &self._ms, &self.sequence)
+        self.frame_type = frame_type
+        self.payload = payload
+        self.ts_ms = ts_ms
+        self.mode = mode
+        self.encoding = encoding
+        self.source = source
+        self.correlation_id = correlation_id
+        self._summary_version = 0 if summary_version is None else summary_version
+        self.patch_kind = patch_kind
+        self._previous = self.sequence - 1
+
+    @property
+    def stream_id(self):
+        return f"{self._ms}-{self.sequence}"
+
+    @property
+    def summary_version(self):
+        return self._summary_version if self._summary_version else None
+
+    def _fields(self):
+        return (
+            self.stream_id, self.frame_type, self.payload, self.ts_ms, self.mode, self.encoding, self.source,
+            self.correlation_id, self.summary_version, self.patch_kind,
+        )
+
+    def __richcmp__(self, other, int op):
+        if not isinstance(other, StreamFrame) or op not in (Py_EQ, Py_NE):
+            return NotImplemented
+        same = (<StreamFrame>self)._fields() == (<StreamFrame>other)._fields()
+        return same if op == Py_EQ else not same
+
+    def __hash__(self):
+        return hash(self._fields())
+
+    def __reduce__(self):
+        return _rebuild, self._fields()
+
+    def __repr__(self):
+        return (
+            f"StreamFrame(stream_id={self.stream_id!r}, frame_type={self.frame_type!r}, mode={self.mode!r}, "
+            f"payload=<{len(self.payload)} bytes>)"
+        )
+
+
+def _rebuild(
+    stream_id, frame_type, payload, ts_ms, mode, encoding, source, correlation_id, summary_version, patch_kind
+):
+    return StreamFrame(
+        stream_id=stream_id, frame_type=frame_type, payload=payload, ts_ms=ts_ms, mode=mode, encoding=encoding,
+        source=source, correlation_id=correlation_id, summary_version=summary_version, patch_kind=patch_kind,
+    )
+
+
+cdef int bad_entry() except -1:
+    raise Corruption("A stream entry is not in the form that ff_fast writes; read the stream with a Redis tool.")
+
+
+cdef int parse_number(const char* at, const char* end, long long* value) except -1:
+    """The decimal integer that fills [at, end)."""
+    cdef long long number = 0
+    if at == end or end - at > 18:
+        bad_entry()
+    while at < end:
+        if not c'0' <= at[0] <= c'9':
+            bad_entry()
+        number = number * 10 + (at[0] - c'0')
+        at += 1
+    value[0] = number
+    return 0
+
+
+cdef int parse_id(bytes raw, long long* ms, long long* sequence) except -1:
+    cdef const char* at = PyBytes_AS_STRING(raw)
+    cdef const char* end = at + PyBytes_GET_SIZE(raw)
+    cdef const char* dash = at
+    while dash < end and dash[0] != c'-':
+        dash += 1
+    if dash == end:
+        bad_entry()
+    parse_number(at, dash, ms)
+    parse_number(dash + 1, end, sequence)
+    return 0
+
+
+cdef int number_of(bytes raw, long long* value) except -1:
+    cdef const char* at = PyBytes_AS_STRING(raw)
+    return parse_number(at, at + PyBytes_GET_SIZE(raw), value)
+
+
+cdef const unsigned char* take_varint(
+    const unsigned char* at, const unsigned char* end, unsigned long long* value
+) except NULL:
+    cdef unsigned long long number = 0
+    cdef int shift = 0
+    while True:
+        # 8 bytes hold 2^56, above every length and age.
+        if at >= end or shift > 49:
+            bad_entry()
+        number |= <unsigned long long>(at[0] & 127) << shift
+        at += 1
+        if at[-1] < 128:
+            value[0] = number
+            return at
+        shift += 7
+
+
+cdef inline bint is_field(bytes raw, const char* name, Py_ssize_t size) noexcept:
+    return PyBytes_GET_SIZE(raw) == size and memcmp(PyBytes_AS_STRING(raw), name, <size_t>size) == 0
+
+
+cdef class Entries:
+    """What one read of a stream brought: its frames after a cursor, and where it ends.
+
+    Attributes:
+        frames: The frames, in order.
+        end_reason: Why the attempt ended, or None where the end entry is not among the entries.
+        foreign: How many entries are not ff_fast's (they are left out).
+        last_ms, last_sequence: Id of the last entry, -1 without entries.
+    """
+
+    cdef readonly list frames
+    cdef readonly str end_reason
+    cdef readonly Py_ssize_t foreign
+    cdef readonly long long last_ms
+    cdef readonly long long last_sequence
+    cdef long long _end_ms
+    cdef long long _end_sequence
+    cdef long long _end_previous
+
+
+cdef int add_run(list frames, bytes run, StreamFrame shared, long long count, long long after) except -1:
+    """The frames of a run after sequence *after*; *shared* carries the fields that they have in common."""
+    cdef const unsigned char* start = <const unsigned char*>PyBytes_AS_STRING(run)
+    cdef const unsigned char* end = start + PyBytes_GET_SIZE(run)
+    cdef const unsigned char* lengths
+    cdef const unsigned char* ages
+    cdef const unsigned char* payload
+    cdef unsigned long long value = 0
+    cdef unsigned long long age = 0
+    cdef long long i
+    cdef long long sequence = shared.sequence - count
+    cdef long long version = shared._summary_version - count
+    cdef StreamFrame frame
+    lengths = take_varint(start, end, &value)
+    if <long long>value != count:
+        bad_entry()
+    ages = lengths
+    for i in range(count):
+        ages = take_varint(ages, end, &value)
+    payload = ages
+    for i in range(count):
+        payload = take_varint(payload, end, &value)
+    for i in range(count):
+        lengths = take_varint(lengths, end, &value)
+        ages = take_varint(ages, end, &age)
+        if <unsigned long long>(end - payload) < value:
+            bad_entry()
+        sequence += 1
+        version += 1
+        if sequence > after:
+            frame = StreamFrame.__new__(StreamFrame)
+            frame._ms = shared._ms
+            frame.sequence = sequence
+            frame.frame_type = shared.frame_type
+            frame.payload = PyBytes_FromStringAndSize(<const char*>payload, <Py_ssize_t>value)
+            frame.ts_ms = shared._ms - <long long>age
+            frame.mode = shared.mode
+            frame.encoding = shared.encoding
+            frame.source = shared.source
+            frame.correlation_id = shared.correlation_id
+            frame._summary_version = version if shared._summary_version else 0
+            frame.patch_kind = shared.patch_kind
+            frame._previous = shared._previous if i == 0 and shared._previous >= 0 else sequence - 1
+            frames.append(frame)
+        payload += value
+    if payload != end:
+        bad_entry()
+    return 0
+
+
+def decode_entries(list entries not None, long long after):
+    """Return the :class:`Entries` of one stream.
+
+    Args:
+        entries: ``[[id, [field, value, ...]], ...]``, all bytes, as XRANGE, XREAD and ff_read_range answer.
+        after: Sequence of the cursor; frames up to it are left out (a run may begin before it).
+
+    Raises:
+        Corruption: An entry that has ff_fast's fields does not have their form.
+    """
+    cdef Entries result = Entries.__new__(Entries)
+    cdef StreamFrame frame
+    cdef list entry, fields
+    cdef bytes identity, name, value, run, pointer
+    cdef Py_ssize_t at, size
+    cdef long long count
+    cdef bint has_payload
+    cdef str end_reason
+    result.frames = []
+    result.last_ms = -1
+    result.last_sequence = -1
+    for item in entries:
+        entry = item
+        identity = entry[0]
+        fields = entry[1]
+        frame = StreamFrame.__new__(StreamFrame)
+        parse_id(identity, &frame._ms, &frame.sequence)
+        frame.mode = DURABLE
+        frame.encoding = UTF8
+        frame.source = WORKER
+        frame._previous = -1
+        run = None
+        pointer = None
+        count = 1
+        has_payload = False
+        end_reason = None
+        at = 0
+        size = len(fields)
+        while at + 1 < size:
+            name = fields[at]
+            value = fields[at + 1]
+            at += 2
+            if is_field(name, "payload", 7):
+                frame.payload = value
+                has_payload = True
+            elif is_field(name, "frame_type", 10):
+                frame.frame_type = text_of(value)
+            elif is_field(name, "mode", 4):
+                frame.mode = text_of(value)
+            elif is_field(name, "run", 3):
+                run = value
+            elif is_field(name, "count", 5):
+                number_of(value, &count)
+            elif is_field(name, "prev", 4):
+                number_of(value, &frame._previous)
+            elif is_field(name, "summary_version", 15):
+                number_of(value, &frame._summary_version)
+            elif is_field(name, "correlation_id", 14):
+                frame.correlation_id = text_of(value)
+            elif is_field(name, "patch_kind", 10):
+                frame.patch_kind = value
+            elif is_field(name, "pointer", 7):
+                pointer = value
+            elif is_field(name, "encoding", 8):
+                frame.encoding = text_of(value)
+            elif is_field(name, "source", 6):
+                frame.source = text_of(value)
+            elif is_field(name, "end", 3):
+                end_reason = text_of(value)
+        result.last_ms = frame._ms
+        result.last_sequence = frame.sequence
+        if end_reason is not None:
+            result.end_reason = end_reason
+            result._end_ms = frame._ms
+            result._end_sequence = frame.sequence
+            result._end_previous = max(frame._previous, 0)
+            continue
+        if frame.frame_type is None or (run is None) != has_payload:
+            result.foreign += 1
+            continue
+        if frame.patch_kind is not None:
+            frame.patch_kind = patch_kind_of(frame.patch_kind, pointer)
+        if run is not None:
+            add_run(result.frames, run, frame, count, after)
+        elif frame.sequence > after:
+            frame.ts_ms = frame._ms
+            if frame._previous < 0:
+                frame._previous = frame.sequence - 1
+            result.frames.append(frame)
+    return result
+
+
+def assemble(
+    Entries log not None, Entries live not None, long long ms, long long sequence, long long horizon_ms,
+    long long horizon, bint exclude_best_effort, str reason not None,
+):
+    """Merge what one read of both streams brought, up to *horizon*, and name what is missing.
+
+    Args:
+        log: Entries of the log.
+        live: Entries of the live window, read at the same moment after the same cursor.
+        ms: Cursor of that read: ms,
+        sequence: and sequence.
+        horizon_ms: Id up to which both are complete: ms,
+        horizon: and sequence, -1 when that is their ends.
+        exclude_best_effort: Leave best-effort frames out; they are then no gap either.
+        reason: Reason of the gaps that are found.
+
+    Returns:
+        ``(items, ms, sequence, end_reason)``: frames in sequence order with a ``Gap`` wherever frames are missing;
+        the cursor behind them; and why the attempt ended when its end is reached.
+    """
+    cdef list items = []
+    cdef list first = log.frames
+    cdef list second = live.frames
+    cdef Py_ssize_t i = 0
+    cdef Py_ssize_t j = 0
+    cdef Py_ssize_t first_count = len(first)
+    cdef Py_ssize_t second_count = len(second)
+    cdef StreamFrame a = None
+    cdef StreamFrame b = None
+    cdef StreamFrame frame
+    cdef long long limit = horizon if horizon >= 0 else (1 << 62)
+    while True:
+        a = <StreamFrame>first[i] if i < first_count else None
+        b = <StreamFrame>second[j] if j < second_count else None
+        if a is None and b is None:
+            break
+        if b is None or (a is not None and a.sequence <= b.sequence):
+            frame = a
+            i += 1
+        else:
+            frame = b
+            j += 1
+        if frame.sequence > limit:
+            break
+        if frame.sequence <= sequence:
+            continue
+        if exclude_best_effort:
+            if frame.mode is BEST_EFFORT or frame.mode == BEST_EFFORT:
+                ms = frame._ms
+                sequence = frame.sequence
+                continue
+            if frame._previous > sequence:
+                items.append(Gap(first_missing=sequence + 1, next_sequence=frame.sequence, reason=reason))
+        elif frame.sequence != sequence + 1:
+            items.append(Gap(first_missing=sequence + 1, next_sequence=frame.sequence, reason=reason))
+        ms = frame._ms
+        sequence = frame.sequence
+        items.append(frame)
+    if log.end_reason is not None and log._end_sequence <= limit:
+        if (log._end_previous if exclude_best_effort else log._end_sequence - 1) > sequence:
+            items.append(Gap(first_missing=sequence + 1, next_sequence=log._end_sequence, reason=reason))
+        return items, log._end_ms, log._end_sequence, log.end_reason
+    if exclude_best_effort and sequence < horizon:
+        # What stands between the last visible frame and the horizon was looked at and is not wanted.
+        ms = horizon_ms
+        sequence = horizon
+    return items, ms, sequence, None
+
+
+def decode_run(bytes run not None, long long count):
+    """Return the *count* payloads of a run, which the summary keeps without the fields of an entry.
+
+    Raises:
+        Corruption: *run* is not a run of *count* frames.
+    """
+    cdef list frames = []
+    cdef StreamFrame shared = StreamFrame.__new__(StreamFrame)
+    cdef StreamFrame frame
+    shared.sequence = count
+    add_run(frames, run, shared, count, 0)
+    return [(<StreamFrame>frame).payload for frame in frames]

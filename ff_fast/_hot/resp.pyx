@@ -1,0 +1,85 @@
+"""Packing of RESP requests: one command, one allocation, no intermediate objects."""
+
+from cpython.bytes cimport (
+    PyBytes_AS_STRING,
+    PyBytes_CheckExact,
+    PyBytes_FromStringAndSize,
+    PyBytes_GET_SIZE,
+)
+
+
+cdef Py_ssize_t bulks_size(tuple items) except -1:
+    """Wire size of *items*, each checked to be exactly ``bytes``."""
+    cdef Py_ssize_t total = 0
+    for i, item in enumerate(items):
+        if not PyBytes_CheckExact(item):
+            raise TypeError(f"part {i} must be bytes, not {type(item).__name__}")
+        total += bulk_size(PyBytes_GET_SIZE(item))
+    return total
+
+
+cdef char* put_bulks(char* out, tuple items) noexcept:
+    for item in items:
+        out = put_bulk(out, PyBytes_AS_STRING(item), PyBytes_GET_SIZE(item))
+    return out
+
+
+def pack_command(*parts):
+    """Return the RESP bytes of one command.
+
+    The exact size is computed first and the result is written into one ``bytes`` of that size.
+
+    Args:
+        *parts: The command and its arguments, each exactly ``bytes``.
+
+    Raises:
+        TypeError: A part is not exactly ``bytes``: numbers and text are encoded by the caller, who knows how.
+
+    >>> pack_command(b"PING")
+    b'*1\\r\\n$4\\r\\nPING\\r\\n'
+    """
+    cdef tuple items = parts
+    cdef Py_ssize_t count = len(items)
+    cdef Py_ssize_t total = 1 + digits(count) + 2 + bulks_size(items)
+    cdef bytes packed = PyBytes_FromStringAndSize(NULL, total)
+    cdef char* start = PyBytes_AS_STRING(packed)
+    cdef char* out = put_bulks(put_length(start, c'*', count), items)
+    assert out - start == total, "sizing pass and writing pass disagree"
+    return packed
+
+
+def pack_fcall(bytes function not None, tuple keys not None, tuple argv not None, bint read_only=False):
+    """Return the RESP bytes of ``FCALL function numkeys *keys *argv``, or of ``FCALL_RO`` where *read_only*.
+
+    Args:
+        function: Name that the Lua library registers, e.g. ``b"ff_append"``.
+        keys: Every key that the function is told of. In a cluster they share one hash slot (``ff_fast.keys``).
+        argv: What Lua sees as its second table, each exactly ``bytes``.
+
+    Raises:
+        TypeError: An item is not exactly ``bytes``.
+
+    >>> pack_fcall(b"ff_version", (), (b"x",))
+    b'*4\\r\\n$5\\r\\nFCALL\\r\\n$10\\r\\nff_version\\r\\n$1\\r\\n0\\r\\n$1\\r\\nx\\r\\n'
+    """
+    cdef Py_ssize_t key_count = len(keys)
+    cdef Py_ssize_t part_count = 3 + key_count + len(argv)
+    cdef bytes command = b"FCALL_RO" if read_only else b"FCALL"
+    cdef Py_ssize_t total = (
+        1 + digits(part_count) + 2
+        + bulk_size(PyBytes_GET_SIZE(command))
+        + bulk_size(PyBytes_GET_SIZE(function))
+        + number_size(key_count)
+        + bulks_size(keys)
+        + bulks_size(argv)
+    )
+    cdef bytes packed = PyBytes_FromStringAndSize(NULL, total)
+    cdef char* start = PyBytes_AS_STRING(packed)
+    cdef char* out = put_length(start, c'*', part_count)
+    out = put_bulk(out, PyBytes_AS_STRING(command), PyBytes_GET_SIZE(command))
+    out = put_bulk(out, PyBytes_AS_STRING(function), PyBytes_GET_SIZE(function))
+    out = put_number(out, key_count)
+    out = put_bulks(out, keys)
+    out = put_bulks(out, argv)
+    assert out - start == total, "sizing pass and writing pass disagree"
+    return packed

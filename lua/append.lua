@@ -1,0 +1,359 @@
+-- Frames of one attempt. A batch carries the fence, the writer, the first sequence and then blocks, each of which
+-- begins with its letter:
+--
+--   L count frame_type extra_count (field value)*extra_count payload*count
+--       log frames: one entry a frame, fields `frame_type`, `payload` and the extras
+--   V count field_count (field value)*field_count
+--       one live entry that stands for `count` frames (a run; its layout is the client's, ff_fast/_hot/frames.pyx)
+--   S count field_count (field value)*field_count pending_field base_version
+--       as V, and the value of its last field is kept in the summary as well, under `pending_field`: `count` patches
+--       on top of document version `base_version`
+--   C version document patch_kind
+--       the whole document at `version`, whose last patch was of that kind; the patches that it holds are dropped
+--   T oldest_id
+--       the oldest id to keep in the live window
+--   P ttl_ms
+--       how long the live window lives from now
+--   K maxlen
+--       how many entries to keep in the log, at the least
+--   E estimator
+--       the state of the rate estimator, from which a later writer of the attempt continues
+--
+-- A frame is visible when a reader that excludes best-effort frames gets it: frames of L and S are. The first visible
+-- frame after best-effort frames carries `prev`, the sequence of the visible frame before it, so such a reader can
+-- tell a hole from frames that it does not want.
+
+local BLOCK_FIXED = { L = 3, V = 2, S = 2, C = 3, T = 1, P = 1, K = 1, E = 1 }
+
+-- A run is: varint count, then count varint payload lengths, count varint ages in ms, the payloads back to back.
+-- Returns the same run without its first `skip` frames.
+local function run_suffix(run, skip)
+  local at = 1
+  local function varint()
+    local value, scale = 0, 1
+    while true do
+      local byte = string.byte(run, at)
+      at = at + 1
+      if byte < 128 then
+        return value + byte * scale
+      end
+      value = value + (byte - 128) * scale
+      scale = scale * 128
+    end
+  end
+  local function put(value)
+    local out = ''
+    while value >= 128 do
+      out = out .. string.char(value % 128 + 128)
+      value = math.floor(value / 128)
+    end
+    return out .. string.char(value)
+  end
+  local count = varint()
+  local skipped = 0
+  for i = 1, skip do
+    skipped = skipped + varint()
+  end
+  local lengths_from = at
+  for i = skip + 1, count do
+    varint()
+  end
+  local lengths = string.sub(run, lengths_from, at - 1)
+  for i = 1, skip do
+    varint()
+  end
+  local ages_from = at
+  for i = skip + 1, count do
+    varint()
+  end
+  return put(count - skip) .. lengths .. string.sub(run, ages_from, at - 1) .. string.sub(run, at + skipped)
+end
+
+-- The fields of a live entry without its first `skip` frames.
+local function live_suffix(fields, skip)
+  for i = 1, #fields, 2 do
+    if fields[i] == 'run' then
+      fields[i + 1] = run_suffix(fields[i + 1], skip)
+    end
+  end
+  return fields
+end
+
+-- The id under which a stored frame stands, or '' once it is trimmed. Only a caller that repeats an old frame
+-- comes here, so a walk from the end is good enough.
+local function stored_id(log, live, sequence)
+  for _, stream in ipairs({ log, live }) do
+    local to = '+'
+    while true do
+      local page = redis.call('XREVRANGE', stream, to, '-', 'COUNT', 100)
+      local found
+      for _, entry in ipairs(page) do
+        local ms, last = string.match(entry[1], '^(%d+)-(%d+)$')
+        last = tonumber(last)
+        local first = last
+        for i = 1, #entry[2], 2 do
+          if entry[2][i] == 'count' then
+            first = last - tonumber(entry[2][i + 1]) + 1
+          end
+        end
+        if last < sequence then
+          found = true
+          break
+        end
+        if first <= sequence then
+          return ms .. '-' .. ff.text(sequence)
+        end
+      end
+      if found or #page < 100 then
+        break
+      end
+      to = '(' .. page[#page][1]
+    end
+  end
+  return ''
+end
+
+-- ff_append
+--   keys:    core log live meta summary
+--   args:    attempt_index lease_id lease_epoch writer first_sequence block...
+--   returns: position
+--   errors:  execution_not_found stale_owner suspended stream_closed lease_expired writer_superseded sequence_gap summary_conflict payload_too_large invalid_input
+--
+-- position is one string of integers: the ms of the last id, the last sequence, the ms that the lease has left, and
+-- 1 where a cancel was requested, else 0. One string costs the server less than a list of four.
+redis.register_function('ff_append', function(keys, args)
+  local call, format = redis.call, string.format
+  local core, refusal = ff.read_fence(keys[1], args[1], args[2], args[3])
+  if not core then
+    return refusal
+  end
+  local state = core[1]
+  if state == 'suspended' then
+    return ff.err('suspended')
+  end
+  local meta = call('HMGET', keys[4], 'last_sequence', 'last_ms', 'writer', 'closed_at')
+  if state ~= 'active' or meta[4] then
+    return ff.err('stream_closed')
+  end
+  local time = call('TIME')
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  local lease_left = core[5] - now
+  if lease_left <= 0 then
+    return ff.err('lease_expired')
+  end
+  if meta[3] ~= args[4] then
+    return ff.err('writer_superseded')
+  end
+
+  -- Check every block before the first write.
+  local total, summary_first, compaction = 0, nil, nil
+  local patches = 0
+  local at, last = 6, #args
+  while at <= last do
+    local letter = args[at]
+    local fixed = BLOCK_FIXED[letter]
+    if not fixed or at + fixed > last then
+      return ff.err('invalid_input', 'block')
+    end
+    if letter == 'L' then
+      local count, extras = tonumber(args[at + 1]), tonumber(args[at + 3])
+      local from = at + 4 + 2 * extras
+      at = from + count
+      if at > last + 1 or extras > ff.MAX_FIELDS then
+        return ff.err('invalid_input', 'block')
+      end
+      for i = from, at - 1 do
+        if #args[i] > ff.MAX_PAYLOAD then
+          return ff.err('payload_too_large', ff.text(ff.MAX_PAYLOAD), ff.text(#args[i]))
+        end
+      end
+      total = total + count
+    elseif letter == 'V' or letter == 'S' then
+      local count, fields = tonumber(args[at + 1]), tonumber(args[at + 2])
+      local value = at + 2 + 2 * fields
+      if fields < 1 or fields > ff.MAX_FIELDS or value > last then
+        return ff.err('invalid_input', 'block')
+      end
+      if #args[value] > ff.MAX_RUN_BYTES then
+        return ff.err('payload_too_large', ff.text(ff.MAX_RUN_BYTES), ff.text(#args[value]))
+      end
+      at = value + 1
+      if letter == 'S' then
+        if at + 1 > last then
+          return ff.err('invalid_input', 'block')
+        end
+        summary_first = summary_first or tonumber(args[at + 1])
+        patches = patches + count
+        at = at + 2
+      end
+      total = total + count
+    else
+      if letter == 'C' then
+        compaction = tonumber(args[at + 1])
+      end
+      at = at + fixed + 1
+    end
+  end
+  if total > ff.MAX_FRAMES then
+    return ff.err('invalid_input', 'frames')
+  end
+
+  -- The next sequence appends, an older one of this writer is a duplicate, a higher one is a gap.
+  local first = ff.integer(args[5])
+  if not first or first < 1 then
+    return ff.err('invalid_input', 'first_sequence')
+  end
+  local sequence, ms = tonumber(meta[1]), tonumber(meta[2])
+  local skip = sequence + 1 - first
+  if skip ~= 0 then
+    if skip < 0 then
+      return ff.err('sequence_gap', ff.text(sequence + 1), args[5])
+    end
+    local base = tonumber(call('HGET', keys[4], 'writer_base'))
+    if first < base then
+      return ff.err('sequence_gap', ff.text(sequence + 1), args[5])
+    end
+    if skip >= total and total > 0 then
+      local id = stored_id(keys[2], keys[3], first + total - 1)
+      return format('%s %d %d %d', string.match(id, '^%d+') or '0', first + total - 1, lease_left,
+        core[6] and 1 or 0)
+    end
+  end
+  local summary
+  if summary_first or compaction then
+    summary = call('HMGET', keys[5], 'version', 'first_applied_ms')
+    local version = tonumber(summary[1] or 0)
+    -- Patches that an overlap leaves out are in the stored version already.
+    local expected = compaction and not summary_first and compaction or summary_first
+    if summary_first and skip > 0 then
+      if version < summary_first or version > summary_first + patches then
+        return ff.err('summary_conflict', ff.text(version), ff.text(summary_first))
+      end
+    elseif version ~= expected then
+      return ff.err('summary_conflict', ff.text(version), ff.text(expected))
+    end
+  end
+
+  if now > ms then
+    ms = now
+  end
+  local visible
+  sequence = first - 1
+  at = 6
+  while at <= last do
+    local letter = args[at]
+    if letter == 'L' then
+      local count, frame_type, extras = tonumber(args[at + 1]), args[at + 2], tonumber(args[at + 3])
+      local from = at + 4 + 2 * extras
+      at = from + count
+      if skip > 0 then
+        local skipped = math.min(skip, count)
+        from, sequence, skip = from + skipped, sequence + skipped, skip - skipped
+      end
+      if extras == 0 then
+        for i = from, at - 1 do
+          sequence = sequence + 1
+          call('XADD', keys[2], format('%d-%d', ms, sequence), 'frame_type', frame_type, 'payload', args[i])
+        end
+      else
+        local first_extra = at - count - 2 * extras
+        for i = from, at - 1 do
+          sequence = sequence + 1
+          call('XADD', keys[2], format('%d-%d', ms, sequence), 'frame_type', frame_type, 'payload', args[i],
+            unpack(args, first_extra, first_extra + 2 * extras - 1))
+        end
+      end
+      visible = sequence
+    elseif letter == 'V' or letter == 'S' then
+      local count, fields = tonumber(args[at + 1]), tonumber(args[at + 2])
+      local from, to = at + 3, at + 2 + 2 * fields
+      at = to + 1
+      sequence = sequence + count
+      local id = format('%d-%d', ms, sequence)
+      local value = args[to]
+      if skip >= count then
+        skip = skip - count
+        count = 0
+      elseif skip > 0 then
+        local entry = live_suffix({ unpack(args, from, to) }, skip)
+        call('XADD', keys[3], id, unpack(entry))
+        value = entry[#entry]
+        skip = 0
+      else
+        call('XADD', keys[3], id, unpack(args, from, to))
+      end
+      if letter == 'S' then
+        visible = sequence
+        if count > 0 then
+          local version = tonumber(args[at + 1]) + tonumber(args[from - 2])
+          call('HSET', keys[5], args[at], value, 'version', ff.text(version), 'last_updated_ms', ff.text(now),
+            'cursor', id)
+          if not summary[2] then
+            summary[2] = ff.text(now)
+            call('HSET', keys[5], 'first_applied_ms', summary[2])
+          end
+        end
+        at = at + 2
+      end
+    elseif letter == 'C' then
+      local kept = call('HMGET', keys[5], 'version', 'last_updated_ms', 'first_applied_ms', 'cursor')
+      call('DEL', keys[5])
+      call('HSET', keys[5], 'document', args[at + 2], 'document_version', args[at + 1], 'version', kept[1],
+        'last_updated_ms', kept[2], 'first_applied_ms', kept[3], 'cursor', kept[4], 'patch_kind', args[at + 3])
+      at = at + 4
+    elseif letter == 'T' then
+      call('XTRIM', keys[3], 'MINID', '~', args[at + 1])
+      at = at + 2
+    elseif letter == 'P' then
+      call('PEXPIRE', keys[3], args[at + 1])
+      at = at + 2
+    elseif letter == 'K' then
+      call('XTRIM', keys[2], 'MAXLEN', '~', args[at + 1])
+      at = at + 2
+    else
+      call('HSET', keys[4], 'estimator', args[at + 1])
+      at = at + 2
+    end
+  end
+  if visible then
+    call('HSET', keys[4], 'last_sequence', format('%d', sequence), 'last_ms', format('%d', ms), 'visible_sequence',
+      format('%d', visible))
+  elseif total > 0 then
+    call('HSET', keys[4], 'last_sequence', format('%d', sequence), 'last_ms', format('%d', ms))
+  end
+  return format('%d %d %d %d', ms, sequence, lease_left, core[6] and 1 or 0)
+end)
+
+-- ff_open_writer
+--   keys:    core meta summary
+--   args:    attempt_index lease_id lease_epoch writer
+--   returns: last_sequence last_ms visible_sequence estimator summary_version
+--   errors:  execution_not_found stale_owner suspended stream_closed lease_expired
+--
+-- Opening again with the same writer id changes nothing, so a lost reply can be asked for again.
+redis.register_function('ff_open_writer', function(keys, args)
+  local call = redis.call
+  local core, refusal = ff.read_fence(keys[1], args[1], args[2], args[3])
+  if not core then
+    return refusal
+  end
+  if core[1] == 'suspended' then
+    return ff.err('suspended')
+  end
+  local meta = call(
+    'HMGET', keys[2], 'last_sequence', 'last_ms', 'visible_sequence', 'estimator', 'writer', 'closed_at'
+  )
+  if core[1] ~= 'active' or meta[6] then
+    return ff.err('stream_closed')
+  end
+  if tonumber(core[5]) <= ff.now_ms() then
+    return ff.err('lease_expired')
+  end
+  local version = call('HGET', keys[3], 'version') or '0'
+  local sequence = meta[1] or '0'
+  if meta[5] ~= args[4] then
+    call('HSET', keys[2], 'writer', args[4], 'writer_base', ff.text(tonumber(sequence) + 1),
+      'last_sequence', sequence, 'last_ms', meta[2] or '0')
+  end
+  return ff.ok(sequence, meta[2] or '0', meta[3] or '0', meta[4] or '', version)
+end)

@@ -1,0 +1,291 @@
+"""``ff_fast.errors``: one class per code, facts a caller can act on, and no secret in any text."""
+
+import copy
+import pickle
+
+import pytest
+
+from ff_fast import errors
+from ff_fast.errors import FFError, Outcome
+
+CANARY = "s3cr3t-canary"
+
+NOT_APPLIED = {
+    "invalid_input": errors.InvalidInput,
+    "invalid_type": errors.InvalidType,
+    "invalid_id": errors.InvalidId,
+    "invalid_payload": errors.InvalidPayload,
+    "payload_too_large": errors.PayloadTooLarge,
+    "invalid_sequence": errors.InvalidSequence,
+    "invalid_patch": errors.InvalidPatch,
+    "invalid_cursor": errors.InvalidCursor,
+    "invalid_capabilities": errors.InvalidCapabilities,
+    "corrupt_handle": errors.InvalidHandle,
+    "handle_from_other_backend": errors.HandleFromOtherBackend,
+    "writer_closed": errors.WriterClosed,
+    "wrong_loop": errors.WrongLoop,
+    "forked_client": errors.ForkedClient,
+    "library_mismatch": errors.LibraryMismatch,
+    "missing_dependency": errors.MissingDependency,
+    "execution_not_found": errors.ExecutionNotFound,
+    "stale_owner": errors.StaleOwner,
+    "suspended": errors.ExecutionSuspended,
+    "stream_closed": errors.StreamClosed,
+    "lease_expired": errors.LeaseExpired,
+    "writer_superseded": errors.WriterSuperseded,
+    "sequence_gap": errors.SequenceGap,
+    "execution_not_active": errors.ExecutionNotActive,
+    "attempt_not_found": errors.AttemptNotFound,
+    "corruption": errors.Corruption,
+    "authentication_failed": errors.AuthenticationFailed,
+    "permission_denied": errors.PermissionDenied,
+    "tls_failed": errors.TlsFailed,
+    "error": FFError,
+}
+RETRYABLE = {
+    "overloaded": errors.Overloaded,
+    "summary_conflict": errors.SummaryConflict,
+    "unavailable": errors.Unavailable,
+    "server_busy": errors.ServerBusy,
+    "out_of_memory": errors.OutOfMemory,
+    "storage_unavailable": errors.StorageUnavailable,
+    "not_primary": errors.NotPrimary,
+    "not_enough_replicas": errors.NotEnoughReplicas,
+    "function_missing": errors.FunctionMissing,
+    "redirected": errors.Redirected,
+}
+UNKNOWN_RETRYABLE = {
+    "outcome_unknown": errors.OutcomeUnknown,
+    "deadline_exceeded": errors.DeadlineExceeded,
+}
+UNKNOWN = {
+    "protocol_error": errors.ProtocolError,
+    "internal_function_error": errors.InternalFunctionError,
+}
+TABLE = [
+    (code, cls, retryable, outcome)
+    for classes, retryable, outcome in (
+        (NOT_APPLIED, False, Outcome.NOT_APPLIED),
+        (RETRYABLE, True, Outcome.NOT_APPLIED),
+        (UNKNOWN_RETRYABLE, True, Outcome.UNKNOWN),
+        (UNKNOWN, False, Outcome.UNKNOWN),
+    )
+    for code, cls in classes.items()
+]
+
+
+def make(cls):
+    """Make an error of any class, with arguments where it needs them."""
+    arguments = {
+        errors.PayloadTooLarge: ((10, 11), {}),
+        errors.SequenceGap: ((5, 9), {}),
+        errors.SummaryConflict: ((2, 1), {}),
+        errors.LibraryMismatch: ((4, 3), {}),
+        errors.ExecutionNotActive: (("terminal", "success"), {}),
+        errors.Redirected: ((), {"ask": True, "slot": 7, "address": "h:1"}),
+    }
+    args, kwargs = arguments.get(cls, ((), {}))
+    return cls(*args, **kwargs)
+
+
+def subclasses(cls):
+    return {cls}.union(*(subclasses(each) for each in cls.__subclasses__()))
+
+
+def test_the_table_names_every_class():
+    here = {cls for cls in subclasses(FFError) if cls.__module__ == errors.__name__}
+    assert {cls for _, cls, _, _ in TABLE} == here
+
+
+@pytest.mark.parametrize("code, cls, retryable, outcome", TABLE)
+def test_facts_of_every_class(code, cls, retryable, outcome):
+    error = make(cls)
+    assert (error.code, error.retryable, error.outcome) == (code, retryable, outcome)
+    assert isinstance(error, FFError)
+    assert error.unstored == ()
+    assert cls.__doc__
+    text = str(error)
+    assert text[0].isupper()
+    assert text.endswith(".")
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("cls", [cls for _, cls, _, _ in TABLE])
+def test_pickle_and_copy_keep_everything_but_what_was_not_stored(cls):
+    error = make(cls)
+    error.unstored = (CANARY,)
+    pickled = pickle.dumps(error)
+    assert CANARY.encode() not in pickled
+    for twin, unstored in (
+        (pickle.loads(pickled), ()),
+        (copy.copy(error), (CANARY,)),
+        (copy.deepcopy(error), (CANARY,)),
+    ):
+        assert type(twin) is cls
+        assert (twin.args, twin.unstored) == (error.args, unstored)
+        assert {**vars(twin), "unstored": 0} == {**vars(error), "unstored": 0}
+
+
+@pytest.mark.parametrize("cls", [cls for _, cls, _, _ in TABLE])
+def test_no_text_shows_what_was_not_stored(cls):
+    error = make(cls)
+    error.unstored = (CANARY.encode(),)
+    assert CANARY not in f"{error} {error!r} {error.args}"
+
+
+@pytest.mark.parametrize(
+    "cls, builtin",
+    [
+        (errors.InvalidInput, ValueError),
+        (errors.InvalidType, TypeError),
+        (errors.InvalidHandle, ValueError),
+        (errors.MissingDependency, ImportError),
+    ],
+)
+def test_builtin_families(cls, builtin):
+    assert issubclass(cls, builtin)
+
+
+def test_a_code_is_claimed_once():
+    with pytest.raises(TypeError, match="'stale_owner' belongs to StaleOwner"):
+        type("Mine", (FFError,), {"code": "stale_owner"})
+
+
+def test_a_subclass_without_a_code_keeps_its_parents():
+    class Special(errors.StaleOwner):
+        pass
+
+    assert Special.code == "stale_owner"
+    assert type(errors.for_code("stale_owner")) is errors.StaleOwner
+
+
+@pytest.mark.parametrize(
+    "code, details, cls, attributes",
+    [
+        ("stale_owner", [], errors.StaleOwner, {}),
+        ("stale_owner", [CANARY.encode()], errors.StaleOwner, {}),
+        ("sequence_gap", [b"5", b"9"], errors.SequenceGap, {"expected": 5, "got": 9}),
+        ("summary_conflict", [b"2", b"1"], errors.SummaryConflict, {"expected": 2, "got": 1}),
+        ("payload_too_large", [b"10", b"11"], errors.PayloadTooLarge, {"limit": 10, "size": 11}),
+        (
+            "execution_not_active",
+            [b"terminal", b"success"],
+            errors.ExecutionNotActive,
+            {"state": "terminal", "terminal_outcome": "success"},
+        ),
+        (
+            "execution_not_active",
+            [CANARY.encode()],
+            errors.ExecutionNotActive,
+            {"state": "", "terminal_outcome": ""},
+        ),
+        ("invalid_input", [b"first_sequence"], errors.InvalidInput, {}),
+        ("invalid_input", [CANARY.encode()], errors.InvalidInput, {}),
+        # What cannot be trusted is never half understood.
+        ("no_such_code", [], errors.ProtocolError, {}),
+        (CANARY, [], errors.ProtocolError, {}),
+        ("sequence_gap", [], errors.ProtocolError, {}),
+        ("sequence_gap", [b"5"], errors.ProtocolError, {}),
+        ("sequence_gap", [b" 5 ", b"9"], errors.ProtocolError, {}),
+        ("sequence_gap", [b"1e3", b"9"], errors.ProtocolError, {}),
+        ("execution_not_active", [b"\xff"], errors.ProtocolError, {}),
+        ("redirected", [], errors.ProtocolError, {}),
+    ],
+)
+def test_answers_of_the_functions(code, details, cls, attributes):
+    error = errors.for_code(code, details)
+    assert type(error) is cls
+    assert {name: getattr(error, name) for name in attributes} == attributes
+    assert CANARY not in f"{error} {error!r}"
+
+
+def test_invalid_input_names_the_argument():
+    assert "first_sequence" in str(errors.for_code("invalid_input", [b"first_sequence"]))
+
+
+@pytest.mark.parametrize(
+    "text, cls",
+    [
+        ("NOAUTH Authentication required.", errors.AuthenticationFailed),
+        ("WRONGPASS invalid username-password pair", errors.AuthenticationFailed),
+        (
+            "ERR AUTH <password> called without any password configured for the default user.",
+            errors.AuthenticationFailed,
+        ),
+        ("NOPERM User u has no permissions to run the 'set' command", errors.PermissionDenied),
+        ("DENIED Valkey is running in protected mode", errors.PermissionDenied),
+        ("OOM command not allowed when used memory > 'maxmemory'.", errors.OutOfMemory),
+        ("MISCONF Valkey is configured to save RDB snapshots", errors.StorageUnavailable),
+        ("LOADING Valkey is loading the dataset in memory", errors.Unavailable),
+        ("MASTERDOWN Link with MASTER is down", errors.Unavailable),
+        ("CLUSTERDOWN The cluster is down", errors.Unavailable),
+        ("TRYAGAIN Multiple keys request during rehashing of slot", errors.Unavailable),
+        ("UNBLOCKED force unblock from blocking operation", errors.Unavailable),
+        ("ERR max number of clients reached", errors.Unavailable),
+        ("READONLY You can't write against a read only replica.", errors.NotPrimary),
+        ("BUSY Valkey is busy running a script.", errors.ServerBusy),
+        ("NOREPLICAS Not enough good replicas to write.", errors.NotEnoughReplicas),
+        ("ERR Function not found", errors.FunctionMissing),
+        ("WRONGTYPE Operation against a key", errors.InternalFunctionError),
+        ("ERR user_function:3: boom script: on @user_function:3.", errors.InternalFunctionError),
+        ("ERR not: Function not found", errors.InternalFunctionError),
+        ("OOMPH", errors.InternalFunctionError),
+        ("", errors.InternalFunctionError),
+        ("MOVED 99999 h:1", errors.ProtocolError),
+        ("MOVED elsewhere", errors.ProtocolError),
+    ],
+)
+def test_server_errors_by_their_first_word(text, cls):
+    error = errors.from_server_error(f"{text} {CANARY}" if " " in text else text)
+    assert type(error) is cls
+    assert error.outcome is cls.outcome
+    assert CANARY not in f"{error} {error!r} {vars(error)}"
+
+
+@pytest.mark.parametrize(
+    "text, cls",
+    [
+        (
+            "ERR ACL failure in script: User u has no permissions script: on @user_function:5.",
+            errors.PermissionDenied,
+        ),
+        (
+            "NOREPLICAS Not enough good replicas script: on @user_function:5.",
+            errors.NotEnoughReplicas,
+        ),
+    ],
+)
+def test_a_failure_inside_a_function_may_follow_a_write(text, cls):
+    # Valkey 9.1.2 ends such texts with the place in the function.
+    error = errors.from_server_error(text)
+    assert type(error) is cls
+    assert error.outcome is Outcome.UNKNOWN
+    assert pickle.loads(pickle.dumps(error)).outcome is Outcome.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "text, ask, slot, address",
+    [
+        ("MOVED 3999 127.0.0.1:6381", False, 3999, "127.0.0.1:6381"),
+        ("ASK 0 ::1:6381", True, 0, "::1:6381"),
+        ("MOVED 16383 :6381", False, 16383, ":6381"),
+    ],
+)
+def test_redirects(text, ask, slot, address):
+    error = errors.from_server_error(text)
+    assert isinstance(error, errors.Redirected)
+    assert (error.ask, error.slot, error.address) == (ask, slot, address)
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", " 5 ", b"1", None, 1j])
+def test_check_int_converts_nothing(value):
+    with pytest.raises(errors.InvalidType, match="count must be an int, not"):
+        errors.check_int("count", value, 0, 10)
+
+
+@pytest.mark.parametrize("value", [-1, 11, 2**100])
+def test_check_int_bounds(value):
+    assert errors.check_int("count", 0, 0, 10) == 0
+    assert errors.check_int("count", 10, 0, 10) == 10
+    with pytest.raises(errors.InvalidInput, match="from 0 to 10"):
+        errors.check_int("count", value, 0, 10)

@@ -1,0 +1,259 @@
+"""``ff_fast.keys``: one canonical form per id, one slot per execution, no two ids one key."""
+
+import uuid
+from binascii import crc_hqx
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ff_fast import keys
+from ff_fast.errors import InvalidId, InvalidInput, InvalidType
+
+EID = "{fp:86}:550e8400-e29b-41d4-a716-446655440000"
+
+execution_ids = st.builds("{{fp:{}}}:{}".format, st.integers(0, 65_535), st.uuids().map(str))
+indexes = st.integers(0, 2**32 - 1)
+lanes = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=64)
+
+OF_EXECUTION = (keys.core, keys.payload, keys.result, keys.policy, keys.tags, keys.lease_history)
+OF_ATTEMPT = (keys.attempt, keys.summary, keys.stream, keys.live, keys.meta)
+OF_PARTITION = (keys.timers, keys.completions)
+
+
+def all_keys(eid, index):
+    return [key(eid) for key in OF_EXECUTION] + [key(eid, index) for key in OF_ATTEMPT]
+
+
+def test_spelling():
+    assert all_keys(EID, 3) == [
+        f"ff:exec:{{fp:86}}:{EID}:core".encode(),
+        f"ff:exec:{{fp:86}}:{EID}:payload".encode(),
+        f"ff:exec:{{fp:86}}:{EID}:result".encode(),
+        f"ff:exec:{{fp:86}}:{EID}:policy".encode(),
+        f"ff:exec:{{fp:86}}:{EID}:tags".encode(),
+        f"ff:exec:{{fp:86}}:{EID}:lease:history".encode(),
+        f"ff:attempt:{{fp:86}}:{EID}:3".encode(),
+        f"ff:attempt:{{fp:86}}:{EID}:3:summary".encode(),
+        f"ff:stream:{{fp:86}}:{EID}:3".encode(),
+        f"ff:stream:{{fp:86}}:{EID}:3:live".encode(),
+        f"ff:stream:{{fp:86}}:{EID}:3:meta".encode(),
+    ]
+    assert keys.eligible("{fp:7}", "default") == b"ff:idx:{fp:7}:lane:default:eligible"
+    assert keys.timers("{fp:7}") == b"ff:idx:{fp:7}:timers"
+    assert keys.completions("{fp:7}") == b"ff:part:{fp:7}:completions"
+    assert keys.ready("llm-7b.eu_west~2") == b"ff:lane:{llm-7b.eu_west~2}:ready"
+    assert keys.ready("a{b}:c %") == b"ff:lane:{a%7Bb%7D%3Ac%20%25}:ready"
+    assert keys.PARTITIONS_CONFIG == b"ff:config:partitions"
+
+
+@given(execution_ids, execution_ids, indexes, indexes)
+def test_distinct_ids_give_distinct_keys(one, other, index, other_index):
+    mine, theirs = all_keys(one, index), all_keys(other, other_index)
+    assert len(set(mine)) == len(mine)
+    if one != other:
+        assert not set(mine) & set(theirs)
+    elif index != other_index:
+        shared = set(mine) & set(theirs)
+        assert shared == {key(one) for key in OF_EXECUTION}
+
+
+@given(execution_ids, indexes, lanes)
+def test_one_execution_has_one_slot(eid, index, lane):
+    tag = keys.partition_tag(eid)
+    partition = [key(tag) for key in OF_PARTITION] + [keys.eligible(tag, lane)]
+    slots = {keys.key_slot(key) for key in all_keys(eid, index) + partition}
+    assert slots == {crc_hqx(tag[1:-1].encode(), 0) % 16_384}
+    assert keys.tag_of(keys.partition_index(eid)) == tag
+
+
+@given(lanes, lanes)
+def test_lane_keys_are_injective_and_tagged(one, other):
+    for key in (keys.ready, lambda lane: keys.eligible("{fp:1}", lane)):
+        assert (key(one) == key(other)) == (one == other)
+    ready = keys.ready(one)
+    assert ready.count(b"{") == ready.count(b"}") == 1
+    assert ready.isascii()
+    assert not set(ready) & set(b" *?[]\\^")
+
+
+@given(execution_ids)
+def test_canonical_form_is_a_fixed_point(eid):
+    assert keys.canonical_execution_id(eid) == eid
+    assert keys.canonical_execution_id(eid.encode()) == eid
+    tag, _, identity = eid.partition("}:")
+    assert keys.canonical_execution_id(f"{tag}}}:{identity.upper()}") == eid
+
+
+UUID = "550e8400-e29b-41d4-a716-446655440000"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        UUID,
+        "{}:" + UUID,
+        "{fp:}:" + UUID,
+        "{fp:+5}:" + UUID,
+        "{fp:-5}:" + UUID,
+        "{fp:007}:" + UUID,
+        "{fp:00}:" + UUID,
+        "{fp: 5}:" + UUID,
+        "{fp:5 }:" + UUID,
+        "{fp:65536}:" + UUID,
+        "{fp:99999}:" + UUID,
+        "{fp:5.0}:" + UUID,
+        "{fp:1e3}:" + UUID,
+        "{fp:\u0665}:" + UUID,
+        "{FP:5}:" + UUID,
+        "{b:5}:" + UUID,
+        "{fp:5}" + UUID,
+        "{fp:5}:" + UUID.replace("-", ""),
+        "{fp:5}:{" + UUID + "}",
+        "{fp:5}:urn:uuid:" + UUID,
+        "{fp:5}:" + UUID + "\n",
+        "{fp:5}:" + UUID + "\0",
+        " {fp:5}:" + UUID,
+        "{fp:5}:" + UUID + ":core",
+        "{fp:5}:" + UUID[:-1],
+        "{fp:5}:" + UUID[:-1] + "g",
+        "{fp:5}:" + UUID[:-1] + "é",
+        "{fp:5}:" + UUID[:-1] + "*",
+        "{fp:5}:" + UUID[:-1] + "\ud800",
+        "{fp:5}:" + UUID * 10,
+        "a}b",
+        "}x",
+        "a:b",
+        "x*?[]",
+        b"\xff",
+        b"",
+    ],
+)
+def test_bad_execution_ids(text):
+    with pytest.raises(InvalidId, match="must look like"):
+        keys.canonical_execution_id(text)
+
+
+@given(st.text() | st.binary())
+def test_any_text_is_canonical_or_refused(text):
+    try:
+        eid = keys.canonical_execution_id(text)
+    except InvalidId:
+        return
+    assert keys.canonical_execution_id(eid) == eid
+
+
+@pytest.mark.parametrize("value", [None, 5, 1.5, True, [EID], bytearray(EID.encode())])
+def test_ids_of_another_type(value):
+    for check in (
+        keys.canonical_execution_id,
+        keys.lane_id,
+        keys.tag_key,
+        lambda text: keys.free_text("worker_id", text),
+        lambda text: keys.canonical_uuid("flow_id", text),
+        lambda text: keys.opaque_id("lease_id", text),
+    ):
+        with pytest.raises(InvalidType):
+            check(value)
+
+
+@pytest.mark.parametrize("count", [1, 2, 256, 65_535])
+def test_new_ids(count):
+    made = {keys.new_execution_id(count) for _ in range(50)}
+    assert len(made) == 50
+    for eid in made:
+        assert keys.canonical_execution_id(eid) == eid
+        identity = uuid.UUID(eid.partition("}:")[2])
+        assert (identity.version, identity.variant) == (4, uuid.RFC_4122)
+        assert keys.partition_index(eid) == crc_hqx(identity.bytes, 0) % count
+
+
+def test_members_of_a_flow_share_its_partition():
+    assert crc_hqx(b"123456789", 0) == 0x31C3
+    one = keys.execution_id_for_flow(UUID.upper())
+    other = keys.execution_id_for_flow(UUID)
+    assert keys.partition_tag(one) == keys.partition_tag(other) == "{fp:24}"
+    assert one != other
+    with pytest.raises(InvalidId, match="flow_id must be a UUID"):
+        keys.execution_id_for_flow("x")
+
+
+@pytest.mark.parametrize("count", [0, -1, 65_536, True, 2.0, "256", None])
+def test_bad_partition_counts(count):
+    for make in (keys.new_execution_id, lambda n: keys.execution_id_for_flow(UUID, n)):
+        with pytest.raises(InvalidInput, match="num_partitions"):
+            make(count)
+
+
+@given(lanes)
+def test_good_lanes(lane):
+    assert keys.lane_id(lane) == lane
+
+
+@pytest.mark.parametrize("lane", ["", "x" * 65, "a\n", "a\tb", "\x7f", "é", "\0", "\ud800"])
+def test_bad_lanes(lane):
+    with pytest.raises(InvalidId, match="printable ASCII"):
+        keys.lane_id(lane)
+
+
+@pytest.mark.parametrize("text", ["w", "w 1", "{}:*", "é" * 128, "日本", "a" * 256])
+def test_good_free_text(text):
+    assert keys.free_text("worker_id", text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "é" * 129, "a" * 257, "a\n", "\r", "\0", "\x7f", "\x85", "\u2028", "\ud800"]
+)
+def test_bad_free_text(text):
+    with pytest.raises(InvalidId, match="worker_id must be"):
+        keys.free_text("worker_id", text)
+
+
+@pytest.mark.parametrize("text", ["a.b", "cairn.instance_id", "a_1.b.c", "a.0"])
+def test_good_tag_keys(text):
+    assert keys.tag_key(text) == text
+
+
+@pytest.mark.parametrize("text", ["", "a", "a.", ".b", "A.b", "a..b", "1.b", "a.b\n", "a.b-c"])
+def test_bad_tag_keys(text):
+    with pytest.raises(InvalidId):
+        keys.tag_key(text)
+
+
+@pytest.mark.parametrize("index", [-1, 2**32, True, 1.0, "1", " 5 ", None])
+def test_bad_attempt_indexes(index):
+    assert keys.attempt_index(2**32 - 1) == 2**32 - 1
+    with pytest.raises(InvalidInput, match="attempt_index"):
+        keys.attempt_index(index)
+
+
+def test_a_refused_secret_is_not_quoted():
+    with pytest.raises(InvalidId) as caught:
+        keys.opaque_id("lease_id", "canary\n")
+    assert "canary" not in f"{caught.value} {caught.value!r}"
+
+
+@pytest.mark.parametrize(
+    "key, hashed",
+    [
+        (b"abc", b"abc"),
+        (b"{abc}d", b"abc"),
+        (b"x{abc}{d}", b"abc"),
+        (b"{}abc", b"{}abc"),  # an empty tag is no tag
+        (b"{}{a}", b"{}{a}"),
+        (b"a}b", b"a}b"),
+        (b"{abc", b"{abc"),
+        (b"}{a}", b"a"),
+        (b"{{a}}", b"{a"),
+        (b"", b""),
+    ],
+)
+def test_slots(key, hashed):
+    assert keys.key_slot(key) == crc_hqx(hashed, 0) % 16_384
+
+
+def test_slots_known_to_a_cluster():
+    # Measured with CLUSTER KEYSLOT.
+    assert keys.key_slot(b"{}x") == 10_595
+    assert keys.key_slot(b"{}{a}") == 13_650
