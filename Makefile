@@ -39,7 +39,7 @@ lint: build ## Check style: ruff, ruff format, cython-lint
 
 types: build ## Check types: mypy --strict, and the stubs against the compiled modules
 	$(BIN)/mypy --strict
-	$(BIN)/python -m mypy.stubtest --allowlist .ci/stubtest-allowlist --ignore-unused-allowlist ff_fast
+	$(BIN)/python -m mypy.stubtest --allowlist .ci/stubtest-allowlist --ignore-unused-allowlist ff_fast._hot
 
 # A copy of the checkout, because an editable build puts its extensions beside their sources.
 # -s: pytest would swallow the report of a sanitizer that ends the process.

@@ -18,9 +18,10 @@ BLOCK_MS = 5_000
 """How long a tail blocks on the server at the most; then it asks whether the attempt still lives."""
 
 _PACE_MS = 5
-_FIRST_COUNT = 256
+_FIRST_COUNT = 64
 _LARGEST_COUNT = 2_048
-_PAGE_BYTES = 4 << 20
+_PAGE_BYTES = 1 << 20
+_PAGE_FRAMES = 4_096
 MAX_COUNT = 10_000
 
 Item = StreamFrame | Gap | End
@@ -234,9 +235,9 @@ class TailCore:
         if not cut:
             return
         size = sum(len(item.payload) for item in items if isinstance(item, StreamFrame))
-        if size > _PAGE_BYTES:
-            self._count = max(self._count // 2, 16)
-        elif size < _PAGE_BYTES // 4:
+        if size > _PAGE_BYTES or len(items) > _PAGE_FRAMES:
+            self._count = max(self._count // 2, 1)
+        elif size < _PAGE_BYTES // 4 and len(items) < _PAGE_FRAMES // 4:
             self._count = min(self._count * 2, _LARGEST_COUNT)
 
     def _end(self, items: list[Item], reason: str) -> list[Item]:

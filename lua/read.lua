@@ -4,26 +4,32 @@ local PAGE = 128
 -- A call looks at this many entries of a stream at the most, about 1 us each.
 local SCAN_LIMIT = 4096
 
--- Entries of a stream after an id: at most `count` of them and about `budget` bytes.
+-- Entries of a stream after an id: those that hold `count` frames, or about `budget` bytes.
 -- Returns the entries and, where it stopped before the end, the id up to which it has looked: its sequence, its text.
 local function read_after(stream, after, count, budget, exclude)
-  local entries, scanned, bytes = {}, 0, 0
+  local entries, scanned, frames, bytes = {}, 0, 0, 0
   while true do
     local page = redis.call('XRANGE', stream, '(' .. after, '+', 'COUNT', PAGE)
     for _, entry in ipairs(page) do
       after = entry[1]
       scanned = scanned + 1
-      local fields, hidden = entry[2], false
+      local fields, held, size = entry[2], 1, 0
       for i = 1, #fields, 2 do
-        if exclude and fields[i] == 'mode' then
-          hidden = fields[i + 1] == exclude
+        local name, value = fields[i], fields[i + 1]
+        if name == 'mode' and value == exclude then
+          held = 0
+          break
+        elseif name == 'count' then
+          held = tonumber(value)
         end
-        bytes = bytes + #fields[i + 1]
+        size = size + #value
       end
-      if not hidden then
+      if held > 0 then
         entries[#entries + 1] = entry
+        frames = frames + held
+        bytes = bytes + size
       end
-      if #entries >= count or bytes >= budget or scanned >= SCAN_LIMIT then
+      if frames >= count or bytes >= budget or scanned >= SCAN_LIMIT then
         return entries, tonumber(string.match(after, '%d+$')), after
       end
     end
