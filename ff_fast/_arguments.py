@@ -11,10 +11,12 @@ from ff_fast.errors import InvalidInput, InvalidType, PayloadTooLarge, check_int
 from ff_fast.types import (
     CapabilitySet,
     ClaimPolicy,
+    FailOutcome,
     FailureClass,
     FailureReason,
     Frame,
     Handle,
+    LeaseRenewal,
     StreamMode,
     payload_bytes,
 )
@@ -47,6 +49,8 @@ def create(
 ) -> ops.Op[bytes]:
     """Return the checked call of `create_execution`; its id is ``op.argv[0]``."""
     checked_tags: dict[str, str] = {}
+    if tags is not None and not isinstance(tags, Mapping):
+        raise InvalidType(f"tags must be a mapping of str to str, not {type(tags).__name__}.")
     for name, value in (tags or {}).items():
         checked_tags[keys.tag_key(name)] = keys.free_text("tag value", value)
     required = CapabilitySet() if required_capabilities is None else required_capabilities
@@ -99,7 +103,7 @@ def attempt(handle: Handle) -> ops.Attempt:
     return ops.Attempt.of(handle)
 
 
-def renew(handle: Handle, lease_ttl_ms: int | None) -> ops.Op[ops.LeaseRenewal]:
+def renew(handle: Handle, lease_ttl_ms: int | None) -> ops.Op[LeaseRenewal]:
     """Return the checked call of `renew`; without a length it is that of the claim."""
     owned = attempt(handle)
     ttl = owned.fields.lease_ttl_ms if lease_ttl_ms is None else lease_ttl_ms
@@ -113,7 +117,7 @@ def complete(handle: Handle, payload: object) -> ops.Op[None]:
 
 def fail(
     handle: Handle, reason: FailureReason | str, failure_class: FailureClass
-) -> ops.Op[ops.FailOutcome]:
+) -> ops.Op[FailOutcome]:
     """Return the checked call of `fail`."""
     why = FailureReason(message=reason) if isinstance(reason, str) else reason
     if not isinstance(why, FailureReason):

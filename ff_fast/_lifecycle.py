@@ -8,14 +8,17 @@ partitions, and a stale one costs one empty claim.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ff_fast import keys, ops
 from ff_fast._hot.resp import pack_command
 from ff_fast._steps import Flow, Pause, Step
 from ff_fast.errors import ProtocolError, from_server_error
-from ff_fast.types import CapabilitySet, Handle
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from ff_fast.types import CapabilitySet, Handle
 
 SWEEP_EVERY_S = 5.0
 """How often one worker looks at all partitions while it finds no hint: 256 small reads in one round trip."""
@@ -92,10 +95,17 @@ def claim(request: ClaimRequest, sweeper: Sweeper) -> Flow[Handle | None]:
             if claimed is None:
                 # Somebody else may be able to do what is there; look for other work before the next wait.
                 misfits.add(partition)
-                for other in (yield from _checked(Step(pack_command(b"ZRANGE", ready, b"0", b"-1")))):
+                for other in (
+                    yield from _checked(Step(pack_command(b"ZRANGE", ready, b"0", b"-1")))
+                ):
                     if claimed is None and int(other) not in misfits:
                         misfits.add(int(other))
-                        claimed = yield from _claim_partition(request, int(other))
+                        # Taken as by a pop, so that a stale hint behind one that nobody can use goes too.
+                        (taken,) = yield Step(pack_command(b"ZREM", ready, other))
+                        if isinstance(taken, Exception):
+                            raise from_server_error(str(taken))
+                        if taken:
+                            claimed = yield from _claim_partition(request, int(other))
             if claimed is not None:
                 return claimed
         left = deadline - time.monotonic()
@@ -156,5 +166,5 @@ def _checked(step: Step) -> Generator[Step | Pause, list[object], list[bytes]]:
     if reply is None or isinstance(reply, int):
         return []
     if not isinstance(reply, list):
-        raise ProtocolError()
+        raise ProtocolError
     return reply

@@ -9,10 +9,10 @@ from ff_fast._hot.writer import WriterCore
 from ff_fast._steps import Flow, Step
 from ff_fast._summary import fold
 from ff_fast.errors import SequenceGap, SummaryConflict
-from ff_fast.types import AppendFrameOutcome, Frame, FrameKind, StreamMode
+from ff_fast.types import MAX_PAYLOAD_BYTES, AppendFrameOutcome, Frame, FrameKind, StreamMode
 
 HIGH_WATER_BYTES = 1 << 20
-"""`drain` waits while more than this many bytes of payload are unacknowledged."""
+"""`drain` waits while more than this many bytes are unacknowledged, or than leave room for one more frame."""
 
 MAX_UNACKNOWLEDGED_BYTES = 32 << 20
 RETENTION_MAXLEN = 10_000
@@ -49,7 +49,7 @@ def open_writer(attempt: ops.Attempt, options: WriterOptions) -> Flow[WriterStat
     opened = op.answer(reply)
     document = None
     if opened.summary_version:
-        read = ops.read_summary(attempt.execution_id, attempt.index)
+        read = ops.read_summary(attempt.execution_id, attempt.attempt_index)
         (reply,) = yield Step(read.request())
         summary = fold(read.answer(reply))
         version = 0 if summary is None else summary.version
@@ -74,7 +74,11 @@ class SharedWriter(WriterCore):
             linger_ms=state.options.linger_ms,
         )
         self.execution_id = state.attempt.execution_id
-        self.attempt_index = state.attempt.index
+        self.attempt_index = state.attempt.attempt_index
+        # Behind a drain a frame of any size is taken, whatever the limit.
+        self.high_water_bytes = min(
+            HIGH_WATER_BYTES, state.options.max_unacknowledged_bytes - MAX_PAYLOAD_BYTES
+        )
 
     def outcome(self) -> AppendFrameOutcome:
         """What is stored by now."""

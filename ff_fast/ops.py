@@ -70,7 +70,7 @@ class Op(NamedTuple, Generic[T]):
                 raise
             except (ValueError, IndexError, TypeError, AttributeError):
                 pass
-        raise ProtocolError()
+        raise ProtocolError
 
 
 def number(value: int) -> bytes:
@@ -91,7 +91,7 @@ class Attempt(NamedTuple):
     """The attempt that a handle stands for: its keys and its fence, as they go to the server."""
 
     execution_id: str
-    index: int
+    attempt_index: int
     fields: HandleFields
 
     @classmethod
@@ -107,7 +107,7 @@ class Attempt(NamedTuple):
     @property
     def stream_keys(self) -> tuple[bytes, bytes, bytes, bytes, bytes]:
         """core, log, live, meta, summary."""
-        eid, index = self.execution_id, self.index
+        eid, index = self.execution_id, self.attempt_index
         return (
             keys.core(eid),
             keys.stream(eid, index),
@@ -120,7 +120,7 @@ class Attempt(NamedTuple):
     def fence(self) -> tuple[bytes, bytes, bytes]:
         """attempt index, lease id, lease epoch."""
         return (
-            number(self.index),
+            number(self.attempt_index),
             self.fields.lease_id.encode(),
             number(self.fields.lease_epoch),
         )
@@ -251,7 +251,7 @@ def _finish_keys(attempt: Attempt) -> tuple[bytes, ...]:
     eid = attempt.execution_id
     return (
         *attempt.stream_keys,
-        keys.attempt(eid, attempt.index),
+        keys.attempt(eid, attempt.attempt_index),
         keys.payload(eid),
         keys.tags(eid),
     )
@@ -313,11 +313,14 @@ def open_writer(attempt: Attempt, writer_id: str) -> Op[Opened]:
 
 
 class Range(NamedTuple):
-    """Both streams of an attempt after one id, at one moment (lua/read.lua, ``ff_read_range``)."""
+    """Both streams of an attempt, each after an id, at one moment (lua/read.lua, ``ff_read_range``)."""
 
     log: list[list[object]]
+    log_to: bytes
+    log_more: bool
     live: list[list[object]]
-    horizon: bytes
+    live_to: bytes
+    live_more: bool
     last_sequence: int
     last_ms: int
     visible_sequence: int
@@ -329,22 +332,26 @@ def read_range(
     execution_id: str,
     attempt_index: int,
     *,
-    after: str,
+    log_after: bytes,
+    live_after: bytes,
     count: int,
     max_bytes: int,
     visibility: str,
 ) -> Op[Range]:
-    """Entries of both streams after the id *after*."""
+    """Entries of both streams after an id of each."""
 
     def parse(_: bytes, fields: list[object]) -> Range:
-        log, live = fields[0], fields[1]
+        log, log_to, log_more, live, live_to, live_more, *rest = fields
         if not isinstance(log, list) or not isinstance(live, list):
             raise TypeError
-        horizon, last_sequence, last_ms, visible, _closed_at, reason, left = map(_text, fields[2:])
+        last_sequence, last_ms, visible, reason, left = map(_text, rest)
         return Range(
             log,
+            _text(log_to).encode(),
+            _text(log_more) == "1",
             live,
-            horizon.encode(),
+            _text(live_to).encode(),
+            _text(live_more) == "1",
             int(last_sequence),
             int(last_ms),
             int(visible),
@@ -362,7 +369,8 @@ def read_range(
         ),
         (
             number(attempt_index),
-            after.encode(),
+            log_after,
+            live_after,
             number(count),
             number(max_bytes),
             visibility.encode(),

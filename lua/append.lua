@@ -6,8 +6,8 @@
 --   V count field_count (field value)*field_count
 --       one live entry that stands for `count` frames (a run; its layout is the client's, ff_fast/_hot/frames.pyx)
 --   S count field_count (field value)*field_count pending_field base_version
---       as V, and the value of its last field is kept in the summary as well, under `pending_field`: `count` patches
---       on top of document version `base_version`
+--       as V, and the value of its last field is kept in the summary as well: `count` patches on top of document version
+--       `base_version`, under `pending_field`, which is `run:<version after>:<count>:<kind>` (`patch:` for one)
 --   C version document patch_kind
 --       the whole document at `version`, whose last patch was of that kind; the patches that it holds are dropped
 --   T oldest_id
@@ -26,13 +26,14 @@
 local BLOCK_FIXED = { L = 3, V = 2, S = 2, C = 3, T = 1, P = 1, K = 1, E = 1 }
 
 -- A run is: varint count, then count varint payload lengths, count varint ages in ms, the payloads back to back.
--- Returns the same run without its first `skip` frames.
-local function run_suffix(run, skip)
+-- Returns the same run of `count` frames without its first `skip`, or nil where it is no such run.
+local function run_suffix(run, count, skip)
   local at = 1
   local function varint()
     local value, scale = 0, 1
     while true do
-      local byte = string.byte(run, at)
+      -- Behind the end stand zeros, as it were; the size of the whole tells below.
+      local byte = string.byte(run, at) or 0
       at = at + 1
       if byte < 128 then
         return value + byte * scale
@@ -49,34 +50,87 @@ local function run_suffix(run, skip)
     end
     return out .. string.char(value)
   end
-  local count = varint()
-  local skipped = 0
-  for i = 1, skip do
-    skipped = skipped + varint()
+  if varint() ~= count then
+    return nil
   end
-  local lengths_from = at
-  for i = skip + 1, count do
-    varint()
+  local size, skipped, lengths_from = 0, 0, at
+  for i = 1, count do
+    size = size + varint()
+    if i == skip then
+      skipped, lengths_from = size, at
+    end
   end
   local lengths = string.sub(run, lengths_from, at - 1)
-  for i = 1, skip do
-    varint()
-  end
   local ages_from = at
-  for i = skip + 1, count do
+  for i = 1, count do
     varint()
+    if i == skip then
+      ages_from = at
+    end
+  end
+  if at - 1 + size ~= #run then
+    return nil
   end
   return put(count - skip) .. lengths .. string.sub(run, ages_from, at - 1) .. string.sub(run, at + skipped)
 end
 
--- The fields of a live entry without its first `skip` frames.
-local function live_suffix(fields, skip)
+-- The fields of a live entry of `count` frames without its first `skip`.
+local function live_suffix(fields, count, skip)
+  local kept = {}
   for i = 1, #fields, 2 do
-    if fields[i] == 'run' then
-      fields[i + 1] = run_suffix(fields[i + 1], skip)
+    local name, value = fields[i], fields[i + 1]
+    if name == 'run' then
+      value = run_suffix(value, count, skip)
+    elseif name == 'count' then
+      value = ff.text(count - skip)
+    end
+    -- `prev` belongs to the first frame.
+    if name ~= 'prev' then
+      kept[#kept + 1] = name
+      kept[#kept + 1] = value
     end
   end
-  return fields
+  return kept
+end
+
+-- How many summary patches are among the first `skip` frames of a batch that holds more, or nil where a run that
+-- would have to be cut is not what its block says.
+local function skipped_patches(args, skip)
+  local at, patches = 6, 0
+  while skip > 0 do
+    local letter = args[at]
+    local count = tonumber(args[at + 1])
+    if letter == 'L' then
+      at = at + 4 + 2 * tonumber(args[at + 3]) + count
+      skip = skip - count
+    elseif letter == 'V' or letter == 'S' then
+      local value = at + 2 + 2 * tonumber(args[at + 2])
+      if skip < count and (args[value - 1] ~= 'run' or not run_suffix(args[value], count, skip)) then
+        return nil
+      end
+      if letter == 'S' then
+        patches = patches + math.min(skip, count)
+        value = value + 2
+      end
+      at = value + 1
+      skip = skip - count
+    else
+      at = at + BLOCK_FIXED[letter] + 1
+    end
+  end
+  return patches
+end
+
+-- Whether the value of a retention block is one that the server accepts: an error there would come after the frames.
+local function retention_ok(letter, value)
+  if letter == 'T' then
+    local ms, sequence = string.match(value, '^(%d+)%-(%d+)$')
+    return ff.integer(ms) and ff.integer(sequence)
+  elseif letter == 'E' then
+    return #value <= 32 and string.find(value, '^%d+%.?%d*$')
+  end
+  local number = ff.integer(value)
+  return number and number > 0
 end
 
 -- The id under which a stored frame stands, or '' once it is trimmed. Only a caller that repeats an old frame
@@ -137,7 +191,7 @@ redis.register_function('ff_append', function(keys, args)
   end
   local time = call('TIME')
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
-  local lease_left = core[5] - now
+  local lease_left = (tonumber(core[5]) or 0) - now
   if lease_left <= 0 then
     return ff.err('lease_expired')
   end
@@ -146,6 +200,7 @@ redis.register_function('ff_append', function(keys, args)
   end
 
   -- Check every block before the first write.
+  local integer = ff.integer
   local total, summary_first, compaction = 0, nil, nil
   local patches = 0
   local at, last = 6, #args
@@ -156,10 +211,13 @@ redis.register_function('ff_append', function(keys, args)
       return ff.err('invalid_input', 'block')
     end
     if letter == 'L' then
-      local count, extras = tonumber(args[at + 1]), tonumber(args[at + 3])
+      local count, extras = integer(args[at + 1]), integer(args[at + 3])
+      if not count or count < 1 or not extras or extras > ff.MAX_FIELDS then
+        return ff.err('invalid_input', 'block')
+      end
       local from = at + 4 + 2 * extras
       at = from + count
-      if at > last + 1 or extras > ff.MAX_FIELDS then
+      if at > last + 1 then
         return ff.err('invalid_input', 'block')
       end
       for i = from, at - 1 do
@@ -169,27 +227,37 @@ redis.register_function('ff_append', function(keys, args)
       end
       total = total + count
     elseif letter == 'V' or letter == 'S' then
-      local count, fields = tonumber(args[at + 1]), tonumber(args[at + 2])
-      local value = at + 2 + 2 * fields
-      if fields < 1 or fields > ff.MAX_FIELDS or value > last then
+      local count, fields = integer(args[at + 1]), integer(args[at + 2])
+      if not count or count < 1 or not fields or fields < 1 or fields > ff.MAX_FIELDS then
         return ff.err('invalid_input', 'block')
       end
-      if #args[value] > ff.MAX_RUN_BYTES then
-        return ff.err('payload_too_large', ff.text(ff.MAX_RUN_BYTES), ff.text(#args[value]))
+      local value = at + 2 + 2 * fields
+      if value > last then
+        return ff.err('invalid_input', 'block')
+      end
+      local limit = count > 1 and ff.MAX_RUN_BYTES or ff.MAX_PAYLOAD
+      if #args[value] > limit then
+        return ff.err('payload_too_large', ff.text(limit), ff.text(#args[value]))
       end
       at = value + 1
       if letter == 'S' then
-        if at + 1 > last then
+        local base = at + 1 <= last and integer(args[at + 1])
+        summary_first = summary_first or base
+        if not base or base ~= summary_first + patches or compaction then
           return ff.err('invalid_input', 'block')
         end
-        summary_first = summary_first or tonumber(args[at + 1])
         patches = patches + count
         at = at + 2
       end
       total = total + count
     else
       if letter == 'C' then
-        compaction = tonumber(args[at + 1])
+        compaction = integer(args[at + 1])
+        if not compaction or compaction < 1 or (summary_first and compaction ~= summary_first + patches) then
+          return ff.err('invalid_input', 'block')
+        end
+      elseif not retention_ok(letter, args[at + 1]) then
+        return ff.err('invalid_input', 'block')
       end
       at = at + fixed + 1
     end
@@ -199,12 +267,13 @@ redis.register_function('ff_append', function(keys, args)
   end
 
   -- The next sequence appends, an older one of this writer is a duplicate, a higher one is a gap.
-  local first = ff.integer(args[5])
-  if not first or first < 1 then
+  local first = integer(args[5])
+  if not first or first < 1 or first > ff.MAX_INTEGER - math.max(total - 1, 0) then
     return ff.err('invalid_input', 'first_sequence')
   end
   local sequence, ms = tonumber(meta[1]), tonumber(meta[2])
   local skip = sequence + 1 - first
+  local skipped = 0
   if skip ~= 0 then
     if skip < 0 then
       return ff.err('sequence_gap', ff.text(sequence + 1), args[5])
@@ -213,10 +282,14 @@ redis.register_function('ff_append', function(keys, args)
     if first < base then
       return ff.err('sequence_gap', ff.text(sequence + 1), args[5])
     end
-    if skip >= total and total > 0 then
-      local id = stored_id(keys[2], keys[3], first + total - 1)
+    if skip >= total then
+      local id = total > 0 and stored_id(keys[2], keys[3], first + total - 1) or ''
       return format('%s %d %d %d', string.match(id, '^%d+') or '0', first + total - 1, lease_left,
         core[6] and 1 or 0)
+    end
+    skipped = skipped_patches(args, skip)
+    if not skipped then
+      return ff.err('invalid_input', 'block')
     end
   end
   local summary
@@ -224,12 +297,8 @@ redis.register_function('ff_append', function(keys, args)
     summary = call('HMGET', keys[5], 'version', 'first_applied_ms')
     local version = tonumber(summary[1] or 0)
     -- Patches that an overlap leaves out are in the stored version already.
-    local expected = compaction and not summary_first and compaction or summary_first
-    if summary_first and skip > 0 then
-      if version < summary_first or version > summary_first + patches then
-        return ff.err('summary_conflict', ff.text(version), ff.text(summary_first))
-      end
-    elseif version ~= expected then
+    local expected = summary_first and summary_first + skipped or compaction
+    if version ~= expected then
       return ff.err('summary_conflict', ff.text(version), ff.text(expected))
     end
   end
@@ -247,8 +316,8 @@ redis.register_function('ff_append', function(keys, args)
       local from = at + 4 + 2 * extras
       at = from + count
       if skip > 0 then
-        local skipped = math.min(skip, count)
-        from, sequence, skip = from + skipped, sequence + skipped, skip - skipped
+        local left_out = math.min(skip, count)
+        from, sequence, skip = from + left_out, sequence + left_out, skip - left_out
       end
       if extras == 0 then
         for i = from, at - 1 do
@@ -270,23 +339,25 @@ redis.register_function('ff_append', function(keys, args)
       at = to + 1
       sequence = sequence + count
       local id = format('%d-%d', ms, sequence)
-      local value = args[to]
+      local value, cut = args[to], 0
       if skip >= count then
         skip = skip - count
         count = 0
       elseif skip > 0 then
-        local entry = live_suffix({ unpack(args, from, to) }, skip)
+        local entry = live_suffix({ unpack(args, from, to) }, count, skip)
         call('XADD', keys[3], id, unpack(entry))
-        value = entry[#entry]
-        skip = 0
+        value, cut, skip = entry[#entry], skip, 0
       else
         call('XADD', keys[3], id, unpack(args, from, to))
       end
       if letter == 'S' then
         visible = sequence
         if count > 0 then
-          local version = tonumber(args[at + 1]) + tonumber(args[from - 2])
-          call('HSET', keys[5], args[at], value, 'version', ff.text(version), 'last_updated_ms', ff.text(now),
+          local version, pending_field = tonumber(args[at + 1]) + count, args[at]
+          if cut > 0 then
+            pending_field = string.gsub(pending_field, '^(run:%d+:)%d+', '%1' .. ff.text(count - cut))
+          end
+          call('HSET', keys[5], pending_field, value, 'version', ff.text(version), 'last_updated_ms', ff.text(now),
             'cursor', id)
           if not summary[2] then
             summary[2] = ff.text(now)
@@ -346,7 +417,7 @@ redis.register_function('ff_open_writer', function(keys, args)
   if core[1] ~= 'active' or meta[6] then
     return ff.err('stream_closed')
   end
-  if tonumber(core[5]) <= ff.now_ms() then
+  if (tonumber(core[5]) or 0) <= ff.now_ms() then
     return ff.err('lease_expired')
   end
   local version = call('HGET', keys[3], 'version') or '0'

@@ -1,8 +1,8 @@
 -- The ends of an execution. The call that ends it writes the end entry of its stream in the same step, and answers a
 -- repeat by the same lease with the outcome of the first call.
 
--- Fence, move and end in one; `fields` are stored in the core.
-local function finish(keys, args, to, fields)
+-- Fence, move and end in one; `fields` are stored in the core, and `result`, unless it is empty, under its key.
+local function finish(keys, args, to, fields, result_key, result)
   local now = ff.now_ms()
   local core, refusal = ff.read_fence(keys[1], args[1], args[2], args[3])
   if not core then
@@ -19,6 +19,9 @@ local function finish(keys, args, to, fields)
   ff.move(keys[1], nil, nil, 'active', to, now)
   redis.call('HSET', keys[1], unpack(fields))
   ff.end_stream(keys[2], keys[3], keys[4], keys[5], now, ff.TERMINAL[to], retention_ms)
+  if result_key and #result > 0 then
+    redis.call('SET', result_key, result)
+  end
   for i = 6, #keys do
     redis.call('PEXPIRE', keys[i], retention_ms)
   end
@@ -32,11 +35,7 @@ end
 --   returns: state
 --   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired
 redis.register_function('ff_complete_execution', function(keys, args)
-  local reply = finish(keys, args, 'completed', { 'outcome', 'success' })
-  if reply[1] == 1 and #args[4] > 0 then
-    redis.call('SET', keys[9], args[4], 'PX', redis.call('PTTL', keys[1]))
-  end
-  return reply
+  return finish(keys, args, 'completed', { 'outcome', 'success' }, keys[9], args[4])
 end)
 
 -- ff_fail_execution

@@ -79,7 +79,7 @@ function ff.read_active(core_key, attempt_index, lease_id, lease_epoch, now)
   if core[1] ~= 'active' then
     return nil, ff.err('execution_not_active', core[1])
   end
-  if tonumber(core[5]) <= now then
+  if (tonumber(core[5]) or 0) <= now then
     return nil, ff.err('lease_expired')
   end
   return core

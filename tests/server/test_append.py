@@ -1,0 +1,732 @@
+"""`ff_append` and `ff_open_writer` on real engines, called as any client may call them.
+
+Every refusal must leave every key as it was, so each is compared byte for byte with what was there before.
+"""
+
+import json
+
+import pytest
+
+import ff_fast
+from ff_fast import errors, ops
+from ff_fast.errors import MAX_INT, Outcome
+
+MAX_PAYLOAD = 65_536
+MAX_RUN = 2 << 20
+WRITER = b"writer-1"
+NOT_INTEGERS = [
+    b"", b"0x10", b" 5 ", b"5\n", b"1e3", b"inf", b"nan", b"-1", b"+1", b"1.0", b"\xb2", b"1\x00",
+    b"9007199254740992", b"99999999999999999999",
+]  # fmt: skip
+
+
+# -- what a batch is made of -------------------------------------------------------------------------
+
+
+def varint(value):
+    out = bytearray()
+    while value > 127:
+        out.append(value % 128 + 128)
+        value //= 128
+    return bytes(out) + bytes([value])
+
+
+def run_of(payloads, ages=None):
+    """The value of the field `run`, from its description in ff_fast/_hot/frames.pyx."""
+    ages = ages or [0] * len(payloads)
+    return (
+        varint(len(payloads))
+        + b"".join(varint(len(payload)) for payload in payloads)
+        + b"".join(map(varint, ages))
+        + b"".join(payloads)
+    )
+
+
+def number(value):
+    return b"%d" % value
+
+
+def log(*payloads, frame_type=b"token", extras=()):
+    return [b"L", number(len(payloads)), frame_type, number(len(extras) // 2), *extras, *payloads]
+
+
+def live(*payloads, mode=b"best_effort", fields=(), letter=b"V"):
+    shared = [b"mode", mode, b"frame_type", b"token", *fields]
+    if len(payloads) == 1:
+        shared += [b"payload", payloads[0]]
+    else:
+        ages = list(range(len(payloads) * 100, 0, -100))
+        shared += [b"count", number(len(payloads)), b"run", run_of(payloads, ages)]
+    return [letter, number(len(payloads)), number(len(shared) // 2), *shared]
+
+
+def patches(*payloads, base, fields=()):
+    version, count = base + len(payloads), len(payloads)
+    form = b"patch" if count == 1 else b"run"
+    about = (b"patch_kind", b"json-merge-patch", b"summary_version", number(version), *fields)
+    return [
+        *live(*payloads, mode=b"summary", fields=about, letter=b"S"),
+        b"%b:%d:%d:json-merge-patch:" % (form, version, count),
+        number(base),
+    ]
+
+
+class Stream:
+    """One attempt, and the calls that its worker could make."""
+
+    def __init__(self, raw, backend, lane, **claim):
+        self.raw = raw
+        self.backend = backend
+        self.eid = backend.create_execution(lane=lane, payload=b"in", tags={"a.b": "c"})
+        self.handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="i", **claim)
+        attempt = ops.Attempt.of(self.handle)
+        self.fence = attempt.fence
+        self.keys = attempt.stream_keys
+        self.core, self.log, self.live, self.meta, self.summary = self.keys
+
+    def call(self, function, keys, *args):
+        return self.raw.fcall(function, len(keys), *keys, *args)
+
+    def open(self, writer=WRITER, fence=None):
+        keys = (self.core, self.meta, self.summary)
+        return self.call("ff_open_writer", keys, *(fence or self.fence), writer)
+
+    def append(self, *blocks, first=1, fence=None, writer=WRITER):
+        """The answer: (ms, sequence) of the position, or the error that the answer stands for."""
+        first = first if isinstance(first, bytes) else number(first)
+        args = [part for block in blocks for part in block]
+        reply = self.call("ff_append", self.keys, *(fence or self.fence), writer, first, *args)
+        if isinstance(reply, list):
+            assert reply[0] == 0
+            return errors.for_code(reply[1].decode(), reply[2:])
+        ms, sequence, left, cancel = map(int, reply.split(b" "))
+        assert left > 0
+        assert cancel in (0, 1)
+        return ms, sequence
+
+    def everything(self):
+        """Every key of the execution, byte for byte, and when it expires."""
+        found = sorted(self.raw.keys(f"*{self.eid.partition(':')[2].partition(':')[2]}*"))
+        return {key: (self.raw.dump(key), self.raw.pexpiretime(key)) for key in found}
+
+    def refused(self, code, *blocks, **call):
+        """The error of a call that must change nothing."""
+        before = self.everything()
+        error = self.append(*blocks, **call)
+        assert self.everything() == before
+        assert isinstance(error, errors.FFError), error
+        assert (error.code, error.outcome) == (code, Outcome.NOT_APPLIED)
+        return error
+
+    def repeated(self, *blocks, **call):
+        """The answer to a call whose frames are all stored already: it must change nothing."""
+        before = self.everything()
+        answer = self.append(*blocks, **call)
+        assert self.everything() == before
+        return answer
+
+    def frames(self, **options):
+        return self.backend.read_stream(self.eid, 0, count=10_000, **options)
+
+    def payloads(self):
+        page = self.frames()
+        assert page.gaps == ()
+        assert [frame.sequence for frame in page] == list(range(1, len(page) + 1))
+        return [frame.payload for frame in page]
+
+    def set_last_sequence(self, value):
+        self.raw.hset(self.meta, "last_sequence", value)
+
+
+@pytest.fixture(scope="module")
+def backends():
+    opened = {}
+    yield opened
+    for backend in opened.values():
+        backend.close()
+
+
+@pytest.fixture
+def backend(engine, backends):
+    if engine.url not in backends:
+        backends[engine.url] = ff_fast.ValkeyBackend.connect(engine.url)
+    return backends[engine.url]
+
+
+@pytest.fixture
+def unopened(raw, backend, lane):
+    return Stream(raw, backend, lane)
+
+
+@pytest.fixture
+def stream(unopened):
+    unopened.open()
+    return unopened
+
+
+def server_ms(raw):
+    seconds, micros = raw.time()
+    return seconds * 1000 + micros // 1000
+
+
+@pytest.fixture
+def next_ms(raw, wait_until):
+    """Wait until the server's clock shows another millisecond."""
+
+    def wait():
+        now = server_ms(raw)
+        wait_until(lambda: server_ms(raw) > now)
+
+    return wait
+
+
+# -- refusals ----------------------------------------------------------------------------------------
+
+
+def _gone(stream):
+    stream.raw.delete(stream.core)
+
+
+def _other_lease(stream, call):
+    call["fence"] = (stream.fence[0], b"00000000-0000-4000-8000-000000000000", stream.fence[2])
+
+
+def _suspended(stream):
+    stream.raw.hset(stream.core, "state", "suspended")
+
+
+def _closed(stream):
+    stream.raw.hset(stream.meta, "closed_at", "1")
+
+
+def _lapsed(stream):
+    stream.raw.hset(stream.core, "lease_expires_at", "1")
+
+
+def _superseded(stream):
+    stream.open(b"writer-2")
+
+
+REFUSALS = [
+    ("execution_not_found", _gone, None, errors.ExecutionNotFound),
+    ("stale_owner", None, _other_lease, errors.StaleOwner),
+    ("suspended", _suspended, None, errors.ExecutionSuspended),
+    ("stream_closed", _closed, None, errors.StreamClosed),
+    ("lease_expired", _lapsed, None, errors.LeaseExpired),
+    ("writer_superseded", _superseded, None, errors.WriterSuperseded),
+    ("payload_too_large", None, lambda _, call: call.update(b=log(bytes(65_537))), errors.PayloadTooLarge),
+    ("invalid_input", None, lambda _, call: call.setdefault("b", [b"X"]), errors.InvalidInput),
+    ("sequence_gap", None, lambda _, call: call.update(first=9), errors.SequenceGap),
+    ("summary_conflict", None, lambda _, call: call.setdefault("b", patches(b"{}", base=7)), errors.SummaryConflict),
+]  # fmt: skip
+CODES = [code for code, *_ in REFUSALS]
+
+
+def test_every_error_of_append_has_its_refusal_here():
+    from ff_fast import _library
+
+    assert sorted(_library.headers()["ff_append"].errors) == sorted(CODES)
+
+
+def spoil(stream, refusals):
+    call = {}
+    # The writer is superseded while the execution still allows it.
+    for _, change, _, _ in reversed(refusals):
+        if change is not None:
+            change(stream)
+    for _, _, change, _ in refusals:
+        if change is not None:
+            change(stream, call)
+    return call.pop("b", log(b"x")), call
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=CODES)
+def test_a_refusal_changes_nothing(stream, refusal):
+    block, call = spoil(stream, [refusal])
+    error = stream.refused(refusal[0], log(b"good"), block, **call)
+    assert type(error) is refusal[3]
+
+
+@pytest.mark.parametrize("at", range(len(REFUSALS)), ids=CODES)
+def test_of_several_reasons_the_first_is_told(stream, at):
+    block, call = spoil(stream, REFUSALS[at:])
+    stream.refused(CODES[at], log(b"good"), block, **call)
+
+
+@pytest.mark.parametrize("part", range(3), ids=["attempt", "lease id", "epoch"])
+@pytest.mark.parametrize("value", [b"7", b"", b"0x0", b"00"])
+def test_a_fence_that_differs_in_any_part_is_stale(stream, part, value):
+    fence = list(stream.fence)
+    fence[part] = value
+    stream.refused("stale_owner", log(b"x"), fence=fence)
+
+
+@pytest.mark.parametrize("end", ["complete", "fail"])
+def test_a_stream_is_closed_by_the_end_of_its_execution(stream, end):
+    stream.append(log(b"x"))
+    if end == "complete":
+        stream.backend.complete(stream.handle, b"done")
+    else:
+        stream.backend.fail(stream.handle, "broken")
+    stream.refused("stream_closed", log(b"y"), first=2)
+    # Even what is stored is not acknowledged any more: the answer of the end is the last word.
+    stream.refused("stream_closed", log(b"x"))
+
+
+def test_a_lease_lapses_by_the_servers_clock(raw, backend, lane, wait_until):
+    stream = Stream(raw, backend, lane, lease_ttl_ms=300)
+    stream.open()
+    assert stream.append(log(b"x"))[1] == 1
+    expires_at = int(raw.hget(stream.core, "lease_expires_at"))
+    wait_until(lambda: server_ms(raw) >= expires_at)
+    stream.refused("lease_expired", log(b"y"), first=2)
+
+
+def test_a_gap_says_what_was_expected(stream):
+    stream.append(log(b"1", b"2"))
+    error = stream.refused("sequence_gap", log(b"x"), first=4)
+    assert (error.expected, error.got) == (3, 4)
+    error = stream.refused("sequence_gap", first=MAX_INT)
+    assert (error.expected, error.got) == (3, MAX_INT)
+
+
+@pytest.mark.parametrize("first", [*NOT_INTEGERS, b"0"])
+def test_a_sequence_is_a_whole_number_from_1(stream, first):
+    stream.append(log(*[b"x"] * 1024))
+    stream.refused("invalid_input", log(b"x"), first=first)
+
+
+@pytest.mark.parametrize(
+    "block, limit",
+    [
+        (log(b"a", bytes(MAX_PAYLOAD + 1)), MAX_PAYLOAD),
+        (live(bytes(MAX_PAYLOAD + 1)), MAX_PAYLOAD),
+        (patches(bytes(MAX_PAYLOAD + 1), base=0), MAX_PAYLOAD),
+        (live(bytes(MAX_RUN // 2), bytes(MAX_RUN // 2)), MAX_RUN),
+    ],
+    ids=["log", "live", "patch", "run"],
+)
+def test_a_payload_that_is_too_large(stream, block, limit):
+    error = stream.refused("payload_too_large", log(b"good"), block)
+    assert error.limit == limit
+    assert error.size > limit
+
+
+def test_the_largest_payloads_are_stored(stream):
+    data = bytes(range(256)) * 256
+    stream.append(log(data), live(data), live(data, data))
+    assert stream.payloads() == [data] * 4
+
+
+def replaced(block, at, value):
+    return [*block[:at], value, *block[at + 1 :]]
+
+
+ONE_LOG, ONE_LIVE = log(b"p"), live(b"p")
+TWO_PATCHES = [*patches(b"{}", base=0), *patches(b"{}", base=1)]
+COUNTS = [*NOT_INTEGERS, b"0"]
+MALFORMED = {
+    "unknown letter": [b"X"],
+    "lower case": replaced(ONE_LOG, 0, b"l"),
+    "empty letter": replaced(ONE_LOG, 0, b""),
+    **{f"log cut {n}": ONE_LOG[:n] for n in range(1, len(ONE_LOG))},
+    **{f"log count {count}": replaced(ONE_LOG, 1, count) for count in COUNTS},
+    "log count of more": replaced(ONE_LOG, 1, b"2"),
+    **{f"log extras {count}": replaced(ONE_LOG, 3, count) for count in NOT_INTEGERS},
+    "log extras of more": replaced(ONE_LOG, 3, b"1"),
+    "log 33 extras": log(b"p", extras=[b"f", b"v"] * 33),
+    **{f"live cut {n}": ONE_LIVE[:n] for n in range(1, len(ONE_LIVE))},
+    **{f"live count {count}": replaced(ONE_LIVE, 1, count) for count in COUNTS},
+    **{f"live fields {count}": replaced(ONE_LIVE, 2, count) for count in COUNTS},
+    "live 33 fields": live(b"p", fields=[b"f", b"v"] * 30),
+    "live fields of more": replaced(ONE_LIVE, 2, b"4"),
+    "patch without base": patches(b"{}", base=0)[:-1],
+    "patch without field": patches(b"{}", base=0)[:-2],
+    **{f"patch base {base}": [*patches(b"{}", base=0)[:-1], base] for base in NOT_INTEGERS},
+    "patches that do not follow": [*TWO_PATCHES[:-1], b"2"],
+    **{f"document version {version}": [b"C", version, b"{}", b"k"] for version in COUNTS},
+    "document cut": [b"C", b"1", b"{}"],
+    "document beside its patches": [*TWO_PATCHES, b"C", b"3", b"{}", b"k"],
+    "document before its patches": [b"C", b"2", b"{}", b"k", *TWO_PATCHES],
+    **{f"{letter} cut": [letter.encode()] for letter in "TPKE"},
+    **{f"P {ttl}": [b"P", ttl] for ttl in COUNTS},
+    **{f"K {maxlen}": [b"K", maxlen] for maxlen in COUNTS},
+    **{
+        f"T {oldest}": [b"T", oldest]
+        for oldest in (b"", b"5", b"-", b"5-", b"-5", b"5-5-5", b"x-1", b"1-x", b" 1-1", b"9" * 20 + b"-1", b"(1-1")
+    },
+    **{f"E {state}": [b"E", state] for state in (b"", b"nan", b"inf", b"-1", b"1e9", b"1" * 40)},
+    "too many frames": replaced(ONE_LIVE, 1, b"1025"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_block_is_refused_whole(stream, block):
+    stream.append(log(b"1"))
+    stream.refused("invalid_input", log(b"good"), live(b"good"), block, first=2)
+
+
+@pytest.mark.parametrize("given", range(5))
+def test_missing_arguments_are_refused(stream, given):
+    args = [*stream.fence, WRITER, b"1"][:given]
+    before = stream.everything()
+    reply = stream.call("ff_append", stream.keys, *args)
+    assert reply[0] == 0
+    assert stream.everything() == before
+
+
+def test_a_batch_without_frames_does_what_it_says(stream):
+    stream.append(live(b"1"))
+    stream.append([b"E", b"12.5", b"P", b"60000", b"K", b"10", b"T", b"5-5"], first=2)
+    assert stream.raw.hget(stream.meta, "estimator") == b"12.5"
+    assert 0 < stream.raw.pttl(stream.live) <= 60_000
+    assert stream.raw.pttl(stream.log) < 0
+    assert stream.append(log(b"2"), first=2)[1] == 2
+
+
+# -- sequences ---------------------------------------------------------------------------------------
+
+
+def test_frames_are_numbered_densely_over_both_streams(stream, next_ms):
+    assert stream.append(log(b"1", b"2"), live(b"3", b"4"), patches(b"{}", base=0))[1] == 5
+    next_ms()
+    assert stream.append(live(b"6"), log(b"7"), first=6)[1] == 7
+    assert stream.payloads() == [b"1", b"2", b"3", b"4", b"{}", b"6", b"7"]
+    ids = [frame.stream_id for frame in stream.frames()]
+    assert [int(each.split("-")[1]) for each in ids] == list(range(1, 8))
+    assert sorted(ids, key=lambda each: int(each.split("-")[0])) == ids
+
+
+def test_the_milliseconds_of_ids_never_go_back(stream):
+    ahead = server_ms(stream.raw) + 100_000
+    stream.raw.hset(stream.meta, "last_ms", ahead)
+    assert stream.append(log(b"1"), live(b"2")) == (ahead, 2)
+    assert stream.append(log(b"3"), first=3) == (ahead, 3)
+    assert stream.payloads() == [b"1", b"2", b"3"]
+
+
+def test_a_repeated_batch_is_a_success_with_what_is_stored(stream, next_ms):
+    batches = [
+        (1, log(b"1", b"2")),
+        (3, live(b"3", b"4", b"5")),
+        (6, live(b"6")),
+        (7, patches(b'{"a":1}', b'{"b":2}', base=0)),
+        (9, log(b"9")),
+    ]
+    answers = []
+    for first, block in batches:
+        answers.append(stream.append(block, first=first))
+        next_ms()
+    assert len({ms for ms, _ in answers}) == len(answers)
+    for (first, block), answer in zip(batches, answers, strict=True):
+        assert stream.repeated(block, first=first) == answer
+    # Repeats that end inside a run stand under the id that readers have seen.
+    assert stream.repeated(live(b"3", b"4"), first=3) == (answers[1][0], 4)
+    assert stream.repeated(live(b"4"), first=4) == (answers[1][0], 4)
+    assert stream.repeated(patches(b'{"a":1}', base=0), first=7) == (answers[3][0], 7)
+    # And across batches.
+    assert stream.repeated(log(*[b"x"] * 8), first=1) == (answers[3][0], 8)
+    summary = stream.backend.read_summary(stream.eid)
+    assert (json.loads(summary.document_json), summary.version) == ({"a": 1, "b": 2}, 2)
+
+
+def test_an_old_frame_is_found_behind_many_others(stream, next_ms):
+    first = stream.append(log(b"1"))
+    next_ms()
+    for at in range(2, 502):
+        stream.append(live(b"x") if at % 2 else log(b"x"), first=at)
+    assert stream.repeated(log(b"1")) == first
+
+
+def test_a_duplicate_of_a_trimmed_frame_is_a_success_without_a_time(stream):
+    stream.append(live(b"1"))
+    stream.append(log(b"2"), first=2)
+    stream.raw.delete(stream.live)
+    assert stream.repeated(live(b"1")) == (0, 1)
+
+
+BATCH = [
+    ("log", b"1"), ("log", b"2"),
+    ("live", b"3"), ("live", b"4"), ("live", b"5" * 200),
+    ("patch", b'{"n":6}'), ("patch", b'{"l":{"x":7}}'), ("patch", b'{"n":8}'), ("patch", b'{"l":{"y":9}}'),
+    ("log", b"10"), ("live", b"11"),
+]  # fmt: skip
+
+
+def batch_of(frames, before=0):
+    """The blocks of consecutive frames of BATCH; *before* of them are in earlier batches."""
+    blocks = []
+    groups = []
+    for kind, payload in frames:
+        if groups and groups[-1][0] == kind:
+            groups[-1][1].append(payload)
+        else:
+            groups.append((kind, [payload]))
+    kinds = [kind for kind, _ in BATCH]
+    at = before
+    for kind, payloads in groups:
+        shown = [i + 1 for i in range(at) if kinds[i] != "live"]
+        prev = (
+            (b"prev", number(shown[-1] if shown else 0)) if at and kinds[at - 1] == "live" else ()
+        )
+        if kind == "log":
+            blocks.append(log(*payloads, extras=prev))
+        elif kind == "live":
+            blocks.append(live(*payloads))
+        else:
+            blocks.append(patches(*payloads, base=kinds[:at].count("patch"), fields=prev))
+        at += len(payloads)
+    return blocks
+
+
+def shown(frames):
+    return [(f.sequence, f.payload, f.mode, f.summary_version) for f in frames]
+
+
+@pytest.mark.parametrize("stored", range(1, len(BATCH)))
+def test_of_an_overlap_only_the_suffix_is_appended(unopened, raw, backend, stored):
+    whole = Stream(raw, backend, f"whole-{unopened.eid[-12:]}")
+    whole.open()
+    assert whole.append(*batch_of(BATCH))[1] == len(BATCH)
+    stream = unopened
+    stream.open()
+    stream.append(*batch_of(BATCH[:stored]))
+    assert stream.append(*batch_of(BATCH))[1] == len(BATCH)
+    assert shown(stream.frames()) == shown(whole.frames())
+    assert stream.payloads() == [payload for _, payload in BATCH]
+    visible = stream.frames(visibility=ff_fast.TailVisibility.EXCLUDE_BEST_EFFORT)
+    assert visible.gaps == ()
+    assert shown(visible) == [row for row in shown(whole.frames()) if row[2] != "best_effort"]
+    summary = stream.backend.read_summary(stream.eid)
+    assert (summary.document_json, summary.version) == (b'{"n":8,"l":{"x":7,"y":9}}', 4)
+    # The repeat of it all is a duplicate now.
+    stream.repeated(*batch_of(BATCH))
+
+
+@pytest.mark.parametrize("before", range(1, 7))
+def test_an_overlap_that_begins_inside_what_is_stored(stream, before):
+    stream.append(*batch_of(BATCH[:7]))
+    assert stream.append(*batch_of(BATCH[before:], before), first=before + 1)[1] == len(BATCH)
+    assert stream.payloads() == [payload for _, payload in BATCH]
+    summary = stream.backend.read_summary(stream.eid)
+    assert (summary.document_json, summary.version) == (b'{"n":8,"l":{"x":7,"y":9}}', 4)
+
+
+def test_ages_of_frames_survive_a_cut(stream):
+    stream.append(live(b"1", b"2"))
+    stream.append(live(b"1", b"2", b"3", b"4", b"5"))
+    third, fourth, fifth = stream.frames()[2:]
+    assert [fourth.ts_ms - third.ts_ms, fifth.ts_ms - fourth.ts_ms] == [100, 100]
+
+
+def test_a_cut_run_does_not_hide_a_hole_before_it(stream):
+    stream.append(*batch_of(BATCH[:7]))
+    stream.append(*batch_of(BATCH[:9]))
+    # Frames 6 and 7 are lost: who reads durable frames alone must hear of it.
+    entry = next(entry for entry, _ in stream.raw.xrange(stream.live) if entry.endswith(b"-7"))
+    stream.raw.xdel(stream.live, entry)
+    page = stream.frames(visibility=ff_fast.TailVisibility.EXCLUDE_BEST_EFFORT)
+    assert [frame.sequence for frame in page] == [1, 2, 8, 9]
+    (gap,) = page.gaps
+    assert gap.next_sequence == 8
+
+
+BROKEN_RUNS = {
+    "empty": b"",
+    "count": varint(2) + run_of([b"1", b"2", b"3"])[1:],
+    "cut": run_of([b"1", b"2", b"3"])[:-1],
+    "longer": run_of([b"1", b"2", b"3"]) + b"x",
+    "endless number": b"\x03" + b"\xff" * 400,
+    "lengths beyond the end": b"\x03\xff\xff\x7f\x01\x01\x00\x00\x00abc",
+}
+
+
+@pytest.mark.parametrize("run", BROKEN_RUNS.values(), ids=BROKEN_RUNS)
+@pytest.mark.parametrize("summary", [False, True], ids=["live", "summary"])
+def test_a_run_that_cannot_be_cut_is_refused(stream, run, summary):
+    stream.append(live(b"1"))
+    block = patches(b"{}", b"{}", b"{}", base=0) if summary else live(b"1", b"2", b"3")
+    at = 2 + 2 * int(block[2])
+    stream.refused("invalid_input", replaced(block, at, run))
+
+
+def test_a_new_writer_does_not_swallow_frames_of_the_old_one(stream):
+    stream.append(log(b"1", b"2", b"3"))
+    stream.open(b"writer-2")
+    # To writer-2 a sequence before its first is no duplicate: it has never written it.
+    for first in (1, 3):
+        error = stream.refused("sequence_gap", log(b"mine"), writer=b"writer-2", first=first)
+        assert (error.expected, error.got) == (4, first)
+    stream.refused("sequence_gap", log(b"a", b"b"), writer=b"writer-2", first=3)
+    assert stream.append(log(b"4"), writer=b"writer-2", first=4)[1] == 4
+    assert stream.repeated(log(b"4"), writer=b"writer-2", first=4)[1] == 4
+    assert stream.payloads() == [b"1", b"2", b"3", b"4"]
+
+
+def test_the_last_sequence_is_the_last_exact_integer(stream):
+    stream.set_last_sequence(MAX_INT - 2)
+    stream.refused("invalid_input", log(b"1", b"2", b"3"), first=MAX_INT - 1)
+    ms, sequence = stream.append(log(b"1"), live(b"2"), first=MAX_INT - 1)
+    assert sequence == MAX_INT
+    assert stream.raw.xrange(stream.log)[0][0] == b"%d-%d" % (ms, MAX_INT - 1)
+    assert stream.raw.xrange(stream.live)[0][0] == b"%d-%d" % (ms, MAX_INT)
+    assert stream.raw.hget(stream.meta, "last_sequence") == number(MAX_INT)
+    assert stream.repeated(live(b"2"), first=MAX_INT) == (ms, MAX_INT)
+    stream.refused("invalid_input", log(b"3"), first=MAX_INT + 1)
+
+
+def test_a_batch_holds_1024_frames(stream):
+    assert stream.append(log(*[b"x"] * 1000), live(*[b"y"] * 24))[1] == 1024
+    stream.refused("invalid_input", log(*[b"x"] * 1000), live(*[b"y"] * 25), first=1025)
+
+
+def test_a_requested_cancel_is_told_to_the_writer(stream):
+    reply = stream.call("ff_append", stream.keys, *stream.fence, WRITER, b"1", *log(b"x"))
+    assert reply.split(b" ")[3] == b"0"
+    stream.raw.hset(stream.core, "cancel_requested", "1")
+    reply = stream.call("ff_append", stream.keys, *stream.fence, WRITER, b"2", *log(b"x"))
+    assert reply.split(b" ")[3] == b"1"
+    assert 0 < int(reply.split(b" ")[2]) <= 30_000
+
+
+# -- summary -----------------------------------------------------------------------------------------
+
+
+def test_patches_need_the_version_that_they_were_made_for(stream):
+    stream.append(patches(b'{"a":1}', base=0))
+    for base in (0, 2, 5):
+        error = stream.refused("summary_conflict", patches(b'{"a":2}', base=base), first=2)
+        assert (error.expected, error.got) == (1, base)
+    # An overlap is held to the version after what it leaves out.
+    stream.append(patches(b'{"a":2}', base=1), first=2)
+    error = stream.refused("summary_conflict", patches(b"{}", b"{}", base=3), first=2)
+    assert (error.expected, error.got) == (2, 4)
+    stream.refused("summary_conflict", [b"C", b"3", b"{}", b"json-merge-patch:"], first=3)
+
+
+def test_a_fresh_document_takes_the_place_of_its_patches(stream, next_ms):
+    stream.append(patches(b'{"a":1}', b'{"b":[]}', base=0))
+    before = stream.backend.read_summary(stream.eid)
+    next_ms()
+    stream.append([b"C", b"2", b'{"a":1,"b":[]}', b"json-merge-patch:"], first=3)
+    assert stream.backend.read_summary(stream.eid) == before
+    assert not [name for name in stream.raw.hkeys(stream.summary) if b":" in name]
+    # With patches of its own batch.
+    stream.append(
+        patches(b'{"c":3}', base=2),
+        [b"C", b"3", b'{"a":1,"b":[],"c":3}', b"json-merge-patch:"],
+        first=3,
+    )
+    after = stream.backend.read_summary(stream.eid)
+    assert (after.version, after.document_json) == (3, b'{"a":1,"b":[],"c":3}')
+    assert after.first_applied_ms == before.first_applied_ms < after.last_updated_ms
+
+
+# -- opening -----------------------------------------------------------------------------------------
+
+
+def test_opening_tells_where_to_go_on(unopened):
+    assert unopened.open() == [1, b"OK", b"0", b"0", b"0", b"", b"0"]
+    ms, _ = unopened.append(log(b"1"), patches(b"{}", base=0), live(b"3"), [b"E", b"99.5"])
+    assert unopened.open(b"writer-2") == [1, b"OK", b"3", number(ms), b"2", b"99.5", b"1"]
+
+
+def test_opening_again_with_the_same_id_changes_nothing(stream):
+    stream.append(log(b"1"))
+    before = stream.everything()
+    answer = stream.open()
+    assert stream.everything() == before
+    assert stream.open() == answer
+    # What was a duplicate for this writer is one still.
+    assert stream.repeated(log(b"1"))[1] == 1
+
+
+def test_opening_supersedes_the_writer_before(stream):
+    stream.append(log(b"1"))
+    stream.open(b"writer-2")
+    stream.refused("writer_superseded", log(b"2"), first=2)
+    stream.refused("writer_superseded", log(b"1"), first=1)
+    stream.open()
+    stream.refused("writer_superseded", log(b"2"), first=2, writer=b"writer-2")
+    assert stream.append(log(b"2"), first=2)[1] == 2
+
+
+def test_nobody_appends_without_opening(unopened):
+    unopened.refused("writer_superseded", log(b"1"))
+
+
+@pytest.mark.parametrize("at", range(5), ids=CODES[:5])
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "first of several"])
+def test_opening_is_refused_as_appending_is(unopened, at, alone):
+    refusals = REFUSALS[at : at + 1] if alone else REFUSALS[at:5]
+    _, call = spoil(unopened, refusals)
+    before = unopened.everything()
+    assert unopened.open(**call) == [0, CODES[at].encode()]
+    assert unopened.everything() == before
+
+
+# -- what FlowFabric's append got wrong: reference/02-streams.md §9 ------------------------------------
+
+
+def test_a1_the_same_call_twice_stores_once(stream):
+    block = patches(b'{"n":1}', base=0)
+    assert stream.append(log(b"x"), block) == stream.repeated(log(b"x"), block)
+    assert len(stream.payloads()) == 2
+    assert stream.backend.read_summary(stream.eid).version == 1
+
+
+def test_a3_no_text_of_a_mode_makes_frames_of_the_log_vanish(stream):
+    for first, mode in zip((1, 3, 5), (b"foo", b"Durable", b"durable"), strict=True):
+        stream.append(live(b"x", mode=mode), [b"P", b"1"], log(b"kept"), first=first)
+    assert stream.raw.pttl(stream.log) == -1
+    assert stream.raw.xlen(stream.log) == 3
+
+
+@pytest.mark.parametrize("value", [b"", b"text", b"-1", b"1.5", b"nan", b"0.4", b"9" * 20])
+@pytest.mark.parametrize("letter", [b"K", b"P", b"T"])
+def test_a4_a_bad_retention_value_is_refused_before_the_frame(stream, letter, value):
+    stream.refused("invalid_input", log(b"x"), [letter, value])
+
+
+def test_a5_a_rate_that_is_no_number_is_refused_and_the_window_is_trimmed_still(stream):
+    stream.refused("invalid_input", live(b"x"), [b"E", b"nan"])
+    for first in range(1, 1001):
+        stream.append(live(b"x"), [b"T", b"0-%d" % max(first - 10, 1)], first=first)
+    stream.append(live(b"x"), [b"T", b"%d-%d" % (server_ms(stream.raw) + 1, 0)], first=1001)
+    assert stream.raw.xlen(stream.live) < 300
+
+
+@pytest.mark.parametrize("value", ["", None, "soon"])
+def test_a6_a_lease_without_a_time_has_lapsed(stream, value):
+    if value is None:
+        stream.raw.hdel(stream.core, "lease_expires_at")
+    else:
+        stream.raw.hset(stream.core, "lease_expires_at", value)
+    stream.refused("lease_expired", log(b"x"))
+    assert stream.open(b"writer-2") == [0, b"lease_expired"]
+
+
+def test_a9_times_are_the_servers(stream):
+    before = server_ms(stream.raw)
+    ms, _ = stream.append(log(b"x"))
+    (frame,) = stream.frames()
+    assert before <= frame.ts_ms == ms <= server_ms(stream.raw)
+
+
+def test_a10_absent_suspended_and_closed_are_told_apart(raw, backend, lane):
+    told = []
+    for change in (_gone, _suspended, _closed):
+        stream = Stream(raw, backend, lane)
+        stream.open()
+        change(stream)
+        told.append(stream.append(log(b"x")).code)
+    assert told == ["execution_not_found", "suspended", "stream_closed"]
+
+
+def test_a11_whoever_has_no_lease_has_no_say(raw, backend, lane):
+    stream = Stream(raw, backend, lane)
+    stream.open()
+    # Nobody's: the lease fields are empty, and so are those of the call.
+    raw.hset(stream.core, mapping={"current_lease_id": "", "lease_expires_at": "0"})
+    stream.refused("stale_owner", log(b"x"))
+    stream.refused("lease_expired", log(b"x"), fence=(stream.fence[0], b"", stream.fence[2]))
