@@ -1,0 +1,9 @@
+"""The obvious versions that the tests compare with. They have no types, so they are imported by name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+frames: Any = importlib.import_module("tests.reference_frames")
+merge: Any = importlib.import_module("tests.reference_merge")

@@ -1,0 +1,65 @@
+"""Writing 1,024 frames into a writer core, up to the bytes of the requests; no connection takes part."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import hiredis
+import pytest
+
+from bench.harness import LEASE_MS, PAYLOAD_SIZE, payloads
+from bench.jobs import mode_of
+from ff_fast._hot.writer import WriterCore
+
+if TYPE_CHECKING:
+    from bench.micro.timing import Benchmark
+
+COUNT = 1_024
+FRAMES = payloads(COUNT)
+
+
+def new_core(mode: str) -> WriterCore:
+    return WriterCore(
+        keys=(b"core", b"log", b"live", b"meta", b"summary"),
+        fence=(b"0", b"lease", b"1", b"writer"),
+        mode=mode_of(mode),
+        opened=(0, 0, 0, b"", 0),
+    )
+
+
+def stream(core: WriterCore, batch: int) -> int:
+    """Write every frame; each *batch* of them is sealed and acknowledged."""
+    size = 0
+    for at in range(0, COUNT, batch):
+        sequence = 0
+        for payload in FRAMES[at : at + batch]:
+            sequence = core.write(payload)
+        sealed = core.next_batch()
+        assert sealed is not None
+        size += len(sealed.message)
+        core.acknowledge(sealed, b"1700000000000 %d %d 0" % (sequence, LEASE_MS))
+    return size
+
+
+@pytest.mark.parametrize("batch", [1, 64, 256])
+@pytest.mark.parametrize("mode", ["durable", "best_effort"])
+def test_1024_frames(benchmark: Benchmark, mode: str, batch: int) -> None:
+    core = new_core(mode)
+    assert benchmark(stream, core, batch) > COUNT * PAYLOAD_SIZE
+    assert core.idle
+
+
+def test_1024_xadd_by_hiredis(benchmark: Benchmark) -> None:
+    """What a client spends at the least on packing one XADD of six fields for each frame."""
+
+    def pack() -> int:
+        size = 0
+        for payload in FRAMES:
+            command = (
+                "XADD", "stream", "*", "frame_type", "token", "ts", "1700000000000", "payload", payload,
+                "encoding", "utf8", "source", "worker", "mode", "durable",
+            )  # fmt: skip
+            size += len(hiredis.pack_command(command))  # type: ignore[arg-type] # its stub means one-tuples
+        return size
+
+    assert benchmark(pack) > COUNT * PAYLOAD_SIZE

@@ -1,0 +1,46 @@
+"""The benchmarks, in groups that share their measurements."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from bench.rows import (
+    growth,
+    imports,
+    latency,
+    many_streams,
+    memory,
+    reading,
+    server_cost,
+    summary,
+    throughput,
+    window,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bench.figures import Report
+    from bench.harness import Stage
+
+
+class Group(NamedTuple):
+    """Rows that one function measures together."""
+
+    ids: tuple[str, ...]
+    run: Callable[[Stage], Report]
+
+
+GROUPS = (
+    Group(("P1a", "P1b", "P2"), server_cost.run),
+    Group(("P3", "P4"), throughput.run),
+    Group(("P5",), latency.run),
+    Group(("P6",), many_streams.run),
+    Group(("P7",), reading.run),
+    Group(("P8",), summary.patches),
+    Group(("P9",), summary.answer),
+    Group(("P10",), window.run),
+    Group(("P11",), memory.run),
+    Group(("P12",), imports.run),
+    Group(("growth",), growth.run),
+)

@@ -1,0 +1,146 @@
+"""P1, P2: CPU of the server for each frame, without any client's noise: requests come from a raw socket."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from bench.figures import Report, Row, Target
+from bench.harness import (
+    DURABLE,
+    Metrics,
+    Stage,
+    batches,
+    check_core,
+    check_entries,
+    payloads,
+    per_frame_cpu,
+    take_turns,
+)
+from bench.jobs import mode_of
+from bench.rivals import FencedAttempt, acknowledged, encoded_xadd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ff_fast import StreamMode
+
+BATCH = 64
+# Calls of one frame each that share a round trip, so that the cost of a call is seen and not that of a socket.
+PIPELINE = 64
+
+
+def run(stage: Stage) -> Report:
+    """P1a, P1b, P2."""
+    count = stage.pick(300, 4) * BATCH
+    singles = stage.pick(60, 4) * PIPELINE
+    # The log and the live window are full before the clock starts, so trimming is part of what is measured.
+    filling = stage.pick(270, 4) * BATCH
+    frames = payloads(filling + count)
+    live = mode_of("best_effort")
+
+    def in_batches(mode: StreamMode, kept: int) -> Callable[[], Metrics]:
+        def turn() -> Metrics:
+            stage.fresh()
+            core = stage.core(mode)
+            for part in batches(frames[:filling], BATCH):
+                core.send(part)
+            core.sent_bytes = 0
+            parts = batches(frames[filling:], BATCH)
+
+            def work() -> None:
+                for part in parts:
+                    core.send(part)
+
+            server_us = per_frame_cpu(stage.wire, count, work)
+            check_core(stage, core, frames, min(kept, len(frames)))
+            return {"server_us": server_us, "wire_bytes": core.sent_bytes / count}
+
+        return turn
+
+    def one_a_call(mode: StreamMode, each: int) -> Callable[[], Metrics]:
+        def turn() -> Metrics:
+            stage.fresh()
+            core = stage.core(mode)
+            requests = [core.encode(frame, int(time.time() * 1000)) for frame in frames[:singles]]
+            work = acknowledged(stage.wire, requests, each)
+            server_us = per_frame_cpu(stage.wire, singles, work)
+            check_core(stage, core, frames[:singles], singles)
+            return {"server_us": server_us, "wire_bytes": len(requests[0])}
+
+        return turn
+
+    def plain(each: int) -> Callable[[], Metrics]:
+        def turn() -> Metrics:
+            stage.fresh()
+            number = count if each > 1 else singles
+            requests = [encoded_xadd("bench", frame) for frame in frames[:number]]
+            work = acknowledged(stage.wire, requests, each)
+            server_us = per_frame_cpu(stage.wire, number, work)
+            check_entries(stage.wire, b"bench", frames[:number])
+            return {"server_us": server_us, "wire_bytes": len(requests[0])}
+
+        return turn
+
+    def fenced(each: int) -> Callable[[], Metrics]:
+        def turn() -> Metrics:
+            stage.fresh()
+            attempt = FencedAttempt("bench")
+            attempt.create(stage.wire)
+            requests = [attempt.request(frame) for frame in frames[:singles]]
+            work = acknowledged(stage.wire, requests, each)
+            server_us = per_frame_cpu(stage.wire, singles, work)
+            check_entries(stage.wire, attempt.stream, frames[:singles])
+            return {"server_us": server_us, "wire_bytes": len(requests[0])}
+
+        return turn
+
+    measured = take_turns(
+        {
+            "ff_fast durable, batches of 64": in_batches(DURABLE, 10_000),
+            "pipelined XADD, 64": plain(BATCH),
+            "ff_fast best-effort, runs of 64": in_batches(live, 16_000),
+            "one fenced call a frame, 64 pipelined": fenced(PIPELINE),
+            "ff_fast durable, one a call, 64 pipelined": one_a_call(DURABLE, PIPELINE),
+            "ff_fast best-effort, one a call, 64 pipelined": one_a_call(live, PIPELINE),
+            "ff_fast durable, one a round trip": one_a_call(DURABLE, 1),
+            "awaited XADD, one a round trip": plain(1),
+            "one fenced call a frame, one a round trip": fenced(1),
+        },
+        stage.rounds,
+    )
+    report = Report(figures=measured)
+
+    def row(name: str, what: str, ours: str, rival: str, target: Target | None) -> None:
+        report.rows.append(
+            Row(
+                name, what, "us", report.figure(ours, "server_us"),
+                rival, report.figure(rival, "server_us"), target,
+            )
+        )  # fmt: skip
+
+    xadd = "pipelined XADD, 64"
+    fence = "one fenced call a frame, 64 pipelined"
+    durable = "ff_fast durable, batches of 64"
+    row("P1a", "server CPU per durable frame, batches of 64", durable, xadd, ratio_of(1.0))
+    row("P1a", "the same, beside one fenced call a frame", durable, fence, ratio_of(0.125))
+    row(
+        "P1b", "server CPU per best-effort frame, runs of 64", "ff_fast best-effort, runs of 64",
+        xadd, ratio_of(0.25),
+    )  # fmt: skip
+    single = "ff_fast durable, one a call, 64 pipelined"
+    row("P2", "server CPU per call with a single durable frame", single, fence, Target(9.0))
+    row(
+        "P2", "the same, best-effort", "ff_fast best-effort, one a call, 64 pipelined", fence,
+        Target(9.0),
+    )  # fmt: skip
+    for rival in ("one fenced call a frame, one a round trip", "awaited XADD, one a round trip"):
+        row(
+            "P2", "the same, durable, each call a round trip", "ff_fast durable, one a round trip",
+            rival, None,
+        )  # fmt: skip
+    return report
+
+
+def ratio_of(bound: float) -> Target:
+    return Target(bound, of_ratio=True)
