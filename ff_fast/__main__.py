@@ -1,0 +1,7 @@
+"""``python -m ff_fast`` is the command ``ff-fast``."""
+
+import sys
+
+from ff_fast.cli import main
+
+sys.exit(main())

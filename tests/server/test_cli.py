@@ -1,0 +1,369 @@
+"""The command ``ff-fast``: its demo, and its look at executions, with exit codes and texts."""
+
+import base64
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import orjson
+import pytest
+
+import ff_fast
+from ff_fast import Frame, FrameKind, PatchKind, StreamMode, cli, data, demo, keys
+
+from ..conftest import ROOT
+
+UNKNOWN = "{fp:7}:00000000-0000-4000-8000-000000000000"
+
+
+@pytest.fixture
+def backend(server):
+    with ff_fast.ValkeyBackend.connect(server.url) as connected:
+        yield connected
+
+
+@pytest.fixture
+def claimed(backend, lane):
+    """An execution of the test's own lane and the handle of its first attempt."""
+    eid = backend.create_execution(lane=lane)
+    return eid, backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
+
+
+@pytest.fixture
+def finished(backend, claimed):
+    """The id of an execution that has streamed in every mode and has ended."""
+    eid, handle = claimed
+    with backend.open_writer(handle, mode=StreamMode.best_effort_live(15_000)) as writer:
+        writer.write("Alice ")
+        writer.write("was ")
+        writer.write(b"\xff\x00", "image", mode=StreamMode.durable(), encoding="binary")
+        writer.write(b'{"n":12345678901234567890.10}', mode=StreamMode.durable_summary())
+        writer.write("beginning", mode=StreamMode.durable_summary(PatchKind.STRING_APPEND("/a")))
+    backend.complete(handle)
+    return eid
+
+
+@pytest.fixture
+def run(server, monkeypatch, capfdbinary):
+    """Run the command in this process on the test's server: exit code, stdout, stderr."""
+    monkeypatch.setenv(cli.URL_VARIABLE, server.url)
+
+    def run(*argv: str) -> tuple[int, bytes, str]:
+        try:
+            code = cli.main(argv)
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capfdbinary.readouterr()
+        return code, out, err.decode()
+
+    return run
+
+
+def start(*argv: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ff_fast", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+# -- demo ------------------------------------------------------------------------------------------
+
+
+def test_demo_compares_everything_and_says_so():
+    with start("demo", "--rate", "2000", "--seconds", "1.5", "--plain") as process:
+        out, err = process.communicate(timeout=40)
+    assert (process.returncode, err) == (0, "")
+    assert "\x1b" not in out
+    assert "Everything that was sent arrived, byte for byte." in out
+    rows = re.findall(r"^(\w[\w, ]*?)  +(\S.*?)  +(\S.*?)  +equal$", out, re.MULTILINE)
+    assert [row[0] for row in rows] == [
+        "tokens",
+        "tool events",
+        "summary patches",
+        "summary, folded",
+        "summary, stored",
+        "order",
+        "gaps",
+        "ends",
+    ]
+    assert all(sent == arrived for _, sent, arrived in rows)
+    assert rows[0][1].startswith("3000 frames, ")
+    assert re.search(r"^write to reader: p50 [0-9.]+ ms, p99 [0-9.]+ ms", out, re.MULTILINE)
+
+
+def test_demo_on_a_server_of_ones_own_leaves_an_execution_to_look_at(server, run):
+    code, out, err = run(
+        "demo", "--seconds", "0.1", "--modes", "durable,summary", "--plain", "--url", server.url
+    )
+    assert (code, err) == (0, "")
+    eid = re.search(rb"^execution (\S+)$", out, re.MULTILINE)[1].decode()
+    assert b"tokens           0 frames" in out
+    code, out, err = run("summary", eid)
+    assert (code, err) == (0, "")
+    assert orjson.loads(out)["tokens"] == 100
+
+
+def test_demo_interrupted_hands_its_execution_back(server, run):
+    with start("demo", "--seconds", "60", "--plain", "--url", server.url) as process:
+        eid = process.stdout.readline().split()[1]
+        assert process.stdout.readline().startswith("  1.")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "")
+    assert "Traceback" not in out
+    _, out, _ = run("info", "--json", eid)
+    assert orjson.loads(out)["state"] == "failed"
+
+
+def test_demo_on_a_server_that_is_not_there(run):
+    code, out, err = run("demo", "--plain", "--url", "unix:///nowhere/valkey.sock")
+    assert (code, out) == (1, b"")
+    assert err == f"ff-fast: {ff_fast.Unavailable()}\n"
+
+
+def test_demo_exit_code_follows_the_comparison(run, monkeypatch):
+    monkeypatch.setattr(demo, "run", lambda url, plan, view: ["1 tokens were sent and 0 arrived."])
+    code, _, err = run("demo", "--plain", "--url", "unix:///unused")
+    assert (code, err) == (1, "ff-fast: 1 tokens were sent and 0 arrived.\n")
+
+
+PLAN = demo.Plan(1000.0, 700)
+WANT = demo.expected(PLAN)
+STORED = (WANT.document, WANT.version)
+
+
+def differences(got: demo.Transcript, stored: tuple[bytes, int] = STORED) -> dict[str, str]:
+    checks = demo.compare(WANT, got, stored)
+    return {check.name: check.difference for check in checks if check.difference}
+
+
+def test_compare_finds_nothing_where_nothing_differs():
+    assert differences(WANT) == {}
+
+
+@pytest.mark.parametrize(
+    "name, changes, sentence",
+    [
+        ("tokens", {"tokens": WANT.tokens[:-1]}, "700 tokens were sent and 699 arrived"),
+        ("tokens", {"tokens": [*WANT.tokens[:9], b"?", *WANT.tokens[10:]]}, "at number 10"),
+        # The same bytes cut elsewhere are other frames.
+        ("tokens", {"tokens": [b"".join(WANT.tokens[:2]), b"", *WANT.tokens[2:]]}, "at number 1"),
+        ("tool events", {"events": WANT.events[::-1]}, "at number 1"),
+        ("summary patches", {"patches": [*WANT.patches, WANT.patches[-1]]}, "and 19 arrived"),
+        ("summary, folded", {"version": 3}, "must be at version 18 and is at 3"),
+        ("summary, folded", {"document": WANT.document + b" "}, "first difference is at byte"),
+        ("order", {"sequences": WANT.sequences[1:]}, "reader's frame 1 has sequence 2"),
+        ("order", {"sequences": [1, *WANT.sequences]}, "reader's frame 2 has sequence 1"),
+        ("order", {"sequences": WANT.sequences[:-1]}, "is missing"),
+        ("gaps", {"gaps": ["3 frames from 5, trimmed"]}, "3 frames from 5, trimmed"),
+        ("ends", {"ends": []}, "it ended not at all"),
+        ("ends", {"ends": WANT.ends * 2}, "it ended 2 times"),
+        ("ends", {"ends": ["producer_lost"]}, "it ended 1 times (producer_lost)"),
+    ],
+)
+def test_compare_names_what_differs(name, changes, sentence):
+    found = differences(WANT._replace(**changes))
+    assert found.keys() == {name}
+    assert sentence in found[name]
+
+
+@pytest.mark.parametrize("stored", [(b"", 0), (WANT.document[:-1], WANT.version)])
+def test_compare_looks_at_the_stored_summary_too(stored):
+    assert differences(WANT, stored).keys() == {"summary, stored"}
+
+
+def test_the_tokens_of_the_demo_are_its_text():
+    text = data.text().encode()
+    once = demo.tokens(10_000)
+    assert b"".join(once).startswith(text + text[:100])
+
+
+def test_the_window_of_the_demo_holds_what_its_ttl_promises():
+    for rate in (1, 1000, 100_000):
+        config = demo.Plan(rate, 1).live_mode.config
+        # Without the ceiling only age trims a frame.
+        assert config.maxlen_ceiling >= 2 * rate * config.ttl_ms / 1000
+
+
+# -- tail ------------------------------------------------------------------------------------------
+
+
+def test_tail_writes_payloads_as_they_are(run, finished):
+    code, out, err = run("tail", finished)
+    assert code == 0
+    assert out == b'Alice was \xff\x00{"n":12345678901234567890.10}beginning'
+    assert err == "ff-fast: end: attempt_success\n"
+
+
+def test_tail_chooses(run, finished):
+    assert run("tail", finished, "--type", "token", "--exclude-best-effort")[1] == (
+        b'{"n":12345678901234567890.10}beginning'
+    )
+    assert run("tail", finished, "--type", "image", "--type", "none")[1] == b"\xff\x00"
+
+
+def test_tail_as_json_and_from_a_cursor(run, finished):
+    code, out, err = run("tail", "--json", "--attempt", "0", finished)
+    assert (code, err) == (0, "")
+    lines = [orjson.loads(line) for line in out.splitlines()]
+    assert [line.get("sequence") for line in lines] == [1, 2, 3, 4, 5, None]
+    assert lines[0]["payload"] == "Alice "
+    assert base64.b64decode(lines[2]["payload_base64"]) == b"\xff\x00"
+    assert lines[2]["encoding"] == "binary"
+    assert lines[4]["patch_kind"] == "string-append"
+    assert (lines[4]["pointer"], lines[4]["summary_version"]) == ("/a", 2)
+    assert lines[5] == {"end": "attempt_success"}
+    _, out, _ = run("tail", "--json", "--after", lines[3]["stream_id"], finished)
+    assert [orjson.loads(line) for line in out.splitlines()] == lines[4:]
+
+
+def test_tail_reports_a_gap(run, finished, raw):
+    eid = finished
+    raw.delete(keys.live(eid, 0))
+    code, out, err = run("tail", eid)
+    assert (code, out) == (0, b"\xff\x00")
+    assert re.match(r"ff-fast: gap: 1 to 2 are missing \(\w+\)\nff-fast: gap: 4 to 5 are", err)
+    _, out, _ = run("tail", "--json", eid)
+    assert orjson.loads(out.splitlines()[0])["first_missing"] == 1
+
+
+def test_tail_ends_in_silence_on_ctrl_c_and_on_a_closed_pipe(backend, claimed, server):
+    eid, handle = claimed
+    for how in ("interrupt", "close"):
+        backend.append_frame(handle, Frame(b"x", FrameKind.STDOUT))
+        with start("tail", "--url", server.url, eid) as process:
+            assert process.stdout.read(1) == "x"
+            if how == "interrupt":
+                process.send_signal(signal.SIGINT)
+            else:
+                process.stdout.close()
+                process.stdout = None
+                backend.append_frame(handle, Frame(b"y", FrameKind.STDOUT))
+            _, err = process.communicate(timeout=10)
+        assert (process.returncode, err) == (130 if how == "interrupt" else 141, "")
+
+
+# -- summary and info ------------------------------------------------------------------------------
+
+
+def test_summary(run, finished):
+    code, out, err = run("summary", finished)
+    assert (code, err) == (0, "")
+    assert out == b'{"n":12345678901234567890.10,"a":"beginning"}\n'
+    code, out, err = run("summary", "--json", finished)
+    assert b'"document":{"n":12345678901234567890.10,"a":"beginning"}' in out
+    fields = orjson.loads(out)
+    assert fields["version"] == 2
+    assert fields["cursor"].endswith("-5")
+
+
+def test_summary_of_an_execution_without_one(run, claimed):
+    code, out, err = run("summary", claimed[0])
+    assert (code, out, err) == (1, b"", "ff-fast: Attempt 0 has no summary.\n")
+
+
+def test_info_of_a_finished_execution(run, finished):
+    code, out, err = run("info", "--json", finished)
+    assert (code, err) == (0, "")
+    fields = orjson.loads(out)
+    assert (fields["state"], fields["attempts"], fields["attempt"]) == ("completed", 1, 0)
+    assert [fields[f"{m}_frames"] for m in ("durable", "summary", "best_effort")] == [1, 2, 2]
+    assert (fields["summary_version"], fields["summary_bytes"]) == (2, 45)
+    assert fields["closed_reason"] == "attempt_success"
+    assert fields["last_id"].endswith("-5")
+    assert fields["live_window_from"].endswith("-1")
+    code, out, err = run("info", finished)
+    assert (code, err) == (0, "")
+    assert re.search(rb"^state +completed$", out, re.MULTILINE)
+
+
+def test_info_of_one_that_runs_shows_its_lease_and_no_secret(run, claimed, raw):
+    eid, handle = claimed
+    code, out, err = run("info", eid)
+    assert (code, err) == (0, "")
+    assert re.search(rb"^lease left s +(2\d|30)\.\d$", out, re.MULTILINE)
+    assert re.search(rb"^worker +w-1$", out, re.MULTILINE)
+    assert handle.fields().lease_id.encode() not in out
+
+
+def test_info_of_one_that_waits(run, backend, lane):
+    eid = backend.create_execution(lane=lane)
+    code, out, err = run("info", "--json", eid)
+    assert (code, err) == (0, "")
+    assert orjson.loads(out)["state"] == "waiting"
+    assert b"_frames" not in out
+
+
+def test_info_prints_no_control_codes(run, backend, lane):
+    eid = backend.create_execution(lane=lane)
+    handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="w")
+    backend.fail(handle, "\x1b[2Jgone")
+    _, out, _ = run("info", eid)
+    assert rb"\x1b[2Jgone" in out
+    assert b"\x1b" not in out
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["tail", "summary", "info"])
+def test_unknown_and_malformed_executions(run, command):
+    code, out, err = run(command, UNKNOWN)
+    assert (code, out, err) == (1, b"", f"ff-fast: {ff_fast.ExecutionNotFound()}\n")
+    code, out, err = run(command, "no-id")
+    assert (code, out) == (2, b"")
+    assert re.fullmatch(r"ff-fast: .+\.\n", err)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["info", UNKNOWN, "--url", "http://127.0.0.1"],
+        ["info", UNKNOWN, "--attempt", "-1"],
+        ["tail", UNKNOWN, "--after", "now"],
+        ["demo", "--rate", "0"],
+        ["demo", "--rate", "nan"],
+        ["demo", "--rate", "100000", "--seconds", "3600"],
+        ["demo", "--modes", "some"],
+        ["dance"],
+        [],
+    ],
+)
+def test_wrong_usage(run, argv):
+    # --attempt 0: without it the execution is looked up first.
+    more = ["--attempt", "0"] if "--after" in argv else []
+    code, out, err = run(*argv, *more)
+    assert (code, out) == (2, b"")
+    assert re.fullmatch(r"ff-fast: [^\n]+\n", err)
+
+
+def test_no_server_named(run, monkeypatch):
+    monkeypatch.delenv(cli.URL_VARIABLE)
+    code, _, err = run("info", UNKNOWN)
+    assert (code, err) == (2, "ff-fast: Name the server with --url, or in FF_FAST_URL.\n")
+
+
+def test_a_server_that_is_not_there_is_not_waited_for(run):
+    began = time.monotonic()
+    code, _, err = run("info", UNKNOWN, "--url", "valkey://:s3cret@127.0.0.1:1")
+    assert (code, err) == (1, f"ff-fast: {ff_fast.Unavailable()}\n")
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("command", ["", "demo", "tail", "summary", "info"])
+def test_help(run, command):
+    code, out, err = run(*command.split(), "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(b"usage: ff-fast")
+
+
+def test_version(run):
+    assert run("--version")[1] == f"ff-fast {ff_fast.__version__}\n".encode()

@@ -1,0 +1,136 @@
+"""README.md says what is: its examples run as they stand, and every name in it exists."""
+
+import re
+
+import pytest
+
+import ff_fast
+from ff_fast import FFError, Outcome, _summary, _writing, aio, cli, demo, types
+
+from ..conftest import ROOT
+
+README = (ROOT / "README.md").read_text("utf-8")
+EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+# Inline code only: what is in fences is run.
+NAMES = set(
+    re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL))
+)
+
+
+def test_examples_run_as_they_stand(capsys):
+    sync, asynchronous = EXAMPLES
+    exec(compile(sync, "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.splitlines() == [
+        "b'Hello'",
+        "b','",
+        "b' world'",
+        "End(reason='attempt_success')",
+    ]
+    exec(compile(asynchronous, "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.splitlines() == [
+        "6 frames",
+        """{"answer":"Hello, world","tokens":3} End(reason='attempt_success')""",
+    ]
+
+
+def test_the_first_example_is_short():
+    assert len(EXAMPLES[0].strip().splitlines()) <= 12
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name in NAMES if re.match(r"[A-Z][a-z]\w*(?!\S*/)\b", name))
+)
+def test_every_class_and_its_attributes_exist(name):
+    first, *rest = re.sub(r"\(.*\)$", "", name).split(".")
+    value = getattr(ff_fast, first)
+    assert first in ff_fast.__all__
+    for part in rest:
+        value = getattr(value, part)
+
+
+def test_methods_exist_in_both_shells():
+    named = {name for name in NAMES if name.startswith(("backend.", "writer."))}
+    assert len(named) >= 4
+    for name in named:
+        owner, method = re.match(r"(\w+)\.(\w+)", name).groups()
+        for shell in (ff_fast, aio):
+            assert hasattr({"backend": shell.ValkeyBackend, "writer": shell.Writer}[owner], method)
+
+
+def test_error_table_is_that_of_the_classes():
+    rows = re.findall(
+        r"^\|.*\| (not applied|unknown) \| (yes|no) \| (.*) \|$", README, re.MULTILINE
+    )
+    stated = {
+        name: (outcome, retryable)
+        for outcome, retryable, names in rows
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    actual = {
+        name: (cls.outcome.value.replace("_", " "), "yes" if cls.retryable else "no")
+        for name in ff_fast.__all__
+        if isinstance(cls := getattr(ff_fast, name), type)
+        and issubclass(cls, FFError)
+        and cls is not FFError
+    }
+    assert stated == actual
+    assert {outcome.value for outcome in Outcome} == {"not_applied", "unknown"}
+
+
+def test_reasons_are_those_of_the_code():
+    sources = [*ROOT.glob("ff_fast/_*.py"), *ROOT.glob("ff_fast/_hot/*.pyx"), *ROOT.glob("lua/*")]
+    code = "".join(path.read_text("utf-8") for path in sources)
+    gaps = re.findall(r"^\| `(\w+)` \| ", README[README.index("`Gap.reason`") :], re.MULTILINE)
+    ends = re.findall(r"`(\w+)`", re.search(r"`End\.reason` is (.*?) where", README, re.DOTALL)[1])
+    assert gaps == ["trimmed", "fell_behind", "expired", "cursor_ahead"]
+    assert len(ends) == 5
+    for reason in gaps + ends:
+        assert re.search(rf"['\"]{reason}['\"]", code), reason
+
+
+def test_figures_are_those_of_the_code():
+    config = types.BestEffortLiveConfig(1)
+    prose = " ".join(README.split())
+    for text, value in [
+        ("at most 65,536 bytes", types.MAX_PAYLOAD_BYTES == 65_536),
+        ("the newest 10,000 ", _writing.RETENTION_MAXLEN == 10_000),
+        ("Past 32 MiB ", _writing.MAX_UNACKNOWLEDGED_BYTES == 32 << 20),
+        ("more than 1 MiB is unacknowledged", _writing.HIGH_WATER_BYTES == 1 << 20),
+        ("2), 64, 16,384)", (config.maxlen_floor, config.maxlen_ceiling) == (64, 16_384)),
+        ("execution's payload at most 16 MiB", True),
+    ]:
+        assert text in prose
+        assert value, text
+    assert _summary.Document().max_bytes == 16 << 20
+
+
+def test_commands_and_options_exist(capsys):
+    rows = re.findall(r"^\| `ff-fast (\w+).*?` \| (.*) \|$", README, re.MULTILINE)
+    assert [command for command, _ in rows] == ["demo", "tail", "summary", "info"]
+    for command, text in rows:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            cli.main([command, "--help"])
+        offered = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+        assert set(re.findall(r"`(--[a-z-]+)`", text)) | {"--url"} == offered - {"--help"}
+    assert cli.URL_VARIABLE in NAMES
+    assert demo.MODES == ("best-effort", "summary", "durable")
+
+
+def test_make_targets_and_extras_exist():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    pyproject = (ROOT / "pyproject.toml").read_text("utf-8")
+    for extra in ("embedded", "cli"):
+        assert re.search(rf"^{extra} = \[", pyproject, re.MULTILINE)
+    assert 'ff-fast = "ff_fast.cli:main"' in pyproject
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).is_file()
+
+
+def test_the_place_of_the_numbers_is_marked_once():
+    between = re.findall(r"<!-- numbers:begin -->\n(.*?)<!-- numbers:end -->", README, re.DOTALL)
+    assert len(between) == 1
