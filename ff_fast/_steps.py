@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Iterator
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from ff_fast.types import BackendRetry
+from ff_fast.errors import DeadlineExceeded, FFError, Outcome
+
+if TYPE_CHECKING:
+    from ff_fast.types import BackendRetry
 
 T = TypeVar("T")
 
@@ -60,3 +63,38 @@ def backoff(retry: BackendRetry) -> Iterator[float]:
     for _ in range(given(retry.number_of_retries, _DEFAULT_RETRIES)):
         yield min(pause, _LONGEST_S) * (1 - jitter * random.random())  # noqa: S311 - no secret
         pause = min(pause * base, _LONGEST_S)
+
+
+class Retries:
+    """Whether what failed is tried again, and after which pause.
+
+    Args:
+        retry: Pauses and how many of them; with none, nothing is tried twice.
+        repeatable: Sending the call again gives the same outcome, so that one whose fate is unknown may be.
+        patient: A deadline that passed is a failure like any other. Without it, it is the last one: the caller has
+            waited as long as it wanted to.
+    """
+
+    __slots__ = ("_patient", "_pauses", "_repeatable", "_retry")
+
+    def __init__(
+        self, retry: BackendRetry, *, repeatable: bool = True, patient: bool = False
+    ) -> None:
+        self._retry = retry
+        self._repeatable = repeatable
+        self._patient = patient
+        self._pauses: Iterator[float] | None = None
+
+    def pause(self, error: FFError) -> float | None:
+        """Return the seconds to wait before the next attempt; None where *error* is the last word."""
+        if not error.retryable or (isinstance(error, DeadlineExceeded) and not self._patient):
+            return None
+        if error.outcome is Outcome.UNKNOWN and not self._repeatable:
+            return None
+        if self._pauses is None:
+            self._pauses = backoff(self._retry)
+        return next(self._pauses, None)
+
+    def reset(self) -> None:
+        """Something went well: what fails next is a first failure."""
+        self._pauses = None

@@ -8,17 +8,19 @@ blocking claims have connections of their own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import os
+import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
-from types import TracebackType
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ff_fast import _arguments, _lifecycle, _tail, _transport, _writing, keys, ops
-from ff_fast._hot.writer import Batch
-from ff_fast._steps import Flow, Pause, Step, backoff
+from ff_fast._steps import Flow, Pause, Retries, Step
 from ff_fast._summary import fold
 from ff_fast._tail import Item, StreamPage, TailCore
 from ff_fast._writing import SharedWriter
@@ -27,7 +29,7 @@ from ff_fast.errors import (
     FFError,
     ForkedClient,
     FunctionMissing,
-    Outcome,
+    NotPrimary,
     OutcomeUnknown,
     Unavailable,
     WriterClosed,
@@ -50,34 +52,41 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
+    from ff_fast._hot.writer import Batch
     from ff_fast.embedded import EmbeddedServer
 
 T = TypeVar("T")
 
-_MARGIN_S = 2.0
 # More calls than this wait their turn on one connection: the batches of the writers behind them grow meanwhile.
 _CALLS_IN_FLIGHT = 256
 _ROUND_BYTES = 4 << 20
 
 Receiver = Callable[[object], None]
 
+_LOST = object()
+"""What a receiver gets in place of a reply that will not come."""
+
 
 class _Connection(asyncio.Protocol):
     """One connection: bytes out; each reply to the receiver whose turn it is."""
 
-    def __init__(self, lost: Callable[[], None] | None = None) -> None:
+    def __init__(self) -> None:
         import hiredis
 
         self._reader = hiredis.Reader()
         self._broken_reply = hiredis.ProtocolError
-        self._lost = lost
-        self._gone = asyncio.get_running_loop().create_future()
-        self._paused: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport | None = None
-        self._connection: Any = None
+        self._stream: asyncio.StreamWriter | None = None
+        self._gone: asyncio.Future[None] | None = None
+        # Set while the transport takes more, and when it is gone, so that nobody waits for it.
+        self._room = asyncio.Event()
         self.receivers: deque[Receiver] = deque()
-        self.heard_at = 0.0
-        self.after_data: Callable[[], None] | None = None
+        self.silent_since = 0.0
+        # Called when more may be sent, and once when the connection is lost.
+        self.on_room: Callable[[], None] | None = None
+        self.on_lost: Callable[[_Connection], None] | None = None
 
     async def open(self, config: BackendConfig) -> None:
         """Connect as *config* says; redis-py opens the socket and shakes hands."""
@@ -90,21 +99,25 @@ class _Connection(asyncio.Protocol):
         if server.tls:
             kind = SSLConnection
         connection = kind(**_transport.connection_arguments(config), retry=Retry(NoBackoff(), 0))
+        failure: FFError | None = None
         try:
             await connection.connect()
-        except Exception as error:
-            await connection.disconnect(nowait=True)
-            raise _transport.connect_error(error) from None
+        except Exception as error:  # noqa: BLE001 - whatever it was, it was on the way to the server
+            failure = _transport.connect_error(error, config)
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
+        if failure is not None:
+            await connection.disconnect(nowait=True)
+            raise failure
         # From here on the transport is ours; the handshake has left no byte unread.
-        self._connection = connection
-        transport: asyncio.Transport = connection._writer.transport
+        self._stream = _transport.take_stream(connection)
+        transport = self._stream.transport
+        assert isinstance(transport, asyncio.Transport)
         transport.set_protocol(self)
         self._transport = transport
-        transport.resume_reading()
-        self.heard_at = time.monotonic()
+        self._gone = asyncio.get_running_loop().create_future()
+        self._room.set()
 
     @property
     def closed(self) -> bool:
@@ -112,91 +125,110 @@ class _Connection(asyncio.Protocol):
 
     @property
     def writable(self) -> bool:
-        return self._transport is not None and self._paused is None
+        return self._transport is not None and self._room.is_set()
 
-    def send(self, request: bytes) -> None:
+    async def room(self) -> None:
+        """Wait until the transport takes more, or the connection is lost."""
+        while self._transport is not None and not self._room.is_set():
+            await self._room.wait()
+
+    def send(self, request: bytes, receivers: list[Receiver]) -> None:
+        """Send *request*; its replies go to *receivers*, in order.
+
+        Raises:
+            Unavailable: The connection is lost; nothing was sent.
+        """
         if self._transport is None:
-            raise Unavailable()
+            raise Unavailable
+        if not self.receivers:
+            self.silent_since = time.monotonic()
+        self.receivers.extend(receivers)
         self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
-        self.heard_at = time.monotonic()
-        reader, receivers = self._reader, self.receivers
+        self.silent_since = time.monotonic()
+        reader = self._reader
         reader.feed(data)
-        try:
-            while (reply := reader.gets()) is not False:
-                receivers.popleft()(reply)
-        except (self._broken_reply, IndexError):
-            # Bytes that are no reply, or a reply that nobody asked for: nothing after it can be trusted.
-            self.abort()
-        if self.after_data is not None:
-            self.after_data()
+        while self._transport is not None:
+            try:
+                reply = reader.gets()
+            except self._broken_reply:
+                self.abort()
+                return
+            if reply is False:
+                break
+            if not self.receivers:
+                # A reply that nobody asked for: nothing after it can be trusted.
+                self.abort()
+                return
+            self.receivers.popleft()(reply)
+        if self.on_room is not None:
+            self.on_room()
+
+    def eof_received(self) -> None:
+        # By itself asyncio would first wait until all that is written has gone out, which may be never.
+        self.abort()
 
     def pause_writing(self) -> None:
-        self._paused = asyncio.get_running_loop().create_future()
+        self._room.clear()
 
     def resume_writing(self) -> None:
-        if self._paused is not None:
-            self._paused.set_result(None)
-            self._paused = None
-        if self.after_data is not None:
-            self.after_data()
+        self._room.set()
+        if self.on_room is not None:
+            self.on_room()
 
-    def connection_lost(self, error: Exception | None) -> None:
-        self._transport = None
-        # redis-py's own objects think that they still own the transport; let them go without a word.
-        self._connection._writer = None
-        self._connection._reader = None
-        if self._paused is not None:
-            self._paused.cancel()
-            self._paused = None
-        if not self._gone.done():
+    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002
+        if self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
+        self._stream = None
+        self._let_go()
+
+    def abort(self) -> None:
+        """Drop the connection: from here on it is closed, and whoever waits for a reply knows."""
+        if self._transport is not None:
+            self._transport.abort()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._transport = None
+        self._room.set()
         receivers, self.receivers = self.receivers, deque()
         for receiver in receivers:
             receiver(_LOST)
-        if self._lost is not None:
-            self._lost()
+        lost, self.on_lost = self.on_lost, None
+        if lost is not None:
+            lost(self)
 
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    async def close(self) -> None:
-        """Close and wait until the connection is gone."""
-        if self._transport is not None:
-            self._transport.abort()
-            await asyncio.shield(self._gone)
+    async def gone(self) -> None:
+        """Wait until an aborted connection has let go of its socket."""
+        if self._gone is not None:
+            await asyncio.wait({self._gone})
 
     async def ask(self, step: Step, timeout: float) -> list[object]:
         """Send *step* and return its replies.
 
         Raises:
-            OutcomeUnknown: The connection was lost first.
-            DeadlineExceeded: No reply came within *timeout* seconds, beyond what the server may block.
+            Unavailable: The connection was lost before; nothing was sent.
+            OutcomeUnknown: The connection was lost before the replies had come.
+            DeadlineExceeded: There were none within *timeout* seconds, beyond what the server may block.
         """
-        loop = asyncio.get_running_loop()
-        answered: asyncio.Future[list[object]] = loop.create_future()
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         replies: list[object] = []
 
         def receive(reply: object) -> None:
             replies.append(reply)
             if not answered.done() and (len(replies) == step.replies or reply is _LOST):
-                answered.set_result(replies)
+                answered.set_result(None)
 
-        self.send(step.request)
-        self.receivers.extend([receive] * step.replies)
+        self.send(step.request, [receive] * step.replies)
         try:
-            async with asyncio.timeout(timeout + (step.block_s + _MARGIN_S if step.block_s else 0)):
+            async with asyncio.timeout(_transport.wait_s(timeout, step)):
                 await answered
         except TimeoutError:
-            raise DeadlineExceeded() from None
+            raise DeadlineExceeded from None
         if _LOST in replies:
-            raise OutcomeUnknown()
+            raise OutcomeUnknown
         return replies
-
-
-_LOST = object()
 
 
 class _Link:
@@ -207,11 +239,14 @@ class _Link:
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Writer] = deque()
         self._connection: _Connection | None = None
-        self._connecting: asyncio.Task[None] | None = None
+        self._connecting: asyncio.Task[_Connection] | None = None
+        self._recovering: asyncio.Task[None] | None = None
+        self._retries = Retries(backend.config.retry, patient=True)
+        self._turn = asyncio.Semaphore(_CALLS_IN_FLIGHT)
         self._pump_scheduled = False
-        self._repair: FFError | None = None
         self._watch: asyncio.TimerHandle | None = None
         self._closing = False
+        self.writers: weakref.WeakSet[Writer] = weakref.WeakSet()
 
     # -- writers ------------------------------------------------------------------------------------------------
 
@@ -227,17 +262,20 @@ class _Link:
     def _pump(self) -> None:
         """Send what the waiting writers have, as one write."""
         self._pump_scheduled = False
+        queue = self._queue
+        if not queue or self._closing or self._recovering is not None:
+            return
         connection = self._connection
         if connection is None or connection.closed:
-            if self._queue and not self._closing:
-                self._connect_soon()
+            self._recover_soon(None)
             return
-        if self._repair is not None or not connection.writable:
+        if not connection.writable:
             return
-        queue, receivers = self._queue, connection.receivers
         messages: list[bytes] = []
+        receivers: list[Receiver] = []
         size = 0
-        while queue and len(receivers) < _CALLS_IN_FLIGHT and size < _ROUND_BYTES:
+        room = _CALLS_IN_FLIGHT - len(connection.receivers)
+        while queue and len(receivers) < room and size < _ROUND_BYTES:
             writer = queue.popleft()
             batch = writer.next_batch()
             if batch is not None:
@@ -245,7 +283,7 @@ class _Link:
                 size += len(batch.message)
                 receivers.append(_BatchReceiver(self, writer, batch))
         if messages:
-            connection.send(messages[0] if len(messages) == 1 else b"".join(messages))
+            connection.send(messages[0] if len(messages) == 1 else b"".join(messages), receivers)
             self._watch_soon()
 
     def answered(self, writer: Writer, batch: Batch, reply: object) -> None:
@@ -253,25 +291,49 @@ class _Link:
             writer.disconnected()
             return
         error = writer.acknowledge(batch, reply)
-        if error is not None and self._repair is None:
-            self._repair = error
-            self._backend._spawn(self._repaired(error))
+        if error is not None:
+            self._recover_soon(error)
+        elif type(reply) is bytes:
+            self._retries.reset()
 
-    async def _repaired(self, error: FFError) -> None:
-        """A retryable refusal: load the library where it is missing, else give the server a moment."""
+    def _recover_soon(self, error: FFError | None) -> None:
+        if self._recovering is None and not self._closing:
+            self._recovering = self._backend._spawn(self._recover(error))
+
+    async def _recover(self, error: FFError | None) -> None:
+        """After a failure: give the server a moment, and what it lacks, until the writers can go on; or give up."""
         try:
-            if isinstance(error, FunctionMissing):
-                await self.run(_transport.ensure_library())
-            else:
-                await asyncio.sleep(0.05)
-        except FFError:
-            if self._connection is not None:
-                self._connection.abort()
+            while True:
+                if error is not None:
+                    pause = self._retries.pause(error)
+                    if pause is None:
+                        self._give_up(error)
+                        return
+                    if isinstance(error, NotPrimary) and self._connection is not None:
+                        # The name may lead to another server by now.
+                        self._connection.abort()
+                    await asyncio.sleep(pause)
+                try:
+                    if isinstance(error, FunctionMissing):
+                        await self.run(_transport.ensure_library())
+                    else:
+                        await self._connected()
+                except FFError as failure:
+                    error = failure
+                else:
+                    return
         finally:
-            self._repair = None
-            self._after_data()
+            self._recovering = None
+            self._pump()
 
-    def _after_data(self) -> None:
+    def _give_up(self, error: FFError) -> None:
+        # The next writer begins with all its retries.
+        self._retries.reset()
+        waiting, self._queue = self._queue, deque()
+        for writer in waiting:
+            writer.fail(copy.copy(error))
+
+    def _on_room(self) -> None:
         if self._queue and not self._pump_scheduled:
             self._pump()
 
@@ -287,52 +349,53 @@ class _Link:
         connection = self._connection
         if connection is None or not connection.receivers:
             return
-        if time.monotonic() - connection.heard_at > self._backend._timeout_s:
+        if time.monotonic() - connection.silent_since >= self._backend._timeout_s:
             connection.abort()
         else:
             self._watch_soon()
 
-    def _lost(self) -> None:
-        self._connection = None
-        if self._queue and not self._closing:
-            self._connect_soon()
-
-    def _connect_soon(self) -> None:
-        if self._connecting is None:
-            self._connecting = self._backend._spawn(self._reconnect())
-
-    async def _reconnect(self) -> None:
-        """Connect for the writers that wait; when it cannot be done, they fail."""
-        try:
-            await self._connected()
-        except FFError as error:
-            while self._queue:
-                self._queue.popleft().fail(copy.copy(error))
-        finally:
-            self._connecting = None
-        self._after_data()
+    def _lost(self, connection: _Connection) -> None:
+        if self._connection is connection:
+            self._connection = None
+            if self._queue:
+                self._recover_soon(OutcomeUnknown())
 
     async def _connected(self) -> _Connection:
-        pauses = backoff(self._backend.config.retry)
-        while True:
-            try:
-                return await self._connect_once()
-            except FFError as error:
-                pause = next(pauses, None) if error.retryable else None
-                if pause is None or self._closing:
-                    raise
-            await asyncio.sleep(pause)
-
-    async def _connect_once(self) -> _Connection:
+        """The connection, made again where it was lost: once, for all who wait for it."""
         if self._connection is not None and not self._connection.closed:
             return self._connection
-        async with self._backend._connect_lock:
-            if self._connection is not None and not self._connection.closed:
-                return self._connection
-            connection = await self._backend._connect(self._lost)
-            connection.after_data = self._after_data
-            self._connection = connection
-        self._after_data()
+        if self._closing:
+            raise _transport.closed_error()
+        if self._connecting is None:
+            self._connecting = self._backend._spawn(self._connect())
+        task = self._connecting
+        # Not awaited itself: a caller that is cancelled would take it along.
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise _transport.closed_error()
+        error = task.exception()
+        if error is not None:
+            raise copy.copy(error)
+        return task.result()
+
+    async def _connect(self) -> _Connection:
+        try:
+            connection = await self._backend._connect()
+        finally:
+            self._connecting = None
+        if connection.closed:
+            raise Unavailable
+        connection.on_room = self._on_room
+        lost = connection.on_lost
+
+        def both(gone: _Connection) -> None:
+            if lost is not None:
+                lost(gone)
+            self._lost(gone)
+
+        connection.on_lost = both
+        self._connection = connection
+        self._on_room()
         return connection
 
     async def run(self, flow: Flow[T]) -> T:
@@ -340,16 +403,25 @@ class _Link:
         return await _drive(flow, self._ask)
 
     async def _ask(self, step: Step) -> list[object]:
-        connection = await self._connect_once()
-        self._watch_soon()
-        return await connection.ask(step, self._backend._timeout_s)
+        connection = await self._connected()
+        try:
+            async with asyncio.timeout(self._backend._timeout_s) as waiting, self._turn:
+                await connection.room()
+                # From here on the deadline is that of the reply.
+                waiting.reschedule(None)
+                self._watch_soon()
+                return await connection.ask(step, self._backend._timeout_s)
+        except TimeoutError:
+            raise _transport.not_sent_in_time() from None
 
-    async def close(self) -> None:
+    def stop(self) -> None:
         self._closing = True
         if self._watch is not None:
             self._watch.cancel()
         if self._connection is not None:
-            await self._connection.close()
+            self._connection.abort()
+        for writer in list(self.writers):
+            writer.fail(WriterClosed())
 
 
 class _BatchReceiver:
@@ -366,7 +438,7 @@ class _BatchReceiver:
         self.link.answered(self.writer, self.batch, reply)
 
 
-async def _drive(flow: Flow[T], ask: Callable[[Step], Any]) -> T:
+async def _drive(flow: Flow[T], ask: Callable[[Step], Awaitable[list[object]]]) -> T:
     try:
         step = next(flow)
         while True:
@@ -396,12 +468,22 @@ class Writer(SharedWriter):
         self._link = backend._link
         self._waiters: list[asyncio.Future[None]] = []
         super().__init__(state)
+        self._link.writers.add(self)
 
     def _on_ready(self) -> None:
+        self._backend._check_thread()
         self._link.enqueue(self)
 
     def _on_linger(self) -> None:
+        self._backend._check_thread()
         self._link.linger(self)
+
+    def _forked(self) -> None:
+        """The frames are the parent's, which stores them."""
+        self._waiters.clear()
+        error = ForkedClient()
+        self.fail(error)
+        error.unstored = ()
 
     def _on_progress(self) -> None:
         for waiter in self._waiters:
@@ -409,12 +491,13 @@ class Writer(SharedWriter):
                 waiter.set_result(None)
 
     async def _wait(self, done: Callable[[], bool], timeout: float | None) -> None:
+        self._backend._check_loop()
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(timeout):
                 while not done():
                     if self.error is not None:
-                        raise self.error.with_traceback(None)
+                        raise copy.copy(self.error)
                     waiter: asyncio.Future[None] = loop.create_future()
                     self._waiters.append(waiter)
                     self.waiting = True
@@ -424,15 +507,19 @@ class Writer(SharedWriter):
                         self._waiters.remove(waiter)
                         self.waiting = bool(self._waiters)
         except TimeoutError:
-            raise DeadlineExceeded() from None
+            raise DeadlineExceeded from None
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Wait while more than 1 MiB of payload is unacknowledged; see :meth:`ff_fast.Writer.drain`."""
-        if self.unacknowledged_bytes > _writing.HIGH_WATER_BYTES or self.error is not None:
-            await self._wait(lambda: self.unacknowledged_bytes <= _writing.HIGH_WATER_BYTES, timeout)
+        """Wait while much is unacknowledged; see :meth:`ff_fast.Writer.drain`."""
+        self._backend._check_loop()
+        if self.error is not None:
+            raise copy.copy(self.error)
+        if self.unacknowledged_bytes > self.high_water_bytes:
+            await self._wait(lambda: self.unacknowledged_bytes <= self.high_water_bytes, timeout)
 
     async def flush(self, timeout: float | None = None) -> AppendFrameOutcome:
         """Wait until every frame written so far is stored; see :meth:`ff_fast.Writer.flush`."""
+        self._backend._check_loop()
         last = self.next_sequence - 1
         self.hurry()
         await self._wait(lambda: self.last_sequence >= last, timeout)
@@ -440,35 +527,40 @@ class Writer(SharedWriter):
 
     async def close(self, timeout: float | None = None) -> None:
         """Flush, store what a later writer and late readers continue from, and stop."""
+        self._backend._check_loop()
         if self.error is None:
             self.finish()
             await self._wait(lambda: self.idle, timeout)
             self.fail(WriterClosed())
         elif not isinstance(self.error, WriterClosed):
-            raise self.error.with_traceback(None)
+            raise copy.copy(self.error)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
     ) -> None:
-        try:
+        if kind is None:
             await self.close()
-        except FFError:
-            # The error of the block says what went wrong first; `error` keeps what was not stored.
-            if kind is None:
-                raise
+            return
+        # The error of the block says what went wrong first; `error` keeps what was not stored.
+        with contextlib.suppress(FFError):
+            # Not for long: whoever interrupts the block wants to get away.
+            await self.close(self._backend._timeout_s)
 
 
 class _WriterOpening:
     """What :meth:`ValkeyBackend.open_writer` returns: awaited, or entered with ``async with``, it is the writer."""
 
-    def __init__(self, opening: Callable[[], Any]) -> None:
+    def __init__(self, opening: Callable[[], Coroutine[Any, Any, Writer]]) -> None:
         self._opening = opening
         self._writer: Writer | None = None
 
-    def __await__(self) -> Any:
+    def __await__(self) -> Generator[Any, None, Writer]:
         return self._opening().__await__()
 
     async def __aenter__(self) -> Writer:
@@ -476,7 +568,10 @@ class _WriterOpening:
         return self._writer
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
     ) -> None:
         if self._writer is not None:
             await self._writer.__aexit__(kind, error, where)
@@ -485,11 +580,11 @@ class _WriterOpening:
 class _Connecting:
     """What :meth:`ValkeyBackend.connect` returns: awaited, or entered with ``async with``, it is the backend."""
 
-    def __init__(self, connecting: Callable[[], Any]) -> None:
+    def __init__(self, connecting: Callable[[], Coroutine[Any, Any, ValkeyBackend]]) -> None:
         self._connecting = connecting
         self._backend: ValkeyBackend | None = None
 
-    def __await__(self) -> Any:
+    def __await__(self) -> Generator[Any, None, ValkeyBackend]:
         return self._connecting().__await__()
 
     async def __aenter__(self) -> ValkeyBackend:
@@ -512,15 +607,19 @@ class ValkeyBackend:
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
+        self._thread = threading.get_ident()
         self._closed = False
         self._timeout_s = _transport.request_timeout_s(config)
-        self._connect_lock = asyncio.Lock()
+        self._opening = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._own: set[_Connection] = set()
         self._idle: list[_Connection] = []
-        self._writers: dict[str, Writer] = {}
+        self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
+        # Those that `append_frame` opened: nobody else holds them.
+        self._implicit: dict[str, Writer] = {}
         self._sweeper = _lifecycle.Sweeper(keys.DEFAULT_PARTITIONS)
         self._link = _Link(self)
+        _transport.watch_fork(self)
 
     @classmethod
     def connect(cls, target: str | BackendConfig) -> _Connecting:
@@ -533,7 +632,7 @@ class ValkeyBackend:
         async def connecting() -> ValkeyBackend:
             backend = cls(config)
             try:
-                await backend._link._connect_once()
+                await backend._link._connected()
             except BaseException:
                 await backend.close()
                 raise
@@ -559,58 +658,112 @@ class ValkeyBackend:
 
         return _Connecting(connecting)
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
     async def close(self) -> None:
-        """Close every connection. Frames that were not flushed are lost: close writers first."""
+        """Close every connection; what waits for a reply there ends with an error.
+
+        Frames that were not flushed are lost: close writers first. Calling it again does nothing.
+        """
         self._closed = True
-        for task in list(self._tasks):
+        if self._pid != os.getpid():
+            # The sockets and the loop's selector are shared with the parent, which goes on using them.
+            return
+        self._check_loop()
+        # All that matters happens before the first wait, in which a caller may be cancelled.
+        tasks, connections = list(self._tasks), list(self._own)
+        self._link.stop()
+        self._implicit.clear()
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._link.close()
-        for connection in list(self._own):
-            await connection.close()
-        for writer in list(self._writers.values()):
-            writer.fail(WriterClosed())
-        self._writers.clear()
+        for connection in connections:
+            connection.abort()
+        if tasks:
+            await asyncio.wait(tasks)
+        for connection in connections:
+            await connection.gone()
         if self._server is not None:
             await asyncio.to_thread(self._server.stop)
+
+    def _forked(self) -> None:
+        """Called in a forked child."""
+        for writer in list(self._link.writers):
+            writer._forked()
 
     def __repr__(self) -> str:
         return f"ValkeyBackend({self.config.connection!r})"
 
     def __reduce__(self) -> Any:
-        raise TypeError("A backend holds connections and cannot be pickled; connect again from its config.")
+        raise TypeError(
+            "A backend holds connections and cannot be pickled; connect again from its config."
+        )
 
     # -- connections --------------------------------------------------------------------------------------------
 
-    def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
+    def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._reap)
         return task
 
-    def _check(self) -> None:
-        if self._pid != os.getpid():
-            raise ForkedClient()
-        if asyncio.get_running_loop() is not self._loop:
-            raise WrongLoop()
-        if self._closed:
-            raise Unavailable("The backend is closed; connect again.")
+    def _reap(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            # Whoever waits for it sees the error too; they may all have been cancelled.
+            error = task.exception()
+            if error is not None and not isinstance(error, FFError):
+                self._loop.call_exception_handler(
+                    {"message": "A task of ff_fast failed.", "exception": error, "task": task}
+                )
 
-    async def _connect(self, lost: Callable[[], None] | None = None) -> _Connection:
-        connection = _Connection(lost)
+    def _check_loop(self) -> None:
+        if self._pid != os.getpid():
+            raise ForkedClient
         try:
-            await connection.open(self.config)
-            self._own.add(connection)
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise WrongLoop from None
+        if loop is not self._loop:
+            raise WrongLoop
+
+    def _check_thread(self) -> None:
+        """Of `write`: another thread or loop would not wake ours; a loop that stands still finds it when it goes on."""
+        if self._thread != threading.get_ident() or self._loop.is_closed():
+            raise WrongLoop
+        if asyncio._get_running_loop() not in (self._loop, None):
+            raise WrongLoop
+
+    def _check(self) -> None:
+        self._check_loop()
+        if self._closed:
+            raise _transport.closed_error()
+
+    async def _connect(self) -> _Connection:
+        connection = _Connection()
+        await connection.open(self.config)
+        self._own.add(connection)
+        connection.on_lost = self._own.discard
+        failure: FFError
+        try:
             await _drive(
                 _transport.ensure_library(), lambda step: connection.ask(step, self._timeout_s)
             )
+        except FFError as error:
+            failure = _transport.connect_error(error, self.config)
         except BaseException:
-            self._own.discard(connection)
-            await connection.close()
+            connection.abort()
             raise
-        return connection
+        else:
+            return connection
+        connection.abort()
+        raise failure
 
     async def _acquire(self) -> _Connection:
+        self._check()
         while self._idle:
             connection = self._idle.pop()
             if not connection.closed:
@@ -621,36 +774,33 @@ class ValkeyBackend:
         """Give back a connection that owes no reply; one that does is dropped."""
         if connection.closed or connection.receivers or self._closed:
             connection.abort()
-            self._own.discard(connection)
         else:
             self._idle.append(connection)
 
+    async def _run_apart(self, flow: Flow[T]) -> T:
+        connection = await self._acquire()
+        try:
+            return await _drive(flow, lambda step: connection.ask(step, self._timeout_s))
+        finally:
+            self._release(connection)
+
     async def _run(
-        self, flow: Callable[[], Flow[T]], *, repeatable: bool = True, own_connection: bool = False
+        self, make: Callable[[], Flow[T]], *, repeatable: bool = True, own_connection: bool = False
     ) -> T:
         """Run an operation, again where it may be repeated, until the retries of the configuration are used up."""
-        self._check()
-        pauses = backoff(self.config.retry)
+        retries = Retries(self.config.retry, repeatable=repeatable)
         while True:
+            self._check()
+            if not repeatable:
+                # Two turns of the loop: an end of the idle connection that the kernel knows of is then known here.
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            flow = _transport.with_library(make)
             try:
-                try:
-                    if not own_connection:
-                        return await self._link.run(flow())
-                    connection = await self._acquire()
-                    try:
-                        return await _drive(
-                            flow(), lambda step: connection.ask(step, self._timeout_s)
-                        )
-                    finally:
-                        self._release(connection)
-                except FunctionMissing:
-                    await self._link.run(_transport.ensure_library())
-                    raise
+                return await (self._run_apart(flow) if own_connection else self._link.run(flow))
             except FFError as error:
-                if not error.retryable or (error.outcome is Outcome.UNKNOWN and not repeatable):
-                    raise
-                pause = next(pauses, None)
-                if pause is None or self._closed or isinstance(error, DeadlineExceeded):
+                pause = None if self._closed else retries.pause(error)
+                if pause is None:
                     raise
             await asyncio.sleep(pause)
 
@@ -726,6 +876,7 @@ class ValkeyBackend:
     async def complete(self, handle: Handle, payload: bytes | str = b"") -> None:
         """End the execution as completed; see :meth:`ff_fast.ValkeyBackend.complete`."""
         await self._call(_arguments.complete(handle, payload))
+        self._ended(handle)
 
     async def fail(
         self,
@@ -734,7 +885,14 @@ class ValkeyBackend:
         failure_class: FailureClass = FailureClass.PERMANENT,
     ) -> FailOutcome:
         """End the execution as failed; see :meth:`ff_fast.ValkeyBackend.fail`."""
-        return await self._call(_arguments.fail(handle, reason, failure_class))
+        outcome = await self._call(_arguments.fail(handle, reason, failure_class))
+        self._ended(handle)
+        return outcome
+
+    def _ended(self, handle: Handle) -> None:
+        writer = self._implicit.pop(_arguments.attempt(handle).fields.lease_id, None)
+        if writer is not None:
+            writer.fail(WriterClosed())
 
     # -- streams ------------------------------------------------------------------------------------------------
 
@@ -761,8 +919,10 @@ class ValkeyBackend:
 
         async def opening() -> Writer:
             state = await self._run(lambda: _writing.open_writer(attempt, options))
+            self._check()
             writer = Writer(state, self)
             self._writers[attempt.fields.lease_id] = writer
+            self._implicit.pop(attempt.fields.lease_id, None)
             return writer
 
         return _WriterOpening(opening)
@@ -772,9 +932,14 @@ class ValkeyBackend:
     ) -> AppendFrameOutcome:
         """Append one frame and wait until it is stored; see :meth:`ff_fast.ValkeyBackend.append_frame`."""
         _arguments.frame(frame)
-        writer = self._writers.get(_arguments.attempt(handle).fields.lease_id)
-        if writer is None or isinstance(writer.error, WriterClosed):
-            writer = await self.open_writer(handle)
+        lease_id = _arguments.attempt(handle).fields.lease_id
+        self._check()
+        async with self._opening:
+            # Two callers that opened one each would supersede each other.
+            writer = self._writers.get(lease_id)
+            if writer is None or isinstance(writer.error, WriterClosed):
+                writer = await self.open_writer(handle)
+                self._implicit[lease_id] = writer
         writer.write_frame(frame)
         return await writer.flush(timeout)
 
@@ -819,32 +984,31 @@ class ValkeyBackend:
         return self._tail(TailCore(execution_id, attempt_index, after, visibility))
 
     async def _tail(self, core: TailCore) -> AsyncGenerator[Item, None]:
-        self._check()
         connection: _Connection | None = None
-        pauses = backoff(self.config.retry)
+        retries = Retries(self.config.retry, patient=True)
         try:
             while not core.ended:
                 try:
                     if connection is None:
                         connection = await self._acquire()
-                    step = core.step()
-                    (reply,) = await connection.ask(step, self._timeout_s)
-                    items = core.receive(reply)
+                    ask = partial(connection.ask, timeout=self._timeout_s)
+                    items = await _drive(
+                        _transport.with_library(lambda: _transport.read_on(core)), ask
+                    )
                 except FFError as error:
-                    if connection is not None:
-                        connection.abort()
-                        self._own.discard(connection)
-                        connection = None
-                    pause = next(pauses, None) if error.retryable else None
+                    pause = retries.pause(error)
                     if pause is None or self._closed:
                         raise
-                    core.restart()
-                    await asyncio.sleep(pause)
+                    if connection is not None:
+                        connection.abort()
+                        connection = None
+                else:
+                    retries.reset()
+                    for item in items:
+                        yield item
                     continue
-                if items:
-                    pauses = backoff(self.config.retry)
-                for item in items:
-                    yield item
+                core.restart()
+                await asyncio.sleep(pause)
         finally:
             if connection is not None:
                 self._release(connection)

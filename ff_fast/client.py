@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import heapq
+import itertools
 import os
+import select
+import socket
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ff_fast import _arguments, _lifecycle, _tail, _transport, _writing, keys, ops
-from ff_fast._hot.writer import Batch
-from ff_fast._steps import Flow, Pause, backoff
+from ff_fast._steps import Flow, Pause, Retries, Step
 from ff_fast._summary import fold
 from ff_fast._tail import Item, StreamPage, TailCore
 from ff_fast._writing import SharedWriter
@@ -22,10 +26,9 @@ from ff_fast.errors import (
     FFError,
     ForkedClient,
     FunctionMissing,
-    Outcome,
+    NotPrimary,
     OutcomeUnknown,
     ProtocolError,
-    Unavailable,
     WriterClosed,
 )
 from ff_fast.types import (
@@ -45,16 +48,21 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from types import TracebackType
+
+    from ff_fast._hot.writer import Batch
     from ff_fast.embedded import EmbeddedServer
 
 T = TypeVar("T")
 
-_MARGIN_S = 2.0
 _ROUND_BYTES = 4 << 20
 
 
 class _Channel:
     """One connection: bytes out, replies in, used by one thread at a time."""
+
+    _socket: socket.socket | None = None
 
     def __init__(self, config: BackendConfig) -> None:
         import hiredis
@@ -66,59 +74,89 @@ class _Channel:
         kind: type[Any] = UnixDomainSocketConnection if server.unix_path else Connection
         if server.tls:
             kind = SSLConnection
+        connection = kind(**_transport.connection_arguments(config), retry=Retry(NoBackoff(), 0))
+        failure: FFError | None = None
+        try:
+            connection.connect()
+        except Exception as error:  # noqa: BLE001 - whatever it was, it was on the way to the server
+            failure = _transport.connect_error(error, config)
+        except BaseException:
+            connection.disconnect()
+            raise
+        if failure is not None:
+            connection.disconnect()
+            raise failure
+        self._pid = os.getpid()
         self._timeout = _transport.request_timeout_s(config)
-        self._connection = kind(
-            **_transport.connection_arguments(config), retry=Retry(NoBackoff(), 0)
-        )
-        try:
-            self._connection.connect()
-        except Exception as error:
-            self._connection.disconnect()
-            raise _transport.connect_error(error) from None
-        self._socket = self._connection._sock
+        self._socket = _transport.take_socket(connection)
         self._reader = hiredis.Reader()
+        self._broken_reply = hiredis.ProtocolError
+        self._owed = 0
 
-    def send(self, request: bytes) -> None:
+    @property
+    def closed(self) -> bool:
+        return self._socket is None
+
+    @property
+    def reusable(self) -> bool:
+        """Whether another caller may have it: nothing is owed, so anything to read would be its end."""
+        if self._socket is None or self._owed:
+            return False
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return not poll.poll(0)
+
+    def send(self, step: Step) -> None:
+        if self._socket is None:
+            raise _transport.closed_error()
+        failure: FFError
         try:
+            # Counted first: after an interrupt nobody knows how much has gone out.
+            self._owed += step.replies
             self._socket.settimeout(self._timeout)
-            self._socket.sendall(request)
+            self._socket.sendall(step.request)
         except TimeoutError:
-            self.close()
-            raise DeadlineExceeded() from None
+            failure = DeadlineExceeded()
         except OSError:
             # Part of the request may have gone out.
-            self.close()
-            raise OutcomeUnknown() from None
+            failure = OutcomeUnknown()
         except BaseException:
             self.close()
             raise
+        else:
+            return
+        self.close()
+        raise failure
 
-    def receive(self, block_s: float = 0.0) -> object:
-        import hiredis
-
+    def receive(self, step: Step) -> object:
+        """Return the next reply that is owed."""
+        if self._socket is None:
+            raise OutcomeUnknown
+        deadline = time.monotonic() + _transport.wait_s(self._timeout, step)
+        failure: FFError
         try:
-            while True:
-                reply = self._reader.gets()
-                if reply is not False:
-                    return reply
-                self._socket.settimeout(self._timeout + (block_s + _MARGIN_S if block_s else 0.0))
+            while (reply := self._reader.gets()) is False:
+                # Of the whole reply, not of its next byte.
+                self._socket.settimeout(max(deadline - time.monotonic(), 1e-6))
                 data = self._socket.recv(1 << 18)
                 if not data:
-                    raise OSError
+                    raise ConnectionResetError
                 self._reader.feed(data)
         except TimeoutError:
-            self.close()
-            raise DeadlineExceeded() from None
+            failure = DeadlineExceeded()
         except OSError:
-            self.close()
-            raise OutcomeUnknown() from None
-        except hiredis.ProtocolError:
-            self.close()
-            raise ProtocolError() from None
+            failure = OutcomeUnknown()
+        except self._broken_reply:
+            failure = ProtocolError()
         except BaseException:
             # An interrupt left a reply unread: the next user of the connection would take it for its own.
             self.close()
             raise
+        else:
+            self._owed -= 1
+            return reply
+        self.close()
+        raise failure
 
     def run(self, flow: Flow[T]) -> T:
         """Drive an operation of several steps to its value."""
@@ -130,8 +168,8 @@ class _Channel:
                     if isinstance(step, Pause):
                         time.sleep(step.seconds)
                     else:
-                        self.send(step.request)
-                        replies = [self.receive(step.block_s) for _ in range(step.replies)]
+                        self.send(step)
+                        replies = [self.receive(step) for _ in range(step.replies)]
                 except FFError as error:
                     step = flow.throw(error)
                 else:
@@ -140,22 +178,27 @@ class _Channel:
             value: T = stop.value
             return value
 
-    @property
-    def closed(self) -> bool:
-        return self._socket is None
-
     def abort(self) -> None:
         """Wake the thread that waits on the connection; called from another thread."""
-        import socket
-
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except (OSError, AttributeError):
-            pass
+        taken = self._socket
+        if taken is not None:
+            with contextlib.suppress(OSError):
+                # Not the method of a TLS socket: that one takes the session away from under the reader.
+                socket.socket.shutdown(taken, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._socket = None
-        self._connection.disconnect()
+        taken, self._socket = self._socket, None
+        if taken is None:
+            return
+        if self._pid == os.getpid():
+            with contextlib.suppress(OSError):
+                # A forked child may hold the socket open.
+                socket.socket.shutdown(taken, socket.SHUT_RDWR)
+        taken.close()
+
+    def __del__(self) -> None:
+        # An interrupt may strike where nobody else holds it yet.
+        self.close()
 
 
 class _Link:
@@ -167,105 +210,159 @@ class _Link:
 
     def __init__(self, backend: ValkeyBackend) -> None:
         self._backend = backend
-        self._queue: deque[Writer] = deque()
-        self._lingering: deque[tuple[float, Writer]] = deque()
-        self._wake = threading.Event()
-        self._closing = False
+        # To the thread: a writer, and when its batch is to leave. One call in C, so no interrupt can tear it apart.
+        self._told: SimpleQueue[tuple[float, Writer] | None] = SimpleQueue()
+        self._ready: deque[Writer] = deque()
+        self._lingering: list[tuple[float, int, Writer]] = []
+        self._order = itertools.count()
+        self._retries = Retries(backend.config.retry, patient=True)
+        self._closing = threading.Event()
         self._channel: _Channel | None = None
+        self.writers: weakref.WeakSet[Writer] = weakref.WeakSet()
+        self.lock = threading.Lock()
         self._thread = threading.Thread(target=self._main, name="ff_fast writers", daemon=True)
         self._thread.start()
 
     def enqueue(self, writer: Writer) -> None:
-        self._queue.append(writer)
-        self._wake.set()
+        self._told.put((0.0, writer))
 
     def linger(self, writer: Writer) -> None:
-        self._lingering.append((time.monotonic() + writer.linger_us / 1e6, writer))
-        self._wake.set()
+        self._told.put((time.monotonic() + writer.linger_us / 1e6, writer))
 
     def close(self) -> None:
-        self._closing = True
-        self._wake.set()
+        """End the thread, whose connection was aborted."""
+        self._closing.set()
+        self._told.put(None)
         self._thread.join()
+        self.fail_all(WriterClosed())
+
+    def fail_all(self, error: FFError) -> None:
+        with self.lock:
+            writers = list(self.writers)
+        for writer in writers:
+            writer.fail(copy.copy(error))
+
+    def _forked(self) -> None:
+        for writer in list(self.writers):
+            writer._forked()
+
+    # -- the thread ---------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
         try:
-            while not self._closing:
-                self._wake.wait(self._until_linger())
-                self._wake.clear()
-                while self._lingering and self._lingering[0][0] <= time.monotonic():
-                    self._lingering.popleft()[1].hurry()
-                while self._queue and not self._closing:
+            while not self._closing.is_set():
+                self._listen()
+                while self._ready and not self._closing.is_set():
                     self._round()
+        except BaseException:
+            self._closing.set()
+            self.fail_all(
+                OutcomeUnknown("The thread of the writers stopped with an error of its own.")
+            )
+            raise
         finally:
-            if self._channel is not None:
-                self._channel.close()
+            self._drop()
 
-    def _until_linger(self) -> float | None:
-        if not self._lingering:
-            return None
-        # Lingers of different lengths share the queue, so a short one may wait behind a longer one for that long.
-        return max(self._lingering[0][0] - time.monotonic(), 0.0)
+    @property
+    def running(self) -> bool:
+        return not self._closing.is_set()
+
+    def _listen(self) -> None:
+        """Wait until a writer is ready."""
+        wait: float | None = None
+        if self._lingering:
+            wait = max(self._lingering[0][0] - time.monotonic(), 0.0)
+        told: tuple[float, Writer] | None = None
+        with contextlib.suppress(Empty):
+            told = self._told.get(timeout=wait)
+        while told is not None:
+            due, writer = told
+            if due:
+                heapq.heappush(self._lingering, (due, next(self._order), writer))
+            else:
+                self._ready.append(writer)
+            told = None if self._told.empty() else self._told.get()
+        while self._lingering and self._lingering[0][0] <= time.monotonic():
+            heapq.heappop(self._lingering)[2].hurry()
 
     def _round(self) -> None:
-        sent: list[tuple[Writer, Batch]] = []
         channel = self._connected()
         if channel is None:
             return
+        sent: list[tuple[Writer, Batch]] = []
         size = 0
-        while self._queue and size < _ROUND_BYTES:
-            writer = self._queue.popleft()
+        while self._ready and size < _ROUND_BYTES:
+            writer = self._ready.popleft()
             batch = writer.next_batch()
             if batch is not None:
                 sent.append((writer, batch))
                 size += len(batch.message)
         if not sent:
             return
-        again: FFError | None = None
+        failure: FFError | None = None
         try:
-            channel.send(b"".join([batch.message for _, batch in sent]))
+            step = Step(b"".join([batch.message for _, batch in sent]), len(sent))
+            channel.send(step)
             for writer, batch in sent:
-                again = writer.acknowledge(batch, channel.receive()) or again
-        except FFError:
-            self._channel = None
-            for writer in {writer for writer, _ in sent}:
-                writer.disconnected()
-            return
-        if again is not None:
-            self._repair(channel, again)
+                reply = channel.receive(step)
+                failure = writer.acknowledge(batch, reply) or failure
+                if type(reply) is bytes:
+                    self._retries.reset()
+        except FFError as error:
+            failure = error
+            self._drop()
+        finally:
+            if self._channel is None:
+                for writer, _ in sent:
+                    writer.disconnected()
+        if failure is not None:
+            self._recover(failure, [writer for writer, _ in sent])
 
-    def _repair(self, channel: _Channel, error: FFError) -> None:
-        """A retryable refusal: load the library where it is missing, else give the server a moment."""
-        if isinstance(error, FunctionMissing):
+    def _recover(self, failure: FFError, writers: list[Writer]) -> None:
+        """Give the server a moment, and the library where that is what it lacks; or give up."""
+        pause = self._retries.pause(failure)
+        if pause is None:
+            self._give_up(failure, writers)
+            return
+        if isinstance(failure, NotPrimary):
+            # The name may lead to another server by now.
+            self._drop()
+        if isinstance(failure, FunctionMissing) and self._channel is not None:
             try:
-                channel.run(_transport.ensure_library())
+                self._channel.run(_transport.ensure_library())
             except FFError:
+                # Connecting again tries it again, and says why not.
                 self._drop()
         else:
-            time.sleep(0.05)
-
-    def _drop(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+            self._closing.wait(pause)
 
     def _connected(self) -> _Channel | None:
         """The channel, connected again where it was lost; without one, every waiting writer fails."""
-        if self._channel is not None:
-            return self._channel
-        pauses = backoff(self._backend.config.retry)
-        while not self._closing:
+        while self._channel is None and not self._closing.is_set():
             try:
                 self._channel = self._backend._connect()
-                return self._channel
             except FFError as error:
-                pause = next(pauses, None) if error.retryable else None
+                pause = self._retries.pause(error)
                 if pause is None:
-                    while self._queue:
-                        self._queue.popleft().fail(copy.copy(error))
+                    while not self._told.empty():
+                        self._listen()
+                    waiting = list(self._ready)
+                    self._ready.clear()
+                    self._give_up(error, waiting)
                     return None
-                time.sleep(pause)
-        return None
+                self._closing.wait(pause)
+        return self._channel
+
+    def _give_up(self, error: FFError, writers: list[Writer]) -> None:
+        # The next writer begins with all its retries.
+        self._retries.reset()
+        for writer in writers:
+            writer.fail(copy.copy(error))
+
+    def _drop(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            self._backend._discard(channel)
 
 
 class Writer(SharedWriter):
@@ -277,9 +374,12 @@ class Writer(SharedWriter):
     def __init__(self, state: _writing.WriterState, backend: ValkeyBackend) -> None:
         self._backend = backend
         self._link = backend._link
-        self._changed = threading.Condition()
-        self._waiters = 0
+        self._waiters: list[threading.Lock] = []
         super().__init__(state)
+        with self._link.lock:
+            self._link.writers.add(self)
+        if not self._link.running:
+            self.fail(WriterClosed())
 
     def _on_ready(self) -> None:
         self._link.enqueue(self)
@@ -288,28 +388,42 @@ class Writer(SharedWriter):
         self._link.linger(self)
 
     def _on_progress(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+        for waiter in tuple(self._waiters):
+            # One that is open has been told already.
+            with contextlib.suppress(RuntimeError):
+                waiter.release()
+        if not self._waiters:
+            # In this order, as a waiter that comes in between would not be told otherwise.
+            self.waiting = False
+            self.waiting = bool(self._waiters)
+
+    def _forked(self) -> None:
+        """The frames are the parent's, which stores them."""
+        error = ForkedClient()
+        self.fail(error)
+        error.unstored = ()
 
     def _wait(self, done: Callable[[], bool], timeout: float | None) -> None:
+        if isinstance(self.error, ForkedClient):
+            raise copy.copy(self.error)
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
-            self._waiters += 1
-            self.waiting = True
-            try:
-                while not done():
-                    if self.error is not None:
-                        raise self.error.with_traceback(None)
-                    left = None if deadline is None else deadline - time.monotonic()
-                    if left is not None and left <= 0:
-                        raise DeadlineExceeded()
-                    self._changed.wait(left)
-            finally:
-                self._waiters -= 1
-                self.waiting = self._waiters > 0
+        # A lock and not a Condition, which an interrupt can leave in a state that it cannot be left from.
+        waiter = threading.Lock()
+        waiter.acquire()
+        self._waiters.append(waiter)
+        self.waiting = True
+        try:
+            while not done():
+                if self.error is not None:
+                    raise copy.copy(self.error)
+                left = -1.0 if deadline is None else max(deadline - time.monotonic(), 0.0)
+                if not waiter.acquire(timeout=left) and not done():
+                    raise DeadlineExceeded
+        finally:
+            self._waiters.remove(waiter)
 
     def drain(self, timeout: float | None = None) -> None:
-        """Wait while more than 1 MiB of payload is unacknowledged.
+        """Wait while more than 1 MiB, or too much for one more frame of any size, is unacknowledged.
 
         Args:
             timeout: Seconds to wait at the most; None waits as long as the writer tries.
@@ -318,8 +432,10 @@ class Writer(SharedWriter):
             DeadlineExceeded: *timeout* passed; the frames stay on their way.
             FFError: The writer failed.
         """
-        if self.unacknowledged_bytes > _writing.HIGH_WATER_BYTES or self.error is not None:
-            self._wait(lambda: self.unacknowledged_bytes <= _writing.HIGH_WATER_BYTES, timeout)
+        if self.error is not None:
+            raise copy.copy(self.error)
+        if self.unacknowledged_bytes > self.high_water_bytes:
+            self._wait(lambda: self.unacknowledged_bytes <= self.high_water_bytes, timeout)
 
     def flush(self, timeout: float | None = None) -> AppendFrameOutcome:
         """Wait until every frame written so far is stored.
@@ -348,20 +464,24 @@ class Writer(SharedWriter):
             self._wait(lambda: self.idle, timeout)
             self.fail(WriterClosed())
         elif not isinstance(self.error, WriterClosed):
-            raise self.error.with_traceback(None)
+            raise copy.copy(self.error)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
     ) -> None:
-        try:
+        if kind is None:
             self.close()
-        except FFError:
-            # The error of the block says what went wrong first; `error` keeps what was not stored.
-            if kind is None:
-                raise
+            return
+        # The error of the block says what went wrong first; `error` keeps what was not stored.
+        with contextlib.suppress(FFError):
+            # Not for long: whoever interrupts the block wants to get away.
+            self.close(_transport.request_timeout_s(self._backend.config))
 
 
 class ValkeyBackend:
@@ -376,10 +496,15 @@ class ValkeyBackend:
         self._pid = os.getpid()
         self._closed = False
         self._idle: deque[_Channel] = deque()
+        self._busy: set[_Channel] = set()
         self._lock = threading.Lock()
+        self._opening = threading.Lock()
         self._link_started: _Link | None = None
-        self._writers: dict[str, Writer] = {}
+        self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
+        # Those that `append_frame` opened: nobody else holds them.
+        self._implicit: dict[str, Writer] = {}
         self._sweeper = _lifecycle.Sweeper(keys.DEFAULT_PARTITIONS)
+        _transport.watch_fork(self)
 
     @classmethod
     def connect(cls, target: str | BackendConfig) -> Self:
@@ -395,7 +520,7 @@ class ValkeyBackend:
         """
         backend = cls(_transport.config_of(target))
         try:
-            backend._release(backend._connect())
+            backend._release(backend._acquire())
         except BaseException:
             backend.close()
             raise
@@ -423,17 +548,31 @@ class ValkeyBackend:
         return backend
 
     def close(self) -> None:
-        """Close every connection. Frames that were not flushed are lost: close writers first."""
+        """Close every connection; what other threads wait for there ends with an error.
+
+        Frames that were not flushed are lost: close writers first. Calling it again does nothing.
+        """
         self._closed = True
-        if self._link_started is not None and self._pid == os.getpid():
-            self._link_started.close()
-        while self._idle:
-            self._idle.popleft().close()
-        for writer in list(self._writers.values()):
-            writer.fail(WriterClosed())
-        self._writers.clear()
+        with self._lock:
+            link, busy = self._link_started, list(self._busy)
+        if self._pid == os.getpid():
+            for channel in busy:
+                # Among them the writers': their thread is waiting for replies, or for nothing.
+                channel.abort()
+            if link is not None:
+                link.close()
+        self._close_idle()
+        self._implicit.clear()
         if self._server is not None:
             self._server.stop()
+
+    def _forked(self) -> None:
+        """Called in a forked child."""
+        self._lock = threading.Lock()
+        self._opening = threading.Lock()
+        if self._link_started is not None:
+            self._link_started.lock = threading.Lock()
+            self._link_started._forked()
 
     def __enter__(self) -> Self:
         return self
@@ -445,62 +584,97 @@ class ValkeyBackend:
         return f"ValkeyBackend({self.config.connection!r})"
 
     def __reduce__(self) -> Any:
-        raise TypeError("A backend holds connections and cannot be pickled; connect again from its config.")
+        raise TypeError(
+            "A backend holds connections and cannot be pickled; connect again from its config."
+        )
 
     # -- connections --------------------------------------------------------------------------------------------
 
     @property
     def _link(self) -> _Link:
         with self._lock:
-            if self._link_started is None:
+            if self._closed:
+                raise _transport.closed_error()
+            if self._link_started is None or not self._link_started.running:
                 self._link_started = _Link(self)
             return self._link_started
 
     def _connect(self) -> _Channel:
         channel = _Channel(self.config)
+        with self._lock:
+            self._busy.add(channel)
+        if self._closed:
+            # Nobody would wake this thread any more.
+            self._release(channel)
+            raise _transport.closed_error()
+        failure: FFError
         try:
             channel.run(_transport.ensure_library())
+        except FFError as error:
+            failure = _transport.connect_error(error, self.config)
         except BaseException:
-            channel.close()
+            self._discard(channel)
             raise
-        return channel
+        else:
+            return channel
+        self._discard(channel)
+        raise failure
+
+    def _discard(self, channel: _Channel) -> None:
+        channel.close()
+        with self._lock:
+            self._busy.discard(channel)
 
     def _acquire(self) -> _Channel:
+        self._check()
+        while True:
+            try:
+                channel = self._idle.pop()
+            except IndexError:
+                break
+            if channel.reusable:
+                with self._lock:
+                    self._busy.add(channel)
+                return channel
+            channel.close()
+        return self._connect()
+
+    def _check(self) -> None:
         if self._pid != os.getpid():
-            raise ForkedClient()
+            raise ForkedClient
         if self._closed:
-            raise Unavailable("The backend is closed; connect again.")
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return self._connect()
+            raise _transport.closed_error()
 
     def _release(self, channel: _Channel) -> None:
-        if channel.closed:
-            return
-        if self._closed:
-            channel.close()
-        else:
+        with self._lock:
+            self._busy.discard(channel)
+        if channel.reusable:
             self._idle.append(channel)
+        else:
+            channel.close()
+        if self._closed:
+            self._close_idle()
 
-    def _run(self, flow: Callable[[], Flow[T]], *, repeatable: bool = True) -> T:
+    def _close_idle(self) -> None:
+        while True:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return
+
+    def _run(self, make: Callable[[], Flow[T]], *, repeatable: bool = True) -> T:
         """Run an operation, again where it may be repeated, until the retries of the configuration are used up."""
-        pauses = backoff(self.config.retry)
+        retries = Retries(self.config.retry, repeatable=repeatable)
         while True:
             try:
                 channel = self._acquire()
                 try:
-                    return channel.run(flow())
-                except FunctionMissing:
-                    channel.run(_transport.ensure_library())
-                    raise
+                    return channel.run(_transport.with_library(make))
                 finally:
                     self._release(channel)
             except FFError as error:
-                if not error.retryable or (error.outcome is Outcome.UNKNOWN and not repeatable):
-                    raise
-                pause = next(pauses, None)
-                if pause is None or isinstance(error, DeadlineExceeded):
+                pause = None if self._closed else retries.pause(error)
+                if pause is None:
                     raise
             time.sleep(pause)
 
@@ -618,6 +792,7 @@ class ValkeyBackend:
             LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
         """
         self._call(_arguments.complete(handle, payload))
+        self._ended(handle)
 
     def fail(
         self,
@@ -630,7 +805,14 @@ class ValkeyBackend:
         Raises:
             LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
         """
-        return self._call(_arguments.fail(handle, reason, failure_class))
+        outcome = self._call(_arguments.fail(handle, reason, failure_class))
+        self._ended(handle)
+        return outcome
+
+    def _ended(self, handle: Handle) -> None:
+        writer = self._implicit.pop(_arguments.attempt(handle).fields.lease_id, None)
+        if writer is not None:
+            writer.fail(WriterClosed())
 
     # -- streams ------------------------------------------------------------------------------------------------
 
@@ -665,9 +847,12 @@ class ValkeyBackend:
         state = self._run(lambda: _writing.open_writer(attempt, options))
         writer = Writer(state, self)
         self._writers[attempt.fields.lease_id] = writer
+        self._implicit.pop(attempt.fields.lease_id, None)
         return writer
 
-    def append_frame(self, handle: Handle, frame: Frame, timeout: float | None = None) -> AppendFrameOutcome:
+    def append_frame(
+        self, handle: Handle, frame: Frame, timeout: float | None = None
+    ) -> AppendFrameOutcome:
         """Append one frame and wait until it is stored.
 
         The writer that is open for the handle is used, or one is opened. With ``frame.seq`` the call is idempotent:
@@ -678,9 +863,14 @@ class ValkeyBackend:
             FFError: As `Writer.write` and `Writer.flush`.
         """
         _arguments.frame(frame)
-        writer = self._writers.get(_arguments.attempt(handle).fields.lease_id)
-        if writer is None or isinstance(writer.error, WriterClosed):
-            writer = self.open_writer(handle)
+        lease_id = _arguments.attempt(handle).fields.lease_id
+        self._check()
+        with self._opening:
+            # Two callers that opened one each would supersede each other.
+            writer = self._writers.get(lease_id)
+            if writer is None or isinstance(writer.error, WriterClosed):
+                writer = self.open_writer(handle)
+                self._implicit[lease_id] = writer
         writer.write_frame(frame)
         return writer.flush(timeout)
 
@@ -757,31 +947,26 @@ class ValkeyBackend:
 
     def _tail(self, core: TailCore) -> Iterator[Item]:
         channel: _Channel | None = None
-        pauses = backoff(self.config.retry)
+        retries = Retries(self.config.retry, patient=True)
         try:
             while not core.ended:
                 try:
                     if channel is None:
                         channel = self._acquire()
-                    step = core.step()
-                    channel.send(step.request)
-                    items = core.receive(channel.receive(step.block_s))
+                    items = channel.run(_transport.with_library(lambda: _transport.read_on(core)))
                 except FFError as error:
-                    if channel is not None and isinstance(error, FunctionMissing):
-                        channel.run(_transport.ensure_library())
-                    elif channel is not None:
-                        channel.close()
-                        channel = None
-                    pause = next(pauses, None) if error.retryable else None
+                    pause = retries.pause(error)
                     if pause is None or self._closed:
                         raise
-                    core.restart()
-                    time.sleep(pause)
-                    continue
-                if items:
-                    pauses = backoff(self.config.retry)
+                    if channel is not None:
+                        self._discard(channel)
+                        channel = None
+                else:
+                    retries.reset()
                     yield from items
+                    continue
+                core.restart()
+                time.sleep(pause)
         finally:
             if channel is not None:
-                # Between two steps nothing is outstanding, so the connection is as good as new.
                 self._release(channel)

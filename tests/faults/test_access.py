@@ -1,0 +1,342 @@
+"""Who may connect, and as whom: passwords, ACL users with no more rights than they need, and TLS.
+
+:data:`ACL` is what an operator can copy; the tests prove that each user can do its work with these lines and nothing
+else. A function runs with its caller's rights, so the commands inside it are listed too.
+"""
+
+import datetime
+import logging
+import pickle
+import socket
+import ssl
+import time
+
+import pytest
+import trustme
+
+import ff_fast
+from ff_fast import Frame, FrameKind, StreamMode
+from ff_fast.errors import (
+    AuthenticationFailed,
+    DeadlineExceeded,
+    FFError,
+    Outcome,
+    PermissionDenied,
+    TlsFailed,
+    Unavailable,
+)
+
+from ..conftest import connect_raw
+from .chaos import ChaosProxy
+from .shells import claimed
+
+ACL = {
+    # Loads the library, and nothing else.
+    "ff_deploy": "resetchannels -@all +function|load +fcall_ro",
+    # Creates executions.
+    "ff_producer": "resetchannels -@all ~ff:* +fcall|ff_create_execution +fcall_ro|ff_version +zadd +hmget +hset +set +time",
+    # Claims, streams, renews and ends.
+    "ff_worker": (
+        "resetchannels -@all ~ff:* "
+        "+fcall|ff_claim +fcall|ff_open_writer +fcall|ff_append +fcall|ff_renew_lease +fcall|ff_complete_execution "
+        "+fcall|ff_fail_execution +fcall_ro|ff_version +fcall_ro|ff_read_payload +fcall_ro|ff_read_summary "
+        "+zpopmin +bzpopmin +zadd +zrange +zrem +hmget +hget +hset +hgetall +del +get +set +exists +xadd +xtrim "
+        "+xrevrange +pexpire +pttl +time"
+    ),
+    # Reads: tails, pages, summaries and descriptions, with no way to write.
+    "ff_tailer": "resetchannels -@all %R~ff:* +fcall_ro +hmget +hget +hgetall +exists +xrange +xread +time",
+}
+PASSWORD = "s3cret-canary"
+
+
+@pytest.fixture
+def guarded(own_server):
+    """The test's own server with the users of ACL, and a client of the administrator."""
+    with connect_raw(own_server.url) as raw:
+        for name, rules in ACL.items():
+            raw.execute_command(
+                "ACL", "SETUSER", name, "reset", "on", f">{PASSWORD}", *rules.split()
+            )
+        yield raw
+
+
+def as_user(server, name, password=PASSWORD):
+    return server.url.replace("unix://", f"unix://{name}:{password}@", 1)
+
+
+async def test_each_user_can_do_its_work_and_is_refused_nothing(shell, own_server, guarded, lane):
+    with pytest.raises(PermissionDenied):
+        # The library is not there yet, and a worker may not bring it.
+        await shell.connect(as_user(own_server, "ff_worker"))
+    guarded.acl_log_reset()
+    async with await shell.connect(as_user(own_server, "ff_deploy")):
+        pass
+    async with await shell.connect(as_user(own_server, "ff_producer")) as producer:
+        eids = [await producer.create_execution(lane=lane, payload=b"prompt") for _ in range(2)]
+    async with await shell.connect(as_user(own_server, "ff_worker")) as worker:
+        handle, other = [
+            await worker.claim(
+                lane=lane,
+                worker_id="w",
+                worker_instance_id="w-1",
+                policy=ff_fast.ClaimPolicy(max_wait=1.0),
+            )
+            for _ in eids
+        ]
+        assert await worker.read_payload(handle) == b"prompt"
+        writer = await worker.open_writer(handle)
+        for i in range(300):
+            writer.write(b"durable %d" % i)
+            writer.write(b"live %d" % i, mode=StreamMode.best_effort_live(50))
+            writer.write(b'{"n":%d,"t":"%s"}' % (i, b"x" * 100), mode=StreamMode.durable_summary())
+            if i % 10 == 0:
+                await writer.flush(5)
+        await writer.close()
+        again = await worker.open_writer(handle)
+        again.write(b"last")
+        await again.flush(5)
+        await worker.append_frame(handle, Frame(b"{}", FrameKind.EVENT, frame_type="tool_event"))
+        await worker.renew(handle)
+        await worker.complete(handle, b"answer")
+        await worker.complete(handle, b"answer")
+        await worker.fail(other, "broken")
+    async with await shell.connect(as_user(own_server, "ff_tailer")) as tailer:
+        eid = handle.fields().execution_id
+        assert len(await tailer.items(eid)) > 600
+        assert len(await tailer.read_stream(eid, 0)) == 100
+        assert (await tailer.read_summary(eid, 0)).version == 300
+        assert (await tailer.describe(eid))["state"] == "completed"
+    assert guarded.acl_log() == []
+
+
+async def test_what_a_user_may_not_do_is_told_at_once(shell, own_server, guarded, lane):
+    async with await shell.connect(own_server.url) as backend:
+        eid, handle = await claimed(backend, lane)
+    async with await shell.connect(as_user(own_server, "ff_tailer")) as tailer:
+        for call in (
+            tailer.create_execution(lane=lane),
+            tailer.renew(handle),
+            tailer.complete(handle),
+            tailer.open_writer(handle),
+            tailer.claim(lane=lane, worker_id="w", worker_instance_id="w-1"),
+        ):
+            with pytest.raises(PermissionDenied) as caught:
+                await call
+            assert caught.value.outcome is Outcome.NOT_APPLIED
+            assert not caught.value.retryable
+        assert (await tailer.describe(eid))["state"] == "active"
+
+
+async def test_rights_taken_amid_a_stream_end_the_writer(shell, own_server, guarded, lane):
+    async with await shell.connect(own_server.url) as backend:
+        _, handle = await claimed(backend, lane)
+    async with await shell.connect(as_user(own_server, "ff_worker")) as worker:
+        writer = await worker.open_writer(handle)
+        writer.write(b"1")
+        await writer.flush(5)
+        # A command inside the function: its first write is refused, and what came before it nobody knows.
+        guarded.execute_command("ACL", "SETUSER", "ff_worker", "-xadd")
+        writer.write(b"2")
+        with pytest.raises(PermissionDenied) as caught:
+            await writer.flush(5)
+        assert [frame.payload for frame in caught.value.unstored] == [b"2"]
+
+
+async def test_a_user_that_is_deleted_while_connected(shell, own_server, guarded, lane):
+    async with await shell.connect(own_server.url) as backend:
+        _, handle = await claimed(backend, lane)
+    async with await shell.connect(as_user(own_server, "ff_worker")) as worker:
+        writer = await worker.open_writer(handle)
+        writer.write(b"1")
+        await writer.flush(5)
+        guarded.execute_command("ACL", "DELUSER", "ff_worker")
+        failures = len(guarded.acl_log())
+        writer.write(b"2")
+        with pytest.raises(AuthenticationFailed):
+            await writer.flush(5)
+        with pytest.raises(AuthenticationFailed):
+            await worker.renew(handle)
+        assert _attempts(guarded) - failures <= 2
+
+
+def _attempts(raw):
+    return sum(entry["count"] for entry in raw.acl_log() if entry["reason"] == "auth")
+
+
+async def test_a_wrong_password_is_tried_once(shell, own_server, guarded, caplog):
+    caplog.set_level(logging.DEBUG)
+    guarded.acl_log_reset()
+    url = as_user(own_server, "ff_worker", "wrong-canary")
+    with pytest.raises(AuthenticationFailed) as caught:
+        await shell.connect(url)
+    assert _attempts(guarded) == 1
+    error = caught.value
+    assert error.__context__ is None
+    assert error.__cause__ is None
+    for text in (str(error), repr(error), repr(pickle.dumps(error)), caplog.text):
+        assert "canary" not in text
+        assert "WRONGPASS" not in text
+
+
+async def test_no_password_where_one_is_wanted(shell, own_server, guarded):
+    guarded.config_set("requirepass", PASSWORD)
+    with pytest.raises(AuthenticationFailed):
+        await shell.connect(own_server.url)
+    url = own_server.url.replace("unix://", f"unix://:{PASSWORD}@", 1)
+    async with await shell.connect(url) as backend:
+        assert PASSWORD not in repr(backend.wrapped)
+        assert PASSWORD not in repr(backend.config)
+
+
+async def test_a_password_where_none_is_wanted(shell, own_server):
+    url = own_server.url.replace("unix://", f"unix://:{PASSWORD}@", 1)
+    with pytest.raises(AuthenticationFailed):
+        await shell.connect(url)
+
+
+async def test_a_database_that_is_not_there(shell, own_server):
+    with pytest.raises(ff_fast.errors.InvalidInput, match="database 99"):
+        await shell.connect(f"{own_server.url}?db=99")
+
+
+async def test_too_many_clients(shell, own_server, lane):
+    async with await shell.connect(own_server.url) as backend:
+        eid = await backend.create_execution(lane=lane)
+        with connect_raw(own_server.url) as raw:
+            raw.config_set("maxclients", "2")
+            with pytest.raises(Unavailable) as caught:
+                await shell.connect(own_server.url, retries=1, factor=1)
+            assert caught.value.outcome is Outcome.NOT_APPLIED
+            raw.config_set("maxclients", "100")
+        assert (await backend.describe(eid))["state"] == "waiting"
+
+
+# -- TLS -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def ca_file(authority, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tls") / "ca.pem"
+    authority.cert_pem.write_to_path(path)
+    return path
+
+
+def terminator(server, certificate, *, client_ca=None):
+    """A proxy that speaks TLS to the client and plain to the server."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(context)
+    if client_ca is not None:
+        client_ca.configure_trust(context)
+        context.verify_mode = ssl.CERT_REQUIRED
+
+    def wrap(client):
+        client.settimeout(5)
+        wrapped = context.wrap_socket(client, server_side=True)
+        wrapped.settimeout(None)
+        return wrapped
+
+    return ChaosProxy(server.url, wrap)
+
+
+def tls_url(proxy, ca_file=None, host="localhost", **files):
+    query = {"tls_ca_file": ca_file, **files}
+    joined = "&".join(f"{name}={path}" for name, path in query.items() if path)
+    return f"valkeys://{host}:{proxy.address[1]}" + (f"?{joined}" if joined else "")
+
+
+async def test_tls_with_a_trusted_authority(shell, server, authority, ca_file, lane):
+    with terminator(server, authority.issue_cert("localhost")) as proxy:
+        async with await shell.connect(tls_url(proxy, ca_file)) as backend:
+            eid, handle = await claimed(backend, lane)
+            writer = await backend.open_writer(handle)
+            for i in range(2_000):
+                writer.write(b"%d" % i)
+                if i == 1_000:
+                    await writer.flush(5)
+                    proxy.cut_all()
+            await writer.flush(10)
+            proxy.chunk = 1
+            writer.write(b"slow")
+            await writer.close()
+            await backend.complete(handle)
+            proxy.chunk = 1 << 16
+            assert len(await backend.items(eid)) == 2_002
+
+
+UNTRUSTED = {
+    "unknown authority": lambda ca: (trustme.CA().issue_cert("localhost"), True),
+    "system authorities only": lambda ca: (ca.issue_cert("localhost"), False),
+    "wrong host": lambda ca: (ca.issue_cert("elsewhere.example"), True),
+    "expired": lambda ca: (
+        ca.issue_cert(
+            "localhost",
+            not_before=datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC),
+            not_after=datetime.datetime(2002, 1, 1, tzinfo=datetime.UTC),
+        ),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNTRUSTED)
+async def test_tls_that_cannot_be_trusted_is_refused_once(shell, name, server, authority, ca_file):
+    certificate, trusted = UNTRUSTED[name](authority)
+    with terminator(server, certificate) as proxy:
+        began = time.monotonic()
+        with pytest.raises(TlsFailed) as caught:
+            await shell.connect(tls_url(proxy, ca_file if trusted else None))
+        assert time.monotonic() - began < 1.5
+        assert proxy.accepted == 1
+        assert caught.value.outcome is Outcome.NOT_APPLIED
+        assert caught.value.__context__ is None
+        assert "CERTIFICATE" not in str(caught.value)
+
+
+async def test_tls_with_a_client_certificate(shell, server, authority, ca_file, tmp_path, lane):
+    mine = authority.issue_cert("worker@example.com")
+    pem = tmp_path / "mine.pem"
+    mine.private_key_and_cert_chain_pem.write_to_path(pem)
+    with terminator(server, authority.issue_cert("localhost"), client_ca=authority) as proxy:
+        url = tls_url(proxy, ca_file, tls_cert_file=pem, tls_key_file=pem)
+        async with await shell.connect(url) as backend:
+            await claimed(backend, lane)
+        with pytest.raises(FFError) as caught:
+            await shell.connect(tls_url(proxy, ca_file), retries=1, factor=1)
+        # Under TLS 1.3 the refusal arrives with the first read, or as a reset.
+        assert isinstance(caught.value, TlsFailed | Unavailable)
+
+
+async def test_tls_files_that_are_not_there(shell, server, authority):
+    with terminator(server, authority.issue_cert("localhost")) as proxy:
+        with pytest.raises(TlsFailed):
+            await shell.connect(tls_url(proxy, "/nowhere/ca.pem"))
+        assert proxy.accepted <= 1
+
+
+async def test_tls_to_a_server_without_it(shell, proxy):
+    with pytest.raises((TlsFailed, DeadlineExceeded, Unavailable)):
+        await shell.connect(tls_url(proxy), timeout=0.5, retries=0)
+
+
+async def test_plain_to_a_server_with_tls(shell, server, authority):
+    with terminator(server, authority.issue_cert("localhost")) as proxy:
+        with pytest.raises(FFError) as caught:
+            await shell.connect(proxy.url, timeout=0.5, retries=1, factor=1)
+        assert caught.value.outcome is Outcome.NOT_APPLIED
+
+
+def test_the_terminator_itself(server, authority):
+    with terminator(server, authority.issue_cert("localhost")) as proxy:
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        with (
+            socket.create_connection(proxy.address) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as client,
+        ):
+            client.sendall(b"PING\r\n")
+            assert client.recv(16) == b"+PONG\r\n"
