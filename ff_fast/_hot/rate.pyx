@@ -4,24 +4,31 @@ The estimator is a sum of exponentially fading weights, one a frame: with time c
 
     rate(t) = sum over frames of exp(-(t - t_frame) / tau) / tau
 
-A batch of n frames is n weights at once, so it does not matter how frames are grouped; a pause fades the estimate by
-itself; nothing is rounded to milliseconds, so there is no upper limit. Until the sum has run for some time it is
-divided by the share of the weights that it can have seen, 1 - exp(-age / tau), so it is right from the second frame on.
-`ema_alpha` is the share that the latest 100 ms have in the estimate: tau = -100 ms / ln(1 - alpha).
+A batch of n frames is n weights at once, so it does not matter how frames are grouped; a pause
+fades the estimate by itself; nothing is rounded to milliseconds, so there is no upper limit. Until
+the sum has run for some time it is divided by the share of the weights that it can have seen,
+1 - exp(-age / tau), so it is right from the second instant on: frames of the first one say when the
+stream began, and are not counted, because they end no interval.
+
+`ema_alpha` is the share that the latest 100 ms have in the estimate:
+tau = -100 ms / ln(1 - alpha).
 """
 
+cimport cython
 from libc.math cimport ceil, exp, expm1, isfinite, log1p
 
 from ff_fast.errors import InvalidInput
 
 cdef double BUCKET_US = 100_000.0
-# alpha = 1 would be a time constant of zero; at this value the latest 100 ms weigh all but one part in a million.
-cdef double ALPHA_LIMIT = 0.999999
-# "Always been there": an estimate that another writer hands over has no start of its own.
-cdef long long FOREVER = -(1 << 62)
+# alpha = 1 would be a time constant of zero, and the smallest ones an infinite one. At the one end
+# the latest 100 ms weigh all but one part in a million, at the other the latest year counts.
+cdef double ALPHA_MOST = 0.999999
+cdef double ALPHA_LEAST = 1e-9
 
 
-cdef long long window_frames(double rate_hz, long long ttl_ms, long long floor, long long ceiling) noexcept nogil:
+cdef long long window_frames(
+    double rate_hz, long long ttl_ms, long long floor, long long ceiling
+) noexcept nogil:
     cdef double frames = ceil(rate_hz * (<double>ttl_ms / 1000.0) * 2.0)
     if not frames < <double>ceiling:
         return ceiling
@@ -31,22 +38,28 @@ cdef long long window_frames(double rate_hz, long long ttl_ms, long long floor, 
 
 
 def window_size(double rate_hz, long long ttl_ms, long long floor, long long ceiling):
-    """Return K, how many frames the live window keeps: ``clamp(ceil(rate * ttl * 2), floor, ceiling)``.
+    """Return K, how many frames the window keeps: ``clamp(ceil(rate * ttl * 2), floor, ceiling)``.
 
     Args:
         rate_hz: Frames a second, finite and not negative.
-        ttl_ms: How long a frame shall stay visible, in ms.
+        ttl_ms: How long a frame shall stay visible, in ms, not negative.
         floor: Least K; at most *ceiling*.
         ceiling: Greatest K.
 
     Raises:
-        InvalidInput: *rate_hz* is negative or not finite.
+        InvalidInput: *rate_hz* is negative or not finite, *ttl_ms* is negative, or *floor* is above
+            *ceiling*.
     """
     if not isfinite(rate_hz) or rate_hz < 0:
         raise InvalidInput("rate_hz must be finite and not negative.")
+    if ttl_ms < 0:
+        raise InvalidInput("ttl_ms must not be negative.")
+    if floor > ceiling:
+        raise InvalidInput("floor must not be above ceiling.")
     return window_frames(rate_hz, ttl_ms, floor, ceiling)
 
 
+@cython.auto_pickle(False)
 cdef class RateEstimator:
     """Frames a second, from when they were appended (see the module for the formula).
 
@@ -64,20 +77,25 @@ cdef class RateEstimator:
             raise InvalidInput("ema_alpha must be in (0, 1].")
         if not isfinite(rate_hz) or rate_hz < 0:
             raise InvalidInput("rate_hz must be finite and not negative.")
-        self._tau_us = -BUCKET_US / log1p(-min(ema_alpha, ALPHA_LIMIT))
-        self._mass = rate_hz * self._tau_us / 1e6
+        self._tau_us = -BUCKET_US / log1p(-max(min(ema_alpha, ALPHA_MOST), ALPHA_LEAST))
+        self._mass = rate_hz * (self._tau_us / 1e6)
+        if not isfinite(self._mass):
+            raise InvalidInput("rate_hz is too large.")
         self._last_us = now_us
-        self._since_us = FOREVER if rate_hz > 0 else -1
+        # An estimate that another writer hands over has no start of its own.
+        self._start = HANDED_OVER if rate_hz > 0 else NONE
+        self._since_us = now_us
 
     cdef void add(self, long long count, long long now_us) noexcept:
-        if self._since_us == -1:
-            # The first batch says when the stream began; a rate needs an interval, which it closes for nobody.
+        if self._start == NONE:
+            self._start = FIRST_BATCH
             self._since_us = now_us
             self._last_us = now_us
+        now_us = max(now_us, self._last_us)
+        if self._start == FIRST_BATCH and now_us == self._since_us:
             return
-        if now_us > self._last_us:
-            self._mass *= exp(-<double>(now_us - self._last_us) / self._tau_us)
-            self._last_us = now_us
+        self._mass *= exp((<double>self._last_us - <double>now_us) / self._tau_us)
+        self._last_us = now_us
         self._mass += <double>count
 
     cdef double rate_at(self, long long now_us) noexcept:
@@ -86,14 +104,25 @@ cdef class RateEstimator:
             return 0.0
         if now_us < self._last_us:
             now_us = self._last_us
-        rate = self._mass * exp(-<double>(now_us - self._last_us) / self._tau_us) / self._tau_us * 1e6
-        if self._since_us != FOREVER:
-            # Below a microsecond of age the quotient is noise, not a rate.
-            rate /= -expm1(-<double>max(now_us - self._since_us, 1) / self._tau_us)
+        rate = self._mass * exp((<double>self._last_us - <double>now_us) / self._tau_us)
+        rate = rate / self._tau_us * 1e6
+        if self._start == FIRST_BATCH:
+            # Not zero: what is counted came after the first batch.
+            rate /= -expm1((<double>self._since_us - <double>now_us) / self._tau_us)
         return rate
 
     def record(self, long long count, long long now_us):
-        """Count *count* frames appended at *now_us* (µs, never going back; earlier times count as the latest)."""
+        """Count frames as appended at *now_us*.
+
+        Args:
+            count: How many, not negative.
+            now_us: When, in µs; a time before the latest one counts as the latest.
+
+        Raises:
+            InvalidInput: *count* is negative.
+        """
+        if count < 0:
+            raise InvalidInput("count must not be negative.")
         self.add(count, now_us)
 
     def rate_hz(self, long long now_us):

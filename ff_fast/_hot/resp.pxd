@@ -1,7 +1,9 @@
-"""Writers of RESP requests, for the other extensions to cimport; their bodies are here so that they inline.
+"""Writers of RESP requests, for the other extensions to cimport; their bodies are here so that they
+inline.
 
-Every writer takes a cursor into memory that the caller has already sized and returns the cursor after what it wrote.
-None of them can fail, so none needs the GIL or an error check: sizing and type checks come before the first one.
+Every writer takes a cursor into memory that the caller has already sized and returns the cursor
+after what it wrote. None of them can fail, so none needs the GIL or an error check: sizing and type
+checks come before the first one.
 """
 
 from libc.string cimport memcpy

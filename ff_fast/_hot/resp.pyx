@@ -27,13 +27,14 @@ cdef char* put_bulks(char* out, tuple items) noexcept:
 def pack_command(*parts):
     """Return the RESP bytes of one command.
 
-    The exact size is computed first and the result is written into one ``bytes`` of that size.
+    The exact size is computed first and the result is written into one ``bytes`` of it.
 
     Args:
         *parts: The command and its arguments, each exactly ``bytes``.
 
     Raises:
-        TypeError: A part is not exactly ``bytes``: numbers and text are encoded by the caller, who knows how.
+        TypeError: A part is not exactly ``bytes``: numbers and text are encoded by the caller, who
+            knows how.
 
     >>> pack_command(b"PING")
     b'*1\\r\\n$4\\r\\nPING\\r\\n'
@@ -48,13 +49,17 @@ def pack_command(*parts):
     return packed
 
 
-def pack_fcall(bytes function not None, tuple keys not None, tuple argv not None, bint read_only=False):
-    """Return the RESP bytes of ``FCALL function numkeys *keys *argv``, or of ``FCALL_RO`` where *read_only*.
+def pack_fcall(
+    bytes function not None, tuple keys not None, tuple argv not None, bint read_only=False
+):
+    """Return the RESP bytes of ``FCALL function numkeys *keys *argv``.
 
     Args:
         function: Name that the Lua library registers, e.g. ``b"ff_append"``.
-        keys: Every key that the function is told of. In a cluster they share one hash slot (``ff_fast.keys``).
+        keys: Every key that the function is told of. In a cluster they share one hash slot
+            (``ff_fast.keys``).
         argv: What Lua sees as its second table, each exactly ``bytes``.
+        read_only: Whether it is ``FCALL_RO``, which replicas serve too.
 
     Raises:
         TypeError: An item is not exactly ``bytes``.

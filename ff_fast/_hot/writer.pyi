@@ -1,9 +1,13 @@
 from collections.abc import Sequence
+from typing import final
+
+from typing_extensions import disjoint_base
 
 from ff_fast._hot.frames import StreamFrame
 from ff_fast.errors import FFError
 from ff_fast.types import StreamMode
 
+@final
 class Batch:
     @property
     def message(self) -> bytes: ...
@@ -12,6 +16,7 @@ class Batch:
     @property
     def frame_count(self) -> int: ...
 
+@disjoint_base
 class WriterCore:
     def __init__(
         self,

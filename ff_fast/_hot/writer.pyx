@@ -1,22 +1,34 @@
 """The writer of one attempt, without I/O: frames in, FCALL bytes out, acknowledgements in.
 
-A frame is copied into the open batch when it is written; sealing a batch sizes it, allocates once and writes the whole
-request. A batch leaves when nothing is on its way, or when it is full; else the open one goes on filling, so its size
-follows the speed of the server. Sealed batches are kept, as the bytes that were sent, until the server acknowledged
-them; after a disconnect the same bytes go again, in order, and the sequence makes a repeat harmless.
+A frame is copied into the open batch when it is written; sealing a batch sizes it, allocates once
+and writes the whole request. A batch leaves when nothing is on its way, or when it is full; else
+the open one goes on filling, so its size follows the speed of the server. Sealed batches are kept,
+as the bytes that were sent, until the server acknowledged them; after a disconnect the same bytes
+go again, in order, and the sequence makes a repeat harmless.
 
-The shells of ff_fast call `write` on any thread and everything else on the one that owns the connection. Between
-checking and changing its state no method here runs Python code, and the GIL is never released, so each is atomic.
+The sync shell calls `write`, `hurry`, `finish`, `fail` and `unstored` on any thread and the rest on
+the one that owns the connection. Between checking and changing its state no method here runs Python
+code, and the GIL is never released, so each is atomic. The garbage collector would break that: an
+allocation may start it, and a finalizer that it calls is Python code, in which another thread can
+take over. Where objects are made amid a change, it is held off.
 
-Arguments of `ff_append`, built here: lua/append.lua names the blocks; ff_fast/_hot/frames.pyx names the fields.
+Arguments of `ff_append`, built here: lua/append.lua names the blocks; ff_fast/_hot/frames.pyx names
+the fields.
 """
 
 cimport cython
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport (
+    PyBytes_AS_STRING,
+    PyBytes_CheckExact,
+    PyBytes_FromStringAndSize,
+    PyBytes_GET_SIZE,
+)
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
-from libc.string cimport memcpy
+from cpython.unicode cimport PyUnicode_AsUTF8String
+from libc.string cimport memcpy, memmove
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
+import copy
 from collections import deque
 
 from ff_fast._hot.frames import decode_entries
@@ -28,14 +40,12 @@ from ff_fast._hot.resp cimport (
     digits,
     number_size,
     put_bulk,
-    put_digits,
     put_length,
     put_number,
     put_raw,
 )
 from ff_fast.errors import (
     Corruption,
-    FFError,
     InvalidInput,
     InvalidPayload,
     InvalidType,
@@ -48,32 +58,51 @@ from ff_fast.errors import (
 )
 from ff_fast.types import BestEffortLiveConfig, StreamMode
 
+cdef extern from "Python.h":
+    int PyGC_Disable() noexcept
+    int PyGC_Enable() noexcept
+
 cdef enum:
     # Mirrors of lua/prelude.lua.
     MAX_PAYLOAD = 65536
     MAX_FRAMES = 1024
-    # A batch beyond this is full: it holds at most this and one more frame, below the server's limit for a run.
+    # A batch beyond this is full: it holds less than this and one more frame, so a run stays below
+    # 1.2 MB with its lengths and ages; the server takes 2 MiB.
     MAX_BATCH_BYTES = 1 << 20
-    # From here on another batch is sent although earlier ones are on their way; the server then never idles between
-    # two batches, and smaller ones still grow with its load.
+    # From here on another batch is sent although earlier ones are on their way; the server then
+    # never idles between two batches, and smaller ones still grow with its load.
     EAGER_FRAMES = 256
     EAGER_BYTES = 1 << 16
     MAX_IN_FLIGHT = 4
-    # Arrays of an idle writer beyond this many frames or bytes are given back.
-    IDLE_FRAMES = 64
-    IDLE_BYTES = 1024
-    # The log is trimmed once in so many durable frames: a trim costs the server as much as half a frame.
+    # What an idle writer keeps allocated for its next batch; what a burst needed beyond it is given
+    # back. A process may hold many writers that wait for their model.
+    IDLE_FRAMES = 16
+    IDLE_BYTES = 256
+    IDLE_RUNS = 2
+    IDLE_SHAPES = 4
+    KNOWN_SHAPES = 64
+    # The log is trimmed once in so many durable frames: a trim costs the server as much as half a
+    # frame.
     TRIM_EVERY = 128
     # Patches smaller than this are not worth a fresh document.
     COMPACT_BYTES = 4096
     ESTIMATOR_EVERY_US = 1_000_000
+    # The window is cut in steps of about a sixteenth; finer ones would cost the server more trims
+    # than they save it frames.
+    STEPS = 16
+    FIRST_MARKS = 8
+    MAX_MARKS = 32
 
 cdef enum Kind:
     LOG = 0
     LIVE = 1
     PATCH = 2
 
-# Summary patches live in the same window as best-effort frames; without any of those, this is how long it keeps them.
+# Beyond every rate that can be; keeps the stored estimate short.
+cdef double MAX_RATE_HZ = 1e12
+
+# Summary patches live in the same window as best-effort frames; without any of those, this is how
+# long it keeps them.
 SUMMARY_WINDOW = BestEffortLiveConfig.with_ttl(30_000)
 
 
@@ -84,8 +113,9 @@ cdef inline long long now_us() noexcept nogil:
 
 
 @cython.final
-cdef class Shape:
-    """What consecutive frames share, so that they can be one run, with its constant bytes prebuilt."""
+@cython.auto_pickle(False)
+cdef class _Shape:
+    """What the frames of a run share, with its constant bytes prebuilt."""
 
     cdef Kind kind
     cdef object mode
@@ -93,18 +123,24 @@ cdef class Shape:
     cdef object correlation_id
     cdef object encoding
     cdef object source
-    cdef object config
+    # What the frames ask of the live window.
+    cdef long long ttl_ms
+    cdef long long floor
+    cdef long long ceiling
+    cdef double alpha
     # For the log: the frame type. For the live window: empty.
     cdef bytes name
     # Field-value pairs as RESP, and how many pairs.
     cdef bytes fields
     cdef Py_ssize_t field_count
-    # Summary frames: their patch kind with its pointer, as the summary names it, and the pointer alone.
+    # Summary frames: their patch kind with its pointer, as the summary names it, and the pointer
+    # alone.
     cdef bytes patch_name
     cdef bytes pointer
 
 
 @cython.final
+@cython.auto_pickle(False)
 cdef class Batch:
     """A sealed batch: the request as it goes on the wire, kept until it is acknowledged."""
 
@@ -112,7 +148,8 @@ cdef class Batch:
     cdef readonly long long first_sequence
     cdef readonly Py_ssize_t frame_count
     cdef Py_ssize_t live_count
-    cdef Py_ssize_t payload_bytes
+    # Whether it renews the expiry of the live window.
+    cdef bint renews
 
 
 cdef struct Run:
@@ -126,17 +163,37 @@ cdef struct Run:
     long long base_version
 
 
+# Where the window stood once: how many live frames this writer had stored, the last id.
+cdef struct Mark:
+    long long count
+    long long ms
+    long long sequence
+
+
 cdef bytes bulk(bytes text):
     return b"$%d\r\n%b\r\n" % (len(text), text)
 
 
-cdef bytes checked_text(str name, object text):
-    """*text* as UTF-8, checked to be a name that fits into a field."""
-    cdef bytes encoded
+cdef bytes bulks(list parts):
+    # No comprehension: where appending runs out of memory, Cython 3.3 frees the item twice.
+    cdef list out = parts[:]
+    cdef Py_ssize_t i
+    for i in range(len(out)):
+        out[i] = bulk(<bytes>out[i])
+    return b"".join(out)
+
+
+cdef int check_str(str name, object text) except -1:
     if type(text) is not str:
         raise InvalidType(f"{name} must be str, not {type(text).__name__}.")
+    return 0
+
+
+cdef bytes checked_text(str name, object text):
+    """*text*, exactly a ``str``, as UTF-8, checked to be a name that fits into a field."""
+    cdef bytes encoded
     try:
-        encoded = text.encode()
+        encoded = (<str>text).encode()
     except UnicodeEncodeError:
         raise InvalidInput(f"{name} must be text that UTF-8 can encode.") from None
     if not 1 <= len(encoded) <= 256:
@@ -144,22 +201,26 @@ cdef bytes checked_text(str name, object text):
     return encoded
 
 
-cdef Shape make_shape(object mode, object frame_type, object correlation_id, object encoding, object source):
-    cdef Shape shape = Shape.__new__(Shape)
+cdef _Shape make_shape(
+    object mode, object frame_type, object correlation_id, object encoding, object source
+):
+    cdef _Shape shape = _Shape.__new__(_Shape)
     cdef list pairs = []
-    if not isinstance(mode, StreamMode):
-        raise InvalidType(f"mode must be a StreamMode, not {type(mode).__name__}.")
     shape.mode = mode
     shape.frame_type = frame_type
     shape.correlation_id = correlation_id
     shape.encoding = encoding
     shape.source = source
     shape.name = checked_text("frame_type", frame_type)
-    shape.config = mode.config
     if mode.wire == "durable":
         shape.kind = LOG
     else:
         shape.kind = LIVE if mode.wire == "best_effort" else PATCH
+        config = SUMMARY_WINDOW if mode.config is None else mode.config
+        shape.ttl_ms = config.ttl_ms
+        shape.floor = config.maxlen_floor
+        shape.ceiling = config.maxlen_ceiling
+        shape.alpha = config.ema_alpha
         pairs += [b"mode", mode.wire.encode(), b"frame_type", shape.name]
     if correlation_id is not None:
         pairs += [b"correlation_id", checked_text("correlation_id", correlation_id)]
@@ -174,33 +235,38 @@ cdef Shape make_shape(object mode, object frame_type, object correlation_id, obj
             shape.pointer = mode.patch_kind.pointer.encode()
             pairs += [b"pointer", shape.pointer]
         shape.patch_name = wire + b":" + (shape.pointer or b"")
-    shape.fields = b"".join([bulk(part) for part in pairs])
+    shape.fields = bulks(pairs)
     shape.field_count = len(pairs) // 2
     return shape
 
 
 cdef class WriterCore:
-    """Frames of one attempt to `ff_append` requests, batched, resent and acknowledged (see the module).
+    """Frames of one attempt to requests, batched, resent and acknowledged (see the module).
 
     Args:
         keys: core, log, live, meta and summary key of the attempt.
         fence: attempt index, lease id, lease epoch and writer id, as they go to the server.
         mode: Mode of frames that name none.
-        opened: What `ff_open_writer` answered: last sequence, last ms, last visible sequence, estimator state, summary
-            version.
+        opened: What `ff_open_writer` answered: last sequence, last ms, last visible sequence,
+            estimator state, summary version.
         document: The summary at that version; None where the version is 0.
         retention_maxlen: Least number of durable frames that the log keeps, from 1.
-        max_unacknowledged_bytes: Past this many bytes of payload, `write` raises ``Overloaded``.
+        max_unacknowledged_bytes: Past this many bytes kept for the server, `write` raises
+            ``Overloaded``.
         linger_ms: How long a batch may wait for more frames; 0 sends at once.
     """
 
     cdef object __weakref__
     cdef readonly object error
+    # Why it ends, from the moment on which nothing more is taken; `error` follows once it has what
+    # was not stored.
+    cdef object _ending
     cdef public bint waiting
     cdef object _mode
     cdef bytes _constant
     cdef bytes _pending_prefix
-    # The open batch: payloads back to back, a length and a time for each frame, runs, and the shape of each run.
+    # The open batch: payloads back to back, a length and a time for each frame, runs, and the shape
+    # of each run.
     cdef char* _data
     cdef Py_ssize_t _size
     cdef Py_ssize_t _data_capacity
@@ -212,12 +278,13 @@ cdef class WriterCore:
     cdef Py_ssize_t _run_count
     cdef Py_ssize_t _run_capacity
     cdef list _shapes
-    cdef Shape _shape
+    cdef _Shape _shape
     cdef dict _known
-    # Sealed batches: on their way, and not sent (again) yet.
-    cdef object _in_flight
+    # Sealed batches, each list in order and each after the one before: refused and waiting until
+    # those sent behind them are answered too; on their way; not sent (again) yet.
+    cdef list _returned
+    cdef list _in_flight
     cdef object _unsent
-    cdef bint _resync
     cdef bint _notified
     cdef bint _finishing
     cdef bint _due
@@ -227,6 +294,7 @@ cdef class WriterCore:
     cdef readonly long long first_sequence
     cdef long long _acked_ms
     cdef long long _acked_at_us
+    # Payloads of the open batch and requests of the sealed ones: what is kept until it is stored.
     cdef readonly Py_ssize_t unacknowledged_bytes
     cdef Py_ssize_t _max_unacknowledged
     cdef readonly bint cancel_requested
@@ -235,19 +303,30 @@ cdef class WriterCore:
     # Retention.
     cdef long long _retention_maxlen
     cdef Py_ssize_t _durable_since_trim
-    cdef object _config
+    # The live window: the most that any frame asked of it, 0 before the first one; whether that is
+    # SUMMARY_WINDOW's, which the first best-effort frame replaces.
+    cdef long long _ttl_ms
+    cdef long long _floor
+    cdef long long _ceiling
+    cdef bint _assumed
     cdef RateEstimator _estimator
     cdef double _restored_rate
     cdef long long _live_total
-    cdef object _marks
-    cdef tuple _newest_mark
+    cdef long long _live_acked
+    cdef Mark* _marks
+    cdef Py_ssize_t _mark_count
+    cdef Py_ssize_t _mark_capacity
     cdef readonly long long window_frames
-    cdef long long _expire_at_us
+    # When the last batch was sealed that renews the window's expiry; whether the next one must.
+    cdef long long _renewed_us
+    cdef bint _renew
     cdef long long _estimator_at_us
-    # Summary: the fold of every patch written so far, and what the server holds beside its document.
+    # Summary: the fold of every patch written so far, and what the server holds beside its
+    # document.
     cdef object _document
     cdef readonly long long summary_version
     cdef Py_ssize_t _pending_bytes
+    cdef Py_ssize_t _stored_bytes
     cdef bytes _patch_kind
 
     def __cinit__(self):
@@ -255,16 +334,27 @@ cdef class WriterCore:
         self._lengths = NULL
         self._times = NULL
         self._runs = NULL
+        self._marks = NULL
+        # Until __init__ has run, `write` refuses.
+        self._finishing = True
+        self._shape = _Shape.__new__(_Shape)
+        self._known = {}
+        self._shapes = []
+        self._returned = []
+        self._in_flight = []
+        self._unsent = deque()
 
     def __dealloc__(self):
         PyMem_Free(self._data)
         PyMem_Free(self._lengths)
         PyMem_Free(self._times)
         PyMem_Free(self._runs)
+        PyMem_Free(self._marks)
 
     def __init__(
-        self, *, tuple keys not None, tuple fence not None, mode, tuple opened not None, bytes document=None,
-        long long retention_maxlen=10_000, Py_ssize_t max_unacknowledged_bytes=32 << 20, double linger_ms=0.0,
+        self, *, tuple keys not None, tuple fence not None, mode, tuple opened not None,
+        bytes document=None, long long retention_maxlen=10_000,
+        Py_ssize_t max_unacknowledged_bytes=32 << 20, double linger_ms=0.0,
     ):
         if retention_maxlen < 1:
             raise InvalidInput("retention_maxlen must be at least 1.")
@@ -273,52 +363,59 @@ cdef class WriterCore:
         if max_unacknowledged_bytes < 1:
             raise InvalidInput("max_unacknowledged_bytes must be at least 1.")
         # FCALL ff_append 5 <keys> <fence>: 12 of the parts of every request.
-        self._constant = b"".join(
-            [bulk(part) for part in (b"FCALL", b"ff_append", b"5", *keys, *fence)]
-        )
+        self._constant = bulks([b"FCALL", b"ff_append", b"5", *keys, *fence])
         self._mode = mode
-        self._known = {}
-        self._shapes = []
-        self._in_flight = deque()
-        self._unsent = deque()
-        self._marks = deque()
         self._sequence, self._acked_ms, self._visible, estimator, self.summary_version = opened
         self._acked_sequence = self._sequence
         self.first_sequence = self._sequence + 1
         self._acked_at_us = now_us()
         self._max_unacknowledged = max_unacknowledged_bytes
         self._retention_maxlen = retention_maxlen
-        # An earlier writer may have left the log due for a trim, and a window whose expiry is unknown.
+        # An earlier writer may have left the log due for a trim.
         self._durable_since_trim = TRIM_EVERY if self._sequence else 0
         self.linger_us = <long long>(linger_ms * 1000.0)
         if estimator:
             try:
                 self._restored_rate = float(estimator)
             except ValueError:
-                raise Corruption("The rate of the live window is not a number; end the attempt.") from None
-        if self._sequence:
-            self._newest_mark = (0, self._acked_ms, self._sequence)
-            self._marks.append(self._newest_mark)
-        self._document = Document(document) if document is not None else None
+                self._restored_rate = -1.0
+            if not 0.0 <= self._restored_rate <= MAX_RATE_HZ:
+                raise Corruption("The rate of the live window is not a number; end the attempt.")
+        if document is not None:
+            self._document = Document(document)
+            self._stored_bytes = len(document)
         self._shape = self._shape_of(mode, "token", None, "utf8", "worker")
+        self._finishing = False
 
-    # -- writing ----------------------------------------------------------------------------------------------------
+    # -- writing --------------------------------------------------------------------------------
 
-    cdef Shape _shape_of(self, object mode, object frame_type, object correlation_id, object encoding, object source):
-        cdef tuple key = (mode, frame_type, correlation_id, encoding, source)
+    cdef _Shape _shape_of(
+        self, object mode, object frame_type, object correlation_id, object encoding, object source
+    ):
+        cdef tuple key
+        if not isinstance(mode, StreamMode):
+            raise InvalidType(f"mode must be a StreamMode, not {type(mode).__name__}.")
+        # Before the look-up, which would find an equal text of another type.
+        check_str("frame_type", frame_type)
+        if correlation_id is not None:
+            check_str("correlation_id", correlation_id)
+        check_str("encoding", encoding)
+        check_str("source", source)
+        key = (mode, frame_type, correlation_id, encoding, source)
         shape = self._known.get(key)
         if shape is None:
             shape = make_shape(mode, frame_type, correlation_id, encoding, source)
             # Correlation ids may be many; the table is there for the few that alternate.
-            if len(self._known) >= 64:
+            if len(self._known) >= KNOWN_SHAPES:
                 self._known.clear()
             self._known[key] = shape
-        return <Shape>shape
+        return <_Shape>shape
 
     cdef int _reserve(self, Py_ssize_t size) except -1:
+        """Room for a frame of *size* bytes in a run of its own: what can fail comes before it."""
         cdef Py_ssize_t capacity
         cdef void* moved
-        if self._size + size > self._data_capacity:
+        if self._size + size > self._data_capacity or self._data is NULL:
             capacity = max(self._data_capacity * 2, IDLE_BYTES)
             while capacity < self._size + size:
                 capacity *= 2
@@ -339,22 +436,25 @@ cdef class WriterCore:
             self._times = <long long*>moved
             self._capacity = capacity
         if self._run_count == self._run_capacity:
-            capacity = max(self._run_capacity * 2, 4)
+            capacity = max(self._run_capacity * 2, IDLE_RUNS)
             moved = PyMem_Realloc(self._runs, capacity * sizeof(Run))
             if moved is NULL:
                 raise MemoryError()
             self._runs = <Run*>moved
             self._run_capacity = capacity
+        if len(self._shapes) == self._run_count:
+            self._shapes.append(None)
         return 0
 
     def write(
-        self, payload, frame_type="token", *, mode=None, correlation_id=None, encoding="utf8", source="worker",
+        self, payload, frame_type="token", *, mode=None, correlation_id=None, encoding="utf8",
+        source="worker",
     ):
         """Take one frame and return its sequence. Never waits, never does I/O.
 
         Args:
-            payload: 0 to 65,536 bytes. ``str`` is encoded as UTF-8; ``bytearray`` and ``memoryview`` are copied.
-                In mode ``summary`` it is a patch, checked here.
+            payload: 0 to 65,536 bytes. ``str`` is encoded as UTF-8; ``bytearray`` and
+                ``memoryview`` are copied. In mode ``summary`` it is a patch, checked here.
             frame_type: Classifier of the frame, 1 to 256 bytes of UTF-8.
             mode: The frame's ``StreamMode``; the writer's where None.
             correlation_id: Text that readers get with the frame, 1 to 256 bytes of UTF-8.
@@ -365,20 +465,18 @@ cdef class WriterCore:
             The frame's sequence in its attempt. It is stored once `flush` returns.
 
         Raises:
-            InvalidType, InvalidPayload, PayloadTooLarge, InvalidPatch, InvalidInput: This frame was refused; the
-                writer goes on.
-            Overloaded: More than the writer's limit of bytes is unacknowledged; `drain`, then write again.
-            FFError: What stopped the writer earlier; its ``unstored`` has the frames that were not stored.
+            InvalidType, InvalidPayload, PayloadTooLarge, InvalidPatch, InvalidInput: This frame was
+                refused; the writer goes on.
+            Overloaded: More than the writer's limit of bytes is unacknowledged; `drain`, then write
+                again.
+            FFError: What stopped the writer earlier; its ``unstored`` has the frames that were not
+                stored.
         """
-        cdef Shape shape = self._shape
+        cdef _Shape shape = self._shape
         cdef Run* run
         cdef bytes data
         cdef Py_ssize_t size
-        cdef long long previous
-        if self.error is not None:
-            raise self.error.with_traceback(None)
-        if self._finishing:
-            raise InvalidInput("The writer is closing; write before close().")
+        cdef long long previous, sequence
         if PyBytes_CheckExact(payload):
             data = <bytes>payload
         else:
@@ -389,16 +487,23 @@ cdef class WriterCore:
         if mode is None:
             mode = self._mode
         if not (
-            frame_type is shape.frame_type and mode is shape.mode and correlation_id is shape.correlation_id
+            frame_type is shape.frame_type and mode is shape.mode
+            and correlation_id is shape.correlation_id
             and encoding is shape.encoding and source is shape.source
         ):
             shape = self._shape_of(mode, frame_type, correlation_id, encoding, source)
+        # From here on no Python code runs until the frame is in: another thread cannot end the
+        # writer in between.
+        if self._ending is not None:
+            raise copy.copy(self._ending)
+        if self._finishing:
+            raise InvalidInput("The writer is closing; write before close().")
         if self.unacknowledged_bytes + size > self._max_unacknowledged:
             raise Overloaded(
-                f"{self.unacknowledged_bytes} bytes wait for the server; call drain() and write again."
+                f"{self.unacknowledged_bytes} bytes wait for the server; drain() and write again."
             )
         if self._count >= MAX_FRAMES or self._size >= MAX_BATCH_BYTES:
-            self._unsent.append(self._seal())
+            self._seal()
         self._reserve(size)
         if shape.kind == PATCH:
             self._fold(shape, data)
@@ -406,11 +511,10 @@ cdef class WriterCore:
             shape is not self._shape or self._run_count == 0
             or (shape.kind != LIVE and self._visible != self._sequence)
         ):
-            # Nothing below may fail: the frame is in once its run is.
             previous = -1
             if shape.kind != LIVE and self._visible != self._sequence:
                 previous = self._visible
-            self._shapes.append(shape)
+            self._shapes[self._run_count] = shape
             self._shape = shape
             run = &self._runs[self._run_count]
             run.shape = self._run_count
@@ -433,46 +537,61 @@ cdef class WriterCore:
         if shape.kind != LIVE:
             self._visible = self._sequence
         self.unacknowledged_bytes += size
+        # The hooks are Python code: other threads may write meanwhile.
+        sequence = self._sequence
+        if self._count == 1 and self.linger_us:
+            self._on_linger()
         if not self._notified:
-            if self._sendable():
-                self._notified = True
-                self._on_ready()
-            elif self._count == 1 and self.linger_us:
-                self._on_linger()
-        return self._sequence
+            self._notify()
+        return sequence
 
     cdef bytes _payload_of(self, object payload):
         if isinstance(payload, str):
             try:
-                return payload.encode()
+                return PyUnicode_AsUTF8String(payload)
             except UnicodeEncodeError:
-                raise InvalidPayload("The payload has a surrogate that UTF-8 cannot encode; pass bytes.") from None
-        if isinstance(payload, (bytes, bytearray, memoryview)):
-            # Checked before the copy, so that a huge buffer costs nothing.
-            if memoryview(payload).nbytes > MAX_PAYLOAD:
-                raise PayloadTooLarge(MAX_PAYLOAD, memoryview(payload).nbytes)
-            return bytes(payload)
-        raise InvalidType(f"The payload must be bytes, str, bytearray or memoryview, not {type(payload).__name__}.")
+                raise InvalidPayload(
+                    "The payload has a surrogate that UTF-8 cannot encode; pass bytes."
+                ) from None
+        if not isinstance(payload, (bytes, bytearray, memoryview)):
+            raise InvalidType(
+                f"The payload must be bytes, str, bytearray or memoryview, "
+                f"not {type(payload).__name__}."
+            )
+        try:
+            view = memoryview(payload)
+        except ValueError:
+            raise InvalidPayload("The payload is a memoryview that was released.") from None
+        # Checked before the copy, so that a huge buffer costs nothing.
+        if view.nbytes > MAX_PAYLOAD:
+            raise PayloadTooLarge(MAX_PAYLOAD, view.nbytes)
+        return view.tobytes()
 
-    cdef int _fold(self, Shape shape, bytes data) except -1:
+    cdef int _fold(self, _Shape shape, bytes data) except -1:
         """Apply a patch to the document, or refuse it, with the document unchanged."""
-        if self._document is None:
-            self._document = Document()
-        if shape.pointer is None:
-            self._document.merge(data)
-        else:
-            self._document.append(shape.pointer, data)
+        cdef int collecting = PyGC_Disable()
+        try:
+            if self._document is None:
+                self._document = Document()
+            if shape.pointer is None:
+                self._document.merge(data)
+            else:
+                self._document.append(shape.pointer, data)
+        finally:
+            if collecting:
+                PyGC_Enable()
         self.summary_version += 1
         self._patch_kind = shape.patch_name
         self._pending_bytes += PyBytes_GET_SIZE(data)
         return 0
 
-    # -- sealing ----------------------------------------------------------------------------------------------------
+    # -- sealing --------------------------------------------------------------------------------
 
-    cdef Py_ssize_t _fields_size(self, Run* run, Shape shape) noexcept:
-        """Wire size of a live entry's count, field count and fields, all but the last field's value."""
+    cdef Py_ssize_t _fields_size(self, Run* run, _Shape shape) noexcept:
+        """Wire size of a live entry's count, field count and fields, but the last field's value."""
         cdef Py_ssize_t fields = self._field_count(run, shape)
-        cdef Py_ssize_t total = number_size(run.count) + number_size(fields) + PyBytes_GET_SIZE(shape.fields)
+        cdef Py_ssize_t total = number_size(run.count) + number_size(fields)
+        total += PyBytes_GET_SIZE(shape.fields)
         if run.previous >= 0:
             total += bulk_size(4) + number_size(run.previous)
         if shape.kind == PATCH:
@@ -483,9 +602,10 @@ cdef class WriterCore:
             total += bulk_size(7)
         return total
 
-    cdef Py_ssize_t _field_count(self, Run* run, Shape shape) noexcept:
+    cdef Py_ssize_t _field_count(self, Run* run, _Shape shape) noexcept:
         return (
-            shape.field_count + (run.previous >= 0) + (shape.kind == PATCH) + (2 if run.count > 1 else 1)
+            shape.field_count + (run.previous >= 0) + (shape.kind == PATCH)
+            + (2 if run.count > 1 else 1)
         )
 
     cdef Py_ssize_t _run_bytes(self, Run* run, long long now) noexcept:
@@ -508,13 +628,32 @@ cdef class WriterCore:
                 out = put_varint(out, age_ms(now, self._times[i]))
         return put_raw(out, self._data + run.offset, run.size)
 
-    cdef bytes _pending_field(self, Run* run, Shape shape):
-        """Name under which the summary keeps the patches of a run: what a reader needs to fold them."""
+    cdef bytes _pending_field(self, Run* run, _Shape shape):
+        """Name under which the summary keeps a run's patches: what a reader needs to fold them."""
         cdef bytes form = b"run" if run.count > 1 else b"patch"
-        return b"%b:%d:%d:%b" % (form, run.base_version + run.count, run.count, shape.patch_name)
+        cdef long long version = run.base_version + run.count
+        return b"%b:%d:%d:%b" % (form, version, run.count, shape.patch_name)
 
-    cdef Batch _seal(self):
-        """The open batch as a request, and a new open batch. `_count` may be 0: then only retention work is sent."""
+    cdef int _seal(self) except -1:
+        """Make the open batch the last unsent one, and begin a new one.
+
+        `_count` may be 0: then only retention work is sent. After an error the batch is still open.
+        """
+        cdef int collecting = PyGC_Disable()
+        try:
+            self._unsent.append(self._sealed())
+        finally:
+            if collecting:
+                PyGC_Enable()
+        self._count = 0
+        self._size = 0
+        self._run_count = 0
+        self._shapes.clear()
+        self._due = False
+        return 0
+
+    cdef Batch _sealed(self):
+        """The open batch as a request."""
         cdef Batch batch = Batch.__new__(Batch)
         cdef long long now = now_us()
         cdef Py_ssize_t parts = 13
@@ -523,7 +662,7 @@ cdef class WriterCore:
         cdef Py_ssize_t live = 0
         cdef Py_ssize_t index, i, value_size, extras
         cdef Run* run
-        cdef Shape shape
+        cdef _Shape shape
         cdef list names = []
         cdef bytes name, tail
         cdef char* start
@@ -531,11 +670,10 @@ cdef class WriterCore:
         cdef const char* data
         batch.first_sequence = self._sequence - self._count + 1
         batch.frame_count = self._count
-        batch.payload_bytes = self._size
         total += number_size(batch.first_sequence)
         for index in range(self._run_count):
             run = &self._runs[index]
-            shape = <Shape>self._shapes[index]
+            shape = <_Shape>self._shapes[index]
             if shape.kind == LOG:
                 extras = shape.field_count
                 durable += run.count
@@ -551,23 +689,27 @@ cdef class WriterCore:
                     parts += 4 + 2 * extras + run.count - (run.previous >= 0)
                     total += (
                         bulk_size(1) + number_size(run.count - (run.previous >= 0))
-                        + bulk_size(PyBytes_GET_SIZE(shape.name)) + number_size(extras) + PyBytes_GET_SIZE(shape.fields)
+                        + bulk_size(PyBytes_GET_SIZE(shape.name)) + number_size(extras)
+                        + PyBytes_GET_SIZE(shape.fields)
                     )
                 for i in range(run.first, run.first + run.count):
                     total += bulk_size(self._lengths[i])
             else:
                 live += run.count
                 parts += 3 + 2 * self._field_count(run, shape)
-                total += bulk_size(1) + self._fields_size(run, shape) + bulk_size(self._run_bytes(run, now))
+                total += (
+                    bulk_size(1) + self._fields_size(run, shape)
+                    + bulk_size(self._run_bytes(run, now))
+                )
                 name = None
                 if shape.kind == PATCH:
                     name = self._pending_field(run, shape)
                     parts += 2
                     total += bulk_size(PyBytes_GET_SIZE(name)) + number_size(run.base_version)
                 names.append(name)
-        tail = self._retention(now, durable, live, &parts)
-        total += 1 + digits(parts) + 2 + PyBytes_GET_SIZE(tail)
         batch.live_count = live
+        tail = self._retention(batch, now, durable, &parts)
+        total += 1 + digits(parts) + 2 + PyBytes_GET_SIZE(tail)
         batch.message = PyBytes_FromStringAndSize(NULL, total)
         start = PyBytes_AS_STRING(batch.message)
         out = put_length(start, c'*', parts)
@@ -576,7 +718,7 @@ cdef class WriterCore:
         live = 0
         for index in range(self._run_count):
             run = &self._runs[index]
-            shape = <Shape>self._shapes[index]
+            shape = <_Shape>self._shapes[index]
             if shape.kind == LOG:
                 data = self._data + run.offset
                 i = run.first
@@ -584,13 +726,13 @@ cdef class WriterCore:
                     out = put_log_block(out, shape, 1, 1)
                     out = put_bulk(out, "prev", 4)
                     out = put_number(out, run.previous)
-                    out = put_raw(out, PyBytes_AS_STRING(shape.fields), PyBytes_GET_SIZE(shape.fields))
+                    out = put_fields(out, shape)
                     out = put_bulk(out, data, self._lengths[i])
                     data += self._lengths[i]
                     i += 1
                 if i < run.first + run.count:
                     out = put_log_block(out, shape, run.first + run.count - i, 0)
-                    out = put_raw(out, PyBytes_AS_STRING(shape.fields), PyBytes_GET_SIZE(shape.fields))
+                    out = put_fields(out, shape)
                 while i < run.first + run.count:
                     out = put_bulk(out, data, self._lengths[i])
                     data += self._lengths[i]
@@ -599,7 +741,7 @@ cdef class WriterCore:
             out = put_bulk(out, "S" if shape.kind == PATCH else "V", 1)
             out = put_number(out, run.count)
             out = put_number(out, self._field_count(run, shape))
-            out = put_raw(out, PyBytes_AS_STRING(shape.fields), PyBytes_GET_SIZE(shape.fields))
+            out = put_fields(out, shape)
             if run.previous >= 0:
                 out = put_bulk(out, "prev", 4)
                 out = put_number(out, run.previous)
@@ -623,79 +765,119 @@ cdef class WriterCore:
                 out = put_number(out, run.base_version)
         out = put_raw(out, PyBytes_AS_STRING(tail), PyBytes_GET_SIZE(tail))
         assert out - start == total, "sizing pass and writing pass disagree"
-        self._count = 0
-        self._size = 0
-        self._run_count = 0
-        self._shapes.clear()
-        self._due = False
+        # Nothing below fails.
+        self._live_total += batch.live_count
+        self.unacknowledged_bytes += total - self._size
         return batch
 
-    cdef bytes _retention(self, long long now, Py_ssize_t durable, Py_ssize_t live, Py_ssize_t* parts):
-        """The blocks behind the frames: trims, expiry, estimator state and a fresh document where they are due."""
+    cdef bytes _retention(
+        self, Batch batch, long long now, Py_ssize_t durable, Py_ssize_t* parts
+    ):
+        """The blocks behind the frames: trims, expiry, estimator state and a fresh document, where
+        they are due."""
         cdef list tail = []
         cdef double rate
-        cdef long long cut_ms, cut_sequence
+        cdef Py_ssize_t i
+        cdef Mark cut
         self._durable_since_trim += durable
         if self._durable_since_trim >= TRIM_EVERY:
             self._durable_since_trim = 0
             tail += [b"K", b"%d" % self._retention_maxlen]
-        if live:
-            for shape in self._shapes:
-                config = (<Shape>shape).config
-                if (<Shape>shape).kind == PATCH:
-                    config = SUMMARY_WINDOW
-                if (<Shape>shape).kind != LOG and (self._config is None or config.ttl_ms > self._config.ttl_ms):
-                    self._config = config
-                    self._estimator = RateEstimator(
-                        config.ema_alpha, self._restored_rate if self._estimator is None else self.rate_hz, now
-                    )
+        if batch.live_count:
+            for i in range(self._run_count):
+                self._widen(<_Shape>self._shapes[i], now)
             rate = self._estimator.rate_at(now)
-            self._estimator.add(live, now)
-            self.window_frames = window_frames(
-                rate, self._config.ttl_ms, self._config.maxlen_floor, self._config.maxlen_ceiling
-            )
-            self._live_total += live
-            cut_ms = -1
-            cut_sequence = -1
-            while self._marks and self._may_drop(self._marks[0], now):
-                _, cut_ms, cut_sequence = self._marks.popleft()
-            if cut_ms >= 0:
-                tail += [b"T", b"%d-%d" % (cut_ms, cut_sequence + 1)]
-            if now >= self._expire_at_us:
-                # Renewed four times a ttl: the key then always outlives its newest frame by more than one ttl.
-                self._expire_at_us = now + <long long>self._config.ttl_ms * 250
-                tail += [b"P", b"%d" % (2 * <long long>self._config.ttl_ms)]
-        if self._estimator is not None and (live or self._finishing):
+            self._estimator.add(batch.live_count, now)
+            self.window_frames = window_frames(rate, self._ttl_ms, self._floor, self._ceiling)
+            i = 0
+            while i < self._mark_count and self._may_drop(&self._marks[i], batch.live_count, now):
+                cut = self._marks[i]
+                i += 1
+            if i:
+                self._mark_count -= i
+                memmove(self._marks, self._marks + i, self._mark_count * sizeof(Mark))
+                tail += [b"T", b"%d-%d" % (cut.ms, cut.sequence + 1)]
+        # Renewed four times a ttl: the key outlives its newest frame by more than half of one, and
+        # `acknowledge` sees to batches that were on their way for longer.
+        if self._renew or (batch.live_count and now >= self._renewed_us + self._ttl_ms * 250):
+            self._renew = False
+            self._renewed_us = now
+            batch.renews = True
+            tail += [b"P", b"%d" % (2 * self._ttl_ms)]
+        if self._estimator is not None and (batch.live_count or self._finishing):
             if now >= self._estimator_at_us or self._finishing:
                 self._estimator_at_us = now + ESTIMATOR_EVERY_US
-                tail += [b"E", b"%.3f" % self._estimator.rate_at(now)]
+                tail += [b"E", b"%.3f" % min(self._estimator.rate_at(now), MAX_RATE_HZ)]
         if self._pending_bytes and (
-            self._finishing or self._pending_bytes > max(<Py_ssize_t>self._document.size, COMPACT_BYTES)
+            self._finishing or self._pending_bytes > max(self._stored_bytes, COMPACT_BYTES)
         ):
-            # Every frame written so far is in this batch or before it, so the document is the one after this batch.
-            self._pending_bytes = 0
-            tail += [b"C", b"%d" % self.summary_version, self._document.dumps(), self._patch_kind]
+            # Every frame written so far is in this batch or before it, so the document is the one
+            # after this batch: at most what was stored and what is pending, so less than twice the
+            # patches that paid for it. Without memory for it the server keeps the patches.
+            try:
+                tail += [
+                    b"C", b"%d" % self.summary_version, self._document.dumps(), self._patch_kind
+                ]
+                self._pending_bytes = 0
+                self._stored_bytes = self._document.size
+            except (Corruption, MemoryError):
+                pass
         parts[0] += len(tail)
-        return b"".join([bulk(part) for part in tail])
+        return bulks(tail)
 
-    cdef bint _may_drop(self, tuple mark, long long now):
-        """Whether everything up to a mark may leave the window: it holds K frames without it and all younger than
-        ttl, or as many as the ceiling allows. The server's clock has gone on by at least what ours has since its
-        last answer."""
-        cdef long long behind = self._live_total - <long long>mark[0]
+    cdef int _widen(self, _Shape shape, long long now) except -1:
+        """Let the window keep what frames of *shape* ask of it."""
+        cdef void* marks
+        if shape.kind == LOG or (shape.kind == PATCH and self._ttl_ms):
+            return 0
+        if self._marks is NULL:
+            marks = PyMem_Realloc(NULL, FIRST_MARKS * sizeof(Mark))
+            if marks is NULL:
+                raise MemoryError()
+            self._marks = <Mark*>marks
+            self._mark_capacity = FIRST_MARKS
+            if self._acked_sequence:
+                # What an earlier writer left, or what the log holds: counted as nothing.
+                self._marks[0].count = 0
+                self._marks[0].ms = self._acked_ms
+                self._marks[0].sequence = self._acked_sequence
+                self._mark_count = 1
+        if self._ttl_ms == 0 or self._assumed:
+            self._estimator = RateEstimator(
+                shape.alpha,
+                self._restored_rate if self._estimator is None else self._estimator.rate_at(now),
+                now,
+            )
+            self._assumed = shape.kind == PATCH
+            self._ttl_ms = shape.ttl_ms
+            self._floor = shape.floor
+            self._ceiling = shape.ceiling
+            self._renew = True
+        if shape.ttl_ms > self._ttl_ms:
+            self._ttl_ms = shape.ttl_ms
+            self._renew = True
+        self._floor = max(self._floor, shape.floor)
+        self._ceiling = max(self._ceiling, shape.ceiling)
+        return 0
+
+    cdef bint _may_drop(self, Mark* mark, Py_ssize_t live, long long now) noexcept:
+        """Whether everything up to a mark may leave the window: without it there are K frames, the
+        *live* new ones included, and all younger than ttl, or as many as the ceiling allows. The
+        server's clock has gone on by at least what ours has since its last answer."""
+        cdef long long behind = self._live_total + live - mark.count
         cdef long long server_ms = self._acked_ms + (now - self._acked_at_us) // 1000
-        if behind >= <long long>self._config.maxlen_ceiling:
+        if behind >= self._ceiling:
             return True
-        return behind >= self.window_frames and server_ms - <long long>mark[1] >= <long long>self._config.ttl_ms
+        return behind >= self.window_frames and server_ms - mark.ms >= self._ttl_ms
 
-    # -- sending ----------------------------------------------------------------------------------------------------
+    # -- sending --------------------------------------------------------------------------------
 
     cdef bint _full(self) noexcept:
         return self._count >= EAGER_FRAMES or self._size >= EAGER_BYTES
 
     cdef bint _sendable(self):
         cdef Py_ssize_t flying = len(self._in_flight)
-        if self.error is not None or self._resync or flying >= MAX_IN_FLIGHT:
+        if self._ending is not None or self._returned or flying >= MAX_IN_FLIGHT:
             return False
         if self._unsent:
             return True
@@ -709,39 +891,57 @@ cdef class WriterCore:
         self._notified = False
         if not self._sendable():
             return None
-        if self._unsent:
-            batch = self._unsent.popleft()
-        else:
-            batch = self._seal()
+        if not self._unsent:
+            self._seal()
+        batch = <Batch>self._unsent[0]
         self._in_flight.append(batch)
+        self._unsent.popleft()
         self._notify()
         return batch
 
     def hurry(self):
-        """Let the open batch leave as soon as nothing is on its way: its linger is over, or somebody waits for it."""
-        self._due = True
+        """Let the open batch leave as soon as nothing is on its way: its linger is over, or
+        somebody waits for it."""
+        if self._count:
+            self._due = True
         self._notify()
 
     def finish(self):
-        """Queue the last batch, with the state that a later writer or reader continues from; no frame may follow."""
-        if self.error is not None or self._finishing:
+        """Queue the last batch, with the state that a later writer or reader continues from; no
+        frame may follow."""
+        if self._ending is not None or self._finishing:
             return
         self._finishing = True
         if self._count or self._pending_bytes or self._estimator is not None:
-            self._unsent.append(self._seal())
+            try:
+                self._seal()
+            except BaseException:
+                self._finishing = False
+                raise
             self._notify()
 
-    cdef void _notify(self):
+    cdef int _notify(self) except -1:
         if not self._notified and self._sendable():
             self._notified = True
-            self._on_ready()
+            try:
+                self._on_ready()
+            except BaseException:
+                # An interrupt, perhaps: whoever calls next tells the shell again.
+                self._notified = False
+                raise
+        return 0
 
     def disconnected(self):
-        """Everything on its way has an unknown outcome: it goes again, in order, on the next connection."""
-        self._in_flight.reverse()
-        self._unsent.extendleft(self._in_flight)
-        self._in_flight.clear()
-        self._resync = False
+        """Everything on its way has an unknown outcome: it goes again, in order, on the next
+        connection."""
+        cdef int collecting = PyGC_Disable()
+        try:
+            self._unsent.extendleft((self._returned + self._in_flight)[::-1])
+            self._returned.clear()
+            self._in_flight.clear()
+        finally:
+            if collecting:
+                PyGC_Enable()
         self._notify()
 
     def acknowledge(self, Batch batch not None, reply):
@@ -749,82 +949,138 @@ cdef class WriterCore:
 
         Args:
             batch: The oldest batch on its way.
-            reply: Bytes (the position), a list (a refusal of the function) or an exception (an error reply).
+            reply: Bytes (the position), a list (a refusal of the function) or an exception (an
+                error reply).
 
         Returns:
-            None, or the error after which the batch waits to be sent again: the shell repairs what it says (loads the
-            library, backs off) and asks for the next batch.
+            None, or the error after which the batch waits to be sent again: the shell repairs what
+            it says (loads the library, backs off) and asks for the next batch.
         """
         cdef long long values[4]
-        cdef long long acked
-        if self.error is not None or not self._in_flight or self._in_flight[0] is not batch:
+        cdef long long acked, now
+        if self._ending is not None or not self._in_flight or self._in_flight[0] is not batch:
             return None
-        if PyBytes_CheckExact(reply) and parse_position(<bytes>reply, values):
-            if self._resync:
-                # Cannot be: a batch before this one was refused, so this one is a gap.
-                self.fail(ProtocolError())
-                return None
-            self._in_flight.popleft()
-            acked = batch.first_sequence + batch.frame_count - 1
-            self._acked_sequence = max(self._acked_sequence, acked)
+        acked = batch.first_sequence + batch.frame_count - 1
+        if not (
+            PyBytes_CheckExact(reply)
+            and parse_position(<bytes>reply, values) and values[1] == acked
+        ):
+            return self._refused(batch, reply)
+        self._in_flight.pop(0)
+        # The server takes no batch before those in front of it. What it refused there, for want of
+        # memory perhaps, was a repeat of what it had stored before the connection broke.
+        for earlier in self._returned:
+            self._stored(<Batch>earlier)
+        self._returned.clear()
+        self._stored(batch)
+        now = now_us()
+        self.lease_left_ms = values[2]
+        self.cancel_requested = values[3] != 0
+        if batch.frame_count:
+            self._acked_sequence = acked
             self._acked_ms = max(self._acked_ms, values[0])
-            self._acked_at_us = now_us()
-            self.lease_left_ms = values[2]
-            self.cancel_requested = values[3] != 0
-            self.unacknowledged_bytes -= batch.payload_bytes
-            if batch.live_count:
-                self._mark()
-            if self._count == 0 and not self._in_flight and not self._unsent:
+            self._acked_at_us = now
+        if batch.live_count:
+            self._mark()
+            if not batch.renews and now > self._renewed_us + self._ttl_ms * 1000:
+                # It was long on its way, the key's life has gone on meanwhile, and it may even have
+                # been made anew, without an end.
+                self._renew = True
+        if self._count == 0 and not self._in_flight and not self._unsent:
+            if self._renew:
+                self._seal()
+            else:
                 self._shrink()
+        try:
             self._notify()
+        finally:
             if self.waiting:
                 self._on_progress()
-            return None
-        return self._refused(batch, reply)
+        return None
+
+    cdef void _stored(self, Batch batch) noexcept:
+        self.unacknowledged_bytes -= PyBytes_GET_SIZE(batch.message)
+        self._live_acked += batch.live_count
 
     cdef object _refused(self, Batch batch, object reply):
-        if isinstance(reply, list) and len(reply) >= 2 and reply[0] == 0:
-            error = for_code(reply[1].decode("ascii", "replace"), reply[2:])
-        elif isinstance(reply, Exception):
+        if isinstance(reply, Exception):
             error = from_server_error(str(reply))
+        elif (
+            isinstance(reply, list) and len(reply) >= 2 and reply[0] == 0
+            and PyBytes_CheckExact(reply[1])
+        ):
+            error = for_code(reply[1].decode("ascii", "replace"), reply[2:])
         else:
             error = ProtocolError()
-        if self._resync:
+        if self._returned:
             # The answer to a batch behind a refused one says only that it came too early.
             error = None
-        elif not (error.retryable and error.outcome is Outcome.NOT_APPLIED):
+        elif not (
+            # What the function itself refuses it refuses again: the same bytes go again.
+            isinstance(reply, Exception)
+            and error.retryable and error.outcome is Outcome.NOT_APPLIED
+        ):
             self.fail(error)
             return None
         # Keep the order: this batch and all behind it wait until each of them has been answered.
-        self._resync = True
-        self._in_flight.popleft()
-        self._in_flight.append(batch)
-        if self._in_flight[0].first_sequence <= batch.first_sequence:
-            self._resync = False
+        self._returned.append(batch)
+        self._in_flight.pop(0)
+        if not self._in_flight:
             self.disconnected()
         return error
 
-    cdef int _mark(self) except -1:
-        """Remember where the window stands after an acknowledged batch, coarsely: 128 marks a window at the most."""
-        cdef long long count_step = max(<long long>self._config.maxlen_ceiling // 128, 1)
-        cdef long long ms_step = max(<long long>self._config.ttl_ms // 128, 1)
-        cdef long long last_count
-        cdef long long last_ms
-        # What is written but not acknowledged is behind the mark.
-        cdef long long count = self._live_total
-        for batch in self._in_flight:
-            count -= (<Batch>batch).live_count
-        for batch in self._unsent:
-            count -= (<Batch>batch).live_count
-        if self._newest_mark is not None and self._marks:
-            last_count, last_ms, _ = self._newest_mark
-            if self._acked_ms - last_ms < ms_step and count - last_count < count_step:
-                return 0
-        self._newest_mark = (count, self._acked_ms, self._acked_sequence)
-        self._marks.append(self._newest_mark)
-        return 0
+    cdef void _mark(self) noexcept:
+        """Remember where the window stands after an acknowledged batch, in steps.
 
-    cdef void _shrink(self) noexcept:
+        A mark that is left out makes a later trim coarser, no more.
+        """
+        cdef Mark* mark
+        cdef void* moved
+        cdef long long frames, ms
+        if self._mark_count:
+            mark = &self._marks[self._mark_count - 1]
+            frames = self._live_acked - mark.count
+            ms = self._acked_ms - mark.ms
+            if frames < self._ceiling // STEPS and (
+                ms < self._ttl_ms // STEPS or frames < self._floor // STEPS
+            ):
+                return
+        if self._mark_count == self._mark_capacity:
+            moved = NULL
+            if self._mark_capacity < MAX_MARKS:
+                moved = PyMem_Realloc(self._marks, 2 * self._mark_capacity * sizeof(Mark))
+            if moved is not NULL:
+                self._marks = <Mark*>moved
+                self._mark_capacity *= 2
+            else:
+                self._forget_mark()
+        mark = &self._marks[self._mark_count]
+        mark.count = self._live_acked
+        mark.ms = self._acked_ms
+        mark.sequence = self._acked_sequence
+        self._mark_count += 1
+
+    cdef void _forget_mark(self) noexcept:
+        """Leave out the mark whose neighbours stand closest, the one to come included."""
+        cdef Py_ssize_t i, least
+        cdef long long behind, gap, least_gap
+        least = 1
+        least_gap = -1
+        for i in range(1, self._mark_count):
+            behind = self._live_acked
+            if i + 1 < self._mark_count:
+                behind = self._marks[i + 1].count
+            gap = behind - self._marks[i - 1].count
+            if least_gap < 0 or gap < least_gap:
+                least = i
+                least_gap = gap
+        self._mark_count -= 1
+        memmove(
+            self._marks + least, self._marks + least + 1,
+            (self._mark_count - least) * sizeof(Mark),
+        )
+
+    cdef int _shrink(self) except -1:
         if self._capacity > IDLE_FRAMES or self._data_capacity > IDLE_BYTES:
             PyMem_Free(self._data)
             PyMem_Free(self._lengths)
@@ -834,34 +1090,63 @@ cdef class WriterCore:
             self._times = NULL
             self._data_capacity = 0
             self._capacity = 0
+        if self._run_capacity > IDLE_RUNS:
+            PyMem_Free(self._runs)
+            self._runs = NULL
+            self._run_capacity = 0
+        if len(self._known) > IDLE_SHAPES:
+            self._known.clear()
+        return 0
 
-    # -- ends -------------------------------------------------------------------------------------------------------
+    # -- ends -----------------------------------------------------------------------------------
 
     def fail(self, error):
-        """Stop for good: every later `write` raises *error*, which carries what was not stored."""
-        if self.error is not None:
+        """Stop for good: every later `write` raises a copy of *error*, which carries what was not
+        stored."""
+        if self._ending is not None:
             return
-        error.unstored = self.unstored()
-        self.error = error
-        self._on_progress()
+        # First, because reading the frames back runs Python code: none that is written meanwhile
+        # may be missed.
+        self._ending = error
+        try:
+            error.unstored = self.unstored()
+        finally:
+            self.error = error
+            self._on_progress()
 
     def unstored(self):
-        """Return the frames that the server has not acknowledged, oldest first, as ``StreamFrame``."""
+        """Return the frames that the server has not acknowledged, oldest first, as ``StreamFrame``.
+
+        Their ids have no time yet: it is the server's.
+        """
         cdef list frames = []
-        if self._count:
-            self._unsent.append(self._seal())
-        for batch in (*self._in_flight, *self._unsent):
+        cdef list batches
+        cdef int collecting = PyGC_Disable()
+        try:
+            if self._count:
+                self._seal()
+            batches = [*self._returned, *self._in_flight, *self._unsent]
+        finally:
+            if collecting:
+                PyGC_Enable()
+        self._notify()
+        for batch in batches:
             frames.extend(frames_of(<Batch>batch))
         return tuple(frames)
 
     def _on_ready(self):
-        """Called when there is something to send and was not before; a shell overrides it."""
+        """Called when there is something to send and was not before; a shell overrides it.
+
+        What a hook raises passes through, and everything is as if the hook had not been called:
+        what was written stays written, and the next call tells the shell again.
+        """
 
     def _on_linger(self):
-        """Called when a batch begins to linger; a shell calls `hurry` when `linger_us` have passed."""
+        """Called when a batch begins to linger; a shell calls `hurry` after `linger_us`."""
 
     def _on_progress(self):
-        """Called when `waiting` is set and something was acknowledged, and when the writer fails."""
+        """Called when `waiting` is set and something was acknowledged, and when the writer
+        fails."""
 
     @property
     def next_sequence(self):
@@ -891,7 +1176,11 @@ cdef inline unsigned long long age_ms(long long now, long long then) noexcept no
     return <unsigned long long>((now - then) // 1000) if now > then else 0
 
 
-cdef char* put_log_block(char* out, Shape shape, Py_ssize_t count, Py_ssize_t more) noexcept:
+cdef inline char* put_fields(char* out, _Shape shape) noexcept:
+    return put_raw(out, PyBytes_AS_STRING(shape.fields), PyBytes_GET_SIZE(shape.fields))
+
+
+cdef char* put_log_block(char* out, _Shape shape, Py_ssize_t count, Py_ssize_t more) noexcept:
     out = put_bulk(out, "L", 1)
     out = put_number(out, count)
     out = put_bulk(out, PyBytes_AS_STRING(shape.name), PyBytes_GET_SIZE(shape.name))
@@ -908,10 +1197,12 @@ cdef bint parse_position(bytes reply, long long* values) noexcept:
         values[i] = 0
         width = 0
         while at < end and c'0' <= at[0] <= c'9':
+            if width == 16:
+                return False
             values[i] = values[i] * 10 + (at[0] - c'0')
             at += 1
             width += 1
-        if width == 0 or width > 16:
+        if width == 0:
             return False
         if i < 3:
             if at >= end or at[0] != c' ':

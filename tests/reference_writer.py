@@ -1,0 +1,313 @@
+"""What ``ff_fast._hot.writer`` must send, and what the server makes of it, in plain Python.
+
+The oracle of the writer's tests, not part of the package: :func:`blocks` writes the arguments of a
+batch the slow and obvious way; :class:`Server` follows the rules of ``lua/append.lua`` without a
+server.
+"""
+
+from dataclasses import dataclass, field
+
+from ff_fast.types import StreamMode
+
+LETTERS_AFTER_FRAMES = {b"T": 1, b"P": 1, b"K": 1, b"E": 1, b"C": 3}
+
+
+@dataclass(frozen=True)
+class Written:
+    """One call of ``write``, with all its defaults filled in."""
+
+    payload: bytes
+    mode: StreamMode
+    frame_type: str = "token"
+    correlation_id: str | None = None
+    encoding: str = "utf8"
+    source: str = "worker"
+
+    @property
+    def visible(self) -> bool:
+        return self.mode.wire != "best_effort"
+
+    @property
+    def shared(self) -> tuple:
+        return self.mode, self.frame_type, self.correlation_id, self.encoding, self.source
+
+
+@dataclass(frozen=True)
+class Run:
+    """Stands for the value of a ``run`` field: its ages depend on the clock."""
+
+    payloads: tuple[bytes, ...]
+
+
+def optional_fields(written: Written) -> list[bytes]:
+    fields = []
+    if written.correlation_id is not None:
+        fields += [b"correlation_id", written.correlation_id.encode()]
+    if written.encoding != "utf8":
+        fields += [b"encoding", written.encoding.encode()]
+    if written.source != "worker":
+        fields += [b"source", written.source.encode()]
+    return fields
+
+
+def runs_of(
+    batch: list[Written], first_sequence: int, visible: int
+) -> list[tuple[list[Written], int | None]]:
+    """Consecutive frames that share everything, each with the ``prev`` of its first frame."""
+    runs: list[tuple[list[Written], int | None]] = []
+    for sequence, written in enumerate(batch, first_sequence):
+        previous = visible if written.visible and visible != sequence - 1 else None
+        if previous is None and runs and runs[-1][0][0].shared == written.shared:
+            runs[-1][0].append(written)
+        else:
+            runs.append(([written], previous))
+        if written.visible:
+            visible = sequence
+    return runs
+
+
+def blocks(
+    batch: list[Written], first_sequence: int, visible: int, summary_version: int
+) -> list[bytes | Run]:
+    """The frame blocks of a batch; *visible* and *summary_version* are those before it."""
+    out: list[bytes | Run] = []
+    for run, previous in runs_of(batch, first_sequence, visible):
+        head = run[0]
+        count = len(run)
+        if head.mode.wire == "durable":
+            fields = optional_fields(head)
+            if previous is not None:
+                extras = [b"prev", b"%d" % previous, *fields]
+                out += [b"L", b"1", head.frame_type.encode(), b"%d" % (len(extras) // 2)]
+                out += [*extras, head.payload]
+            rest = run if previous is None else run[1:]
+            if rest:
+                out += [b"L", b"%d" % len(rest), head.frame_type.encode()]
+                out += [b"%d" % (len(fields) // 2), *fields, *(one.payload for one in rest)]
+            continue
+        summary = head.mode.patch_kind is not None
+        fields = [b"mode", head.mode.wire.encode(), b"frame_type", head.frame_type.encode()]
+        fields += optional_fields(head)
+        kind = b""
+        if summary:
+            kind = head.mode.patch_kind.wire.encode()
+            fields += [b"patch_kind", kind]
+            kind += b":"
+            if head.mode.patch_kind.pointer is not None:
+                fields += [b"pointer", head.mode.patch_kind.pointer.encode()]
+                kind += head.mode.patch_kind.pointer.encode()
+        if previous is not None:
+            fields += [b"prev", b"%d" % previous]
+        if summary:
+            fields += [b"summary_version", b"%d" % (summary_version + count)]
+        if count == 1:
+            fields += [b"payload", head.payload]
+        else:
+            value = Run(tuple(written.payload for written in run))
+            fields += [b"count", b"%d" % count, b"run", value]
+        out += [b"S" if summary else b"V", b"%d" % count, b"%d" % (len(fields) // 2), *fields]
+        if summary:
+            form = b"patch" if count == 1 else b"run"
+            out += [b"%b:%d:%d:%b" % (form, summary_version + count, count, kind)]
+            out += [b"%d" % summary_version]
+            summary_version += count
+    return out
+
+
+def read_run(value: bytes) -> tuple[Run, list[int]]:
+    """The payloads of a run, and its ages in ms."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        number = shift = 0
+        while True:
+            byte = value[at]
+            at += 1
+            number |= (byte & 127) << shift
+            if byte < 128:
+                return number
+            shift += 7
+
+    count = varint()
+    lengths = [varint() for _ in range(count)]
+    ages = [varint() for _ in range(count)]
+    payloads = []
+    for length in lengths:
+        payloads.append(value[at : at + length])
+        at += length
+    assert at == len(value), "a run has bytes behind its payloads"
+    return Run(tuple(payloads)), ages
+
+
+@dataclass
+class Stored:
+    """A frame as the server has it."""
+
+    sequence: int
+    mode: bytes
+    fields: dict[bytes, bytes]
+    payload: bytes
+    previous: int | None
+    summary_version: int | None
+
+
+@dataclass
+class Request:
+    """The arguments of one append, taken apart."""
+
+    first_sequence: int
+    frames: list[Stored] = field(default_factory=list)
+    patches: list[tuple[bytes, bytes, int, int]] = field(default_factory=list)
+    tail: dict[bytes, list[bytes]] = field(default_factory=dict)
+    frame_arguments: list[bytes | Run] = field(default_factory=list)
+    ages: list[int] = field(default_factory=list)
+
+
+def parse(argv: list[bytes]) -> Request:
+    """Take an append apart, and check the grammar of ``lua/append.lua``."""
+    request = Request(int(argv[4]))
+    sequence = request.first_sequence - 1
+    at = 5
+    while at < len(argv):
+        letter = argv[at]
+        if letter in LETTERS_AFTER_FRAMES:
+            assert letter not in request.tail, "a retention block comes twice"
+            size = LETTERS_AFTER_FRAMES[letter]
+            request.tail[letter] = argv[at + 1 : at + 1 + size]
+            at += 1 + size
+            continue
+        assert not request.tail, "frames stand before retention"
+        count = int(argv[at + 1])
+        assert count >= 1
+        if letter == b"L":
+            extras = int(argv[at + 3])
+            start = at + 4 + 2 * extras
+            fields = dict(zip(argv[at + 4 : start : 2], argv[at + 5 : start : 2], strict=True))
+            previous = fields.pop(b"prev", None)
+            assert previous is None or count == 1
+            fields[b"frame_type"] = argv[at + 2]
+            request.frame_arguments += argv[at : start + count]
+            for payload in argv[start : start + count]:
+                sequence += 1
+                request.frames.append(
+                    Stored(
+                        sequence,
+                        b"durable",
+                        fields,
+                        payload,
+                        None if previous is None else int(previous),
+                        None,
+                    )
+                )
+            at = start + count
+            continue
+        assert letter in (b"V", b"S")
+        start = at + 3 + 2 * int(argv[at + 2])
+        names, values = argv[at + 3 : start : 2], argv[at + 4 : start : 2]
+        fields = dict(zip(names, values, strict=True))
+        assert len(fields) == len(names), "a field comes twice"
+        value = fields.pop(names[-1])
+        request.frame_arguments += argv[at : start - 1]
+        if names[-1] == b"run":
+            assert int(fields.pop(b"count")) == count
+            run, ages = read_run(value)
+            request.ages += ages
+            payloads = run.payloads
+            request.frame_arguments.append(run)
+        else:
+            assert names[-1] == b"payload"
+            payloads = (value,)
+            request.frame_arguments.append(value)
+        assert len(payloads) == count
+        mode = fields.pop(b"mode")
+        previous = fields.pop(b"prev", None)
+        version = fields.pop(b"summary_version", None)
+        for i, payload in enumerate(payloads):
+            sequence += 1
+            request.frames.append(
+                Stored(
+                    sequence,
+                    mode,
+                    fields,
+                    payload,
+                    int(previous) if previous is not None and i == 0 else None,
+                    None if version is None else int(version) - count + 1 + i,
+                )
+            )
+        at = start
+        if letter == b"S":
+            request.patches.append((argv[at], value, count, int(argv[at + 1])))
+            request.frame_arguments += argv[at : at + 2]
+            at += 2
+    return request
+
+
+class Server:
+    """One attempt on a server that knows no other writer."""
+
+    def __init__(self) -> None:
+        self.frames: list[Stored] = []
+        self.summary: dict[bytes, bytes] = {}
+        self.version = 0
+        self.estimator: bytes | None = None
+        self.now_ms = 1_700_000_000_000
+        self.last_ms = 0
+        self.applied = 0
+
+    def append(self, argv: list[bytes]) -> bytes | list[object]:
+        """The reply to one append: a position, or a refusal."""
+        self.now_ms += 1
+        request = parse(argv)
+        first, total = request.first_sequence, len(request.frames)
+        expected = len(self.frames) + 1
+        last = first + total - 1
+        if first > expected:
+            return [0, b"sequence_gap", b"%d" % expected, b"%d" % first]
+        skip = expected - first
+        if skip and skip >= total:
+            return b"%d %d 30000 0" % (self.last_ms if total else 0, last)
+        assert skip == 0, "a batch that overlaps what is stored is not one that was sent before"
+        compaction = request.tail.get(b"C")
+        version = self.version
+        for name, value, count, base in request.patches:
+            if base != version:
+                return [0, b"summary_conflict", b"%d" % version, b"%d" % base]
+            version += count
+            self.summary[name] = value
+        if compaction and int(compaction[0]) != version:
+            return [0, b"summary_conflict", b"%d" % version, compaction[0]]
+        self.version = version
+        if request.patches:
+            self.summary |= {
+                b"version": b"%d" % version,
+                b"last_updated_ms": b"%d" % self.now_ms,
+                b"first_applied_ms": self.summary.get(b"first_applied_ms", b"%d" % self.now_ms),
+                b"cursor": b"0-0",
+            }
+        if compaction:
+            kept = (b"version", b"last_updated_ms", b"first_applied_ms", b"cursor")
+            self.summary = {name: self.summary[name] for name in kept}
+            self.summary |= {
+                b"document": compaction[1],
+                b"document_version": compaction[0],
+                b"patch_kind": compaction[2],
+            }
+        if b"E" in request.tail:
+            self.estimator = request.tail[b"E"][0]
+        self.frames += request.frames
+        if total:
+            self.last_ms = self.now_ms
+        self.applied += 1
+        return b"%d %d 30000 0" % (self.now_ms, last)
+
+    def check_visible_chain(self) -> None:
+        """Every visible frame names the visible frame before it, where that is not its neighbour."""
+        visible = 0
+        for frame in self.frames:
+            if frame.mode == b"best_effort":
+                assert frame.previous is None
+                continue
+            named = frame.sequence - 1 if frame.previous is None else frame.previous
+            assert named == visible, f"frame {frame.sequence} names {named} and not {visible}"
+            visible = frame.sequence

@@ -1,0 +1,1540 @@
+"""The writer without I/O: what it sends, what it makes of answers, and that no frame is lost."""
+
+import contextlib
+import gc
+import itertools
+import json
+import random
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+import hiredis
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ff_fast._hot.frames import StreamFrame
+from ff_fast._hot.writer import WriterCore, arguments_of
+from ff_fast._summary import fold
+from ff_fast.errors import (
+    Corruption,
+    FFError,
+    FunctionMissing,
+    InvalidInput,
+    InvalidPatch,
+    InvalidPayload,
+    InvalidType,
+    LeaseExpired,
+    OutOfMemory,
+    Overloaded,
+    PayloadTooLarge,
+    PermissionDenied,
+    ProtocolError,
+    SequenceGap,
+    SummaryConflict,
+    Unavailable,
+    WriterClosed,
+    WriterSuperseded,
+)
+from ff_fast.types import BestEffortLiveConfig, PatchKind, StreamMode
+
+from ..reference_writer import Server, Written, blocks, parse
+
+ROOT = Path(__file__).parent.parent.parent
+KEYS = (b"{p}core", b"{p}log", b"{p}live", b"{p}meta", b"{p}summary")
+FENCE = (b"0", b"lease", b"7", b"writer")
+NEW = (0, 0, 0, b"", 0)
+NOW_MS = 1_700_000_000_000
+
+DURABLE = StreamMode.durable()
+LIVE = StreamMode.best_effort_live(15_000)
+MERGE = StreamMode.durable_summary()
+TEXT = StreamMode.durable_summary(PatchKind.STRING_APPEND("/text"))
+NOTES = StreamMode.durable_summary(PatchKind.STRING_APPEND("/notes/a:b"))
+MODES = [DURABLE, LIVE, MERGE, TEXT, NOTES]
+
+OOM = hiredis.ReplyError("OOM command not allowed when used memory > 'maxmemory'.")
+GAP = [0, b"sequence_gap", b"1", b"2"]
+
+
+class Shell(WriterCore):
+    """A shell that notes what the core tells it."""
+
+    def __init__(self, mode=DURABLE, opened=NEW, **options):
+        self.queued = False
+        self.lingers = 0
+        self.progress = 0
+        super().__init__(keys=KEYS, fence=FENCE, mode=mode, opened=opened, **options)
+
+    def _on_ready(self):
+        self.queued = True
+
+    def _on_linger(self):
+        self.lingers += 1
+
+    def _on_progress(self):
+        self.progress += 1
+
+    def take(self):
+        """The next batch, as a shell that was told to ask for it."""
+        assert self.queued, "the shell was not told"
+        self.queued = False
+        return self.next_batch()
+
+
+def position(batch, ms=NOW_MS):
+    return b"%d %d 30000 0" % (ms, batch.first_sequence + batch.frame_count - 1)
+
+
+def stored(writer, ms=NOW_MS):
+    """Acknowledge everything; return what was sent."""
+    requests = []
+    while not writer.idle:
+        writer.hurry()
+        batch = writer.take()
+        requests.append(parse(arguments_of(batch.message)))
+        writer.acknowledge(batch, position(batch, ms))
+    return requests
+
+
+def payloads_of(batch):
+    return [frame.payload for frame in parse(arguments_of(batch.message)).frames]
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+
+def test_exact_request():
+    writer = Shell()
+    assert writer.write(b"hi", "token") == 1
+    assert writer.take().message == (
+        b"*17\r\n$5\r\nFCALL\r\n$9\r\nff_append\r\n$1\r\n5\r\n"
+        b"$7\r\n{p}core\r\n$6\r\n{p}log\r\n$7\r\n{p}live\r\n$7\r\n{p}meta\r\n$10\r\n{p}summary\r\n"
+        b"$1\r\n0\r\n$5\r\nlease\r\n$1\r\n7\r\n$6\r\nwriter\r\n"
+        b"$1\r\n1\r\n"
+        b"$1\r\nL\r\n$1\r\n1\r\n$5\r\ntoken\r\n$1\r\n0\r\n$2\r\nhi\r\n"
+    ).replace(b"*17", b"*18")
+
+
+def test_arguments_of_leaves_out_the_keys():
+    writer = Shell()
+    writer.write(b"hi")
+    assert arguments_of(writer.take().message) == [
+        *FENCE,
+        *[b"1", b"L", b"1", b"token", b"0", b"hi"],
+    ]
+
+
+def patch_for(mode, number):
+    return b'{"k%d":%d}' % (number % 3, number) if mode == MERGE else b"t%d" % number
+
+
+@st.composite
+def written(draw):
+    mode = draw(st.sampled_from(MODES))
+    if mode.patch_kind is None:
+        payload = draw(st.binary(max_size=6) | st.sampled_from([127, 128, 16_384]).map(bytes))
+    else:
+        payload = patch_for(mode, draw(st.integers(0, 99)))
+    return Written(
+        payload,
+        mode,
+        draw(st.sampled_from(["token", "log", "a\0b\r\n"])),
+        draw(st.sampled_from([None, None, "c1", "c2"])),
+        draw(st.sampled_from(["utf8", "utf8", "binary"])),
+        draw(st.sampled_from(["worker", "worker", "tool"])),
+    )
+
+
+def write(writer, frame):
+    return writer.write(
+        frame.payload,
+        frame.frame_type,
+        mode=frame.mode,
+        correlation_id=frame.correlation_id,
+        encoding=frame.encoding,
+        source=frame.source,
+    )
+
+
+# Runs of equal frames are what streams are made of.
+batches = st.lists(
+    st.lists(st.tuples(written(), st.integers(1, 4)), min_size=1, max_size=8).map(
+        lambda runs: [frame for frame, count in runs for _ in range(count)]
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(batches, st.sampled_from([(0, 0, 0), (5, 5, 2), (5, 3, 0), (9_007_199_254, 0, 9)]))
+def test_arguments_agree_with_the_oracle(sent, opened):
+    last, visible, version = opened
+    document = json.dumps({"text": "t" * version}).encode() if version else None
+    writer = Shell(LIVE, (last, NOW_MS, visible, b"", version), document=document)
+    for frames in sent:
+        for number, frame in enumerate(frames, last + 1):
+            assert write(writer, frame) == number
+        batch = writer.take()
+        request = parse(arguments_of(batch.message))
+        assert (batch.first_sequence, batch.frame_count) == (last + 1, len(frames))
+        assert request.first_sequence == last + 1
+        assert request.frame_arguments == blocks(frames, last + 1, visible, version)
+        assert request.ages == sorted(request.ages, reverse=True)
+        assert all(age < 10_000 for age in request.ages)
+        writer.acknowledge(batch, position(batch))
+        for number, frame in enumerate(frames, last + 1):
+            visible = number if frame.visible else visible
+            version += frame.mode.patch_kind is not None
+        last += len(frames)
+        assert writer.summary_version == version
+        assert writer.last_sequence == last
+        assert writer.unacknowledged_bytes == 0
+
+
+@given(batches)
+def test_server_has_what_was_written(sent):
+    writer, server = Shell(), Server()
+    for frames in sent:
+        for frame in frames:
+            write(writer, frame)
+        batch = writer.take()
+        writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+    everything = [frame for frames in sent for frame in frames]
+    assert [frame.payload for frame in server.frames] == [frame.payload for frame in everything]
+    assert [frame.mode.decode() for frame in server.frames] == [f.mode.wire for f in everything]
+    server.check_visible_chain()
+    writer.finish()
+    for request in stored(writer):
+        assert request.frames == []
+
+
+def test_lines_of_a_run_follow_the_frames_of_each_other_shape():
+    writer = Shell(LIVE)
+    writer.write(b"", mode=DURABLE)
+    first = writer.take()
+    for i in range(1500):
+        writer.write(b"%d" % i, f"type{i % 700}", correlation_id=str(i % 90))
+    second = writer.take()
+    writer.acknowledge(first, position(first))
+    assert [second.frame_count, len(payloads_of(second))] == [1024, 1024]
+    third = writer.take()
+    assert payloads_of(second) + payloads_of(third) == [b"%d" % i for i in range(1500)]
+
+
+LIMITS = {
+    name: int(value)
+    for name, value in re.findall(
+        r"^ff\.(MAX_\w+) = (\d+)", (ROOT / "lua/prelude.lua").read_text(), re.MULTILINE
+    )
+}
+
+
+class TestBounds:
+    """What the server accepts, read from the Lua library itself."""
+
+    @pytest.mark.parametrize("size", [0, 1, 127, 128, 1023, 1024, 1025, 65_535, 65_536])
+    @pytest.mark.parametrize("mode", [LIVE, DURABLE])
+    def test_fullest_batches(self, mode, size):
+        writer = Shell(mode)
+        writer.write(b"")
+        first = writer.take()
+        for _ in range(1300 if size < 2000 else 40):
+            writer.write(bytes(size))
+        writer.acknowledge(first, position(first))
+        while not writer.idle:
+            batch = writer.take()
+            argv = arguments_of(batch.message)
+            assert batch.frame_count <= LIMITS["MAX_FRAMES"]
+            assert max(map(len, argv)) <= LIMITS["MAX_RUN_BYTES"]
+            assert max(len(p) for p in payloads_of(batch)) <= LIMITS["MAX_PAYLOAD"]
+            assert len(batch.message) < (1 << 20) + 65_536 + 1024 * 16
+            writer.acknowledge(batch, position(batch))
+
+    def test_worst_run_has_room_for_any_age(self):
+        # A length takes 3 bytes, an age at most 8, the count 2.
+        worst = (1 << 20) - 1 + 65_536 + 1024 * (3 + 8) + 2
+        assert worst < LIMITS["MAX_RUN_BYTES"]
+
+    def test_most_fields(self):
+        writer = Shell(NOTES)
+        writer.write(b"", mode=LIVE)
+        for _ in range(2):
+            writer.write(b"x", "t", correlation_id="c", encoding="binary", source="s")
+        argv = arguments_of(writer.take().message)
+        at = argv.index(b"S")
+        assert int(argv[at + 2]) == 11 <= LIMITS["MAX_FIELDS"]
+
+
+# -- arguments of write ----------------------------------------------------------------------------
+
+
+class Text(str):
+    __slots__ = ()
+
+    def encode(self, *_):
+        return b"something else"
+
+
+class Data(bytes):
+    def __bytes__(self):
+        return bytes(70_000)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        "payload, data",
+        [
+            (b"", b""),
+            ("", b""),
+            ("ü\0\r\n", b"\xc3\xbc\0\r\n"),
+            (bytearray(b"ab"), b"ab"),
+            (memoryview(b"abcdef")[::2], b"ace"),
+            (memoryview(b"abcd").cast("H"), b"abcd"),
+            (Text("text"), b"text"),
+            (Data(b"data"), b"data"),
+        ],
+    )
+    @pytest.mark.parametrize("mode", [DURABLE, LIVE])
+    def test_payloads(self, payload, data, mode):
+        writer = Shell(mode)
+        assert writer.write(payload) == 1
+        assert payloads_of(writer.take()) == [data]
+
+    @pytest.mark.parametrize("payload", [None, True, 0, 1.5, [b"x"], ("x",), {}, object()])
+    def test_other_types(self, payload):
+        self.refused(InvalidType, payload)
+
+    def test_a_buffer_is_copied(self):
+        writer = Shell()
+        buffer = bytearray(b"before")
+        writer.write(buffer)
+        buffer[:] = b"after"
+        buffer.extend(bytes(1000))
+        assert payloads_of(writer.take()) == [b"before"]
+
+    @pytest.mark.parametrize("kind", [bytes, bytearray, lambda n: "x" * n, Data])
+    def test_size_limit(self, kind):
+        writer = Shell()
+        assert writer.write(kind(65_536)) == 1
+        error = self.refused(PayloadTooLarge, kind(65_537))
+        assert (error.limit, error.size) == (65_536, 65_537)
+
+    def test_huge_view_is_not_copied(self):
+        view = memoryview(bytearray(1 << 20)).cast("B", (1024, 1024))
+        self.refused(PayloadTooLarge, view)
+
+    def test_released_view(self):
+        view = memoryview(b"x")
+        view.release()
+        self.refused(InvalidPayload, view)
+
+    def test_surrogate(self):
+        error = self.refused(InvalidPayload, "\ud800secret")
+        assert error.__cause__ is None
+        assert "secret" not in str(error)
+
+    @pytest.mark.parametrize("name", ["frame_type", "correlation_id", "encoding", "source"])
+    class TestTexts:
+        @pytest.mark.parametrize("text", ["a", "\0", "a\r\nb", "x" * 256, "ü" * 128])
+        def test_accepted(self, name, text):
+            writer = Shell(LIVE)
+            writer.write(b"x", **{name: text})
+            (frame,) = parse(arguments_of(writer.take().message)).frames
+            assert frame.fields[name.encode()] == text.encode()
+
+        @pytest.mark.parametrize("text", ["", "x" * 257, "ü" * 129, "\ud800"])
+        def test_wrong_values(self, name, text):
+            TestArguments.refused(InvalidInput, b"x", **{name: text})
+
+        @pytest.mark.parametrize(
+            "text", [b"a", 1, True, ["a"], object(), Text("a"), Text("token"), Text("utf8")]
+        )
+        def test_wrong_types(self, name, text):
+            TestArguments.refused(InvalidType, b"x", **{name: text})
+
+        def test_none(self, name):
+            if name != "correlation_id":
+                TestArguments.refused(InvalidType, b"x", **{name: None})
+
+    @pytest.mark.parametrize("mode", ["durable", 1, [], {}, StreamMode, LIVE.config])
+    def test_wrong_modes(self, mode):
+        self.refused(InvalidType, b"x", mode=mode)
+        with pytest.raises(InvalidType, match="mode"):
+            Shell(mode)
+
+    def test_an_equal_text_of_another_type_is_refused_however_often(self):
+        writer = Shell()
+        writer.write(b"x", "other")
+        with pytest.raises(InvalidType, match="frame_type"):
+            writer.write(b"x", Text("other"))
+
+    def test_equal_modes_are_one_run(self):
+        writer = Shell()
+        for i in range(3):
+            writer.write(b"x", "to" + "ken"[: 3 + i], mode=StreamMode.best_effort_live(15_000))
+        batch = writer.take()
+        assert arguments_of(batch.message)[5:7] == [b"V", b"3"]
+
+    @staticmethod
+    def refused(error, *args, **options):
+        """One refusal, after which the writer goes on as if nothing had been."""
+        writer = Shell()
+        with pytest.raises(error) as caught:
+            writer.write(*args, **options)
+        assert writer.next_sequence == 1
+        assert writer.idle
+        assert not writer.queued
+        assert writer.write(b"next") == 1
+        assert payloads_of(writer.take()) == [b"next"]
+        return caught.value
+
+
+class TestConstruction:
+    @pytest.mark.parametrize("linger_ms", [-0.1, 1000.1, 1e300, float("inf"), float("nan")])
+    def test_linger(self, linger_ms):
+        with pytest.raises(InvalidInput, match="linger_ms"):
+            Shell(linger_ms=linger_ms)
+
+    @pytest.mark.parametrize("name", ["retention_maxlen", "max_unacknowledged_bytes"])
+    @pytest.mark.parametrize("value", [0, -1])
+    def test_positive(self, name, value):
+        with pytest.raises(InvalidInput, match=name):
+            Shell(**{name: value})
+
+    @pytest.mark.parametrize("estimator", [b"x", b"nan", b"inf", b"-1", b"1e400", b"1e13"])
+    def test_estimator_that_is_no_rate(self, estimator):
+        with pytest.raises(Corruption):
+            Shell(LIVE, (1, NOW_MS, 0, estimator, 0))
+
+    def test_without_init_nothing_is_accepted(self):
+        writer = WriterCore.__new__(WriterCore)
+        with pytest.raises(FFError):
+            writer.write(b"x")
+        writer.finish()
+        assert writer.next_batch() is None
+        assert writer.unstored() == ()
+
+    def test_later_writer_goes_on(self):
+        writer = Shell(LIVE, (41, NOW_MS, 40, b"123.4", 0))
+        assert (writer.first_sequence, writer.next_sequence) == (42, 42)
+        assert (writer.last_sequence, writer.last_id) == (41, f"{NOW_MS}-41")
+        assert writer.write(b"x") == 42
+
+
+# -- patches ---------------------------------------------------------------------------------------
+
+
+class TestPatches:
+    def test_refused_then_good(self):
+        writer = Shell(MERGE)
+        for bad in (b"", b"[]", b"{", b'{"a":NaN}', b"\xff"):
+            with pytest.raises(InvalidPatch):
+                writer.write(bad)
+        assert writer.summary_version == 0
+        assert writer.idle
+        assert writer.write(b'{"a":1}') == 1
+        request = parse(arguments_of(writer.take().message))
+        assert request.patches == [(b"patch:1:1:json-merge-patch:", b'{"a":1}', 1, 0)]
+
+    def test_refused_inside_a_run(self):
+        writer, server = Shell(MERGE), Server()
+        writer.write(b'{"a":1}')
+        with pytest.raises(InvalidPatch):
+            writer.write(b"no")
+        writer.write(b'{"a":{"b":2}}')
+        with pytest.raises(InvalidPatch):
+            writer.write(b"x", mode=StreamMode.durable_summary(PatchKind.STRING_APPEND("/a/b")))
+        writer.write(b'{"c":3}')
+        batch = writer.take()
+        writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+        assert writer.summary_version == server.version == 3
+        assert json.loads(fold(server.summary).document_json) == {"a": {"b": 2}, "c": 3}
+
+    def test_base_versions_of_several_runs(self):
+        writer = Shell(MERGE, (7, NOW_MS, 7, b"", 4), document=b"{}")
+        for mode, patch in [(MERGE, b"{}"), (MERGE, b"{}"), (LIVE, b"x"), (TEXT, b"t")]:
+            writer.write(patch, mode=mode)
+        writer.write(b"x", mode=DURABLE)
+        writer.write(b"{}")
+        request = parse(arguments_of(writer.take().message))
+        assert [(name, base) for name, _, _, base in request.patches] == [
+            (b"run:6:2:json-merge-patch:", 4),
+            (b"patch:7:1:string-append:/text", 6),
+            (b"patch:8:1:json-merge-patch:", 7),
+        ]
+        assert [frame.previous for frame in request.frames] == [None, None, None, 9, None, None]
+
+    def test_document_is_stored_when_the_patches_outgrow_it(self):
+        writer, server = Shell(TEXT), Server()
+        compactions = 0
+        for i in range(3000):
+            writer.write(b"some text ")
+            if i % 100 == 99:
+                batch = writer.take()
+                argv = arguments_of(batch.message)
+                compactions += b"C" in parse(argv).tail
+                writer.acknowledge(batch, server.append(argv))
+        writer.finish()
+        (request,) = stored_on(writer, server)
+        assert request.tail[b"C"][0] == b"3000"
+        # Each time they have doubled it: 4 KiB, 8, 16.
+        assert compactions == 3
+        assert json.loads(fold(server.summary).document_json) == {"text": "some text " * 3000}
+
+    def test_document_of_a_later_writer(self):
+        writer = Shell(TEXT, (3, NOW_MS, 3, b"", 2), document=b'{"text":"ab"}')
+        writer.write(b"c")
+        writer.finish()
+        (request,) = stored(writer)
+        assert request.tail[b"C"] == [b"3", b'{"text":"abc"}', b"string-append:/text"]
+
+
+def stored_on(writer, server):
+    requests = []
+    while not writer.idle:
+        batch = writer.take()
+        argv = arguments_of(batch.message)
+        requests.append(parse(argv))
+        assert writer.acknowledge(batch, server.append(argv)) is None
+        assert writer.error is None
+    return requests
+
+
+# -- when batches leave ----------------------------------------------------------------------------
+
+
+class TestSending:
+    def test_first_frame_at_once_then_what_has_gathered(self):
+        writer = Shell()
+        writer.write(b"1")
+        first = writer.take()
+        for i in (2, 3, 4):
+            writer.write(b"%d" % i)
+        assert not writer.queued
+        assert writer.next_batch() is None
+        writer.acknowledge(first, position(first))
+        assert payloads_of(writer.take()) == [b"2", b"3", b"4"]
+
+    @pytest.mark.parametrize("size, count", [(1, 256), (1024, 64), (65_536, 1)])
+    def test_a_big_batch_does_not_wait(self, size, count):
+        writer = Shell()
+        writer.write(b"")
+        writer.take()
+        for _ in range(count - 1):
+            writer.write(bytes(size))
+        assert not writer.queued
+        writer.write(bytes(size))
+        assert writer.take().frame_count == count
+
+    def test_four_on_their_way(self):
+        writer = Shell(max_unacknowledged_bytes=1 << 30)
+        for _ in range(6000):
+            writer.write(b"x")
+        sent = []
+        while writer.queued:
+            sent.append(writer.take())
+        assert [batch.frame_count for batch in sent] == [1024] * 4
+        assert writer.next_batch() is None
+        writer.acknowledge(sent[0], position(sent[0]))
+        assert writer.take().first_sequence == 4 * 1024 + 1
+
+    def test_told_once_until_asked(self):
+        told = []
+
+        class Counting(Shell):
+            def _on_ready(self):
+                told.append(self.next_sequence)
+                super()._on_ready()
+
+        writer = Counting()
+        for _ in range(1000):
+            writer.write(b"x")
+        assert told == [2]
+
+    def test_linger(self):
+        writer = Shell(linger_ms=5)
+        writer.write(b"1")
+        writer.write(b"2")
+        assert (writer.queued, writer.lingers, writer.linger_us) == (False, 1, 5000)
+        writer.hurry()
+        batch = writer.take()
+        assert batch.frame_count == 2
+        writer.write(b"3")
+        assert writer.lingers == 2
+        writer.acknowledge(batch, position(batch))
+        assert not writer.queued
+        writer.hurry()
+        assert payloads_of(writer.take()) == [b"3"]
+
+    def test_linger_that_ends_while_a_batch_is_on_its_way(self):
+        writer = Shell(linger_ms=5)
+        writer.write(b"1")
+        writer.hurry()
+        batch = writer.take()
+        writer.write(b"2")
+        writer.hurry()
+        assert not writer.queued
+        writer.acknowledge(batch, position(batch))
+        assert payloads_of(writer.take()) == [b"2"]
+
+    def test_batch_behind_a_full_one_lingers_too(self):
+        writer = Shell(linger_ms=5)
+        for _ in range(1025):
+            writer.write(b"x")
+        assert writer.lingers == 2
+        first = writer.take()
+        assert writer.next_batch() is None
+        writer.acknowledge(first, position(first))
+        writer.hurry()
+        assert writer.take().frame_count == 1
+
+    def test_batch_opened_while_another_waits_to_go_again_lingers_too(self):
+        writer = Shell(linger_ms=5)
+        writer.write(b"1")
+        writer.hurry()
+        writer.take()
+        writer.disconnected()
+        writer.write(b"2")
+        assert (writer.queued, writer.lingers) == (True, 2)
+
+    def test_linger_of_a_batch_that_has_left_says_nothing_of_the_next_one(self):
+        writer = Shell(linger_ms=5)
+        for _ in range(300):
+            writer.write(b"x")
+        batch = writer.take()
+        writer.acknowledge(batch, position(batch))
+        writer.hurry()
+        writer.write(b"y")
+        assert not writer.queued
+
+    def test_overload(self):
+        writer = Shell(LIVE, max_unacknowledged_bytes=2000)
+        for _ in range(20):
+            writer.write(bytes(100))
+        with pytest.raises(Overloaded) as caught:
+            writer.write(b"x")
+        assert caught.value.retryable
+        assert writer.next_sequence == 21
+        batch = writer.take()
+        assert writer.unacknowledged_bytes == len(batch.message)
+        with pytest.raises(Overloaded):
+            writer.write(b"")
+        writer.acknowledge(batch, position(batch))
+        assert writer.unacknowledged_bytes == 0
+        assert writer.write(b"x") == 21
+
+    def test_empty_frames_are_not_free(self):
+        writer = Shell(LIVE, max_unacknowledged_bytes=1 << 20)
+        for i in range(5000):
+            writer.write(b"", correlation_id="ab"[i % 2])
+        with pytest.raises(Overloaded):  # noqa: PT012 - somewhere on the way
+            for i in range(20_000):
+                writer.write(b"", correlation_id="ab"[i % 2])
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+def in_flight(count, mode=DURABLE, **options):
+    """A writer with *count* batches on their way."""
+    writer = Shell(mode, **options)
+    sent = []
+    for _ in range(count):
+        for _ in range(256):
+            writer.write(b"%d" % writer.next_sequence)
+        sent.append(writer.take())
+    return writer, sent
+
+
+class TestAnswers:
+    def test_position(self):
+        writer = Shell()
+        writer.write(b"x")
+        writer.acknowledge(writer.take(), b"1700000000123 1 4000 1")
+        assert writer.last_id == "1700000000123-1"
+        assert (writer.lease_left_ms, writer.cancel_requested) == (4000, True)
+        assert writer.idle
+
+    def test_id_of_the_last_frame_outlives_the_closing_batch(self):
+        writer = Shell(LIVE)
+        writer.write(b"x")
+        writer.acknowledge(writer.take(), b"1700000000123 1 4000 0")
+        writer.finish()
+        writer.acknowledge(writer.take(), b"1700000009999 1 4000 0")
+        assert writer.last_id == "1700000000123-1"
+
+    @pytest.mark.parametrize("repeats", [1, 3])
+    def test_repeat_after_a_lost_answer(self, repeats):
+        writer, server = Shell(), Server()
+        writer.write(b"x")
+        batch = writer.take()
+        for _ in range(repeats):
+            server.append(arguments_of(batch.message))
+            writer.disconnected()
+            again = writer.take()
+            assert again.message is batch.message
+        writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+        assert [frame.payload for frame in server.frames] == [b"x"]
+        assert writer.unacknowledged_bytes == 0
+        assert writer.idle
+
+    def test_answers_to_an_earlier_connection_are_not_for_it(self):
+        writer, (first, second) = in_flight(2)
+        writer.disconnected()
+        assert writer.acknowledge(first, position(first)) is None
+        assert writer.last_sequence == 0
+        assert writer.take() is first
+        assert writer.acknowledge(second, position(second)) is None
+        assert writer.last_sequence == 0
+
+    @pytest.mark.parametrize(
+        "reply, error",
+        [
+            (OOM, OutOfMemory),
+            (hiredis.ReplyError("ERR Function not found"), FunctionMissing),
+            (hiredis.ReplyError("LOADING Valkey is loading the dataset in memory"), Unavailable),
+        ],
+    )
+    def test_refused_by_the_server_for_now(self, reply, error):
+        writer, sent = in_flight(4)
+        assert isinstance(writer.acknowledge(sent[0], reply), error)
+        for batch in sent[1:]:
+            assert writer.next_batch() is None
+            assert writer.acknowledge(batch, GAP) is None
+        again = [writer.take() for _ in sent]
+        assert again == sent
+        for batch in again:
+            writer.acknowledge(batch, position(batch))
+        assert writer.idle
+        assert writer.error is None
+
+    @pytest.mark.parametrize("answered", [1, 2, 3])
+    def test_connection_lost_amid_a_refusal(self, answered):
+        writer, sent = in_flight(4)
+        for batch in sent[:answered]:
+            writer.acknowledge(batch, OOM)
+        writer.disconnected()
+        assert [writer.take() for _ in sent] == sent
+
+    def test_accepted_behind_a_refused_one(self):
+        # Both were stored before the connection broke; the server says OOM before it looks.
+        writer, sent = in_flight(4)
+        server = Server()
+        for batch in sent[:3]:
+            server.append(arguments_of(batch.message))
+        writer.disconnected()
+        again = [writer.take() for _ in sent]
+        assert isinstance(writer.acknowledge(again[0], OOM), OutOfMemory)
+        assert writer.acknowledge(again[1], OOM) is None
+        for batch in again[2:]:
+            assert writer.acknowledge(batch, server.append(arguments_of(batch.message))) is None
+        assert writer.error is None
+        assert writer.idle
+        assert writer.last_sequence == 4 * 256
+        assert writer.unacknowledged_bytes == 0
+
+    def test_refused_again_behind_an_accepted_one(self):
+        writer, sent = in_flight(4)
+        writer.acknowledge(sent[0], OOM)
+        writer.acknowledge(sent[1], position(sent[1]))
+        assert isinstance(writer.acknowledge(sent[2], OOM), OutOfMemory)
+        writer.acknowledge(sent[3], GAP)
+        assert [writer.take(), writer.take()] == sent[2:]
+
+    @pytest.mark.parametrize(
+        "reply, error",
+        [
+            (GAP, SequenceGap),
+            ([0, b"lease_expired"], LeaseExpired),
+            ([0, b"writer_superseded"], WriterSuperseded),
+            # Marked as retryable, but the same bytes will not do.
+            ([0, b"summary_conflict", b"3", b"2"], SummaryConflict),
+            ([0, b"overloaded"], Overloaded),
+            ([0, b"brand_new_code"], ProtocolError),
+            ([0, b"sequence_gap"], ProtocolError),
+            (hiredis.ReplyError("NOPERM no permissions"), PermissionDenied),
+            (hiredis.ReplyError("OOM @user_function: half way"), OutOfMemory),
+            (b"1700000000000 257 30000 0", ProtocolError),
+            (b"1700000000000 255 30000 0", ProtocolError),
+            (b"1 256 1", ProtocolError),
+            (b"1 256 1 0 0", ProtocolError),
+            (b"1 256  1 0", ProtocolError),
+            (b"-1 256 1 0", ProtocolError),
+            (b"", ProtocolError),
+            (b"9" * 400, ProtocolError),
+            (b"1 256 1 " + b"9" * 17, ProtocolError),
+            (b"+OK", ProtocolError),
+            (None, ProtocolError),
+            (256, ProtocolError),
+            (True, ProtocolError),
+            ([], ProtocolError),
+            ([0], ProtocolError),
+            ([0, 7], ProtocolError),
+            ([0, None, b"x"], ProtocolError),
+            ([0, b"sequence_gap", 1, None], ProtocolError),
+            ([1, b"OK"], ProtocolError),
+            ({}, ProtocolError),
+        ],
+    )
+    def test_fatal(self, reply, error):
+        writer, sent = in_flight(2)
+        assert writer.acknowledge(sent[0], reply) is None
+        assert type(writer.error) is error
+        assert [frame.sequence for frame in writer.error.unstored] == list(range(1, 513))
+        assert writer.acknowledge(sent[1], position(sent[1])) is None
+        assert writer.next_batch() is None
+        with pytest.raises(error) as caught:
+            writer.write(b"x")
+        assert caught.value.unstored == writer.error.unstored
+        assert not writer.idle
+
+    def test_refusal_of_the_function_behind_a_refused_batch_is_asked_again(self):
+        writer, sent = in_flight(2)
+        writer.acknowledge(sent[0], OOM)
+        assert writer.acknowledge(sent[1], [0, b"stale_owner"]) is None
+        assert writer.error is None
+        assert writer.take() is sent[0]
+
+    def test_progress_is_told_to_those_who_wait(self):
+        writer, sent = in_flight(2)
+        writer.acknowledge(sent[0], position(sent[0]))
+        assert writer.progress == 0
+        writer.waiting = True
+        writer.acknowledge(sent[1], position(sent[1]))
+        assert writer.progress == 1
+
+
+# -- ends ------------------------------------------------------------------------------------------
+
+
+class TestEnds:
+    def test_finish_with_nothing_to_do(self):
+        writer = Shell()
+        writer.finish()
+        assert writer.idle
+        assert not writer.queued
+        with pytest.raises(InvalidInput, match="closing"):
+            writer.write(b"x")
+
+    @pytest.mark.parametrize("mode, letters", [(LIVE, {b"E"}), (TEXT, {b"E", b"C"})])
+    def test_finish_after_everything_was_stored(self, mode, letters):
+        writer, server = Shell(mode), Server()
+        writer.write(b"x")
+        stored_on(writer, server)
+        writer.finish()
+        writer.finish()
+        batch = writer.take()
+        argv = arguments_of(batch.message)
+        assert (batch.first_sequence, batch.frame_count) == (2, 0)
+        assert set(parse(argv).tail) == letters
+        # Its answer is lost, and it goes again.
+        server.append(argv)
+        writer.disconnected()
+        batch = writer.take()
+        writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+        assert writer.idle
+        assert writer.error is None
+        assert float(server.estimator) >= 0.0
+
+    def test_finish_with_frames_left(self):
+        writer, server = Shell(TEXT, linger_ms=100), Server()
+        writer.write(b"x")
+        writer.finish()
+        (request,) = stored_on(writer, server)
+        assert [frame.payload for frame in request.frames] == [b"x"]
+        assert fold(server.summary).document_json == b'{"text":"x"}'
+
+    def test_unstored(self):
+        writer, sent = in_flight(3, linger_ms=50)
+        writer.acknowledge(sent[0], position(sent[0]))
+        writer.write(b"run", mode=LIVE, correlation_id="c")
+        writer.write(b"run", mode=LIVE, correlation_id="c")
+        writer.write(b"", "log", encoding="binary", source="tool")
+        writer.write(b"", "log", encoding="binary", source="tool")
+        writer.write(b"text", mode=TEXT)
+        first = writer.unstored()
+        assert writer.unstored() == first
+        assert [frame.sequence for frame in first] == list(range(257, 774))
+        tail = [
+            (f.mode, f.frame_type, f.payload, f.correlation_id, f.encoding, f.source)
+            for f in first[512:]
+        ]
+        assert tail == [
+            ("best_effort", "token", b"run", "c", "utf8", "worker"),
+            ("best_effort", "token", b"run", "c", "utf8", "worker"),
+            ("durable", "log", b"", None, "binary", "tool"),
+            ("durable", "log", b"", None, "binary", "tool"),
+            ("summary", "token", b"text", None, "utf8", "worker"),
+        ]
+        assert first[516].summary_version == 1
+        assert first[516].patch_kind == TEXT.patch_kind
+        # It only looked: everything still goes out.
+        for batch in sent[1:]:
+            writer.acknowledge(batch, position(batch))
+        assert sum(len(request.frames) for request in stored(writer)) == 5
+
+    def test_unstored_amid_a_refusal_is_in_order(self):
+        writer, sent = in_flight(4)
+        writer.acknowledge(sent[0], OOM)
+        writer.acknowledge(sent[1], OOM)
+        writer.write(b"open")
+        assert [frame.sequence for frame in writer.unstored()] == list(range(1, 1026))
+
+    def test_fails_once(self):
+        writer, sent = in_flight(1)
+        writer.fail(WriterClosed())
+        writer.fail(LeaseExpired())
+        assert type(writer.error) is WriterClosed
+        assert len(writer.error.unstored) == 256
+        assert writer.progress == 1
+        assert writer.acknowledge(sent[0], position(sent[0])) is None
+        writer.disconnected()
+        writer.hurry()
+        writer.finish()
+        assert writer.next_batch() is None
+        assert len(writer.unstored()) == 256
+        assert all(isinstance(frame, StreamFrame) for frame in writer.error.unstored)
+
+
+# -- the live window -------------------------------------------------------------------------------
+
+
+def live(ttl_ms, floor=64, ceiling=16_384, alpha=0.2):
+    return StreamMode.best_effort_live_with_config(
+        BestEffortLiveConfig(ttl_ms, floor, ceiling, alpha)
+    )
+
+
+def tail_of(batch):
+    return parse(arguments_of(batch.message)).tail
+
+
+class TestRetention:
+    def test_first_live_batch_sets_the_expiry(self):
+        writer = Shell(live(4000))
+        writer.write(b"x", mode=DURABLE)
+        batch = writer.take()
+        assert tail_of(batch) == {}
+        writer.acknowledge(batch, position(batch))
+        writer.write(b"x")
+        assert tail_of(writer.take()) == {b"P": [b"8000"], b"E": [b"0.000"]}
+
+    def test_patches_alone_have_a_window_too(self):
+        writer = Shell(TEXT)
+        writer.write(b"x")
+        assert tail_of(writer.take())[b"P"] == [b"60000"]
+        assert writer.window_frames == 64
+
+    def test_first_best_effort_frame_replaces_the_window_of_patches(self):
+        writer = Shell(live(5000, 10, 20))
+        writer.write(b"x", mode=TEXT)
+        batch = writer.take()
+        writer.acknowledge(batch, position(batch))
+        writer.write(b"x")
+        assert tail_of(writer.take())[b"P"] == [b"10000"]
+        assert writer.window_frames <= 20
+
+    def test_patches_do_not_narrow_a_window(self):
+        writer = Shell(live(5000, 100_000, 200_000))
+        writer.write(b"x")
+        batch = writer.take()
+        writer.acknowledge(batch, position(batch))
+        writer.write(b"x", mode=TEXT)
+        batch = writer.take()
+        assert b"P" not in tail_of(batch)
+        assert writer.window_frames == 100_000
+
+    def test_expiry_is_renewed_four_times_a_ttl(self):
+        writer = Shell(live(400))
+        renewed = []
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            writer.write(b"x")
+            sealed = time.monotonic()
+            batch = writer.take()
+            if b"P" in tail_of(batch):
+                renewed.append(sealed)
+            writer.acknowledge(batch, position(batch))
+            time.sleep(0.001)
+        pauses = [b - a for a, b in itertools.pairwise(renewed)]
+        assert len(pauses) >= 4
+        assert min(pauses) > 0.09
+
+    def test_longer_ttl_renews_at_once(self):
+        writer = Shell(live(1000))
+        for ttl_ms, due in [(1000, True), (900, False), (60_000, True), (1000, False)]:
+            writer.write(b"x", mode=live(ttl_ms))
+            batch = writer.take()
+            assert (b"P" in tail_of(batch)) is due
+            writer.acknowledge(batch, position(batch))
+
+    def test_expiry_is_renewed_after_a_batch_that_took_longer_than_the_ttl(self):
+        # The key died meanwhile, and the batch makes a new one, without an end.
+        writer = Shell(live(200))
+        writer.write(b"x")
+        batch = writer.take()
+        assert b"P" in tail_of(batch)
+        writer.acknowledge(batch, position(batch))
+        writer.write(b"y")
+        batch = writer.take()
+        assert b"P" not in tail_of(batch)
+        writer.disconnected()
+        time.sleep(0.21)
+        assert writer.take() is batch
+        writer.acknowledge(batch, position(batch))
+        assert not writer.idle
+        batch = writer.take()
+        assert (batch.first_sequence, batch.frame_count) == (3, 0)
+        assert tail_of(batch) == {b"P": [b"400"]}
+        writer.acknowledge(batch, position(batch))
+        assert writer.idle
+
+    def test_batch_behind_a_late_one_renews_whatever_it_holds(self):
+        writer = Shell(live(200))
+        writer.write(b"x")
+        batch = writer.take()
+        writer.acknowledge(batch, position(batch))
+        writer.write(b"y")
+        batch = writer.take()
+        writer.write(b"log", mode=DURABLE)
+        time.sleep(0.21)
+        writer.acknowledge(batch, position(batch))
+        batch = writer.take()
+        assert tail_of(batch) == {b"P": [b"400"]}
+        assert batch.frame_count == 1
+        writer.acknowledge(batch, position(batch))
+        assert writer.idle
+
+    def test_log_is_trimmed_now_and_then(self):
+        writer = Shell(retention_maxlen=777)
+        trims = []
+        for i in range(1000):
+            writer.write(b"x")
+            writer.write(b"x", mode=LIVE)
+            batch = writer.take()
+            if b"K" in tail_of(batch):
+                assert tail_of(batch)[b"K"] == [b"777"]
+                trims.append(i)
+            writer.acknowledge(batch, position(batch))
+        assert trims == list(range(127, 1000, 128))
+
+    def test_log_of_an_earlier_writer_is_trimmed_at_once(self):
+        writer = Shell(DURABLE, (5, NOW_MS, 5, b"", 0))
+        writer.write(b"x")
+        assert tail_of(writer.take()) == {b"K": [b"10000"]}
+
+    def test_estimate_is_stored_once_a_second(self):
+        writer = Shell(LIVE)
+        with_estimate = 0
+        for _ in range(200):
+            writer.write(b"x")
+            batch = writer.take()
+            with_estimate += b"E" in tail_of(batch)
+            writer.acknowledge(batch, position(batch))
+        assert with_estimate == 1
+
+    def test_estimate_is_handed_over(self):
+        writer = Shell(live(1000, 64, 100_000), (3, NOW_MS, 0, b"1000.000", 0))
+        writer.write(b"x")
+        writer.take()
+        assert writer.window_frames == pytest.approx(2000, rel=0.01)
+        assert writer.rate_hz == pytest.approx(1000, rel=0.1)
+
+    @pytest.mark.parametrize("alpha", [5e-324, 1e-12, 1.0])
+    def test_any_alpha_gives_a_rate(self, alpha):
+        writer = Shell(live(1000, alpha=alpha))
+        for _ in range(3):
+            writer.write(b"x")
+            batch = writer.take()
+            assert float(tail_of(batch).get(b"E", [b"0"])[0]) >= 0
+            writer.acknowledge(batch, position(batch))
+            assert 0 <= writer.rate_hz < float("inf")
+
+
+class Window:
+    """The live stream of a server whose clock the test sets: what trims may and may not do."""
+
+    def __init__(self, ttl_ms, floor, ceiling):
+        self.ttl_ms, self.floor, self.ceiling = ttl_ms, floor, ceiling
+        self.kept: list[tuple[int, int]] = []
+        self.longest = 0
+
+    def apply(self, batch, now_ms, wanted):
+        request = parse(arguments_of(batch.message))
+        for frame in request.frames:
+            if frame.mode == b"best_effort":
+                self.kept.append((now_ms, frame.sequence))
+        if b"T" in request.tail:
+            ms, sequence = map(int, request.tail[b"T"][0].split(b"-"))
+            cut = [frame for frame in self.kept if frame < (ms, sequence)]
+            self.kept = self.kept[len(cut) :]
+            if cut and now_ms - cut[-1][0] < self.ttl_ms:
+                assert len(self.kept) >= self.ceiling, "a frame younger than ttl was trimmed"
+            assert len(self.kept) >= min(wanted, self.ceiling), "fewer frames than K are left"
+        self.longest = max(self.longest, len(self.kept))
+
+
+class TestTrims:
+    @pytest.mark.parametrize("seed", range(6))
+    def test_window(self, seed):
+        rng = random.Random(seed)
+        ttl_ms, floor = rng.choice([(1000, 64), (5000, 200), (200, 1), (15_000, 64)])
+        ceiling = max(floor, rng.choice([64, 300, 2000]))
+        writer, window = Shell(live(ttl_ms, floor, ceiling)), Window(ttl_ms, floor, ceiling)
+        now_ms = NOW_MS
+        for _ in range(1500):
+            for _ in range(rng.choice([1, 1, 5, 40])):
+                writer.write(b"x", mode=rng.choice([None, None, None, DURABLE]))
+            # The server's clock runs ahead of ours here, as after a pause.
+            now_ms += rng.choice([0, 1, ttl_ms // 200, ttl_ms // 20, ttl_ms // 2])
+            batch = writer.take()
+            window.apply(batch, now_ms, writer.window_frames)
+            writer.acknowledge(batch, position(batch, now_ms))
+        # A sixteenth of the window, and the batches that are being sent.
+        assert window.longest <= ceiling + ceiling // 16 + 2 * 40
+
+    def test_slow_stream_keeps_k_frames(self):
+        # K counts: everything is older than ttl, and the rate has faded.
+        writer, window = Shell(live(1000, 64, 16_384, 1.0)), Window(1000, 64, 16_384)
+        now_ms = NOW_MS
+        for _ in range(300):
+            writer.write(b"x")
+            now_ms += 500
+            batch = writer.take()
+            window.apply(batch, now_ms, 64)
+            writer.acknowledge(batch, position(batch, now_ms))
+        time.sleep(0.2)
+        for _ in range(2):
+            for _ in range(40):
+                writer.write(b"x")
+            now_ms += 5000
+            batch = writer.take()
+            window.apply(batch, now_ms, 64)
+            writer.acknowledge(batch, position(batch, now_ms))
+            time.sleep(0.2)
+        writer.write(b"x")
+        batch = writer.take()
+        assert writer.window_frames == 64
+        window.apply(batch, now_ms, 64)
+        assert 64 <= len(window.kept) <= 64 + 41
+
+    def test_frames_of_an_earlier_writer_leave_too(self):
+        writer = Shell(live(100, 5, 50), (1000, NOW_MS, 0, b"", 0))
+        cuts = []
+        for i in range(60):
+            writer.write(b"x")
+            batch = writer.take()
+            cuts += tail_of(batch).get(b"T", [])
+            writer.acknowledge(batch, position(batch, NOW_MS + i))
+        assert cuts[0] == b"%d-1001" % NOW_MS
+
+    @pytest.mark.parametrize("ms", [0, NOW_MS - 5])
+    def test_answer_to_a_repeat_makes_nothing_look_older(self, ms):
+        # A frame that was trimmed meanwhile has no id: the server says 0.
+        writer = Shell(live(1000, 1, 1000))
+        for i in range(20):
+            writer.write(b"x")
+            batch = writer.take()
+            assert b"T" not in tail_of(batch)
+            writer.acknowledge(batch, position(batch, ms if i % 2 else NOW_MS))
+        assert writer.last_id == f"{NOW_MS}-20"
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+IDLE = """
+import gc, sys
+from ff_fast._hot.writer import WriterCore
+from ff_fast.types import StreamMode
+
+def held():
+    gc.collect()
+    with open("/proc/self/smaps_rollup") as rollup:
+        return next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) * 1024
+
+def writer(i):
+    base = b"ff:stream:{fp:%d}:8c2f2f0e-0000-4000-8000-%012d:0" % (i % 256, i)
+    keys = tuple(base + name for name in (b":core", b"", b":live", b":meta", b":summary"))
+    ids = b"8c2f2f0e-0000-4000-8000-%012d" % i
+    return WriterCore(keys=keys, fence=(b"0", ids, b"1", ids), mode=mode, opened=(0, 0, 0, b"", 0))
+
+def acknowledge(writer):
+    while (batch := writer.next_batch()) is not None:
+        last = batch.first_sequence + batch.frame_count - 1
+        writer.acknowledge(batch, b"%d %d 30000 0" % (1_700_000_000_000 + 10 * last, last))
+
+mode, log = StreamMode.best_effort_live(15_000), StreamMode.durable()
+count, burst = int(sys.argv[1]), int(sys.argv[2])
+payload = b" token"
+acknowledge(writer(0))
+before = held()
+writers = []
+for i in range(count):
+    one = writer(i)
+    for j in range(burst):
+        one.write(payload)
+        if j % 7 == 0 and burst > 1:
+            one.write(payload, mode=log, correlation_id="c%d" % (j % 30))
+    acknowledge(one)
+    assert one.idle
+    writers.append(one)
+print((held() - before) / count)
+"""
+
+
+@pytest.mark.parametrize("burst", [0, 1, 500])
+def test_idle_writer_takes_less_than_4_kib(run_python, burst):
+    if "libasan" in Path("/proc/self/maps").read_text():
+        pytest.skip("a sanitizer keeps what is freed")
+    assert float(run_python(IDLE, "2000", str(burst))) < 4096
+
+
+def test_nothing_leaks():
+    def life():
+        writer, server = Shell(LIVE), Server()
+        for i in range(50):
+            writer.write(b"x", mode=MODES[i % 5] if i % 5 != 2 else TEXT, correlation_id=str(i))
+        with pytest.raises(InvalidPatch):
+            writer.write(b"[]", mode=MERGE)
+        batch = writer.take()
+        writer.acknowledge(batch, OOM)
+        batch = writer.take()
+        writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+        writer.write(b"x")
+        writer.fail(WriterClosed())
+
+    for _ in range(5):
+        life()
+    gc.collect()
+    before = len(gc.get_objects()), sys.getallocatedblocks()
+    for _ in range(30):
+        life()
+    gc.collect()
+    assert len(gc.get_objects()) - before[0] < 30
+    assert sys.getallocatedblocks() - before[1] < 300
+
+
+# -- threads, collections, hooks -------------------------------------------------------------------
+
+
+class TestReentrance:
+    def test_write_returns_its_own_sequence(self):
+        # The hook lets another thread in, or writes itself.
+        class Chatty(Shell):
+            def _on_ready(self):
+                super()._on_ready()
+                if self.next_sequence < 3:
+                    self.write(b"inner")
+
+        writer = Chatty()
+        assert writer.write(b"outer") == 1
+        assert payloads_of(writer.take()) == [b"outer", b"inner"]
+
+    @pytest.mark.parametrize("call", ["write", "hurry", "acknowledge", "finish", "disconnected"])
+    def test_hook_that_raises_is_called_again(self, call):
+        class Interrupted(Shell):
+            interrupt = False
+
+            def _on_ready(self):
+                if self.interrupt:
+                    self.interrupt = False
+                    raise KeyboardInterrupt
+                super()._on_ready()
+
+        writer = Interrupted(linger_ms=0 if call in ("write", "acknowledge") else 10)
+        batch = None
+        if call != "write":
+            writer.write(b"1")
+            if call in ("acknowledge", "disconnected"):
+                writer.hurry()
+                batch = writer.take()
+                writer.write(b"2")
+        writer.interrupt = True
+        with pytest.raises(KeyboardInterrupt):
+            {
+                "write": lambda: writer.write(b"1"),
+                "hurry": writer.hurry,
+                "acknowledge": lambda: writer.acknowledge(batch, position(batch)),
+                "finish": writer.finish,
+                "disconnected": writer.disconnected,
+            }[call]()
+        assert not writer.queued
+        writer.hurry()
+        assert payloads_of(writer.take())[0] == (b"2" if call == "acknowledge" else b"1")
+
+    def test_waiters_are_told_although_the_other_hook_raises(self):
+        class Broken(Shell):
+            broken = False
+
+            def _on_ready(self):
+                super()._on_ready()
+                if self.broken:
+                    raise RuntimeError
+
+        writer = Broken()
+        writer.write(b"1")
+        batch = writer.take()
+        writer.write(b"2")
+        writer.broken = writer.waiting = True
+        with pytest.raises(RuntimeError):
+            writer.acknowledge(batch, position(batch))
+        assert writer.last_sequence == 1
+        assert writer.progress == 1
+
+    @pytest.mark.parametrize("call", ["next_batch", "write", "patch", "unstored", "finish"])
+    def test_collection_amid_a_call(self, call):
+        """A finalizer, which may run wherever a container is made, writes to the same writer."""
+        writer, server = Shell(LIVE), Server()
+        taken: dict[int, bytes] = {}
+
+        def put(payload, frame_type="token", mode=None):
+            taken[writer.write(payload, frame_type, mode=mode)] = payload
+
+        class Dying:
+            def __init__(self):
+                self.me = self
+
+            def __del__(self):
+                with contextlib.suppress(InvalidInput):  # it may come after finish()
+                    for i in range(300):
+                        put(b"late%d" % i, f"type{i}", [LIVE, DURABLE, TEXT][i % 3])
+
+        def patch():
+            # Its parts are new containers, made while it is folded.
+            put(b'{"a":{"b":{"c":{}}},"d":[[[]]]}', mode=MERGE)
+
+        calls = {
+            "next_batch": writer.next_batch,
+            "write": lambda: put(b"x"),
+            "patch": patch,
+            "unstored": writer.unstored,
+            "finish": writer.finish,
+        }
+        put(b"first", mode=TEXT)
+        for i in range(1024 if call == "write" else 100):
+            put(b"%d" % i, "ab"[i % 2])
+        in_flight = []
+        gc.collect()
+        gc.disable()
+        threshold = gc.get_threshold()
+        try:
+            Dying()
+            # Containers that Python keeps for reuse would put the collection off.
+            spare = [kind() for _ in range(200) for kind in (list, dict)]
+            spare += [tuple(range(i % 20)) for i in range(20 * 2001)]
+            gc.set_threshold(1)
+            gc.enable()
+            outcome = calls[call]()
+        finally:
+            gc.set_threshold(*threshold)
+            gc.enable()
+            del spare
+        if call == "next_batch":
+            in_flight.append(outcome)
+        gc.collect()
+        writer.finish()
+        while not writer.idle:
+            if not in_flight:
+                in_flight.append(writer.next_batch())
+            batch = in_flight.pop(0)
+            writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+            assert writer.error is None
+        assert [frame.payload for frame in server.frames] == [
+            taken[i] for i in range(1, len(taken) + 1)
+        ]
+        server.check_visible_chain()
+        assert fold(server.summary).version == writer.summary_version
+
+    def test_threads(self):
+        writer, server = Shell(LIVE, max_unacknowledged_bytes=1 << 30), Server()
+        per_thread = 3000
+        sequences: list[list[int]] = [[] for _ in range(3)]
+
+        def produce(number):
+            for i in range(per_thread):
+                mode = TEXT if i % 50 == 0 else None
+                payload = b"%d.%d " % (number, i)
+                sequences[number].append(writer.write(payload, "ab"[i % 2], mode=mode))
+
+        threads = [threading.Thread(target=produce, args=(n,)) for n in range(3)]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads) or not writer.idle:
+                if not writer.queued:
+                    time.sleep(0)
+                    continue
+                writer.queued = False
+                batch = writer.next_batch()
+                if batch is not None:
+                    writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+        finally:
+            sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+        by_sequence = {
+            sequence: b"%d.%d " % (number, i)
+            for number, taken in enumerate(sequences)
+            for i, sequence in enumerate(taken)
+        }
+        assert [frame.payload for frame in server.frames] == [
+            by_sequence[i] for i in range(1, 3 * per_thread + 1)
+        ]
+        server.check_visible_chain()
+
+
+# -- every order of events -------------------------------------------------------------------------
+
+
+class Streams(RuleBasedStateMachine):
+    """One writer, one server, a connection that breaks: every frame is stored once, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.server = Server()
+        self.written: list[Written] = []
+        self.text = ""
+        self.connection: list = []
+        self.failed = False
+
+    @initialize(linger_ms=st.sampled_from([0, 10]), mode=st.sampled_from([DURABLE, LIVE]))
+    def open(self, linger_ms, mode):
+        self.writer = Shell(mode, linger_ms=linger_ms, max_unacknowledged_bytes=1 << 40)
+
+    @precondition(lambda self: not self.failed)
+    @rule(
+        mode=st.sampled_from([DURABLE, LIVE, LIVE, TEXT]),
+        frame_type=st.sampled_from(["token", "log"]),
+        count=st.sampled_from([1, 1, 2, 3, 255, 300, 1100]),
+    )
+    def write(self, mode, frame_type, count):
+        for _ in range(count):
+            frame = Written(b"%d;" % (len(self.written) + 1), mode, frame_type)
+            self.written.append(frame)
+            assert write(self.writer, frame) == len(self.written)
+            if mode is TEXT:
+                self.text += frame.payload.decode()
+
+    @precondition(lambda self: not self.failed)
+    @rule()
+    def fill_the_connection(self):
+        for _ in range(3):
+            self.write(LIVE, "token", 256)
+            self.send()
+
+    @rule(payload=st.sampled_from([b"[", b"[]", b"\xff"]))
+    def refused_patch(self, payload):
+        with pytest.raises(FFError):
+            self.writer.write(payload, mode=MERGE)
+
+    @rule()
+    def send(self):
+        while self.writer.queued:
+            self.writer.queued = False
+            batch = self.writer.next_batch()
+            if batch is not None:
+                self.connection.append(batch)
+
+    @rule()
+    def asked_without_need(self):
+        self.writer.queued = False
+        batch = self.writer.next_batch()
+        if batch is not None:
+            self.connection.append(batch)
+
+    @rule(
+        refusals=st.lists(
+            st.sampled_from([None, None, OOM, hiredis.ReplyError("BUSY running a script")]),
+            min_size=1,
+            max_size=5,
+        )
+    )
+    def answer(self, refusals):
+        for refusal in refusals:
+            if self.connection:
+                batch = self.connection.pop(0)
+                reply = refusal or self.server.append(arguments_of(batch.message))
+                error = self.writer.acknowledge(batch, reply)
+                assert error is None or refusal is not None
+                assert self.failed or self.writer.error is None
+
+    @precondition(lambda self: self.connection)
+    @rule(data=st.data())
+    def lose_connection(self, data):
+        reached = data.draw(st.integers(0, len(self.connection)))
+        for batch in self.connection[:reached]:
+            if data.draw(st.booleans()):
+                continue  # the server refused it
+            self.server.append(arguments_of(batch.message))
+        self.connection.clear()
+        self.writer.disconnected()
+
+    @rule()
+    def hurry(self):
+        self.writer.hurry()
+
+    @precondition(lambda self: not self.failed)
+    @rule(look=st.booleans())
+    def look(self, look):
+        if look:
+            assert len(self.writer.unstored()) == len(self.written) - self.writer.last_sequence
+
+    @precondition(lambda self: not self.failed and self.written)
+    @rule(reply=st.sampled_from([[0, b"lease_expired"], None]))
+    def fail(self, reply):
+        self.failed = True
+        acknowledged = self.writer.last_sequence
+        self.writer.fail(LeaseExpired())
+        unstored = self.writer.error.unstored
+        assert [(f.sequence, f.payload, f.frame_type, f.mode) for f in unstored] == [
+            (number, frame.payload, frame.frame_type, frame.mode.wire)
+            for number, frame in enumerate(self.written, 1)
+            if number > acknowledged
+        ]
+
+    @invariant()
+    def nothing_is_lost_or_invented(self):
+        payloads = [frame.payload for frame in self.server.frames[-20:]]
+        stored_count = len(self.server.frames)
+        first = max(stored_count - 20, 0)
+        assert payloads == [frame.payload for frame in self.written[first:stored_count]]
+        if hasattr(self, "writer"):
+            assert self.writer.last_sequence <= stored_count
+
+    def teardown(self):
+        if not hasattr(self, "writer") or self.failed:
+            return
+        # From here on everything works, and the shell does nothing but what it is told.
+        for _ in range(10_000):
+            self.send()
+            if self.connection:
+                self.answer([None])
+            elif not self.writer.queued and self.writer.lingers:
+                self.writer.lingers = 0
+                self.writer.hurry()
+            elif not self.writer.queued:
+                break
+        assert self.writer.idle, "the writer is stuck"
+        assert self.writer.unacknowledged_bytes == 0
+        assert len(self.server.frames) == len(self.written)
+        self.writer.finish()
+        self.send()
+        self.answer([None])
+        assert self.writer.idle
+        assert [frame.payload for frame in self.server.frames] == [f.payload for f in self.written]
+        self.server.check_visible_chain()
+        if self.text:
+            document = fold(self.server.summary)
+            assert json.loads(document.document_json) == {"text": self.text}
+            assert document.version == self.writer.summary_version
+
+
+Streams.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
+TestStreams = Streams.TestCase
