@@ -1,4 +1,4 @@
-"""The summary document as a reader sees it: the stored document and the patches after it, folded."""
+"""The summary document as readers see it: the stored one and the patches after it, folded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fold(fields: dict[bytes, bytes]) -> SummaryDocument | None:
     try:
         version = int(fields[b"version"])
         folded = int(fields.get(b"document_version", b"0"))
-        document = Document(fields.get(b"document", b"{}"))
+        document = Document(fields[b"document"] if folded else b"{}")
         pending = sorted(
             (int(name.split(b":", 2)[1]), name)
             for name in fields
@@ -66,8 +66,8 @@ def _apply(document: Document, kind: PatchKind, patch: bytes) -> None:
 class SummaryView:
     """The summary document of an attempt, kept current from the frames of a tail.
 
-    Start it from `read_summary` (or from nothing, where a tail starts from the beginning) and give it every frame that
-    comes after the document's cursor; frames that are not patches are ignored.
+    Start it from `read_summary` (or from nothing, where a tail starts from the beginning) and give
+    it every frame that comes after the document's cursor; frames that are not patches are ignored.
 
     Args:
         document: Where to start; None is the empty document, version 0.
@@ -80,10 +80,11 @@ class SummaryView:
         self.version: int = 0 if document is None else document.version
 
     def apply(self, frame: StreamFrame) -> bool:
-        """Fold *frame* into the document; False where it is no patch, or one that the document has already.
+        """Fold *frame* into the document; False where it is no patch, or one that is in it already.
 
         Raises:
-            SummaryConflict: Patches are missing between the document and the frame: read the summary again.
+            SummaryConflict: Patches are missing between the document and the frame: read the
+                summary again.
         """
         if not isinstance(frame, StreamFrame):
             raise InvalidType(f"apply() takes a StreamFrame, not {type(frame).__name__}.")
@@ -104,5 +105,3 @@ class SummaryView:
 
     def __repr__(self) -> str:
         return f"SummaryView(version={self.version}, document_json=<{self._document.size} bytes>)"
-
-

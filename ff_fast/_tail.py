@@ -1,47 +1,71 @@
 """Readers without I/O: a live tail, and pages of a range.
 
-Both streams of an attempt are read from one cursor at one moment: by `ff_read_range` at the start and whenever nothing
-happened for a while, by one XREAD over both keys in between. Such a read is complete up to its *horizon* (where a
-stream was cut by the count), so a sequence that is missing below it is missing for good: a gap.
+Both streams of an attempt are read, and merged by sequence up to a *horizon*: the id up to which
+both are known to their full. A stream that was not read to its end is known up to the last entry
+that came; frames that are appended later have higher ids in either stream. So a sequence that is
+missing below the horizon is missing for good: a gap.
+
+`ff_read_range` reads both streams and the state of the attempt at one moment, at the start of a
+tail and whenever nothing happened for a while. XREAD, which costs the server a sixth of that for an
+entry, reads and waits in between.
 """
 
 from __future__ import annotations
 
 from ff_fast import keys, ops
-from ff_fast._hot.frames import Entries, StreamFrame, assemble, decode_entries
+from ff_fast._hot.frames import StreamFrame, assemble, decode_entries, weigh_entries
 from ff_fast._hot.resp import pack_command
 from ff_fast._steps import Flow, Step
 from ff_fast.errors import InvalidInput, ProtocolError, check_int, from_server_error
 from ff_fast.types import End, Gap, StreamCursor, TailVisibility, parse_cursor
 
 BLOCK_MS = 5_000
-"""How long a tail blocks on the server at the most; then it asks whether the attempt still lives."""
+"""How long a tail blocks on the server at the most; then it asks whether the attempt lives."""
 
-_PACE_MS = 5
-_FIRST_COUNT = 64
-_LARGEST_COUNT = 2_048
-_PAGE_BYTES = 1 << 20
-_PAGE_FRAMES = 4_096
 MAX_COUNT = 10_000
 
+_PACE_MS = 5
+# One answer stays about this large, so that decoding it takes an event loop a few milliseconds.
+_REPLY_BYTES = 1 << 20
+_REPLY_FRAMES = 4_096
+_FIRST_FRAMES = 64
+# How many entries of log and live window are asked for until some were seen, and at the most.
+# XREAD knows no limit in bytes, and the next entries may be of another size than the last: an entry
+# of the live window may be a run of a thousand frames.
+_FIRST_COUNTS = (512, 16)
+_LARGEST_COUNTS = (512, 64)
+
 Item = StreamFrame | Gap | End
+Id = tuple[int, int]
 
-_NOTHING = decode_entries([], 0)
+_LOG, _LIVE = 0, 1
 
 
-def _id(ms: int, sequence: int) -> str:
+def _text(ms: int, sequence: int) -> str:
     return f"{ms}-{sequence}"
 
 
-def _parse_id(raw: bytes) -> tuple[int, int]:
-    ms, _, sequence = raw.partition(b"-")
-    return int(ms), int(sequence)
+def _id(raw: object) -> Id:
+    if isinstance(raw, bytes):
+        ms, _, sequence = raw.partition(b"-")
+        if ms.isdigit() and sequence.isdigit():
+            return int(ms), int(sequence)
+    raise ProtocolError
 
 
 class _Position:
-    """Where a reader stands in an attempt, and what it passed on the way."""
+    """Where a reader stands in an attempt.
 
-    __slots__ = ("attempt_index", "exclude", "execution_id", "ms", "sequence", "visibility")
+    Attributes:
+        ms, sequence: Id of the last frame that was delivered, or whose absence was.
+        read: For each stream, the id up to which its entries were read.
+        held: For each stream, entries that were read and are beyond the horizon; one of the two is
+            always empty.
+    """
+
+    __slots__ = (
+        "attempt_index", "exclude", "execution_id", "held", "ms", "read", "sequence", "visibility",
+    )  # fmt: skip
 
     def __init__(
         self, execution_id: str, attempt_index: int, after: object, visibility: TailVisibility
@@ -54,44 +78,69 @@ class _Position:
         self.ms, self.sequence = cursor.ms, cursor.sequence
         self.visibility = visibility
         self.exclude = visibility is TailVisibility.EXCLUDE_BEST_EFFORT
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Read both streams again from the last frame that was delivered."""
+        here = _text(self.ms, self.sequence).encode()
+        self.read = [here, here]
+        self.held: list[list[list[object]]] = [[], []]
 
     def range_op(self, count: int, max_bytes: int) -> ops.Op[ops.Range]:
         return ops.read_range(
             self.execution_id,
             self.attempt_index,
-            after=_id(self.ms, self.sequence),
+            log_after=self.read[_LOG],
+            live_after=self.read[_LIVE],
             count=count,
             max_bytes=max_bytes,
             visibility=self.visibility.wire_str(),
         )
 
     def merge(
-        self, log: Entries, live: Entries, horizon: tuple[int, int], reason: str
-    ) -> tuple[list[StreamFrame | Gap], str | None]:
-        items, self.ms, self.sequence, ended = assemble(
-            log, live, self.ms, self.sequence, *horizon, self.exclude, reason
+        self, log: list[list[object]], live: list[list[object]], horizon: Id | None, reason: str
+    ) -> tuple[list[Item], str | None]:
+        """Deliver what is up to *horizon*, hold the rest; tell why the attempt ended if it has."""
+        decoded = []
+        for stream, entries in enumerate((log, live)):
+            some = decode_entries(entries, self.sequence, horizon, self.exclude)
+            self.held[stream] = entries[some.taken :]
+            decoded.append(some)
+        items: list[Item] = []
+        items, self.ms, self.sequence, ended = assemble(  # type: ignore[assignment]
+            decoded[_LOG], decoded[_LIVE], self.ms, self.sequence, self.exclude, reason
         )
         return items, ended
 
     def take_range(self, page: ops.Range, reason: str) -> tuple[list[Item], str | None]:
-        """Items of a range read; then why the attempt ended, where all of it was read and it has."""
-        ahead = self.sequence > page.last_sequence and not page.log and not page.live
-        # The end entry stands one behind the last frame, so a cursor behind the end is not ahead of it.
-        if ahead and not (page.closed_reason and self.sequence == page.last_sequence + 1):
+        """Items of a range read; then why the attempt ended, if it has and all of it was read."""
+        # The end entry stands one behind the last frame: a cursor behind the end is not ahead.
+        end = page.last_sequence + bool(page.closed_reason)
+        if self.sequence > end:
             gap = Gap(
                 first_missing=self.sequence + 1,
                 next_sequence=page.last_sequence + 1,
                 reason="cursor_ahead",
             )
             self.ms, self.sequence = page.last_ms, page.last_sequence
+            self.rewind()
             return [gap], page.closed_reason or None
-        horizon = _parse_id(page.horizon) if page.horizon else (-1, -1)
-        log = decode_entries(page.log, self.sequence)
-        live = decode_entries(page.live, self.sequence)
-        items: list[Item] = []
-        merged, ended = self.merge(log, live, horizon, reason)
-        items += merged
-        if page.horizon or ended is not None:
+        cut = [
+            _id(to)
+            for to, more in ((page.log_to, page.log_more), (page.live_to, page.live_more))
+            if more
+        ]
+        horizon = min(cut) if cut else None
+        items, ended = self.merge(page.log, page.live, horizon, reason)
+        if horizon is not None:
+            # What is beyond is not worth keeping: the server bounded it.
+            self.held = [[], []]
+            self.read = [
+                min(_text(*horizon).encode(), to, key=_id) for to in (page.log_to, page.live_to)
+            ]
+            return items, ended
+        self.read = [page.log_to, page.live_to]
+        if ended is not None:
             return items, ended
         newest = page.visible_sequence if self.exclude else page.last_sequence
         if newest > self.sequence:
@@ -113,7 +162,7 @@ class TailCore:
     Args:
         execution_id: Id of the execution.
         attempt_index: Attempt, from 0; one that nobody has claimed yet is waited for.
-        after: Cursor, exclusive: an id of a frame, the cursor of a summary, or None for the beginning.
+        after: Cursor, exclusive: an id of a frame, the cursor of a summary, or None for the start.
         visibility: Whether best-effort frames are wanted.
 
     Attributes:
@@ -121,8 +170,8 @@ class TailCore:
     """
 
     __slots__ = (
-        "_block_ms", "_count", "_keys", "_live_id", "_log_id", "_paced", "_position", "_ranged", "_reason", "_request",
-        "ended",
+        "_asked", "_block_ms", "_count", "_counts", "_keys", "_more", "_paced", "_position",
+        "_ranged", "_reason", "_unwanted", "ended",
     )  # fmt: skip
 
     def __init__(
@@ -132,36 +181,53 @@ class TailCore:
         eid = self._position.execution_id
         self._keys = (keys.stream(eid, attempt_index), keys.live(eid, attempt_index))
         self._reason = "trimmed"
-        self._count = _FIRST_COUNT
+        self._counts = list(_FIRST_COUNTS)
         self.ended = False
         self.restart()
 
     def restart(self) -> None:
-        """The connection was lost or the server changed: look at the state again before blocking."""
+        """The connection was lost or the server changed: look at the state before blocking."""
+        self._position.rewind()
         self._ranged: ops.Op[ops.Range] | None = None
-        self._request: bytes | None = None
+        self._asked: tuple[int, ...] = ()
+        self._count = 0
+        self._more = [False, False]
         self._block_ms = 0
         self._paced = False
+        self._unwanted = False
 
     def step(self) -> Step:
         """Return what to send now."""
-        if self._block_ms == 0:
-            self._ranged = self._position.range_op(_FIRST_COUNT, _PAGE_BYTES)
+        held = self._position.held
+        block: int | None = None
+        if held[_LOG] or held[_LIVE]:
+            # Known is what is before both ends, so the other stream holds the reader back.
+            self._asked = (_LIVE,) if held[_LOG] else (_LOG,)
+        elif self._more[_LOG] or self._more[_LIVE]:
+            # Behind: one stream at a time, as much of it as one answer may hold.
+            self._asked = (_LOG,) if self._more[_LOG] else (_LIVE,)
+        elif self._block_ms == 0:
+            self._ranged = self._position.range_op(_FIRST_FRAMES, _REPLY_BYTES)
             return Step(self._ranged.request())
-        self._ranged = None
-        log, live = self._keys
-        if self._paced:
-            # Best-effort frames that are not wanted just came: for a moment only the log may wake this reader, so
-            # they cost it few wake-ups; a durable frame and the end still wake it at once.
-            streams: tuple[bytes, ...] = (log, self._log_id)
+        elif self._paced:
+            # Best-effort frames that are not wanted just came: for a moment only the log may wake
+            # this reader, so they cost it few wake-ups; a durable frame and the end still do.
+            self._asked = (_LOG,)
             block = _PACE_MS
         else:
-            streams = (log, live, self._log_id, self._live_id)
+            self._asked = (_LOG, _LIVE)
             block = self._block_ms
+        self._ranged = None
+        self._count = min(self._counts[stream] for stream in self._asked)
         request = pack_command(
-            b"XREAD", b"COUNT", b"%d" % self._count, b"BLOCK", b"%d" % block, b"STREAMS", *streams
+            b"XREAD",
+            *(b"COUNT", b"%d" % self._count),
+            *(() if block is None else (b"BLOCK", b"%d" % block)),
+            b"STREAMS",
+            *(self._keys[stream] for stream in self._asked),
+            *(self._position.read[stream] for stream in self._asked),
         )
-        return Step(request, block_s=block / 1000)
+        return Step(request, block_s=(block or 0) / 1000)
 
     def receive(self, reply: object) -> list[Item]:
         """Take the reply to the last step; return what the reader gets of it.
@@ -173,79 +239,81 @@ class TailCore:
             return self._take_range(self._ranged.answer(reply))
         if isinstance(reply, Exception):
             raise from_server_error(str(reply))
-        if reply is None:
+        if not isinstance(reply, list | None):
+            raise ProtocolError
+        held = self._position.held
+        if reply is None and not (held[_LOG] or held[_LIVE] or any(self._more)):
             if self._paced:
                 self._paced = False
             else:
                 self._block_ms = 0
             return []
-        if not isinstance(reply, list):
-            raise ProtocolError()
-        return self._take_streams(reply)
+        return self._take_streams(reply or [])
 
     def _take_range(self, page: ops.Range) -> list[Item]:
+        self._counts[_LIVE] = self._next_count(_LIVE, page.live)
         items, ended = self._position.take_range(page, self._reason)
-        self._reason = "fell_behind"
         if ended is not None:
             return self._end(items, ended)
-        self._log_id = self._live_id = _id(self._position.ms, self._position.sequence).encode()
+        self._more = [page.log_more, page.live_more]
+        if not any(self._more):
+            self._reason = "fell_behind"
         # A lapsed lease writes no end entry by itself: wake up when it is due.
         left = BLOCK_MS if page.lease_left_ms is None else page.lease_left_ms + 1
         self._block_ms = max(min(BLOCK_MS, left), 1)
         return items
 
-    def _take_streams(self, reply: list[list[object]]) -> list[Item]:
-        found: dict[object, list[list[object]]] = {}
-        for name, entries in reply:
-            if not isinstance(entries, list):
-                raise ProtocolError()
-            found[name] = entries
+    def _take_streams(self, reply: list[object]) -> list[Item]:
+        fresh: dict[object, list[list[object]]] = {}
+        for part in reply:
+            if not isinstance(part, list) or len(part) != 2 or not isinstance(part[1], list):
+                raise ProtocolError
+            fresh[part[0]] = part[1]
         position = self._position
-        log, live = (
-            decode_entries(found[key], position.sequence) if key in found else _NOTHING
-            for key in self._keys
+        horizon: Id | None = None
+        for stream, key in enumerate(self._keys):
+            found = fresh.get(key)
+            if found:
+                self._counts[stream] = self._next_count(stream, found)
+                position.read[stream] = found[-1][0]  # type: ignore[call-overload]
+                position.held[stream] = found
+            if stream in self._asked:
+                self._more[stream] = found is not None and len(found) >= self._count
+            if self._more[stream] or stream not in self._asked:
+                known = _id(position.read[stream])
+                horizon = known if horizon is None else min(horizon, known)
+        items, ended = position.merge(
+            position.held[_LOG], position.held[_LIVE], horizon, self._reason
         )
-        if self._paced:
-            # The live window was not read: nothing is complete beyond what it had.
-            self._paced = False
-            self._block_ms = 0
-            return []
-        cut = [
-            (entries.last_sequence, entries.last_ms)
-            for key, entries in zip(self._keys, (log, live), strict=True)
-            if len(found.get(key, ())) >= self._count
-        ]
-        horizon = min(cut) if cut else (-1, -1)
-        before = position.sequence
-        items, ended = position.merge(log, live, (horizon[1], horizon[0]), self._reason)
-        self._adapt(items, bool(cut))
         if ended is not None:
-            return self._end(list(items), ended)
-        cursor = (position.ms, position.sequence)
-        self._log_id = self._live_id = _id(*cursor).encode()
-        if not cut:
-            # Entries that are not frames must not come again.
-            self._log_id = _id(*max(cursor, (log.last_ms, log.last_sequence))).encode()
-            self._live_id = _id(*max(cursor, (live.last_ms, live.last_sequence))).encode()
-            self._paced = position.exclude and not items and position.sequence > before
-        return list(items)
+            return self._end(items, ended)
+        self._unwanted = not items and (self._unwanted or bool(fresh))
+        if position.held[_LOG] or position.held[_LIVE] or any(self._more):
+            return items
+        self._reason = "fell_behind"
+        self._paced = position.exclude and self._unwanted and not self._paced
+        self._unwanted = False
+        return items
 
-    def _adapt(self, items: list[StreamFrame | Gap], cut: bool) -> None:
-        """Read more at once while behind, as long as a reply stays small."""
-        if not cut:
-            return
-        size = sum(len(item.payload) for item in items if isinstance(item, StreamFrame))
-        if size > _PAGE_BYTES or len(items) > _PAGE_FRAMES:
-            self._count = max(self._count // 2, 1)
-        elif size < _PAGE_BYTES // 4 and len(items) < _PAGE_FRAMES // 4:
-            self._count = min(self._count * 2, _LARGEST_COUNT)
+    def _next_count(self, stream: int, entries: list[list[object]]) -> int:
+        """How many entries of a stream an answer may hold, going by the last that came."""
+        if not entries:
+            return self._counts[stream]
+        frames, size = weigh_entries(entries)
+        most = min(
+            len(entries) * _REPLY_FRAMES // max(frames, 1),
+            len(entries) * _REPLY_BYTES // max(size, 1),
+            2 * self._counts[stream],
+            _LARGEST_COUNTS[stream],
+        )
+        return max(most, 1)
 
     def _end(self, items: list[Item], reason: str) -> list[Item]:
         self.ended = True
         return [*items, End(reason=reason)]
 
 
-class StreamPage(tuple[StreamFrame, ...]):
+class StreamPage(tuple[StreamFrame, ...]):  # noqa: SLOT001 - no room for slots in a tuple
     """Frames of one attempt, in sequence order.
 
     Attributes:
@@ -259,7 +327,10 @@ class StreamPage(tuple[StreamFrame, ...]):
     end_reason: str | None
 
     def __repr__(self) -> str:
-        return f"StreamPage(<{len(self)} frames>, cursor={self.cursor!r}, end_reason={self.end_reason!r})"
+        return (
+            f"StreamPage(<{len(self)} frames>, cursor={self.cursor!r},"
+            f" end_reason={self.end_reason!r})"
+        )
 
 
 def read_page(
@@ -284,7 +355,7 @@ def read_page(
     gaps: list[Gap] = []
     size = 0
     while True:
-        op = position.range_op(count - len(frames), max_bytes - size)
+        op = position.range_op(count - len(frames), min(max_bytes - size, _REPLY_BYTES))
         (reply,) = yield Step(op.request())
         answer = op.answer(reply)
         items, ended = position.take_range(answer, "trimmed")
@@ -297,8 +368,8 @@ def read_page(
                 if len(frames) == count:
                     # A run may reach beyond the page; the next one begins inside it.
                     return _page(frames, gaps, item.stream_id, ended if item is items[-1] else None)
-        if ended is not None or not answer.horizon or size >= max_bytes:
-            return _page(frames, gaps, _id(position.ms, position.sequence), ended)
+        if ended is not None or size >= max_bytes or not (answer.log_more or answer.live_more):
+            return _page(frames, gaps, _text(position.ms, position.sequence), ended)
 
 
 def _page(

@@ -1,11 +1,12 @@
 -- Reading. Every function here is `no-writes`, so a replica may serve it.
 
 local PAGE = 128
--- A call looks at this many entries of a stream at the most, about 1 us each.
-local SCAN_LIMIT = 4096
+-- A call looks at this many entries of a stream at the most: 2 us each.
+local SCAN_LIMIT = 1024
 
--- Entries of a stream after an id: those that hold `count` frames, or about `budget` bytes.
--- Returns the entries and, where it stopped before the end, the id up to which it has looked: its sequence, its text.
+-- Entries of a stream after an id: those that hold `count` frames, or about `budget` bytes. Entries that are not ours
+-- are left out, like those of the mode `exclude`.
+-- Returns the entries, the id up to which it has looked, and '1' where there may be more behind it, else ''.
 local function read_after(stream, after, count, budget, exclude)
   local entries, scanned, frames, bytes = {}, 0, 0, 0
   while true do
@@ -13,47 +14,49 @@ local function read_after(stream, after, count, budget, exclude)
     for _, entry in ipairs(page) do
       after = entry[1]
       scanned = scanned + 1
-      local fields, held, size = entry[2], 1, 0
+      local fields, wanted, held, size = entry[2], false, 1, 0
       for i = 1, #fields, 2 do
         local name, value = fields[i], fields[i + 1]
-        if name == 'mode' and value == exclude then
-          held = 0
+        if name == 'frame_type' or name == 'end' then
+          wanted = true
+        elseif name == 'mode' and value == exclude then
+          wanted = false
           break
         elseif name == 'count' then
-          held = tonumber(value)
+          held = ff.integer(value) or 1
         end
         size = size + #value
       end
-      if held > 0 then
+      if wanted then
         entries[#entries + 1] = entry
         frames = frames + held
         bytes = bytes + size
       end
       if frames >= count or bytes >= budget or scanned >= SCAN_LIMIT then
-        return entries, tonumber(string.match(after, '%d+$')), after
+        return entries, after, '1'
       end
     end
     if #page < PAGE then
-      return entries
+      return entries, after, ''
     end
   end
 end
 
 -- ff_read_range
 --   keys:    core log live meta
---   args:    attempt_index after_id count max_bytes visibility
---   returns: log_entries live_entries horizon last_sequence last_ms visible_sequence closed_at closed_reason lease_left_ms
+--   args:    attempt_index log_after live_after count max_bytes visibility
+--   returns: log_entries log_to log_more live_entries live_to live_more last_sequence last_ms visible_sequence
+--            closed_reason lease_left_ms
 --   errors:  execution_not_found attempt_not_found invalid_input
 --
--- Both streams after one id, read at one moment. horizon is the id up to which both lists are complete, '' when
--- that is the end of the streams. An attempt is closed by its end, or by the lapse of its lease: nothing can be
--- appended under a lapsed lease, so every reader comes to the same answer by server time. An attempt that nobody has
--- claimed yet reads as empty.
+-- Both streams, each after an id of its own, read at one moment up to `log_to` and `live_to`; the `more` of a stream is
+-- '1' where it may go on behind. An attempt is closed by its end, or by the lapse of its lease: nothing can be appended
+-- under a lapsed lease, so every reader comes to the same answer by server time. An attempt that nobody has claimed yet
+-- reads as empty.
 redis.register_function({
   function_name = 'ff_read_range',
   callback = function(keys, args)
-    local count, max_bytes = ff.integer(args[3]), ff.integer(args[4])
-    local attempt_index = ff.integer(args[1])
+    local attempt_index, count, max_bytes = ff.integer(args[1]), ff.integer(args[4]), ff.integer(args[5])
     if not attempt_index or not count or count < 1 or not max_bytes then
       return ff.err('invalid_input', 'count')
     end
@@ -63,32 +66,28 @@ redis.register_function({
     if not core[1] then
       return ff.err('execution_not_found')
     end
-    local meta = redis.call('HMGET', keys[4], 'last_sequence', 'last_ms', 'visible_sequence', 'closed_at',
-      'closed_reason')
-    local closed_at, closed_reason, lease_left = meta[4] or '', meta[5] or '', ''
+    local meta = redis.call('HMGET', keys[4], 'last_sequence', 'last_ms', 'visible_sequence', 'closed_reason')
+    local closed_reason, lease_left = meta[4] or '', ''
     if not meta[1] then
-      local attempts = tonumber(core[4])
-      if attempt_index < attempts or attempt_index > attempts then
+      -- The next attempt may still come, unless the execution has ended with another one.
+      local attempts, ended = tonumber(core[4]), ff.TERMINAL[core[1]]
+      if attempt_index ~= attempts or (ended and attempts > 0) then
         return ff.err('attempt_not_found')
       end
-      if ff.TERMINAL[core[1]] then
-        closed_at, closed_reason = '0', ff.TERMINAL[core[1]]
-      end
-    elseif closed_at == '' and core[1] == 'active' and core[2] == args[1] then
+      closed_reason = ended or ''
+    elseif closed_reason == '' and core[1] == 'active' and core[2] == args[1] then
       local left = core[3] - ff.now_ms()
       lease_left = ff.text(left)
       if left <= 0 then
-        closed_at, closed_reason = core[3], 'producer_lost'
+        closed_reason = 'producer_lost'
       end
     end
-    local exclude = args[5] == 'exclude_best_effort' and 'best_effort' or nil
-    local log, log_to, horizon = read_after(keys[2], args[2], count, max_bytes, nil)
-    local live, live_to, live_horizon = read_after(keys[3], args[2], count, max_bytes, exclude)
-    if live_to and not (log_to and log_to <= live_to) then
-      horizon = live_horizon
-    end
+    local exclude = args[6] == 'exclude_best_effort' and 'best_effort' or nil
+    local log, log_to, log_more = read_after(keys[2], args[2], count, max_bytes, nil)
+    local live, live_to, live_more = read_after(keys[3], args[3], count, max_bytes, exclude)
     return ff.ok(
-      log, live, horizon or '', meta[1] or '0', meta[2] or '0', meta[3] or '0', closed_at, closed_reason, lease_left
+      log, log_to, log_more, live, live_to, live_more, meta[1] or '0', meta[2] or '0', meta[3] or '0', closed_reason,
+      lease_left
     )
   end,
   flags = { 'no-writes' },

@@ -1,16 +1,19 @@
-"""Stream entries to :class:`StreamFrame`, and the order of frames across the two streams of an attempt.
+"""Stream entries to :class:`StreamFrame`, and the order of frames across an attempt's two streams.
 
-An entry id is ``<ms>-<sequence>``: server time, and the sequence of the entry's last frame. Entries are field lists:
+An entry id is ``<ms>-<sequence>``: server time, and the sequence of the entry's last frame. Entries
+are field lists:
 
     log entry        frame_type payload [prev] [correlation_id] [encoding] [source]
-    live entry       mode frame_type [prev] [correlation_id] [encoding] [source] [patch_kind [pointer]]
-                     [summary_version] and then, last,   payload            for one frame
-                                                  or     count run          for several (a run)
+    live entry       mode frame_type [prev] [correlation_id] [encoding] [source]
+                     [patch_kind [pointer]] [summary_version]
+                     and then, last,   payload       for one frame
+                                or     count run     for several (a run)
     end entry        end prev
 
-A field that has its usual value is left out: mode ``durable``, encoding ``utf8``, source ``worker``.
-``prev`` stands on the first visible (not best-effort) frame after best-effort frames: the sequence of the visible frame
-before it, 0 for none. ``summary_version`` is that of the entry's last frame.
+A field that has its usual value is left out: mode ``durable``, encoding ``utf8``, source
+``worker``.
+``prev`` stands on the first visible (not best-effort) frame after best-effort frames: the sequence
+of the visible frame before it, 0 for none. ``summary_version`` is that of the entry's last frame.
 
 A run holds consecutive frames that share all those fields, so only what differs is stored:
 
@@ -19,8 +22,8 @@ A run holds consecutive frames that share all those fields, so only what differs
     ages                     count varints, ms before the entry's ms at which each frame was written
     payloads                 back to back
 
-A varint is little-endian base 128, the high bit of a byte saying that another follows. Frame i of n has the id
-``<entry ms>-<entry sequence - n + 1 + i>``, so a cursor may stand inside a run.
+A varint is little-endian base 128, the high bit of a byte saying that another follows. Frame i of n
+has the id ``<entry ms>-<entry sequence - n + 1 + i>``, so a cursor may stand inside a run.
 """
 
 cimport cython
@@ -43,6 +46,8 @@ cdef Py_ssize_t TEXT_LIMIT = 4096
 cdef Py_ssize_t TEXT_BYTES = 64
 cdef dict texts = {}
 cdef dict patch_kinds = {}
+
+cdef long long LARGEST = <long long>1 << 62
 
 cdef str DURABLE = "durable"
 cdef str BEST_EFFORT = "best_effort"
@@ -94,7 +99,8 @@ cdef class StreamFrame:
         encoding: ``utf8`` or ``binary``: what the worker says of the payload; nothing is converted.
         source: Who wrote it, usually ``worker``.
         correlation_id: Text that the worker gave, or None.
-        summary_version: Version of the summary document after this patch; None outside mode ``summary``.
+        summary_version: Version of the summary document after this patch; None outside mode
+            ``summary``.
         patch_kind: How the payload changes the summary document; None outside mode ``summary``.
     """
 
@@ -113,8 +119,9 @@ cdef class StreamFrame:
     cdef long long _previous
 
     def __init__(
-        self, *, str stream_id not None, str frame_type not None, bytes payload not None, long long ts_ms,
-        str mode="durable", str encoding="utf8", str source="worker", str correlation_id=None,
+        self, *, str stream_id not None, str frame_type not None, bytes payload not None,
+        long long ts_ms, str mode="durable", str encoding="utf8", str source="worker",
+        str correlation_id=None,
         summary_version=None, patch_kind=None,
     ):
         cdef bytes raw = stream_id.encode()
@@ -140,8 +147,8 @@ cdef class StreamFrame:
 
     def _fields(self):
         return (
-            self.stream_id, self.frame_type, self.payload, self.ts_ms, self.mode, self.encoding, self.source,
-            self.correlation_id, self.summary_version, self.patch_kind,
+            self.stream_id, self.frame_type, self.payload, self.ts_ms, self.mode, self.encoding,
+            self.source, self.correlation_id, self.summary_version, self.patch_kind,
         )
 
     def __richcmp__(self, other, int op):
@@ -158,22 +165,26 @@ cdef class StreamFrame:
 
     def __repr__(self):
         return (
-            f"StreamFrame(stream_id={self.stream_id!r}, frame_type={self.frame_type!r}, mode={self.mode!r}, "
-            f"payload=<{len(self.payload)} bytes>)"
+            f"StreamFrame(stream_id={self.stream_id!r}, frame_type={self.frame_type!r}, "
+            f"mode={self.mode!r}, payload=<{len(self.payload)} bytes>)"
         )
 
 
 def _rebuild(
-    stream_id, frame_type, payload, ts_ms, mode, encoding, source, correlation_id, summary_version, patch_kind
+    stream_id, frame_type, payload, ts_ms, mode, encoding, source, correlation_id, summary_version,
+    patch_kind,
 ):
     return StreamFrame(
-        stream_id=stream_id, frame_type=frame_type, payload=payload, ts_ms=ts_ms, mode=mode, encoding=encoding,
-        source=source, correlation_id=correlation_id, summary_version=summary_version, patch_kind=patch_kind,
+        stream_id=stream_id, frame_type=frame_type, payload=payload, ts_ms=ts_ms, mode=mode,
+        encoding=encoding, source=source, correlation_id=correlation_id,
+        summary_version=summary_version, patch_kind=patch_kind,
     )
 
 
 cdef int bad_entry() except -1:
-    raise Corruption("A stream entry is not in the form that ff_fast writes; read the stream with a Redis tool.")
+    raise Corruption(
+        "A stream entry is not in the form that ff_fast writes; read the stream with a Redis tool."
+    )
 
 
 cdef int parse_number(const char* at, const char* end, long long* value) except -1:
@@ -187,6 +198,28 @@ cdef int parse_number(const char* at, const char* end, long long* value) except 
         number = number * 10 + (at[0] - c'0')
         at += 1
     value[0] = number
+    return 0
+
+
+cdef long long id_part(const char* at, const char* end) except -1:
+    """Half of an entry id. What is above the 53 bits that ff_fast writes is as good as infinite."""
+    cdef long long number = 0
+    if end - at > 18:
+        return LARGEST
+    parse_number(at, end, &number)
+    return number
+
+
+cdef int parse_entry_id(bytes raw, long long* ms, long long* sequence) except -1:
+    cdef const char* at = PyBytes_AS_STRING(raw)
+    cdef const char* end = at + PyBytes_GET_SIZE(raw)
+    cdef const char* dash = at
+    while dash < end and dash[0] != c'-':
+        dash += 1
+    if dash == end:
+        bad_entry()
+    ms[0] = id_part(at, dash)
+    sequence[0] = id_part(dash + 1, end)
     return 0
 
 
@@ -213,44 +246,63 @@ cdef const unsigned char* take_varint(
 ) except NULL:
     cdef unsigned long long number = 0
     cdef int shift = 0
+    cdef unsigned char byte
     while True:
         # 8 bytes hold 2^56, above every length and age.
         if at >= end or shift > 49:
             bad_entry()
-        number |= <unsigned long long>(at[0] & 127) << shift
+        byte = at[0]
+        number |= <unsigned long long>(byte & 127) << shift
         at += 1
-        if at[-1] < 128:
+        if byte < 128:
             value[0] = number
             return at
         shift += 7
+
+
+cdef inline bytes checked_bytes(object part):
+    if not PyBytes_CheckExact(part):
+        bad_entry()
+    return <bytes>part
+
+
+cdef inline list fields_of(object entry):
+    """The fields of an entry ``[id, fields]``."""
+    if not PyList_CheckExact(entry) or len(<list>entry) != 2:
+        bad_entry()
+    if not PyList_CheckExact((<list>entry)[1]):
+        bad_entry()
+    return <list>(<list>entry)[1]
 
 
 cdef inline bint is_field(bytes raw, const char* name, Py_ssize_t size) noexcept:
     return PyBytes_GET_SIZE(raw) == size and memcmp(PyBytes_AS_STRING(raw), name, <size_t>size) == 0
 
 
+@cython.final
 cdef class Entries:
-    """What one read of a stream brought: its frames after a cursor, and where it ends.
+    """The frames of some entries of one stream.
 
     Attributes:
         frames: The frames, in order.
         end_reason: Why the attempt ended, or None where the end entry is not among the entries.
-        foreign: How many entries are not ff_fast's (they are left out).
-        last_ms, last_sequence: Id of the last entry, -1 without entries.
+        taken: How many entries were looked at; the next one is beyond the limit.
+        foreign: How many of them are not ff_fast's (they are left out).
     """
 
     cdef readonly list frames
     cdef readonly str end_reason
+    cdef readonly Py_ssize_t taken
     cdef readonly Py_ssize_t foreign
-    cdef readonly long long last_ms
-    cdef readonly long long last_sequence
     cdef long long _end_ms
     cdef long long _end_sequence
     cdef long long _end_previous
 
 
-cdef int add_run(list frames, bytes run, StreamFrame shared, long long count, long long after) except -1:
-    """The frames of a run after sequence *after*; *shared* carries the fields that they have in common."""
+cdef int add_run(
+    list frames, bytes run, StreamFrame shared, long long count, long long after
+) except -1:
+    """The frames of a run after sequence *after*; *shared* has the fields that all share."""
     cdef const unsigned char* start = <const unsigned char*>PyBytes_AS_STRING(run)
     cdef const unsigned char* end = start + PyBytes_GET_SIZE(run)
     cdef const unsigned char* lengths
@@ -258,18 +310,20 @@ cdef int add_run(list frames, bytes run, StreamFrame shared, long long count, lo
     cdef const unsigned char* payload
     cdef unsigned long long value = 0
     cdef unsigned long long age = 0
-    cdef long long i
+    cdef long long i, _
     cdef long long sequence = shared.sequence - count
     cdef long long version = shared._summary_version - count
     cdef StreamFrame frame
     lengths = take_varint(start, end, &value)
-    if <long long>value != count:
+    if count < 1 or <long long>value != count or sequence < 0:
+        bad_entry()
+    if shared._summary_version and version < 0:
         bad_entry()
     ages = lengths
-    for i in range(count):
+    for _ in range(count):
         ages = take_varint(ages, end, &value)
     payload = ages
-    for i in range(count):
+    for _ in range(count):
         payload = take_varint(payload, end, &value)
     for i in range(count):
         lengths = take_varint(lengths, end, &value)
@@ -299,51 +353,57 @@ cdef int add_run(list frames, bytes run, StreamFrame shared, long long count, lo
     return 0
 
 
-def decode_entries(list entries not None, long long after):
+def decode_entries(
+    list entries not None, long long after, tuple limit=None, bint exclude_best_effort=False
+):
     """Return the :class:`Entries` of one stream.
 
     Args:
-        entries: ``[[id, [field, value, ...]], ...]``, all bytes, as XRANGE, XREAD and ff_read_range answer.
+        entries: ``[[id, [field, value, ...]], ...]``, all bytes, as XRANGE, XREAD and ff_read_range
+            answer.
         after: Sequence of the cursor; frames up to it are left out (a run may begin before it).
+        limit: Id, ``(ms, sequence)``, beyond which entries are left for later; None takes them all.
+        exclude_best_effort: Leave best-effort frames out.
 
     Raises:
         Corruption: An entry that has ff_fast's fields does not have their form.
     """
     cdef Entries result = Entries.__new__(Entries)
     cdef StreamFrame frame
-    cdef list entry, fields
-    cdef bytes identity, name, value, run, pointer
+    cdef list fields
+    cdef bytes name, value, payload, run, count, previous, version, pointer, end_reason
     cdef Py_ssize_t at, size
-    cdef long long count
-    cdef bint has_payload
-    cdef str end_reason
+    cdef long long ms = 0
+    cdef long long sequence = 0
+    cdef long long frames = 0
+    cdef long long limit_ms = LARGEST
+    cdef long long limit_sequence = LARGEST
+    if limit is not None:
+        limit_ms = min(limit[0], LARGEST)
+        limit_sequence = min(limit[1], LARGEST)
     result.frames = []
-    result.last_ms = -1
-    result.last_sequence = -1
     for item in entries:
-        entry = item
-        identity = entry[0]
-        fields = entry[1]
+        fields = fields_of(item)
+        parse_entry_id(checked_bytes((<list>item)[0]), &ms, &sequence)
+        if ms > limit_ms or (ms == limit_ms and sequence > limit_sequence):
+            break
+        result.taken += 1
         frame = StreamFrame.__new__(StreamFrame)
-        parse_id(identity, &frame._ms, &frame.sequence)
+        frame._ms = ms
+        frame.sequence = sequence
         frame.mode = DURABLE
         frame.encoding = UTF8
         frame.source = WORKER
         frame._previous = -1
-        run = None
-        pointer = None
-        count = 1
-        has_payload = False
-        end_reason = None
+        payload = run = count = previous = version = pointer = end_reason = None
         at = 0
-        size = len(fields)
-        while at + 1 < size:
-            name = fields[at]
-            value = fields[at + 1]
+        size = len(fields) - 1
+        while at < size:
+            name = checked_bytes(fields[at])
+            value = checked_bytes(fields[at + 1])
             at += 2
             if is_field(name, "payload", 7):
-                frame.payload = value
-                has_payload = True
+                payload = value
             elif is_field(name, "frame_type", 10):
                 frame.frame_type = text_of(value)
             elif is_field(name, "mode", 4):
@@ -351,11 +411,11 @@ def decode_entries(list entries not None, long long after):
             elif is_field(name, "run", 3):
                 run = value
             elif is_field(name, "count", 5):
-                number_of(value, &count)
+                count = value
             elif is_field(name, "prev", 4):
-                number_of(value, &frame._previous)
+                previous = value
             elif is_field(name, "summary_version", 15):
-                number_of(value, &frame._summary_version)
+                version = value
             elif is_field(name, "correlation_id", 14):
                 frame.correlation_id = text_of(value)
             elif is_field(name, "patch_kind", 10):
@@ -367,49 +427,84 @@ def decode_entries(list entries not None, long long after):
             elif is_field(name, "source", 6):
                 frame.source = text_of(value)
             elif is_field(name, "end", 3):
-                end_reason = text_of(value)
-        result.last_ms = frame._ms
-        result.last_sequence = frame.sequence
-        if end_reason is not None:
-            result.end_reason = end_reason
-            result._end_ms = frame._ms
-            result._end_sequence = frame.sequence
-            result._end_previous = max(frame._previous, 0)
+                end_reason = value
+        if end_reason is not None and previous is not None and frame.frame_type is None:
+            number_of(previous, &result._end_previous)
+            result.end_reason = text_of(end_reason)
+            result._end_ms = ms
+            result._end_sequence = sequence
             continue
-        if frame.frame_type is None or (run is None) != has_payload:
+        # Somebody else's entry; only its names are known, so its values are not looked at.
+        if (
+            frame.frame_type is None or (run is None) == (payload is None)
+            or ms == LARGEST or sequence == LARGEST
+        ):
             result.foreign += 1
             continue
+        if exclude_best_effort and frame.mode == BEST_EFFORT:
+            continue
+        if previous is not None:
+            number_of(previous, &frame._previous)
+        if version is not None:
+            number_of(version, &frame._summary_version)
         if frame.patch_kind is not None:
             frame.patch_kind = patch_kind_of(frame.patch_kind, pointer)
         if run is not None:
-            add_run(result.frames, run, frame, count, after)
-        elif frame.sequence > after:
-            frame.ts_ms = frame._ms
+            if count is None:
+                bad_entry()
+            number_of(count, &frames)
+            add_run(result.frames, run, frame, frames, after)
+        elif sequence > after:
+            frame.payload = payload
+            frame.ts_ms = ms
             if frame._previous < 0:
-                frame._previous = frame.sequence - 1
+                frame._previous = sequence - 1
             result.frames.append(frame)
     return result
 
 
+def weigh_entries(list entries not None):
+    """Return how many frames *entries* hold, about, and how many bytes, without decoding them."""
+    cdef list fields
+    cdef bytes name, value
+    cdef Py_ssize_t at, size
+    cdef Py_ssize_t total = 0
+    cdef long long frames = 0
+    cdef long long count
+    for item in entries:
+        fields = fields_of(item)
+        count = 1
+        at = 0
+        size = len(fields) - 1
+        while at < size:
+            name = checked_bytes(fields[at])
+            value = checked_bytes(fields[at + 1])
+            at += 2
+            total += PyBytes_GET_SIZE(value)
+            if is_field(name, "count", 5) and PyBytes_GET_SIZE(value) <= 4 and value.isdigit():
+                number_of(value, &count)
+        frames += count
+    return frames, total
+
+
 def assemble(
-    Entries log not None, Entries live not None, long long ms, long long sequence, long long horizon_ms,
-    long long horizon, bint exclude_best_effort, str reason not None,
+    Entries log not None, Entries live not None, long long ms, long long sequence,
+    bint exclude_best_effort, str reason not None,
 ):
-    """Merge what one read of both streams brought, up to *horizon*, and name what is missing.
+    """Merge what was read of both streams up to one id, and name what is missing.
 
     Args:
         log: Entries of the log.
-        live: Entries of the live window, read at the same moment after the same cursor.
-        ms: Cursor of that read: ms,
+        live: Entries of the live window. Excluded frames are in neither.
+        ms: Id of the last frame that was delivered: ms,
         sequence: and sequence.
-        horizon_ms: Id up to which both are complete: ms,
-        horizon: and sequence, -1 when that is their ends.
-        exclude_best_effort: Leave best-effort frames out; they are then no gap either.
+        exclude_best_effort: Best-effort frames are no gap.
         reason: Reason of the gaps that are found.
 
     Returns:
-        ``(items, ms, sequence, end_reason)``: frames in sequence order with a ``Gap`` wherever frames are missing;
-        the cursor behind them; and why the attempt ended when its end is reached.
+        ``(items, ms, sequence, end_reason)``: frames in sequence order with a ``Gap`` wherever
+        frames are missing; the id of the last one; and why the attempt ended when its end is
+        reached.
     """
     cdef list items = []
     cdef list first = log.frames
@@ -418,46 +513,29 @@ def assemble(
     cdef Py_ssize_t j = 0
     cdef Py_ssize_t first_count = len(first)
     cdef Py_ssize_t second_count = len(second)
-    cdef StreamFrame a = None
-    cdef StreamFrame b = None
     cdef StreamFrame frame
-    cdef long long limit = horizon if horizon >= 0 else (1 << 62)
-    while True:
-        a = <StreamFrame>first[i] if i < first_count else None
-        b = <StreamFrame>second[j] if j < second_count else None
-        if a is None and b is None:
-            break
-        if b is None or (a is not None and a.sequence <= b.sequence):
-            frame = a
+    while i < first_count or j < second_count:
+        if j >= second_count or (
+            i < first_count
+            and (<StreamFrame>first[i]).sequence <= (<StreamFrame>second[j]).sequence
+        ):
+            frame = <StreamFrame>first[i]
             i += 1
         else:
-            frame = b
+            frame = <StreamFrame>second[j]
             j += 1
-        if frame.sequence > limit:
-            break
         if frame.sequence <= sequence:
             continue
-        if exclude_best_effort:
-            if frame.mode is BEST_EFFORT or frame.mode == BEST_EFFORT:
-                ms = frame._ms
-                sequence = frame.sequence
-                continue
-            if frame._previous > sequence:
-                items.append(Gap(first_missing=sequence + 1, next_sequence=frame.sequence, reason=reason))
-        elif frame.sequence != sequence + 1:
-            items.append(Gap(first_missing=sequence + 1, next_sequence=frame.sequence, reason=reason))
+        if (frame._previous if exclude_best_effort else frame.sequence - 1) > sequence:
+            items.append(Gap(sequence + 1, frame.sequence, reason))
         ms = frame._ms
         sequence = frame.sequence
         items.append(frame)
-    if log.end_reason is not None and log._end_sequence <= limit:
-        if (log._end_previous if exclude_best_effort else log._end_sequence - 1) > sequence:
-            items.append(Gap(first_missing=sequence + 1, next_sequence=log._end_sequence, reason=reason))
-        return items, log._end_ms, log._end_sequence, log.end_reason
-    if exclude_best_effort and sequence < horizon:
-        # What stands between the last visible frame and the horizon was looked at and is not wanted.
-        ms = horizon_ms
-        sequence = horizon
-    return items, ms, sequence, None
+    if log.end_reason is None:
+        return items, ms, sequence, None
+    if (log._end_previous if exclude_best_effort else log._end_sequence - 1) > sequence:
+        items.append(Gap(sequence + 1, log._end_sequence, reason))
+    return items, log._end_ms, log._end_sequence, log.end_reason
 
 
 def decode_run(bytes run not None, long long count):

@@ -1,0 +1,279 @@
+"""The layout of stream entries, as plainly as it can be said: the oracle of ``ff_fast._hot.frames``."""
+
+import re
+from typing import NamedTuple
+
+from ff_fast import Gap, PatchKind
+
+
+class F(NamedTuple):
+    """A frame as a reader gets it, and the sequence of the visible frame before it."""
+
+    ms: int
+    sequence: int
+    frame_type: str
+    payload: bytes
+    ts_ms: int
+    mode: str
+    encoding: str
+    source: str
+    correlation_id: str | None
+    summary_version: int | None
+    patch_kind: PatchKind | None
+    previous: int
+
+
+def plain(frame):
+    """What a StreamFrame shows, in the order of F."""
+    return (
+        int(frame.stream_id.split("-")[0]),
+        frame.sequence,
+        frame.frame_type,
+        frame.payload,
+        frame.ts_ms,
+        frame.mode,
+        frame.encoding,
+        frame.source,
+        frame.correlation_id,
+        frame.summary_version,
+        frame.patch_kind,
+    )
+
+
+def varint(value):
+    out = []
+    while value >= 128:
+        out.append(value % 128 + 128)
+        value //= 128
+    return bytes([*out, value])
+
+
+def run_of(payloads, ages):
+    return b"".join(
+        [
+            varint(len(payloads)),
+            *(varint(len(payload)) for payload in payloads),
+            *(varint(age) for age in ages),
+            *payloads,
+        ]
+    )
+
+
+def parse_run(run, count):
+    """Payloads and ages of a run; ValueError where it is none of *count* frames."""
+    at = 0
+
+    def take():
+        nonlocal at
+        value = 0
+        for place in range(8):
+            if at == len(run):
+                raise ValueError("ends within a varint")
+            byte = run[at]
+            at += 1
+            value += (byte % 128) * 128**place
+            if byte < 128:
+                return value
+        raise ValueError("a varint is too long")
+
+    if take() != count or count < 1:
+        raise ValueError("another count")
+    lengths = [take() for _ in range(count)]
+    ages = [take() for _ in range(count)]
+    if at + sum(lengths) != len(run):
+        raise ValueError("another size")
+    payloads = []
+    for length in lengths:
+        payloads.append(run[at : at + length])
+        at += length
+    return payloads, ages
+
+
+def entry_id(raw):
+    ms, sequence = raw.split(b"-")
+    return int(ms), int(sequence)
+
+
+def number(raw):
+    if not re.fullmatch(rb"[0-9]{1,18}", raw):
+        raise ValueError("no number")
+    return int(raw)
+
+
+def text(raw):
+    return raw.decode("utf-8", "replace")
+
+
+class Decoded(NamedTuple):
+    frames: list
+    end: tuple | None  # ms, sequence, previous, reason
+    taken: int
+    foreign: int
+
+
+def decode(entries, after=0, limit=None, exclude=False):
+    """Decode entries of one stream; ValueError where one is damaged."""
+    frames, end, taken, foreign = [], None, 0, 0
+    for raw, parts in entries:
+        ms, sequence = entry_id(raw)
+        if limit is not None and (ms, sequence) > limit:
+            break
+        taken += 1
+        fields = dict(zip(parts[::2], parts[1::2], strict=False))
+        if b"end" in fields and b"prev" in fields and b"frame_type" not in fields:
+            end = (ms, sequence, number(fields[b"prev"]), text(fields[b"end"]))
+            continue
+        if b"frame_type" not in fields or (b"run" in fields) == (b"payload" in fields):
+            foreign += 1
+            continue
+        mode = text(fields.get(b"mode", b"durable"))
+        if exclude and mode == "best_effort":
+            continue
+        kind = None
+        if b"patch_kind" in fields:
+            pointer = fields.get(b"pointer")
+            kind = PatchKind(
+                fields[b"patch_kind"].decode(), None if pointer is None else pointer.decode()
+            )
+        if b"run" in fields:
+            count = number(fields[b"count"]) if b"count" in fields else 0
+            payloads, ages = parse_run(fields[b"run"], count)
+        else:
+            payloads, ages = [fields[b"payload"]], [0]
+        version = number(fields[b"summary_version"]) if b"summary_version" in fields else 0
+        previous = number(fields[b"prev"]) if b"prev" in fields else -1
+        if len(payloads) > sequence > 0 and b"run" in fields:
+            raise ValueError("the run begins before the stream")
+        if b"run" in fields and 0 < version < len(payloads):
+            raise ValueError("the run begins before the document")
+        for i, (payload, age) in enumerate(zip(payloads, ages, strict=True)):
+            mine = sequence - len(payloads) + 1 + i
+            if mine <= after:
+                continue
+            frames.append(
+                F(
+                    ms,
+                    mine,
+                    text(fields[b"frame_type"]),
+                    payload,
+                    ms - age,
+                    mode,
+                    text(fields.get(b"encoding", b"utf8")),
+                    text(fields.get(b"source", b"worker")),
+                    text(fields[b"correlation_id"]) if b"correlation_id" in fields else None,
+                    version - len(payloads) + 1 + i if version else None,
+                    kind,
+                    previous if i == 0 and previous >= 0 else mine - 1,
+                )
+            )
+    return Decoded(frames, end, taken, foreign)
+
+
+def merge(log, live, ms, sequence, exclude, reason):
+    """Frames of both in order with the gaps between, the last id, and why the attempt ended."""
+    items = []
+    for frame in sorted(log.frames + live.frames, key=lambda frame: frame.sequence):
+        if frame.sequence <= sequence:
+            continue
+        before = frame.previous if exclude else frame.sequence - 1
+        if before > sequence:
+            items.append(Gap(sequence + 1, frame.sequence, reason))
+        items.append(frame)
+        ms, sequence = frame.ms, frame.sequence
+    if log.end is None:
+        return items, ms, sequence, None
+    end_ms, end_sequence, previous, why = log.end
+    if (previous if exclude else end_sequence - 1) > sequence:
+        items.append(Gap(sequence + 1, end_sequence, reason))
+    return items, end_ms, end_sequence, why
+
+
+class Written(NamedTuple):
+    """One frame to lay out: mode ``durable``, ``summary`` or ``best_effort``."""
+
+    mode: str
+    payload: bytes = b"p"
+    frame_type: str = "token"
+    correlation_id: str | None = None
+    encoding: str = "utf8"
+
+
+def lay_out(batches, end=None, start_ms=1_000):
+    """Entries of log and live window for *batches* (lists of :class:`Written`), one ms apart."""
+    log, live = [], []
+    sequence = visible = version = 0
+    ms = start_ms
+    for batch in batches:
+        ms += 1
+        runs = []
+        for frame in batch:
+            kind = frame._replace(payload=b"")
+            if runs and runs[-1][0] == kind and frame.mode != "durable":
+                runs[-1][1].append(frame.payload)
+            else:
+                runs.append((kind, [frame.payload]))
+        for kind, payloads in runs:
+            fields = []
+            if kind.mode != "durable":
+                fields += [b"mode", kind.mode.encode()]
+            fields += [b"frame_type", kind.frame_type.encode()]
+            if kind.mode != "best_effort" and visible != sequence:
+                fields += [b"prev", b"%d" % visible]
+            if kind.correlation_id is not None:
+                fields += [b"correlation_id", kind.correlation_id.encode()]
+            if kind.encoding != "utf8":
+                fields += [b"encoding", kind.encoding.encode()]
+            if kind.mode == "summary":
+                version += len(payloads)
+                fields += [b"patch_kind", b"json-merge-patch", b"summary_version", b"%d" % version]
+            sequence += len(payloads)
+            if kind.mode != "best_effort":
+                visible = sequence
+            if len(payloads) == 1:
+                fields += [b"payload", payloads[0]]
+            else:
+                ages = [(len(payloads) - i) * 3 for i in range(len(payloads))]
+                fields += [b"count", b"%d" % len(payloads), b"run", run_of(payloads, ages)]
+            (log if kind.mode == "durable" else live).append([b"%d-%d" % (ms, sequence), fields])
+    if end is not None:
+        log.append(
+            [b"%d-%d" % (ms, sequence + 1), [b"end", end.encode(), b"prev", b"%d" % visible]]
+        )
+    return log, live
+
+
+def wanted_of(modes, exclude):
+    return {n for n, mode in enumerate(modes, 1) if not exclude or mode != "best_effort"}
+
+
+def check_told(items, after, modes, exclude, stored):
+    """Frames and gaps tell of every frame behind the cursor that is wanted, once and in order."""
+    last = len(modes)
+    wanted = wanted_of(modes, exclude)
+    if after > last:
+        first, *items = items
+        assert first == Gap(after + 1, last + 1, "cursor_ahead")
+        assert items == []
+        return
+    position = after
+    delivered = []
+    for item in items:
+        if isinstance(item, Gap):
+            missing = set(range(item.first_missing, item.next_sequence)) & wanted
+            assert missing, f"{item} covers nothing that is missing"
+            assert item.first_missing > position
+            if not exclude:
+                assert item.first_missing == position + 1
+            assert not missing & stored, f"{item} covers what is stored"
+            position = item.next_sequence - 1
+        else:
+            assert item.sequence > position, "a repeat, or out of order"
+            assert item.mode == modes[item.sequence - 1]
+            skipped = set(range(position + 1, item.sequence)) & wanted
+            assert not skipped, f"{skipped} were skipped in silence"
+            position = item.sequence
+            delivered.append(item.sequence)
+    assert not set(range(position + 1, last + 1)) & wanted, (
+        "the last frames were skipped in silence"
+    )
+    assert set(delivered) <= wanted

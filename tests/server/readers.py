@@ -1,0 +1,152 @@
+"""Tails that run in threads of their own, in either shell, and writers for them to read."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from typing import NamedTuple
+
+import ff_fast
+from ff_fast import BestEffortLiveConfig, StreamMode, aio, keys
+
+from ..waiting import wait_until
+
+KINDS = ("sync", "asyncio")
+
+DURABLE = StreamMode.durable()
+SUMMARY = StreamMode.durable_summary()
+# A window that drops nothing while a test runs.
+BEST_EFFORT = StreamMode.best_effort_live_with_config(
+    BestEffortLiveConfig(600_000, maxlen_ceiling=1_000_000)
+)
+MODES = {"durable": DURABLE, "summary": SUMMARY, "best_effort": BEST_EFFORT}
+
+
+class Attempt(NamedTuple):
+    """An execution whose first attempt is claimed."""
+
+    eid: str
+    handle: ff_fast.Handle
+
+    @property
+    def log(self):
+        return keys.stream(self.eid, 0)
+
+    @property
+    def live(self):
+        return keys.live(self.eid, 0)
+
+    @property
+    def core(self):
+        return keys.core(self.eid)
+
+
+def begin(backend, lane, lease_ttl_ms=30_000):
+    eid = backend.create_execution(lane=lane)
+    handle = backend.claim(
+        lane=lane, worker_id="w", worker_instance_id="w-1", lease_ttl_ms=lease_ttl_ms
+    )
+    return Attempt(eid, handle)
+
+
+class Reader(threading.Thread):
+    """A tail in its own thread, backend and (for asyncio) loop. ``items`` has ``(monotonic, item)``."""
+
+    def __init__(self, kind, url, eid, **options):
+        super().__init__(daemon=True)
+        self._kind, self._url, self._eid, self._options = kind, url, eid, options
+        self.items = []
+        self.error = None
+        self.start()
+
+    def run(self):
+        try:
+            if self._kind == "sync":
+                with ff_fast.ValkeyBackend.connect(self._url) as backend:
+                    for item in backend.tail(self._eid, **self._options):
+                        self.items.append((time.monotonic(), item))
+            else:
+                asyncio.run(self._run())
+        except BaseException as error:  # noqa: BLE001 - the test's thread raises it
+            self.error = error
+
+    async def _run(self):
+        async with aio.ValkeyBackend.connect(self._url) as backend:
+            async for item in backend.tail(self._eid, **self._options):
+                self.items.append((time.monotonic(), item))
+
+    @property
+    def got(self):
+        return [item for _, item in self.items]
+
+    def result(self, deadline_s=10.0):
+        """What the tail yielded, once it is over."""
+        self.join(deadline_s)
+        assert not self.is_alive(), f"the tail still waits after {self.got[-3:]}"
+        if self.error is not None:
+            raise self.error
+        return self.got
+
+    def wait_for(self, count):
+        return wait_until(lambda: len(self.items) >= count or self.error is not None)
+
+
+def blocked(raw):
+    """Connections that are blocked in XREAD."""
+    return [c for c in raw.client_list() if "b" in c["flags"] and c["cmd"] == "xread"]
+
+
+def wait_blocked(raw, count=1):
+    return wait_until(lambda: (found := blocked(raw)) and len(found) >= count and found)
+
+
+def collect(kind, url, eid, **options):
+    """Everything that a tail of an ended attempt yields."""
+    return Reader(kind, url, eid, **options).result()
+
+
+def sequences(items):
+    return [item.sequence for item in items if isinstance(item, ff_fast.StreamFrame)]
+
+
+@contextlib.contextmanager
+def counted(raw, *commands):
+    """Count the calls of some commands while the block runs; the result is a dict that is filled at its end."""
+
+    def calls():
+        stats = raw.info("commandstats")
+        return {name: stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in commands}
+
+    before = calls()
+    result = {}
+    yield result
+    after = calls()
+    result.update({name: after[name] - before[name] for name in commands})
+
+
+class Stepper:
+    """A tail driven by hand, one step at a time, over a connection of a plain client."""
+
+    def __init__(self, raw, core):
+        self.core = core
+        self.items = []
+        self._raw = raw
+
+    def step(self):
+        """Make one step; return what it brought."""
+        pool = self._raw.connection_pool
+        connection = pool.get_connection()
+        try:
+            connection.send_packed_command([self.core.step().request])
+            reply = connection.read_response()
+        finally:
+            pool.release(connection)
+        found = self.core.receive(reply)
+        self.items += found
+        return found
+
+    def run(self):
+        """Step to the end of the attempt; return everything."""
+        while not self.core.ended:
+            self.step()
+        return self.items

@@ -1,0 +1,298 @@
+"""Stream entries to frames: the compiled decoder against its oracle, and damage of every kind."""
+
+import copy
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ff_fast import Corruption, Gap, PatchKind, StreamFrame
+from ff_fast._hot.frames import assemble, decode_entries, decode_run, weigh_entries
+
+from .. import reference_frames as reference
+from ..reference_frames import Written, lay_out, run_of
+
+frames = st.builds(
+    Written,
+    mode=st.sampled_from(["durable", "summary", "best_effort"]),
+    payload=st.binary(max_size=200),
+    frame_type=st.sampled_from(["token", "tool_event", "é"]),
+    correlation_id=st.sampled_from([None, "c-1", "ü" * 40]),
+    encoding=st.sampled_from(["utf8", "binary"]),
+)
+alike = st.tuples(frames, st.integers(1, 9)).map(lambda pair: [pair[0]] * pair[1])
+batches = st.lists(st.one_of(st.lists(frames, max_size=6), alike), max_size=8)
+ends = st.sampled_from([None, "attempt_success"])
+foreign = st.sampled_from(
+    [[b"a", b"b"], [b"end", b"x"], [b"count", b"-1", b"prev", b"x"], [b"payload", b"x"], [b"frame_type", b"x"], [b"odd"]]
+)  # fmt: skip
+
+
+@st.composite
+def streams(draw):
+    """Log and live window with holes and other people's entries."""
+    both = lay_out(draw(batches), draw(ends))
+    for entries in both:
+        for _ in range(draw(st.integers(0, 3))):
+            if entries:
+                del entries[draw(st.integers(0, len(entries) - 1))]
+        for _ in range(draw(st.integers(0, 2))):
+            at = draw(st.integers(0, len(entries)))
+            before = reference.entry_id(entries[at - 1][0]) if at else (1, 0)
+            entries.insert(at, [b"%d-%d" % before, draw(foreign)])
+    return both
+
+
+def plain_decoded(entries):
+    return [reference.plain(frame) for frame in entries.frames]
+
+
+def plain_reference(decoded):
+    return [tuple(frame)[:-1] for frame in decoded.frames]
+
+
+@given(streams(), st.integers(0, 40), st.booleans(), st.integers(0, 60))
+def test_decodes_and_merges_as_the_reference_does(both, after, exclude, cut):
+    log, live = both
+    ids = sorted(reference.entry_id(raw) for raw, _ in log + live)
+    limit = ids[cut] if cut < len(ids) else None
+    real = [decode_entries(entries, after, limit, exclude) for entries in both]
+    want = [reference.decode(entries, after, limit, exclude) for entries in both]
+    for got, expected in zip(real, want, strict=True):
+        assert plain_decoded(got) == plain_reference(expected)
+        assert (got.taken, got.foreign) == (expected.taken, expected.foreign)
+        assert got.end_reason == (expected.end[3] if expected.end else None)
+    got_items, *got_rest = assemble(*real, 7, after, exclude, "trimmed")
+    want_items, *want_rest = reference.merge(*want, 7, after, exclude, "trimmed")
+    assert got_rest == want_rest
+    assert [item if isinstance(item, Gap) else reference.plain(item) for item in got_items] == [
+        item if isinstance(item, Gap) else tuple(item)[:-1] for item in want_items
+    ]
+
+
+@given(st.lists(st.binary(max_size=20), min_size=1, max_size=8), st.data())
+def test_a_damaged_run_is_corruption_or_what_the_reference_reads(payloads, data):
+    run = run_of(payloads, [data.draw(st.integers(0, 2**40)) for _ in payloads])
+    how = data.draw(st.sampled_from(["whole", "prefix", "longer", "bytes", "count"]))
+    count = len(payloads)
+    if how == "prefix":
+        run = run[: data.draw(st.integers(0, len(run) - 1))]
+    elif how == "longer":
+        run += data.draw(st.binary(min_size=1, max_size=9))
+    elif how == "bytes":
+        changed = bytearray(run)
+        for _ in range(data.draw(st.integers(1, 4))):
+            changed[data.draw(st.integers(0, len(run) - 1))] = data.draw(st.integers(0, 255))
+        run = bytes(changed)
+    elif how == "count":
+        count = data.draw(st.sampled_from([-1, 0, 1, count + 1, 2**31, 2**62]))
+    try:
+        want = reference.parse_run(run, count)[0]
+    except ValueError:
+        with pytest.raises(Corruption):
+            decode_run(run, count)
+    else:
+        assert decode_run(run, count) == want
+
+
+def test_every_prefix_and_every_changed_byte_of_a_run():
+    payloads = [b"", b"x", b"y" * 130]
+    whole = run_of(payloads, [0, 200, 70_000])
+    assert decode_run(whole, 3) == payloads
+    for size in range(len(whole)):
+        with pytest.raises(Corruption):
+            decode_run(whole[:size], 3)
+    for at in range(len(whole)):
+        for byte in range(256):
+            changed = whole[:at] + bytes([byte]) + whole[at + 1 :]
+            try:
+                want = reference.parse_run(changed, 3)[0]
+            except ValueError:
+                with pytest.raises(Corruption):
+                    decode_run(changed, 3)
+            else:
+                assert decode_run(changed, 3) == want
+
+
+@pytest.mark.parametrize("varint", [b"\xff" * 8 + b"\x01", b"\x80" * 7 + b"\x80\x01", b"\x80" * 20])
+def test_a_varint_of_more_than_eight_bytes(varint):
+    with pytest.raises(Corruption):
+        decode_run(varint, 1)
+
+
+def test_lengths_that_would_overflow():
+    huge = b"\xff" * 7 + b"\x7f"
+    for lengths in (huge + huge, huge + b"\x01"):
+        with pytest.raises(Corruption):
+            decode_run(b"\x02" + lengths + b"\x00\x00" + b"x" * 10, 2)
+
+
+OURS = [b"frame_type", b"t"]
+RUN = [b"run", run_of([b"a", b"b"], [0, 0])]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [b"1-2", [*OURS, b"prev", b"-1", b"payload", b""]],
+        [b"1-2", [*OURS, b"prev", b"", b"payload", b""]],
+        [b"1-2", [*OURS, b"prev", b"1" * 19, b"payload", b""]],
+        [b"1-2", [*OURS, b"summary_version", b"0x1", b"payload", b""]],
+        [b"1-2", [*OURS, b"patch_kind", b"other", b"payload", b""]],
+        [b"1-2", [*OURS, b"patch_kind", b"string-append", b"payload", b""]],
+        [b"1-2", [*OURS, b"patch_kind", b"string-append", b"pointer", b"x", b"payload", b""]],
+        [b"1-2", [*OURS, b"patch_kind", b"\xff", b"payload", b""]],
+        [b"1-2", [*OURS, *RUN]],
+        [b"1-2", [*OURS, b"count", b"x", *RUN]],
+        [b"1-2", [*OURS, b"count", b"3", *RUN]],
+        [b"1-1", [*OURS, b"count", b"2", *RUN]],
+        [b"1-2", [*OURS, b"count", b"0", b"run", b"\0"]],
+        [b"1-2", [*OURS, b"summary_version", b"1", b"count", b"2", *RUN]],
+        [b"1-2", [b"end", b"x", b"prev", b"y"]],
+        [b"12", [*OURS, b"payload", b""]],
+        [b"-2", [*OURS, b"payload", b""]],
+        [b"1-", [*OURS, b"payload", b""]],
+        [b"x-2", [*OURS, b"payload", b""]],
+        [b"1-2", [*OURS, b"payload", None]],
+        [b"1-2", [None, b"x"]],
+        [b"1-2", None],
+        [None, []],
+        [b"1-2"],
+        (b"1-2", []),
+        None,
+    ],
+)  # fmt: skip
+def test_a_damaged_entry_is_corruption(entry):
+    with pytest.raises(Corruption):
+        decode_entries([entry], 0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [],
+        [b"odd"],
+        [b"a", b"b", b"frame_type"],
+        [b"payload", b"x"],
+        [b"frame_type", b"t"],
+        [b"frame_type", b"t", b"payload", b"x", b"run", b"y"],
+        [b"end", b"of a story"],
+        [b"prev", b"x", b"count", b"y", b"summary_version", b"z", b"patch_kind", b"\xff"],
+    ],
+)
+def test_entries_of_others_are_counted_and_left_out(fields):
+    ours = [b"2-2", [*OURS, b"payload", b"p"]]
+    got = decode_entries([[b"1-0", fields], ours], 0)
+    assert (got.foreign, got.taken, [frame.payload for frame in got.frames]) == (1, 2, [b"p"])
+
+
+def test_ids_beyond_ours_are_not_ours():
+    largest = b"18446744073709551615"
+    entries = [[largest + b"-" + largest, [*OURS, b"payload", b"p"]]]
+    assert decode_entries(entries, 0).foreign == 1
+    assert decode_entries(entries, 0, (5, 5)).taken == 0
+    assert decode_entries(entries, 0, (2**64 - 1, 2**64 - 1)).taken == 1
+
+
+def test_weighing_counts_frames_and_bytes():
+    assert weigh_entries([]) == (0, 0)
+    entries = [[b"1-1", [*OURS, b"payload", b"12345"]], [b"1-3", [*OURS, b"count", b"2", *RUN]]]
+    assert weigh_entries(entries) == (3, 1 + 5 + 1 + 1 + len(RUN[1]))
+    assert weigh_entries([[b"1-1", [b"count", b"many"]], [b"1-2", [b"count", b"99999"]]])[0] == 2
+    with pytest.raises(Corruption):
+        weigh_entries([[b"1-1", [b"count", None]]])
+
+
+def test_a_limit_inside_a_millisecond():
+    entries = [[b"5-%d" % n, [*OURS, b"payload", b""]] for n in range(1, 6)]
+    assert decode_entries(entries, 0, (5, 3)).taken == 3
+    assert decode_entries(entries, 0, (4, 9)).taken == 0
+    assert decode_entries(entries, 0, (6, 0)).taken == 5
+
+
+def test_a_cursor_inside_a_run():
+    payloads = [b"a", b"b", b"c", b"d"]
+    entry = [b"9-14", [*OURS, b"count", b"4", b"run", run_of(payloads, [8, 4, 2, 0])]]
+    got = decode_entries([entry], 12).frames
+    assert [(f.stream_id, f.payload, f.ts_ms) for f in got] == [
+        ("9-13", b"c", 7),
+        ("9-14", b"d", 9),
+    ]
+
+
+# -- StreamFrame ----------------------------------------------------------------------------------
+
+
+def frame(**changes):
+    fields = {
+        "stream_id": "17-4", "frame_type": "t", "payload": b"secret", "ts_ms": 16, "mode": "summary",
+        "encoding": "binary", "source": "s", "correlation_id": "c", "summary_version": 3,
+        "patch_kind": PatchKind.STRING_APPEND("/text"),
+    }  # fmt: skip
+    return StreamFrame(**{**fields, **changes})
+
+
+def test_a_frame_has_what_it_was_made_of():
+    one = frame()
+    assert (one.stream_id, one.sequence, one.summary_version) == ("17-4", 4, 3)
+    plain = StreamFrame(stream_id="1-1", frame_type="t", payload=b"", ts_ms=1)
+    assert (plain.mode, plain.encoding, plain.source) == ("durable", "utf8", "worker")
+    assert (plain.correlation_id, plain.summary_version, plain.patch_kind) == (None, None, None)
+
+
+def test_a_frame_cannot_be_changed():
+    one = frame()
+    for name in ("stream_id", "sequence", "payload", "ts_ms", "mode", "summary_version", "other"):
+        with pytest.raises(AttributeError):
+            setattr(one, name, 1)
+        with pytest.raises(AttributeError):
+            delattr(one, name)
+
+
+CHANGES = {
+    "stream_id": "17-5", "frame_type": "u", "payload": b"x", "ts_ms": 15, "mode": "durable",
+    "encoding": "utf8", "source": "z", "correlation_id": None, "summary_version": None,
+    "patch_kind": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_frames_compare_by_content(name):
+    assert frame() == frame()
+    assert hash(frame()) == hash(frame())
+    other = frame(**{name: CHANGES[name]})
+    assert frame() != other
+    assert not frame() == other  # noqa: SIM201 - both operators are under test
+    assert len({frame(), frame(), other}) == 2
+
+
+def test_frames_have_no_order_and_equal_nothing_else():
+    assert frame() != "17-4"
+    with pytest.raises(TypeError):
+        assert frame() < frame()
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_frames_survive_pickle_and_copy(protocol):
+    for one in (frame(), frame(correlation_id=None, summary_version=None, patch_kind=None)):
+        assert pickle.loads(pickle.dumps(one, protocol)) == one
+        assert copy.copy(one) == copy.deepcopy(one) == one
+
+
+def test_repr_shows_no_payload():
+    assert repr(frame()) == (
+        "StreamFrame(stream_id='17-4', frame_type='t', mode='summary', payload=<6 bytes>)"
+    )
+
+
+@pytest.mark.parametrize("stream_id", ["", "5", "5-", "-5", "a-1", "1-1-1", "1-" + "9" * 19])
+def test_a_frame_needs_an_id(stream_id):
+    with pytest.raises(Corruption):
+        frame(stream_id=stream_id)
+
+
+@pytest.mark.parametrize("name", ["stream_id", "frame_type", "payload"])
+def test_a_frame_needs_its_fields(name):
+    with pytest.raises(TypeError):
+        frame(**{name: None})

@@ -1,0 +1,421 @@
+"""The tail without I/O, against a server of a few lines whose streams are cut between any two of its steps."""
+
+import hiredis
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ff_fast import (
+    Corruption,
+    End,
+    Gap,
+    InvalidCursor,
+    InvalidInput,
+    ProtocolError,
+    StreamFrame,
+    TailVisibility,
+    _tail,
+    keys,
+)
+from ff_fast.errors import ExecutionNotFound, NotPrimary, Unavailable
+
+from ..reference_frames import Written, check_told, entry_id, lay_out, wanted_of
+
+ALL = TailVisibility.ALL
+EXCLUDE = TailVisibility.EXCLUDE_BEST_EFFORT
+EID = "{fp:7}:6f2c1ed5-4c3a-4b0e-9d3b-0a4a6f7c8d9e"
+LOG, LIVE = keys.stream(EID, 0), keys.live(EID, 0)
+
+
+class Server:
+    """Two streams whose entries appear one by one, in the order of their ids."""
+
+    def __init__(self, log, live):
+        self.streams = {LOG: [], LIVE: []}
+        self._to_come = sorted(
+            [(entry_id(entry[0]), key, entry) for key, many in ((LOG, log), (LIVE, live)) for entry in many],
+            key=lambda come: (come[0], come[1]),
+        )  # fmt: skip
+        self.last = self.visible = self.last_ms = 0
+        self.closed = b""
+        self.commands = []
+
+    def append(self, count):
+        for (ms, sequence), key, (raw, fields) in self._to_come[:count]:
+            self.streams[key].append([raw, fields])
+            if b"end" in fields:
+                self.closed = fields[fields.index(b"end") + 1]
+            elif b"frame_type" in fields:
+                self.last, self.last_ms = sequence, ms
+                if b"best_effort" not in fields:
+                    self.visible = sequence
+        del self._to_come[:count]
+
+    def answer(self, request):
+        reader = hiredis.Reader()
+        reader.feed(request)
+        command = reader.gets()
+        self.commands.append(command)
+        return self._xread(command) if command[0] == b"XREAD" else self._range(command)
+
+    def _after(self, key, raw):
+        return [entry for entry in self.streams[key] if entry_id(entry[0]) > entry_id(raw)]
+
+    def _xread(self, command):
+        count = int(command[command.index(b"COUNT") + 1])
+        named = command[command.index(b"STREAMS") + 1 :]
+        names, ids = named[: len(named) // 2], named[len(named) // 2 :]
+        found = [[key, self._after(key, raw)[:count]] for key, raw in zip(names, ids, strict=True)]
+        return [part for part in found if part[1]] or None
+
+    def _range(self, command):
+        assert command[:3] == [b"FCALL_RO", b"ff_read_range", b"4"]
+        _, log_after, live_after, count, _, visibility = command[7:]
+        reply = [1, b"OK"]
+        for key, after in ((LOG, log_after), (LIVE, live_after)):
+            taken, frames, to, more = [], 0, after, b""
+            for entry in self._after(key, after):
+                to = entry[0]
+                fields = entry[1]
+                if b"frame_type" not in fields and b"end" not in fields:
+                    continue
+                if visibility and key == LIVE and b"best_effort" in fields:
+                    continue
+                taken.append(entry)
+                frames += int(fields[fields.index(b"count") + 1]) if b"run" in fields else 1
+                if frames >= int(count):
+                    more = b"1"
+                    break
+            reply += [taken, to, more]
+        numbers = [b"%d" % n for n in (self.last, self.last_ms, self.visible)]
+        return [*reply, *numbers, self.closed, b"1000"]
+
+
+def step(core, server):
+    return core.receive(server.answer(core.step().request))
+
+
+def run(core, server, limit=10_000):
+    items = []
+    while not core.ended:
+        items += step(core, server)
+        limit -= 1
+        assert limit, "the tail makes no progress"
+    return items
+
+
+frames = st.builds(
+    lambda mode, frame_type: Written(mode, frame_type=frame_type),
+    st.sampled_from(["durable", "summary", "best_effort"]),
+    st.sampled_from(["a", "b"]),
+)
+alike = st.tuples(frames, st.integers(1, 9)).map(lambda pair: [pair[0]] * pair[1])
+batches = st.lists(st.one_of(st.lists(frames, min_size=1, max_size=5), alike), max_size=12)
+wounds = st.tuples(
+    st.sampled_from([LOG, LIVE]), st.sampled_from(["trim", "delete", "drop"]), st.integers(0, 20)
+)
+acts = st.lists(
+    st.one_of(
+        st.integers(1, 6).map(lambda n: ("append", n)),
+        st.just(("step", 1)),
+        st.just(("step", 1)),
+        st.integers(2, 6).map(lambda n: ("step", n)),
+        wounds.map(lambda wound: ("hurt", wound)),
+        st.just(("restart", None)),
+        st.just(("foreign", None)),
+    ),
+    max_size=30,
+)
+
+
+def hurt(server, key, verb, amount):
+    """Lose entries; return the sequences of their frames."""
+    entries = server.streams[key]
+    before = list(entries)
+    if verb == "drop":
+        entries.clear()
+    elif verb == "trim":
+        del entries[: max(len(entries) - amount, 0)]
+    elif entries:
+        del entries[amount % len(entries)]
+    return frames_in([entry for entry in before if entry not in entries])
+
+
+def frames_in(entries):
+    found = set()
+    for raw, fields in entries:
+        count = int(fields[fields.index(b"count") + 1]) if b"run" in fields else 1
+        found.update(range(entry_id(raw)[1] - count + 1, entry_id(raw)[1] + 1))
+    return found
+
+
+@given(
+    batches,
+    acts,
+    st.sampled_from([ALL, EXCLUDE]),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 5),
+)
+def test_whatever_happens_between_two_steps_nothing_is_skipped(
+    plan, acts, visibility, log_count, live_count, first
+):
+    modes = [frame.mode for batch in plan for frame in batch]
+    server = Server(*lay_out(plan, end="attempt_success"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_tail, "_FIRST_FRAMES", first)
+        patch.setattr(_tail, "_FIRST_COUNTS", (log_count, live_count))
+        patch.setattr(_tail, "_LARGEST_COUNTS", (log_count + 1, live_count + 1))
+        core = _tail.TailCore(EID, 0, None, visibility)
+        items, lost = [], set()
+        for what, argument in acts:
+            if what == "append":
+                server.append(argument)
+            elif what == "hurt":
+                lost |= hurt(server, *argument)
+            elif what == "restart":
+                core.restart()
+            elif what == "foreign":
+                # An id between two of ours, as XADD with `*` makes them.
+                for key, entries in server.streams.items():
+                    last = entry_id(entries[-1][0]) if entries else (0, 1)
+                    server.streams[key].append([b"%d-%d" % (last[0], last[1]), [b"note", b"x"]])
+            else:
+                for _ in range(argument):
+                    items += [] if core.ended else step(core, server)
+        server.append(10_000)
+        items += [] if core.ended else run(core, server)
+    assert items.pop() == End("attempt_success")
+    never_lost = set(range(1, len(modes) + 1)) - lost
+    check_told(items, 0, modes, visibility is EXCLUDE, never_lost)
+
+
+@given(batches, st.integers(0, 40), st.sampled_from([ALL, EXCLUDE]), wounds)
+def test_a_late_reader_gets_all_that_is_stored(plan, cursor, visibility, wound):
+    modes = [frame.mode for batch in plan for frame in batch]
+    if cursor == len(modes) + 1:
+        return  # the end entry's own id
+    server = Server(*lay_out(plan, end="attempt_success"))
+    server.append(10_000)
+    hurt(server, *wound)
+    stored = frames_in(server.streams[LOG] + server.streams[LIVE])
+    items = run(_tail.TailCore(EID, 0, f"0-{cursor}", visibility), server)
+    assert items.pop() == End("attempt_success")
+    check_told(items, cursor, modes, visibility is EXCLUDE, stored)
+    assert visibility is ALL or wanted_of(modes, exclude=True) >= {
+        item.sequence for item in items if isinstance(item, StreamFrame)
+    }
+
+
+# -- what it asks for -----------------------------------------------------------------------------
+
+
+def started(log=(), live=(), visibility=ALL, appended=10_000):
+    server = Server(log, live)
+    server.append(appended)
+    core = _tail.TailCore(EID, 0, None, visibility)
+    step(core, server)
+    return core, server
+
+
+def last(server):
+    return server.commands[-1]
+
+
+def streams_of(command):
+    named = command[command.index(b"STREAMS") + 1 :]
+    return named[: len(named) // 2]
+
+
+def test_it_blocks_on_both_streams_once_it_has_read_all():
+    core, server = started(*lay_out([[Written("durable"), Written("best_effort")]]))
+    what = core.step()
+    assert server.answer(what.request) is None
+    assert streams_of(last(server)) == [LOG, LIVE]
+    # The lease of this server's attempt has a second left.
+    assert last(server)[last(server).index(b"BLOCK") + 1] == b"1001"
+    assert what.block_s == 1.001
+    assert core.receive(None) == []
+    step(core, server)
+    assert last(server)[0] == b"FCALL_RO", "after a silent block it looks at the state"
+
+
+def test_it_never_blocks_while_it_holds_frames(monkeypatch):
+    monkeypatch.setattr(_tail, "_FIRST_FRAMES", 1)
+    monkeypatch.setattr(_tail, "_LARGEST_COUNTS", (3, 3))
+    plan = (
+        [[Written("durable")]] * 20 + [[Written("best_effort")]] * 20 + [[Written("durable")]] * 20
+    )
+    core, server = started(*lay_out(plan))
+    got = 1
+    while got < 60:
+        held = core._position.held
+        waiting = bool(held[0] or held[1])
+        got += len(step(core, server))
+        assert not (waiting and b"BLOCK" in last(server))
+    assert len(server.commands) < 60
+
+
+def test_it_reads_no_entry_twice(monkeypatch):
+    monkeypatch.setattr(_tail, "_FIRST_FRAMES", 1)
+    monkeypatch.setattr(_tail, "_FIRST_COUNTS", (4, 2))
+    monkeypatch.setattr(_tail, "_LARGEST_COUNTS", (4, 2))
+    plan = (
+        [[Written("durable")]] * 30
+        + [[Written("best_effort")] * 5] * 30
+        + [[Written("summary")]] * 5
+    )
+    core, server = started(*lay_out(plan, end="attempt_success"))
+    seen = []
+    while not core.ended:
+        reply = server.answer(core.step().request)
+        seen += [entry[0] for part in reply or [] for entry in part[1]]
+        core.receive(reply)
+    assert len(seen) == len(set(seen))
+
+
+def test_how_much_it_asks_for_follows_what_came():
+    heavy = [[Written("best_effort", b"x" * 1000)] * 1000] * 40
+    core, server = started(*lay_out(heavy))
+    sizes = []
+    while not sizes or sizes[-1]:
+        sizes.append(
+            len([i for i in step(core, server) if isinstance(i, StreamFrame)])
+            if len(server.commands) < 60
+            else 0
+        )
+    assert max(sizes) <= 2_000
+    light = [[Written("durable")]] * 3_000
+    core, server = started(*lay_out(light))
+    while step(core, server) or core._position.held[0]:
+        assert int(last(server)[2]) <= 512 if last(server)[0] == b"XREAD" else True
+    assert len(server.commands) < 30
+
+
+def test_unwanted_frames_make_it_wait_for_the_log_alone():
+    batches_ = [[Written("best_effort")]] * 10 + [[Written("durable")]]
+    core, server = started(*lay_out(batches_), visibility=EXCLUDE, appended=0)
+    server.append(5)
+    assert step(core, server) == []
+    assert streams_of(last(server)) == [LOG, LIVE]
+    assert step(core, server) == []
+    assert streams_of(last(server)) == [LOG]
+    assert last(server)[4] == b"%d" % _tail._PACE_MS
+    # Nothing for the log: it listens to both again, and waits again after the next unwanted frame.
+    server.append(4)
+    assert step(core, server) == []
+    assert streams_of(last(server)) == [LOG, LIVE]
+    server.append(2)
+    assert step(core, server) == []
+    assert streams_of(last(server)) == [LOG]
+    # The log had one; what the live window has before it is not known until it was read.
+    (frame,) = step(core, server)
+    assert (streams_of(last(server)), b"BLOCK" in last(server), frame.sequence) == (
+        [LIVE],
+        False,
+        11,
+    )
+
+
+def test_a_restart_reads_again_from_the_last_frame():
+    core, server = started(*lay_out([[Written("durable")]] * 6), appended=3)
+    server.append(1)
+    assert [frame.sequence for frame in step(core, server)] == [4]
+    core.restart()
+    server.append(2)
+    assert [frame.sequence for frame in step(core, server)] == [5, 6]
+    assert last(server)[0] == b"FCALL_RO"
+    assert entry_id(last(server)[8])[1] == 4
+
+
+def test_a_gap_is_a_trim_until_the_reader_has_caught_up_once(monkeypatch):
+    monkeypatch.setattr(_tail, "_FIRST_FRAMES", 1)
+    core, server = started(*lay_out([[Written("durable")]] * 12), appended=6)
+    hurt(server, LOG, "delete", 2)
+    items = step(core, server) + step(core, server)
+    assert [item for item in items if isinstance(item, Gap)] == [Gap(3, 4, "trimmed")]
+    assert items[-1].sequence == 6
+    server.append(6)
+    hurt(server, LOG, "trim", 3)
+    assert step(core, server)[0] == Gap(7, 10, "fell_behind")
+
+
+# -- answers that are none ------------------------------------------------------------------------
+
+
+class ServerError(Exception):
+    """As hiredis gives error replies: a value."""
+
+
+@pytest.mark.parametrize(
+    "reply, error",
+    [
+        (b"text", ProtocolError),
+        (5, ProtocolError),
+        ([5], ProtocolError),
+        ([[LOG]], ProtocolError),
+        ([[LOG, None]], ProtocolError),
+        ([[LOG, [5]]], Corruption),
+        ([[LOG, [[b"1-1"]]]], Corruption),
+        ([[LOG, [[b"1-1", None]]]], Corruption),
+        ([[LIVE, [[b"1-1", [b"a", None]]]]], Corruption),
+        ([[LOG, [[b"x", [b"a", b"b"]]]]], Corruption),
+        (ServerError("UNBLOCKED client unblocked via CLIENT UNBLOCK"), Unavailable),
+        (ServerError("READONLY no"), NotPrimary),
+    ],
+)
+def test_an_answer_of_another_form_is_an_error_of_ours(reply, error):
+    core, _ = started()
+    core.step()
+    with pytest.raises(error):
+        core.receive(reply)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        None,
+        b"x",
+        [],
+        [1],
+        [1, b"OK"],
+        [1, b"OK", [], b"0-0", b"", []],
+        [1, b"OK", *[b""] * 11],
+        [2, 3],
+    ],
+)
+def test_a_range_of_another_form_is_an_error_of_ours(reply):
+    core = _tail.TailCore(EID, 0, None, ALL)
+    core.step()
+    with pytest.raises(ProtocolError):
+        core.receive(reply)
+
+
+def test_refusals_of_the_function_come_through():
+    core = _tail.TailCore(EID, 0, None, ALL)
+    core.step()
+    with pytest.raises(ExecutionNotFound):
+        core.receive([0, b"execution_not_found"])
+
+
+def test_a_cursor_inside_what_the_log_never_had():
+    core, server = started(*lay_out([[Written("durable")]] * 3))
+    assert core._position.sequence == 3
+    ahead = _tail.TailCore(EID, 0, "0-9", ALL)
+    assert step(ahead, server) == [Gap(10, 4, "cursor_ahead")]
+    server.streams[LOG].append([b"2000-4", [b"frame_type", b"t", b"payload", b"p"]])
+    assert [frame.sequence for frame in step(ahead, server)] == [4]
+
+
+@pytest.mark.parametrize("after", ["", "$", "-1", 5])
+def test_a_bad_cursor(after):
+    with pytest.raises(InvalidCursor):
+        _tail.TailCore(EID, 0, after, ALL)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("x", 0, None, ALL), (EID, -1, None, ALL), (EID, 0, None, "all")]
+)
+def test_a_bad_argument(arguments):
+    with pytest.raises(InvalidInput):
+        _tail.TailCore(*arguments)
