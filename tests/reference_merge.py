@@ -30,7 +30,7 @@ def parse(raw: bytes) -> dict:
             parse_int=Number,
             parse_float=Number,
             parse_constant=_refuse,
-            object_pairs_hook=dict,
+            object_pairs_hook=_object,
         )
     except (ValueError, RecursionError):
         raise RefusedError from None
@@ -42,6 +42,14 @@ def parse(raw: bytes) -> dict:
 
 def _refuse(_constant: str):
     raise RefusedError
+
+
+def _object(pairs):
+    # Here, since a member that a later one of the same name replaces is gone from the dict.
+    for name, value in pairs:
+        _check_text(name)
+        _check(value, 1)
+    return dict(pairs)
 
 
 def _check(value, depth: int) -> None:
