@@ -31,14 +31,19 @@ CONTRACT = 1
 PARTS = (
     "prelude",
     "version",
+    "state",
     "execution",
     "claim",
     "lease",
     "finish",
     "append",
     "read",
+    "waitpoint",
+    "usage",
+    "flow",
+    "timers",
 )
-"""Parts of ``lua/`` in load order; the prelude alone may define shared names."""
+"""Parts of ``lua/`` in load order; the prelude makes the table that they share."""
 
 Field = Literal["keys", "args", "returns", "errors"]
 FIELDS: tuple[Field, ...] = ("keys", "args", "returns", "errors")

@@ -7,18 +7,35 @@ partitions, and a stale one costs one empty claim.
 
 from __future__ import annotations
 
+import re
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 from ff_fast import keys, ops
 from ff_fast._hot.resp import pack_command
 from ff_fast._steps import Flow, Pause, Step
-from ff_fast.errors import ProtocolError, from_server_error
+from ff_fast.errors import (
+    DeadlineExceeded,
+    ExecutionNotFound,
+    InvalidCursor,
+    ProtocolError,
+    from_server_error,
+)
+from ff_fast.types import (
+    CancelFlowOutcome,
+    CancelFlowPolicy,
+    CapabilitySet,
+    CompletionPayload,
+    Handle,
+    ReclaimGrant,
+    ReclaimToken,
+    ReportUsageResult,
+    ScannerFilter,
+    UsageDimensions,
+    UsageVerdict,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from ff_fast.types import CapabilitySet, Handle
+T = TypeVar("T")
 
 SWEEP_EVERY_S = 5.0
 """How often one worker looks at all partitions while it finds no hint: 256 small reads in one round trip."""
@@ -60,11 +77,24 @@ def hint(lane: str, partition: int, score: bytes) -> bytes:
     return pack_command(b"ZADD", keys.ready(lane), b"LT", score, b"%d" % partition)
 
 
-def create(op: ops.Op[bytes], lane: str, execution_id: str) -> Flow[str]:
-    """Create an execution, then tell its lane; a repeat tells it again."""
+def hinted(op: ops.Op[tuple[T, ops.Hints]], partition: int) -> Flow[T]:
+    """One call on a partition, after which its executions may wait for workers: their lanes are told."""
     (reply,) = yield Step(op.request())
-    score = op.answer(reply)
-    yield from _checked(Step(hint(lane, keys.partition_index(execution_id), score)))
+    value, hints = op.answer(reply)
+    yield from _tell(hints, partition)
+    return value
+
+
+def _tell(hints: ops.Hints, partition: int) -> Flow[None]:
+    if hints:
+        commands = [hint(lane, partition, score) for lane, score in hints]
+        for reply in (yield Step(b"".join(commands), replies=len(commands))):
+            checked(reply)
+
+
+def create(op: ops.Op[tuple[None, ops.Hints]], execution_id: str) -> Flow[str]:
+    """Create an execution, then tell its lane; a repeat tells it again."""
+    yield from hinted(op, keys.partition_index(execution_id))
     return execution_id
 
 
@@ -102,8 +132,7 @@ def claim(request: ClaimRequest, sweeper: Sweeper) -> Flow[Handle | None]:
                         misfits.add(int(other))
                         # Taken as by a pop, so that a stale hint behind one that nobody can use goes too.
                         (taken,) = yield Step(pack_command(b"ZREM", ready, other))
-                        if isinstance(taken, Exception):
-                            raise from_server_error(str(taken))
+                        checked(taken)
                         if taken:
                             claimed = yield from _claim_partition(request, int(other))
             if claimed is not None:
@@ -149,18 +178,25 @@ def _sweep(lane: str, partitions: int) -> Flow[bool]:
     heads = yield Step(request, replies=partitions)
     hints = []
     for index, head in enumerate(heads):
-        if isinstance(head, Exception):
-            raise from_server_error(str(head))
-        if isinstance(head, list) and len(head) == 2:
-            hints.append(hint(lane, index, head[1]))
+        best = checked(head)
+        if best:
+            hints.append(hint(lane, index, best[1]))
     if hints:
         yield Step(b"".join(hints), replies=len(hints))
     return bool(hints)
 
 
-def _checked(step: Step) -> Generator[Step | Pause, list[object], list[bytes]]:
-    """One plain command: its list reply, or its refusal as an error."""
+def _checked(step: Step) -> Flow[list[bytes]]:
     (reply,) = yield step
+    return checked(reply)
+
+
+def checked(reply: object) -> list[bytes]:
+    """Return the list that a plain command answered, empty for a number or nothing.
+
+    Raises:
+        FFError: The server refused the command, or the reply is something else.
+    """
     if isinstance(reply, Exception):
         raise from_server_error(str(reply))
     if reply is None or isinstance(reply, int):
@@ -168,3 +204,301 @@ def _checked(step: Step) -> Generator[Step | Pause, list[object], list[bytes]]:
     if not isinstance(reply, list):
         raise ProtocolError
     return reply
+
+
+def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Flow[ReportUsageResult]:
+    """Charge every budget of the execution, then its own ledger; a hard limit takes back what was charged before it.
+
+    The budgets live in slots of their own, so this is several calls; each applies once for the report's key, so
+    repeating the report after a lost reply completes it.
+    """
+    dedup_key = usage.dedup_key or ""
+    check = ops.report_usage(attempt, usage, dedup_key, apply=False)
+    (reply,) = yield Step(check.request())
+    known = check.answer(reply)
+    if known.already_applied:
+        return ReportUsageResult(UsageVerdict.ALREADY_APPLIED)
+    result = ReportUsageResult(UsageVerdict.OK)
+    charge_key = f"{attempt.execution_id}:{dedup_key}"
+    charged: list[str] = []
+    for budget_id in known.budget_ids:
+        charge = ops.charge_budget(budget_id, charge_key, usage, _DEDUP_TTL_MS)
+        (reply,) = yield Step(charge.request())
+        answer = charge.answer(reply)
+        if answer.verdict is UsageVerdict.HARD_BREACH:
+            for earlier in charged:
+                release = ops.release_charge(earlier, charge_key, usage)
+                (reply,) = yield Step(release.request())
+                release.answer(reply)
+            return answer
+        charged.append(budget_id)
+        if answer.verdict is UsageVerdict.SOFT_BREACH and result.verdict is UsageVerdict.OK:
+            result = answer
+    apply = ops.report_usage(attempt, usage, dedup_key, apply=True)
+    (reply,) = yield Step(apply.request())
+    apply.answer(reply)
+    return result
+
+
+_DEDUP_TTL_MS = 86_400_000
+_MEMBERS_A_CALL = 100
+# A supervisor takes over the cancellation of members that its caller has not finished by then.
+_BACKLOG_MS = 2_000
+
+
+def cancel_flow(
+    flow_id: str, tag: str, reason: str, policy: CancelFlowPolicy, wait_s: float | None
+) -> Flow[CancelFlowOutcome]:
+    """Cancel a flow; then, for up to *wait_s*, cancel its members and wait until those it concerns have ended.
+
+    Raises:
+        DeadlineExceeded: Members had not ended in time; a supervisor goes on.
+    """
+    cancel = ops.cancel_flow(flow_id, tag, reason, policy, _BACKLOG_MS)
+    (reply,) = yield Step(cancel.request())
+    held, still_open = cancel.answer(reply)
+    cancelled = 0
+    if wait_s is None or held is CancelFlowPolicy.FLOW_ONLY:
+        return CancelFlowOutcome(held, 0, still_open)
+    deadline = time.monotonic() + wait_s
+    while True:
+        count, left = yield from hinted(
+            ops.cancel_members(flow_id, tag, _MEMBERS_A_CALL), keys.index_of(tag)
+        )
+        cancelled += count
+        if left == 0:
+            break
+        if time.monotonic() >= deadline:
+            raise DeadlineExceeded()
+    describe = ops.describe_flow(flow_id, tag)
+    (reply,) = yield Step(describe.request())
+    return CancelFlowOutcome(held, cancelled, len(describe.answer(reply).open_members))
+
+
+class Supervision:
+    """What a supervisor does in one round: it reads what is due in every partition, and fires it.
+
+    Args:
+        partitions: How many partitions there are.
+        scope: Which executions it looks after.
+    """
+
+    __slots__ = ("_partitions", "_scope")
+
+    def __init__(self, partitions: int, scope: ScannerFilter) -> None:
+        self._partitions = partitions
+        self._scope = scope
+
+    def round(self) -> Flow[int]:
+        """Fire every timer that is due; returns how many had something to do."""
+        (reply,) = yield Step(pack_command(b"TIME"))
+        now = b"%d" % (int(checked(reply)[0]) * 1000 + 999)
+        offsets = dict.fromkeys(range(self._partitions), 0)
+        fired = 0
+        while offsets:
+            request = b"".join(
+                pack_command(
+                    b"ZRANGEBYSCORE", keys.timers(keys.tag_of(index)), b"-inf", now,
+                    b"LIMIT", b"%d" % offset, b"%d" % _DUE_A_CALL,
+                )
+                for index, offset in offsets.items()
+            )  # fmt: skip
+            pages = yield Step(request, replies=len(offsets))
+            following: dict[int, int] = {}
+            for (index, offset), page in zip(offsets.items(), pages, strict=True):
+                members = checked(page)
+                if members:
+                    stayed, done = yield from self._fire(index, members)
+                    fired += done
+                    if len(members) == _DUE_A_CALL:
+                        # What is another supervisor's, or not due yet, stays where it is: go on behind it.
+                        following[index] = offset + stayed
+            offsets = following
+        return fired
+
+    def _fire(self, partition: int, members: list[bytes]) -> Flow[tuple[int, int]]:
+        tag = keys.tag_of(partition)
+        stayed = done = 0
+        hints: ops.Hints = []
+        timers = []
+        for member in members:
+            kind, _, rest = member.decode("utf-8", "replace").partition(":")
+            if kind == "flow":
+                _, left = yield from hinted(
+                    ops.cancel_members(rest, tag, _MEMBERS_A_CALL), partition
+                )
+                stayed += left > 0
+                done += 1
+                continue
+            found = re.fullmatch(r"(\{fp:\d+\}:[0-9a-f-]{36})(?::(.*))?", rest)
+            execution_id, more = (found[1], found[2] or "") if found else (f"{tag}:", "")
+            timers.append(ops.fire_timer(tag, member, kind, execution_id, more, self._scope))
+        replies = yield Step(b"".join(op.request() for op in timers), replies=len(timers))
+        for op, reply in zip(timers, replies, strict=True):
+            what, told = op.answer(reply)
+            hints += told
+            stayed += what == "skipped" or what == "later"
+            done += what == "done"
+        yield from _tell(hints, partition)
+        return stayed, done
+
+
+_DUE_A_CALL = 100
+
+
+COMPLETION_BLOCK_MS = 5_000
+"""How long a subscription blocks on the server at the most."""
+
+
+class CompletionCore:
+    """A subscriber to the executions that end, without I/O: what to ask next, and what the answer brought.
+
+    One read goes over the completion streams of all partitions. The cursor is where it began, by the server's clock,
+    and the newest id of every partition that has brought something since.
+
+    Args:
+        partitions: How many partitions there are.
+        after: Cursor of an earlier subscription; None begins now, ``start`` with everything that is kept.
+        scope: Which executions are wanted.
+    """
+
+    __slots__ = ("_base", "_ids", "_partitions", "_scope")
+
+    ended = False
+
+    def __init__(self, partitions: int, after: str | None, scope: ScannerFilter) -> None:
+        self._partitions = partitions
+        self._scope = scope
+        self._ids: dict[int, str] = {}
+        self._base: str | None = None
+        if after == "start":
+            self._base = "0-0"
+        elif after is not None:
+            found = re.fullmatch(r"(\d{1,16}-\d{1,16})((?:,\d{1,5}:\d{1,16}-\d{1,16})*)", after)
+            if found is None:
+                raise InvalidCursor("after must be a cursor of a completion, 'start' or None.")
+            self._base = found[1]
+            for part in found[2].split(",")[1:]:
+                index, _, identity = part.partition(":")
+                self._ids[int(index)] = identity
+
+    def restart(self) -> None:
+        """Nothing to do: what was not delivered was not passed either."""
+
+    def read(self) -> Flow[list[CompletionPayload]]:
+        """Wait for up to :data:`COMPLETION_BLOCK_MS`; returns what ended since, each with the cursor behind it."""
+        if self._base is None:
+            (reply,) = yield Step(pack_command(b"TIME"))
+            seconds, micros = checked(reply)
+            # Above every id up to now, and below those of the next millisecond.
+            self._base = f"{int(seconds) * 1000 + int(micros) // 1000}-0"
+        indexes = range(self._partitions)
+        request = pack_command(
+            b"XREAD", b"COUNT", b"100", b"BLOCK", b"%d" % COMPLETION_BLOCK_MS, b"STREAMS",
+            *(keys.completions(keys.tag_of(index)) for index in indexes),
+            *(self._ids.get(index, self._base).encode() for index in indexes),
+        )  # fmt: skip
+        (reply,) = yield Step(request, block_s=COMPLETION_BLOCK_MS / 1000)
+        streams = cast("list[tuple[bytes, list[tuple[bytes, list[bytes]]]]]", checked(reply))
+        ids = dict(self._ids)
+        found: list[CompletionPayload] = []
+        for name, entries in streams:
+            index = keys.index_of(name.decode())
+            for identity, flat in entries:
+                ids[index] = identity.decode()
+                cursor = ",".join([self._base, *(f"{at}:{place}" for at, place in ids.items())])
+                fields = {
+                    key.decode(): value for key, value in zip(flat[::2], flat[1::2], strict=True)
+                }
+                completion = yield from _completion_of(fields, cursor, self._scope)
+                if completion is not None:
+                    found.append(completion)
+        self._ids = ids
+        return found
+
+
+def _completion_of(
+    fields: dict[str, bytes], cursor: str, scope: ScannerFilter
+) -> Flow[CompletionPayload | None]:
+    """Make the value of a record; None where the filter leaves it out. A large result is read from the execution."""
+    execution_id = fields["execution_id"].decode()
+    if scope.namespace is not None and fields["namespace"].decode() != scope.namespace:
+        return None
+    try:
+        if scope.instance_tag is not None:
+            tags = yield from ops.call(ops.read_tags(execution_id))
+            if tags.get(scope.instance_tag[0]) != scope.instance_tag[1]:
+                return None
+        payload = fields.get("payload")
+        if "payload_bytes" in fields and payload is None:
+            payload = yield from ops.call(ops.read_result(execution_id))
+    except ExecutionNotFound:
+        # Its retention is over: what the record says is all there is, and a filter by tag cannot be answered.
+        if scope.instance_tag is not None:
+            return None
+        payload = None
+    flow_id = fields.get("flow_id")
+    return CompletionPayload(
+        execution_id=execution_id,
+        outcome=fields["outcome"].decode(),
+        payload_bytes=payload,
+        produced_at_ms=int(fields["produced_at_ms"]),
+        flow_id=None if flow_id is None else flow_id.decode(),
+        cursor=cursor,
+    )
+
+
+def find_reclaimable(partitions: int, limit: int) -> Flow[list[ReclaimToken]]:
+    """Find active executions whose lease has lapsed, over all partitions, at most *limit*."""
+    (reply,) = yield Step(pack_command(b"TIME"))
+    now = int(checked(reply)[0]) * 1000
+    request = b"".join(
+        pack_command(
+            b"ZRANGEBYSCORE",
+            keys.timers(keys.tag_of(index)),
+            b"-inf",
+            b"%d" % now,
+            b"LIMIT",
+            b"0",
+            b"%d" % limit,
+        )
+        for index in range(partitions)
+    )
+    pages = yield Step(request, replies=partitions)
+    tokens: list[ReclaimToken] = []
+    for page in pages:
+        for member in checked(page):
+            kind, _, execution_id = member.decode("utf-8", "replace").partition(":")
+            if kind != "lease" or len(tokens) >= limit:
+                continue
+            found = yield from ops.call(ops.describe_execution(execution_id))
+            attempt = int(found.fields.get("current_attempt_index") or 0)
+            stream = yield from ops.call(ops.describe_attempt(execution_id, attempt))
+            if found.state == "active" and stream.lease_left_ms == 0:
+                tokens.append(reclaim_token(execution_id, found.fields["lane_id"], now))
+    return tokens
+
+
+def reclaim_token(execution_id: str, lane: str, now_ms: int) -> ReclaimToken:
+    """Return the token that names an execution to be taken over; the claim itself checks that it may be."""
+    grant = ReclaimGrant(
+        execution_id=execution_id,
+        partition_key=keys.partition_tag(execution_id),
+        grant_key=keys.core(execution_id).decode(),
+        expires_at_ms=now_ms + _GRANT_MS,
+        lane_id=lane,
+    )
+    return ReclaimToken(grant)
+
+
+_GRANT_MS = 60_000
+
+
+def rotate_waitpoint_secret(kid: str, secret: str, grace_ms: int, partitions: int) -> Flow[None]:
+    """Let a key sign from now on in every partition; repeating it completes one that was interrupted."""
+    calls = [
+        ops.rotate_waitpoint_secret(index, kid, secret, grace_ms) for index in range(partitions)
+    ]
+    replies = yield Step(b"".join(op.request() for op in calls), replies=len(calls))
+    for op, reply in zip(calls, replies, strict=True):
+        op.answer(reply)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ff_fast import keys, ops
+from ff_fast import ops
 from ff_fast._hot.writer import WriterCore
 from ff_fast._steps import Flow, Step
 from ff_fast._summary import fold
@@ -31,7 +31,7 @@ class WriterState(NamedTuple):
     """What a writer core starts from: the attempt, who the writer is, and what was there before it."""
 
     attempt: ops.Attempt
-    writer_id: str
+    writer_id: bytes
     opened: ops.Opened
     document: bytes | None
     options: WriterOptions
@@ -43,7 +43,7 @@ def open_writer(attempt: ops.Attempt, options: WriterOptions) -> Flow[WriterStat
     Raises:
         ExecutionNotFound, StaleOwner, ExecutionSuspended, StreamClosed, LeaseExpired: The handle may not write.
     """
-    writer_id = keys.new_uuid()
+    writer_id = ops.writer_id(attempt)
     op = ops.open_writer(attempt, writer_id)
     (reply,) = yield Step(op.request())
     opened = op.answer(reply)
@@ -65,7 +65,7 @@ class SharedWriter(WriterCore):
     def __init__(self, state: WriterState) -> None:
         super().__init__(
             keys=state.attempt.stream_keys,
-            fence=(*state.attempt.fence, state.writer_id.encode()),
+            writer=state.writer_id,
             mode=state.options.mode,
             opened=tuple(state.opened),
             document=state.document,

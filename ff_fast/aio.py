@@ -15,11 +15,20 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Mapping,
+    Sequence,
+)
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from ff_fast import _arguments, _lifecycle, _tail, _transport, _writing, keys, ops
+from ff_fast._aio_worker import Handler, LeaseKeeper, Task, WorkerLoop
 from ff_fast._steps import Flow, Pause, Retries, Step
 from ff_fast._summary import fold
 from ff_fast._tail import Item, StreamPage, TailCore
@@ -34,30 +43,61 @@ from ff_fast.errors import (
     Unavailable,
     WriterClosed,
     WrongLoop,
+    check_int,
 )
 from ff_fast.types import (
     AppendFrameOutcome,
     BackendConfig,
+    CancelFlowOutcome,
+    CancelFlowPolicy,
+    CancelFlowWait,
+    CancelOutcome,
     CapabilitySet,
     ClaimPolicy,
+    CompletionPayload,
+    ExecutionDescription,
     FailOutcome,
     FailureClass,
     FailureReason,
+    FlowDescription,
     Frame,
     Handle,
     LeaseRenewal,
+    PendingWaitpoint,
+    ReclaimToken,
+    ReportUsageResult,
+    ResumeCondition,
+    ResumeSignal,
+    RetryPolicy,
+    ScannerFilter,
+    SignalOutcome,
+    StreamDescription,
     StreamMode,
     SummaryDocument,
+    SuspendOutcome,
     TailVisibility,
+    TimeoutBehavior,
+    UsageDimensions,
+    WaitpointSpec,
 )
 
 if TYPE_CHECKING:
+    from datetime import timedelta
     from types import TracebackType
 
     from ff_fast._hot.writer import Batch
     from ff_fast.embedded import EmbeddedServer
 
 T = TypeVar("T")
+
+
+class _Source(Protocol):
+    """What is read step by step until it has ended, and goes on from where it stood after a lost connection."""
+
+    ended: bool
+
+    def restart(self) -> None: ...
+
 
 # More calls than this wait their turn on one connection: the batches of the writers behind them grow meanwhile.
 _CALLS_IN_FLIGHT = 256
@@ -654,6 +694,8 @@ class ValkeyBackend:
                 server.stop()
                 raise
             backend._server = server
+            # An embedded server has nobody else to look after it.
+            _ = backend._spawn(backend.supervise())
             return backend
 
         return _Connecting(connecting)
@@ -804,6 +846,9 @@ class ValkeyBackend:
                     raise
             await asyncio.sleep(pause)
 
+    async def _do(self, call: _arguments.Call[T]) -> T:
+        return await self._run(call.flow, repeatable=call.repeatable)
+
     async def _call(self, op: ops.Op[T]) -> T:
         return await self._run(lambda: ops.call(op), repeatable=op.repeatable)
 
@@ -820,9 +865,16 @@ class ValkeyBackend:
         namespace: str = "default",
         tags: Mapping[str, str] | None = None,
         retention_ms: int = _arguments.DEFAULT_RETENTION_MS,
+        retry: RetryPolicy | None = None,
+        delay: float | timedelta | None = None,
+        deadline: float | timedelta | None = None,
+        attempt_timeout: float | timedelta | None = None,
+        flow_id: str | None = None,
+        parent_id: str | None = None,
+        budgets: Sequence[str] = (),
     ) -> str:
         """Create an execution; see :meth:`ff_fast.ValkeyBackend.create_execution`."""
-        op = _arguments.create(
+        call = _arguments.create(
             lane=lane,
             payload=payload,
             execution_id=execution_id,
@@ -831,12 +883,18 @@ class ValkeyBackend:
             namespace=namespace,
             tags=tags,
             retention_ms=retention_ms,
+            retry=retry,
+            delay=delay,
+            deadline=deadline,
+            attempt_timeout=attempt_timeout,
+            flow_id=flow_id,
+            parent_id=parent_id,
+            budgets=budgets,
             partitions=self._sweeper.partitions,
         )
-        eid = op.argv[0].decode()
-        return await self._run(lambda: _lifecycle.create(op, lane, eid))
+        return await self._do(call)
 
-    async def describe(self, execution_id: str) -> dict[str, str]:
+    async def describe(self, execution_id: str) -> ExecutionDescription:
         """Return the fields of an execution; see :meth:`ff_fast.ValkeyBackend.describe`."""
         return await self._call(ops.describe_execution(keys.canonical_execution_id(execution_id)))
 
@@ -867,7 +925,7 @@ class ValkeyBackend:
 
     async def read_payload(self, handle: Handle) -> bytes:
         """Return the payload that the execution of *handle* was created with."""
-        return await self._call(ops.read_payload(_arguments.attempt(handle)))
+        return await self._call(ops.read_payload(_arguments.attempt(handle).execution_id))
 
     async def renew(self, handle: Handle, lease_ttl_ms: int | None = None) -> LeaseRenewal:
         """Extend the lease; see :meth:`ff_fast.ValkeyBackend.renew`."""
@@ -875,7 +933,7 @@ class ValkeyBackend:
 
     async def complete(self, handle: Handle, payload: bytes | str = b"") -> None:
         """End the execution as completed; see :meth:`ff_fast.ValkeyBackend.complete`."""
-        await self._call(_arguments.complete(handle, payload))
+        await self._do(_arguments.complete(handle, payload))
         self._ended(handle)
 
     async def fail(
@@ -885,7 +943,7 @@ class ValkeyBackend:
         failure_class: FailureClass = FailureClass.PERMANENT,
     ) -> FailOutcome:
         """End the execution as failed; see :meth:`ff_fast.ValkeyBackend.fail`."""
-        outcome = await self._call(_arguments.fail(handle, reason, failure_class))
+        outcome = await self._do(_arguments.fail(handle, reason, failure_class))
         self._ended(handle)
         return outcome
 
@@ -893,6 +951,182 @@ class ValkeyBackend:
         writer = self._implicit.pop(_arguments.attempt(handle).fields.lease_id, None)
         if writer is not None:
             writer.fail(WriterClosed())
+
+    async def cancel(
+        self,
+        target: Handle | str,
+        *,
+        reason: str = "cancelled",
+        grace: float | timedelta | None = None,
+    ) -> CancelOutcome:
+        """See :meth:`ff_fast.ValkeyBackend.cancel`."""
+        return await self._do(_arguments.cancel(target, reason, grace))
+
+    async def progress(self, handle: Handle, percent: int | None = None, message: str = "") -> None:
+        """See :meth:`ff_fast.ValkeyBackend.progress`."""
+        await self._do(_arguments.progress(handle, percent, message))
+
+    async def delay(self, handle: Handle, delay: float | timedelta) -> int:
+        """See :meth:`ff_fast.ValkeyBackend.delay`."""
+        outcome = await self._do(_arguments.delay(handle, delay))
+        self._ended(handle)
+        return outcome
+
+    async def wait_children(self, handle: Handle) -> None:
+        """See :meth:`ff_fast.ValkeyBackend.wait_children`."""
+        await self._do(_arguments.wait_children(handle))
+        self._ended(handle)
+
+    async def find_reclaimable(self, limit: int = 100) -> list[ReclaimToken]:
+        """See :meth:`ff_fast.ValkeyBackend.find_reclaimable`."""
+        return await self._do(_arguments.find_reclaimable(self._sweeper.partitions, limit))
+
+    async def claim_from_reclaim(
+        self,
+        token: ReclaimToken,
+        *,
+        worker_id: str,
+        worker_instance_id: str,
+        lease_ttl_ms: int = 30_000,
+        capabilities: CapabilitySet | None = None,
+    ) -> Handle:
+        """See :meth:`ff_fast.ValkeyBackend.claim_from_reclaim`."""
+        return await self._do(
+            _arguments.claim_from_reclaim(
+                token,
+                worker_id=worker_id,
+                worker_instance_id=worker_instance_id,
+                lease_ttl_ms=lease_ttl_ms,
+                capabilities=capabilities,
+            )
+        )
+
+    async def create_waitpoint(
+        self,
+        handle: Handle,
+        *,
+        waitpoint_id: str | None = None,
+        expires: float | timedelta = 3600.0,
+    ) -> PendingWaitpoint:
+        """See :meth:`ff_fast.ValkeyBackend.create_waitpoint`."""
+        return await self._do(_arguments.create_waitpoint(handle, waitpoint_id, expires))
+
+    async def suspend(
+        self,
+        handle: Handle,
+        condition: ResumeCondition | WaitpointSpec | Sequence[WaitpointSpec],
+        *,
+        timeout: float | timedelta | None = None,
+        on_timeout: TimeoutBehavior = TimeoutBehavior.FAIL,
+        reason: str = "waiting_for_signal",
+    ) -> SuspendOutcome:
+        """See :meth:`ff_fast.ValkeyBackend.suspend`."""
+        outcome = await self._do(_arguments.suspend(handle, condition, timeout, on_timeout, reason))
+        if not outcome.already_satisfied:
+            self._ended(handle)
+        return outcome
+
+    async def deliver_signal(
+        self,
+        execution_id: str,
+        waitpoint: PendingWaitpoint,
+        signal_name: str,
+        *,
+        payload: bytes | str | None = None,
+        signal_id: str | None = None,
+        idempotency_key: str = "",
+        correlation_id: str = "",
+        category: str = "",
+        source_type: str = "",
+        source_identity: str = "",
+    ) -> SignalOutcome:
+        """See :meth:`ff_fast.ValkeyBackend.deliver_signal`."""
+        return await self._do(
+            _arguments.deliver_signal(
+                execution_id,
+                waitpoint,
+                signal_name,
+                payload=payload,
+                signal_id=signal_id,
+                idempotency_key=idempotency_key,
+                correlation_id=correlation_id,
+                category=category,
+                source_type=source_type,
+                source_identity=source_identity,
+            )
+        )
+
+    async def report_usage(self, handle: Handle, usage: UsageDimensions) -> ReportUsageResult:
+        """See :meth:`ff_fast.ValkeyBackend.report_usage`."""
+        return await self._do(_arguments.report_usage(handle, usage))
+
+    async def create_budget(
+        self,
+        budget_id: str,
+        *,
+        hard: Mapping[str, int] | None = None,
+        soft: Mapping[str, int] | None = None,
+    ) -> None:
+        """See :meth:`ff_fast.ValkeyBackend.create_budget`."""
+        await self._do(_arguments.create_budget(budget_id, hard, soft))
+
+    async def create_flow(self, flow_id: str | None = None, *, namespace: str = "default") -> str:
+        """See :meth:`ff_fast.ValkeyBackend.create_flow`."""
+        return await self._do(_arguments.create_flow(flow_id, namespace, self._sweeper.partitions))
+
+    async def cancel_flow(
+        self,
+        flow_id: str,
+        policy: CancelFlowPolicy = CancelFlowPolicy.CANCEL_ALL,
+        wait: CancelFlowWait = CancelFlowWait.WAIT_INDEFINITE,
+        *,
+        reason: str = "flow cancelled",
+    ) -> CancelFlowOutcome:
+        """See :meth:`ff_fast.ValkeyBackend.cancel_flow`."""
+        return await self._do(
+            _arguments.cancel_flow(flow_id, policy, wait, reason, self._sweeper.partitions)
+        )
+
+    async def set_tags(self, execution_id: str, tags: Mapping[str, str]) -> int:
+        """See :meth:`ff_fast.ValkeyBackend.set_tags`."""
+        return await self._do(_arguments.set_tags(execution_id, tags))
+
+    async def rotate_waitpoint_secret(
+        self, kid: str, secret: bytes, *, grace: float | timedelta = 3600.0
+    ) -> None:
+        """See :meth:`ff_fast.ValkeyBackend.rotate_waitpoint_secret`."""
+        await self._do(
+            _arguments.rotate_waitpoint_secret(kid, secret, grace, self._sweeper.partitions)
+        )
+
+    async def observe_signals(self, handle: Handle) -> tuple[ResumeSignal, ...]:
+        """See :meth:`ff_fast.ValkeyBackend.observe_signals`."""
+        return await self._call(ops.observe_signals(_arguments.attempt(handle)))
+
+    async def describe_stream(self, execution_id: str, attempt_index: int = 0) -> StreamDescription:
+        """See :meth:`ff_fast.ValkeyBackend.describe_stream`."""
+        return await self._call(
+            ops.describe_attempt(
+                keys.canonical_execution_id(execution_id), keys.attempt_index(attempt_index)
+            )
+        )
+
+    async def describe_flow(self, flow_id: str) -> FlowDescription:
+        """See :meth:`ff_fast.ValkeyBackend.describe_flow`."""
+        return await self._call(
+            ops.describe_flow(
+                keys.canonical_uuid("flow_id", flow_id),
+                keys.flow_tag(flow_id, self._sweeper.partitions),
+            )
+        )
+
+    async def get_tags(self, execution_id: str) -> dict[str, str]:
+        """See :meth:`ff_fast.ValkeyBackend.get_tags`."""
+        return await self._call(ops.read_tags(keys.canonical_execution_id(execution_id)))
+
+    async def read_result(self, execution_id: str) -> bytes:
+        """See :meth:`ff_fast.ValkeyBackend.read_result`."""
+        return await self._call(ops.read_result(keys.canonical_execution_id(execution_id)))
 
     # -- streams ------------------------------------------------------------------------------------------------
 
@@ -981,9 +1215,13 @@ class ValkeyBackend:
         visibility: TailVisibility = TailVisibility.ALL,
     ) -> AsyncGenerator[Item, None]:
         """Yield what one attempt streams, live; see :meth:`ff_fast.ValkeyBackend.tail`."""
-        return self._tail(TailCore(execution_id, attempt_index, after, visibility))
+        core = TailCore(execution_id, attempt_index, after, visibility)
+        return self._follow(core, lambda: _transport.read_on(core))
 
-    async def _tail(self, core: TailCore) -> AsyncGenerator[Item, None]:
+    async def _follow(
+        self, core: _Source, read: Callable[[], Flow[list[T]]]
+    ) -> AsyncGenerator[T, None]:
+        """Yield what *core* reads, on a connection of its own, until it has ended."""
         connection: _Connection | None = None
         retries = Retries(self.config.retry, patient=True)
         try:
@@ -992,9 +1230,7 @@ class ValkeyBackend:
                     if connection is None:
                         connection = await self._acquire()
                     ask = partial(connection.ask, timeout=self._timeout_s)
-                    items = await _drive(
-                        _transport.with_library(lambda: _transport.read_on(core)), ask
-                    )
+                    items = await _drive(_transport.with_library(read), ask)
                 except FFError as error:
                     pause = retries.pause(error)
                     if pause is None or self._closed:
@@ -1013,5 +1249,76 @@ class ValkeyBackend:
             if connection is not None:
                 self._release(connection)
 
+    def subscribe_completions(
+        self, scope: ScannerFilter | None = None, *, after: str | None = None
+    ) -> AsyncGenerator[CompletionPayload, None]:
+        """Yield every execution that ends; see :meth:`ff_fast.ValkeyBackend.subscribe_completions`."""
+        core = _lifecycle.CompletionCore(self._sweeper.partitions, after, _arguments.scope(scope))
+        return self._follow(core, core.read)
 
-__all__ = ["ValkeyBackend", "Writer"]
+    # -- work -------------------------------------------------------------------------------------------------------
+
+    async def supervise(
+        self, scope: ScannerFilter | None = None, *, interval: float = 0.25
+    ) -> None:
+        """Fire what is due, until cancelled; see :meth:`ff_fast.ValkeyBackend.supervise`."""
+        supervision = _lifecycle.Supervision(self._sweeper.partitions, _arguments.scope(scope))
+        while not self._closed:
+            try:
+                await self._run(supervision.round, own_connection=True)
+            except FFError as error:
+                # Work waits for the next round; a server that refuses for good is the operator's to hear of.
+                if not error.retryable and not self._closed:
+                    raise
+            await asyncio.sleep(interval)
+
+    def keep_lease(
+        self, handle: Handle, on_lost: Callable[[FFError], None] | None = None
+    ) -> LeaseKeeper:
+        """Renew a lease in a task until the keeper is stopped: ``async with backend.keep_lease(handle)``.
+
+        Args:
+            handle: The lease.
+            on_lost: Called with the error when the lease is gone. The writers of the handle fail with it before.
+        """
+        lease_id = _arguments.attempt(handle).fields.lease_id
+
+        def lost(error: FFError) -> None:
+            writer = self._writers.get(lease_id)
+            if writer is not None:
+                writer.fail(copy.copy(error))
+            if on_lost is not None:
+                on_lost(error)
+
+        return LeaseKeeper(self, handle, lost)
+
+    async def run_worker(
+        self,
+        handler: Handler,
+        *,
+        lane: str = "default",
+        worker_id: str = "worker",
+        worker_instance_id: str | None = None,
+        capabilities: CapabilitySet | None = None,
+        lease_ttl_ms: int = 30_000,
+        mode: StreamMode | None = None,
+        concurrency: int = 1,
+        stop: asyncio.Event | None = None,
+    ) -> None:
+        """Claim executions of a lane and await *handler* for each; see :meth:`ff_fast.ValkeyBackend.run_worker`."""
+        check_int("concurrency", concurrency, 1, 10_000)
+        await WorkerLoop(
+            self,
+            handler,
+            lane=lane,
+            worker_id=worker_id,
+            worker_instance_id=worker_instance_id,
+            capabilities=capabilities,
+            lease_ttl_ms=lease_ttl_ms,
+            mode=mode,
+            concurrency=concurrency,
+            stop=stop,
+        ).run()
+
+
+__all__ = ["LeaseKeeper", "Task", "ValkeyBackend", "Writer"]

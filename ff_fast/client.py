@@ -14,12 +14,13 @@ import time
 import weakref
 from collections import deque
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from ff_fast import _arguments, _lifecycle, _tail, _transport, _writing, keys, ops
 from ff_fast._steps import Flow, Pause, Retries, Step
 from ff_fast._summary import fold
 from ff_fast._tail import Item, StreamPage, TailCore
+from ff_fast._worker import Handler, LeaseKeeper, WorkerLoop
 from ff_fast._writing import SharedWriter
 from ff_fast.errors import (
     DeadlineExceeded,
@@ -30,31 +31,62 @@ from ff_fast.errors import (
     OutcomeUnknown,
     ProtocolError,
     WriterClosed,
+    check_int,
 )
 from ff_fast.types import (
     AppendFrameOutcome,
     BackendConfig,
+    CancelFlowOutcome,
+    CancelFlowPolicy,
+    CancelFlowWait,
+    CancelOutcome,
     CapabilitySet,
     ClaimPolicy,
+    CompletionPayload,
+    ExecutionDescription,
     FailOutcome,
     FailureClass,
     FailureReason,
+    FlowDescription,
     Frame,
     Handle,
     LeaseRenewal,
+    PendingWaitpoint,
+    ReclaimToken,
+    ReportUsageResult,
+    ResumeCondition,
+    ResumeSignal,
+    RetryPolicy,
+    ScannerFilter,
+    SignalOutcome,
+    StreamDescription,
     StreamMode,
     SummaryDocument,
+    SuspendOutcome,
     TailVisibility,
+    TimeoutBehavior,
+    UsageDimensions,
+    WaitpointSpec,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from datetime import timedelta
     from types import TracebackType
 
     from ff_fast._hot.writer import Batch
     from ff_fast.embedded import EmbeddedServer
 
 T = TypeVar("T")
+
+
+class _Source(Protocol):
+    """What is read step by step until it has ended, and goes on from where it stood after a lost connection."""
+
+    ended: bool
+
+    def restart(self) -> None: ...
+
 
 _ROUND_BYTES = 4 << 20
 
@@ -493,6 +525,7 @@ class ValkeyBackend:
     def __init__(self, config: BackendConfig, server: EmbeddedServer | None = None) -> None:
         self.config = config
         self._server = server
+        self._supervisor: tuple[threading.Thread, threading.Event] | None = None
         self._pid = os.getpid()
         self._closed = False
         self._idle: deque[_Channel] = deque()
@@ -545,7 +578,17 @@ class ValkeyBackend:
             server.stop()
             raise
         backend._server = server
+        backend._start_supervisor()
         return backend
+
+    def _start_supervisor(self) -> None:
+        """An embedded server has nobody else to look after it."""
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=self.supervise, kwargs={"stop": stop}, name="ff_fast supervisor", daemon=True
+        )
+        self._supervisor = (thread, stop)
+        thread.start()
 
     def close(self) -> None:
         """Close every connection; what other threads wait for there ends with an error.
@@ -559,6 +602,10 @@ class ValkeyBackend:
             for channel in busy:
                 # Among them the writers': their thread is waiting for replies, or for nothing.
                 channel.abort()
+            if self._supervisor is not None:
+                thread, stop = self._supervisor
+                stop.set()
+                thread.join()
             if link is not None:
                 link.close()
         self._close_idle()
@@ -678,6 +725,9 @@ class ValkeyBackend:
                     raise
             time.sleep(pause)
 
+    def _do(self, call: _arguments.Call[T]) -> T:
+        return self._run(call.flow, repeatable=call.repeatable)
+
     def _call(self, op: ops.Op[T]) -> T:
         return self._run(lambda: ops.call(op), repeatable=op.repeatable)
 
@@ -694,6 +744,13 @@ class ValkeyBackend:
         namespace: str = "default",
         tags: Mapping[str, str] | None = None,
         retention_ms: int = _arguments.DEFAULT_RETENTION_MS,
+        retry: RetryPolicy | None = None,
+        delay: float | timedelta | None = None,
+        deadline: float | timedelta | None = None,
+        attempt_timeout: float | timedelta | None = None,
+        flow_id: str | None = None,
+        parent_id: str | None = None,
+        budgets: Sequence[str] = (),
     ) -> str:
         """Create an execution that a worker of *lane* can claim, and return its id.
 
@@ -707,11 +764,21 @@ class ValkeyBackend:
             namespace: Tenant, free text.
             tags: ``namespace.name`` to text.
             retention_ms: How long everything of it is kept after its end, in ms.
+            retry: When a failed or lost attempt is tried again; None retries no failure and replaces lost workers.
+            delay: How long it waits before it can be claimed; this and the next two in seconds or as a timedelta.
+            deadline: How long it may take from now on; then it ends as expired.
+            attempt_timeout: How long one attempt may run, suspensions and delays not counted; a timed out one is
+                retried as *retry* says, else the execution ends as expired.
+            flow_id: Flow that it belongs to.
+            parent_id: Execution whose `wait_children` waits for it.
+            budgets: Budgets that its usage is charged to.
 
         Raises:
             InvalidInput: An argument is not one of those that are accepted.
+            FlowNotFound, FlowAlreadyTerminal: The flow takes no execution.
+            ExecutionNotFound: There is no such parent, or it has ended.
         """
-        op = _arguments.create(
+        call = _arguments.create(
             lane=lane,
             payload=payload,
             execution_id=execution_id,
@@ -720,13 +787,19 @@ class ValkeyBackend:
             namespace=namespace,
             tags=tags,
             retention_ms=retention_ms,
+            retry=retry,
+            delay=delay,
+            deadline=deadline,
+            attempt_timeout=attempt_timeout,
+            flow_id=flow_id,
+            parent_id=parent_id,
+            budgets=budgets,
             partitions=self._sweeper.partitions,
         )
-        eid = op.argv[0].decode()
-        return self._run(lambda: _lifecycle.create(op, lane, eid))
+        return self._do(call)
 
-    def describe(self, execution_id: str) -> dict[str, str]:
-        """Return the fields of an execution as the server holds them; the id of its lease is left out.
+    def describe(self, execution_id: str) -> ExecutionDescription:
+        """Return an execution as the server holds it; the id of its lease is left out.
 
         Raises:
             ExecutionNotFound: There is none.
@@ -773,7 +846,7 @@ class ValkeyBackend:
 
     def read_payload(self, handle: Handle) -> bytes:
         """Return the payload that the execution of *handle* was created with."""
-        return self._call(ops.read_payload(_arguments.attempt(handle)))
+        return self._call(ops.read_payload(_arguments.attempt(handle).execution_id))
 
     def renew(self, handle: Handle, lease_ttl_ms: int | None = None) -> LeaseRenewal:
         """Extend the lease to *lease_ttl_ms* (ms; that of the claim where None) from now.
@@ -791,7 +864,7 @@ class ValkeyBackend:
         Raises:
             LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
         """
-        self._call(_arguments.complete(handle, payload))
+        self._do(_arguments.complete(handle, payload))
         self._ended(handle)
 
     def fail(
@@ -805,7 +878,7 @@ class ValkeyBackend:
         Raises:
             LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
         """
-        outcome = self._call(_arguments.fail(handle, reason, failure_class))
+        outcome = self._do(_arguments.fail(handle, reason, failure_class))
         self._ended(handle)
         return outcome
 
@@ -813,6 +886,316 @@ class ValkeyBackend:
         writer = self._implicit.pop(_arguments.attempt(handle).fields.lease_id, None)
         if writer is not None:
             writer.fail(WriterClosed())
+
+    def cancel(
+        self,
+        target: Handle | str,
+        *,
+        reason: str = "cancelled",
+        grace: float | timedelta | None = None,
+    ) -> CancelOutcome:
+        """Cancel an execution in any state that is not an end. Calling it again is safe.
+
+        Args:
+            target: A handle or an execution id.
+            reason: Why, up to 4096 bytes of text.
+            grace: How long a running worker may take to stop by itself (seconds or timedelta): it hears of the
+                cancellation with its next append, as ``writer.cancel_requested``, and a supervisor forces it
+                afterwards. None cancels at once.
+
+        Raises:
+            ExecutionNotFound: There is no such execution.
+            ExecutionNotActive: It has ended in another way.
+        """
+        return self._do(_arguments.cancel(target, reason, grace))
+
+    def progress(self, handle: Handle, percent: int | None = None, message: str = "") -> None:
+        """Report progress: 0 to 100, a line of text, or both; what is left out stays as it is.
+
+        Raises:
+            LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        """
+        self._do(_arguments.progress(handle, percent, message))
+
+    def delay(self, handle: Handle, delay: float | timedelta) -> int:
+        """Give the lease up; the same attempt goes on after *delay* (seconds or timedelta). Close writers first.
+
+        Returns:
+            When it can be claimed again, in ms since the epoch by the server's clock.
+
+        Raises:
+            LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        """
+        outcome = self._do(_arguments.delay(handle, delay))
+        self._ended(handle)
+        return outcome
+
+    def wait_children(self, handle: Handle) -> None:
+        """Give the lease up until every child (``create_execution(parent_id=...)``) has ended; the same attempt goes on then.
+
+        Raises:
+            LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        """
+        self._do(_arguments.wait_children(handle))
+        self._ended(handle)
+
+    def find_reclaimable(self, limit: int = 100) -> list[ReclaimToken]:
+        """Find executions whose worker was lost: active, with a lease that has lapsed by the server's clock.
+
+        Args:
+            limit: At most so many, 1 to 10,000.
+        """
+        return self._do(_arguments.find_reclaimable(self._sweeper.partitions, limit))
+
+    def claim_from_reclaim(
+        self,
+        token: ReclaimToken,
+        *,
+        worker_id: str,
+        worker_instance_id: str,
+        lease_ttl_ms: int = 30_000,
+        capabilities: CapabilitySet | None = None,
+    ) -> Handle:
+        """Take an execution over from a lost worker: a new attempt, with a handle of kind ``RESUMED``.
+
+        The old attempt's stream ends as ``producer_lost``, and its worker is a stale owner everywhere.
+
+        Raises:
+            ExecutionNotClaimable: It is not waiting, and its lease has not lapsed.
+            CapabilityMismatch: It requires what *capabilities* lack; the error names it.
+            ExecutionNotFound: There is no such execution.
+        """
+        return self._do(
+            _arguments.claim_from_reclaim(
+                token,
+                worker_id=worker_id,
+                worker_instance_id=worker_instance_id,
+                lease_ttl_ms=lease_ttl_ms,
+                capabilities=capabilities,
+            )
+        )
+
+    def create_waitpoint(
+        self,
+        handle: Handle,
+        *,
+        waitpoint_id: str | None = None,
+        expires: float | timedelta = 3600.0,
+    ) -> PendingWaitpoint:
+        """Create a waitpoint for a suspension to come. Signals that arrive before it are kept for it.
+
+        Args:
+            handle: The lease.
+            waitpoint_id: A UUID; the same again answers the same token. None makes one.
+            expires: How long it may stay without a suspension, in seconds or as a timedelta.
+
+        Raises:
+            LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        """
+        return self._do(_arguments.create_waitpoint(handle, waitpoint_id, expires))
+
+    def suspend(
+        self,
+        handle: Handle,
+        condition: ResumeCondition | WaitpointSpec | Sequence[WaitpointSpec],
+        *,
+        timeout: float | timedelta | None = None,
+        on_timeout: TimeoutBehavior = TimeoutBehavior.FAIL,
+        reason: str = "waiting_for_signal",
+    ) -> SuspendOutcome:
+        """Give the lease up until signals meet *condition*; the same attempt, and its stream, go on then.
+
+        Close writers first. Where signals that came before meet the condition already, nothing is suspended, and the
+        lease goes on. Calling it again after a lost reply answers as the first time.
+
+        Args:
+            handle: The lease.
+            condition: What to wait for; several specs mean any of them.
+            timeout: How long, in seconds or as a timedelta; None has no limit.
+            on_timeout: What happens then.
+            reason: A line of text for whoever looks.
+
+        Raises:
+            InvalidToken, WaitpointClosed: A waitpoint of the condition cannot be used.
+            LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        """
+        outcome = self._do(_arguments.suspend(handle, condition, timeout, on_timeout, reason))
+        if not outcome.already_satisfied:
+            self._ended(handle)
+        return outcome
+
+    def deliver_signal(
+        self,
+        execution_id: str,
+        waitpoint: PendingWaitpoint,
+        signal_name: str,
+        *,
+        payload: bytes | str | None = None,
+        signal_id: str | None = None,
+        idempotency_key: str = "",
+        correlation_id: str = "",
+        category: str = "",
+        source_type: str = "",
+        source_identity: str = "",
+    ) -> SignalOutcome:
+        """Deliver a signal to a waitpoint, with the waitpoint's token. Calling it again after a lost reply is safe.
+
+        Args:
+            execution_id: The execution that waits.
+            waitpoint: Id and token, as `create_waitpoint` made them.
+            signal_name: Name of the signal.
+            payload: Up to 64 KiB that the resumed worker gets.
+            signal_id: A UUID; None makes one.
+            idempotency_key: A second signal with this key answers the first one.
+            correlation_id, category, source_type, source_identity: Text about the signal.
+
+        Raises:
+            InvalidToken: The token is not valid, or there is no such waitpoint.
+            WaitpointClosed: The waitpoint takes no more signals.
+            SignalLimitExceeded: The execution has had 10,000 signals.
+            ExecutionNotFound: There is no such execution.
+        """
+        return self._do(
+            _arguments.deliver_signal(
+                execution_id,
+                waitpoint,
+                signal_name,
+                payload=payload,
+                signal_id=signal_id,
+                idempotency_key=idempotency_key,
+                correlation_id=correlation_id,
+                category=category,
+                source_type=source_type,
+                source_identity=source_identity,
+            )
+        )
+
+    def report_usage(self, handle: Handle, usage: UsageDimensions) -> ReportUsageResult:
+        """Report usage: to the budgets of the execution and to its own ledger, completely or not at all.
+
+        With ``usage.dedup_key`` a report counts once, however often it is made.
+
+        Raises:
+            BudgetNotFound: A budget of the execution does not exist.
+            LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        """
+        return self._do(_arguments.report_usage(handle, usage))
+
+    def create_budget(
+        self,
+        budget_id: str,
+        *,
+        hard: Mapping[str, int] | None = None,
+        soft: Mapping[str, int] | None = None,
+    ) -> None:
+        """Create a budget, or replace the limits of one; what was used stays.
+
+        Args:
+            budget_id: 1 to 64 of ``A-Z a-z 0-9 _ -``.
+            hard: Dimension to limit; a report that would pass one is refused as a whole.
+            soft: Dimension to limit; a report that passes one is applied, and says so.
+        """
+        self._do(_arguments.create_budget(budget_id, hard, soft))
+
+    def create_flow(self, flow_id: str | None = None, *, namespace: str = "default") -> str:
+        """Create a flow, for executions that share its partition, and return its id; an existing one is left as it is."""
+        return self._do(_arguments.create_flow(flow_id, namespace, self._sweeper.partitions))
+
+    def cancel_flow(
+        self,
+        flow_id: str,
+        policy: CancelFlowPolicy = CancelFlowPolicy.CANCEL_ALL,
+        wait: CancelFlowWait = CancelFlowWait.WAIT_INDEFINITE,
+        *,
+        reason: str = "flow cancelled",
+    ) -> CancelFlowOutcome:
+        """Cancel a flow: no member is claimed from here on, and its members are cancelled as *policy* says.
+
+        Args:
+            flow_id: The flow.
+            policy: Which members.
+            wait: Whether to wait until they are cancelled; without waiting a supervisor cancels them.
+            reason: Why.
+
+        Raises:
+            FlowNotFound: There is no such flow.
+            DeadlineExceeded: The wait was over first; a supervisor goes on.
+        """
+        return self._do(
+            _arguments.cancel_flow(flow_id, policy, wait, reason, self._sweeper.partitions)
+        )
+
+    def set_tags(self, execution_id: str, tags: Mapping[str, str]) -> int:
+        """Set tags (``namespace.name`` to text) and return how many the execution has.
+
+        Raises:
+            ExecutionNotFound: There is no such execution.
+        """
+        return self._do(_arguments.set_tags(execution_id, tags))
+
+    def rotate_waitpoint_secret(
+        self, kid: str, secret: bytes, *, grace: float | timedelta = 3600.0
+    ) -> None:
+        """Sign waitpoint tokens with another key from now on, in every partition. Calling it again completes it.
+
+        Args:
+            kid: Id of the key, 1 to 64 of ``A-Z a-z 0-9 _ -``.
+            secret: 32 random bytes.
+            grace: How long tokens of the key before stay valid, in seconds or as a timedelta.
+
+        Raises:
+            RotationConflict: The kid is in use with another secret.
+        """
+        self._do(_arguments.rotate_waitpoint_secret(kid, secret, grace, self._sweeper.partitions))
+
+    def observe_signals(self, handle: Handle) -> tuple[ResumeSignal, ...]:
+        """Return the signals that met the condition of the suspension after which this lease was granted.
+
+        Raises:
+            LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        """
+        return self._call(ops.observe_signals(_arguments.attempt(handle)))
+
+    def describe_stream(self, execution_id: str, attempt_index: int = 0) -> StreamDescription:
+        """Return the state of the streams of one attempt.
+
+        Raises:
+            ExecutionNotFound: There is no such execution.
+        """
+        return self._call(
+            ops.describe_attempt(
+                keys.canonical_execution_id(execution_id), keys.attempt_index(attempt_index)
+            )
+        )
+
+    def describe_flow(self, flow_id: str) -> FlowDescription:
+        """Return a flow and its members.
+
+        Raises:
+            FlowNotFound: There is no such flow.
+        """
+        return self._call(
+            ops.describe_flow(
+                keys.canonical_uuid("flow_id", flow_id),
+                keys.flow_tag(flow_id, self._sweeper.partitions),
+            )
+        )
+
+    def get_tags(self, execution_id: str) -> dict[str, str]:
+        """Return the tags of an execution.
+
+        Raises:
+            ExecutionNotFound: There is no such execution.
+        """
+        return self._call(ops.read_tags(keys.canonical_execution_id(execution_id)))
+
+    def read_result(self, execution_id: str) -> bytes:
+        """Return the result that an execution was completed with; empty where it has none.
+
+        Raises:
+            ExecutionNotFound: There is no such execution.
+        """
+        return self._call(ops.read_result(keys.canonical_execution_id(execution_id)))
 
     # -- streams ------------------------------------------------------------------------------------------------
 
@@ -943,9 +1326,10 @@ class ValkeyBackend:
             Unavailable: The server cannot be reached; the tail reconnected as often as the configuration allows.
         """
         core = TailCore(execution_id, attempt_index, after, visibility)
-        return self._tail(core)
+        return self._follow(core, lambda: _transport.read_on(core))
 
-    def _tail(self, core: TailCore) -> Iterator[Item]:
+    def _follow(self, core: _Source, read: Callable[[], Flow[list[T]]]) -> Iterator[T]:
+        """Yield what *core* reads, on a connection of its own, until it has ended."""
         channel: _Channel | None = None
         retries = Retries(self.config.retry, patient=True)
         try:
@@ -953,7 +1337,7 @@ class ValkeyBackend:
                 try:
                     if channel is None:
                         channel = self._acquire()
-                    items = channel.run(_transport.with_library(lambda: _transport.read_on(core)))
+                    items = channel.run(_transport.with_library(read))
                 except FFError as error:
                     pause = retries.pause(error)
                     if pause is None or self._closed:
@@ -970,3 +1354,114 @@ class ValkeyBackend:
         finally:
             if channel is not None:
                 self._release(channel)
+
+    def subscribe_completions(
+        self, scope: ScannerFilter | None = None, *, after: str | None = None
+    ) -> Iterator[CompletionPayload]:
+        """Yield every execution that ends, on a connection of its own, without an end.
+
+        Args:
+            scope: Which executions; None is all of them.
+            after: ``completion.cursor`` of an earlier subscription, which goes on from there without hole or repeat;
+                ``start`` for all that is kept (about 10,000 for each partition); None begins now.
+
+        Raises:
+            InvalidCursor: *after* is none of these.
+            Unavailable: The server cannot be reached; the subscription reconnected as often as the configuration allows.
+        """
+        core = _lifecycle.CompletionCore(self._sweeper.partitions, after, _arguments.scope(scope))
+        return self._follow(core, core.read)
+
+    # -- work -------------------------------------------------------------------------------------------------------
+
+    def supervise(
+        self,
+        scope: ScannerFilter | None = None,
+        *,
+        interval: float = 0.25,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """Fire what is due, until *stop* is set: lapsed leases, delays, timeouts, deadlines, waitpoints, cancellations.
+
+        Any number of supervisors may run at once; a deployment needs one.
+
+        Args:
+            scope: Which executions it looks after; None is all of them.
+            interval: Seconds between two rounds.
+            stop: Set it to return after the round that runs.
+        """
+        ended = threading.Event() if stop is None else stop
+        supervision = _lifecycle.Supervision(self._sweeper.partitions, _arguments.scope(scope))
+        while not (ended.is_set() or self._closed):
+            try:
+                self._run(supervision.round)
+            except FFError as error:
+                # Work waits for the next round; a server that refuses for good is the operator's to hear of.
+                if not error.retryable and not self._closed:
+                    raise
+            ended.wait(interval)
+
+    def keep_lease(
+        self, handle: Handle, on_lost: Callable[[FFError], None] | None = None
+    ) -> LeaseKeeper:
+        """Renew a lease in the background until the keeper is stopped; a context manager.
+
+        Args:
+            handle: The lease.
+            on_lost: Called with the error, in the keeper's thread, when the lease is gone. The writers of the handle
+                fail with it before.
+        """
+        lease_id = _arguments.attempt(handle).fields.lease_id
+
+        def lost(error: FFError) -> None:
+            writer = self._writers.get(lease_id)
+            if writer is not None:
+                writer.fail(copy.copy(error))
+            if on_lost is not None:
+                on_lost(error)
+
+        return LeaseKeeper(self, handle, lost)
+
+    def run_worker(
+        self,
+        handler: Handler,
+        *,
+        lane: str = "default",
+        worker_id: str = "worker",
+        worker_instance_id: str | None = None,
+        capabilities: CapabilitySet | None = None,
+        lease_ttl_ms: int = 30_000,
+        mode: StreamMode | None = None,
+        concurrency: int = 1,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """Claim executions of a lane and call *handler* with a :class:`ff_fast.Task` for each, until stopped.
+
+        The lease is renewed in the background. What the handler returns is the result; an exception fails the attempt
+        (as transient, or as the ``TaskFailed`` that it is). SIGTERM and SIGINT in the main thread, and *stop*, let
+        running handlers end and claim nothing more.
+
+        Args:
+            handler: An ordinary function.
+            lane: Lane to take work from.
+            worker_id: Which worker this is.
+            worker_instance_id: Which process of it; None takes host name and process id.
+            capabilities: What it can do.
+            lease_ttl_ms: Length of a lease.
+            mode: Mode of frames that name none; durable where None.
+            concurrency: How many handlers run at once, in threads.
+            stop: Set it to stop.
+        """
+        check_int("concurrency", concurrency, 1, 10_000)
+        WorkerLoop(
+            self,
+            handler,
+            lane=lane,
+            worker_id=worker_id,
+            worker_instance_id=worker_instance_id,
+            capabilities=capabilities,
+            lease_ttl_ms=lease_ttl_ms,
+            mode=mode,
+            concurrency=concurrency,
+            stop=stop,
+        ).run()

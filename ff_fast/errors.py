@@ -417,6 +417,92 @@ class AttemptNotFound(FFError):
     _sentence = "The execution has no attempt with this index; attempts are counted from 0."
 
 
+class ExecutionNotClaimable(FFError):
+    """The execution cannot be claimed by its id now."""
+
+    code = "execution_not_claimable"
+    _sentence = (
+        "The execution is not waiting for a worker, or its flow is cancelled; read its state."
+    )
+
+
+class CapabilityMismatch(FFError):
+    """The worker does not offer what the execution requires.
+
+    Args:
+        missing: The capabilities that are missing.
+    """
+
+    code = "capability_mismatch"
+
+    def __init__(self, missing: Sequence[str] = ()) -> None:
+        super().__init__(
+            "The worker lacks capabilities that the execution requires"
+            f" ({', '.join(missing)}); claim it with a worker that has them."
+        )
+        self.missing = tuple(missing)
+
+    @classmethod
+    def _from_details(cls, details: Sequence[bytes]) -> FFError:
+        return cls([token.decode("ascii") for token in details[0].split(b",")])
+
+
+class FlowNotFound(FFError):
+    """There is no such flow."""
+
+    code = "flow_not_found"
+    _sentence = "There is no such flow; create it first."
+
+
+class FlowAlreadyTerminal(FFError):
+    """The flow is cancelled."""
+
+    code = "flow_already_terminal"
+    _sentence = "The flow is cancelled and takes no more executions; create another flow."
+
+
+class WaitpointConflict(FFError):
+    """The id of the waitpoint is that of another execution's or attempt's."""
+
+    code = "waitpoint_conflict"
+    _sentence = "The waitpoint id belongs to another execution; use a fresh one."
+
+
+class WaitpointClosed(FFError):
+    """The waitpoint takes no more signals, and no suspension."""
+
+    code = "waitpoint_closed"
+    _sentence = "The waitpoint is closed; create another one."
+
+
+class InvalidToken(FFError):
+    """The waitpoint's token is not valid, or there is no such waitpoint."""
+
+    code = "invalid_token"
+    _sentence = "The token is not valid for this waitpoint; use the one it was created with."
+
+
+class SignalLimitExceeded(FFError):
+    """The execution holds as many signals as it may."""
+
+    code = "signal_limit_exceeded"
+    _sentence = "The execution holds 10,000 signals already; no more are taken."
+
+
+class RotationConflict(FFError):
+    """The key id is in use with another secret."""
+
+    code = "rotation_conflict"
+    _sentence = "This kid has another secret already; rotate to a fresh kid."
+
+
+class BudgetNotFound(FFError):
+    """There is no such budget."""
+
+    code = "budget_not_found"
+    _sentence = "There is no such budget; create it first."
+
+
 class Corruption(FFError):
     """Stored data cannot be read; somebody else wrote to the library's keys."""
 

@@ -81,8 +81,18 @@ def execution_id_for_flow(flow_id: str, num_partitions: int = DEFAULT_PARTITIONS
         InvalidId: *flow_id* is not a UUID in its hyphenated form.
     """
     check_int("num_partitions", num_partitions, 1, MAX_PARTITIONS)
-    flow = bytes.fromhex(canonical_uuid("flow_id", flow_id).replace("-", ""))
-    return f"{{fp:{crc_hqx(flow, 0) % num_partitions}}}:{_uuid_text(_new_uuid())}"
+    return f"{flow_tag(flow_id, num_partitions)}:{_uuid_text(_new_uuid())}"
+
+
+def flow_tag(flow_id: str, num_partitions: int = DEFAULT_PARTITIONS) -> str:
+    """Return the hash tag of the partition that a flow and its executions live in."""
+    flow_bytes = bytes.fromhex(canonical_uuid("flow_id", flow_id).replace("-", ""))
+    return tag_of(crc_hqx(flow_bytes, 0) % num_partitions)
+
+
+def new_execution_id_beside(eid: str) -> str:
+    """Return a fresh execution id in the partition of another execution."""
+    return f"{partition_tag(eid)}:{_uuid_text(_new_uuid())}"
 
 
 def canonical_execution_id(text: str | bytes) -> str:
@@ -121,6 +131,14 @@ def partition_index(eid: str) -> int:
 def tag_of(partition: int) -> str:
     """Return the hash tag of a partition, ``{fp:N}``; N is 0 to 65535."""
     return f"{{fp:{check_int('partition', partition, 0, 65_535)}}}"
+
+
+def index_of(text: str) -> int:
+    """Return the partition that a tag, a key or an execution id names, from its ``{fp:N}``."""
+    found = re.search(r"\{fp:(\d+)\}", text)
+    if found is None:
+        raise InvalidId("The text must hold a partition's hash tag, such as {fp:7}.")
+    return int(found[1])
 
 
 def canonical_uuid(name: str, text: str) -> str:
@@ -261,19 +279,19 @@ def result(eid: str) -> bytes:
     return _execution(eid, "result")
 
 
-def policy(eid: str) -> bytes:
-    """The execution's policy."""
-    return _execution(eid, "policy")
-
-
 def tags(eid: str) -> bytes:
     """Hash: user tags."""
     return _execution(eid, "tags")
 
 
-def lease_history(eid: str) -> bytes:
-    """Stream: what happened to the lease."""
-    return _execution(eid, "lease:history")
+def usage(eid: str) -> bytes:
+    """Hash: what the execution reported as used."""
+    return _execution(eid, "usage")
+
+
+def history(eid: str) -> bytes:
+    """Stream: the transitions of the execution."""
+    return _execution(eid, "history")
 
 
 def attempt(eid: str, index: int) -> bytes:
@@ -317,15 +335,9 @@ def eligible(tag: str, lane: str) -> bytes:
     return f"ff:idx:{tag}:lane:{_lane_in_key(lane)}:eligible".encode("ascii")
 
 
-def execution_prefixes(tag: str) -> tuple[bytes, bytes, bytes]:
-    """What stands before the execution id in the keys of one partition: ``exec``, ``attempt`` and ``stream`` family.
-
-    A claim picks the execution on the server, so the rest of these keys is appended there (lua/claim.lua).
-    """
-    execution, attempt_, stream_ = (
-        f"ff:{family}:{tag}:" for family in ("exec", "attempt", "stream")
-    )
-    return execution.encode("ascii"), attempt_.encode("ascii"), stream_.encode("ascii")
+def core_prefix(tag: str) -> bytes:
+    """What stands before the execution id in the core keys of one partition: a claim picks the id on the server."""
+    return f"ff:exec:{tag}:".encode("ascii")
 
 
 def timers(tag: str) -> bytes:
@@ -336,6 +348,41 @@ def timers(tag: str) -> bytes:
 def completions(tag: str) -> bytes:
     """Stream: executions of one partition that ended."""
     return f"ff:part:{tag}:completions".encode("ascii")
+
+
+def waitpoint_secrets(tag: str) -> bytes:
+    """Hash: the keys that sign waitpoint tokens in one partition."""
+    return f"ff:sec:{tag}:waitpoint_hmac".encode("ascii")
+
+
+def flow(tag: str, flow_id: str) -> bytes:
+    """Hash: state of a flow."""
+    return f"ff:flow:{tag}:{flow_id}".encode("ascii")
+
+
+def flow_members(tag: str, flow_id: str) -> bytes:
+    """Set: executions of a flow."""
+    return flow(tag, flow_id) + b":members"
+
+
+def flow_open(tag: str, flow_id: str) -> bytes:
+    """Set: executions of a flow that have not ended."""
+    return flow(tag, flow_id) + b":open"
+
+
+def budget_limits(budget_id: str) -> bytes:
+    """Hash: limits of a budget.  Its slot is its own: executions of every partition are charged to it."""
+    return f"ff:budget:{{b:{budget_id}}}:limits".encode("ascii")
+
+
+def budget_usage(budget_id: str) -> bytes:
+    """Hash: what is used of a budget."""
+    return f"ff:budget:{{b:{budget_id}}}:usage".encode("ascii")
+
+
+def budget_dedup(budget_id: str, charge: str) -> bytes:
+    """String: a charge that was applied to a budget."""
+    return f"ff:budget:{{b:{budget_id}}}:charge:{charge}".encode()
 
 
 def ready(lane: str) -> bytes:

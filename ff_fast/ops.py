@@ -6,7 +6,7 @@ its keys or the order of its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from ff_fast import keys
@@ -14,13 +14,29 @@ from ff_fast._hot.resp import pack_fcall
 from ff_fast._steps import Flow, Step
 from ff_fast.errors import Corruption, FFError, ProtocolError, for_code, from_server_error
 from ff_fast.types import (
+    CancelFlowPolicy,
+    CancelOutcome,
+    ExecutionDescription,
     FailOutcome,
     FailureClass,
     FailureReason,
+    FlowDescription,
     Handle,
     HandleFields,
     HandleKind,
     LeaseRenewal,
+    PendingWaitpoint,
+    ReportUsageResult,
+    ResumeCondition,
+    ResumeSignal,
+    RetryPolicy,
+    ScannerFilter,
+    SignalOutcome,
+    StreamDescription,
+    TimeoutBehavior,
+    UsageDimensions,
+    UsageVerdict,
+    WaitpointHmac,
 )
 
 T = TypeVar("T")
@@ -106,13 +122,13 @@ class Attempt(NamedTuple):
 
     @property
     def stream_keys(self) -> tuple[bytes, bytes, bytes, bytes, bytes]:
-        """core, log, live, meta, summary."""
+        """core, meta, log, live, summary."""
         eid, index = self.execution_id, self.attempt_index
         return (
             keys.core(eid),
+            keys.meta(eid, index),
             keys.stream(eid, index),
             keys.live(eid, index),
-            keys.meta(eid, index),
             keys.summary(eid, index),
         )
 
@@ -135,6 +151,15 @@ def version() -> Op[tuple[int, str]]:
     return Op(b"ff_version", (), (), parse, read_only=True)
 
 
+Hints = list[tuple[str, bytes]]
+"""Lanes that must hear of work, each with the score of its best execution in the partition of the call."""
+
+
+def _hints(fields: list[object], first: int) -> Hints:
+    words = [_text(field) for field in fields[first:]]
+    return [(lane, score.encode()) for lane, score in zip(words[::2], words[1::2], strict=True)]
+
+
 def create_execution(
     execution_id: str,
     *,
@@ -143,14 +168,18 @@ def create_execution(
     priority: int,
     required_capabilities: bytes,
     retention_ms: int,
+    delay_ms: int,
+    deadline_ms: int,
+    attempt_timeout_ms: int,
+    flow_id: str,
+    parent_id: str,
+    budget_ids: Sequence[str],
+    retry: RetryPolicy,
     payload: bytes,
-    tags: dict[str, str],
-) -> Op[bytes]:
-    """Create an execution, or find that it exists; answers its score in the eligible set."""
-
-    def parse(_: bytes, fields: list[object]) -> bytes:
-        return _text(fields[0]).encode()
-
+    tags: Mapping[str, str],
+) -> Op[tuple[None, Hints]]:
+    """Create an execution, or find that it exists."""
+    tag = keys.partition_tag(execution_id)
     pairs = [part.encode() for pair in tags.items() for part in pair]
     return Op(
         b"ff_create_execution",
@@ -158,7 +187,8 @@ def create_execution(
             keys.core(execution_id),
             keys.payload(execution_id),
             keys.tags(execution_id),
-            keys.eligible(keys.partition_tag(execution_id), lane),
+            keys.eligible(tag, lane),
+            keys.flow(tag, flow_id),
         ),
         (
             execution_id.encode(),
@@ -167,10 +197,23 @@ def create_execution(
             number(priority),
             required_capabilities,
             number(retention_ms),
+            number(delay_ms),
+            number(deadline_ms),
+            flow_id.encode(),
+            parent_id.encode(),
+            " ".join(budget_ids).encode(),
+            number(retry.max_retries),
+            retry.backoff.value.encode(),
+            number(retry.delay_ms),
+            number(round(retry.multiplier * 100)),
+            number(retry.max_delay_ms),
+            number(retry.jitter_percent),
+            number(retry.max_reclaims),
+            number(attempt_timeout_ms),
             payload,
             *pairs,
         ),
-        parse,
+        lambda status, fields: (None, _hints(fields, 0)),
     )
 
 
@@ -200,25 +243,15 @@ def claim(
         if status == b"NONE":
             offset, score = _text(fields[0]), _text(fields[1])
             return Claimed(None, int(offset) if offset else None, score.encode() or None)
-        handle = Handle.encode(
-            kind=HandleKind.FRESH,
-            execution_id=_text(fields[0]),
-            attempt_index=_int(fields[1]),
-            attempt_id=attempt_id,
-            lease_id=lease_id,
-            lease_epoch=_int(fields[2]),
-            lease_ttl_ms=lease_ttl_ms,
-            lane_id=lane,
-            worker_instance_id=worker_instance_id,
-        )
-        return Claimed(handle, None, _text(fields[4]).encode() or None)
+        handle = _claimed_handle(fields, lease_id, lease_ttl_ms, lane, worker_instance_id)
+        return Claimed(handle, None, _text(fields[6]).encode() or None)
 
     tag = keys.tag_of(partition)
     return Op(
         b"ff_claim",
         (keys.eligible(tag, lane),),
         (
-            *keys.execution_prefixes(tag),
+            keys.core_prefix(tag),
             worker_id.encode(),
             worker_instance_id.encode(),
             lease_id.encode(),
@@ -247,40 +280,36 @@ def renew_lease(attempt: Attempt, lease_ttl_ms: int) -> Op[LeaseRenewal]:
     )
 
 
-def _finish_keys(attempt: Attempt) -> tuple[bytes, ...]:
-    eid = attempt.execution_id
-    return (
-        *attempt.stream_keys,
-        keys.attempt(eid, attempt.attempt_index),
-        keys.payload(eid),
-        keys.tags(eid),
-    )
-
-
-def complete_execution(attempt: Attempt, payload: bytes) -> Op[None]:
+def complete_execution(attempt: Attempt, payload: bytes) -> Op[tuple[None, Hints]]:
     """End the execution as completed, with *payload* as its result."""
     return Op(
         b"ff_complete_execution",
-        (*_finish_keys(attempt), keys.result(attempt.execution_id)),
+        (keys.core(attempt.execution_id),),
         (*attempt.fence, payload),
-        lambda status, fields: None,
+        lambda status, fields: (None, _hints(fields, 1)),
     )
 
 
 def fail_execution(
     attempt: Attempt, reason: FailureReason, failure_class: FailureClass
-) -> Op[FailOutcome]:
-    """End the execution as failed."""
+) -> Op[tuple[FailOutcome, Hints]]:
+    """End the attempt as failed; the class and the retry policy decide whether the execution ends."""
+
+    def parse(_: bytes, fields: list[object]) -> tuple[FailOutcome, Hints]:
+        if _text(fields[1]) == "retry_scheduled":
+            return FailOutcome.RETRY_SCHEDULED(_int(fields[2])), _hints(fields, 3)
+        return FailOutcome.TERMINAL_FAILED, _hints(fields, 3)
+
     return Op(
         b"ff_fail_execution",
-        _finish_keys(attempt),
+        (keys.core(attempt.execution_id),),
         (
             *attempt.fence,
             reason.message.encode(),
             failure_class.value.encode(),
             reason.detail or b"",
         ),
-        lambda status, fields: FailOutcome.TERMINAL_FAILED,
+        parse,
     )
 
 
@@ -294,8 +323,13 @@ class Opened(NamedTuple):
     summary_version: int
 
 
-def open_writer(attempt: Attempt, writer_id: str) -> Op[Opened]:
-    """Make *writer_id* the writer of the attempt; the one before it is superseded."""
+def writer_id(attempt: Attempt) -> bytes:
+    """Return a fresh id for a writer of the attempt: the fence, and a text of its own."""
+    return b":".join((*attempt.fence, keys.new_uuid()[:13].encode()))
+
+
+def open_writer(attempt: Attempt, writer: bytes) -> Op[Opened]:
+    """Make *writer* the writer of the attempt; the one before it is superseded."""
 
     def parse(_: bytes, fields: list[object]) -> Opened:
         last_sequence, last_ms, visible, estimator, summary_version = map(_text, fields)
@@ -303,13 +337,8 @@ def open_writer(attempt: Attempt, writer_id: str) -> Op[Opened]:
             int(last_sequence), int(last_ms), int(visible), estimator.encode(), int(summary_version)
         )
 
-    core, _, _, meta, summary = attempt.stream_keys
-    return Op(
-        b"ff_open_writer",
-        (core, meta, summary),
-        (*attempt.fence, writer_id.encode()),
-        parse,
-    )
+    core, meta, _, _, summary = attempt.stream_keys
+    return Op(b"ff_open_writer", (core, meta, summary), (writer,), parse)
 
 
 class Range(NamedTuple):
@@ -395,17 +424,72 @@ def read_summary(execution_id: str, attempt_index: int) -> Op[dict[bytes, bytes]
     )
 
 
-def describe_execution(execution_id: str) -> Op[dict[str, str]]:
-    """The fields of the execution's core."""
+def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
+    """The execution as the server holds it."""
 
-    def parse(_: bytes, fields: list[object]) -> dict[str, str]:
-        return {
-            _text(name): _text(value)
-            for name, value in _pairs(fields).items()
-            if name != b"current_lease_id"
-        }
+    def parse(_: bytes, fields: list[object]) -> ExecutionDescription:
+        core, tags, usage = (
+            {_text(name): _text(value) for name, value in _pairs(flat).items()}
+            for flat in fields[:3]
+        )
+        core.pop("current_lease_id", None)
+        core.pop("released_lease", None)
+        history = []
+        for identity, flat in fields[3] if isinstance(fields[3], list) else []:
+            entry = {_text(name): _text(value) for name, value in _pairs(flat).items()}
+            history.append({"at_ms": _text(identity).partition("-")[0], **entry})
+        return ExecutionDescription(
+            execution_id=execution_id,
+            state=core["state"],
+            fields=core,
+            tags=tags,
+            usage={name: int(amount) for name, amount in usage.items()},
+            history=tuple(reversed(history)),
+        )
 
-    return Op(b"ff_describe_execution", (keys.core(execution_id),), (), parse, read_only=True)
+    return Op(
+        b"ff_describe_execution",
+        (
+            keys.core(execution_id),
+            keys.tags(execution_id),
+            keys.usage(execution_id),
+            keys.history(execution_id),
+        ),
+        (),
+        parse,
+        read_only=True,
+    )
+
+
+def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescription]:
+    """The streams of one attempt."""
+
+    def parse(_: bytes, fields: list[object]) -> StreamDescription:
+        meta = {_text(name): _text(value) for name, value in _pairs(fields[0]).items()}
+        left = _text(fields[4])
+        return StreamDescription(
+            last_id=f"{meta.get('last_ms', '0')}-{meta.get('last_sequence', '0')}",
+            frame_count=int(meta.get("last_sequence", "0")),
+            log_entries=_int(fields[1]),
+            live_entries=_int(fields[2]),
+            summary_version=_int(fields[3]),
+            closed_reason=meta.get("closed_reason"),
+            lease_left_ms=int(left) if left else None,
+        )
+
+    return Op(
+        b"ff_describe_attempt",
+        (
+            keys.core(execution_id),
+            keys.stream(execution_id, attempt_index),
+            keys.live(execution_id, attempt_index),
+            keys.meta(execution_id, attempt_index),
+            keys.summary(execution_id, attempt_index),
+        ),
+        (number(attempt_index),),
+        parse,
+        read_only=True,
+    )
 
 
 def _pairs(flat: object) -> dict[bytes, bytes]:
@@ -420,14 +504,462 @@ def call(op: Op[T]) -> Flow[T]:
     return op.answer(reply)
 
 
-def read_payload(attempt: Attempt) -> Op[bytes]:
+def read_payload(execution_id: str) -> Op[bytes]:
     """The payload that the execution was created with."""
+    return _read_bytes(execution_id, keys.payload(execution_id))
 
+
+def read_result(execution_id: str) -> Op[bytes]:
+    """The result that the execution was completed with; empty where it has none."""
+    return _read_bytes(execution_id, keys.result(execution_id))
+
+
+def _read_bytes(execution_id: str, key: bytes) -> Op[bytes]:
     def parse(_: bytes, fields: list[object]) -> bytes:
         payload = fields[0]
         if not isinstance(payload, bytes):
             raise TypeError
         return payload
 
-    eid = attempt.execution_id
-    return Op(b"ff_read_payload", (keys.core(eid), keys.payload(eid)), (), parse, read_only=True)
+    return Op(b"ff_read_payload", (keys.core(execution_id), key), (), parse, read_only=True)
+
+
+def claim_execution(
+    execution_id: str,
+    *,
+    lane: str,
+    worker_id: str,
+    worker_instance_id: str,
+    lease_id: str,
+    lease_ttl_ms: int,
+    attempt_id: str,
+    reclaim: bool,
+    capabilities: tuple[str, ...],
+) -> Op[Handle]:
+    """Claim one execution by its id; with *reclaim*, take it over from a worker whose lease has lapsed."""
+
+    def parse(_: bytes, fields: list[object]) -> Handle:
+        return _claimed_handle(fields, lease_id, lease_ttl_ms, lane, worker_instance_id)
+
+    return Op(
+        b"ff_claim_execution",
+        (keys.core(execution_id),),
+        (
+            worker_id.encode(),
+            worker_instance_id.encode(),
+            lease_id.encode(),
+            number(lease_ttl_ms),
+            attempt_id.encode(),
+            b"1" if reclaim else b"0",
+            *(token.encode() for token in capabilities),
+        ),
+        parse,
+        repeatable=False,
+    )
+
+
+def _claimed_handle(
+    fields: list[object], lease_id: str, lease_ttl_ms: int, lane: str, worker_instance_id: str
+) -> Handle:
+    return Handle.encode(
+        kind=HandleKind.RESUMED if _text(fields[5]) == "resumed" else HandleKind.FRESH,
+        execution_id=_text(fields[0]),
+        attempt_index=_int(fields[1]),
+        attempt_id=_text(fields[2]),
+        lease_id=lease_id,
+        lease_epoch=_int(fields[3]),
+        lease_ttl_ms=lease_ttl_ms,
+        lane_id=lane,
+        worker_instance_id=worker_instance_id,
+    )
+
+
+def report_progress(attempt: Attempt, percent: int | None, message: str) -> Op[None]:
+    """Set progress; None and '' leave what is there."""
+    return Op(
+        b"ff_report_progress",
+        (keys.core(attempt.execution_id),),
+        (*attempt.fence, b"" if percent is None else number(percent), message.encode()),
+        lambda status, fields: None,
+    )
+
+
+def delay_execution(attempt: Attempt, delay_ms: int) -> Op[int]:
+    """Give the lease up; the same attempt goes on after *delay_ms*. Answers when, in ms since the epoch."""
+    return Op(
+        b"ff_delay_execution",
+        (keys.core(attempt.execution_id),),
+        (*attempt.fence, number(delay_ms)),
+        lambda status, fields: _int(fields[1]),
+    )
+
+
+def wait_children(attempt: Attempt) -> Op[tuple[None, Hints]]:
+    """Give the lease up; the same attempt goes on when the last child has ended."""
+    return Op(
+        b"ff_wait_children",
+        (keys.core(attempt.execution_id),),
+        attempt.fence,
+        lambda status, fields: (None, _hints(fields, 1)),
+    )
+
+
+def cancel_execution(
+    execution_id: str, reason: str, grace_ms: int
+) -> Op[tuple[CancelOutcome, Hints]]:
+    """Cancel an execution; with a grace, ask its worker first."""
+
+    def parse(status: bytes, fields: list[object]) -> tuple[CancelOutcome, Hints]:
+        outcome = CancelOutcome(cancelled=status == b"OK", previous_state=_text(fields[1]))
+        return outcome, _hints(fields, 2)
+
+    return Op(
+        b"ff_cancel_execution",
+        (keys.core(execution_id),),
+        (reason.encode(), number(grace_ms)),
+        parse,
+    )
+
+
+def create_waitpoint(
+    attempt: Attempt, waitpoint_id: str, expires_ms: int, kid: str, secret: str
+) -> Op[PendingWaitpoint]:
+    """Create a pending waitpoint. *kid* and *secret* start the partition's key ring where it is empty."""
+
+    def parse(_: bytes, fields: list[object]) -> PendingWaitpoint:
+        return PendingWaitpoint(waitpoint_id, WaitpointHmac(_text(fields[0])))
+
+    return Op(
+        b"ff_create_waitpoint",
+        (keys.core(attempt.execution_id),),
+        (
+            *attempt.fence,
+            waitpoint_id.encode(),
+            number(expires_ms),
+            kid.encode(),
+            secret.encode(),
+        ),
+        parse,
+    )
+
+
+def rotate_waitpoint_secret(partition: int, kid: str, secret: str, grace_ms: int) -> Op[str]:
+    """Let *secret* mint from now on in one partition; answers the kid before it, '' for none."""
+    return Op(
+        b"ff_rotate_waitpoint_secret",
+        (keys.waitpoint_secrets(keys.tag_of(partition)),),
+        (kid.encode(), secret.encode(), number(grace_ms)),
+        lambda status, fields: _text(fields[0]),
+    )
+
+
+def suspend_execution(
+    attempt: Attempt,
+    suspension_id: str,
+    condition: ResumeCondition,
+    timeout_ms: int,
+    behavior: TimeoutBehavior,
+    reason: str,
+) -> Op[tuple[bool, str]]:
+    """Suspend on a condition; answers whether it was met already, in which case the lease is kept, and the id of the
+    suspension: that of the first call where this one repeats it."""
+    nodes: list[bytes] = []
+    leaves: list[bytes] = []
+    count = 0
+
+    def add(node: ResumeCondition, parent: int) -> None:
+        nonlocal count
+        index = count
+        count += 1
+        nodes.extend((number(parent), number(node.needed), node.distinct.value.encode()))
+        for member in node.members:
+            if isinstance(member, ResumeCondition):
+                add(member, index)
+            else:
+                leaves.extend(
+                    (
+                        number(index),
+                        member.hmac_token.reveal().encode(),
+                        member.kind.value.encode(),
+                        member.matcher,
+                    )
+                )
+
+    add(condition, -1)
+    return Op(
+        b"ff_suspend_execution",
+        (keys.core(attempt.execution_id),),
+        (
+            *attempt.fence,
+            suspension_id.encode(),
+            number(timeout_ms),
+            behavior.value.encode(),
+            reason.encode(),
+            number(count),
+            *nodes,
+            number(len(leaves) // 4),
+            *leaves,
+        ),
+        lambda status, fields: (status == b"ALREADY_SATISFIED", _text(fields[1])),
+    )
+
+
+def deliver_signal(
+    execution_id: str,
+    waitpoint: PendingWaitpoint,
+    signal: ResumeSignal,
+    idempotency_key: str,
+) -> Op[tuple[SignalOutcome, Hints]]:
+    """Deliver a signal to a waitpoint."""
+
+    def parse(status: bytes, fields: list[object]) -> tuple[SignalOutcome, Hints]:
+        outcome = SignalOutcome(
+            _text(fields[0]), _text(fields[1]), duplicate=status == b"DUPLICATE"
+        )
+        return outcome, _hints(fields, 2)
+
+    return Op(
+        b"ff_deliver_signal",
+        (keys.core(execution_id),),
+        (
+            waitpoint.waitpoint_id.encode(),
+            waitpoint.hmac_token.reveal().encode(),
+            signal.signal_id.encode(),
+            signal.signal_name.encode(),
+            signal.signal_category.encode(),
+            signal.source_type.encode(),
+            signal.source_identity.encode(),
+            signal.correlation_id.encode(),
+            idempotency_key.encode(),
+            b"0" if signal.payload is None else b"1",
+            signal.payload or b"",
+        ),
+        parse,
+    )
+
+
+def observe_signals(attempt: Attempt) -> Op[tuple[ResumeSignal, ...]]:
+    """The signals that met the condition after which this lease was granted."""
+
+    def parse(_: bytes, fields: list[object]) -> tuple[ResumeSignal, ...]:
+        found = []
+        for flat in fields[0] if isinstance(fields[0], list) else []:
+            pairs = _pairs(flat)
+            texts = {
+                name: pairs[name.encode()].decode("utf-8", "replace")
+                for name in (
+                    "signal_id",
+                    "signal_name",
+                    "signal_category",
+                    "source_type",
+                    "source_identity",
+                    "correlation_id",
+                )
+            }
+            found.append(
+                ResumeSignal(
+                    **texts, accepted_at=int(pairs[b"accepted_at"]), payload=pairs.get(b"payload")
+                )
+            )
+        return tuple(found)
+
+    return Op(
+        b"ff_observe_signals",
+        (keys.core(attempt.execution_id),),
+        attempt.fence,
+        parse,
+        read_only=True,
+    )
+
+
+def _amounts(usage: UsageDimensions) -> list[bytes]:
+    amounts = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
+    if usage.wall_ms is not None:
+        amounts["wall_ms"] = usage.wall_ms
+    amounts |= usage.custom
+    return [
+        part
+        for name, amount in amounts.items()
+        if amount
+        for part in (name.encode(), number(amount))
+    ]
+
+
+class UsageCheck(NamedTuple):
+    """Answer of the execution's own ledger."""
+
+    already_applied: bool
+    budget_ids: tuple[str, ...]
+
+
+def report_usage(
+    attempt: Attempt, usage: UsageDimensions, dedup_key: str, *, apply: bool
+) -> Op[UsageCheck]:
+    """Check a report against the fence, or add it to the execution's ledger."""
+
+    def parse(status: bytes, fields: list[object]) -> UsageCheck:
+        return UsageCheck(status == b"ALREADY_APPLIED", tuple(_text(fields[0]).split()))
+
+    return Op(
+        b"ff_report_usage",
+        (keys.core(attempt.execution_id),),
+        (*attempt.fence, b"apply" if apply else b"check", dedup_key.encode(), *_amounts(usage)),
+        parse,
+    )
+
+
+def create_budget(budget_id: str, hard: Mapping[str, int], soft: Mapping[str, int]) -> Op[None]:
+    """Create a budget, or replace its limits."""
+    limits = [
+        part
+        for kind, given in (("hard", hard), ("soft", soft))
+        for name, limit in given.items()
+        for part in (f"{kind}:{name}".encode(), number(limit))
+    ]
+    return Op(
+        b"ff_create_budget",
+        (keys.budget_limits(budget_id), keys.budget_usage(budget_id)),
+        tuple(limits),
+        lambda status, fields: None,
+    )
+
+
+def charge_budget(
+    budget_id: str, charge_key: str, usage: UsageDimensions, dedup_ttl_ms: int
+) -> Op[ReportUsageResult]:
+    """Add a report to a budget, completely or not at all, once for each *charge_key*."""
+
+    def parse(status: bytes, fields: list[object]) -> ReportUsageResult:
+        verdict = UsageVerdict(status.decode().lower())
+        if verdict in (UsageVerdict.OK, UsageVerdict.ALREADY_APPLIED):
+            return ReportUsageResult(verdict)
+        return ReportUsageResult(
+            verdict, budget_id, _text(fields[0]), _int(fields[1]), _int(fields[2])
+        )
+
+    return Op(
+        b"ff_charge_budget",
+        _budget_keys(budget_id, charge_key),
+        (number(dedup_ttl_ms), *_amounts(usage)),
+        parse,
+    )
+
+
+def release_charge(budget_id: str, charge_key: str, usage: UsageDimensions) -> Op[None]:
+    """Take a charge back."""
+    return Op(
+        b"ff_release_charge",
+        _budget_keys(budget_id, charge_key),
+        tuple(_amounts(usage)),
+        lambda status, fields: None,
+    )
+
+
+def _budget_keys(budget_id: str, charge_key: str) -> tuple[bytes, ...]:
+    return (
+        keys.budget_limits(budget_id),
+        keys.budget_usage(budget_id),
+        keys.budget_dedup(budget_id, charge_key),
+    )
+
+
+def create_flow(flow_id: str, tag: str, namespace: str) -> Op[str]:
+    """Create a flow, or find that it exists; answers its state."""
+    return Op(
+        b"ff_create_flow",
+        (keys.flow(tag, flow_id),),
+        (flow_id.encode(), namespace.encode()),
+        lambda status, fields: _text(fields[0]),
+    )
+
+
+def cancel_flow(
+    flow_id: str, tag: str, reason: str, policy: CancelFlowPolicy, backlog_ms: int
+) -> Op[tuple[CancelFlowPolicy, int]]:
+    """Cancel the flow itself: no member is claimed from here on. Answers the policy and how many members are open."""
+    return Op(
+        b"ff_cancel_flow",
+        (
+            keys.flow(tag, flow_id),
+            keys.flow_members(tag, flow_id),
+            keys.flow_open(tag, flow_id),
+            keys.timers(tag),
+        ),
+        (reason.encode(), policy.value.encode(), number(backlog_ms)),
+        lambda status, fields: (CancelFlowPolicy(_text(fields[0])), _int(fields[1])),
+    )
+
+
+def cancel_members(flow_id: str, tag: str, count: int) -> Op[tuple[tuple[int, int], Hints]]:
+    """Cancel members of a cancelled flow; answers how many, and how many are left to be cancelled."""
+    return Op(
+        b"ff_cancel_members",
+        (keys.flow(tag, flow_id), keys.flow_open(tag, flow_id), keys.timers(tag)),
+        (number(count),),
+        lambda status, fields: ((_int(fields[0]), _int(fields[1])), _hints(fields, 2)),
+    )
+
+
+def describe_flow(flow_id: str, tag: str) -> Op[FlowDescription]:
+    """A flow and its members."""
+
+    def parse(_: bytes, fields: list[object]) -> FlowDescription:
+        flow = _pairs(fields[0])
+        members, still_open = (
+            tuple(sorted(_text(member) for member in group)) if isinstance(group, list) else ()
+            for group in fields[1:3]
+        )
+        return FlowDescription(flow_id, _text(flow[b"state"]), members, still_open)
+
+    return Op(
+        b"ff_describe_flow",
+        (keys.flow(tag, flow_id), keys.flow_members(tag, flow_id), keys.flow_open(tag, flow_id)),
+        (),
+        parse,
+        read_only=True,
+    )
+
+
+def set_tags(execution_id: str, tags: Mapping[str, str]) -> Op[int]:
+    """Set tags; answers how many the execution has."""
+    return Op(
+        b"ff_set_tags",
+        (keys.core(execution_id), keys.tags(execution_id)),
+        tuple(part.encode() for pair in tags.items() for part in pair),
+        lambda status, fields: _int(fields[0]),
+    )
+
+
+def read_tags(execution_id: str) -> Op[dict[str, str]]:
+    """The tags of an execution."""
+
+    def parse(_: bytes, fields: list[object]) -> dict[str, str]:
+        return {_text(name): _text(value) for name, value in _pairs(fields[0]).items()}
+
+    return Op(
+        b"ff_read_tags",
+        (keys.core(execution_id), keys.tags(execution_id)),
+        (),
+        parse,
+        read_only=True,
+    )
+
+
+def fire_timer(
+    tag: str, member: bytes, kind: str, execution_id: str, more: str, scope: ScannerFilter
+) -> Op[tuple[str, Hints]]:
+    """Fire one timer that is due; answers ``done``, ``later`` or ``skipped``."""
+    tag_name, tag_value = scope.instance_tag or ("", "")
+    return Op(
+        b"ff_fire_timer",
+        (keys.timers(tag), keys.core(execution_id)),
+        (
+            member,
+            kind.encode(),
+            more.encode(),
+            (scope.namespace or "").encode(),
+            tag_name.encode(),
+            tag_value.encode(),
+        ),
+        lambda status, fields: (_text(fields[0]), _hints(fields, 1)),
+    )

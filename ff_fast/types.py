@@ -97,6 +97,16 @@ def _seconds(name: str, value: object, *, zero: bool) -> float:
     return float(value)
 
 
+def duration_ms(name: str, value: object) -> int:
+    """Return a duration in whole milliseconds; *value* is seconds, a ``timedelta``, or None for 0.
+
+    Raises:
+        InvalidInput: It is negative, not finite, or longer than a year.
+        InvalidType: It is neither a number nor a ``timedelta``.
+    """
+    return 0 if value is None else round(_seconds(name, value, zero=True) * 1000)
+
+
 def payload_bytes(payload: object, name: str = "payload") -> bytes:
     """Return a payload as ``bytes``, copied if the caller could change it later.
 
@@ -1200,6 +1210,7 @@ class CompletionPayload(Value):
         payload_bytes: Its result; None when it has none.
         produced_at_ms: When it ended, by the server's clock; 0 when unknown.
         flow_id: The flow it belongs to; None for a solo execution.
+        cursor: Where a subscription goes on behind it; None outside a subscription.
     """
 
     execution_id: str
@@ -1207,6 +1218,7 @@ class CompletionPayload(Value):
     payload_bytes: bytes | None = None
     produced_at_ms: int = 0
     flow_id: str | None = None
+    cursor: str | None = None
 
     def __post_init__(self) -> None:
         _set(self, "execution_id", keys.canonical_execution_id(self.execution_id))
@@ -1219,9 +1231,7 @@ class CompletionPayload(Value):
 
     def with_flow_id(self, flow_id: str) -> CompletionPayload:
         """Return a copy that belongs to this flow."""
-        return CompletionPayload(
-            self.execution_id, self.outcome, self.payload_bytes, self.produced_at_ms, flow_id
-        )
+        return self.replace(flow_id=flow_id)
 
 
 class CancelFlowPolicy(enum.Enum):
@@ -1340,6 +1350,301 @@ class UsageDimensions(Value):
                 self.dedup_key,
             )
         )
+
+
+# -- retries ---------------------------------------------------------------------------------------
+
+
+class RetryBackoff(enum.Enum):
+    """How the pauses between retries grow."""
+
+    FIXED = "fixed"
+    EXPONENTIAL = "exponential"
+
+
+class RetryPolicy(Value):
+    """When a failed or lost attempt is tried again.
+
+    The pause before retry n (from 0) is ``delay_ms`` or, exponentially, ``delay_ms * multiplier^n``, at most
+    ``max_delay_ms``, less a random share of up to ``jitter_percent``.
+
+    Attributes:
+        max_retries: Retries after transient failures and timeouts.
+        backoff: How the pauses grow.
+        delay_ms: The first pause.
+        multiplier: Growth of an exponential backoff, 1 to 100.
+        max_delay_ms: The longest pause.
+        jitter_percent: Random share of each pause, 0 to 100.
+        max_reclaims: How often a lost worker is replaced.
+    """
+
+    max_retries: int = 0
+    backoff: RetryBackoff = RetryBackoff.EXPONENTIAL
+    delay_ms: int = 1_000
+    multiplier: float = 2.0
+    max_delay_ms: int = 60_000
+    jitter_percent: int = 20
+    max_reclaims: int = 100
+
+    def __post_init__(self) -> None:
+        check_int("max_retries", self.max_retries, 0, MAX_U32)
+        _check_type("backoff", self.backoff, RetryBackoff)
+        check_int("delay_ms", self.delay_ms, 0, MAX_U32)
+        check_int("max_delay_ms", self.max_delay_ms, 0, MAX_U32)
+        check_int("jitter_percent", self.jitter_percent, 0, 100)
+        check_int("max_reclaims", self.max_reclaims, 0, MAX_U32)
+        if type(self.multiplier) not in (int, float) or not 1 <= self.multiplier <= 100:
+            raise InvalidInput("multiplier must be a number from 1 to 100.")
+
+
+# -- conditions ------------------------------------------------------------------------------------
+
+
+class CountKind(enum.Enum):
+    """What makes a contribution to a condition distinct from another one."""
+
+    DISTINCT_MEMBERS = "leaf"
+    DISTINCT_WAITPOINTS = "waitpoint"
+    DISTINCT_SIGNALS = "signal"
+    DISTINCT_SOURCES = "source"
+
+
+class ResumeCondition(Value):
+    """What must come before a suspended execution goes on: made by :meth:`any`, :meth:`all` and :meth:`count`.
+
+    Conditions nest, at most 16 levels and 256 members in all. Each node counts for itself: a signal that two nodes wait
+    for contributes to both.
+
+    Attributes:
+        members: Waitpoints and conditions.
+        needed: How many distinct contributions meet it.
+        distinct: What makes contributions of its waitpoints distinct; conditions inside it count once each.
+    """
+
+    members: tuple[WaitpointSpec | ResumeCondition, ...]
+    needed: int
+    distinct: CountKind = CountKind.DISTINCT_MEMBERS
+
+    def __post_init__(self) -> None:
+        _check_type("members", self.members, tuple)
+        if not self.members:
+            raise InvalidInput("A condition needs at least one member.")
+        for member in self.members:
+            if not isinstance(member, (WaitpointSpec, ResumeCondition)):
+                raise InvalidType(
+                    "A member of a condition is a WaitpointSpec or a ResumeCondition."
+                )
+        check_int("needed", self.needed, 1, 10_000)
+        _check_type("distinct", self.distinct, CountKind)
+        reachable = self._reachable()
+        if reachable is not None and self.needed > reachable:
+            raise InvalidInput(
+                f"The condition needs {self.needed} contributions and can get {reachable}."
+            )
+        levels, members = self._size()
+        if levels > 16 or members > 256:
+            raise InvalidInput("A condition has at most 16 levels and 256 members in all.")
+
+    def _reachable(self) -> int | None:
+        """How many distinct contributions there can be; None for no limit."""
+        leaves = [member for member in self.members if isinstance(member, WaitpointSpec)]
+        nodes = len(self.members) - len(leaves)
+        if not leaves or self.distinct is CountKind.DISTINCT_MEMBERS:
+            return len(leaves) + nodes
+        if self.distinct is CountKind.DISTINCT_WAITPOINTS:
+            return len({leaf.hmac_token for leaf in leaves}) + nodes
+        return None
+
+    def _size(self) -> tuple[int, int]:
+        levels, members = 1, len(self.members)
+        for member in self.members:
+            if isinstance(member, ResumeCondition):
+                inner = member._size()  # noqa: SLF001 - its own
+                levels, members = max(levels, inner[0] + 1), members + inner[1]
+        return levels, members
+
+    @classmethod
+    def any(cls, *members: WaitpointSpec | ResumeCondition) -> ResumeCondition:
+        """Return the condition that one member is enough for."""
+        return cls(members, 1)
+
+    @classmethod
+    def all(cls, *members: WaitpointSpec | ResumeCondition) -> ResumeCondition:
+        """Return the condition that every member is needed for."""
+        return cls(members, max(len(members), 1))
+
+    @classmethod
+    def count(
+        cls,
+        needed: int,
+        *members: WaitpointSpec | ResumeCondition,
+        distinct: CountKind = CountKind.DISTINCT_WAITPOINTS,
+    ) -> ResumeCondition:
+        """Return the condition that *needed* distinct contributions meet."""
+        return cls(members, needed, distinct)
+
+
+class TimeoutBehavior(enum.Enum):
+    """What happens to a suspended execution that nobody resumed in time."""
+
+    FAIL = "fail"
+    CANCEL = "cancel"
+    EXPIRE = "expire"
+    AUTO_RESUME = "auto_resume"
+    ESCALATE = "escalate"
+
+
+class SuspendOutcome(Value):
+    """What a suspension led to.
+
+    Attributes:
+        suspension_id: Its id.
+        handle: The handle of the suspended execution, of kind ``SUSPENDED``; where the condition was met already, the
+            caller's own handle, whose lease goes on.
+        already_satisfied: Signals that had come before met the condition.
+    """
+
+    suspension_id: str
+    handle: Handle
+    already_satisfied: bool
+
+
+class SignalOutcome(Value):
+    """What a signal did.
+
+    Attributes:
+        signal_id: Id of the signal; of the earlier one where it is a duplicate.
+        effect: ``resume_condition_satisfied``, ``appended_to_waitpoint``, ``appended_to_waitpoint_duplicate``,
+            ``buffered_for_pending_waitpoint``, ``signal_ignored_matcher_failed`` or
+            ``signal_ignored_not_in_condition``.
+        duplicate: A signal with this id or idempotency key had come before.
+    """
+
+    signal_id: str
+    effect: str
+    duplicate: bool = False
+
+
+# -- usage -----------------------------------------------------------------------------------------
+
+
+class UsageVerdict(enum.Enum):
+    """What became of a usage report."""
+
+    OK = "ok"
+    SOFT_BREACH = "soft_breach"
+    HARD_BREACH = "hard_breach"
+    ALREADY_APPLIED = "already_applied"
+
+
+class ReportUsageResult(Value):
+    """Answer to a usage report.
+
+    Attributes:
+        verdict: ``OK`` and ``SOFT_BREACH``: applied. ``HARD_BREACH``: nothing was applied, to no budget and not to the
+            execution. ``ALREADY_APPLIED``: a report with this key was.
+        budget_id: For a breach, whose limit it is.
+        dimension: For a breach, the dimension.
+        current: For a breach, what is used (with this report where it was applied).
+        limit: For a breach, the limit.
+    """
+
+    verdict: UsageVerdict
+    budget_id: str | None = None
+    dimension: str | None = None
+    current: int = 0
+    limit: int = 0
+
+
+# -- ends ------------------------------------------------------------------------------------------
+
+
+class CancelOutcome(Value):
+    """Answer to a cancellation.
+
+    Attributes:
+        cancelled: Whether the execution is cancelled; False while its worker is asked first.
+        previous_state: State that it was in.
+    """
+
+    cancelled: bool
+    previous_state: str
+
+
+class CancelFlowOutcome(Value):
+    """Answer to the cancellation of a flow.
+
+    Attributes:
+        policy: The policy that holds; that of the first cancellation.
+        cancelled_members: How many members this call cancelled.
+        open_members: How many members had not ended when it returned.
+    """
+
+    policy: CancelFlowPolicy
+    cancelled_members: int
+    open_members: int
+
+
+class FlowDescription(Value):
+    """A flow.
+
+    Attributes:
+        flow_id: Its id.
+        state: ``open`` or ``cancelled``.
+        members: Ids of its executions.
+        open_members: Ids of those that have not ended.
+    """
+
+    flow_id: str
+    state: str
+    members: tuple[str, ...]
+    open_members: tuple[str, ...]
+
+
+# -- descriptions ----------------------------------------------------------------------------------
+
+
+class ExecutionDescription(Value):
+    """An execution as the server holds it, without its payload and without secrets.
+
+    Attributes:
+        execution_id: Its id.
+        state: ``waiting``, ``delayed``, ``waiting_children``, ``active``, ``suspended``, ``completed``, ``failed``,
+            ``cancelled`` or ``expired``.
+        fields: The fields of its core, as text.
+        tags: Its tags.
+        usage: What it reported as used.
+        history: Its newest transitions, oldest first: ``at_ms``, ``from``, ``to``, ``attempt``, ``reason``.
+    """
+
+    execution_id: str
+    state: str
+    fields: dict[str, str]
+    tags: dict[str, str]
+    usage: dict[str, int]
+    history: tuple[dict[str, str], ...]
+
+
+class StreamDescription(Value):
+    """The streams of one attempt.
+
+    Attributes:
+        last_id: Id of the newest frame, ``0-0`` for none.
+        frame_count: How many frames the attempt has had.
+        log_entries: Durable frames that are kept, and the end entry.
+        live_entries: Entries of the live window; a run is one.
+        summary_version: How many patches the summary has had.
+        closed_reason: Why the stream ended; None while it has not.
+        lease_left_ms: How long the lease still lasts by the server's clock; None where there is none.
+    """
+
+    last_id: str
+    frame_count: int
+    log_entries: int
+    live_entries: int
+    summary_version: int
+    closed_reason: str | None
+    lease_left_ms: int | None
 
 
 # -- filters ---------------------------------------------------------------------------------------

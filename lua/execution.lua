@@ -1,85 +1,146 @@
--- Executions: their one state, the one place that changes it, creation and description.
+-- Creation, description, tags.
 
--- From a state to the states that may follow it.
-ff.TRANSITIONS = {
-  waiting = { active = true },
-  active = { completed = true, failed = true },
+local POLICY = {
+  'retry_max', 'retry_backoff', 'retry_delay_ms', 'retry_multiplier_percent', 'retry_max_delay_ms',
+  'retry_jitter_percent', 'max_reclaims', 'attempt_timeout_ms',
 }
 
--- Eligible executions sort by priority (higher first), then by age. Exact: |score| < 2^53 up to priority 9000.
-function ff.eligible_score(priority, created_ms)
-  return ff.text(created_ms - priority * 1000000000000)
-end
-
--- Moves an execution to another state: the state, its times and the index that its states name, together.
--- Every caller has checked its arguments before; a transition that the table does not know is a bug of the caller.
-function ff.move(core_key, eligible, execution_id, from, to, now)
-  if not (ff.TRANSITIONS[from] and ff.TRANSITIONS[from][to]) then
-    error('ff_fast: no transition from ' .. from .. ' to ' .. to)
-  end
-  local text = ff.text(now)
-  redis.call('HSET', core_key, 'state', to, 'last_transition_at', text)
-  if from == 'waiting' then
-    redis.call('ZREM', eligible, execution_id)
-  end
-  if ff.TERMINAL[to] then
-    redis.call('HSET', core_key, 'completed_at', text)
-  end
-end
-
 -- ff_create_execution
---   keys:    core payload tags eligible
---   args:    execution_id namespace lane_id priority required_capabilities retention_ms payload (tag value)...
---   returns: eligible_score
---   errors:  invalid_input
+--   keys:    core payload tags eligible flow
+--   args:    execution_id namespace lane_id priority required_capabilities retention_ms delay_ms deadline_ms flow_id parent_id budget_ids retry_max retry_backoff retry_delay_ms retry_multiplier_percent retry_max_delay_ms retry_jitter_percent max_reclaims attempt_timeout_ms payload (tag value)...
+--   returns: (lane_id eligible_score)...
+--   errors:  invalid_input flow_not_found flow_already_terminal execution_not_found
 --
--- The status is DUPLICATE, and nothing is changed, where the execution exists: a caller that lost the reply asks again.
+-- The status is DUPLICATE, and nothing is changed, where the execution exists: a caller that lost the reply asks again,
+-- and gets the hint again. `flow` is any key of the slot where flow_id is ''.
 redis.register_function('ff_create_execution', function(keys, args)
   local call = redis.call
-  local priority, retention_ms = ff.integer(args[4]), ff.integer(args[6])
-  if not priority or priority > 9000 then
-    return ff.err('invalid_input', 'priority')
+  local numbers = {}
+  for _, index in ipairs({ 4, 6, 7, 8, 12, 14, 15, 16, 17, 18, 19 }) do
+    numbers[index] = ff.integer(args[index])
+    if not numbers[index] then
+      return ff.err('invalid_input', 'argument ' .. index)
+    end
   end
-  if not retention_ms or retention_ms < 1 then
-    return ff.err('invalid_input', 'retention_ms')
+  if numbers[4] > 9000 or numbers[6] < 1 or (#args - 20) % 2 ~= 0 then
+    return ff.err('invalid_input', 'argument')
   end
-  if (#args - 7) % 2 ~= 0 then
-    return ff.err('invalid_input', 'tags')
-  end
-  local existing = call('HMGET', keys[1], 'state', 'priority', 'created_at')
-  if existing[1] then
-    return { 1, 'DUPLICATE', ff.eligible_score(tonumber(existing[2]), tonumber(existing[3])) }
+  local existing = ff.load(keys[1])
+  if existing then
+    if existing.state == 'waiting' then
+      existing.hints = {
+        existing.fields.lane_id,
+        ff.eligible_score(tonumber(existing.fields.priority), tonumber(existing.fields.created_at)),
+      }
+    end
+    local reply = ff.ok_with_hints(existing)
+    reply[2] = 'DUPLICATE'
+    return reply
   end
   local now = ff.now_ms()
-  local score = ff.eligible_score(priority, now)
-  call(
-    'HSET', keys[1], 'execution_id', args[1], 'namespace', args[2], 'lane_id', args[3], 'priority', args[4],
-    'required_capabilities', args[5], 'retention_ms', args[6], 'state', 'waiting', 'created_at', ff.text(now),
-    'last_transition_at', ff.text(now), 'total_attempt_count', '0', 'current_lease_epoch', '0'
-  )
-  if #args[7] > 0 then
-    call('SET', keys[2], args[7])
+  local fields = {
+    'execution_id', args[1], 'namespace', args[2], 'lane_id', args[3], 'priority', args[4],
+    'required_capabilities', args[5], 'retention_ms', args[6], 'created_at', ff.text(now),
+    'last_transition_at', ff.text(now), 'total_attempt_count', '0', 'current_lease_epoch', '0', 'retry_count', '0',
+    'reclaim_count', '0', 'state', numbers[7] > 0 and 'delayed' or 'waiting',
+  }
+  local function put(name, value)
+    fields[#fields + 1] = name
+    fields[#fields + 1] = value
   end
-  for i = 8, #args, 2 do
+  if #args[9] > 0 then
+    local flow = call('HGET', keys[5], 'state')
+    if not flow then
+      return ff.err('flow_not_found')
+    end
+    if flow ~= 'open' then
+      return ff.err('flow_already_terminal')
+    end
+    put('flow_id', args[9])
+  end
+  if #args[10] > 0 then
+    local tag = string.match(keys[1], '^ff:exec:(%b{}):')
+    local parent = call('HGET', 'ff:exec:' .. tag .. ':' .. args[10] .. ':core', 'state')
+    if not parent or ff.OUTCOMES[parent] then
+      return ff.err('execution_not_found')
+    end
+    put('parent_id', args[10])
+  end
+  if #args[11] > 0 then
+    put('budget_ids', args[11])
+  end
+  for i, name in ipairs(POLICY) do
+    put(name, args[11 + i])
+  end
+  call('HSET', keys[1], unpack(fields))
+  if #args[20] > 0 then
+    call('SET', keys[2], args[20])
+  end
+  for i = 21, #args, 2 do
     call('HSET', keys[3], args[i], args[i + 1])
   end
-  call('ZADD', keys[4], score, args[1])
-  return ff.ok(score)
+  local x = ff.load(keys[1], now)
+  if #args[9] > 0 then
+    call('SADD', keys[5] .. ':members', x.id)
+    call('SADD', keys[5] .. ':open', x.id)
+  end
+  if #args[10] > 0 then
+    call('SADD', 'ff:exec:' .. x.tag .. ':' .. args[10] .. ':children', x.id)
+  end
+  if numbers[8] > 0 then
+    ff.set_timer(x, 'deadline', now + numbers[8])
+  end
+  if numbers[7] > 0 then
+    ff.set_timer(x, 'delay', now + numbers[7])
+    return ff.ok()
+  end
+  local score = ff.eligible_score(numbers[4], now)
+  call('ZADD', keys[4], score, x.id)
+  return ff.ok(args[3], score)
 end)
 
 -- ff_describe_execution
---   keys:    core
+--   keys:    core tags usage history
 --   args:
---   returns: (field value)...
+--   returns: core tags usage history
 --   errors:  execution_not_found
+--
+-- Field lists, and the newest 100 entries of the history.
 redis.register_function({
   function_name = 'ff_describe_execution',
   callback = function(keys)
-    local fields = redis.call('HGETALL', keys[1])
-    if #fields == 0 then
+    local core = redis.call('HGETALL', keys[1])
+    if #core == 0 then
       return ff.err('execution_not_found')
     end
-    return ff.ok(unpack(fields))
+    return ff.ok(
+      core, redis.call('HGETALL', keys[2]), redis.call('HGETALL', keys[3]),
+      redis.call('XREVRANGE', keys[4], '+', '-', 'COUNT', '100')
+    )
+  end,
+  flags = { 'no-writes' },
+})
+
+-- ff_describe_attempt
+--   keys:    core log live meta summary
+--   args:    attempt_index
+--   returns: meta log_entries live_entries summary_version lease_left_ms
+--   errors:  execution_not_found
+redis.register_function({
+  function_name = 'ff_describe_attempt',
+  callback = function(keys, args)
+    local core = redis.call('HMGET', keys[1], 'state', 'current_attempt_index')
+    if not core[1] then
+      return ff.err('execution_not_found')
+    end
+    local left = ''
+    if core[1] == 'active' and core[2] == args[1] then
+      left = ff.text(math.max((tonumber(redis.call('HGET', keys[4], 'lease_expires_at')) or 0) - ff.now_ms(), 0))
+    end
+    return ff.ok(
+      redis.call('HGETALL', keys[4]), ff.text(redis.call('XLEN', keys[2])), ff.text(redis.call('XLEN', keys[3])),
+      redis.call('HGET', keys[5], 'version') or '0', left
+    )
   end,
   flags = { 'no-writes' },
 })
@@ -89,6 +150,8 @@ redis.register_function({
 --   args:
 --   returns: payload
 --   errors:  execution_not_found
+--
+-- The payload or the result of an execution: whichever key it is told.
 redis.register_function({
   function_name = 'ff_read_payload',
   callback = function(keys)
@@ -96,6 +159,44 @@ redis.register_function({
       return ff.err('execution_not_found')
     end
     return ff.ok(redis.call('GET', keys[2]) or '')
+  end,
+  flags = { 'no-writes' },
+})
+
+-- ff_set_tags
+--   keys:    core tags
+--   args:    (tag value)...
+--   returns: tag_count
+--   errors:  execution_not_found invalid_input
+redis.register_function('ff_set_tags', function(keys, args)
+  if #args == 0 or #args % 2 ~= 0 then
+    return ff.err('invalid_input', 'tags')
+  end
+  if redis.call('EXISTS', keys[1]) == 0 then
+    return ff.err('execution_not_found')
+  end
+  for i = 1, #args, 2 do
+    redis.call('HSET', keys[2], args[i], args[i + 1])
+  end
+  local left = redis.call('PTTL', keys[1])
+  if left > 0 then
+    redis.call('PEXPIRE', keys[2], left)
+  end
+  return ff.ok(ff.text(redis.call('HLEN', keys[2])))
+end)
+
+-- ff_read_tags
+--   keys:    core tags
+--   args:
+--   returns: (tag value)...
+--   errors:  execution_not_found
+redis.register_function({
+  function_name = 'ff_read_tags',
+  callback = function(keys)
+    if redis.call('EXISTS', keys[1]) == 0 then
+      return ff.err('execution_not_found')
+    end
+    return { 1, 'OK', redis.call('HGETALL', keys[2]) }
   end,
   flags = { 'no-writes' },
 })

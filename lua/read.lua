@@ -60,23 +60,23 @@ redis.register_function({
     if not attempt_index or not count or count < 1 or not max_bytes then
       return ff.err('invalid_input', 'count')
     end
-    local core = redis.call(
-      'HMGET', keys[1], 'state', 'current_attempt_index', 'lease_expires_at', 'total_attempt_count'
-    )
+    local core = redis.call('HMGET', keys[1], 'state', 'current_attempt_index', 'total_attempt_count')
     if not core[1] then
       return ff.err('execution_not_found')
     end
-    local meta = redis.call('HMGET', keys[4], 'last_sequence', 'last_ms', 'visible_sequence', 'closed_reason')
+    local meta = redis.call(
+      'HMGET', keys[4], 'last_sequence', 'last_ms', 'visible_sequence', 'closed_reason', 'lease_expires_at'
+    )
     local closed_reason, lease_left = meta[4] or '', ''
     if not meta[1] then
       -- The next attempt may still come, unless the execution has ended with another one.
-      local attempts, ended = tonumber(core[4]), ff.TERMINAL[core[1]]
+      local attempts, ended = tonumber(core[3]), ff.END_REASONS[core[1]]
       if attempt_index ~= attempts or (ended and attempts > 0) then
         return ff.err('attempt_not_found')
       end
       closed_reason = ended or ''
     elseif closed_reason == '' and core[1] == 'active' and core[2] == args[1] then
-      local left = core[3] - ff.now_ms()
+      local left = (tonumber(meta[5]) or 0) - ff.now_ms()
       lease_left = ff.text(left)
       if left <= 0 then
         closed_reason = 'producer_lost'
@@ -86,7 +86,8 @@ redis.register_function({
     local log, log_to, log_more = read_after(keys[2], args[2], count, max_bytes, nil)
     local live, live_to, live_more = read_after(keys[3], args[3], count, max_bytes, exclude)
     return ff.ok(
-      log, log_to, log_more, live, live_to, live_more, meta[1] or '0', meta[2] or '0', meta[3] or '0', closed_reason,
+      log, log_to, log_more, live, live_to, live_more, meta[1] or '0', meta[2] or '0',
+      meta[3] or meta[1] or '0', closed_reason,
       lease_left
     )
   end,

@@ -22,7 +22,7 @@ class WriterCore:
         self,
         *,
         keys: tuple[bytes, bytes, bytes, bytes, bytes],
-        fence: tuple[bytes, bytes, bytes, bytes],
+        writer: bytes,
         mode: StreamMode,
         opened: tuple[object, ...],
         document: bytes | None = None,

@@ -63,6 +63,11 @@ cdef extern from "Python.h":
     int PyGC_Enable() noexcept
 
 cdef enum:
+    # core, meta and log; live and summary for the batches that need them.
+    MIN_KEYS = 3
+    MAX_KEYS = 5
+    # "FCALL", "ff_append" and the number of keys, as bulk strings.
+    HEAD_SIZE = 11 + 15 + 7
     # Mirrors of lua/prelude.lua.
     MAX_PAYLOAD = 65536
     MAX_FRAMES = 1024
@@ -244,8 +249,8 @@ cdef class WriterCore:
     """Frames of one attempt to requests, batched, resent and acknowledged (see the module).
 
     Args:
-        keys: core, log, live, meta and summary key of the attempt.
-        fence: attempt index, lease id, lease epoch and writer id, as they go to the server.
+        keys: core, meta, log, live and summary key of the attempt.
+        writer: Id under which the writer was opened; it holds the fence.
         mode: Mode of frames that name none.
         opened: What `ff_open_writer` answered: last sequence, last ms, last visible sequence,
             estimator state, summary version.
@@ -263,8 +268,9 @@ cdef class WriterCore:
     cdef object _ending
     cdef public bint waiting
     cdef object _mode
-    cdef bytes _constant
-    cdef bytes _pending_prefix
+    cdef bytes _keys
+    cdef Py_ssize_t _key_ends[3]
+    cdef bytes _writer
     # The open batch: payloads back to back, a length and a time for each frame, runs, and the shape
     # of each run.
     cdef char* _data
@@ -290,6 +296,8 @@ cdef class WriterCore:
     cdef bint _due
     cdef long long _sequence
     cdef long long _visible
+    # The last visible frame as the server was told it; -1 while that is the last frame.
+    cdef long long _told_visible
     cdef long long _acked_sequence
     cdef readonly long long first_sequence
     cdef long long _acked_ms
@@ -352,7 +360,7 @@ cdef class WriterCore:
         PyMem_Free(self._marks)
 
     def __init__(
-        self, *, tuple keys not None, tuple fence not None, mode, tuple opened not None,
+        self, *, tuple keys not None, bytes writer not None, mode, tuple opened not None,
         bytes document=None, long long retention_maxlen=10_000,
         Py_ssize_t max_unacknowledged_bytes=32 << 20, double linger_ms=0.0,
     ):
@@ -362,10 +370,15 @@ cdef class WriterCore:
             raise InvalidInput("linger_ms must be between 0 and 1000.")
         if max_unacknowledged_bytes < 1:
             raise InvalidInput("max_unacknowledged_bytes must be at least 1.")
-        # FCALL ff_append 5 <keys> <fence>: 12 of the parts of every request.
-        self._constant = bulks([b"FCALL", b"ff_append", b"5", *keys, *fence])
+        self._keys = bulks(list(keys))
+        self._writer = bulks([writer])
+        # A request names the keys that it needs: core, meta and log, then live, then summary.
+        self._key_ends[2] = PyBytes_GET_SIZE(self._keys)
+        self._key_ends[1] = self._key_ends[2] - bulk_size(len(keys[4]))
+        self._key_ends[0] = self._key_ends[1] - bulk_size(len(keys[3]))
         self._mode = mode
         self._sequence, self._acked_ms, self._visible, estimator, self.summary_version = opened
+        self._told_visible = -1 if self._visible == self._sequence else self._visible
         self._acked_sequence = self._sequence
         self.first_sequence = self._sequence + 1
         self._acked_at_us = now_us()
@@ -656,8 +669,10 @@ cdef class WriterCore:
         """The open batch as a request."""
         cdef Batch batch = Batch.__new__(Batch)
         cdef long long now = now_us()
-        cdef Py_ssize_t parts = 13
-        cdef Py_ssize_t total = PyBytes_GET_SIZE(self._constant)
+        # FCALL, the function, the number of keys, the writer and the first sequence; keys come later.
+        cdef Py_ssize_t parts = 5
+        cdef Py_ssize_t key_count = MIN_KEYS
+        cdef Py_ssize_t total = HEAD_SIZE + PyBytes_GET_SIZE(self._writer)
         cdef Py_ssize_t durable = 0
         cdef Py_ssize_t live = 0
         cdef Py_ssize_t index, i, value_size, extras
@@ -686,16 +701,19 @@ cdef class WriterCore:
                         + PyBytes_GET_SIZE(shape.fields)
                     )
                 if run.count > (run.previous >= 0):
-                    parts += 4 + 2 * extras + run.count - (run.previous >= 0)
+                    parts += 3 + run.count - (run.previous >= 0)
                     total += (
                         bulk_size(1) + number_size(run.count - (run.previous >= 0))
-                        + bulk_size(PyBytes_GET_SIZE(shape.name)) + number_size(extras)
-                        + PyBytes_GET_SIZE(shape.fields)
+                        + bulk_size(PyBytes_GET_SIZE(shape.name))
                     )
+                    if extras:
+                        parts += 1 + 2 * extras
+                        total += number_size(extras) + PyBytes_GET_SIZE(shape.fields)
                 for i in range(run.first, run.first + run.count):
                     total += bulk_size(self._lengths[i])
             else:
                 live += run.count
+                key_count = max(key_count, MAX_KEYS if shape.kind == PATCH else MIN_KEYS + 1)
                 parts += 3 + 2 * self._field_count(run, shape)
                 total += (
                     bulk_size(1) + self._fields_size(run, shape)
@@ -708,12 +726,18 @@ cdef class WriterCore:
                     total += bulk_size(PyBytes_GET_SIZE(name)) + number_size(run.base_version)
                 names.append(name)
         batch.live_count = live
-        tail = self._retention(batch, now, durable, &parts)
+        tail = self._retention(batch, now, durable, &parts, &key_count)
+        parts += key_count
+        total += self._key_ends[key_count - MIN_KEYS]
         total += 1 + digits(parts) + 2 + PyBytes_GET_SIZE(tail)
         batch.message = PyBytes_FromStringAndSize(NULL, total)
         start = PyBytes_AS_STRING(batch.message)
         out = put_length(start, c'*', parts)
-        out = put_raw(out, PyBytes_AS_STRING(self._constant), PyBytes_GET_SIZE(self._constant))
+        out = put_bulk(out, "FCALL", 5)
+        out = put_bulk(out, "ff_append", 9)
+        out = put_number(out, key_count)
+        out = put_raw(out, PyBytes_AS_STRING(self._keys), self._key_ends[key_count - MIN_KEYS])
+        out = put_raw(out, PyBytes_AS_STRING(self._writer), PyBytes_GET_SIZE(self._writer))
         out = put_number(out, batch.first_sequence)
         live = 0
         for index in range(self._run_count):
@@ -771,7 +795,8 @@ cdef class WriterCore:
         return batch
 
     cdef bytes _retention(
-        self, Batch batch, long long now, Py_ssize_t durable, Py_ssize_t* parts
+        self, Batch batch, long long now, Py_ssize_t durable, Py_ssize_t* parts,
+        Py_ssize_t* key_count,
     ):
         """The blocks behind the frames: trims, expiry, estimator state and a fresh document, where
         they are due."""
@@ -804,20 +829,30 @@ cdef class WriterCore:
             self._renewed_us = now
             batch.renews = True
             tail += [b"P", b"%d" % (2 * self._ttl_ms)]
+            key_count[0] = max(key_count[0], MIN_KEYS + 1)
+        if self._visible != self._sequence:
+            if self._told_visible != self._visible:
+                self._told_visible = self._visible
+                tail += [b"H", b"%d" % self._visible]
+        elif self._told_visible >= 0:
+            self._told_visible = -1
+            tail += [b"H", b""]
         if self._estimator is not None and (batch.live_count or self._finishing):
             if now >= self._estimator_at_us or self._finishing:
                 self._estimator_at_us = now + ESTIMATOR_EVERY_US
                 tail += [b"E", b"%.3f" % min(self._estimator.rate_at(now), MAX_RATE_HZ)]
         if self._pending_bytes and (
-            self._finishing or self._pending_bytes > max(self._stored_bytes, COMPACT_BYTES)
+            self._finishing or self._pending_bytes > max(2 * self._stored_bytes, COMPACT_BYTES)
         ):
             # Every frame written so far is in this batch or before it, so the document is the one
-            # after this batch: at most what was stored and what is pending, so less than twice the
-            # patches that paid for it. Without memory for it the server keeps the patches.
+            # after this batch. Each is three times the one before at the most, so all together are
+            # half as much again as the last one; a reader folds twice a document at the most.
+            # Without memory for it the server keeps the patches.
             try:
                 tail += [
                     b"C", b"%d" % self.summary_version, self._document.dumps(), self._patch_kind
                 ]
+                key_count[0] = MAX_KEYS
                 self._pending_bytes = 0
                 self._stored_bytes = self._document.size
             except (Corruption, MemoryError):
@@ -1181,10 +1216,11 @@ cdef inline char* put_fields(char* out, _Shape shape) noexcept:
 
 
 cdef char* put_log_block(char* out, _Shape shape, Py_ssize_t count, Py_ssize_t more) noexcept:
-    out = put_bulk(out, "L", 1)
+    cdef Py_ssize_t extras = shape.field_count + more
+    out = put_bulk(out, "X" if extras else "L", 1)
     out = put_number(out, count)
     out = put_bulk(out, PyBytes_AS_STRING(shape.name), PyBytes_GET_SIZE(shape.name))
-    return put_number(out, shape.field_count + more)
+    return put_number(out, extras) if extras else out
 
 
 cdef bint parse_position(bytes reply, long long* values) noexcept:
@@ -1226,13 +1262,17 @@ cdef list frames_of(Batch batch):
     cdef list frames = []
     cdef long long sequence = batch.first_sequence - 1
     argv = arguments_of(batch.message)
-    at = 5
+    at = 2
     while at < len(argv):
         letter = argv[at]
-        if letter == b"L":
-            count, extras = int(argv[at + 1]), int(argv[at + 3])
-            shared = [b"frame_type", argv[at + 2], *argv[at + 4:at + 4 + 2 * extras]]
-            at += 4 + 2 * extras
+        if letter in (b"L", b"X"):
+            count = int(argv[at + 1])
+            shared = [b"frame_type", argv[at + 2]]
+            at += 3
+            if letter == b"X":
+                extras = 2 * int(argv[at])
+                shared += argv[at + 1:at + 1 + extras]
+                at += 1 + extras
             for payload in argv[at:at + count]:
                 sequence += 1
                 entry = [b"0-%d" % sequence, [*shared, b"payload", payload]]
