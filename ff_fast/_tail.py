@@ -29,6 +29,7 @@ _PACE_MS = 5
 _REPLY_BYTES = 1 << 20
 _REPLY_FRAMES = 4_096
 _FIRST_FRAMES = 64
+_LARGEST_LOOK = 256
 # How many entries of log and live window are asked for until some were seen, and at the most.
 # XREAD knows no limit in bytes, and the next entries may be of another size than the last: an entry
 # of the live window may be a run of a thousand frames.
@@ -164,25 +165,33 @@ class TailCore:
         attempt_index: Attempt, from 0; one that nobody has claimed yet is waited for.
         after: Cursor, exclusive: an id of a frame, the cursor of a summary, or None for the start.
         visibility: Whether best-effort frames are wanted.
+        first_frames: How many frames the first read, and every look at the state, asks for; None is
+            a few.
 
     Attributes:
-        ended: True once the end was delivered.
+        end_reason: Why the attempt ended; None until the end was delivered.
     """
 
     __slots__ = (
-        "_asked", "_block_ms", "_count", "_counts", "_keys", "_more", "_paced", "_position",
-        "_ranged", "_reason", "_unwanted", "ended",
+        "_asked", "_block_ms", "_count", "_counts", "_first_frames", "_keys", "_more", "_paced",
+        "_position", "_ranged", "_reason", "_unwanted", "end_reason",
     )  # fmt: skip
 
     def __init__(
-        self, execution_id: str, attempt_index: int, after: object, visibility: TailVisibility
+        self,
+        execution_id: str,
+        attempt_index: int,
+        after: object,
+        visibility: TailVisibility,
+        first_frames: int | None = None,
     ) -> None:
+        self._first_frames = _FIRST_FRAMES if first_frames is None else first_frames
         self._position = _Position(execution_id, attempt_index, after, visibility)
         eid = self._position.execution_id
         self._keys = (keys.stream(eid, attempt_index), keys.live(eid, attempt_index))
         self._reason = "trimmed"
         self._counts = list(_FIRST_COUNTS)
-        self.ended = False
+        self.end_reason: str | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -207,7 +216,7 @@ class TailCore:
             # Behind: one stream at a time, as much of it as one answer may hold.
             self._asked = (_LOG,) if self._more[_LOG] else (_LIVE,)
         elif self._block_ms == 0:
-            self._ranged = self._position.range_op(_FIRST_FRAMES, _REPLY_BYTES)
+            self._ranged = self._position.range_op(self._first_frames, _REPLY_BYTES)
             return Step(self._ranged.request())
         elif self._paced:
             # Best-effort frames that are not wanted just came: for a moment only the log may wake
@@ -228,6 +237,27 @@ class TailCore:
             *(self._position.read[stream] for stream in self._asked),
         )
         return Step(request, block_s=(block or 0) / 1000)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the end was delivered."""
+        return self.end_reason is not None
+
+    def caught_up(self) -> bool:
+        """Whether all that there is was read. Behind XREADs the state is looked at once more first: it alone tells
+        of a lapsed lease, and of frames that are missing at the end."""
+        held = self._position.held
+        if held[_LOG] or held[_LIVE] or any(self._more):
+            return False
+        if self._ranged is None:
+            self._block_ms = 0
+            return False
+        return True
+
+    @property
+    def cursor(self) -> str:
+        """Id of the last frame that was delivered, or whose absence was."""
+        return _text(self._position.ms, self._position.sequence)
 
     def receive(self, reply: object) -> list[Item]:
         """Take the reply to the last step; return what the reader gets of it.
@@ -309,7 +339,7 @@ class TailCore:
         return max(most, 1)
 
     def _end(self, items: list[Item], reason: str) -> list[Item]:
-        self.ended = True
+        self.end_reason = reason
         return [*items, End(reason=reason)]
 
 
@@ -350,15 +380,15 @@ def read_page(
     """
     check_int("count", count, 1, MAX_COUNT)
     check_int("max_bytes", max_bytes, 1, 64 << 20)
-    position = _Position(execution_id, attempt_index, after, visibility)
+    # A page that one look at the state can bring is one call; the frames of a larger one come by XREAD.
+    first_frames = count if count <= _LARGEST_LOOK else _FIRST_FRAMES
+    core = TailCore(execution_id, attempt_index, after, visibility, first_frames)
     frames: list[StreamFrame] = []
     gaps: list[Gap] = []
     size = 0
     while True:
-        op = position.range_op(count - len(frames), min(max_bytes - size, _REPLY_BYTES))
-        (reply,) = yield Step(op.request())
-        answer = op.answer(reply)
-        items, ended = position.take_range(answer, "trimmed")
+        (reply,) = yield Step(core.step().request)
+        items = core.receive(reply)
         for item in items:
             if isinstance(item, Gap):
                 gaps.append(item)
@@ -366,10 +396,11 @@ def read_page(
                 frames.append(item)
                 size += len(item.payload)
                 if len(frames) == count:
-                    # A run may reach beyond the page; the next one begins inside it.
-                    return _page(frames, gaps, item.stream_id, ended if item is items[-1] else None)
-        if ended is not None or size >= max_bytes or not (answer.log_more or answer.live_more):
-            return _page(frames, gaps, _text(position.ms, position.sequence), ended)
+                    # What was read beyond the page, also of a run, is read again for the next one.
+                    last = item is (items[-2] if core.ended else items[-1])
+                    return _page(frames, gaps, item.stream_id, core.end_reason if last else None)
+        if core.ended or size >= max_bytes or core.caught_up():
+            return _page(frames, gaps, core.cursor, core.end_reason)
 
 
 def _page(

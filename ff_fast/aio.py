@@ -94,7 +94,8 @@ T = TypeVar("T")
 class _Source(Protocol):
     """What is read step by step until it has ended, and goes on from where it stood after a lost connection."""
 
-    ended: bool
+    @property
+    def ended(self) -> bool: ...
 
     def restart(self) -> None: ...
 
@@ -706,6 +707,11 @@ class ValkeyBackend:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
     async def close(self) -> None:
         """Close every connection; what waits for a reply there ends with an error.
 
@@ -1259,18 +1265,25 @@ class ValkeyBackend:
     # -- work -------------------------------------------------------------------------------------------------------
 
     async def supervise(
-        self, scope: ScannerFilter | None = None, *, interval: float = 0.25
+        self,
+        scope: ScannerFilter | None = None,
+        *,
+        interval: float = 0.25,
+        stop: asyncio.Event | None = None,
     ) -> None:
-        """Fire what is due, until cancelled; see :meth:`ff_fast.ValkeyBackend.supervise`."""
+        """Fire what is due, until *stop* is set or it is cancelled; see :meth:`ff_fast.ValkeyBackend.supervise`."""
+        ended = asyncio.Event() if stop is None else stop
         supervision = _lifecycle.Supervision(self._sweeper.partitions, _arguments.scope(scope))
-        while not self._closed:
+        while not (ended.is_set() or self._closed):
             try:
                 await self._run(supervision.round, own_connection=True)
             except FFError as error:
                 # Work waits for the next round; a server that refuses for good is the operator's to hear of.
                 if not error.retryable and not self._closed:
                     raise
-            await asyncio.sleep(interval)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval):
+                    await ended.wait()
 
     def keep_lease(
         self, handle: Handle, on_lost: Callable[[FFError], None] | None = None
@@ -1279,8 +1292,10 @@ class ValkeyBackend:
 
         Args:
             handle: The lease.
-            on_lost: Called with the error when the lease is gone. The writers of the handle fail with it before.
+            on_lost: Called with the error when the lease is gone, or could not be renewed before it lapsed. The writers
+                of the handle fail with it before.
         """
+        self._check()
         lease_id = _arguments.attempt(handle).fields.lease_id
 
         def lost(error: FFError) -> None:
@@ -1290,7 +1305,11 @@ class ValkeyBackend:
             if on_lost is not None:
                 on_lost(error)
 
-        return LeaseKeeper(self, handle, lost)
+        keeper = LeaseKeeper(
+            handle.fields().lease_ttl_ms, lambda: self.renew(handle), lost, lambda: self._closed
+        )
+        keeper.start(self._spawn)
+        return keeper
 
     async def run_worker(
         self,
@@ -1305,7 +1324,12 @@ class ValkeyBackend:
         concurrency: int = 1,
         stop: asyncio.Event | None = None,
     ) -> None:
-        """Claim executions of a lane and await *handler* for each; see :meth:`ff_fast.ValkeyBackend.run_worker`."""
+        """Claim executions of a lane and await *handler* for each; see :meth:`ff_fast.ValkeyBackend.run_worker`.
+
+        Cancelling it cancels the handlers that run: what they wrote is stored, and their executions go to other workers
+        as from lost ones, within about two seconds. An execution that was being claimed just then comes back when its
+        lease lapses.
+        """
         check_int("concurrency", concurrency, 1, 10_000)
         await WorkerLoop(
             self,

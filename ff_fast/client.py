@@ -83,7 +83,8 @@ T = TypeVar("T")
 class _Source(Protocol):
     """What is read step by step until it has ended, and goes on from where it stood after a lost connection."""
 
-    ended: bool
+    @property
+    def ended(self) -> bool: ...
 
     def restart(self) -> None: ...
 
@@ -536,6 +537,7 @@ class ValkeyBackend:
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         # Those that `append_frame` opened: nobody else holds them.
         self._implicit: dict[str, Writer] = {}
+        self._keepers: weakref.WeakSet[LeaseKeeper] = weakref.WeakSet()
         self._sweeper = _lifecycle.Sweeper(keys.DEFAULT_PARTITIONS)
         _transport.watch_fork(self)
 
@@ -590,6 +592,11 @@ class ValkeyBackend:
         self._supervisor = (thread, stop)
         thread.start()
 
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
     def close(self) -> None:
         """Close every connection; what other threads wait for there ends with an error.
 
@@ -602,6 +609,8 @@ class ValkeyBackend:
             for channel in busy:
                 # Among them the writers': their thread is waiting for replies, or for nothing.
                 channel.abort()
+            for keeper in list(self._keepers):
+                keeper.abandon(_transport.closed_error())
             if self._supervisor is not None:
                 thread, stop = self._supervisor
                 stop.set()
@@ -709,8 +718,17 @@ class ValkeyBackend:
             except IndexError:
                 return
 
-    def _run(self, make: Callable[[], Flow[T]], *, repeatable: bool = True) -> T:
-        """Run an operation, again where it may be repeated, until the retries of the configuration are used up."""
+    def _run(
+        self,
+        make: Callable[[], Flow[T]],
+        *,
+        repeatable: bool = True,
+        until: float = float("inf"),
+    ) -> T:
+        """Run an operation, again where it may be repeated, until the retries of the configuration are used up.
+
+        Or until a point in monotonic time, after which it is not sent again.
+        """
         retries = Retries(self.config.retry, repeatable=repeatable)
         while True:
             try:
@@ -721,7 +739,7 @@ class ValkeyBackend:
                     self._release(channel)
             except FFError as error:
                 pause = None if self._closed else retries.pause(error)
-                if pause is None:
+                if pause is None or time.monotonic() + pause >= until:
                     raise
             time.sleep(pause)
 
@@ -1363,7 +1381,7 @@ class ValkeyBackend:
         Args:
             scope: Which executions; None is all of them.
             after: ``completion.cursor`` of an earlier subscription, which goes on from there without hole or repeat;
-                ``start`` for all that is kept (about 10,000 for each partition); None begins now.
+                ``start`` for all that is kept (about 10,000 for each partition); None begins when the first is asked for.
 
         Raises:
             InvalidCursor: *after* is none of these.
@@ -1408,10 +1426,12 @@ class ValkeyBackend:
 
         Args:
             handle: The lease.
-            on_lost: Called with the error, in the keeper's thread, when the lease is gone. The writers of the handle
-                fail with it before.
+            on_lost: Called with the error, in a thread of the library, when the lease is gone, or could not be renewed
+                before it lapsed. The writers of the handle fail with it before.
         """
+        self._check()
         lease_id = _arguments.attempt(handle).fields.lease_id
+        renewal = _arguments.renew(handle, None)
 
         def lost(error: FFError) -> None:
             writer = self._writers.get(lease_id)
@@ -1420,7 +1440,14 @@ class ValkeyBackend:
             if on_lost is not None:
                 on_lost(error)
 
-        return LeaseKeeper(self, handle, lost)
+        def renew(until: float) -> LeaseRenewal:
+            return self._run(lambda: ops.call(renewal), until=until)
+
+        keeper = LeaseKeeper(handle.fields().lease_ttl_ms, renew, lost)
+        self._keepers.add(keeper)
+        if self._closed:
+            keeper.abandon(_transport.closed_error())
+        return keeper
 
     def run_worker(
         self,
@@ -1438,8 +1465,12 @@ class ValkeyBackend:
         """Claim executions of a lane and call *handler* with a :class:`ff_fast.Task` for each, until stopped.
 
         The lease is renewed in the background. What the handler returns is the result; an exception fails the attempt
-        (as transient, or as the ``TaskFailed`` that it is). SIGTERM and SIGINT in the main thread, and *stop*, let
-        running handlers end and claim nothing more.
+        (as transient, or as the ``TaskFailed`` that it is). Where the lease is lost in the middle, writes fail,
+        ``task.cancelled`` is true, and whatever the handler returns or raises is nobody's any more.
+
+        SIGTERM and SIGINT in the main thread, *stop*, and the close of the backend let running handlers end and claim
+        nothing more. An exit or an interrupt that a handler raises ends the worker too, and is raised here; its
+        execution goes to another worker as from a lost one.
 
         Args:
             handler: An ordinary function.
