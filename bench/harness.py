@@ -19,7 +19,7 @@ import hiredis
 
 import ff_fast
 from bench.figures import Figure
-from ff_fast import keys, ops
+from ff_fast import ops
 from ff_fast._hot.resp import pack_command
 from ff_fast._hot.writer import WriterCore
 from ff_fast.embedded import EmbeddedServer
@@ -276,13 +276,13 @@ class Core(WriterCore):
         max_unacknowledged_bytes: int,
     ) -> None:
         attempt = ops.Attempt.of(handle)
-        writer_id = keys.new_uuid()
+        writer_id = ops.writer_id(attempt)
         op = ops.open_writer(attempt, writer_id)
         wire.send(op.request())
         opened = op.answer(wire.receive())
         super().__init__(
             keys=attempt.stream_keys,
-            fence=(*attempt.fence, writer_id.encode()),
+            writer=writer_id,
             mode=mode,
             opened=tuple(opened),
             retention_maxlen=retention_maxlen,
@@ -290,7 +290,7 @@ class Core(WriterCore):
         )
         self.handle = handle
         self.execution_id = attempt.execution_id
-        self.log, self.live, self.meta, self.summary = attempt.stream_keys[1:]
+        self.meta, self.log, self.live, self.summary = attempt.stream_keys[1:]
         self._wire = wire
         self.sent_bytes = 0
 

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import socket
-import threading
+import copy
+import inspect
 import time
-from collections.abc import Awaitable, Callable
-from datetime import timedelta
-from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Self
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from ff_fast._work import (
+    CANCEL_REASON,
     CLAIM_WAIT_S,
-    RENEW_AT,
+    END_AGAIN_S,
+    HAND_BACK_S,
+    LeaseClock,
+    TaskFailed,
     TaskGaveUp,
+    claim_arguments,
     failure_of,
+    gave_up,
     is_lease_lost,
+    on_stop_signals,
     result_of,
 )
-from ff_fast.errors import FFError, WriterClosed
+from ff_fast.errors import DeadlineExceeded, FFError, InvalidType, Unavailable, WriterClosed
 from ff_fast.types import (
     AppendFrameOutcome,
     CapabilitySet,
-    ClaimPolicy,
+    FailureClass,
     Handle,
     HandleKind,
     PendingWaitpoint,
@@ -39,13 +42,18 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+    from types import TracebackType
+
     from ff_fast.aio import ValkeyBackend, Writer
 
 Handler = Callable[["Task"], Awaitable[bytes | str | None]]
 
 
 class LeaseKeeper:
-    """Renews a lease in a task of its own until it is stopped or lost: ``async async with backend.keep_lease(handle)``.
+    """Renews a lease in a task of its own until it is stopped or lost: ``async with backend.keep_lease(handle)``.
+
+    Made by :meth:`ff_fast.aio.ValkeyBackend.keep_lease`; the close of the backend ends it too.
 
     Attributes:
         error: Why the lease is gone; None while it is held.
@@ -53,36 +61,70 @@ class LeaseKeeper:
 
     def __init__(
         self,
-        backend: ValkeyBackend,
-        handle: Handle,
-        on_lost: Callable[[FFError], None] | None = None,
+        lease_ttl_ms: int,
+        renew: Callable[[], Awaitable[object]],
+        on_lost: Callable[[FFError], None],
+        closed: Callable[[], bool],
     ) -> None:
         self.error: FFError | None = None
-        self._backend = backend
-        self._handle = handle
+        self._renew = renew
         self._on_lost = on_lost
-        self._period_s = handle.fields().lease_ttl_ms / 1000 * RENEW_AT
-        self._task = asyncio.get_running_loop().create_task(self._main())
+        self._closed = closed
+        self._stopped = False
+        self._clock = LeaseClock(lease_ttl_ms)
+        self._over = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
+        self._task = spawn(self._main())
+        # Also one that is cancelled before it began is over.
+        self._task.add_done_callback(self._ended)
+
+    @property
+    def held(self) -> bool:
+        """Whether the lease is held, as far as this process can know."""
+        return self.error is None and self._clock.held
+
+    async def wait_lost(self, seconds: float) -> bool:
+        """Wait until the lease is gone or nobody renews it any more; returns whether it is."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+        return self._over.is_set() or not self.held
 
     async def _main(self) -> None:
-        held_until = time.monotonic() + self._period_s / RENEW_AT
-        while True:
-            await asyncio.sleep(self._period_s)
+        clock = self._clock
+        while self.error is None:
+            await asyncio.sleep(clock.wait_s)
+            clock.sending()
             try:
-                await self._backend.renew(self._handle)
+                async with asyncio.timeout(max(clock.held_until - time.monotonic(), 0.0)):
+                    await self._renew()
+            except TimeoutError:
+                self._lost(clock.failed(DeadlineExceeded()))
             except FFError as error:
-                if is_lease_lost(error) or not error.retryable or time.monotonic() >= held_until:
-                    self.error = error
-                    if self._on_lost is not None:
-                        self._on_lost(error)
-                    return
+                self._lost(clock.failed(error))
             else:
-                held_until = time.monotonic() + self._period_s / RENEW_AT
+                clock.renewed()
+
+    def _ended(self, _: object) -> None:
+        self._over.set()
+        if self._closed():
+            self._lost(Unavailable("The backend is closed; connect again."))
+
+    def _lost(self, error: FFError | None) -> None:
+        # After a stop nobody asks any more: the execution has ended, as it was meant to.
+        if error is not None and self.error is None and not self._stopped:
+            self.error = error
+            self._over.set()
+            self._on_lost(error)
 
     async def stop(self) -> None:
         """Stop renewing; the lease runs out by itself unless the execution ends first."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        self._stopped = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,7 +154,11 @@ class Task:
         self._backend = backend
         self._mode = mode
         self._writer: Writer | None = None
+        self._opening = asyncio.Lock()
         self._lost: FFError | None = None
+        self._cancel_requested = False
+        self.keeper: LeaseKeeper | None = None
+        self.given_up = False
         self.handle = handle
         fields = handle.fields()
         self.execution_id = fields.execution_id
@@ -131,13 +177,25 @@ class Task:
         """The lease is gone: whatever is written from here on is refused, at once."""
         self._lost = error
 
+    @property
+    def holds_lease(self) -> bool:
+        """Whether the execution is still this task's, as far as the process can know."""
+        return not (
+            self.given_up
+            or self._lost is not None
+            or (self.keeper is not None and not self.keeper.held)
+        )
+
     async def open(self) -> Writer:
         """Return the writer of the attempt, opened when it is first asked for; `write` needs it open."""
-        if self._lost is not None:
-            raise self._lost.with_traceback(None)
-        if self._writer is None or isinstance(self._writer.error, WriterClosed):
-            self._writer = await self._backend.open_writer(self.handle, mode=self._mode)
-        return self._writer
+        # Two tasks of a handler that opened one each would supersede each other.
+        async with self._opening:
+            if self._lost is not None:
+                raise copy.copy(self._lost)
+            if self._writer is None or isinstance(self._writer.error, WriterClosed):
+                self._cancel_requested = self.cancel_requested
+                self._writer = await self._backend.open_writer(self.handle, mode=self._mode)
+            return self._writer
 
     def write(
         self, payload: bytes | str, frame_type: str = "token", *, mode: StreamMode | None = None
@@ -147,7 +205,9 @@ class Task:
         Raises:
             WriterClosed: The writer is not open: await :meth:`open` first.
         """
-        if self._writer is None:
+        if self._lost is not None:
+            raise copy.copy(self._lost)
+        if self._writer is None or isinstance(self._writer.error, WriterClosed):
             raise WriterClosed("The task's writer is not open; await task.open() before write().")
         return self._writer.write(payload, frame_type, mode=mode)
 
@@ -156,11 +216,16 @@ class Task:
         return await (await self.open()).flush()
 
     @property
+    def cancel_requested(self) -> bool:
+        """Whether a cancellation was asked for; an append brings the news."""
+        return self._cancel_requested or (
+            self._writer is not None and self._writer.cancel_requested
+        )
+
+    @property
     def cancelled(self) -> bool:
-        """Whether the handler should stop: a cancellation was asked for, or the lease is gone."""
-        if self._lost is not None:
-            return True
-        return self._writer is not None and self._writer.cancel_requested
+        """Whether the handler should stop: a cancellation was asked for, the lease is gone, or the backend closed."""
+        return self.cancel_requested or self._backend.closed or not self.holds_lease
 
     async def progress(self, percent: int | None = None, message: str = "") -> None:
         """Report progress; see :meth:`ValkeyBackend.progress`."""
@@ -178,7 +243,7 @@ class Task:
         self,
         condition: ResumeCondition,
         *,
-        timeout: float | timedelta | None = None,
+        timeout: float | timedelta | None = None,  # noqa: ASYNC109 - of the suspension
         on_timeout: TimeoutBehavior = TimeoutBehavior.FAIL,
         reason: str = "waiting_for_signal",
     ) -> tuple[ResumeSignal, ...]:
@@ -194,18 +259,21 @@ class Task:
         if outcome.already_satisfied:
             self.signals = await self._backend.observe_signals(self.handle)
             return self.signals
+        self.given_up = True
         raise TaskGaveUp
 
     async def delay(self, delay: float | timedelta) -> NoReturn:
         """Give the execution up for a while; the handler is called again then."""
         await self.close()
         await self._backend.delay(self.handle, delay)
+        self.given_up = True
         raise TaskGaveUp
 
     async def wait_children(self) -> NoReturn:
         """Give the execution up until its children have ended; the handler is called again then."""
         await self.close()
         await self._backend.wait_children(self.handle)
+        self.given_up = True
         raise TaskGaveUp
 
     async def close(self) -> None:
@@ -231,94 +299,171 @@ class WorkerLoop:
         concurrency: int,
         stop: asyncio.Event | None,
     ) -> None:
+        if not callable(handler):
+            raise InvalidType("handler must be a coroutine function.")
         self._backend = backend
         self._handler = handler
-        self._claim = {
-            "lane": lane,
-            "worker_id": worker_id,
-            "worker_instance_id": worker_instance_id or f"{socket.gethostname()}-{os.getpid()}",
-            "capabilities": capabilities,
-            "lease_ttl_ms": lease_ttl_ms,
-            "policy": ClaimPolicy.with_max_wait(CLAIM_WAIT_S),
-        }
+        self._claim = claim_arguments(
+            lane, worker_id, worker_instance_id, capabilities, lease_ttl_ms
+        )
         self._mode = mode
         self._concurrency = concurrency
-        self._stop = asyncio.Event() if stop is None else stop
+        self._stop = stop
+        # Its own, as the caller's event may stop other workers too.
+        self._halt = asyncio.Event()
+        self._error: BaseException | None = None
 
     async def run(self) -> None:
-        """Run until told to stop or, in the main thread, by SIGTERM or SIGINT."""
-        restore = self._on_signals()
+        """Run until told to stop or, in the main thread, by SIGTERM or SIGINT; or until the backend is closed."""
+        loop = asyncio.get_running_loop()
+        restore = on_stop_signals(lambda: _tell(loop, self._halt))
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._concurrency):
                     group.create_task(self._slot())
-        except BaseExceptionGroup as group_error:
-            # One slot's failure cancels the others; it alone is what happened.
-            raise group_error.exceptions[0] from None
         finally:
             restore()
+            self._halt.set()
+        if self._error is not None:
+            raise self._error
 
-    def _on_signals(self) -> Callable[[], None]:
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
-        loop = asyncio.get_running_loop()
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.getsignal(number) for number in numbers}
-        for number in numbers:
-            loop.add_signal_handler(number, self._stop.set)
-
-        def restore() -> None:
-            for number, handler in before.items():
-                loop.remove_signal_handler(number)
-                signal.signal(number, handler)
-
-        return restore
+    @property
+    def _stopping(self) -> bool:
+        return (
+            self._halt.is_set()
+            or self._backend.closed
+            or (self._stop is not None and self._stop.is_set())
+        )
 
     async def _slot(self) -> None:
-        while not self._stop.is_set():
-            try:
-                handle = await self._backend.claim(**self._claim)  # type: ignore[arg-type]
-            except FFError as error:
-                if not error.retryable:
-                    raise
-                await asyncio.sleep(CLAIM_WAIT_S)
-                continue
-            if handle is not None:
-                await self.run_one(handle)
+        try:
+            while not self._stopping:
+                try:
+                    handle = await self._backend.claim(**self._claim)
+                except FFError as error:
+                    if self._backend.closed:
+                        return
+                    if not error.retryable:
+                        raise
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(CLAIM_WAIT_S):
+                            await self._halt.wait()
+                    continue
+                if handle is not None:
+                    # Also when it is time to stop: it is claimed.
+                    await self.run_one(handle)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised again by run(), when the other slots have ended
+            if self._error is None:
+                self._error = error
+            self._halt.set()
 
     async def run_one(self, handle: Handle) -> None:
-        """Run the handler for one claimed execution, and end it as the handler ended."""
-        backend = self._backend
-        task = Task(backend, handle, self._mode)
+        """Run the handler for one claimed execution, and end it as the handler ended.
+
+        What is not the handler's failure (a cancelled worker, an interrupt, an exit, a bug) hands the execution back to
+        other workers.
+        """
+        task = Task(self._backend, handle, self._mode)
         try:
-            await task.load()
-        except FFError as error:
-            if is_lease_lost(error) or error.retryable:
-                return
-            raise
-        async with backend.keep_lease(handle, task.lost):
-            try:
-                result = result_of(await self._handler(task))
-                await task.close()
-                if task.cancelled:
-                    await backend.cancel(handle, reason="the worker was asked to stop")
+            async with self._backend.keep_lease(handle, task.lost) as task.keeper:
+                try:
+                    await task.load()
+                except FFError as error:
+                    if is_lease_lost(error):
+                        return
+                    if not error.retryable:
+                        raise
+                    await self._hand_back(task, error)
                 else:
-                    await backend.complete(handle, result)
-            except TaskGaveUp:
-                return
-            except FFError as error:
-                if is_lease_lost(error):
-                    return
+                    await self._handle(task)
+        except BaseException as error:
+            await self._hand_back(task, error)
+            raise
+
+    async def _handle(self, task: Task) -> None:
+        try:
+            result = result_of(await self._call(task))
+            await task.close()
+        except TaskGaveUp as error:
+            if not task.given_up:
                 await self._failed(task, error)
-            except Exception as error:  # noqa: BLE001 - a handler may raise anything; the execution records it
+        except asyncio.CancelledError as error:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
+            # Not of the worker: something that the handler waited for was cancelled.
+            await self._failed(task, error)
+        except (Exception, BaseExceptionGroup) as error:
+            if isinstance(error, Exception) or gave_up(error):
+                await self._failed(task, error)
+            else:
+                raise
+        else:
+            if task.cancel_requested:
+                await self._end(task, lambda: self._cancel(task))
+                return
+            try:
+                await self._end(task, lambda: self._backend.complete(task.handle, result))
+            except FFError as error:
+                # Refused for what it is, as a result that is too large.
                 await self._failed(task, error)
 
-    async def _failed(self, task: Task, error: Exception) -> None:
+    async def _call(self, task: Task) -> object:
+        returned: object = self._handler(task)
+        if not inspect.isawaitable(returned):
+            raise TaskFailed("The handler is not a coroutine function.")
+        result: object = await returned
+        return result
+
+    async def _failed(self, task: Task, error: BaseException) -> None:
         # What could not be stored is on the writer's error; the failure itself is what counts.
         with contextlib.suppress(FFError):
             await task.close()
-        try:
-            await self._backend.fail(task.handle, *failure_of(error))
-        except FFError as refusal:
-            if not (is_lease_lost(refusal) or refusal.retryable):
-                raise
+        if task.cancel_requested:
+            # Failed because it was to stop: it must not be tried again.
+            await self._end(task, lambda: self._cancel(task))
+        else:
+            await self._end(task, lambda: self._backend.fail(task.handle, *failure_of(error)))
+
+    async def _cancel(self, task: Task) -> None:
+        fields = (await self._backend.describe(task.execution_id)).fields
+        await self._backend.cancel(
+            task.execution_id, reason=fields.get("cancellation_reason") or CANCEL_REASON
+        )
+
+    async def _end(self, task: Task, call: Callable[[], Awaitable[object]]) -> None:
+        """End the execution, as long as it is ours: what the handler did is not lost to a server that is away."""
+        keeper = task.keeper
+        assert keeper is not None
+        while task.holds_lease and not self._backend.closed:
+            try:
+                await call()
+            except FFError as error:
+                if is_lease_lost(error):
+                    return
+                if not error.retryable:
+                    raise
+                await keeper.wait_lost(END_AGAIN_S)
+            else:
+                return
+
+    async def _hand_back(self, task: Task, error: BaseException) -> None:
+        """Let another worker have it now rather than when the lease lapses; counted as a lost worker."""
+        if task.given_up or self._backend.closed:
+            return
+        with contextlib.suppress(FFError, TimeoutError):
+            async with asyncio.timeout(HAND_BACK_S):
+                with contextlib.suppress(FFError):
+                    await task.close()
+                await self._backend.fail(
+                    task.handle, failure_of(error).reason, FailureClass.INFRA_CRASH
+                )
+
+
+def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    """Set an event of a loop from a signal handler."""
+    with contextlib.suppress(RuntimeError):
+        # A loop that is closed runs no worker any more.
+        loop.call_soon_threadsafe(event.set)

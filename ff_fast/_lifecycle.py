@@ -17,7 +17,10 @@ from ff_fast._steps import Flow, Pause, Step
 from ff_fast.errors import (
     DeadlineExceeded,
     ExecutionNotFound,
+    FFError,
+    InternalFunctionError,
     InvalidCursor,
+    Outcome,
     ProtocolError,
     from_server_error,
 )
@@ -221,23 +224,32 @@ def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Flow[ReportUsa
     result = ReportUsageResult(UsageVerdict.OK)
     charge_key = f"{attempt.execution_id}:{dedup_key}"
     charged: list[str] = []
-    for budget_id in known.budget_ids:
-        charge = ops.charge_budget(budget_id, charge_key, usage, _DEDUP_TTL_MS)
-        (reply,) = yield Step(charge.request())
-        answer = charge.answer(reply)
-        if answer.verdict is UsageVerdict.HARD_BREACH:
-            for earlier in charged:
-                release = ops.release_charge(earlier, charge_key, usage)
-                (reply,) = yield Step(release.request())
-                release.answer(reply)
-            return answer
-        charged.append(budget_id)
-        if answer.verdict is UsageVerdict.SOFT_BREACH and result.verdict is UsageVerdict.OK:
-            result = answer
-    apply = ops.report_usage(attempt, usage, dedup_key, apply=True)
-    (reply,) = yield Step(apply.request())
-    apply.answer(reply)
+    try:
+        for budget_id in known.budget_ids:
+            charge = ops.charge_budget(budget_id, charge_key, usage, _DEDUP_TTL_MS)
+            (reply,) = yield Step(charge.request())
+            answer = charge.answer(reply)
+            if answer.verdict is UsageVerdict.HARD_BREACH:
+                yield from _release(charged, charge_key)
+                return answer
+            charged.append(budget_id)
+            if answer.verdict is UsageVerdict.SOFT_BREACH and result.verdict is UsageVerdict.OK:
+                result = answer
+        apply = ops.report_usage(attempt, usage, dedup_key, apply=True)
+        (reply,) = yield Step(apply.request())
+        apply.answer(reply)
+    except FFError as error:
+        # A call whose fate is unknown is repeated by the caller, which completes what it began.
+        if error.outcome is Outcome.NOT_APPLIED and not error.retryable:
+            yield from _release(charged, charge_key)
+        raise
     return result
+
+
+def _release(budget_ids: list[str], charge_key: str) -> Flow[None]:
+    """Take back what one report has charged to these budgets."""
+    for budget_id in budget_ids:
+        yield from ops.call(ops.release_charge(budget_id, charge_key))
 
 
 _DEDUP_TTL_MS = 86_400_000
@@ -269,7 +281,7 @@ def cancel_flow(
         if left == 0:
             break
         if time.monotonic() >= deadline:
-            raise DeadlineExceeded()
+            raise DeadlineExceeded
     describe = ops.describe_flow(flow_id, tag)
     (reply,) = yield Step(describe.request())
     return CancelFlowOutcome(held, cancelled, len(describe.answer(reply).open_members))
@@ -292,7 +304,8 @@ class Supervision:
     def round(self) -> Flow[int]:
         """Fire every timer that is due; returns how many had something to do."""
         (reply,) = yield Step(pack_command(b"TIME"))
-        now = b"%d" % (int(checked(reply)[0]) * 1000 + 999)
+        seconds, micros = checked(reply)
+        now = b"%d" % (int(seconds) * 1000 + int(micros) // 1000)
         offsets = dict.fromkeys(range(self._partitions), 0)
         fired = 0
         while offsets:
@@ -323,28 +336,49 @@ class Supervision:
         timers = []
         for member in members:
             kind, _, rest = member.decode("utf-8", "replace").partition(":")
-            if kind == "flow":
-                _, left = yield from hinted(
-                    ops.cancel_members(rest, tag, _MEMBERS_A_CALL), partition
-                )
-                stayed += left > 0
-                done += 1
+            if kind == "flow" and re.fullmatch(r"[0-9a-f-]{36}", rest):
+                try:
+                    left = yield from self._cancel_members(rest, partition)
+                except InternalFunctionError:
+                    left = None
+                stayed += left != 0
+                done += left is not None
                 continue
             found = re.fullmatch(r"(\{fp:\d+\}:[0-9a-f-]{36})(?::(.*))?", rest)
-            execution_id, more = (found[1], found[2] or "") if found else (f"{tag}:", "")
+            # What names nothing of this partition is dropped by the call.
+            execution_id, more = f"{tag}:", ""
+            if found and found[1].startswith(f"{tag}:"):
+                execution_id, more = found[1], found[2] or ""
             timers.append(ops.fire_timer(tag, member, kind, execution_id, more, self._scope))
         replies = yield Step(b"".join(op.request() for op in timers), replies=len(timers))
         for op, reply in zip(timers, replies, strict=True):
-            what, told = op.answer(reply)
+            try:
+                what, told = op.answer(reply)
+            except InternalFunctionError:
+                # Foreign data in its keys: it stays where it is, and those behind it are fired.
+                stayed += 1
+                continue
             hints += told
             stayed += what == "skipped" or what == "later"
             done += what == "done"
         yield from _tell(hints, partition)
         return stayed, done
 
+    def _cancel_members(self, flow_id: str, partition: int) -> Flow[int | None]:
+        """Cancel some members of a cancelled flow; 0 where none is left, None for another supervisor's flow."""
+        tag = keys.tag_of(partition)
+        if self._scope.namespace is not None:
+            (reply,) = yield Step(pack_command(b"HGET", keys.flow(tag, flow_id), b"namespace"))
+            if isinstance(reply, bytes) and reply != self._scope.namespace.encode():
+                return None
+        _, left = yield from hinted(ops.cancel_members(flow_id, tag, _MEMBERS_A_CALL), partition)
+        return left
+
 
 _DUE_A_CALL = 100
 
+
+_LAST_OF_A_MS = 10**16 - 1
 
 COMPLETION_BLOCK_MS = 5_000
 """How long a subscription blocks on the server at the most."""
@@ -374,12 +408,18 @@ class CompletionCore:
         if after == "start":
             self._base = "0-0"
         elif after is not None:
-            found = re.fullmatch(r"(\d{1,16}-\d{1,16})((?:,\d{1,5}:\d{1,16}-\d{1,16})*)", after)
+            found = None
+            if isinstance(after, str):
+                found = re.fullmatch(
+                    r"(\d{1,16}-\d{1,16})((?:,\d{1,5}:\d{1,16}-\d{1,16})*)", after, re.ASCII
+                )
             if found is None:
                 raise InvalidCursor("after must be a cursor of a completion, 'start' or None.")
             self._base = found[1]
             for part in found[2].split(",")[1:]:
                 index, _, identity = part.partition(":")
+                if int(index) >= partitions:
+                    raise InvalidCursor("after is a cursor of a deployment with more partitions.")
                 self._ids[int(index)] = identity
 
     def restart(self) -> None:
@@ -390,8 +430,8 @@ class CompletionCore:
         if self._base is None:
             (reply,) = yield Step(pack_command(b"TIME"))
             seconds, micros = checked(reply)
-            # Above every id up to now, and below those of the next millisecond.
-            self._base = f"{int(seconds) * 1000 + int(micros) // 1000}-0"
+            # Below every id from now on: the first of this millisecond may be still to come.
+            self._base = f"{int(seconds) * 1000 + int(micros) // 1000 - 1}-{_LAST_OF_A_MS}"
         indexes = range(self._partitions)
         request = pack_command(
             b"XREAD", b"COUNT", b"100", b"BLOCK", b"%d" % COMPLETION_BLOCK_MS, b"STREAMS",
@@ -451,31 +491,38 @@ def _completion_of(
 def find_reclaimable(partitions: int, limit: int) -> Flow[list[ReclaimToken]]:
     """Find active executions whose lease has lapsed, over all partitions, at most *limit*."""
     (reply,) = yield Step(pack_command(b"TIME"))
-    now = int(checked(reply)[0]) * 1000
-    request = b"".join(
-        pack_command(
-            b"ZRANGEBYSCORE",
-            keys.timers(keys.tag_of(index)),
-            b"-inf",
-            b"%d" % now,
-            b"LIMIT",
-            b"0",
-            b"%d" % limit,
-        )
-        for index in range(partitions)
-    )
-    pages = yield Step(request, replies=partitions)
+    seconds, micros = checked(reply)
+    now = int(seconds) * 1000 + int(micros) // 1000
     tokens: list[ReclaimToken] = []
-    for page in pages:
-        for member in checked(page):
+    indexes, offset = list(range(partitions)), 0
+    while indexes:
+        request = b"".join(
+            pack_command(
+                b"ZRANGEBYSCORE", keys.timers(keys.tag_of(index)), b"-inf", b"%d" % now,
+                b"LIMIT", b"%d" % offset, b"%d" % _DUE_A_CALL,
+            )
+            for index in indexes
+        )  # fmt: skip
+        pages = [checked(page) for page in (yield Step(request, replies=len(indexes)))]
+        for member in [member for page in pages for member in page]:
             kind, _, execution_id = member.decode("utf-8", "replace").partition(":")
-            if kind != "lease" or len(tokens) >= limit:
+            if kind != "lease":
                 continue
-            found = yield from ops.call(ops.describe_execution(execution_id))
-            attempt = int(found.fields.get("current_attempt_index") or 0)
-            stream = yield from ops.call(ops.describe_attempt(execution_id, attempt))
+            try:
+                found = yield from ops.call(ops.describe_execution(execution_id))
+                attempt = int(found.fields.get("current_attempt_index") or 0)
+                stream = yield from ops.call(ops.describe_attempt(execution_id, attempt))
+            except ExecutionNotFound:
+                continue
             if found.state == "active" and stream.lease_left_ms == 0:
                 tokens.append(reclaim_token(execution_id, found.fields["lane_id"], now))
+                if len(tokens) == limit:
+                    return tokens
+        # Timers of other kinds stand among them.
+        indexes = [
+            index for index, page in zip(indexes, pages, strict=True) if page[_DUE_A_CALL - 1 :]
+        ]
+        offset += _DUE_A_CALL
     return tokens
 
 

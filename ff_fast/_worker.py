@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import socket
+import copy
+import inspect
 import threading
-import time
 from collections.abc import Callable
-from datetime import timedelta
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from ff_fast._work import (
+    CANCEL_REASON,
     CLAIM_WAIT_S,
-    RENEW_AT,
+    END_AGAIN_S,
+    LeaseClock,
     TaskGaveUp,
+    claim_arguments,
     failure_of,
+    gave_up,
     is_lease_lost,
+    on_stop_signals,
     result_of,
 )
-from ff_fast.errors import FFError, WriterClosed
+from ff_fast.errors import FFError, InvalidType, WriterClosed
 from ff_fast.types import (
     AppendFrameOutcome,
     CapabilitySet,
-    ClaimPolicy,
+    FailureClass,
     Handle,
     HandleKind,
     PendingWaitpoint,
@@ -38,6 +39,9 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+    from types import TracebackType
+
     from ff_fast.client import ValkeyBackend, Writer
 
 Handler = Callable[["Task"], bytes | str | None]
@@ -46,10 +50,7 @@ Handler = Callable[["Task"], bytes | str | None]
 class LeaseKeeper:
     """Renews a lease in a thread of its own until it is stopped or lost. A context manager.
 
-    Args:
-        backend: The backend.
-        handle: The lease to keep.
-        on_lost: Called with the error, in the keeper's thread, when the lease is gone.
+    Made by :meth:`ff_fast.ValkeyBackend.keep_lease`; the close of the backend ends it too.
 
     Attributes:
         error: Why the lease is gone; None while it is held.
@@ -57,32 +58,52 @@ class LeaseKeeper:
 
     def __init__(
         self,
-        backend: ValkeyBackend,
-        handle: Handle,
-        on_lost: Callable[[FFError], None] | None = None,
+        lease_ttl_ms: int,
+        renew: Callable[[float], object],
+        on_lost: Callable[[FFError], None],
     ) -> None:
         self.error: FFError | None = None
-        self._backend = backend
-        self._handle = handle
+        self._renew = renew
         self._on_lost = on_lost
-        self._period_s = handle.fields().lease_ttl_ms / 1000 * RENEW_AT
+        self._clock = LeaseClock(lease_ttl_ms)
         self._stop = threading.Event()
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._main, name="ff_fast lease", daemon=True)
         self._thread.start()
 
+    @property
+    def held(self) -> bool:
+        """Whether the lease is held, as far as this process can know."""
+        return self.error is None and self._clock.held
+
+    def wait_lost(self, seconds: float) -> bool:
+        """Wait until the lease is gone or nobody renews it any more; returns whether it is."""
+        return self._over.wait(seconds) or not self.held
+
     def _main(self) -> None:
-        held_until = time.monotonic() + self._period_s / RENEW_AT
-        while not self._stop.wait(self._period_s):
-            try:
-                self._backend.renew(self._handle)
-            except FFError as error:
-                if is_lease_lost(error) or not error.retryable or time.monotonic() >= held_until:
-                    self.error = error
-                    if self._on_lost is not None:
-                        self._on_lost(error)
-                    return
-            else:
-                held_until = time.monotonic() + self._period_s / RENEW_AT
+        try:
+            while self.error is None and not self._stop.wait(self._clock.wait_s):
+                self._clock.sending()
+                try:
+                    self._renew(self._clock.held_until)
+                except FFError as error:
+                    self._lost(self._clock.failed(error))
+                else:
+                    self._clock.renewed()
+        finally:
+            self._over.set()
+
+    def _lost(self, error: FFError | None) -> None:
+        # After a stop nobody asks any more: the execution has ended, as it was meant to.
+        if error is not None and not self._stop.is_set():
+            self.error = error
+            self._over.set()
+            self._on_lost(error)
+
+    def abandon(self, error: FFError) -> None:
+        """End without waiting: the backend is closed."""
+        self._lost(error)
+        self._stop.set()
 
     def stop(self) -> None:
         """Stop renewing; the lease runs out by itself unless the execution ends first."""
@@ -118,7 +139,11 @@ class Task:
         self._backend = backend
         self._mode = mode
         self._writer: Writer | None = None
+        self._opening = threading.Lock()
         self._lost: FFError | None = None
+        self._cancel_requested = False
+        self.keeper: LeaseKeeper | None = None
+        self.given_up = False
         self.handle = handle
         fields = handle.fields()
         self.execution_id = fields.execution_id
@@ -138,13 +163,25 @@ class Task:
         self._lost = error
 
     @property
+    def holds_lease(self) -> bool:
+        """Whether the execution is still this task's, as far as the process can know."""
+        return not (
+            self.given_up
+            or self._lost is not None
+            or (self.keeper is not None and not self.keeper.held)
+        )
+
+    @property
     def writer(self) -> Writer:
         """The writer of the attempt, opened when it is first asked for."""
-        if self._lost is not None:
-            raise self._lost.with_traceback(None)
-        if self._writer is None or isinstance(self._writer.error, WriterClosed):
-            self._writer = self._backend.open_writer(self.handle, mode=self._mode)
-        return self._writer
+        # Two threads of a handler that opened one each would supersede each other.
+        with self._opening:
+            if self._lost is not None:
+                raise copy.copy(self._lost)
+            if self._writer is None or isinstance(self._writer.error, WriterClosed):
+                self._cancel_requested = self.cancel_requested
+                self._writer = self._backend.open_writer(self.handle, mode=self._mode)
+            return self._writer
 
     def write(
         self, payload: bytes | str, frame_type: str = "token", *, mode: StreamMode | None = None
@@ -157,11 +194,16 @@ class Task:
         return self.writer.flush()
 
     @property
+    def cancel_requested(self) -> bool:
+        """Whether a cancellation was asked for; an append brings the news."""
+        return self._cancel_requested or (
+            self._writer is not None and self._writer.cancel_requested
+        )
+
+    @property
     def cancelled(self) -> bool:
-        """Whether the handler should stop: a cancellation was asked for, or the lease is gone."""
-        if self._lost is not None:
-            return True
-        return self._writer is not None and self._writer.cancel_requested
+        """Whether the handler should stop: a cancellation was asked for, the lease is gone, or the backend closed."""
+        return self.cancel_requested or self._backend.closed or not self.holds_lease
 
     def progress(self, percent: int | None = None, message: str = "") -> None:
         """Report progress; see :meth:`ValkeyBackend.progress`."""
@@ -195,18 +237,21 @@ class Task:
         if outcome.already_satisfied:
             self.signals = self._backend.observe_signals(self.handle)
             return self.signals
+        self.given_up = True
         raise TaskGaveUp
 
     def delay(self, delay: float | timedelta) -> NoReturn:
         """Give the execution up for a while; the handler is called again then."""
         self.close()
         self._backend.delay(self.handle, delay)
+        self.given_up = True
         raise TaskGaveUp
 
     def wait_children(self) -> NoReturn:
         """Give the execution up until its children have ended; the handler is called again then."""
         self.close()
         self._backend.wait_children(self.handle)
+        self.given_up = True
         raise TaskGaveUp
 
     def close(self) -> None:
@@ -232,105 +277,166 @@ class WorkerLoop:
         concurrency: int,
         stop: threading.Event | None,
     ) -> None:
+        if inspect.iscoroutinefunction(handler) or not callable(handler):
+            raise InvalidType(
+                "handler must be an ordinary function; coroutines are for ff_fast.aio."
+            )
         self._backend = backend
         self._handler = handler
-        self._claim = {
-            "lane": lane,
-            "worker_id": worker_id,
-            "worker_instance_id": worker_instance_id or f"{socket.gethostname()}-{os.getpid()}",
-            "capabilities": capabilities,
-            "lease_ttl_ms": lease_ttl_ms,
-            "policy": ClaimPolicy.with_max_wait(CLAIM_WAIT_S),
-        }
+        self._claim = claim_arguments(
+            lane, worker_id, worker_instance_id, capabilities, lease_ttl_ms
+        )
         self._mode = mode
         self._concurrency = concurrency
-        self._stop = threading.Event() if stop is None else stop
-        self.error: BaseException | None = None
+        self._stop = stop
+        # Its own, as the caller's event may stop other workers too.
+        self._halt = threading.Event()
+        self._signalled = False
+        self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Run until told to stop or, in the main thread, by SIGTERM or SIGINT."""
-        restore = self._on_signals()
+        """Run until told to stop or, in the main thread, by SIGTERM or SIGINT; or until the backend is closed."""
+        restore = on_stop_signals(self._on_signal)
         threads = [
             threading.Thread(target=self._slot, name=f"ff_fast worker {index}", daemon=True)
             for index in range(self._concurrency)
         ]
+        started: list[threading.Thread] = []
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
+            try:
+                for thread in threads:
+                    thread.start()
+                    started.append(thread)
+            except RuntimeError as error:
+                # No more threads: those that run end what they have begun.
+                self._stopped_by(error)
+            for thread in started:
                 # A join without a limit cannot be interrupted by a signal on every platform.
                 while thread.is_alive():
-                    thread.join(0.2)
+                    thread.join(0.1)
+                    if self._signalled:
+                        self._halt.set()
         finally:
-            self._stop.set()
             restore()
-        if self.error is not None:
-            raise self.error
+            self._halt.set()
+        if self._error is not None:
+            raise self._error
 
-    def _on_signals(self) -> Callable[[], None]:
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
+    def _on_signal(self) -> None:
+        # No event: its lock may be the one that the main thread holds just now.
+        self._signalled = True
 
-        def stop(_number: int, _frame: FrameType | None) -> None:
-            self._stop.set()
+    def _stopped_by(self, error: BaseException) -> None:
+        if self._error is None:
+            self._error = error
+        self._halt.set()
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        return restore
+    @property
+    def _stopping(self) -> bool:
+        return (
+            self._halt.is_set()
+            or self._signalled
+            or self._backend.closed
+            or (self._stop is not None and self._stop.is_set())
+        )
 
     def _slot(self) -> None:
         try:
-            while not self._stop.is_set():
+            while not self._stopping:
                 try:
-                    handle = self._backend.claim(**self._claim)  # type: ignore[arg-type]
+                    handle = self._backend.claim(**self._claim)
                 except FFError as error:
+                    if self._backend.closed:
+                        return
                     if not error.retryable:
                         raise
-                    self._stop.wait(CLAIM_WAIT_S)
+                    self._halt.wait(CLAIM_WAIT_S)
                     continue
                 if handle is not None:
+                    # Also when it is time to stop: it is claimed.
                     self.run_one(handle)
         except BaseException as error:  # noqa: BLE001 - raised again by run()
-            self.error = error
-            self._stop.set()
+            self._stopped_by(error)
 
     def run_one(self, handle: Handle) -> None:
-        """Run the handler for one claimed execution, and end it as the handler ended."""
-        backend = self._backend
-        task = Task(backend, handle, self._mode)
+        """Run the handler for one claimed execution, and end it as the handler ended.
+
+        What is not the handler's failure (an interrupt, an exit, a bug) hands the execution back to other workers.
+        """
+        task = Task(self._backend, handle, self._mode)
         try:
-            task.load()
-        except FFError as error:
-            if is_lease_lost(error) or error.retryable:
-                return
-            raise
-        with backend.keep_lease(handle, task.lost):
-            try:
-                result = result_of(self._handler(task))
-                task.close()
-                if task.cancelled:
-                    backend.cancel(handle, reason="the worker was asked to stop")
+            with self._backend.keep_lease(handle, task.lost) as task.keeper:
+                try:
+                    task.load()
+                except FFError as error:
+                    if is_lease_lost(error):
+                        return
+                    if not error.retryable:
+                        raise
+                    self._hand_back(task, error)
                 else:
-                    backend.complete(handle, result)
-            except TaskGaveUp:
-                return
-            except FFError as error:
-                if is_lease_lost(error):
-                    return
+                    self._handle(task)
+        except BaseException as error:
+            self._hand_back(task, error)
+            raise
+
+    def _handle(self, task: Task) -> None:
+        try:
+            result = result_of(self._handler(task))
+            task.close()
+        except TaskGaveUp as error:
+            if not task.given_up:
                 self._failed(task, error)
-            except Exception as error:  # noqa: BLE001 - a handler may raise anything; the execution records it
+        except (Exception, BaseExceptionGroup) as error:
+            if isinstance(error, Exception) or gave_up(error):
+                self._failed(task, error)
+            else:
+                raise
+        else:
+            if task.cancel_requested:
+                self._end(task, lambda: self._cancel(task))
+                return
+            try:
+                self._end(task, lambda: self._backend.complete(task.handle, result))
+            except FFError as error:
+                # Refused for what it is, as a result that is too large.
                 self._failed(task, error)
 
-    def _failed(self, task: Task, error: Exception) -> None:
+    def _failed(self, task: Task, error: BaseException) -> None:
         # What could not be stored is on the writer's error; the failure itself is what counts.
         with contextlib.suppress(FFError):
             task.close()
-        try:
-            self._backend.fail(task.handle, *failure_of(error))
-        except FFError as refusal:
-            if not (is_lease_lost(refusal) or refusal.retryable):
-                raise
+        if task.cancel_requested:
+            # Failed because it was to stop: it must not be tried again.
+            self._end(task, lambda: self._cancel(task))
+        else:
+            self._end(task, lambda: self._backend.fail(task.handle, *failure_of(error)))
+
+    def _cancel(self, task: Task) -> None:
+        fields = self._backend.describe(task.execution_id).fields
+        self._backend.cancel(
+            task.execution_id, reason=fields.get("cancellation_reason") or CANCEL_REASON
+        )
+
+    def _end(self, task: Task, call: Callable[[], object]) -> None:
+        """End the execution, as long as it is ours: what the handler did is not lost to a server that is away."""
+        keeper = task.keeper
+        assert keeper is not None
+        while task.holds_lease and not self._backend.closed:
+            try:
+                call()
+            except FFError as error:
+                if is_lease_lost(error):
+                    return
+                if not error.retryable:
+                    raise
+                keeper.wait_lost(END_AGAIN_S)
+            else:
+                return
+
+    def _hand_back(self, task: Task, error: BaseException) -> None:
+        """Let another worker have it now rather than when the lease lapses; counted as a lost worker."""
+        if task.given_up or self._backend.closed:
+            return
+        with contextlib.suppress(FFError):
+            self._backend.fail(task.handle, failure_of(error).reason, FailureClass.INFRA_CRASH)

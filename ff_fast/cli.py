@@ -9,15 +9,17 @@ import math
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import orjson
 
 from ff_fast import (
+    AttemptNotFound,
     End,
     FFError,
     Gap,
     InvalidInput,
+    ScannerFilter,
     StreamFrame,
     TailVisibility,
     ValkeyBackend,
@@ -27,6 +29,8 @@ from ff_fast import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import NoReturn
+
+    from ff_fast import ExecutionDescription
 
 URL_VARIABLE = "FF_FAST_URL"
 
@@ -154,11 +158,23 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info",
         help="print the state of an execution, its lease and its stream",
-        description="Prints the state of an execution. Reads the stream to count its frames.",
+        description="Prints the state of an execution, of its lease and of its streams.",
     )
     _execution_arguments(info)
     _json_argument(info, "one JSON object")
     info.set_defaults(command=_info)
+
+    supervise = commands.add_parser(
+        "supervise",
+        help="fire what is due, until a Ctrl-C; a deployment needs one of these",
+        description=(
+            "Brings back executions whose worker was lost, and fires delays, timeouts, deadlines"
+            " and cancellations when they are due. Any number may run at once."
+        ),
+    )
+    supervise.add_argument("--namespace", metavar="NAME", help="only executions of this namespace")
+    _url_argument(supervise)
+    supervise.set_defaults(command=_supervise)
     return parser
 
 
@@ -167,6 +183,10 @@ def _execution_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attempt", type=_whole, metavar="N", help="attempt, from 0 (default: the newest)"
     )
+    _url_argument(parser)
+
+
+def _url_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url",
         metavar="URL",
@@ -261,7 +281,11 @@ def _attempt(backend: ValkeyBackend, arguments: argparse.Namespace) -> int:
     if arguments.attempt is not None:
         return int(arguments.attempt)
     # Before the first claim there is none, and the first one can be waited for.
-    return int(backend.describe(arguments.execution_id).get("current_attempt_index", 0))
+    return _newest(backend.describe(arguments.execution_id))
+
+
+def _newest(execution: ExecutionDescription) -> int:
+    return int(execution.fields.get("current_attempt_index", 0))
 
 
 def _show_text(item: StreamFrame | Gap | End) -> None:
@@ -355,40 +379,15 @@ def _summary(arguments: argparse.Namespace) -> int:
 # -- info ------------------------------------------------------------------------------------------
 
 
-class _Counts(NamedTuple):
-    """What is readable of an attempt's stream."""
-
-    frames: dict[str, int]
-    last_id: str
-    live_from: str | None
-    missing: int
-    end_reason: str | None
-
-
-def _counts(backend: ValkeyBackend, execution_id: str, attempt: int) -> _Counts:
-    frames = {"durable": 0, "summary": 0, "best_effort": 0}
-    last_id, live_from, missing = "0-0", None, 0
-    after = "0-0"
-    while True:
-        page = backend.read_stream(execution_id, attempt, after=after, count=10_000)
-        for frame in page:
-            frames[frame.mode] = frames.get(frame.mode, 0) + 1
-            last_id = frame.stream_id
-            if live_from is None and frame.mode != "durable":
-                live_from = frame.stream_id
-        missing += sum(max(gap.next_sequence - gap.first_missing, 0) for gap in page.gaps)
-        if page.end_reason is not None or page.cursor == after or not page:
-            return _Counts(frames, last_id, live_from, missing, page.end_reason)
-        after = page.cursor
-
-
 def _info(arguments: argparse.Namespace) -> int:
     eid = arguments.execution_id
     with ValkeyBackend.connect(_url(arguments)) as backend:
-        core = backend.describe(eid)
+        execution = backend.describe(eid)
+        core = execution.fields
+        attempts = int(core["total_attempt_count"])
         fields: dict[str, object] = {
-            "execution_id": core["execution_id"],
-            "state": core["state"],
+            "execution_id": execution.execution_id,
+            "state": execution.state,
             "outcome": core.get("outcome"),
             "failure": core.get("failure_reason"),
             "lane": core["lane_id"],
@@ -397,29 +396,33 @@ def _info(arguments: argparse.Namespace) -> int:
             "created": _when(core.get("created_at")),
             "started": _when(core.get("started_at")),
             "finished": _when(core.get("completed_at")),
-            "attempts": int(core["total_attempt_count"]),
+            "attempts": attempts,
         }
-        if core["state"] == "active":
-            left_s = int(core["lease_expires_at"]) / 1000 - time.time()
+        if execution.state == "active":
             fields |= {
                 "worker": core.get("current_worker_instance_id"),
                 "lease_epoch": int(core["current_lease_epoch"]),
-                "lease_left_s": round(left_s, 1),
             }
-        if fields["attempts"] or arguments.attempt is not None:
-            attempt = _attempt(backend, arguments)
-            counts = _counts(backend, eid, attempt)
+        if attempts or arguments.attempt is not None:
+            attempt = _newest(execution) if arguments.attempt is None else arguments.attempt
+            if attempt >= max(attempts, 1):
+                raise AttemptNotFound
+            stream = backend.describe_stream(eid, attempt)
+            left_ms, closed_reason = stream.lease_left_ms, stream.closed_reason
+            if left_ms is not None:
+                fields["lease_left_s"] = round(left_ms / 1000, 1)
+                if left_ms == 0 and closed_reason is None:
+                    # What every reader is told, although nobody has written it down yet.
+                    closed_reason = "producer_lost"
             summary = backend.read_summary(eid, attempt)
             fields |= {
                 "attempt": attempt,
-                "durable_frames": counts.frames["durable"],
-                "summary_frames": counts.frames["summary"],
-                "best_effort_frames": counts.frames["best_effort"],
-                "frames_not_readable": counts.missing,
-                "live_window_from": counts.live_from,
-                "last_id": counts.last_id,
-                "closed_reason": counts.end_reason,
-                "summary_version": summary.version if summary else None,
+                "frames": stream.frame_count,
+                "log_entries": stream.log_entries,
+                "live_entries": stream.live_entries,
+                "last_id": stream.last_id,
+                "closed_reason": closed_reason,
+                "summary_version": stream.summary_version or None,
                 "summary_bytes": len(summary.document_json) if summary else None,
             }
     if arguments.json:
@@ -441,3 +444,13 @@ def _when(ms: str | None) -> str | None:
         return None
     at = time.gmtime(int(ms) // 1000)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', at)}.{int(ms) % 1000:03d}Z"
+
+
+# -- supervise -------------------------------------------------------------------------------------
+
+
+def _supervise(arguments: argparse.Namespace) -> int:
+    scope = ScannerFilter(namespace=arguments.namespace)
+    with ValkeyBackend.connect(_url(arguments)) as backend:
+        backend.supervise(scope)
+    return 0

@@ -1070,7 +1070,7 @@ class ValkeyBackend:
         Raises:
             InvalidToken: The token is not valid, or there is no such waitpoint.
             WaitpointClosed: The waitpoint takes no more signals.
-            SignalLimitExceeded: The execution has had 10,000 signals.
+            SignalLimitExceeded: The waitpoint has had 10,000 signals.
             ExecutionNotFound: There is no such execution.
         """
         return self._do(

@@ -483,10 +483,10 @@ class InvalidToken(FFError):
 
 
 class SignalLimitExceeded(FFError):
-    """The execution holds as many signals as it may."""
+    """The waitpoint has had as many signals as it may."""
 
     code = "signal_limit_exceeded"
-    _sentence = "The execution holds 10,000 signals already; no more are taken."
+    _sentence = "The waitpoint has had 10,000 signals; no more are taken."
 
 
 class RotationConflict(FFError):
@@ -666,7 +666,7 @@ def for_code(code: str, details: Sequence[bytes] = ()) -> FFError:
     if cls is not None:
         try:
             return cls._from_details(details)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, IndexError):
             return ProtocolError(f"The server's details of the answer {code} are not understood.")
     named = f" {_word(code)}" if _word(code) else ""
     return ProtocolError(f"The server answered with the unknown code{named}; check the versions.")

@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 from ff_fast import keys
 from ff_fast._hot.resp import pack_fcall
 from ff_fast._steps import Flow, Step
-from ff_fast.errors import Corruption, FFError, ProtocolError, for_code, from_server_error
+from ff_fast.errors import Corruption, ProtocolError, for_code, from_server_error
 from ff_fast.types import (
     CancelFlowPolicy,
     CancelOutcome,
@@ -82,9 +82,8 @@ class Op(NamedTuple, Generic[T]):
                 raise for_code(word.decode("ascii", "replace"), reply[2:])
             try:
                 return self.parse(word, reply[2:])
-            except FFError:
-                raise
-            except (ValueError, IndexError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError):
+                # Also where a value's own class refused it: that is not the caller's mistake.
                 pass
         raise ProtocolError
 
@@ -298,6 +297,8 @@ def fail_execution(
     def parse(_: bytes, fields: list[object]) -> tuple[FailOutcome, Hints]:
         if _text(fields[1]) == "retry_scheduled":
             return FailOutcome.RETRY_SCHEDULED(_int(fields[2])), _hints(fields, 3)
+        if fields[1] != b"terminal_failed":
+            raise ValueError
         return FailOutcome.TERMINAL_FAILED, _hints(fields, 3)
 
     return Op(
@@ -435,7 +436,8 @@ def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
         core.pop("current_lease_id", None)
         core.pop("released_lease", None)
         history = []
-        for identity, flat in fields[3] if isinstance(fields[3], list) else []:
+        for pair in _list(fields[3]):
+            identity, flat = _list(pair)
             entry = {_text(name): _text(value) for name, value in _pairs(flat).items()}
             history.append({"at_ms": _text(identity).partition("-")[0], **entry})
         return ExecutionDescription(
@@ -490,6 +492,12 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
         parse,
         read_only=True,
     )
+
+
+def _list(field: object) -> list[object]:
+    if not isinstance(field, list):
+        raise TypeError
+    return field
 
 
 def _pairs(flat: object) -> dict[bytes, bytes]:
@@ -743,7 +751,7 @@ def observe_signals(attempt: Attempt) -> Op[tuple[ResumeSignal, ...]]:
 
     def parse(_: bytes, fields: list[object]) -> tuple[ResumeSignal, ...]:
         found = []
-        for flat in fields[0] if isinstance(fields[0], list) else []:
+        for flat in _list(fields[0]):
             pairs = _pairs(flat)
             texts = {
                 name: pairs[name.encode()].decode("utf-8", "replace")
@@ -845,12 +853,12 @@ def charge_budget(
     )
 
 
-def release_charge(budget_id: str, charge_key: str, usage: UsageDimensions) -> Op[None]:
+def release_charge(budget_id: str, charge_key: str) -> Op[None]:
     """Take a charge back."""
     return Op(
         b"ff_release_charge",
         _budget_keys(budget_id, charge_key),
-        tuple(_amounts(usage)),
+        (),
         lambda status, fields: None,
     )
 
@@ -891,7 +899,7 @@ def cancel_flow(
 
 
 def cancel_members(flow_id: str, tag: str, count: int) -> Op[tuple[tuple[int, int], Hints]]:
-    """Cancel members of a cancelled flow; answers how many, and how many are left to be cancelled."""
+    """Cancel members of a cancelled flow; answers how many, and whether more are left to be cancelled."""
     return Op(
         b"ff_cancel_members",
         (keys.flow(tag, flow_id), keys.flow_open(tag, flow_id), keys.timers(tag)),
@@ -906,8 +914,7 @@ def describe_flow(flow_id: str, tag: str) -> Op[FlowDescription]:
     def parse(_: bytes, fields: list[object]) -> FlowDescription:
         flow = _pairs(fields[0])
         members, still_open = (
-            tuple(sorted(_text(member) for member in group)) if isinstance(group, list) else ()
-            for group in fields[1:3]
+            tuple(sorted(_text(member) for member in _list(group))) for group in fields[1:3]
         )
         return FlowDescription(flow_id, _text(flow[b"state"]), members, still_open)
 

@@ -227,6 +227,9 @@ end
 -- 1 where a cancel was requested, else 0. One string costs the server less than a list of four.
 redis.register_function('ff_append', function(keys, args)
   local call, format = redis.call, string.format
+  if not keys[3] then
+    return ff.err('invalid_input', 'keys')
+  end
   local meta = call('HMGET', keys[2], 'writer', 'last_sequence', 'last_ms', 'lease_expires_at', 'cancel_requested')
   if not meta[1] or meta[1] ~= args[1] then
     return refusal(keys[1], keys[2], args[1] or '')
@@ -234,7 +237,7 @@ redis.register_function('ff_append', function(keys, args)
   local time = call('TIME')
   -- '%d' drops the fraction of a millisecond wherever this is stored.
   local now = time[1] * 1000 + time[2] / 1000
-  local lease_left = meta[4] - now
+  local lease_left = (tonumber(meta[4]) or 0) - now
   if lease_left <= 0 then
     return refusal(keys[1], keys[2], args[1])
   end
@@ -464,7 +467,7 @@ end)
 -- the attempt is superseded.
 redis.register_function('ff_open_writer', function(keys, args)
   local call = redis.call
-  local refused = refusal(keys[1], keys[2], args[1])
+  local refused = refusal(keys[1], keys[2], args[1] or '')
   if refused[2] ~= 'writer_superseded' then
     return refused
   end

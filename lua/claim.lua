@@ -51,6 +51,9 @@ local function lease_out(x, args, at)
   if not resumed then
     call('HSET', keys.meta, 'last_sequence', '0', 'last_ms', '0', 'created_at', ff.text(x.now))
   end
+  if fields.cancel_requested then
+    call('HSET', keys.meta, 'cancel_requested', '1')
+  end
   ff.set_timer(x, 'lease', expires_at)
   local limit = tonumber(resumed and fields.attempt_left_ms or fields.attempt_timeout_ms) or 0
   if limit > 0 then
@@ -63,10 +66,14 @@ local function lease_out(x, args, at)
   return { x.id, index, attempt_id, epoch, expires_at, (resumed or reclaimed) and 'resumed' or 'fresh' }
 end
 
--- A member of a cancelled flow is not claimed any more, also before its own cancellation reaches it.
+-- A member of a cancelled flow is not claimed any more, also before its own cancellation reaches it. Only an attempt
+-- that had begun, and that the policy lets run, goes on.
 local function flow_allows(x)
-  return not x.fields.flow_id
-    or redis.call('HGET', 'ff:flow:' .. x.tag .. ':' .. x.fields.flow_id, 'state') == 'open'
+  if not x.fields.flow_id then
+    return true
+  end
+  local flow = redis.call('HMGET', 'ff:flow:' .. x.tag .. ':' .. x.fields.flow_id, 'state', 'cancel_policy')
+  return flow[1] == 'open' or (flow[2] ~= 'cancel_all' and x.fields.interrupted == '1')
 end
 
 -- ff_claim

@@ -38,7 +38,8 @@ end)
 local function retry_delay(fields)
   local delay = tonumber(fields.retry_delay_ms)
   if fields.retry_backoff == 'exponential' then
-    delay = delay * (tonumber(fields.retry_multiplier_percent) / 100) ^ tonumber(fields.retry_count)
+    -- Bounded, as 0 times infinity is no number.
+    delay = delay * math.min((tonumber(fields.retry_multiplier_percent) / 100) ^ tonumber(fields.retry_count), 2 ^ 53)
   end
   delay = math.min(delay, tonumber(fields.retry_max_delay_ms))
   return math.floor(delay * (1 - math.random() * tonumber(fields.retry_jitter_percent) / 100))
@@ -50,7 +51,7 @@ end
 function ff.fail_attempt(x, class, last, reason)
   local fields = x.fields
   if class == 'infra_crash' then
-    ff.lapse(x)
+    ff.lapse(x, true)
     if x.state == 'waiting' then
       return 'retry_scheduled', ff.text(x.now)
     end
@@ -136,7 +137,7 @@ end)
 --   returns: state previous_state (lane_id eligible_score)...
 --   errors:  execution_not_found execution_not_active invalid_input
 --
--- With a grace an active execution is asked first: its worker hears of it with its next append or renewal, and the
+-- With a grace an active execution is asked first: its worker hears of it with its next append, and the
 -- cancellation is forced when the grace is over. The status is REQUESTED then. Cancelling a cancelled execution again
 -- answers as the first time.
 redis.register_function('ff_cancel_execution', function(keys, args)
@@ -158,7 +159,8 @@ redis.register_function('ff_cancel_execution', function(keys, args)
   if from == 'active' and grace_ms > 0 then
     redis.call('HSET', ff.attempt_keys(x, x.fields.current_attempt_index).meta, 'cancel_requested', '1')
     ff.set(x, 'cancel_requested', '1', 'cancellation_reason', args[1])
-    ff.set_timer(x, 'cancel', x.now + grace_ms)
+    -- Asking again gives no longer grace.
+    redis.call('ZADD', x.timers, 'LT', ff.text(x.now + grace_ms), 'cancel:' .. x.id)
     return { 1, 'REQUESTED', from, from }
   end
   ff.set(x, 'cancellation_reason', args[1], 'cancelled_from', from)

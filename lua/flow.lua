@@ -46,17 +46,14 @@ end)
 --   keys:    flow open timers
 --   args:    count
 --   returns: cancelled left (lane_id eligible_score)...
---   errors:  flow_not_found
+--   errors:
 --
--- Cancels up to `count` open members of a cancelled flow, as its policy says; `left` is how many it leaves to be
--- cancelled. Members that the policy lets run are not counted.
+-- Cancels up to `count` open members of a cancelled flow, as its policy says; `left` is 1 where there are more to be
+-- cancelled, else 0. Members that the policy lets run are not counted. A flow that is gone has none.
 redis.register_function('ff_cancel_members', function(keys, args)
   local call = redis.call
-  local flow = call('HMGET', keys[1], 'state', 'cancel_policy', 'cancel_reason', 'flow_id')
-  if not flow[1] then
-    return ff.err('flow_not_found')
-  end
-  local tag = string.match(keys[1], '^ff:flow:(%b{}):')
+  local flow = call('HMGET', keys[1], 'state', 'cancel_policy', 'cancel_reason')
+  local tag, flow_id = string.match(keys[1], '^ff:flow:(%b{}):(.*)$')
   local limit, cancelled, left, hints = tonumber(args[1]), 0, 0, {}
   if flow[1] == 'cancelled' and flow[2] ~= 'flow_only' then
     local now = ff.now_ms()
@@ -75,13 +72,14 @@ redis.register_function('ff_cancel_members', function(keys, args)
             hints[#hints + 1] = hint
           end
         else
-          left = left + 1
+          left = 1
+          break
         end
       end
     end
   end
   if left == 0 then
-    call('ZREM', keys[3], 'flow:' .. flow[4])
+    call('ZREM', keys[3], 'flow:' .. flow_id)
   end
   return ff.ok(ff.text(cancelled), ff.text(left), unpack(hints))
 end)

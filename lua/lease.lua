@@ -54,12 +54,15 @@ redis.register_function('ff_report_progress', function(keys, args)
 end)
 
 -- The lease of an active execution has lapsed: its producer is lost. The attempt ends, and the execution waits for
--- another worker, unless that has happened too often.
-function ff.lapse(x)
+-- another worker, unless that has happened too often. With `reported` the worker itself has said why, and its words
+-- stay.
+function ff.lapse(x, reported)
   local count = tonumber(x.fields.reclaim_count) + 1
   ff.set(x, 'reclaim_count', ff.text(count))
   if count > tonumber(x.fields.max_reclaims) then
-    ff.set(x, 'failure_reason', 'max_reclaims_exceeded', 'failure_class', 'infra_crash')
+    if not reported then
+      ff.set(x, 'failure_reason', 'max_reclaims_exceeded', 'failure_class', 'infra_crash')
+    end
     ff.move(x, 'failed', 'producer_lost')
   else
     ff.end_attempt(x, 'producer_lost')

@@ -140,14 +140,25 @@ local function open_attempt(x)
   return x.fields.total_attempt_count
 end
 
--- Closes the suspension that is open, with its waitpoints: none of their tokens resumes anything from here on.
+-- Closes the suspension that is open, with the waitpoints that it names: none of their tokens resumes anything from
+-- here on. A waitpoint that is pending goes on waiting for its suspension.
 function ff.close_suspension(x, why)
   local call = redis.call
   local key = x.prefix .. 'suspension:current'
-  if call('HGET', key, 'suspension_id') and not call('HGET', key, 'closed_at') then
-    call('HSET', key, 'closed_at', ff.text(x.now), 'close_reason', why)
+  local suspension = call('HMGET', key, 'suspension_id', 'closed_at', 'leaf_count')
+  if not suspension[1] or suspension[2] then
+    return
   end
-  for _, waitpoint in ipairs(call('SMEMBERS', x.prefix .. 'waitpoints')) do
+  call('HSET', key, 'closed_at', ff.text(x.now), 'close_reason', why)
+  for j = 0, tonumber(suspension[3]) - 1 do
+    ff.close_waitpoint(x, string.match(call('HGET', key, 'leaf:' .. j), '^%d+ (%S+)'), why)
+  end
+end
+
+-- Closes every waitpoint of the attempt that ends, and its suspension.
+local function close_waitpoints(x, why)
+  ff.close_suspension(x, why)
+  for _, waitpoint in ipairs(redis.call('SMEMBERS', x.prefix .. 'waitpoints')) do
     ff.close_waitpoint(x, waitpoint, why)
   end
 end
@@ -185,7 +196,7 @@ local function conclude(x, attempt, reason)
   ff.end_stream(x, attempt, reason)
   ff.clear_timer(x, 'deadline')
   ff.clear_timer(x, 'cancel')
-  ff.close_suspension(x, x.state)
+  close_waitpoints(x, x.state)
   ff.set(x, 'completed_at', ff.text(x.now), 'outcome', ff.OUTCOMES[x.state])
   local record = {
     'execution_id', x.id, 'outcome', ff.OUTCOMES[x.state], 'namespace', fields.namespace,
@@ -208,18 +219,28 @@ local function conclude(x, attempt, reason)
   call('XADD', completions, 'MAXLEN', '~', COMPLETION_MAXLEN, '*', unpack(record))
   for _, waitpoint in ipairs(call('SMEMBERS', x.prefix .. 'waitpoints')) do
     call('PEXPIRE', 'ff:wp:' .. x.tag .. ':' .. waitpoint, retention_ms)
-    call('PEXPIRE', 'ff:wp:' .. x.tag .. ':' .. waitpoint .. ':signals', retention_ms)
   end
   for _, signal in ipairs(call('LRANGE', x.prefix .. 'signals', 0, -1)) do
     call('PEXPIRE', 'ff:signal:' .. x.tag .. ':' .. signal, retention_ms)
   end
   for _, name in ipairs({
-    'core', 'payload', 'result', 'tags', 'usage', 'usage:dedup', 'waitpoints', 'signals', 'signals:dedup',
-    'suspension:current', 'suspension:signals', 'children', 'history',
+    'core', 'payload', 'result', 'tags', 'usage', 'usage:dedup', 'waitpoints', 'tokens', 'signals',
+    'signals:buffered', 'signals:dedup', 'suspension:current', 'suspension:signals', 'children', 'history',
   }) do
     call('PEXPIRE', x.prefix .. name, retention_ms)
   end
   wake_parent(x)
+end
+
+-- Whether the flow of an execution that is about to wait for a worker is cancelled, and with it what does not run. An
+-- attempt that has begun may go on, unless all are cancelled.
+function ff.flow_ends(x)
+  if not x.fields.flow_id then
+    return false
+  end
+  local flow = redis.call('HMGET', 'ff:flow:' .. x.tag .. ':' .. x.fields.flow_id, 'state', 'cancel_policy')
+  return flow[1] == 'cancelled'
+    and (flow[2] == 'cancel_all' or (flow[2] == 'cancel_pending' and x.fields.interrupted ~= '1'))
 end
 
 -- Moves an execution to another state. Every caller has checked its arguments before; a transition that the table does
@@ -247,7 +268,11 @@ function ff.move(x, to, reason)
   ff.set(x, 'state', to, 'last_transition_at', ff.text(x.now))
   call('XADD', x.prefix .. 'history', 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to, 'attempt', attempt,
     'reason', reason or '')
-  if to == 'waiting' then
+  if to == 'waiting' and ff.flow_ends(x) then
+    -- Nobody could claim it any more.
+    ff.set(x, 'cancellation_reason', 'flow cancelled', 'cancelled_from', from)
+    ff.move(x, 'cancelled')
+  elseif to == 'waiting' then
     local score = ff.eligible_score(tonumber(x.fields.priority), tonumber(x.fields.created_at))
     call('ZADD', ff.eligible_key(x), score, x.id)
     x.hints[#x.hints + 1] = x.fields.lane_id
@@ -260,6 +285,7 @@ end
 -- Ends the attempt without ending the execution: the next claim makes a new one.
 function ff.end_attempt(x, reason)
   ff.end_stream(x, x.fields.current_attempt_index, reason)
+  close_waitpoints(x, reason)
   ff.set(x, 'interrupted', '')
 end
 
@@ -320,5 +346,5 @@ end
 -- The lease ends at the time that its attempt's meta names; appends read it there.
 function ff.lease_expires_at(x)
   local meta = ff.attempt_keys(x, x.fields.current_attempt_index).meta
-  return tonumber(redis.call('HGET', meta, 'lease_expires_at') or '0')
+  return tonumber(redis.call('HGET', meta, 'lease_expires_at') or '0') or 0
 end

@@ -55,8 +55,9 @@ function FIRE.suspension(x)
 end
 
 function FIRE.cancel(x)
-  if x.state == 'active' then
-    ff.set(x, 'cancelled_from', 'active')
+  -- Whatever became of the attempt in the meantime: nothing of it is to go on.
+  if not ff.OUTCOMES[x.state] then
+    ff.set(x, 'cancelled_from', x.state)
     ff.move(x, 'cancelled')
   end
   return 'done'

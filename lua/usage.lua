@@ -54,11 +54,11 @@ end)
 
 -- ff_create_budget
 --   keys:    limits usage
---   args:    (kind:dimension limit)...
+--   args:    (name limit)...
 --   returns:
 --   errors:  invalid_input
 --
--- kind is hard or soft. Creating a budget again replaces its limits and keeps what was used.
+-- A name is `hard:` or `soft:` and a dimension. Creating a budget again replaces its limits and keeps what was used.
 redis.register_function('ff_create_budget', function(keys, args)
   local amounts = amounts_of(args, 1)
   if not amounts or #args == 0 then
@@ -110,28 +110,31 @@ redis.register_function('ff_charge_budget', function(keys, args)
   for _, name in ipairs(order) do
     call('HSET', keys[2], name, ff.text(totals[name]))
   end
-  call('SET', keys[3], '1', 'PX', args[1])
+  -- What was charged, so that taking it back takes back this.
+  call('HSET', keys[3], '', '0')
+  for _, name in ipairs(order) do
+    call('HSET', keys[3], name, ff.text(amounts[name]))
+  end
+  call('PEXPIRE', keys[3], args[1])
   return soft or ff.ok('', '0', '0')
 end)
 
 -- ff_release_charge
 --   keys:    limits usage dedup
---   args:    (dimension amount)...
+--   args:
 --   returns:
---   errors:  invalid_input
+--   errors:
 --
--- Takes back a charge whose report was refused by another budget; nothing where the charge is not there.
-redis.register_function('ff_release_charge', function(keys, args)
+-- Takes back a charge whose report was refused elsewhere; nothing where the charge is not there.
+redis.register_function('ff_release_charge', function(keys)
   local call = redis.call
-  local amounts = amounts_of(args, 1)
-  if not amounts then
-    return ff.err('invalid_input', 'usage')
-  end
-  if call('DEL', keys[3]) == 1 then
-    for name, amount in pairs(amounts) do
-      local used = tonumber(call('HGET', keys[2], name) or '0')
-      call('HSET', keys[2], name, ff.text(math.max(used - amount, 0)))
+  local charged = call('HGETALL', keys[3])
+  for i = 1, #charged, 2 do
+    if charged[i] ~= '' then
+      local used = tonumber(call('HGET', keys[2], charged[i]) or '0')
+      call('HSET', keys[2], charged[i], ff.text(math.max(used - tonumber(charged[i + 1]), 0)))
     end
   end
+  call('DEL', keys[3])
   return ff.ok()
 end)

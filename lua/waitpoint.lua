@@ -4,7 +4,7 @@
 -- token is `<kid>:<HMAC-SHA1 hex>` over execution, waitpoint and creation time, each with its length before it, under a
 -- key of the partition's ring: the newest mints, and earlier ones verify until their grace is over.
 
--- Signals of one execution over its whole life; each is a few keys of the partition.
+-- Signals of one waitpoint; each is a key of the partition.
 local MAX_SIGNALS = 10000
 
 local function bytes_of(hex)
@@ -87,6 +87,16 @@ local function waitpoint_key(x, waitpoint_id)
   return 'ff:wp:' .. x.tag .. ':' .. waitpoint_id
 end
 
+-- A signal is known by its waitpoint and its id: one that goes to two waitpoints is stored twice.
+local function signal_key(x, signal)
+  return 'ff:signal:' .. x.tag .. ':' .. signal
+end
+
+-- Whether a waitpoint still takes signals for a suspension to come, by the server's clock.
+local function is_pending(x, wp)
+  return wp.state == 'pending' and tonumber(wp.expires_at) > x.now
+end
+
 -- ff_rotate_waitpoint_secret
 --   keys:    ring
 --   args:    kid secret grace_ms
@@ -158,6 +168,8 @@ redis.register_function('ff_create_waitpoint', function(keys, args)
     call('SADD', x.prefix .. 'waitpoints', args[4])
     call('ZADD', x.timers, ff.text(x.now + expires_ms), 'waitpoint:' .. x.id .. ':' .. args[4])
   end
+  -- A condition names the waitpoint by its token.
+  call('HSET', x.prefix .. 'tokens', redis.sha1hex(token), args[4])
   return ff.ok(token)
 end)
 
@@ -197,7 +209,8 @@ local function contribute(key, node, what, signal_id)
 end
 
 -- Lets a signal work on the open suspension. Returns its effect.
-local function apply_signal(x, waitpoint_id, signal)
+local function apply_signal(x, ref, signal)
+  local waitpoint_id = signal.waitpoint_id
   local call = redis.call
   local key = x.prefix .. 'suspension:current'
   local leaves = tonumber(call('HGET', key, 'leaf_count'))
@@ -223,14 +236,14 @@ local function apply_signal(x, waitpoint_id, signal)
         local added, met = contribute(key, node, what, signal.signal_id)
         new = new or added
         if met then
-          call('RPUSH', x.prefix .. 'suspension:signals', signal.signal_id)
+          call('RPUSH', x.prefix .. 'suspension:signals', ref)
           return 'resume_condition_satisfied'
         end
       end
     end
   end
   if new then
-    call('RPUSH', x.prefix .. 'suspension:signals', signal.signal_id)
+    call('RPUSH', x.prefix .. 'suspension:signals', ref)
     return 'appended_to_waitpoint'
   elseif matched then
     return 'appended_to_waitpoint_duplicate'
@@ -242,12 +255,13 @@ end
 
 -- ff_suspend_execution
 --   keys:    core
---   args:    attempt_index lease_id lease_epoch suspension_id timeout_ms timeout_behavior reason node_count (parent needed distinct)... leaf_count (node token kind matcher)...
+--   args:    attempt_index lease_id lease_epoch suspension_id timeout_ms timeout_behavior reason node_count condition...
 --   returns: kind suspension_id
 --   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired waitpoint_closed invalid_token invalid_input
 --
+-- The condition: for each node `parent needed distinct`, then leaf_count, then for each leaf `node token kind matcher`.
 -- Signals that came before count. Where they already meet the condition the status is ALREADY_SATISFIED, the
--- waitpoints are closed, and the lease is kept. timeout_ms 0 is none.
+-- waitpoints are closed, and the lease is kept; the same suspension_id again answers the same. timeout_ms 0 is none.
 redis.register_function('ff_suspend_execution', function(keys, args)
   local call = redis.call
   local timeout_ms, nodes = ff.integer(args[5]), ff.integer(args[8])
@@ -257,7 +271,7 @@ redis.register_function('ff_suspend_execution', function(keys, args)
   local at = 9
   for i = 0, nodes - 1 do
     local parent, needed = tonumber(args[at]), ff.integer(args[at + 1])
-    if not parent or not needed or needed < 1 or parent >= i or (i == 0) ~= (parent == -1) then
+    if not parent or not needed or needed < 1 or parent >= i or (i == 0) ~= (parent < 0) or parent < -1 then
       return ff.err('invalid_input', 'condition')
     end
     at = at + 3
@@ -270,36 +284,35 @@ redis.register_function('ff_suspend_execution', function(keys, args)
   if not x then
     return reply
   end
+  local key = x.prefix .. 'suspension:current'
+  if call('HGET', key, 'suspension_id') == args[4] then
+    return { 1, 'ALREADY_SATISFIED', 'suspended', args[4] }
+  end
   -- A leaf names its waitpoint by its token.
   local first_leaf, found, involved = at + 1, {}, {}
-  local waitpoints = {}
-  for _, waitpoint in ipairs(call('SMEMBERS', x.prefix .. 'waitpoints')) do
-    local wp = hash(waitpoint_key(x, waitpoint))
-    if wp and wp.attempt_index == args[1] then
-      waitpoints[waitpoint] = wp
-    end
-  end
   for j = 0, leaves - 1 do
     local leaf = first_leaf + 4 * j
     local node = ff.integer(args[leaf])
     if not node or node >= nodes then
       return ff.err('invalid_input', 'condition')
     end
-    for waitpoint, wp in pairs(waitpoints) do
-      if token_is_valid(x, waitpoint, wp, args[leaf + 1]) then
-        found[j] = waitpoint
-      end
-    end
-    if not found[j] then
+    local waitpoint = call('HGET', x.prefix .. 'tokens', redis.sha1hex(args[leaf + 1]))
+    if not waitpoint then
       return ff.err('invalid_token')
     end
-    if waitpoints[found[j]].state ~= 'pending' then
-      return ff.err('waitpoint_closed')
+    found[j] = waitpoint
+    if not involved[waitpoint] then
+      local wp = hash(waitpoint_key(x, waitpoint))
+      if not wp or not token_is_valid(x, waitpoint, wp, args[leaf + 1]) then
+        return ff.err('invalid_token')
+      end
+      if wp.attempt_index ~= args[1] or not is_pending(x, wp) then
+        return ff.err('waitpoint_closed')
+      end
+      involved[waitpoint] = true
     end
-    involved[found[j]] = true
   end
 
-  local key = x.prefix .. 'suspension:current'
   call('DEL', key, x.prefix .. 'suspension:signals')
   call('HSET', key, 'suspension_id', args[4], 'attempt_index', args[1], 'created_at', ff.text(x.now),
     'timeout_behavior', args[6], 'reason', args[7], 'leaf_count', ff.text(leaves))
@@ -315,11 +328,18 @@ redis.register_function('ff_suspend_execution', function(keys, args)
     call('HSET', waitpoint_key(x, waitpoint), 'state', 'active', 'suspension_id', args[4])
     call('ZREM', x.timers, 'waitpoint:' .. x.id .. ':' .. waitpoint)
   end
-  -- In the order in which the signals came, whatever waitpoint they came to.
-  for _, signal_id in ipairs(call('LRANGE', x.prefix .. 'signals', 0, -1)) do
-    local signal = hash('ff:signal:' .. x.tag .. ':' .. signal_id)
-    if signal and involved[signal.waitpoint_id] and not satisfied then
-      satisfied = apply_signal(x, signal.waitpoint_id, signal) == 'resume_condition_satisfied'
+  -- In the order in which the signals came, whatever waitpoint they came to. Those of other waitpoints stay.
+  local buffered = call('LRANGE', x.prefix .. 'signals:buffered', 0, -1)
+  call('DEL', x.prefix .. 'signals:buffered')
+  for _, ref in ipairs(buffered) do
+    local waitpoint = string.match(ref, '^[^:]+')
+    if not involved[waitpoint] then
+      if call('HGET', waitpoint_key(x, waitpoint), 'state') == 'pending' then
+        call('RPUSH', x.prefix .. 'signals:buffered', ref)
+      end
+    elseif not satisfied then
+      local signal = hash(signal_key(x, ref))
+      satisfied = signal and apply_signal(x, ref, signal) == 'resume_condition_satisfied'
     end
   end
   if satisfied then
@@ -354,41 +374,42 @@ redis.register_function('ff_deliver_signal', function(keys, args)
   if not token_is_valid(x, args[1], wp, args[2]) then
     return ff.err('invalid_token')
   end
+  local ref = args[1] .. ':' .. args[3]
   local dedup = #args[9] > 0 and args[1] .. ' ' .. args[9] or nil
-  local earlier = dedup and call('HGET', x.prefix .. 'signals:dedup', dedup)
-  if not earlier and call('EXISTS', 'ff:signal:' .. x.tag .. ':' .. args[3]) == 1 then
-    earlier = args[3]
-  end
-  if earlier then
-    local effect = call('HGET', 'ff:signal:' .. x.tag .. ':' .. earlier, 'effect')
-    return { 1, 'DUPLICATE', earlier, effect or '' }
+  local earlier = dedup and call('HGET', x.prefix .. 'signals:dedup', dedup) or ref
+  local effect = call('HGET', signal_key(x, earlier), 'effect')
+  if effect then
+    return { 1, 'DUPLICATE', string.match(earlier, '[^:]+$'), effect }
   end
   local suspension = hash(x.prefix .. 'suspension:current')
   local open = x.state == 'suspended' and wp.state == 'active' and suspension
     and suspension.suspension_id == wp.suspension_id
-  if not open and not (wp.state == 'pending' and not ff.OUTCOMES[x.state]) then
+  if not open and not (is_pending(x, wp) and not ff.OUTCOMES[x.state]) then
     return ff.err('waitpoint_closed')
   end
-  if call('LLEN', x.prefix .. 'signals') >= MAX_SIGNALS then
+  if (tonumber(wp.signal_count) or 0) >= MAX_SIGNALS then
     return ff.err('signal_limit_exceeded')
   end
   local signal = {
     signal_id = args[3], waitpoint_id = args[1], signal_name = args[4], signal_category = args[5],
     source_type = args[6], source_identity = args[7], correlation_id = args[8],
   }
-  local key = 'ff:signal:' .. x.tag .. ':' .. args[3]
+  local key = signal_key(x, ref)
   call('HSET', key, 'signal_id', args[3], 'waitpoint_id', args[1], 'signal_name', args[4], 'signal_category', args[5],
     'source_type', args[6], 'source_identity', args[7], 'correlation_id', args[8], 'accepted_at', ff.text(x.now))
   if args[10] == '1' then
     call('HSET', key, 'payload', args[11])
   end
-  call('RPUSH', x.prefix .. 'signals', args[3])
+  call('RPUSH', x.prefix .. 'signals', ref)
+  call('HINCRBY', waitpoint_key(x, args[1]), 'signal_count', 1)
   if dedup then
-    call('HSET', x.prefix .. 'signals:dedup', dedup, args[3])
+    call('HSET', x.prefix .. 'signals:dedup', dedup, ref)
   end
-  local effect = 'buffered_for_pending_waitpoint'
-  if open then
-    effect = apply_signal(x, args[1], signal)
+  effect = 'buffered_for_pending_waitpoint'
+  if not open then
+    call('RPUSH', x.prefix .. 'signals:buffered', ref)
+  else
+    effect = apply_signal(x, ref, signal)
     if effect == 'resume_condition_satisfied' then
       ff.close_suspension(x, 'resumed')
       ff.move(x, 'waiting', 'resumed')
@@ -416,7 +437,7 @@ redis.register_function({
     local signals = {}
     if suspension[1] == args[1] and suspension[2] == 'resumed' then
       for _, signal in ipairs(redis.call('LRANGE', x.prefix .. 'suspension:signals', 0, -1)) do
-        signals[#signals + 1] = redis.call('HGETALL', 'ff:signal:' .. x.tag .. ':' .. signal)
+        signals[#signals + 1] = redis.call('HGETALL', signal_key(x, signal))
       end
     end
     return { 1, 'OK', signals }

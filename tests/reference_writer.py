@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ff_fast.types import StreamMode
 
-LETTERS_AFTER_FRAMES = {b"T": 1, b"P": 1, b"K": 1, b"E": 1, b"C": 3}
+LETTERS_AFTER_FRAMES = {b"T": 1, b"P": 1, b"K": 1, b"E": 1, b"H": 1, b"C": 3}
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,14 @@ def blocks(
             fields = optional_fields(head)
             if previous is not None:
                 extras = [b"prev", b"%d" % previous, *fields]
-                out += [b"L", b"1", head.frame_type.encode(), b"%d" % (len(extras) // 2)]
+                out += [b"X", b"1", head.frame_type.encode(), b"%d" % (len(extras) // 2)]
                 out += [*extras, head.payload]
             rest = run if previous is None else run[1:]
             if rest:
-                out += [b"L", b"%d" % len(rest), head.frame_type.encode()]
-                out += [b"%d" % (len(fields) // 2), *fields, *(one.payload for one in rest)]
+                out += [b"X" if fields else b"L", b"%d" % len(rest), head.frame_type.encode()]
+                if fields:
+                    out += [b"%d" % (len(fields) // 2), *fields]
+                out += [one.payload for one in rest]
             continue
         summary = head.mode.patch_kind is not None
         fields = [b"mode", head.mode.wire.encode(), b"frame_type", head.frame_type.encode()]
@@ -163,12 +165,20 @@ class Request:
     frame_arguments: list[bytes | Run] = field(default_factory=list)
     ages: list[int] = field(default_factory=list)
 
+    @property
+    def key_count(self) -> int:
+        """How many of core, meta, log, live and summary the blocks need."""
+        if self.patches or b"C" in self.tail:
+            return 5
+        live = any(frame.mode == b"best_effort" for frame in self.frames)
+        return 4 if live or b"T" in self.tail or b"P" in self.tail else 3
+
 
 def parse(argv: list[bytes]) -> Request:
     """Take an append apart, and check the grammar of ``lua/append.lua``."""
-    request = Request(int(argv[4]))
+    request = Request(int(argv[1]))
     sequence = request.first_sequence - 1
-    at = 5
+    at = 2
     while at < len(argv):
         letter = argv[at]
         if letter in LETTERS_AFTER_FRAMES:
@@ -180,10 +190,14 @@ def parse(argv: list[bytes]) -> Request:
         assert not request.tail, "frames stand before retention"
         count = int(argv[at + 1])
         assert count >= 1
-        if letter == b"L":
-            extras = int(argv[at + 3])
-            start = at + 4 + 2 * extras
-            fields = dict(zip(argv[at + 4 : start : 2], argv[at + 5 : start : 2], strict=True))
+        if letter in (b"L", b"X"):
+            start = at + 3
+            fields = {}
+            if letter == b"X":
+                extras = int(argv[start])
+                assert extras >= 1, "an L block would do"
+                start += 1 + 2 * extras
+                fields = dict(zip(argv[at + 4 : start : 2], argv[at + 5 : start : 2], strict=True))
             previous = fields.pop(b"prev", None)
             assert previous is None or count == 1
             fields[b"frame_type"] = argv[at + 2]
@@ -251,6 +265,8 @@ class Server:
         self.summary: dict[bytes, bytes] = {}
         self.version = 0
         self.estimator: bytes | None = None
+        # What H blocks have left in meta; None where the last frame is visible.
+        self.told_visible: int | None = None
         self.now_ms = 1_700_000_000_000
         self.last_ms = 0
         self.applied = 0
@@ -295,11 +311,21 @@ class Server:
             }
         if b"E" in request.tail:
             self.estimator = request.tail[b"E"][0]
+        if b"H" in request.tail:
+            (told,) = request.tail[b"H"]
+            assert told != (b"" if self.told_visible is None else b"%d" % self.told_visible)
+            self.told_visible = int(told) if told else None
         self.frames += request.frames
+        visible = [frame.sequence for frame in self.frames if frame.mode != b"best_effort"]
+        self.check_told((visible or [0])[-1])
         if total:
             self.last_ms = self.now_ms
         self.applied += 1
         return b"%d %d 30000 0" % (self.now_ms, last)
+
+    def check_told(self, visible: int) -> None:
+        """Meta tells the last visible frame: by a field of its own where it is not the last one."""
+        assert self.told_visible == (None if visible == len(self.frames) else visible)
 
     def check_visible_chain(self) -> None:
         """Every visible frame names the visible frame before it, where that is not its neighbour."""

@@ -20,8 +20,8 @@ FRAMES = payloads(COUNT)
 
 def new_core(mode: str) -> WriterCore:
     return WriterCore(
-        keys=(b"core", b"log", b"live", b"meta", b"summary"),
-        fence=(b"0", b"lease", b"1", b"writer"),
+        keys=(b"core", b"meta", b"log", b"live", b"summary"),
+        writer=b"0:lease:1:writer",
         mode=mode_of(mode),
         opened=(0, 0, 0, b"", 0),
     )

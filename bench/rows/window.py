@@ -91,8 +91,8 @@ class Stream:
         self._newest_ms = 0
         self._flowfabric = FlowFabricRate(ttl_ms)
         self._core = WriterCore(
-            keys=(b"core", b"log", b"live", b"meta", b"summary"),
-            fence=(b"0", b"lease", b"1", b"writer"),
+            keys=(b"core", b"meta", b"log", b"live", b"summary"),
+            writer=b"0:lease:1:writer",
             mode=mode_of("best_effort", ttl_ms, CEILING),
             opened=(0, 0, 0, b"", 0),
         )

@@ -53,6 +53,7 @@ from ff_fast.errors import (
     Overloaded,
     PayloadTooLarge,
     ProtocolError,
+    StreamClosed,
     for_code,
     from_server_error,
 )
@@ -669,7 +670,7 @@ cdef class WriterCore:
         """The open batch as a request."""
         cdef Batch batch = Batch.__new__(Batch)
         cdef long long now = now_us()
-        # FCALL, the function, the number of keys, the writer and the first sequence; keys come later.
+        # FCALL, the function, the number of keys, writer and first sequence; keys come later.
         cdef Py_ssize_t parts = 5
         cdef Py_ssize_t key_count = MIN_KEYS
         cdef Py_ssize_t total = HEAD_SIZE + PyBytes_GET_SIZE(self._writer)
@@ -790,6 +791,10 @@ cdef class WriterCore:
         out = put_raw(out, PyBytes_AS_STRING(tail), PyBytes_GET_SIZE(tail))
         assert out - start == total, "sizing pass and writing pass disagree"
         # Nothing below fails.
+        if batch.renews:
+            self._renew = False
+            self._renewed_us = now
+        self._told_visible = -1 if self._visible == self._sequence else self._visible
         self._live_total += batch.live_count
         self.unacknowledged_bytes += total - self._size
         return batch
@@ -825,17 +830,13 @@ cdef class WriterCore:
         # Renewed four times a ttl: the key outlives its newest frame by more than half of one, and
         # `acknowledge` sees to batches that were on their way for longer.
         if self._renew or (batch.live_count and now >= self._renewed_us + self._ttl_ms * 250):
-            self._renew = False
-            self._renewed_us = now
             batch.renews = True
             tail += [b"P", b"%d" % (2 * self._ttl_ms)]
             key_count[0] = max(key_count[0], MIN_KEYS + 1)
         if self._visible != self._sequence:
             if self._told_visible != self._visible:
-                self._told_visible = self._visible
                 tail += [b"H", b"%d" % self._visible]
         elif self._told_visible >= 0:
-            self._told_visible = -1
             tail += [b"H", b""]
         if self._estimator is not None and (batch.live_count or self._finishing):
             if now >= self._estimator_at_us or self._finishing:
@@ -1050,6 +1051,16 @@ cdef class WriterCore:
         if self._returned:
             # The answer to a batch behind a refused one says only that it came too early.
             error = None
+        elif batch.frame_count == 0 and isinstance(error, StreamClosed):
+            # Care for what an ended attempt keeps; its end has set the retention of every key.
+            self._in_flight.pop(0)
+            self._stored(batch)
+            try:
+                self._notify()
+            finally:
+                if self.waiting:
+                    self._on_progress()
+            return None
         elif not (
             # What the function itself refuses it refuses again: the same bytes go again.
             isinstance(reply, Exception)

@@ -4,18 +4,21 @@
 else. A function runs with its caller's rights, so the commands inside it are listed too.
 """
 
+import asyncio
+import contextlib
 import datetime
 import logging
 import pickle
 import socket
 import ssl
+import threading
 import time
 
 import pytest
 import trustme
 
 import ff_fast
-from ff_fast import Frame, FrameKind, StreamMode
+from ff_fast import Frame, FrameKind, StreamMode, aio
 from ff_fast.errors import (
     AuthenticationFailed,
     DeadlineExceeded,
@@ -27,24 +30,37 @@ from ff_fast.errors import (
 )
 
 from ..conftest import connect_raw
+from ..waiting import wait_until_async
 from .chaos import ChaosProxy
 from .shells import claimed
 
 ACL = {
     # Loads the library, and nothing else.
     "ff_deploy": "resetchannels -@all +function|load +fcall_ro",
-    # Creates executions.
-    "ff_producer": "resetchannels -@all ~ff:* +fcall|ff_create_execution +fcall_ro|ff_version +zadd +hmget +hset +set +time",
+    # Creates executions, flows and their members.
+    "ff_producer": (
+        "resetchannels -@all ~ff:* +fcall|ff_create_execution +fcall|ff_create_flow +fcall_ro|ff_version "
+        "+zadd +hget +hset +hgetall +set +sadd +time"
+    ),
     # Claims, streams, renews and ends.
     "ff_worker": (
         "resetchannels -@all ~ff:* "
         "+fcall|ff_claim +fcall|ff_open_writer +fcall|ff_append +fcall|ff_renew_lease +fcall|ff_complete_execution "
         "+fcall|ff_fail_execution +fcall_ro|ff_version +fcall_ro|ff_read_payload +fcall_ro|ff_read_summary "
-        "+zpopmin +bzpopmin +zadd +zrange +zrem +hmget +hget +hset +hgetall +del +get +set +exists +xadd +xtrim "
-        "+xrevrange +pexpire +pttl +time"
+        "+zpopmin +bzpopmin +zadd +zrange +zrem +zscore +hmget +hget +hset +hdel +hgetall +del +get +set +exists "
+        "+smembers +scard +srem +lrange +xadd +xtrim +xrevrange +pexpire +time"
+    ),
+    # Fires what is due: lapsed leases, delays, timeouts, cancellations.
+    "ff_supervisor": (
+        "resetchannels -@all ~ff:* +fcall|ff_fire_timer +fcall|ff_cancel_members +fcall_ro|ff_version "
+        "+zrangebyscore +zadd +zrem +zscore +hmget +hget +hset +hdel +hgetall +smembers +scard +srem +lrange "
+        "+xadd +pexpire +time"
     ),
     # Reads: tails, pages, summaries and descriptions, with no way to write.
-    "ff_tailer": "resetchannels -@all %R~ff:* +fcall_ro +hmget +hget +hgetall +exists +xrange +xread +time",
+    "ff_tailer": (
+        "resetchannels -@all %R~ff:* "
+        "+fcall_ro +hmget +hget +hgetall +exists +xrange +xrevrange +xread +xlen +time"
+    ),
 }
 PASSWORD = "s3cret-canary"
 
@@ -100,13 +116,57 @@ async def test_each_user_can_do_its_work_and_is_refused_nothing(shell, own_serve
         await worker.complete(handle, b"answer")
         await worker.complete(handle, b"answer")
         await worker.fail(other, "broken")
+    async with await shell.connect(as_user(own_server, "ff_producer")) as producer:
+        flow_id = await producer.create_flow()
+        parent = await producer.create_execution(lane=lane, flow_id=flow_id)
+        await producer.create_execution(lane=lane, flow_id=flow_id, parent_id=parent)
+        late = await producer.create_execution(lane=f"{lane}-late", flow_id=flow_id, delay=0.001)
+    async with await shell.connect(as_user(own_server, "ff_worker")) as worker:
+        for _ in range(2):
+            member = await worker.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
+            await worker.complete(member)
+    async with (
+        await shell.connect(as_user(own_server, "ff_supervisor")) as supervisor,
+        await shell.connect(as_user(own_server, "ff_worker")) as worker,
+        await shell.connect(as_user(own_server, "ff_tailer")) as tailer,
+    ):
+        await supervised(supervisor, tailer, late, "waiting")
+        lost = await worker.claim(
+            lane=f"{lane}-late", worker_id="w", worker_instance_id="w-1", lease_ttl_ms=1
+        )
+        assert lost is not None
+        await supervised(supervisor, tailer, late, "waiting")
     async with await shell.connect(as_user(own_server, "ff_tailer")) as tailer:
         eid = handle.fields().execution_id
         assert len(await tailer.items(eid)) > 600
         assert len(await tailer.read_stream(eid, 0)) == 100
         assert (await tailer.read_summary(eid, 0)).version == 300
-        assert (await tailer.describe(eid))["state"] == "completed"
+        assert (await tailer.describe(eid)).state == "completed"
     assert guarded.acl_log() == []
+
+
+async def supervised(supervisor, tailer, eid, state):
+    """Supervise until the execution is in that state."""
+    backend, stop = supervisor.wrapped, threading.Event()
+    if isinstance(backend, aio.ValkeyBackend):
+        running = asyncio.ensure_future(backend.supervise(interval=0.01))
+    else:
+        running = asyncio.ensure_future(
+            asyncio.to_thread(backend.supervise, interval=0.01, stop=stop)
+        )
+
+    async def reached():
+        assert not running.done(), running.exception()
+        return (await tailer.describe(eid)).state == state
+
+    try:
+        await wait_until_async(reached)
+    finally:
+        stop.set()
+        if isinstance(backend, aio.ValkeyBackend):
+            running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
 
 
 async def test_what_a_user_may_not_do_is_told_at_once(shell, own_server, guarded, lane):
@@ -124,7 +184,7 @@ async def test_what_a_user_may_not_do_is_told_at_once(shell, own_server, guarded
                 await call
             assert caught.value.outcome is Outcome.NOT_APPLIED
             assert not caught.value.retryable
-        assert (await tailer.describe(eid))["state"] == "active"
+        assert (await tailer.describe(eid)).state == "active"
 
 
 async def test_rights_taken_amid_a_stream_end_the_writer(shell, own_server, guarded, lane):
@@ -208,7 +268,7 @@ async def test_too_many_clients(shell, own_server, lane):
                 await shell.connect(own_server.url, retries=1, factor=1)
             assert caught.value.outcome is Outcome.NOT_APPLIED
             raw.config_set("maxclients", "100")
-        assert (await backend.describe(eid))["state"] == "waiting"
+        assert (await backend.describe(eid)).state == "waiting"
 
 
 # -- TLS -------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ async def test_a_cancelled_caller_disturbs_nobody(name, proxy, server, lane):
         before = writer.next_sequence
         await cancelled_at(step, CALLS[name](backend, handle, writer, eid))
         appended += writer.next_sequence - before
-        assert (await reading)["state"] == "active"
+        assert (await reading).state == "active"
     await streaming.flush(5)
     await writer.flush(5)
     assert writer.next_sequence - 1 == appended
@@ -105,7 +105,7 @@ async def test_wait_for_on_held_replies(name, proxy, server, lane):
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(CALLS[name](backend, handle, writer, eid), 0.02)
     proxy.release()
-    assert {result["state"] for result in await asyncio.gather(*others)} == {"active"}
+    assert {result.state for result in await asyncio.gather(*others)} == {"active"}
     await writer.flush(5)
     assert proxy.accepted == connections
     assert not tasks()
@@ -124,8 +124,8 @@ async def test_replies_after_a_cancelled_call_stay_paired(proxy, lane):
         calls[eid].cancel()
     proxy.release()
     for eid in eids[1::2]:
-        assert (await calls[eid])["execution_id"] == eid
-    assert (await backend.describe(first))["execution_id"] == first
+        assert (await calls[eid]).execution_id == eid
+    assert (await backend.describe(first)).execution_id == first
     await asyncio.gather(*calls.values(), return_exceptions=True)
     await backend.close()
 
@@ -159,7 +159,7 @@ async def test_cancelling_the_caller_that_reconnects_leaves_the_others_their_con
             await asyncio.sleep(0)
         first.cancel()
         for other in others:
-            assert (await other)["execution_id"] == eid
+            assert (await other).execution_id == eid
         with contextlib.suppress(asyncio.CancelledError):
             await first
     assert not tasks()

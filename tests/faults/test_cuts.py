@@ -168,8 +168,8 @@ async def test_a_lost_reply_is_asked_for_again(shell, proxy, server, lane):
             await operation(backend, ids)
             assert proxy.cuts == before + 1, name
         state = await backend.describe(ids["new"])
-        assert state["state"] == "waiting"
-        assert (await backend.describe(eid))["state"] == "completed"
+        assert state.state == "waiting"
+        assert (await backend.describe(eid)).state == "completed"
     assert [frame.frame_type for frame in frames(server.url, eid)] == ["tool_event"]
     with connect_raw(server.url) as raw:
         assert raw.zcard(ff_fast.keys.eligible(ff_fast.keys.partition_tag(ids["new"]), lane)) == 1
@@ -185,7 +185,7 @@ async def test_a_lost_reply_to_a_claim_is_told(shell, proxy, lane):
             await backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
         assert caught.value.outcome is Outcome.UNKNOWN
         assert caught.value.retryable
-        assert (await backend.describe(eid))["state"] == "active"
+        assert (await backend.describe(eid)).state == "active"
         assert await backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1") is None
 
 
@@ -198,7 +198,7 @@ async def test_claim_at_every_stage_of_a_cut(shell, cut, proxy, lane):
         with contextlib.suppress(OutcomeUnknown):
             handle = await backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
         proxy.cut_by(())
-        state = (await backend.describe(eid))["state"]
+        state = (await backend.describe(eid)).state
         assert state == "active" if handle is not None else state in ("active", "waiting")
 
 
@@ -211,7 +211,7 @@ async def test_no_retries_means_none(shell, proxy, lane):
         with pytest.raises(OutcomeUnknown):
             await backend.describe(eid)
         assert proxy.accepted == before
-        assert (await backend.describe(eid))["state"] == "active"
+        assert (await backend.describe(eid)).state == "active"
         if shell.kind == "aio":
             await backend.renew(handle)
         writer.write(b"1")
@@ -250,7 +250,7 @@ async def test_refused_while_streaming(shell, proxy, server, lane):
                 await asyncio.wait_for(asyncio.shield(flushing), 0.1)
             proxy.listen()
             await flushing
-            assert (await calling)["state"] == "active"
+            assert (await calling).state == "active"
     stored_once(server.url, eid, [b"1", b"2"])
 
 

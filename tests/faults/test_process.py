@@ -100,7 +100,7 @@ def test_a_forked_child_of_the_blocking_shell(server, lane):
             backend.close()
             # A client of its own works, beside what it inherited.
             with ff_fast.ValkeyBackend.connect(server.url) as own:
-                assert own.describe(eid)["state"] == "active"
+                assert own.describe(eid).state == "active"
             gc.collect()
 
         in_child(child)
@@ -160,7 +160,7 @@ async def test_a_forked_child_of_the_asyncio_shell(server, lane):
         in_child(child)
         writer.write(b"2")
         await writer.flush(5)
-        assert (await backend.describe(eid))["state"] == "active"
+        assert (await backend.describe(eid)).state == "active"
         await writer.close()
     stored_once(server.url, eid, [b"1", b"2"])
 
@@ -228,7 +228,7 @@ def test_calls_of_many_threads_stay_paired(server, lane):
         def work(_):
             for _ in range(50):
                 eid = backend.create_execution(lane=lane)
-                assert backend.describe(eid)["execution_id"] == eid
+                assert backend.describe(eid).execution_id == eid
 
         together(8, work)
 
@@ -340,7 +340,7 @@ def test_an_interrupt_between_request_and_reply(proxy, lane):
             backend.describe(eids[0])
         interrupting.join()
         proxy.release()
-        assert backend.describe(eids[1])["execution_id"] == eids[1]
+        assert backend.describe(eids[1]).execution_id == eids[1]
 
 
 # redis-py drops a socket when it is interrupted while it opens one.
@@ -363,7 +363,7 @@ def test_an_interrupt_at_any_moment(server, lane, seed):
                     if j % 10 == 0:
                         writer.flush(5)
                     if j % 25 == 0:
-                        assert backend.describe(eid)["execution_id"] == eid
+                        assert backend.describe(eid).execution_id == eid
             except KeyboardInterrupt:
                 pass
             finally:

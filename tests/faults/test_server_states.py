@@ -140,7 +140,7 @@ async def test_functions_flushed_amid_a_stream(shell, own_server, broken, lane):
         await writer.flush(20)
         await writer.close()
         broken.function_flush()
-        assert (await backend.describe(eid))["state"] == "active"
+        assert (await backend.describe(eid)).state == "active"
         broken.function_flush()
         await backend.complete(handle)
         broken.function_flush()
@@ -152,7 +152,7 @@ async def test_functions_flushed_need_no_retry(shell, own_server, broken, lane):
     async with await shell.connect(own_server.url, retries=0) as backend:
         eid = await backend.create_execution(lane=lane)
         broken.function_flush()
-        assert (await backend.describe(eid))["state"] == "waiting"
+        assert (await backend.describe(eid)).state == "waiting"
 
 
 def refusing(broken, name):
@@ -280,7 +280,7 @@ async def test_a_server_that_is_loading(shell, lane):
                 loading = threading.Thread(target=_load, args=(raw,))
                 loading.start()
                 await wait_until_async(lambda: _true(_is_loading(looking)))
-                assert (await backend.describe(eid))["state"] == "waiting"
+                assert (await backend.describe(eid)).state == "waiting"
                 loading.join()
 
 

@@ -40,6 +40,10 @@ class Attempt(NamedTuple):
     def core(self):
         return keys.core(self.eid)
 
+    @property
+    def meta(self):
+        return keys.meta(self.eid, 0)
+
 
 def begin(backend, lane, lease_ttl_ms=30_000):
     eid = backend.create_execution(lane=lane)

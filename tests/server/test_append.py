@@ -8,7 +8,7 @@ import json
 import pytest
 
 import ff_fast
-from ff_fast import errors, ops
+from ff_fast import errors, keys, ops
 from ff_fast.errors import MAX_INT, Outcome
 
 MAX_PAYLOAD = 65_536
@@ -47,7 +47,10 @@ def number(value):
 
 
 def log(*payloads, frame_type=b"token", extras=()):
-    return [b"L", number(len(payloads)), frame_type, number(len(extras) // 2), *extras, *payloads]
+    if extras:
+        count = number(len(extras) // 2)
+        return [b"X", number(len(payloads)), frame_type, count, *extras, *payloads]
+    return [b"L", number(len(payloads)), frame_type, *payloads]
 
 
 def live(*payloads, mode=b"best_effort", fields=(), letter=b"V"):
@@ -74,28 +77,41 @@ def patches(*payloads, base, fields=()):
 class Stream:
     """One attempt, and the calls that its worker could make."""
 
-    def __init__(self, raw, backend, lane, **claim):
+    def __init__(self, raw, backend, lane, *, retry=None, **claim):
         self.raw = raw
         self.backend = backend
-        self.eid = backend.create_execution(lane=lane, payload=b"in", tags={"a.b": "c"})
-        self.handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="i", **claim)
+        self.lane = lane
+        self.eid = backend.create_execution(
+            lane=lane, payload=b"in", tags={"a.b": "c"}, retry=retry
+        )
+        self.handle = self.claim(**claim)
         attempt = ops.Attempt.of(self.handle)
         self.fence = attempt.fence
         self.keys = attempt.stream_keys
-        self.core, self.log, self.live, self.meta, self.summary = self.keys
+        self.core, self.meta, self.log, self.live, self.summary = self.keys
+
+    def claim(self, **options):
+        return self.backend.claim(lane=self.lane, worker_id="w", worker_instance_id="i", **options)
+
+    def child(self):
+        return self.backend.create_execution(lane=f"{self.lane[:50]}-child", parent_id=self.eid)
 
     def call(self, function, keys, *args):
         return self.raw.fcall(function, len(keys), *keys, *args)
 
-    def open(self, writer=WRITER, fence=None):
-        keys = (self.core, self.meta, self.summary)
-        return self.call("ff_open_writer", keys, *(fence or self.fence), writer)
+    def writer_id(self, writer=WRITER, fence=None):
+        return b":".join((*(fence or self.fence), writer))
 
-    def append(self, *blocks, first=1, fence=None, writer=WRITER):
+    def open(self, writer=WRITER, fence=None):
+        names = (self.core, self.meta, self.summary)
+        return self.call("ff_open_writer", names, self.writer_id(writer, fence))
+
+    def append(self, *blocks, first=1, fence=None, writer=WRITER, keys=None):
         """The answer: (ms, sequence) of the position, or the error that the answer stands for."""
         first = first if isinstance(first, bytes) else number(first)
         args = [part for block in blocks for part in block]
-        reply = self.call("ff_append", self.keys, *(fence or self.fence), writer, first, *args)
+        writer_id = self.writer_id(writer, fence)
+        reply = self.call("ff_append", self.keys[:keys], writer_id, first, *args)
         if isinstance(reply, list):
             assert reply[0] == 0
             return errors.for_code(reply[1].decode(), reply[2:])
@@ -184,7 +200,7 @@ def next_ms(raw, wait_until):
 
 
 def _gone(stream):
-    stream.raw.delete(stream.core)
+    stream.raw.delete(*stream.everything())
 
 
 def _other_lease(stream, call):
@@ -193,14 +209,16 @@ def _other_lease(stream, call):
 
 def _suspended(stream):
     stream.raw.hset(stream.core, "state", "suspended")
+    stream.raw.hdel(stream.meta, "writer")
 
 
 def _closed(stream):
     stream.raw.hset(stream.meta, "closed_at", "1")
+    stream.raw.hdel(stream.meta, "writer")
 
 
 def _lapsed(stream):
-    stream.raw.hset(stream.core, "lease_expires_at", "1")
+    stream.raw.hset(stream.meta, "lease_expires_at", "1")
 
 
 def _superseded(stream):
@@ -215,7 +233,7 @@ REFUSALS = [
     ("lease_expired", _lapsed, None, errors.LeaseExpired),
     ("writer_superseded", _superseded, None, errors.WriterSuperseded),
     ("payload_too_large", None, lambda _, call: call.update(b=log(bytes(65_537))), errors.PayloadTooLarge),
-    ("invalid_input", None, lambda _, call: call.setdefault("b", [b"X"]), errors.InvalidInput),
+    ("invalid_input", None, lambda _, call: call.setdefault("b", [b"Z"]), errors.InvalidInput),
     ("sequence_gap", None, lambda _, call: call.update(first=9), errors.SequenceGap),
     ("summary_conflict", None, lambda _, call: call.setdefault("b", patches(b"{}", base=7)), errors.SummaryConflict),
 ]  # fmt: skip
@@ -258,7 +276,31 @@ def test_of_several_reasons_the_first_is_told(stream, at):
 def test_a_fence_that_differs_in_any_part_is_stale(stream, part, value):
     fence = list(stream.fence)
     fence[part] = value
-    stream.refused("stale_owner", log(b"x"), fence=fence)
+    # A lease id is any text; what is no fence at all is told apart.
+    malformed = value == b"" or (value == b"0x0" and part != 1)
+    code = "invalid_input" if malformed else "stale_owner"
+    stream.refused(code, log(b"x"), fence=fence)
+    assert stream.open(b"writer-2", fence)[:2] == [0, code.encode()]
+
+
+@pytest.mark.parametrize(
+    "writer", [b"", b"writer", b":::", b"0:lease:1", b"0:lease:1:", b"0:a:b:c:d"]
+)
+def test_a_writer_id_is_a_fence_and_a_text(stream, writer):
+    before = stream.everything()
+    for function, names, args in (
+        ("ff_append", stream.keys, (writer, b"1", *log(b"x"))),
+        ("ff_open_writer", (stream.core, stream.meta, stream.summary), (writer,)),
+    ):
+        assert stream.call(function, names, *args) == [0, b"invalid_input", b"writer"]
+    assert stream.everything() == before
+
+
+def test_nobody_appends_under_a_part_of_the_writer_id(stream):
+    whole = stream.writer_id()
+    for writer in (whole[:-1], whole + b"x", whole + b"\x00", whole.upper()):
+        reply = stream.call("ff_append", stream.keys, writer, b"1", *log(b"x"))
+        assert reply in ([0, b"writer_superseded"], [0, b"stale_owner"])
 
 
 @pytest.mark.parametrize("end", ["complete", "fail"])
@@ -277,7 +319,7 @@ def test_a_lease_lapses_by_the_servers_clock(raw, backend, lane, wait_until):
     stream = Stream(raw, backend, lane, lease_ttl_ms=300)
     stream.open()
     assert stream.append(log(b"x"))[1] == 1
-    expires_at = int(raw.hget(stream.core, "lease_expires_at"))
+    expires_at = int(raw.hget(stream.meta, "lease_expires_at"))
     wait_until(lambda: server_ms(raw) >= expires_at)
     stream.refused("lease_expired", log(b"y"), first=2)
 
@@ -323,17 +365,21 @@ def replaced(block, at, value):
 
 
 ONE_LOG, ONE_LIVE = log(b"p"), live(b"p")
+ONE_EXTRA = log(b"p", extras=[b"f", b"v"])
 TWO_PATCHES = [*patches(b"{}", base=0), *patches(b"{}", base=1)]
 COUNTS = [*NOT_INTEGERS, b"0"]
 MALFORMED = {
-    "unknown letter": [b"X"],
+    "unknown letter": [b"Z"],
     "lower case": replaced(ONE_LOG, 0, b"l"),
     "empty letter": replaced(ONE_LOG, 0, b""),
     **{f"log cut {n}": ONE_LOG[:n] for n in range(1, len(ONE_LOG))},
     **{f"log count {count}": replaced(ONE_LOG, 1, count) for count in COUNTS},
     "log count of more": replaced(ONE_LOG, 1, b"2"),
-    **{f"log extras {count}": replaced(ONE_LOG, 3, count) for count in NOT_INTEGERS},
-    "log extras of more": replaced(ONE_LOG, 3, b"1"),
+    **{f"extras cut {n}": ONE_EXTRA[:n] for n in range(1, len(ONE_EXTRA))},
+    **{f"extras count {count}": replaced(ONE_EXTRA, 1, count) for count in COUNTS},
+    "extras count of more": replaced(ONE_EXTRA, 1, b"2"),
+    **{f"log extras {count}": replaced(ONE_EXTRA, 3, count) for count in NOT_INTEGERS},
+    "log extras of more": replaced(ONE_EXTRA, 3, b"2"),
     "log 33 extras": log(b"p", extras=[b"f", b"v"] * 33),
     **{f"live cut {n}": ONE_LIVE[:n] for n in range(1, len(ONE_LIVE))},
     **{f"live count {count}": replaced(ONE_LIVE, 1, count) for count in COUNTS},
@@ -348,7 +394,8 @@ MALFORMED = {
     "document cut": [b"C", b"1", b"{}"],
     "document beside its patches": [*TWO_PATCHES, b"C", b"3", b"{}", b"k"],
     "document before its patches": [b"C", b"2", b"{}", b"k", *TWO_PATCHES],
-    **{f"{letter} cut": [letter.encode()] for letter in "TPKE"},
+    **{f"{letter} cut": [letter.encode()] for letter in "TPKEH"},
+    **{f"H {sequence}": [b"H", sequence] for sequence in NOT_INTEGERS if sequence},
     **{f"P {ttl}": [b"P", ttl] for ttl in COUNTS},
     **{f"K {maxlen}": [b"K", maxlen] for maxlen in COUNTS},
     **{
@@ -366,13 +413,51 @@ def test_a_malformed_block_is_refused_whole(stream, block):
     stream.refused("invalid_input", log(b"good"), live(b"good"), block, first=2)
 
 
-@pytest.mark.parametrize("given", range(5))
+@pytest.mark.parametrize("given", range(2))
 def test_missing_arguments_are_refused(stream, given):
-    args = [*stream.fence, WRITER, b"1"][:given]
+    args = [stream.writer_id(), b"1"][:given]
     before = stream.everything()
     reply = stream.call("ff_append", stream.keys, *args)
-    assert reply[0] == 0
+    assert reply == [0, b"invalid_input", [b"writer", b"first_sequence"][given]]
     assert stream.everything() == before
+    if given == 0:
+        names = (stream.core, stream.meta, stream.summary)
+        assert stream.call("ff_open_writer", names) == [0, b"invalid_input", b"writer"]
+
+
+# Blocks, and how many keys a batch with them needs.
+NEEDED_KEYS = {
+    "none": ([], 3),
+    "L": (log(b"x"), 3),
+    "X": (log(b"x", extras=[b"f", b"v"]), 3),
+    "K": ([b"K", b"10"], 3),
+    "E": ([b"E", b"1"], 3),
+    "H": ([b"H", b"0"], 3),
+    "V": (live(b"x"), 4),
+    "V run": (live(b"x", b"y"), 4),
+    "T": ([b"T", b"1-1"], 4),
+    "P": ([b"P", b"60000"], 4),
+    "S": (patches(b"{}", base=0), 5),
+    "C": ([b"C", b"1", b"{}", b"json-merge-patch:"], 5),
+}
+
+
+@pytest.mark.parametrize("block, needed", NEEDED_KEYS.values(), ids=NEEDED_KEYS)
+def test_a_batch_names_the_keys_that_it_needs(stream, block, needed):
+    base = 0
+    if block and block[0] == b"C":
+        stream.append(patches(b"{}", base=0))
+        base = 1
+    for given in range(needed):
+        stream.refused("invalid_input", log(b"good"), block, first=base + 1, keys=given)
+    ms, sequence = stream.append(log(b"good"), block, first=base + 1, keys=needed)
+    # A repeat is told by the same keys.
+    assert stream.repeated(log(b"good"), block, first=base + 1, keys=needed) == (ms, sequence)
+
+
+def test_a_refusal_needs_no_more_keys_than_the_batch(stream):
+    stream.open(b"writer-2")
+    stream.refused("writer_superseded", log(b"x"), keys=3)
 
 
 def test_a_batch_without_frames_does_what_it_says(stream):
@@ -382,6 +467,117 @@ def test_a_batch_without_frames_does_what_it_says(stream):
     assert 0 < stream.raw.pttl(stream.live) <= 60_000
     assert stream.raw.pttl(stream.log) < 0
     assert stream.append(log(b"2"), first=2)[1] == 2
+
+
+# -- blocks ------------------------------------------------------------------------------------------
+
+
+def entries(stream, key):
+    return [(identity, list(fields.items())) for identity, fields in stream.raw.xrange(key)]
+
+
+def test_extra_fields_stand_on_every_frame_of_their_block(stream):
+    extras = [b"correlation_id", b"c-1", b"encoding", b"binary"]
+    ms, sequence = stream.append(
+        log(b"1"), log(b"2", b"3", frame_type=b"event", extras=extras), log(b"4")
+    )
+    assert sequence == 4
+    named = [(b"correlation_id", b"c-1"), (b"encoding", b"binary")]
+    plain = [(b"frame_type", b"token")]
+    event = [(b"frame_type", b"event")]
+    assert entries(stream, stream.log) == [
+        (b"%d-1" % ms, [*plain, (b"payload", b"1")]),
+        (b"%d-2" % ms, [*event, (b"payload", b"2"), *named]),
+        (b"%d-3" % ms, [*event, (b"payload", b"3"), *named]),
+        (b"%d-4" % ms, [*plain, (b"payload", b"4")]),
+    ]
+    assert [frame.correlation_id for frame in stream.frames()] == [None, "c-1", "c-1", None]
+
+
+def test_a_block_of_no_extra_fields_is_a_plain_one(stream):
+    ms, _ = stream.append([b"X", b"2", b"token", b"0", b"1", b"2"])
+    assert entries(stream, stream.log) == [
+        (b"%d-%d" % (ms, i), [(b"frame_type", b"token"), (b"payload", b"%d" % i)]) for i in (1, 2)
+    ]
+
+
+def test_a_frame_has_up_to_32_extra_fields(stream):
+    extras = [part for i in range(32) for part in (b"f%d" % i, b"v")]
+    stream.append(log(b"p", extras=extras))
+    ((_, fields),) = entries(stream, stream.log)
+    assert fields[2:] == [(b"f%d" % i, b"v") for i in range(32)]
+
+
+def test_too_large_a_payload_beside_extra_fields(stream):
+    block = log(b"a", bytes(MAX_PAYLOAD + 1), extras=[b"f", b"v"])
+    error = stream.refused("payload_too_large", block)
+    assert (error.limit, error.size) == (MAX_PAYLOAD, MAX_PAYLOAD + 1)
+    # Fields are no payload, so an extra one is not held to its limit.
+    stream.append(log(bytes(MAX_PAYLOAD), extras=[b"f", bytes(MAX_PAYLOAD + 1)]))
+
+
+@pytest.mark.parametrize("stored", range(1, 5))
+def test_of_an_overlap_extra_fields_stay_with_their_frames(stream, stored):
+    payloads = [b"1", b"2", b"3"]
+    extras = [b"f", b"v"]
+    stream.append(log(*payloads[:stored], extras=extras), *([log(b"4")] if stored > 3 else []))
+    stream.append(log(*payloads, extras=extras), log(b"4", b"5"))
+    found = [dict(fields) for _, fields in entries(stream, stream.log)]
+    assert [fields[b"payload"] for fields in found] == [b"1", b"2", b"3", b"4", b"5"]
+    assert [fields.get(b"f") for fields in found] == [b"v", b"v", b"v", None, None]
+
+
+def visible(stream):
+    return stream.raw.hget(stream.meta, "visible_sequence")
+
+
+def test_the_last_visible_frame_is_kept_while_best_effort_frames_are_last(stream):
+    assert visible(stream) is None
+    stream.append(log(b"1"))
+    assert visible(stream) is None
+    stream.append(live(b"2"), [b"H", b"1"], first=2)
+    assert visible(stream) == b"1"
+    # Sent when it changes: what does not name it leaves it.
+    stream.append(live(b"3"), first=3)
+    assert visible(stream) == b"1"
+    stream.append(log(b"4", extras=[b"prev", b"1"]), [b"H", b""], first=4)
+    assert visible(stream) is None
+    assert stream.raw.hexists(stream.meta, "visible_sequence") is False
+    stream.append([b"H", b""], first=5)
+    assert visible(stream) is None
+
+
+def test_no_visible_frame_at_all(stream):
+    stream.append(live(b"1", b"2"), [b"H", b"0"])
+    assert visible(stream) == b"0"
+    assert stream.open(b"writer-2")[4] == b"0"
+    page = stream.frames(visibility=ff_fast.TailVisibility.EXCLUDE_BEST_EFFORT)
+    assert (page, page.gaps) == ((), ())
+
+
+def test_of_several_the_last_word_on_visibility_counts(stream):
+    stream.append(live(b"1"), [b"H", b"0"], log(b"2"), [b"H", b""], live(b"3"), [b"H", b"2"])
+    assert visible(stream) == b"2"
+
+
+@pytest.mark.parametrize("last, prev", [([], b"2"), ([live(b"3"), [b"H", b"2"]], b"2")])
+def test_the_end_names_the_last_visible_frame(stream, last, prev):
+    stream.append(log(b"1", b"2"), *last)
+    stream.backend.complete(stream.handle)
+    assert stream.raw.xrevrange(stream.log, count=1)[0][1] == {
+        b"end": b"attempt_success",
+        b"prev": prev,
+    }
+    page = stream.frames(visibility=ff_fast.TailVisibility.EXCLUDE_BEST_EFFORT)
+    assert (len(page), page.gaps, page.end_reason) == (2, (), "attempt_success")
+
+
+def test_a_repeated_word_on_visibility_is_not_taken_back(stream):
+    first = (live(b"1"), [b"H", b"0"])
+    stream.append(*first)
+    stream.append(log(b"2", extras=[b"prev", b"0"]), [b"H", b""], first=2)
+    stream.repeated(*first)
+    assert visible(stream) is None
 
 
 # -- sequences ---------------------------------------------------------------------------------------
@@ -465,10 +661,7 @@ def batch_of(frames, before=0):
     kinds = [kind for kind, _ in BATCH]
     at = before
     for kind, payloads in groups:
-        shown = [i + 1 for i in range(at) if kinds[i] != "live"]
-        prev = (
-            (b"prev", number(shown[-1] if shown else 0)) if at and kinds[at - 1] == "live" else ()
-        )
+        prev = (b"prev", number(visible_at(at))) if at and kinds[at - 1] == "live" else ()
         if kind == "log":
             blocks.append(log(*payloads, extras=prev))
         elif kind == "live":
@@ -476,7 +669,12 @@ def batch_of(frames, before=0):
         else:
             blocks.append(patches(*payloads, base=kinds[:at].count("patch"), fields=prev))
         at += len(payloads)
-    return blocks
+    return [*blocks, [b"H", number(visible_at(at)) if kinds[at - 1] == "live" else b""]]
+
+
+def visible_at(count):
+    """The last visible one of the first frames of BATCH."""
+    return max((i + 1 for i in range(count) if BATCH[i][0] != "live"), default=0)
 
 
 def shown(frames):
@@ -581,10 +779,14 @@ def test_a_batch_holds_1024_frames(stream):
 
 
 def test_a_requested_cancel_is_told_to_the_writer(stream):
-    reply = stream.call("ff_append", stream.keys, *stream.fence, WRITER, b"1", *log(b"x"))
+    reply = stream.call("ff_append", stream.keys, stream.writer_id(), b"1", *log(b"x"))
     assert reply.split(b" ")[3] == b"0"
-    stream.raw.hset(stream.core, "cancel_requested", "1")
-    reply = stream.call("ff_append", stream.keys, *stream.fence, WRITER, b"2", *log(b"x"))
+    assert not stream.backend.cancel(stream.handle, reason="enough", grace=60).cancelled
+    assert stream.raw.hget(stream.meta, "cancel_requested") == b"1"
+    reply = stream.call("ff_append", stream.keys, stream.writer_id(), b"2", *log(b"x"))
+    assert reply.split(b" ")[3] == b"1"
+    # Also to one that has lost its reply.
+    reply = stream.call("ff_append", stream.keys, stream.writer_id(), b"2", *log(b"x"))
     assert reply.split(b" ")[3] == b"1"
     assert 0 < int(reply.split(b" ")[2]) <= 30_000
 
@@ -627,8 +829,12 @@ def test_a_fresh_document_takes_the_place_of_its_patches(stream, next_ms):
 
 def test_opening_tells_where_to_go_on(unopened):
     assert unopened.open() == [1, b"OK", b"0", b"0", b"0", b"", b"0"]
-    ms, _ = unopened.append(log(b"1"), patches(b"{}", base=0), live(b"3"), [b"E", b"99.5"])
+    ms, _ = unopened.append(
+        log(b"1"), patches(b"{}", base=0), live(b"3"), [b"H", b"2"], [b"E", b"99.5"]
+    )
     assert unopened.open(b"writer-2") == [1, b"OK", b"3", number(ms), b"2", b"99.5", b"1"]
+    ms, _ = unopened.append(log(b"4"), [b"H", b""], first=4, writer=b"writer-2")
+    assert unopened.open(b"writer-3") == [1, b"OK", b"4", number(ms), b"4", b"99.5", b"1"]
 
 
 def test_opening_again_with_the_same_id_changes_nothing(stream):
@@ -665,6 +871,165 @@ def test_opening_is_refused_as_appending_is(unopened, at, alone):
     assert unopened.everything() == before
 
 
+# -- whatever takes the lease away takes the writer away ----------------------------------------------
+
+
+def _retried(stream):
+    outcome = stream.backend.fail(stream.handle, "again", ff_fast.FailureClass.TRANSIENT)
+    assert outcome.retry_scheduled
+
+
+def _crashed(stream):
+    stream.backend.fail(stream.handle, "lost", ff_fast.FailureClass.INFRA_CRASH)
+
+
+def _suspend(stream):
+    waitpoint = stream.backend.create_waitpoint(stream.handle)
+    spec = ff_fast.WaitpointSpec(ff_fast.WaitpointKind.EXTERNAL, b"", waitpoint.hmac_token)
+    assert not stream.backend.suspend(stream.handle, spec).already_satisfied
+
+
+def _fire(stream, kind):
+    tag = stream.eid[: stream.eid.index("}") + 1]
+    timers = keys.timers(tag)
+    member = f"{kind}:{stream.eid}"
+    stream.raw.zadd(timers, {member: 1})
+    args = (member, kind, "", "", "", "")
+    assert stream.call("ff_fire_timer", (timers, stream.core), *args)[:3] == [1, b"OK", b"done"]
+    assert stream.raw.zscore(timers, member) is None
+
+
+def _lapse_by_timer(stream):
+    _lapsed(stream)
+    _fire(stream, "lease")
+
+
+def _lapse_by_claim(stream):
+    _lapsed(stream)
+    args = ("w", "i", "lease-2", 30_000, "attempt-2", "1")
+    assert stream.call("ff_claim_execution", (stream.core,), *args)[1] == b"OK"
+
+
+def _cancel_with_its_flow(stream):
+    tag = stream.eid[: stream.eid.index("}") + 1]
+    flow = keys.new_uuid()
+    names = [key(tag, flow) for key in (keys.flow, keys.flow_members, keys.flow_open)]
+    stream.call("ff_create_flow", names[:1], flow, "default")
+    stream.raw.sadd(names[2], stream.eid)
+    reply = stream.call("ff_cancel_flow", (*names, keys.timers(tag)), "stop", "cancel_all", 0)
+    assert reply[1] == b"OK"
+    reply = stream.call("ff_cancel_members", (names[0], names[2], keys.timers(tag)), 10)
+    assert reply[2:4] == [b"1", b"0"]
+
+
+TAKERS = {
+    "complete": (lambda s: s.backend.complete(s.handle, b"r"), "completed", "stream_closed"),
+    "fail": (lambda s: s.backend.fail(s.handle, "x", ff_fast.FailureClass.PERMANENT), "failed", "stream_closed"),
+    "fail and retry": (_retried, "delayed", "stream_closed"),
+    "crash": (_crashed, "waiting", "stream_closed"),
+    "cancel": (lambda s: s.backend.cancel(s.eid), "cancelled", "stream_closed"),
+    "cancel by timer": (lambda s: _fire(s, "cancel"), "cancelled", "stream_closed"),
+    "cancel with its flow": (_cancel_with_its_flow, "cancelled", "stream_closed"),
+    "deadline": (lambda s: _fire(s, "deadline"), "expired", "stream_closed"),
+    "attempt timeout": (lambda s: _fire(s, "attempt"), "delayed", "stream_closed"),
+    "delay": (lambda s: s.backend.delay(s.handle, 60), "delayed", "stale_owner"),
+    "no delay": (lambda s: s.backend.delay(s.handle, 0), "delayed", "stale_owner"),
+    "wait for a child": (lambda s: (s.child(), s.backend.wait_children(s.handle)), "waiting_children", "stale_owner"),
+    "wait for no child": (lambda s: s.backend.wait_children(s.handle), "waiting", "stale_owner"),
+    "suspend": (_suspend, "suspended", "suspended"),
+    "lapse by timer": (_lapse_by_timer, "waiting", "stream_closed"),
+    "lapse by claim": (_lapse_by_claim, "active", "stale_owner"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def retrying(raw, backend, lane):
+    stream = Stream(raw, backend, lane, retry=ff_fast.RetryPolicy(max_retries=1))
+    stream.open()
+    return stream
+
+
+@pytest.mark.parametrize("take, state, code", TAKERS.values(), ids=TAKERS)
+def test_who_takes_the_lease_away_takes_the_writer_away(retrying, take, state, code):
+    stream = retrying
+    stream.append(log(b"1"), live(b"2"), [b"H", b"1"])
+    assert stream.raw.hget(stream.meta, "writer") == stream.writer_id()
+    take(stream)
+    assert stream.raw.hget(stream.core, "state") == state.encode()
+    assert stream.raw.hget(stream.meta, "writer") is None
+    # Not a new frame, not a repeat, not a batch without frames; nor may it open again.
+    stream.refused(code, log(b"3"), first=3)
+    stream.refused(code, log(b"1"), first=1)
+    stream.refused(code, [b"K", b"1"], first=3)
+    before = stream.everything()
+    assert stream.open() == [0, code.encode()]
+    assert stream.open(b"writer-2") == [0, code.encode()]
+    assert stream.everything() == before
+
+
+RESUMED = {
+    "delay": lambda s: (s.backend.delay(s.handle, 0), _fire(s, "delay")),
+    "wait for no child": lambda s: s.backend.wait_children(s.handle),
+}
+
+
+@pytest.mark.parametrize("interrupt", RESUMED.values(), ids=RESUMED)
+def test_an_attempt_that_goes_on_is_not_the_old_writers(stream, interrupt):
+    stream.append(log(b"1"), live(b"2"), [b"H", b"1"])
+    old = stream.fence
+    interrupt(stream)
+    handle = stream.claim()
+    assert handle.kind is ff_fast.HandleKind.RESUMED
+    fence = ops.Attempt.of(handle).fence
+    assert (fence[0], int(fence[2])) == (old[0], int(old[2]) + 1)
+    stream.refused("stale_owner", log(b"3"), first=3)
+    stream.refused("writer_superseded", log(b"3"), first=3, fence=fence)
+    assert stream.open(fence=fence)[:3] == [1, b"OK", b"2"]
+    stream.refused("stale_owner", log(b"3"), first=3)
+    assert stream.append(log(b"3"), first=3, fence=fence)[1] == 3
+    assert stream.payloads() == [b"1", b"2", b"3"]
+
+
+def test_a_suspension_that_is_not_needed_keeps_the_writer(stream):
+    waitpoint = stream.backend.create_waitpoint(stream.handle)
+    stream.backend.deliver_signal(stream.eid, waitpoint, "go")
+    spec = ff_fast.WaitpointSpec(ff_fast.WaitpointKind.EXTERNAL, b"", waitpoint.hmac_token)
+    assert stream.backend.suspend(stream.handle, spec).already_satisfied
+    assert stream.append(log(b"1"))[1] == 1
+
+
+def test_a_timer_that_is_early_takes_nothing(stream):
+    tag = stream.eid[: stream.eid.index("}") + 1]
+    member = f"lease:{stream.eid}"
+    timers = keys.timers(tag)
+    # Renewed since: the timer moves to the end that the lease has now.
+    stream.raw.zadd(timers, {member: 1})
+    reply = stream.call("ff_fire_timer", (timers, stream.core), member, "lease", "", "", "", "")
+    assert reply == [1, b"OK", b"later"]
+    expires_at = int(stream.raw.hget(stream.meta, "lease_expires_at"))
+    assert stream.raw.zscore(timers, member) == expires_at
+    assert stream.append(log(b"1"))[1] == 1
+
+
+def test_a_requested_cancel_is_told_to_the_writer_of_the_next_attempt(retrying):
+    stream = retrying
+    stream.backend.cancel(stream.eid, grace=60)
+    _retried(stream)
+    _fire(stream, "delay")
+    attempt = ops.Attempt.of(stream.claim())
+    assert attempt.attempt_index == 1
+    names = (attempt.stream_keys[0], attempt.stream_keys[1], attempt.stream_keys[4])
+    writer = ops.writer_id(attempt)
+    assert stream.call("ff_open_writer", names, writer)[1] == b"OK"
+    reply = stream.call("ff_append", attempt.stream_keys, writer, b"1", *log(b"x"))
+    assert reply.split(b" ")[3] == b"1"
+
+
+def test_a_requested_cancel_leaves_the_writer_its_grace(stream):
+    stream.backend.cancel(stream.eid, grace=60)
+    assert stream.append(log(b"1"))[1] == 1
+
+
 # -- what FlowFabric's append got wrong: reference/02-streams.md §9 ------------------------------------
 
 
@@ -699,11 +1064,16 @@ def test_a5_a_rate_that_is_no_number_is_refused_and_the_window_is_trimmed_still(
 @pytest.mark.parametrize("value", ["", None, "soon"])
 def test_a6_a_lease_without_a_time_has_lapsed(stream, value):
     if value is None:
-        stream.raw.hdel(stream.core, "lease_expires_at")
+        stream.raw.hdel(stream.meta, "lease_expires_at")
     else:
-        stream.raw.hset(stream.core, "lease_expires_at", value)
+        stream.raw.hset(stream.meta, "lease_expires_at", value)
     stream.refused("lease_expired", log(b"x"))
     assert stream.open(b"writer-2") == [0, b"lease_expired"]
+    before = stream.everything()
+    for call in (stream.backend.renew, stream.backend.complete):
+        with pytest.raises(errors.LeaseExpired):
+            call(stream.handle)
+    assert stream.everything() == before
 
 
 def test_a9_times_are_the_servers(stream):
@@ -727,6 +1097,11 @@ def test_a11_whoever_has_no_lease_has_no_say(raw, backend, lane):
     stream = Stream(raw, backend, lane)
     stream.open()
     # Nobody's: the lease fields are empty, and so are those of the call.
-    raw.hset(stream.core, mapping={"current_lease_id": "", "lease_expires_at": "0"})
+    raw.hset(stream.core, "current_lease_id", "")
+    raw.hset(stream.meta, "lease_expires_at", "0")
+    raw.hdel(stream.meta, "writer")
     stream.refused("stale_owner", log(b"x"))
-    stream.refused("lease_expired", log(b"x"), fence=(stream.fence[0], b"", stream.fence[2]))
+    stream.refused("invalid_input", log(b"x"), fence=(stream.fence[0], b"", stream.fence[2]))
+    # Nor has an empty writer, where none is open.
+    for writer in (b"", b":::"):
+        assert stream.call("ff_append", stream.keys, writer, b"1", *log(b"x"))[0] == 0

@@ -275,11 +275,13 @@ def test_info_of_a_finished_execution(run, finished):
     assert (code, err) == (0, "")
     fields = orjson.loads(out)
     assert (fields["state"], fields["attempts"], fields["attempt"]) == ("completed", 1, 0)
-    assert [fields[f"{m}_frames"] for m in ("durable", "summary", "best_effort")] == [1, 2, 2]
+    assert fields["frames"] == 5
+    # The log holds the durable frame and the end.
+    assert fields["log_entries"] == 2
+    assert 2 <= fields["live_entries"] <= 4
     assert (fields["summary_version"], fields["summary_bytes"]) == (2, 45)
     assert fields["closed_reason"] == "attempt_success"
     assert fields["last_id"].endswith("-5")
-    assert fields["live_window_from"].endswith("-1")
     code, out, err = run("info", finished)
     assert (code, err) == (0, "")
     assert re.search(rb"^state +completed$", out, re.MULTILINE)
@@ -299,7 +301,24 @@ def test_info_of_one_that_waits(run, backend, lane):
     code, out, err = run("info", "--json", eid)
     assert (code, err) == (0, "")
     assert orjson.loads(out)["state"] == "waiting"
-    assert b"_frames" not in out
+    assert b"frames" not in out
+    assert b"_entries" not in out
+
+
+def test_info_of_one_whose_worker_was_lost(run, backend, lane, wait_until):
+    eid = backend.create_execution(lane=lane)
+    backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1", lease_ttl_ms=1)
+    wait_until(lambda: backend.describe_stream(eid).lease_left_ms == 0)
+    fields = orjson.loads(run("info", "--json", eid)[1])
+    assert (fields["state"], fields["lease_left_s"]) == ("active", 0.0)
+    # As a reader is told.
+    assert fields["closed_reason"] == "producer_lost" == backend.read_stream(eid).end_reason
+
+
+@pytest.mark.parametrize("attempt", ["1", "7"])
+def test_info_of_an_attempt_that_is_not_there(run, finished, attempt):
+    code, out, err = run("info", finished, "--attempt", attempt)
+    assert (code, out, err) == (1, b"", f"ff-fast: {ff_fast.AttemptNotFound()}\n")
 
 
 def test_info_prints_no_control_codes(run, backend, lane):
@@ -309,6 +328,26 @@ def test_info_prints_no_control_codes(run, backend, lane):
     _, out, _ = run("info", eid)
     assert rb"\x1b[2Jgone" in out
     assert b"\x1b" not in out
+
+
+# -- supervise -------------------------------------------------------------------------------------
+
+
+def test_supervise_brings_back_what_a_lost_worker_held(backend, server, lane, wait_until):
+    mine, other = [
+        backend.create_execution(lane=lane, namespace=namespace)
+        for namespace in (f"n-{lane}", f"other-{lane}")
+    ]
+    for _ in range(2):
+        backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1", lease_ttl_ms=1)
+    with start("supervise", "--url", server.url, "--namespace", f"n-{lane}") as process:
+        wait_until(lambda: backend.describe(mine).state == "waiting")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (130, "", "")
+    assert backend.describe(other).state == "active"
+    handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
+    assert (handle.fields().execution_id, handle.fields().attempt_index) == (mine, 1)
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -358,7 +397,7 @@ def test_a_server_that_is_not_there_is_not_waited_for(run):
     assert time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize("command", ["", "demo", "tail", "summary", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "tail", "summary", "info", "supervise"])
 def test_help(run, command):
     code, out, err = run(*command.split(), "--help")
     assert (code, err) == (0, "")

@@ -67,8 +67,9 @@ def lapse(raw, wait_until):
     """Let the lease of an execution run out, by the server's clock."""
 
     def wait(eid):
-        raw.hset(keys.core(eid), "lease_expires_at", server_ms(raw) + 5)
-        wait_until(lambda: server_ms(raw) >= int(raw.hget(keys.core(eid), "lease_expires_at")))
+        ends_at = server_ms(raw) + 5
+        raw.hset(keys.meta(eid, 0), "lease_expires_at", ends_at)
+        wait_until(lambda: server_ms(raw) >= ends_at)
 
     return wait
 
@@ -93,7 +94,7 @@ def same_partition_ids(count):
 # -- create ------------------------------------------------------------------------------------------
 
 
-def test_what_was_created_can_be_claimed_and_read(create, claim, backend):
+def test_what_was_created_can_be_claimed_and_read(create, claim, backend, raw):
     eid = create(payload=ALL_BYTES, priority=7, namespace="tenant", tags={"app.user": "ada"})
     handle = claim(lease_ttl_ms=12_345)
     fields = handle.fields()
@@ -101,9 +102,14 @@ def test_what_was_created_can_be_claimed_and_read(create, claim, backend):
     assert (fields.lease_ttl_ms, fields.worker_instance_id) == (12_345, "w-1")
     assert backend.read_payload(handle) == ALL_BYTES
     told = backend.describe(eid)
-    assert (told["state"], told["priority"], told["namespace"]) == ("active", "7", "tenant")
-    assert int(told["lease_expires_at"]) - int(told["started_at"]) == 12_345
-    assert fields.lease_id not in str(told)
+    assert (told.execution_id, told.state, told.fields["state"]) == (eid, "active", "active")
+    assert (told.fields["priority"], told.fields["namespace"]) == ("7", "tenant")
+    assert (told.tags, told.usage) == ({"app.user": "ada"}, {})
+    (claimed,) = told.history
+    assert (claimed["from"], claimed["to"], claimed["attempt"]) == ("waiting", "active", "0")
+    expires_at = int(raw.hget(keys.meta(eid, 0), "lease_expires_at"))
+    assert expires_at - int(told.fields["started_at"]) == 12_345
+    assert fields.lease_id not in f"{told} {told!r} {told.fields} {told.history}"
     assert fields.lease_id not in repr(handle)
 
 
@@ -286,6 +292,22 @@ def test_a_claimed_execution_is_in_no_index(owned, raw, lane):
     assert raw.zcard(keys.ready(lane)) == 0
 
 
+def test_a_lane_of_any_characters_is_spelled_alike_on_both_sides(backend, raw):
+    printable = "".join(map(chr, range(0x20, 0x7F)))
+    for part in (printable[:60], printable[60:]):
+        lane = f"{part}{keys.new_uuid()[:4]}"
+        eid = backend.create_execution(lane=lane)
+        index = keys.eligible(keys.partition_tag(eid), lane)
+        assert raw.zcard(index) == 1
+        handle = backend.claim(lane=lane, **WORKER)
+        assert raw.zcard(index) == 0
+        # Waiting again: what the server spells itself leads a worker here.
+        backend.wait_children(handle)
+        assert raw.zcard(index) == 1
+        assert backend.claim(lane=lane, **WORKER).fields().execution_id == eid
+        assert raw.zcard(index) == 0
+
+
 @pytest.mark.parametrize("why", ["gone", "active"])
 def test_an_index_entry_without_work_is_dropped(create, claim, raw, lane, why):
     stale, other = same_partition_ids(2)
@@ -452,13 +474,13 @@ def test_a_claim_waits_no_longer_for_work_that_it_cannot_do(create, claim, raw, 
 
 def test_renewing_extends_the_lease(owned, backend, raw):
     eid, handle = owned
-    raw.hset(keys.core(eid), "lease_expires_at", server_ms(raw) + 500)
+    raw.hset(keys.meta(eid, 0), "lease_expires_at", server_ms(raw) + 500)
     for ttl, length in ((None, 30_000), (90_000, 90_000)):
         before = server_ms(raw)
         renewed = backend.renew(handle, ttl)
         assert before + length <= renewed.expires_at_ms <= server_ms(raw) + length
         assert renewed.lease_epoch == 1
-        assert int(raw.hget(keys.core(eid), "lease_expires_at")) == renewed.expires_at_ms
+        assert int(raw.hget(keys.meta(eid, 0), "lease_expires_at")) == renewed.expires_at_ms
 
 
 @pytest.mark.parametrize("ttl", [0, -1, 2**48 + 1, 1.5, True])
@@ -497,13 +519,14 @@ def test_calls_of_an_owner_are_refused_to_others(
 ):
     eid, handle = owned
     if why == "gone":
-        raw.delete(keys.core(eid))
+        raw.delete(*everything(eid))
     elif why == "stolen":
         handle = stolen(handle)
     elif why == "lapsed":
         lapse(eid)
     else:
         raw.hset(keys.core(eid), "state", why)
+        raw.hdel(keys.meta(eid, 0), "writer")
     before = everything(eid)
     with pytest.raises(error) as caught:
         _calls(backend)[name](handle)
@@ -549,7 +572,8 @@ def test_the_end_closes_the_stream_and_limits_every_key(owned, backend, raw, eve
     assert end_id.endswith(b"-4")
     assert end == {b"end": reason, b"prev": b"3"}
     there = everything(eid)
-    names = [keys.core(eid), keys.payload(eid), keys.tags(eid), keys.attempt(eid, 0)]
+    names = [keys.core(eid), keys.payload(eid), keys.tags(eid), keys.history(eid)]
+    names += [keys.attempt(eid, 0)]
     names += [key(eid, 0) for key in (keys.stream, keys.live, keys.meta, keys.summary)]
     names += [keys.result(eid)] * (how == "complete")
     assert sorted(there) == sorted(names)
@@ -639,8 +663,10 @@ def test_a_repeated_fail_answers_with_the_first_outcome(owned, backend, raw, eve
 
 
 @pytest.mark.parametrize("failure_class", ff_fast.FailureClass)
-def test_a_failure_is_kept_with_its_class_and_detail(owned, backend, raw, failure_class):
-    eid, handle = owned
+def test_a_failure_is_kept_with_its_class_and_detail(create, claim, backend, raw, failure_class):
+    # A crash that is reported counts as a lost worker, of which there may be none here.
+    eid = create(retry=ff_fast.RetryPolicy(max_reclaims=0))
+    handle = claim()
     reason = ff_fast.FailureReason("out of łuck", ALL_BYTES)
     outcome = backend.fail(handle, reason, failure_class)
     assert (outcome.retry_scheduled, outcome.delay_until_ms) == (False, None)
@@ -652,6 +678,28 @@ def test_a_failure_is_kept_with_its_class_and_detail(owned, backend, raw, failur
         failure_class.value.encode(),
         ALL_BYTES,
     ]
+
+
+def test_a_reported_crash_makes_way_for_another_worker(create, claim, backend, raw):
+    eid = create()
+    handle = claim()
+    reason = ff_fast.FailureReason("oom", b"detail")
+    now = server_ms(raw)
+    outcome = backend.fail(handle, reason, ff_fast.FailureClass.INFRA_CRASH)
+    assert outcome.retry_scheduled
+    assert now <= outcome.delay_until_ms <= server_ms(raw)
+    assert backend.fail(handle, reason, ff_fast.FailureClass.INFRA_CRASH) == outcome
+    names = ("state", "failure_reason", "failure_class", "failure_detail", "reclaim_count")
+    assert raw.hmget(keys.core(eid), *names) == [
+        b"waiting",
+        b"oom",
+        b"infra_crash",
+        b"detail",
+        b"1",
+    ]
+    assert backend.read_stream(eid, 0).end_reason == "producer_lost"
+    fields = claim().fields()
+    assert (fields.execution_id, fields.attempt_index, fields.lease_epoch) == (eid, 1, 2)
 
 
 @pytest.mark.parametrize(

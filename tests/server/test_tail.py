@@ -137,7 +137,7 @@ def test_an_end_entry_that_was_trimmed_is_known_from_the_state(kind, backend, se
 
 
 def expiry(raw, attempt):
-    return int(raw.hget(attempt.core, "lease_expires_at"))
+    return int(raw.hget(attempt.meta, "lease_expires_at"))
 
 
 def test_a_blocked_reader_hears_of_a_dead_producer(kind, backend, server, raw, lane):

@@ -568,6 +568,7 @@ def test_a_fatal_answer_stops_the_writer_and_hands_back_the_rest(stream, backend
     writer.flush()
     if refusal[0] == "stale_owner":
         stream.raw.hset(stream.core, "current_lease_id", "another")
+        stream.raw.hdel(stream.meta, "writer")
     else:
         spoil(stream, [refusal])
     before = stream.everything()
@@ -707,6 +708,8 @@ def test_a_block_whose_writer_failed_tells_so(stream, backend, raw):
         with backend.open_writer(stream.handle) as writer:
             opened.append(writer)
             raw.hset(stream.meta, "closed_at", "1")
+            # As every end does: the writer is what an append asks for first.
+            raw.hdel(stream.meta, "writer")
             writer.write(b"1")
             if error is not None:
                 raise error
@@ -718,6 +721,32 @@ def test_a_block_whose_writer_failed_tells_so(stream, backend, raw):
         block(ZeroDivisionError())
     for writer in opened:
         assert [frame.payload for frame in writer.error.unstored] == [b"1"]
+
+
+@pytest.mark.parametrize("mode", [DURABLE, LIVE, MERGE], ids=lambda mode: mode.wire)
+def test_a_writer_whose_attempt_was_ended_meanwhile_closes(stream, backend, raw, mode):
+    with backend.open_writer(stream.handle, mode=mode) as writer:
+        writer.write(b"{}")
+        writer.flush()
+        backend.cancel(stream.eid)
+        before = stream.everything()
+    assert stream.everything() == before
+    assert payloads(stream) == [b"{}"]
+    # Closed like any other, and nothing is left over.
+    with pytest.raises(errors.WriterClosed) as caught:
+        writer.write(b"{}")
+    assert caught.value.unstored == ()
+
+
+def test_a_frame_for_an_attempt_that_was_ended_meanwhile_is_told(stream, backend):
+    def block():
+        with backend.open_writer(stream.handle, linger_ms=1000) as writer:
+            writer.write(b"lost")
+            backend.cancel(stream.eid)
+
+    with pytest.raises(errors.StreamClosed) as caught:
+        block()
+    assert [frame.payload for frame in caught.value.unstored] == [b"lost"]
 
 
 def test_closing_the_backend_hands_back_what_is_not_stored(stream, backend, pause):
@@ -972,10 +1001,10 @@ def test_no_best_effort_frame_younger_than_its_ttl_is_missing(another, backend, 
 
 
 def core(**options):
-    keys_ = (b"core", b"log", b"live", b"meta", b"summary")
-    fence = (b"0", b"lease", b"1", b"writer")
+    keys_ = (b"core", b"meta", b"log", b"live", b"summary")
+    writer = b"0:lease:1:writer"
     opened = ops.Opened(0, 0, 0, b"", 0)
-    return WriterCore(keys=keys_, fence=fence, mode=DURABLE, opened=tuple(opened), **options)
+    return WriterCore(keys=keys_, writer=writer, mode=DURABLE, opened=tuple(opened), **options)
 
 
 def three_in_flight(writer):

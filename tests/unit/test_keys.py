@@ -16,9 +16,10 @@ execution_ids = st.builds("{{fp:{}}}:{}".format, st.integers(0, 65_535), st.uuid
 indexes = st.integers(0, 2**32 - 1)
 lanes = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=64)
 
-OF_EXECUTION = (keys.core, keys.payload, keys.result, keys.policy, keys.tags, keys.lease_history)
+OF_EXECUTION = (keys.core, keys.payload, keys.result, keys.tags, keys.usage, keys.history)
 OF_ATTEMPT = (keys.attempt, keys.summary, keys.stream, keys.live, keys.meta)
-OF_PARTITION = (keys.timers, keys.completions)
+OF_PARTITION = (keys.timers, keys.completions, keys.waitpoint_secrets, keys.core_prefix)
+OF_FLOW = (keys.flow, keys.flow_members, keys.flow_open)
 
 
 def all_keys(eid, index):
@@ -30,9 +31,9 @@ def test_spelling():
         f"ff:exec:{{fp:86}}:{EID}:core".encode(),
         f"ff:exec:{{fp:86}}:{EID}:payload".encode(),
         f"ff:exec:{{fp:86}}:{EID}:result".encode(),
-        f"ff:exec:{{fp:86}}:{EID}:policy".encode(),
         f"ff:exec:{{fp:86}}:{EID}:tags".encode(),
-        f"ff:exec:{{fp:86}}:{EID}:lease:history".encode(),
+        f"ff:exec:{{fp:86}}:{EID}:usage".encode(),
+        f"ff:exec:{{fp:86}}:{EID}:history".encode(),
         f"ff:attempt:{{fp:86}}:{EID}:3".encode(),
         f"ff:attempt:{{fp:86}}:{EID}:3:summary".encode(),
         f"ff:stream:{{fp:86}}:{EID}:3".encode(),
@@ -42,6 +43,17 @@ def test_spelling():
     assert keys.eligible("{fp:7}", "default") == b"ff:idx:{fp:7}:lane:default:eligible"
     assert keys.timers("{fp:7}") == b"ff:idx:{fp:7}:timers"
     assert keys.completions("{fp:7}") == b"ff:part:{fp:7}:completions"
+    assert keys.core_prefix("{fp:86}") == b"ff:exec:{fp:86}:"
+    assert keys.core(EID) == keys.core_prefix("{fp:86}") + f"{EID}:core".encode()
+    assert keys.waitpoint_secrets("{fp:7}") == b"ff:sec:{fp:7}:waitpoint_hmac"
+    assert [key("{fp:7}", UUID) for key in OF_FLOW] == [
+        f"ff:flow:{{fp:7}}:{UUID}".encode(),
+        f"ff:flow:{{fp:7}}:{UUID}:members".encode(),
+        f"ff:flow:{{fp:7}}:{UUID}:open".encode(),
+    ]
+    assert keys.budget_limits("b-1") == b"ff:budget:{b:b-1}:limits"
+    assert keys.budget_usage("b-1") == b"ff:budget:{b:b-1}:usage"
+    assert keys.budget_dedup("b-1", "x:y") == b"ff:budget:{b:b-1}:charge:x:y"
     assert keys.ready("llm-7b.eu_west~2") == b"ff:lane:{llm-7b.eu_west~2}:ready"
     assert keys.ready("a{b}:c %") == b"ff:lane:{a%7Bb%7D%3Ac%20%25}:ready"
     assert keys.PARTITIONS_CONFIG == b"ff:config:partitions"
@@ -62,6 +74,7 @@ def test_distinct_ids_give_distinct_keys(one, other, index, other_index):
 def test_one_execution_has_one_slot(eid, index, lane):
     tag = keys.partition_tag(eid)
     partition = [key(tag) for key in OF_PARTITION] + [keys.eligible(tag, lane)]
+    partition += [key(tag, UUID) for key in OF_FLOW]
     slots = {keys.key_slot(key) for key in all_keys(eid, index) + partition}
     assert slots == {crc_hqx(tag[1:-1].encode(), 0) % 16_384}
     assert keys.tag_of(keys.partition_index(eid)) == tag
@@ -179,6 +192,35 @@ def test_members_of_a_flow_share_its_partition():
         keys.execution_id_for_flow("x")
 
 
+def test_a_child_shares_the_partition_of_its_parent():
+    made = {keys.new_execution_id_beside(EID) for _ in range(50)}
+    assert len(made) == 50
+    for eid in made:
+        assert keys.canonical_execution_id(eid) == eid
+        assert keys.partition_tag(eid) == "{fp:86}"
+
+
+@given(execution_ids, indexes)
+def test_a_key_tells_its_partition(eid, index):
+    for key in all_keys(eid, index):
+        assert keys.index_of(key.decode()) == keys.partition_index(eid)
+    assert keys.index_of(eid) == keys.index_of(keys.partition_tag(eid))
+
+
+@pytest.mark.parametrize("text", ["", "{fp:}", "{fp:x}", "fp:7", "{b:7}"])
+def test_a_text_without_a_partition_is_refused(text):
+    with pytest.raises(InvalidId, match="hash tag"):
+        keys.index_of(text)
+
+
+@given(st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True), st.text(max_size=20))
+def test_a_budget_has_a_slot_of_its_own(budget, charge):
+    made = [keys.budget_limits(budget), keys.budget_usage(budget)]
+    made.append(keys.budget_dedup(budget, charge.encode("utf-8", "replace").decode()))
+    assert len(set(made)) == 3
+    assert {keys.key_slot(key) for key in made} == {crc_hqx(f"b:{budget}".encode(), 0) % keys.SLOTS}
+
+
 @pytest.mark.parametrize("count", [0, -1, 65_536, True, 2.0, "256", None])
 def test_bad_partition_counts(count):
     for make in (keys.new_execution_id, lambda n: keys.execution_id_for_flow(UUID, n)):
@@ -195,6 +237,17 @@ def test_good_lanes(lane):
 def test_bad_lanes(lane):
     with pytest.raises(InvalidId, match="printable ASCII"):
         keys.lane_id(lane)
+
+
+def test_free_text_with_a_limit_of_its_own():
+    assert keys.free_text("reason", "", 5, empty=True) == ""
+    assert keys.free_text("reason", "x" * 5, 5) == "x" * 5
+    with pytest.raises(InvalidId, match="reason must be 1 to 5 bytes"):
+        keys.free_text("reason", "x" * 6, 5)
+    for text in ("x" * 6, "a\n"):
+        with pytest.raises(InvalidInput, match="reason must be") as caught:
+            keys.free_text("reason", text, 5, empty=True, error=InvalidInput)
+        assert type(caught.value) is InvalidInput
 
 
 @pytest.mark.parametrize("text", ["w", "w 1", "{}:*", "é" * 128, "日本", "a" * 256])

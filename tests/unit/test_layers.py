@@ -20,9 +20,9 @@ LAYERS = [
     # 2: one function per Lua function, as data; what a multi-step operation asks of its shell
     ["_steps", "ops"],
     # 3: core without I/O
-    ["_arguments", "_lifecycle", "_summary", "_tail", "_writ*"],
-    # 4: connections, nothing else
-    ["_transport*", "client", "aio"],
+    ["_arguments", "_lifecycle", "_summary", "_tail", "_work", "_writ*"],
+    # 4: connections, and the loop of a worker, nothing else
+    ["_transport*", "_worker", "_aio_worker", "client", "aio"],
     # 5: the public names
     ["__init__"],
     # 6: things around the library

@@ -106,7 +106,7 @@ def test_figures_are_those_of_the_code():
 
 def test_commands_and_options_exist(capsys):
     rows = re.findall(r"^\| `ff-fast (\w+).*?` \| (.*) \|$", README, re.MULTILINE)
-    assert [command for command, _ in rows] == ["demo", "tail", "summary", "info"]
+    assert [command for command, _ in rows] == ["demo", "tail", "summary", "info", "supervise"]
     for command, text in rows:
         with pytest.raises(SystemExit, match=r"^0$"):
             cli.main([command, "--help"])

@@ -35,15 +35,20 @@ from ff_fast.types import (
     BackendTag,
     BackendTimeouts,
     BestEffortLiveConfig,
+    CancelFlowOutcome,
     CancelFlowPolicy,
     CancelFlowWait,
+    CancelOutcome,
     CapabilitySet,
     ClaimPolicy,
     CompletionPayload,
+    CountKind,
     End,
+    ExecutionDescription,
     FailOutcome,
     FailureClass,
     FailureReason,
+    FlowDescription,
     Frame,
     FrameKind,
     Gap,
@@ -56,13 +61,22 @@ from ff_fast.types import (
     PendingWaitpoint,
     ReclaimGrant,
     ReclaimToken,
+    ReportUsageResult,
+    ResumeCondition,
     ResumeSignal,
+    RetryBackoff,
+    RetryPolicy,
     ScannerFilter,
+    SignalOutcome,
     StreamCursor,
+    StreamDescription,
     StreamMode,
     SummaryDocument,
+    SuspendOutcome,
     TailVisibility,
+    TimeoutBehavior,
     UsageDimensions,
+    UsageVerdict,
     ValkeyConnection,
     WaitpointHmac,
     WaitpointKind,
@@ -95,6 +109,11 @@ VECTOR = bytes.fromhex(
     "000000000030750000000000000700000064656661756c7408000000776f726b65722d31"
 )
 
+
+def spec(index=0, kind=WaitpointKind.EXTERNAL):
+    return WaitpointSpec(kind, b"m", WaitpointHmac(f"kid1:{index:040x}"))
+
+
 VALUES = [
     Frame(b"x", FrameKind.EVENT),
     Frame(b"x", FrameKind.BLOB, seq=1, frame_type="t", correlation_id="c", mode=StreamMode()),
@@ -117,6 +136,15 @@ VALUES = [
     CancelFlowWait.wait_timeout(1),
     UsageDimensions(1, 2, 3, {"b": 1, "a": 2}, "k"),
     ScannerFilter(Namespace("n"), ("a.b", "v")),
+    RetryPolicy(1, RetryBackoff.FIXED, 2, 1.5, 3, 4, 5),
+    ResumeCondition.all(spec(1), ResumeCondition.any(spec(2), spec(3))),
+    SuspendOutcome("s", Handle.encode(**HANDLE), already_satisfied=False),
+    SignalOutcome("s", "appended_to_waitpoint", duplicate=True),
+    ReportUsageResult(UsageVerdict.HARD_BREACH, "b", "calls", 4, 5),
+    CancelOutcome(cancelled=True, previous_state="active"),
+    CancelFlowOutcome(CancelFlowPolicy.CANCEL_ALL, 1, 2),
+    FlowDescription("f", "open", ("a", "b"), ("a",)),
+    StreamDescription("1-1", 1, 2, 3, 4, None, 5),
     BackendConfig.from_url("rediss://u:p@h:1/2?timeout=3"),
     WaitpointHmac(TOKEN),
     StreamCursor(1, 2),
@@ -262,6 +290,21 @@ def test_wire_tokens():
         "cancelled",
     ]
     assert types.SUMMARY_NULL_SENTINEL == "__ff_null__"
+    assert [b.value for b in RetryBackoff] == ["fixed", "exponential"]
+    assert [c.value for c in CountKind] == ["leaf", "waitpoint", "signal", "source"]
+    assert [b.value for b in TimeoutBehavior] == [
+        "fail",
+        "cancel",
+        "expire",
+        "auto_resume",
+        "escalate",
+    ]
+    assert [v.value for v in UsageVerdict] == [
+        "ok",
+        "soft_breach",
+        "hard_breach",
+        "already_applied",
+    ]
 
 
 def test_mode_builders():
@@ -995,6 +1038,82 @@ def test_bad_configurations():
             BackendConfig(**{"connection": ValkeyConnection("h"), **bad})
 
 
+# -- retries, conditions, descriptions --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"max_retries": value} for value in (-1, 2**32, True, 1.0, "1", None)),
+        *({"delay_ms": value} for value in (-1, 2**32, True, 0.5)),
+        *({"max_delay_ms": value} for value in (-1, 2**32, True, 0.5)),
+        *({"jitter_percent": value} for value in (-1, 101, True, 0.5)),
+        *({"max_reclaims": value} for value in (-1, 2**32, True, 0.5)),
+        *({"multiplier": value} for value in (0.99, 101, float("nan"), float("inf"), True, "2")),
+        {"backoff": "fixed"},
+    ],
+    ids=str,
+)
+def test_bad_retry_policies(fields):
+    assert RetryPolicy().max_retries == 0
+    with pytest.raises(InvalidInput, match=next(iter(fields))):
+        RetryPolicy(**fields)
+
+
+def test_conditions_are_made_by_name():
+    assert ResumeCondition.any(spec(1), spec(2)) == ResumeCondition((spec(1), spec(2)), 1)
+    assert ResumeCondition.all(spec(1), spec(2)).needed == 2
+    counted = ResumeCondition.count(2, spec(1), spec(2))
+    assert (counted.needed, counted.distinct) == (2, CountKind.DISTINCT_WAITPOINTS)
+
+
+def nested(levels):
+    condition = ResumeCondition.any(spec())
+    for _ in range(levels - 1):
+        condition = ResumeCondition.any(condition)
+    return condition
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ResumeCondition.any,
+        ResumeCondition.all,
+        lambda: ResumeCondition.any("x"),
+        lambda: ResumeCondition([spec()], 1),
+        lambda: ResumeCondition((spec(),), 0),
+        lambda: ResumeCondition((spec(),), True),
+        lambda: ResumeCondition((spec(),), 1, "leaf"),
+        # More than can ever come.
+        lambda: ResumeCondition((spec(),), 2),
+        lambda: ResumeCondition.count(2, spec(1), spec(1)),
+        lambda: ResumeCondition.count(3, spec(1), spec(1), nested(1)),
+        lambda: ResumeCondition.count(3, nested(1), nested(1), distinct=CountKind.DISTINCT_SOURCES),
+        lambda: ResumeCondition.count(10_001, spec(), distinct=CountKind.DISTINCT_SIGNALS),
+        lambda: nested(17),
+        lambda: ResumeCondition.any(*[spec(i) for i in range(257)]),
+    ],
+)
+def test_bad_conditions(make):
+    with pytest.raises(InvalidInput):
+        make()
+
+
+def test_the_largest_conditions():
+    nested(16)
+    ResumeCondition.any(*[spec(i) for i in range(256)])
+    for distinct in (CountKind.DISTINCT_SIGNALS, CountKind.DISTINCT_SOURCES):
+        assert ResumeCondition.count(10_000, spec(), distinct=distinct).needed == 10_000
+
+
+def test_a_description_is_equal_by_content_and_picklable():
+    fields = ("{fp:1}:x", "active", {"a": "b"}, {"t.x": "y"}, {"calls": 1}, ({"to": "active"},))
+    value = ExecutionDescription(*fields)
+    for twin in (pickle.loads(pickle.dumps(value)), copy.deepcopy(value)):
+        assert twin == value
+    assert value != value.replace(state="failed")
+
+
 # -- secrecy ---------------------------------------------------------------------------------------
 
 SECRET = CANARY.encode()
@@ -1006,6 +1125,8 @@ HOLDERS = [
     FailureReason("m", SECRET),
     WaitpointSpec(WaitpointKind.EXTERNAL, SECRET, WaitpointHmac(TOKEN)),
     PendingWaitpoint(UUID, WaitpointHmac(TOKEN)),
+    ResumeCondition.any(WaitpointSpec(WaitpointKind.EXTERNAL, SECRET, WaitpointHmac(TOKEN))),
+    SuspendOutcome("s", Handle.encode(**{**HANDLE, "lease_id": CANARY}), already_satisfied=True),
     Handle.encode(**{**HANDLE, "lease_id": CANARY}),
     Handle.encode(**{**HANDLE, "lease_id": CANARY}).opaque,
     Handle.encode(**{**HANDLE, "lease_id": CANARY}).fields(),

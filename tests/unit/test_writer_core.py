@@ -35,6 +35,7 @@ from ff_fast.errors import (
     PermissionDenied,
     ProtocolError,
     SequenceGap,
+    StreamClosed,
     SummaryConflict,
     Unavailable,
     WriterClosed,
@@ -45,8 +46,8 @@ from ff_fast.types import BestEffortLiveConfig, PatchKind, StreamMode
 from ..reference_writer import Server, Written, blocks, parse
 
 ROOT = Path(__file__).parent.parent.parent
-KEYS = (b"{p}core", b"{p}log", b"{p}live", b"{p}meta", b"{p}summary")
-FENCE = (b"0", b"lease", b"7", b"writer")
+KEYS = (b"{p}core", b"{p}meta", b"{p}log", b"{p}live", b"{p}summary")
+WRITER = b"0:lease:7:writer"
 NEW = (0, 0, 0, b"", 0)
 NOW_MS = 1_700_000_000_000
 
@@ -68,7 +69,7 @@ class Shell(WriterCore):
         self.queued = False
         self.lingers = 0
         self.progress = 0
-        super().__init__(keys=KEYS, fence=FENCE, mode=mode, opened=opened, **options)
+        super().__init__(keys=KEYS, writer=WRITER, mode=mode, opened=opened, **options)
 
     def _on_ready(self):
         self.queued = True
@@ -112,21 +113,33 @@ def test_exact_request():
     writer = Shell()
     assert writer.write(b"hi", "token") == 1
     assert writer.take().message == (
-        b"*17\r\n$5\r\nFCALL\r\n$9\r\nff_append\r\n$1\r\n5\r\n"
-        b"$7\r\n{p}core\r\n$6\r\n{p}log\r\n$7\r\n{p}live\r\n$7\r\n{p}meta\r\n$10\r\n{p}summary\r\n"
-        b"$1\r\n0\r\n$5\r\nlease\r\n$1\r\n7\r\n$6\r\nwriter\r\n"
+        b"*12\r\n$5\r\nFCALL\r\n$9\r\nff_append\r\n$1\r\n3\r\n"
+        b"$7\r\n{p}core\r\n$7\r\n{p}meta\r\n$6\r\n{p}log\r\n"
+        b"$16\r\n0:lease:7:writer\r\n"
         b"$1\r\n1\r\n"
-        b"$1\r\nL\r\n$1\r\n1\r\n$5\r\ntoken\r\n$1\r\n0\r\n$2\r\nhi\r\n"
-    ).replace(b"*17", b"*18")
+        b"$1\r\nL\r\n$1\r\n1\r\n$5\r\ntoken\r\n$2\r\nhi\r\n"
+    )
+
+
+def keys_of(batch):
+    """The keys that a request names."""
+    reader = hiredis.Reader()
+    reader.feed(batch.message)
+    name, function, count, *rest = reader.gets()
+    assert (name, function) == (b"FCALL", b"ff_append")
+    return tuple(rest[: int(count)])
 
 
 def test_arguments_of_leaves_out_the_keys():
     writer = Shell()
-    writer.write(b"hi")
-    assert arguments_of(writer.take().message) == [
-        *FENCE,
-        *[b"1", b"L", b"1", b"token", b"0", b"hi"],
-    ]
+    for mode, count in [(DURABLE, 3), (LIVE, 4), (DURABLE, 3), (TEXT, 5), (DURABLE, 3)]:
+        writer.write(b"hi", mode=mode)
+        batch = writer.take()
+        assert keys_of(batch) == KEYS[:count]
+        argv = arguments_of(batch.message)
+        assert argv[:2] == [WRITER, b"%d" % batch.first_sequence]
+        assert len(argv[2]) == 1
+        writer.acknowledge(batch, position(batch))
 
 
 def patch_for(mode, number):
@@ -184,13 +197,19 @@ def test_arguments_agree_with_the_oracle(sent, opened):
         assert (batch.first_sequence, batch.frame_count) == (last + 1, len(frames))
         assert request.first_sequence == last + 1
         assert request.frame_arguments == blocks(frames, last + 1, visible, version)
+        assert keys_of(batch) == KEYS[: request.key_count]
         assert request.ages == sorted(request.ages, reverse=True)
         assert all(age < 10_000 for age in request.ages)
         writer.acknowledge(batch, position(batch))
+        told = None if visible == last else visible
         for number, frame in enumerate(frames, last + 1):
             visible = number if frame.visible else visible
             version += frame.mode.patch_kind is not None
         last += len(frames)
+        if told == (None if visible == last else visible):
+            assert b"H" not in request.tail
+        else:
+            assert request.tail[b"H"] == [b"" if visible == last else b"%d" % visible]
         assert writer.summary_version == version
         assert writer.last_sequence == last
         assert writer.unacknowledged_bytes == 0
@@ -378,7 +397,7 @@ class TestArguments:
         for i in range(3):
             writer.write(b"x", "to" + "ken"[: 3 + i], mode=StreamMode.best_effort_live(15_000))
         batch = writer.take()
-        assert arguments_of(batch.message)[5:7] == [b"V", b"3"]
+        assert arguments_of(batch.message)[2:4] == [b"V", b"3"]
 
     @staticmethod
     def refused(error, *args, **options):
@@ -472,7 +491,7 @@ class TestPatches:
     def test_document_is_stored_when_the_patches_outgrow_it(self):
         writer, server = Shell(TEXT), Server()
         compactions = 0
-        for i in range(3000):
+        for i in range(6000):
             writer.write(b"some text ")
             if i % 100 == 99:
                 batch = writer.take()
@@ -481,10 +500,10 @@ class TestPatches:
                 writer.acknowledge(batch, server.append(argv))
         writer.finish()
         (request,) = stored_on(writer, server)
-        assert request.tail[b"C"][0] == b"3000"
-        # Each time they have doubled it: 4 KiB, 8, 16.
+        assert request.tail[b"C"][0] == b"6000"
+        # Each time they are twice as long as it is: 4 KiB, 12, 36.
         assert compactions == 3
-        assert json.loads(fold(server.summary).document_json) == {"text": "some text " * 3000}
+        assert json.loads(fold(server.summary).document_json) == {"text": "some text " * 6000}
 
     def test_document_of_a_later_writer(self):
         writer = Shell(TEXT, (3, NOW_MS, 3, b"", 2), document=b'{"text":"ab"}')
@@ -885,6 +904,55 @@ class TestEnds:
         writer.write(b"open")
         assert [frame.sequence for frame in writer.unstored()] == list(range(1, 1026))
 
+    @pytest.mark.parametrize("mode, count", [(LIVE, 3), (TEXT, 5)])
+    def test_closing_an_attempt_that_has_ended_meanwhile(self, mode, count):
+        writer, server = Shell(mode), Server()
+        writer.write(b"x")
+        stored_on(writer, server)
+        writer.finish()
+        writer.waiting = True
+        batch = writer.take()
+        assert keys_of(batch) == KEYS[:count]
+        assert batch.frame_count == 0
+        # Nothing of the caller's is lost: what was refused is care for an attempt that needs none.
+        assert writer.acknowledge(batch, [0, b"stream_closed"]) is None
+        assert writer.error is None
+        assert writer.idle
+        assert writer.unacknowledged_bytes == 0
+        assert writer.progress == 1
+        assert writer.last_sequence == 1
+        assert writer.next_batch() is None
+
+    def test_an_ended_attempt_still_refuses_frames(self):
+        writer = Shell(live(200))
+        writer.write(b"x")
+        batch = writer.take()
+        writer.acknowledge(batch, position(batch))
+        writer.write(b"y")
+        late = writer.take()
+        time.sleep(0.21)
+        writer.acknowledge(late, position(late))
+        renewal = writer.take()
+        assert renewal.frame_count == 0
+        for _ in range(256):
+            writer.write(b"z", mode=DURABLE)
+        frames = writer.take()
+        assert writer.acknowledge(renewal, [0, b"stream_closed"]) is None
+        assert writer.error is None
+        assert writer.acknowledge(frames, [0, b"stream_closed"]) is None
+        assert type(writer.error) is StreamClosed
+        assert len(writer.error.unstored) == 256
+
+    @pytest.mark.parametrize("code", [b"stale_owner", b"lease_expired", b"writer_superseded"])
+    def test_closing_without_the_lease_is_told(self, code):
+        writer, server = Shell(LIVE), Server()
+        writer.write(b"x")
+        stored_on(writer, server)
+        writer.finish()
+        assert writer.acknowledge(writer.take(), [0, code]) is None
+        assert writer.error is not None
+        assert writer.error.unstored == ()
+
     def test_fails_once(self):
         writer, sent = in_flight(1)
         writer.fail(WriterClosed())
@@ -922,7 +990,7 @@ class TestRetention:
         assert tail_of(batch) == {}
         writer.acknowledge(batch, position(batch))
         writer.write(b"x")
-        assert tail_of(writer.take()) == {b"P": [b"8000"], b"E": [b"0.000"]}
+        assert tail_of(writer.take()) == {b"P": [b"8000"], b"H": [b"1"], b"E": [b"0.000"]}
 
     def test_patches_alone_have_a_window_too(self):
         writer = Shell(TEXT)
@@ -1005,8 +1073,10 @@ class TestRetention:
         time.sleep(0.21)
         writer.acknowledge(batch, position(batch))
         batch = writer.take()
-        assert tail_of(batch) == {b"P": [b"400"]}
+        assert tail_of(batch) == {b"P": [b"400"], b"H": [b""]}
         assert batch.frame_count == 1
+        # The window's key is not one that a durable frame asks for.
+        assert keys_of(batch) == KEYS[:4]
         writer.acknowledge(batch, position(batch))
         assert writer.idle
 
@@ -1159,9 +1229,9 @@ def held():
 
 def writer(i):
     base = b"ff:stream:{fp:%d}:8c2f2f0e-0000-4000-8000-%012d:0" % (i % 256, i)
-    keys = tuple(base + name for name in (b":core", b"", b":live", b":meta", b":summary"))
-    ids = b"8c2f2f0e-0000-4000-8000-%012d" % i
-    return WriterCore(keys=keys, fence=(b"0", ids, b"1", ids), mode=mode, opened=(0, 0, 0, b"", 0))
+    keys = tuple(base + name for name in (b":core", b":meta", b"", b":live", b":summary"))
+    writer = b"0:8c2f2f0e-0000-4000-8000-%012d:1:8c2f2f0e-0000" % i
+    return WriterCore(keys=keys, writer=writer, mode=mode, opened=(0, 0, 0, b"", 0))
 
 def acknowledge(writer):
     while (batch := writer.next_batch()) is not None:

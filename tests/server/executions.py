@@ -1,0 +1,121 @@
+"""Executions on a real server, as the tests of the lifecycle drive them: what is due is made due by hand."""
+
+import ff_fast
+from ff_fast import ScannerFilter, _lifecycle, keys
+
+WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
+TERMINAL = ("completed", "failed", "cancelled", "expired")
+
+
+class World:
+    """One backend, one lane, and a plain client to look behind it."""
+
+    def __init__(self, url, raw, lane):
+        self.backend = ff_fast.ValkeyBackend.connect(url)
+        self.raw = raw
+        self.lane = lane
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.backend.close()
+
+    def create(self, **options):
+        options.setdefault("retention_ms", 60_000)
+        return self.backend.create_execution(lane=self.lane, **options)
+
+    def claim(self, **options):
+        return self.backend.claim(lane=self.lane, **WORKER, **options)
+
+    def owned(self, **options):
+        """A fresh execution and its handle."""
+        eid = self.create(**options)
+        handle = self.claim()
+        assert handle.fields().execution_id == eid
+        return eid, handle
+
+    # -- looking ------------------------------------------------------------------------------------
+
+    def now(self):
+        seconds, micros = self.raw.time()
+        return seconds * 1000 + micros // 1000
+
+    def core(self, eid):
+        return {k.decode(): v.decode() for k, v in self.raw.hgetall(keys.core(eid)).items()}
+
+    def state(self, eid):
+        return self.core(eid)["state"]
+
+    def timers(self, eid):
+        """The timers of an execution: kind to when it is due."""
+        found = self.raw.zrange(keys.timers(keys.partition_tag(eid)), 0, -1, withscores=True)
+        return {
+            name.decode().partition(":")[0]: int(score)
+            for name, score in found
+            if eid.encode() in name
+        }
+
+    def is_eligible(self, eid):
+        key = keys.eligible(keys.partition_tag(eid), self.lane)
+        return self.raw.zscore(key, eid) is not None
+
+    def completions(self, eid):
+        records = self.raw.xrange(keys.completions(keys.partition_tag(eid)))
+        return [fields for _, fields in records if fields[b"execution_id"] == eid.encode()]
+
+    def keys_of(self, eid):
+        """Every key that names the execution, a waitpoint of it or a signal of that."""
+        found = set(self.raw.keys(f"*{eid[-36:]}*"))
+        for waitpoint in self.raw.smembers(f"ff:exec:{keys.partition_tag(eid)}:{eid}:waitpoints"):
+            found |= set(self.raw.keys(f"*{waitpoint.decode()}*"))
+        return found
+
+    def check(self, eid, *, suspension_timer=None, attempt_timer=None):
+        """The execution is in exactly the index that its state names."""
+        state, timers = self.state(eid), self.timers(eid)
+        assert self.is_eligible(eid) == (state == "waiting"), state
+        assert ("delay" in timers) == (state == "delayed"), (state, timers)
+        assert ("lease" in timers) == (state == "active"), (state, timers)
+        if suspension_timer is not None:
+            assert ("suspension" in timers) == suspension_timer, (state, timers)
+        assert state == "suspended" or "suspension" not in timers, (state, timers)
+        if attempt_timer is not None:
+            assert ("attempt" in timers) == attempt_timer, (state, timers)
+        assert state == "active" or "attempt" not in timers, (state, timers)
+        writers = [
+            key for key in self.raw.keys(f"*{eid[-36:]}*:meta") if self.raw.hexists(key, "writer")
+        ]
+        assert state == "active" or not writers
+        assert len(self.completions(eid)) == (state in TERMINAL), state
+        if state in TERMINAL:
+            assert timers == {}, (state, timers)
+            endless = [key for key in self.keys_of(eid) if self.raw.pttl(key) < 0]
+            assert endless == [], state
+
+    # -- time ---------------------------------------------------------------------------------------
+
+    def due(self, eid, *kinds):
+        """Make timers of an execution due now, and the lease, if that is one of them, lapsed."""
+        key = keys.timers(keys.partition_tag(eid))
+        for name in self.raw.zrange(key, 0, -1):
+            kind = name.decode().partition(":")[0]
+            if eid.encode() in name and kind in kinds:
+                self.raw.zadd(key, {name: 1})
+        if "lease" in kinds:
+            index = self.core(eid)["current_attempt_index"]
+            self.raw.hset(keys.meta(eid, int(index)), "lease_expires_at", 1)
+
+    def round(self, scope=ScannerFilter.NOOP):
+        supervision = _lifecycle.Supervision(self.backend._sweeper.partitions, scope)
+        return self.backend._run(supervision.round)
+
+    def fire(self, eid, *kinds):
+        """Make timers due and let a supervisor find them."""
+        self.due(eid, *kinds)
+        return self.round()
+
+
+def beside(eid):
+    """An id in the partition of another execution."""
+    return f"{keys.partition_tag(eid)}:{keys.new_uuid()}"

@@ -1,0 +1,309 @@
+"""Subscriptions to the executions that end: nothing is missed and nothing comes twice, whatever happens in between."""
+
+import subprocess
+import sys
+
+import pytest
+
+import ff_fast
+from ff_fast import (
+    CancelFlowPolicy,
+    FailureClass,
+    ScannerFilter,
+    TimeoutBehavior,
+    WaitpointKind,
+    WaitpointSpec,
+    aio,
+    errors,
+    keys,
+)
+
+from ..conftest import ROOT
+from ..waiting import wait_until
+from .test_append import server_ms
+from .workers import KINDS, WORKER, Subscription, Supervisor
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def backend(server):
+    with ff_fast.ValkeyBackend.connect(server.url) as connected:
+        yield connected
+
+
+@pytest.fixture
+def namespace(lane):
+    """A namespace that no other test uses."""
+    return f"ns-{lane}"
+
+
+@pytest.fixture
+def scope(namespace):
+    return ScannerFilter().with_namespace(namespace)
+
+
+@pytest.fixture
+def end(backend, lane, namespace):
+    """``end(result)``: an execution of the test's namespace that has completed; returns its id."""
+
+    def complete(result=b"", **options):
+        eid = backend.create_execution(lane=lane, **{"namespace": namespace, **options})
+        handle = backend.claim(lane=lane, **WORKER)
+        assert handle.fields().execution_id == eid
+        backend.complete(handle, result)
+        return eid
+
+    return complete
+
+
+def here(raw):
+    """A cursor of now, by the server's clock."""
+    return f"{server_ms(raw) - 1}-0"
+
+
+def blocked(raw):
+    """Subscriptions that wait on the server."""
+    return [c for c in raw.client_list() if "b" in c["flags"] and c["cmd"] == "xread"]
+
+
+def test_every_way_to_end_is_told_once(kind, server, backend, lane, namespace, scope, raw):
+    begun = server_ms(raw)
+    subscription = Subscription(kind, server.url, scope, here(raw), count=14)
+    expected = {}
+
+    def create(**options):
+        return backend.create_execution(lane=lane, namespace=namespace, **options)
+
+    def claimed(**options):
+        eid = create(**options)
+        return eid, backend.claim(lane=lane, **WORKER)
+
+    flow = backend.create_flow(namespace=namespace)
+    with Supervisor("sync", server.url):
+        for options in ({}, {"flow_id": flow}):
+            eid, handle = claimed(**options)
+            backend.complete(handle, b"result")
+            expected[eid] = ("success", b"result", options.get("flow_id"))
+            eid, handle = claimed(**options)
+            backend.fail(handle, "no", FailureClass.PERMANENT)
+            expected[eid] = ("failed", None, options.get("flow_id"))
+            eid, handle = claimed(**options)
+            backend.cancel(eid)
+            expected[eid] = ("cancelled", None, options.get("flow_id"))
+            eid = create(deadline=0.001, **options)
+            expected[eid] = ("expired", None, options.get("flow_id"))
+            wait_until(lambda eid=eid: backend.describe(eid).state == "expired")
+            eid, _ = claimed(attempt_timeout=0.001, **options)
+            expected[eid] = ("expired", None, options.get("flow_id"))
+            wait_until(lambda eid=eid: backend.describe(eid).state == "expired")
+            eid, handle = claimed(**options)
+            waitpoint = backend.create_waitpoint(handle)
+            backend.suspend(
+                handle,
+                WaitpointSpec(
+                    kind=WaitpointKind.EXTERNAL, matcher=b"", hmac_token=waitpoint.hmac_token
+                ),
+                timeout=0.001,
+                on_timeout=TimeoutBehavior.FAIL,
+            )
+            expected[eid] = ("failed", None, options.get("flow_id"))
+            wait_until(lambda eid=eid: backend.describe(eid).state == "failed")
+        waiting = create(flow_id=flow)
+        expected[waiting] = ("cancelled", None, flow)
+        delayed = create(flow_id=flow, delay=1000)
+        expected[delayed] = ("cancelled", None, flow)
+        backend.cancel_flow(flow, CancelFlowPolicy.CANCEL_ALL)
+        told = subscription.result()
+    assert len(told) == len(expected) == 14
+    assert {c.execution_id: (c.outcome, c.payload_bytes, c.flow_id) for c in told} == expected
+    ended = server_ms(raw)
+    assert all(begun <= c.produced_at_ms <= ended for c in told)
+
+
+def test_filters_by_namespace_and_tag(kind, server, backend, lane, namespace, scope, end, raw):
+    cursor = here(raw)
+    alone = end(b"a", tags={"app.user": "ada"})
+    other_tag = end(b"b", tags={"app.user": "bob"})
+    end(b"c", namespace=f"{namespace}-2", tags={"app.user": "ada"})
+    last = end(b"d", tags={"app.user": "ada", "app.more": "x"})
+
+    def told(scope, count):
+        return {
+            c.execution_id for c in Subscription(kind, server.url, scope, cursor, count).result()
+        }
+
+    assert told(scope, 3) == {alone, other_tag, last}
+    assert told(scope.with_instance_tag("app.user", "ada"), 2) == {alone, last}
+    assert told(scope.with_instance_tag("app.more", "x"), 1) == {last}
+
+
+def test_a_filter_by_tag_leaves_out_what_is_gone(kind, server, backend, scope, end, raw):
+    cursor = here(raw)
+    gone = end(b"x", tags={"app.user": "ada"})
+    large_and_gone = end(bytes(100_000), tags={"app.user": "ada"})
+    raw.delete(keys.core(gone), keys.core(large_and_gone))
+    kept = end(b"y", tags={"app.user": "ada"})
+    tagged = scope.with_instance_tag("app.user", "ada")
+    (told,) = Subscription(kind, server.url, tagged, cursor, 1).result()
+    assert told.execution_id == kept
+    # Without one, the record says what it can.
+    told = Subscription(kind, server.url, scope, cursor, 3).result()
+    assert {c.execution_id: c.payload_bytes for c in told} == {
+        gone: b"x",
+        large_and_gone: None,
+        kept: b"y",
+    }
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 3 << 20])
+def test_results_of_any_size(kind, server, scope, end, raw, size):
+    cursor = here(raw)
+    result = bytes(i % 251 for i in range(min(size, 1_000))) * (size // 1_000 + 1)
+    end(result[:size])
+    (told,) = Subscription(kind, server.url, scope, cursor, 1).result()
+    assert told.payload_bytes == (result[:size] or None)
+
+
+def test_a_cursor_goes_on_without_hole_or_repeat(kind, server, scope, end, raw):
+    cursor = here(raw)
+    eids = [end(b"%d" % n) for n in range(40)]
+    seen = []
+    # Now one, now several, across subscriptions of their own; more come in between.
+    for count in (1, 2, 7, 13, 1, 16):
+        told = Subscription(kind, server.url, scope, cursor, count).result()
+        seen += told
+        cursor = told[-1].cursor
+    assert sorted(c.execution_id for c in seen) == sorted(eids)
+    later = [end(b"later") for _ in range(3)]
+    told = Subscription(kind, server.url, scope, cursor, 3).result()
+    assert sorted(c.execution_id for c in told) == sorted(later)
+
+
+def test_start_is_all_that_is_kept(kind, server, scope, end):
+    eids = [end() for _ in range(3)]
+    told = Subscription(kind, server.url, scope, "start", 3).result()
+    assert sorted(c.execution_id for c in told) == sorted(eids)
+
+
+def test_none_begins_now(kind, server, scope, end, raw):
+    end(b"before")
+    before = server_ms(raw)
+    wait_until(lambda: server_ms(raw) > before + 1)
+    subscription = Subscription(kind, server.url, scope, None, count=20)
+    wait_until(lambda: blocked(raw))
+    eids = [end(b"after") for _ in range(20)]
+    assert sorted(c.execution_id for c in subscription.result()) == sorted(eids)
+
+
+def test_the_first_of_the_same_millisecond_is_not_missed():
+    core = ff_fast._lifecycle.CompletionCore(1, None, ScannerFilter())
+    steps = core.read()
+    next(steps)
+    request = steps.send([[b"1700000000", b"123456"]]).request
+    # XREAD gives what is greater than this: 1700000000123-0 on, in a stream that has had nothing of that millisecond.
+    (asked,) = [part for part in request.split(b"\r\n") if part.startswith(b"17000")]
+    ms, _, sequence = asked.partition(b"-")
+    assert (int(ms), int(sequence) > 10**9) == (1_700_000_000_122, True)
+    steps.close()
+
+
+def test_a_lost_connection_leaves_no_hole(kind, server, scope, end, raw):
+    subscription = Subscription(kind, server.url, scope, here(raw), count=30)
+    eids = []
+    for _ in range(3):
+        wait_until(lambda: blocked(raw))
+        eids += [end() for _ in range(5)]
+        for client in wait_until(lambda: blocked(raw)):
+            raw.client_kill_filter(_id=client["id"])
+        # While it is away.
+        eids += [end() for _ in range(5)]
+    told = [c.execution_id for c in subscription.result()]
+    assert sorted(told) == sorted(eids)
+
+
+PROGRAM = """
+import sys
+from ff_fast import ScannerFilter, ValkeyBackend
+url, namespace, cursor, count = sys.argv[1:]
+with ValkeyBackend.connect(url) as backend:
+    for completion in backend.subscribe_completions(ScannerFilter().with_namespace(namespace), after=cursor):
+        print(completion.execution_id, completion.cursor, flush=True)
+"""
+
+
+def test_a_cursor_goes_on_in_another_process(server, namespace, end, raw):
+    cursor = here(raw)
+    eids = [end() for _ in range(12)]
+    seen = []
+    for count in (1, 4, 7):
+        program = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, server.url, namespace, cursor, str(count)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for _ in range(count):
+            eid, cursor = program.stdout.readline().split()
+            seen.append(eid)
+        # In the middle of anything: what it has printed is all that counts.
+        program.kill()
+        program.communicate(timeout=10)
+    assert sorted(seen) == sorted(eids)
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    [
+        "",
+        "now",
+        "0",
+        "1-",
+        "1-2,",
+        "1-2,3",
+        "1-2,3:4",
+        "1-2,256:1-1",
+        "1-2,-1:1-1",
+        "1-2\n",
+        "١-٢",
+        7,
+        b"0-0",
+    ],
+    ids=repr,
+)
+def test_a_bad_cursor_is_refused_at_once(kind, server, backend, cursor):
+    if kind == "sync":
+        with pytest.raises(errors.InvalidCursor):
+            backend.subscribe_completions(after=cursor)
+        return
+    import asyncio
+
+    async def main():
+        async with aio.ValkeyBackend.connect(server.url) as own:
+            with pytest.raises(errors.InvalidCursor):
+                own.subscribe_completions(after=cursor)
+
+    asyncio.run(main())
+
+
+def test_closing_the_backend_ends_a_subscription(server, raw):
+    import threading
+
+    with ff_fast.ValkeyBackend.connect(server.url) as own:
+        ended = []
+
+        def follow():
+            try:
+                next(own.subscribe_completions(ScannerFilter().with_namespace("nobody's")))
+            except errors.FFError as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        wait_until(lambda: blocked(raw))
+        own.close()
+        thread.join(10)
+    assert ended[0].retryable
