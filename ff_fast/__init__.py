@@ -130,7 +130,7 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
-    from ff_fast import aio
+    from ff_fast import aio as aio
 
 __version__ = "0.1.0"
 
@@ -259,7 +259,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # asyncio is a third of the import time, and half of the users do without it.
     if name == "aio":
-        import importlib
+        import importlib  # noqa: PLC0415 - for this alone
 
         return importlib.import_module("ff_fast.aio")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,6 +46,8 @@ def config_of(target: str | BackendConfig) -> BackendConfig:
     config = BackendConfig.from_url(target) if isinstance(target, str) else target
     if not isinstance(config, BackendConfig):
         raise InvalidInput("connect() takes a URL or a BackendConfig.")
+    if config.connection.cluster:
+        raise InvalidInput("Clusters are not supported yet; connect to a standalone server.")
     return config
 
 

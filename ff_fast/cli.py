@@ -19,10 +19,13 @@ from ff_fast import (
     FFError,
     Gap,
     InvalidInput,
+    PendingWaitpoint,
+    RetryPolicy,
     ScannerFilter,
     StreamFrame,
     TailVisibility,
     ValkeyBackend,
+    WaitpointHmac,
     __version__,
 )
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from ff_fast import ExecutionDescription
 
 URL_VARIABLE = "FF_FAST_URL"
+TOKEN_VARIABLE = "FF_FAST_TOKEN"  # noqa: S105 - the name of a variable
 
 _USAGE = 2
 _FAILED = 1
@@ -173,9 +177,76 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     supervise.add_argument("--namespace", metavar="NAME", help="only executions of this namespace")
+    supervise.add_argument(
+        "--tag", type=_pair, metavar="TAG=VALUE", help="only executions with this tag"
+    )
     _url_argument(supervise)
     supervise.set_defaults(command=_supervise)
+    _work_commands(commands)
     return parser
+
+
+def _work_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
+    """The commands that create, look into, signal and cancel executions."""
+    submit = commands.add_parser(
+        "submit",
+        help="create an execution and print its id",
+        description="Creates an execution with a payload, or with what stdin holds.",
+    )
+    submit.add_argument("payload", nargs="?", help="text for the worker (default: stdin)")
+    submit.add_argument("--lane", default="default", metavar="LANE", help="lane (default: default)")
+    submit.add_argument("--namespace", default="default", metavar="NAME", help="tenant")
+    submit.add_argument("--priority", type=_whole, default=0, metavar="N", help="0 to 9000")
+    submit.add_argument(
+        "--delay", type=_number(0, 31_536_000), metavar="S", help="seconds before it can be claimed"
+    )
+    submit.add_argument(
+        "--retries", type=_whole, default=0, metavar="N", help="retries of a failed attempt"
+    )
+    submit.add_argument(
+        "--tag", type=_pair, action="append", metavar="TAG=VALUE", help="a tag; may be repeated"
+    )
+    _url_argument(submit)
+    submit.set_defaults(command=_submit)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="print everything of an execution as JSON: state, attempts, streams, history",
+        description="Prints an execution as one JSON object, without payloads and secrets.",
+    )
+    inspect.add_argument("execution_id", metavar="EXECUTION_ID")
+    _url_argument(inspect)
+    inspect.set_defaults(command=_inspect)
+
+    signal = commands.add_parser(
+        "signal",
+        help="deliver a signal to a waitpoint of a suspended execution",
+        description=(
+            "Delivers a signal. The waitpoint's token is a secret: it is read from the environment"
+            f" variable {TOKEN_VARIABLE}, never from the command line."
+        ),
+    )
+    signal.add_argument("execution_id", metavar="EXECUTION_ID")
+    signal.add_argument("waitpoint_id", metavar="WAITPOINT_ID")
+    signal.add_argument("name", metavar="NAME", help="name of the signal")
+    signal.add_argument("--payload", metavar="TEXT", help="what the resumed worker gets")
+    signal.add_argument("--idempotency-key", default="", metavar="KEY", help="delivered once a key")
+    signal.add_argument("--correlation-id", default="", metavar="ID", help="correlation id")
+    _url_argument(signal)
+    signal.set_defaults(command=_signal)
+
+    cancel = commands.add_parser(
+        "cancel",
+        help="cancel an execution",
+        description="Cancels an execution; with a grace its worker is asked to stop first.",
+    )
+    cancel.add_argument("execution_id", metavar="EXECUTION_ID")
+    cancel.add_argument("--reason", default="cancelled", metavar="TEXT", help="why")
+    cancel.add_argument(
+        "--grace", type=_number(0, 31_536_000), metavar="S", help="seconds that the worker has"
+    )
+    _url_argument(cancel)
+    cancel.set_defaults(command=_cancel)
 
 
 def _execution_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +285,13 @@ def _whole(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise argparse.ArgumentTypeError("must be a whole number from 0")
     return int(text)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError("must be TAG=VALUE")
+    return name, value
 
 
 def _modes(text: str) -> tuple[str, ...]:
@@ -450,7 +528,86 @@ def _when(ms: str | None) -> str | None:
 
 
 def _supervise(arguments: argparse.Namespace) -> int:
-    scope = ScannerFilter(namespace=arguments.namespace)
+    scope = ScannerFilter(namespace=arguments.namespace, instance_tag=arguments.tag)
     with ValkeyBackend.connect(_url(arguments)) as backend:
         backend.supervise(scope)
+    return 0
+
+
+# -- executions ------------------------------------------------------------------------------------
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    payload = sys.stdin.buffer.read() if arguments.payload is None else arguments.payload
+    with ValkeyBackend.connect(_url(arguments)) as backend:
+        execution_id = backend.create_execution(
+            lane=arguments.lane,
+            payload=payload,
+            namespace=arguments.namespace,
+            priority=arguments.priority,
+            delay=arguments.delay,
+            retry=RetryPolicy(max_retries=arguments.retries),
+            tags=dict(arguments.tag or ()),
+        )
+    print(execution_id)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    eid = arguments.execution_id
+    with ValkeyBackend.connect(_url(arguments)) as backend:
+        execution = backend.describe(eid)
+        attempts = []
+        for index in range(int(execution.fields["total_attempt_count"])):
+            stream = backend.describe_stream(eid, index)
+            attempts.append(
+                {
+                    "attempt": index,
+                    "frames": stream.frame_count,
+                    "last_id": stream.last_id,
+                    "log_entries": stream.log_entries,
+                    "live_entries": stream.live_entries,
+                    "summary_version": stream.summary_version,
+                    "closed_reason": stream.closed_reason,
+                    "lease_left_ms": stream.lease_left_ms,
+                }
+            )
+    everything = {
+        "execution_id": execution.execution_id,
+        "state": execution.state,
+        "fields": execution.fields,
+        "tags": execution.tags,
+        "usage": execution.usage,
+        "attempts": attempts,
+        "history": execution.history,
+    }
+    sys.stdout.buffer.write(orjson.dumps(everything, option=orjson.OPT_INDENT_2) + b"\n")
+    return 0
+
+
+def _signal(arguments: argparse.Namespace) -> int:
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        raise InvalidInput(f"Put the waitpoint's token into the environment as {TOKEN_VARIABLE}.")
+    waitpoint = PendingWaitpoint(arguments.waitpoint_id, WaitpointHmac(token))
+    with ValkeyBackend.connect(_url(arguments)) as backend:
+        outcome = backend.deliver_signal(
+            arguments.execution_id,
+            waitpoint,
+            arguments.name,
+            payload=arguments.payload,
+            idempotency_key=arguments.idempotency_key,
+            correlation_id=arguments.correlation_id,
+            source_type="cli",
+        )
+    print(f"{outcome.signal_id} {'duplicate' if outcome.duplicate else outcome.effect}")
+    return 0
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    with ValkeyBackend.connect(_url(arguments)) as backend:
+        outcome = backend.cancel(
+            arguments.execution_id, reason=arguments.reason, grace=arguments.grace
+        )
+    print("cancelled" if outcome.cancelled else "requested")
     return 0

@@ -9,9 +9,9 @@ slot.  ``<eid>`` is the execution id and contains the tag as well, ``<i>`` is th
     ff:exec:{fp:N}:<eid>:core                 core(eid)
     ff:exec:{fp:N}:<eid>:payload              payload(eid)
     ff:exec:{fp:N}:<eid>:result               result(eid)
-    ff:exec:{fp:N}:<eid>:policy               policy(eid)
     ff:exec:{fp:N}:<eid>:tags                 tags(eid)
-    ff:exec:{fp:N}:<eid>:lease:history        lease_history(eid)
+    ff:exec:{fp:N}:<eid>:usage                usage(eid)
+    ff:exec:{fp:N}:<eid>:history              history(eid)
     ff:attempt:{fp:N}:<eid>:<i>               attempt(eid, i)
     ff:attempt:{fp:N}:<eid>:<i>:summary       summary(eid, i)
     ff:stream:{fp:N}:<eid>:<i>                stream(eid, i)      the log
@@ -20,6 +20,9 @@ slot.  ``<eid>`` is the execution id and contains the tag as well, ``<i>`` is th
     ff:idx:{fp:N}:lane:<lane>:eligible        eligible(tag, lane)
     ff:idx:{fp:N}:timers                      timers(tag)
     ff:part:{fp:N}:completions                completions(tag)
+    ff:sec:{fp:N}:waitpoint_hmac              waitpoint_secrets(tag)
+    ff:flow:{fp:N}:<flow>                     flow(tag, flow), with :members and :open
+    ff:budget:{b:<budget>}:limits             budget_limits(budget), a slot of its own
     ff:lane:{<lane>}:ready                    ready(lane)         a slot of its own
     ff:config:partitions                      PARTITIONS_CONFIG
 

@@ -350,6 +350,55 @@ def test_supervise_brings_back_what_a_lost_worker_held(backend, server, lane, wa
     assert (handle.fields().execution_id, handle.fields().attempt_index) == (mine, 1)
 
 
+# -- executions ------------------------------------------------------------------------------------
+
+
+def test_submit_inspect_signal_cancel(run, backend, lane, monkeypatch):
+    code, out, err = run(
+        "submit", "a prompt", "--lane", lane, "--tag", "team.name=core", "--retries", "2"
+    )
+    assert (code, err) == (0, "")
+    eid = out.decode().strip()
+    handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
+    assert handle.fields().execution_id == eid
+    assert backend.read_payload(handle) == b"a prompt"
+
+    waitpoint = backend.create_waitpoint(handle)
+    token = waitpoint.hmac_token
+    spec = ff_fast.WaitpointSpec(ff_fast.WaitpointKind.SIGNAL_NAME, b"go", token)
+    backend.append_frame(handle, ff_fast.Frame(b"x", ff_fast.FrameKind.EVENT))
+    backend.suspend(handle, spec)
+    monkeypatch.delenv("FF_FAST_TOKEN", raising=False)
+    assert run("signal", eid, waitpoint.waitpoint_id, "go")[0] == 2
+    monkeypatch.setenv("FF_FAST_TOKEN", token.reveal())
+    code, out, err = run("signal", eid, waitpoint.waitpoint_id, "go", "--payload", "yes")
+    assert (code, err) == (0, "")
+    assert out.decode().split()[1] == "resume_condition_satisfied"
+
+    code, out, err = run("inspect", eid)
+    assert (code, err) == (0, "")
+    seen = orjson.loads(out)
+    assert (seen["state"], seen["tags"]) == ("waiting", {"team.name": "core"})
+    assert [step["to"] for step in seen["history"]] == ["active", "suspended", "waiting"]
+    assert (seen["attempts"][0]["frames"], seen["fields"]["retry_max"]) == (1, "2")
+    for secret in (token.reveal(), handle.fields().lease_id):
+        assert secret.encode() not in out
+
+    assert run("cancel", eid, "--reason", "enough")[:2] == (0, b"cancelled\n")
+    assert backend.describe(eid).fields["cancellation_reason"] == "enough"
+    assert run("cancel", eid)[:2] == (0, b"cancelled\n")
+
+
+def test_submit_takes_the_payload_from_stdin(server, backend, lane):
+    command = ("submit", "--url", server.url, "--lane", lane)
+    with start(*command, stdin=subprocess.PIPE) as process:
+        out, err = process.communicate("from a pipe", timeout=10)
+    assert (process.returncode, err) == (0, "")
+    handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
+    assert handle.fields().execution_id == out.strip()
+    assert backend.read_payload(handle) == b"from a pipe"
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 

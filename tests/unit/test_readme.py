@@ -18,7 +18,7 @@ NAMES = set(
 
 
 def test_examples_run_as_they_stand(capsys):
-    sync, asynchronous = EXAMPLES
+    sync, asynchronous, work = EXAMPLES
     exec(compile(sync, "README.md", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.splitlines() == [
         "b'Hello'",
@@ -31,6 +31,8 @@ def test_examples_run_as_they_stand(capsys):
         "6 frames",
         """{"answer":"Hello, world","tokens":3} End(reason='attempt_success')""",
     ]
+    exec(compile(work, "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.splitlines() == ["Draft: 42.", "Approved by Ada"]
 
 
 def test_the_first_example_is_short():
@@ -106,13 +108,17 @@ def test_figures_are_those_of_the_code():
 
 def test_commands_and_options_exist(capsys):
     rows = re.findall(r"^\| `ff-fast (\w+).*?` \| (.*) \|$", README, re.MULTILINE)
-    assert [command for command, _ in rows] == ["demo", "tail", "summary", "info", "supervise"]
+    assert [command for command, _ in rows] == [
+        *("demo", "tail", "summary", "info"),
+        *("supervise", "submit", "inspect", "signal", "cancel"),
+    ]
     for command, text in rows:
         with pytest.raises(SystemExit, match=r"^0$"):
             cli.main([command, "--help"])
         offered = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
         assert set(re.findall(r"`(--[a-z-]+)`", text)) | {"--url"} == offered - {"--help"}
     assert cli.URL_VARIABLE in NAMES
+    assert cli.TOKEN_VARIABLE in NAMES
     assert demo.MODES == ("best-effort", "summary", "durable")
 
 
