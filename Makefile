@@ -11,7 +11,8 @@ SANITIZE := build/sanitize
 
 # Python and Lua files are read where they are; only these need a build after a change.
 COMPILED := $(shell find ff_fast -name '*.pyx' -o -name '*.pxd')
-COPIED := setup.py pyproject.toml MANIFEST.in README.md LICENSE ff_fast lua tests bench
+COPIED := setup.py pyproject.toml MANIFEST.in Makefile CONTRIBUTING.md README.md LICENSE ff_fast lua tests bench \
+	tools .ci
 
 .PHONY: build demo test lint types sanitize wheel-test bench bench-quick clean help
 
@@ -71,5 +72,5 @@ $(BENCH_BUILT): $(BUILT)
 
 clean: ## Remove what was built and what tools have cached; .venv keeps its packages
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache $(BUILT) $(BENCH_BUILT)
-	find ff_fast tests $(wildcard bench) -name __pycache__ -prune -exec rm -rf {} +
+	find ff_fast tests tools $(wildcard bench) -name __pycache__ -prune -exec rm -rf {} +
 	find ff_fast -name '*.so' -delete

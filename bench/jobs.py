@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import resource
 import time
 import uuid
@@ -13,6 +14,7 @@ from bench.harness import LEASE_MS, batches, check, payloads
 from bench.rivals import Clock
 from ff_fast import (
     BestEffortLiveConfig,
+    ClaimPolicy,
     End,
     Handle,
     PatchKind,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 # A worker gets its tokens from somewhere: after so many writes it lets its loop turn.
 YIELD_EVERY = 64
+WAIT = ClaimPolicy.with_max_wait(60)
 
 
 def mode_of(name: str, ttl_ms: int = 15_000, ceiling: int = 16_384) -> StreamMode:
@@ -330,3 +333,85 @@ async def write_answer(
         await writer.flush()
         await writer.close()
         return {"execution_id": eid}
+
+
+# -- executions ---------------------------------------------------------------------------------------------------
+
+
+async def lifecycle(url: str, lane: str, count: int, tasks: int) -> dict[str, float]:
+    """Create, claim and complete *count* executions: *tasks* creators and as many claimers on one connection."""
+    clock = Clock()
+    to_create = iter(range(count))
+    completed = 0
+
+    async with aio.ValkeyBackend.connect(url) as backend:
+
+        async def create() -> None:
+            for i in to_create:
+                await backend.create_execution(lane=lane, payload=b"%d" % i)
+
+        async def work() -> None:
+            nonlocal completed
+            while completed < count:
+                handle = await backend.claim(
+                    lane=lane, worker_id="bench", worker_instance_id="bench-1"
+                )
+                if handle is None:
+                    # Nobody else has work to offer: the creators of this process need a turn.
+                    await asyncio.sleep(0.001)
+                    continue
+                await backend.complete(handle, b"done")
+                completed += 1
+
+        clock.start()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(tasks):
+                group.create_task(create())
+                group.create_task(work())
+        return clock.stop(count)
+
+
+async def create_paced(url: str, lane: str, count: int) -> dict[str, int]:
+    """Create executions at uneven times, about 10 ms apart; for each, when its call began."""
+    spread = random.Random(14)
+    created: dict[str, int] = {}
+    async with aio.ValkeyBackend.connect(url) as backend:
+        # Let the worker get to its first wait.
+        await asyncio.sleep(0.5)
+        for _ in range(count):
+            await asyncio.sleep(spread.uniform(0.008, 0.012))
+            now = time.monotonic_ns()
+            created[await backend.create_execution(lane=lane)] = now
+    return created
+
+
+async def claim_aio(url: str, lane: str, count: int) -> dict[str, tuple[int, int]]:
+    """Wait for executions and complete them; for each, when the wait began and when its handle was there."""
+    claimed: dict[str, tuple[int, int]] = {}
+    async with aio.ValkeyBackend.connect(url) as backend:
+        for _ in range(count):
+            began = time.monotonic_ns()
+            handle = await backend.claim(
+                lane=lane, worker_id="bench", worker_instance_id="bench-1", policy=WAIT
+            )
+            now = time.monotonic_ns()
+            assert handle is not None
+            claimed[handle.fields().execution_id] = (began, now)
+            await backend.complete(handle)
+    return claimed
+
+
+def claim_sync(url: str, lane: str, count: int) -> dict[str, tuple[int, int]]:
+    """As :func:`claim_aio`, from a thread."""
+    claimed: dict[str, tuple[int, int]] = {}
+    with ValkeyBackend.connect(url) as backend:
+        for _ in range(count):
+            began = time.monotonic_ns()
+            handle = backend.claim(
+                lane=lane, worker_id="bench", worker_instance_id="bench-1", policy=WAIT
+            )
+            now = time.monotonic_ns()
+            assert handle is not None
+            claimed[handle.fields().execution_id] = (began, now)
+            backend.complete(handle)
+    return claimed

@@ -32,6 +32,7 @@ from ff_fast.types import (
     FailureClass,
     Handle,
     HandleKind,
+    LeaseRenewal,
     PendingWaitpoint,
     ReportUsageResult,
     ResumeCondition,
@@ -57,16 +58,18 @@ class LeaseKeeper:
 
     Attributes:
         error: Why the lease is gone; None while it is held.
+        cancel_requested: Whether the newest renewal said that the worker is asked to stop.
     """
 
     def __init__(
         self,
         lease_ttl_ms: int,
-        renew: Callable[[], Awaitable[object]],
+        renew: Callable[[], Awaitable[LeaseRenewal]],
         on_lost: Callable[[FFError], None],
         closed: Callable[[], bool],
     ) -> None:
         self.error: FFError | None = None
+        self.cancel_requested = False
         self._renew = renew
         self._on_lost = on_lost
         self._closed = closed
@@ -99,13 +102,14 @@ class LeaseKeeper:
             clock.sending()
             try:
                 async with asyncio.timeout(max(clock.held_until - time.monotonic(), 0.0)):
-                    await self._renew()
+                    renewal = await self._renew()
             except TimeoutError:
                 self._lost(clock.failed(DeadlineExceeded()))
             except FFError as error:
                 self._lost(clock.failed(error))
             else:
                 clock.renewed()
+                self.cancel_requested = renewal.cancel_requested
 
     def _ended(self, _: object) -> None:
         self._over.set()
@@ -217,9 +221,11 @@ class Task:
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether a cancellation was asked for; an append brings the news."""
-        return self._cancel_requested or (
-            self._writer is not None and self._writer.cancel_requested
+        """Whether a cancellation was asked for; an append and a renewal bring the news."""
+        return (
+            self._cancel_requested
+            or (self._writer is not None and self._writer.cancel_requested)
+            or (self.keeper is not None and self.keeper.cancel_requested)
         )
 
     @property

@@ -289,7 +289,7 @@ def create_waitpoint(
     )
     # The first waitpoint of a partition starts its ring of keys, unless a deployment did before.
     secret = os.urandom(32).hex()
-    return call(ops.create_waitpoint(attempt(handle), identity, expires_ms, "k1", secret))
+    return call(ops.create_waitpoint(attempt(handle), identity, expires_ms, "auto", secret))
 
 
 def rotate_waitpoint_secret(

@@ -44,24 +44,35 @@ SWEEP_EVERY_S = 5.0
 """How often one worker looks at all partitions while it finds no hint: 256 small reads in one round trip."""
 
 _SWEEP_IMMEDIATE_S = 1.0
+_SWEEP_BUSY_S = 30.0
 _MISFIT_PAUSE_S = 0.05
 
 
 class Sweeper:
     """When a backend looked at all partitions of a lane last."""
 
-    __slots__ = ("_at", "partitions")
+    __slots__ = ("_at", "_seen", "partitions")
 
     def __init__(self, partitions: int) -> None:
         self.partitions = partitions
         self._at: dict[str, float] = {}
+        self._seen: dict[str, float] = {}
 
     def due(self, lane: str, every_s: float) -> bool:
+        """Whether a look is due, which then counts as taken; the first one always is."""
         now = time.monotonic()
         if now - self._at.get(lane, float("-inf")) < every_s:
             return False
         self._at[lane] = now
         return True
+
+    def overdue(self, lane: str) -> bool:
+        """Whether a lane that never ran dry has had no look for long; the time counts from its first claim."""
+        if lane not in self._seen:
+            self._seen[lane] = time.monotonic()
+        return time.monotonic() - self._seen[lane] >= _SWEEP_BUSY_S and self.due(
+            lane, _SWEEP_BUSY_S
+        )
 
 
 class ClaimRequest(NamedTuple):
@@ -106,6 +117,9 @@ def claim(request: ClaimRequest, sweeper: Sweeper) -> Flow[Handle | None]:
     lane = request.lane
     ready = keys.ready(lane)
     deadline = time.monotonic() + (request.max_wait_s or 0.0)
+    if sweeper.overdue(lane):
+        # A lane that never runs dry would else never find a hint that was lost.
+        yield from _sweep(lane, sweeper.partitions)
     while True:
         misfits: set[int] = set()
         popped = yield from _checked(Step(pack_command(b"ZPOPMIN", ready)))
@@ -350,7 +364,9 @@ class Supervision:
             if found and found[1].startswith(f"{tag}:"):
                 execution_id, more = found[1], found[2] or ""
             timers.append(ops.fire_timer(tag, member, kind, execution_id, more, self._scope))
-        replies = yield Step(b"".join(op.request() for op in timers), replies=len(timers))
+        replies: list[object] = []
+        if timers:
+            replies = yield Step(b"".join(op.request() for op in timers), replies=len(timers))
         for op, reply in zip(timers, replies, strict=True):
             try:
                 what, told = op.answer(reply)

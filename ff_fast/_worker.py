@@ -29,6 +29,7 @@ from ff_fast.types import (
     FailureClass,
     Handle,
     HandleKind,
+    LeaseRenewal,
     PendingWaitpoint,
     ReportUsageResult,
     ResumeCondition,
@@ -54,15 +55,17 @@ class LeaseKeeper:
 
     Attributes:
         error: Why the lease is gone; None while it is held.
+        cancel_requested: Whether the newest renewal said that the worker is asked to stop.
     """
 
     def __init__(
         self,
         lease_ttl_ms: int,
-        renew: Callable[[float], object],
+        renew: Callable[[float], LeaseRenewal],
         on_lost: Callable[[FFError], None],
     ) -> None:
         self.error: FFError | None = None
+        self.cancel_requested = False
         self._renew = renew
         self._on_lost = on_lost
         self._clock = LeaseClock(lease_ttl_ms)
@@ -85,11 +88,12 @@ class LeaseKeeper:
             while self.error is None and not self._stop.wait(self._clock.wait_s):
                 self._clock.sending()
                 try:
-                    self._renew(self._clock.held_until)
+                    renewal = self._renew(self._clock.held_until)
                 except FFError as error:
                     self._lost(self._clock.failed(error))
                 else:
                     self._clock.renewed()
+                    self.cancel_requested = renewal.cancel_requested
         finally:
             self._over.set()
 
@@ -195,9 +199,11 @@ class Task:
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether a cancellation was asked for; an append brings the news."""
-        return self._cancel_requested or (
-            self._writer is not None and self._writer.cancel_requested
+        """Whether a cancellation was asked for; an append and a renewal bring the news."""
+        return (
+            self._cancel_requested
+            or (self._writer is not None and self._writer.cancel_requested)
+            or (self.keeper is not None and self.keeper.cancel_requested)
         )
 
     @property

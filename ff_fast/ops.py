@@ -269,7 +269,11 @@ def renew_lease(attempt: Attempt, lease_ttl_ms: int) -> Op[LeaseRenewal]:
     """Extend a live lease to *lease_ttl_ms* from now, by the server's clock."""
 
     def parse(_: bytes, fields: list[object]) -> LeaseRenewal:
-        return LeaseRenewal(expires_at_ms=_int(fields[0]), lease_epoch=_int(fields[1]))
+        return LeaseRenewal(
+            expires_at_ms=_int(fields[0]),
+            lease_epoch=_int(fields[1]),
+            cancel_requested=_text(fields[2]) == "1",
+        )
 
     return Op(
         b"ff_renew_lease",

@@ -955,14 +955,17 @@ class LeaseRenewal(Value):
     Attributes:
         expires_at_ms: When it now expires, by the server's clock.
         lease_epoch: Its epoch; renewing does not change it.
+        cancel_requested: Whether the worker is asked to stop.
     """
 
     expires_at_ms: int
     lease_epoch: int
+    cancel_requested: bool = False
 
     def __post_init__(self) -> None:
         check_int("expires_at_ms", self.expires_at_ms, 0, MAX_INT)
         check_int("lease_epoch", self.lease_epoch, 0, MAX_INT)
+        _check_flag("cancel_requested", self.cancel_requested)
 
 
 class ReclaimGrant(Value):

@@ -137,7 +137,7 @@ end)
 --   returns: state previous_state (lane_id eligible_score)...
 --   errors:  execution_not_found execution_not_active invalid_input
 --
--- With a grace an active execution is asked first: its worker hears of it with its next append, and the
+-- With a grace an active execution is asked first: its worker hears of it with its next append or renewal, and the
 -- cancellation is forced when the grace is over. The status is REQUESTED then. Cancelling a cancelled execution again
 -- answers as the first time.
 redis.register_function('ff_cancel_execution', function(keys, args)

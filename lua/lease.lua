@@ -3,7 +3,7 @@
 -- ff_renew_lease
 --   keys:    core
 --   args:    attempt_index lease_id lease_epoch lease_ttl_ms
---   returns: expires_at_ms lease_epoch
+--   returns: expires_at_ms lease_epoch cancel_requested
 --   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired invalid_input
 --
 -- A lapsed lease cannot be renewed: by then another worker may own the execution. The timer of the lease stays where
@@ -24,7 +24,7 @@ redis.register_function('ff_renew_lease', function(keys, args)
   if not due or tonumber(due) > x.now + lease_ttl_ms then
     ff.set_timer(x, 'lease', expires_at)
   end
-  return ff.ok(expires_at, args[3])
+  return ff.ok(expires_at, args[3], x.fields.cancel_requested == '1' and '1' or '0')
 end)
 
 -- ff_report_progress

@@ -8,6 +8,7 @@ from bench.rows import (
     growth,
     imports,
     latency,
+    lifecycle,
     many_streams,
     memory,
     reading,
@@ -42,5 +43,7 @@ GROUPS = (
     Group(("P10",), window.run),
     Group(("P11",), memory.run),
     Group(("P12",), imports.run),
+    Group(("P13",), lifecycle.run),
+    Group(("P14",), lifecycle.latency),
     Group(("growth",), growth.run),
 )

@@ -8,12 +8,13 @@ TERMINAL = ("completed", "failed", "cancelled", "expired")
 
 
 class World:
-    """One backend, one lane, and a plain client to look behind it."""
+    """One backend, one lane and a namespace of that name, and a plain client to look behind it."""
 
     def __init__(self, url, raw, lane):
         self.backend = ff_fast.ValkeyBackend.connect(url)
         self.raw = raw
         self.lane = lane
+        self.scope = ScannerFilter(namespace=lane)
 
     def __enter__(self):
         return self
@@ -22,8 +23,11 @@ class World:
         self.backend.close()
 
     def create(self, **options):
-        options.setdefault("retention_ms", 60_000)
+        options = {"retention_ms": 60_000, "namespace": self.lane, **options}
         return self.backend.create_execution(lane=self.lane, **options)
+
+    def create_flow(self):
+        return self.backend.create_flow(namespace=self.lane)
 
     def claim(self, **options):
         return self.backend.claim(lane=self.lane, **WORKER, **options)
@@ -51,7 +55,7 @@ class World:
         """The timers of an execution: kind to when it is due."""
         found = self.raw.zrange(keys.timers(keys.partition_tag(eid)), 0, -1, withscores=True)
         return {
-            name.decode().partition(":")[0]: int(score)
+            name.decode("utf-8", "replace").partition(":")[0]: int(score)
             for name, score in found
             if eid.encode() in name
         }
@@ -83,9 +87,8 @@ class World:
         if attempt_timer is not None:
             assert ("attempt" in timers) == attempt_timer, (state, timers)
         assert state == "active" or "attempt" not in timers, (state, timers)
-        writers = [
-            key for key in self.raw.keys(f"*{eid[-36:]}*:meta") if self.raw.hexists(key, "writer")
-        ]
+        attempts = range(int(self.core(eid)["total_attempt_count"]) + 1)
+        writers = [i for i in attempts if self.raw.hexists(keys.meta(eid, i), "writer")]
         assert state == "active" or not writers
         assert len(self.completions(eid)) == (state in TERMINAL), state
         if state in TERMINAL:
@@ -99,14 +102,16 @@ class World:
         """Make timers of an execution due now, and the lease, if that is one of them, lapsed."""
         key = keys.timers(keys.partition_tag(eid))
         for name in self.raw.zrange(key, 0, -1):
-            kind = name.decode().partition(":")[0]
+            kind = name.decode("utf-8", "replace").partition(":")[0]
             if eid.encode() in name and kind in kinds:
                 self.raw.zadd(key, {name: 1})
         if "lease" in kinds:
             index = self.core(eid)["current_attempt_index"]
             self.raw.hset(keys.meta(eid, int(index)), "lease_expires_at", 1)
 
-    def round(self, scope=ScannerFilter.NOOP):
+    def round(self, scope=None):
+        """One round of a supervisor; of one that looks after this world alone, if no scope is named."""
+        scope = self.scope if scope is None else scope
         supervision = _lifecycle.Supervision(self.backend._sweeper.partitions, scope)
         return self.backend._run(supervision.round)
 

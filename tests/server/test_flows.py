@@ -40,7 +40,7 @@ def suspend(world, handle):
 @pytest.fixture
 def family(world):
     """A flow with a member in every state that is not an end, and one that has ended."""
-    flow = world.backend.create_flow()
+    flow = world.create_flow()
 
     def member(priority, **options):
         return world.create(flow_id=flow, priority=priority, **options)
@@ -98,7 +98,7 @@ def test_unknown_and_cancelled_flows_take_no_member(world):
     for call in (world.backend.cancel_flow, world.backend.describe_flow):
         with pytest.raises(errors.FlowNotFound):
             call(unknown)
-    flow = world.backend.create_flow()
+    flow = world.create_flow()
     member = keys.execution_id_for_flow(flow, 256)
     world.create(flow_id=flow, execution_id=member)
     world.backend.cancel_flow(flow)
@@ -123,7 +123,6 @@ def test_cancel_all(world, family):
         world.backend.deliver_signal(eids["suspended"], handles["point"], "go")
     assert world.core(eids["waiting"])["cancellation_reason"] == "enough"
     assert world.claim() is None
-    assert world.timers(flow) == {} if False else True
     assert world.raw.zscore(keys.timers(keys.flow_tag(flow, 256)), f"flow:{flow}") is None
     again = world.backend.cancel_flow(flow, PENDING)
     assert (again.policy, again.cancelled_members, again.open_members) == (ALL, 0, 0)
@@ -180,7 +179,7 @@ def test_flow_only_leaves_members_alone_and_starts_none(world, family):
 
 
 @pytest.mark.parametrize("policy", [ALL, PENDING, ONLY])
-def test_C6_no_member_is_claimed_once_its_flow_is_cancelled(world, family, policy):
+def test_c6_no_member_is_claimed_once_its_flow_is_cancelled(world, family, policy):
     flow, eids, _ = family
     world.backend.cancel_flow(flow, policy, NO_WAIT)
     assert world.state(eids["waiting"]) == "waiting"
@@ -210,7 +209,7 @@ def test_without_waiting_a_supervisor_finishes(world, family, policy, cancelled)
 
 
 def test_a_wait_that_is_too_short_says_so_and_a_repeat_goes_on(world):
-    flow = world.backend.create_flow()
+    flow = world.create_flow()
     eids = [world.create(flow_id=flow) for _ in range(250)]
     with pytest.raises(errors.DeadlineExceeded):
         world.backend.cancel_flow(flow, ALL, CancelFlowWait.wait_timeout(0))

@@ -1,6 +1,7 @@
 """Workers of both shells: handlers from claim to end, leases that are kept or lost, processes that die."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import statistics
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 import warnings
 
 import pytest
@@ -38,7 +38,7 @@ from ..conftest import ROOT
 from ..waiting import wait_until
 from .readers import counted
 from .test_append import server_ms
-from .workers import KINDS, WORKER, Supervisor, Worker, handler_for, opened, until
+from .workers import KINDS, WORKER, Supervisor, Worker, opened, until
 
 RETRY = RetryPolicy(max_retries=3, delay_ms=1)
 
@@ -61,8 +61,10 @@ def supervisor(server):
 
 
 @pytest.fixture
-def worker(kind, server, lane):
+def worker(kind, server, lane, monkeypatch):
     """``worker(handler, **options)``: a worker of the test's lane and shell, stopped at the end."""
+    # It looks more often whether it shall stop.
+    monkeypatch.setattr(_work, "CLAIM_WAIT_S", 0.05)
     started = []
 
     def start(handler, **options):
@@ -214,7 +216,7 @@ def test_a_crash_that_a_handler_reports_goes_to_another_worker(worker, backend, 
     assert read(backend, eid, 0) == ([], "producer_lost")
 
 
-class Hostile(Exception):
+class HostileError(Exception):
     def __str__(self):
         raise RuntimeError("no text either")
 
@@ -222,7 +224,7 @@ class Hostile(Exception):
 @pytest.mark.parametrize(
     "failure, reason",
     [
-        (Hostile(), "Hostile"),
+        (HostileError(), "HostileError"),
         (ValueError("\ud800 x"), "ValueError: ? x"),
         (ValueError("é" * 10_000), "ValueError: " + "é" * 2_042),
         (TaskFailed("\ud800 y"), "? y"),
@@ -310,12 +312,12 @@ def test_progress_and_usage(worker, backend, lane, state):
 
 def test_a_worker_takes_only_what_it_can_do(worker, backend, lane, state):
     plain, gpu = [], []
-    hard = backend.create_execution(lane=lane, required_capabilities=CapabilitySet.of("gpu"))
+    hard = backend.create_execution(lane=lane, required_capabilities=CapabilitySet({"gpu"}))
     worker(lambda task: plain.append(task.execution_id))
     easy = backend.create_execution(lane=lane)
     assert state(easy) == "completed"
     assert backend.describe(hard).state == "waiting"
-    worker(lambda task: gpu.append(task.execution_id), capabilities=CapabilitySet.of("gpu"))
+    worker(lambda task: gpu.append(task.execution_id), capabilities=CapabilitySet({"gpu"}))
     assert state(hard) == "completed"
     assert (plain, gpu) in (([easy], [hard]), ([], [easy, hard]))
 
@@ -357,7 +359,7 @@ def test_a_human_approves_in_the_middle_of_one_stream(
     tail = threading.Thread(target=follow, daemon=True)
     tail.start()
     state(eid, "suspended")
-    wait_until(lambda: len(seen) == 0 or seen[0].payload == b"draft")
+    wait_until(lambda: [item.payload for item in seen] == [b"draft"])
     answer = backend.deliver_signal(eid, waiting[0], "rejected")
     assert answer.effect == "signal_ignored_matcher_failed"
     assert backend.describe(eid).state == "suspended"
@@ -414,10 +416,8 @@ def test_giving_up_that_a_handler_swallows_changes_nothing(
     def handler(task):
         if task.resumed:
             return "second"
-        try:
+        with contextlib.suppress(TaskGaveUp):
             yield task.delay(0.02)
-        except TaskGaveUp:
-            pass
         return "first"
 
     worker(handler)
@@ -575,26 +575,22 @@ def test_the_keeper_tells_the_writer_at_once(backend, lane):
     wait_until(lambda: not keeper._thread.is_alive())
 
 
-async def test_body(server, lane):
-    async with aio.ValkeyBackend.connect(server.url) as backend:
-        eid = await backend.create_execution(lane=lane)
-        handle = await backend.claim(lane=lane, **WORKER, lease_ttl_ms=300)
-        told = []
-        async with backend.keep_lease(handle, told.append) as keeper:
-            writer = await backend.open_writer(handle)
-            writer.write("stored")
-            await writer.flush()
-            await backend.cancel(eid)
-            assert await keeper.wait_lost(10)
-            assert isinstance(writer.error, errors.ExecutionNotActive)
-        assert keeper.error is told[0]
-
-
-test_body.__test__ = False
-
-
 def test_the_keeper_of_asyncio_tells_the_writer_at_once(server, lane):
-    asyncio.run(test_body(server, lane))
+    async def main():
+        async with aio.ValkeyBackend.connect(server.url) as backend:
+            eid = await backend.create_execution(lane=lane)
+            handle = await backend.claim(lane=lane, **WORKER, lease_ttl_ms=300)
+            told = []
+            async with backend.keep_lease(handle, told.append) as keeper:
+                writer = await backend.open_writer(handle)
+                writer.write("stored")
+                await writer.flush()
+                await backend.cancel(eid)
+                assert await keeper.wait_lost(10)
+                assert isinstance(writer.error, errors.ExecutionNotActive)
+            assert keeper.error is told[0]
+
+    asyncio.run(main())
 
 
 def _renewing(outcomes):
@@ -606,6 +602,7 @@ def _renewing(outcomes):
         outcome = outcomes[min(len(calls), len(outcomes)) - 1]
         if isinstance(outcome, BaseException):
             raise outcome
+        return ff_fast.LeaseRenewal(1, 1)
 
     return renew, calls
 
@@ -813,15 +810,10 @@ def test_what_was_claimed_runs_also_when_it_is_time_to_stop(kind, server, backen
     assert all(backend.read_result(eid) in (b"ran", b"left") for eid in eids)
 
 
-def test_a_callers_stop_event_is_the_callers(server, lane, backend, state):
+def test_a_callers_stop_event_is_the_callers(backend):
     stop = threading.Event()
-    broken = threading.Thread(
-        target=lambda: pytest.raises(
-            errors.InvalidInput, backend.run_worker, print, lane="", stop=stop
-        )
-    )
-    broken.start()
-    broken.join(10)
+    with pytest.raises(errors.InvalidInput):
+        backend.run_worker(print, lane="", stop=stop)
     assert not stop.is_set()
 
 
@@ -886,6 +878,22 @@ def test_a_worker_in_a_forked_child_says_so(kind, server, lane):
 
 
 # -- cancelled coroutines --------------------------------------------------------------------------------------------
+
+
+def test_a_renewal_tells_a_handler_that_never_writes_of_a_cancellation(
+    worker, backend, lane, state
+):
+    started = threading.Event()
+
+    def handler(task):
+        started.set()
+        yield until(task, lambda: task.cancelled)
+
+    worker(handler, lease_ttl_ms=600)
+    eid = backend.create_execution(lane=lane)
+    assert started.wait(10)
+    backend.cancel(eid, grace=20)
+    assert state(eid) == "cancelled"
 
 
 def test_cancelling_an_asyncio_worker_hands_its_execution_back(server, backend, lane):
@@ -1285,9 +1293,8 @@ def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
     assert found == [True]
 
 
-def test_names_are_unique(lane):
-    first = _work.claim_arguments(lane, "w", None, None, 1_000)
+def test_a_worker_is_named_after_its_process():
+    first = _work.claim_arguments("lane", "w", None, None, 1_000)
     assert str(os.getpid()) in first["worker_instance_id"]
-    assert _work.claim_arguments(lane, "w", "mine", None, 1_000)["worker_instance_id"] == "mine"
-    assert uuid.UUID(keys.new_uuid())
-    assert handler_for("sync", lambda task: 1)(None) == 1
+    named = _work.claim_arguments("lane", "w", "mine", None, 1_000)
+    assert named["worker_instance_id"] == "mine"

@@ -88,6 +88,7 @@ class Background(threading.Thread):
         self._stop_event = None
         self._loop = None
         self._task = None
+        self._closing = None
         self._ready = threading.Event()
 
     def begin(self):
@@ -119,6 +120,8 @@ class Background(threading.Thread):
             try:
                 await self._task
             finally:
+                if self._closing is not None:
+                    await self._closing
                 left = asyncio.all_tasks() - {asyncio.current_task()} - self.backend._tasks
                 assert not left, f"tasks left: {left}"
 
@@ -141,7 +144,11 @@ class Background(threading.Thread):
         if self._loop is None:
             self.backend.close()
         else:
-            asyncio.run_coroutine_threadsafe(self.backend.close(), self._loop).result(10)
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+
+    async def _close(self):
+        self._closing = asyncio.current_task()
+        await self.backend.close()
 
     def result(self, deadline_s=10.0):
         """Wait for its end, and raise what it raised."""

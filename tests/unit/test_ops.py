@@ -646,7 +646,7 @@ ANSWERS = {
         [EID.encode(), b"3", b"attempt-1", b"4", b"99", b"resumed"],
         HANDLE.replace(kind=HandleKind.RESUMED),
     ),
-    "ff_renew_lease": ([b"99", b"4"], LeaseRenewal(99, 4)),
+    "ff_renew_lease": ([b"99", b"4", b"1"], LeaseRenewal(99, 4, cancel_requested=True)),
     "ff_report_progress": ([], None),
     "ff_complete_execution": ([b"completed", *HINTS], (None, HINTED)),
     "ff_fail_execution": (
