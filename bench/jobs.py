@@ -376,8 +376,6 @@ async def create_paced(url: str, lane: str, count: int) -> dict[str, int]:
     spread = random.Random(14)
     created: dict[str, int] = {}
     async with aio.ValkeyBackend.connect(url) as backend:
-        # Let the worker get to its first wait.
-        await asyncio.sleep(0.5)
         for _ in range(count):
             await asyncio.sleep(spread.uniform(0.008, 0.012))
             now = time.monotonic_ns()

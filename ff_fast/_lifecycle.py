@@ -139,21 +139,15 @@ def claim(request: ClaimRequest, sweeper: Sweeper) -> Flow[Handle | None]:
         if popped:
             partition = int(popped[0])
             claimed = yield from _claim_partition(request, partition)
-            if claimed is None:
+            if claimed.handle is None and claimed.next_score is None:
+                # A stale hint; it is gone now.
+                continue
+            if claimed.handle is None:
                 # Somebody else may be able to do what is there; look for other work before the next wait.
                 misfits.add(partition)
-                for other in (
-                    yield from _checked(Step(pack_command(b"ZRANGE", ready, b"0", b"-1")))
-                ):
-                    if claimed is None and int(other) not in misfits:
-                        misfits.add(int(other))
-                        # Taken as by a pop, so that a stale hint behind one that nobody can use goes too.
-                        (taken,) = yield Step(pack_command(b"ZREM", ready, other))
-                        checked(taken)
-                        if taken:
-                            claimed = yield from _claim_partition(request, int(other))
-            if claimed is not None:
-                return claimed
+                claimed = yield from _claim_elsewhere(request, misfits)
+            if claimed.handle is not None:
+                return claimed.handle
         left = deadline - time.monotonic()
         if left <= 0:
             return None
@@ -161,7 +155,25 @@ def claim(request: ClaimRequest, sweeper: Sweeper) -> Flow[Handle | None]:
             yield Pause(min(left, _MISFIT_PAUSE_S))
 
 
-def _claim_partition(request: ClaimRequest, partition: int) -> Flow[Handle | None]:
+def _claim_elsewhere(request: ClaimRequest, misfits: set[int]) -> Flow[ops.Claimed]:
+    """Try the hints of the partitions that are not among *misfits*, which those without fitting work join."""
+    ready = keys.ready(request.lane)
+    claimed = ops.Claimed(None, None, None)
+    for other in (yield from _checked(Step(pack_command(b"ZRANGE", ready, b"0", b"-1")))):
+        if int(other) in misfits:
+            continue
+        misfits.add(int(other))
+        # Taken as by a pop, so that a stale hint behind one that nobody can use goes too.
+        (taken,) = yield Step(pack_command(b"ZREM", ready, other))
+        checked(taken)
+        if taken:
+            claimed = yield from _claim_partition(request, int(other))
+            if claimed.handle is not None:
+                break
+    return claimed
+
+
+def _claim_partition(request: ClaimRequest, partition: int) -> Flow[ops.Claimed]:
     """One claim on a partition; a hint of what stays there goes back to the ready queue."""
     offset = 0
     while True:
@@ -183,7 +195,7 @@ def _claim_partition(request: ClaimRequest, partition: int) -> Flow[Handle | Non
         offset = answer.next_offset
     if answer.next_score is not None:
         yield from _checked(Step(hint(request.lane, partition, answer.next_score)))
-    return answer.handle
+    return answer
 
 
 def _sweep(lane: str, partitions: int) -> Flow[bool]:

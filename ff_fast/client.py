@@ -543,14 +543,14 @@ class ValkeyBackend:
 
     @classmethod
     def connect(cls, target: str | BackendConfig) -> Self:
-        """Connect to a server, and load the function library where it is missing or older.
+        """Connect to a server, and load the function library where it is missing or another version of this contract.
 
         Args:
             target: URL (``valkey://user:password@host:port/db``, ``valkeys://``, ``redis://``, ``rediss://``,
                 ``unix:///path``) or a :class:`BackendConfig`.
 
         Raises:
-            InvalidInput: The URL is not one of these.
+            InvalidInput: The URL is not one of these, or names a cluster.
             Unavailable, AuthenticationFailed, TlsFailed, PermissionDenied, LibraryMismatch: No usable server.
         """
         backend = cls(_transport.config_of(target))
@@ -563,7 +563,7 @@ class ValkeyBackend:
 
     @classmethod
     def embedded(cls, **options: Any) -> Self:
-        """Start a private server that is gone when the backend is closed (extra ``embedded``).
+        """Start a private server that is gone when the backend is closed, and a supervisor for it (extra ``embedded``).
 
         Args:
             **options: As :class:`ff_fast.embedded.EmbeddedServer` takes them.
@@ -775,14 +775,15 @@ class ValkeyBackend:
         Args:
             lane: 1 to 64 printable ASCII characters.
             payload: What the worker gets, at most 16 MiB.
-            execution_id: Its id, as an earlier call or ``keys.new_execution_id`` made it; the same id again changes
-                nothing. None makes one, so this call is repeated safely by itself.
+            execution_id: Its id, as an earlier call or ``keys.new_execution_id`` made it, in the partition of its flow
+                or parent if it has one; the same id again changes nothing. None makes one, so this call is repeated safely by itself.
             priority: 0 to 9000; the highest is claimed first, then the oldest.
             required_capabilities: What a worker must offer to claim it.
             namespace: Tenant, free text.
             tags: ``namespace.name`` to text.
             retention_ms: How long everything of it is kept after its end, in ms.
-            retry: When a failed or lost attempt is tried again; None retries no failure and replaces lost workers.
+            retry: When a failed or lost attempt is tried again; None retries no failure, and replaces a lost worker
+                100 times.
             delay: How long it waits before it can be claimed; this and the next two in seconds or as a timedelta.
             deadline: How long it may take from now on; then it ends as expired.
             attempt_timeout: How long one attempt may run, suspensions and delays not counted; a timed out one is
@@ -842,7 +843,8 @@ class ValkeyBackend:
             worker_instance_id: Which process of it, free text.
             lease_ttl_ms: Length of the lease in ms; renew it before it lapses.
             capabilities: What this worker can do.
-            policy: How long to wait for work; the server wakes the worker. None answers at once.
+            policy: How long to wait for work; the server wakes the worker. None answers at once. While there is only
+                work that *capabilities* do not cover, it is looked at again every 50 ms.
 
         Returns:
             The handle, or None where there is no work.
@@ -850,7 +852,7 @@ class ValkeyBackend:
         Raises:
             InvalidInput: An argument is not one of those that are accepted.
             OutcomeUnknown: The reply was lost. Calling again is safe: an execution that was claimed without an owner
-                comes back when its lease lapses.
+                comes back when a supervisor sees its lease lapse.
         """
         request = _arguments.claim(
             lane=lane,
@@ -891,7 +893,19 @@ class ValkeyBackend:
         reason: FailureReason | str,
         failure_class: FailureClass = FailureClass.PERMANENT,
     ) -> FailOutcome:
-        """End the execution as failed; its stream ends with it. Calling it again is safe.
+        """End the attempt as failed; its stream ends with it. Calling it again is safe.
+
+        The class and the execution's `RetryPolicy` decide what follows: a transient failure or a timeout is retried
+        while retries are left, an ``INFRA_CRASH`` counts as a lost worker, a permanent or cancelled one ends the
+        execution.
+
+        Args:
+            handle: The lease.
+            reason: Why, as text or a ``FailureReason``.
+            failure_class: What kind of failure it is.
+
+        Returns:
+            Whether a retry is scheduled, and for when.
 
         Raises:
             LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
@@ -918,8 +932,8 @@ class ValkeyBackend:
             target: A handle or an execution id.
             reason: Why, up to 4096 bytes of text.
             grace: How long a running worker may take to stop by itself (seconds or timedelta): it hears of the
-                cancellation with its next append, as ``writer.cancel_requested``, and a supervisor forces it
-                afterwards. None cancels at once.
+                cancellation with its next append (``writer.cancel_requested``) or renewal, and a supervisor forces
+                it afterwards. None cancels at once.
 
         Raises:
             ExecutionNotFound: There is no such execution.
@@ -949,7 +963,8 @@ class ValkeyBackend:
         return outcome
 
     def wait_children(self, handle: Handle) -> None:
-        """Give the lease up until every child (``create_execution(parent_id=...)``) has ended; the same attempt goes on then.
+        """Give the lease up until every child (``create_execution(parent_id=...)``) has ended; the same attempt goes on then,
+        at once where none is open.
 
         Raises:
             LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
@@ -1008,6 +1023,7 @@ class ValkeyBackend:
             expires: How long it may stay without a suspension, in seconds or as a timedelta.
 
         Raises:
+            WaitpointConflict: The id belongs to another execution or attempt.
             LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
         """
         return self._do(_arguments.create_waitpoint(handle, waitpoint_id, expires))
@@ -1127,12 +1143,13 @@ class ValkeyBackend:
         *,
         reason: str = "flow cancelled",
     ) -> CancelFlowOutcome:
-        """Cancel a flow: no member is claimed from here on, and its members are cancelled as *policy* says.
+        """Cancel a flow: no new attempt of a member begins from here on, and its members are cancelled as *policy* says.
 
         Args:
             flow_id: The flow.
             policy: Which members.
-            wait: Whether to wait until they are cancelled; without waiting a supervisor cancels them.
+            wait: Whether to wait until those that the policy names are cancelled, without a limit where it is left out;
+                without waiting a supervisor cancels them. ``FLOW_ONLY`` waits for nobody.
             reason: Why.
 
         Raises:
@@ -1144,9 +1161,10 @@ class ValkeyBackend:
         )
 
     def set_tags(self, execution_id: str, tags: Mapping[str, str]) -> int:
-        """Set tags (``namespace.name`` to text) and return how many the execution has.
+        """Set tags (``namespace.name`` to text) beside those that are there; return how many the execution has.
 
         Raises:
+            InvalidInput: There is no tag, or one is not of this form.
             ExecutionNotFound: There is no such execution.
         """
         return self._do(_arguments.set_tags(execution_id, tags))
@@ -1401,7 +1419,7 @@ class ValkeyBackend:
     ) -> None:
         """Fire what is due, until *stop* is set: lapsed leases, delays, timeouts, deadlines, waitpoints, cancellations.
 
-        Any number of supervisors may run at once; a deployment needs one.
+        Without one, none of these happens. Any number of supervisors may run at once; a deployment needs one.
 
         Args:
             scope: Which executions it looks after; None is all of them.

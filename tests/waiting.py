@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], deadline_s: float = 5.0) -> T:
+def wait_until(condition: Callable[[], T], deadline_s: float = 15.0) -> T:
     """Return the first true value of *condition*; fail when there is none before the deadline."""
     end = time.monotonic() + deadline_s
     while not (value := condition()):
@@ -18,7 +18,7 @@ def wait_until(condition: Callable[[], T], deadline_s: float = 5.0) -> T:
     return value
 
 
-async def wait_until_async(condition: Callable[[], Awaitable[T]], deadline_s: float = 5.0) -> T:
+async def wait_until_async(condition: Callable[[], Awaitable[T]], deadline_s: float = 15.0) -> T:
     """:func:`wait_until` for a condition that is awaited."""
     end = time.monotonic() + deadline_s
     while not (value := await condition()):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from typing import TYPE_CHECKING, cast
 
 from bench.figures import Report, Row, Target, percentile
-from bench.harness import Metrics, Stage, check, take_turns
+from bench.harness import Metrics, Stage, check, take_turns, until
 from ff_fast import keys
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ def latency(stage: Stage) -> Report:
             lane = uuid.uuid4().hex
             claimer, creator = stage.worker(f"{shell} claimer"), stage.worker("creator")
             claimer.start(f"bench.jobs:claim_{shell}", url=stage.url, lane=lane, count=count)
+            with until(30) as waiting:
+                while waiting() and stage.wire.info("clients")["blocked_clients"] == "0":
+                    time.sleep(0.01)
             created = cast(
                 "dict[str, int]",
                 creator.run("bench.jobs:create_paced", url=stage.url, lane=lane, count=count),

@@ -59,6 +59,11 @@ def window_size(double rate_hz, long long ttl_ms, long long floor, long long cei
     return window_frames(rate_hz, ttl_ms, floor, ceiling)
 
 
+cdef inline double elapsed(long long now_us, long long then_us) noexcept nogil:
+    """Exact to the microsecond for any two times, *now_us* not being the earlier one."""
+    return <double>(<unsigned long long>now_us - <unsigned long long>then_us)
+
+
 @cython.auto_pickle(False)
 cdef class RateEstimator:
     """Frames a second, from when they were appended (see the module for the formula).
@@ -94,7 +99,7 @@ cdef class RateEstimator:
         now_us = max(now_us, self._last_us)
         if self._start == FIRST_BATCH and now_us == self._since_us:
             return
-        self._mass *= exp((<double>self._last_us - <double>now_us) / self._tau_us)
+        self._mass *= exp(-elapsed(now_us, self._last_us) / self._tau_us)
         self._last_us = now_us
         self._mass += <double>count
 
@@ -104,11 +109,11 @@ cdef class RateEstimator:
             return 0.0
         if now_us < self._last_us:
             now_us = self._last_us
-        rate = self._mass * exp((<double>self._last_us - <double>now_us) / self._tau_us)
+        rate = self._mass * exp(-elapsed(now_us, self._last_us) / self._tau_us)
         rate = rate / self._tau_us * 1e6
         if self._start == FIRST_BATCH:
             # Not zero: what is counted came after the first batch.
-            rate /= -expm1((<double>self._since_us - <double>now_us) / self._tau_us)
+            rate /= -expm1(-elapsed(now_us, self._since_us) / self._tau_us)
         return rate
 
     def record(self, long long count, long long now_us):

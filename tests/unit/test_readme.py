@@ -85,7 +85,7 @@ def test_reasons_are_those_of_the_code():
     gaps = re.findall(r"^\| `(\w+)` \| ", README[README.index("`Gap.reason`") :], re.MULTILINE)
     ends = re.findall(r"`(\w+)`", re.search(r"`End\.reason` is (.*?) where", README, re.DOTALL)[1])
     assert gaps == ["trimmed", "fell_behind", "expired", "cursor_ahead"]
-    assert len(ends) == 5
+    assert len(ends) == 7
     for reason in gaps + ends:
         assert re.search(rf"['\"]{reason}['\"]", code), reason
 
