@@ -11,7 +11,7 @@ SANITIZE := build/sanitize
 
 # Python and Lua files are read where they are; only these need a build after a change.
 COMPILED := $(shell find ff_fast -name '*.pyx' -o -name '*.pxd')
-COPIED := setup.py pyproject.toml MANIFEST.in Makefile CONTRIBUTING.md README.md LICENSE ff_fast lua tests bench \
+COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING.md README.md LICENSE ff_fast lua tests bench \
 	tools .ci
 
 .PHONY: build demo test lint types sanitize wheel-test bench bench-quick clean help

@@ -25,7 +25,7 @@ def alive(pid: int) -> bool:
     """Whether the process runs; a dead one that nobody has reaped does not."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
     return status.rpartition(")")[2].split()[0] != "Z"
 

@@ -353,7 +353,7 @@ def test_a_crash_counts_as_a_lost_worker_and_max_reclaims_ends_it(world):
 def test_claim_from_reclaim_beyond_max_reclaims_ends_it_too(world):
     eid, _ = world.owned(retry=RetryPolicy(max_reclaims=0))
     world.due(eid, "lease")
-    (token,) = [t for t in world.backend.find_reclaimable() if t.grant.execution_id == eid]
+    (token,) = [t for t in world.backend.find_reclaimable(10_000) if t.grant.execution_id == eid]
     with pytest.raises(errors.ExecutionNotClaimable):
         world.backend.claim_from_reclaim(token, worker_id="w", worker_instance_id="w-2")
     assert world.state(eid) == "failed"
@@ -363,7 +363,7 @@ def test_claim_from_reclaim_beyond_max_reclaims_ends_it_too(world):
 def test_claim_from_reclaim_makes_a_new_attempt(world):
     eid, handle = world.owned(attempt_timeout=60, required_capabilities=CapabilitySet())
     world.due(eid, "lease")
-    (token,) = [t for t in world.backend.find_reclaimable() if t.grant.execution_id == eid]
+    (token,) = [t for t in world.backend.find_reclaimable(10_000) if t.grant.execution_id == eid]
     successor = world.backend.claim_from_reclaim(token, worker_id="w", worker_instance_id="w-2")
     assert successor.kind is HandleKind.RESUMED
     assert successor.fields().attempt_index == 1
