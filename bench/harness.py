@@ -21,7 +21,7 @@ import ff_fast
 from bench.figures import Figure
 from ff_fast import ops
 from ff_fast._hot.resp import pack_command
-from ff_fast._hot.writer import WriterCore
+from ff_fast._hot.writer import Batch, WriterCore
 from ff_fast.embedded import EmbeddedServer
 
 if TYPE_CHECKING:
@@ -290,23 +290,31 @@ class Core(WriterCore):
         )
         self.handle = handle
         self.execution_id = attempt.execution_id
-        self.meta, self.log, self.live, self.summary = attempt.stream_keys[1:]
+        self.meta, self.log, self.live, self.summary = attempt.stream_keys
         self._wire = wire
         self.sent_bytes = 0
 
-    def send(self, frames: Sequence[bytes]) -> int:
-        """One batch of exactly *frames*, sent and acknowledged; returns the size of the request."""
+    def batch(self, frames: Sequence[bytes]) -> Batch:
+        """One batch of exactly *frames*."""
         write = self.write
         for frame in frames:
             write(frame)
         batch = self.next_batch()
         assert batch is not None
         check(batch.frame_count == len(frames), "the batch is not the one that was written")
-        self._wire.send(batch.message)
-        error = self.acknowledge(batch, self._wire.receive())
+        self.sent_bytes += len(batch.message)
+        return batch
+
+    def settle(self, batch: Batch, reply: object) -> None:
+        error = self.acknowledge(batch, reply)
         if error is not None or self.error is not None:
             raise error or self.error or AssertionError
-        self.sent_bytes += len(batch.message)
+
+    def send(self, frames: Sequence[bytes]) -> int:
+        """One batch of exactly *frames*, sent and acknowledged; returns the size of the request."""
+        batch = self.batch(frames)
+        self._wire.send(batch.message)
+        self.settle(batch, self._wire.receive())
         return len(batch.message)
 
     def encode(self, frame: bytes, ms: int) -> bytes:
@@ -314,7 +322,7 @@ class Core(WriterCore):
         sequence = self.write(frame)
         batch = self.next_batch()
         assert batch is not None
-        error = self.acknowledge(batch, b"%d %d %d 0" % (ms, sequence, LEASE_MS))
+        error = self.acknowledge(batch, b"%d-%d %d %d 0" % (ms, sequence, ms, ms + LEASE_MS))
         check(error is None and self.error is None, "the made-up reply was refused")
         return batch.message
 
@@ -388,8 +396,11 @@ def check_entries(
 
 def check_core(stage: Stage, core: Core, frames: Sequence[bytes], kept: int) -> None:
     """The attempt counts every frame, and its newest *kept* are there, in order."""
-    last = stage.wire.command("HGET", core.meta, "last_sequence")
-    check(last == b"%d" % len(frames), f"the attempt has {last!r} frames, not {len(frames)}")
+    last = stage.wire.command("HGET", core.meta, "last_id")
+    check(
+        isinstance(last, bytes) and last.endswith(b"-%d" % len(frames)),
+        f"the last of {len(frames)} frames is {last!r}",
+    )
     after = None if kept >= len(frames) else f"0-{len(frames) - kept}"
     found: list[bytes] = []
     while True:

@@ -104,7 +104,9 @@ class _Position:
         """Deliver what is up to *horizon*, hold the rest; tell why the attempt ended if it has."""
         decoded = []
         for stream, entries in enumerate((log, live)):
-            some = decode_entries(entries, self.sequence, horizon, self.exclude)
+            some = decode_entries(
+                entries, self.sequence, horizon, self.exclude, live=stream == _LIVE
+            )
             self.held[stream] = entries[some.taken :]
             decoded.append(some)
         items: list[Item] = []
@@ -133,14 +135,17 @@ class _Position:
         ]
         horizon = min(cut) if cut else None
         items, ended = self.merge(page.log, page.live, horizon, reason)
+        # A stream that was read to its end had nothing up to the last id, also where the entry with
+        # that id is in the other one; what is appended later has a higher id.
+        newest_id = _text(page.last_ms, page.last_sequence).encode()
+        self.read = [max(to, newest_id, key=_id) for to in (page.log_to, page.live_to)]
         if horizon is not None:
             # What is beyond is not worth keeping: the server bounded it.
+            for stream, more in enumerate((page.log_more, page.live_more)):
+                if more or self.held[stream]:
+                    self.read[stream] = _text(*horizon).encode()
             self.held = [[], []]
-            self.read = [
-                min(_text(*horizon).encode(), to, key=_id) for to in (page.log_to, page.live_to)
-            ]
             return items, ended
-        self.read = [page.log_to, page.live_to]
         if ended is not None:
             return items, ended
         newest = page.visible_sequence if self.exclude else page.last_sequence

@@ -102,6 +102,11 @@ def _int(field: object) -> int:
     return int(_text(field))
 
 
+def _entry_id(text: str) -> tuple[int, int]:
+    ms, _, sequence = text.partition("-")
+    return int(ms), int(sequence)
+
+
 class Attempt(NamedTuple):
     """The attempt that a handle stands for: its keys and its fence, as they go to the server."""
 
@@ -120,11 +125,10 @@ class Attempt(NamedTuple):
         return cls(fields.execution_id, fields.attempt_index, fields)
 
     @property
-    def stream_keys(self) -> tuple[bytes, bytes, bytes, bytes, bytes]:
-        """core, meta, log, live, summary."""
+    def stream_keys(self) -> tuple[bytes, bytes, bytes, bytes]:
+        """meta, log, live, summary."""
         eid, index = self.execution_id, self.attempt_index
         return (
-            keys.core(eid),
             keys.meta(eid, index),
             keys.stream(eid, index),
             keys.live(eid, index),
@@ -321,8 +325,8 @@ def fail_execution(
 class Opened(NamedTuple):
     """What a writer continues from."""
 
-    last_sequence: int
     last_ms: int
+    last_sequence: int
     visible_sequence: int
     estimator: bytes
     summary_version: int
@@ -337,12 +341,11 @@ def open_writer(attempt: Attempt, writer: bytes) -> Op[Opened]:
     """Make *writer* the writer of the attempt; the one before it is superseded."""
 
     def parse(_: bytes, fields: list[object]) -> Opened:
-        last_sequence, last_ms, visible, estimator, summary_version = map(_text, fields)
-        return Opened(
-            int(last_sequence), int(last_ms), int(visible), estimator.encode(), int(summary_version)
-        )
+        last_id, visible, estimator, summary_version = map(_text, fields)
+        return Opened(*_entry_id(last_id), int(visible), estimator.encode(), int(summary_version))
 
-    core, meta, _, _, summary = attempt.stream_keys
+    meta, _, _, summary = attempt.stream_keys
+    core = keys.core(attempt.execution_id)
     return Op(b"ff_open_writer", (core, meta, summary), (writer,), parse)
 
 
@@ -355,8 +358,8 @@ class Range(NamedTuple):
     live: list[list[object]]
     live_to: bytes
     live_more: bool
-    last_sequence: int
     last_ms: int
+    last_sequence: int
     visible_sequence: int
     closed_reason: str
     lease_left_ms: int | None
@@ -378,7 +381,7 @@ def read_range(
         log, log_to, log_more, live, live_to, live_more, *rest = fields
         if not isinstance(log, list) or not isinstance(live, list):
             raise TypeError
-        last_sequence, last_ms, visible, reason, left = map(_text, rest)
+        last_id, visible, reason, left = map(_text, rest)
         return Range(
             log,
             _text(log_to).encode(),
@@ -386,8 +389,7 @@ def read_range(
             live,
             _text(live_to).encode(),
             _text(live_more) == "1",
-            int(last_sequence),
-            int(last_ms),
+            *_entry_id(last_id),
             int(visible),
             reason,
             int(left) if left else None,
@@ -473,9 +475,11 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
     def parse(_: bytes, fields: list[object]) -> StreamDescription:
         meta = {_text(name): _text(value) for name, value in _pairs(fields[0]).items()}
         left = _text(fields[4])
+        last_id = meta.get("last_id", "0-0")
+        frame_count = _entry_id(last_id)[1]
         return StreamDescription(
-            last_id=f"{meta.get('last_ms', '0')}-{meta.get('last_sequence', '0')}",
-            frame_count=int(meta.get("last_sequence", "0")),
+            last_id=last_id if frame_count else "0-0",
+            frame_count=frame_count,
             log_entries=_int(fields[1]),
             live_entries=_int(fields[2]),
             summary_version=_int(fields[3]),

@@ -1,15 +1,17 @@
--- Frames of one attempt. A batch carries the writer, the first sequence and then blocks, each of which begins with its
--- letter:
+-- Frames of one attempt. A batch carries the writer, the sequence of the frame before it and then blocks, each of which
+-- begins with its letter:
 --
---   L count frame_type payload*count
---       log frames: one entry a frame, fields `frame_type` and `payload`
---   X count frame_type extra_count (field value)*extra_count payload*count
+--   L count payload*count
+--       log frames: one entry a frame
+--   X count extra_count (field value)*extra_count payload*count
 --       the same with more fields, which every frame of the block has
---   V count field_count (field value)*field_count
---       one live entry that stands for `count` frames (a run; its layout is the client's, ff_fast/_hot/frames.pyx)
---   S count field_count (field value)*field_count pending_field base_version
---       as V, and the value of its last field is kept in the summary as well: `count` patches on top of document version
---       `base_version`, under `pending_field`, which is `run:<version after>:<count>:<kind>` (`patch:` for one)
+--   V count value
+--       one live entry that stands for `count` frames: a payload, or a run (ff_fast/_hot/frames.pyx) of several
+--   W count extra_count (field value)*extra_count value
+--       the same with more fields
+--   S count extra_count (field value)*extra_count value pending_field base_version
+--       as W, and the value is kept in the summary as well: `count` patches on top of document version `base_version`,
+--       under `pending_field`, which is `run:<version after>:<count>:<kind>` (`patch:` for one)
 --   C version document patch_kind
 --       the whole document at `version`, whose last patch was of that kind; the patches that it holds are dropped
 --   T oldest_id
@@ -27,14 +29,20 @@
 -- A frame is visible when a reader that excludes best-effort frames gets it: frames of L, X and S are. The first visible
 -- frame after best-effort frames carries `prev`, the sequence of the visible frame before it, so such a reader can
 -- tell a hole from frames that it does not want.
-
 --
 -- The writer id is `<attempt index>:<lease id>:<lease epoch>:<text>`. It is made in meta under the fence, by
 -- `ff_open_writer`, and whatever takes the lease away removes it there in the same call; so an append that finds its
 -- writer, and server time before `lease_expires_at`, holds the lease, and reads one hash for it. Only a refused one
 -- looks at the core, to say why.
 
-local BLOCK_FIXED = { L = 2, X = 3, V = 2, S = 2, C = 3, T = 1, P = 1, K = 1, E = 1, H = 1 }
+-- How many arguments a block has behind its letter, at the least.
+local BLOCK_FIXED = { L = 2, X = 3, V = 2, W = 3, S = 5, C = 3, T = 1, P = 1, K = 1, E = 1, H = 1 }
+local FRAMES = { L = true, X = true, V = true, W = true, S = true }
+local ENTRY_A_FRAME = { L = true, X = true }
+local HAS_EXTRAS = { X = true, W = true, S = true }
+-- What the blocks of a batch with two keys may be: its one stream is the log or the live window.
+local OF_THE_LOG = { L = true, X = true, K = true }
+local OF_THE_WINDOW = { V = true, W = true, T = true, P = true }
 
 -- A run is: varint count, then count varint payload lengths, count varint ages in ms, the payloads back to back.
 -- Returns the same run of `count` frames without its first `skip`, or nil where it is no such run.
@@ -85,23 +93,16 @@ local function run_suffix(run, count, skip)
   return put(count - skip) .. lengths .. string.sub(run, ages_from, at - 1) .. string.sub(run, at + skipped)
 end
 
--- The fields of a live entry of `count` frames without its first `skip`.
-local function live_suffix(fields, count, skip)
-  local kept = {}
-  for i = 1, #fields, 2 do
-    local name, value = fields[i], fields[i + 1]
-    if name == 'run' then
-      value = run_suffix(value, count, skip)
-    elseif name == 'count' then
-      value = ff.text(count - skip)
-    end
-    -- `prev` belongs to the first frame.
-    if name ~= 'prev' then
-      kept[#kept + 1] = name
-      kept[#kept + 1] = value
-    end
+-- The frames of a batch as its blocks: for each the letter, the count, the first field, the first payload and the next
+-- block. Only for blocks that were checked.
+local function block_at(args, at)
+  local letter, count = args[at], tonumber(args[at + 1])
+  local from = at + 2
+  if HAS_EXTRAS[letter] then
+    from = at + 3 + 2 * tonumber(args[at + 2])
   end
-  return kept
+  local after = from + (ENTRY_A_FRAME[letter] and count or 1)
+  return letter, count, at + 3, from, letter == 'S' and after + 2 or after
 end
 
 -- How many summary patches are among the first `skip` frames of a batch that holds more, or nil where a run that
@@ -110,24 +111,16 @@ local function skipped_patches(args, skip)
   local at, patches = 3, 0
   while skip > 0 do
     local letter = args[at]
-    local count = tonumber(args[at + 1])
-    if letter == 'L' then
-      at = at + 3 + count
-      skip = skip - count
-    elseif letter == 'X' then
-      at = at + 4 + 2 * tonumber(args[at + 3]) + count
-      skip = skip - count
-    elseif letter == 'V' or letter == 'S' then
-      local value = at + 2 + 2 * tonumber(args[at + 2])
-      if skip < count and (args[value - 1] ~= 'run' or not run_suffix(args[value], count, skip)) then
+    if FRAMES[letter] then
+      local _, count, _, from, after = block_at(args, at)
+      if skip < count and not ENTRY_A_FRAME[letter] and not run_suffix(args[from], count, skip) then
         return nil
       end
       if letter == 'S' then
         patches = patches + math.min(skip, count)
-        value = value + 2
       end
-      at = value + 1
       skip = skip - count
+      at = after
     else
       at = at + BLOCK_FIXED[letter] + 1
     end
@@ -150,7 +143,7 @@ local function retention_ok(letter, value)
   return number and number > 0
 end
 
--- The id under which a stored frame stands, or '' once it is trimmed. Only a caller that repeats an old frame
+-- The id under which a stored frame stands, with 0 for its time once it is trimmed. Only a caller that repeats an old frame
 -- comes here, so a walk from the end is good enough.
 local function stored_id(log, live, sequence)
   for _, stream in ipairs({ log, live }) do
@@ -163,8 +156,8 @@ local function stored_id(log, live, sequence)
         last = tonumber(last)
         local first = last
         for i = 1, #entry[2], 2 do
-          if entry[2][i] == 'count' then
-            first = last - tonumber(entry[2][i + 1]) + 1
+          if entry[2][i] == 'run' then
+            first = last - ff.run_count(entry[2][i + 1]) + 1
           end
         end
         if last < sequence then
@@ -181,7 +174,15 @@ local function stored_id(log, live, sequence)
       to = '(' .. page[#page][1]
     end
   end
-  return ''
+  return '0-' .. ff.text(sequence)
+end
+
+-- The keys of the attempt that has this meta key, as ff_fast/keys.py spells them. They share its slot.
+local function keys_beside(meta_key)
+  local attempt, execution = string.match(meta_key, '^ff:stream:((.+):%d+):meta$')
+  attempt, execution = attempt or '', execution or ''
+  local log = 'ff:stream:' .. attempt
+  return 'ff:exec:' .. execution .. ':core', log, log .. ':live'
 end
 
 -- Why an append with this writer is refused, in the order of the reasons.
@@ -217,35 +218,39 @@ local function refusal(core_key, meta_key, writer)
 end
 
 -- ff_append
---   keys:    core meta log live summary
---   args:    writer first_sequence block...
+--   keys:    meta stream live summary
+--   args:    writer previous_sequence block...
 --   returns: position
 --   errors:  execution_not_found stale_owner suspended stream_closed lease_expired writer_superseded sequence_gap summary_conflict payload_too_large invalid_input
 --
--- `live` and `summary` may be left out by a batch that has no blocks for them: each key costs the server time.
--- position is one string of integers: the ms of the last id, the last sequence, the ms that the lease has left, and
--- 1 where a cancel was requested, else 0. One string costs the server less than a list of four.
+-- Each key costs the server time, so a batch names the ones that it needs: two, three or four. With two all its blocks
+-- go to one stream, which is `stream`, log or live window; with more, `stream` is the log. The core is looked at where
+-- the batch is refused, and both streams where it was stored before: those keys are spelled from the meta key, and
+-- share its slot.
+--
+-- position is one string: the id of the last frame, server time in ms, when the lease ends in ms, and 1 where a cancel
+-- was requested, else 0. One string costs the server less than a list of four.
+--
+-- Times in ms have 13 digits from 2001 to 2286, so as texts they compare as they do as numbers, and the sequence of an
+-- id begins at its 15th byte: each conversion between text and number costs as much as a field.
 redis.register_function('ff_append', function(keys, args)
-  local call, format = redis.call, string.format
-  if not keys[3] then
+  local call, format, sub = redis.call, string.format, string.sub
+  if not keys[2] then
     return ff.err('invalid_input', 'keys')
   end
-  local meta = call('HMGET', keys[2], 'writer', 'last_sequence', 'last_ms', 'lease_expires_at', 'cancel_requested')
+  local meta = call('HMGET', keys[1], 'writer', 'last_id', 'lease_expires_at', 'cancel_requested')
   if not meta[1] or meta[1] ~= args[1] then
-    return refusal(keys[1], keys[2], args[1] or '')
+    return refusal(keys_beside(keys[1]), keys[1], args[1] or '')
   end
   local time = call('TIME')
-  -- '%d' drops the fraction of a millisecond wherever this is stored.
-  local now = time[1] * 1000 + time[2] / 1000
-  local lease_left = (tonumber(meta[4]) or 0) - now
-  if lease_left <= 0 then
-    return refusal(keys[1], keys[2], args[1])
+  local now, expires = format('%d', time[1] * 1000 + time[2] / 1000), meta[3]
+  if not expires or (#expires == 13 and now >= expires) or (#expires ~= 13 and (tonumber(expires) or 0) <= now + 0) then
+    return refusal(keys_beside(keys[1]), keys[1], args[1])
   end
 
   -- Check every block before the first write.
   local integer = ff.integer
-  local total, summary_first, compaction = 0, nil, nil
-  local patches = 0
+  local total, patches, summary_first, compaction, log_used, live_used = 0, 0, nil, nil, false, false
   local at, last = 3, #args
   while at <= last do
     local letter = args[at]
@@ -253,47 +258,37 @@ redis.register_function('ff_append', function(keys, args)
     if not fixed or at + fixed > last then
       return ff.err('invalid_input', 'block')
     end
-    if letter == 'L' or letter == 'X' then
-      local from = at + 3
-      if letter == 'X' then
-        local extras = integer(args[at + 3])
-        if not extras or extras > ff.MAX_FIELDS then
-          return ff.err('invalid_input', 'block')
-        end
-        from = at + 4 + 2 * extras
-      end
-      local count = args[at + 1]
+    log_used, live_used = log_used or OF_THE_LOG[letter], live_used or OF_THE_WINDOW[letter]
+    if FRAMES[letter] then
+      local count, from = args[at + 1], at + 2
       count = count == '1' and 1 or integer(count)
       if not count or count < 1 then
         return ff.err('invalid_input', 'block')
       end
-      at = from + count
+      if HAS_EXTRAS[letter] then
+        local extras = integer(args[from])
+        if not extras or extras > ff.MAX_FIELDS then
+          return ff.err('invalid_input', 'block')
+        end
+        from = from + 1 + 2 * extras
+      end
+      local limit = ff.MAX_PAYLOAD
+      if ENTRY_A_FRAME[letter] then
+        at = from + count
+      else
+        at = from + 1
+        if count > 1 then
+          limit = ff.MAX_RUN_BYTES
+        end
+      end
       if at > last + 1 then
         return ff.err('invalid_input', 'block')
       end
       for i = from, at - 1 do
-        if #args[i] > ff.MAX_PAYLOAD then
-          return ff.err('payload_too_large', ff.text(ff.MAX_PAYLOAD), ff.text(#args[i]))
+        if #args[i] > limit then
+          return ff.err('payload_too_large', ff.text(limit), ff.text(#args[i]))
         end
       end
-      total = total + count
-    elseif letter == 'V' or letter == 'S' then
-      local count, fields = integer(args[at + 1]), integer(args[at + 2])
-      if not count or count < 1 or not fields or fields < 1 or fields > ff.MAX_FIELDS then
-        return ff.err('invalid_input', 'block')
-      end
-      if #keys < (letter == 'V' and 4 or 5) then
-        return ff.err('invalid_input', 'keys')
-      end
-      local value = at + 2 + 2 * fields
-      if value > last then
-        return ff.err('invalid_input', 'block')
-      end
-      local limit = count > 1 and ff.MAX_RUN_BYTES or ff.MAX_PAYLOAD
-      if #args[value] > limit then
-        return ff.err('payload_too_large', ff.text(limit), ff.text(#args[value]))
-      end
-      at = value + 1
       if letter == 'S' then
         local base = at + 1 <= last and integer(args[at + 1])
         summary_first = summary_first or base
@@ -306,14 +301,11 @@ redis.register_function('ff_append', function(keys, args)
       total = total + count
     else
       if letter == 'C' then
-        if #keys < 5 then
-          return ff.err('invalid_input', 'keys')
-        end
         compaction = integer(args[at + 1])
         if not compaction or compaction < 1 or (summary_first and compaction ~= summary_first + patches) then
           return ff.err('invalid_input', 'block')
         end
-      elseif not retention_ok(letter, args[at + 1]) or (#keys < 4 and (letter == 'T' or letter == 'P')) then
+      elseif not retention_ok(letter, args[at + 1]) then
         return ff.err('invalid_input', 'block')
       end
       at = at + fixed + 1
@@ -322,36 +314,40 @@ redis.register_function('ff_append', function(keys, args)
   if total > ff.MAX_FRAMES then
     return ff.err('invalid_input', 'frames')
   end
+  if ((summary_first or compaction) and not keys[4]) or (log_used and live_used and not keys[3]) then
+    return ff.err('invalid_input', 'keys')
+  end
 
-  -- The next sequence appends, an older one of this writer is a duplicate, a higher one is a gap.
-  local sequence, ms = tonumber(meta[2]), tonumber(meta[3])
-  local skip, skipped = 0, 0
-  if args[2] ~= format('%d', sequence + 1) then
-    local first = integer(args[2])
-    if not first or first < 1 then
-      return ff.err('invalid_input', 'first_sequence')
+  -- After the last stored frame the batch appends; from an older one of this writer it is a duplicate; else a gap.
+  local last_id = meta[2]
+  local sequence, skip, skipped = args[2], 0, 0
+  if sequence == sub(last_id, 15) then
+    sequence = sequence + 0
+  else
+    local _, stored = ff.split_id(last_id)
+    sequence = integer(sequence)
+    if not sequence then
+      return ff.err('invalid_input', 'previous_sequence')
     end
-    skip = sequence + 1 - first
-    if skip < 0 or first < tonumber(call('HGET', keys[2], 'writer_base')) then
-      return ff.err('sequence_gap', ff.text(sequence + 1), args[2])
+    skip = stored - sequence
+    if skip < 0 or sequence + 1 < tonumber(call('HGET', keys[1], 'writer_base')) then
+      return ff.err('sequence_gap', ff.text(stored + 1), ff.text(sequence + 1))
     end
     if skip >= total then
-      local id = total > 0 and stored_id(keys[3], keys[4], first + total - 1) or ''
-      return format('%s %d %d %d', string.match(id, '^%d+') or '0', first + total - 1, lease_left,
-        meta[5] and 1 or 0)
+      local _, log, live = keys_beside(keys[1])
+      return stored_id(log, live, sequence + total) .. ' ' .. now .. ' ' .. expires .. (meta[4] and ' 1' or ' 0')
     end
     skipped = skipped_patches(args, skip)
     if not skipped then
       return ff.err('invalid_input', 'block')
     end
-    sequence = first - 1
   end
   if sequence + total > ff.MAX_INTEGER then
-    return ff.err('invalid_input', 'first_sequence')
+    return ff.err('invalid_input', 'previous_sequence')
   end
   local summary
   if summary_first or compaction then
-    summary = call('HMGET', keys[5], 'version', 'first_applied_ms')
+    summary = call('HMGET', keys[4], 'version', 'first_applied_ms')
     local version = tonumber(summary[1] or 0)
     -- Patches that an overlap leaves out are in the stored version already.
     local expected = summary_first and summary_first + skipped or compaction
@@ -360,107 +356,125 @@ redis.register_function('ff_append', function(keys, args)
     end
   end
 
+  local log, live = keys[2], keys[3] or keys[2]
+  local ms, id = sub(last_id, 1, 13), last_id
   if now > ms then
     ms = now
   end
   at = 3
   while at <= last do
     local letter = args[at]
-    if letter == 'L' or letter == 'X' then
-      local count, frame_type, from, extras = args[at + 1] + 0, args[at + 2], at + 3, 0
-      if letter == 'X' then
-        extras = tonumber(args[at + 3])
-        from = at + 4 + 2 * extras
+    if FRAMES[letter] then
+      local count, from, first_extra = args[at + 1], at + 2, at + 3
+      count = count == '1' and 1 or count + 0
+      local extras = HAS_EXTRAS[letter]
+      if extras then
+        from = first_extra + 2 * args[at + 2]
       end
-      at = from + count
-      local first_extra = from - 2 * extras
-      if skip > 0 then
-        local left_out = math.min(skip, count)
-        from, sequence, skip = from + left_out, sequence + left_out, skip - left_out
-      end
-      -- Behind the first frame of the block the server counts the sequence on by itself: one text less a frame.
-      local id = format('%d-%d', ms, sequence + 1)
-      sequence = sequence + at - from
-      for i = from, at - 1 do
-        if extras == 0 then
-          call('XADD', keys[3], id, 'frame_type', frame_type, 'payload', args[i])
-        else
-          call('XADD', keys[3], id, 'frame_type', frame_type, 'payload', args[i],
-            unpack(args, first_extra, first_extra + 2 * extras - 1))
+      local last_extra = from - 1
+      if ENTRY_A_FRAME[letter] then
+        at = from + count
+        if skip > 0 then
+          local left_out = math.min(skip, count)
+          from, sequence, skip = from + left_out, sequence + left_out, skip - left_out
         end
-        if i == from then
-          id = format('%d-*', ms)
+        -- The id of one frame that becomes an entry of its own; then the server counts on: one text less a frame.
+        local next_id = format('%s-%d', ms, sequence + 1)
+        -- In this order, or a sum beyond 2^53 would be rounded.
+        sequence = sequence + (at - from)
+        id = next_id
+        if at - from > 1 then
+          id = format('%s-%d', ms, sequence)
         end
-      end
-    elseif letter == 'V' or letter == 'S' then
-      local count, fields = tonumber(args[at + 1]), tonumber(args[at + 2])
-      local from, to = at + 3, at + 2 + 2 * fields
-      at = to + 1
-      sequence = sequence + count
-      local id = format('%d-%d', ms, sequence)
-      local value, cut = args[to], 0
-      if skip >= count then
-        skip = skip - count
-        count = 0
-      elseif skip > 0 then
-        local entry = live_suffix({ unpack(args, from, to) }, count, skip)
-        call('XADD', keys[4], id, unpack(entry))
-        value, cut, skip = entry[#entry], skip, 0
+        if extras then
+          for i = from, at - 1 do
+            call('XADD', log, next_id, 'payload', args[i], unpack(args, first_extra, last_extra))
+            next_id = ms .. '-*'
+          end
+        elseif from < at then
+          call('XADD', log, next_id, 'payload', args[from])
+          next_id = ms .. '-*'
+          for i = from + 1, at - 1 do
+            call('XADD', log, next_id, 'payload', args[i])
+          end
+        end
       else
-        call('XADD', keys[4], id, unpack(args, from, to))
-      end
-      if letter == 'S' then
-        if count > 0 then
-          local version, pending_field = tonumber(args[at + 1]) + count, args[at]
-          if cut > 0 then
-            pending_field = string.gsub(pending_field, '^(run:%d+:)%d+', '%1' .. ff.text(count - cut))
-          end
-          call('HSET', keys[5], pending_field, value, 'version', ff.text(version), 'last_updated_ms', ff.text(now),
-            'cursor', id)
-          if not summary[2] then
-            summary[2] = ff.text(now)
-            call('HSET', keys[5], 'first_applied_ms', summary[2])
-          end
+        local name, value, kept = 'payload', args[from], count
+        if count > 1 then
+          name = 'run'
         end
-        at = at + 2
+        sequence = sequence + count
+        id = format('%s-%d', ms, sequence)
+        if skip >= count then
+          kept, skip = 0, skip - count
+        elseif skip > 0 then
+          value, kept, skip = run_suffix(value, count, skip), count - skip, 0
+          -- `prev` belongs to the first frame.
+          local entry = { name, value }
+          for i = first_extra, last_extra, 2 do
+            if args[i] ~= 'prev' then
+              entry[#entry + 1], entry[#entry + 2] = args[i], args[i + 1]
+            end
+          end
+          call('XADD', live, id, unpack(entry))
+        elseif extras then
+          call('XADD', live, id, name, value, unpack(args, first_extra, last_extra))
+        else
+          call('XADD', live, id, name, value)
+        end
+        at = from + 1
+        if letter == 'S' then
+          if kept > 0 then
+            local version, pending_field = args[at + 1] + count, args[at]
+            if kept < count then
+              pending_field = string.gsub(pending_field, '^(run:%d+:)%d+', '%1' .. ff.text(kept))
+            end
+            call('HSET', keys[4], pending_field, value, 'version', ff.text(version), 'last_updated_ms', now, 'cursor', id)
+            if not summary[2] then
+              summary[2] = now
+              call('HSET', keys[4], 'first_applied_ms', now)
+            end
+          end
+          at = at + 2
+        end
       end
     elseif letter == 'C' then
-      local kept = call('HMGET', keys[5], 'version', 'last_updated_ms', 'first_applied_ms', 'cursor')
-      call('DEL', keys[5])
-      call('HSET', keys[5], 'document', args[at + 2], 'document_version', args[at + 1], 'version', kept[1],
-        'last_updated_ms', kept[2], 'first_applied_ms', kept[3], 'cursor', kept[4], 'patch_kind', args[at + 3])
+      local fields = call('HMGET', keys[4], 'version', 'last_updated_ms', 'first_applied_ms', 'cursor')
+      call('DEL', keys[4])
+      call('HSET', keys[4], 'document', args[at + 2], 'document_version', args[at + 1], 'version', fields[1],
+        'last_updated_ms', fields[2], 'first_applied_ms', fields[3], 'cursor', fields[4], 'patch_kind', args[at + 3])
       at = at + 4
     elseif letter == 'T' then
-      call('XTRIM', keys[4], 'MINID', '~', args[at + 1])
+      call('XTRIM', live, 'MINID', '~', args[at + 1])
       at = at + 2
     elseif letter == 'P' then
-      call('PEXPIRE', keys[4], args[at + 1])
+      call('PEXPIRE', live, args[at + 1])
       at = at + 2
     elseif letter == 'K' then
-      call('XTRIM', keys[3], 'MAXLEN', '~', args[at + 1])
+      call('XTRIM', log, 'MAXLEN', '~', args[at + 1])
       at = at + 2
     elseif letter == 'H' then
       if args[at + 1] == '' then
-        call('HDEL', keys[2], 'visible_sequence')
+        call('HDEL', keys[1], 'visible_sequence')
       else
-        call('HSET', keys[2], 'visible_sequence', args[at + 1])
+        call('HSET', keys[1], 'visible_sequence', args[at + 1])
       end
       at = at + 2
     else
-      call('HSET', keys[2], 'estimator', args[at + 1])
+      call('HSET', keys[1], 'estimator', args[at + 1])
       at = at + 2
     end
   end
   if total > 0 then
-    call('HSET', keys[2], 'last_sequence', format('%d', sequence), 'last_ms', format('%d', ms))
+    call('HSET', keys[1], 'last_id', id)
   end
-  return format('%d %d %d %d', ms, sequence, lease_left, meta[5] and 1 or 0)
+  return id .. ' ' .. now .. ' ' .. expires .. (meta[4] and ' 1' or ' 0')
 end)
 
 -- ff_open_writer
 --   keys:    core meta summary
 --   args:    writer
---   returns: last_sequence last_ms visible_sequence estimator summary_version
+--   returns: last_id visible_sequence estimator summary_version
 --   errors:  execution_not_found stale_owner suspended stream_closed lease_expired invalid_input
 --
 -- Opening again with the same writer id changes nothing, so a lost reply can be asked for again. An earlier writer of
@@ -471,10 +485,11 @@ redis.register_function('ff_open_writer', function(keys, args)
   if refused[2] ~= 'writer_superseded' then
     return refused
   end
-  local meta = call('HMGET', keys[2], 'last_sequence', 'last_ms', 'visible_sequence', 'estimator', 'writer')
+  local meta = call('HMGET', keys[2], 'last_id', 'visible_sequence', 'estimator', 'writer')
   local version = call('HGET', keys[3], 'version') or '0'
-  if meta[5] ~= args[1] then
-    call('HSET', keys[2], 'writer', args[1], 'writer_base', ff.text(tonumber(meta[1]) + 1))
+  local _, sequence = ff.split_id(meta[1])
+  if meta[4] ~= args[1] then
+    call('HSET', keys[2], 'writer', args[1], 'writer_base', ff.text(sequence + 1))
   end
-  return ff.ok(meta[1], meta[2], meta[3] or meta[1], meta[4] or '', version)
+  return ff.ok(meta[1], meta[2] or ff.text(sequence), meta[3] or '', version)
 end)

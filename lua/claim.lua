@@ -49,7 +49,7 @@ local function lease_out(x, args, at)
     'worker_id', args[at], 'worker_instance_id', args[at + 1], 'started_at', ff.text(x.now))
   call('HSET', keys.meta, 'lease_expires_at', expires_at)
   if not resumed then
-    call('HSET', keys.meta, 'last_sequence', '0', 'last_ms', '0', 'created_at', ff.text(x.now))
+    call('HSET', keys.meta, 'last_id', ff.text(x.now) .. '-0', 'created_at', ff.text(x.now))
   end
   if fields.cancel_requested then
     call('HSET', keys.meta, 'cancel_requested', '1')

@@ -42,3 +42,18 @@ end
 function ff.text(number)
   return string.format('%d', number)
 end
+
+-- The ms, as text, and the sequence of an entry id.
+function ff.split_id(id)
+  local ms, sequence = string.match(id, '^(%d+)-(%d+)$')
+  return ms, tonumber(sequence)
+end
+
+-- How many frames a run holds, which is a varint at its beginning; 1 where it is no run.
+function ff.run_count(run)
+  local low, high = string.byte(run, 1, 2)
+  if low and low >= 128 and high and high < 128 then
+    return low - 128 + 128 * high
+  end
+  return low and low > 0 and low < 128 and low or 1
+end

@@ -5,29 +5,28 @@ local PAGE = 128
 local SCAN_LIMIT = 1024
 
 -- Entries of a stream after an id: those that hold `count` frames, or about `budget` bytes. Entries that are not ours
--- are left out, like those of the mode `exclude`.
+-- are left out, like best-effort ones of the live window where only the others are wanted: those say their mode.
 -- Returns the entries, the id up to which it has looked, and '1' where there may be more behind it, else ''.
-local function read_after(stream, after, count, budget, exclude)
+local function read_after(stream, after, count, budget, with_mode)
   local entries, scanned, frames, bytes = {}, 0, 0, 0
   while true do
     local page = redis.call('XRANGE', stream, '(' .. after, '+', 'COUNT', PAGE)
     for _, entry in ipairs(page) do
       after = entry[1]
       scanned = scanned + 1
-      local fields, wanted, held, size = entry[2], false, 1, 0
+      local fields, ours, mode, held, size = entry[2], false, false, 1, 0
       for i = 1, #fields, 2 do
         local name, value = fields[i], fields[i + 1]
-        if name == 'frame_type' or name == 'end' then
-          wanted = true
-        elseif name == 'mode' and value == exclude then
-          wanted = false
-          break
-        elseif name == 'count' then
-          held = ff.integer(value) or 1
+        if name == 'payload' or name == 'end' then
+          ours = true
+        elseif name == 'run' then
+          ours, held = true, ff.run_count(value)
+        elseif name == 'mode' then
+          mode = true
         end
         size = size + #value
       end
-      if wanted then
+      if ours and (mode or not with_mode) then
         entries[#entries + 1] = entry
         frames = frames + held
         bytes = bytes + size
@@ -45,8 +44,8 @@ end
 -- ff_read_range
 --   keys:    core log live meta
 --   args:    attempt_index log_after live_after count max_bytes visibility
---   returns: log_entries log_to log_more live_entries live_to live_more last_sequence last_ms visible_sequence
---            closed_reason lease_left_ms
+--   returns: log_entries log_to log_more live_entries live_to live_more last_id visible_sequence closed_reason
+--            lease_left_ms
 --   errors:  execution_not_found attempt_not_found invalid_input
 --
 -- Both streams, each after an id of its own, read at one moment up to `log_to` and `live_to`; the `more` of a stream is
@@ -64,10 +63,8 @@ redis.register_function({
     if not core[1] then
       return ff.err('execution_not_found')
     end
-    local meta = redis.call(
-      'HMGET', keys[4], 'last_sequence', 'last_ms', 'visible_sequence', 'closed_reason', 'lease_expires_at'
-    )
-    local closed_reason, lease_left = meta[4] or '', ''
+    local meta = redis.call('HMGET', keys[4], 'last_id', 'visible_sequence', 'closed_reason', 'lease_expires_at')
+    local closed_reason, lease_left = meta[3] or '', ''
     if not meta[1] then
       -- The next attempt may still come, unless the execution has ended with another one.
       local attempts, ended = tonumber(core[3]), ff.END_REASONS[core[1]]
@@ -76,19 +73,18 @@ redis.register_function({
       end
       closed_reason = ended or ''
     elseif closed_reason == '' and core[1] == 'active' and core[2] == args[1] then
-      local left = (tonumber(meta[5]) or 0) - ff.now_ms()
+      local left = (tonumber(meta[4]) or 0) - ff.now_ms()
       lease_left = ff.text(left)
       if left <= 0 then
         closed_reason = 'producer_lost'
       end
     end
-    local exclude = args[6] == 'exclude_best_effort' and 'best_effort' or nil
-    local log, log_to, log_more = read_after(keys[2], args[2], count, max_bytes, nil)
-    local live, live_to, live_more = read_after(keys[3], args[3], count, max_bytes, exclude)
+    local log, log_to, log_more = read_after(keys[2], args[2], count, max_bytes, false)
+    local live, live_to, live_more = read_after(keys[3], args[3], count, max_bytes, args[6] == 'exclude_best_effort')
+    local last_id = meta[1] or '0-0'
+    local _, sequence = ff.split_id(last_id)
     return ff.ok(
-      log, log_to, log_more, live, live_to, live_more, meta[1] or '0', meta[2] or '0',
-      meta[3] or meta[1] or '0', closed_reason,
-      lease_left
+      log, log_to, log_more, live, live_to, live_more, last_id, meta[2] or ff.text(sequence), closed_reason, lease_left
     )
   end,
   flags = { 'no-writes' },

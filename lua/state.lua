@@ -116,17 +116,18 @@ end
 function ff.end_stream(x, index, reason)
   local call = redis.call
   local keys = ff.attempt_keys(x, index)
-  local meta = call('HMGET', keys.meta, 'last_sequence', 'last_ms', 'closed_at', 'visible_sequence')
-  if meta[3] then
+  local meta = call('HMGET', keys.meta, 'last_id', 'closed_at', 'visible_sequence')
+  if meta[2] then
     return
   end
-  local sequence = (tonumber(meta[1]) or 0) + 1
-  local ms = math.max(x.now, tonumber(meta[2]) or 0)
+  local last_id = meta[1] or ff.text(x.now) .. '-0'
+  local last_ms, sequence = ff.split_id(last_id)
+  local ms = math.max(x.now, tonumber(last_ms))
   call('HDEL', keys.meta, 'writer')
   call('HSET', keys.meta, 'closed_at', ff.text(x.now), 'closed_reason', reason,
-    'last_sequence', ff.text(sequence - 1), 'last_ms', meta[2] or '0')
-  call('XADD', keys.log, string.format('%d-%d', ms, sequence), 'end', reason,
-    'prev', meta[4] or ff.text(sequence - 1))
+    'last_id', last_id)
+  call('XADD', keys.log, string.format('%d-%d', ms, sequence + 1), 'end', reason,
+    'prev', meta[3] or ff.text(sequence))
   for _, key in pairs(keys) do
     call('PEXPIRE', key, x.fields.retention_ms)
   end

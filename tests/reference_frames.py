@@ -59,8 +59,8 @@ def run_of(payloads, ages):
     )
 
 
-def parse_run(run, count):
-    """Payloads and ages of a run; ValueError where it is none of *count* frames."""
+def parse_run(run):
+    """Payloads and ages of a run; ValueError where it is none."""
     at = 0
 
     def take():
@@ -76,8 +76,9 @@ def parse_run(run, count):
                 return value
         raise ValueError("a varint is too long")
 
-    if take() != count or count < 1:
-        raise ValueError("another count")
+    count = take()
+    if count < 1:
+        raise ValueError("no frame")
     lengths = [take() for _ in range(count)]
     ages = [take() for _ in range(count)]
     if at + sum(lengths) != len(run):
@@ -111,8 +112,14 @@ class Decoded(NamedTuple):
     foreign: int
 
 
-def decode(entries, after=0, limit=None, exclude=False):
-    """Decode entries of one stream; ValueError where one is damaged."""
+def count_of(fields):
+    """How many frames an entry of ours with these fields holds."""
+    names, values = fields[::2], fields[1::2]
+    return len(parse_run(values[names.index(b"run")])[0]) if b"run" in names else 1
+
+
+def decode(entries, after=0, limit=None, exclude=False, live=False):
+    """Decode entries of the log, or of the live window; ValueError where one is damaged."""
     frames, end, taken, foreign = [], None, 0, 0
     for raw, parts in entries:
         ms, sequence = entry_id(raw)
@@ -120,13 +127,14 @@ def decode(entries, after=0, limit=None, exclude=False):
             break
         taken += 1
         fields = dict(zip(parts[::2], parts[1::2], strict=False))
-        if b"end" in fields and b"prev" in fields and b"frame_type" not in fields:
+        payload, run = fields.get(b"payload"), fields.get(b"run")
+        if b"end" in fields and b"prev" in fields and payload is None and run is None:
             end = (ms, sequence, number(fields[b"prev"]), text(fields[b"end"]))
             continue
-        if b"frame_type" not in fields or (b"run" in fields) == (b"payload" in fields):
+        if (payload is None) == (run is None) or sequence == 0:
             foreign += 1
             continue
-        mode = text(fields.get(b"mode", b"durable"))
+        mode = text(fields.get(b"mode", b"best_effort" if live else b"durable"))
         if exclude and mode == "best_effort":
             continue
         kind = None
@@ -135,16 +143,12 @@ def decode(entries, after=0, limit=None, exclude=False):
             kind = PatchKind(
                 fields[b"patch_kind"].decode(), None if pointer is None else pointer.decode()
             )
-        if b"run" in fields:
-            count = number(fields[b"count"]) if b"count" in fields else 0
-            payloads, ages = parse_run(fields[b"run"], count)
-        else:
-            payloads, ages = [fields[b"payload"]], [0]
+        payloads, ages = ([payload], [0]) if run is None else parse_run(run)
         version = number(fields[b"summary_version"]) if b"summary_version" in fields else 0
         previous = number(fields[b"prev"]) if b"prev" in fields else -1
-        if len(payloads) > sequence > 0 and b"run" in fields:
+        if len(payloads) > sequence:
             raise ValueError("the run begins before the stream")
-        if b"run" in fields and 0 < version < len(payloads):
+        if 0 < version < len(payloads):
             raise ValueError("the run begins before the document")
         for i, (payload, age) in enumerate(zip(payloads, ages, strict=True)):
             mine = sequence - len(payloads) + 1 + i
@@ -154,7 +158,7 @@ def decode(entries, after=0, limit=None, exclude=False):
                 F(
                     ms,
                     mine,
-                    text(fields[b"frame_type"]),
+                    text(fields.get(b"frame_type", b"token")),
                     payload,
                     ms - age,
                     mode,
@@ -213,10 +217,15 @@ def lay_out(batches, end=None, start_ms=1_000):
             else:
                 runs.append((kind, [frame.payload]))
         for kind, payloads in runs:
-            fields = []
-            if kind.mode != "durable":
-                fields += [b"mode", kind.mode.encode()]
-            fields += [b"frame_type", kind.frame_type.encode()]
+            if len(payloads) == 1:
+                fields = [b"payload", payloads[0]]
+            else:
+                ages = [(len(payloads) - i) * 3 for i in range(len(payloads))]
+                fields = [b"run", run_of(payloads, ages)]
+            if kind.mode == "summary":
+                fields += [b"mode", b"summary"]
+            if kind.frame_type != "token":
+                fields += [b"frame_type", kind.frame_type.encode()]
             if kind.mode != "best_effort" and visible != sequence:
                 fields += [b"prev", b"%d" % visible]
             if kind.correlation_id is not None:
@@ -229,11 +238,6 @@ def lay_out(batches, end=None, start_ms=1_000):
             sequence += len(payloads)
             if kind.mode != "best_effort":
                 visible = sequence
-            if len(payloads) == 1:
-                fields += [b"payload", payloads[0]]
-            else:
-                ages = [(len(payloads) - i) * 3 for i in range(len(payloads))]
-                fields += [b"count", b"%d" % len(payloads), b"run", run_of(payloads, ages)]
             (log if kind.mode == "durable" else live).append([b"%d-%d" % (ms, sequence), fields])
     if end is not None:
         log.append(

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from ff_fast.types import StreamMode
 
 LETTERS_AFTER_FRAMES = {b"T": 1, b"P": 1, b"K": 1, b"E": 1, b"H": 1, b"C": 3}
+# What a field that is left out stands for.
+USUAL = {b"frame_type": b"token", b"encoding": b"utf8", b"source": b"worker"}
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,15 @@ class Written:
 
 @dataclass(frozen=True)
 class Run:
-    """Stands for the value of a ``run`` field: its ages depend on the clock."""
+    """Stands for the run of several frames: its ages depend on the clock."""
 
     payloads: tuple[bytes, ...]
 
 
 def optional_fields(written: Written) -> list[bytes]:
     fields = []
+    if written.frame_type != "token":
+        fields += [b"frame_type", written.frame_type.encode()]
     if written.correlation_id is not None:
         fields += [b"correlation_id", written.correlation_id.encode()]
     if written.encoding != "utf8":
@@ -74,46 +78,44 @@ def blocks(
     for run, previous in runs_of(batch, first_sequence, visible):
         head = run[0]
         count = len(run)
+        fields = optional_fields(head)
+        prev = [] if previous is None else [b"prev", b"%d" % previous]
         if head.mode.wire == "durable":
-            fields = optional_fields(head)
-            if previous is not None:
-                extras = [b"prev", b"%d" % previous, *fields]
-                out += [b"X", b"1", head.frame_type.encode(), b"%d" % (len(extras) // 2)]
-                out += [*extras, head.payload]
-            rest = run if previous is None else run[1:]
+            rest = run
+            if prev:
+                out += block(b"LX", 1, fields + prev)
+                out.append(head.payload)
+                rest = run[1:]
             if rest:
-                out += [b"X" if fields else b"L", b"%d" % len(rest), head.frame_type.encode()]
-                if fields:
-                    out += [b"%d" % (len(fields) // 2), *fields]
+                out += block(b"LX", len(rest), fields)
                 out += [one.payload for one in rest]
             continue
-        summary = head.mode.patch_kind is not None
-        fields = [b"mode", head.mode.wire.encode(), b"frame_type", head.frame_type.encode()]
-        fields += optional_fields(head)
-        kind = b""
-        if summary:
-            kind = head.mode.patch_kind.wire.encode()
-            fields += [b"patch_kind", kind]
-            kind += b":"
-            if head.mode.patch_kind.pointer is not None:
-                fields += [b"pointer", head.mode.patch_kind.pointer.encode()]
-                kind += head.mode.patch_kind.pointer.encode()
-        if previous is not None:
-            fields += [b"prev", b"%d" % previous]
-        if summary:
-            fields += [b"summary_version", b"%d" % (summary_version + count)]
-        if count == 1:
-            fields += [b"payload", head.payload]
-        else:
-            value = Run(tuple(written.payload for written in run))
-            fields += [b"count", b"%d" % count, b"run", value]
-        out += [b"S" if summary else b"V", b"%d" % count, b"%d" % (len(fields) // 2), *fields]
-        if summary:
-            form = b"patch" if count == 1 else b"run"
-            out += [b"%b:%d:%d:%b" % (form, summary_version + count, count, kind)]
-            out += [b"%d" % summary_version]
-            summary_version += count
+        value = head.payload if count == 1 else Run(tuple(one.payload for one in run))
+        if head.mode.wire == "best_effort":
+            out += block(b"VW", count, fields)
+            out.append(value)
+            continue
+        kind = head.mode.patch_kind.wire.encode()
+        fields += [b"mode", b"summary", b"patch_kind", kind]
+        kind += b":"
+        if head.mode.patch_kind.pointer is not None:
+            fields += [b"pointer", head.mode.patch_kind.pointer.encode()]
+            kind += head.mode.patch_kind.pointer.encode()
+        fields += [*prev, b"summary_version", b"%d" % (summary_version + count)]
+        out += block(b"SS", count, fields)
+        form = b"patch" if count == 1 else b"run"
+        out += [value, b"%b:%d:%d:%b" % (form, summary_version + count, count, kind)]
+        out.append(b"%d" % summary_version)
+        summary_version += count
     return out
+
+
+def block(letters: bytes, count: int, fields: list[bytes]) -> list[bytes | Run]:
+    """What stands before the payloads of a block; it has a letter without and one with fields."""
+    plain, with_fields = letters[:1], letters[1:]
+    if not fields:
+        return [plain, b"%d" % count]
+    return [with_fields, b"%d" % count, b"%d" % (len(fields) // 2), *fields]
 
 
 def read_run(value: bytes) -> tuple[Run, list[int]]:
@@ -164,79 +166,77 @@ class Request:
     tail: dict[bytes, list[bytes]] = field(default_factory=dict)
     frame_arguments: list[bytes | Run] = field(default_factory=list)
     ages: list[int] = field(default_factory=list)
+    letters: set[bytes] = field(default_factory=set)
 
     @property
-    def key_count(self) -> int:
-        """How many of core, meta, log, live and summary the blocks need."""
-        if self.patches or b"C" in self.tail:
-            return 5
-        live = any(frame.mode == b"best_effort" for frame in self.frames)
-        return 4 if live or b"T" in self.tail or b"P" in self.tail else 3
+    def key_names(self) -> tuple[str, ...]:
+        """The keys that the blocks need."""
+        if self.letters & {b"S", b"C"}:
+            return "meta", "log", "live", "summary"
+        log, live = self.letters & {b"L", b"X", b"K"}, self.letters & {b"V", b"W", b"T", b"P"}
+        if log and live:
+            return "meta", "log", "live"
+        return ("meta", "live") if live else ("meta", "log")
 
 
 def parse(argv: list[bytes]) -> Request:
     """Take an append apart, and check the grammar of ``lua/append.lua``."""
-    request = Request(int(argv[1]))
+    request = Request(int(argv[1]) + 1)
     sequence = request.first_sequence - 1
     at = 2
     while at < len(argv):
         letter = argv[at]
+        request.letters.add(letter)
         if letter in LETTERS_AFTER_FRAMES:
             assert letter not in request.tail, "a retention block comes twice"
             size = LETTERS_AFTER_FRAMES[letter]
             request.tail[letter] = argv[at + 1 : at + 1 + size]
             at += 1 + size
             continue
+        assert letter in (b"L", b"X", b"V", b"W", b"S")
         assert not request.tail, "frames stand before retention"
+        start = at
         count = int(argv[at + 1])
         assert count >= 1
-        if letter in (b"L", b"X"):
-            start = at + 3
-            fields = {}
-            if letter == b"X":
-                extras = int(argv[start])
-                assert extras >= 1, "an L block would do"
-                start += 1 + 2 * extras
-                fields = dict(zip(argv[at + 4 : start : 2], argv[at + 5 : start : 2], strict=True))
-            previous = fields.pop(b"prev", None)
-            assert previous is None or count == 1
-            fields[b"frame_type"] = argv[at + 2]
-            request.frame_arguments += argv[at : start + count]
-            for payload in argv[start : start + count]:
-                sequence += 1
-                request.frames.append(
-                    Stored(
-                        sequence,
-                        b"durable",
-                        fields,
-                        payload,
-                        None if previous is None else int(previous),
-                        None,
-                    )
-                )
-            at = start + count
-            continue
-        assert letter in (b"V", b"S")
-        start = at + 3 + 2 * int(argv[at + 2])
-        names, values = argv[at + 3 : start : 2], argv[at + 4 : start : 2]
-        fields = dict(zip(names, values, strict=True))
-        assert len(fields) == len(names), "a field comes twice"
-        value = fields.pop(names[-1])
-        request.frame_arguments += argv[at : start - 1]
-        if names[-1] == b"run":
-            assert int(fields.pop(b"count")) == count
-            run, ages = read_run(value)
-            request.ages += ages
-            payloads = run.payloads
-            request.frame_arguments.append(run)
-        else:
-            assert names[-1] == b"payload"
-            payloads = (value,)
-            request.frame_arguments.append(value)
-        assert len(payloads) == count
-        mode = fields.pop(b"mode")
+        at += 2
+        fields = {}
+        if letter in (b"X", b"W", b"S"):
+            end = at + 1 + 2 * int(argv[at])
+            names, values = argv[at + 1 : end : 2], argv[at + 2 : end : 2]
+            assert names, "a block without fields would do"
+            at = end
+            fields = dict(zip(names, values, strict=True))
+            assert len(fields) == len(names), "a field comes twice"
+            assert not fields.keys() & {b"payload", b"run", b"count"}
+        for name, value in USUAL.items():
+            assert fields.get(name) != value, "a field that could be left out"
         previous = fields.pop(b"prev", None)
         version = fields.pop(b"summary_version", None)
+        mode = fields.pop(b"mode", None)
+        if letter == b"S":
+            assert mode == b"summary"
+            assert version is not None
+        else:
+            assert (mode, version) == (None, None)
+            mode = b"durable" if letter in (b"L", b"X") else b"best_effort"
+        request.frame_arguments += argv[start:at]
+        if mode == b"durable":
+            assert previous is None or count == 1
+            payloads = tuple(argv[at : at + count])
+            request.frame_arguments += payloads
+            at += count
+        else:
+            value = argv[at]
+            if count == 1:
+                payloads = (value,)
+                request.frame_arguments.append(value)
+            else:
+                run, ages = read_run(value)
+                request.ages += ages
+                payloads = run.payloads
+                request.frame_arguments.append(run)
+            at += 1
+        assert len(payloads) == count
         for i, payload in enumerate(payloads):
             sequence += 1
             request.frames.append(
@@ -249,7 +249,6 @@ def parse(argv: list[bytes]) -> Request:
                     None if version is None else int(version) - count + 1 + i,
                 )
             )
-        at = start
         if letter == b"S":
             request.patches.append((argv[at], value, count, int(argv[at + 1])))
             request.frame_arguments += argv[at : at + 2]
@@ -268,7 +267,8 @@ class Server:
         # What H blocks have left in meta; None where the last frame is visible.
         self.told_visible: int | None = None
         self.now_ms = 1_700_000_000_000
-        self.last_ms = 0
+        # The claim's, and then the ms of the id of each frame.
+        self.id_ms = [self.now_ms]
         self.applied = 0
 
     def append(self, argv: list[bytes]) -> bytes | list[object]:
@@ -282,7 +282,7 @@ class Server:
             return [0, b"sequence_gap", b"%d" % expected, b"%d" % first]
         skip = expected - first
         if skip and skip >= total:
-            return b"%d %d 30000 0" % (self.last_ms if total else 0, last)
+            return self.position(last)
         assert skip == 0, "a batch that overlaps what is stored is not one that was sent before"
         compaction = request.tail.get(b"C")
         version = self.version
@@ -318,10 +318,14 @@ class Server:
         self.frames += request.frames
         visible = [frame.sequence for frame in self.frames if frame.mode != b"best_effort"]
         self.check_told((visible or [0])[-1])
-        if total:
-            self.last_ms = self.now_ms
+        self.id_ms += [self.now_ms] * total
         self.applied += 1
-        return b"%d %d 30000 0" % (self.now_ms, last)
+        return self.position(last)
+
+    def position(self, sequence: int) -> bytes:
+        """The id of a frame, the time, the end of the lease, and that no cancel was requested."""
+        expires_ms = self.now_ms + 30_000
+        return b"%d-%d %d %d 0" % (self.id_ms[sequence], sequence, self.now_ms, expires_ms)
 
     def check_told(self, visible: int) -> None:
         """Meta tells the last visible frame: by a field of its own where it is not the last one."""

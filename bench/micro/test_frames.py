@@ -23,7 +23,7 @@ FRAMES = payloads(COUNT)
 
 def durable() -> Entries:
     return [
-        [b"1700000000000-%d" % i, [b"frame_type", b"token", b"payload", payload]]
+        [b"1700000000000-%d" % i, [b"payload", payload]]
         for i, payload in enumerate(FRAMES, start=1)
     ]
 
@@ -32,17 +32,7 @@ def runs(size: int) -> Entries:
     made: Entries = []
     for at in range(0, COUNT, size):
         run = oracles.frames.run_of(FRAMES[at : at + size], [0] * size)
-        fields = [
-            b"mode",
-            b"best_effort",
-            b"frame_type",
-            b"token",
-            b"count",
-            b"%d" % size,
-            b"run",
-            run,
-        ]
-        made.append([b"1700000000000-%d" % (at + size), fields])
+        made.append([b"1700000000000-%d" % (at + size), [b"run", run]])
     return made
 
 

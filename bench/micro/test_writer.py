@@ -20,10 +20,10 @@ FRAMES = payloads(COUNT)
 
 def new_core(mode: str) -> WriterCore:
     return WriterCore(
-        keys=(b"core", b"meta", b"log", b"live", b"summary"),
+        keys=(b"meta", b"log", b"live", b"summary"),
         writer=b"0:lease:1:writer",
         mode=mode_of(mode),
-        opened=(0, 0, 0, b"", 0),
+        opened=(1_700_000_000_000, 0, 0, b"", 0),
     )
 
 
@@ -37,7 +37,10 @@ def stream(core: WriterCore, batch: int) -> int:
         sealed = core.next_batch()
         assert sealed is not None
         size += len(sealed.message)
-        core.acknowledge(sealed, b"1700000000000 %d %d 0" % (sequence, LEASE_MS))
+        core.acknowledge(
+            sealed,
+            b"1700000000000-%d 1700000000000 %d 0" % (sequence, 1_700_000_000_000 + LEASE_MS),
+        )
     return size
 
 

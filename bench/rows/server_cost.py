@@ -21,13 +21,15 @@ from bench.jobs import mode_of
 from bench.rivals import FencedAttempt, acknowledged, encoded_xadd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ff_fast import StreamMode
 
 BATCH = 64
-# Calls of one frame each that share a round trip, so that the cost of a call is seen and not that of a socket.
+# So many calls of one frame, or streams with a batch each, share a round trip, so that the cost of a call is seen and
+# not that of a socket.
 PIPELINE = 64
+STREAMS = 4
 
 
 def run(stage: Stage) -> Report:
@@ -39,22 +41,26 @@ def run(stage: Stage) -> Report:
     frames = payloads(filling + count)
     live = mode_of("best_effort")
 
-    def in_batches(mode: StreamMode, kept: int) -> Callable[[], Metrics]:
+    def in_batches(mode: StreamMode, kept: int, streams: int) -> Callable[[], Metrics]:
         def turn() -> Metrics:
             stage.fresh()
-            core = stage.core(mode)
-            for part in batches(frames[:filling], BATCH):
-                core.send(part)
-            core.sent_bytes = 0
-            parts = batches(frames[filling:], BATCH)
+            cores = [stage.core(mode) for _ in range(streams)]
 
-            def work() -> None:
+            def work(parts: list[Sequence[bytes]]) -> None:
                 for part in parts:
-                    core.send(part)
+                    sealed = [core.batch(part) for core in cores]
+                    stage.wire.send(b"".join(batch.message for batch in sealed))
+                    for core, batch in zip(cores, sealed, strict=True):
+                        core.settle(batch, stage.wire.receive())
 
-            server_us = per_frame_cpu(stage.wire, count, work)
-            check_core(stage, core, frames, min(kept, len(frames)))
-            return {"server_us": server_us, "wire_bytes": core.sent_bytes / count}
+            work(batches(frames[:filling], BATCH))
+            filled = sum(core.sent_bytes for core in cores)
+            parts = batches(frames[filling:], BATCH)
+            server_us = per_frame_cpu(stage.wire, count * streams, lambda: work(parts))
+            wire_bytes = (sum(core.sent_bytes for core in cores) - filled) / count / streams
+            for core in cores:
+                check_core(stage, core, frames, min(kept, len(frames)))
+            return {"server_us": server_us, "wire_bytes": wire_bytes}
 
         return turn
 
@@ -70,14 +76,21 @@ def run(stage: Stage) -> Report:
 
         return turn
 
-    def plain(each: int) -> Callable[[], Metrics]:
+    def plain(each: int, streams: int) -> Callable[[], Metrics]:
         def turn() -> Metrics:
             stage.fresh()
             number = count if each > 1 else singles
-            requests = [encoded_xadd("bench", frame) for frame in frames[:number]]
-            work = acknowledged(stage.wire, requests, each)
-            server_us = per_frame_cpu(stage.wire, number, work)
-            check_entries(stage.wire, b"bench", frames[:number])
+            names = [f"bench{i}" for i in range(streams)]
+            requests = [
+                encoded_xadd(name, frame)
+                for part in batches(frames[:number], each)
+                for name in names
+                for frame in part
+            ]
+            work = acknowledged(stage.wire, requests, each * streams)
+            server_us = per_frame_cpu(stage.wire, number * streams, work)
+            for name in names:
+                check_entries(stage.wire, name.encode(), frames[:number])
             return {"server_us": server_us, "wire_bytes": len(requests[0])}
 
         return turn
@@ -97,14 +110,17 @@ def run(stage: Stage) -> Report:
 
     measured = take_turns(
         {
-            "ff_fast durable, batches of 64": in_batches(DURABLE, 10_000),
-            "pipelined XADD, 64": plain(BATCH),
-            "ff_fast best-effort, runs of 64": in_batches(live, 16_000),
+            "ff_fast durable, batches of 64": in_batches(DURABLE, 10_000, STREAMS),
+            "pipelined XADD": plain(BATCH, STREAMS),
+            "ff_fast best-effort, runs of 64": in_batches(live, 16_000, STREAMS),
+            "ff_fast durable, 64 a round trip": in_batches(DURABLE, 10_000, 1),
+            "pipelined XADD, 64 a round trip": plain(BATCH, 1),
+            "ff_fast best-effort, 64 a round trip": in_batches(live, 16_000, 1),
             "one fenced call a frame, 64 pipelined": fenced(PIPELINE),
             "ff_fast durable, one a call, 64 pipelined": one_a_call(DURABLE, PIPELINE),
             "ff_fast best-effort, one a call, 64 pipelined": one_a_call(live, PIPELINE),
             "ff_fast durable, one a round trip": one_a_call(DURABLE, 1),
-            "awaited XADD, one a round trip": plain(1),
+            "awaited XADD, one a round trip": plain(1, 1),
             "one fenced call a frame, one a round trip": fenced(1),
         },
         stage.rounds,
@@ -119,14 +135,20 @@ def run(stage: Stage) -> Report:
             )
         )  # fmt: skip
 
-    xadd = "pipelined XADD, 64"
+    xadd = "pipelined XADD"
+    alone = "pipelined XADD, 64 a round trip"
     fence = "one fenced call a frame, 64 pipelined"
     durable = "ff_fast durable, batches of 64"
     row("P1a", "server CPU per durable frame, batches of 64", durable, xadd, ratio_of(1.0))
     row("P1a", "the same, beside one fenced call a frame", durable, fence, ratio_of(0.125))
+    row("P1a", "the same, each batch a round trip", "ff_fast durable, 64 a round trip", alone, None)
     row(
         "P1b", "server CPU per best-effort frame, runs of 64", "ff_fast best-effort, runs of 64",
         xadd, ratio_of(0.25),
+    )  # fmt: skip
+    row(
+        "P1b", "the same, each batch a round trip", "ff_fast best-effort, 64 a round trip", alone,
+        None,
     )  # fmt: skip
     single = "ff_fast durable, one a call, 64 pipelined"
     row("P2", "server CPU per call with a single durable frame", single, fence, Target(9.0))

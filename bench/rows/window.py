@@ -19,7 +19,8 @@ from bench.jobs import mode_of
 from ff_fast._hot.writer import WriterCore
 
 RATES = (200, 500, 1000, 2000, 4000)
-TICK_S = 0.005
+# Shares no period with the rates, or frames would come in the same lumps all the time.
+TICK_S = 0.0013
 TRACES = 6
 CEILING = 4_000_000
 FLOOR = 64
@@ -91,10 +92,10 @@ class Stream:
         self._newest_ms = 0
         self._flowfabric = FlowFabricRate(ttl_ms)
         self._core = WriterCore(
-            keys=(b"core", b"meta", b"log", b"live", b"summary"),
+            keys=(b"meta", b"log", b"live", b"summary"),
             writer=b"0:lease:1:writer",
             mode=mode_of("best_effort", ttl_ms, CEILING),
-            opened=(0, 0, 0, b"", 0),
+            opened=(1_700_000_000_000, 0, 0, b"", 0),
         )
 
     def turn(self, now: float, now_ms: int) -> None:
@@ -131,7 +132,11 @@ class Stream:
         self._kept.append((sequence, now_ms))
         self._newest_ms = now_ms
         check(
-            core.acknowledge(batch, b"%d %d %d 0" % (now_ms, sequence, LEASE_MS)) is None, "refused"
+            core.acknowledge(
+                batch, b"%d-%d %d %d 0" % (now_ms, sequence, now_ms, now_ms + LEASE_MS)
+            )
+            is None,
+            "refused",
         )
         self.windows.append(core.window_frames)
         self.held.append(sequence - self._dropped)

@@ -3,15 +3,14 @@
 An entry id is ``<ms>-<sequence>``: server time, and the sequence of the entry's last frame. Entries
 are field lists:
 
-    log entry        frame_type payload [prev] [correlation_id] [encoding] [source]
-    live entry       mode frame_type [prev] [correlation_id] [encoding] [source]
+    log entry        payload [frame_type] [prev] [correlation_id] [encoding] [source]
+    live entry       payload (of one frame) or run (of several)
+                     [mode] [frame_type] [prev] [correlation_id] [encoding] [source]
                      [patch_kind [pointer]] [summary_version]
-                     and then, last,   payload       for one frame
-                                or     count run     for several (a run)
     end entry        end prev
 
-A field that has its usual value is left out: mode ``durable``, encoding ``utf8``, source
-``worker``.
+A field that has its usual value is left out: mode ``durable`` in the log and ``best_effort`` in the
+live window, frame type ``token``, encoding ``utf8``, source ``worker``.
 ``prev`` stands on the first visible (not best-effort) frame after best-effort frames: the sequence
 of the visible frame before it, 0 for none. ``summary_version`` is that of the entry's last frame.
 
@@ -51,6 +50,7 @@ cdef long long LARGEST = <long long>1 << 62
 
 cdef str DURABLE = "durable"
 cdef str BEST_EFFORT = "best_effort"
+cdef str TOKEN = "token"
 cdef str UTF8 = "utf8"
 cdef str WORKER = "worker"
 
@@ -84,7 +84,10 @@ cdef object patch_kind_of(bytes wire, bytes pointer):
     return kind
 
 
+# Nothing that a frame holds can lead back to it, and readers hold many: the collector need not walk
+# them.
 @cython.final
+@cython.no_gc
 @cython.freelist(256)
 cdef class StreamFrame:
     """One frame of a stream, as a reader gets it. Immutable.
@@ -299,10 +302,11 @@ cdef class Entries:
     cdef long long _end_previous
 
 
-cdef int add_run(
-    list frames, bytes run, StreamFrame shared, long long count, long long after
+cdef long long add_run(
+    list frames, bytes run, StreamFrame shared, long long after
 ) except -1:
-    """The frames of a run after sequence *after*; *shared* has the fields that all share."""
+    """Add the frames of a run after sequence *after*; *shared* has the fields that all share.
+    Returns how many the run holds."""
     cdef const unsigned char* start = <const unsigned char*>PyBytes_AS_STRING(run)
     cdef const unsigned char* end = start + PyBytes_GET_SIZE(run)
     cdef const unsigned char* lengths
@@ -310,12 +314,13 @@ cdef int add_run(
     cdef const unsigned char* payload
     cdef unsigned long long value = 0
     cdef unsigned long long age = 0
-    cdef long long i, _
-    cdef long long sequence = shared.sequence - count
-    cdef long long version = shared._summary_version - count
+    cdef long long i, _, count, sequence, version
     cdef StreamFrame frame
     lengths = take_varint(start, end, &value)
-    if count < 1 or <long long>value != count or sequence < 0:
+    count = <long long>value
+    sequence = shared.sequence - count
+    version = shared._summary_version - count
+    if count < 1 or sequence < 0:
         bad_entry()
     if shared._summary_version and version < 0:
         bad_entry()
@@ -350,11 +355,12 @@ cdef int add_run(
         payload += value
     if payload != end:
         bad_entry()
-    return 0
+    return count
 
 
 def decode_entries(
-    list entries not None, long long after, tuple limit=None, bint exclude_best_effort=False
+    list entries not None, long long after, tuple limit=None, bint exclude_best_effort=False, *,
+    bint live=False,
 ):
     """Return the :class:`Entries` of one stream.
 
@@ -364,6 +370,7 @@ def decode_entries(
         after: Sequence of the cursor; frames up to it are left out (a run may begin before it).
         limit: Id, ``(ms, sequence)``, beyond which entries are left for later; None takes them all.
         exclude_best_effort: Leave best-effort frames out.
+        live: The stream is the live window, not the log.
 
     Raises:
         Corruption: An entry that has ff_fast's fields does not have their form.
@@ -371,11 +378,11 @@ def decode_entries(
     cdef Entries result = Entries.__new__(Entries)
     cdef StreamFrame frame
     cdef list fields
-    cdef bytes name, value, payload, run, count, previous, version, pointer, end_reason
+    cdef bytes name, value, payload, run, previous, version, pointer, end_reason
+    cdef str usual_mode = BEST_EFFORT if live else DURABLE
     cdef Py_ssize_t at, size
     cdef long long ms = 0
     cdef long long sequence = 0
-    cdef long long frames = 0
     cdef long long limit_ms = LARGEST
     cdef long long limit_sequence = LARGEST
     if limit is not None:
@@ -391,11 +398,12 @@ def decode_entries(
         frame = StreamFrame.__new__(StreamFrame)
         frame._ms = ms
         frame.sequence = sequence
-        frame.mode = DURABLE
+        frame.frame_type = TOKEN
+        frame.mode = usual_mode
         frame.encoding = UTF8
         frame.source = WORKER
         frame._previous = -1
-        payload = run = count = previous = version = pointer = end_reason = None
+        payload = run = previous = version = pointer = end_reason = None
         at = 0
         size = len(fields) - 1
         while at < size:
@@ -410,8 +418,6 @@ def decode_entries(
                 frame.mode = text_of(value)
             elif is_field(name, "run", 3):
                 run = value
-            elif is_field(name, "count", 5):
-                count = value
             elif is_field(name, "prev", 4):
                 previous = value
             elif is_field(name, "summary_version", 15):
@@ -428,7 +434,7 @@ def decode_entries(
                 frame.source = text_of(value)
             elif is_field(name, "end", 3):
                 end_reason = value
-        if end_reason is not None and previous is not None and frame.frame_type is None:
+        if end_reason is not None and previous is not None and payload is None and run is None:
             number_of(previous, &result._end_previous)
             result.end_reason = text_of(end_reason)
             result._end_ms = ms
@@ -436,8 +442,8 @@ def decode_entries(
             continue
         # Somebody else's entry; only its names are known, so its values are not looked at.
         if (
-            frame.frame_type is None or (run is None) == (payload is None)
-            or ms == LARGEST or sequence == LARGEST
+            (run is None) == (payload is None)
+            or sequence == 0 or ms == LARGEST or sequence == LARGEST
         ):
             result.foreign += 1
             continue
@@ -450,10 +456,7 @@ def decode_entries(
         if frame.patch_kind is not None:
             frame.patch_kind = patch_kind_of(frame.patch_kind, pointer)
         if run is not None:
-            if count is None:
-                bad_entry()
-            number_of(count, &frames)
-            add_run(result.frames, run, frame, frames, after)
+            add_run(result.frames, run, frame, after)
         elif sequence > after:
             frame.payload = payload
             frame.ts_ms = ms
@@ -471,6 +474,7 @@ def weigh_entries(list entries not None):
     cdef Py_ssize_t total = 0
     cdef long long frames = 0
     cdef long long count
+    cdef const unsigned char* start
     for item in entries:
         fields = fields_of(item)
         count = 1
@@ -481,8 +485,12 @@ def weigh_entries(list entries not None):
             value = checked_bytes(fields[at + 1])
             at += 2
             total += PyBytes_GET_SIZE(value)
-            if is_field(name, "count", 5) and PyBytes_GET_SIZE(value) <= 4 and value.isdigit():
-                number_of(value, &count)
+            # A run of more than two bytes' count would be damaged; decoding says so.
+            if is_field(name, "run", 3) and PyBytes_GET_SIZE(value) > 2:
+                start = <const unsigned char*>PyBytes_AS_STRING(value)
+                count = start[0]
+                if count >= 128:
+                    count += 128 * <long long>start[1] - 128
         frames += count
     return frames, total
 
@@ -548,5 +556,6 @@ def decode_run(bytes run not None, long long count):
     cdef StreamFrame shared = StreamFrame.__new__(StreamFrame)
     cdef StreamFrame frame
     shared.sequence = count
-    add_run(frames, run, shared, count, 0)
+    if add_run(frames, run, shared, 0) != count:
+        bad_entry()
     return [(<StreamFrame>frame).payload for frame in frames]

@@ -21,7 +21,7 @@ class WriterCore:
     def __init__(
         self,
         *,
-        keys: tuple[bytes, bytes, bytes, bytes, bytes],
+        keys: tuple[bytes, bytes, bytes, bytes],
         writer: bytes,
         mode: StreamMode,
         opened: tuple[object, ...],

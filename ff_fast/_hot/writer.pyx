@@ -64,11 +64,8 @@ cdef extern from "Python.h":
     int PyGC_Enable() noexcept
 
 cdef enum:
-    # core, meta and log; live and summary for the batches that need them.
-    MIN_KEYS = 3
-    MAX_KEYS = 5
-    # "FCALL", "ff_append" and the number of keys, as bulk strings.
-    HEAD_SIZE = 11 + 15 + 7
+    # "FCALL" and "ff_append" as bulk strings.
+    HEAD_SIZE = 11 + 15
     # Mirrors of lua/prelude.lua.
     MAX_PAYLOAD = 65536
     MAX_FRAMES = 1024
@@ -87,9 +84,8 @@ cdef enum:
     IDLE_RUNS = 2
     IDLE_SHAPES = 4
     KNOWN_SHAPES = 64
-    # The log is trimmed once in so many durable frames: a trim costs the server as much as half a
-    # frame.
-    TRIM_EVERY = 128
+    # The log is trimmed once in so many durable frames: a trim costs the server as much as a frame.
+    TRIM_EVERY = 256
     # Patches smaller than this are not worth a fresh document.
     COMPACT_BYTES = 4096
     ESTIMATOR_EVERY_US = 1_000_000
@@ -98,6 +94,12 @@ cdef enum:
     STEPS = 16
     FIRST_MARKS = 8
     MAX_MARKS = 32
+
+# The streams and the hash that a request needs beside meta.
+cdef enum Use:
+    USES_LOG = 1
+    USES_LIVE = 2
+    USES_SUMMARY = 4
 
 cdef enum Kind:
     LOG = 0
@@ -134,9 +136,7 @@ cdef class _Shape:
     cdef long long floor
     cdef long long ceiling
     cdef double alpha
-    # For the log: the frame type. For the live window: empty.
-    cdef bytes name
-    # Field-value pairs as RESP, and how many pairs.
+    # Field-value pairs of what is not usual, as RESP, and how many pairs.
     cdef bytes fields
     cdef Py_ssize_t field_count
     # Summary frames: their patch kind with its pointer, as the summary names it, and the pointer
@@ -217,7 +217,8 @@ cdef _Shape make_shape(
     shape.correlation_id = correlation_id
     shape.encoding = encoding
     shape.source = source
-    shape.name = checked_text("frame_type", frame_type)
+    if frame_type != "token":
+        pairs += [b"frame_type", checked_text("frame_type", frame_type)]
     if mode.wire == "durable":
         shape.kind = LOG
     else:
@@ -227,7 +228,6 @@ cdef _Shape make_shape(
         shape.floor = config.maxlen_floor
         shape.ceiling = config.maxlen_ceiling
         shape.alpha = config.ema_alpha
-        pairs += [b"mode", mode.wire.encode(), b"frame_type", shape.name]
     if correlation_id is not None:
         pairs += [b"correlation_id", checked_text("correlation_id", correlation_id)]
     if encoding != "utf8":
@@ -236,7 +236,7 @@ cdef _Shape make_shape(
         pairs += [b"source", checked_text("source", source)]
     if shape.kind == PATCH:
         wire = mode.patch_kind.wire.encode()
-        pairs += [b"patch_kind", wire]
+        pairs += [b"mode", mode.wire.encode(), b"patch_kind", wire]
         if mode.patch_kind.pointer is not None:
             shape.pointer = mode.patch_kind.pointer.encode()
             pairs += [b"pointer", shape.pointer]
@@ -250,11 +250,11 @@ cdef class WriterCore:
     """Frames of one attempt to requests, batched, resent and acknowledged (see the module).
 
     Args:
-        keys: core, meta, log, live and summary key of the attempt.
+        keys: meta, log, live and summary key of the attempt.
         writer: Id under which the writer was opened; it holds the fence.
         mode: Mode of frames that name none.
-        opened: What `ff_open_writer` answered: last sequence, last ms, last visible sequence,
-            estimator state, summary version.
+        opened: What `ff_open_writer` answered: ms and sequence of the last id, last visible
+            sequence, estimator state, summary version.
         document: The summary at that version; None where the version is 0.
         retention_maxlen: Least number of durable frames that the log keeps, from 1.
         max_unacknowledged_bytes: Past this many bytes kept for the server, `write` raises
@@ -270,7 +270,7 @@ cdef class WriterCore:
     cdef public bint waiting
     cdef object _mode
     cdef bytes _keys
-    cdef Py_ssize_t _key_ends[3]
+    cdef Py_ssize_t _key_ends[4]
     cdef bytes _writer
     # The open batch: payloads back to back, a length and a time for each frame, runs, and the shape
     # of each run.
@@ -365,6 +365,8 @@ cdef class WriterCore:
         bytes document=None, long long retention_maxlen=10_000,
         Py_ssize_t max_unacknowledged_bytes=32 << 20, double linger_ms=0.0,
     ):
+        cdef Py_ssize_t end = 0
+        cdef Py_ssize_t i
         if retention_maxlen < 1:
             raise InvalidInput("retention_maxlen must be at least 1.")
         if not 0.0 <= linger_ms <= 1000.0:
@@ -373,12 +375,11 @@ cdef class WriterCore:
             raise InvalidInput("max_unacknowledged_bytes must be at least 1.")
         self._keys = bulks(list(keys))
         self._writer = bulks([writer])
-        # A request names the keys that it needs: core, meta and log, then live, then summary.
-        self._key_ends[2] = PyBytes_GET_SIZE(self._keys)
-        self._key_ends[1] = self._key_ends[2] - bulk_size(len(keys[4]))
-        self._key_ends[0] = self._key_ends[1] - bulk_size(len(keys[3]))
+        for i in range(4):
+            end += bulk_size(len(keys[i]))
+            self._key_ends[i] = end
         self._mode = mode
-        self._sequence, self._acked_ms, self._visible, estimator, self.summary_version = opened
+        self._acked_ms, self._sequence, self._visible, estimator, self.summary_version = opened
         self._told_visible = -1 if self._visible == self._sequence else self._visible
         self._acked_sequence = self._sequence
         self.first_sequence = self._sequence + 1
@@ -601,27 +602,6 @@ cdef class WriterCore:
 
     # -- sealing --------------------------------------------------------------------------------
 
-    cdef Py_ssize_t _fields_size(self, Run* run, _Shape shape) noexcept:
-        """Wire size of a live entry's count, field count and fields, but the last field's value."""
-        cdef Py_ssize_t fields = self._field_count(run, shape)
-        cdef Py_ssize_t total = number_size(run.count) + number_size(fields)
-        total += PyBytes_GET_SIZE(shape.fields)
-        if run.previous >= 0:
-            total += bulk_size(4) + number_size(run.previous)
-        if shape.kind == PATCH:
-            total += bulk_size(15) + number_size(run.base_version + run.count)
-        if run.count > 1:
-            total += bulk_size(5) + number_size(run.count) + bulk_size(3)
-        else:
-            total += bulk_size(7)
-        return total
-
-    cdef Py_ssize_t _field_count(self, Run* run, _Shape shape) noexcept:
-        return (
-            shape.field_count + (run.previous >= 0) + (shape.kind == PATCH)
-            + (2 if run.count > 1 else 1)
-        )
-
     cdef Py_ssize_t _run_bytes(self, Run* run, long long now) noexcept:
         """Size of the run's value: one payload, or the layout of several."""
         cdef Py_ssize_t total = varint_size(run.count) + run.size
@@ -670,13 +650,13 @@ cdef class WriterCore:
         """The open batch as a request."""
         cdef Batch batch = Batch.__new__(Batch)
         cdef long long now = now_us()
-        # FCALL, the function, the number of keys, writer and first sequence; keys come later.
+        # FCALL, the function, the number of keys, writer and previous sequence; keys come later.
         cdef Py_ssize_t parts = 5
-        cdef Py_ssize_t key_count = MIN_KEYS
         cdef Py_ssize_t total = HEAD_SIZE + PyBytes_GET_SIZE(self._writer)
         cdef Py_ssize_t durable = 0
         cdef Py_ssize_t live = 0
-        cdef Py_ssize_t index, i, value_size, extras
+        cdef Py_ssize_t index, i, value_size, first
+        cdef int uses = 0
         cdef Run* run
         cdef _Shape shape
         cdef list names = []
@@ -686,99 +666,63 @@ cdef class WriterCore:
         cdef const char* data
         batch.first_sequence = self._sequence - self._count + 1
         batch.frame_count = self._count
-        total += number_size(batch.first_sequence)
+        total += number_size(batch.first_sequence - 1)
         for index in range(self._run_count):
             run = &self._runs[index]
             shape = <_Shape>self._shapes[index]
             if shape.kind == LOG:
-                extras = shape.field_count
+                uses |= USES_LOG
                 durable += run.count
-                if run.previous >= 0:
-                    # `prev` belongs to the first frame alone, so that one is a block of its own.
-                    parts += 4 + 2 * (extras + 1) + 1
-                    total += (
-                        bulk_size(1) + number_size(1) + bulk_size(PyBytes_GET_SIZE(shape.name))
-                        + number_size(extras + 1) + bulk_size(4) + number_size(run.previous)
-                        + PyBytes_GET_SIZE(shape.fields)
-                    )
-                if run.count > (run.previous >= 0):
-                    parts += 3 + run.count - (run.previous >= 0)
-                    total += (
-                        bulk_size(1) + number_size(run.count - (run.previous >= 0))
-                        + bulk_size(PyBytes_GET_SIZE(shape.name))
-                    )
-                    if extras:
-                        parts += 1 + 2 * extras
-                        total += number_size(extras) + PyBytes_GET_SIZE(shape.fields)
+                parts += run.count
+                # `prev` belongs to the first frame alone, so that one is a block of its own.
+                first = 1 if run.previous >= 0 else 0
+                if first:
+                    total += head_size(shape, 1, run.previous, 0, &parts)
+                if run.count > first:
+                    total += head_size(shape, run.count - first, -1, 0, &parts)
                 for i in range(run.first, run.first + run.count):
                     total += bulk_size(self._lengths[i])
-            else:
-                live += run.count
-                key_count = max(key_count, MAX_KEYS if shape.kind == PATCH else MIN_KEYS + 1)
-                parts += 3 + 2 * self._field_count(run, shape)
-                total += (
-                    bulk_size(1) + self._fields_size(run, shape)
-                    + bulk_size(self._run_bytes(run, now))
-                )
-                name = None
-                if shape.kind == PATCH:
-                    name = self._pending_field(run, shape)
-                    parts += 2
-                    total += bulk_size(PyBytes_GET_SIZE(name)) + number_size(run.base_version)
-                names.append(name)
+                continue
+            live += run.count
+            uses |= USES_LIVE
+            parts += 1
+            name = None
+            if shape.kind == PATCH:
+                uses |= USES_SUMMARY
+                name = self._pending_field(run, shape)
+                parts += 2
+                total += bulk_size(PyBytes_GET_SIZE(name)) + number_size(run.base_version)
+            names.append(name)
+            total += head_size(shape, run.count, run.previous, version_after(run, shape), &parts)
+            total += bulk_size(self._run_bytes(run, now))
         batch.live_count = live
-        tail = self._retention(batch, now, durable, &parts, &key_count)
-        parts += key_count
-        total += self._key_ends[key_count - MIN_KEYS]
+        tail = self._retention(batch, now, durable, &parts, &uses)
+        total += self._put_keys(NULL, uses, &parts)
         total += 1 + digits(parts) + 2 + PyBytes_GET_SIZE(tail)
         batch.message = PyBytes_FromStringAndSize(NULL, total)
         start = PyBytes_AS_STRING(batch.message)
         out = put_length(start, c'*', parts)
         out = put_bulk(out, "FCALL", 5)
         out = put_bulk(out, "ff_append", 9)
-        out = put_number(out, key_count)
-        out = put_raw(out, PyBytes_AS_STRING(self._keys), self._key_ends[key_count - MIN_KEYS])
+        out += self._put_keys(out, uses, &parts)
         out = put_raw(out, PyBytes_AS_STRING(self._writer), PyBytes_GET_SIZE(self._writer))
-        out = put_number(out, batch.first_sequence)
+        out = put_number(out, batch.first_sequence - 1)
         live = 0
         for index in range(self._run_count):
             run = &self._runs[index]
             shape = <_Shape>self._shapes[index]
             if shape.kind == LOG:
                 data = self._data + run.offset
-                i = run.first
-                if run.previous >= 0:
-                    out = put_log_block(out, shape, 1, 1)
-                    out = put_bulk(out, "prev", 4)
-                    out = put_number(out, run.previous)
-                    out = put_fields(out, shape)
+                first = 1 if run.previous >= 0 else 0
+                if first:
+                    out = put_head(out, shape, 1, run.previous, 0)
+                for i in range(run.first, run.first + run.count):
+                    if i == run.first + first:
+                        out = put_head(out, shape, run.count - first, -1, 0)
                     out = put_bulk(out, data, self._lengths[i])
                     data += self._lengths[i]
-                    i += 1
-                if i < run.first + run.count:
-                    out = put_log_block(out, shape, run.first + run.count - i, 0)
-                    out = put_fields(out, shape)
-                while i < run.first + run.count:
-                    out = put_bulk(out, data, self._lengths[i])
-                    data += self._lengths[i]
-                    i += 1
                 continue
-            out = put_bulk(out, "S" if shape.kind == PATCH else "V", 1)
-            out = put_number(out, run.count)
-            out = put_number(out, self._field_count(run, shape))
-            out = put_fields(out, shape)
-            if run.previous >= 0:
-                out = put_bulk(out, "prev", 4)
-                out = put_number(out, run.previous)
-            if shape.kind == PATCH:
-                out = put_bulk(out, "summary_version", 15)
-                out = put_number(out, run.base_version + run.count)
-            if run.count > 1:
-                out = put_bulk(out, "count", 5)
-                out = put_number(out, run.count)
-                out = put_bulk(out, "run", 3)
-            else:
-                out = put_bulk(out, "payload", 7)
+            out = put_head(out, shape, run.count, run.previous, version_after(run, shape))
             value_size = self._run_bytes(run, now)
             out = put_length(out, c'$', value_size)
             out = self._put_run(out, run, now)
@@ -799,9 +743,33 @@ cdef class WriterCore:
         self.unacknowledged_bytes += total - self._size
         return batch
 
+    cdef Py_ssize_t _put_keys(self, char* out, int uses, Py_ssize_t* parts) noexcept:
+        """Write the number of keys and the keys that a request needs, and return their size; where
+        *out* is NULL only count them among its *parts*."""
+        cdef const char* keys = PyBytes_AS_STRING(self._keys)
+        cdef Py_ssize_t meta_end = self._key_ends[0]
+        cdef Py_ssize_t start = meta_end
+        cdef Py_ssize_t count = 2
+        cdef Py_ssize_t end
+        if uses & USES_SUMMARY:
+            count = 4
+        elif uses == (USES_LOG | USES_LIVE):
+            count = 3
+        end = self._key_ends[count - 1]
+        if uses == USES_LIVE:
+            start = self._key_ends[1]
+            end = self._key_ends[2]
+        if out is NULL:
+            parts[0] += count
+        else:
+            out = put_number(out, count)
+            out = put_raw(out, keys, meta_end)
+            put_raw(out, keys + start, end - start)
+        return number_size(count) + meta_end + end - start
+
     cdef bytes _retention(
         self, Batch batch, long long now, Py_ssize_t durable, Py_ssize_t* parts,
-        Py_ssize_t* key_count,
+        int* uses,
     ):
         """The blocks behind the frames: trims, expiry, estimator state and a fresh document, where
         they are due."""
@@ -813,6 +781,7 @@ cdef class WriterCore:
         if self._durable_since_trim >= TRIM_EVERY:
             self._durable_since_trim = 0
             tail += [b"K", b"%d" % self._retention_maxlen]
+            uses[0] |= USES_LOG
         if batch.live_count:
             for i in range(self._run_count):
                 self._widen(<_Shape>self._shapes[i], now)
@@ -832,7 +801,7 @@ cdef class WriterCore:
         if self._renew or (batch.live_count and now >= self._renewed_us + self._ttl_ms * 250):
             batch.renews = True
             tail += [b"P", b"%d" % (2 * self._ttl_ms)]
-            key_count[0] = max(key_count[0], MIN_KEYS + 1)
+            uses[0] |= USES_LIVE
         if self._visible != self._sequence:
             if self._told_visible != self._visible:
                 tail += [b"H", b"%d" % self._visible]
@@ -853,7 +822,7 @@ cdef class WriterCore:
                 tail += [
                     b"C", b"%d" % self.summary_version, self._document.dumps(), self._patch_kind
                 ]
-                key_count[0] = MAX_KEYS
+                uses[0] |= USES_SUMMARY
                 self._pending_bytes = 0
                 self._stored_bytes = self._document.size
             except (Corruption, MemoryError):
@@ -992,7 +961,7 @@ cdef class WriterCore:
             None, or the error after which the batch waits to be sent again: the shell repairs what
             it says (loads the library, backs off) and asks for the next batch.
         """
-        cdef long long values[4]
+        cdef long long values[5]
         cdef long long acked, now
         if self._ending is not None or not self._in_flight or self._in_flight[0] is not batch:
             return None
@@ -1010,8 +979,8 @@ cdef class WriterCore:
         self._returned.clear()
         self._stored(batch)
         now = now_us()
-        self.lease_left_ms = values[2]
-        self.cancel_requested = values[3] != 0
+        self.lease_left_ms = max(values[3] - values[2], 0)
+        self.cancel_requested = values[4] != 0
         if batch.frame_count:
             self._acked_sequence = acked
             self._acked_ms = max(self._acked_ms, values[0])
@@ -1206,7 +1175,7 @@ cdef class WriterCore:
     @property
     def last_id(self):
         """Id of the newest acknowledged frame, ``0-0`` for none."""
-        return f"{self._acked_ms}-{self._acked_sequence}"
+        return f"{self._acked_ms}-{self._acked_sequence}" if self._acked_sequence else "0-0"
 
     @property
     def rate_hz(self):
@@ -1222,25 +1191,64 @@ cdef inline unsigned long long age_ms(long long now, long long then) noexcept no
     return <unsigned long long>((now - then) // 1000) if now > then else 0
 
 
-cdef inline char* put_fields(char* out, _Shape shape) noexcept:
-    return put_raw(out, PyBytes_AS_STRING(shape.fields), PyBytes_GET_SIZE(shape.fields))
+cdef inline long long version_after(Run* run, _Shape shape) noexcept:
+    """Version of the document after a run of patches; 0 for other frames."""
+    return run.base_version + run.count if shape.kind == PATCH else 0
 
 
-cdef char* put_log_block(char* out, _Shape shape, Py_ssize_t count, Py_ssize_t more) noexcept:
-    cdef Py_ssize_t extras = shape.field_count + more
-    out = put_bulk(out, "X" if extras else "L", 1)
+cdef inline Py_ssize_t extras_of(_Shape shape, long long previous, long long version) noexcept:
+    return shape.field_count + (previous >= 0) + (version > 0)
+
+
+cdef Py_ssize_t head_size(
+    _Shape shape, Py_ssize_t count, long long previous, long long version, Py_ssize_t* parts
+) noexcept:
+    """Size of what `put_head` writes; its arguments are added to *parts*."""
+    cdef Py_ssize_t extras = extras_of(shape, previous, version)
+    cdef Py_ssize_t total = bulk_size(1) + number_size(count)
+    parts[0] += 2
+    if extras:
+        parts[0] += 1 + 2 * extras
+        total += number_size(extras) + PyBytes_GET_SIZE(shape.fields)
+    if previous >= 0:
+        total += bulk_size(4) + number_size(previous)
+    if version > 0:
+        total += bulk_size(15) + number_size(version)
+    return total
+
+
+cdef char* put_head(
+    char* out, _Shape shape, Py_ssize_t count, long long previous, long long version
+) noexcept:
+    """What stands in a block before its payloads, or its run."""
+    cdef Py_ssize_t extras = extras_of(shape, previous, version)
+    if shape.kind == LOG:
+        out = put_bulk(out, "X" if extras else "L", 1)
+    elif shape.kind == LIVE:
+        out = put_bulk(out, "W" if extras else "V", 1)
+    else:
+        out = put_bulk(out, "S", 1)
     out = put_number(out, count)
-    out = put_bulk(out, PyBytes_AS_STRING(shape.name), PyBytes_GET_SIZE(shape.name))
-    return put_number(out, extras) if extras else out
+    if extras:
+        out = put_number(out, extras)
+        out = put_raw(out, PyBytes_AS_STRING(shape.fields), PyBytes_GET_SIZE(shape.fields))
+    if previous >= 0:
+        out = put_bulk(out, "prev", 4)
+        out = put_number(out, previous)
+    if version > 0:
+        out = put_bulk(out, "summary_version", 15)
+        out = put_number(out, version)
+    return out
 
 
 cdef bint parse_position(bytes reply, long long* values) noexcept:
-    """Four integers with a space between each two."""
+    """``<ms>-<sequence> <now> <expires> <cancel>``."""
     cdef const char* at = PyBytes_AS_STRING(reply)
     cdef const char* end = at + PyBytes_GET_SIZE(reply)
+    cdef const char* separators = "-   "
     cdef int i
     cdef Py_ssize_t width
-    for i in range(4):
+    for i in range(5):
         values[i] = 0
         width = 0
         while at < end and c'0' <= at[0] <= c'9':
@@ -1251,8 +1259,8 @@ cdef bint parse_position(bytes reply, long long* values) noexcept:
             width += 1
         if width == 0:
             return False
-        if i < 3:
-            if at >= end or at[0] != c' ':
+        if i < 4:
+            if at >= end or at[0] != separators[i]:
                 return False
             at += 1
     return at == end
@@ -1276,26 +1284,24 @@ cdef list frames_of(Batch batch):
     at = 2
     while at < len(argv):
         letter = argv[at]
-        if letter in (b"L", b"X"):
+        if letter in b"LXVWS":
             count = int(argv[at + 1])
-            shared = [b"frame_type", argv[at + 2]]
-            at += 3
-            if letter == b"X":
+            at += 2
+            shared = []
+            if letter in b"XWS":
                 extras = 2 * int(argv[at])
-                shared += argv[at + 1:at + 1 + extras]
+                shared = argv[at + 1:at + 1 + extras]
                 at += 1 + extras
-            for payload in argv[at:at + count]:
-                sequence += 1
-                entry = [b"0-%d" % sequence, [*shared, b"payload", payload]]
-                frames.extend(decode_entries([entry], 0).frames)
-            at += count
-        elif letter in (b"V", b"S"):
-            fields = int(argv[at + 2])
-            sequence += int(argv[at + 1])
-            at += 3
-            entry = [b"0-%d" % sequence, list(argv[at:at + 2 * fields])]
-            frames.extend(decode_entries([entry], 0).frames)
-            at += 2 * fields + (2 if letter == b"S" else 0)
+            live = letter in b"VWS"
+            # A live entry stands for all its frames, under the id of the last one.
+            entry_frames = count if live else 1
+            name = b"run" if entry_frames > 1 else b"payload"
+            for value in argv[at:at + count // entry_frames]:
+                sequence += entry_frames
+                entry = [b"0-%d" % sequence, [name, value, *shared]]
+                frames.extend(decode_entries([entry], 0, live=live).frames)
+                at += 1
+            at += 2 if letter == b"S" else 0
         else:
             at += 4 if letter == b"C" else 2
     return frames

@@ -32,7 +32,7 @@ def varint(value):
 
 
 def run_of(payloads, ages=None):
-    """The value of the field `run`, from its description in ff_fast/_hot/frames.pyx."""
+    """A run, from its description in ff_fast/_hot/frames.pyx."""
     ages = ages or [0] * len(payloads)
     return (
         varint(len(payloads))
@@ -46,29 +46,34 @@ def number(value):
     return b"%d" % value
 
 
-def log(*payloads, frame_type=b"token", extras=()):
-    if extras:
-        count = number(len(extras) // 2)
-        return [b"X", number(len(payloads)), frame_type, count, *extras, *payloads]
-    return [b"L", number(len(payloads)), frame_type, *payloads]
+def block(plain, with_fields, count, fields, *values):
+    """A block of frames: one letter without fields, another with fields."""
+    if fields:
+        return [with_fields, number(count), number(len(fields) // 2), *fields, *values]
+    return [plain, number(count), *values]
 
 
-def live(*payloads, mode=b"best_effort", fields=(), letter=b"V"):
-    shared = [b"mode", mode, b"frame_type", b"token", *fields]
-    if len(payloads) == 1:
-        shared += [b"payload", payloads[0]]
-    else:
-        ages = list(range(len(payloads) * 100, 0, -100))
-        shared += [b"count", number(len(payloads)), b"run", run_of(payloads, ages)]
-    return [letter, number(len(payloads)), number(len(shared) // 2), *shared]
+def log(*payloads, extras=()):
+    return block(b"L", b"X", len(payloads), extras, *payloads)
+
+
+def run_value(*payloads):
+    """What stands for several frames in the live window: one payload, or a run."""
+    ages = list(range(len(payloads) * 100, 0, -100))
+    return payloads[0] if len(payloads) == 1 else run_of(payloads, ages)
+
+
+def live(*payloads, fields=()):
+    return block(b"V", b"W", len(payloads), fields, run_value(*payloads))
 
 
 def patches(*payloads, base, fields=()):
     version, count = base + len(payloads), len(payloads)
     form = b"patch" if count == 1 else b"run"
-    about = (b"patch_kind", b"json-merge-patch", b"summary_version", number(version), *fields)
+    about = [b"mode", b"summary", b"patch_kind", b"json-merge-patch", *fields]
+    about += [b"summary_version", number(version)]
     return [
-        *live(*payloads, mode=b"summary", fields=about, letter=b"S"),
+        *block(b"", b"S", count, about, run_value(*payloads)),
         b"%b:%d:%d:json-merge-patch:" % (form, version, count),
         number(base),
     ]
@@ -88,7 +93,8 @@ class Stream:
         attempt = ops.Attempt.of(self.handle)
         self.fence = attempt.fence
         self.keys = attempt.stream_keys
-        self.core, self.meta, self.log, self.live, self.summary = self.keys
+        self.core = keys.core(self.eid)
+        self.meta, self.log, self.live, self.summary = self.keys
 
     def claim(self, **options):
         return self.backend.claim(lane=self.lane, worker_id="w", worker_instance_id="i", **options)
@@ -106,18 +112,25 @@ class Stream:
         names = (self.core, self.meta, self.summary)
         return self.call("ff_open_writer", names, self.writer_id(writer, fence))
 
-    def append(self, *blocks, first=1, fence=None, writer=WRITER, keys=None):
-        """The answer: (ms, sequence) of the position, or the error that the answer stands for."""
-        first = first if isinstance(first, bytes) else number(first)
+    def append(self, *blocks, first=1, previous=None, fence=None, writer=WRITER, names=None):
+        """The answer: (ms, sequence) of the position, or the error that the answer stands for.
+
+        *names* are those of the keys that the call is told of; all of them by default.
+        """
+        previous = number(first - 1) if previous is None else previous
         args = [part for block in blocks for part in block]
         writer_id = self.writer_id(writer, fence)
-        reply = self.call("ff_append", self.keys[:keys], writer_id, first, *args)
+        used = self.keys if names is None else [getattr(self, name) for name in names.split()]
+        before = server_ms(self.raw)
+        reply = self.call("ff_append", used, writer_id, previous, *args)
         if isinstance(reply, list):
             assert reply[0] == 0
             return errors.for_code(reply[1].decode(), reply[2:])
-        ms, sequence, left, cancel = map(int, reply.split(b" "))
-        assert left > 0
-        assert cancel in (0, 1)
+        identity, now, expires, cancel = reply.split(b" ")
+        ms, sequence = map(int, identity.split(b"-"))
+        assert before <= int(now) <= server_ms(self.raw)
+        assert int(now) < int(expires) == int(self.raw.hget(self.meta, "lease_expires_at"))
+        assert cancel in (b"0", b"1")
         return ms, sequence
 
     def everything(self):
@@ -150,8 +163,12 @@ class Stream:
         assert [frame.sequence for frame in page] == list(range(1, len(page) + 1))
         return [frame.payload for frame in page]
 
-    def set_last_sequence(self, value):
-        self.raw.hset(self.meta, "last_sequence", value)
+    def set_last(self, *, ms=None, sequence=None):
+        """Change one part of the id of the last frame."""
+        stored_ms, stored_sequence = map(int, self.raw.hget(self.meta, "last_id").split(b"-"))
+        ms = stored_ms if ms is None else ms
+        sequence = stored_sequence if sequence is None else sequence
+        self.raw.hset(self.meta, "last_id", f"{ms}-{sequence}")
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +306,7 @@ def test_a_fence_that_differs_in_any_part_is_stale(stream, part, value):
 def test_a_writer_id_is_a_fence_and_a_text(stream, writer):
     before = stream.everything()
     for function, names, args in (
-        ("ff_append", stream.keys, (writer, b"1", *log(b"x"))),
+        ("ff_append", stream.keys, (writer, b"0", *log(b"x"))),
         ("ff_open_writer", (stream.core, stream.meta, stream.summary), (writer,)),
     ):
         assert stream.call(function, names, *args) == [0, b"invalid_input", b"writer"]
@@ -299,7 +316,7 @@ def test_a_writer_id_is_a_fence_and_a_text(stream, writer):
 def test_nobody_appends_under_a_part_of_the_writer_id(stream):
     whole = stream.writer_id()
     for writer in (whole[:-1], whole + b"x", whole + b"\x00", whole.upper()):
-        reply = stream.call("ff_append", stream.keys, writer, b"1", *log(b"x"))
+        reply = stream.call("ff_append", stream.keys, writer, b"0", *log(b"x"))
         assert reply in ([0, b"writer_superseded"], [0, b"stale_owner"])
 
 
@@ -324,6 +341,30 @@ def test_a_lease_lapses_by_the_servers_clock(raw, backend, lane, wait_until):
     stream.refused("lease_expired", log(b"y"), first=2)
 
 
+@pytest.mark.parametrize("expires_at", [b"1", b"99", b"9" * 12, b"1000000000000", b"0" * 12 + b"9"])
+def test_a_lease_that_ended_long_ago_has_ended(stream, expires_at):
+    """A time of fewer digits is an earlier one, although its text may be behind today's."""
+    stream.append(log(b"1"))
+    stream.raw.hset(stream.meta, "lease_expires_at", expires_at)
+    stream.refused("lease_expired", log(b"2"), first=2)
+    stream.refused("lease_expired", live(b"2"), first=2, names="meta live")
+    stream.refused("lease_expired", log(b"1"))
+    stream.refused("lease_expired", [b"K", b"1"], first=2)
+    assert stream.open(b"writer-2") == [0, b"lease_expired"]
+
+
+@pytest.mark.parametrize("expires_at", [b"9999999999999", b"10000000000000", b"100000000000000"])
+def test_a_lease_that_ends_in_ages_has_not_ended(stream, expires_at):
+    """A time of more digits is a later one, although its text may be before today's."""
+    stream.raw.hset(stream.meta, "lease_expires_at", expires_at)
+    answer = stream.append(log(b"1"))
+    assert stream.repeated(log(b"1")) == answer
+    assert stream.append(live(b"2"), first=2, names="meta live")[1] == 2
+    assert stream.payloads() == [b"1", b"2"]
+    left = stream.backend.describe_stream(stream.eid, 0).lease_left_ms
+    assert left == pytest.approx(int(expires_at) - server_ms(stream.raw), abs=60_000)
+
+
 def test_a_gap_says_what_was_expected(stream):
     stream.append(log(b"1", b"2"))
     error = stream.refused("sequence_gap", log(b"x"), first=4)
@@ -332,10 +373,12 @@ def test_a_gap_says_what_was_expected(stream):
     assert (error.expected, error.got) == (3, MAX_INT)
 
 
-@pytest.mark.parametrize("first", [*NOT_INTEGERS, b"0"])
-def test_a_sequence_is_a_whole_number_from_1(stream, first):
+@pytest.mark.parametrize("previous", NOT_INTEGERS)
+def test_the_sequence_of_the_frame_before_is_a_whole_number(stream, previous):
+    stream.refused("invalid_input", log(b"x"), previous=previous)
     stream.append(log(*[b"x"] * 1024))
-    stream.refused("invalid_input", log(b"x"), first=first)
+    stream.refused("invalid_input", log(b"x"), previous=previous)
+    stream.refused("invalid_input", previous=previous)
 
 
 @pytest.mark.parametrize(
@@ -365,30 +408,30 @@ def replaced(block, at, value):
 
 
 ONE_LOG, ONE_LIVE = log(b"p"), live(b"p")
-ONE_EXTRA = log(b"p", extras=[b"f", b"v"])
+ONE_EXTRA, ONE_WIDE = log(b"p", extras=[b"f", b"v"]), live(b"p", fields=[b"f", b"v"])
+ONE_PATCH = patches(b"{}", base=0)
 TWO_PATCHES = [*patches(b"{}", base=0), *patches(b"{}", base=1)]
 COUNTS = [*NOT_INTEGERS, b"0"]
+EACH_BLOCK = {
+    "log": ONE_LOG, "live": ONE_LIVE, "extras": ONE_EXTRA, "wide": ONE_WIDE, "patch": ONE_PATCH,
+}  # fmt: skip
+WITH_FIELDS = {"extras": ONE_EXTRA, "wide": ONE_WIDE, "patch": ONE_PATCH}
 MALFORMED = {
     "unknown letter": [b"Z"],
     "lower case": replaced(ONE_LOG, 0, b"l"),
     "empty letter": replaced(ONE_LOG, 0, b""),
-    **{f"log cut {n}": ONE_LOG[:n] for n in range(1, len(ONE_LOG))},
-    **{f"log count {count}": replaced(ONE_LOG, 1, count) for count in COUNTS},
+    **{f"{name} cut {n}": block[:n] for name, block in EACH_BLOCK.items() for n in range(1, len(block))},
+    **{f"{name} count {count}": replaced(block, 1, count) for name, block in EACH_BLOCK.items() for count in COUNTS},
     "log count of more": replaced(ONE_LOG, 1, b"2"),
-    **{f"extras cut {n}": ONE_EXTRA[:n] for n in range(1, len(ONE_EXTRA))},
-    **{f"extras count {count}": replaced(ONE_EXTRA, 1, count) for count in COUNTS},
     "extras count of more": replaced(ONE_EXTRA, 1, b"2"),
-    **{f"log extras {count}": replaced(ONE_EXTRA, 3, count) for count in NOT_INTEGERS},
-    "log extras of more": replaced(ONE_EXTRA, 3, b"2"),
-    "log 33 extras": log(b"p", extras=[b"f", b"v"] * 33),
-    **{f"live cut {n}": ONE_LIVE[:n] for n in range(1, len(ONE_LIVE))},
-    **{f"live count {count}": replaced(ONE_LIVE, 1, count) for count in COUNTS},
-    **{f"live fields {count}": replaced(ONE_LIVE, 2, count) for count in COUNTS},
-    "live 33 fields": live(b"p", fields=[b"f", b"v"] * 30),
-    "live fields of more": replaced(ONE_LIVE, 2, b"4"),
-    "patch without base": patches(b"{}", base=0)[:-1],
-    "patch without field": patches(b"{}", base=0)[:-2],
-    **{f"patch base {base}": [*patches(b"{}", base=0)[:-1], base] for base in NOT_INTEGERS},
+    **{f"{name} fields {count}": replaced(block, 2, count) for name, block in WITH_FIELDS.items() for count in NOT_INTEGERS},
+    "log fields of more": replaced(ONE_EXTRA, 2, b"2"),
+    "live fields of more": replaced(ONE_WIDE, 2, b"2"),
+    "patch fields of more": replaced(ONE_PATCH, 2, b"4"),
+    "log 33 fields": log(b"p", extras=[b"f", b"v"] * 33),
+    "live 33 fields": live(b"p", fields=[b"f", b"v"] * 33),
+    "patch 33 fields": patches(b"p", base=0, fields=[b"f", b"v"] * 30),
+    **{f"patch base {base}": [*ONE_PATCH[:-1], base] for base in NOT_INTEGERS},
     "patches that do not follow": [*TWO_PATCHES[:-1], b"2"],
     **{f"document version {version}": [b"C", version, b"{}", b"k"] for version in COUNTS},
     "document cut": [b"C", b"1", b"{}"],
@@ -415,49 +458,124 @@ def test_a_malformed_block_is_refused_whole(stream, block):
 
 @pytest.mark.parametrize("given", range(2))
 def test_missing_arguments_are_refused(stream, given):
-    args = [stream.writer_id(), b"1"][:given]
+    args = [stream.writer_id(), b"0"][:given]
     before = stream.everything()
     reply = stream.call("ff_append", stream.keys, *args)
-    assert reply == [0, b"invalid_input", [b"writer", b"first_sequence"][given]]
+    assert reply == [0, b"invalid_input", [b"writer", b"previous_sequence"][given]]
     assert stream.everything() == before
     if given == 0:
         names = (stream.core, stream.meta, stream.summary)
         assert stream.call("ff_open_writer", names) == [0, b"invalid_input", b"writer"]
 
 
-# Blocks, and how many keys a batch with them needs.
+# Blocks, and the keys that a batch needs whose blocks they are.
 NEEDED_KEYS = {
-    "none": ([], 3),
-    "L": (log(b"x"), 3),
-    "X": (log(b"x", extras=[b"f", b"v"]), 3),
-    "K": ([b"K", b"10"], 3),
-    "E": ([b"E", b"1"], 3),
-    "H": ([b"H", b"0"], 3),
-    "V": (live(b"x"), 4),
-    "V run": (live(b"x", b"y"), 4),
-    "T": ([b"T", b"1-1"], 4),
-    "P": ([b"P", b"60000"], 4),
-    "S": (patches(b"{}", base=0), 5),
-    "C": ([b"C", b"1", b"{}", b"json-merge-patch:"], 5),
+    "none": ([], "meta log"),
+    "L": (log(b"x"), "meta log"),
+    "X": (log(b"x", extras=[b"f", b"v"]), "meta log"),
+    "K": ([b"K", b"10"], "meta log"),
+    "E": ([b"E", b"1"], "meta log"),
+    "H": ([b"H", b"0"], "meta log"),
+    "V": (live(b"x"), "meta live"),
+    "V run": (live(b"x", b"y"), "meta live"),
+    "W": (live(b"x", fields=[b"f", b"v"]), "meta live"),
+    "T": ([b"T", b"1-1"], "meta live"),
+    "P": ([b"P", b"60000"], "meta live"),
+    "S": (patches(b"{}", base=0), "meta log live summary"),
+    "C": ([b"C", b"1", b"{}", b"json-merge-patch:"], "meta log live summary"),
 }
+OF_THE_LOG, OF_THE_WINDOW = ("L", "X", "K"), ("V", "V run", "W", "T", "P")
 
 
-@pytest.mark.parametrize("block, needed", NEEDED_KEYS.values(), ids=NEEDED_KEYS)
-def test_a_batch_names_the_keys_that_it_needs(stream, block, needed):
-    base = 0
-    if block and block[0] == b"C":
-        stream.append(patches(b"{}", base=0))
-        base = 1
-    for given in range(needed):
-        stream.refused("invalid_input", log(b"good"), block, first=base + 1, keys=given)
-    ms, sequence = stream.append(log(b"good"), block, first=base + 1, keys=needed)
+def fewer_than(names):
+    """The first keys of *names*, for each count that is too small."""
+    names = names.split()
+    return [" ".join(names[:count]) for count in range(len(names))]
+
+
+def first_for(stream, block):
+    """A document needs a version, and so a frame before it."""
+    if block[:1] != [b"C"]:
+        return 1
+    stream.append(patches(b"{}", base=0))
+    return 2
+
+
+@pytest.mark.parametrize("name", NEEDED_KEYS)
+def test_a_batch_names_the_keys_that_it_needs(stream, name):
+    block, names = NEEDED_KEYS[name]
+    first = first_for(stream, block)
+    for fewer in fewer_than(names):
+        stream.refused("invalid_input", block, first=first, names=fewer)
+    frames = {"L": 1, "X": 1, "V": 1, "V run": 2, "W": 1, "S": 1}.get(name, 0)
+    answer = stream.append(block, first=first, names=names)
+    assert answer[1] == len(stream.frames()) == first - 1 + frames
     # A repeat is told by the same keys.
-    assert stream.repeated(log(b"good"), block, first=base + 1, keys=needed) == (ms, sequence)
+    if frames:
+        assert stream.repeated(block, first=first, names=names) == answer
 
 
-def test_a_refusal_needs_no_more_keys_than_the_batch(stream):
-    stream.open(b"writer-2")
-    stream.refused("writer_superseded", log(b"x"), keys=3)
+@pytest.mark.parametrize("with_log", [False, True], ids=["window", "log"])
+@pytest.mark.parametrize("name", NEEDED_KEYS)
+def test_a_batch_for_both_streams_names_both(stream, name, with_log):
+    block, names = NEEDED_KEYS[name]
+    good = log(b"good") if with_log else live(b"good")
+    if name in (OF_THE_WINDOW if with_log else OF_THE_LOG):
+        names = "meta log live"
+        # Whichever of the two it names.
+        stream.refused("invalid_input", good, block, names="meta live")
+        stream.refused("invalid_input", block, good, names="meta live")
+        stream.refused("invalid_input", block, good, names="meta log")
+    elif not with_log and names == "meta log":
+        names = "meta live"
+    first = first_for(stream, block)
+    for fewer in fewer_than(names):
+        error = stream.refused("invalid_input", good, block, first=first, names=fewer)
+        assert "keys" in str(error)
+    ms, sequence = stream.append(good, block, first=first, names=names)
+    assert stream.repeated(good, block, first=first, names=names) == (ms, sequence)
+    mode = "durable" if with_log else "best_effort"
+    assert stream.frames()[first - 1].payload == b"good"
+    assert stream.frames()[first - 1].mode == mode
+    assert sequence == len(stream.frames())
+
+
+def test_a_word_on_the_whole_batch_goes_to_either_stream(stream):
+    about = [[b"H", b"0"], [b"E", b"3"]]
+    stream.append(live(b"1"), *about, names="meta live")
+    assert (visible(stream), stream.raw.hget(stream.meta, "estimator")) == (b"0", b"3")
+    stream.append(log(b"2"), [b"H", b""], [b"E", b"4"], first=2, names="meta log")
+    assert (visible(stream), stream.raw.hget(stream.meta, "estimator")) == (None, b"4")
+    assert stream.raw.exists(stream.summary) == 0
+
+
+@pytest.mark.parametrize("names", ["meta log", "meta live", "meta log live"])
+@pytest.mark.parametrize("refusal", REFUSALS[:6], ids=CODES[:6])
+def test_a_refusal_needs_no_more_keys_than_the_batch(stream, refusal, names):
+    """The core, which says why, is spelled from the key of meta."""
+    _, call = spoil(stream, [refusal])
+    frame = live(b"x") if names == "meta live" else log(b"x")
+    assert type(stream.refused(refusal[0], frame, names=names, **call)) is refusal[3]
+
+
+def test_a_repeat_is_looked_for_in_both_streams(stream, next_ms):
+    """Which one has the frame is not known from its number; both are spelled from the key of meta."""
+    first = stream.append(log(b"1"), names="meta log")
+    next_ms()
+    second = stream.append(live(b"2", b"3"), first=2, names="meta live")
+    for names, block in (("meta log", log), ("meta live", live)):
+        assert stream.repeated(block(b"1"), names=names) == first
+        assert stream.repeated(block(b"1", b"2"), names=names) == (second[0], 2)
+        assert stream.repeated(block(b"3"), first=3, names=names) == second
+
+
+@pytest.mark.parametrize("meta", [b"", b"meta", b"ff:stream:x:meta", b"ff:stream:x:0:metadata"])
+def test_no_key_of_meta_is_no_execution(stream, meta):
+    before = stream.everything()
+    reply = stream.call("ff_append", (meta, stream.log), stream.writer_id(), b"0", *log(b"x"))
+    assert reply == [0, b"execution_not_found"]
+    assert stream.everything() == before
+    assert stream.raw.exists(meta) == 0
 
 
 def test_a_batch_without_frames_does_what_it_says(stream):
@@ -477,35 +595,74 @@ def entries(stream, key):
 
 
 def test_extra_fields_stand_on_every_frame_of_their_block(stream):
-    extras = [b"correlation_id", b"c-1", b"encoding", b"binary"]
-    ms, sequence = stream.append(
-        log(b"1"), log(b"2", b"3", frame_type=b"event", extras=extras), log(b"4")
-    )
+    extras = [b"frame_type", b"event", b"correlation_id", b"c-1", b"encoding", b"binary"]
+    ms, sequence = stream.append(log(b"1"), log(b"2", b"3", extras=extras), log(b"4"))
     assert sequence == 4
-    named = [(b"correlation_id", b"c-1"), (b"encoding", b"binary")]
-    plain = [(b"frame_type", b"token")]
-    event = [(b"frame_type", b"event")]
+    named = [(b"frame_type", b"event"), (b"correlation_id", b"c-1"), (b"encoding", b"binary")]
     assert entries(stream, stream.log) == [
-        (b"%d-1" % ms, [*plain, (b"payload", b"1")]),
-        (b"%d-2" % ms, [*event, (b"payload", b"2"), *named]),
-        (b"%d-3" % ms, [*event, (b"payload", b"3"), *named]),
-        (b"%d-4" % ms, [*plain, (b"payload", b"4")]),
+        (b"%d-1" % ms, [(b"payload", b"1")]),
+        (b"%d-2" % ms, [(b"payload", b"2"), *named]),
+        (b"%d-3" % ms, [(b"payload", b"3"), *named]),
+        (b"%d-4" % ms, [(b"payload", b"4")]),
     ]
     assert [frame.correlation_id for frame in stream.frames()] == [None, "c-1", "c-1", None]
+    assert [frame.frame_type for frame in stream.frames()] == ["token", "event", "event", "token"]
 
 
-def test_a_block_of_no_extra_fields_is_a_plain_one(stream):
-    ms, _ = stream.append([b"X", b"2", b"token", b"0", b"1", b"2"])
-    assert entries(stream, stream.log) == [
-        (b"%d-%d" % (ms, i), [(b"frame_type", b"token"), (b"payload", b"%d" % i)]) for i in (1, 2)
+def test_extra_fields_stand_on_an_entry_of_the_window(stream):
+    named = [b"frame_type", b"event", b"source", b"tool"]
+    ms, sequence = stream.append(live(b"1", fields=named), live(b"2", b"3", fields=named))
+    assert sequence == 3
+    pairs = [(b"frame_type", b"event"), (b"source", b"tool")]
+    assert entries(stream, stream.live) == [
+        (b"%d-1" % ms, [(b"payload", b"1"), *pairs]),
+        (b"%d-3" % ms, [(b"run", run_value(b"2", b"3")), *pairs]),
     ]
+    assert [(f.frame_type, f.source) for f in stream.frames()] == [("event", "tool")] * 3
 
 
-def test_a_frame_has_up_to_32_extra_fields(stream):
-    extras = [part for i in range(32) for part in (b"f%d" % i, b"v")]
-    stream.append(log(b"p", extras=extras))
-    ((_, fields),) = entries(stream, stream.log)
-    assert fields[2:] == [(b"f%d" % i, b"v") for i in range(32)]
+def test_an_entry_has_only_what_is_unusual(stream):
+    ms, _ = stream.append(
+        log(b"1", b"2"), live(b"3"), live(b"4", b"5"), patches(b"{}", base=0),
+        patches(b"{}", b"{}", base=1),
+    )  # fmt: skip
+    assert entries(stream, stream.log) == [
+        (b"%d-1" % ms, [(b"payload", b"1")]),
+        (b"%d-2" % ms, [(b"payload", b"2")]),
+    ]
+    kind = [(b"mode", b"summary"), (b"patch_kind", b"json-merge-patch")]
+    assert entries(stream, stream.live) == [
+        (b"%d-3" % ms, [(b"payload", b"3")]),
+        (b"%d-5" % ms, [(b"run", run_value(b"4", b"5"))]),
+        (b"%d-6" % ms, [(b"payload", b"{}"), *kind, (b"summary_version", b"1")]),
+        (b"%d-8" % ms, [(b"run", run_value(b"{}", b"{}")), *kind, (b"summary_version", b"3")]),
+    ]
+    modes = ["durable"] * 2 + ["best_effort"] * 3 + ["summary"] * 3
+    assert [(f.mode, f.frame_type) for f in stream.frames()] == [(mode, "token") for mode in modes]
+    assert stream.raw.hgetall(stream.meta).keys() == {
+        b"created_at", b"last_id", b"lease_expires_at", b"writer", b"writer_base",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("letter", [b"X", b"W"])
+def test_a_block_of_no_extra_fields_is_a_plain_one(stream, letter):
+    if letter == b"X":
+        ms, _ = stream.append([b"X", b"2", b"0", b"1", b"2"])
+        assert entries(stream, stream.log) == [
+            (b"%d-%d" % (ms, i), [(b"payload", b"%d" % i)]) for i in (1, 2)
+        ]
+    else:
+        run = run_value(b"1", b"2")
+        ms, _ = stream.append([b"W", b"2", b"0", run])
+        assert entries(stream, stream.live) == [(b"%d-2" % ms, [(b"run", run)])]
+
+
+@pytest.mark.parametrize("block, key", [(log, "log"), (live, "live")])
+def test_a_frame_has_up_to_32_extra_fields(stream, block, key):
+    fields = [part for i in range(32) for part in (b"f%d" % i, b"v")]
+    stream.append(block(b"p", **{"extras" if block is log else "fields": fields}))
+    ((_, found),) = entries(stream, getattr(stream, key))
+    assert found == [(b"payload", b"p"), *((b"f%d" % i, b"v") for i in range(32))]
 
 
 def test_too_large_a_payload_beside_extra_fields(stream):
@@ -521,7 +678,7 @@ def test_of_an_overlap_extra_fields_stay_with_their_frames(stream, stored):
     payloads = [b"1", b"2", b"3"]
     extras = [b"f", b"v"]
     stream.append(log(*payloads[:stored], extras=extras), *([log(b"4")] if stored > 3 else []))
-    stream.append(log(*payloads, extras=extras), log(b"4", b"5"))
+    stream.append(log(*payloads, extras=extras), log(b"4", b"5"), names="meta log")
     found = [dict(fields) for _, fields in entries(stream, stream.log)]
     assert [fields[b"payload"] for fields in found] == [b"1", b"2", b"3", b"4", b"5"]
     assert [fields.get(b"f") for fields in found] == [b"v", b"v", b"v", None, None]
@@ -550,7 +707,7 @@ def test_the_last_visible_frame_is_kept_while_best_effort_frames_are_last(stream
 def test_no_visible_frame_at_all(stream):
     stream.append(live(b"1", b"2"), [b"H", b"0"])
     assert visible(stream) == b"0"
-    assert stream.open(b"writer-2")[4] == b"0"
+    assert stream.open(b"writer-2")[3] == b"0"
     page = stream.frames(visibility=ff_fast.TailVisibility.EXCLUDE_BEST_EFFORT)
     assert (page, page.gaps) == ((), ())
 
@@ -595,7 +752,7 @@ def test_frames_are_numbered_densely_over_both_streams(stream, next_ms):
 
 def test_the_milliseconds_of_ids_never_go_back(stream):
     ahead = server_ms(stream.raw) + 100_000
-    stream.raw.hset(stream.meta, "last_ms", ahead)
+    stream.set_last(ms=ahead)
     assert stream.append(log(b"1"), live(b"2")) == (ahead, 2)
     assert stream.append(log(b"3"), first=3) == (ahead, 3)
     assert stream.payloads() == [b"1", b"2", b"3"]
@@ -710,6 +867,32 @@ def test_an_overlap_that_begins_inside_what_is_stored(stream, before):
     assert (summary.document_json, summary.version) == (b'{"n":8,"l":{"x":7,"y":9}}', 4)
 
 
+@pytest.mark.parametrize("skip", [1, 44, 127, 128, 129, 171, 172, 173, 298, 299])
+@pytest.mark.parametrize("summary", [False, True], ids=["live", "summary"])
+def test_a_run_whose_count_takes_two_bytes_is_cut(stream, skip, summary):
+    payloads = [b'{"n":%d}' % n for n in range(300)]
+
+    def frames(upto):
+        return patches(*payloads[:upto], base=0) if summary else live(*payloads[:upto])
+
+    names = "meta log live summary" if summary else "meta live"
+    ms, sequence = stream.append(frames(skip), names=names)
+    assert sequence == skip
+    end_ms, sequence = stream.append(frames(300), names=names)
+    assert sequence == 300
+    assert stream.payloads() == payloads
+    assert [entry for entry, _ in stream.raw.xrange(stream.live)] == [
+        b"%d-%d" % (ms, skip), b"%d-300" % end_ms,
+    ]  # fmt: skip
+    # A repeat that ends inside a run stands under the run's time.
+    assert stream.repeated(frames(skip), names=names) == (ms, skip)
+    inside = max(skip - 1, 1)
+    assert stream.repeated(frames(inside), names=names) == (ms, inside)
+    if summary:
+        found = stream.backend.read_summary(stream.eid)
+        assert (found.document_json, found.version) == (payloads[-1], 300)
+
+
 def test_ages_of_frames_survive_a_cut(stream):
     stream.append(live(b"1", b"2"))
     stream.append(live(b"1", b"2", b"3", b"4", b"5"))
@@ -744,7 +927,8 @@ BROKEN_RUNS = {
 def test_a_run_that_cannot_be_cut_is_refused(stream, run, summary):
     stream.append(live(b"1"))
     block = patches(b"{}", b"{}", b"{}", base=0) if summary else live(b"1", b"2", b"3")
-    at = 2 + 2 * int(block[2])
+    at = 3 + 2 * int(block[2]) if summary else 2
+    assert block[at][0] == 3
     stream.refused("invalid_input", replaced(block, at, run))
 
 
@@ -762,15 +946,29 @@ def test_a_new_writer_does_not_swallow_frames_of_the_old_one(stream):
 
 
 def test_the_last_sequence_is_the_last_exact_integer(stream):
-    stream.set_last_sequence(MAX_INT - 2)
+    stream.set_last(sequence=MAX_INT - 2)
     stream.refused("invalid_input", log(b"1", b"2", b"3"), first=MAX_INT - 1)
     ms, sequence = stream.append(log(b"1"), live(b"2"), first=MAX_INT - 1)
     assert sequence == MAX_INT
     assert stream.raw.xrange(stream.log)[0][0] == b"%d-%d" % (ms, MAX_INT - 1)
     assert stream.raw.xrange(stream.live)[0][0] == b"%d-%d" % (ms, MAX_INT)
-    assert stream.raw.hget(stream.meta, "last_sequence") == number(MAX_INT)
+    assert stream.raw.hget(stream.meta, "last_id") == b"%d-%d" % (ms, MAX_INT)
     assert stream.repeated(live(b"2"), first=MAX_INT) == (ms, MAX_INT)
     stream.refused("invalid_input", log(b"3"), first=MAX_INT + 1)
+
+
+@pytest.mark.parametrize("left", range(1, 9))
+def test_the_last_sequences_are_counted_exactly(stream, left):
+    """Sums beyond the last exact integer, however soon they are undone, are another number."""
+    stream.set_last(sequence=MAX_INT - left)
+    payloads = [b"%d" % n for n in range(left)]
+    blocks = [log(payload) for payload in payloads[: left // 2]]
+    ms, sequence = stream.append(*blocks, log(*payloads[left // 2 :]), first=MAX_INT - left + 1)
+    assert sequence == MAX_INT
+    ids = [b"%d-%d" % (ms, MAX_INT - left + 1 + n) for n in range(left)]
+    found = zip(ids, payloads, strict=True)
+    assert stream.raw.xrange(stream.log) == [(each, {b"payload": data}) for each, data in found]
+    assert stream.raw.hget(stream.meta, "last_id") == ids[-1]
 
 
 def test_a_batch_holds_1024_frames(stream):
@@ -779,16 +977,18 @@ def test_a_batch_holds_1024_frames(stream):
 
 
 def test_a_requested_cancel_is_told_to_the_writer(stream):
-    reply = stream.call("ff_append", stream.keys, stream.writer_id(), b"1", *log(b"x"))
-    assert reply.split(b" ")[3] == b"0"
+    def told(previous):
+        args = (stream.writer_id(), previous, *log(b"x"))
+        _, now, expires, cancel = stream.call("ff_append", stream.keys, *args).split(b" ")
+        assert 0 < int(expires) - int(now) <= 30_000
+        return cancel
+
+    assert told(b"0") == b"0"
     assert not stream.backend.cancel(stream.handle, reason="enough", grace=60).cancelled
     assert stream.raw.hget(stream.meta, "cancel_requested") == b"1"
-    reply = stream.call("ff_append", stream.keys, stream.writer_id(), b"2", *log(b"x"))
-    assert reply.split(b" ")[3] == b"1"
+    assert told(b"1") == b"1"
     # Also to one that has lost its reply.
-    reply = stream.call("ff_append", stream.keys, stream.writer_id(), b"2", *log(b"x"))
-    assert reply.split(b" ")[3] == b"1"
-    assert 0 < int(reply.split(b" ")[2]) <= 30_000
+    assert told(b"1") == b"1"
 
 
 # -- summary -----------------------------------------------------------------------------------------
@@ -828,13 +1028,15 @@ def test_a_fresh_document_takes_the_place_of_its_patches(stream, next_ms):
 
 
 def test_opening_tells_where_to_go_on(unopened):
-    assert unopened.open() == [1, b"OK", b"0", b"0", b"0", b"", b"0"]
+    claimed = unopened.raw.hget(unopened.meta, "created_at") + b"-0"
+    assert unopened.raw.hget(unopened.meta, "last_id") == claimed
+    assert unopened.open() == [1, b"OK", claimed, b"0", b"", b"0"]
     ms, _ = unopened.append(
         log(b"1"), patches(b"{}", base=0), live(b"3"), [b"H", b"2"], [b"E", b"99.5"]
     )
-    assert unopened.open(b"writer-2") == [1, b"OK", b"3", number(ms), b"2", b"99.5", b"1"]
+    assert unopened.open(b"writer-2") == [1, b"OK", b"%d-3" % ms, b"2", b"99.5", b"1"]
     ms, _ = unopened.append(log(b"4"), [b"H", b""], first=4, writer=b"writer-2")
-    assert unopened.open(b"writer-3") == [1, b"OK", b"4", number(ms), b"4", b"99.5", b"1"]
+    assert unopened.open(b"writer-3") == [1, b"OK", b"%d-4" % ms, b"4", b"99.5", b"1"]
 
 
 def test_opening_again_with_the_same_id_changes_nothing(stream):
@@ -984,7 +1186,7 @@ def test_an_attempt_that_goes_on_is_not_the_old_writers(stream, interrupt):
     assert (fence[0], int(fence[2])) == (old[0], int(old[2]) + 1)
     stream.refused("stale_owner", log(b"3"), first=3)
     stream.refused("writer_superseded", log(b"3"), first=3, fence=fence)
-    assert stream.open(fence=fence)[:3] == [1, b"OK", b"2"]
+    assert stream.open(fence=fence)[2].split(b"-")[1] == b"2"
     stream.refused("stale_owner", log(b"3"), first=3)
     assert stream.append(log(b"3"), first=3, fence=fence)[1] == 3
     assert stream.payloads() == [b"1", b"2", b"3"]
@@ -1018,10 +1220,11 @@ def test_a_requested_cancel_is_told_to_the_writer_of_the_next_attempt(retrying):
     _fire(stream, "delay")
     attempt = ops.Attempt.of(stream.claim())
     assert attempt.attempt_index == 1
-    names = (attempt.stream_keys[0], attempt.stream_keys[1], attempt.stream_keys[4])
+    meta, _, _, summary = attempt.stream_keys
+    names = (stream.core, meta, summary)
     writer = ops.writer_id(attempt)
     assert stream.call("ff_open_writer", names, writer)[1] == b"OK"
-    reply = stream.call("ff_append", attempt.stream_keys, writer, b"1", *log(b"x"))
+    reply = stream.call("ff_append", attempt.stream_keys, writer, b"0", *log(b"x"))
     assert reply.split(b" ")[3] == b"1"
 
 
@@ -1042,7 +1245,7 @@ def test_a1_the_same_call_twice_stores_once(stream):
 
 def test_a3_no_text_of_a_mode_makes_frames_of_the_log_vanish(stream):
     for first, mode in zip((1, 3, 5), (b"foo", b"Durable", b"durable"), strict=True):
-        stream.append(live(b"x", mode=mode), [b"P", b"1"], log(b"kept"), first=first)
+        stream.append(live(b"x", fields=[b"mode", mode]), [b"P", b"1"], log(b"kept"), first=first)
     assert stream.raw.pttl(stream.log) == -1
     assert stream.raw.xlen(stream.log) == 3
 
@@ -1104,4 +1307,4 @@ def test_a11_whoever_has_no_lease_has_no_say(raw, backend, lane):
     stream.refused("invalid_input", log(b"x"), fence=(stream.fence[0], b"", stream.fence[2]))
     # Nor has an empty writer, where none is open.
     for writer in (b"", b":::"):
-        assert stream.call("ff_append", stream.keys, writer, b"1", *log(b"x"))[0] == 0
+        assert stream.call("ff_append", stream.keys, writer, b"0", *log(b"x"))[0] == 0

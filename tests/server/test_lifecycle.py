@@ -589,7 +589,7 @@ def test_the_end_closes_the_stream_and_limits_every_key(owned, backend, raw, eve
 def test_the_end_stands_behind_the_last_frame_whatever_the_clock_says(owned, backend, raw, how):
     eid, handle = owned
     ahead = server_ms(raw) + 100_000
-    raw.hset(keys.meta(eid, 0), "last_ms", ahead)
+    raw.hset(keys.meta(eid, 0), "last_id", f"{ahead}-0")
     with backend.open_writer(handle) as writer:
         writer.write(b"x")
         assert writer.flush().stream_id == f"{ahead}-1"

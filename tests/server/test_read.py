@@ -24,7 +24,7 @@ from ff_fast import (
     keys,
     ops,
 )
-from ff_fast._hot.frames import decode_entries
+from ff_fast._hot.frames import decode_entries, weigh_entries
 from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import AttemptNotFound, LeaseExpired
 
@@ -46,6 +46,7 @@ from .readers import (
     wait_blocked,
 )
 from .shells import Opener
+from .test_append import Stream, live
 
 ALL = TailVisibility.ALL
 EXCLUDE = TailVisibility.EXCLUDE_BEST_EFFORT
@@ -258,11 +259,21 @@ def test_gaps_of_a_page(shell, backend, raw, attempt):
     assert (sequences(second), second.gaps) == ([6, 7], (Gap(5, 6, "trimmed"),))
 
 
-def test_a_page_of_foreign_entries_alone_is_empty(shell, backend, raw, attempt):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"note": "n", "count": "-5"},
+        {"frame_type": "token", "mode": "durable", "encoding": "utf8", "count": "9"},
+        {"payload": "p", "run": b"\xff\x07", "mode": "summary"},
+        {"end": "of a story"},
+    ],
+    ids=["note", "no payload", "both", "no end"],
+)
+def test_a_page_of_foreign_entries_alone_is_empty(fields, shell, backend, raw, attempt):
     for key in (attempt.log, attempt.live):
         with raw.pipeline() as pipe:
-            for n in range(2_500):
-                pipe.xadd(key, {"note": n, "count": "-5"})
+            for _ in range(2_500):
+                pipe.xadd(key, fields)
             pipe.execute()
     for visibility in (ALL, EXCLUDE):
         page = shell.read_stream(attempt.eid, count=1, visibility=visibility)
@@ -271,6 +282,71 @@ def test_a_page_of_foreign_entries_alone_is_empty(shell, backend, raw, attempt):
     assert sequences(shell.read_stream(attempt.eid, count=1)) == [1]
     assert sequences(shell.read_stream(attempt.eid)) == [1, 2, 3]
     assert sequences(shell.read_stream(attempt.eid, visibility=EXCLUDE)) == [1, 3]
+
+
+def test_an_entry_without_a_sequence_is_nobodys_frame(shell, backend, raw, attempt):
+    """XADD numbers the entries of a millisecond from 0; frames are numbered from 1."""
+    for key in (attempt.log, attempt.live):
+        raw.xadd(key, {"payload": "p", "mode": "summary"}, id="1-0")
+        raw.xadd(key, {"run": b"\x02\x01\x01\x00\x00ab", "mode": "summary"}, id="2-0")
+    for visibility in (ALL, EXCLUDE):
+        page = shell.read_stream(attempt.eid, count=1, visibility=visibility)
+        assert (page, page.gaps) == ((), ())
+    write(backend, attempt, [("durable", "a"), ("best_effort", "b"), ("summary", "c")])
+    assert sequences(shell.read_stream(attempt.eid, count=1)) == [1]
+    page = shell.read_stream(attempt.eid)
+    assert (sequences(page), page.gaps) == ([1, 2, 3], ())
+    assert sequences(shell.read_stream(attempt.eid, visibility=EXCLUDE)) == [1, 3]
+
+
+@pytest.mark.parametrize("frames", [1, 2, 127, 128, 129, 255, 256, 1000, 1023, 1024])
+def test_a_call_brings_runs_up_to_its_count(frames, engine, raw, lane):
+    with ff_fast.ValkeyBackend.connect(engine.url) as backend:
+        stream = Stream(raw, backend, lane)
+        stream.open()
+        for n in range(3):
+            stream.append(live(*[b"x"] * frames), first=1 + n * frames, names="meta live")
+
+        def look(count):
+            op = ops.read_range(
+                stream.eid, 0, log_after=b"0-0", live_after=b"0-0", count=count,
+                max_bytes=1 << 20, visibility="",
+            )  # fmt: skip
+            page = op.answer(raw.fcall_ro(op.function, len(op.keys), *op.keys, *op.argv))
+            assert weigh_entries(page.live)[0] == len(page.live) * frames
+            decoded = decode_entries(page.live, 0, live=True).frames
+            assert sequences(decoded) == list(range(1, len(page.live) * frames + 1))
+            assert (page.log, page.last_sequence) == ([], 3 * frames)
+            return len(page.live), page.live_more
+
+        assert look(1) == look(frames) == (1, True)
+        assert look(frames + 1) == look(2 * frames) == (2, True)
+        assert look(2 * frames + 1) == look(3 * frames) == (3, True)
+        assert look(3 * frames + 1) == (3, False)
+
+
+def test_an_attempt_without_a_frame_has_no_last_id(shell, backend, attempt):
+    before = shell.describe_stream(attempt.eid)
+    assert (before.last_id, before.frame_count) == ("0-0", 0)
+    page = shell.read_stream(attempt.eid, after="0-5")
+    assert (page, page.gaps) == ((), (Gap(6, 1, "cursor_ahead"),))
+    again = shell.read_stream(attempt.eid, after=page.cursor)
+    assert (again, again.gaps) == ((), ())
+    backend.open_writer(attempt.handle).close()
+    opened = shell.describe_stream(attempt.eid)
+    assert opened == before.replace(lease_left_ms=opened.lease_left_ms)
+    backend.complete(attempt.handle)
+    ended = shell.describe_stream(attempt.eid)
+    assert (ended.last_id, ended.frame_count, ended.log_entries) == ("0-0", 0, 1)
+    assert shell.read_stream(attempt.eid, after=page.cursor).end_reason == "attempt_success"
+
+
+def test_a_description_names_the_last_frame(shell, backend, attempt):
+    write(backend, attempt, [("durable", "a"), ("best_effort", "b")])
+    (*_, last) = shell.read_stream(attempt.eid)
+    described = shell.describe_stream(attempt.eid)
+    assert (described.last_id, described.frame_count) == (last.stream_id, 2)
+    assert (described.log_entries, described.live_entries) == (1, 1)
 
 
 def test_either_engine_reads_the_same(engine, raw, lane):
@@ -539,7 +615,8 @@ def kept(raw, attempt):
     found = set()
     for key in (attempt.log, attempt.live):
         entries = [[i, [part for pair in f.items() for part in pair]] for i, f in raw.xrange(key)]
-        found.update(frame.sequence for frame in decode_entries(entries, 0).frames)
+        frames = decode_entries(entries, 0, live=key == attempt.live).frames
+        found.update(frame.sequence for frame in frames)
     return found
 
 
@@ -570,7 +647,7 @@ def test_nothing_is_ever_skipped_in_silence(shared, plan, visibility, cursor, co
             patch.setattr(_tail, "_FIRST_COUNTS", (2, 1))
             patch.setattr(_tail, "_LARGEST_COUNTS", (3, 2))
         attempt = begin(backend, keys.new_execution_id(256)[-36:])
-        live = Stepper(raw, _tail.TailCore(attempt.eid, 0, None, visibility))
+        running = Stepper(raw, _tail.TailCore(attempt.eid, 0, None, visibility))
         modes, lost = [], set()
         for batches_, wounds, steps in plan:
             for batch in batches_:
@@ -579,10 +656,10 @@ def test_nothing_is_ever_skipped_in_silence(shared, plan, visibility, cursor, co
             for what, amount in wounds:
                 lost |= hurt(raw, attempt, what, amount)
             for _ in range(steps):
-                live.step()
+                running.step()
         backend.complete(attempt.handle)
         stored_at_read = kept(raw, attempt)
-        items = live.run()
+        items = running.run()
         assert items.pop() == DONE
         never_lost = set(range(1, len(modes) + 1)) - lost
         check_told(items, 0, modes, visibility is EXCLUDE, never_lost)

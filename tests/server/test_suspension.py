@@ -596,8 +596,10 @@ def test_a_resumed_claim_continues_attempt_stream_estimator_and_summary(world):
     world.check(eid, attempt_timer=True)
     assert world.timers(eid)["attempt"] - world.now() <= 60_000
     again = world.raw.hgetall(keys.meta(eid, 0))
-    for name in (b"last_sequence", b"last_ms", b"estimator", b"created_at"):
-        assert again.get(name) == meta.get(name)
+    assert meta[b"last_id"].endswith(b"-6")
+    for name in (b"last_id", b"created_at"):
+        assert again[name] == meta[name]
+    assert again.get(b"estimator") == meta.get(b"estimator")
     with backend.open_writer(resumed, mode=StreamMode.durable_summary()) as writer:
         assert writer.write(b'{"m":1}') == 7
     document = backend.read_summary(eid)

@@ -405,6 +405,35 @@ def test_drain_waits_while_too_much_is_on_its_way(stream, backend, pause):
     assert payloads(stream) == [chunk] * 40
 
 
+# -- what an entry names -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 200])
+@pytest.mark.parametrize("mode", [DURABLE, LIVE, MERGE], ids=lambda mode: mode.wire)
+def test_an_entry_names_only_what_is_unusual(stream, backend, raw, mode, count):
+    def fields_of(**options):
+        raw.delete(stream.log, stream.live)
+        with backend.open_writer(stream.handle, mode=mode, linger_ms=1000) as writer:
+            for _ in range(count):
+                writer.write(b"{}", **options)
+        key = stream.log if mode is DURABLE else stream.live
+        assert raw.exists(stream.log, stream.live) == 1
+        entries = raw.xrange(key)
+        assert len(entries) == (count if mode is DURABLE else 1)
+        (names,) = {tuple(entry) for _, entry in entries}
+        return names
+
+    value = (b"payload",) if mode is DURABLE or count == 1 else (b"run",)
+    usual = {MERGE: (b"mode", b"patch_kind", b"summary_version")}.get(mode, ())
+    assert fields_of() == value + usual
+    assert fields_of(frame_type="token", encoding="utf8", source="worker") == value + usual
+    names = fields_of(frame_type="t", encoding="e", source="s", correlation_id="c")
+    unusual = {b"frame_type", b"encoding", b"source", b"correlation_id"}
+    assert names[:1] == value
+    assert set(names[1:]) == {*usual, *unusual}
+    assert len(names) == 1 + len(usual) + len(unusual)
+
+
 # -- linger ------------------------------------------------------------------------------------------
 
 
@@ -414,7 +443,8 @@ def test_frames_that_linger_leave_together(stream, backend, raw):
         writer.write(payload)
     # A flush does not wait for the linger's end.
     writer.flush()
-    assert [entry[b"count"] for _, entry in raw.xrange(stream.live)] == [b"3"]
+    ((_, entry),) = raw.xrange(stream.live)
+    assert (entry.keys(), entry[b"run"][0]) == ({b"run"}, 3)
     assert payloads(stream) == [b"1", b"2", b"3"]
     writer.close()
 
@@ -612,7 +642,7 @@ def test_frames_that_the_server_lost_are_a_gap_that_stops_the_writer(stream, bac
     writer = backend.open_writer(stream.handle)
     writer.write(b"1")
     writer.flush()
-    stream.set_last_sequence(0)
+    stream.set_last(sequence=0)
     writer.write(b"2")
     with pytest.raises(errors.SequenceGap) as caught:
         writer.flush()
@@ -1001,7 +1031,7 @@ def test_no_best_effort_frame_younger_than_its_ttl_is_missing(another, backend, 
 
 
 def core(**options):
-    keys_ = (b"core", b"meta", b"log", b"live", b"summary")
+    keys_ = (b"meta", b"log", b"live", b"summary")
     writer = b"0:lease:1:writer"
     opened = ops.Opened(0, 0, 0, b"", 0)
     return WriterCore(keys=keys_, writer=writer, mode=DURABLE, opened=tuple(opened), **options)

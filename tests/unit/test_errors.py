@@ -204,7 +204,7 @@ def test_a_subclass_without_a_code_keeps_its_parents():
         ),
         ("invalid_token", [CANARY.encode()], errors.InvalidToken, {}),
         ("execution_not_claimable", [b"active"], errors.ExecutionNotClaimable, {}),
-        ("invalid_input", [b"first_sequence"], errors.InvalidInput, {}),
+        ("invalid_input", [b"previous_sequence"], errors.InvalidInput, {}),
         ("invalid_input", [CANARY.encode()], errors.InvalidInput, {}),
         # What cannot be trusted is never half understood.
         ("no_such_code", [], errors.ProtocolError, {}),
@@ -227,7 +227,7 @@ def test_answers_of_the_functions(code, details, cls, attributes):
 
 
 def test_invalid_input_names_the_argument():
-    assert "first_sequence" in str(errors.for_code("invalid_input", [b"first_sequence"]))
+    assert "previous_sequence" in str(errors.for_code("invalid_input", [b"previous_sequence"]))
 
 
 @pytest.mark.parametrize(

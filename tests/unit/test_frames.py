@@ -25,8 +25,10 @@ alike = st.tuples(frames, st.integers(1, 9)).map(lambda pair: [pair[0]] * pair[1
 batches = st.lists(st.one_of(st.lists(frames, max_size=6), alike), max_size=8)
 ends = st.sampled_from([None, "attempt_success"])
 foreign = st.sampled_from(
-    [[b"a", b"b"], [b"end", b"x"], [b"count", b"-1", b"prev", b"x"], [b"payload", b"x"], [b"frame_type", b"x"], [b"odd"]]
+    [[b"a", b"b"], [b"end", b"x"], [b"count", b"-1", b"prev", b"x"], [b"payload", b"x", b"run", b"y"], [b"frame_type", b"x"], [b"payload"], [b"odd"]]
 )  # fmt: skip
+# What XADD numbers by itself begins each millisecond at 0, where no frame of ours stands.
+numbered_by_the_server = st.sampled_from([[b"payload", b"x"], [b"run", b"x", b"mode", b"y"]])
 
 
 @st.composite
@@ -40,7 +42,8 @@ def streams(draw):
         for _ in range(draw(st.integers(0, 2))):
             at = draw(st.integers(0, len(entries)))
             before = reference.entry_id(entries[at - 1][0]) if at else (1, 0)
-            entries.insert(at, [b"%d-%d" % before, draw(foreign)])
+            fields = draw(foreign if before[1] else st.one_of(foreign, numbered_by_the_server))
+            entries.insert(at, [b"%d-%d" % before, fields])
     return both
 
 
@@ -57,8 +60,12 @@ def test_decodes_and_merges_as_the_reference_does(both, after, exclude, cut):
     log, live = both
     ids = sorted(reference.entry_id(raw) for raw, _ in log + live)
     limit = ids[cut] if cut < len(ids) else None
-    real = [decode_entries(entries, after, limit, exclude) for entries in both]
-    want = [reference.decode(entries, after, limit, exclude) for entries in both]
+    real = [
+        decode_entries(entries, after, limit, exclude, live=entries is live) for entries in both
+    ]
+    want = [
+        reference.decode(entries, after, limit, exclude, live=entries is live) for entries in both
+    ]
     for got, expected in zip(real, want, strict=True):
         assert plain_decoded(got) == plain_reference(expected)
         assert (got.taken, got.foreign) == (expected.taken, expected.foreign)
@@ -69,6 +76,13 @@ def test_decodes_and_merges_as_the_reference_does(both, after, exclude, cut):
     assert [item if isinstance(item, Gap) else reference.plain(item) for item in got_items] == [
         item if isinstance(item, Gap) else tuple(item)[:-1] for item in want_items
     ]
+
+
+def parse_run(run, count):
+    payloads, _ = reference.parse_run(run)
+    if len(payloads) != count:
+        raise ValueError("another count")
+    return payloads
 
 
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=8), st.data())
@@ -88,7 +102,7 @@ def test_a_damaged_run_is_corruption_or_what_the_reference_reads(payloads, data)
     elif how == "count":
         count = data.draw(st.sampled_from([-1, 0, 1, count + 1, 2**31, 2**62]))
     try:
-        want = reference.parse_run(run, count)[0]
+        want = parse_run(run, count)
     except ValueError:
         with pytest.raises(Corruption):
             decode_run(run, count)
@@ -107,7 +121,7 @@ def test_every_prefix_and_every_changed_byte_of_a_run():
         for byte in range(256):
             changed = whole[:at] + bytes([byte]) + whole[at + 1 :]
             try:
-                want = reference.parse_run(changed, 3)[0]
+                want = parse_run(changed, 3)
             except ValueError:
                 with pytest.raises(Corruption):
                     decode_run(changed, 3)
@@ -126,6 +140,9 @@ def test_lengths_that_would_overflow():
     for lengths in (huge + huge, huge + b"\x01"):
         with pytest.raises(Corruption):
             decode_run(b"\x02" + lengths + b"\x00\x00" + b"x" * 10, 2)
+    # A count that the id allows is still held to what is there.
+    with pytest.raises(Corruption):
+        decode_entries([[b"1-%d" % (10**18 - 1), [b"run", huge + b"x" * 10]]], 0)
 
 
 OURS = [b"frame_type", b"t"]
@@ -143,12 +160,14 @@ RUN = [b"run", run_of([b"a", b"b"], [0, 0])]
         [b"1-2", [*OURS, b"patch_kind", b"string-append", b"payload", b""]],
         [b"1-2", [*OURS, b"patch_kind", b"string-append", b"pointer", b"x", b"payload", b""]],
         [b"1-2", [*OURS, b"patch_kind", b"\xff", b"payload", b""]],
-        [b"1-2", [*OURS, *RUN]],
-        [b"1-2", [*OURS, b"count", b"x", *RUN]],
-        [b"1-2", [*OURS, b"count", b"3", *RUN]],
-        [b"1-1", [*OURS, b"count", b"2", *RUN]],
-        [b"1-2", [*OURS, b"count", b"0", b"run", b"\0"]],
-        [b"1-2", [*OURS, b"summary_version", b"1", b"count", b"2", *RUN]],
+        [b"1-2", [*OURS, b"run", b""]],
+        [b"1-2", [*OURS, b"run", RUN[1][1:]]],
+        [b"1-2", [*OURS, b"run", b"\1" + RUN[1][1:]]],
+        [b"1-3", [*OURS, b"run", b"\3" + RUN[1][1:]]],
+        [b"1-1", [*OURS, *RUN]],
+        [b"1-2", [*OURS, b"run", b"\0"]],
+        [b"1-2", [*OURS, b"run", b"\xff" * 7 + b"\x7f"]],
+        [b"1-2", [*OURS, b"summary_version", b"1", *RUN]],
         [b"1-2", [b"end", b"x", b"prev", b"y"]],
         [b"12", [*OURS, b"payload", b""]],
         [b"-2", [*OURS, b"payload", b""]],
@@ -164,8 +183,9 @@ RUN = [b"run", run_of([b"a", b"b"], [0, 0])]
     ],
 )  # fmt: skip
 def test_a_damaged_entry_is_corruption(entry):
-    with pytest.raises(Corruption):
-        decode_entries([entry], 0)
+    for live in (False, True):
+        with pytest.raises(Corruption):
+            decode_entries([entry], 0, live=live)
 
 
 @pytest.mark.parametrize(
@@ -173,18 +193,56 @@ def test_a_damaged_entry_is_corruption(entry):
     [
         [],
         [b"odd"],
-        [b"a", b"b", b"frame_type"],
-        [b"payload", b"x"],
+        [b"a", b"b", b"payload"],
         [b"frame_type", b"t"],
+        [b"payload", b"x", b"run", b"y"],
         [b"frame_type", b"t", b"payload", b"x", b"run", b"y"],
+        [b"payloads", b"x", b"Run", b"y"],
         [b"end", b"of a story"],
         [b"prev", b"x", b"count", b"y", b"summary_version", b"z", b"patch_kind", b"\xff"],
     ],
 )
-def test_entries_of_others_are_counted_and_left_out(fields):
-    ours = [b"2-2", [*OURS, b"payload", b"p"]]
-    got = decode_entries([[b"1-0", fields], ours], 0)
-    assert (got.foreign, got.taken, [frame.payload for frame in got.frames]) == (1, 2, [b"p"])
+@pytest.mark.parametrize("live", [False, True])
+def test_entries_of_others_are_counted_and_left_out(fields, live):
+    ours = [b"2-2", [b"payload", b"p"]]
+    for exclude in (False, live):
+        got = decode_entries([[b"1-1", fields], ours], 0, None, exclude, live=live)
+        assert (got.foreign, got.taken) == (1, 2)
+        assert [frame.payload for frame in got.frames] == ([] if exclude else [b"p"])
+
+
+@pytest.mark.parametrize("fields", [[b"payload", b"x"], RUN, [b"run", b"\xff"]])
+@pytest.mark.parametrize("live", [False, True])
+def test_frames_are_counted_from_1(fields, live):
+    entries = [[b"1-0", fields], [b"2-2", RUN], [b"3-0", fields]]
+    got = decode_entries(entries, 0, live=live)
+    assert (got.foreign, got.taken, [frame.payload for frame in got.frames]) == (2, 3, [b"a", b"b"])
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_field_that_is_left_out_has_its_usual_value(live):
+    usual = "best_effort" if live else "durable"
+    for fields in ([b"payload", b"p"], RUN):
+        one = decode_entries([[b"5-2", fields]], 1, live=live).frames[-1]
+        shown = (one.mode, one.frame_type, one.encoding, one.source, one.correlation_id)
+        assert shown == (usual, "token", "utf8", "worker", None)
+        assert (one.summary_version, one.patch_kind) == (None, None)
+        named = [b"mode", b"summary", b"frame_type", b"t", b"encoding", b"e", b"source", b"s"]
+        one = decode_entries([[b"5-2", [*fields, *named]]], 1, live=live).frames[-1]
+        assert (one.mode, one.frame_type, one.encoding, one.source) == ("summary", "t", "e", "s")
+
+
+def test_the_mode_decides_what_is_left_out_of_the_live_window():
+    entries = [
+        [b"1-1", [b"payload", b"1"]],
+        [b"1-2", [b"payload", b"2", b"mode", b"summary"]],
+        [b"1-4", RUN],
+        [b"1-5", [b"payload", b"5", b"mode", b"best_effort"]],
+    ]
+    got = decode_entries(entries, 0, None, True, live=True)
+    assert ([frame.sequence for frame in got.frames], got.foreign) == ([2], 0)
+    got = decode_entries(entries, 0, None, True)
+    assert [frame.sequence for frame in got.frames] == [1, 2, 3, 4]
 
 
 def test_ids_beyond_ours_are_not_ours():
@@ -197,11 +255,26 @@ def test_ids_beyond_ours_are_not_ours():
 
 def test_weighing_counts_frames_and_bytes():
     assert weigh_entries([]) == (0, 0)
-    entries = [[b"1-1", [*OURS, b"payload", b"12345"]], [b"1-3", [*OURS, b"count", b"2", *RUN]]]
-    assert weigh_entries(entries) == (3, 1 + 5 + 1 + 1 + len(RUN[1]))
-    assert weigh_entries([[b"1-1", [b"count", b"many"]], [b"1-2", [b"count", b"99999"]]])[0] == 2
+    entries = [[b"1-1", [*OURS, b"payload", b"12345"]], [b"1-3", [*OURS, *RUN]]]
+    assert weigh_entries(entries) == (3, 1 + 5 + 1 + len(RUN[1]))
+    # An entry that is none of ours, or a run that ends within its count, is about one frame.
+    assert weigh_entries([[b"1-1", [b"count", b"99"]], [b"1-2", [b"run", b"\x80"]]]) == (2, 3)
+    assert weigh_entries([[b"1-1", [b"run", b""]], [b"1-2", []]]) == (2, 0)
     with pytest.raises(Corruption):
-        weigh_entries([[b"1-1", [b"count", None]]])
+        weigh_entries([[b"1-1", [b"run", None]]])
+
+
+@pytest.mark.parametrize("count", [1, 2, 127, 128, 129, 255, 256, 257, 1000, 1023, 1024])
+def test_a_run_says_how_many_frames_it_holds(count):
+    payloads = [b"%d" % n for n in range(count)]
+    run = run_of(payloads, [0] * count)
+    assert len(reference.varint(count)) == (1 if count < 128 else 2)
+    entries = [[b"7-%d" % count, [b"run", run, b"correlation_id", b"c"]]]
+    assert weigh_entries(entries) == (count, len(run) + 1)
+    assert weigh_entries(entries * 3)[0] == 3 * count
+    got = decode_entries(entries, 0, live=True).frames
+    assert [frame.sequence for frame in got] == list(range(1, count + 1))
+    assert [frame.payload for frame in got] == payloads == decode_run(run, count)
 
 
 def test_a_limit_inside_a_millisecond():
@@ -213,7 +286,7 @@ def test_a_limit_inside_a_millisecond():
 
 def test_a_cursor_inside_a_run():
     payloads = [b"a", b"b", b"c", b"d"]
-    entry = [b"9-14", [*OURS, b"count", b"4", b"run", run_of(payloads, [8, 4, 2, 0])]]
+    entry = [b"9-14", [*OURS, b"run", run_of(payloads, [8, 4, 2, 0])]]
     got = decode_entries([entry], 12).frames
     assert [(f.stream_id, f.payload, f.ts_ms) for f in got] == [
         ("9-13", b"c", 7),

@@ -485,28 +485,39 @@ def test_only_a_claim_may_not_be_repeated():
 
 
 @pytest.mark.parametrize(
-    "mode, count, letter",
+    "mode, names, letter",
     [
-        (StreamMode.durable(), 3, b"L"),
-        (StreamMode.best_effort_live(5_000), 4, b"V"),
-        (StreamMode.durable_summary(), 5, b"S"),
+        (StreamMode.durable(), "meta log", b"L"),
+        (StreamMode.best_effort_live(5_000), "meta live", b"V"),
+        (StreamMode.durable_summary(), "meta log live summary", b"S"),
     ],
 )
-def test_an_append_is_what_its_header_names(mode, count, letter):
+def test_an_append_is_what_its_header_names(mode, names, letter):
     header = HEADERS["ff_append"]
-    assert keys_of("ff_append") == ATTEMPT.stream_keys
+    # Its stream is the log, or the live window where the batch has to do with nothing else.
+    named_keys = (*header.keys, *header.tails.get("keys", ()))
+    assert named_keys == ("meta", "stream", "live", "summary")
+    of_all = tuple(KEYS["log" if name == "stream" else name] for name in named_keys)
+    assert of_all == ATTEMPT.stream_keys
+    # Those that a refusal or a repeat is looked up in are spelled in Lua: one slot for them all.
+    assert len({keys.key_slot(key) for key in (*of_all, KEYS["core"])}) == 1
     writer = WriterCore(
         keys=ATTEMPT.stream_keys,
         writer=WRITER,
         mode=mode,
-        opened=tuple(ops.Opened(6, 0, 6, b"", 0)),
+        opened=tuple(ops.Opened(0, 5, 5, b"", 0)),
     )
+    # The first batch of a later writer trims the log as well.
+    writer.write(b"", mode=StreamMode.durable())
+    assert writer.acknowledge(writer.next_batch(), b"1-6 1 2 0") is None
     writer.write(b"{}")
     command, function, named, *rest = parsed(writer.next_batch().message)
-    assert (command, function, named) == (b"FCALL", b"ff_append", b"%d" % count)
     # Those that the batch needs: each key costs the server time.
-    assert rest[:count] == [KEYS[key] for key in header.keys[:count]]
-    arguments = {"writer": WRITER, "first_sequence": b"7"}
+    wanted = [KEYS[name] for name in names.split()]
+    count = len(wanted)
+    assert (command, function, named) == (b"FCALL", b"ff_append", b"%d" % count)
+    assert rest[:count] == wanted
+    arguments = {"writer": WRITER, "previous_sequence": b"6"}
     assert header.args == tuple(arguments)
     assert rest[count : count + 2] == list(arguments.values())
     assert rest[count + 2] == letter
@@ -684,9 +695,9 @@ ANSWERS = {
     "ff_fire_timer": ([b"done", *HINTS], ("done", HINTED)),
     "ff_set_tags": ([b"2"], 2),
     "ff_read_tags": ([[b"a.b", "ż".encode()]], {"a.b": "ż"}),
-    "ff_open_writer": ([b"7", b"8", b"6", b"1.5", b"2"], ops.Opened(7, 8, 6, b"1.5", 2)),
+    "ff_open_writer": ([b"7-8", b"6", b"1.5", b"2"], ops.Opened(7, 8, 6, b"1.5", 2)),
     "ff_read_range": (
-        [[], b"1-2", b"1", [], b"1-3", b"", b"7", b"8", b"6", b"expired", b"50"],
+        [[], b"1-2", b"1", [], b"1-3", b"", b"7-8", b"6", b"expired", b"50"],
         ops.Range([], b"1-2", True, [], b"1-3", False, 7, 8, 6, "expired", 50),
     ),
     "ff_read_summary": ([[b"version", b"1"]], {b"version": b"1"}),
@@ -706,7 +717,7 @@ ANSWERS = {
     ),
     "ff_describe_attempt": (
         [
-            [b"last_ms", b"9", b"last_sequence", b"7", b"closed_reason", b"expired"],
+            [b"last_id", b"9-7", b"closed_reason", b"expired"],
             *(b"5", b"2", b"1", b"80"),
         ],
         StreamDescription("9-7", 7, 5, 2, 1, "expired", 80),
@@ -835,6 +846,13 @@ def test_even_an_answer_without_a_field_has_its_form(name, reply):
             [[], b"0", b"0", b"0", b""],
             StreamDescription("0-0", 0, 0, 0, 0, None, None),
         ),
+        # Claimed, and nothing written: the id of the claim is not one of a frame.
+        (
+            "ff_describe_attempt",
+            b"OK",
+            [[b"last_id", b"1700000000000-0"], b"0", b"0", b"0", b"80"],
+            StreamDescription("0-0", 0, 0, 0, 0, None, 80),
+        ),
         ("ff_read_tags", b"OK", [[]], {}),
         ("ff_fire_timer", b"OK", [b"later"], ("later", [])),
     ],
@@ -843,6 +861,9 @@ def test_further_answers(name, status, fields, value):
     if name not in ONE_LIST:
         assert HEADERS[name].accepts("returns", len(fields))
     assert CALLS[name][0].answer([1, status, *fields]) == value
+
+
+NO_IDS = (b"", b"7", b"7-", b"-8", b"7-x", b"7-8-9")
 
 
 @pytest.mark.parametrize(
@@ -863,6 +884,15 @@ def test_further_answers(name, status, fields, value):
         ("ff_describe_flow", b"OK", [[b"state", b"open"], None, []]),
         ("ff_observe_signals", b"OK", [[[b"signal_id", b"x"]]]),
         ("ff_claim", b"NONE", [b"x", b""]),
+        *(("ff_open_writer", b"OK", [bad, b"0", b"", b"0"]) for bad in NO_IDS),
+        *(
+            ("ff_read_range", b"OK", [[], b"1-2", b"", [], b"1-3", b"", bad, b"0", b"", b""])
+            for bad in NO_IDS
+        ),
+        *(
+            ("ff_describe_attempt", b"OK", [[b"last_id", bad], b"0", b"0", b"0", b""])
+            for bad in NO_IDS
+        ),
     ],
 )
 def test_a_half_understood_answer_is_none(name, status, fields):

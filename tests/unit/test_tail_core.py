@@ -19,12 +19,16 @@ from ff_fast import (
 )
 from ff_fast.errors import ExecutionNotFound, NotPrimary, Unavailable
 
-from ..reference_frames import Written, check_told, entry_id, lay_out, wanted_of
+from ..reference_frames import Written, check_told, count_of, entry_id, lay_out, wanted_of
 
 ALL = TailVisibility.ALL
 EXCLUDE = TailVisibility.EXCLUDE_BEST_EFFORT
 EID = "{fp:7}:6f2c1ed5-4c3a-4b0e-9d3b-0a4a6f7c8d9e"
 LOG, LIVE = keys.stream(EID, 0), keys.live(EID, 0)
+
+
+def is_ours(fields):
+    return not {b"payload", b"run", b"end"}.isdisjoint(fields[::2])
 
 
 class Server:
@@ -43,11 +47,11 @@ class Server:
     def append(self, count):
         for (ms, sequence), key, (raw, fields) in self._to_come[:count]:
             self.streams[key].append([raw, fields])
-            if b"end" in fields:
+            if b"end" in fields[::2]:
                 self.closed = fields[fields.index(b"end") + 1]
-            elif b"frame_type" in fields:
+            elif is_ours(fields):
                 self.last, self.last_ms = sequence, ms
-                if b"best_effort" not in fields:
+                if key == LOG or b"mode" in fields[::2]:
                     self.visible = sequence
         del self._to_come[:count]
 
@@ -71,24 +75,25 @@ class Server:
     def _range(self, command):
         assert command[:3] == [b"FCALL_RO", b"ff_read_range", b"4"]
         _, log_after, live_after, count, _, visibility = command[7:]
+        assert visibility in (b"", b"exclude_best_effort")
         reply = [1, b"OK"]
         for key, after in ((LOG, log_after), (LIVE, live_after)):
             taken, frames, to, more = [], 0, after, b""
             for entry in self._after(key, after):
                 to = entry[0]
                 fields = entry[1]
-                if b"frame_type" not in fields and b"end" not in fields:
+                if not is_ours(fields):
                     continue
-                if visibility and key == LIVE and b"best_effort" in fields:
+                if visibility and key == LIVE and b"mode" not in fields[::2]:
                     continue
                 taken.append(entry)
-                frames += int(fields[fields.index(b"count") + 1]) if b"run" in fields else 1
+                frames += count_of(fields)
                 if frames >= int(count):
                     more = b"1"
                     break
             reply += [taken, to, more]
-        numbers = [b"%d" % n for n in (self.last, self.last_ms, self.visible)]
-        return [*reply, *numbers, self.closed, b"1000"]
+        last_id = b"%d-%d" % (self.last_ms, self.last)
+        return [*reply, last_id, b"%d" % self.visible, self.closed, b"1000"]
 
 
 def step(core, server):
@@ -144,8 +149,7 @@ def hurt(server, key, verb, amount):
 def frames_in(entries):
     found = set()
     for raw, fields in entries:
-        count = int(fields[fields.index(b"count") + 1]) if b"run" in fields else 1
-        found.update(range(entry_id(raw)[1] - count + 1, entry_id(raw)[1] + 1))
+        found.update(range(entry_id(raw)[1] - count_of(fields) + 1, entry_id(raw)[1] + 1))
     return found
 
 
@@ -380,7 +384,10 @@ def test_an_answer_of_another_form_is_an_error_of_ours(reply, error):
         [1],
         [1, b"OK"],
         [1, b"OK", [], b"0-0", b"", []],
-        [1, b"OK", *[b""] * 11],
+        [1, b"OK", *[b""] * 10],
+        [1, b"OK", [], b"0-0", b"", [], b"0-0", b"", b"7", b"0", b"", b""],
+        [1, b"OK", [], b"0-0", b"", [], b"0-0", b"", b"7-x", b"0", b"", b""],
+        [1, b"OK", [], b"0-0", b"", [], b"0-0", b"", b"7", b"8", b"0", b"", b""],
         [2, 3],
     ],
 )
@@ -403,7 +410,7 @@ def test_a_cursor_inside_what_the_log_never_had():
     assert core._position.sequence == 3
     ahead = _tail.TailCore(EID, 0, "0-9", ALL)
     assert step(ahead, server) == [Gap(10, 4, "cursor_ahead")]
-    server.streams[LOG].append([b"2000-4", [b"frame_type", b"t", b"payload", b"p"]])
+    server.streams[LOG].append([b"2000-4", [b"payload", b"p"]])
     assert [frame.sequence for frame in step(ahead, server)] == [4]
 
 

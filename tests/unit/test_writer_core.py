@@ -46,10 +46,10 @@ from ff_fast.types import BestEffortLiveConfig, PatchKind, StreamMode
 from ..reference_writer import Server, Written, blocks, parse
 
 ROOT = Path(__file__).parent.parent.parent
-KEYS = (b"{p}core", b"{p}meta", b"{p}log", b"{p}live", b"{p}summary")
+KEYS = {name: b"{p}%b" % name.encode() for name in ("meta", "log", "live", "summary")}
 WRITER = b"0:lease:7:writer"
-NEW = (0, 0, 0, b"", 0)
 NOW_MS = 1_700_000_000_000
+NEW = (NOW_MS, 0, 0, b"", 0)
 
 DURABLE = StreamMode.durable()
 LIVE = StreamMode.best_effort_live(15_000)
@@ -69,7 +69,9 @@ class Shell(WriterCore):
         self.queued = False
         self.lingers = 0
         self.progress = 0
-        super().__init__(keys=KEYS, writer=WRITER, mode=mode, opened=opened, **options)
+        super().__init__(
+            keys=tuple(KEYS.values()), writer=WRITER, mode=mode, opened=opened, **options
+        )
 
     def _on_ready(self):
         self.queued = True
@@ -88,7 +90,8 @@ class Shell(WriterCore):
 
 
 def position(batch, ms=NOW_MS):
-    return b"%d %d 30000 0" % (ms, batch.first_sequence + batch.frame_count - 1)
+    last = batch.first_sequence + batch.frame_count - 1
+    return b"%d-%d %d %d 0" % (ms, last, NOW_MS, NOW_MS + 30_000)
 
 
 def stored(writer, ms=NOW_MS):
@@ -113,11 +116,11 @@ def test_exact_request():
     writer = Shell()
     assert writer.write(b"hi", "token") == 1
     assert writer.take().message == (
-        b"*12\r\n$5\r\nFCALL\r\n$9\r\nff_append\r\n$1\r\n3\r\n"
-        b"$7\r\n{p}core\r\n$7\r\n{p}meta\r\n$6\r\n{p}log\r\n"
+        b"*10\r\n$5\r\nFCALL\r\n$9\r\nff_append\r\n$1\r\n2\r\n"
+        b"$7\r\n{p}meta\r\n$6\r\n{p}log\r\n"
         b"$16\r\n0:lease:7:writer\r\n"
-        b"$1\r\n1\r\n"
-        b"$1\r\nL\r\n$1\r\n1\r\n$5\r\ntoken\r\n$2\r\nhi\r\n"
+        b"$1\r\n0\r\n"
+        b"$1\r\nL\r\n$1\r\n1\r\n$2\r\nhi\r\n"
     )
 
 
@@ -130,16 +133,57 @@ def keys_of(batch):
     return tuple(rest[: int(count)])
 
 
+def keys_named(names):
+    return tuple(KEYS[name] for name in names.split())
+
+
 def test_arguments_of_leaves_out_the_keys():
     writer = Shell()
-    for mode, count in [(DURABLE, 3), (LIVE, 4), (DURABLE, 3), (TEXT, 5), (DURABLE, 3)]:
+    for mode in [DURABLE, LIVE, DURABLE, TEXT, DURABLE]:
         writer.write(b"hi", mode=mode)
         batch = writer.take()
-        assert keys_of(batch) == KEYS[:count]
         argv = arguments_of(batch.message)
-        assert argv[:2] == [WRITER, b"%d" % batch.first_sequence]
+        assert argv[:2] == [WRITER, b"%d" % (batch.first_sequence - 1)]
         assert len(argv[2]) == 1
         writer.acknowledge(batch, position(batch))
+
+
+@pytest.mark.parametrize(
+    "modes, names",
+    [
+        ([DURABLE], "meta log"),
+        ([LIVE], "meta live"),
+        ([DURABLE, LIVE], "meta log live"),
+        ([LIVE, DURABLE], "meta log live"),
+        ([TEXT], "meta log live summary"),
+        ([MERGE, LIVE, DURABLE], "meta log live summary"),
+    ],
+)
+def test_a_request_names_the_keys_that_it_needs(modes, names):
+    # Each key costs the server time.
+    writer = Shell()
+    for first in (1, len(modes) + 1):
+        for mode in modes:
+            writer.write(b"{}", mode=mode)
+        batch = writer.take()
+        assert keys_of(batch) == keys_named(names)
+        assert parse(arguments_of(batch.message)).first_sequence == first
+        writer.acknowledge(batch, position(batch))
+
+
+def test_what_no_frame_asks_for_names_its_key_too():
+    # The log is due for a trim, whatever this writer's frames are.
+    writer = Shell(LIVE, (NOW_MS, 5, 5, b"", 0))
+    writer.write(b"x")
+    batch = writer.take()
+    assert b"K" in tail_of(batch)
+    assert keys_of(batch) == keys_named("meta log live")
+    writer.acknowledge(batch, position(batch))
+    # Neither stream has to do with the estimate.
+    writer.finish()
+    batch = writer.take()
+    assert set(tail_of(batch)) == {b"E"}
+    assert keys_of(batch) == keys_named("meta log")
 
 
 def patch_for(mode, number):
@@ -188,7 +232,7 @@ batches = st.lists(
 def test_arguments_agree_with_the_oracle(sent, opened):
     last, visible, version = opened
     document = json.dumps({"text": "t" * version}).encode() if version else None
-    writer = Shell(LIVE, (last, NOW_MS, visible, b"", version), document=document)
+    writer = Shell(LIVE, (NOW_MS, last, visible, b"", version), document=document)
     for frames in sent:
         for number, frame in enumerate(frames, last + 1):
             assert write(writer, frame) == number
@@ -197,7 +241,7 @@ def test_arguments_agree_with_the_oracle(sent, opened):
         assert (batch.first_sequence, batch.frame_count) == (last + 1, len(frames))
         assert request.first_sequence == last + 1
         assert request.frame_arguments == blocks(frames, last + 1, visible, version)
-        assert keys_of(batch) == KEYS[: request.key_count]
+        assert keys_of(batch) == keys_named(" ".join(request.key_names))
         assert request.ages == sorted(request.ages, reverse=True)
         assert all(age < 10_000 for age in request.ages)
         writer.acknowledge(batch, position(batch))
@@ -286,7 +330,7 @@ class TestBounds:
             writer.write(b"x", "t", correlation_id="c", encoding="binary", source="s")
         argv = arguments_of(writer.take().message)
         at = argv.index(b"S")
-        assert int(argv[at + 2]) == 11 <= LIMITS["MAX_FIELDS"]
+        assert int(argv[at + 2]) == 9 <= LIMITS["MAX_FIELDS"]
 
 
 # -- arguments of write ----------------------------------------------------------------------------
@@ -428,7 +472,7 @@ class TestConstruction:
     @pytest.mark.parametrize("estimator", [b"x", b"nan", b"inf", b"-1", b"1e400", b"1e13"])
     def test_estimator_that_is_no_rate(self, estimator):
         with pytest.raises(Corruption):
-            Shell(LIVE, (1, NOW_MS, 0, estimator, 0))
+            Shell(LIVE, (NOW_MS, 1, 0, estimator, 0))
 
     def test_without_init_nothing_is_accepted(self):
         writer = WriterCore.__new__(WriterCore)
@@ -439,7 +483,7 @@ class TestConstruction:
         assert writer.unstored() == ()
 
     def test_later_writer_goes_on(self):
-        writer = Shell(LIVE, (41, NOW_MS, 40, b"123.4", 0))
+        writer = Shell(LIVE, (NOW_MS, 41, 40, b"123.4", 0))
         assert (writer.first_sequence, writer.next_sequence) == (42, 42)
         assert (writer.last_sequence, writer.last_id) == (41, f"{NOW_MS}-41")
         assert writer.write(b"x") == 42
@@ -475,7 +519,7 @@ class TestPatches:
         assert json.loads(fold(server.summary).document_json) == {"a": {"b": 2}, "c": 3}
 
     def test_base_versions_of_several_runs(self):
-        writer = Shell(MERGE, (7, NOW_MS, 7, b"", 4), document=b"{}")
+        writer = Shell(MERGE, (NOW_MS, 7, 7, b"", 4), document=b"{}")
         for mode, patch in [(MERGE, b"{}"), (MERGE, b"{}"), (LIVE, b"x"), (TEXT, b"t")]:
             writer.write(patch, mode=mode)
         writer.write(b"x", mode=DURABLE)
@@ -506,7 +550,7 @@ class TestPatches:
         assert json.loads(fold(server.summary).document_json) == {"text": "some text " * 6000}
 
     def test_document_of_a_later_writer(self):
-        writer = Shell(TEXT, (3, NOW_MS, 3, b"", 2), document=b'{"text":"ab"}')
+        writer = Shell(TEXT, (NOW_MS, 3, 3, b"", 2), document=b'{"text":"ab"}')
         writer.write(b"c")
         writer.finish()
         (request,) = stored(writer)
@@ -674,17 +718,36 @@ class TestAnswers:
     def test_position(self):
         writer = Shell()
         writer.write(b"x")
-        writer.acknowledge(writer.take(), b"1700000000123 1 4000 1")
+        assert (writer.last_id, writer.last_sequence) == ("0-0", 0)
+        writer.acknowledge(writer.take(), b"1700000000123-1 1700000000200 1700000004200 1")
         assert writer.last_id == "1700000000123-1"
         assert (writer.lease_left_ms, writer.cancel_requested) == (4000, True)
         assert writer.idle
 
+    @pytest.mark.parametrize(
+        "reply, left",
+        [
+            (b"0-1 1700000000200 1700000000200 0", 0),
+            (b"0-1 1700000000200 1700000000199 0", 0),
+            (b"0-1 1700000000200 99 0", 0),
+            (b"0-1 1700000000200 999999999999999 0", 998_299_999_999_799),
+            (b"0-1 0 9007199254740991 0", 9_007_199_254_740_991),
+        ],
+    )
+    def test_what_the_lease_has_left(self, reply, left):
+        writer = Shell()
+        writer.write(b"x")
+        writer.acknowledge(writer.take(), reply)
+        assert (writer.error, writer.lease_left_ms) == (None, left)
+        # The frame was trimmed meanwhile; the last known time stands for its own.
+        assert writer.last_id == f"{NOW_MS}-1"
+
     def test_id_of_the_last_frame_outlives_the_closing_batch(self):
         writer = Shell(LIVE)
         writer.write(b"x")
-        writer.acknowledge(writer.take(), b"1700000000123 1 4000 0")
+        writer.acknowledge(writer.take(), b"1700000000123-1 1700000000123 1700000004123 0")
         writer.finish()
-        writer.acknowledge(writer.take(), b"1700000009999 1 4000 0")
+        writer.acknowledge(writer.take(), b"1700000009999-1 1700000009999 1700000013999 0")
         assert writer.last_id == "1700000000123-1"
 
     @pytest.mark.parametrize("repeats", [1, 3])
@@ -778,15 +841,24 @@ class TestAnswers:
             ([0, b"sequence_gap"], ProtocolError),
             (hiredis.ReplyError("NOPERM no permissions"), PermissionDenied),
             (hiredis.ReplyError("OOM @user_function: half way"), OutOfMemory),
-            (b"1700000000000 257 30000 0", ProtocolError),
-            (b"1700000000000 255 30000 0", ProtocolError),
-            (b"1 256 1", ProtocolError),
-            (b"1 256 1 0 0", ProtocolError),
-            (b"1 256  1 0", ProtocolError),
-            (b"-1 256 1 0", ProtocolError),
+            (b"1700000000000-257 1700000000000 1700000030000 0", ProtocolError),
+            (b"1700000000000-255 1700000000000 1700000030000 0", ProtocolError),
+            (b"1-256 1 1", ProtocolError),
+            (b"1-256 1 1 ", ProtocolError),
+            (b"1-256 1 1 0 ", ProtocolError),
+            (b"1-256 1 1 0 0", ProtocolError),
+            (b"1-256  1 1 0", ProtocolError),
+            (b"1 256 1 1 0", ProtocolError),
+            (b"1-256-1 1 0", ProtocolError),
+            (b"1-256 1-1 0", ProtocolError),
+            (b"-256 1 1 0", ProtocolError),
+            (b"-1-256 1 1 0", ProtocolError),
+            (b"1-256 1 -1 0", ProtocolError),
+            (b"1-256 1 1.5 0", ProtocolError),
             (b"", ProtocolError),
             (b"9" * 400, ProtocolError),
-            (b"1 256 1 " + b"9" * 17, ProtocolError),
+            (b"1-256 1 " + b"9" * 17 + b" 0", ProtocolError),
+            (b"1-256 1 1 " + b"9" * 17, ProtocolError),
             (b"+OK", ProtocolError),
             (None, ProtocolError),
             (256, ProtocolError),
@@ -904,15 +976,15 @@ class TestEnds:
         writer.write(b"open")
         assert [frame.sequence for frame in writer.unstored()] == list(range(1, 1026))
 
-    @pytest.mark.parametrize("mode, count", [(LIVE, 3), (TEXT, 5)])
-    def test_closing_an_attempt_that_has_ended_meanwhile(self, mode, count):
+    @pytest.mark.parametrize("mode, names", [(LIVE, "meta log"), (TEXT, "meta log live summary")])
+    def test_closing_an_attempt_that_has_ended_meanwhile(self, mode, names):
         writer, server = Shell(mode), Server()
         writer.write(b"x")
         stored_on(writer, server)
         writer.finish()
         writer.waiting = True
         batch = writer.take()
-        assert keys_of(batch) == KEYS[:count]
+        assert keys_of(batch) == keys_named(names)
         assert batch.frame_count == 0
         # Nothing of the caller's is lost: what was refused is care for an attempt that needs none.
         assert writer.acknowledge(batch, [0, b"stream_closed"]) is None
@@ -1059,6 +1131,7 @@ class TestRetention:
         batch = writer.take()
         assert (batch.first_sequence, batch.frame_count) == (3, 0)
         assert tail_of(batch) == {b"P": [b"400"]}
+        assert keys_of(batch) == keys_named("meta live")
         writer.acknowledge(batch, position(batch))
         assert writer.idle
 
@@ -1076,7 +1149,7 @@ class TestRetention:
         assert tail_of(batch) == {b"P": [b"400"], b"H": [b""]}
         assert batch.frame_count == 1
         # The window's key is not one that a durable frame asks for.
-        assert keys_of(batch) == KEYS[:4]
+        assert keys_of(batch) == keys_named("meta log live")
         writer.acknowledge(batch, position(batch))
         assert writer.idle
 
@@ -1091,10 +1164,10 @@ class TestRetention:
                 assert tail_of(batch)[b"K"] == [b"777"]
                 trims.append(i)
             writer.acknowledge(batch, position(batch))
-        assert trims == list(range(127, 1000, 128))
+        assert trims == list(range(255, 1000, 256))
 
     def test_log_of_an_earlier_writer_is_trimmed_at_once(self):
-        writer = Shell(DURABLE, (5, NOW_MS, 5, b"", 0))
+        writer = Shell(DURABLE, (NOW_MS, 5, 5, b"", 0))
         writer.write(b"x")
         assert tail_of(writer.take()) == {b"K": [b"10000"]}
 
@@ -1109,7 +1182,7 @@ class TestRetention:
         assert with_estimate == 1
 
     def test_estimate_is_handed_over(self):
-        writer = Shell(live(1000, 64, 100_000), (3, NOW_MS, 0, b"1000.000", 0))
+        writer = Shell(live(1000, 64, 100_000), (NOW_MS, 3, 0, b"1000.000", 0))
         writer.write(b"x")
         writer.take()
         assert writer.window_frames == pytest.approx(2000, rel=0.01)
@@ -1194,7 +1267,7 @@ class TestTrims:
         assert 64 <= len(window.kept) <= 64 + 41
 
     def test_frames_of_an_earlier_writer_leave_too(self):
-        writer = Shell(live(100, 5, 50), (1000, NOW_MS, 0, b"", 0))
+        writer = Shell(live(100, 5, 50), (NOW_MS, 1000, 0, b"", 0))
         cuts = []
         for i in range(60):
             writer.write(b"x")
@@ -1229,14 +1302,15 @@ def held():
 
 def writer(i):
     base = b"ff:stream:{fp:%d}:8c2f2f0e-0000-4000-8000-%012d:0" % (i % 256, i)
-    keys = tuple(base + name for name in (b":core", b":meta", b"", b":live", b":summary"))
+    keys = tuple(base + name for name in (b":meta", b"", b":live", b":summary"))
     writer = b"0:8c2f2f0e-0000-4000-8000-%012d:1:8c2f2f0e-0000" % i
-    return WriterCore(keys=keys, writer=writer, mode=mode, opened=(0, 0, 0, b"", 0))
+    return WriterCore(keys=keys, writer=writer, mode=mode, opened=(1_700_000_000_000, 0, 0, b"", 0))
 
 def acknowledge(writer):
     while (batch := writer.next_batch()) is not None:
         last = batch.first_sequence + batch.frame_count - 1
-        writer.acknowledge(batch, b"%d %d 30000 0" % (1_700_000_000_000 + 10 * last, last))
+        ms = 1_700_000_000_000 + 10 * last
+        writer.acknowledge(batch, b"%d-%d %d %d 0" % (ms, last, ms, ms + 30_000))
 
 mode, log = StreamMode.best_effort_live(15_000), StreamMode.durable()
 count, burst = int(sys.argv[1]), int(sys.argv[2])
