@@ -14,8 +14,7 @@ from ff_fast._hot.frames import StreamFrame
 from ff_fast._summary import SummaryView
 from ff_fast._tail import StreamPage
 from ff_fast._work import TaskFailed, TaskGaveUp
-from ff_fast._worker import LeaseKeeper, Task
-from ff_fast.client import ValkeyBackend, Writer
+from ff_fast.client import LeaseKeeper, Task, ValkeyBackend, Writer
 from ff_fast.errors import (
     AttemptNotFound,
     AuthenticationFailed,

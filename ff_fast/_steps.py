@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from ff_fast.errors import DeadlineExceeded, FFError, Outcome
 
@@ -39,6 +39,16 @@ class Pause(NamedTuple):
 
 
 Flow = Generator[Step | Pause, list[object], T]
+
+
+class Source(Protocol):
+    """What is read step by step until it has ended, and goes on from where it stood after a lost connection."""
+
+    @property
+    def ended(self) -> bool: ...
+
+    def restart(self) -> None: ...
+
 
 DEFAULT_REQUEST_TIMEOUT_S = 5.0
 

@@ -17,6 +17,9 @@ HIGH_WATER_BYTES = 1 << 20
 MAX_UNACKNOWLEDGED_BYTES = 32 << 20
 RETENTION_MAXLEN = 10_000
 
+ROUND_BYTES = 4 << 20
+"""A shell that has joined this many bytes of batches sends them before it asks more writers."""
+
 
 class WriterOptions(NamedTuple):
     """Checked options of a writer."""

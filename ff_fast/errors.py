@@ -554,7 +554,7 @@ class PermissionDenied(FFError):
 
     code = "permission_denied"
     _sentence = (
-        "The user lacks a permission that the call needs; compare its ACL with the documented one."
+        "The user lacks a permission that the call needs; compare its ACL with the README's."
     )
 
 

@@ -83,6 +83,8 @@ redis.register_function('ff_create_execution', function(keys, args)
   if #args[9] > 0 then
     call('SADD', keys[5] .. ':members', x.id)
     call('SADD', keys[5] .. ':open', x.id)
+    call('PERSIST', keys[5])
+    call('PERSIST', keys[5] .. ':members')
   end
   if #args[10] > 0 then
     call('SADD', 'ff:exec:' .. x.tag .. ':' .. args[10] .. ':children', x.id)

@@ -14,6 +14,7 @@ redis.register_function('ff_create_flow', function(keys, args)
   end
   redis.call('HSET', keys[1], 'flow_id', args[1], 'namespace', args[2], 'state', 'open', 'created_at',
     ff.text(ff.now_ms()))
+  ff.let_flow_go(keys[1])
   return ff.ok('open')
 end)
 

@@ -190,6 +190,15 @@ local function wake_parent(x)
   end
 end
 
+local FLOW_MS = 86400000
+
+-- A flow without open members goes after a day, or with its last member where that is kept for longer.
+function ff.let_flow_go(flow_key, retention_ms)
+  local ms = ff.text(math.max(FLOW_MS, tonumber(retention_ms) or 0))
+  redis.call('PEXPIRE', flow_key, ms)
+  redis.call('PEXPIRE', flow_key .. ':members', ms)
+end
+
 -- What comes with a terminal state.
 local function conclude(x, attempt, reason)
   local call = redis.call
@@ -206,7 +215,11 @@ local function conclude(x, attempt, reason)
   if fields.flow_id then
     record[#record + 1] = 'flow_id'
     record[#record + 1] = fields.flow_id
-    call('SREM', 'ff:flow:' .. x.tag .. ':' .. fields.flow_id .. ':open', x.id)
+    local flow_key = 'ff:flow:' .. x.tag .. ':' .. fields.flow_id
+    call('SREM', flow_key .. ':open', x.id)
+    if call('SCARD', flow_key .. ':open') == 0 then
+      ff.let_flow_go(flow_key, retention_ms)
+    end
   end
   if x.result and #x.result > 0 then
     record[#record + 1] = 'payload_bytes'

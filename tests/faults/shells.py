@@ -42,13 +42,13 @@ class _Wrapped:
         await self.close()
 
 
-def config(url, *, timeout=None, retries=None, factor=None):
+def config(url, *, timeout=None, retries=None, factor=None, base=None):
     """The configuration of *url* with other limits."""
     given = BackendConfig.from_url(url)
     return BackendConfig(
         given.connection,
         timeouts=BackendTimeouts(request=timeout),
-        retry=BackendRetry(number_of_retries=retries, factor=factor),
+        retry=BackendRetry(number_of_retries=retries, factor=factor, exponent_base=base),
     )
 
 

@@ -1,6 +1,6 @@
 """Who may connect, and as whom: passwords, ACL users with no more rights than they need, and TLS.
 
-:data:`ACL` is what an operator can copy; the tests prove that each user can do its work with these lines and nothing
+The README has the lines that an operator can copy; the tests prove that each user can do its work with these lines and nothing
 else. A function runs with its caller's rights, so the commands inside it are listed too.
 """
 
@@ -9,10 +9,12 @@ import contextlib
 import datetime
 import logging
 import pickle
+import re
 import socket
 import ssl
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import trustme
@@ -34,34 +36,13 @@ from ..waiting import wait_until_async
 from .chaos import ChaosProxy
 from .shells import claimed
 
-ACL = {
-    # Loads the library, and nothing else.
-    "ff_deploy": "resetchannels -@all +function|load +fcall_ro",
-    # Creates executions, flows and their members.
-    "ff_producer": (
-        "resetchannels -@all ~ff:* +fcall|ff_create_execution +fcall|ff_create_flow +fcall_ro|ff_version "
-        "+zadd +hget +hset +hgetall +set +sadd +time"
-    ),
-    # Claims, streams, renews and ends.
-    "ff_worker": (
-        "resetchannels -@all ~ff:* "
-        "+fcall|ff_claim +fcall|ff_open_writer +fcall|ff_append +fcall|ff_renew_lease +fcall|ff_complete_execution "
-        "+fcall|ff_fail_execution +fcall_ro|ff_version +fcall_ro|ff_read_payload +fcall_ro|ff_read_summary "
-        "+zpopmin +bzpopmin +zadd +zrange +zrem +zscore +hmget +hget +hset +hdel +hgetall +del +get +set +exists "
-        "+smembers +scard +srem +lrange +xadd +xtrim +xrevrange +pexpire +time"
-    ),
-    # Fires what is due: lapsed leases, delays, timeouts, cancellations.
-    "ff_supervisor": (
-        "resetchannels -@all ~ff:* +fcall|ff_fire_timer +fcall|ff_cancel_members +fcall_ro|ff_version "
-        "+zrangebyscore +zadd +zrem +zscore +hmget +hget +hset +hdel +hgetall +smembers +scard +srem +lrange "
-        "+xadd +pexpire +time"
-    ),
-    # Reads: tails, pages, summaries and descriptions, with no way to write.
-    "ff_tailer": (
-        "resetchannels -@all %R~ff:* "
-        "+fcall_ro +hmget +hget +hgetall +exists +xrange +xrevrange +xread +xlen +time"
-    ),
-}
+ACL = dict(
+    re.findall(
+        r"^ACL SETUSER (\S+) (.*)$",
+        (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+)
 PASSWORD = "s3cret-canary"
 
 

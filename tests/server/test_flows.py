@@ -254,3 +254,24 @@ def test_a_supervisor_of_another_namespace_leaves_the_flow_alone(world):
     assert world.state(eid) == "waiting"
     world.round(ScannerFilter(namespace="one"))
     assert world.state(eid) == "cancelled"
+
+
+def test_a_flow_is_kept_while_a_member_is_open(world):
+    day = 86_400_000
+    flow = world.backend.create_flow()
+    key = keys.flow(keys.flow_tag(flow, 256), flow)
+    members = key + b":members"
+    assert 0 < world.raw.pttl(key) <= day
+    first = world.create(flow_id=flow, priority=9, retention_ms=3 * day)
+    second = world.create(flow_id=flow)
+    assert world.raw.pttl(key) == world.raw.pttl(members) == -1
+    world.backend.complete(world.claim())
+    assert world.state(first) == "completed"
+    assert world.raw.pttl(key) == world.raw.pttl(members) == -1
+    world.backend.cancel(second)
+    assert 0 < world.raw.pttl(key) <= day
+    assert 0 < world.raw.pttl(members) <= day
+    world.create(flow_id=flow, retention_ms=3 * day)
+    assert world.raw.pttl(key) == world.raw.pttl(members) == -1
+    world.backend.complete(world.claim())
+    assert day < world.raw.pttl(key) <= 3 * day

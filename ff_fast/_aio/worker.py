@@ -6,16 +6,14 @@ import asyncio
 import contextlib
 import copy
 import inspect
-import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, NoReturn
 
 from ff_fast._work import (
     CANCEL_REASON,
     CLAIM_WAIT_S,
     END_AGAIN_S,
     HAND_BACK_S,
-    LeaseClock,
     TaskFailed,
     TaskGaveUp,
     claim_arguments,
@@ -25,14 +23,13 @@ from ff_fast._work import (
     on_stop_signals,
     result_of,
 )
-from ff_fast.errors import DeadlineExceeded, FFError, InvalidType, Unavailable, WriterClosed
+from ff_fast.errors import FFError, InvalidType, WriterClosed
 from ff_fast.types import (
     AppendFrameOutcome,
     CapabilitySet,
     FailureClass,
     Handle,
     HandleKind,
-    LeaseRenewal,
     PendingWaitpoint,
     ReportUsageResult,
     ResumeCondition,
@@ -44,102 +41,12 @@ from ff_fast.types import (
 
 if TYPE_CHECKING:
     from datetime import timedelta
-    from types import TracebackType
 
-    from ff_fast.aio import ValkeyBackend, Writer
+    from ff_fast._aio.leases import LeaseKeeper
+    from ff_fast._aio.operations import Operations
+    from ff_fast._aio.writing import Writer
 
 Handler = Callable[["Task"], Awaitable[bytes | str | None]]
-
-
-class LeaseKeeper:
-    """Renews a lease in a task of its own until it is stopped or lost: ``async with backend.keep_lease(handle)``.
-
-    Made by :meth:`ff_fast.aio.ValkeyBackend.keep_lease`; the close of the backend ends it too.
-
-    Attributes:
-        error: Why the lease is gone; None while it is held.
-        cancel_requested: Whether the newest renewal said that the worker is asked to stop.
-    """
-
-    def __init__(
-        self,
-        lease_ttl_ms: int,
-        renew: Callable[[], Awaitable[LeaseRenewal]],
-        on_lost: Callable[[FFError], None],
-        closed: Callable[[], bool],
-    ) -> None:
-        self.error: FFError | None = None
-        self.cancel_requested = False
-        self._renew = renew
-        self._on_lost = on_lost
-        self._closed = closed
-        self._stopped = False
-        self._clock = LeaseClock(lease_ttl_ms)
-        self._over = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self, spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
-        self._task = spawn(self._main())
-        # Also one that is cancelled before it began is over.
-        self._task.add_done_callback(self._ended)
-
-    @property
-    def held(self) -> bool:
-        """Whether the lease is held, as far as this process can know."""
-        return self.error is None and self._clock.held
-
-    async def wait_lost(self, seconds: float) -> bool:
-        """Wait until the lease is gone or nobody renews it any more; returns whether it is."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._over.wait()
-        return self._over.is_set() or not self.held
-
-    async def _main(self) -> None:
-        clock = self._clock
-        while self.error is None:
-            await asyncio.sleep(clock.wait_s)
-            clock.sending()
-            try:
-                async with asyncio.timeout(max(clock.held_until - time.monotonic(), 0.0)):
-                    renewal = await self._renew()
-            except TimeoutError:
-                self._lost(clock.failed(DeadlineExceeded()))
-            except FFError as error:
-                self._lost(clock.failed(error))
-            else:
-                clock.renewed()
-                self.cancel_requested = renewal.cancel_requested
-
-    def _ended(self, _: object) -> None:
-        self._over.set()
-        if self._closed():
-            self._lost(Unavailable("The backend is closed; connect again."))
-
-    def _lost(self, error: FFError | None) -> None:
-        # After a stop nobody asks any more: the execution has ended, as it was meant to.
-        if error is not None and self.error is None and not self._stopped:
-            self.error = error
-            self._over.set()
-            self._on_lost(error)
-
-    async def stop(self) -> None:
-        """Stop renewing; the lease runs out by itself unless the execution ends first."""
-        self._stopped = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        await self.stop()
 
 
 class Task:
@@ -154,7 +61,7 @@ class Task:
         signals: The signals that ended its last suspension.
     """
 
-    def __init__(self, backend: ValkeyBackend, handle: Handle, mode: StreamMode | None) -> None:
+    def __init__(self, backend: Operations, handle: Handle, mode: StreamMode | None) -> None:
         self._backend = backend
         self._mode = mode
         self._writer: Writer | None = None
@@ -234,22 +141,22 @@ class Task:
         return self.cancel_requested or self._backend.closed or not self.holds_lease
 
     async def progress(self, percent: int | None = None, message: str = "") -> None:
-        """Report progress; see :meth:`ValkeyBackend.progress`."""
+        """Report progress; see :meth:`ff_fast.aio.ValkeyBackend.progress`."""
         await self._backend.progress(self.handle, percent, message)
 
     async def report_usage(self, usage: UsageDimensions) -> ReportUsageResult:
-        """Report usage; see :meth:`ValkeyBackend.report_usage`."""
+        """Report usage; see :meth:`ff_fast.aio.ValkeyBackend.report_usage`."""
         return await self._backend.report_usage(self.handle, usage)
 
     async def create_waitpoint(self, expires: float | timedelta = 3600.0) -> PendingWaitpoint:
-        """Create a waitpoint; see :meth:`ValkeyBackend.create_waitpoint`."""
+        """Create a waitpoint; see :meth:`ff_fast.aio.ValkeyBackend.create_waitpoint`."""
         return await self._backend.create_waitpoint(self.handle, expires=expires)
 
     async def suspend(
         self,
         condition: ResumeCondition,
         *,
-        timeout: float | timedelta | None = None,  # noqa: ASYNC109 - of the suspension
+        timeout: float | timedelta | None = None,
         on_timeout: TimeoutBehavior = TimeoutBehavior.FAIL,
         reason: str = "waiting_for_signal",
     ) -> tuple[ResumeSignal, ...]:
@@ -293,7 +200,7 @@ class WorkerLoop:
 
     def __init__(
         self,
-        backend: ValkeyBackend,
+        backend: Operations,
         handler: Handler,
         *,
         lane: str,

@@ -7,13 +7,12 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn
 
 from ff_fast._work import (
     CANCEL_REASON,
     CLAIM_WAIT_S,
     END_AGAIN_S,
-    LeaseClock,
     TaskGaveUp,
     claim_arguments,
     failure_of,
@@ -29,7 +28,6 @@ from ff_fast.types import (
     FailureClass,
     Handle,
     HandleKind,
-    LeaseRenewal,
     PendingWaitpoint,
     ReportUsageResult,
     ResumeCondition,
@@ -41,90 +39,12 @@ from ff_fast.types import (
 
 if TYPE_CHECKING:
     from datetime import timedelta
-    from types import TracebackType
 
-    from ff_fast.client import ValkeyBackend, Writer
+    from ff_fast._sync.leases import LeaseKeeper
+    from ff_fast._sync.operations import Operations
+    from ff_fast._sync.writing import Writer
 
 Handler = Callable[["Task"], bytes | str | None]
-
-
-class LeaseKeeper:
-    """Renews a lease in a thread of its own until it is stopped or lost. A context manager.
-
-    Made by :meth:`ff_fast.ValkeyBackend.keep_lease`; the close of the backend ends it too.
-
-    Attributes:
-        error: Why the lease is gone; None while it is held.
-        cancel_requested: Whether the newest renewal said that the worker is asked to stop.
-    """
-
-    def __init__(
-        self,
-        lease_ttl_ms: int,
-        renew: Callable[[float], LeaseRenewal],
-        on_lost: Callable[[FFError], None],
-    ) -> None:
-        self.error: FFError | None = None
-        self.cancel_requested = False
-        self._renew = renew
-        self._on_lost = on_lost
-        self._clock = LeaseClock(lease_ttl_ms)
-        self._stop = threading.Event()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._main, name="ff_fast lease", daemon=True)
-        self._thread.start()
-
-    @property
-    def held(self) -> bool:
-        """Whether the lease is held, as far as this process can know."""
-        return self.error is None and self._clock.held
-
-    def wait_lost(self, seconds: float) -> bool:
-        """Wait until the lease is gone or nobody renews it any more; returns whether it is."""
-        return self._over.wait(seconds) or not self.held
-
-    def _main(self) -> None:
-        try:
-            while self.error is None and not self._stop.wait(self._clock.wait_s):
-                self._clock.sending()
-                try:
-                    renewal = self._renew(self._clock.held_until)
-                except FFError as error:
-                    self._lost(self._clock.failed(error))
-                else:
-                    self._clock.renewed()
-                    self.cancel_requested = renewal.cancel_requested
-        finally:
-            self._over.set()
-
-    def _lost(self, error: FFError | None) -> None:
-        # After a stop nobody asks any more: the execution has ended, as it was meant to.
-        if error is not None and not self._stop.is_set():
-            self.error = error
-            self._over.set()
-            self._on_lost(error)
-
-    def abandon(self, error: FFError) -> None:
-        """End without waiting: the backend is closed."""
-        self._lost(error)
-        self._stop.set()
-
-    def stop(self) -> None:
-        """Stop renewing; the lease runs out by itself unless the execution ends first."""
-        self._stop.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        self.stop()
 
 
 class Task:
@@ -139,7 +59,7 @@ class Task:
         signals: The signals that ended its last suspension.
     """
 
-    def __init__(self, backend: ValkeyBackend, handle: Handle, mode: StreamMode | None) -> None:
+    def __init__(self, backend: Operations, handle: Handle, mode: StreamMode | None) -> None:
         self._backend = backend
         self._mode = mode
         self._writer: Writer | None = None
@@ -212,15 +132,15 @@ class Task:
         return self.cancel_requested or self._backend.closed or not self.holds_lease
 
     def progress(self, percent: int | None = None, message: str = "") -> None:
-        """Report progress; see :meth:`ValkeyBackend.progress`."""
+        """Report progress; see :meth:`ff_fast.ValkeyBackend.progress`."""
         self._backend.progress(self.handle, percent, message)
 
     def report_usage(self, usage: UsageDimensions) -> ReportUsageResult:
-        """Report usage; see :meth:`ValkeyBackend.report_usage`."""
+        """Report usage; see :meth:`ff_fast.ValkeyBackend.report_usage`."""
         return self._backend.report_usage(self.handle, usage)
 
     def create_waitpoint(self, expires: float | timedelta = 3600.0) -> PendingWaitpoint:
-        """Create a waitpoint; see :meth:`ValkeyBackend.create_waitpoint`."""
+        """Create a waitpoint; see :meth:`ff_fast.ValkeyBackend.create_waitpoint`."""
         return self._backend.create_waitpoint(self.handle, expires=expires)
 
     def suspend(
@@ -271,7 +191,7 @@ class WorkerLoop:
 
     def __init__(
         self,
-        backend: ValkeyBackend,
+        backend: Operations,
         handler: Handler,
         *,
         lane: str,

@@ -1,0 +1,1 @@
+"""The parts of the asyncio shell, :mod:`ff_fast.aio`."""

@@ -1,0 +1,1 @@
+"""The parts of the blocking shell, :mod:`ff_fast.client`."""
