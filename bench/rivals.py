@@ -303,6 +303,14 @@ redis.register_function('bench_append', function(keys, args)
   redis.call('XTRIM', keys[2], 'MAXLEN', '=', args[11])
   return {1, 'OK', id, tostring(count), ''}
 end)
+-- The commands of our function for one durable frame, and nothing of what they are for: what it costs at the least.
+redis.register_function('bench_min', function(keys, args)
+  redis.call('HMGET', keys[1], 'writer', 'last_id', 'lease_expires_at', 'cancel_requested')
+  redis.call('TIME')
+  redis.call('XADD', keys[2], '*', 'payload', args[5])
+  redis.call('HSET', keys[1], 'last_id', args[1])
+  return args[1]
+end)
 -- The document is decoded, merged and encoded in Lua, once a patch.
 local function merge(target, patch)
   for name, value in pairs(patch) do

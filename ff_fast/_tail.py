@@ -394,16 +394,19 @@ def read_page(
     while True:
         (reply,) = yield Step(core.step().request)
         items = core.receive(reply)
-        for item in items:
-            if isinstance(item, Gap):
-                gaps.append(item)
-            elif isinstance(item, StreamFrame):
-                frames.append(item)
-                size += len(item.payload)
-                if len(frames) == count:
-                    # What was read beyond the page, also of a run, is read again for the next one.
-                    last = item is (items[-2] if core.ended else items[-1])
-                    return _page(frames, gaps, item.stream_id, core.end_reason if last else None)
+        some = [item for item in items if isinstance(item, StreamFrame)]
+        missing = [item for item in items if isinstance(item, Gap)]
+        room = count - len(frames)
+        if len(some) >= room:
+            # What was read beyond the page, also of a run, is read again for the next one.
+            last = some[room - 1]
+            frames += some[:room]
+            gaps += [gap for gap in missing if gap.first_missing < last.sequence]
+            whole = last is (items[-2] if core.ended else items[-1])
+            return _page(frames, gaps, last.stream_id, core.end_reason if whole else None)
+        frames += some
+        gaps += missing
+        size += sum([len(frame.payload) for frame in some])
         if core.ended or size >= max_bytes or core.caught_up():
             return _page(frames, gaps, core.cursor, core.end_reason)
 

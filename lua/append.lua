@@ -37,12 +37,12 @@
 
 -- How many arguments a block has behind its letter, at the least.
 local BLOCK_FIXED = { L = 2, X = 3, V = 2, W = 3, S = 5, C = 3, T = 1, P = 1, K = 1, E = 1, H = 1 }
-local FRAMES = { L = true, X = true, V = true, W = true, S = true }
-local ENTRY_A_FRAME = { L = true, X = true }
+-- The stream that the block's frames go to: to the log as an entry each, to the live window as one entry.
+local FRAMES = { L = 'log', X = 'log', V = 'live', W = 'live', S = 'live' }
 local HAS_EXTRAS = { X = true, W = true, S = true }
--- What the blocks of a batch with two keys may be: its one stream is the log or the live window.
-local OF_THE_LOG = { L = true, X = true, K = true }
-local OF_THE_WINDOW = { V = true, W = true, T = true, P = true }
+-- The stream that another block is about.
+local CARE = { K = 'log', T = 'live', P = 'live' }
+local MAX_PAYLOAD, MAX_FRAMES, MAX_INTEGER, integer = ff.MAX_PAYLOAD, ff.MAX_FRAMES, ff.MAX_INTEGER, ff.integer
 
 -- A run is: varint count, then count varint payload lengths, count varint ages in ms, the payloads back to back.
 -- Returns the same run of `count` frames without its first `skip`, or nil where it is no such run.
@@ -101,7 +101,7 @@ local function block_at(args, at)
   if HAS_EXTRAS[letter] then
     from = at + 3 + 2 * tonumber(args[at + 2])
   end
-  local after = from + (ENTRY_A_FRAME[letter] and count or 1)
+  local after = from + (FRAMES[letter] == 'log' and count or 1)
   return letter, count, at + 3, from, letter == 'S' and after + 2 or after
 end
 
@@ -113,7 +113,7 @@ local function skipped_patches(args, skip)
     local letter = args[at]
     if FRAMES[letter] then
       local _, count, _, from, after = block_at(args, at)
-      if skip < count and not ENTRY_A_FRAME[letter] and not run_suffix(args[from], count, skip) then
+      if skip < count and FRAMES[letter] == 'live' and not run_suffix(args[from], count, skip) then
         return nil
       end
       if letter == 'S' then
@@ -132,11 +132,11 @@ end
 local function retention_ok(letter, value)
   if letter == 'T' then
     local ms, sequence = string.match(value, '^(%d+)%-(%d+)$')
-    return ff.integer(ms) and ff.integer(sequence)
+    return integer(ms) and integer(sequence)
   elseif letter == 'E' then
     return #value <= 32 and string.find(value, '^%d+%.?%d*$')
   end
-  local number = ff.integer(value)
+  local number = integer(value)
   if letter == 'H' then
     return number or value == ''
   end
@@ -249,8 +249,7 @@ redis.register_function('ff_append', function(keys, args)
   end
 
   -- Check every block before the first write.
-  local integer = ff.integer
-  local total, patches, summary_first, compaction, log_used, live_used = 0, 0, nil, nil, false, false
+  local total, patches, summary_first, compaction, stream, mixed = 0, 0, nil, nil, nil, false
   local at, last = 3, #args
   while at <= last do
     local letter = args[at]
@@ -258,8 +257,13 @@ redis.register_function('ff_append', function(keys, args)
     if not fixed or at + fixed > last then
       return ff.err('invalid_input', 'block')
     end
-    log_used, live_used = log_used or OF_THE_LOG[letter], live_used or OF_THE_WINDOW[letter]
-    if FRAMES[letter] then
+    local frames = FRAMES[letter]
+    local about = frames or CARE[letter]
+    if about then
+      mixed = mixed or (stream and stream ~= about)
+      stream = about
+    end
+    if frames then
       local count, from = args[at + 1], at + 2
       count = count == '1' and 1 or integer(count)
       if not count or count < 1 then
@@ -272,8 +276,8 @@ redis.register_function('ff_append', function(keys, args)
         end
         from = from + 1 + 2 * extras
       end
-      local limit = ff.MAX_PAYLOAD
-      if ENTRY_A_FRAME[letter] then
+      local limit = MAX_PAYLOAD
+      if frames == 'log' then
         at = from + count
       else
         at = from + 1
@@ -311,10 +315,10 @@ redis.register_function('ff_append', function(keys, args)
       at = at + fixed + 1
     end
   end
-  if total > ff.MAX_FRAMES then
+  if total > MAX_FRAMES then
     return ff.err('invalid_input', 'frames')
   end
-  if ((summary_first or compaction) and not keys[4]) or (log_used and live_used and not keys[3]) then
+  if ((summary_first or compaction) and not keys[4]) or (mixed and not keys[3]) then
     return ff.err('invalid_input', 'keys')
   end
 
@@ -342,7 +346,7 @@ redis.register_function('ff_append', function(keys, args)
       return ff.err('invalid_input', 'block')
     end
   end
-  if sequence + total > ff.MAX_INTEGER then
+  if sequence + total > MAX_INTEGER then
     return ff.err('invalid_input', 'previous_sequence')
   end
   local summary
@@ -364,7 +368,8 @@ redis.register_function('ff_append', function(keys, args)
   at = 3
   while at <= last do
     local letter = args[at]
-    if FRAMES[letter] then
+    local frames = FRAMES[letter]
+    if frames then
       local count, from, first_extra = args[at + 1], at + 2, at + 3
       count = count == '1' and 1 or count + 0
       local extras = HAS_EXTRAS[letter]
@@ -372,7 +377,7 @@ redis.register_function('ff_append', function(keys, args)
         from = first_extra + 2 * args[at + 2]
       end
       local last_extra = from - 1
-      if ENTRY_A_FRAME[letter] then
+      if frames == 'log' then
         at = from + count
         if skip > 0 then
           local left_out = math.min(skip, count)

@@ -18,7 +18,7 @@ from bench.harness import (
     take_turns,
 )
 from bench.jobs import mode_of
-from bench.rivals import FencedAttempt, acknowledged, encoded_xadd
+from bench.rivals import FENCED_LIBRARY, FencedAttempt, acknowledged, encoded_xadd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,6 +76,19 @@ def run(stage: Stage) -> Report:
 
         return turn
 
+    def commands_alone() -> Metrics:
+        stage.fresh()
+        stage.wire.command("FUNCTION", "LOAD", "REPLACE", FENCED_LIBRARY)
+        core = stage.core(DURABLE)
+        requests = [
+            core.encode(frame, int(time.time() * 1000)).replace(b"ff_append", b"bench_min", 1)
+            for frame in frames[:singles]
+        ]
+        work = acknowledged(stage.wire, requests, PIPELINE)
+        server_us = per_frame_cpu(stage.wire, singles, work)
+        check_entries(stage.wire, core.log, frames[:singles])
+        return {"server_us": server_us}
+
     def plain(each: int, streams: int) -> Callable[[], Metrics]:
         def turn() -> Metrics:
             stage.fresh()
@@ -119,6 +132,7 @@ def run(stage: Stage) -> Report:
             "one fenced call a frame, 64 pipelined": fenced(PIPELINE),
             "ff_fast durable, one a call, 64 pipelined": one_a_call(DURABLE, PIPELINE),
             "ff_fast best-effort, one a call, 64 pipelined": one_a_call(live, PIPELINE),
+            "its four commands alone": commands_alone,
             "ff_fast durable, one a round trip": one_a_call(DURABLE, 1),
             "awaited XADD, one a round trip": plain(1, 1),
             "one fenced call a frame, one a round trip": fenced(1),
@@ -156,6 +170,7 @@ def run(stage: Stage) -> Report:
         "P2", "the same, best-effort", "ff_fast best-effort, one a call, 64 pipelined", fence,
         Target(9.0),
     )  # fmt: skip
+    row("P2", "the same, durable, over the least", single, "its four commands alone", None)
     for rival in ("one fenced call a frame, one a round trip", "awaited XADD, one a round trip"):
         row(
             "P2", "the same, durable, each call a round trip", "ff_fast durable, one a round trip",
