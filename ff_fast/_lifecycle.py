@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from ff_fast import keys, ops
 from ff_fast._hot.resp import pack_command
@@ -406,6 +406,7 @@ class Supervision:
 _DUE_A_CALL = 100
 
 
+_START = "0-0"
 _LAST_OF_A_MS = 10**16 - 1
 
 COMPLETION_BLOCK_MS = 5_000
@@ -424,7 +425,7 @@ class CompletionCore:
         scope: Which executions are wanted.
     """
 
-    __slots__ = ("_base", "_ids", "_partitions", "_scope")
+    __slots__ = ("_base", "_ids", "_partitions", "_scope", "_unsure")
 
     ended = False
 
@@ -433,8 +434,10 @@ class CompletionCore:
         self._scope = scope
         self._ids: dict[int, str] = {}
         self._base: str | None = None
+        # Whether what comes next may have been trimmed since the cursor was made.
+        self._unsure = after is not None
         if after == "start":
-            self._base = "0-0"
+            self._base = _START
         elif after is not None:
             found = None
             if isinstance(after, str):
@@ -451,7 +454,8 @@ class CompletionCore:
                 self._ids[int(index)] = identity
 
     def restart(self) -> None:
-        """Nothing to do: what was not delivered was not passed either."""
+        """The connection was lost: what was not delivered was not passed either, but may be gone by now."""
+        self._unsure = True
 
     def read(self) -> Flow[list[CompletionPayload]]:
         """Wait for up to :data:`COMPLETION_BLOCK_MS`; returns what ended since, each with the cursor behind it."""
@@ -461,6 +465,9 @@ class CompletionCore:
             # Below every id from now on: the first of this millisecond may be still to come.
             self._base = f"{int(seconds) * 1000 + int(micros) // 1000 - 1}-{_LAST_OF_A_MS}"
         indexes = range(self._partitions)
+        if self._unsure:
+            yield from self._check_kept(self._base)
+            self._unsure = False
         request = pack_command(
             b"XREAD", b"COUNT", b"100", b"BLOCK", b"%d" % COMPLETION_BLOCK_MS, b"STREAMS",
             *(keys.completions(keys.tag_of(index)) for index in indexes),
@@ -483,6 +490,30 @@ class CompletionCore:
                     found.append(completion)
         self._ids = ids
         return found
+
+    def _check_kept(self, base: str) -> Flow[None]:
+        """Raise ``InvalidCursor`` where what comes next may have been trimmed."""
+        names = [keys.completions(keys.tag_of(index)) for index in range(self._partitions)]
+        request = b"".join(pack_command(b"XINFO", b"STREAM", name) for name in names)
+        for index, reply in enumerate((yield Step(request, replies=len(names)))):
+            if isinstance(reply, Exception) and "no such key" in str(reply):
+                continue
+            flat = cast("list[Any]", checked(reply))
+            about = dict(zip(flat[::2], flat[1::2], strict=True))
+            first = about[b"recorded-first-entry-id"].decode()
+            # The server does not say what was trimmed last; of thousands that may be, the one before the first.
+            trimmed = about[b"entries-added"] > about[b"length"]
+            here = self._ids.get(index, base)
+            if trimmed and here != _START and _order(here) < _order(first):
+                raise InvalidCursor(
+                    "Completions behind the cursor are not kept any more; begin with 'start' and"
+                    " compare with what you have."
+                )
+
+
+def _order(identity: str) -> tuple[int, int]:
+    ms, _, sequence = identity.partition("-")
+    return int(ms), int(sequence)
 
 
 def _completion_of(

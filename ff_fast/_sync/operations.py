@@ -720,7 +720,7 @@ class Operations(Connections):
                 ``start`` for all that is kept (about 10,000 for each partition); None begins when the first is asked for.
 
         Raises:
-            InvalidCursor: *after* is none of these.
+            InvalidCursor: *after* is none of these, or what comes behind it is not kept any more.
             Unavailable: The server cannot be reached; the subscription reconnected as often as the configuration allows.
         """
         core = _lifecycle.CompletionCore(self._sweeper.partitions, after, _arguments.scope(scope))

@@ -307,3 +307,22 @@ def test_closing_the_backend_ends_a_subscription(server, raw):
         own.close()
         thread.join(10)
     assert ended[0].retryable
+
+
+def test_a_cursor_whose_successors_are_trimmed_is_refused(
+    kind, server, backend, namespace, end, scope, raw
+):
+    flow = backend.create_flow(namespace=namespace)
+    completions = keys.completions(keys.flow_tag(flow, 256))
+    before = here(raw)
+    eids = [end(flow_id=flow) for _ in range(3)]
+    found = Subscription(kind, server.url, scope, before, count=3).result()
+    assert [completion.execution_id for completion in found] == eids
+    raw.xtrim(completions, maxlen=1, approximate=False)
+    for cursor in (before, found[0].cursor):
+        with pytest.raises(errors.InvalidCursor):
+            Subscription(kind, server.url, scope, cursor, count=1).result()
+    eids.append(end(flow_id=flow))
+    for cursor, rest in (("start", eids[2:]), (found[2].cursor, eids[3:])):
+        again = Subscription(kind, server.url, scope, cursor, count=len(rest)).result()
+        assert [completion.execution_id for completion in again] == rest
