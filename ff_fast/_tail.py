@@ -34,7 +34,7 @@ _LARGEST_LOOK = 256
 # XREAD knows no limit in bytes, and the next entries may be of another size than the last: an entry
 # of the live window may be a run of a thousand frames.
 _FIRST_COUNTS = (512, 16)
-_LARGEST_COUNTS = (512, 64)
+_LARGEST_COUNTS = (1024, 64)
 
 Item = StreamFrame | Gap | End
 Id = tuple[int, int]

@@ -176,9 +176,9 @@ def test_a_large_page_is_read_in_small_calls(backend, raw, attempt):
     with counted(raw, "fcall_ro", "xread") as calls:
         page = backend.read_stream(attempt.eid, count=5_000)
     assert sequences(page) == list(range(1, 5_001))
-    # One look at the state, and no XREAD of more than 512 entries.
+    # One look at the state, and no XREAD of more than 1,024 entries.
     assert calls["fcall_ro"] == 1
-    assert calls["xread"] >= (5_000 - 64) // 512
+    assert calls["xread"] >= (5_000 - 64) // 1_024
 
 
 @pytest.mark.parametrize("after", ["", "-1", "$", "+", "-", "end", "1", "1-", "-1-1", "1-1 ", "(1-1", "1-1-1", "x-1",

@@ -292,7 +292,7 @@ def test_how_much_it_asks_for_follows_what_came():
     light = [[Written("durable")]] * 3_000
     core, server = started(*lay_out(light))
     while step(core, server) or core._position.held[0]:
-        assert int(last(server)[2]) <= 512 if last(server)[0] == b"XREAD" else True
+        assert int(last(server)[2]) <= 1_024 if last(server)[0] == b"XREAD" else True
     assert len(server.commands) < 30
 
 
