@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
+from ff_fast._hot.resp import take_reply
 from ff_fast._steps import Flow, Pause, Step
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, Unavailable
 
@@ -105,7 +106,7 @@ class Channel(asyncio.Protocol):
         reader.feed(data)
         while self._transport is not None:
             try:
-                reply = reader.gets()
+                reply = take_reply(reader.gets)
             except self._broken_reply:
                 self.abort()
                 return

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
+from ff_fast._hot.resp import take_reply
 from ff_fast._steps import Flow, Pause, Step
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError
 
@@ -95,7 +96,7 @@ class Channel:
         deadline = time.monotonic() + _transport.wait_s(self._timeout, step)
         failure: FFError
         try:
-            while (reply := self._reader.gets()) is False:
+            while (reply := take_reply(self._reader.gets)) is False:
                 # Of the whole reply, not of its next byte.
                 self._socket.settimeout(max(deadline - time.monotonic(), 1e-6))
                 data = self._socket.recv(1 << 18)

@@ -1,6 +1,7 @@
 """Packing of requests: exact bytes, agreement with the oracle and with hiredis, refusals."""
 
 import doctest
+import gc
 
 import hiredis
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ff_fast._hot import resp
-from ff_fast._hot.resp import pack_command, pack_fcall
+from ff_fast._hot.resp import pack_command, pack_fcall, take_reply
 
 from .. import reference_resp as reference
 
@@ -107,3 +108,38 @@ def test_doctests():
     outcome = doctest.testmod(resp)
     assert outcome.attempted >= 2
     assert outcome.failed == 0
+
+
+def test_a_large_reply_is_taken_without_a_collection():
+    reader = hiredis.Reader()
+    reader.feed(b"*2000\r\n" + b"*1\r\n$1\r\nx\r\n" * 2000)
+    phases = []
+
+    def watch(phase, _):
+        phases.append(phase)
+
+    gc.collect()
+    gc.callbacks.append(watch)
+    try:
+        reply = take_reply(reader.gets)
+        during = len(phases)
+    finally:
+        gc.callbacks.remove(watch)
+    assert reply == [[b"x"]] * 2000
+    assert during == 0
+    assert take_reply(reader.gets) is False
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_left_as_it_was_also_by_an_error(enabled):
+    reader = hiredis.Reader()
+    reader.feed(b"nonsense\r\n")
+    if not enabled:
+        gc.disable()
+    try:
+        with pytest.raises(hiredis.ProtocolError):
+            take_reply(reader.gets)
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
