@@ -264,6 +264,11 @@ class Stage:
         self.close()
 
 
+def position(ms: int, sequence: int) -> bytes:
+    """What `ff_append` answers when the frame of that sequence was stored at *ms*."""
+    return b"%d-%d %d %d 0" % (ms, sequence, ms, ms + LEASE_MS)
+
+
 class Core(WriterCore):
     """A writer core that a benchmark drives batch by batch, so that their size is exact."""
 
@@ -322,7 +327,7 @@ class Core(WriterCore):
         sequence = self.write(frame)
         batch = self.next_batch()
         assert batch is not None
-        error = self.acknowledge(batch, b"%d-%d %d %d 0" % (ms, sequence, ms, ms + LEASE_MS))
+        error = self.acknowledge(batch, position(ms, sequence))
         check(error is None and self.error is None, "the made-up reply was refused")
         return batch.message
 

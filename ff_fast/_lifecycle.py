@@ -220,6 +220,13 @@ def _checked(step: Step) -> Flow[list[bytes]]:
     return checked(reply)
 
 
+def _server_ms() -> Flow[int]:
+    """Ask for the server's time, in ms since the epoch."""
+    (reply,) = yield Step(pack_command(b"TIME"))
+    seconds, micros = checked(reply)
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
 def checked(reply: object) -> list[bytes]:
     """Return the list that a plain command answered, empty for a number or nothing.
 
@@ -329,9 +336,7 @@ class Supervision:
 
     def round(self) -> Flow[int]:
         """Fire every timer that is due; returns how many had something to do."""
-        (reply,) = yield Step(pack_command(b"TIME"))
-        seconds, micros = checked(reply)
-        now = b"%d" % (int(seconds) * 1000 + int(micros) // 1000)
+        now = b"%d" % (yield from _server_ms())
         offsets = dict.fromkeys(range(self._partitions), 0)
         fired = 0
         while offsets:
@@ -460,10 +465,9 @@ class CompletionCore:
     def read(self) -> Flow[list[CompletionPayload]]:
         """Wait for up to :data:`COMPLETION_BLOCK_MS`; returns what ended since, each with the cursor behind it."""
         if self._base is None:
-            (reply,) = yield Step(pack_command(b"TIME"))
-            seconds, micros = checked(reply)
+            now = yield from _server_ms()
             # Below every id from now on: the first of this millisecond may be still to come.
-            self._base = f"{int(seconds) * 1000 + int(micros) // 1000 - 1}-{_LAST_OF_A_MS}"
+            self._base = f"{now - 1}-{_LAST_OF_A_MS}"
         indexes = range(self._partitions)
         if self._unsure:
             yield from self._check_kept(self._base)
@@ -504,16 +508,11 @@ class CompletionCore:
             # The server does not say what was trimmed last; of thousands that may be, the one before the first.
             trimmed = about[b"entries-added"] > about[b"length"]
             here = self._ids.get(index, base)
-            if trimmed and here != _START and _order(here) < _order(first):
+            if trimmed and here != _START and ops.entry_id(here) < ops.entry_id(first):
                 raise InvalidCursor(
                     "Completions behind the cursor are not kept any more; begin with 'start' and"
                     " compare with what you have."
                 )
-
-
-def _order(identity: str) -> tuple[int, int]:
-    ms, _, sequence = identity.partition("-")
-    return int(ms), int(sequence)
 
 
 def _completion_of(
@@ -549,9 +548,7 @@ def _completion_of(
 
 def find_reclaimable(partitions: int, limit: int) -> Flow[list[ReclaimToken]]:
     """Find active executions whose lease has lapsed, over all partitions, at most *limit*."""
-    (reply,) = yield Step(pack_command(b"TIME"))
-    seconds, micros = checked(reply)
-    now = int(seconds) * 1000 + int(micros) // 1000
+    now = yield from _server_ms()
     tokens: list[ReclaimToken] = []
     indexes, offset = list(range(partitions)), 0
     while indexes:

@@ -162,6 +162,9 @@ def not_sent_in_time() -> FFError:
     return late
 
 
+NOT_PICKLED = "A backend holds connections and cannot be pickled; connect again from its config."
+
+
 def closed_error() -> FFError:
     """What the calls of a closed backend raise."""
     return Unavailable("The backend is closed; connect again.")

@@ -7,14 +7,23 @@ import signal
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from ff_fast.errors import FFError, InvalidType, LeaseExpired
-from ff_fast.types import CapabilitySet, ClaimPolicy, FailureClass, FailureReason, payload_bytes
+from ff_fast.types import (
+    CapabilitySet,
+    ClaimPolicy,
+    FailureClass,
+    FailureReason,
+    HandleKind,
+    payload_bytes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
+
+    from ff_fast.types import Handle, ResumeSignal
 
 RENEW_AT = 1 / 3
 """A lease is renewed when this share of it has passed, so that renewals may fail before it lapses."""
@@ -120,6 +129,64 @@ def is_lease_lost(error: FFError) -> bool:
         "suspended",
         "writer_superseded",
     )
+
+
+class _Hears(Protocol):
+    """What brings the news of a cancellation."""
+
+    @property
+    def cancel_requested(self) -> bool: ...
+
+
+class _Keeps(_Hears, Protocol):
+    """What knows whether the lease is held."""
+
+    @property
+    def held(self) -> bool: ...
+
+
+W = TypeVar("W", bound=_Hears)
+K = TypeVar("K", bound=_Keeps)
+
+
+class TaskState(Generic[W, K]):
+    """What a task is, and what it knows of its lease: the part of it that is the same in both shells."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._writer: W | None = None
+        self._lost: FFError | None = None
+        self._cancel_requested = False
+        self.keeper: K | None = None
+        self.given_up = False
+        self.handle = handle
+        fields = handle.fields()
+        self.execution_id = fields.execution_id
+        self.attempt_index = fields.attempt_index
+        self.resumed = handle.kind is HandleKind.RESUMED
+        self.payload: bytes = b""
+        self.signals: tuple[ResumeSignal, ...] = ()
+
+    def lost(self, error: FFError) -> None:
+        """The lease is gone: whatever is written from here on is refused, at once."""
+        self._lost = error
+
+    @property
+    def holds_lease(self) -> bool:
+        """Whether the execution is still this task's, as far as the process can know."""
+        return not (
+            self.given_up
+            or self._lost is not None
+            or (self.keeper is not None and not self.keeper.held)
+        )
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether a cancellation was asked for; an append and a renewal bring the news."""
+        return (
+            self._cancel_requested
+            or (self._writer is not None and self._writer.cancel_requested)
+            or (self.keeper is not None and self.keeper.cancel_requested)
+        )
 
 
 class LeaseClock:

@@ -112,9 +112,7 @@ class ValkeyBackend(Operations):
         return f"ValkeyBackend({self.config.connection!r})"
 
     def __reduce__(self) -> Any:
-        raise TypeError(
-            "A backend holds connections and cannot be pickled; connect again from its config."
-        )
+        raise TypeError(_transport.NOT_PICKLED)
 
     async def run_worker(
         self,

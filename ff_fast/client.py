@@ -106,9 +106,7 @@ class ValkeyBackend(Operations):
         return f"ValkeyBackend({self.config.connection!r})"
 
     def __reduce__(self) -> Any:
-        raise TypeError(
-            "A backend holds connections and cannot be pickled; connect again from its config."
-        )
+        raise TypeError(_transport.NOT_PICKLED)
 
     def run_worker(
         self,

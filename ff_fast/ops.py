@@ -102,7 +102,8 @@ def _int(field: object) -> int:
     return int(_text(field))
 
 
-def _entry_id(text: str) -> tuple[int, int]:
+def entry_id(text: str) -> tuple[int, int]:
+    """Return the ms and the sequence of an entry id, which sort as ids do."""
     ms, _, sequence = text.partition("-")
     return int(ms), int(sequence)
 
@@ -342,7 +343,7 @@ def open_writer(attempt: Attempt, writer: bytes) -> Op[Opened]:
 
     def parse(_: bytes, fields: list[object]) -> Opened:
         last_id, visible, estimator, summary_version = map(_text, fields)
-        return Opened(*_entry_id(last_id), int(visible), estimator.encode(), int(summary_version))
+        return Opened(*entry_id(last_id), int(visible), estimator.encode(), int(summary_version))
 
     meta, _, _, summary = attempt.stream_keys
     core = keys.core(attempt.execution_id)
@@ -389,7 +390,7 @@ def read_range(
             live,
             _text(live_to).encode(),
             _text(live_more) == "1",
-            *_entry_id(last_id),
+            *entry_id(last_id),
             int(visible),
             reason,
             int(left) if left else None,
@@ -476,7 +477,7 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
         meta = {_text(name): _text(value) for name, value in _pairs(fields[0]).items()}
         left = _text(fields[4])
         last_id = meta.get("last_id", "0-0")
-        frame_count = _entry_id(last_id)[1]
+        frame_count = entry_id(last_id)[1]
         return StreamDescription(
             last_id=last_id if frame_count else "0-0",
             frame_count=frame_count,

@@ -177,12 +177,11 @@ local function stored_id(log, live, sequence)
   return '0-' .. ff.text(sequence)
 end
 
--- The keys of the attempt that has this meta key, as ff_fast/keys.py spells them. They share its slot.
+-- The core key of the attempt that has this meta key, and its other keys. They share its slot.
 local function keys_beside(meta_key)
-  local attempt, execution = string.match(meta_key, '^ff:stream:((.+):%d+):meta$')
-  attempt, execution = attempt or '', execution or ''
-  local log = 'ff:stream:' .. attempt
-  return 'ff:exec:' .. execution .. ':core', log, log .. ':live'
+  local tag, id, index = string.match(meta_key, '^ff:stream:(%b{}):(.+):(%d+):meta$')
+  local x = { tag = tag or '', id = id or '' }
+  return 'ff:exec:' .. x.tag .. ':' .. x.id .. ':core', ff.attempt_keys(x, index or '')
 end
 
 -- Why an append with this writer is refused, in the order of the reasons.
@@ -338,8 +337,8 @@ redis.register_function('ff_append', function(keys, args)
       return ff.err('sequence_gap', ff.text(stored + 1), ff.text(sequence + 1))
     end
     if skip >= total then
-      local _, log, live = keys_beside(keys[1])
-      return stored_id(log, live, sequence + total) .. ' ' .. now .. ' ' .. expires .. (meta[4] and ' 1' or ' 0')
+      local _, beside = keys_beside(keys[1])
+      return stored_id(beside.log, beside.live, sequence + total) .. ' ' .. now .. ' ' .. expires .. (meta[4] and ' 1' or ' 0')
     end
     skipped = skipped_patches(args, skip)
     if not skipped then

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import hiredis
 import pytest
 
-from bench.harness import LEASE_MS, PAYLOAD_SIZE, payloads
+from bench.harness import PAYLOAD_SIZE, payloads, position
 from bench.jobs import mode_of
 from ff_fast._hot.writer import WriterCore
 
@@ -37,10 +37,7 @@ def stream(core: WriterCore, batch: int) -> int:
         sealed = core.next_batch()
         assert sealed is not None
         size += len(sealed.message)
-        core.acknowledge(
-            sealed,
-            b"1700000000000-%d 1700000000000 %d 0" % (sequence, 1_700_000_000_000 + LEASE_MS),
-        )
+        core.acknowledge(sealed, position(1_700_000_000_000, sequence))
     return size
 
 

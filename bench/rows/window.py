@@ -14,7 +14,7 @@ import time
 from collections import deque
 
 from bench.figures import Figure, Report, Row, Target, percentile
-from bench.harness import LEASE_MS, Stage, check
+from bench.harness import Stage, check, position
 from bench.jobs import mode_of
 from ff_fast._hot.writer import WriterCore
 
@@ -132,10 +132,7 @@ class Stream:
         self._kept.append((sequence, now_ms))
         self._newest_ms = now_ms
         check(
-            core.acknowledge(
-                batch, b"%d-%d %d %d 0" % (now_ms, sequence, now_ms, now_ms + LEASE_MS)
-            )
-            is None,
+            core.acknowledge(batch, position(now_ms, sequence)) is None,
             "refused",
         )
         self.windows.append(core.window_frames)

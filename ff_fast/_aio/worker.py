@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NoReturn
 
+from ff_fast._aio.leases import LeaseKeeper
+from ff_fast._aio.writing import Writer
 from ff_fast._work import (
     CANCEL_REASON,
     CLAIM_WAIT_S,
@@ -16,6 +18,7 @@ from ff_fast._work import (
     HAND_BACK_S,
     TaskFailed,
     TaskGaveUp,
+    TaskState,
     claim_arguments,
     failure_of,
     gave_up,
@@ -29,7 +32,6 @@ from ff_fast.types import (
     CapabilitySet,
     FailureClass,
     Handle,
-    HandleKind,
     PendingWaitpoint,
     ReportUsageResult,
     ResumeCondition,
@@ -42,60 +44,25 @@ from ff_fast.types import (
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from ff_fast._aio.leases import LeaseKeeper
     from ff_fast._aio.operations import Operations
-    from ff_fast._aio.writing import Writer
 
 Handler = Callable[["Task"], Awaitable[bytes | str | None]]
 
 
-class Task:
-    """One execution, as a handler sees it.
-
-    Attributes:
-        handle: Its handle.
-        execution_id: Its id.
-        attempt_index: Which attempt this is, from 0.
-        resumed: Whether the execution goes on after a suspension, a delay, waiting for children, or a lost worker.
-        payload: What the execution was created with.
-        signals: The signals that ended its last suspension.
-    """
+class Task(TaskState[Writer, LeaseKeeper]):
+    """One execution, as a handler sees it; its attributes are those of :class:`ff_fast.Task`."""
 
     def __init__(self, backend: Operations, handle: Handle, mode: StreamMode | None) -> None:
+        super().__init__(handle)
         self._backend = backend
         self._mode = mode
-        self._writer: Writer | None = None
         self._opening = asyncio.Lock()
-        self._lost: FFError | None = None
-        self._cancel_requested = False
-        self.keeper: LeaseKeeper | None = None
-        self.given_up = False
-        self.handle = handle
-        fields = handle.fields()
-        self.execution_id = fields.execution_id
-        self.attempt_index = fields.attempt_index
-        self.resumed = handle.kind is HandleKind.RESUMED
-        self.payload: bytes = b""
-        self.signals: tuple[ResumeSignal, ...] = ()
 
     async def load(self) -> None:
         """Read what the handler starts from."""
         self.payload = await self._backend.read_payload(self.handle)
         if self.resumed:
             self.signals = await self._backend.observe_signals(self.handle)
-
-    def lost(self, error: FFError) -> None:
-        """The lease is gone: whatever is written from here on is refused, at once."""
-        self._lost = error
-
-    @property
-    def holds_lease(self) -> bool:
-        """Whether the execution is still this task's, as far as the process can know."""
-        return not (
-            self.given_up
-            or self._lost is not None
-            or (self.keeper is not None and not self.keeper.held)
-        )
 
     async def open(self) -> Writer:
         """Return the writer of the attempt, opened when it is first asked for; `write` needs it open."""
@@ -125,15 +92,6 @@ class Task:
     async def flush(self) -> AppendFrameOutcome:
         """Wait until everything that was written is stored; see `Writer.flush`."""
         return await (await self.open()).flush()
-
-    @property
-    def cancel_requested(self) -> bool:
-        """Whether a cancellation was asked for; an append and a renewal bring the news."""
-        return (
-            self._cancel_requested
-            or (self._writer is not None and self._writer.cancel_requested)
-            or (self.keeper is not None and self.keeper.cancel_requested)
-        )
 
     @property
     def cancelled(self) -> bool:

@@ -9,6 +9,11 @@ checks come before the first one.
 from libc.string cimport memcpy
 
 
+cdef extern from "Python.h":
+    int PyGC_Disable() noexcept
+    int PyGC_Enable() noexcept
+
+
 cdef inline Py_ssize_t digits(long long n) noexcept nogil:
     cdef Py_ssize_t count = 1
     while n >= 10:

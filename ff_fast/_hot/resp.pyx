@@ -7,11 +7,6 @@ from cpython.bytes cimport (
     PyBytes_GET_SIZE,
 )
 
-cdef extern from "Python.h":
-    int PyGC_Disable() noexcept
-    int PyGC_Enable() noexcept
-
-
 cdef Py_ssize_t bulks_size(tuple items) except -1:
     """Wire size of *items*, each checked to be exactly ``bytes``."""
     cdef Py_ssize_t total = 0

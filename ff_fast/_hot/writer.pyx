@@ -36,6 +36,8 @@ from ff_fast._hot.frames cimport put_varint, varint_size
 from ff_fast._hot.merge import Document
 from ff_fast._hot.rate cimport RateEstimator, window_frames
 from ff_fast._hot.resp cimport (
+    PyGC_Disable,
+    PyGC_Enable,
     bulk_size,
     digits,
     number_size,
@@ -58,10 +60,6 @@ from ff_fast.errors import (
     from_server_error,
 )
 from ff_fast.types import BestEffortLiveConfig, StreamMode
-
-cdef extern from "Python.h":
-    int PyGC_Disable() noexcept
-    int PyGC_Enable() noexcept
 
 cdef enum:
     # "FCALL" and "ff_append" as bulk strings.

@@ -9,11 +9,14 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
+from ff_fast._sync.leases import LeaseKeeper
+from ff_fast._sync.writing import Writer
 from ff_fast._work import (
     CANCEL_REASON,
     CLAIM_WAIT_S,
     END_AGAIN_S,
     TaskGaveUp,
+    TaskState,
     claim_arguments,
     failure_of,
     gave_up,
@@ -27,7 +30,6 @@ from ff_fast.types import (
     CapabilitySet,
     FailureClass,
     Handle,
-    HandleKind,
     PendingWaitpoint,
     ReportUsageResult,
     ResumeCondition,
@@ -40,14 +42,12 @@ from ff_fast.types import (
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from ff_fast._sync.leases import LeaseKeeper
     from ff_fast._sync.operations import Operations
-    from ff_fast._sync.writing import Writer
 
 Handler = Callable[["Task"], bytes | str | None]
 
 
-class Task:
+class Task(TaskState[Writer, LeaseKeeper]):
     """One execution, as a handler sees it.
 
     Attributes:
@@ -60,40 +60,16 @@ class Task:
     """
 
     def __init__(self, backend: Operations, handle: Handle, mode: StreamMode | None) -> None:
+        super().__init__(handle)
         self._backend = backend
         self._mode = mode
-        self._writer: Writer | None = None
         self._opening = threading.Lock()
-        self._lost: FFError | None = None
-        self._cancel_requested = False
-        self.keeper: LeaseKeeper | None = None
-        self.given_up = False
-        self.handle = handle
-        fields = handle.fields()
-        self.execution_id = fields.execution_id
-        self.attempt_index = fields.attempt_index
-        self.resumed = handle.kind is HandleKind.RESUMED
-        self.payload: bytes = b""
-        self.signals: tuple[ResumeSignal, ...] = ()
 
     def load(self) -> None:
         """Read what the handler starts from."""
         self.payload = self._backend.read_payload(self.handle)
         if self.resumed:
             self.signals = self._backend.observe_signals(self.handle)
-
-    def lost(self, error: FFError) -> None:
-        """The lease is gone: whatever is written from here on is refused, at once."""
-        self._lost = error
-
-    @property
-    def holds_lease(self) -> bool:
-        """Whether the execution is still this task's, as far as the process can know."""
-        return not (
-            self.given_up
-            or self._lost is not None
-            or (self.keeper is not None and not self.keeper.held)
-        )
 
     @property
     def writer(self) -> Writer:
@@ -116,15 +92,6 @@ class Task:
     def flush(self) -> AppendFrameOutcome:
         """Wait until everything that was written is stored; see `Writer.flush`."""
         return self.writer.flush()
-
-    @property
-    def cancel_requested(self) -> bool:
-        """Whether a cancellation was asked for; an append and a renewal bring the news."""
-        return (
-            self._cancel_requested
-            or (self._writer is not None and self._writer.cancel_requested)
-            or (self.keeper is not None and self.keeper.cancel_requested)
-        )
 
     @property
     def cancelled(self) -> bool:
