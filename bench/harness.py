@@ -19,7 +19,7 @@ import hiredis
 
 import ff_fast
 from bench.figures import Figure
-from ff_fast import ops
+from ff_fast._core import ops
 from ff_fast._hot.resp import pack_command
 from ff_fast._hot.writer import Batch, WriterCore
 from ff_fast.embedded import EmbeddedServer

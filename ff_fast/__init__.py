@@ -10,10 +10,10 @@ This module is the blocking interface; :mod:`ff_fast.aio` has the same names, aw
 
 from typing import TYPE_CHECKING
 
+from ff_fast._core.summary import SummaryView
+from ff_fast._core.tail import StreamPage
+from ff_fast._core.worker import TaskFailed, TaskGaveUp
 from ff_fast._hot.frames import StreamFrame
-from ff_fast._summary import SummaryView
-from ff_fast._tail import StreamPage
-from ff_fast._work import TaskFailed, TaskGaveUp
 from ff_fast.client import LeaseKeeper, Task, ValkeyBackend, Writer
 from ff_fast.errors import (
     AttemptNotFound,

@@ -7,9 +7,10 @@ import ssl
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ff_fast import _library, ops
+from ff_fast import _library
+from ff_fast._core import ops
+from ff_fast._core.steps import DEFAULT_REQUEST_TIMEOUT_S, Flow, Step
 from ff_fast._hot.resp import pack_command
-from ff_fast._steps import DEFAULT_REQUEST_TIMEOUT_S, Flow, Step
 from ff_fast.errors import (
     AuthenticationFailed,
     DeadlineExceeded,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from ff_fast._tail import Item, TailCore
+    from ff_fast._core.tail import Item, TailCore
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from ff_fast import _transport
 from ff_fast._aio.leases import LeaseKeeper
 from ff_fast._aio.operations import Operations
 from ff_fast._aio.worker import Handler, Task, WorkerLoop
-from ff_fast._aio.writing import Writer
+from ff_fast._aio.writers import Writer
 from ff_fast.errors import check_int
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from ff_fast import _transport
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.operations import Operations
 from ff_fast._sync.worker import Handler, Task, WorkerLoop
-from ff_fast._sync.writing import Writer
+from ff_fast._sync.writers import Writer
 from ff_fast.errors import check_int
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from ff_fast import _transport
-from ff_fast._work import LeaseClock
+from ff_fast._core.worker import LeaseClock
 from ff_fast.errors import DeadlineExceeded, FFError
 
 if TYPE_CHECKING:

@@ -8,12 +8,16 @@ import copy
 import weakref
 from typing import TYPE_CHECKING
 
-from ff_fast import _arguments, _lifecycle, _tail, _transport, _writing, keys, ops
-from ff_fast._aio.connections import Connections
+from ff_fast import _transport, keys
 from ff_fast._aio.leases import LeaseKeeper
-from ff_fast._aio.writing import Link, Writer, WriterOpening
-from ff_fast._summary import fold
-from ff_fast._tail import Item, StreamPage, TailCore
+from ff_fast._aio.pool import Connections
+from ff_fast._aio.writers import Link, Writer, WriterOpening
+from ff_fast._core import claiming, completions, ops, supervision
+from ff_fast._core import operations as _arguments
+from ff_fast._core import tail as _tail
+from ff_fast._core import writer as _writing
+from ff_fast._core.summary import fold
+from ff_fast._core.tail import Item, StreamPage, TailCore
 from ff_fast.errors import FFError, WriterClosed
 from ff_fast.types import (
     AppendFrameOutcome,
@@ -65,7 +69,7 @@ class Operations(Connections):
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         # Those that `append_frame` opened: nobody else holds them.
         self._implicit: dict[str, Writer] = {}
-        self._sweeper = _lifecycle.Sweeper(keys.DEFAULT_PARTITIONS)
+        self._sweeper = claiming.Sweeper(keys.DEFAULT_PARTITIONS)
         self._link = Link(self._shared, self._spawn, config.retry)
 
     def _stop(self) -> None:
@@ -139,7 +143,7 @@ class Operations(Connections):
             policy=policy,
         )
         return await self._run(
-            lambda: _lifecycle.claim(request, self._sweeper),
+            lambda: claiming.claim(request, self._sweeper),
             repeatable=False,
             own_connection=request.max_wait_s is not None,
         )
@@ -443,7 +447,7 @@ class Operations(Connections):
         self, scope: ScannerFilter | None = None, *, after: str | None = None
     ) -> AsyncGenerator[CompletionPayload, None]:
         """Yield every execution that ends; see :meth:`ff_fast.ValkeyBackend.subscribe_completions`."""
-        core = _lifecycle.CompletionCore(self._sweeper.partitions, after, _arguments.scope(scope))
+        core = completions.CompletionCore(self._sweeper.partitions, after, _arguments.scope(scope))
         return self._follow(core, core.read)
 
     # -- work -------------------------------------------------------------------------------------------------------
@@ -457,10 +461,10 @@ class Operations(Connections):
     ) -> None:
         """Fire what is due, until *stop* is set or it is cancelled; see :meth:`ff_fast.ValkeyBackend.supervise`."""
         ended = asyncio.Event() if stop is None else stop
-        supervision = _lifecycle.Supervision(self._sweeper.partitions, _arguments.scope(scope))
+        rounds = supervision.Supervision(self._sweeper.partitions, _arguments.scope(scope))
         while not (ended.is_set() or self._closed):
             try:
-                await self._run(supervision.round, own_connection=True)
+                await self._run(rounds.round, own_connection=True)
             except FFError as error:
                 # Work waits for the next round; a server that refuses for good is the operator's to hear of.
                 if not error.retryable and not self._closed:

@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from ff_fast._aio.leases import LeaseKeeper
-from ff_fast._aio.writing import Writer
-from ff_fast._work import (
+from ff_fast._aio.writers import Writer
+from ff_fast._core.worker import (
     CANCEL_REASON,
     CLAIM_WAIT_S,
     END_AGAIN_S,

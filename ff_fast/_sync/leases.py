@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Self
 
-from ff_fast._work import LeaseClock
+from ff_fast._core.worker import LeaseClock
 from ff_fast.errors import FFError
 
 if TYPE_CHECKING:

@@ -7,12 +7,16 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
-from ff_fast import _arguments, _lifecycle, _tail, _transport, _writing, keys, ops
-from ff_fast._summary import fold
-from ff_fast._sync.connections import Connections
+from ff_fast import _transport, keys
+from ff_fast._core import claiming, completions, ops, supervision
+from ff_fast._core import operations as _arguments
+from ff_fast._core import tail as _tail
+from ff_fast._core import writer as _writing
+from ff_fast._core.summary import fold
+from ff_fast._core.tail import Item, StreamPage, TailCore
 from ff_fast._sync.leases import LeaseKeeper
-from ff_fast._sync.writing import Link, Writer
-from ff_fast._tail import Item, StreamPage, TailCore
+from ff_fast._sync.pool import Connections
+from ff_fast._sync.writers import Link, Writer
 from ff_fast.errors import FFError, WriterClosed
 from ff_fast.types import (
     AppendFrameOutcome,
@@ -66,7 +70,7 @@ class Operations(Connections):
         # Those that `append_frame` opened: nobody else holds them.
         self._implicit: dict[str, Writer] = {}
         self._keepers: weakref.WeakSet[LeaseKeeper] = weakref.WeakSet()
-        self._sweeper = _lifecycle.Sweeper(keys.DEFAULT_PARTITIONS)
+        self._sweeper = claiming.Sweeper(keys.DEFAULT_PARTITIONS)
 
     def _stop(self) -> None:
         super()._stop()
@@ -204,7 +208,7 @@ class Operations(Connections):
             capabilities=capabilities,
             policy=policy,
         )
-        return self._run(lambda: _lifecycle.claim(request, self._sweeper), repeatable=False)
+        return self._run(lambda: claiming.claim(request, self._sweeper), repeatable=False)
 
     def read_payload(self, handle: Handle) -> bytes:
         """Return the payload that the execution of *handle* was created with."""
@@ -723,7 +727,7 @@ class Operations(Connections):
             InvalidCursor: *after* is none of these, or what comes behind it is not kept any more.
             Unavailable: The server cannot be reached; the subscription reconnected as often as the configuration allows.
         """
-        core = _lifecycle.CompletionCore(self._sweeper.partitions, after, _arguments.scope(scope))
+        core = completions.CompletionCore(self._sweeper.partitions, after, _arguments.scope(scope))
         return self._follow(core, core.read)
 
     # -- work -------------------------------------------------------------------------------------------------------
@@ -745,10 +749,10 @@ class Operations(Connections):
             stop: Set it to return after the round that runs.
         """
         ended = threading.Event() if stop is None else stop
-        supervision = _lifecycle.Supervision(self._sweeper.partitions, _arguments.scope(scope))
+        rounds = supervision.Supervision(self._sweeper.partitions, _arguments.scope(scope))
         while not (ended.is_set() or self._closed):
             try:
-                self._run(supervision.round)
+                self._run(rounds.round)
             except FFError as error:
                 # Work waits for the next round; a server that refuses for good is the operator's to hear of.
                 if not error.retryable and not self._closed:

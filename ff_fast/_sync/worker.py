@@ -9,9 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from ff_fast._sync.leases import LeaseKeeper
-from ff_fast._sync.writing import Writer
-from ff_fast._work import (
+from ff_fast._core.worker import (
     CANCEL_REASON,
     CLAIM_WAIT_S,
     END_AGAIN_S,
@@ -24,6 +22,8 @@ from ff_fast._work import (
     on_stop_signals,
     result_of,
 )
+from ff_fast._sync.leases import LeaseKeeper
+from ff_fast._sync.writers import Writer
 from ff_fast.errors import FFError, InvalidType, WriterClosed
 from ff_fast.types import (
     AppendFrameOutcome,

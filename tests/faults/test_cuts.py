@@ -124,7 +124,7 @@ async def test_a_reply_that_is_always_lost_ends_in_an_error_with_the_frames(shel
         writer.write(b"first")
         await writer.flush(10)
         # The version may be asked, so every connection seems good until a batch is on its way.
-        version = len(ff_fast.ops.version().request())
+        version = len(ff_fast._core.ops.version().request())
 
         def plan():
             yield UP, 1, "rst"

@@ -1,7 +1,8 @@
 """Executions on a real server, as the tests of the lifecycle drive them: what is due is made due by hand."""
 
 import ff_fast
-from ff_fast import ScannerFilter, _lifecycle, keys
+from ff_fast import ScannerFilter, keys
+from ff_fast._core import supervision as supervision_core
 
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 TERMINAL = ("completed", "failed", "cancelled", "expired")
@@ -115,7 +116,7 @@ class World:
     def round(self, scope=None):
         """One round of a supervisor; of one that looks after this world alone, if no scope is named."""
         scope = self.scope if scope is None else scope
-        supervision = _lifecycle.Supervision(self.backend._sweeper.partitions, scope)
+        supervision = supervision_core.Supervision(self.backend._sweeper.partitions, scope)
         return self.backend._run(supervision.round)
 
     def fire(self, eid, *kinds):

@@ -8,7 +8,8 @@ import json
 import pytest
 
 import ff_fast
-from ff_fast import errors, keys, ops
+from ff_fast import errors, keys
+from ff_fast._core import ops
 from ff_fast.errors import MAX_INT, Outcome
 
 MAX_PAYLOAD = 65_536

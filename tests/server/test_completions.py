@@ -200,7 +200,9 @@ def test_none_begins_now(kind, server, scope, end, raw):
 
 
 def test_the_first_of_the_same_millisecond_is_not_missed():
-    core = ff_fast._lifecycle.CompletionCore(1, None, ScannerFilter())
+    from ff_fast._core import completions as completions_core
+
+    core = completions_core.CompletionCore(1, None, ScannerFilter())
     steps = core.read()
     next(steps)
     request = steps.send([[b"1700000000", b"123456"]]).request

@@ -17,8 +17,8 @@ from ff_fast import (
     WaitpointSpec,
     errors,
     keys,
-    ops,
 )
+from ff_fast._core import ops
 
 from .executions import TERMINAL, World, beside
 

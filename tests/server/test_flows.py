@@ -11,11 +11,11 @@ from ff_fast import (
     ScannerFilter,
     WaitpointKind,
     WaitpointSpec,
-    _lifecycle,
     errors,
     keys,
-    ops,
 )
+from ff_fast._core import ops
+from ff_fast._core import supervision as supervision_core
 
 from .executions import World
 
@@ -185,7 +185,7 @@ def test_c6_no_member_is_claimed_once_its_flow_is_cancelled(world, family, polic
     assert world.state(eids["waiting"]) == "waiting"
     assert world.claim() is None
     assert world.claim(policy=ClaimPolicy.with_max_wait(0.02)) is None
-    token = _lifecycle.reclaim_token(eids["waiting"], world.lane, world.now())
+    token = supervision_core.reclaim_token(eids["waiting"], world.lane, world.now())
     with pytest.raises(errors.ExecutionNotClaimable):
         world.backend.claim_from_reclaim(token, worker_id="w", worker_instance_id="w-2")
     # Other work of the partition is not held up.

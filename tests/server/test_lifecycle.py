@@ -6,7 +6,8 @@ import time
 import pytest
 
 import ff_fast
-from ff_fast import CapabilitySet, ClaimPolicy, Handle, StreamMode, _lifecycle, errors, keys
+from ff_fast import CapabilitySet, ClaimPolicy, Handle, StreamMode, errors, keys
+from ff_fast._core import claiming as claiming_core
 from ff_fast.errors import Outcome
 
 from .shells import Opener
@@ -390,7 +391,7 @@ def backend_claims(backend, claim):
 
 
 def test_a_waiting_worker_sweeps_too(create, claim, raw, lane, monkeypatch):
-    monkeypatch.setattr(_lifecycle, "SWEEP_EVERY_S", 0.1)
+    monkeypatch.setattr(claiming_core, "SWEEP_EVERY_S", 0.1)
     assert claim() is None
     eid = create()
     raw.delete(keys.ready(lane))

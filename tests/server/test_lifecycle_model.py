@@ -32,10 +32,11 @@ from ff_fast import (
     TimeoutBehavior,
     WaitpointKind,
     WaitpointSpec,
-    _lifecycle,
     errors,
     keys,
 )
+from ff_fast._core import claiming as claiming_core
+from ff_fast._core import supervision as supervision_core
 from ff_fast.embedded import EmbeddedServer
 
 from ..conftest import connect_raw
@@ -416,7 +417,7 @@ class Lifecycle(RuleBasedStateMachine):
         x = self.pick(data, "active")
         if x is None:
             return
-        token = _lifecycle.reclaim_token(x.eid, self.lane, self.world.now())
+        token = supervision_core.reclaim_token(x.eid, self.lane, self.world.now())
         able = CapabilitySet(["gpu"])
         policy, lapsed = self.flow_policy(x), x.lapsed
         try:
@@ -620,7 +621,7 @@ def test_lifecycle_model(lane):
         World(server.url, raw, lane) as world,
     ):
         # One partition: a round is one read, and every operation meets every other.
-        world.backend._sweeper = _lifecycle.Sweeper(1)
+        world.backend._sweeper = claiming_core.Sweeper(1)
         Lifecycle.world = world
         run_state_machine_as_test(
             Lifecycle,

@@ -20,10 +20,10 @@ from ff_fast import (
     StreamCursor,
     StreamFrame,
     TailVisibility,
-    _tail,
     keys,
-    ops,
 )
+from ff_fast._core import ops
+from ff_fast._core import tail as tail_core
 from ff_fast._hot.frames import decode_entries, weigh_entries
 from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import AttemptNotFound, LeaseExpired
@@ -640,14 +640,14 @@ def shared(server):
 def test_nothing_is_ever_skipped_in_silence(shared, plan, visibility, cursor, count, small):
     backend, raw = shared
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tail, "BLOCK_MS", 1)
-        patch.setattr(_tail, "_PACE_MS", 1)
+        patch.setattr(tail_core, "BLOCK_MS", 1)
+        patch.setattr(tail_core, "_PACE_MS", 1)
         if small:
-            patch.setattr(_tail, "_FIRST_FRAMES", 2)
-            patch.setattr(_tail, "_FIRST_COUNTS", (2, 1))
-            patch.setattr(_tail, "_LARGEST_COUNTS", (3, 2))
+            patch.setattr(tail_core, "_FIRST_FRAMES", 2)
+            patch.setattr(tail_core, "_FIRST_COUNTS", (2, 1))
+            patch.setattr(tail_core, "_LARGEST_COUNTS", (3, 2))
         attempt = begin(backend, keys.new_execution_id(256)[-36:])
-        running = Stepper(raw, _tail.TailCore(attempt.eid, 0, None, visibility))
+        running = Stepper(raw, tail_core.TailCore(attempt.eid, 0, None, visibility))
         modes, lost = [], set()
         for batches_, wounds, steps in plan:
             for batch in batches_:
@@ -666,7 +666,7 @@ def test_nothing_is_ever_skipped_in_silence(shared, plan, visibility, cursor, co
         assert wanted_of(modes, visibility is EXCLUDE) & stored_at_read <= set(sequences(items))
 
         after = f"0-{cursor}"
-        late = Stepper(raw, _tail.TailCore(attempt.eid, 0, after, visibility)).run()
+        late = Stepper(raw, tail_core.TailCore(attempt.eid, 0, after, visibility)).run()
         assert late.pop() == DONE
         # A cursor right behind the last frame is that of the end entry.
         if cursor != len(modes) + 1:

@@ -17,7 +17,7 @@ from ff_fast import (
     SummaryView,
     keys,
 )
-from ff_fast._summary import fold
+from ff_fast._core.summary import fold
 from ff_fast.errors import InvalidType
 
 from ..conftest import connect_raw

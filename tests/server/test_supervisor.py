@@ -15,11 +15,11 @@ from ff_fast import (
     TimeoutBehavior,
     WaitpointKind,
     WaitpointSpec,
-    _lifecycle,
     aio,
     errors,
     keys,
 )
+from ff_fast._core import supervision as supervision_core
 
 from ..waiting import wait_until
 from .test_append import server_ms
@@ -220,7 +220,7 @@ def test_a_refusal_for_good_is_raised(kind, server, monkeypatch):
         raise errors.PermissionDenied
         yield
 
-    monkeypatch.setattr(_lifecycle.Supervision, "round", refuse)
+    monkeypatch.setattr(supervision_core.Supervision, "round", refuse)
     running = Supervisor(kind, server.url).begin()
     with pytest.raises(errors.PermissionDenied):
         running.result()
@@ -228,7 +228,7 @@ def test_a_refusal_for_good_is_raised(kind, server, monkeypatch):
 
 def test_nothing_is_fired_early(backend, raw, lane):
     eid = backend.create_execution(lane=lane, delay=1_000)
-    supervision = _lifecycle.Supervision(256, ScannerFilter())
+    supervision = supervision_core.Supervision(256, ScannerFilter())
     steps = supervision.round()
     next(steps)
     request = steps.send([[b"1700000000", b"123456"]]).request

@@ -22,8 +22,8 @@ from ff_fast import (
     WaitpointSpec,
     errors,
     keys,
-    ops,
 )
+from ff_fast._core import ops
 
 from .executions import WORKER, World, beside
 

@@ -17,10 +17,10 @@ from ff_fast import (
     StreamFrame,
     StreamMode,
     TailVisibility,
-    _tail,
     aio,
     keys,
 )
+from ff_fast._core import tail as tail_core
 from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import AttemptNotFound, FFError, InternalFunctionError
 
@@ -154,7 +154,7 @@ def test_a_blocked_reader_hears_of_a_dead_producer(kind, backend, server, raw, l
 
 
 def test_a_producer_that_dies_without_a_frame(kind, backend, server, raw, lane, monkeypatch):
-    monkeypatch.setattr(_tail, "BLOCK_MS", 100)
+    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
     eid = backend.create_execution(lane=lane)
     reader = Reader(kind, server.url, eid)
     wait_blocked(raw)
@@ -186,7 +186,7 @@ def test_a_lease_that_is_renewed_and_lapses_later(kind, backend, server, raw, la
 def test_a_reader_of_an_attempt_that_will_never_come_hears_so(
     kind, backend, server, raw, attempt, monkeypatch
 ):
-    monkeypatch.setattr(_tail, "BLOCK_MS", 100)
+    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
     reader = Reader(kind, server.url, attempt.eid, attempt_index=1)
     wait_blocked(raw)
     backend.complete(attempt.handle)
@@ -342,7 +342,7 @@ def test_a_bad_cursor_is_refused_before_anything_is_sent(after, backend, raw, at
 def test_a_stream_deleted_while_a_reader_is_blocked(
     kind, backend, server, raw, attempt, monkeypatch
 ):
-    monkeypatch.setattr(_tail, "BLOCK_MS", 100)
+    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
     write(backend, attempt, 3)
     reader = Reader(kind, server.url, attempt.eid)
     reader.wait_for(3)
@@ -359,7 +359,7 @@ def test_a_stream_deleted_while_a_reader_is_blocked(
 def test_an_execution_deleted_while_a_reader_is_blocked(
     kind, backend, server, raw, attempt, monkeypatch
 ):
-    monkeypatch.setattr(_tail, "BLOCK_MS", 100)
+    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
     reader = Reader(kind, server.url, attempt.eid)
     wait_blocked(raw)
     raw.delete(*raw.keys(f"*{attempt.eid}*"))
@@ -368,7 +368,7 @@ def test_an_execution_deleted_while_a_reader_is_blocked(
 
 
 def test_a_key_that_became_something_else(kind, backend, server, raw, attempt, monkeypatch):
-    monkeypatch.setattr(_tail, "BLOCK_MS", 100)
+    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
     reader = Reader(kind, server.url, attempt.eid)
     wait_blocked(raw)
     raw.set(attempt.log, "no stream")
@@ -438,7 +438,7 @@ FOREIGN = (
 def test_foreign_entries_neither_stall_nor_stop_a_reader(
     kind, backend, server, raw, attempt, monkeypatch
 ):
-    monkeypatch.setattr(_tail, "BLOCK_MS", 100)
+    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
     reader = Reader(kind, server.url, attempt.eid)
     excluding = Reader(kind, server.url, attempt.eid, visibility=EXCLUDE)
     wait_blocked(raw, 2)
@@ -466,7 +466,7 @@ def test_foreign_entries_neither_stall_nor_stop_a_reader(
 
 
 def test_a_lost_producer_behind_foreign_entries(kind, backend, server, raw, lane, monkeypatch):
-    monkeypatch.setattr(_tail, "BLOCK_MS", 100)
+    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
     attempt = begin(backend, lane, lease_ttl_ms=500)
     with raw.pipeline() as pipe:
         for i in range(3_000):
@@ -632,7 +632,7 @@ def test_one_step_brings_a_bounded_answer(payload, backend, raw, attempt):
             if i % 500 == 0:
                 writer.drain()
     backend.complete(attempt.handle)
-    stepper = Stepper(raw, _tail.TailCore(attempt.eid, 0, None, TailVisibility.ALL))
+    stepper = Stepper(raw, tail_core.TailCore(attempt.eid, 0, None, TailVisibility.ALL))
     sizes = []
     while not stepper.core.ended:
         items = [item for item in stepper.step() if isinstance(item, StreamFrame)]

@@ -11,10 +11,10 @@ from ff_fast import (
     TimeoutBehavior,
     WaitpointKind,
     WaitpointSpec,
-    _lifecycle,
     keys,
-    ops,
 )
+from ff_fast._core import ops
+from ff_fast._core import supervision as supervision_core
 
 from .executions import World, beside
 
@@ -123,7 +123,7 @@ def test_several_supervisors_at_once_do_no_harm(world):
     fired, failures = [], []
 
     def supervise():
-        supervision = _lifecycle.Supervision(256, world.scope)
+        supervision = supervision_core.Supervision(256, world.scope)
         try:
             start.wait(10)
             fired.extend(world.backend._run(supervision.round) for _ in range(3))

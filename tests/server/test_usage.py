@@ -4,7 +4,9 @@ import threading
 
 import pytest
 
-from ff_fast import ReportUsageResult, UsageDimensions, UsageVerdict, errors, keys, ops
+from ff_fast import ReportUsageResult, UsageDimensions, UsageVerdict, errors, keys
+from ff_fast._core import ops
+from ff_fast._core import usage as usage_core
 
 from .executions import World
 
@@ -251,12 +253,11 @@ def test_a_lease_that_is_lost_in_the_middle_takes_the_charges_back(world, budget
     """A defect of ours: the budgets stayed charged for a report that the execution refused."""
     b, c = budget(hard={"calls": 100}), budget(hard={"calls": 100})
     eid, handle = world.owned(budgets=[b, c])
-    from ff_fast import _lifecycle
 
     usage = UsageDimensions(custom={"calls": 3}, dedup_key="k")
 
     def cut():
-        flow = _lifecycle.report_usage(ops.Attempt.of(handle), usage)
+        flow = usage_core.report_usage(ops.Attempt.of(handle), usage)
         step = next(flow)
         charges = 0
         while True:

@@ -28,11 +28,11 @@ from ff_fast import (
     UsageDimensions,
     WaitpointKind,
     WaitpointSpec,
-    _work,
     aio,
     errors,
     keys,
 )
+from ff_fast._core import worker as worker_core
 
 from ..conftest import ROOT
 from ..waiting import wait_until
@@ -64,7 +64,7 @@ def supervisor(server):
 def worker(kind, server, lane, monkeypatch):
     """``worker(handler, **options)``: a worker of the test's lane and shell, stopped at the end."""
     # It looks more often whether it shall stop.
-    monkeypatch.setattr(_work, "CLAIM_WAIT_S", 0.05)
+    monkeypatch.setattr(worker_core, "CLAIM_WAIT_S", 0.05)
     started = []
 
     def start(handler, **options):
@@ -514,7 +514,7 @@ def test_a_lease_that_is_lost_in_the_middle(worker, backend, lane, state, superv
     running.ask()
     running.result()
     for error in found[0]:
-        assert _work.is_lease_lost(error)
+        assert worker_core.is_lease_lost(error)
     # What the successor does is all that counts: it was neither completed, failed nor cancelled under it.
     assert backend.describe(eid).state == "active"
     backend.complete(other, b"the successor's")
@@ -1020,7 +1020,7 @@ def test_a_worker_that_waits_does_not_poll(kind, server, raw, lane):
 
 
 def test_a_lost_wake_up_loses_no_work(kind, server, backend, lane, raw, monkeypatch, state):
-    monkeypatch.setattr("ff_fast._lifecycle.SWEEP_EVERY_S", 0.3)
+    monkeypatch.setattr("ff_fast._core.claiming.SWEEP_EVERY_S", 0.3)
     with Worker(kind, server.url, lambda task: None, lane=lane):
         for _ in range(3):
             eid = keys.new_execution_id()
@@ -1031,9 +1031,9 @@ def test_a_lost_wake_up_loses_no_work(kind, server, backend, lane, raw, monkeypa
 
 def create_without_hint(backend, lane, eid):
     """Create an execution as where the creator dies before it has told the lane."""
-    from ff_fast import _arguments
+    from ff_fast._core import operations as operations_core
 
-    call = _arguments.create(
+    call = operations_core.create(
         lane=lane, payload=b"", execution_id=eid, priority=0, required_capabilities=None,
         namespace="default", tags=None, retention_ms=60_000, retry=None, delay=None, deadline=None,
         attempt_timeout=None, flow_id=None, parent_id=None, budgets=(), partitions=256,
@@ -1202,12 +1202,12 @@ def test_a_worker_that_was_stopped_is_a_stale_owner_everywhere(process, backend,
 
 
 NOISY = """
-from ff_fast import _work
-_stop_all = _work._stop_all
+from ff_fast._core import worker as worker_core
+_stop_all = worker_core._stop_all
 def noisy(*signal):
     _stop_all(*signal)
     print("signalled", flush=True)
-_work._stop_all = noisy
+worker_core._stop_all = noisy
 """
 
 
@@ -1258,8 +1258,8 @@ def test_signals_are_shared_and_put_back():
     try:
         signal.signal(signal.SIGINT, lambda *_: heard.append("before"))
         own = signal.getsignal(signal.SIGINT)
-        first = _work.on_stop_signals(lambda: heard.append("first"))
-        second = _work.on_stop_signals(lambda: heard.append("second"))
+        first = worker_core.on_stop_signals(lambda: heard.append("first"))
+        second = worker_core.on_stop_signals(lambda: heard.append("second"))
         signal.raise_signal(signal.SIGTERM)
         assert heard == ["first", "second"]
         first()
@@ -1283,7 +1283,7 @@ def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
 
     def look():
         before = signal.getsignal(signal.SIGTERM)
-        restore = _work.on_stop_signals(lambda: None)
+        restore = worker_core.on_stop_signals(lambda: None)
         found.append(signal.getsignal(signal.SIGTERM) is before)
         restore()
 
@@ -1294,7 +1294,7 @@ def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
 
 
 def test_a_worker_is_named_after_its_process():
-    first = _work.claim_arguments("lane", "w", None, None, 1_000)
+    first = worker_core.claim_arguments("lane", "w", None, None, 1_000)
     assert str(os.getpid()) in first["worker_instance_id"]
-    named = _work.claim_arguments("lane", "w", "mine", None, 1_000)
+    named = worker_core.claim_arguments("lane", "w", "mine", None, 1_000)
     assert named["worker_instance_id"] == "mine"

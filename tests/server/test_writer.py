@@ -19,8 +19,8 @@ from ff_fast import (
     aio,
     errors,
     keys,
-    ops,
 )
+from ff_fast._core import ops
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import MAX_INT, Outcome
 

@@ -14,27 +14,27 @@ ROOT = Path(__file__).parent.parent.parent
 
 LAYERS = [
     # 0: plain values; the only place that spells a key; the Lua bundle
-    ["errors", "types", "keys", "_library"],
+    ["errors", "types", "types.*", "keys", "_library"],
     # 1: compiled hot paths
     ["_hot", "_hot.*"],
-    # 2: one function per Lua function, as data; what a multi-step operation asks of its shell
-    ["_steps", "ops"],
-    # 3: core without I/O
-    ["_arguments", "_lifecycle", "_summary", "_tail", "_work", "_writ*"],
-    # 4: how both shells reach a server
+    # 2-5: the core, without I/O
+    ["_core", "_core.steps"],
+    ["_core.ops"],
+    ["_core.*"],
+    # 6: how both shells reach a server
     ["_transport"],
-    # 5-9: the parts of the two shells: sockets, threads and tasks
-    ["_sync", "_aio", "*.channel"],
-    ["*.connections"],
-    ["*.writing", "*.leases"],
+    # 7-11: the parts of the two shells: sockets, threads and tasks
+    ["_sync", "_aio", "*.connection"],
+    ["*.pool"],
+    ["*.writers", "*.leases"],
     ["*.operations"],
     ["*.worker"],
-    # 10: the shells
+    # 12: the shells
     ["client", "aio"],
-    # 11: the public names
+    # 13: the public names
     ["__init__"],
-    # 12: things around the library
-    ["embedded", "cli", "demo", "web", "data", "__main__"],
+    # 14: things around the library
+    ["embedded", "cli", "demo", "_demo", "_demo.*", "web", "data", "__main__"],
 ]
 
 # Inside a call, and in annotations: ValkeyBackend.embedded() starts a server when a user asks for one.

@@ -5,7 +5,8 @@ import re
 import hiredis
 import pytest
 
-from ff_fast import _library, errors, keys, ops
+from ff_fast import _library, errors, keys
+from ff_fast._core import ops
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import Corruption, Outcome, ProtocolError
 from ff_fast.types import (

@@ -5,7 +5,9 @@ import re
 import pytest
 
 import ff_fast
-from ff_fast import FFError, Outcome, _summary, _writing, aio, cli, demo, types
+from ff_fast import FFError, Outcome, aio, cli, demo, types
+from ff_fast._core import summary as summary_core
+from ff_fast._core import writer as writer_core
 
 from ..conftest import ROOT
 
@@ -95,15 +97,15 @@ def test_figures_are_those_of_the_code():
     prose = " ".join(README.split())
     for text, value in [
         ("at most 65,536 bytes", types.MAX_PAYLOAD_BYTES == 65_536),
-        ("the newest 10,000 ", _writing.RETENTION_MAXLEN == 10_000),
-        ("Past 32 MiB ", _writing.MAX_UNACKNOWLEDGED_BYTES == 32 << 20),
-        ("more than 1 MiB is unacknowledged", _writing.HIGH_WATER_BYTES == 1 << 20),
+        ("the newest 10,000 ", writer_core.RETENTION_MAXLEN == 10_000),
+        ("Past 32 MiB ", writer_core.MAX_UNACKNOWLEDGED_BYTES == 32 << 20),
+        ("more than 1 MiB is unacknowledged", writer_core.HIGH_WATER_BYTES == 1 << 20),
         ("2), 64, 16,384)", (config.maxlen_floor, config.maxlen_ceiling) == (64, 16_384)),
         ("execution's payload at most 16 MiB", True),
     ]:
         assert text in prose
         assert value, text
-    assert _summary.Document().max_bytes == 16 << 20
+    assert summary_core.Document().max_bytes == 16 << 20
 
 
 def test_commands_and_options_exist(capsys):

@@ -14,9 +14,9 @@ from ff_fast import (
     ProtocolError,
     StreamFrame,
     TailVisibility,
-    _tail,
     keys,
 )
+from ff_fast._core import tail as tail_core
 from ff_fast.errors import ExecutionNotFound, NotPrimary, Unavailable
 
 from ..reference_frames import Written, check_told, count_of, entry_id, lay_out, wanted_of
@@ -167,10 +167,10 @@ def test_whatever_happens_between_two_steps_nothing_is_skipped(
     modes = [frame.mode for batch in plan for frame in batch]
     server = Server(*lay_out(plan, end="attempt_success"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tail, "_FIRST_FRAMES", first)
-        patch.setattr(_tail, "_FIRST_COUNTS", (log_count, live_count))
-        patch.setattr(_tail, "_LARGEST_COUNTS", (log_count + 1, live_count + 1))
-        core = _tail.TailCore(EID, 0, None, visibility)
+        patch.setattr(tail_core, "_FIRST_FRAMES", first)
+        patch.setattr(tail_core, "_FIRST_COUNTS", (log_count, live_count))
+        patch.setattr(tail_core, "_LARGEST_COUNTS", (log_count + 1, live_count + 1))
+        core = tail_core.TailCore(EID, 0, None, visibility)
         items, lost = [], set()
         for what, argument in acts:
             if what == "append":
@@ -203,7 +203,7 @@ def test_a_late_reader_gets_all_that_is_stored(plan, cursor, visibility, wound):
     server.append(10_000)
     hurt(server, *wound)
     stored = frames_in(server.streams[LOG] + server.streams[LIVE])
-    items = run(_tail.TailCore(EID, 0, f"0-{cursor}", visibility), server)
+    items = run(tail_core.TailCore(EID, 0, f"0-{cursor}", visibility), server)
     assert items.pop() == End("attempt_success")
     check_told(items, cursor, modes, visibility is EXCLUDE, stored)
     assert visibility is ALL or wanted_of(modes, exclude=True) >= {
@@ -217,7 +217,7 @@ def test_a_late_reader_gets_all_that_is_stored(plan, cursor, visibility, wound):
 def started(log=(), live=(), visibility=ALL, appended=10_000):
     server = Server(log, live)
     server.append(appended)
-    core = _tail.TailCore(EID, 0, None, visibility)
+    core = tail_core.TailCore(EID, 0, None, visibility)
     step(core, server)
     return core, server
 
@@ -245,8 +245,8 @@ def test_it_blocks_on_both_streams_once_it_has_read_all():
 
 
 def test_it_never_blocks_while_it_holds_frames(monkeypatch):
-    monkeypatch.setattr(_tail, "_FIRST_FRAMES", 1)
-    monkeypatch.setattr(_tail, "_LARGEST_COUNTS", (3, 3))
+    monkeypatch.setattr(tail_core, "_FIRST_FRAMES", 1)
+    monkeypatch.setattr(tail_core, "_LARGEST_COUNTS", (3, 3))
     plan = (
         [[Written("durable")]] * 20 + [[Written("best_effort")]] * 20 + [[Written("durable")]] * 20
     )
@@ -261,9 +261,9 @@ def test_it_never_blocks_while_it_holds_frames(monkeypatch):
 
 
 def test_it_reads_no_entry_twice(monkeypatch):
-    monkeypatch.setattr(_tail, "_FIRST_FRAMES", 1)
-    monkeypatch.setattr(_tail, "_FIRST_COUNTS", (4, 2))
-    monkeypatch.setattr(_tail, "_LARGEST_COUNTS", (4, 2))
+    monkeypatch.setattr(tail_core, "_FIRST_FRAMES", 1)
+    monkeypatch.setattr(tail_core, "_FIRST_COUNTS", (4, 2))
+    monkeypatch.setattr(tail_core, "_LARGEST_COUNTS", (4, 2))
     plan = (
         [[Written("durable")]] * 30
         + [[Written("best_effort")] * 5] * 30
@@ -304,7 +304,7 @@ def test_unwanted_frames_make_it_wait_for_the_log_alone():
     assert streams_of(last(server)) == [LOG, LIVE]
     assert step(core, server) == []
     assert streams_of(last(server)) == [LOG]
-    assert last(server)[4] == b"%d" % _tail._PACE_MS
+    assert last(server)[4] == b"%d" % tail_core._PACE_MS
     # Nothing for the log: it listens to both again, and waits again after the next unwanted frame.
     server.append(4)
     assert step(core, server) == []
@@ -333,7 +333,7 @@ def test_a_restart_reads_again_from_the_last_frame():
 
 
 def test_a_gap_is_a_trim_until_the_reader_has_caught_up_once(monkeypatch):
-    monkeypatch.setattr(_tail, "_FIRST_FRAMES", 1)
+    monkeypatch.setattr(tail_core, "_FIRST_FRAMES", 1)
     core, server = started(*lay_out([[Written("durable")]] * 12), appended=6)
     hurt(server, LOG, "delete", 2)
     items = step(core, server) + step(core, server)
@@ -392,14 +392,14 @@ def test_an_answer_of_another_form_is_an_error_of_ours(reply, error):
     ],
 )
 def test_a_range_of_another_form_is_an_error_of_ours(reply):
-    core = _tail.TailCore(EID, 0, None, ALL)
+    core = tail_core.TailCore(EID, 0, None, ALL)
     core.step()
     with pytest.raises(ProtocolError):
         core.receive(reply)
 
 
 def test_refusals_of_the_function_come_through():
-    core = _tail.TailCore(EID, 0, None, ALL)
+    core = tail_core.TailCore(EID, 0, None, ALL)
     core.step()
     with pytest.raises(ExecutionNotFound):
         core.receive([0, b"execution_not_found"])
@@ -408,7 +408,7 @@ def test_refusals_of_the_function_come_through():
 def test_a_cursor_inside_what_the_log_never_had():
     core, server = started(*lay_out([[Written("durable")]] * 3))
     assert core._position.sequence == 3
-    ahead = _tail.TailCore(EID, 0, "0-9", ALL)
+    ahead = tail_core.TailCore(EID, 0, "0-9", ALL)
     assert step(ahead, server) == [Gap(10, 4, "cursor_ahead")]
     server.streams[LOG].append([b"2000-4", [b"payload", b"p"]])
     assert [frame.sequence for frame in step(ahead, server)] == [4]
@@ -417,7 +417,7 @@ def test_a_cursor_inside_what_the_log_never_had():
 @pytest.mark.parametrize("after", ["", "$", "-1", 5])
 def test_a_bad_cursor(after):
     with pytest.raises(InvalidCursor):
-        _tail.TailCore(EID, 0, after, ALL)
+        tail_core.TailCore(EID, 0, after, ALL)
 
 
 @pytest.mark.parametrize(
@@ -425,4 +425,4 @@ def test_a_bad_cursor(after):
 )
 def test_a_bad_argument(arguments):
     with pytest.raises(InvalidInput):
-        _tail.TailCore(*arguments)
+        tail_core.TailCore(*arguments)

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from ff_fast._core.summary import fold
 from ff_fast._hot.frames import StreamFrame
 from ff_fast._hot.writer import WriterCore, arguments_of
-from ff_fast._summary import fold
 from ff_fast.errors import (
     Corruption,
     FFError,

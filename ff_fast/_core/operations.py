@@ -6,9 +6,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from ff_fast import _lifecycle, keys, ops
-from ff_fast._lifecycle import ClaimRequest
-from ff_fast._writing import WriterOptions
+from ff_fast import keys
+from ff_fast._core import flows, ops, ready, supervision
+from ff_fast._core import usage as usage_steps
+from ff_fast._core.claiming import ClaimRequest
+from ff_fast._core.steps import Flow, Step
+from ff_fast._core.writer import WriterOptions
 from ff_fast.errors import InvalidInput, InvalidType, PayloadTooLarge, check_int
 from ff_fast.types import (
     CancelFlowOutcome,
@@ -44,7 +47,6 @@ from ff_fast.types import (
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from ff_fast._steps import Flow
 
 T = TypeVar("T")
 
@@ -64,7 +66,7 @@ def call(op: ops.Op[T]) -> Call[T]:
 def hinted(op: ops.Op[tuple[T, ops.Hints]], execution_id: str) -> Call[T]:
     """Return the operation of a single call after which executions may wait for workers."""
     partition = keys.partition_index(execution_id)
-    return Call(lambda: _lifecycle.hinted(op, partition))
+    return Call(lambda: ready.hinted(op, partition))
 
 
 MAX_DOCUMENT = 16 << 20
@@ -144,7 +146,7 @@ def create(
         payload=_document("payload", payload),
         tags=_tags({} if tags is None else tags),
     )
-    return Call(lambda: _lifecycle.create(op, eid))
+    return Call(lambda: ready.create(op, eid))
 
 
 def claim(
@@ -272,7 +274,7 @@ def claim_from_reclaim(
 def find_reclaimable(partitions: int, limit: int) -> Call[list[ReclaimToken]]:
     """Return the checked operation of `find_reclaimable`."""
     check_int("limit", limit, 1, 10_000)
-    return Call(lambda: _lifecycle.find_reclaimable(partitions, limit))
+    return Call(lambda: supervision.find_reclaimable(partitions, limit))
 
 
 def create_waitpoint(
@@ -301,7 +303,7 @@ def rotate_waitpoint_secret(
         raise InvalidInput("secret must be 32 random bytes.")
     grace_ms = duration_ms("grace", grace)
     text = secret.hex()
-    return Call(lambda: _lifecycle.rotate_waitpoint_secret(kid, text, grace_ms, partitions))
+    return Call(lambda: _rotate(kid, text, grace_ms, partitions))
 
 
 def suspend(
@@ -388,7 +390,7 @@ def report_usage(handle: Handle, usage: UsageDimensions) -> Call[ReportUsageResu
         raise InvalidType("usage must be UsageDimensions.")
     owned = attempt(handle)
     keyed = usage if usage.dedup_key else usage.with_dedup_key(keys.new_uuid())
-    return Call(lambda: _lifecycle.report_usage(owned, keyed))
+    return Call(lambda: usage_steps.report_usage(owned, keyed))
 
 
 def create_budget(
@@ -439,7 +441,7 @@ def cancel_flow(
     tag = keys.flow_tag(identity, partitions)
     why = keys.free_text("reason", reason, 4096, error=InvalidInput)
     wait_s = (wait.timeout if wait.timeout is not None else float("inf")) if wait.wait else None
-    return Call(lambda: _lifecycle.cancel_flow(identity, tag, why, policy, wait_s))
+    return Call(lambda: flows.cancel_flow(identity, tag, why, policy, wait_s))
 
 
 def set_tags(execution_id: str, tags: Mapping[str, str]) -> Call[int]:
@@ -487,3 +489,13 @@ def frame(value: Frame) -> Frame:
     if not isinstance(value, Frame):
         raise InvalidType(f"append_frame() takes a Frame, not {type(value).__name__}.")
     return value
+
+
+def _rotate(kid: str, secret: str, grace_ms: int, partitions: int) -> Flow[None]:
+    """Let a key sign from now on in every partition; repeating it completes one that was interrupted."""
+    calls = [
+        ops.rotate_waitpoint_secret(index, kid, secret, grace_ms) for index in range(partitions)
+    ]
+    replies = yield Step(b"".join(op.request() for op in calls), replies=len(calls))
+    for op, reply in zip(calls, replies, strict=True):
+        op.answer(reply)

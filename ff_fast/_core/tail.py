@@ -12,10 +12,11 @@ entry, reads and waits in between.
 
 from __future__ import annotations
 
-from ff_fast import keys, ops
+from ff_fast import keys
+from ff_fast._core import ops
+from ff_fast._core.steps import Flow, Step
 from ff_fast._hot.frames import StreamFrame, assemble, decode_entries, weigh_entries
 from ff_fast._hot.resp import pack_command
-from ff_fast._steps import Flow, Step
 from ff_fast.errors import InvalidInput, ProtocolError, check_int, from_server_error
 from ff_fast.types import End, Gap, StreamCursor, TailVisibility, parse_cursor
 

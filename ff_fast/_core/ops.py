@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from ff_fast import keys
+from ff_fast._core.steps import Flow, Step
 from ff_fast._hot.resp import pack_fcall
-from ff_fast._steps import Flow, Step
 from ff_fast.errors import Corruption, ProtocolError, for_code, from_server_error
 from ff_fast.types import (
     CancelFlowPolicy,

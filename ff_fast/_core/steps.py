@@ -10,7 +10,8 @@ import random
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
-from ff_fast.errors import DeadlineExceeded, FFError, Outcome
+from ff_fast._hot.resp import pack_command
+from ff_fast.errors import DeadlineExceeded, FFError, Outcome, ProtocolError, from_server_error
 
 if TYPE_CHECKING:
     from ff_fast.types import BackendRetry
@@ -108,3 +109,30 @@ class Retries:
     def reset(self) -> None:
         """Something went well: what fails next is a first failure."""
         self._pauses = None
+
+
+def checked_step(step: Step) -> Flow[list[bytes]]:
+    (reply,) = yield step
+    return checked(reply)
+
+
+def server_ms() -> Flow[int]:
+    """Ask for the server's time, in ms since the epoch."""
+    (reply,) = yield Step(pack_command(b"TIME"))
+    seconds, micros = checked(reply)
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+def checked(reply: object) -> list[bytes]:
+    """Return the list that a plain command answered, empty for a number or nothing.
+
+    Raises:
+        FFError: The server refused the command, or the reply is something else.
+    """
+    if isinstance(reply, Exception):
+        raise from_server_error(str(reply))
+    if reply is None or isinstance(reply, int):
+        return []
+    if not isinstance(reply, list):
+        raise ProtocolError
+    return reply

@@ -10,8 +10,8 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
+from ff_fast._core.steps import Flow, Pause, Step
 from ff_fast._hot.resp import take_reply
-from ff_fast._steps import Flow, Pause, Step
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError
 
 if TYPE_CHECKING:

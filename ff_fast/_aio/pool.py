@@ -10,15 +10,16 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ff_fast import _transport, ops
-from ff_fast._aio.channel import Channel, drive
-from ff_fast._steps import Flow, Retries, Source, Step
+from ff_fast import _transport
+from ff_fast._aio.connection import Channel, drive
+from ff_fast._core import ops
+from ff_fast._core.steps import Flow, Retries, Source, Step
 from ff_fast.errors import FFError, ForkedClient, Unavailable, WrongLoop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 
-    from ff_fast import _arguments
+    from ff_fast._core import operations as _arguments
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")

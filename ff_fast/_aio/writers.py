@@ -9,11 +9,12 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self
 
-from ff_fast import _transport, _writing
-from ff_fast._aio.channel import LOST, Receiver
-from ff_fast._aio.connections import CALLS_IN_FLIGHT, Connections, Shared
-from ff_fast._steps import Retries
-from ff_fast._writing import SharedWriter
+from ff_fast import _transport
+from ff_fast._aio.connection import LOST, Receiver
+from ff_fast._aio.pool import CALLS_IN_FLIGHT, Connections, Shared
+from ff_fast._core import writer as _writing
+from ff_fast._core.steps import Retries
+from ff_fast._core.writer import SharedWriter
 from ff_fast.errors import (
     DeadlineExceeded,
     FFError,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ff_fast import ops
+from ff_fast._core import ops
+from ff_fast._core.steps import Flow, Step
+from ff_fast._core.summary import fold
 from ff_fast._hot.writer import WriterCore
-from ff_fast._steps import Flow, Step
-from ff_fast._summary import fold
 from ff_fast.errors import SequenceGap, SummaryConflict
 from ff_fast.types import MAX_PAYLOAD_BYTES, AppendFrameOutcome, Frame, FrameKind, StreamMode
 

@@ -8,15 +8,16 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
-from ff_fast import _transport, ops
-from ff_fast._steps import Flow, Retries, Source
-from ff_fast._sync.channel import Channel
+from ff_fast import _transport
+from ff_fast._core import ops
+from ff_fast._core.steps import Flow, Retries, Source
+from ff_fast._sync.connection import Channel
 from ff_fast.errors import FFError, ForkedClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ff_fast import _arguments
+    from ff_fast._core import operations as _arguments
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")

@@ -13,9 +13,10 @@ from collections import deque
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Self
 
-from ff_fast import _transport, _writing
-from ff_fast._steps import Retries, Step
-from ff_fast._writing import SharedWriter
+from ff_fast import _transport
+from ff_fast._core import writer as _writing
+from ff_fast._core.steps import Retries, Step
+from ff_fast._core.writer import SharedWriter
 from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ff_fast._hot.writer import Batch
-    from ff_fast._sync.channel import Channel
+    from ff_fast._sync.connection import Channel
     from ff_fast.types import AppendFrameOutcome, BackendRetry
 
 

@@ -1,0 +1,153 @@
+"""Supervision: firing what is due, and finding executions whose worker was lost."""
+
+from __future__ import annotations
+
+import re
+
+from ff_fast import keys
+from ff_fast._core import ops
+from ff_fast._core.flows import MEMBERS_A_CALL
+from ff_fast._core.ready import hinted, publish_hints
+from ff_fast._core.steps import Flow, Step, checked, server_ms
+from ff_fast._hot.resp import pack_command
+from ff_fast.errors import ExecutionNotFound, InternalFunctionError
+from ff_fast.types import ReclaimGrant, ReclaimToken, ScannerFilter
+
+_DUE_A_CALL = 100
+_GRANT_MS = 60_000
+
+
+class Supervision:
+    """What a supervisor does in one round: it reads what is due in every partition, and fires it.
+
+    Args:
+        partitions: How many partitions there are.
+        scope: Which executions it looks after.
+    """
+
+    __slots__ = ("_partitions", "_scope")
+
+    def __init__(self, partitions: int, scope: ScannerFilter) -> None:
+        self._partitions = partitions
+        self._scope = scope
+
+    def round(self) -> Flow[int]:
+        """Fire every timer that is due; returns how many had something to do."""
+        now = b"%d" % (yield from server_ms())
+        offsets = dict.fromkeys(range(self._partitions), 0)
+        fired = 0
+        while offsets:
+            request = b"".join(
+                pack_command(
+                    b"ZRANGEBYSCORE", keys.timers(keys.tag_of(index)), b"-inf", now,
+                    b"LIMIT", b"%d" % offset, b"%d" % _DUE_A_CALL,
+                )
+                for index, offset in offsets.items()
+            )  # fmt: skip
+            pages = yield Step(request, replies=len(offsets))
+            following: dict[int, int] = {}
+            for (index, offset), page in zip(offsets.items(), pages, strict=True):
+                members = checked(page)
+                if members:
+                    stayed, done = yield from self._fire(index, members)
+                    fired += done
+                    if len(members) == _DUE_A_CALL:
+                        # What is another supervisor's, or not due yet, stays where it is: go on behind it.
+                        following[index] = offset + stayed
+            offsets = following
+        return fired
+
+    def _fire(self, partition: int, members: list[bytes]) -> Flow[tuple[int, int]]:
+        tag = keys.tag_of(partition)
+        stayed = done = 0
+        hints: ops.Hints = []
+        timers = []
+        for member in members:
+            kind, _, rest = member.decode("utf-8", "replace").partition(":")
+            if kind == "flow" and re.fullmatch(r"[0-9a-f-]{36}", rest):
+                try:
+                    left = yield from self._cancel_members(rest, partition)
+                except InternalFunctionError:
+                    left = None
+                stayed += left != 0
+                done += left is not None
+                continue
+            found = re.fullmatch(r"(\{fp:\d+\}:[0-9a-f-]{36})(?::(.*))?", rest)
+            # What names nothing of this partition is dropped by the call.
+            execution_id, more = f"{tag}:", ""
+            if found and found[1].startswith(f"{tag}:"):
+                execution_id, more = found[1], found[2] or ""
+            timers.append(ops.fire_timer(tag, member, kind, execution_id, more, self._scope))
+        replies: list[object] = []
+        if timers:
+            replies = yield Step(b"".join(op.request() for op in timers), replies=len(timers))
+        for op, reply in zip(timers, replies, strict=True):
+            try:
+                what, told = op.answer(reply)
+            except InternalFunctionError:
+                # Foreign data in its keys: it stays where it is, and those behind it are fired.
+                stayed += 1
+                continue
+            hints += told
+            stayed += what == "skipped" or what == "later"
+            done += what == "done"
+        yield from publish_hints(hints, partition)
+        return stayed, done
+
+    def _cancel_members(self, flow_id: str, partition: int) -> Flow[int | None]:
+        """Cancel some members of a cancelled flow; 0 where none is left, None for another supervisor's flow."""
+        tag = keys.tag_of(partition)
+        if self._scope.namespace is not None:
+            (reply,) = yield Step(pack_command(b"HGET", keys.flow(tag, flow_id), b"namespace"))
+            if isinstance(reply, bytes) and reply != self._scope.namespace.encode():
+                return None
+        _, left = yield from hinted(ops.cancel_members(flow_id, tag, MEMBERS_A_CALL), partition)
+        return left
+
+
+def find_reclaimable(partitions: int, limit: int) -> Flow[list[ReclaimToken]]:
+    """Find active executions whose lease has lapsed, over all partitions, at most *limit*."""
+    now = yield from server_ms()
+    tokens: list[ReclaimToken] = []
+    indexes, offset = list(range(partitions)), 0
+    while indexes:
+        request = b"".join(
+            pack_command(
+                b"ZRANGEBYSCORE", keys.timers(keys.tag_of(index)), b"-inf", b"%d" % now,
+                b"LIMIT", b"%d" % offset, b"%d" % _DUE_A_CALL,
+            )
+            for index in indexes
+        )  # fmt: skip
+        pages = [checked(page) for page in (yield Step(request, replies=len(indexes)))]
+        for member in [member for page in pages for member in page]:
+            kind, _, execution_id = member.decode("utf-8", "replace").partition(":")
+            if kind != "lease":
+                continue
+            try:
+                found = yield from ops.call(ops.describe_execution(execution_id))
+                attempt = int(found.fields.get("current_attempt_index") or 0)
+                stream = yield from ops.call(ops.describe_attempt(execution_id, attempt))
+            except ExecutionNotFound:
+                continue
+            if found.state == "active" and stream.lease_left_ms == 0:
+                tokens.append(reclaim_token(execution_id, found.fields["lane_id"], now))
+                if len(tokens) == limit:
+                    return tokens
+        # Timers of other kinds stand among them.
+        indexes = [
+            index for index, page in zip(indexes, pages, strict=True) if page[_DUE_A_CALL - 1 :]
+        ]
+        offset += _DUE_A_CALL
+    return tokens
+
+
+def reclaim_token(execution_id: str, lane: str, now_ms: int) -> ReclaimToken:
+    """Return the token that names an execution to be taken over; the claim itself checks that it may be."""
+    grant = ReclaimGrant(
+        execution_id=execution_id,
+        partition_key=keys.partition_tag(execution_id),
+        grant_key=keys.core(execution_id).decode(),
+        expires_at_ms=now_ms + _GRANT_MS,
+        lane_id=lane,
+    )
+    return ReclaimToken(grant)
