@@ -283,7 +283,7 @@ class Core(WriterCore):
         attempt = ops.Attempt.of(handle)
         writer_id = ops.writer_id(attempt)
         op = ops.open_writer(attempt, writer_id)
-        wire.send(op.request())
+        wire.send(op.command().request)
         opened = op.answer(wire.receive())
         super().__init__(
             keys=attempt.stream_keys,

@@ -319,7 +319,7 @@ async def write_answer(
     """An answer, token by token at *rate* a second (0: as fast as it goes), appended to the summary."""
     async with aio.ValkeyBackend.connect(url) as backend:
         eid, handle = await claimed(backend)
-        writer = await backend.open_writer(handle, mode=mode_of("append"), linger_ms=linger_ms)
+        writer = await backend.open_writer(handle, mode=mode_of("append"), linger=linger_ms / 1000)
         writer.write("", mode=mode_of("append"))
         start = time.monotonic()
         for i, token in enumerate(tokens):

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from ff_fast._core.summary import SummaryView
 from ff_fast._core.tail import StreamPage
-from ff_fast._core.worker import TaskFailed, TaskGaveUp
+from ff_fast._core.worker import TaskFailed, TaskReleased
 from ff_fast._hot.frames import StreamFrame
-from ff_fast.client import LeaseKeeper, Task, ValkeyBackend, Writer
+from ff_fast.client import Completions, LeaseKeeper, Tail, Task, ValkeyBackend, Writer
 from ff_fast.errors import (
     AttemptNotFound,
     AuthenticationFailed,
@@ -22,6 +22,7 @@ from ff_fast.errors import (
     CapabilityMismatch,
     Corruption,
     DeadlineExceeded,
+    DeploymentMismatch,
     ExecutionNotActive,
     ExecutionNotClaimable,
     ExecutionNotFound,
@@ -153,9 +154,11 @@ __all__ = [
     "CapabilitySet",
     "ClaimPolicy",
     "CompletionPayload",
+    "Completions",
     "Corruption",
     "CountKind",
     "DeadlineExceeded",
+    "DeploymentMismatch",
     "End",
     "ExecutionDescription",
     "ExecutionNotActive",
@@ -231,10 +234,11 @@ __all__ = [
     "SummaryDocument",
     "SummaryView",
     "SuspendOutcome",
+    "Tail",
     "TailVisibility",
     "Task",
     "TaskFailed",
-    "TaskGaveUp",
+    "TaskReleased",
     "TimeoutBehavior",
     "TlsFailed",
     "Unavailable",

@@ -1,24 +1,17 @@
-"""How both shells reach a server: redis-py's arguments, its errors in our words, and the library on the server."""
+"""How both shells reach a server: redis-py's arguments, and its errors in our words."""
 
 from __future__ import annotations
 
-import os
 import ssl
-import weakref
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from ff_fast import _library
-from ff_fast._core import ops
-from ff_fast._core.steps import DEFAULT_REQUEST_TIMEOUT_S, Flow, Step
-from ff_fast._hot.resp import pack_command
+from ff_fast._core.steps import DEFAULT_REQUEST_TIMEOUT_S, Step
 from ff_fast.errors import (
     AuthenticationFailed,
     DeadlineExceeded,
     FFError,
-    FunctionMissing,
     InternalFunctionError,
     InvalidInput,
-    LibraryMismatch,
     Outcome,
     TlsFailed,
     Unavailable,
@@ -29,11 +22,6 @@ from ff_fast.types import BackendConfig
 if TYPE_CHECKING:
     import asyncio
     import socket
-    from collections.abc import Callable
-
-    from ff_fast._core.tail import Item, TailCore
-
-T = TypeVar("T")
 
 _BLOCK_MARGIN_S = 2.0
 
@@ -58,7 +46,7 @@ def request_timeout_s(config: BackendConfig) -> float:
 
 
 def wait_s(timeout: float, step: Step) -> float:
-    """Seconds to wait for the replies to *step*: a server that was told to block gets its time on top."""
+    """Seconds to wait for the replies to *step*: the request timeout, plus its BLOCK time and a margin."""
     return timeout + (step.block_s + _BLOCK_MARGIN_S if step.block_s else 0.0)
 
 
@@ -169,70 +157,3 @@ NOT_PICKLED = "A backend holds connections and cannot be pickled; connect again 
 def closed_error() -> FFError:
     """What the calls of a closed backend raise."""
     return Unavailable("The backend is closed; connect again.")
-
-
-def ensure_library() -> Flow[None]:
-    """Load the Lua library where it is missing or another version of the same contract; never replace a newer one.
-
-    Raises:
-        LibraryMismatch: The server holds a newer contract.
-        FFError: The server refused.
-    """
-    version = ops.version()
-    (reply,) = yield Step(version.request())
-    try:
-        contract, digest = version.answer(reply)
-    except FunctionMissing:
-        pass
-    else:
-        if contract > _library.CONTRACT:
-            raise LibraryMismatch(contract, _library.CONTRACT)
-        if digest == _library.digest():
-            return
-    (reply,) = yield Step(
-        pack_command(b"FUNCTION", b"LOAD", b"REPLACE", _library.source().encode())
-    )
-    if isinstance(reply, Exception):
-        raise from_server_error(str(reply))
-
-
-def with_library(make: Callable[[], Flow[T]]) -> Flow[T]:
-    """Run the flow that *make* returns; where the server lost the library, load it and run another."""
-    try:
-        return (yield from make())
-    except FunctionMissing:
-        pass
-    yield from ensure_library()
-    return (yield from make())
-
-
-def read_on(core: TailCore) -> Flow[list[Item]]:
-    """One step of a tail."""
-    (reply,) = yield core.step()
-    return core.receive(reply)
-
-
-# -- fork ------------------------------------------------------------------------------------------------------------
-
-
-class Forkable(Protocol):
-    """What must know when its process was forked."""
-
-    def _forked(self) -> None:
-        """Called in the child, where no other thread runs, and where locks may be held for ever."""
-
-
-_forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
-
-
-def watch_fork(client: Forkable) -> None:
-    """Tell *client* of a fork as long as it lives."""
-    _forkable.add(client)
-
-
-def _tell_of_fork() -> None:
-    for client in list(_forkable):
-        client._forked()
-
-
-os.register_at_fork(after_in_child=_tell_of_fork)

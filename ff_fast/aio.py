@@ -13,41 +13,23 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ff_fast import _transport
 from ff_fast._aio.leases import LeaseKeeper
+from ff_fast._aio.opening import Opening
 from ff_fast._aio.operations import Operations
+from ff_fast._aio.readers import Completions, Tail
 from ff_fast._aio.worker import Handler, Task, WorkerLoop
 from ff_fast._aio.writers import Writer
-from ff_fast.errors import check_int
+from ff_fast._core import operations
+from ff_fast._core.binding import of_handler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator
-
     from ff_fast.embedded import EmbeddedServer
-    from ff_fast.types import BackendConfig, CapabilitySet, StreamMode
-
-
-class _Connecting:
-    """What :meth:`ValkeyBackend.connect` returns: awaited, or entered with ``async with``, it is the backend."""
-
-    def __init__(self, connecting: Callable[[], Coroutine[Any, Any, ValkeyBackend]]) -> None:
-        self._connecting = connecting
-        self._backend: ValkeyBackend | None = None
-
-    def __await__(self) -> Generator[Any, None, ValkeyBackend]:
-        return self._connecting().__await__()
-
-    async def __aenter__(self) -> ValkeyBackend:
-        self._backend = await self
-        return self._backend
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._backend is not None:
-            await self._backend.close()
+    from ff_fast.types import BackendConfig
 
 
 class ValkeyBackend(Operations):
-    """Executions and their streams on one Valkey server; see :class:`ff_fast.ValkeyBackend` for every method.
+    """Executions and their streams on one Valkey server. Made by :meth:`connect` or :meth:`embedded`.
 
-    Made by :meth:`connect` or :meth:`embedded`, on the loop that it then belongs to.
+    It belongs to the loop that it is made on. Use it with ``async with``, or await :meth:`close`.
     """
 
     def __init__(self, config: BackendConfig) -> None:
@@ -55,10 +37,19 @@ class ValkeyBackend(Operations):
         self._server: EmbeddedServer | None = None
 
     @classmethod
-    def connect(cls, target: str | BackendConfig) -> _Connecting:
-        """Connect to a server: ``async with ValkeyBackend.connect(url) as backend``, or ``await`` it.
+    def connect(cls, target: str | BackendConfig) -> Opening[ValkeyBackend]:
+        """Connect to a server, and load the function library where it is missing or another version of this contract.
 
-        Arguments and errors are those of :meth:`ff_fast.ValkeyBackend.connect`.
+        ``async with ValkeyBackend.connect(url) as backend``, or ``await`` it.
+
+        Args:
+            target: URL (``valkey://user:password@host:port/db``, ``valkeys://``, ``redis://``, ``rediss://``,
+                ``unix:///path``) or a :class:`BackendConfig`.
+
+        Raises:
+            InvalidInput: The URL is not one of these, or names a cluster.
+            Unavailable, AuthenticationFailed, TlsFailed, PermissionDenied, LibraryMismatch, DeploymentMismatch: No usable
+                server.
         """
         config = _transport.config_of(target)
 
@@ -71,11 +62,20 @@ class ValkeyBackend(Operations):
                 raise
             return backend
 
-        return _Connecting(connecting)
+        return Opening(connecting)
 
     @classmethod
-    def embedded(cls, **options: Any) -> _Connecting:
-        """Start a private server that is gone when the backend is closed (extra ``embedded``)."""
+    def embedded(cls, **options: Any) -> Opening[ValkeyBackend]:
+        """Start a private server that is gone when the backend is closed, and a supervisor for it (extra ``embedded``).
+
+        ``async with ValkeyBackend.embedded() as backend``, or ``await`` it.
+
+        Args:
+            **options: As :class:`ff_fast.embedded.EmbeddedServer` takes them.
+
+        Raises:
+            MissingDependency: The extra is not installed.
+        """
 
         async def connecting() -> ValkeyBackend:
             from ff_fast.embedded import EmbeddedServer
@@ -91,7 +91,7 @@ class ValkeyBackend(Operations):
             _ = backend._spawn(backend.supervise())
             return backend
 
-        return _Connecting(connecting)
+        return Opening(connecting)
 
     async def close(self) -> None:
         """Close every connection; what waits for a reply there ends with an error.
@@ -114,38 +114,10 @@ class ValkeyBackend(Operations):
     def __reduce__(self) -> Any:
         raise TypeError(_transport.NOT_PICKLED)
 
-    async def run_worker(
-        self,
-        handler: Handler,
-        *,
-        lane: str = "default",
-        worker_id: str = "worker",
-        worker_instance_id: str | None = None,
-        capabilities: CapabilitySet | None = None,
-        lease_ttl_ms: int = 30_000,
-        mode: StreamMode | None = None,
-        concurrency: int = 1,
-        stop: asyncio.Event | None = None,
-    ) -> None:
-        """Claim executions of a lane and await *handler* for each; see :meth:`ff_fast.ValkeyBackend.run_worker`.
+    async def _run_worker(self, handler: Handler, options: operations.WorkerOptions) -> None:
+        await WorkerLoop(self, handler, options).run()
 
-        Cancelling it cancels the handlers that run: what they wrote is stored, and their executions go to other workers
-        as from lost ones, within about two seconds. An execution that was being claimed just then comes back when its
-        lease lapses.
-        """
-        check_int("concurrency", concurrency, 1, 10_000)
-        await WorkerLoop(
-            self,
-            handler,
-            lane=lane,
-            worker_id=worker_id,
-            worker_instance_id=worker_instance_id,
-            capabilities=capabilities,
-            lease_ttl_ms=lease_ttl_ms,
-            mode=mode,
-            concurrency=concurrency,
-            stop=stop,
-        ).run()
+    run_worker = of_handler(operations.run_worker, _run_worker)
 
 
-__all__ = ["LeaseKeeper", "Task", "ValkeyBackend", "Writer"]
+__all__ = ["Completions", "LeaseKeeper", "Tail", "Task", "ValkeyBackend", "Writer"]

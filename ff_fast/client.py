@@ -1,4 +1,4 @@
-"""The blocking shell: sockets and threads. What is sent, and what an answer means, is decided below it."""
+"""The blocking shell: sockets and threads. The core decides what is sent, and what an answer means."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import threading
 from typing import TYPE_CHECKING, Any, Self
 
 from ff_fast import _transport
+from ff_fast._core import operations
+from ff_fast._core.binding import of_handler
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.operations import Operations
+from ff_fast._sync.readers import Completions, Tail
 from ff_fast._sync.worker import Handler, Task, WorkerLoop
 from ff_fast._sync.writers import Writer
-from ff_fast.errors import check_int
 
 if TYPE_CHECKING:
     from ff_fast.embedded import EmbeddedServer
-    from ff_fast.types import BackendConfig, CapabilitySet, StreamMode
+    from ff_fast.types import BackendConfig
 
 
 class ValkeyBackend(Operations):
@@ -38,7 +40,8 @@ class ValkeyBackend(Operations):
 
         Raises:
             InvalidInput: The URL is not one of these, or names a cluster.
-            Unavailable, AuthenticationFailed, TlsFailed, PermissionDenied, LibraryMismatch: No usable server.
+            Unavailable, AuthenticationFailed, TlsFailed, PermissionDenied, LibraryMismatch, DeploymentMismatch: No usable
+                server.
         """
         backend = cls(_transport.config_of(target))
         try:
@@ -80,7 +83,7 @@ class ValkeyBackend(Operations):
         thread.start()
 
     def close(self) -> None:
-        """Close every connection; what other threads wait for there ends with an error.
+        """Close every connection; what waits for a reply there ends with an error.
 
         Frames that were not flushed are lost: close writers first. Calling it again does nothing.
         """
@@ -108,53 +111,10 @@ class ValkeyBackend(Operations):
     def __reduce__(self) -> Any:
         raise TypeError(_transport.NOT_PICKLED)
 
-    def run_worker(
-        self,
-        handler: Handler,
-        *,
-        lane: str = "default",
-        worker_id: str = "worker",
-        worker_instance_id: str | None = None,
-        capabilities: CapabilitySet | None = None,
-        lease_ttl_ms: int = 30_000,
-        mode: StreamMode | None = None,
-        concurrency: int = 1,
-        stop: threading.Event | None = None,
-    ) -> None:
-        """Claim executions of a lane and call *handler* with a :class:`ff_fast.Task` for each, until stopped.
+    def _run_worker(self, handler: Handler, options: operations.WorkerOptions) -> None:
+        WorkerLoop(self, handler, options).run()
 
-        The lease is renewed in the background. What the handler returns is the result; an exception fails the attempt
-        (as transient, or as the ``TaskFailed`` that it is). Where the lease is lost in the middle, writes fail,
-        ``task.cancelled`` is true, and whatever the handler returns or raises is nobody's any more.
-
-        SIGTERM and SIGINT in the main thread, *stop*, and the close of the backend let running handlers end and claim
-        nothing more. An exit or an interrupt that a handler raises ends the worker too, and is raised here; its
-        execution goes to another worker as from a lost one.
-
-        Args:
-            handler: An ordinary function.
-            lane: Lane to take work from.
-            worker_id: Which worker this is.
-            worker_instance_id: Which process of it; None takes host name and process id.
-            capabilities: What it can do.
-            lease_ttl_ms: Length of a lease.
-            mode: Mode of frames that name none; durable where None.
-            concurrency: How many handlers run at once, in threads.
-            stop: Set it to stop.
-        """
-        check_int("concurrency", concurrency, 1, 10_000)
-        WorkerLoop(
-            self,
-            handler,
-            lane=lane,
-            worker_id=worker_id,
-            worker_instance_id=worker_instance_id,
-            capabilities=capabilities,
-            lease_ttl_ms=lease_ttl_ms,
-            mode=mode,
-            concurrency=concurrency,
-            stop=stop,
-        ).run()
+    run_worker = of_handler(operations.run_worker, _run_worker)
 
 
-__all__ = ["LeaseKeeper", "Task", "ValkeyBackend", "Writer"]
+__all__ = ["Completions", "LeaseKeeper", "Tail", "Task", "ValkeyBackend", "Writer"]

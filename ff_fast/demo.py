@@ -324,7 +324,7 @@ async def _work(pipe: Connection[Any, Any], url: str, plan: Plan) -> None:
     async with aio.ValkeyBackend.connect(url) as backend:
         # A lane of its own: two demos on one server must not claim each other's work.
         lane = f"demo-{uuid.uuid4().hex}"
-        eid = await backend.create_execution(lane=lane, retention_ms=_RETENTION_MS)
+        eid = await backend.create_execution(lane=lane, retention=_RETENTION_MS / 1000)
         handle = await backend.claim(
             lane=lane,
             worker_id="ff-fast-demo",

@@ -264,6 +264,25 @@ class LibraryMismatch(FFError):
         self.client = client
 
 
+class DeploymentMismatch(FFError):
+    """The server's deployment has another number of partitions than this backend was configured for.
+
+    Args:
+        server: Partition count that the server holds.
+        client: Partition count that this backend uses.
+    """
+
+    code = "deployment_mismatch"
+
+    def __init__(self, server: int, client: int) -> None:
+        super().__init__(
+            f"The deployment on this server has {server} partitions and this backend uses {client};"
+            f" connect with partitions={server}, or without the option."
+        )
+        self.server = server
+        self.client = client
+
+
 class MissingDependency(FFError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 

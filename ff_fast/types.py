@@ -175,7 +175,8 @@ class _ValueType(type):
                 source = f"def __init__({', '.join(parameters)}):\n " + "\n ".join(body)
                 exec(source, defaults, namespace)  # noqa: S102
                 namespace["__init__"].__qualname__ = f"{name}.__init__"  # type: ignore[attr-defined]
-            namespace["_key"] = attrgetter(*fields)
+            uncompared = namespace.get("_uncompared", ())
+            namespace["_key"] = attrgetter(*(name for name in fields if name not in uncompared))  # type: ignore[operator]
             namespace["__match_args__"] = tuple(fields)
         namespace["__slots__"] = tuple(fields)
         return super().__new__(cls, name, bases, namespace)
@@ -527,6 +528,9 @@ class Gap(Value):
     first_missing: int
     next_sequence: int
     reason: str
+    cursor: str = "0-0"
+
+    _uncompared: ClassVar[tuple[str, ...]] = ("cursor",)
 
     def __post_init__(self) -> None:
         check_int("first_missing", self.first_missing, 1, MAX_INT + 1)
@@ -542,6 +546,9 @@ class End(Value):
     """
 
     reason: str
+    cursor: str = "0-0"
+
+    _uncompared: ClassVar[tuple[str, ...]] = ("cursor",)
 
     def __post_init__(self) -> None:
         _check_type("reason", self.reason, str)

@@ -1,12 +1,12 @@
 -- ff_version
---   keys:
+--   keys:    partitions
 --   args:
---   returns: contract digest
+--   returns: contract digest partitions
 --   errors:
 redis.register_function({
   function_name = 'ff_version',
-  callback = function()
-    return ff.ok('@CONTRACT@', '@DIGEST@')
+  callback = function(keys)
+    return ff.ok('@CONTRACT@', '@DIGEST@', redis.call('GET', keys[1]) or '')
   end,
   flags = { 'no-writes' },
 })

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
-from ff_fast._core.steps import Flow, Pause, Step
+from ff_fast._core.steps import Pause, Step, Steps
 from ff_fast._hot.resp import take_reply
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, Unavailable
 
@@ -24,7 +24,7 @@ LOST = object()
 """What a receiver gets in place of a reply that will not come."""
 
 
-class Channel(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One connection: bytes out; each reply to the receiver whose turn it is."""
 
     def __init__(self) -> None:
@@ -34,25 +34,27 @@ class Channel(asyncio.Protocol):
         self._broken_reply = hiredis.ProtocolError
         self._transport: asyncio.Transport | None = None
         self._stream: asyncio.StreamWriter | None = None
-        self._gone: asyncio.Future[None] | None = None
+        self._closed_transport: asyncio.Future[None] | None = None
         # Set while the transport takes more, and when it is gone, so that nobody waits for it.
-        self._room = asyncio.Event()
+        self._can_write = asyncio.Event()
         self.receivers: deque[Receiver] = deque()
         self.silent_since = 0.0
-        # Called when more may be sent, and once when the connection is lost.
-        self.on_room: Callable[[], None] | None = None
-        self.on_lost: Callable[[Channel], None] | None = None
+        # Called when more may be sent, and once each when the connection is lost.
+        self.on_can_write: Callable[[], None] | None = None
+        self.on_lost: list[Callable[[Connection], None]] = []
 
     async def open(self, config: BackendConfig) -> None:
         """Connect as *config* says; redis-py opens the socket and shakes hands."""
-        from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
+        from redis.asyncio import connection as redis_connection
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
         server = config.connection
-        kind: type[Any] = UnixDomainSocketConnection if server.unix_path else Connection
-        if server.tls:
-            kind = SSLConnection
+        kind: type[Any] = redis_connection.Connection
+        if server.unix_path:
+            kind = redis_connection.UnixDomainSocketConnection
+        elif server.tls:
+            kind = redis_connection.SSLConnection
         connection = kind(**_transport.connection_arguments(config), retry=Retry(NoBackoff(), 0))
         failure: FFError | None = None
         try:
@@ -71,8 +73,8 @@ class Channel(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         transport.set_protocol(self)
         self._transport = transport
-        self._gone = asyncio.get_running_loop().create_future()
-        self._room.set()
+        self._closed_transport = asyncio.get_running_loop().create_future()
+        self._can_write.set()
 
     @property
     def closed(self) -> bool:
@@ -80,12 +82,12 @@ class Channel(asyncio.Protocol):
 
     @property
     def writable(self) -> bool:
-        return self._transport is not None and self._room.is_set()
+        return self._transport is not None and self._can_write.is_set()
 
-    async def room(self) -> None:
+    async def wait_writable(self) -> None:
         """Wait until the transport takes more, or the connection is lost."""
-        while self._transport is not None and not self._room.is_set():
-            await self._room.wait()
+        while self._transport is not None and not self._can_write.is_set():
+            await self._can_write.wait()
 
     def send(self, request: bytes, receivers: list[Receiver]) -> None:
         """Send *request*; its replies go to *receivers*, in order.
@@ -117,90 +119,152 @@ class Channel(asyncio.Protocol):
                 self.abort()
                 return
             self.receivers.popleft()(reply)
-        if self.on_room is not None:
-            self.on_room()
+        if self.on_can_write is not None:
+            self.on_can_write()
 
     def eof_received(self) -> None:
         # By itself asyncio would first wait until all that is written has gone out, which may be never.
         self.abort()
 
     def pause_writing(self) -> None:
-        self._room.clear()
+        self._can_write.clear()
 
     def resume_writing(self) -> None:
-        self._room.set()
-        if self.on_room is not None:
-            self.on_room()
+        self._can_write.set()
+        if self.on_can_write is not None:
+            self.on_can_write()
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002
-        if self._gone is not None and not self._gone.done():
-            self._gone.set_result(None)
+        if self._closed_transport is not None and not self._closed_transport.done():
+            self._closed_transport.set_result(None)
         self._stream = None
-        self._let_go()
+        self._fail_receivers()
 
     def abort(self) -> None:
         """Drop the connection: from here on it is closed, and whoever waits for a reply knows."""
         if self._transport is not None:
             self._transport.abort()
-            self._let_go()
+            self._fail_receivers()
 
-    def _let_go(self) -> None:
+    def _fail_receivers(self) -> None:
         self._transport = None
-        self._room.set()
+        self._can_write.set()
         receivers, self.receivers = self.receivers, deque()
         for receiver in receivers:
             receiver(LOST)
-        lost, self.on_lost = self.on_lost, None
-        if lost is not None:
+        listeners, self.on_lost = self.on_lost, []
+        for lost in listeners:
             lost(self)
 
-    async def gone(self) -> None:
+    async def wait_closed(self) -> None:
         """Wait until an aborted connection has let go of its socket."""
-        if self._gone is not None:
-            await asyncio.wait({self._gone})
+        if self._closed_transport is not None:
+            await asyncio.wait({self._closed_transport})
 
-    async def ask(self, step: Step, timeout: float) -> list[object]:
-        """Send *step* and return its replies.
+    def post(self, step: Step, timeout: float) -> Replies:
+        """Send the commands of *step*; their replies come to what is returned.
+
+        Args:
+            step: The step.
+            timeout: Seconds that the replies may take, beyond what the server may block.
+
+        Raises:
+            Unavailable: The connection was lost before; nothing was sent.
+        """
+        replies = Replies(len(step.commands), time.monotonic() + _transport.wait_s(timeout, step))
+        self.send(step.request, [replies] * len(step.commands))
+        return replies
+
+    async def request(self, step: Step, timeout: float) -> list[object]:
+        """Send the commands of *step* and return their replies, in order.
 
         Raises:
             Unavailable: The connection was lost before; nothing was sent.
             OutcomeUnknown: The connection was lost before the replies had come.
             DeadlineExceeded: There were none within *timeout* seconds, beyond what the server may block.
         """
-        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        replies: list[object] = []
+        replies = self.post(step, timeout)
+        await replies.wait()
+        return replies.take()
 
-        def receive(reply: object) -> None:
-            replies.append(reply)
-            if not answered.done() and (len(replies) == step.replies or reply is LOST):
-                answered.set_result(None)
 
-        self.send(step.request, [receive] * step.replies)
+class Replies:
+    """The replies of one step, as they come. Waiting for them may be given up, and taken up again."""
+
+    __slots__ = ("_due", "_lost", "_missing", "_replies", "_waiter")
+
+    def __init__(self, count: int, due: float) -> None:
+        self._replies: list[object] = []
+        self._missing = count
+        self._due = due
+        self._lost = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __call__(self, reply: object) -> None:
+        """Receive one reply."""
+        if reply is LOST:
+            self._lost = True
+            self._missing = 0
+        else:
+            self._replies.append(reply)
+            self._missing -= 1
+        if self._missing <= 0:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self, until: float | None = None) -> bool:
+        """Wait for all replies; return whether they have come by *until*, in monotonic time.
+
+        Raises:
+            DeadlineExceeded: The step has had its time.
+        """
+        if self._missing <= 0:
+            return True
+        loop = asyncio.get_running_loop()
+        due = self._due if until is None else min(self._due, until)
+        self._waiter = loop.create_future()
+        timer = loop.call_later(max(due - time.monotonic(), 0.0), self._wake)
         try:
-            async with asyncio.timeout(_transport.wait_s(timeout, step)):
-                await answered
-        except TimeoutError:
-            raise DeadlineExceeded from None
-        if LOST in replies:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+        if self._missing <= 0:
+            return True
+        # Only the timer wakes without the replies.
+        if due == self._due:
+            raise DeadlineExceeded
+        return False
+
+    def take(self) -> list[object]:
+        """Return the replies, in order.
+
+        Raises:
+            OutcomeUnknown: The connection was lost before all had come.
+        """
+        if self._lost:
             raise OutcomeUnknown
-        return replies
+        return self._replies
 
 
-async def drive(flow: Flow[T], ask: Callable[[Step], Awaitable[list[object]]]) -> T:
-    """Drive an operation of several steps to its value, each step on whatever *ask* sends it."""
+async def run_steps(steps: Steps[T], request: Callable[[Step], Awaitable[list[object]]]) -> T:
+    """Carry an operation out, and return its value; *request* sends a step and returns its replies."""
     try:
-        step = next(flow)
+        step = next(steps)
         while True:
             try:
                 replies: list[object] = []
                 if isinstance(step, Pause):
                     await asyncio.sleep(step.seconds)
                 else:
-                    replies = await ask(step)
+                    replies = await request(step)
             except FFError as error:
-                step = flow.throw(error)
+                step = steps.throw(error)
             else:
-                step = flow.send(replies)
+                step = steps.send(replies)
     except StopIteration as stop:
         value: T = stop.value
         return value

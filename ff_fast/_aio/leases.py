@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from ff_fast import _transport
-from ff_fast._core.worker import LeaseClock
+from ff_fast._core.leases import LeaseClock
 from ff_fast.errors import DeadlineExceeded, FFError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class LeaseKeeper:
         self._over = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
+    def _start(self, spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
         self._task = spawn(self._main())
         # Also one that is cancelled before it began is over.
         self._task.add_done_callback(self._ended)
@@ -70,10 +70,10 @@ class LeaseKeeper:
             try:
                 async with asyncio.timeout(max(clock.held_until - time.monotonic(), 0.0)):
                     renewal = await self._renew()
-            except TimeoutError:
-                self._lost(clock.failed(DeadlineExceeded()))
             except FFError as error:
                 self._lost(clock.failed(error))
+            except TimeoutError:
+                self._lost(clock.failed(DeadlineExceeded()))
             else:
                 clock.renewed()
                 self.cancel_requested = renewal.cancel_requested

@@ -7,19 +7,18 @@ import copy
 import os
 import threading
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
-from ff_fast._aio.connection import Channel, drive
-from ff_fast._core import ops
-from ff_fast._core.steps import Flow, Retries, Source, Step
-from ff_fast.errors import FFError, ForkedClient, Unavailable, WrongLoop
+from ff_fast._aio.connection import Connection, run_steps
+from ff_fast._core.deployment import Deployment
+from ff_fast._core.steps import Retries, Step
+from ff_fast.errors import FFError, ForkedClient, FunctionMissing, Unavailable, WrongLoop
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
-    from ff_fast._core import operations as _arguments
+    from ff_fast._core.operations import Call
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")
@@ -28,32 +27,32 @@ T = TypeVar("T")
 CALLS_IN_FLIGHT = 256
 
 
-class Shared:
+class SharedConnection:
     """The connection that calls and writers share.
 
     Attributes:
-        channel: None until it is connected, and while it is lost.
+        connection: None until it is connected, and while it is lost.
         closing: It will not be connected again.
-        on_room: Called when more may be sent.
+        on_can_write: Called when more may be sent.
         on_lost: Called when the connection is lost.
     """
 
     def __init__(
         self,
-        connect: Callable[[], Awaitable[Channel]],
-        spawn: Callable[[Coroutine[Any, Any, Channel]], asyncio.Task[Channel]],
+        connect: Callable[[], Awaitable[Connection]],
+        spawn: Callable[[Coroutine[Any, Any, Connection]], asyncio.Task[Connection]],
         timeout_s: float,
     ) -> None:
         self._connect_one = connect
         self._spawn = spawn
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
-        self._connecting: asyncio.Task[Channel] | None = None
+        self._connecting: asyncio.Task[Connection] | None = None
         self._turn = asyncio.Semaphore(CALLS_IN_FLIGHT)
         self._watch: asyncio.TimerHandle | None = None
-        self.channel: Channel | None = None
+        self.connection: Connection | None = None
         self.closing = False
-        self.on_room: Callable[[], None] | None = None
+        self.on_can_write: Callable[[], None] | None = None
         self.on_lost: Callable[[], None] | None = None
 
     def watch_soon(self) -> None:
@@ -64,24 +63,24 @@ class Shared:
     def _watch_now(self) -> None:
         """A server that is silent while it owes replies is taken for lost."""
         self._watch = None
-        channel = self.channel
-        if channel is None or not channel.receivers:
+        connection = self.connection
+        if connection is None or not connection.receivers:
             return
-        if time.monotonic() - channel.silent_since >= self._timeout_s:
-            channel.abort()
+        if time.monotonic() - connection.silent_since >= self._timeout_s:
+            connection.abort()
         else:
             self.watch_soon()
 
-    def _lost(self, channel: Channel) -> None:
-        if self.channel is channel:
-            self.channel = None
+    def _lost(self, connection: Connection) -> None:
+        if self.connection is connection:
+            self.connection = None
             if self.on_lost is not None:
                 self.on_lost()
 
-    async def connected(self) -> Channel:
+    async def connected(self) -> Connection:
         """The connection, made again where it was lost: once, for all who wait for it."""
-        if self.channel is not None and not self.channel.closed:
-            return self.channel
+        if self.connection is not None and not self.connection.closed:
+            return self.connection
         if self.closing:
             raise _transport.closed_error()
         if self._connecting is None:
@@ -96,40 +95,30 @@ class Shared:
             raise copy.copy(error)
         return task.result()
 
-    async def _connect(self) -> Channel:
+    async def _connect(self) -> Connection:
         try:
-            channel = await self._connect_one()
+            connection = await self._connect_one()
         finally:
             self._connecting = None
-        if channel.closed:
+        if connection.closed:
             raise Unavailable
-        channel.on_room = self.on_room
-        lost = channel.on_lost
+        connection.on_can_write = self.on_can_write
+        connection.on_lost.append(self._lost)
+        self.connection = connection
+        if self.on_can_write is not None:
+            self.on_can_write()
+        return connection
 
-        def both(gone: Channel) -> None:
-            if lost is not None:
-                lost(gone)
-            self._lost(gone)
-
-        channel.on_lost = both
-        self.channel = channel
-        if self.on_room is not None:
-            self.on_room()
-        return channel
-
-    async def run(self, flow: Flow[T]) -> T:
-        """Drive an operation of several steps to its value, on the shared connection."""
-        return await drive(flow, self._ask)
-
-    async def _ask(self, step: Step) -> list[object]:
-        channel = await self.connected()
+    async def request(self, step: Step) -> list[object]:
+        """Send the commands of *step* in turn with other callers, and return their replies, in order."""
+        connection = await self.connected()
         try:
             async with asyncio.timeout(self._timeout_s) as waiting, self._turn:
-                await channel.room()
+                await connection.wait_writable()
                 # From here on the deadline is that of the reply.
                 waiting.reschedule(None)
                 self.watch_soon()
-                return await channel.ask(step, self._timeout_s)
+                return await connection.request(step, self._timeout_s)
         except TimeoutError:
             raise _transport.not_sent_in_time() from None
 
@@ -137,11 +126,11 @@ class Shared:
         self.closing = True
         if self._watch is not None:
             self._watch.cancel()
-        if self.channel is not None:
-            self.channel.abort()
+        if self.connection is not None:
+            self.connection.abort()
 
 
-class Connections:
+class Pool:
     """Connections to one server, on the loop that made them: one that calls and writers share, and others apart."""
 
     def __init__(self, config: BackendConfig) -> None:
@@ -152,9 +141,10 @@ class Connections:
         self._closed = False
         self._timeout_s = _transport.request_timeout_s(config)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._own: set[Channel] = set()
-        self._idle: list[Channel] = []
-        self._shared = Shared(self._connect, self._spawn, self._timeout_s)
+        self._own: set[Connection] = set()
+        self._idle: list[Connection] = []
+        self._deployment = Deployment(getattr(config, "partitions", None))
+        self._shared = SharedConnection(self._connect, self._spawn, self._timeout_s)
 
     @property
     def closed(self) -> bool:
@@ -169,16 +159,16 @@ class Connections:
             return
         self._check_loop()
         # All that matters happens before the first wait, in which a caller may be cancelled.
-        tasks, channels = list(self._tasks), list(self._own)
+        tasks, connections = list(self._tasks), list(self._own)
         self._stop()
         for task in tasks:
             task.cancel()
-        for channel in channels:
-            channel.abort()
+        for connection in connections:
+            connection.abort()
         if tasks:
             await asyncio.wait(tasks)
-        for channel in channels:
-            await channel.gone()
+        for connection in connections:
+            await connection.wait_closed()
 
     def _stop(self) -> None:
         """End what goes on, without waiting."""
@@ -211,7 +201,7 @@ class Connections:
             raise WrongLoop
 
     def _check_thread(self) -> None:
-        """Of `write`: another thread or loop would not wake ours; a loop that stands still finds it when it goes on."""
+        """Check that `write` runs on our loop's thread: elsewhere it could not wake the loop."""
         if self._thread != threading.get_ident() or self._loop.is_closed():
             raise WrongLoop
         if asyncio._get_running_loop() not in (self._loop, None):
@@ -222,101 +212,69 @@ class Connections:
         if self._closed:
             raise _transport.closed_error()
 
-    async def _connect(self) -> Channel:
-        channel = Channel()
-        await channel.open(self.config)
-        self._own.add(channel)
-        channel.on_lost = self._own.discard
+    async def _connect(self) -> Connection:
+        connection = Connection()
+        await connection.open(self.config)
+        self._own.add(connection)
+        connection.on_lost.append(self._own.discard)
         failure: FFError
         try:
-            await drive(
-                _transport.ensure_library(), lambda step: channel.ask(step, self._timeout_s)
-            )
+            await self._prepare(connection)
         except FFError as error:
             failure = _transport.connect_error(error, self.config)
         except BaseException:
-            channel.abort()
+            connection.abort()
             raise
         else:
-            return channel
-        channel.abort()
+            return connection
+        connection.abort()
         raise failure
 
-    async def _acquire(self) -> Channel:
+    async def _prepare(self, connection: Connection) -> None:
+        """Load the library where it is missing, and check that the deployment is the one that is known."""
+        await run_steps(self._deployment.prepare(), self._requests_on(connection))
+
+    def _requests_on(self, connection: Connection) -> Callable[[Step], Awaitable[list[object]]]:
+        return lambda step: connection.request(step, self._timeout_s)
+
+    async def _acquire(self) -> Connection:
         self._check()
         while self._idle:
-            channel = self._idle.pop()
-            if not channel.closed:
-                return channel
+            connection = self._idle.pop()
+            if not connection.closed:
+                return connection
         return await self._connect()
 
-    def _release(self, channel: Channel) -> None:
+    def _release(self, connection: Connection) -> None:
         """Give back a connection that owes no reply; one that does is dropped."""
-        if channel.closed or channel.receivers or self._closed:
-            channel.abort()
+        if connection.closed or connection.receivers or self._closed:
+            connection.abort()
         else:
-            self._idle.append(channel)
+            self._idle.append(connection)
 
-    async def _run_apart(self, flow: Flow[T]) -> T:
-        channel = await self._acquire()
-        try:
-            return await drive(flow, lambda step: channel.ask(step, self._timeout_s))
-        finally:
-            self._release(channel)
-
-    async def _run(
-        self, make: Callable[[], Flow[T]], *, repeatable: bool = True, own_connection: bool = False
-    ) -> T:
-        """Run an operation, again where it may be repeated, until the retries of the configuration are used up."""
-        retries = Retries(self.config.retry, repeatable=repeatable)
+    async def _run(self, call: Call[T]) -> T:
+        """Carry a call out, again where it may be repeated, until the retries of the configuration are used up."""
+        retries = Retries(self.config.retry, repeatable=call.repeatable)
+        missing = False
         while True:
             self._check()
-            if not repeatable:
-                # Two turns of the loop: an end of the idle connection that the kernel knows of is then known here.
+            if not call.repeatable:
+                # Yield twice, so that a pending end of the connection is seen before the call is sent.
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
-            flow = _transport.with_library(make)
             try:
-                return await (self._run_apart(flow) if own_connection else self._shared.run(flow))
+                if missing:
+                    await self._prepare(await self._shared.connected())
+                if not call.own_connection:
+                    return await run_steps(call.steps(), self._shared.request)
+                connection = await self._acquire()
+                try:
+                    return await run_steps(call.steps(), self._requests_on(connection))
+                finally:
+                    self._release(connection)
             except FFError as error:
                 pause = None if self._closed else retries.pause(error)
                 if pause is None:
                     raise
+                missing = isinstance(error, FunctionMissing)
             await asyncio.sleep(pause)
-
-    async def _do(self, call: _arguments.Call[T]) -> T:
-        return await self._run(call.flow, repeatable=call.repeatable)
-
-    async def _call(self, op: ops.Op[T]) -> T:
-        return await self._run(lambda: ops.call(op), repeatable=op.repeatable)
-
-    async def _follow(
-        self, core: Source, read: Callable[[], Flow[list[T]]]
-    ) -> AsyncGenerator[T, None]:
-        """Yield what *core* reads, on a connection of its own, until it has ended."""
-        channel: Channel | None = None
-        retries = Retries(self.config.retry, patient=True)
-        try:
-            while not core.ended:
-                try:
-                    if channel is None:
-                        channel = await self._acquire()
-                    ask = partial(channel.ask, timeout=self._timeout_s)
-                    items = await drive(_transport.with_library(read), ask)
-                except FFError as error:
-                    pause = retries.pause(error)
-                    if pause is None or self._closed:
-                        raise
-                    if channel is not None:
-                        channel.abort()
-                        channel = None
-                else:
-                    retries.reset()
-                    for item in items:
-                        yield item
-                    continue
-                core.restart()
-                await asyncio.sleep(pause)
-        finally:
-            if channel is not None:
-                self._release(channel)

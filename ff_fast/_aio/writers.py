@@ -7,14 +7,16 @@ import contextlib
 import copy
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
-from ff_fast import _transport
-from ff_fast._aio.connection import LOST, Receiver
-from ff_fast._aio.pool import CALLS_IN_FLIGHT, Connections, Shared
-from ff_fast._core import writer as _writing
+from ff_fast import _process
+from ff_fast._aio.connection import LOST, Connection, Receiver
+from ff_fast._aio.pool import CALLS_IN_FLIGHT, Pool, SharedConnection
+from ff_fast._core import writer as writer_core
+from ff_fast._core.binding import dressed
 from ff_fast._core.steps import Retries
-from ff_fast._core.writer import SharedWriter
+from ff_fast._core.writer import SharedWriter, Wait
 from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
@@ -26,33 +28,38 @@ from ff_fast.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator
+    from collections.abc import Awaitable, Callable, Coroutine
     from types import TracebackType
 
     from ff_fast._hot.writer import Batch
-    from ff_fast.types import AppendFrameOutcome, BackendRetry
+    from ff_fast.types import BackendRetry
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class Link:
+class Sender:
     """All writers on the connection that they share: what they have goes out together."""
 
     def __init__(
         self,
-        shared: Shared,
+        shared: SharedConnection,
+        prepare: Callable[[Connection], Awaitable[None]],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         retry: BackendRetry,
     ) -> None:
         self._shared = shared
+        self._prepare = prepare
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Writer] = deque()
         self._recovering: asyncio.Task[None] | None = None
-        self._retries = Retries(retry, patient=True)
+        self._retries = Retries(retry, retry_timeouts=True)
         self._pump_scheduled = False
         self.writers: weakref.WeakSet[Writer] = weakref.WeakSet()
-        shared.on_room = self._on_room
+        shared.on_can_write = self._on_can_write
         shared.on_lost = self._on_lost
-        _transport.watch_fork(self)
+        _process.watch_fork(self)
 
     def enqueue(self, writer: Writer) -> None:
         self._queue.append(writer)
@@ -69,25 +76,25 @@ class Link:
         queue = self._queue
         if not queue or self._shared.closing or self._recovering is not None:
             return
-        channel = self._shared.channel
-        if channel is None or channel.closed:
+        connection = self._shared.connection
+        if connection is None or connection.closed:
             self._recover_soon(None)
             return
-        if not channel.writable:
+        if not connection.writable:
             return
         messages: list[bytes] = []
         receivers: list[Receiver] = []
         size = 0
-        room = CALLS_IN_FLIGHT - len(channel.receivers)
-        while queue and len(receivers) < room and size < _writing.ROUND_BYTES:
+        room = CALLS_IN_FLIGHT - len(connection.receivers)
+        while queue and len(receivers) < room and size < writer_core.ROUND_BYTES:
             writer = queue.popleft()
             batch = writer.next_batch()
             if batch is not None:
                 messages.append(batch.message)
                 size += len(batch.message)
-                receivers.append(_BatchReceiver(self, writer, batch))
+                receivers.append(partial(self.answered, writer, batch))
         if messages:
-            channel.send(messages[0] if len(messages) == 1 else b"".join(messages), receivers)
+            connection.send(messages[0] if len(messages) == 1 else b"".join(messages), receivers)
             self._shared.watch_soon()
 
     def answered(self, writer: Writer, batch: Batch, reply: object) -> None:
@@ -113,15 +120,14 @@ class Link:
                     if pause is None:
                         self._give_up(error)
                         return
-                    if isinstance(error, NotPrimary) and self._shared.channel is not None:
+                    if isinstance(error, NotPrimary) and self._shared.connection is not None:
                         # The name may lead to another server by now.
-                        self._shared.channel.abort()
+                        self._shared.connection.abort()
                     await asyncio.sleep(pause)
                 try:
+                    connection = await self._shared.connected()
                     if isinstance(error, FunctionMissing):
-                        await self._shared.run(_transport.ensure_library())
-                    else:
-                        await self._shared.connected()
+                        await self._prepare(connection)
                 except FFError as failure:
                     error = failure
                 else:
@@ -137,7 +143,7 @@ class Link:
         for writer in waiting:
             writer.fail(copy.copy(error))
 
-    def _on_room(self) -> None:
+    def _on_can_write(self) -> None:
         if self._queue and not self._pump_scheduled:
             self._pump()
 
@@ -156,18 +162,16 @@ class Link:
             writer._forked()
 
 
-class _BatchReceiver:
-    """Takes the reply to one batch."""
+def waiting(
+    make: Callable[Concatenate[SharedWriter, P], Wait[T]],
+) -> Callable[Concatenate[Writer, P], Coroutine[Any, Any, T]]:
+    """Return the method of a writer that waits as the core says."""
 
-    __slots__ = ("batch", "link", "writer")
+    async def method(self: Writer, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._pool._check_loop()
+        return await self._wait(make(self, *args, **kwargs))
 
-    def __init__(self, link: Link, writer: Writer, batch: Batch) -> None:
-        self.link = link
-        self.writer = writer
-        self.batch = batch
-
-    def __call__(self, reply: object) -> None:
-        self.link.answered(self.writer, self.batch, reply)
+    return dressed(method, make)
 
 
 class Writer(SharedWriter):
@@ -176,20 +180,20 @@ class Writer(SharedWriter):
     :meth:`write` is a plain call that never waits; it is made on the backend's loop.
     """
 
-    def __init__(self, state: _writing.WriterState, link: Link, connections: Connections) -> None:
-        self._link = link
-        self._connections = connections
+    def __init__(self, state: writer_core.WriterState, sender: Sender, pool: Pool) -> None:
+        self._sender = sender
+        self._pool = pool
         self._waiters: list[asyncio.Future[None]] = []
         super().__init__(state)
-        self._link.writers.add(self)
+        self._sender.writers.add(self)
 
     def _on_ready(self) -> None:
-        self._connections._check_thread()
-        self._link.enqueue(self)
+        self._pool._check_thread()
+        self._sender.enqueue(self)
 
     def _on_linger(self) -> None:
-        self._connections._check_thread()
-        self._link.linger(self)
+        self._pool._check_thread()
+        self._sender.linger(self)
 
     def _forked(self) -> None:
         """The frames are the parent's, which stores them."""
@@ -200,53 +204,32 @@ class Writer(SharedWriter):
 
     def _on_progress(self) -> None:
         for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+            _notify(waiter)
 
-    async def _wait(self, done: Callable[[], bool], timeout: float | None) -> None:
-        self._connections._check_loop()
+    async def _wait(self, wait: Wait[T]) -> T:
         loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(timeout):
-                while not done():
-                    if self.error is not None:
-                        raise copy.copy(self.error)
-                    waiter: asyncio.Future[None] = loop.create_future()
-                    self._waiters.append(waiter)
-                    self.waiting = True
-                    try:
-                        await waiter
-                    finally:
-                        self._waiters.remove(waiter)
-                        self.waiting = bool(self._waiters)
-        except TimeoutError:
-            raise DeadlineExceeded from None
+        deadline = None if wait.timeout_s is None else loop.time() + wait.timeout_s
+        while not wait.done():
+            if self.error is not None:
+                raise copy.copy(self.error)
+            if deadline is not None and loop.time() >= deadline:
+                raise DeadlineExceeded
+            waiter: asyncio.Future[None] = loop.create_future()
+            timer = None if deadline is None else loop.call_at(deadline, _notify, waiter)
+            self._waiters.append(waiter)
+            self.waiting = True
+            try:
+                await waiter
+            finally:
+                if timer is not None:
+                    timer.cancel()
+                self._waiters.remove(waiter)
+                self.waiting = bool(self._waiters)
+        return wait.value()
 
-    async def drain(self, timeout: float | None = None) -> None:
-        """Wait while much is unacknowledged; see :meth:`ff_fast.Writer.drain`."""
-        self._connections._check_loop()
-        if self.error is not None:
-            raise copy.copy(self.error)
-        if self.unacknowledged_bytes > self.high_water_bytes:
-            await self._wait(lambda: self.unacknowledged_bytes <= self.high_water_bytes, timeout)
-
-    async def flush(self, timeout: float | None = None) -> AppendFrameOutcome:
-        """Wait until every frame written so far is stored; see :meth:`ff_fast.Writer.flush`."""
-        self._connections._check_loop()
-        last = self.next_sequence - 1
-        self.hurry()
-        await self._wait(lambda: self.last_sequence >= last, timeout)
-        return self.outcome()
-
-    async def close(self, timeout: float | None = None) -> None:
-        """Flush, store what a later writer and late readers continue from, and stop."""
-        self._connections._check_loop()
-        if self.error is None:
-            self.finish()
-            await self._wait(lambda: self.idle, timeout)
-            self.fail(WriterClosed())
-        elif not isinstance(self.error, WriterClosed):
-            raise copy.copy(self.error)
+    drain = waiting(writer_core.drain)
+    flush = waiting(writer_core.flush)
+    close = waiting(writer_core.close)
 
     async def __aenter__(self) -> Self:
         return self
@@ -263,28 +246,9 @@ class Writer(SharedWriter):
         # The error of the block says what went wrong first; `error` keeps what was not stored.
         with contextlib.suppress(FFError):
             # Not for long: whoever interrupts the block wants to get away.
-            await self.close(self._connections._timeout_s)
+            await self.close(self._pool._timeout_s)
 
 
-class WriterOpening:
-    """What :meth:`ff_fast.aio.ValkeyBackend.open_writer` returns: awaited, or entered with ``async with``, it is the writer."""
-
-    def __init__(self, opening: Callable[[], Coroutine[Any, Any, Writer]]) -> None:
-        self._opening = opening
-        self._writer: Writer | None = None
-
-    def __await__(self) -> Generator[Any, None, Writer]:
-        return self._opening().__await__()
-
-    async def __aenter__(self) -> Writer:
-        self._writer = await self
-        return self._writer
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        if self._writer is not None:
-            await self._writer.__aexit__(kind, error, where)
+def _notify(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -7,46 +7,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ff_fast import keys
 from ff_fast._core import ops
-from ff_fast._core.ready import hint, sweep
-from ff_fast._core.steps import Flow, Pause, Step, checked, checked_step
-from ff_fast._hot.resp import pack_command
+from ff_fast._core.ready import ready_hint, sweep
+from ff_fast._core.steps import Pause, Step, Steps, ask, checked, command
 
 if TYPE_CHECKING:
+    from ff_fast._core.deployment import Deployment
     from ff_fast.types import CapabilitySet, Handle
 
 SWEEP_EVERY_S = 5.0
 """How often one worker looks at all partitions while it finds no hint: 256 small reads in one round trip."""
 
 _SWEEP_IMMEDIATE_S = 1.0
-_SWEEP_BUSY_S = 30.0
 _MISFIT_PAUSE_S = 0.05
-
-
-class Sweeper:
-    """When a backend looked at all partitions of a lane last."""
-
-    __slots__ = ("_at", "_seen", "partitions")
-
-    def __init__(self, partitions: int) -> None:
-        self.partitions = partitions
-        self._at: dict[str, float] = {}
-        self._seen: dict[str, float] = {}
-
-    def due(self, lane: str, every_s: float) -> bool:
-        """Whether a look is due, which then counts as taken; the first one always is."""
-        now = time.monotonic()
-        if now - self._at.get(lane, float("-inf")) < every_s:
-            return False
-        self._at[lane] = now
-        return True
-
-    def overdue(self, lane: str) -> bool:
-        """Whether a lane that never ran dry has had no look for long; the time counts from its first claim."""
-        if lane not in self._seen:
-            self._seen[lane] = time.monotonic()
-        return time.monotonic() - self._seen[lane] >= _SWEEP_BUSY_S and self.due(
-            lane, _SWEEP_BUSY_S
-        )
 
 
 class ClaimRequest(NamedTuple):
@@ -60,28 +32,26 @@ class ClaimRequest(NamedTuple):
     max_wait_s: float | None
 
 
-def claim(request: ClaimRequest, sweeper: Sweeper) -> Flow[Handle | None]:
+def claim(on: Deployment, request: ClaimRequest) -> Steps[Handle | None]:
     """Claim the best execution that a hint leads to; None where there is none within the wait."""
     lane = request.lane
     ready = keys.ready(lane)
     deadline = time.monotonic() + (request.max_wait_s or 0.0)
-    if sweeper.overdue(lane):
+    if on.sweep_overdue(lane):
         # A lane that never runs dry would else never find a hint that was lost.
-        yield from sweep(lane, sweeper.partitions)
+        yield from sweep(lane, on.partitions)
     while True:
         misfits: set[int] = set()
-        popped = yield from checked_step(Step(pack_command(b"ZPOPMIN", ready)))
+        popped = yield from ask(command(b"ZPOPMIN", ready))
         left = deadline - time.monotonic()
         if not popped:
             every = _SWEEP_IMMEDIATE_S if request.max_wait_s is None else SWEEP_EVERY_S
-            if sweeper.due(lane, every):
-                if (yield from sweep(lane, sweeper.partitions)):
+            if on.sweep_due(lane, every):
+                if (yield from sweep(lane, on.partitions)):
                     continue
             elif left > 0:
                 block = min(left, SWEEP_EVERY_S)
-                popped = yield from checked_step(
-                    Step(pack_command(b"BZPOPMIN", ready, b"%.3f" % block), block_s=block)
-                )
+                popped = yield from ask(command(b"BZPOPMIN", ready, b"%.3f" % block), block)
                 # BZPOPMIN names the key first.
                 popped = popped[1:] if popped else popped
         if popped:
@@ -103,16 +73,16 @@ def claim(request: ClaimRequest, sweeper: Sweeper) -> Flow[Handle | None]:
             yield Pause(min(left, _MISFIT_PAUSE_S))
 
 
-def _claim_elsewhere(request: ClaimRequest, misfits: set[int]) -> Flow[ops.Claimed]:
+def _claim_elsewhere(request: ClaimRequest, misfits: set[int]) -> Steps[ops.Claimed]:
     """Try the hints of the partitions that are not among *misfits*, which those without fitting work join."""
     ready = keys.ready(request.lane)
     claimed = ops.Claimed(None, None, None)
-    for other in (yield from checked_step(Step(pack_command(b"ZRANGE", ready, b"0", b"-1")))):
+    for other in (yield from ask(command(b"ZRANGE", ready, b"0", b"-1"))):
         if int(other) in misfits:
             continue
         misfits.add(int(other))
         # Taken as by a pop, so that a stale hint behind one that nobody can use goes too.
-        (taken,) = yield Step(pack_command(b"ZREM", ready, other))
+        (taken,) = yield Step((command(b"ZREM", ready, other),))
         checked(taken)
         if taken:
             claimed = yield from _claim_partition(request, int(other))
@@ -121,7 +91,7 @@ def _claim_elsewhere(request: ClaimRequest, misfits: set[int]) -> Flow[ops.Claim
     return claimed
 
 
-def _claim_partition(request: ClaimRequest, partition: int) -> Flow[ops.Claimed]:
+def _claim_partition(request: ClaimRequest, partition: int) -> Steps[ops.Claimed]:
     """One claim on a partition; a hint of what stays there goes back to the ready queue."""
     offset = 0
     while True:
@@ -136,11 +106,11 @@ def _claim_partition(request: ClaimRequest, partition: int) -> Flow[ops.Claimed]
             capabilities=request.capabilities.tokens,
             offset=offset,
         )
-        (reply,) = yield Step(op.request())
+        (reply,) = yield Step((op.command(),))
         answer = op.answer(reply)
         if answer.handle is not None or answer.next_offset is None:
             break
         offset = answer.next_offset
     if answer.next_score is not None:
-        yield from checked_step(Step(hint(request.lane, partition, answer.next_score)))
+        yield from ask(ready_hint(request.lane, partition, answer.next_score))
     return answer

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from ff_fast import keys
 from ff_fast._core import ops
-from ff_fast._core.steps import Flow, Step, checked, server_ms
+from ff_fast._core.steps import Command, Step, Steps, checked, server_ms
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import ExecutionNotFound, InvalidCursor
 from ff_fast.types import CompletionPayload, ScannerFilter
@@ -19,11 +19,15 @@ COMPLETION_BLOCK_MS = 5_000
 """How long a subscription blocks on the server at the most."""
 
 
+def _cursor(start: str, ids: dict[int, str]) -> str:
+    return ",".join([start, *(f"{index}:{identity}" for index, identity in ids.items())])
+
+
 class CompletionCore:
     """A subscriber to the executions that end, without I/O: what to ask next, and what the answer brought.
 
-    One read goes over the completion streams of all partitions. The cursor is where it began, by the server's clock,
-    and the newest id of every partition that has brought something since.
+    One read covers the completion streams of all partitions. The cursor says where the subscription began, by the
+    server's clock, and the newest id of every partition that has brought something since.
 
     Args:
         partitions: How many partitions there are.
@@ -31,54 +35,63 @@ class CompletionCore:
         scope: Which executions are wanted.
     """
 
-    __slots__ = ("_base", "_ids", "_partitions", "_scope", "_unsure")
+    __slots__ = ("_first", "_ids", "_partitions", "_scope", "_start", "_unsure")
 
     ended = False
 
     def __init__(self, partitions: int, after: str | None, scope: ScannerFilter) -> None:
         self._partitions = partitions
         self._scope = scope
+        self._start: str | None = None
         self._ids: dict[int, str] = {}
-        self._base: str | None = None
-        # Whether what comes next may have been trimmed since the cursor was made.
+        # Whether completions behind the cursor may have been trimmed since it was made.
         self._unsure = after is not None
-        if after == "start":
-            self._base = _START
-        elif after is not None:
-            found = None
-            if isinstance(after, str):
-                found = re.fullmatch(
-                    r"(\d{1,16}-\d{1,16})((?:,\d{1,5}:\d{1,16}-\d{1,16})*)", after, re.ASCII
-                )
-            if found is None:
-                raise InvalidCursor("after must be a cursor of a completion, 'start' or None.")
-            self._base = found[1]
-            for part in found[2].split(",")[1:]:
-                index, _, identity = part.partition(":")
-                if int(index) >= partitions:
-                    raise InvalidCursor("after is a cursor of a deployment with more partitions.")
-                self._ids[int(index)] = identity
+        if after is not None:
+            self._move(_START if after == "start" else after)
+        self._first = None if after is None else _cursor(str(self._start), self._ids)
 
-    def restart(self) -> None:
-        """The connection was lost: what was not delivered was not passed either, but may be gone by now."""
-        self._unsure = True
+    def _move(self, cursor: object) -> None:
+        found = None
+        if isinstance(cursor, str):
+            found = re.fullmatch(
+                r"(\d{1,16}-\d{1,16})((?:,\d{1,5}:\d{1,16}-\d{1,16})*)", cursor, re.ASCII
+            )
+        if found is None:
+            raise InvalidCursor("after must be a cursor of a completion, 'start' or None.")
+        ids = dict(part.split(":") for part in found[2].split(",")[1:])
+        self._start, self._ids = found[1], {int(index): identity for index, identity in ids.items()}
+        if any(index >= self._partitions for index in self._ids):
+            raise InvalidCursor("after is a cursor of a deployment with more partitions.")
 
-    def read(self) -> Flow[list[CompletionPayload]]:
+    @property
+    def start(self) -> str | None:
+        """Where the subscription began; None until it has learned the server's time."""
+        return self._first
+
+    def restart(self, cursor: str | None = None) -> None:
+        """Go on behind *cursor*, or behind what was read last; either may be trimmed by now."""
+        if cursor is not None:
+            self._move(cursor)
+        self._unsure = self._start is not None
+
+    def read(self) -> Steps[list[CompletionPayload]]:
         """Wait for up to :data:`COMPLETION_BLOCK_MS`; returns what ended since, each with the cursor behind it."""
-        if self._base is None:
-            now = yield from server_ms()
+        if self._start is None:
+            now = yield from server_ms(keys.completions(keys.tag_of(0)))
             # Below every id from now on: the first of this millisecond may be still to come.
-            self._base = f"{now - 1}-{_LAST_OF_A_MS}"
+            self._start = f"{now - 1}-{_LAST_OF_A_MS}"
+            self._first = self._start
         indexes = range(self._partitions)
         if self._unsure:
-            yield from self._check_kept(self._base)
+            yield from self._check_kept(self._start)
             self._unsure = False
+        names = [keys.completions(keys.tag_of(index)) for index in indexes]
         request = pack_command(
             b"XREAD", b"COUNT", b"100", b"BLOCK", b"%d" % COMPLETION_BLOCK_MS, b"STREAMS",
-            *(keys.completions(keys.tag_of(index)) for index in indexes),
-            *(self._ids.get(index, self._base).encode() for index in indexes),
+            *names,
+            *(self._ids.get(index, self._start).encode() for index in indexes),
         )  # fmt: skip
-        (reply,) = yield Step(request, block_s=COMPLETION_BLOCK_MS / 1000)
+        (reply,) = yield Step((Command(names[0], request),), COMPLETION_BLOCK_MS / 1000)
         streams = cast("list[tuple[bytes, list[tuple[bytes, list[bytes]]]]]", checked(reply))
         ids = dict(self._ids)
         found: list[CompletionPayload] = []
@@ -86,7 +99,7 @@ class CompletionCore:
             index = keys.index_of(name.decode())
             for identity, flat in entries:
                 ids[index] = identity.decode()
-                cursor = ",".join([self._base, *(f"{at}:{place}" for at, place in ids.items())])
+                cursor = _cursor(self._start, ids)
                 fields = {
                     key.decode(): value for key, value in zip(flat[::2], flat[1::2], strict=True)
                 }
@@ -96,11 +109,11 @@ class CompletionCore:
         self._ids = ids
         return found
 
-    def _check_kept(self, base: str) -> Flow[None]:
+    def _check_kept(self, base: str) -> Steps[None]:
         """Raise ``InvalidCursor`` where what comes next may have been trimmed."""
         names = [keys.completions(keys.tag_of(index)) for index in range(self._partitions)]
-        request = b"".join(pack_command(b"XINFO", b"STREAM", name) for name in names)
-        for index, reply in enumerate((yield Step(request, replies=len(names)))):
+        infos = [Command(name, pack_command(b"XINFO", b"STREAM", name)) for name in names]
+        for index, reply in enumerate((yield Step(infos))):
             if isinstance(reply, Exception) and "no such key" in str(reply):
                 continue
             flat = cast("list[Any]", checked(reply))
@@ -118,7 +131,7 @@ class CompletionCore:
 
 def _completion_of(
     fields: dict[str, bytes], cursor: str, scope: ScannerFilter
-) -> Flow[CompletionPayload | None]:
+) -> Steps[CompletionPayload | None]:
     """Make the value of a record; None where the filter leaves it out. A large result is read from the execution."""
     execution_id = fields["execution_id"].decode()
     if scope.namespace is not None and fields["namespace"].decode() != scope.namespace:

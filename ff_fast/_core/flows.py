@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from ff_fast import keys
 from ff_fast._core import ops
-from ff_fast._core.ready import hinted
-from ff_fast._core.steps import Flow, Step
+from ff_fast._core.ready import with_hints
 from ff_fast.errors import DeadlineExceeded
 from ff_fast.types import CancelFlowOutcome, CancelFlowPolicy
+
+if TYPE_CHECKING:
+    from ff_fast._core.steps import Steps
 
 MEMBERS_A_CALL = 100
 # A supervisor takes over the cancellation of members that its caller has not finished by then.
@@ -18,21 +21,20 @@ _BACKLOG_MS = 2_000
 
 def cancel_flow(
     flow_id: str, tag: str, reason: str, policy: CancelFlowPolicy, wait_s: float | None
-) -> Flow[CancelFlowOutcome]:
+) -> Steps[CancelFlowOutcome]:
     """Cancel a flow; then, for up to *wait_s*, cancel its members and wait until those it concerns have ended.
 
     Raises:
         DeadlineExceeded: Members had not ended in time; a supervisor goes on.
     """
     cancel = ops.cancel_flow(flow_id, tag, reason, policy, _BACKLOG_MS)
-    (reply,) = yield Step(cancel.request())
-    held, still_open = cancel.answer(reply)
+    held, still_open = yield from ops.call(cancel)
     cancelled = 0
     if wait_s is None or held is CancelFlowPolicy.FLOW_ONLY:
         return CancelFlowOutcome(held, 0, still_open)
     deadline = time.monotonic() + wait_s
     while True:
-        count, left = yield from hinted(
+        count, left = yield from with_hints(
             ops.cancel_members(flow_id, tag, MEMBERS_A_CALL), keys.index_of(tag)
         )
         cancelled += count
@@ -41,5 +43,4 @@ def cancel_flow(
         if time.monotonic() >= deadline:
             raise DeadlineExceeded
     describe = ops.describe_flow(flow_id, tag)
-    (reply,) = yield Step(describe.request())
-    return CancelFlowOutcome(held, cancelled, len(describe.answer(reply).open_members))
+    return CancelFlowOutcome(held, cancelled, len((yield from ops.call(describe)).open_members))

@@ -1,6 +1,6 @@
 """One function for each Lua function: what to send, and how to read the answer, as data.
 
-A shell sends :meth:`Op.request` and gives the reply to :meth:`Op.answer`; nothing else of it knows a function's name,
+A shell sends :meth:`Op.command` and gives the reply to :meth:`Op.answer`; nothing else of it knows a function's name,
 its keys or the order of its arguments.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from ff_fast import keys
-from ff_fast._core.steps import Flow, Step
+from ff_fast._core.steps import Command, Step, Steps
 from ff_fast._hot.resp import pack_fcall
 from ff_fast.errors import Corruption, ProtocolError, for_code, from_server_error
 from ff_fast.types import (
@@ -63,9 +63,12 @@ class Op(NamedTuple, Generic[T]):
     read_only: bool = False
     repeatable: bool = True
 
-    def request(self) -> bytes:
-        """Return the call as it goes on the wire."""
-        return pack_fcall(self.function, self.keys, self.argv, self.read_only)
+    def command(self) -> Command:
+        """Return the call as one command, for the node of its keys."""
+        return Command(
+            self.keys[0] if self.keys else b"",
+            pack_fcall(self.function, self.keys, self.argv, self.read_only),
+        )
 
     def answer(self, reply: object) -> T:
         """Return the caller's value.
@@ -146,13 +149,15 @@ class Attempt(NamedTuple):
         )
 
 
-def version() -> Op[tuple[int, str]]:
-    """Contract number and digest of the library that the server holds."""
+def version() -> Op[tuple[int, str, int | None]]:
+    """Contract number and digest of the library that the server holds, and the stored partition count."""
 
-    def parse(_: bytes, fields: list[object]) -> tuple[int, str]:
-        return _int(fields[0]), _text(fields[1])
+    def parse(_: bytes, fields: list[object]) -> tuple[int, str, int | None]:
+        # A library of contract 1 that is older than the count answers without it, and is replaced.
+        stored = _text(fields[2]) if fields[2:] else ""
+        return _int(fields[0]), _text(fields[1]), int(stored) if stored else None
 
-    return Op(b"ff_version", (), (), parse, read_only=True)
+    return Op(b"ff_version", (keys.PARTITIONS_CONFIG,), (), parse, read_only=True)
 
 
 Hints = list[tuple[str, bytes]]
@@ -515,9 +520,9 @@ def _pairs(flat: object) -> dict[bytes, bytes]:
     return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
-def call(op: Op[T]) -> Flow[T]:
-    """The flow of a single call."""
-    (reply,) = yield Step(op.request())
+def call(op: Op[T]) -> Steps[T]:
+    """Make a single call, and return its answer."""
+    (reply,) = yield Step((op.command(),))
     return op.answer(reply)
 
 
@@ -724,8 +729,15 @@ def suspend_execution(
 def deliver_signal(
     execution_id: str,
     waitpoint: PendingWaitpoint,
-    signal: ResumeSignal,
+    *,
+    signal_id: str,
+    signal_name: str,
+    category: str,
+    source_type: str,
+    source_identity: str,
+    correlation_id: str,
     idempotency_key: str,
+    payload: bytes | None,
 ) -> Op[tuple[SignalOutcome, Hints]]:
     """Deliver a signal to a waitpoint."""
 
@@ -741,15 +753,15 @@ def deliver_signal(
         (
             waitpoint.waitpoint_id.encode(),
             waitpoint.hmac_token.reveal().encode(),
-            signal.signal_id.encode(),
-            signal.signal_name.encode(),
-            signal.signal_category.encode(),
-            signal.source_type.encode(),
-            signal.source_identity.encode(),
-            signal.correlation_id.encode(),
+            signal_id.encode(),
+            signal_name.encode(),
+            category.encode(),
+            source_type.encode(),
+            source_identity.encode(),
+            correlation_id.encode(),
             idempotency_key.encode(),
-            b"0" if signal.payload is None else b"1",
-            signal.payload or b"",
+            b"0" if payload is None else b"1",
+            payload or b"",
         ),
         parse,
     )

@@ -1,9 +1,9 @@
 """The ready queue of a lane: hints that say which partitions have work.
 
-A ready queue is a sorted set, scored by the best execution of each partition. The work
-itself is in the partitions' eligible sets, so a hint that is lost delays work until the next sweep over the
-partitions, and a stale one costs one empty claim. Lane and partitions lie in different slots, so a hint is a command of
-its own after the call that made work claimable.
+A ready queue is a sorted set of partitions, scored by the best execution of each. The work itself stands in the
+partitions' eligible sets. So a lost hint delays work until the next sweep over the partitions, and a stale hint costs
+one empty claim. Lane and partition lie in different slots, so a hint is a command of its own behind the call that made
+work claimable.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from ff_fast import keys
-from ff_fast._core.steps import Flow, Step, checked
-from ff_fast._hot.resp import pack_command
+from ff_fast._core.steps import Command, Step, Steps, checked, command
 
 if TYPE_CHECKING:
     from ff_fast._core import ops
@@ -20,44 +19,37 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def hint(lane: str, partition: int, score: bytes) -> bytes:
-    """Return the command that tells a lane of work: the best score of a partition wins."""
-    return pack_command(b"ZADD", keys.ready(lane), b"LT", score, b"%d" % partition)
+def ready_hint(lane: str, partition: int, score: bytes) -> Command:
+    """Return the command that tells a lane of work; the best score of a partition wins."""
+    return command(b"ZADD", keys.ready(lane), b"LT", score, b"%d" % partition)
 
 
-def hinted(op: ops.Op[tuple[T, ops.Hints]], partition: int) -> Flow[T]:
-    """One call on a partition, after which its executions may wait for workers: their lanes are told."""
-    (reply,) = yield Step(op.request())
+def with_hints(op: ops.Op[tuple[T, ops.Hints]], partition: int) -> Steps[T]:
+    """Run a call that may make executions of *partition* claimable, then publish a hint per lane."""
+    (reply,) = yield Step((op.command(),))
     value, hints = op.answer(reply)
     yield from publish_hints(hints, partition)
     return value
 
 
-def publish_hints(hints: ops.Hints, partition: int) -> Flow[None]:
+def publish_hints(hints: ops.Hints, partition: int) -> Steps[None]:
+    """Tell each lane of the best execution that it has in *partition*."""
     if hints:
-        commands = [hint(lane, partition, score) for lane, score in hints]
-        for reply in (yield Step(b"".join(commands), replies=len(commands))):
+        for reply in (yield Step([ready_hint(lane, partition, score) for lane, score in hints])):
             checked(reply)
 
 
-def create(op: ops.Op[tuple[None, ops.Hints]], execution_id: str) -> Flow[str]:
-    """Create an execution, then tell its lane; a repeat tells it again."""
-    yield from hinted(op, keys.partition_index(execution_id))
-    return execution_id
-
-
-def sweep(lane: str, partitions: int) -> Flow[bool]:
-    """Look at the head of every partition and put the hints that are missing; True where there is work."""
-    request = b"".join(
-        pack_command(b"ZRANGE", keys.eligible(keys.tag_of(index), lane), b"0", b"0", b"WITHSCORES")
-        for index in range(partitions)
+def sweep(lane: str, partitions: int) -> Steps[bool]:
+    """Put the hints that are missing, from the head of every partition; return whether there is work."""
+    heads = yield Step(
+        [
+            command(b"ZRANGE", keys.eligible(keys.tag_of(index), lane), b"0", b"0", b"WITHSCORES")
+            for index in range(partitions)
+        ]
     )
-    heads = yield Step(request, replies=partitions)
-    hints = []
-    for index, head in enumerate(heads):
-        best = checked(head)
-        if best:
-            hints.append(hint(lane, index, best[1]))
+    hints = [
+        ready_hint(lane, index, best[1]) for index, best in enumerate(map(checked, heads)) if best
+    ]
     if hints:
-        yield Step(b"".join(hints), replies=len(hints))
+        yield Step(hints)
     return bool(hints)

@@ -1,17 +1,25 @@
-"""What a multi-step operation asks of its shell.
+"""What an operation asks of its shell, step by step.
 
-An operation of several steps is a generator: it yields a :class:`Step` or a :class:`Pause`, is resumed with the
-replies, and returns its value. A shell moves the bytes and waits; it decides nothing.
+An operation is a generator: it yields a :class:`Step` or a :class:`Pause`, is resumed with the replies, and returns its
+value. A shell moves the bytes and waits; it decides nothing.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
+from ff_fast import keys
 from ff_fast._hot.resp import pack_command
-from ff_fast.errors import DeadlineExceeded, FFError, Outcome, ProtocolError, from_server_error
+from ff_fast.errors import (
+    DeadlineExceeded,
+    FFError,
+    FunctionMissing,
+    Outcome,
+    ProtocolError,
+    from_server_error,
+)
 
 if TYPE_CHECKING:
     from ff_fast.types import BackendRetry
@@ -19,18 +27,43 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Step(NamedTuple):
-    """Send *request*, and resume with the list of its *replies* replies.
+class Command(NamedTuple):
+    """One packed command, and a key that says which node it goes to.
 
     Attributes:
-        request: One or more packed commands.
-        replies: How many replies they have.
+        key: One of the command's keys; empty where any node may answer.
+        request: The command as it goes on the wire.
+    """
+
+    key: bytes
+    request: bytes
+
+    @property
+    def slot(self) -> int | None:
+        """The cluster slot of the command; None where any node may answer."""
+        return keys.key_slot(self.key) if self.key else None
+
+
+def command(name: bytes, key: bytes, *arguments: bytes) -> Command:
+    """Return a command whose first argument is its key."""
+    return Command(key, pack_command(name, key, *arguments))
+
+
+class Step(NamedTuple):
+    """Send *commands*, each to the node of its slot, and resume with the list of their replies, in order.
+
+    Attributes:
+        commands: One or more commands.
         block_s: How long the server may block before it answers, in seconds.
     """
 
-    request: bytes
-    replies: int = 1
+    commands: Sequence[Command]
     block_s: float = 0.0
+
+    @property
+    def request(self) -> bytes:
+        """All commands as one request, for a server that has every slot."""
+        return b"".join([each.request for each in self.commands])
 
 
 class Pause(NamedTuple):
@@ -39,16 +72,25 @@ class Pause(NamedTuple):
     seconds: float
 
 
-Flow = Generator[Step | Pause, list[object], T]
+Steps = Generator[Step | Pause, list[object], T]
 
 
-class Source(Protocol):
-    """What is read step by step until it has ended, and goes on from where it stood after a lost connection."""
+class Source(Protocol[T]):
+    """A stream of items that is read answer by answer until it has ended."""
 
     @property
-    def ended(self) -> bool: ...
+    def ended(self) -> bool:
+        """Whether the last item was read."""
 
-    def restart(self) -> None: ...
+    @property
+    def start(self) -> str | None:
+        """Cursor of the beginning; None as long as only the server knows it."""
+
+    def read(self) -> Steps[list[T]]:
+        """Ask once; the items that the answer brought, none where there was nothing in time."""
+
+    def restart(self, cursor: str | None = None) -> None:
+        """Go on behind *cursor*, where items were read that nobody took; None goes on behind what was read last."""
 
 
 DEFAULT_REQUEST_TIMEOUT_S = 5.0
@@ -82,23 +124,31 @@ class Retries:
     Args:
         retry: Pauses and how many of them; with none, nothing is tried twice.
         repeatable: Sending the call again gives the same outcome, so that one whose fate is unknown may be.
-        patient: A deadline that passed is a failure like any other. Without it, it is the last one: the caller has
-            waited as long as it wanted to.
+        retry_timeouts: Also retry after ``DeadlineExceeded``. Off by default: the caller has used up its time.
     """
 
-    __slots__ = ("_patient", "_pauses", "_repeatable", "_retry")
+    __slots__ = ("_loaded", "_pauses", "_repeatable", "_retry", "_retry_timeouts")
 
     def __init__(
-        self, retry: BackendRetry, *, repeatable: bool = True, patient: bool = False
+        self, retry: BackendRetry, *, repeatable: bool = True, retry_timeouts: bool = False
     ) -> None:
         self._retry = retry
         self._repeatable = repeatable
-        self._patient = patient
+        self._retry_timeouts = retry_timeouts
         self._pauses: Iterator[float] | None = None
+        self._loaded = False
 
     def pause(self, error: FFError) -> float | None:
-        """Return the seconds to wait before the next attempt; None where *error* is the last word."""
-        if not error.retryable or (isinstance(error, DeadlineExceeded) and not self._patient):
+        """Return the seconds to wait before the next attempt; None where *error* is the last word.
+
+        A missing library is loaded by the shell, so the attempt after it follows at once and is not counted.
+        """
+        if isinstance(error, FunctionMissing) and not self._loaded:
+            self._loaded = True
+            return 0.0
+        if not error.retryable or (
+            isinstance(error, DeadlineExceeded) and not self._retry_timeouts
+        ):
             return None
         if error.outcome is Outcome.UNKNOWN and not self._repeatable:
             return None
@@ -109,17 +159,18 @@ class Retries:
     def reset(self) -> None:
         """Something went well: what fails next is a first failure."""
         self._pauses = None
+        self._loaded = False
 
 
-def checked_step(step: Step) -> Flow[list[bytes]]:
-    (reply,) = yield step
+def ask(one: Command, block_s: float = 0.0) -> Steps[list[bytes]]:
+    """Send a plain command and return the list that it answered, as :func:`checked` reads it."""
+    (reply,) = yield Step((one,), block_s)
     return checked(reply)
 
 
-def server_ms() -> Flow[int]:
-    """Ask for the server's time, in ms since the epoch."""
-    (reply,) = yield Step(pack_command(b"TIME"))
-    seconds, micros = checked(reply)
+def server_ms(key: bytes) -> Steps[int]:
+    """Ask the server that holds *key* for its time, in ms since the epoch."""
+    seconds, micros = yield from ask(Command(key, pack_command(b"TIME")))
     return int(seconds) * 1000 + int(micros) // 1000
 
 

@@ -3,48 +3,51 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from ff_fast import keys
 from ff_fast._core import ops
 from ff_fast._core.flows import MEMBERS_A_CALL
-from ff_fast._core.ready import hinted, publish_hints
-from ff_fast._core.steps import Flow, Step, checked, server_ms
-from ff_fast._hot.resp import pack_command
+from ff_fast._core.ready import publish_hints, with_hints
+from ff_fast._core.steps import Command, Step, Steps, checked, command, server_ms
 from ff_fast.errors import ExecutionNotFound, InternalFunctionError
 from ff_fast.types import ReclaimGrant, ReclaimToken, ScannerFilter
+
+if TYPE_CHECKING:
+    from ff_fast._core.deployment import Deployment
 
 _DUE_A_CALL = 100
 _GRANT_MS = 60_000
 
 
+def _due(partition: int, now: bytes, offset: int) -> Command:
+    """Return the command that reads the timers of a partition that are due, from *offset* on."""
+    timers = keys.timers(keys.tag_of(partition))
+    page = (b"LIMIT", b"%d" % offset, b"%d" % _DUE_A_CALL)
+    return command(b"ZRANGEBYSCORE", timers, b"-inf", now, *page)
+
+
 class Supervision:
-    """What a supervisor does in one round: it reads what is due in every partition, and fires it.
+    """The rounds of a supervisor: each reads the timers that are due in every partition, and fires them.
 
     Args:
-        partitions: How many partitions there are.
+        on: The deployment.
         scope: Which executions it looks after.
     """
 
-    __slots__ = ("_partitions", "_scope")
+    __slots__ = ("_on", "_scope")
 
-    def __init__(self, partitions: int, scope: ScannerFilter) -> None:
-        self._partitions = partitions
+    def __init__(self, on: Deployment, scope: ScannerFilter) -> None:
+        self._on = on
         self._scope = scope
 
-    def round(self) -> Flow[int]:
+    def round(self) -> Steps[int]:
         """Fire every timer that is due; returns how many had something to do."""
-        now = b"%d" % (yield from server_ms())
-        offsets = dict.fromkeys(range(self._partitions), 0)
+        now = b"%d" % (yield from server_ms(keys.timers(keys.tag_of(0))))
+        offsets = dict.fromkeys(range(self._on.partitions), 0)
         fired = 0
         while offsets:
-            request = b"".join(
-                pack_command(
-                    b"ZRANGEBYSCORE", keys.timers(keys.tag_of(index)), b"-inf", now,
-                    b"LIMIT", b"%d" % offset, b"%d" % _DUE_A_CALL,
-                )
-                for index, offset in offsets.items()
-            )  # fmt: skip
-            pages = yield Step(request, replies=len(offsets))
+            pages = yield Step([_due(index, now, offset) for index, offset in offsets.items()])
             following: dict[int, int] = {}
             for (index, offset), page in zip(offsets.items(), pages, strict=True):
                 members = checked(page)
@@ -57,7 +60,7 @@ class Supervision:
             offsets = following
         return fired
 
-    def _fire(self, partition: int, members: list[bytes]) -> Flow[tuple[int, int]]:
+    def _fire(self, partition: int, members: list[bytes]) -> Steps[tuple[int, int]]:
         tag = keys.tag_of(partition)
         stayed = done = 0
         hints: ops.Hints = []
@@ -80,7 +83,7 @@ class Supervision:
             timers.append(ops.fire_timer(tag, member, kind, execution_id, more, self._scope))
         replies: list[object] = []
         if timers:
-            replies = yield Step(b"".join(op.request() for op in timers), replies=len(timers))
+            replies = yield Step([op.command() for op in timers])
         for op, reply in zip(timers, replies, strict=True):
             try:
                 what, told = op.answer(reply)
@@ -94,31 +97,26 @@ class Supervision:
         yield from publish_hints(hints, partition)
         return stayed, done
 
-    def _cancel_members(self, flow_id: str, partition: int) -> Flow[int | None]:
+    def _cancel_members(self, flow_id: str, partition: int) -> Steps[int | None]:
         """Cancel some members of a cancelled flow; 0 where none is left, None for another supervisor's flow."""
         tag = keys.tag_of(partition)
         if self._scope.namespace is not None:
-            (reply,) = yield Step(pack_command(b"HGET", keys.flow(tag, flow_id), b"namespace"))
+            (reply,) = yield Step((command(b"HGET", keys.flow(tag, flow_id), b"namespace"),))
             if isinstance(reply, bytes) and reply != self._scope.namespace.encode():
                 return None
-        _, left = yield from hinted(ops.cancel_members(flow_id, tag, MEMBERS_A_CALL), partition)
+        _, left = yield from with_hints(ops.cancel_members(flow_id, tag, MEMBERS_A_CALL), partition)
         return left
 
 
-def find_reclaimable(partitions: int, limit: int) -> Flow[list[ReclaimToken]]:
+def find_reclaimable(partitions: int, limit: int) -> Steps[list[ReclaimToken]]:
     """Find active executions whose lease has lapsed, over all partitions, at most *limit*."""
-    now = yield from server_ms()
+    now_ms = yield from server_ms(keys.timers(keys.tag_of(0)))
+    now = b"%d" % now_ms
     tokens: list[ReclaimToken] = []
     indexes, offset = list(range(partitions)), 0
     while indexes:
-        request = b"".join(
-            pack_command(
-                b"ZRANGEBYSCORE", keys.timers(keys.tag_of(index)), b"-inf", b"%d" % now,
-                b"LIMIT", b"%d" % offset, b"%d" % _DUE_A_CALL,
-            )
-            for index in indexes
-        )  # fmt: skip
-        pages = [checked(page) for page in (yield Step(request, replies=len(indexes)))]
+        due = [_due(index, now, offset) for index in indexes]
+        pages = [checked(page) for page in (yield Step(due))]
         for member in [member for page in pages for member in page]:
             kind, _, execution_id = member.decode("utf-8", "replace").partition(":")
             if kind != "lease":
@@ -130,7 +128,7 @@ def find_reclaimable(partitions: int, limit: int) -> Flow[list[ReclaimToken]]:
             except ExecutionNotFound:
                 continue
             if found.state == "active" and stream.lease_left_ms == 0:
-                tokens.append(reclaim_token(execution_id, found.fields["lane_id"], now))
+                tokens.append(reclaim_token(execution_id, found.fields["lane_id"], now_ms))
                 if len(tokens) == limit:
                     return tokens
         # Timers of other kinds stand among them.

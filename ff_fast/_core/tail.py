@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from ff_fast import keys
 from ff_fast._core import ops
-from ff_fast._core.steps import Flow, Step
+from ff_fast._core.steps import Command, Step, Steps
 from ff_fast._hot.frames import StreamFrame, assemble, decode_entries, weigh_entries
 from ff_fast._hot.resp import pack_command
-from ff_fast.errors import InvalidInput, ProtocolError, check_int, from_server_error
-from ff_fast.types import End, Gap, StreamCursor, TailVisibility, parse_cursor
+from ff_fast.errors import InvalidInput, ProtocolError, from_server_error
+from ff_fast.types import End, Gap, TailVisibility, parse_cursor
 
 BLOCK_MS = 5_000
 """How long a tail blocks on the server at the most; then it asks whether the attempt lives."""
@@ -76,15 +76,23 @@ class _Position:
             raise InvalidInput("visibility must be TailVisibility.ALL or EXCLUDE_BEST_EFFORT.")
         self.execution_id = keys.canonical_execution_id(execution_id)
         self.attempt_index = keys.attempt_index(attempt_index)
-        cursor: StreamCursor = parse_cursor(after)
-        self.ms, self.sequence = cursor.ms, cursor.sequence
+        self.move(after)
         self.visibility = visibility
         self.exclude = visibility is TailVisibility.EXCLUDE_BEST_EFFORT
         self.rewind()
 
+    @property
+    def cursor(self) -> str:
+        """Id of the last frame that was delivered, or whose absence was."""
+        return _text(self.ms, self.sequence)
+
+    def move(self, cursor: object) -> None:
+        """Stand behind the frame of *cursor*."""
+        self.ms, self.sequence = parse_cursor(cursor)
+
     def rewind(self) -> None:
         """Read both streams again from the last frame that was delivered."""
-        here = _text(self.ms, self.sequence).encode()
+        here = self.cursor.encode()
         self.read = [here, here]
         self.held: list[list[list[object]]] = [[], []]
 
@@ -121,13 +129,15 @@ class _Position:
         # The end entry stands one behind the last frame: a cursor behind the end is not ahead.
         end = page.last_sequence + bool(page.closed_reason)
         if self.sequence > end:
-            gap = Gap(
-                first_missing=self.sequence + 1,
-                next_sequence=page.last_sequence + 1,
-                reason="cursor_ahead",
-            )
+            first_missing = self.sequence + 1
             self.ms, self.sequence = page.last_ms, page.last_sequence
             self.rewind()
+            gap = Gap(
+                first_missing=first_missing,
+                next_sequence=page.last_sequence + 1,
+                reason="cursor_ahead",
+                cursor=self.cursor,
+            )
             return [gap], page.closed_reason or None
         cut = [
             _id(to)
@@ -150,16 +160,18 @@ class _Position:
         if ended is not None:
             return items, ended
         newest = page.visible_sequence if self.exclude else page.last_sequence
-        if newest > self.sequence:
-            items.append(
-                Gap(
-                    first_missing=self.sequence + 1,
-                    next_sequence=page.last_sequence + 1,
-                    reason="expired",
-                )
-            )
+        first_missing = self.sequence + 1
         if page.last_sequence > self.sequence:
             self.ms, self.sequence = page.last_ms, page.last_sequence
+        if newest >= first_missing:
+            items.append(
+                Gap(
+                    first_missing=first_missing,
+                    next_sequence=page.last_sequence + 1,
+                    reason="expired",
+                    cursor=self.cursor,
+                )
+            )
         return items, page.closed_reason or None
 
 
@@ -171,16 +183,17 @@ class TailCore:
         attempt_index: Attempt, from 0; one that nobody has claimed yet is waited for.
         after: Cursor, exclusive: an id of a frame, the cursor of a summary, or None for the start.
         visibility: Whether best-effort frames are wanted.
-        first_frames: How many frames the first read, and every look at the state, asks for; None is
-            a few.
+        count: How many frames the reader wants in all; None is a tail, which does not know. A small page comes with
+            one look at the state; the frames of a larger one come by XREAD.
 
     Attributes:
         end_reason: Why the attempt ended; None until the end was delivered.
+        start: Cursor of the beginning.
     """
 
     __slots__ = (
         "_asked", "_block_ms", "_count", "_counts", "_first_frames", "_keys", "_more", "_paced",
-        "_position", "_ranged", "_reason", "_unwanted", "end_reason",
+        "_position", "_ranged", "_reason", "_unwanted", "end_reason", "start",
     )  # fmt: skip
 
     def __init__(
@@ -189,19 +202,28 @@ class TailCore:
         attempt_index: int,
         after: object,
         visibility: TailVisibility,
-        first_frames: int | None = None,
+        count: int | None = None,
     ) -> None:
-        self._first_frames = _FIRST_FRAMES if first_frames is None else first_frames
+        small = count is not None and count <= _LARGEST_LOOK
+        self._first_frames = count if count is not None and small else _FIRST_FRAMES
         self._position = _Position(execution_id, attempt_index, after, visibility)
         eid = self._position.execution_id
         self._keys = (keys.stream(eid, attempt_index), keys.live(eid, attempt_index))
+        self.start = self._position.cursor
         self._reason = "trimmed"
         self._counts = list(_FIRST_COUNTS)
         self.end_reason: str | None = None
         self.restart()
 
-    def restart(self) -> None:
-        """The connection was lost or the server changed: look at the state before blocking."""
+    def restart(self, cursor: str | None = None) -> None:
+        """Look at the state before blocking: the connection was lost, or the server changed.
+
+        Args:
+            cursor: Where to go on, where items were read that nobody took.
+        """
+        if cursor is not None:
+            self._position.move(cursor)
+            self.end_reason = None
         self._position.rewind()
         self._ranged: ops.Op[ops.Range] | None = None
         self._asked: tuple[int, ...] = ()
@@ -223,7 +245,7 @@ class TailCore:
             self._asked = (_LOG,) if self._more[_LOG] else (_LIVE,)
         elif self._block_ms == 0:
             self._ranged = self._position.range_op(self._first_frames, _REPLY_BYTES)
-            return Step(self._ranged.request())
+            return Step((self._ranged.command(),))
         elif self._paced:
             # Best-effort frames that are not wanted just came: for a moment only the log may wake
             # this reader, so they cost it few wake-ups; a durable frame and the end still do.
@@ -242,7 +264,7 @@ class TailCore:
             *(self._keys[stream] for stream in self._asked),
             *(self._position.read[stream] for stream in self._asked),
         )
-        return Step(request, block_s=(block or 0) / 1000)
+        return Step((Command(self._keys[_LOG], request),), (block or 0) / 1000)
 
     @property
     def ended(self) -> bool:
@@ -263,7 +285,12 @@ class TailCore:
     @property
     def cursor(self) -> str:
         """Id of the last frame that was delivered, or whose absence was."""
-        return _text(self._position.ms, self._position.sequence)
+        return self._position.cursor
+
+    def read(self) -> Steps[list[Item]]:
+        """Ask once; return what the answer brought."""
+        (reply,) = yield self.step()
+        return self.receive(reply)
 
     def receive(self, reply: object) -> list[Item]:
         """Take the reply to the last step; return what the reader gets of it.
@@ -346,7 +373,7 @@ class TailCore:
 
     def _end(self, items: list[Item], reason: str) -> list[Item]:
         self.end_reason = reason
-        return [*items, End(reason=reason)]
+        return [*items, End(reason=reason, cursor=self.cursor)]
 
 
 class StreamPage(tuple[StreamFrame, ...]):  # noqa: SLOT001 - no room for slots in a tuple
@@ -369,32 +396,17 @@ class StreamPage(tuple[StreamFrame, ...]):  # noqa: SLOT001 - no room for slots 
         )
 
 
-def read_page(
-    execution_id: str,
-    attempt_index: int,
-    *,
-    after: object,
-    count: int,
-    max_bytes: int,
-    visibility: TailVisibility,
-) -> Flow[StreamPage]:
-    """Up to *count* frames after a cursor, and about *max_bytes* of payload.
+def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
+    """Read up to *count* frames, and about *max_bytes* of payload.
 
     Raises:
-        InvalidInput, InvalidCursor, InvalidId: An argument is not one of those that are accepted.
         ExecutionNotFound, AttemptNotFound: There is no such attempt.
     """
-    check_int("count", count, 1, MAX_COUNT)
-    check_int("max_bytes", max_bytes, 1, 64 << 20)
-    # A page that one look at the state can bring is one call; the frames of a larger one come by XREAD.
-    first_frames = count if count <= _LARGEST_LOOK else _FIRST_FRAMES
-    core = TailCore(execution_id, attempt_index, after, visibility, first_frames)
     frames: list[StreamFrame] = []
     gaps: list[Gap] = []
     size = 0
     while True:
-        (reply,) = yield Step(core.step().request)
-        items = core.receive(reply)
+        items = yield from core.read()
         some = [item for item in items if isinstance(item, StreamFrame)]
         missing = [item for item in items if isinstance(item, Gap)]
         room = count - len(frames)

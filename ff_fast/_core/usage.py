@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ff_fast._core import ops
-from ff_fast._core.steps import Flow, Step
 from ff_fast.errors import FFError, Outcome
 from ff_fast.types import ReportUsageResult, UsageDimensions, UsageVerdict
+
+if TYPE_CHECKING:
+    from ff_fast._core.steps import Steps
 
 _DEDUP_TTL_MS = 86_400_000
 
 
-def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Flow[ReportUsageResult]:
+def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Steps[ReportUsageResult]:
     """Charge every budget of the execution, then its own ledger; a hard limit takes back what was charged before it.
 
     The budgets live in slots of their own, so this is several calls; each applies once for the report's key, so
@@ -18,8 +22,7 @@ def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Flow[ReportUsa
     """
     dedup_key = usage.dedup_key or ""
     check = ops.report_usage(attempt, usage, dedup_key, apply=False)
-    (reply,) = yield Step(check.request())
-    known = check.answer(reply)
+    known = yield from ops.call(check)
     if known.already_applied:
         return ReportUsageResult(UsageVerdict.ALREADY_APPLIED)
     result = ReportUsageResult(UsageVerdict.OK)
@@ -28,8 +31,7 @@ def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Flow[ReportUsa
     try:
         for budget_id in known.budget_ids:
             charge = ops.charge_budget(budget_id, charge_key, usage, _DEDUP_TTL_MS)
-            (reply,) = yield Step(charge.request())
-            answer = charge.answer(reply)
+            answer = yield from ops.call(charge)
             if answer.verdict is UsageVerdict.HARD_BREACH:
                 yield from _release(charged, charge_key)
                 return answer
@@ -37,8 +39,7 @@ def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Flow[ReportUsa
             if answer.verdict is UsageVerdict.SOFT_BREACH and result.verdict is UsageVerdict.OK:
                 result = answer
         apply = ops.report_usage(attempt, usage, dedup_key, apply=True)
-        (reply,) = yield Step(apply.request())
-        apply.answer(reply)
+        yield from ops.call(apply)
     except FFError as error:
         # A call whose fate is unknown is repeated by the caller, which completes what it began.
         if error.outcome is Outcome.NOT_APPLIED and not error.retryable:
@@ -47,7 +48,7 @@ def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Flow[ReportUsa
     return result
 
 
-def _release(budget_ids: list[str], charge_key: str) -> Flow[None]:
+def _release(budget_ids: list[str], charge_key: str) -> Steps[None]:
     """Take back what one report has charged to these budgets."""
     for budget_id in budget_ids:
         yield from ops.call(ops.release_charge(budget_id, charge_key))

@@ -1,18 +1,34 @@
-"""What both shells' workers share, without I/O: when to renew, what a handler's result and exception mean."""
+"""Workers without I/O: what to do with a claimed execution, when to renew its lease, and what a handler's end means.
+
+:func:`attend` decides; it yields actions, and a shell performs them.
+"""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import threading
-import time
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+import contextlib
+import copy
+from collections.abc import Callable, Generator
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+)
 
-from ff_fast.errors import FFError, InvalidType, LeaseExpired
+from ff_fast import keys
+from ff_fast._core import operations, ops
+from ff_fast._core.binding import dressed
+from ff_fast._core.leases import is_lease_lost
+from ff_fast._core.ready import with_hints
+from ff_fast._core.steps import Step, Steps
+from ff_fast._core.writer import WriterState, continue_writer
+from ff_fast._hot.writer import WriterCore
+from ff_fast.errors import FFError, InvalidType
 from ff_fast.types import (
-    CapabilitySet,
-    ClaimPolicy,
     FailureClass,
     FailureReason,
     HandleKind,
@@ -20,31 +36,23 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import FrameType
-
-    from ff_fast.types import Handle, ResumeSignal
-
-RENEW_AT = 1 / 3
-"""A lease is renewed when this share of it has passed, so that renewals may fail before it lapses."""
-
-CLAIM_WAIT_S = 1.0
-"""How long a worker waits for work before it looks whether it shall stop."""
+    from ff_fast._core.deployment import Deployment
+    from ff_fast._core.operations import Call
+    from ff_fast.types import Handle, ResumeSignal, StreamMode
 
 HAND_BACK_S = 2.0
-"""How long a worker that is cancelled takes to store what was written, and to hand the execution back."""
+"""How long a worker that is interrupted takes to store what was written, and to hand the execution back."""
 
 END_AGAIN_S = 0.25
 """How long a worker waits before it tries again to end an execution that it holds."""
 
 CANCEL_REASON = "the worker was asked to stop"
 
-_LONGEST_PERIOD_S = 3_600.0
 _LONGEST_MESSAGE = 4_096
 
 
-class TaskGaveUp(BaseException):
-    """Raised inside a handler by ``suspend``, ``delay`` and ``wait_children``: the lease is given up, the handler is
+class TaskReleased(BaseException):
+    """Raised inside a handler by ``suspend``, ``delay`` and ``wait_children``: the lease is released, and the handler is
     called again when the execution goes on. Let it pass."""
 
 
@@ -111,24 +119,11 @@ def result_of(value: object) -> bytes:
     raise refused
 
 
-def gave_up(error: BaseException) -> bool:
-    """Whether an error is a :class:`TaskGaveUp`, or a group of nothing else, as a handler's own tasks make it."""
+def is_release(error: BaseException) -> bool:
+    """Return whether an error is a :class:`TaskReleased`, or a group of nothing else, as a handler's own tasks make it."""
     if isinstance(error, BaseExceptionGroup):
-        return all(gave_up(inner) for inner in error.exceptions)
-    return isinstance(error, TaskGaveUp)
-
-
-def is_lease_lost(error: FFError) -> bool:
-    """Whether an error says that the execution is somebody else's, or ended."""
-    return error.code in (
-        "stale_owner",
-        "lease_expired",
-        "execution_not_active",
-        "execution_not_found",
-        "stream_closed",
-        "suspended",
-        "writer_superseded",
-    )
+        return all(is_release(inner) for inner in error.exceptions)
+    return isinstance(error, TaskReleased)
 
 
 class _Hears(Protocol):
@@ -145,155 +140,268 @@ class _Keeps(_Hears, Protocol):
     def held(self) -> bool: ...
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
 W = TypeVar("W", bound=_Hears)
 K = TypeVar("K", bound=_Keeps)
 
 
+def forwarded(
+    method: Callable[Concatenate[Any, P], T],
+) -> Callable[Concatenate[TaskState[Any, Any], P], T]:
+    """Return the method of a task that calls a method of its writer."""
+    name = method.__name__
+
+    def forward(self: TaskState[Any, Any], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        result: T = getattr(self.writer, name)(*args, **kwargs)
+        return result
+
+    return dressed(forward, method)
+
+
+TASK = """One execution, as a handler sees it.
+
+    Attributes:
+        handle: Its handle.
+        execution_id: Its id.
+        attempt_index: Which attempt this is, from 0.
+        resumed: Whether the execution goes on after a suspension, a delay, waiting for children, or a lost worker.
+        payload: Input that the execution was created with.
+        signals: The signals that ended its last suspension.
+    """
+
+
 class TaskState(Generic[W, K]):
-    """What a task is, and what it knows of its lease: the part of it that is the same in both shells."""
+    """The part of a task that is the same in both shells."""
 
     def __init__(self, handle: Handle) -> None:
-        self._writer: W | None = None
-        self._lost: FFError | None = None
-        self._cancel_requested = False
-        self.keeper: K | None = None
-        self.given_up = False
-        self.handle = handle
         fields = handle.fields()
+        self.handle = handle
         self.execution_id = fields.execution_id
         self.attempt_index = fields.attempt_index
         self.resumed = handle.kind is HandleKind.RESUMED
         self.payload: bytes = b""
         self.signals: tuple[ResumeSignal, ...] = ()
+        self._keeper: K | None = None
+        self._current_writer: W | None = None
+        self._lost: FFError | None = None
+        self._released = False
 
-    def lost(self, error: FFError) -> None:
+    def _lose(self, error: FFError) -> None:
         """The lease is gone: whatever is written from here on is refused, at once."""
         self._lost = error
 
     @property
-    def holds_lease(self) -> bool:
+    def _holds_lease(self) -> bool:
         """Whether the execution is still this task's, as far as the process can know."""
         return not (
-            self.given_up
+            self._released
             or self._lost is not None
-            or (self.keeper is not None and not self.keeper.held)
+            or (self._keeper is not None and not self._keeper.held)
         )
+
+    @property
+    def writer(self) -> W:
+        """The writer of the attempt.
+
+        Raises:
+            FFError: The lease is gone.
+        """
+        if self._lost is not None:
+            raise copy.copy(self._lost)
+        assert self._current_writer is not None
+        return self._current_writer
+
+    write = forwarded(WriterCore.write)
 
     @property
     def cancel_requested(self) -> bool:
         """Whether a cancellation was asked for; an append and a renewal bring the news."""
-        return (
-            self._cancel_requested
-            or (self._writer is not None and self._writer.cancel_requested)
-            or (self.keeper is not None and self.keeper.cancel_requested)
+        return (self._current_writer is not None and self._current_writer.cancel_requested) or (
+            self._keeper is not None and self._keeper.cancel_requested
         )
 
 
-class LeaseClock:
-    """When to renew a lease. By the local clock, which cannot lengthen it: the server's decides.
+# -- from a claim to an end --------------------------------------------------------------------------------------------
 
-    Attributes:
-        wait_s: Seconds until the next renewal.
-        held_until: When the lease lapses unless it is renewed, in monotonic time.
-    """
 
-    __slots__ = ("_period_s", "_sent_at", "_ttl_s", "held_until", "wait_s")
+class Run(NamedTuple):
+    """Carry a call out, and resume with its value."""
 
-    def __init__(self, lease_ttl_ms: int) -> None:
-        self._ttl_s = lease_ttl_ms / 1000
-        self._period_s = min(self._ttl_s * RENEW_AT, _LONGEST_PERIOD_S)
-        self._sent_at = time.monotonic()
-        self.wait_s = self._period_s
-        self.held_until = self._sent_at + self._ttl_s
+    call: Call[Any]
+
+
+class UseWriter(NamedTuple):
+    """Make the task's writer from its state."""
+
+    state: WriterState
+
+
+class CallHandler(NamedTuple):
+    """Call the handler, and resume with :class:`Returned` or :class:`Raised`."""
+
+
+class CloseWriter(NamedTuple):
+    """Store everything that was written, and close the task's writer; *timeout_s* bounds the wait."""
+
+    timeout_s: float | None = None
+
+
+class WaitLost(NamedTuple):
+    """Wait until the lease is gone, but no longer than *seconds*."""
+
+    seconds: float
+
+
+class Returned(NamedTuple):
+    """The handler has returned."""
+
+    value: object
+
+
+class Raised(NamedTuple):
+    """The handler has raised an error that is its own, and no reason to end the worker."""
+
+    error: BaseException
+
+
+Action = Run | UseWriter | CallHandler | CloseWriter | WaitLost
+Actions = Generator[Action, Any, None]
+
+
+class Backend(Protocol):
+    """What a worker has to know of its backend."""
 
     @property
-    def held(self) -> bool:
-        return time.monotonic() < self.held_until
+    def closed(self) -> bool: ...
 
-    def sending(self) -> None:
-        """A renewal is about to be sent: no lease that it gets begins before."""
-        self._sent_at = time.monotonic()
-
-    def renewed(self) -> None:
-        self.wait_s = self._period_s
-        self.held_until = self._sent_at + self._ttl_s
-
-    def failed(self, error: FFError) -> FFError | None:
-        """A renewal failed; returns why the lease is gone, or None where it is to be tried again."""
-        if is_lease_lost(error) or not error.retryable:
-            return error
-        if not self.held:
-            return LeaseExpired("The lease could not be renewed before it lapsed.")
-        self.wait_s = self._period_s / 4
-        return None
+    @property
+    def _deployment(self) -> Deployment: ...
 
 
-def claim_arguments(
-    lane: str,
-    worker_id: str,
-    worker_instance_id: str | None,
-    capabilities: CapabilitySet | None,
-    lease_ttl_ms: int,
-) -> dict[str, Any]:
-    """Return what a worker calls `claim` with."""
-    return {
-        "lane": lane,
-        "worker_id": worker_id,
-        "worker_instance_id": worker_instance_id or f"{socket.gethostname()}-{os.getpid()}",
-        "capabilities": capabilities,
-        "lease_ttl_ms": lease_ttl_ms,
-        "policy": ClaimPolicy.with_max_wait(CLAIM_WAIT_S),
-    }
+def attend(backend: Backend, task: TaskState[Any, Any], mode: StreamMode | None) -> Actions:
+    """Call the handler for one claimed execution, and end the execution as the handler ended.
 
-
-# -- signals of the process --------------------------------------------------------------------------------------
-
-
-_NUMBERS = (signal.SIGTERM, signal.SIGINT)
-_stops: list[Callable[[], None]] = []
-_before: dict[int, Any] = {}
-_interrupted = False
-
-
-def on_stop_signals(stop: Callable[[], None]) -> Callable[[], None]:
-    """Call *stop* on SIGTERM and SIGINT, until what is returned is called. In the main thread; elsewhere, do nothing.
-
-    Several workers of one loop share the signals. A second SIGINT does what the first would have done without workers.
-
-    Args:
-        stop: Called in the signal handler, in the middle of anything: it must take no lock.
+    Errors that are not the handler's own (an interrupt, an exit, a defect) hand the execution back to other workers, and
+    are raised.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None
-    global _interrupted  # noqa: PLW0603 - signals belong to the process
-    if not _stops:
-        _interrupted = False
-        for number in _NUMBERS:
-            before = signal.signal(number, _stop_all)
-            # None: whoever set it was not Python, and cannot be put back.
-            _before[number] = signal.SIG_DFL if before is None else before
-    _stops.append(stop)
+    try:
+        try:
+            yield from _load(backend._deployment, task, mode)
+        except FFError as error:
+            if is_lease_lost(error):
+                return
+            if not error.retryable:
+                raise
+            yield from _hand_back(backend, task, error)
+        else:
+            yield from _handle(backend, task)
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        yield from _hand_back(backend, task, error)
+        raise
 
-    def restore() -> None:
-        _stops.remove(stop)
-        if _stops:
+
+def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) -> Actions:
+    """Read what the handler starts from and open its writer, in one round trip."""
+    request = operations.open_writer(on, task.handle, mode=mode)
+    attempt = ops.Attempt.of(task.handle)
+    writer_id = ops.writer_id(attempt)
+    opening = ops.open_writer(attempt, writer_id)
+    reading = ops.read_payload(task.execution_id)
+    observing = ops.observe_signals(attempt)
+
+    def steps() -> Steps[WriterState]:
+        commands = [reading.command(), opening.command()]
+        if task.resumed:
+            commands.append(observing.command())
+        replies = yield Step(commands)
+        task.payload = reading.answer(replies[0])
+        opened = opening.answer(replies[1])
+        if task.resumed:
+            task.signals = observing.answer(replies[2])
+        return (yield from continue_writer(attempt, writer_id, opened, request.options))
+
+    yield UseWriter((yield Run(operations.Call(steps))))
+
+
+def _handle(backend: Backend, task: TaskState[Any, Any]) -> Actions:
+    end: Returned | Raised = yield CallHandler()
+    if isinstance(end, Raised):
+        if not (task._released and is_release(end.error)):
+            yield from _failed(backend, task, end.error)
+        return
+    try:
+        result = result_of(end.value)
+        yield CloseWriter()
+    except Exception as error:  # noqa: BLE001 - the attempt ends with it
+        yield from _failed(backend, task, error)
+        return
+    if task.cancel_requested:
+        yield from _end(backend, task, _cancellation(task))
+        return
+    try:
+        call = operations.complete(backend._deployment, task.handle, result)
+        yield from _end(backend, task, call)
+    except FFError as error:
+        # The server rejects this result whatever we do, for instance because it is too large.
+        yield from _failed(backend, task, error)
+
+
+def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Actions:
+    # Frames that could not be stored are on the writer's error; the failure itself is what counts.
+    with contextlib.suppress(FFError):
+        yield CloseWriter()
+    if task.cancel_requested:
+        # Failed because it was to stop: it must not be tried again.
+        yield from _end(backend, task, _cancellation(task))
+    else:
+        call = operations.fail(backend._deployment, task.handle, *failure_of(error))
+        yield from _end(backend, task, call)
+
+
+def _cancellation(task: TaskState[Any, Any]) -> Call[Any]:
+    """Return the call that ends a task as cancelled, with the reason of whoever asked for it."""
+    eid = task.execution_id
+
+    def steps() -> Steps[object]:
+        description = yield from ops.call(ops.describe_execution(eid))
+        reason = description.fields.get("cancellation_reason") or CANCEL_REASON
+        op = ops.cancel_execution(eid, reason, 0)
+        return (yield from with_hints(op, keys.partition_index(eid)))
+
+    return operations.Call(steps)
+
+
+def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Actions:
+    """End the execution, as long as it is ours: what the handler did is not lost to a server that is away."""
+    while task._holds_lease and not backend.closed:
+        try:
+            yield Run(call)
+        except FFError as error:
+            if is_lease_lost(error):
+                return
+            if not error.retryable:
+                raise
+            yield WaitLost(END_AGAIN_S)
+        else:
             return
-        for number in _NUMBERS:
-            before = _before.pop(number)
-            # What a handler has set in the meantime is its own.
-            if signal.getsignal(number) is _stop_all:
-                signal.signal(number, before)
-
-    return restore
 
 
-def _stop_all(number: int, frame: FrameType | None) -> None:
-    global _interrupted  # noqa: PLW0603
-    before = _before.get(number)
-    if number == signal.SIGINT:
-        if _interrupted and callable(before):
-            before(number, frame)
-            return
-        _interrupted = True
-    for stop in tuple(_stops):
-        stop()
+def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Actions:
+    """Let another worker have it now rather than when the lease lapses; counted as a lost worker."""
+    if task._released or backend.closed:
+        return
+    with contextlib.suppress(FFError, TimeoutError):
+        with contextlib.suppress(FFError):
+            yield CloseWriter(HAND_BACK_S)
+        reason = failure_of(error).reason
+        yield Run(
+            operations.fail(backend._deployment, task.handle, reason, FailureClass.INFRA_CRASH)
+        )
+
+
+def is_handlers_own(error: BaseException) -> bool:
+    """Return whether an error that a handler raised ends its attempt; any other one ends the worker."""
+    return isinstance(error, Exception) or is_release(error)

@@ -1,24 +1,62 @@
-"""What both shells' writers share, without I/O: opening one, and what a flush answers."""
+"""Writers without I/O: opening one, and what each of its waits waits for."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ff_fast._core import ops
-from ff_fast._core.steps import Flow, Step
 from ff_fast._core.summary import fold
 from ff_fast._hot.writer import WriterCore
-from ff_fast.errors import SequenceGap, SummaryConflict
-from ff_fast.types import MAX_PAYLOAD_BYTES, AppendFrameOutcome, Frame, FrameKind, StreamMode
+from ff_fast.errors import SequenceGap, SummaryConflict, WriterClosed
+from ff_fast.types import (
+    MAX_PAYLOAD_BYTES,
+    AppendFrameOutcome,
+    Frame,
+    FrameKind,
+    StreamMode,
+    duration_ms,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import timedelta
+
+    from ff_fast._core.steps import Steps
+
+T = TypeVar("T")
 
 HIGH_WATER_BYTES = 1 << 20
-"""`drain` waits while more than this many bytes are unacknowledged, or than leave room for one more frame."""
+"""`drain` waits while more than this many bytes are unacknowledged, or less than one frame of maximum size fits."""
 
 MAX_UNACKNOWLEDGED_BYTES = 32 << 20
 RETENTION_MAXLEN = 10_000
 
 ROUND_BYTES = 4 << 20
 """A shell that has joined this many bytes of batches sends them before it asks more writers."""
+
+
+class Wait(NamedTuple, Generic[T]):
+    """A wait for the progress of a writer.
+
+    Attributes:
+        done: Whether it is over; asked again after every progress.
+        value: Its result, once it is over.
+        timeout_s: Seconds to wait at the most; None waits as long as the writer tries.
+    """
+
+    done: Callable[[], bool]
+    value: Callable[[], T]
+    timeout_s: float | None
+
+
+def timeout_s(timeout: float | timedelta | None) -> float | None:
+    """Return a time-out in seconds.
+
+    Raises:
+        InvalidInput: It is negative, not a number, or longer than a year.
+    """
+    return None if timeout is None else duration_ms("timeout", timeout) / 1000
 
 
 class WriterOptions(NamedTuple):
@@ -31,7 +69,7 @@ class WriterOptions(NamedTuple):
 
 
 class WriterState(NamedTuple):
-    """What a writer core starts from: the attempt, who the writer is, and what was there before it."""
+    """Everything that a writer core is constructed from."""
 
     attempt: ops.Attempt
     writer_id: bytes
@@ -40,21 +78,25 @@ class WriterState(NamedTuple):
     options: WriterOptions
 
 
-def open_writer(attempt: ops.Attempt, options: WriterOptions) -> Flow[WriterState]:
-    """Supersede the writer of the attempt; a summary that is there already is read, to be continued.
+def open_writer(attempt: ops.Attempt, options: WriterOptions) -> Steps[WriterState]:
+    """Supersede the writer of the attempt, and read the summary that it continues.
 
     Raises:
         ExecutionNotFound, StaleOwner, ExecutionSuspended, StreamClosed, LeaseExpired: The handle may not write.
     """
     writer_id = ops.writer_id(attempt)
-    op = ops.open_writer(attempt, writer_id)
-    (reply,) = yield Step(op.request())
-    opened = op.answer(reply)
+    opened = yield from ops.call(ops.open_writer(attempt, writer_id))
+    return (yield from continue_writer(attempt, writer_id, opened, options))
+
+
+def continue_writer(
+    attempt: ops.Attempt, writer_id: bytes, opened: ops.Opened, options: WriterOptions
+) -> Steps[WriterState]:
+    """Return the state of a writer that was opened; its summary is read where there is one."""
     document = None
     if opened.summary_version:
         read = ops.read_summary(attempt.execution_id, attempt.attempt_index)
-        (reply,) = yield Step(read.request())
-        summary = fold(read.answer(reply))
+        summary = fold((yield from ops.call(read)))
         version = 0 if summary is None else summary.version
         if summary is None or version != opened.summary_version:
             raise SummaryConflict(opened.summary_version, version)
@@ -78,7 +120,7 @@ class SharedWriter(WriterCore):
         )
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
-        # Behind a drain a frame of any size is taken, whatever the limit.
+        # After drain() one frame of maximum size always fits.
         self.high_water_bytes = min(
             HIGH_WATER_BYTES, state.options.max_unacknowledged_bytes - MAX_PAYLOAD_BYTES
         )
@@ -114,3 +156,74 @@ class SharedWriter(WriterCore):
             f"{type(self).__name__}(execution_id={self.execution_id!r}, attempt_index={self.attempt_index}, "
             f"next_sequence={self.next_sequence}, unacknowledged_bytes={self.unacknowledged_bytes})"
         )
+
+
+# -- the waits of a writer, once for both shells ---------------------------------------------------------------------
+
+
+def drain(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wait[None]:
+    """Wait while more than 1 MiB, or too much for one more frame of maximum size, is unacknowledged.
+
+    Args:
+        timeout: How long to wait, in seconds or as a ``timedelta``; None waits as long as the writer tries.
+
+    Raises:
+        DeadlineExceeded: *timeout* passed; the frames stay on their way.
+        FFError: The writer failed.
+    """
+    seconds = timeout_s(timeout)
+    if writer.error is not None:
+        raise copy.copy(writer.error)
+
+    def done() -> bool:
+        return writer.unacknowledged_bytes <= writer.high_water_bytes
+
+    return Wait(done, _nothing, seconds)
+
+
+def flush(
+    writer: SharedWriter, timeout: float | timedelta | None = None
+) -> Wait[AppendFrameOutcome]:
+    """Wait until every frame written so far is stored.
+
+    Args:
+        timeout: How long to wait, in seconds or as a ``timedelta``; None waits as long as the writer tries.
+
+    Returns:
+        Id of the newest frame, how many frames the attempt has had, and the version of its summary.
+
+    Raises:
+        DeadlineExceeded: *timeout* passed; the frames stay on their way.
+        FFError: The writer failed; the error's ``unstored`` has the frames that were not stored.
+    """
+    seconds = timeout_s(timeout)
+    last = writer.next_sequence - 1
+    writer.hurry()
+    return Wait(lambda: writer.last_sequence >= last, writer.outcome, seconds)
+
+
+def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wait[None]:
+    """Flush, store the state that a later writer and late readers continue from, and stop. Closing again does nothing.
+
+    Args:
+        timeout: How long to wait, in seconds or as a ``timedelta``; None waits as long as the writer tries.
+
+    Raises:
+        DeadlineExceeded: *timeout* passed; the frames stay on their way.
+        FFError: The writer failed.
+    """
+    seconds = timeout_s(timeout)
+    if isinstance(writer.error, WriterClosed):
+        return Wait(_true, _nothing, seconds)
+    if writer.error is not None:
+        raise copy.copy(writer.error)
+    writer.finish()
+    return Wait(lambda: writer.idle, lambda: writer.fail(WriterClosed()), seconds)
+
+
+def _nothing() -> None:
+    """The value of a wait that has none."""
+
+
+def _true() -> bool:
+    return True

@@ -145,6 +145,11 @@ cdef class StreamFrame:
         return f"{self._ms}-{self.sequence}"
 
     @property
+    def cursor(self):
+        """Where reading goes on behind this frame: its ``stream_id``."""
+        return self.stream_id
+
+    @property
     def summary_version(self):
         return self._summary_version if self._summary_version else None
 
@@ -535,15 +540,20 @@ def assemble(
         if frame.sequence <= sequence:
             continue
         if (frame._previous if exclude_best_effort else frame.sequence - 1) > sequence:
-            items.append(Gap(sequence + 1, frame.sequence, reason))
+            items.append(gap_before(ms, sequence, frame.sequence, reason))
         ms = frame._ms
         sequence = frame.sequence
         items.append(frame)
     if log.end_reason is None:
         return items, ms, sequence, None
     if (log._end_previous if exclude_best_effort else log._end_sequence - 1) > sequence:
-        items.append(Gap(sequence + 1, log._end_sequence, reason))
+        items.append(gap_before(ms, sequence, log._end_sequence, reason))
     return items, log._end_ms, log._end_sequence, log.end_reason
+
+
+cdef object gap_before(long long ms, long long sequence, long long following, str reason):
+    """Frames are missing between *sequence* and *following*; ids never go back, so the old ms still holds behind them."""
+    return Gap(sequence + 1, following, reason, f"{ms}-{following - 1}")
 
 
 def decode_run(bytes run not None, long long count):

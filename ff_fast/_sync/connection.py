@@ -10,31 +10,38 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
-from ff_fast._core.steps import Flow, Pause, Step
+from ff_fast._core.steps import Pause, Step, Steps
 from ff_fast._hot.resp import take_reply
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")
 
+PENDING = object()
+"""What `receive` returns in place of a reply that has not come yet."""
 
-class Channel:
+
+class Connection:
     """One connection: bytes out, replies in, used by one thread at a time."""
 
     _socket: socket.socket | None = None
 
     def __init__(self, config: BackendConfig) -> None:
         import hiredis
+        from redis import connection as redis_connection
         from redis.backoff import NoBackoff
-        from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
         from redis.retry import Retry
 
         server = config.connection
-        kind: type[Any] = UnixDomainSocketConnection if server.unix_path else Connection
-        if server.tls:
-            kind = SSLConnection
+        kind: type[Any] = redis_connection.Connection
+        if server.unix_path:
+            kind = redis_connection.UnixDomainSocketConnection
+        elif server.tls:
+            kind = redis_connection.SSLConnection
         connection = kind(**_transport.connection_arguments(config), retry=Retry(NoBackoff(), 0))
         failure: FFError | None = None
         try:
@@ -53,6 +60,7 @@ class Channel:
         self._reader = hiredis.Reader()
         self._broken_reply = hiredis.ProtocolError
         self._owed = 0
+        self._due = 0.0
 
     @property
     def closed(self) -> bool:
@@ -68,12 +76,14 @@ class Channel:
         return not poll.poll(0)
 
     def send(self, step: Step) -> None:
+        """Send the commands of *step*; :meth:`receive` returns their replies."""
         if self._socket is None:
             raise _transport.closed_error()
         failure: FFError
         try:
             # Counted first: after an interrupt nobody knows how much has gone out.
-            self._owed += step.replies
+            self._owed += len(step.commands)
+            self._due = time.monotonic() + _transport.wait_s(self._timeout, step)
             self._socket.settimeout(self._timeout)
             self._socket.sendall(step.request)
         except TimeoutError:
@@ -89,17 +99,28 @@ class Channel:
         self.close()
         raise failure
 
-    def receive(self, step: Step) -> object:
-        """Return the next reply that is owed."""
+    def receive(self, until: float | None = None) -> object:
+        """Return the next reply that is owed, or `PENDING` if it has not come by *until*, in monotonic time.
+
+        The deadline of the step that was sent holds for all of its replies. A connection that misses it is closed.
+        """
         if self._socket is None:
             raise OutcomeUnknown
-        deadline = time.monotonic() + _transport.wait_s(self._timeout, step)
         failure: FFError
         try:
             while (reply := take_reply(self._reader.gets)) is False:
+                now = time.monotonic()
+                if until is not None and now >= until:
+                    return PENDING
+                due = self._due if until is None else min(self._due, until)
                 # Of the whole reply, not of its next byte.
-                self._socket.settimeout(max(deadline - time.monotonic(), 1e-6))
-                data = self._socket.recv(1 << 18)
+                self._socket.settimeout(max(due - now, 1e-6))
+                try:
+                    data = self._socket.recv(1 << 18)
+                except TimeoutError:
+                    if time.monotonic() >= self._due:
+                        raise
+                    continue
                 if not data:
                     raise ConnectionResetError
                 self._reader.feed(data)
@@ -119,25 +140,10 @@ class Channel:
         self.close()
         raise failure
 
-    def run(self, flow: Flow[T]) -> T:
-        """Drive an operation of several steps to its value."""
-        try:
-            step = next(flow)
-            while True:
-                try:
-                    replies: list[object] = []
-                    if isinstance(step, Pause):
-                        time.sleep(step.seconds)
-                    else:
-                        self.send(step)
-                        replies = [self.receive(step) for _ in range(step.replies)]
-                except FFError as error:
-                    step = flow.throw(error)
-                else:
-                    step = flow.send(replies)
-        except StopIteration as stop:
-            value: T = stop.value
-            return value
+    def request(self, step: Step) -> list[object]:
+        """Send the commands of *step* and return their replies, in order."""
+        self.send(step)
+        return [self.receive() for _ in step.commands]
 
     def abort(self) -> None:
         """Wake the thread that waits on the connection; called from another thread."""
@@ -160,3 +166,23 @@ class Channel:
     def __del__(self) -> None:
         # An interrupt may strike where nobody else holds it yet.
         self.close()
+
+
+def run_steps(steps: Steps[T], request: Callable[[Step], list[object]]) -> T:
+    """Carry an operation out, and return its value; *request* sends a step and returns its replies."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                replies: list[object] = []
+                if isinstance(step, Pause):
+                    time.sleep(step.seconds)
+                else:
+                    replies = request(step)
+            except FFError as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(replies)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value

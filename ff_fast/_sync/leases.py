@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Self
 
-from ff_fast._core.worker import LeaseClock
+from ff_fast._core.leases import LeaseClock
 from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class LeaseKeeper:
             self._over.set()
             self._on_lost(error)
 
-    def abandon(self, error: FFError) -> None:
+    def _abandon(self, error: FFError) -> None:
         """End without waiting: the backend is closed."""
         self._lost(error)
         self._stop.set()

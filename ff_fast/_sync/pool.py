@@ -1,39 +1,37 @@
-"""The connections of one backend: who has which, what runs on them and is tried again, and their end."""
+"""The connections of one backend: who has which, the retries of calls, and their end."""
 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
-from ff_fast import _transport
-from ff_fast._core import ops
-from ff_fast._core.steps import Flow, Retries, Source
-from ff_fast._sync.connection import Channel
-from ff_fast.errors import FFError, ForkedClient
+from ff_fast import _process, _transport
+from ff_fast._core.deployment import Deployment
+from ff_fast._core.steps import Retries
+from ff_fast._sync.connection import Connection, run_steps
+from ff_fast.errors import FFError, ForkedClient, FunctionMissing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from ff_fast._core import operations as _arguments
+    from ff_fast._core.operations import Call
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")
 
 
-class Connections:
+class Pool:
     """Connections to one server, each used by one thread at a time."""
 
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
+        self._deployment = Deployment(getattr(config, "partitions", None))
         self._pid = os.getpid()
         self._closed = False
-        self._idle: deque[Channel] = deque()
-        self._busy: set[Channel] = set()
-        self._lock = threading.Lock()
-        _transport.watch_fork(self)
+        # Both are changed by single calls in C, so that no interrupt and no collection can leave a lock behind.
+        self._idle: deque[Connection] = deque()
+        self._busy: set[Connection] = set()
+        _process.watch_fork(self)
 
     @property
     def closed(self) -> bool:
@@ -49,54 +47,52 @@ class Connections:
 
     def _stop(self) -> None:
         """End what goes on, in the process that began it."""
-        with self._lock:
-            busy = list(self._busy)
-        for channel in busy:
+        for connection in list(self._busy):
             # Among them the writers': their thread is waiting for replies, or for nothing.
-            channel.abort()
+            connection.abort()
 
     def _forked(self) -> None:
         """Called in a forked child."""
-        self._lock = threading.Lock()
 
-    def _connect(self) -> Channel:
-        channel = Channel(self.config)
-        with self._lock:
-            self._busy.add(channel)
+    def _connect(self) -> Connection:
+        connection = Connection(self.config)
+        self._busy.add(connection)
         if self._closed:
             # Nobody would wake this thread any more.
-            self._release(channel)
+            self._release(connection)
             raise _transport.closed_error()
         failure: FFError
         try:
-            channel.run(_transport.ensure_library())
+            self._prepare(connection)
         except FFError as error:
             failure = _transport.connect_error(error, self.config)
         except BaseException:
-            self._discard(channel)
+            self._discard(connection)
             raise
         else:
-            return channel
-        self._discard(channel)
+            return connection
+        self._discard(connection)
         raise failure
 
-    def _discard(self, channel: Channel) -> None:
-        channel.close()
-        with self._lock:
-            self._busy.discard(channel)
+    def _prepare(self, connection: Connection) -> None:
+        """Load the library where it is missing, and check that the deployment is the one that is known."""
+        run_steps(self._deployment.prepare(), connection.request)
 
-    def _acquire(self) -> Channel:
+    def _discard(self, connection: Connection) -> None:
+        connection.close()
+        self._busy.discard(connection)
+
+    def _acquire(self) -> Connection:
         self._check()
         while True:
             try:
-                channel = self._idle.pop()
+                connection = self._idle.pop()
             except IndexError:
                 break
-            if channel.reusable:
-                with self._lock:
-                    self._busy.add(channel)
-                return channel
-            channel.close()
+            if connection.reusable:
+                self._busy.add(connection)
+                return connection
+            connection.close()
         return self._connect()
 
     def _check(self) -> None:
@@ -105,13 +101,13 @@ class Connections:
         if self._closed:
             raise _transport.closed_error()
 
-    def _release(self, channel: Channel) -> None:
-        with self._lock:
-            self._busy.discard(channel)
-        if channel.reusable:
-            self._idle.append(channel)
+    def _release(self, connection: Connection) -> None:
+        """Give a connection back; one that owes a reply is closed."""
+        self._busy.discard(connection)
+        if connection.reusable:
+            self._idle.append(connection)
         else:
-            channel.close()
+            connection.close()
         if self._closed:
             self._close_idle()
 
@@ -122,60 +118,25 @@ class Connections:
             except IndexError:
                 return
 
-    def _run(
-        self,
-        make: Callable[[], Flow[T]],
-        *,
-        repeatable: bool = True,
-        until: float = float("inf"),
-    ) -> T:
-        """Run an operation, again where it may be repeated, until the retries of the configuration are used up.
+    def _run(self, call: Call[T], *, until: float = float("inf")) -> T:
+        """Carry a call out, again where it may be repeated, until the retries of the configuration are used up.
 
         Or until a point in monotonic time, after which it is not sent again.
         """
-        retries = Retries(self.config.retry, repeatable=repeatable)
+        retries = Retries(self.config.retry, repeatable=call.repeatable)
+        missing = False
         while True:
             try:
-                channel = self._acquire()
+                connection = self._acquire()
                 try:
-                    return channel.run(_transport.with_library(make))
+                    if missing:
+                        self._prepare(connection)
+                    return run_steps(call.steps(), connection.request)
                 finally:
-                    self._release(channel)
+                    self._release(connection)
             except FFError as error:
                 pause = None if self._closed else retries.pause(error)
                 if pause is None or time.monotonic() + pause >= until:
                     raise
+                missing = isinstance(error, FunctionMissing)
             time.sleep(pause)
-
-    def _do(self, call: _arguments.Call[T]) -> T:
-        return self._run(call.flow, repeatable=call.repeatable)
-
-    def _call(self, op: ops.Op[T]) -> T:
-        return self._run(lambda: ops.call(op), repeatable=op.repeatable)
-
-    def _follow(self, core: Source, read: Callable[[], Flow[list[T]]]) -> Iterator[T]:
-        """Yield what *core* reads, on a connection of its own, until it has ended."""
-        channel: Channel | None = None
-        retries = Retries(self.config.retry, patient=True)
-        try:
-            while not core.ended:
-                try:
-                    if channel is None:
-                        channel = self._acquire()
-                    items = channel.run(_transport.with_library(read))
-                except FFError as error:
-                    pause = retries.pause(error)
-                    if pause is None or self._closed:
-                        raise
-                    if channel is not None:
-                        self._discard(channel)
-                        channel = None
-                else:
-                    retries.reset()
-                    yield from items
-                    continue
-                core.restart()
-                time.sleep(pause)
-        finally:
-            if channel is not None:
-                self._release(channel)

@@ -11,12 +11,13 @@ import time
 import weakref
 from collections import deque
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
 
-from ff_fast import _transport
-from ff_fast._core import writer as _writing
-from ff_fast._core.steps import Retries, Step
-from ff_fast._core.writer import SharedWriter
+from ff_fast import _process
+from ff_fast._core import writer as writer_core
+from ff_fast._core.binding import dressed
+from ff_fast._core.steps import Command, Retries, Step
+from ff_fast._core.writer import SharedWriter, Wait
 from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
@@ -32,11 +33,14 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ff_fast._hot.writer import Batch
-    from ff_fast._sync.connection import Channel
-    from ff_fast.types import AppendFrameOutcome, BackendRetry
+    from ff_fast._sync.connection import Connection
+    from ff_fast.types import BackendRetry
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class Link:
+class Sender:
     """The connection of all writers, and the thread that alone touches it.
 
     In rounds: one request for each writer that has something to send, then their replies. While a round is on its way
@@ -45,23 +49,25 @@ class Link:
 
     def __init__(
         self,
-        connect: Callable[[], Channel],
-        discard: Callable[[Channel], None],
+        connect: Callable[[], Connection],
+        prepare: Callable[[Connection], None],
+        discard: Callable[[Connection], None],
         retry: BackendRetry,
     ) -> None:
         self._connect = connect
+        self._prepare = prepare
         self._discard = discard
         # To the thread: a writer, and when its batch is to leave. One call in C, so no interrupt can tear it apart.
         self._told: SimpleQueue[tuple[float, Writer] | None] = SimpleQueue()
         self._ready: deque[Writer] = deque()
         self._lingering: list[tuple[float, int, Writer]] = []
         self._order = itertools.count()
-        self._retries = Retries(retry, patient=True)
+        self._retries = Retries(retry, retry_timeouts=True)
         self._closing = threading.Event()
-        self._channel: Channel | None = None
+        self._connection: Connection | None = None
         self.writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         self.lock = threading.Lock()
-        _transport.watch_fork(self)
+        _process.watch_fork(self)
         self._thread = threading.Thread(target=self._main, name="ff_fast writers", daemon=True)
         self._thread.start()
 
@@ -130,12 +136,12 @@ class Link:
             heapq.heappop(self._lingering)[2].hurry()
 
     def _round(self) -> None:
-        channel = self._connected()
-        if channel is None:
+        connection = self._connected()
+        if connection is None:
             return
         sent: list[tuple[Writer, Batch]] = []
         size = 0
-        while self._ready and size < _writing.ROUND_BYTES:
+        while self._ready and size < writer_core.ROUND_BYTES:
             writer = self._ready.popleft()
             batch = writer.next_batch()
             if batch is not None:
@@ -145,10 +151,9 @@ class Link:
             return
         failure: FFError | None = None
         try:
-            step = Step(b"".join([batch.message for _, batch in sent]), len(sent))
-            channel.send(step)
+            connection.send(Step([Command(b"", batch.message) for _, batch in sent]))
             for writer, batch in sent:
-                reply = channel.receive(step)
+                reply = connection.receive()
                 failure = writer.acknowledge(batch, reply) or failure
                 if type(reply) is bytes:
                     self._retries.reset()
@@ -156,14 +161,14 @@ class Link:
             failure = error
             self._drop()
         finally:
-            if self._channel is None:
+            if self._connection is None:
                 for writer, _ in sent:
                     writer.disconnected()
         if failure is not None:
             self._recover(failure, [writer for writer, _ in sent])
 
     def _recover(self, failure: FFError, writers: list[Writer]) -> None:
-        """Give the server a moment, and the library where that is what it lacks; or give up."""
+        """Back off; load the Lua library if it is missing; fail the writers when the retries are used up."""
         pause = self._retries.pause(failure)
         if pause is None:
             self._give_up(failure, writers)
@@ -171,20 +176,20 @@ class Link:
         if isinstance(failure, NotPrimary):
             # The name may lead to another server by now.
             self._drop()
-        if isinstance(failure, FunctionMissing) and self._channel is not None:
+        if isinstance(failure, FunctionMissing) and self._connection is not None:
             try:
-                self._channel.run(_transport.ensure_library())
+                self._prepare(self._connection)
             except FFError:
                 # Connecting again tries it again, and says why not.
                 self._drop()
         else:
             self._closing.wait(pause)
 
-    def _connected(self) -> Channel | None:
-        """The channel, connected again where it was lost; without one, every waiting writer fails."""
-        while self._channel is None and not self._closing.is_set():
+    def _connected(self) -> Connection | None:
+        """The connection, connected again where it was lost; without one, every waiting writer fails."""
+        while self._connection is None and not self._closing.is_set():
             try:
-                self._channel = self._connect()
+                self._connection = self._connect()
             except FFError as error:
                 pause = self._retries.pause(error)
                 if pause is None:
@@ -195,7 +200,7 @@ class Link:
                     self._give_up(error, waiting)
                     return None
                 self._closing.wait(pause)
-        return self._channel
+        return self._connection
 
     def _give_up(self, error: FFError, writers: list[Writer]) -> None:
         # The next writer begins with all its retries.
@@ -204,9 +209,20 @@ class Link:
             writer.fail(copy.copy(error))
 
     def _drop(self) -> None:
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            self._discard(channel)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._discard(connection)
+
+
+def waiting(
+    make: Callable[Concatenate[SharedWriter, P], Wait[T]],
+) -> Callable[Concatenate[Writer, P], T]:
+    """Return the method of a writer that waits as the core says."""
+
+    def method(self: Writer, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._wait(make(self, *args, **kwargs))
+
+    return dressed(method, make)
 
 
 class Writer(SharedWriter):
@@ -215,29 +231,29 @@ class Writer(SharedWriter):
     :meth:`write` may be called from any thread and never waits; a thread of the backend sends.
     """
 
-    def __init__(self, state: _writing.WriterState, link: Link, timeout_s: float) -> None:
-        self._link = link
+    def __init__(self, state: writer_core.WriterState, sender: Sender, timeout_s: float) -> None:
+        self._sender = sender
         self._timeout_s = timeout_s
         self._waiters: list[threading.Lock] = []
         super().__init__(state)
-        with self._link.lock:
-            self._link.writers.add(self)
-        if not self._link.running:
+        with self._sender.lock:
+            self._sender.writers.add(self)
+        if not self._sender.running:
             self.fail(WriterClosed())
 
     def _on_ready(self) -> None:
-        self._link.enqueue(self)
+        self._sender.enqueue(self)
 
     def _on_linger(self) -> None:
-        self._link.linger(self)
+        self._sender.linger(self)
 
     def _on_progress(self) -> None:
         for waiter in tuple(self._waiters):
-            # One that is open has been told already.
+            # RuntimeError: it was released, so it was notified already.
             with contextlib.suppress(RuntimeError):
                 waiter.release()
         if not self._waiters:
-            # In this order, as a waiter that comes in between would not be told otherwise.
+            # Clear, then check again: a waiter that was added in between must not be missed.
             self.waiting = False
             self.waiting = bool(self._waiters)
 
@@ -247,68 +263,31 @@ class Writer(SharedWriter):
         self.fail(error)
         error.unstored = ()
 
-    def _wait(self, done: Callable[[], bool], timeout: float | None) -> None:
+    def _wait(self, wait: Wait[T]) -> T:
+        if wait.done():
+            return wait.value()
         if isinstance(self.error, ForkedClient):
             raise copy.copy(self.error)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if wait.timeout_s is None else time.monotonic() + wait.timeout_s
         # A lock and not a Condition, which an interrupt can leave in a state that it cannot be left from.
         waiter = threading.Lock()
         waiter.acquire()
         self._waiters.append(waiter)
         self.waiting = True
         try:
-            while not done():
+            while not wait.done():
                 if self.error is not None:
                     raise copy.copy(self.error)
                 left = -1.0 if deadline is None else max(deadline - time.monotonic(), 0.0)
-                if not waiter.acquire(timeout=left) and not done():
+                if not waiter.acquire(timeout=left) and not wait.done():
                     raise DeadlineExceeded
         finally:
             self._waiters.remove(waiter)
+        return wait.value()
 
-    def drain(self, timeout: float | None = None) -> None:
-        """Wait while more than 1 MiB, or too much for one more frame of any size, is unacknowledged.
-
-        Args:
-            timeout: Seconds to wait at the most; None waits as long as the writer tries.
-
-        Raises:
-            DeadlineExceeded: *timeout* passed; the frames stay on their way.
-            FFError: The writer failed.
-        """
-        if self.error is not None:
-            raise copy.copy(self.error)
-        if self.unacknowledged_bytes > self.high_water_bytes:
-            self._wait(lambda: self.unacknowledged_bytes <= self.high_water_bytes, timeout)
-
-    def flush(self, timeout: float | None = None) -> AppendFrameOutcome:
-        """Wait until every frame written so far is stored.
-
-        Returns:
-            Id of the newest frame, how many frames the attempt has had, and the version of its summary.
-
-        Raises:
-            DeadlineExceeded: *timeout* (seconds) passed; the frames stay on their way.
-            FFError: The writer failed; the error's ``unstored`` has the frames that were not stored.
-        """
-        last = self.next_sequence - 1
-        self.hurry()
-        self._wait(lambda: self.last_sequence >= last, timeout)
-        return self.outcome()
-
-    def close(self, timeout: float | None = None) -> None:
-        """Flush, store what a later writer and late readers continue from, and stop.
-
-        Raises:
-            DeadlineExceeded: *timeout* (seconds) passed.
-            FFError: The writer failed.
-        """
-        if self.error is None:
-            self.finish()
-            self._wait(lambda: self.idle, timeout)
-            self.fail(WriterClosed())
-        elif not isinstance(self.error, WriterClosed):
-            raise copy.copy(self.error)
+    drain = waiting(writer_core.drain)
+    flush = waiting(writer_core.flush)
+    close = waiting(writer_core.close)
 
     def __enter__(self) -> Self:
         return self

@@ -124,7 +124,7 @@ async def test_a_reply_that_is_always_lost_ends_in_an_error_with_the_frames(shel
         writer.write(b"first")
         await writer.flush(10)
         # The version may be asked, so every connection seems good until a batch is on its way.
-        version = len(ff_fast._core.ops.version().request())
+        version = len(ff_fast._core.ops.version().command().request)
 
         def plan():
             yield UP, 1, "rst"
@@ -280,7 +280,7 @@ async def test_many_callers_of_a_deaf_server_wait_one_deadline_together(proxy):
     backend = await aio.ValkeyBackend.connect(config(proxy.url, timeout=0.3))
     proxy.hold(UP, DOWN)
     proxy.cut_all()
-    await wait_until_async(lambda: _true(backend._shared.channel is None))
+    await wait_until_async(lambda: _true(backend._shared.connection is None))
     loop = asyncio.get_running_loop()
     began = loop.time()
     missing = ff_fast.keys.new_execution_id()

@@ -2,7 +2,9 @@
 
 import ff_fast
 from ff_fast import ScannerFilter, keys
+from ff_fast._core import ops
 from ff_fast._core import supervision as supervision_core
+from ff_fast._core.operations import Call
 
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 TERMINAL = ("completed", "failed", "cancelled", "expired")
@@ -27,7 +29,7 @@ class World:
         self.backend.close()
 
     def create(self, **options):
-        options = {"retention_ms": 60_000, "namespace": self.lane, **options}
+        options = {"retention": 60.0, "namespace": self.lane, **options}
         return self.backend.create_execution(lane=self.lane, **options)
 
     def create_flow(self):
@@ -113,11 +115,15 @@ class World:
             index = self.core(eid)["current_attempt_index"]
             self.raw.hset(keys.meta(eid, int(index)), "lease_expires_at", 1)
 
+    def call(self, op):
+        """Send one call of a Lua function, past the checks of the public operation."""
+        return self.backend._run(Call(lambda: ops.call(op), op.repeatable))
+
     def round(self, scope=None):
         """One round of a supervisor; of one that looks after this world alone, if no scope is named."""
         scope = self.scope if scope is None else scope
-        supervision = supervision_core.Supervision(self.backend._sweeper.partitions, scope)
-        return self.backend._run(supervision.round)
+        supervision = supervision_core.Supervision(self.backend._deployment, scope)
+        return self.backend._run(Call(supervision.round))
 
     def fire(self, eid, *kinds):
         """Make timers due and let a supervisor find them."""

@@ -89,7 +89,7 @@ def test_d4_a_bad_number_is_refused_before_anything_is_written(world, bad, at):
     )  # fmt: skip
     argv = (*op.argv[:at], bad, *op.argv[at + 1 :])
     with pytest.raises(errors.InvalidInput):
-        world.backend._call(op._replace(argv=argv))
+        world.call(op._replace(argv=argv))
     assert world.keys_of(eid) == set()
     assert not world.is_eligible(eid)
 
@@ -135,10 +135,10 @@ def test_c3_a_claim_reads_no_policy_that_could_be_malformed(world):
     for bad in (b"0", b"x", b"-1", b""):
         argv = (*op.argv[:3], bad, *op.argv[4:])
         with pytest.raises(errors.InvalidInput):
-            world.backend._call(op._replace(argv=argv))
+            world.call(op._replace(argv=argv))
     world.check(eid)
     assert world.state(eid) == "waiting"
-    world.backend._call(op)
+    world.call(op)
     world.check(eid)
 
 
@@ -149,7 +149,7 @@ def test_c4_the_lane_is_the_executions_own(world):
         eid, lane="another", worker_id="w", worker_instance_id="i", lease_id=keys.new_uuid(),
         lease_ttl_ms=1000, attempt_id=keys.new_uuid(), reclaim=False, capabilities=(),
     )  # fmt: skip
-    world.backend._call(op)
+    world.call(op)
     assert not world.is_eligible(eid)
     world.check(eid)
 
@@ -180,7 +180,7 @@ def test_a_delayed_execution_cannot_be_claimed(world):
         lease_ttl_ms=1000, attempt_id=keys.new_uuid(), reclaim=True, capabilities=(),
     )  # fmt: skip
     with pytest.raises(errors.ExecutionNotClaimable):
-        world.backend._call(op)
+        world.call(op)
     world.check(eid)
 
 
@@ -200,7 +200,7 @@ def test_progress_keeps_what_is_left_out(world):
             world.backend.progress(handle, bad)
     op = ops.report_progress(ops.Attempt.of(handle), 101, "")
     with pytest.raises(errors.InvalidInput):
-        world.backend._call(op)
+        world.call(op)
 
 
 # -- terminal calls ----------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_a_bad_delay_is_refused_before_the_lease_is_given_up(world):
     op = ops.delay_execution(ops.Attempt.of(handle), 5)
     for bad in (b"", b"x", b"-1", b"1.5"):
         with pytest.raises(errors.InvalidInput):
-            world.backend._call(op._replace(argv=(*op.argv[:-1], bad)))
+            world.call(op._replace(argv=(*op.argv[:-1], bad)))
     world.check(eid)
     assert world.state(eid) == "active"
 

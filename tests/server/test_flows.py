@@ -242,7 +242,7 @@ def test_a_flow_that_is_gone_holds_nothing_up(world, family):
     assert world.state(eids["delayed"]) == "waiting"
     assert world.raw.zrangebyscore(keys.timers(tag), 0, 2) == []
     with pytest.raises(errors.FlowNotFound):
-        world.backend._call(ops.describe_flow(keys.new_uuid(), tag))
+        world.call(ops.describe_flow(keys.new_uuid(), tag))
 
 
 def test_a_supervisor_of_another_namespace_leaves_the_flow_alone(world):
@@ -262,7 +262,7 @@ def test_a_flow_is_kept_while_a_member_is_open(world):
     key = keys.flow(keys.flow_tag(flow, 256), flow)
     members = key + b":members"
     assert 0 < world.raw.pttl(key) <= day
-    first = world.create(flow_id=flow, priority=9, retention_ms=3 * day)
+    first = world.create(flow_id=flow, priority=9, retention=3 * day / 1000)
     second = world.create(flow_id=flow)
     assert world.raw.pttl(key) == world.raw.pttl(members) == -1
     world.backend.complete(world.claim())
@@ -271,7 +271,7 @@ def test_a_flow_is_kept_while_a_member_is_open(world):
     world.backend.cancel(second)
     assert 0 < world.raw.pttl(key) <= day
     assert 0 < world.raw.pttl(members) <= day
-    world.create(flow_id=flow, retention_ms=3 * day)
+    world.create(flow_id=flow, retention=3 * day / 1000)
     assert world.raw.pttl(key) == world.raw.pttl(members) == -1
     world.backend.complete(world.claim())
     assert day < world.raw.pttl(key) <= 3 * day

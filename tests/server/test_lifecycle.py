@@ -48,7 +48,7 @@ def claim(backend, lane):
 @pytest.fixture
 def owned(create, claim):
     """An execution that this test's worker owns: its id and its handle."""
-    eid = create(payload=b"prompt", tags={"app.user": "ada"}, retention_ms=60_000)
+    eid = create(payload=b"prompt", tags={"app.user": "ada"}, retention=60)
     return eid, claim()
 
 
@@ -161,10 +161,10 @@ BAD_CREATE = [
     ({"tags": {"a.b": 1}}, errors.InvalidType),
     ({"tags": {1: "x"}}, errors.InvalidType),
     ({"tags": [("a.b", "x")]}, errors.InvalidType),
-    ({"retention_ms": 0}, errors.InvalidInput),
-    ({"retention_ms": -1}, errors.InvalidInput),
-    ({"retention_ms": 2**48 + 1}, errors.InvalidInput),
-    ({"retention_ms": 1e3}, errors.InvalidType),
+    ({"retention": 0}, errors.InvalidInput),
+    ({"retention": -1}, errors.InvalidInput),
+    ({"retention": 31_536_001}, errors.InvalidInput),
+    ({"retention": "1"}, errors.InvalidType),
 ]
 BAD_CLAIM = [
     ({"lane": ""}, errors.InvalidId),
@@ -722,7 +722,7 @@ def test_a_bad_reason_is_refused(owned, backend, everything, reason, failure_cla
 
 @pytest.mark.parametrize("retention_ms", [1, 50])
 def test_after_the_retention_nothing_is_left(create, claim, backend, raw, wait_until, retention_ms):
-    eid = create(payload=b"p", retention_ms=retention_ms, tags={"a.b": "c"})
+    eid = create(payload=b"p", retention=retention_ms / 1000, tags={"a.b": "c"})
     handle = claim()
     with backend.open_writer(handle) as writer:
         writer.write(b"x")

@@ -35,8 +35,8 @@ from ff_fast import (
     errors,
     keys,
 )
-from ff_fast._core import claiming as claiming_core
 from ff_fast._core import supervision as supervision_core
+from ff_fast._core.deployment import Deployment
 from ff_fast.embedded import EmbeddedServer
 
 from ..conftest import connect_raw
@@ -621,7 +621,7 @@ def test_lifecycle_model(lane):
         World(server.url, raw, lane) as world,
     ):
         # One partition: a round is one read, and every operation meets every other.
-        world.backend._sweeper = claiming_core.Sweeper(1)
+        world.backend._deployment = Deployment(1)
         Lifecycle.world = world
         run_state_machine_as_test(
             Lifecycle,

@@ -476,7 +476,7 @@ def test_t4_a_bad_cursor_is_invalid_input_and_no_server_error(after, shell, atte
 
 @pytest.mark.parametrize("how", ["complete", "fail"])
 def test_t5_every_key_gets_the_retention_ttl_when_the_attempt_ends(how, backend, raw, lane):
-    eid = backend.create_execution(lane=lane, payload=b"p", tags={"a.b": "c"}, retention_ms=60_000)
+    eid = backend.create_execution(lane=lane, payload=b"p", tags={"a.b": "c"}, retention=60)
     handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
     with backend.open_writer(handle) as writer:
         for mode in MODES.values():

@@ -220,11 +220,11 @@ def test_q3_a_condition_has_no_version_that_could_be_unknown(world):
     for at, bad in [(7, b"0"), (7, b"257"), (7, b"x"), (8, b"0"), (8, b"-2"), (9, b"0"), (9, b"1e3"), (11, b"9"), (12, b"1")]:  # fmt: skip
         argv = [*good[:at], bad, *good[at + 1 :]]
         with pytest.raises(errors.InvalidInput):
-            world.backend._call(op._replace(argv=tuple(argv)))
+            world.call(op._replace(argv=tuple(argv)))
     with pytest.raises(errors.InvalidInput):
-        world.backend._call(op._replace(argv=tuple(good[:-1])))
+        world.call(op._replace(argv=tuple(good[:-1])))
     assert world.state(attempt.execution_id) == "active"
-    world.backend._call(op)
+    world.call(op)
     assert world.state(attempt.execution_id) == "suspended"
 
 
@@ -416,7 +416,7 @@ def ring(world):
 
     def rotate(kid, secret, grace_ms=60_000):
         op = ops.rotate_waitpoint_secret(partition, kid, secret.hex(), grace_ms)
-        return world.backend._call(op)
+        return world.call(op)
 
     yield eid, handle, rotate
     world.raw.delete(keys.waitpoint_secrets(keys.tag_of(partition)))
@@ -563,7 +563,7 @@ def test_suspending_again_after_a_lost_reply_when_it_was_satisfied(world):
     op = ops.suspend_execution(
         ops.Attempt.of(handle), keys.new_uuid(), any_of(spec(point)), 0, TimeoutBehavior.FAIL, "r"
     )
-    assert world.backend._call(op) == world.backend._call(op)
+    assert world.call(op) == world.call(op)
     assert world.state(eid) == "active"
     assert len(world.backend.observe_signals(handle)) == 1
 

@@ -15,6 +15,8 @@ from ff_fast import (
 )
 from ff_fast._core import ops
 from ff_fast._core import supervision as supervision_core
+from ff_fast._core.deployment import Deployment
+from ff_fast._core.operations import Call
 
 from .executions import World, beside
 
@@ -66,7 +68,7 @@ def test_what_fires_into_waiting_is_heard_of_at_once(world):
     """No sweep: the hint comes with the fired timer."""
     armed(world, "lease")
     world.round()
-    world.backend._sweeper.due(world.lane, 0)
+    world.backend._deployment.sweep_due(world.lane, 0)
     assert world.claim() is not None
 
 
@@ -80,11 +82,11 @@ def test_a_timer_that_is_not_due_is_left(world, kind):
     assert world.round() == 0
     more = name.decode().removeprefix(f"{kind}:{eid}").lstrip(":")
     op = ops.fire_timer(keys.partition_tag(eid), name, kind, eid, more, ScannerFilter.NOOP)
-    assert world.backend._call(op) == ("later", [])
+    assert world.call(op) == ("later", [])
     assert world.state(eid) == state
     assert kind in world.timers(eid)
     world.raw.zrem(timers, name)
-    assert world.backend._call(op) == ("done", [])
+    assert world.call(op) == ("done", [])
     assert world.state(eid) == state
 
 
@@ -123,10 +125,10 @@ def test_several_supervisors_at_once_do_no_harm(world):
     fired, failures = [], []
 
     def supervise():
-        supervision = supervision_core.Supervision(256, world.scope)
+        supervision = supervision_core.Supervision(Deployment(), world.scope)
         try:
             start.wait(10)
-            fired.extend(world.backend._run(supervision.round) for _ in range(3))
+            fired.extend(world.backend._run(Call(supervision.round)) for _ in range(3))
         except BaseException as error:
             failures.append(error)
             raise

@@ -7,6 +7,7 @@ import pytest
 from ff_fast import ReportUsageResult, UsageDimensions, UsageVerdict, errors, keys
 from ff_fast._core import ops
 from ff_fast._core import usage as usage_core
+from ff_fast._core.operations import Call
 
 from .executions import World
 
@@ -103,7 +104,7 @@ def test_u4_a_dimension_stands_once_in_a_report(world, budget):
     ):
         doubled = op._replace(argv=(*op.argv, b"calls", b"60"))
         with pytest.raises(errors.InvalidInput):
-            world.backend._call(doubled)
+            world.call(doubled)
     with pytest.raises(errors.InvalidInput):
         UsageDimensions(custom={"input_tokens": 1})
     assert ledger(world, eid) == used(world, b) == {}
@@ -135,9 +136,9 @@ def test_u6_and_u7_only_counts_are_accepted_before_anything_is_written(world, bu
     ):
         assert op.argv[-1] == b"7"
         with pytest.raises(errors.InvalidInput):
-            world.backend._call(op._replace(argv=(*op.argv[:-1], bad)))
+            world.call(op._replace(argv=(*op.argv[:-1], bad)))
         with pytest.raises(errors.InvalidInput):
-            world.backend._call(op._replace(argv=op.argv[:-1]))
+            world.call(op._replace(argv=op.argv[:-1]))
     assert ledger(world, eid) == used(world, b) == {}
     assert report(world, handle, "k", calls=7).verdict is OK
 
@@ -191,8 +192,8 @@ def test_taking_a_charge_back_takes_back_what_was_charged(world, budget):
     eid, handle = world.owned(budgets=[first, second])
     # The first report died after its first charge.
     usage = UsageDimensions(custom={"calls": 3}, dedup_key="k")
-    world.backend._call(ops.charge_budget(first, f"{eid}:k", usage, 60_000))
-    world.backend._call(ops.charge_budget(first, "other", usage, 60_000))
+    world.call(ops.charge_budget(first, f"{eid}:k", usage, 60_000))
+    world.call(ops.charge_budget(first, "other", usage, 60_000))
     assert report(world, handle, "k", calls=6).verdict is HARD
     assert used(world, first) == {"calls": 3}
 
@@ -201,7 +202,7 @@ def test_a_report_that_lost_its_reply_is_completed_by_its_repeat(world, budget):
     b, c = budget(hard={"calls": 100}), budget(hard={"calls": 100})
     eid, handle = world.owned(budgets=[b, c])
     usage = UsageDimensions(custom={"calls": 3}, dedup_key="k")
-    world.backend._call(ops.charge_budget(b, f"{eid}:k", usage, 60_000))
+    world.call(ops.charge_budget(b, f"{eid}:k", usage, 60_000))
     for verdict in (OK, AGAIN, AGAIN):
         assert report(world, handle, "k", calls=3).verdict is verdict
     assert ledger(world, eid) == used(world, b) == used(world, c) == {"calls": 3}
@@ -271,7 +272,7 @@ def test_a_lease_that_is_lost_in_the_middle_takes_the_charges_back(world, budget
                 return stop.value
 
     with pytest.raises(errors.LeaseExpired):
-        world.backend._run(cut)
+        world.backend._run(Call(cut))
     assert used(world, b) == used(world, c) == {}
 
 

@@ -24,15 +24,17 @@ from ff_fast import (
     RetryPolicy,
     StreamFrame,
     TaskFailed,
-    TaskGaveUp,
+    TaskReleased,
     UsageDimensions,
     WaitpointKind,
     WaitpointSpec,
+    _process,
     aio,
     errors,
     keys,
 )
-from ff_fast._core import worker as worker_core
+from ff_fast._core import operations as operations_core
+from ff_fast._core.leases import is_lease_lost
 
 from ..conftest import ROOT
 from ..waiting import wait_until
@@ -64,7 +66,7 @@ def supervisor(server):
 def worker(kind, server, lane, monkeypatch):
     """``worker(handler, **options)``: a worker of the test's lane and shell, stopped at the end."""
     # It looks more often whether it shall stop.
-    monkeypatch.setattr(worker_core, "CLAIM_WAIT_S", 0.05)
+    monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
     started = []
 
     def start(handler, **options):
@@ -228,7 +230,7 @@ class HostileError(Exception):
         (ValueError("\ud800 x"), "ValueError: ? x"),
         (ValueError("é" * 10_000), "ValueError: " + "é" * 2_042),
         (TaskFailed("\ud800 y"), "? y"),
-        (TaskGaveUp("by itself"), "TaskGaveUp: by itself"),
+        (TaskReleased("by itself"), "TaskReleased: by itself"),
         (ExceptionGroup("some", [ValueError("a")]), "ExceptionGroup: some (1 sub-exception)"),
     ],
     ids=lambda value: type(value).__name__,
@@ -416,7 +418,7 @@ def test_giving_up_that_a_handler_swallows_changes_nothing(
     def handler(task):
         if task.resumed:
             return "second"
-        with contextlib.suppress(TaskGaveUp):
+        with contextlib.suppress(TaskReleased):
             yield task.delay(0.02)
         return "first"
 
@@ -514,7 +516,7 @@ def test_a_lease_that_is_lost_in_the_middle(worker, backend, lane, state, superv
     running.ask()
     running.result()
     for error in found[0]:
-        assert worker_core.is_lease_lost(error)
+        assert is_lease_lost(error)
     # What the successor does is all that counts: it was neither completed, failed nor cancelled under it.
     assert backend.describe(eid).state == "active"
     backend.complete(other, b"the successor's")
@@ -680,7 +682,7 @@ def test_stopping_a_keeper_of_asyncio_in_the_middle_of_a_renewal():
             await asyncio.get_running_loop().create_future()
 
         keeper = aio.LeaseKeeper(300, renew, told.append, lambda: False)
-        keeper.start(asyncio.get_running_loop().create_task)
+        keeper._start(asyncio.get_running_loop().create_task)
         await begun.wait()
         await asyncio.wait_for(keeper.stop(), 5)
         await keeper.stop()
@@ -688,7 +690,7 @@ def test_stopping_a_keeper_of_asyncio_in_the_middle_of_a_renewal():
         assert keeper.error is None
         # And one that hangs is over when the lease is.
         keeper = aio.LeaseKeeper(100, renew, told.append, lambda: False)
-        keeper.start(asyncio.get_running_loop().create_task)
+        keeper._start(asyncio.get_running_loop().create_task)
         assert await keeper.wait_lost(5)
         assert isinstance(told[0], errors.LeaseExpired)
         await keeper.stop()
@@ -1031,21 +1033,17 @@ def test_a_lost_wake_up_loses_no_work(kind, server, backend, lane, raw, monkeypa
 
 def create_without_hint(backend, lane, eid):
     """Create an execution as where the creator dies before it has told the lane."""
-    from ff_fast._core import operations as operations_core
-
-    call = operations_core.create(
-        lane=lane, payload=b"", execution_id=eid, priority=0, required_capabilities=None,
-        namespace="default", tags=None, retention_ms=60_000, retry=None, delay=None, deadline=None,
-        attempt_timeout=None, flow_id=None, parent_id=None, budgets=(), partitions=256,
-    )  # fmt: skip
+    call = operations_core.create_execution(
+        backend._deployment, lane=lane, execution_id=eid, retention=60
+    )
 
     def first_step_only():
-        steps = call.flow()
+        steps = call.steps()
         reply = yield next(steps)
         steps.close()
         return reply
 
-    backend._run(first_step_only)
+    backend._run(operations_core.Call(first_step_only))
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
@@ -1202,12 +1200,12 @@ def test_a_worker_that_was_stopped_is_a_stale_owner_everywhere(process, backend,
 
 
 NOISY = """
-from ff_fast._core import worker as worker_core
-_stop_all = worker_core._stop_all
+from ff_fast import _process
+_stop_all = _process._stop_all
 def noisy(*signal):
     _stop_all(*signal)
     print("signalled", flush=True)
-worker_core._stop_all = noisy
+_process._stop_all = noisy
 """
 
 
@@ -1258,8 +1256,8 @@ def test_signals_are_shared_and_put_back():
     try:
         signal.signal(signal.SIGINT, lambda *_: heard.append("before"))
         own = signal.getsignal(signal.SIGINT)
-        first = worker_core.on_stop_signals(lambda: heard.append("first"))
-        second = worker_core.on_stop_signals(lambda: heard.append("second"))
+        first = _process.on_stop_signals(lambda: heard.append("first"))
+        second = _process.on_stop_signals(lambda: heard.append("second"))
         signal.raise_signal(signal.SIGTERM)
         assert heard == ["first", "second"]
         first()
@@ -1283,7 +1281,7 @@ def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
 
     def look():
         before = signal.getsignal(signal.SIGTERM)
-        restore = worker_core.on_stop_signals(lambda: None)
+        restore = _process.on_stop_signals(lambda: None)
         found.append(signal.getsignal(signal.SIGTERM) is before)
         restore()
 
@@ -1294,7 +1292,7 @@ def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
 
 
 def test_a_worker_is_named_after_its_process():
-    first = worker_core.claim_arguments("lane", "w", None, None, 1_000)
-    assert str(os.getpid()) in first["worker_instance_id"]
-    named = worker_core.claim_arguments("lane", "w", "mine", None, 1_000)
-    assert named["worker_instance_id"] == "mine"
+    _, unnamed, _, _ = operations_core._claimer("w", None, 1_000, None)
+    assert str(os.getpid()) in unnamed
+    _, named, _, _ = operations_core._claimer("w", "mine", 1_000, None)
+    assert named == "mine"

@@ -290,10 +290,10 @@ BAD_OPTIONS = [
     ({"retention_maxlen": 0}, errors.InvalidInput),
     ({"retention_maxlen": 1.5}, errors.InvalidType),
     ({"max_unacknowledged_bytes": 0}, errors.InvalidInput),
-    ({"linger_ms": -1}, errors.InvalidInput),
-    ({"linger_ms": float("nan")}, errors.InvalidInput),
-    ({"linger_ms": 1001}, errors.InvalidInput),
-    ({"linger_ms": "1"}, errors.InvalidInput),
+    ({"linger": -1}, errors.InvalidInput),
+    ({"linger": float("nan")}, errors.InvalidInput),
+    ({"linger": 1.001}, errors.InvalidInput),
+    ({"linger": "1"}, errors.InvalidInput),
 ]
 
 
@@ -413,7 +413,7 @@ def test_drain_waits_while_too_much_is_on_its_way(stream, backend, pause):
 def test_an_entry_names_only_what_is_unusual(stream, backend, raw, mode, count):
     def fields_of(**options):
         raw.delete(stream.log, stream.live)
-        with backend.open_writer(stream.handle, mode=mode, linger_ms=1000) as writer:
+        with backend.open_writer(stream.handle, mode=mode, linger=1) as writer:
             for _ in range(count):
                 writer.write(b"{}", **options)
         key = stream.log if mode is DURABLE else stream.live
@@ -438,7 +438,7 @@ def test_an_entry_names_only_what_is_unusual(stream, backend, raw, mode, count):
 
 
 def test_frames_that_linger_leave_together(stream, backend, raw):
-    writer = backend.open_writer(stream.handle, mode=LIVE, linger_ms=1000)
+    writer = backend.open_writer(stream.handle, mode=LIVE, linger=1)
     for payload in (b"1", b"2", b"3"):
         writer.write(payload)
     # A flush does not wait for the linger's end.
@@ -450,7 +450,7 @@ def test_frames_that_linger_leave_together(stream, backend, raw):
 
 
 def test_a_linger_ends_by_itself(stream, backend, raw):
-    writer = backend.open_writer(stream.handle, mode=LIVE, linger_ms=20)
+    writer = backend.open_writer(stream.handle, mode=LIVE, linger=0.02)
     for first in (1, 4):
         for i in range(3):
             writer.write(b"%d" % (first + i))
@@ -460,7 +460,7 @@ def test_a_linger_ends_by_itself(stream, backend, raw):
 
 
 def test_a_full_batch_does_not_linger(stream, backend, raw):
-    writer = backend.open_writer(stream.handle, mode=LIVE, linger_ms=1000)
+    writer = backend.open_writer(stream.handle, mode=LIVE, linger=1)
     for _ in range(256):
         writer.write(b"x")
     assert writer.last_sequence <= 256
@@ -696,7 +696,7 @@ def test_a_writer_that_may_not_write_is_not_opened(stream, backend, at):
 
 
 def test_closing_stores_the_rest_and_ends_writing(stream, backend):
-    writer = backend.open_writer(stream.handle, linger_ms=1000)
+    writer = backend.open_writer(stream.handle, linger=1)
     writer.write(b"1")
     writer.close()
     writer.close()
@@ -770,7 +770,7 @@ def test_a_writer_whose_attempt_was_ended_meanwhile_closes(stream, backend, raw,
 
 def test_a_frame_for_an_attempt_that_was_ended_meanwhile_is_told(stream, backend):
     def block():
-        with backend.open_writer(stream.handle, linger_ms=1000) as writer:
+        with backend.open_writer(stream.handle, linger=1) as writer:
             writer.write(b"lost")
             backend.cancel(stream.eid)
 

@@ -22,11 +22,11 @@ LAYERS = [
     ["_core.ops"],
     ["_core.*"],
     # 6: how both shells reach a server
-    ["_transport"],
+    ["_transport", "_process"],
     # 7-11: the parts of the two shells: sockets, threads and tasks
     ["_sync", "_aio", "*.connection"],
     ["*.pool"],
-    ["*.writers", "*.leases"],
+    ["*.writers", "*.leases", "*.readers", "*.opening"],
     ["*.operations"],
     ["*.worker"],
     # 12: the shells

@@ -457,7 +457,7 @@ def test_keys_and_arguments_are_those_that_the_header_names(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_the_request_is_the_call(name):
     op, _, _ = CALLS[name]
-    command, function, count, *rest = parsed(op.request())
+    command, function, count, *rest = parsed(op.command().request)
     assert command == (b"FCALL_RO" if op.read_only else b"FCALL")
     assert (function, count) == (name.encode(), b"%d" % len(op.keys))
     assert rest == [*op.keys, *op.argv]

@@ -1,0 +1,50 @@
+"""What is opened with ``async with``, or awaited."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Generator
+    from types import TracebackType
+
+
+class _Closing(Protocol):
+    """An asynchronous context manager that is its own target."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+        /,
+    ) -> object: ...
+
+
+T = TypeVar("T", bound=_Closing)
+
+
+class Opening(Generic[T]):
+    """A backend or a writer that is being opened: awaited, or entered with ``async with``, it is the object itself."""
+
+    def __init__(self, opening: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self._opening = opening
+        self._opened: T | None = None
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._opening().__await__()
+
+    async def __aenter__(self) -> T:
+        self._opened = await self
+        return await self._opened.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        if self._opened is not None:
+            await self._opened.__aexit__(kind, error, where)

@@ -1,0 +1,93 @@
+"""How a shell makes methods of operations that the core declares: same names, same documentation, same defaults."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from ff_fast._core.deployment import Deployment
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class OnDeployment(Protocol):
+    """A backend: it knows its deployment."""
+
+    @property
+    def _deployment(self) -> Deployment: ...
+
+
+S = TypeVar("S", bound=OnDeployment)
+H = TypeVar("H")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def bind(
+    make: Callable[Concatenate[Deployment, P], R],
+    carry_out: Callable[[S, R], T],
+    returns: str | None = None,
+) -> Callable[Concatenate[S, P], T]:
+    """Return the method that makes an operation of its arguments, and carries it out.
+
+    Args:
+        make: The operation of the core.
+        carry_out: What the shell does with it.
+        returns: Annotation of the result; None takes the operation's.
+    """
+
+    def method(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return carry_out(self, make(self._deployment, *args, **kwargs))
+
+    return dressed(method, make, returns)
+
+
+def of_handler(
+    make: Callable[Concatenate[Deployment, P], R], carry_out: Callable[[S, H, R], T]
+) -> Callable[Concatenate[S, H, P], T]:
+    """Return the method whose first argument is a handler of the shell's kind, in front of the operation's."""
+
+    def method(self: S, handler: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return carry_out(self, handler, make(self._deployment, *args, **kwargs))
+
+    handler = inspect.Parameter("handler", inspect.Parameter.POSITIONAL_ONLY, annotation="Handler")
+    return dressed(method, make, "None", handler)
+
+
+def dressed(
+    method: F,
+    make: Callable[..., object],
+    returns: str | None = None,
+    first: inspect.Parameter | None = None,
+    *,
+    hidden: int = 1,
+) -> F:
+    """Give *method* the name, the documentation and the signature of *make*.
+
+    Args:
+        method: A function whose first parameter is ``self``.
+        make: The operation; its first *hidden* parameters are not the caller's.
+        returns: Annotation of the result. None takes that of *make*, without the ``Call`` around it.
+        first: A parameter that the shell puts before those of *make*.
+        hidden: How many parameters of *make* the shell fills in.
+    """
+    declared = inspect.signature(make)
+    if returns is None:
+        whole = str(declared.return_annotation)
+        inner = re.fullmatch(r"(?:Call|Wait)\[(.*)\]", whole)
+        returns = inner[1] if inner else whole
+    parameters = list(declared.parameters.values())[hidden:]
+    if first is not None:
+        parameters.insert(0, first)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    method.__name__ = make.__name__
+    method.__qualname__ = make.__qualname__
+    method.__doc__ = make.__doc__
+    method.__signature__ = declared.replace(  # type: ignore[attr-defined]
+        parameters=[itself, *parameters], return_annotation=returns
+    )
+    return method

@@ -1,0 +1,64 @@
+"""When to renew a lease, and which errors say that it is gone."""
+
+from __future__ import annotations
+
+import time
+
+from ff_fast.errors import FFError, LeaseExpired
+
+RENEW_AT = 1 / 3
+"""A lease is renewed when this share of it has passed, so that renewals may fail before it lapses."""
+
+_LONGEST_PERIOD_S = 3_600.0
+
+
+def is_lease_lost(error: FFError) -> bool:
+    """Whether an error says that the execution is somebody else's, or ended."""
+    return error.code in (
+        "stale_owner",
+        "lease_expired",
+        "execution_not_active",
+        "execution_not_found",
+        "stream_closed",
+        "suspended",
+        "writer_superseded",
+    )
+
+
+class LeaseClock:
+    """When to renew a lease. By the local clock, which cannot lengthen it: the server's decides.
+
+    Attributes:
+        wait_s: Seconds until the next renewal.
+        held_until: When the lease lapses unless it is renewed, in monotonic time.
+    """
+
+    __slots__ = ("_period_s", "_sent_at", "_ttl_s", "held_until", "wait_s")
+
+    def __init__(self, lease_ttl_ms: int) -> None:
+        self._ttl_s = lease_ttl_ms / 1000
+        self._period_s = min(self._ttl_s * RENEW_AT, _LONGEST_PERIOD_S)
+        self._sent_at = time.monotonic()
+        self.wait_s = self._period_s
+        self.held_until = self._sent_at + self._ttl_s
+
+    @property
+    def held(self) -> bool:
+        return time.monotonic() < self.held_until
+
+    def sending(self) -> None:
+        """A renewal is about to be sent: no lease that it gets begins before."""
+        self._sent_at = time.monotonic()
+
+    def renewed(self) -> None:
+        self.wait_s = self._period_s
+        self.held_until = self._sent_at + self._ttl_s
+
+    def failed(self, error: FFError) -> FFError | None:
+        """A renewal failed; returns why the lease is gone, or None where it is to be tried again."""
+        if is_lease_lost(error) or not error.retryable:
+            return error
+        if not self.held:
+            return LeaseExpired("The lease could not be renewed before it lapsed.")
+        self.wait_s = self._period_s / 4
+        return None

@@ -1,0 +1,108 @@
+"""Items that a reader has read and nobody has taken yet, one answer at a time.
+
+Iteration hands them out in C: taking an item costs tens of nanoseconds, a Python ``__next__`` or a coroutine for each
+would cost as much as decoding a frame. A subclass reads the next answer.
+"""
+
+cimport cython
+
+
+cdef class Items:
+    """Base of both shells' readers: holds the items of the answers that were read.
+
+    Attributes:
+        last: The item that was taken last; None before the first.
+    """
+
+    cdef list _batch
+    cdef Py_ssize_t _next
+    cdef readonly object last
+
+    def __cinit__(self, *_, **__):
+        self._batch = []
+        self._next = 0
+        self.last = None
+
+    cdef inline object take(self):
+        """Return the next item. There must be one."""
+        cdef object item = self._batch[self._next]
+        # The batch lets go of it: what was taken must not stay in memory until the batch is empty.
+        self._batch[self._next] = None
+        self._next += 1
+        self.last = item
+        return item
+
+    cdef inline bint is_empty(self):
+        return self._next >= len(self._batch)
+
+    @classmethod
+    def __class_getitem__(cls, item):
+        return cls
+
+    def _put(self, list items not None):
+        """Take over the items of one answer; none may be left of the one before."""
+        self._batch = items
+        self._next = 0
+
+    def _take_all(self):
+        """Return the items that are left, as a list."""
+        cdef list left = self._batch[self._next:]
+        self._batch = []
+        self._next = 0
+        if left:
+            self.last = left[-1]
+        return left
+
+    @property
+    def _empty(self):
+        """Whether nothing is left."""
+        return self.is_empty()
+
+
+cdef class BlockingItems(Items):
+    """An iterator. ``_fill()`` of the subclass reads an answer and puts it; it returns false at the end."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.is_empty() and not self._fill():
+            raise StopIteration
+        return self.take()
+
+
+cdef class AsyncItems(Items):
+    """An asynchronous iterator. ``_next_item()`` of the subclass is awaited where nothing is left."""
+
+    def __aiter__(self):
+        return self
+
+    def __anext__(self):
+        cdef Taken taken
+        if self.is_empty():
+            return self._next_item()
+        taken = Taken.__new__(Taken)
+        taken.item = self.take()
+        return taken
+
+    def _pop(self):
+        """Return the next item. There must be one."""
+        return self.take()
+
+
+@cython.freelist(8)
+cdef class Taken:
+    """An awaitable that has its value already; it is awaited once."""
+
+    cdef object item
+
+    def __await__(self):
+        return self
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef object item = self.item
+        self.item = None
+        raise StopIteration(item)

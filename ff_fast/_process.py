@@ -1,0 +1,91 @@
+"""What concerns the whole process: forks, and the signals that stop its workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+# -- fork ------------------------------------------------------------------------------------------------------------
+
+
+class Forkable(Protocol):
+    """What must know when its process was forked."""
+
+    def _forked(self) -> None:
+        """Called in the child, where no other thread runs, and where locks may be held for ever."""
+
+
+_forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
+
+
+def watch_fork(client: Forkable) -> None:
+    """Tell *client* of a fork as long as it lives."""
+    _forkable.add(client)
+
+
+def _tell_of_fork() -> None:
+    for client in list(_forkable):
+        client._forked()
+
+
+os.register_at_fork(after_in_child=_tell_of_fork)
+
+
+# -- stop signals ----------------------------------------------------------------------------------------------------
+
+
+_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+_stops: list[Callable[[], None]] = []
+_before: dict[int, Any] = {}
+_interrupted = False
+
+
+def on_stop_signals(stop: Callable[[], None]) -> Callable[[], None]:
+    """Call *stop* on SIGTERM and SIGINT, until what is returned is called. In the main thread; elsewhere, do nothing.
+
+    Several workers of one loop share the signals. A second SIGINT does what the first would have done without workers.
+
+    Args:
+        stop: Called in the signal handler, in the middle of anything: it must take no lock.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    global _interrupted  # noqa: PLW0603 - signals belong to the process
+    if not _stops:
+        _interrupted = False
+        for number in _NUMBERS:
+            before = signal.signal(number, _stop_all)
+            # None: whoever set it was not Python, and cannot be put back.
+            _before[number] = signal.SIG_DFL if before is None else before
+    _stops.append(stop)
+
+    def restore() -> None:
+        _stops.remove(stop)
+        if _stops:
+            return
+        for number in _NUMBERS:
+            before = _before.pop(number)
+            # Leave handlers alone that user code installed meanwhile.
+            if signal.getsignal(number) is _stop_all:
+                signal.signal(number, before)
+
+    return restore
+
+
+def _stop_all(number: int, frame: FrameType | None) -> None:
+    global _interrupted  # noqa: PLW0603
+    before = _before.get(number)
+    if number == signal.SIGINT:
+        if _interrupted and callable(before):
+            before(number, frame)
+            return
+        _interrupted = True
+    for stop in tuple(_stops):
+        stop()
