@@ -314,7 +314,7 @@ def _url(arguments: argparse.Namespace) -> str:
 
 def _demo(arguments: argparse.Namespace) -> int:
     # Its processes and asyncio are nothing that the other commands need.
-    from ff_fast import demo  # noqa: PLC0415
+    from ff_fast._demo import run as demo  # noqa: PLC0415
 
     count = max(round(arguments.rate * arguments.seconds), 1)
     if count > demo.MAX_TOKENS:

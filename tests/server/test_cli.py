@@ -12,7 +12,8 @@ import orjson
 import pytest
 
 import ff_fast
-from ff_fast import Frame, FrameKind, PatchKind, StreamMode, cli, data, demo, keys
+from ff_fast import Frame, FrameKind, PatchKind, StreamMode, cli, data, keys
+from ff_fast._demo import run as demo
 
 from ..conftest import ROOT
 

@@ -502,7 +502,7 @@ class _Child:
     def __init__(self, role: str, *task: object) -> None:
         self.role = role
         self.pipe, theirs = Pipe()
-        code = "import sys; from ff_fast.demo import child; child(*sys.argv[1:])"
+        code = "import sys; from ff_fast._demo.run import child; child(*sys.argv[1:])"
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter and our own words
             [sys.executable, "-c", code, role, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
