@@ -28,6 +28,7 @@ from ff_fast import (
     WaitpointHmac,
     __version__,
 )
+from ff_fast._demo import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -314,22 +315,22 @@ def _url(arguments: argparse.Namespace) -> str:
 
 def _demo(arguments: argparse.Namespace) -> int:
     # Its processes and asyncio are nothing that the other commands need.
-    from ff_fast._demo import run as demo  # noqa: PLC0415
+    from ff_fast._demo import run, view  # noqa: PLC0415
 
     count = max(round(arguments.rate * arguments.seconds), 1)
-    if count > demo.MAX_TOKENS:
+    if count > plan.MAX_TOKENS:
         raise InvalidInput(
-            f"--rate times --seconds is {count} tokens; the demo keeps at most {demo.MAX_TOKENS}."
+            f"--rate times --seconds is {count} tokens; the demo keeps at most {plan.MAX_TOKENS}."
         )
-    plan = demo.Plan(arguments.rate, count, arguments.modes or demo.MODES)
-    view = demo.choose_view(plain=arguments.plain)
+    planned = plan.Plan(arguments.rate, count, arguments.modes or plan.MODES)
+    shown = view.choose_view(plain=arguments.plain)
     if arguments.url:
-        differences = demo.run(arguments.url, plan, view)
+        differences = run.run(arguments.url, planned, shown)
     else:
         from ff_fast.embedded import EmbeddedServer  # noqa: PLC0415
 
         with EmbeddedServer() as server:
-            differences = demo.run(server.url, plan, view)
+            differences = run.run(server.url, planned, shown)
     for sentence in differences:
         _complain(sentence)
     return _FAILED if differences else 0

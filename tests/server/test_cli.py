@@ -13,7 +13,8 @@ import pytest
 
 import ff_fast
 from ff_fast import Frame, FrameKind, PatchKind, StreamMode, cli, data, keys
-from ff_fast._demo import run as demo
+from ff_fast._demo import check, plan
+from ff_fast._demo import run as demo_run
 
 from ..conftest import ROOT
 
@@ -131,19 +132,21 @@ def test_demo_on_a_server_that_is_not_there(run):
 
 
 def test_demo_exit_code_follows_the_comparison(run, monkeypatch):
-    monkeypatch.setattr(demo, "run", lambda url, plan, view: ["1 tokens were sent and 0 arrived."])
+    monkeypatch.setattr(
+        demo_run, "run", lambda url, plan, view: ["1 tokens were sent and 0 arrived."]
+    )
     code, _, err = run("demo", "--plain", "--url", "unix:///unused")
     assert (code, err) == (1, "ff-fast: 1 tokens were sent and 0 arrived.\n")
 
 
-PLAN = demo.Plan(1000.0, 700)
-WANT = demo.expected(PLAN)
+PLAN = plan.Plan(1000.0, 700)
+WANT = check.expected(PLAN)
 STORED = (WANT.document, WANT.version)
 
 
-def differences(got: demo.Transcript, stored: tuple[bytes, int] = STORED) -> dict[str, str]:
-    checks = demo.compare(WANT, got, stored)
-    return {check.name: check.difference for check in checks if check.difference}
+def differences(got: check.Transcript, stored: tuple[bytes, int] = STORED) -> dict[str, str]:
+    checks = check.compare(WANT, got, stored)
+    return {one.name: one.difference for one in checks if one.difference}
 
 
 def test_compare_finds_nothing_where_nothing_differs():
@@ -183,13 +186,13 @@ def test_compare_looks_at_the_stored_summary_too(stored):
 
 def test_the_tokens_of_the_demo_are_its_text():
     text = data.text().encode()
-    once = demo.tokens(10_000)
+    once = plan.tokens(10_000)
     assert b"".join(once).startswith(text + text[:100])
 
 
 def test_the_window_of_the_demo_holds_what_its_ttl_promises():
     for rate in (1, 1000, 100_000):
-        config = demo.Plan(rate, 1).live_mode.config
+        config = plan.Plan(rate, 1).live_mode.config
         # Without the ceiling only age trims a frame.
         assert config.maxlen_ceiling >= 2 * rate * config.ttl_ms / 1000
 
@@ -447,7 +450,13 @@ def test_a_server_that_is_not_there_is_not_waited_for(run):
     assert time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize("command", ["", "demo", "tail", "summary", "info", "supervise"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("", "demo", "tail", "summary", "info", "inspect"),
+        *("submit", "signal", "cancel", "supervise"),
+    ],
+)
 def test_help(run, command):
     code, out, err = run(*command.split(), "--help")
     assert (code, err) == (0, "")

@@ -9,7 +9,7 @@ from ff_fast import FFError, Outcome, aio, cli, types
 from ff_fast._core import operations
 from ff_fast._core import summary as summary_core
 from ff_fast._core import writer as writer_core
-from ff_fast._demo import run as demo
+from ff_fast._demo import plan
 
 from ..conftest import ROOT
 
@@ -127,7 +127,7 @@ def test_commands_and_options_exist(capsys):
         assert set(re.findall(r"`(--[a-z-]+)`", text)) | {"--url"} == offered - {"--help"}
     assert cli.URL_VARIABLE in NAMES
     assert cli.TOKEN_VARIABLE in NAMES
-    assert demo.MODES == ("best-effort", "summary", "durable")
+    assert plan.MODES == ("best-effort", "summary", "durable")
 
 
 def test_make_targets_and_extras_exist():
