@@ -426,7 +426,6 @@ def test_unknown_and_malformed_executions(run, command):
         ["demo", "--rate", "100000", "--seconds", "3600"],
         ["demo", "--modes", "some"],
         ["dance"],
-        [],
     ],
 )
 def test_wrong_usage(run, argv):
@@ -435,6 +434,13 @@ def test_wrong_usage(run, argv):
     code, out, err = run(*argv, *more)
     assert (code, out) == (2, b"")
     assert re.fullmatch(r"ff-fast: [^\n]+\n", err)
+
+
+def test_without_a_command_it_prints_help_and_fails(run):
+    code, out, err = run()
+    assert (code, out) == (2, b"")
+    assert err.startswith("usage: ff-fast")
+    assert "\n    inspect " in err
 
 
 def test_no_server_named(run, monkeypatch):

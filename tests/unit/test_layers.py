@@ -17,7 +17,7 @@ ROOMS = {
     "transport": ["_transport"],
     "shells": ["_sync", "_aio", "client", "aio"],
     "public names": ["__init__"],
-    "around": ["cli", "_demo", "data", "__main__"],
+    "around": ["cli", "_cli", "_demo", "data", "__main__"],
 }
 FLOORS = {name: floor for floor, names in enumerate(ROOMS.values()) for name in names}
 
