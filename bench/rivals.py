@@ -99,7 +99,7 @@ async def coredis_pipeline(path: str, key: str, count: int, batch: int) -> dict[
         for part in parts:
             async with client.pipeline(transaction=False) as pipeline:
                 for payload in part:
-                    pipeline.xadd(  # type: ignore[unused-awaitable] # queued
+                    pipeline.xadd(  # queued, not awaited
                         key,
                         {
                             "frame_type": "token",
@@ -266,8 +266,8 @@ async def redis_burst_read(path: str, key: str, count: int) -> dict[str, object]
 
 # -- one fenced call a frame --------------------------------------------------------------------------------------
 
-# What a function that appends one frame a call does (the steps are FlowFabric's, of which DESIGN.md §5 speaks): fence,
-# clock, meta, entry, counters, trim. 4 keys and 14 arguments.
+# `bench_append` appends one frame a call, with the steps of FlowFabric's append: fence, clock, meta, entry, counters,
+# trim. It has 4 keys and 14 arguments.
 FENCED_LIBRARY = """#!lua name=bench
 redis.register_function('bench_append', function(keys, args)
   if #args[7] > tonumber(args[13]) then
