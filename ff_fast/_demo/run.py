@@ -284,8 +284,11 @@ class _Child:
     def __init__(self, role: str, *task: object) -> None:
         self.role = role
         self.pipe, theirs = Pipe()
+        # The child imports what this process imports, and nothing of that name in the current directory.
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109 - text
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter, and arguments of ours
-            [sys.executable, "-m", "ff_fast._demo", role, str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "ff_fast._demo", role, str(theirs.fileno())],
+            env={**os.environ, "PYTHONPATH": path},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

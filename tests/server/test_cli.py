@@ -125,6 +125,21 @@ def test_demo_interrupted_hands_its_execution_back(server, run):
     assert orjson.loads(out)["state"] == "failed"
 
 
+def test_the_processes_of_the_demo_import_what_the_command_imports(server, tmp_path):
+    (tmp_path / "ff_fast").mkdir()
+    (tmp_path / "ff_fast" / "__init__.py").write_text("raise ImportError('not this one')")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "ff_fast", "demo", "--seconds", "0.1", "--url", server.url],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=40,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_demo_on_a_server_that_is_not_there(run):
     code, out, err = run("demo", "--plain", "--url", "unix:///nowhere/valkey.sock")
     assert (code, out) == (1, b"")
