@@ -1,4 +1,4 @@
-"""README.md says what is: its examples run as they stand, and every name in it exists."""
+"""README.md agrees with the code: its examples run as they stand, and every name in it exists."""
 
 import re
 
