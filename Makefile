@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := embedded,cli,web,test,lint
+EXTRAS := embedded,cli,test,lint
 BUILT := $(VENV)/.built
 BENCH_BUILT := $(VENV)/.built-bench
 SANITIZE := build/sanitize

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Options(argparse.Namespace):
-    """What the command line says."""
+    """The options of the command line."""
 
     quick: bool
     only: set[str]
@@ -79,14 +79,14 @@ def parsed(arguments: Sequence[str] | None) -> Options:
     if unknown := options.only - set(known):
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
     if options.out is None:
-        # What the README shows comes from complete runs alone.
+        # bench/results is what the README shows, so only a complete run is written there.
         whole = not options.quick and not options.only
         options.out = ROOT / ("bench/results" if whole else "build/bench")
     return options
 
 
 def measure(stage: Stage, wanted: Sequence[Group]) -> Report:
-    """Everything that the *wanted* groups found."""
+    """Run the *wanted* groups and return their results."""
     whole = Report()
     for group in wanted:
         name = ", ".join(group.ids)
@@ -106,7 +106,7 @@ def order_of(row: Row) -> int:
 
 
 def circumstances(stage: Stage, options: Options) -> dict[str, object]:
-    """What must be known to compare these figures with others."""
+    """Return the facts that make figures of two runs comparable: commit, machine, server, versions."""
     server = stage.wire.info("server")
     name = "valkey" if "valkey_version" in server else "redis"
     return {
@@ -138,7 +138,7 @@ def git(*arguments: str) -> str:
 
 
 def cpu_model() -> str:
-    """The processor's name, where the system tells it."""
+    """Return the name of the processor, or an empty text if the system does not tell it."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
@@ -148,7 +148,7 @@ def cpu_model() -> str:
 
 
 def micro(*, quick: bool) -> dict[str, dict[str, float]]:
-    """Run the micro-benchmarks; return each one's figures in ns (none in a quick run, which only runs each once)."""
+    """Run the micro-benchmarks and return their figures in ns. A quick run has none: it calls each once."""
     command = [sys.executable, "-m", "pytest", "bench/micro", "-q", "-p", "no:cacheprovider"]
     if quick:
         subprocess.run([*command, "--benchmark-disable"], cwd=ROOT, check=True, timeout=120)

@@ -1,4 +1,4 @@
-"""The process of a contender: jobs in on standard input, answers out, one JSON line each."""
+"""The process of a contender: jobs on standard input, answers on standard output, one JSON line each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 
 
 def main() -> None:
-    # A library that prints must not end up between two answers.
+    # Answers get a descriptor of their own: libraries may print to standard output.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""What a benchmark says: repeated values, rows with a target, and how both are written down."""
+"""The output of a benchmark: repeated values, rows with a target, the table. No benchmark runs here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that at least *share* (0 to 1) of *values* do not exceed.
+    """Return the smallest value that is at least as great as a *share* (0 to 1) of *values*.
 
     >>> percentile([4, 1, 3, 2], 0.5), percentile([4, 1, 3, 2], 0.99)
     (2, 4)
@@ -56,9 +56,9 @@ class Figure:
 
 
 def ratio(ours: Figure, rival: Figure) -> float:
-    """Return ours over the rival's: the median over rounds, since contenders take turns within one.
+    """Return ours over the rival's: formed within each round, then the median of all rounds.
 
-    Where the numbers of rounds differ, rounds cannot be paired, and the medians are compared.
+    With different numbers of rounds it is the ratio of the medians, since rounds cannot be paired.
     """
     if len(ours.values) != len(rival.values):
         return ours.median / rival.median
@@ -95,7 +95,7 @@ class RowJson(TypedDict):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. A row without a target only informs."""
+    """One line of the table; without a target it is for information."""
 
     id: str
     what: str
@@ -127,11 +127,11 @@ class Row:
 
 @dataclass
 class Report:
-    """What one group of benchmarks found.
+    """The results of one group of benchmarks.
 
     Attributes:
         rows: Lines of the table.
-        figures: Everything that was measured, by contender and quantity.
+        figures: All measured figures, by contender and quantity.
         series: Points of the pictures: picture, line, ``[x, y]`` pairs.
     """
 
@@ -144,7 +144,7 @@ class Report:
 
 
 def number(value: float, significant: int = 3) -> str:
-    """Return *value* with so many significant digits, as a person writes it.
+    """Return *value* with *significant* digits, commas, and no trailing zeros.
 
     >>> number(0.4567), number(12.34), number(123456.7), number(3.0)
     ('0.457', '12.3', '123,000', '3')
@@ -159,7 +159,7 @@ def number(value: float, significant: int = 3) -> str:
 
 
 def ratio_text(value: float) -> str:
-    """A ratio; near 1, where a digit more decides, with one more."""
+    """Return a ratio with 3 digits, or 4 near 1, where the fourth decides about a target."""
     return number(value, 4 if 0.95 < value < 1.05 else 3)
 
 
@@ -197,7 +197,7 @@ def aligned(rows: Sequence[RowJson]) -> str:
 
 
 def note(result: Mapping[str, object]) -> str:
-    """One line: what was measured, where and on what."""
+    """Return server, machine, versions and date of a run in one line."""
     state = "dirty" if result["dirty"] else "clean"
     return (
         f"{result['server']}, allocator {result['allocator']}, {result['transport']}, {result['cpu']}, "

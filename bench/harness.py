@@ -1,4 +1,4 @@
-"""A server of its own, contenders in processes of their own that take turns, and proof of what was stored."""
+"""The harness: a private server, a process for each contender, turns, and checks of the stored frames."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ Metrics = dict[str, float]
 
 
 def payloads(count: int, size: int = PAYLOAD_SIZE) -> list[bytes]:
-    """Payloads that tell their position, so that a lost or misplaced frame is seen."""
+    """Return numbered payloads, which show lost and misplaced frames."""
     return [(b"%0*d" % (size, i))[-size:] for i in range(count)]
 
 
 class WrongResultError(Exception):
-    """A contender did not do the job, so its figure says nothing."""
+    """A contender did not do its job; its figures are void."""
 
 
 def check(holds: object, what: str) -> None:
@@ -53,7 +53,7 @@ def check(holds: object, what: str) -> None:
 
 
 class Wire:
-    """A blocking connection without a client library: requests are bytes, replies are hiredis'."""
+    """A blocking connection without a client library: requests are bytes, replies are parsed by hiredis."""
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -65,7 +65,7 @@ class Wire:
         self._socket.sendall(request)
 
     def receive(self) -> object:
-        """The next reply; an error reply is returned."""
+        """Return the next reply; an error reply is returned too."""
         while (reply := self._reader.gets()) is False:
             data = self._socket.recv(1 << 18)
             if not data:
@@ -81,12 +81,12 @@ class Wire:
         return reply
 
     def command(self, *parts: bytes | str | int) -> object:
-        """Send one command; an error reply raises."""
+        """Send a command and return its reply; an error reply is raised."""
         encoded = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
         return self.ask(pack_command(*encoded))
 
     def count(self, *parts: bytes | str | int) -> int:
-        """Send a command that answers an integer (None is 0)."""
+        """Send a command and return its reply, an integer; None counts as 0."""
         reply = self.command(*parts) or 0
         check(isinstance(reply, int), f"{parts[0]!r} did not answer a number")
         assert isinstance(reply, int)
@@ -99,12 +99,12 @@ class Wire:
         return dict(line.split(":", 1) for line in lines if ":" in line)
 
     def server_cpu(self) -> float:
-        """Seconds that the server's main thread has used."""
+        """Return the CPU time of the server's main thread in seconds."""
         cpu = self.info("cpu")
         return float(cpu["used_cpu_user_main_thread"]) + float(cpu["used_cpu_sys_main_thread"])
 
     def drain_blast(self, requests: Sequence[bytes], lines_each: int, window: int = 4) -> None:
-        """Send *requests*, at most *window* of them unanswered; replies are counted, not parsed.
+        """Send *requests* with at most *window* unanswered; count the lines of the replies, parse nothing.
 
         Each request is a pipeline whose replies have *lines_each* lines. The next one is sent before the replies to
         the last are read, so the server always has work.
@@ -161,10 +161,10 @@ class Worker:
         self._process.stdin.flush()
 
     def result(self, timeout: float = 120.0) -> dict[str, float]:
-        """The answer to the job that was started.
+        """Return the answer to the job that runs.
 
         Raises:
-            WrongResultError: The job failed, or did not end in time; the worker is dead then.
+            WrongResultError: The job failed or took too long; the process has been ended.
         """
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], timeout)
@@ -194,7 +194,7 @@ class Worker:
 
 
 class Stage:
-    """What every benchmark gets: the server, a connection to it, a backend, and worker processes."""
+    """The surroundings of every benchmark: a server, a connection to it, a backend, and worker processes."""
 
     def __init__(self, *, quick: bool, executable: str | None = None) -> None:
         self.quick = quick
@@ -213,7 +213,7 @@ class Stage:
         return self.pick(5, 1)
 
     def worker(self, name: str) -> Worker:
-        """The process of the contender *name*."""
+        """Return the process of the contender *name*."""
         if name not in self._workers:
             self._workers[name] = Worker()
         return self._workers[name]
@@ -223,11 +223,11 @@ class Stage:
             self._workers.popitem()[1].close()
 
     def fresh(self) -> None:
-        """Forget all data, so that no contender finds what another left; functions stay."""
+        """Delete all data, so that contenders do not see each other's; functions stay loaded."""
         self.wire.command("FLUSHALL", "SYNC")
 
     def handle(self) -> ff_fast.Handle:
-        """The handle of a claimed execution that nobody else has."""
+        """Create an execution in a lane of its own, claim it and return its handle."""
         lane = uuid.uuid4().hex
         self.backend.create_execution(lane=lane)
         handle = self.backend.claim(
@@ -243,7 +243,7 @@ class Stage:
         retention_maxlen: int = 10_000,
         max_unacknowledged_bytes: int = 32 << 20,
     ) -> Core:
-        """A writer core on an attempt of its own."""
+        """Return a writer core on a new attempt."""
         return Core(self.handle(), self.wire, mode, retention_maxlen, max_unacknowledged_bytes)
 
     def close(self) -> None:
@@ -265,12 +265,12 @@ class Stage:
 
 
 def position(ms: int, sequence: int) -> bytes:
-    """What `ff_append` answers when the frame of that sequence was stored at *ms*."""
+    """Return the reply of `ff_append` after it stored the frame *sequence* at *ms*."""
     return b"%d-%d %d %d 0" % (ms, sequence, ms, ms + LEASE_MS)
 
 
 class Core(WriterCore):
-    """A writer core that a benchmark drives batch by batch, so that their size is exact."""
+    """A writer core whose batches have exactly the size that a benchmark chooses."""
 
     def __init__(
         self,
@@ -300,7 +300,7 @@ class Core(WriterCore):
         self.sent_bytes = 0
 
     def batch(self, frames: Sequence[bytes]) -> Batch:
-        """One batch of exactly *frames*."""
+        """Write *frames* and return them as one batch."""
         write = self.write
         for frame in frames:
             write(frame)
@@ -316,14 +316,14 @@ class Core(WriterCore):
             raise error or self.error or AssertionError
 
     def send(self, frames: Sequence[bytes]) -> int:
-        """One batch of exactly *frames*, sent and acknowledged; returns the size of the request."""
+        """Send *frames* as one batch, take the acknowledgement and return the size of the request."""
         batch = self.batch(frames)
         self._wire.send(batch.message)
         self.settle(batch, self._wire.receive())
         return len(batch.message)
 
     def encode(self, frame: bytes, ms: int) -> bytes:
-        """The request of a batch of one, without sending it: the acknowledgement is made up."""
+        """Return the request of a batch of one. It is not sent; its acknowledgement is made up."""
         sequence = self.write(frame)
         batch = self.next_batch()
         assert batch is not None
@@ -337,7 +337,7 @@ def batches(frames: Sequence[bytes], size: int) -> list[Sequence[bytes]]:
 
 
 def per_frame_cpu(wire: Wire, count: int, work: Callable[[], object]) -> float:
-    """Microseconds of server CPU for each of *count* frames of *work*."""
+    """Run *work* and return the microseconds of server CPU for each of its *count* frames."""
     before = wire.server_cpu()
     work()
     return (wire.server_cpu() - before) / count * 1e6
@@ -346,10 +346,10 @@ def per_frame_cpu(wire: Wire, count: int, work: Callable[[], object]) -> float:
 def take_turns(
     contenders: Mapping[str, Callable[[], Metrics]], rounds: int, *, warm: bool = True
 ) -> dict[str, dict[str, Figure]]:
-    """Run every contender once a round, in alternating order; return what each measured.
+    """Run every contender once a round, in alternating order; return the figures of each.
 
-    A round before the first is thrown away: it pays for imports, page faults and cold caches. One round alone says
-    nothing of speed, so nothing is spent on warming it.
+    The first of several rounds is discarded: it includes imports, page faults and cold caches. A single round is a
+    test that the benchmark runs, and is not preceded by a discarded one.
     """
     values: dict[str, list[Metrics]] = {name: [] for name in contenders}
     for turn in range(-1 if warm and rounds > 1 else 0, rounds):
@@ -368,7 +368,7 @@ def take_turns(
 
 
 def entry_payloads(wire: Wire, key: bytes, count: int) -> list[bytes]:
-    """The payloads of the newest *count* entries of a stream, oldest first."""
+    """Return the payloads of the newest *count* entries of a stream, oldest first."""
     found: list[bytes] = []
     to: bytes = b"+"
     while len(found) < count:
@@ -386,7 +386,7 @@ def entry_payloads(wire: Wire, key: bytes, count: int) -> list[bytes]:
 def check_entries(
     wire: Wire, key: bytes, frames: Sequence[bytes], *, trimmed: bool = False
 ) -> None:
-    """The stream holds exactly *frames*, or, *trimmed*, at least the newest 10,000 of them."""
+    """Check that a stream holds exactly *frames* or, with *trimmed*, at least the newest 10,000."""
     length = wire.count("XLEN", key)
     if trimmed and len(frames) > 10_000:
         check(10_000 <= length < len(frames), f"{length} of {len(frames)} entries are kept")
@@ -400,7 +400,7 @@ def check_entries(
 
 
 def check_core(stage: Stage, core: Core, frames: Sequence[bytes], kept: int) -> None:
-    """The attempt counts every frame, and its newest *kept* are there, in order."""
+    """Check that the attempt counts every frame and still has its newest *kept*, in order."""
     last = stage.wire.command("HGET", core.meta, "last_id")
     check(
         isinstance(last, bytes) and last.endswith(b"-%d" % len(frames)),
@@ -419,11 +419,11 @@ def check_core(stage: Stage, core: Core, frames: Sequence[bytes], kept: int) -> 
 
 @contextlib.contextmanager
 def until(seconds: float) -> Iterator[Callable[[], bool]]:
-    """A question that is answered with True until *seconds* have passed."""
+    """Give a function that returns True until *seconds* have passed."""
     end = time.monotonic() + seconds
     yield lambda: time.monotonic() < end
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment for interpreters whose start is timed: bytecode is cached."""
+    """Return an environment that lets an interpreter cache its bytecode."""
     return {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}

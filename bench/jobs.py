@@ -1,4 +1,4 @@
-"""What ff_fast's users do, each in a process of its own (:mod:`bench.child`)."""
+"""The jobs of ff_fast as a contender; each runs in a process of its own (:mod:`bench.child`)."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from ff_fast import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# A worker gets its tokens from somewhere: after so many writes it lets its loop turn.
+# Writes between two turns of the event loop, which a real worker needs to receive its tokens.
 YIELD_EVERY = 64
 WAIT = ClaimPolicy.with_max_wait(60)
 
 
 def mode_of(name: str, ttl_ms: int = 15_000, ceiling: int = 16_384) -> StreamMode:
-    """The stream mode of a benchmark's argument."""
+    """Return the stream mode that an argument of a job names."""
     if name == "best_effort":
         config = BestEffortLiveConfig.with_ttl(ttl_ms).with_maxlen_ceiling(ceiling)
         return StreamMode.best_effort_live_with_config(config)
@@ -43,7 +43,7 @@ def mode_of(name: str, ttl_ms: int = 15_000, ceiling: int = 16_384) -> StreamMod
 
 
 async def claimed(backend: aio.ValkeyBackend) -> tuple[str, Handle]:
-    """An execution that nobody else has."""
+    """Create an execution in a lane of its own and claim it."""
     lane = uuid.uuid4().hex
     eid = await backend.create_execution(lane=lane)
     handle = await backend.claim(
@@ -54,7 +54,7 @@ async def claimed(backend: aio.ValkeyBackend) -> tuple[str, Handle]:
 
 
 async def write(url: str, count: int, mode: str, batch: int = 0) -> dict[str, object]:
-    """Write *count* frames; with *batch*, flush after each so many, else once at the end."""
+    """Write *count* frames; flush after each *batch* of them, or once at the end if it is 0."""
     clock = Clock()
     async with aio.ValkeyBackend.connect(url) as backend:
         eid, handle = await claimed(backend)
@@ -78,7 +78,7 @@ async def write(url: str, count: int, mode: str, batch: int = 0) -> dict[str, ob
 
 
 def write_sync(url: str, count: int, mode: str, batch: int = 0) -> dict[str, object]:
-    """As :func:`write`, from a thread."""
+    """Do the same as :func:`write` by the blocking interface."""
     clock = Clock()
     with ValkeyBackend.connect(url) as backend:
         lane = uuid.uuid4().hex
@@ -107,14 +107,14 @@ def write_sync(url: str, count: int, mode: str, batch: int = 0) -> dict[str, obj
 
 
 async def burst_write(url: str, lane: str, rate: int, count: int, mode: str) -> dict[str, float]:
-    """A worker at *rate* frames a second; each payload says when it was written."""
+    """Write *rate* frames a second; each payload is the time of its write."""
     async with aio.ValkeyBackend.connect(url) as backend:
         handle = await backend.claim(
             lane=lane, worker_id="bench", worker_instance_id="bench-1", lease_ttl_ms=LEASE_MS
         )
         assert handle is not None
         writer = await backend.open_writer(handle, mode=mode_of(mode))
-        # The reader has been waiting for the attempt; let it get to its blocking read.
+        # Time for the reader to notice the attempt and to block in its read.
         await asyncio.sleep(0.3)
         start = time.monotonic()
         late = 0.0
@@ -131,7 +131,7 @@ async def burst_write(url: str, lane: str, rate: int, count: int, mode: str) -> 
 
 
 async def burst_read(url: str, execution_id: str, count: int) -> dict[str, object]:
-    """The milliseconds from append to here, frame by frame."""
+    """Return for each frame the milliseconds from its write to its arrival here."""
     latencies: list[float] = []
     async with aio.ValkeyBackend.connect(url) as backend:
         async for item in backend.tail(execution_id):
@@ -147,12 +147,12 @@ async def burst_read(url: str, execution_id: str, count: int) -> dict[str, objec
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
+    """Return the resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 async def claim_many(backend: aio.ValkeyBackend, count: int, at_once: int = 64) -> list[Handle]:
-    """*count* claimed executions."""
+    """Return the handles of *count* claimed executions."""
     found: list[Handle] = []
     while len(found) < count:
         group = min(at_once, count - len(found))
@@ -164,10 +164,10 @@ async def claim_many(backend: aio.ValkeyBackend, count: int, at_once: int = 64) 
 async def many_streams(
     url: str, streams: int, rate: int, seconds: float, mode: str
 ) -> dict[str, object]:
-    """*streams* writers at *rate* frames a second each, on one connection.
+    """Write to *streams* streams at *rate* frames a second each, on one connection.
 
-    A tick every ms or so writes what is due, spread evenly over the streams. One frame in a hundred is timed from its
-    write until it is acknowledged.
+    About every millisecond the due frames are written, spread evenly over the streams. One frame in 101 is timed from
+    its write to its acknowledgement.
     """
     async with aio.ValkeyBackend.connect(url) as backend:
         handles = await claim_many(backend, streams)
@@ -224,7 +224,7 @@ async def many_streams(
 
 
 async def idle_writers(url: str, count: int, frames: int) -> dict[str, float]:
-    """Memory of *count* open writers, before they have written and after."""
+    """Return the memory of each of *count* open writers, before and after their first frames."""
     async with aio.ValkeyBackend.connect(url) as backend:
         handles = await claim_many(backend, count)
         before = resident_bytes()
@@ -244,7 +244,7 @@ async def idle_writers(url: str, count: int, frames: int) -> dict[str, float]:
 
 
 def read(url: str, execution_id: str, count: int, how: str) -> dict[str, float]:
-    """Every frame of an ended attempt, by a tail or in pages of 10,000."""
+    """Read every frame of an ended attempt, by a tail or in pages of 10,000."""
     clock = Clock()
     with ValkeyBackend.connect(url) as backend:
         clock.start()
@@ -266,7 +266,7 @@ def read(url: str, execution_id: str, count: int, how: str) -> dict[str, float]:
 
 
 async def read_asyncio(url: str, execution_id: str, count: int, how: str) -> dict[str, float]:
-    """As :func:`read`, asyncio."""
+    """Do the same as :func:`read` in asyncio."""
     clock = Clock()
     async with aio.ValkeyBackend.connect(url) as backend:
         clock.start()
@@ -293,7 +293,7 @@ async def read_asyncio(url: str, execution_id: str, count: int, how: str) -> dic
 async def write_patches(
     url: str, first: str, patches: Iterable[str], mode: str
 ) -> dict[str, object]:
-    """A first patch, untimed, then *patches*, as fast as they are acknowledged."""
+    """Write *first*, then, timed, *patches* as fast as they are acknowledged."""
     clock = Clock()
     encoded = [patch.encode() for patch in patches]
     async with aio.ValkeyBackend.connect(url) as backend:
@@ -316,7 +316,7 @@ async def write_patches(
 async def write_answer(
     url: str, tokens: list[str], rate: int, linger_ms: float
 ) -> dict[str, object]:
-    """An answer, token by token at *rate* a second (0: as fast as it goes), appended to the summary."""
+    """Append *tokens* to the summary one by one, at *rate* a second or, if that is 0, as fast as possible."""
     async with aio.ValkeyBackend.connect(url) as backend:
         eid, handle = await claimed(backend)
         writer = await backend.open_writer(handle, mode=mode_of("append"), linger=linger_ms / 1000)
@@ -357,7 +357,7 @@ async def lifecycle(url: str, lane: str, count: int, tasks: int) -> dict[str, fl
                     lane=lane, worker_id="bench", worker_instance_id="bench-1"
                 )
                 if handle is None:
-                    # Nobody else has work to offer: the creators of this process need a turn.
+                    # Only creators on this event loop can make work, so they need a turn.
                     await asyncio.sleep(0.001)
                     continue
                 await backend.complete(handle, b"done")
@@ -372,7 +372,7 @@ async def lifecycle(url: str, lane: str, count: int, tasks: int) -> dict[str, fl
 
 
 async def create_paced(url: str, lane: str, count: int) -> dict[str, int]:
-    """Create executions at uneven times, about 10 ms apart; for each, when its call began."""
+    """Create executions about 10 ms apart; return the start of each call."""
     spread = random.Random(14)
     created: dict[str, int] = {}
     async with aio.ValkeyBackend.connect(url) as backend:
@@ -384,7 +384,7 @@ async def create_paced(url: str, lane: str, count: int) -> dict[str, int]:
 
 
 async def claim_aio(url: str, lane: str, count: int) -> dict[str, tuple[int, int]]:
-    """Wait for executions and complete them; for each, when the wait began and when its handle was there."""
+    """Wait for executions and complete them; return for each the start of the wait and the arrival of its handle."""
     claimed: dict[str, tuple[int, int]] = {}
     async with aio.ValkeyBackend.connect(url) as backend:
         for _ in range(count):
@@ -400,7 +400,7 @@ async def claim_aio(url: str, lane: str, count: int) -> dict[str, tuple[int, int
 
 
 def claim_sync(url: str, lane: str, count: int) -> dict[str, tuple[int, int]]:
-    """As :func:`claim_aio`, from a thread."""
+    """Do the same as :func:`claim_aio` by the blocking interface."""
     claimed: dict[str, tuple[int, int]] = {}
     with ValkeyBackend.connect(url) as backend:
         for _ in range(count):

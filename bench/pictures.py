@@ -1,4 +1,4 @@
-"""The pictures: what the series of a run look like."""
+"""The pictures of a run."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ TEXTS = {
 
 
 def draw(pictures: Mapping[str, Series], folder: Path, note: str) -> list[Path]:
-    """Draw each picture that there is data for into *folder*."""
+    """Draw a picture for each of *pictures* into *folder* and return the files."""
     made = []
     for name, lines in pictures.items():
         title, x_label, y_label = TEXTS[name]
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
         for i, (label, points) in enumerate(lines.items()):
             xs, ys = [point[0] for point in points], [point[1] for point in points]
-            # The two shares of one contender are neighbours and have one colour.
+            # p50 and p99 of a contender follow each other and share a colour.
             pair = name == "latency"
             axes.plot(
                 xs,
@@ -61,7 +61,7 @@ def draw(pictures: Mapping[str, Series], folder: Path, note: str) -> list[Path]:
             axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 4)))
             axis.set_minor_formatter(NullFormatter())
         if name == "latency":
-            # Less than two decades: their ends alone would say too little.
+            # An axis of less than two decades would have too few labels at powers of ten alone.
             axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: number(value)))
         axes.set_title(title)
         axes.set_xlabel(x_label)

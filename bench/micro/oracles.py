@@ -1,4 +1,4 @@
-"""The obvious versions that the tests compare with. They have no types, so they are imported by name."""
+"""The oracles of the tests. They are untyped, so they are imported by name."""
 
 from __future__ import annotations
 

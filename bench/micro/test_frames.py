@@ -1,4 +1,4 @@
-"""Entries of a stream to frames: ff_fast beside the oracle, and beside what a loop over redis-py's lists would do."""
+"""Decoding entries to frames: ff_fast, the oracle, and a loop over redis-py's lists."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_1024_frames(
 
 
 def test_1024_entries_to_dicts(benchmark: Benchmark) -> None:
-    """No frame objects, only a dict for each entry's fields: what a user of redis-py would look at."""
+    """Make a dict of each entry's fields, as a user of redis-py would; no frame objects."""
 
     def to_dicts(entries: list[tuple[bytes, list[bytes]]]) -> list[dict[bytes, bytes]]:
         return [dict(zip(fields[::2], fields[1::2], strict=True)) for _, fields in entries]

@@ -29,7 +29,7 @@ class Mergeable(Protocol):
 
 
 class OrjsonDocument:
-    """The document kept parsed, patches parsed by orjson and merged in Python: not exact, but what one would write."""
+    """A document kept parsed; orjson parses patches and Python merges them. Large numbers lose digits."""
 
     def __init__(self, document_json: bytes) -> None:
         self._root: dict[str, object] = orjson.loads(document_json)
@@ -83,7 +83,7 @@ def test_20_merge_patches(benchmark: Benchmark, name: str, size: str) -> None:
     assert orjson.loads(contender.dumps()) == orjson.loads(expected.dumps())
 
 
-# Not the oracle, which copies the document for each token.
+# Without the oracle: it copies the document for each token.
 @pytest.mark.parametrize("name", ["ff_fast", "orjson and Python"])
 def test_an_answer_of_1000_tokens(benchmark: Benchmark, name: str) -> None:
     def answer() -> bytes:

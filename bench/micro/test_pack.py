@@ -25,7 +25,7 @@ def call(arguments: int, size: int) -> Call:
 
 
 CASES = {
-    # One worker's lease; a batch of small frames; few large payloads, where copying should dominate.
+    # A renewal of a lease, a batch of small frames, and large payloads, where copying should dominate.
     "7 x 16 B": call(7, 16),
     "100 x 6 B": call(100, 6),
     "4 x 64 KiB": call(4, 65_536),

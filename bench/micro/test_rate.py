@@ -1,4 +1,4 @@
-"""The rate estimator: one recorded batch and one question, beside the same formula in Python."""
+"""The rate estimator: record a batch and ask for the rate; beside it the same formula in Python."""
 
 from __future__ import annotations
 

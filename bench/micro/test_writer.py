@@ -1,4 +1,4 @@
-"""Writing 1,024 frames into a writer core, up to the bytes of the requests; no connection takes part."""
+"""Writing 1,024 frames into a writer core, up to the bytes of its requests, without a connection."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_1024_frames(benchmark: Benchmark, mode: str, batch: int) -> None:
 
 
 def test_1024_xadd_by_hiredis(benchmark: Benchmark) -> None:
-    """What a client spends at the least on packing one XADD of six fields for each frame."""
+    """Pack one XADD of six fields for each frame: the least that a client does."""
 
     def pack() -> int:
         size = 0

@@ -1,4 +1,4 @@
-"""The part of pytest-benchmark's fixture that is used here, which has no type information."""
+"""The type of pytest-benchmark's fixture, which has none, as far as it is used here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ T = TypeVar("T")
 
 
 class Benchmark(Protocol):
-    """``benchmark(function, *arguments)``: calls it many times, returns what one call returned."""
+    """``benchmark(function, *arguments)`` calls *function* many times and returns the value of one call."""
 
     def __call__(self, function: Callable[..., T], *arguments: object) -> T: ...

@@ -1,4 +1,4 @@
-"""How cost grows: per frame it must not, with the stream, the document, the number of streams, and the frame's size."""
+"""Growth: the cost per frame must not grow with the stream, the document or the number of streams."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BATCH = 64
 
 
 def run(stage: Stage) -> Report:
-    """Figures, a picture, and one row for each kind of growth: the cost at the large end over that at the small end."""
+    """Measure each kind of growth. Its row is the cost at the large end over that at the small end."""
     report = Report()
     for what, measure in (
         ("frames in the stream", stream_length),
@@ -57,7 +57,7 @@ def run(stage: Stage) -> Report:
 
 
 def stream_length(stage: Stage) -> list[tuple[float, float]]:
-    """Durable frames, none trimmed; at each length, the cost of the last tenth of the way there."""
+    """Append durable frames without trimming; measure around each length, from nine tenths of it to eleven."""
     stage.fresh()
     core = stage.core(retention_maxlen=100_000_000)
     parts = batches(payloads(BATCH * 100), BATCH)
@@ -76,13 +76,13 @@ def stream_length(stage: Stage) -> list[tuple[float, float]]:
 
 
 def document_size(stage: Stage) -> list[tuple[float, float]]:
-    """25-byte patches, as many as make the writer store the document three times: the cost with its share of that."""
+    """Send 25-byte patches, enough for the writer to store the document three times, which is part of the cost."""
     points: list[tuple[float, float]] = []
     for size in (1 << 10, 10 << 10, 100 << 10, 1 << 20)[: stage.pick(4, 2)]:
         stage.fresh()
         document = document_of(size)
         core = stage.core(mode_of("merge"))
-        # A patch may have 64 KiB, so a large document is made from several.
+        # A patch has at most 64 KiB, so a large document takes several.
         names = list(document)
         for group in batches([name.encode() for name in names], 400):
             core.send([orjson.dumps({name.decode(): document[name.decode()] for name in group})])
@@ -96,7 +96,7 @@ def document_size(stage: Stage) -> list[tuple[float, float]]:
 
 
 def stream_count(stage: Stage) -> list[tuple[float, float]]:
-    """Batches of 16, to one stream after the other."""
+    """Send batches of 16 to all streams in turn."""
     points: list[tuple[float, float]] = []
     frames = payloads(16)
     for streams in (1, 10, 100, 2_000)[: stage.pick(4, 2)]:
@@ -113,7 +113,7 @@ def stream_count(stage: Stage) -> list[tuple[float, float]]:
 
 
 def frame_size(stage: Stage) -> list[tuple[float, float, float]]:
-    """Size of a frame, server CPU per frame, MiB a second acknowledged one batch after the other."""
+    """Return for each frame size the server CPU per frame, and MiB a second with each batch awaited."""
     points = []
     for size in (1, 64, 1_024, 16_384, 65_536):
         stage.fresh()

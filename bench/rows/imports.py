@@ -1,4 +1,4 @@
-"""P12: what `import ff_fast` costs a program that starts."""
+"""P12: the time of `import ff_fast`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.harness import ROOT, Metrics, Stage, clean_environment, take_turns
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Ours must come without them: a numeric stack, a web stack, and other clients.
+# `import ff_fast` must load none of these numeric, web and client libraries.
 HEAVY = ("numpy", "starlette", "uvicorn", "pydantic", "rich", "coredis", "glide")
 PROGRAM = """
 import json, sys, time
@@ -25,7 +25,7 @@ print(json.dumps([ms, sorted(sys.modules.keys() & set(sys.argv[2:]))]))
 
 
 def imported(module: str) -> tuple[float, list[str]]:
-    """Milliseconds, and which heavy modules came with it."""
+    """Import *module* in a fresh interpreter; return the milliseconds and the heavy modules that it loaded."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, module, *HEAVY],
         capture_output=True, text=True, check=True, cwd=ROOT, env=clean_environment(), timeout=60,
@@ -36,7 +36,7 @@ def imported(module: str) -> tuple[float, list[str]]:
 
 def run(stage: Stage) -> Report:
     """P12."""
-    # The first import compiles; it is thrown away as the round that warms up.
+    # The first import compiles bytecode; it falls into the discarded round.
     found: dict[str, list[str]] = {}
 
     def timed(module: str) -> Callable[[], Metrics]:

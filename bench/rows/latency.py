@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 RATES = (200, 500, 1000, 2000, 4000)
-# The first frames find cold caches in three processes.
+# The first frames meet cold caches in three processes.
 SKIPPED = 20
 
 

@@ -1,4 +1,4 @@
-"""P13 and P14: executions from their creation to their end, and how soon a waiting worker has one in hand."""
+"""P13 and P14: executions a second from creation to end, and the time until a waiting worker has one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ff_fast import keys
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# Of creators, and as many of claimers.
+# Number of creators, and of claimers.
 TOGETHER = 64
-# The first claims find cold caches in three processes.
+# The first claims meet cold caches in three processes.
 SKIPPED = 10
 
 
@@ -60,7 +60,7 @@ def run(stage: Stage) -> Report:
 
 
 def check_all_completed(stage: Stage, lane: str, count: int) -> None:
-    """Each execution has ended once, as completed, and nothing of it waits or ticks anywhere."""
+    """Check that each execution was completed once, and that no index, timer or hint is left."""
     wire = stage.wire
     ended = [eid for index in range(keys.DEFAULT_PARTITIONS) for eid in completed(stage, index)]
     check(len(ended) == count, f"{len(ended)} completion records, not {count}")
@@ -75,7 +75,7 @@ def check_all_completed(stage: Stage, lane: str, count: int) -> None:
 
 
 def completed(stage: Stage, partition: int) -> Iterator[str]:
-    """Ids in the completion records of one partition."""
+    """Yield the ids in the completion records of one partition."""
     records = stage.wire.command("XRANGE", keys.completions(keys.tag_of(partition)), "-", "+")
     for _, flat in cast("list[tuple[bytes, list[bytes]]]", records):
         fields = dict(zip(flat[::2], flat[1::2], strict=True))

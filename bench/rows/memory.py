@@ -1,4 +1,4 @@
-"""P11: memory: of the server for each frame that it keeps, of the client for each writer that waits."""
+"""P11: the server's memory for each stored frame, the client's for each open writer."""
 
 from __future__ import annotations
 

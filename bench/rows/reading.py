@@ -13,7 +13,7 @@ from bench.rivals import acknowledged, encoded_xadd
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# What `read_stream` takes at the most; XREAD and XRANGE get the same.
+# The largest page of `read_stream`; XREAD and XRANGE get the same.
 PAGE = 10_000
 
 
@@ -24,7 +24,7 @@ def run(stage: Stage) -> Report:
     stage.fresh()
     singles = filled(stage.core(retention_maxlen=10_000_000), frames, 256)
     stage.backend.complete(singles.handle)
-    # Far longer than the benchmark: an expired window would be read as a gap.
+    # Longer than the benchmark, since an expired window would be a gap.
     runs = filled(stage.core(mode_of("best_effort", 600_000, 10_000_000)), frames, 64)
     stage.backend.complete(runs.handle)
     acknowledged(stage.wire, [encoded_xadd("bench", frame) for frame in frames], 256)()

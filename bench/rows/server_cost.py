@@ -1,4 +1,4 @@
-"""P1, P2: CPU of the server for each frame, without any client's noise: requests come from a raw socket."""
+"""P1, P2: server CPU for each frame. Requests come from a raw socket, so no client takes part."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from ff_fast import StreamMode
 
 BATCH = 64
-# So many calls of one frame, or streams with a batch each, share a round trip, so that the cost of a call is seen and
-# not that of a socket.
+# Calls of one frame, and batches of different streams, in one round trip: enough to make the socket's share small.
 PIPELINE = 64
 STREAMS = 4
 
@@ -36,7 +35,7 @@ def run(stage: Stage) -> Report:
     """P1a, P1b, P2."""
     count = stage.pick(300, 4) * BATCH
     singles = stage.pick(60, 4) * PIPELINE
-    # The log and the live window are full before the clock starts, so trimming is part of what is measured.
+    # The log and the live window are full before the clock starts, so that trimming is measured too.
     filling = stage.pick(270, 4) * BATCH
     frames = payloads(filling + count)
     live = mode_of("best_effort")
@@ -137,7 +136,7 @@ def run(stage: Stage) -> Report:
             "awaited XADD, one a round trip": plain(1, 1),
             "one fenced call a frame, one a round trip": fenced(1),
         },
-        # A turn is short, and what else runs on the machine comes and goes within seconds.
+        # Turns are short, so other load on the machine hits some of them; more rounds make up for it.
         stage.pick(9, 1),
     )
     report = Report(figures=measured)

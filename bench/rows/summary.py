@@ -1,4 +1,4 @@
-"""P8, P9: what a rolling summary costs: small patches on a large document, and an answer that grows by tokens."""
+"""P8, P9: the cost of a rolling summary: small patches on a large document, and an answer token by token."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ PATCH_BYTES = 25
 
 
 def document_of(size: int) -> dict[str, dict[str, object]]:
-    """A document of about *size* bytes of JSON: records that each have a number to change."""
+    """Return a document of about *size* bytes of JSON; each of its records has a number to change."""
     record = {"n": 10_000_000, "text": "x" * 70}
     count = max(size // len(orjson.dumps({"k0000": record})), 1)
     return {f"k{i:05d}": dict(record) for i in range(count)}
 
 
 def patches_for(document: dict[str, dict[str, object]], count: int) -> list[bytes]:
-    """Merge patches of 25 bytes, each of which changes the number of one record."""
+    """Return merge patches of 25 bytes; each changes the number of one record."""
     rng = random.Random(20)
     names = list(document)
     made = []
@@ -40,7 +40,7 @@ def patches_for(document: dict[str, dict[str, object]], count: int) -> list[byte
 
 
 def merged(document: dict[str, dict[str, object]], made: list[bytes]) -> object:
-    """What the document is after the patches, by plain Python."""
+    """Return the patched document, computed by plain Python."""
     result = {name: dict(record) for name, record in document.items()}
     for patch in made:
         for name, change in orjson.loads(patch).items():
@@ -151,7 +151,7 @@ def answer(stage: Stage) -> Report:
                 url=stage.url, tokens=tokens, rate=rate, linger_ms=linger_ms,
             )
         )  # fmt: skip
-        # The library itself is not sent again, and the handful of calls around the writer is some 2 KB.
+        # The server has the library already. The calls around the writer are about 2 KB.
         sent = received(stage) - before
         check_summary(stage, cast("str", done["execution_id"]), {"text": "".join(tokens)})
         return {"times_its_size": sent / size, "bytes": sent}
@@ -167,7 +167,7 @@ def answer(stage: Stage) -> Report:
         "18 KB, asyncio, 2000 Hz": functools.partial(live, 2000, 0.0),
         "18 KB, asyncio, 2000 Hz, linger 50 ms": functools.partial(live, 2000, 50.0),
     }
-    # Bytes do not depend on the machine's mood, and where they do (batches by time) one look is enough.
+    # One turn is enough: the bytes do not depend on speed, or only where batches form by time.
     report.figures = take_turns(contenders, 1, warm=False)
     stage.end_workers()
 

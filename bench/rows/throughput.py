@@ -1,4 +1,4 @@
-"""P3, P4: one worker, one stream, as fast as it goes: client CPU per frame, and frames a second."""
+"""P3, P4: one worker on one stream at full speed: client CPU per frame, and frames a second."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def sweep(
     ours: Callable[..., Callable[[], Metrics]],
     theirs: Callable[..., Callable[[], Metrics]],
 ) -> None:
-    """Frames a second against frames per await: everybody waits for each batch before the next."""
+    """Measure frames a second against the size of batches; every contender awaits each batch."""
     lines: dict[str, Callable[[int], Callable[[], Metrics]]] = {
         "ff_fast durable": lambda n: ours("write", "durable", sized(stage, n, 60_000), n),
         "ff_fast best-effort": lambda n: ours("write", "best_effort", sized(stage, n, 60_000), n),
@@ -160,7 +160,7 @@ def sweep(
 
 
 def sized(stage: Stage, batch: int, most: int) -> int:
-    """How many frames: few where each costs a round trip."""
+    """Return the number of frames; contenders with a round trip for each frame get fewer."""
     if stage.quick:
         return max(batch, 64)
     return max(min(most, 2_000 * batch), batch) // batch * batch

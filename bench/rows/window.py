@@ -1,8 +1,8 @@
 """P10: does a best-effort frame stay for its ttl, and how large a window does that take?
 
 Writer cores run in real time, beside each other, on steady streams and on traces of bursts and pauses. No server takes
-part: acknowledgements are made up from this machine's clock, and the trims and expiries that the cores ask for are what
-is checked. The formula is FlowFabric's, K = ceil(rate * ttl * 2), given the true rate of the stream (of the burst).
+part: acknowledgements are made up from this machine's clock. Each trim and expiry that a core requests is checked. The
+formula is FlowFabric's, K = ceil(rate * ttl * 2), with the true rate of the stream or burst.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.jobs import mode_of
 from ff_fast._hot.writer import WriterCore
 
 RATES = (200, 500, 1000, 2000, 4000)
-# Shares no period with the rates, or frames would come in the same lumps all the time.
+# No multiple of a frame's period, so that the sizes of batches vary.
 TICK_S = 0.0013
 TRACES = 6
 CEILING = 4_000_000
@@ -29,7 +29,7 @@ EXPIRE = re.compile(rb"\r\n\$1\r\nP\r\n\$\d+\r\n(\d+)\r\n")
 
 
 class Phase:
-    """Frames at one rate for some time."""
+    """A time of one rate."""
 
     def __init__(self, start: float, seconds: float, count: int) -> None:
         self.start = start
@@ -37,12 +37,12 @@ class Phase:
         self.count = count
 
     def due(self, now: float) -> int:
-        """How many frames are written by *now*."""
+        """Return the number of frames that are due by *now*."""
         return min(max(int((now - self.start) * self.rate), 0), self.count)
 
 
 def trace(seed: int, seconds: float) -> list[Phase]:
-    """Bursts of 50 to 2000 frames over 0.5 to 10 s, with pauses of 1 to 30 s."""
+    """Return bursts of 50 to 2000 frames over 0.5 to 10 s, with pauses of 1 to 30 s."""
     rng = random.Random(seed)
     phases = []
     at = 0.0
@@ -54,7 +54,7 @@ def trace(seed: int, seconds: float) -> list[Phase]:
 
 
 class FlowFabricRate:
-    """The estimate that FlowFabric keeps: an average over whole milliseconds between two appends."""
+    """FlowFabric's estimate: a moving average of the rate, from whole milliseconds between two appends."""
 
     def __init__(self, ttl_ms: int) -> None:
         self._ttl_s = ttl_ms / 1000
@@ -73,7 +73,7 @@ def formula(rate: float, ttl_s: float) -> int:
 
 
 class Stream:
-    """One writer core, and what a reader would still find."""
+    """A writer core, and the frames that a reader would still find."""
 
     def __init__(self, name: str, phases: list[Phase], ttl_ms: int) -> None:
         self.name = name
@@ -99,13 +99,13 @@ class Stream:
         )
 
     def turn(self, now: float, now_ms: int) -> None:
-        """Write what is due, as one batch, and look at what the core asks of the server."""
+        """Write the due frames as one batch, and check the trims and expiries in its request."""
         if not self._phases:
             return
         phase = self._phases[0]
         count = phase.due(now) - self._written
         if count > 0:
-            # A stall of this machine must not make a batch that the writer would not.
+            # A bound for stalls of this machine: a writer would have sent several batches meanwhile.
             count = min(count, 1000)
             self._append(count, phase, now_ms)
             self._written += count

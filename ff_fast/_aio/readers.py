@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Self, TypeVar
+import weakref
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ff_fast._core import readers
 from ff_fast._core.steps import Retries, Source, Step, Steps
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from ff_fast._aio.pool import Pool
 
 T = TypeVar("T", bound=readers.HasCursor)
+
+PARK_S = 1.0
+"""How long a reader whose read was cancelled keeps its connection for the next one."""
 
 
 class Reader(readers.ReaderState[T], AsyncItems[T]):
@@ -41,6 +45,7 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         self._resume_at = 0.0
         self._library_missing = False
         self._reading = False
+        self._parking: asyncio.TimerHandle | None = None
 
     async def next_batch(self, timeout: float | timedelta | None = None) -> list[T]:
         """Return all items of the server's next answer, or those that are left of the last one.
@@ -68,6 +73,9 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         if self._reading:
             raise InvalidInput(readers.ONE_AT_A_TIME)
         self._reading = True
+        if self._parking is not None:
+            self._parking.cancel()
+            self._parking = None
         try:
             while not self._source.ended:
                 try:
@@ -90,9 +98,12 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
                     self._put(items)
                     return True
             self._let_go()
-            return False
+        except asyncio.CancelledError:
+            self._parking = self._loop.call_later(PARK_S, _park, weakref.ref(self))
+            raise
         finally:
             self._reading = False
+        return False
 
     async def _wait(self, until: float | None) -> bool:
         """Wait until the server may be asked again; return whether that is before *until*."""
@@ -140,6 +151,12 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         if connection is not None:
             self._pool._release(connection)
 
+    def _park(self) -> None:
+        """Nobody went on after a cancellation: give up the answer that is on its way, and its connection."""
+        if not self._reading and self._connection is not None:
+            self._let_go()
+            self._source.restart()
+
     async def aclose(self) -> None:
         """Stop reading, and give the connection back. A read of another task ends with an error."""
         self._closed = True
@@ -160,6 +177,12 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         if connection is not None:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._pool._release, connection)
+
+
+def _park(reader: weakref.ref[Reader[Any]]) -> None:
+    found = reader()
+    if found is not None:
+        found._park()
 
 
 class Tail(Reader[Item]):

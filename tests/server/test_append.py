@@ -1234,7 +1234,7 @@ def test_a_requested_cancel_leaves_the_writer_its_grace(stream):
     assert stream.append(log(b"1"))[1] == 1
 
 
-# -- what FlowFabric's append got wrong: reference/02-streams.md §9 ------------------------------------
+# -- cases that FlowFabric's append gets wrong ------------------------------------------------------------
 
 
 def test_a1_the_same_call_twice_stores_once(stream):

@@ -12,7 +12,9 @@ import orjson
 import pytest
 
 import ff_fast
-from ff_fast import Frame, FrameKind, PatchKind, StreamMode, cli, data, demo, keys
+from ff_fast import Frame, FrameKind, PatchKind, StreamMode, cli, data, keys
+from ff_fast._demo import check, plan
+from ff_fast._demo import run as demo_run
 
 from ..conftest import ROOT
 
@@ -123,6 +125,21 @@ def test_demo_interrupted_hands_its_execution_back(server, run):
     assert orjson.loads(out)["state"] == "failed"
 
 
+def test_the_processes_of_the_demo_import_what_the_command_imports(server, tmp_path):
+    (tmp_path / "ff_fast").mkdir()
+    (tmp_path / "ff_fast" / "__init__.py").write_text("raise ImportError('not this one')")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "ff_fast", "demo", "--seconds", "0.1", "--url", server.url],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=40,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_demo_on_a_server_that_is_not_there(run):
     code, out, err = run("demo", "--plain", "--url", "unix:///nowhere/valkey.sock")
     assert (code, out) == (1, b"")
@@ -130,19 +147,21 @@ def test_demo_on_a_server_that_is_not_there(run):
 
 
 def test_demo_exit_code_follows_the_comparison(run, monkeypatch):
-    monkeypatch.setattr(demo, "run", lambda url, plan, view: ["1 tokens were sent and 0 arrived."])
+    monkeypatch.setattr(
+        demo_run, "run", lambda url, plan, view: ["1 tokens were sent and 0 arrived."]
+    )
     code, _, err = run("demo", "--plain", "--url", "unix:///unused")
     assert (code, err) == (1, "ff-fast: 1 tokens were sent and 0 arrived.\n")
 
 
-PLAN = demo.Plan(1000.0, 700)
-WANT = demo.expected(PLAN)
+PLAN = plan.Plan(1000.0, 700)
+WANT = check.expected(PLAN)
 STORED = (WANT.document, WANT.version)
 
 
-def differences(got: demo.Transcript, stored: tuple[bytes, int] = STORED) -> dict[str, str]:
-    checks = demo.compare(WANT, got, stored)
-    return {check.name: check.difference for check in checks if check.difference}
+def differences(got: check.Transcript, stored: tuple[bytes, int] = STORED) -> dict[str, str]:
+    checks = check.compare(WANT, got, stored)
+    return {one.name: one.difference for one in checks if one.difference}
 
 
 def test_compare_finds_nothing_where_nothing_differs():
@@ -182,13 +201,13 @@ def test_compare_looks_at_the_stored_summary_too(stored):
 
 def test_the_tokens_of_the_demo_are_its_text():
     text = data.text().encode()
-    once = demo.tokens(10_000)
+    once = plan.tokens(10_000)
     assert b"".join(once).startswith(text + text[:100])
 
 
 def test_the_window_of_the_demo_holds_what_its_ttl_promises():
     for rate in (1, 1000, 100_000):
-        config = demo.Plan(rate, 1).live_mode.config
+        config = plan.Plan(rate, 1).live_mode.config
         # Without the ceiling only age trims a frame.
         assert config.maxlen_ceiling >= 2 * rate * config.ttl_ms / 1000
 
@@ -422,7 +441,6 @@ def test_unknown_and_malformed_executions(run, command):
         ["demo", "--rate", "100000", "--seconds", "3600"],
         ["demo", "--modes", "some"],
         ["dance"],
-        [],
     ],
 )
 def test_wrong_usage(run, argv):
@@ -431,6 +449,13 @@ def test_wrong_usage(run, argv):
     code, out, err = run(*argv, *more)
     assert (code, out) == (2, b"")
     assert re.fullmatch(r"ff-fast: [^\n]+\n", err)
+
+
+def test_without_a_command_it_prints_help_and_fails(run):
+    code, out, err = run()
+    assert (code, out) == (2, b"")
+    assert err.startswith("usage: ff-fast")
+    assert "\n    inspect " in err
 
 
 def test_no_server_named(run, monkeypatch):
@@ -446,7 +471,13 @@ def test_a_server_that_is_not_there_is_not_waited_for(run):
     assert time.monotonic() - began < 2
 
 
-@pytest.mark.parametrize("command", ["", "demo", "tail", "summary", "info", "supervise"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("", "demo", "tail", "summary", "info", "inspect"),
+        *("submit", "signal", "cancel", "supervise"),
+    ],
+)
 def test_help(run, command):
     code, out, err = run(*command.split(), "--help")
     assert (code, err) == (0, "")

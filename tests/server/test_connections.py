@@ -71,9 +71,12 @@ def test_calls_and_writers_share_few_connections(connect, server, lane):
 
 
 def test_nothing_is_sent_that_a_server_need_not_know(connect, own_monitor, lane):
-    """No CLIENT SETINFO, no HELLO, no PING: the version of the library is all that a connection asks."""
+    """No CLIENT SETINFO, no HELLO, no PING: a connection asks for the version of the library and the partition count."""
     connect(own_monitor.url)
-    assert own_monitor.commands() == ["fcall_ro"]
+    own_monitor.forget()
+    connect(own_monitor.url)
+    # The function asks for the count.
+    assert own_monitor.commands() == ["fcall_ro", "get"]
 
 
 class Monitored:
@@ -84,6 +87,10 @@ class Monitored:
         self.url = server.url
         with connect_raw(server.url) as raw:
             raw.function_load(ff_fast._library.source(), replace=True)
+        self.forget()
+
+    def forget(self):
+        with connect_raw(self.url, driver_info=None) as raw:
             raw.config_resetstat()
 
     def commands(self):

@@ -757,11 +757,16 @@ def test_an_exit_in_a_handler_ends_the_worker_and_hands_the_execution_back(
 def test_a_handler_that_could_not_start_is_handed_back(kind, server, backend, lane, failure):
     called = []
     running = Worker(kind, server.url, called.append, lane=lane).begin()
+    carry_out, claims = running.backend._do, [True]
 
-    def refuse(handle):
-        raise failure
+    def refuse(call):
+        # A claim has a connection of its own; the call after it loads what the handler starts from.
+        claims.append(call.own_connection)
+        if claims[-2] and not call.own_connection:
+            raise failure
+        return carry_out(call)
 
-    running.backend.read_payload = refuse
+    running.backend._do = refuse
     eid = backend.create_execution(lane=lane)
     wait_until(lambda: backend.describe(eid).fields["total_attempt_count"] != "0")
     running.ask()
@@ -777,14 +782,17 @@ def test_a_handler_that_could_not_start_is_handed_back(kind, server, backend, la
 
 def test_an_end_is_tried_again_while_the_lease_is_held(kind, server, backend, lane, state):
     running = Worker(kind, server.url, lambda task: b"kept", lane=lane).begin()
-    complete, failures = running.backend.complete, [errors.Unavailable(), errors.OutcomeUnknown()]
+    carry_out, failures = running.backend._do, [errors.Unavailable(), errors.OutcomeUnknown()]
+    loaded = []
 
-    def flaky(handle, payload):
-        if failures:
-            raise failures.pop()
-        return complete(handle, payload)
+    def flaky(call):
+        if not call.own_connection:
+            if loaded and failures:
+                raise failures.pop()
+            loaded.append(call)
+        return carry_out(call)
 
-    running.backend.complete = flaky
+    running.backend._do = flaky
     with_retries = backend.create_execution(lane=lane, retry=RETRY)
     assert state(with_retries) == "completed"
     assert backend.read_result(with_retries) == b"kept"
@@ -794,13 +802,14 @@ def test_an_end_is_tried_again_while_the_lease_is_held(kind, server, backend, la
 
 def test_what_was_claimed_runs_also_when_it_is_time_to_stop(kind, server, backend, lane, state):
     running = Worker(kind, server.url, lambda task: b"ran", lane=lane).begin()
-    claim = running.backend.claim
+    carry_out = running.backend._do
 
-    def stopping(**options):
-        running.ask()
-        return claim(**options)
+    def stopping(call):
+        if call.own_connection:
+            running.ask()
+        return carry_out(call)
 
-    running.backend.claim = stopping
+    running.backend._do = stopping
     # The claim that waits already may be the first to get it; the next one certainly is not dropped.
     eids = [backend.create_execution(lane=lane) for _ in range(2)]
     running.result()
@@ -950,11 +959,10 @@ def test_giving_up_in_a_task_group_is_giving_up(server, backend, lane, state, su
         assert backend.read_result(eid) == b"second"
 
 
-def test_two_tasks_of_a_handler_share_its_writer(server, backend, lane, state):
+def test_an_asyncio_handler_writes_without_opening_anything(server, backend, lane, state):
     async def handler(task):
-        writers = await asyncio.gather(task.open(), task.open(), task.open())
-        assert len({id(writer) for writer in writers}) == 1
-        task.write("one")
+        assert task.write("one") == 1
+        assert task.writer.next_sequence == 2
 
     running = Worker("asyncio", server.url, lambda task: None, lane=lane)
     running._handler = handler

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md says what is: its states are those of the code, and every command and file in it exists."""
+"""CONTRIBUTING.md agrees with the code: its states are those of Lua, and its commands and files exist."""
 
 import re
 

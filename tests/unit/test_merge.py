@@ -100,7 +100,7 @@ class TestRfc7396:
 
 
 class TestDefects:
-    """Each defect of FlowFabric's merge, by its number in ``reference/02-streams.md``."""
+    """FlowFabric's merge fails each of these."""
 
     def test_m1_empty_object_leaves_target(self):
         assert merged(b'{"a":{"x":1}}', b'{"a":{}}') == b'{"a":{"x":1}}'

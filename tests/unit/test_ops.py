@@ -113,7 +113,23 @@ FENCE = {
     "lease_epoch": b"4",
 }
 
+
 # Each function: its call, its arguments by name, and the repeated ones behind them.
+def signalled(payload):
+    return ops.deliver_signal(
+        EID,
+        PendingWaitpoint(WAITPOINT, WaitpointHmac(TOKENS[0])),
+        signal_id=SIGNAL_ID,
+        signal_name="go",
+        category="cat",
+        source_type="user",
+        source_identity="ada",
+        correlation_id="c-1",
+        idempotency_key="once",
+        payload=payload,
+    )
+
+
 CALLS = {
     "ff_version": (ops.version(), {}, []),
     "ff_create_execution": (
@@ -266,9 +282,7 @@ CALLS = {
         ],
     ),
     "ff_deliver_signal": (
-        ops.deliver_signal(
-            EID, PendingWaitpoint(WAITPOINT, WaitpointHmac(TOKENS[0])), SIGNAL, "once"
-        ),
+        signalled(b"\x00p"),
         {
             "waitpoint_id": WAITPOINT.encode(),
             "token": TOKENS[0].encode(),
@@ -364,22 +378,12 @@ FURTHER_ARGUMENTS = [
     (ops.report_progress(ATTEMPT, None, ""), 3, b""),
     (ops.report_progress(ATTEMPT, 0, ""), 3, b"0"),
     (
-        ops.deliver_signal(
-            EID,
-            PendingWaitpoint(WAITPOINT, WaitpointHmac(TOKENS[0])),
-            SIGNAL.replace(payload=None),
-            "",
-        ),
+        signalled(None),
         9,
         b"0",
     ),
     (
-        ops.deliver_signal(
-            EID,
-            PendingWaitpoint(WAITPOINT, WaitpointHmac(TOKENS[0])),
-            SIGNAL.replace(payload=b""),
-            "",
-        ),
+        signalled(b""),
         9,
         b"1",
     ),

@@ -101,7 +101,7 @@ HANDLE = {
     "lane_id": "default",
     "worker_instance_id": "worker-1",
 }
-# reference/01 §10
+# The fields above in FlowFabric's layout of a handle, version 2.
 VECTOR = bytes.fromhex(
     "0201012c0000007b66703a38367d3a35353065383430302d653239622d343164342d613731362d34343636353534"
     "3430303030030000002400000031313131313131312d313131312d343131312d383131312d313131313131313131"
@@ -352,7 +352,7 @@ def test_bad_pointers(pointer):
         PatchKind.STRING_APPEND(pointer)
 
 
-# reference/02 A4, A5, A7: each of these corrupted or never expired a stream in FlowFabric.
+# FlowFabric accepts these, and then fails after its write, or never trims or expires the stream.
 @pytest.mark.parametrize(
     "fields",
     [
@@ -799,7 +799,7 @@ def test_usage():
     assert UsageDimensions(dedup_key="").dedup_key is None
 
 
-# reference/05 U3, U4, U7
+# FlowFabric accepts most of these, and then counts usage wrongly.
 @pytest.mark.parametrize(
     "fields",
     [

@@ -1,0 +1,7 @@
+"""The commands of ``ff-fast``: each stands beside its arguments.
+
+- ``demo``: demo.
+- ``read``: tail, summary, info, inspect.
+- ``control``: submit, signal, cancel, supervise.
+- ``shared``: arguments, exit codes and error messages that several of them use.
+"""

@@ -1,0 +1,308 @@
+"""``ff-fast tail``, ``summary``, ``info`` and ``inspect``: commands that read an execution."""
+
+from __future__ import annotations
+
+import base64
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import orjson
+
+from ff_fast import AttemptNotFound, End, Gap, StreamFrame, TailVisibility, ValkeyBackend
+from ff_fast._cli.shared import DONE, FAILED, add_url, complain, connect, whole
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ff_fast import ExecutionDescription
+    from ff_fast._cli.shared import Commands
+
+
+def _add_execution(parser: argparse.ArgumentParser, *, json: str) -> None:
+    parser.add_argument("execution_id", metavar="EXECUTION_ID", help="such as {fp:19}:134f58e2-...")
+    parser.add_argument(
+        "--attempt", type=whole, metavar="N", help="attempt, from 0 (default: the newest)"
+    )
+    add_url(parser)
+    parser.add_argument("--json", action="store_true", help=json)
+
+
+def _attempt(backend: ValkeyBackend, arguments: argparse.Namespace) -> int:
+    if arguments.attempt is not None:
+        return int(arguments.attempt)
+    return _newest(backend.describe(arguments.execution_id))
+
+
+def _newest(execution: ExecutionDescription) -> int:
+    # Before the first claim there is no attempt; its number is known all the same, and can be tailed.
+    return int(execution.fields.get("current_attempt_index", 0))
+
+
+def _write_json(value: object, option: int = 0) -> None:
+    out = sys.stdout.buffer
+    out.write(orjson.dumps(value, option=option) + b"\n")
+    out.flush()
+
+
+# -- tail ------------------------------------------------------------------------------------------
+
+
+def add_tail(commands: Commands) -> None:
+    parser = commands.add(
+        tail,
+        help_text="print what an execution streams, live, until its end",
+        description=(
+            "Writes the payloads of an execution's frames to stdout, byte for byte. Gaps and the"
+            " end go to stderr."
+        ),
+    )
+    _add_execution(parser, json="one JSON object a line for each frame, gap and end")
+    parser.add_argument(
+        "--after", metavar="CURSOR", help="start after this frame id or summary cursor"
+    )
+    parser.add_argument(
+        "--exclude-best-effort", action="store_true", help="durable and summary frames only"
+    )
+    parser.add_argument(
+        "--type",
+        action="append",
+        metavar="TYPE",
+        help="only frames of this type, as in --type token; may be repeated",
+    )
+
+
+def tail(arguments: argparse.Namespace) -> int:
+    only = None if arguments.type is None else frozenset(arguments.type)
+    visibility = (
+        TailVisibility.EXCLUDE_BEST_EFFORT if arguments.exclude_best_effort else TailVisibility.ALL
+    )
+    show = _show_json if arguments.json else _show_text
+    with connect(arguments) as backend:
+        attempt = _attempt(backend, arguments)
+        items = backend.tail(
+            arguments.execution_id, attempt, after=arguments.after, visibility=visibility
+        )
+        for item in items:
+            if only is None or not isinstance(item, StreamFrame) or item.frame_type in only:
+                show(item)
+    return DONE
+
+
+def _show_text(item: StreamFrame | Gap | End) -> None:
+    if isinstance(item, StreamFrame):
+        out = sys.stdout.buffer
+        out.write(item.payload)
+        out.flush()
+    elif isinstance(item, Gap):
+        complain(f"gap: {_missing(item)} ({item.reason})")
+    else:
+        complain(f"end: {item.reason}")
+
+
+def _missing(gap: Gap) -> str:
+    if gap.next_sequence <= gap.first_missing:
+        # The cursor is beyond the log: after a failover, or from another stream.
+        return f"the log ends at {gap.next_sequence - 1}, before {gap.first_missing - 1}"
+    return f"{gap.first_missing} to {gap.next_sequence - 1} are missing"
+
+
+def _show_json(item: StreamFrame | Gap | End) -> None:
+    line: dict[str, object]
+    if isinstance(item, StreamFrame):
+        line = _frame_fields(item)
+    elif isinstance(item, Gap):
+        line = {
+            "gap": item.reason,
+            "first_missing": item.first_missing,
+            "next_sequence": item.next_sequence,
+        }
+    else:
+        line = {"end": item.reason}
+    _write_json(line)
+
+
+def _frame_fields(frame: StreamFrame) -> dict[str, object]:
+    """Return a frame for JSON, with ``payload`` if it is UTF-8, else with ``payload_base64``."""
+    line: dict[str, object] = {
+        "stream_id": frame.stream_id,
+        "sequence": frame.sequence,
+        "mode": frame.mode,
+        "frame_type": frame.frame_type,
+        "ts_ms": frame.ts_ms,
+    }
+    try:
+        line["payload"] = frame.payload.decode("utf-8")
+    except UnicodeDecodeError:
+        line["payload_base64"] = base64.b64encode(frame.payload).decode("ascii")
+    if frame.encoding != "utf8":
+        line["encoding"] = frame.encoding
+    if frame.source != "worker":
+        line["source"] = frame.source
+    if frame.correlation_id is not None:
+        line["correlation_id"] = frame.correlation_id
+    if frame.summary_version is not None:
+        line["summary_version"] = frame.summary_version
+    if frame.patch_kind is not None:
+        line["patch_kind"] = frame.patch_kind.wire
+        if frame.patch_kind.pointer is not None:
+            line["pointer"] = frame.patch_kind.pointer
+    return line
+
+
+# -- summary ---------------------------------------------------------------------------------------
+
+
+def add_summary(commands: Commands) -> None:
+    parser = commands.add(
+        summary,
+        help_text="print the summary document of an execution",
+        description="Prints the rolling summary of an execution as JSON.",
+    )
+    _add_execution(parser, json="the document with its version, times and cursor")
+
+
+def summary(arguments: argparse.Namespace) -> int:
+    with connect(arguments) as backend:
+        attempt = _attempt(backend, arguments)
+        document = backend.read_summary(arguments.execution_id, attempt)
+    if document is None:
+        complain(f"Attempt {attempt} has no summary.")
+        return FAILED
+    text = document.document_json
+    if arguments.json:
+        fields = {
+            "version": document.version,
+            "cursor": document.cursor,
+            "first_applied_ms": document.first_applied_ms,
+            "last_updated_ms": document.last_updated_ms,
+            # Not parsed: that would change numbers of great size or precision.
+            "document": orjson.Fragment(text),
+        }
+        text = orjson.dumps(fields)
+    sys.stdout.buffer.write(text + b"\n")
+    return DONE
+
+
+# -- info ------------------------------------------------------------------------------------------
+
+
+def add_info(commands: Commands) -> None:
+    parser = commands.add(
+        info,
+        help_text="print the state of an execution, its lease and its stream",
+        description="Prints the state of an execution, of its lease and of one attempt's stream.",
+    )
+    _add_execution(parser, json="one JSON object")
+
+
+def info(arguments: argparse.Namespace) -> int:
+    eid = arguments.execution_id
+    with connect(arguments) as backend:
+        execution = backend.describe(eid)
+        core = execution.fields
+        attempts = int(core["total_attempt_count"])
+        fields: dict[str, object] = {
+            "execution_id": execution.execution_id,
+            "state": execution.state,
+            "outcome": core.get("outcome"),
+            "failure": core.get("failure_reason"),
+            "lane": core["lane_id"],
+            "namespace": core["namespace"],
+            "priority": int(core["priority"]),
+            "created": _when(core.get("created_at")),
+            "started": _when(core.get("started_at")),
+            "finished": _when(core.get("completed_at")),
+            "attempts": attempts,
+        }
+        if execution.state == "active":
+            fields |= {
+                "worker": core.get("current_worker_instance_id"),
+                "lease_epoch": int(core["current_lease_epoch"]),
+            }
+        if attempts or arguments.attempt is not None:
+            attempt = _newest(execution) if arguments.attempt is None else arguments.attempt
+            if attempt >= max(attempts, 1):
+                raise AttemptNotFound
+            stream = backend.describe_stream(eid, attempt)
+            left_ms, closed_reason = stream.lease_left_ms, stream.closed_reason
+            if left_ms is not None:
+                fields["lease_left_s"] = round(left_ms / 1000, 1)
+                if left_ms == 0 and closed_reason is None:
+                    # Readers are told so, although no supervisor has ended the attempt yet.
+                    closed_reason = "producer_lost"
+            summary = backend.read_summary(eid, attempt)
+            fields |= {
+                "attempt": attempt,
+                "frames": stream.frame_count,
+                "log_entries": stream.log_entries,
+                "live_entries": stream.live_entries,
+                "last_id": stream.last_id,
+                "closed_reason": closed_reason,
+                "summary_version": stream.summary_version or None,
+                "summary_bytes": len(summary.document_json) if summary else None,
+            }
+    if arguments.json:
+        _write_json(fields)
+        return DONE
+    for name, value in fields.items():
+        if value is not None:
+            print(f"{name.replace('_', ' '):<22}{_one_line(value)}")
+    return DONE
+
+
+def _one_line(value: object) -> str:
+    """Return a worker's or caller's text with its control characters escaped."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(value))
+
+
+def _when(ms: str | None) -> str | None:
+    if ms is None:
+        return None
+    at = time.gmtime(int(ms) // 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', at)}.{int(ms) % 1000:03d}Z"
+
+
+# -- inspect ---------------------------------------------------------------------------------------
+
+
+def add_inspect(commands: Commands) -> None:
+    parser = commands.add(
+        inspect,
+        help_text="print everything about an execution as JSON: state, attempts, streams, history",
+        description="Prints an execution as one JSON object, without payloads and secrets.",
+    )
+    parser.add_argument("execution_id", metavar="EXECUTION_ID")
+    add_url(parser)
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    eid = arguments.execution_id
+    with connect(arguments) as backend:
+        execution = backend.describe(eid)
+        attempts = []
+        for index in range(int(execution.fields["total_attempt_count"])):
+            stream = backend.describe_stream(eid, index)
+            attempts.append(
+                {
+                    "attempt": index,
+                    "frames": stream.frame_count,
+                    "last_id": stream.last_id,
+                    "log_entries": stream.log_entries,
+                    "live_entries": stream.live_entries,
+                    "summary_version": stream.summary_version,
+                    "closed_reason": stream.closed_reason,
+                    "lease_left_ms": stream.lease_left_ms,
+                }
+            )
+    everything = {
+        "execution_id": execution.execution_id,
+        "state": execution.state,
+        "fields": execution.fields,
+        "tags": execution.tags,
+        "usage": execution.usage,
+        "attempts": attempts,
+        "history": execution.history,
+    }
+    _write_json(everything, orjson.OPT_INDENT_2)
+    return DONE

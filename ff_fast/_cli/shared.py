@@ -1,0 +1,105 @@
+"""Arguments, exit codes and error messages that the commands share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from ff_fast import InvalidInput, ValkeyBackend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+URL_VARIABLE = "FF_FAST_URL"
+TOKEN_VARIABLE = "FF_FAST_TOKEN"  # noqa: S105 - the name of a variable
+MAX_SECONDS = 31_536_000
+
+DONE = 0
+FAILED = 1
+USAGE = 2
+
+
+def complain(sentence: str) -> None:
+    """Print an error as one line on stderr."""
+    print(f"ff-fast: {sentence}", file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong usage in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        complain(f"{message} (see {self.prog} --help)")
+        raise SystemExit(USAGE)
+
+
+class Commands:
+    """The commands of a parser."""
+
+    def __init__(self, parser: Parser) -> None:
+        self._subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(
+        self,
+        function: Callable[[argparse.Namespace], int],
+        *,
+        help_text: str,
+        description: str,
+    ) -> Parser:
+        """Add the command that *function* runs, under the name of the function."""
+        parser = self._subparsers.add_parser(
+            function.__name__, help=help_text, description=description
+        )
+        parser.set_defaults(run=function)
+        return parser
+
+
+# -- the server ------------------------------------------------------------------------------------
+
+
+def add_url(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url",
+        metavar="URL",
+        help=f"the server, such as valkey://host:6379; default: ${URL_VARIABLE}, which other users"
+        " of the machine cannot see",
+    )
+
+
+def connect(arguments: argparse.Namespace) -> ValkeyBackend:
+    """Return a backend of the server that ``--url`` or the environment names."""
+    url: str | None = arguments.url or os.environ.get(URL_VARIABLE)
+    if not url:
+        raise InvalidInput(f"Name the server with --url, or in {URL_VARIABLE}.")
+    return ValkeyBackend.connect(url)
+
+
+# -- types of arguments ----------------------------------------------------------------------------
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            if math.isfinite(value) and low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}")
+
+    return parse
+
+
+def whole(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise argparse.ArgumentTypeError("must be a whole number from 0")
+    return int(text)
+
+
+def pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError("must be TAG=VALUE")
+    return name, value

@@ -1,0 +1,7 @@
+"""The entry of the demo's worker and reader: ``python -m ff_fast._demo ROLE DESCRIPTOR``."""
+
+import sys
+
+from ff_fast._demo.run import child
+
+child(*sys.argv[1:])
