@@ -37,7 +37,7 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
     def __init__(self, pool: Pool, source: Source[T]) -> None:
         super().__init__(source)
         self._pool = pool
-        self._loop = asyncio.get_running_loop()
+        self._loop = pool._loop
         self._connection: Connection | None = None
         self._steps: Steps[list[T]] | None = None
         self._replies: Replies | None = None

@@ -264,10 +264,10 @@ class Writer(SharedWriter):
         error.unstored = ()
 
     def _wait(self, wait: Wait[T]) -> T:
-        if wait.done():
-            return wait.value()
         if isinstance(self.error, ForkedClient):
             raise copy.copy(self.error)
+        if wait.done():
+            return wait.value()
         deadline = None if wait.timeout_s is None else time.monotonic() + wait.timeout_s
         # A lock and not a Condition, which an interrupt can leave in a state that it cannot be left from.
         waiter = threading.Lock()
