@@ -158,7 +158,7 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
             self._source.restart()
 
     async def aclose(self) -> None:
-        """Stop reading, and give the connection back. A read of another task ends with an error."""
+        """Stop reading, and give the connection back. A read that waits ends with an error."""
         self._closed = True
         if self._reading and self._connection is not None:
             self._connection.abort()

@@ -8,20 +8,16 @@ cimport cython
 
 
 cdef class Items:
-    """Base of both shells' readers: holds the items of the answers that were read.
-
-    Attributes:
-        last: The item that was taken last; None before the first.
-    """
+    """Base of both shells' readers: holds the items of the answers that were read."""
 
     cdef list _batch
     cdef Py_ssize_t _next
-    cdef readonly object last
+    cdef object _last
 
     def __cinit__(self, *_, **__):
         self._batch = []
         self._next = 0
-        self.last = None
+        self._last = None
 
     cdef inline object take(self):
         """Return the next item. There must be one."""
@@ -29,7 +25,7 @@ cdef class Items:
         # The batch lets go of it: what was taken must not stay in memory until the batch is empty.
         self._batch[self._next] = None
         self._next += 1
-        self.last = item
+        self._last = item
         return item
 
     cdef inline bint is_empty(self):
@@ -50,8 +46,13 @@ cdef class Items:
         self._batch = []
         self._next = 0
         if left:
-            self.last = left[-1]
+            self._last = left[-1]
         return left
+
+    @property
+    def last(self):
+        """The item that was taken last; None before the first."""
+        return self._last
 
     @property
     def _empty(self):

@@ -159,7 +159,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
             self._pool._release(connection)
 
     def close(self) -> None:
-        """Stop reading, and give the connection back. A read in another thread ends with an error."""
+        """Stop reading, and give the connection back. A read that waits ends with an error."""
         self._closed = True
         connection = self._connection
         if self._reading.acquire(blocking=False):
