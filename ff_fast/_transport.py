@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
-import ssl
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ff_fast import _library
+from ff_fast import _connect_errors, _library
 from ff_fast._core import ops
 from ff_fast._core.steps import DEFAULT_REQUEST_TIMEOUT_S, Flow, Step
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
-    AuthenticationFailed,
     DeadlineExceeded,
     FFError,
     FunctionMissing,
-    InternalFunctionError,
     InvalidInput,
     LibraryMismatch,
     Outcome,
-    TlsFailed,
     Unavailable,
     from_server_error,
 )
@@ -116,44 +112,8 @@ def take_stream(connection: Any) -> asyncio.StreamWriter:
 
 
 def connect_error(error: BaseException, config: BackendConfig) -> FFError:
-    """Return ours for what was raised while connecting; the caller's own call was not sent by then.
-
-    Raise it outside the ``except`` block: as its context, the original would carry its text along.
-    """
-    import redis.exceptions as theirs
-
-    if isinstance(error, FFError):
-        return _not_sent(error)
-    cause: BaseException | None = error
-    while cause is not None:
-        # redis-py hides what it got behind errors of its own, not in the same way everywhere.
-        if isinstance(cause, ssl.SSLError):
-            return TlsFailed()
-        if config.connection.tls and isinstance(cause, FileNotFoundError | PermissionError):
-            return TlsFailed("A file of certificates or keys cannot be read; check the paths.")
-        # Before the others: AuthenticationError is a ConnectionError there.
-        if isinstance(cause, theirs.AuthenticationError):
-            return AuthenticationFailed()
-        if isinstance(cause, theirs.NoPermissionError):
-            return from_server_error("NOPERM")
-        if isinstance(cause, theirs.TimeoutError | TimeoutError):
-            return not_sent_in_time()
-        if isinstance(cause, theirs.ResponseError):
-            refusal = from_server_error(str(cause))
-            if isinstance(refusal, InternalFunctionError):
-                # Logging in and choosing the database is all that is sent.
-                return InvalidInput(f"The server has no database {config.connection.db}.")
-            return refusal
-        cause = cause.__cause__ or cause.__context__
-    return Unavailable()
-
-
-def _not_sent(error: FFError) -> FFError:
-    if error.outcome is Outcome.NOT_APPLIED:
-        return error
-    if isinstance(error, DeadlineExceeded):
-        return not_sent_in_time()
-    return Unavailable()
+    """Return ours for what was raised while connecting; see :func:`ff_fast._connect_errors.connect_error`."""
+    return _connect_errors.connect_error(error, config, request_timeout_s(config))
 
 
 def not_sent_in_time() -> FFError:

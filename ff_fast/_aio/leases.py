@@ -70,10 +70,10 @@ class LeaseKeeper:
             try:
                 async with asyncio.timeout(max(clock.held_until - time.monotonic(), 0.0)):
                     renewal = await self._renew()
-            except TimeoutError:
-                self._lost(clock.failed(DeadlineExceeded()))
             except FFError as error:
                 self._lost(clock.failed(error))
+            except TimeoutError:
+                self._lost(clock.failed(DeadlineExceeded()))
             else:
                 clock.renewed()
                 self.cancel_requested = renewal.cancel_requested

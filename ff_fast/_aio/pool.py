@@ -130,6 +130,8 @@ class Shared:
                 waiting.reschedule(None)
                 self.watch_soon()
                 return await channel.ask(step, self._timeout_s)
+        except FFError:
+            raise
         except TimeoutError:
             raise _transport.not_sent_in_time() from None
 

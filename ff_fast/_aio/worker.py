@@ -299,10 +299,8 @@ class WorkerLoop:
             await self._end(task, lambda: self._backend.fail(task.handle, *failure_of(error)))
 
     async def _cancel(self, task: Task) -> None:
-        fields = (await self._backend.describe(task.execution_id)).fields
-        await self._backend.cancel(
-            task.execution_id, reason=fields.get("cancellation_reason") or CANCEL_REASON
-        )
+        asked = (await self._backend.describe(task.execution_id)).cancellation_reason
+        await self._backend.cancel(task.execution_id, reason=asked or CANCEL_REASON)
 
     async def _end(self, task: Task, call: Callable[[], Awaitable[object]]) -> None:
         """End the execution, as long as it is ours: what the handler did is not lost to a server that is away."""

@@ -219,6 +219,8 @@ class Writer(SharedWriter):
                     finally:
                         self._waiters.remove(waiter)
                         self.waiting = bool(self._waiters)
+        except FFError:
+            raise
         except TimeoutError:
             raise DeadlineExceeded from None
 

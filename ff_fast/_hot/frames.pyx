@@ -93,7 +93,8 @@ cdef class StreamFrame:
     """One frame of a stream, as a reader gets it. Immutable.
 
     Attributes:
-        stream_id: ``<server ms>-<sequence>``, a cursor for reading on after this frame.
+        stream_id: ``<server ms>-<sequence>``.
+        cursor: Reading from here goes on behind this frame: equal to ``stream_id``, and also on ``Gap`` and ``End``.
         sequence: Position in the attempt, dense, from 1.
         frame_type: Classifier that the worker chose.
         payload: The bytes that were written.
@@ -142,6 +143,10 @@ cdef class StreamFrame:
 
     @property
     def stream_id(self):
+        return f"{self._ms}-{self.sequence}"
+
+    @property
+    def cursor(self):
         return f"{self._ms}-{self.sequence}"
 
     @property

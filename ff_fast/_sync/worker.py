@@ -306,10 +306,8 @@ class WorkerLoop:
             self._end(task, lambda: self._backend.fail(task.handle, *failure_of(error)))
 
     def _cancel(self, task: Task) -> None:
-        fields = self._backend.describe(task.execution_id).fields
-        self._backend.cancel(
-            task.execution_id, reason=fields.get("cancellation_reason") or CANCEL_REASON
-        )
+        asked = self._backend.describe(task.execution_id).cancellation_reason
+        self._backend.cancel(task.execution_id, reason=asked or CANCEL_REASON)
 
     def _end(self, task: Task, call: Callable[[], object]) -> None:
         """End the execution, as long as it is ours: what the handler did is not lost to a server that is away."""

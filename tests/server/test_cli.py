@@ -308,7 +308,7 @@ def test_info_of_one_that_waits(run, backend, lane):
 def test_info_of_one_whose_worker_was_lost(run, backend, lane, wait_until):
     eid = backend.create_execution(lane=lane)
     backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1", lease_ttl_ms=1)
-    wait_until(lambda: backend.describe_stream(eid).lease_left_ms == 0)
+    wait_until(lambda: backend.describe_stream(eid).lease_left == 0)
     fields = orjson.loads(run("info", "--json", eid)[1])
     assert (fields["state"], fields["lease_left_s"]) == ("active", 0.0)
     # As a reader is told.
@@ -379,13 +379,13 @@ def test_submit_inspect_signal_cancel(run, backend, lane, monkeypatch):
     assert (code, err) == (0, "")
     seen = orjson.loads(out)
     assert (seen["state"], seen["tags"]) == ("waiting", {"team.name": "core"})
-    assert [step["to"] for step in seen["history"]] == ["active", "suspended", "waiting"]
-    assert (seen["attempts"][0]["frames"], seen["fields"]["retry_max"]) == (1, "2")
+    assert [step["to_state"] for step in seen["history"]] == ["active", "suspended", "waiting"]
+    assert (seen["attempts"][0]["frames"], seen["retry"]["max_retries"]) == (1, 2)
     for secret in (token.reveal(), handle.fields().lease_id):
         assert secret.encode() not in out
 
     assert run("cancel", eid, "--reason", "enough")[:2] == (0, b"cancelled\n")
-    assert backend.describe(eid).fields["cancellation_reason"] == "enough"
+    assert backend.describe(eid).cancellation_reason == "enough"
     assert run("cancel", eid)[:2] == (0, b"cancelled\n")
 
 

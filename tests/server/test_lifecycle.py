@@ -1,5 +1,6 @@
 """Create, claim, renew, complete and fail, through both shells, on real engines."""
 
+import dataclasses
 import threading
 import time
 
@@ -103,14 +104,15 @@ def test_what_was_created_can_be_claimed_and_read(create, claim, backend, raw):
     assert (fields.lease_ttl_ms, fields.worker_instance_id) == (12_345, "w-1")
     assert backend.read_payload(handle) == ALL_BYTES
     told = backend.describe(eid)
-    assert (told.execution_id, told.state, told.fields["state"]) == (eid, "active", "active")
-    assert (told.fields["priority"], told.fields["namespace"]) == ("7", "tenant")
+    assert (told.execution_id, told.state, told.lane) == (eid, "active", fields.lane_id)
+    assert (told.priority, told.namespace) == (7, "tenant")
     assert (told.tags, told.usage) == ({"app.user": "ada"}, {})
     (claimed,) = told.history
-    assert (claimed["from"], claimed["to"], claimed["attempt"]) == ("waiting", "active", "0")
+    assert (claimed.from_state, claimed.to_state, claimed.attempt_index) == ("waiting", "active", 0)
     expires_at = int(raw.hget(keys.meta(eid, 0), "lease_expires_at"))
-    assert expires_at - int(told.fields["started_at"]) == 12_345
-    assert fields.lease_id not in f"{told} {told!r} {told.fields} {told.history}"
+    assert expires_at - told.started_at_ms == 12_345
+    assert told.lease_expires_at_ms == expires_at
+    assert fields.lease_id not in f"{told} {told!r} {dataclasses.asdict(told)}"
     assert fields.lease_id not in repr(handle)
 
 

@@ -18,7 +18,7 @@ from ff_fast._core import supervision as supervision_core
 
 from .executions import World, beside
 
-RETRY = RetryPolicy(max_retries=1, backoff=RetryBackoff.FIXED, delay_ms=60_000)
+RETRY = RetryPolicy(max_retries=1, backoff=RetryBackoff.FIXED, delay=60)
 
 
 @pytest.fixture

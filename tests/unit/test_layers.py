@@ -22,7 +22,7 @@ LAYERS = [
     ["_core.ops"],
     ["_core.*"],
     # 6: how both shells reach a server
-    ["_transport"],
+    ["_transport", "_connect_errors"],
     # 7-11: the parts of the two shells: sockets, threads and tasks
     ["_sync", "_aio", "*.connection"],
     ["*.pool"],
