@@ -126,7 +126,7 @@ def test_demo_interrupted_hands_its_execution_back(server, run):
 def test_demo_on_a_server_that_is_not_there(run):
     code, out, err = run("demo", "--plain", "--url", "unix:///nowhere/valkey.sock")
     assert (code, out) == (1, b"")
-    assert err == f"ff-fast: {ff_fast.Unavailable()}\n"
+    assert err.startswith("ff-fast: There is no socket at /nowhere/valkey.sock; ")
 
 
 def test_demo_exit_code_follows_the_comparison(run, monkeypatch):
@@ -442,7 +442,9 @@ def test_no_server_named(run, monkeypatch):
 def test_a_server_that_is_not_there_is_not_waited_for(run):
     began = time.monotonic()
     code, _, err = run("info", UNKNOWN, "--url", "valkey://:s3cret@127.0.0.1:1")
-    assert (code, err) == (1, f"ff-fast: {ff_fast.Unavailable()}\n")
+    assert code == 1
+    assert err.startswith("ff-fast: Connecting to 127.0.0.1:1 was refused; ")
+    assert "s3cret" not in err
     assert time.monotonic() - began < 2
 
 
