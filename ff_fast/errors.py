@@ -424,6 +424,8 @@ class ExecutionNotActive(FFError):
     """
 
     code = "execution_not_active"
+    state: ExecutionState | None
+    terminal_outcome: CompletionOutcome | None
 
     def __init__(
         self,
