@@ -6,7 +6,7 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ff_fast import _connect_errors, _library
+from ff_fast import _library
 from ff_fast._core import ops
 from ff_fast._core.steps import DEFAULT_REQUEST_TIMEOUT_S, Flow, Step
 from ff_fast._hot.resp import pack_command
@@ -113,6 +113,8 @@ def take_stream(connection: Any) -> asyncio.StreamWriter:
 
 def connect_error(error: BaseException, config: BackendConfig) -> FFError:
     """Return ours for what was raised while connecting; see :func:`ff_fast._connect_errors.connect_error`."""
+    from ff_fast import _connect_errors  # with ssl, which takes milliseconds to import
+
     return _connect_errors.connect_error(error, config, request_timeout_s(config))
 
 

@@ -821,6 +821,7 @@ _BY_FIRST_WORD: dict[str, type[FFError]] = {
 
 _BY_TEXT: tuple[tuple[str, type[FFError]], ...] = (
     ("ACL failure in script", PermissionDenied),
+    ("The user executing the script", PermissionDenied),  # Redis 7.0
     ("Function not found", FunctionMissing),
     ("AUTH <password> called without any password configured", AuthenticationFailed),
     ("max number of clients reached", Unavailable),
@@ -912,6 +913,9 @@ _DENIED_OTHER: tuple[tuple[str, DeniedKind, str], ...] = (
     ("o permissions to access a channel", "channel", "a channel"),
     ("no permissions to access one of the channels", "channel", "a channel"),
     ("o permissions to access database", "database", "the database"),
+    ("can't run this command or subcommand", "command", "a command"),
+    ("can't access at least one of the keys", "key", "a key"),
+    ("can't publish to the channel", "channel", "a channel"),
 )
 
 

@@ -134,8 +134,8 @@ def utf8(text: str) -> bytes | None:
 # -- frozen values ----------------------------------------------------------------------------------
 #
 # Type checkers see frozen dataclasses with slots, and the functions of ``dataclasses`` take these values as such.
-# The decorator itself is not used: for close to fifty classes it takes 38 ms, half of what importing ff_fast takes.
-# The metaclass takes 4 ms.
+# The decorator itself is not used: it takes 0.65 ms a class, for all of them a third of what importing ff_fast takes.
+# The metaclass takes 0.04 ms a class.
 
 set_field = object.__setattr__
 """Stores a normalised field of a value that is being made."""

@@ -351,6 +351,12 @@ USER = f"{CANARY}@'get'"  # no blank may stand in a user's name; everything else
         ("NOPERM No permissions to access a channel", "channel", None, "use a channel that"),
         (f"NOPERM {CANARY}", None, None, "The user lacks a permission"),
         (
+            "ERR The user executing the script can't run this command or subcommand script: ff_append, on @user_function:1.",
+            "command",
+            None,
+            "may not use a command that ff_append needs (lua/prelude.lua:1);",
+        ),
+        (
             f"ERR ACL failure in script: User {USER} has no permissions to run the 'set' command script: on @user_function:1.",
             "command",
             "set",
