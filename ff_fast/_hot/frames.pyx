@@ -94,7 +94,7 @@ cdef class StreamFrame:
 
     Attributes:
         stream_id: ``<server ms>-<sequence>``.
-        cursor: Reading from here goes on behind this frame: equal to ``stream_id``, and also on ``Gap`` and ``End``.
+        cursor: Equal to ``stream_id``; ``Gap`` and ``End`` have one too.
         sequence: Position in the attempt, dense, from 1.
         frame_type: Classifier that the worker chose.
         payload: The bytes that were written.

@@ -571,8 +571,8 @@ class SuspensionDescription(Value):
         attempt_index: Attempt that was suspended and goes on afterwards, from 0.
         reason: Why, in the words of the worker.
         suspended_at_ms: Since when, Unix milliseconds by the server's clock.
-        timeout_at_ms: When ``timeout_behavior`` takes effect; None without a limit.
-        timeout_behavior: What happens then.
+        timeout_at_ms: When ``on_timeout`` takes effect; None without a limit.
+        on_timeout: What happens then.
         waitpoint_ids: Waitpoints that signals can be sent to, each once.
     """
 
@@ -581,7 +581,7 @@ class SuspensionDescription(Value):
     reason: str
     suspended_at_ms: int
     timeout_at_ms: int | None
-    timeout_behavior: TimeoutBehavior
+    on_timeout: TimeoutBehavior
     waitpoint_ids: tuple[str, ...]
 
 

@@ -76,13 +76,13 @@ def test_what_it_waits_for_is_described(world, suspended):
         lambda a, b, *_: ResumeCondition.any(spec(a, "go"), spec(b, "x y"), spec(a, "on")),
         reason="approval",
         timeout=60,
-        timeout_behavior=TimeoutBehavior.CANCEL,
+        on_timeout=TimeoutBehavior.CANCEL,
     )
     told = world.backend.describe(eid)
     found = told.suspension
     assert found.waitpoint_ids == (a.waitpoint_id, b.waitpoint_id)
     assert (found.attempt_index, found.reason) == (0, "approval")
-    assert found.timeout_behavior is TimeoutBehavior.CANCEL
+    assert found.on_timeout is TimeoutBehavior.CANCEL
     assert found.suspended_at_ms == told.last_transition_at_ms == found.timeout_at_ms - 60_000
     assert a.hmac_token.reveal() not in f"{told!r} {dataclasses.asdict(told)}"
     signal(world, eid, a, "go")
