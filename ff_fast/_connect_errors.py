@@ -21,6 +21,8 @@ from ff_fast.errors import (
     InternalFunctionError,
     InvalidInput,
     Outcome,
+    OutcomeUnknown,
+    ProtocolError,
     Redirected,
     TlsFailed,
     Unavailable,
@@ -77,12 +79,25 @@ def _of_ours(error: FFError, config: BackendConfig) -> FFError:
         return ClusterModeRequired()
     if error.outcome is Outcome.NOT_APPLIED:
         return error
+    where = _where(config.connection)
     if isinstance(error, DeadlineExceeded):
         return _late(config.connection, None)
-    return Unavailable(
-        f"The connection to {_where(config.connection)} broke before the first answer;"
-        f" {_other_kind(config.connection)}."
-    )
+    if isinstance(error, OutcomeUnknown):
+        return Unavailable(
+            f"The connection to {where} broke before the first answer; {_other_kind(config.connection)}."
+        )
+    if isinstance(error, ProtocolError):
+        return Unavailable(
+            f"What answers at {where} is not understood; check that it is a Valkey server,"
+            " and whether the port uses TLS."
+        )
+    if isinstance(error, InternalFunctionError):
+        return Unavailable(
+            f"The server at {where} refused what every client asks first; check that it is Valkey 7.2 or newer."
+        )
+    # Of a function that loading the library calls; it has not touched what the caller wants.
+    error.outcome = Outcome.NOT_APPLIED
+    return error
 
 
 def _known(error: BaseException, config: BackendConfig, timeout: float) -> FFError | None:

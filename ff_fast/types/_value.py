@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-
 MAX_PAYLOAD_BYTES = 65_536
 """Default limit of one payload; the server functions hold the same."""
 
@@ -27,17 +26,24 @@ MAX_SECONDS = 31_536_000.0
 
 
 def check_type(name: str, value: object, wanted: type[_T]) -> _T:
+    """Return *value* if it is a *wanted*; nothing is converted.
+
+    Raises:
+        InvalidType: It is anything else.
+    """
     if not isinstance(value, wanted):
         raise InvalidType(f"{name} must be {wanted.__name__}, not {type(value).__name__}.")
     return value
 
 
 def check_flag(name: str, value: object) -> None:
+    """Raise :class:`~ff_fast.errors.InvalidType` unless *value* is True or False itself."""
     if type(value) is not bool:
         raise InvalidType(f"{name} must be bool, not {type(value).__name__}.")
 
 
 def check_optional_int(name: str, value: object, low: int, high: int) -> None:
+    """Raise as :func:`~ff_fast.errors.check_int` does, unless *value* is None."""
     if value is not None:
         check_int(name, value, low, high)
 
@@ -124,6 +130,7 @@ def payload_bytes(payload: object, name: str = "payload") -> bytes:
 
 
 def utf8(text: str) -> bytes | None:
+    """Return *text* as UTF-8; None where it has a lone surrogate."""
     # The error is dropped here, because it holds the text and would be chained to the next one.
     try:
         return text.encode("utf-8")
@@ -210,7 +217,7 @@ class _Described:
             }
             if name in self._defaults:
                 default = self._defaults[name]
-                # A default that cannot be hashed, as a mapping, is refused as one that could change.
+                # dataclasses refuses a default that cannot be hashed, as a mapping.
                 hashable = type(default).__hash__ is not None
                 options["default" if hashable else "default_factory"] = (
                     default if hashable else lambda default=default: default

@@ -63,6 +63,9 @@ VERIFY = ssl.SSLCertVerificationError
         (errors.Redirected(ask=False, slot=1, address="x:1"), PLAIN, errors.ClusterModeRequired, None, "cluster=true"),
         (errors.OutcomeUnknown(), PLAIN, errors.Unavailable, None, "before the first answer"),
         (errors.DeadlineExceeded(), PLAIN, errors.DeadlineExceeded, None, "in time while connecting"),
+        (errors.ProtocolError(), PLAIN, errors.Unavailable, None, "is not understood"),
+        (errors.from_server_error("ERR unknown command"), PLAIN, errors.Unavailable, None, "Valkey 7.2 or newer"),
+        (errors.from_server_error("ERR ACL failure in script: x"), PLAIN, errors.PermissionDenied, None, "lacks a permission"),
         (errors.ServerBusy(), PLAIN, errors.ServerBusy, None, "busy"),
     ],
 )  # fmt: skip
