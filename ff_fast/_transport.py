@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import ssl
 from typing import TYPE_CHECKING, Any
 
 from ff_fast._core.steps import DEFAULT_REQUEST_TIMEOUT_S, Step
 from ff_fast.errors import (
-    AuthenticationFailed,
     DeadlineExceeded,
     FFError,
-    InternalFunctionError,
     InvalidInput,
     Outcome,
-    TlsFailed,
     Unavailable,
-    from_server_error,
 )
 from ff_fast.types import BackendConfig
 
@@ -104,44 +99,10 @@ def take_stream(connection: Any) -> asyncio.StreamWriter:
 
 
 def connect_error(error: BaseException, config: BackendConfig) -> FFError:
-    """Return ours for what was raised while connecting; the caller's own call was not sent by then.
+    """Return ours for what was raised while connecting; see :func:`ff_fast._connect_errors.connect_error`."""
+    from ff_fast import _connect_errors  # with ssl, which takes milliseconds to import
 
-    Raise it outside the ``except`` block: as its context, the original would carry its text along.
-    """
-    import redis.exceptions as theirs
-
-    if isinstance(error, FFError):
-        return _not_sent(error)
-    cause: BaseException | None = error
-    while cause is not None:
-        # redis-py hides what it got behind errors of its own, not in the same way everywhere.
-        if isinstance(cause, ssl.SSLError):
-            return TlsFailed()
-        if config.connection.tls and isinstance(cause, FileNotFoundError | PermissionError):
-            return TlsFailed("A file of certificates or keys cannot be read; check the paths.")
-        # Before the others: AuthenticationError is a ConnectionError there.
-        if isinstance(cause, theirs.AuthenticationError):
-            return AuthenticationFailed()
-        if isinstance(cause, theirs.NoPermissionError):
-            return from_server_error("NOPERM")
-        if isinstance(cause, theirs.TimeoutError | TimeoutError):
-            return not_sent_in_time()
-        if isinstance(cause, theirs.ResponseError):
-            refusal = from_server_error(str(cause))
-            if isinstance(refusal, InternalFunctionError):
-                # Logging in and choosing the database is all that is sent.
-                return InvalidInput(f"The server has no database {config.connection.db}.")
-            return refusal
-        cause = cause.__cause__ or cause.__context__
-    return Unavailable()
-
-
-def _not_sent(error: FFError) -> FFError:
-    if error.outcome is Outcome.NOT_APPLIED:
-        return error
-    if isinstance(error, DeadlineExceeded):
-        return not_sent_in_time()
-    return Unavailable()
+    return _connect_errors.connect_error(error, config, request_timeout_s(config))
 
 
 def not_sent_in_time() -> FFError:

@@ -5,6 +5,10 @@ for branching), ``retryable`` (the same call may pass later) and ``outcome`` (wh
 have applied the call).  Each class claims one code, and no two classes may claim the same one, so
 the table from code to class is the class tree itself.
 
+Where Python has an exception for the same event, the class is one of those too: ``except
+TimeoutError`` catches :class:`DeadlineExceeded`, ``except LookupError`` what was not found under the
+id that the caller gave, ``except OSError`` whatever is wrong with a connection.
+
 No message holds a payload, a lease id, a token or a password, and the text of a server or of the
 client library below is never passed on: such texts may quote the command that failed.
 """
@@ -15,10 +19,26 @@ from __future__ import annotations
 
 import enum
 import re
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
-TYPE_CHECKING = False  # typing itself takes milliseconds to import
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+ExecutionState = Literal[
+    "waiting",
+    "delayed",
+    "waiting_children",
+    "active",
+    "suspended",
+    "completed",
+    "failed",
+    "cancelled",
+    "expired",
+]
+"""State of an execution; the last four are final."""
+
+CompletionOutcome = Literal["success", "failed", "cancelled", "expired"]
+"""How an execution ended, as its completion says."""
 
 
 class Outcome(enum.Enum):
@@ -72,16 +92,30 @@ class FFError(Exception):
     def __init__(self, message: str | None = None) -> None:
         super().__init__(self._sentence if message is None else message)
 
+    def __str__(self) -> str:
+        # OSError would put its errno in front, and drop the sentence.
+        return str(self.args[0]) if self.args else ""
+
     def __reduce__(self) -> tuple[Callable[..., FFError], tuple[object, ...]]:
-        state = {name: value for name, value in self.__dict__.items() if name != "unstored"}
-        return _rebuild, (type(self), self.args, state)
+        return _rebuild, (type(self), self.args, self._state(with_unstored=False))
 
     def __copy__(self) -> FFError:
-        return _rebuild(type(self), self.args, self.__dict__)
+        twin = _rebuild(type(self), self.args, self._state(with_unstored=True))
+        twin.__cause__ = self.__cause__
+        return twin
 
     def __deepcopy__(self, memo: dict[int, object]) -> FFError:
         # Everything an error holds is immutable, so a shallow copy shares nothing that can change.
         return self.__copy__()
+
+    def _state(self, *, with_unstored: bool) -> dict[str, object]:
+        state = dict(self.__dict__)
+        if not with_unstored:
+            state.pop("unstored", None)
+        if isinstance(self, OSError):
+            # OSError keeps them beside __dict__.
+            state |= {"errno": self.errno, "strerror": self.strerror}
+        return state
 
     @classmethod
     def _from_details(cls, details: Sequence[bytes]) -> FFError:  # noqa: ARG003
@@ -94,9 +128,10 @@ _classes[FFError.code] = FFError
 
 def _rebuild(cls: type[FFError], args: tuple[object, ...], state: dict[str, object]) -> FFError:
     # Typed errors take other arguments than their message, so __init__ is not called again.
-    error = cls.__new__(cls, *args)
+    error = cls.__new__(cls)
     error.args = args
-    error.__dict__.update(state)
+    for name, value in state.items():
+        setattr(error, name, value)
     return error
 
 
@@ -310,7 +345,7 @@ def check_int(
 # -- answered by the server functions; nothing was written ---------------------------------------
 
 
-class ExecutionNotFound(FFError):
+class ExecutionNotFound(FFError, LookupError):
     """No execution with this id exists on this server."""
 
     code = "execution_not_found"
@@ -403,14 +438,19 @@ class ExecutionNotActive(FFError):
     """The execution is in a state in which this call has no meaning.
 
     Args:
-        state: The state it is in; empty when the server did not say.
-        terminal_outcome: How it ended; empty while it has not ended.
+        state: The state it is in; None when the server did not say.
+        terminal_outcome: How it ended; None while it has not ended.
     """
 
     code = "execution_not_active"
+    state: ExecutionState | None
+    terminal_outcome: CompletionOutcome | None
 
-    def __init__(self, state: str = "", terminal_outcome: str = "") -> None:
-        state, terminal_outcome = _word(state), _word(terminal_outcome)
+    def __init__(
+        self,
+        state: ExecutionState | None = None,
+        terminal_outcome: CompletionOutcome | None = None,
+    ) -> None:
         where = f" but {state}" if state else ""
         how = f" ({terminal_outcome})" if terminal_outcome else ""
         super().__init__(
@@ -421,7 +461,12 @@ class ExecutionNotActive(FFError):
 
     @classmethod
     def _from_details(cls, details: Sequence[bytes]) -> FFError:
-        return cls(*(detail.decode("ascii") for detail in details[:2]))
+        state, outcome = [*(detail.decode("ascii") for detail in details[:2]), "", ""][:2]
+        # A newer server may know more words than this library.
+        return cls(
+            cast("ExecutionState", state) if state in get_args(ExecutionState) else None,
+            cast("CompletionOutcome", outcome) if outcome in get_args(CompletionOutcome) else None,
+        )
 
 
 def _word(text: str) -> str:
@@ -429,7 +474,7 @@ def _word(text: str) -> str:
     return text if re.fullmatch(r"[a-z][a-z0-9_]{0,63}", text) else ""
 
 
-class AttemptNotFound(FFError):
+class AttemptNotFound(FFError, LookupError):
     """The execution has no attempt with this index."""
 
     code = "attempt_not_found"
@@ -466,7 +511,7 @@ class CapabilityMismatch(FFError):
         return cls([token.decode("ascii") for token in details[0].split(b",")])
 
 
-class FlowNotFound(FFError):
+class FlowNotFound(FFError, LookupError):
     """There is no such flow."""
 
     code = "flow_not_found"
@@ -515,7 +560,7 @@ class RotationConflict(FFError):
     _sentence = "This kid has another secret already; rotate to a fresh kid."
 
 
-class BudgetNotFound(FFError):
+class BudgetNotFound(FFError, LookupError):
     """There is no such budget."""
 
     code = "budget_not_found"
@@ -532,15 +577,34 @@ class Corruption(FFError):
 # -- transport, server condition, and answers that make no sense -----------------------------------
 
 
-class Unavailable(FFError):
-    """The server could not be reached, or is not ready; the call was not sent or not applied."""
+class _Connecting(FFError):
+    """What happened between this process and a server.
+
+    Attributes:
+        host: Host that was connected to; None with a Unix socket, and where the error does not concern one address.
+        port: Its port; likewise.
+        unix_path: Path of the Unix socket; None without one.
+    """
+
+    host: str | None = None
+    port: int | None = None
+    unix_path: str | None = None
+
+
+class Unavailable(_Connecting, ConnectionError):
+    """The server could not be reached, or is not ready; the call was not sent or not applied.
+
+    Attributes:
+        errno: Error number of the operating system; None where it was not the system that refused.
+        strerror: The system's text for it.
+    """
 
     code = "unavailable"
     retryable = True
     _sentence = "The server cannot be reached or is not ready; try again later."
 
 
-class OutcomeUnknown(FFError):
+class OutcomeUnknown(FFError, ConnectionError):
     """The connection broke after the call was sent: it may have been applied."""
 
     code = "outcome_unknown"
@@ -549,8 +613,8 @@ class OutcomeUnknown(FFError):
     _sentence = "The connection broke before the answer; the call may have been applied."
 
 
-class DeadlineExceeded(FFError):
-    """No answer came in time: the call may have been applied."""
+class DeadlineExceeded(_Connecting, TimeoutError):
+    """No answer came in time: the call may have been applied, unless ``outcome`` says that it was not."""
 
     code = "deadline_exceeded"
     retryable = True
@@ -558,30 +622,89 @@ class DeadlineExceeded(FFError):
     _sentence = "No answer came in time; the call may have been applied."
 
 
-class AuthenticationFailed(FFError):
-    """The server refused the user name or the password, or wants some."""
+CredentialFault = Literal["missing", "refused", "not_configured"]
+"""What is wrong with credentials.
+
+``missing``: the server wants some and got none. ``refused``: the user name or the password is wrong, or the user is
+disabled. ``not_configured``: a password was sent, and the server's default user has none.
+"""
+
+
+class AuthenticationFailed(_Connecting, PermissionError):
+    """The server refused the user name or the password, or wants some.
+
+    Attributes:
+        fault: Which of these; None where the server did not say.
+    """
 
     code = "authentication_failed"
+    fault: CredentialFault | None = None
     _sentence = "The server refused the credentials; check the user name and the password."
 
 
-class PermissionDenied(FFError):
+DeniedKind = Literal["command", "key", "channel", "database"]
+"""What a user may not use."""
+
+
+class PermissionDenied(FFError, PermissionError):
     """The user may not run a command, or touch a key, that the call needs.
 
     Functions run with the caller's rights.
+
+    Attributes:
+        denied: What was refused; None where the server did not say.
+        command: The command that was refused, in lower case, as ``xadd`` or ``config|get``; None where it was not one.
+        function: Lua function that was called; None where none was.
+        location: Place at which it was refused inside the function, as ``lua/append.lua:123``; None where the server did not say.
     """
 
     code = "permission_denied"
+    denied: DeniedKind | None = None
+    command: str | None = None
+    function: str | None = None
+    location: str | None = None
     _sentence = (
         "The user lacks a permission that the call needs; compare its ACL with the README's."
     )
 
 
-class TlsFailed(FFError):
-    """The TLS handshake failed: unknown authority, wrong host name, expired or missing certificate."""
+TlsFault = Literal[
+    "not_tls",
+    "tls_required",
+    "unknown_authority",
+    "wrong_host",
+    "expired",
+    "client_certificate",
+    "files",
+]
+"""Why TLS failed.
+
+``not_tls``: the port does not speak TLS. ``tls_required``: the port speaks TLS, and the client did not.
+``unknown_authority``: nobody who is trusted signed the server's certificate. ``wrong_host``: it was issued for another
+host. ``expired``: it is not valid now. ``client_certificate``: the server wants a certificate of the client, or another
+one. ``files``: a file of certificates or keys cannot be read or used.
+"""
+
+
+class TlsFailed(_Connecting, ConnectionError):
+    """The TLS handshake failed: unknown authority, wrong host name, expired or missing certificate.
+
+    Attributes:
+        fault: Which of these; None for any other.
+    """
 
     code = "tls_failed"
+    fault: TlsFault | None = None
     _sentence = "The TLS handshake failed; check the certificates and the host name."
+
+
+class ClusterModeRequired(_Connecting):
+    """The server is a node of a cluster, and the client was not told so."""
+
+    code = "cluster_mode_required"
+    _sentence = (
+        "The server is a node of a cluster; add cluster=true to the URL or to ValkeyConnection."
+    )
 
 
 class ServerBusy(FFError):
@@ -637,7 +760,7 @@ class FunctionMissing(FFError):
 
 
 class Redirected(FFError):
-    """Another cluster node owns the slot.  Internal: a client follows it and does not raise it.
+    """Another cluster node owns the slot.  A client follows it, and raises it when the redirects do not end.
 
     Attributes:
         ask: True for ``ASK`` (this call only), False for ``MOVED`` (from now on).
@@ -647,7 +770,7 @@ class Redirected(FFError):
 
     code = "redirected"
     retryable = True
-    _sentence = "Another cluster node owns the slot; refresh the topology and try again."
+    _sentence = "Another cluster node owns the slot; the cluster is being changed, try again later."
 
     def __init__(self, *, ask: bool, slot: int, address: str) -> None:
         super().__init__()
@@ -665,8 +788,15 @@ class ProtocolError(FFError):
 
 
 class InternalFunctionError(FFError):
-    """A server function stopped with an error of its own: a defect, or foreign data in its keys."""
+    """A server function stopped with an error of its own: a defect, or foreign data in its keys.
 
+    Attributes:
+        function: Lua function that was called; None where that is not known.
+        location: Where it stopped, as ``lua/append.lua:123``; None where the server did not say.
+    """
+
+    function: str | None = None
+    location: str | None = None
     code = "internal_function_error"
     outcome = Outcome.UNKNOWN
     _sentence = "A server function stopped with an error; the call may have been applied in part."
@@ -710,19 +840,31 @@ _BY_FIRST_WORD: dict[str, type[FFError]] = {
 
 _BY_TEXT: tuple[tuple[str, type[FFError]], ...] = (
     ("ACL failure in script", PermissionDenied),
+    ("The user executing the script", PermissionDenied),  # Redis 7.0
     ("Function not found", FunctionMissing),
     ("AUTH <password> called without any password configured", AuthenticationFailed),
     ("max number of clients reached", Unavailable),
+    ("SELECT is not allowed in cluster mode", ClusterModeRequired),
 )
 """Texts that the server gives no word of its own, compared from their beginning."""
 
+# How servers end the error of a function: Valkey 9.1 and Redis 7 without its name. Anchored, since what comes before
+# may hold what somebody sent.
+_ENDS_AT = re.compile(r" script: (?:ff_[a-z0-9_]+, )?on @?user_function:([0-9]{1,7})\.?$")
+_BEGINS_AT = re.compile(r"(?:ERR )?@?user_function:([0-9]{1,7}): ")
 
-def from_server_error(message: str) -> FFError:
+
+def from_server_error(message: str, function: str | None = None) -> FFError:
     """Return the error for a server's error reply, given without its leading ``-``.
 
-    Only the first word counts, and for a bare ``ERR`` a few fixed beginnings.  No part of the text
-    reaches the error's message: server errors may quote arguments.  Whatever the class, ``outcome``
-    is unknown when a command inside a function failed, because writes may have come before it.
+    Only the first word and fixed phrases count.  No other part of the text reaches the error: server errors may quote
+    arguments, keys and user names.  Whatever the class, ``outcome`` is unknown when a command inside a function failed,
+    because writes may have come before it.
+
+    Args:
+        message: The reply.
+        function: The Lua function that was called, where one was.
+
     """
     word, _, rest = message.partition(" ")
     if word in ("MOVED", "ASK"):
@@ -731,11 +873,129 @@ def from_server_error(message: str) -> FFError:
     if cls is None:
         text = rest if word == "ERR" else message
         cls = next((c for start, c in _BY_TEXT if text.startswith(start)), InternalFunctionError)
-    error = cls()
+    if cls is AuthenticationFailed:
+        return credentials_error(message)
+    if cls is PermissionDenied:
+        error: FFError = _denied(message, function)
+    elif cls is InternalFunctionError:
+        error = _stopped(message, function)
+    else:
+        error = cls()
     if "@user_function" in message or "ACL failure in script" in message:
         # A command inside a function failed: Lua has no rollback, so earlier writes may stand.
         error.outcome = Outcome.UNKNOWN
     return error
+
+
+_CREDENTIALS: tuple[tuple[str, CredentialFault, str], ...] = (
+    (
+        "Authentication required",
+        "missing",
+        "The server wants credentials and got none; add a user name and a password.",
+    ),
+    (
+        "without any password configured",
+        "not_configured",
+        "A password was sent and the server's default user has none; connect without it, or name the user.",
+    ),
+    (
+        "invalid username-password pair",
+        "refused",
+        "The server refused the user name or the password, or the user is disabled; check them.",
+    ),
+    ("WRONGPASS", "refused", "The server refused the user name or the password; check them."),
+    (
+        "NOAUTH",
+        "missing",
+        "The server wants credentials and got none; add a user name and a password.",
+    ),
+)
+
+
+def credentials_error(text: str) -> AuthenticationFailed:
+    """Return the error for a server's text about credentials, of which nothing is repeated."""
+    for phrase, fault, sentence in _CREDENTIALS:
+        if phrase in text:
+            error = AuthenticationFailed(sentence)
+            error.fault = fault
+            return error
+    return AuthenticationFailed()
+
+
+# User names have no blank, so a name cannot pretend to be the rest of the sentence.
+_DENIED_COMMAND = re.compile(
+    r"(?:User \S+|[Tt]his user) has no permissions to run the '([A-Za-z0-9_.|-]{1,64})' command"
+)
+_DENIED_OTHER: tuple[tuple[str, DeniedKind, str], ...] = (
+    ("o permissions to access a key", "key", "a key"),
+    ("no permissions to access one of the keys", "key", "a key"),
+    ("o permissions to access a channel", "channel", "a channel"),
+    ("no permissions to access one of the channels", "channel", "a channel"),
+    ("o permissions to access database", "database", "the database"),
+    ("can't run this command or subcommand", "command", "a command"),
+    ("can't access at least one of the keys", "key", "a key"),
+    ("can't publish to the channel", "channel", "a channel"),
+)
+
+
+def _denied(text: str, function: str | None) -> PermissionDenied:
+    denied: DeniedKind | None = None
+    command, what = None, ""
+    if found := _DENIED_COMMAND.search(text):
+        denied, command = "command", found[1].lower()
+        what = f"run the command {command}"
+    for phrase, kind, name in () if found else _DENIED_OTHER:
+        if phrase in text:
+            denied, what = kind, f"use {name}"
+            break
+    location = _location(text)
+    if denied is None:
+        error = PermissionDenied()
+    else:
+        needs = f" that {function} needs" if function else ""
+        at = f" ({location})" if location else ""
+        error = PermissionDenied(
+            f"The user may not {what}{needs}{at}; compare its ACL with the README's."
+        )
+    error.denied, error.command = denied, command
+    error.function, error.location = function, location
+    return error
+
+
+def _stopped(text: str, function: str | None) -> InternalFunctionError:
+    location = _location(text)
+    if function is None and location is None:
+        return InternalFunctionError()
+    at = f" at {location}" if location else ""
+    error = InternalFunctionError(
+        f"The server function {function or 'that was called'} stopped with an error{at};"
+        " the call may have been applied in part."
+    )
+    error.function, error.location = function, location
+    return error
+
+
+def _location(text: str) -> str | None:
+    """Return the file and line at which a function failed, as far as the server tells."""
+    found = _BEGINS_AT.match(text) or _ENDS_AT.search(text)
+    if found is None:
+        return None
+    from ff_fast import _library  # noqa: PLC0415 - reads the Lua files, which nothing else here needs
+
+    try:
+        return _library.line_of(int(found[1]))
+    except (ValueError, OSError):
+        # Of another version of the library, or in an installation without its files.
+        return None
+
+
+def shows_cluster(text: str) -> bool:
+    """Return whether a server's error reply, or its ``INFO cluster``, is that of a cluster node."""
+    return (
+        text.startswith(("MOVED ", "ASK ", "CROSSSLOT ", "CLUSTERDOWN "))
+        or text.removeprefix("ERR ").startswith("SELECT is not allowed in cluster mode")
+        or re.search(r"^cluster_enabled:1\r?$", text, re.MULTILINE) is not None
+    )
 
 
 def _redirected(word: str, rest: str) -> FFError:

@@ -104,10 +104,11 @@ end)
 -- ff_describe_execution
 --   keys:    core tags usage history
 --   args:
---   returns: core tags usage history
+--   returns: core tags usage history due suspension
 --   errors:  execution_not_found
 --
--- Field lists, and the newest 100 entries of the history.
+-- Field lists, and the newest 100 entries of the history. `due` has the times of the timers that are set, by kind. For
+-- `lease` it is the end of the lease that runs: its timer may be earlier, as a renewal leaves it where it is.
 redis.register_function({
   function_name = 'ff_describe_execution',
   callback = function(keys)
@@ -115,9 +116,23 @@ redis.register_function({
     if #core == 0 then
       return ff.err('execution_not_found')
     end
+    local x = ff.load(keys[1])
+    local due = {}
+    for _, kind in ipairs({ 'delay', 'deadline', 'attempt', 'suspension' }) do
+      local score = redis.call('ZSCORE', x.timers, kind .. ':' .. x.id)
+      if score then
+        due[#due + 1] = kind
+        due[#due + 1] = ff.text(tonumber(score))
+      end
+    end
+    if x.state == 'active' then
+      due[#due + 1] = 'lease'
+      due[#due + 1] = ff.text(ff.lease_expires_at(x))
+    end
     return ff.ok(
       core, redis.call('HGETALL', keys[2]), redis.call('HGETALL', keys[3]),
-      redis.call('XREVRANGE', keys[4], '+', '-', 'COUNT', '100')
+      redis.call('XREVRANGE', keys[4], '+', '-', 'COUNT', '100'), due,
+      redis.call('HGETALL', x.prefix .. 'suspension:current')
     )
   end,
   flags = { 'no-writes' },

@@ -119,6 +119,8 @@ class SharedConnection:
                 waiting.reschedule(None)
                 self.watch_soon()
                 return await connection.request(step, self._timeout_s)
+        except FFError:
+            raise
         except TimeoutError:
             raise _transport.not_sent_in_time() from None
 
@@ -143,7 +145,7 @@ class Pool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._own: set[Connection] = set()
         self._idle: list[Connection] = []
-        self._deployment = Deployment(getattr(config, "partitions", None))
+        self._deployment = Deployment(config.partitions)
         self._shared = SharedConnection(self._connect, self._spawn, self._timeout_s)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ def _attempt(backend: ValkeyBackend, arguments: argparse.Namespace) -> int:
 
 def _newest(execution: ExecutionDescription) -> int:
     # Before the first claim there is no attempt; its number is known all the same, and can be tailed.
-    return int(execution.fields.get("current_attempt_index", 0))
+    return execution.attempt_index or 0
 
 
 def _write_json(value: object, option: int = 0) -> None:
@@ -200,35 +201,34 @@ def info(arguments: argparse.Namespace) -> int:
     eid = arguments.execution_id
     with connect(arguments) as backend:
         execution = backend.describe(eid)
-        core = execution.fields
-        attempts = int(core["total_attempt_count"])
+        attempts = execution.attempt_count
         fields: dict[str, object] = {
             "execution_id": execution.execution_id,
             "state": execution.state,
-            "outcome": core.get("outcome"),
-            "failure": core.get("failure_reason"),
-            "lane": core["lane_id"],
-            "namespace": core["namespace"],
-            "priority": int(core["priority"]),
-            "created": _when(core.get("created_at")),
-            "started": _when(core.get("started_at")),
-            "finished": _when(core.get("completed_at")),
+            "outcome": execution.outcome,
+            "failure": execution.failure_reason,
+            "lane": execution.lane,
+            "namespace": execution.namespace,
+            "priority": execution.priority,
+            "created": _when(execution.created_at_ms),
+            "started": _when(execution.started_at_ms),
+            "finished": _when(execution.finished_at_ms),
             "attempts": attempts,
         }
         if execution.state == "active":
             fields |= {
-                "worker": core.get("current_worker_instance_id"),
-                "lease_epoch": int(core["current_lease_epoch"]),
+                "worker": execution.worker_instance_id,
+                "lease_epoch": execution.lease_epoch,
             }
         if attempts or arguments.attempt is not None:
             attempt = _newest(execution) if arguments.attempt is None else arguments.attempt
             if attempt >= max(attempts, 1):
                 raise AttemptNotFound
             stream = backend.describe_stream(eid, attempt)
-            left_ms, closed_reason = stream.lease_left_ms, stream.closed_reason
-            if left_ms is not None:
-                fields["lease_left_s"] = round(left_ms / 1000, 1)
-                if left_ms == 0 and closed_reason is None:
+            left, closed_reason = stream.lease_left, stream.closed_reason
+            if left is not None:
+                fields["lease_left_s"] = round(left, 1)
+                if left == 0 and closed_reason is None:
                     # Readers are told so, although no supervisor has ended the attempt yet.
                     closed_reason = "producer_lost"
             summary = backend.read_summary(eid, attempt)
@@ -256,11 +256,11 @@ def _one_line(value: object) -> str:
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(value))
 
 
-def _when(ms: str | None) -> str | None:
+def _when(ms: int | None) -> str | None:
     if ms is None:
         return None
-    at = time.gmtime(int(ms) // 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', at)}.{int(ms) % 1000:03d}Z"
+    at = time.gmtime(ms // 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', at)}.{ms % 1000:03d}Z"
 
 
 # -- inspect ---------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     with connect(arguments) as backend:
         execution = backend.describe(eid)
         attempts = []
-        for index in range(int(execution.fields["total_attempt_count"])):
+        for index in range(execution.attempt_count):
             stream = backend.describe_stream(eid, index)
             attempts.append(
                 {
@@ -292,17 +292,13 @@ def inspect(arguments: argparse.Namespace) -> int:
                     "live_entries": stream.live_entries,
                     "summary_version": stream.summary_version,
                     "closed_reason": stream.closed_reason,
-                    "lease_left_ms": stream.lease_left_ms,
+                    "lease_left": stream.lease_left,
                 }
             )
-    everything = {
-        "execution_id": execution.execution_id,
-        "state": execution.state,
-        "fields": execution.fields,
-        "tags": execution.tags,
-        "usage": execution.usage,
-        "attempts": attempts,
-        "history": execution.history,
-    }
+    everything = {**dataclasses.asdict(execution), "attempts": attempts}
+    everything["required_capabilities"] = execution.required_capabilities.tokens
+    everything["retries_left"] = execution.retries_left
+    if execution.failure_detail is not None:
+        everything["failure_detail"] = execution.failure_detail.decode("utf-8", "replace")
     _write_json(everything, orjson.OPT_INDENT_2)
     return DONE

@@ -10,7 +10,7 @@ from ff_fast._core import ops
 from ff_fast._core.steps import Command, Step, Steps, checked, server_ms
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import ExecutionNotFound, InvalidCursor
-from ff_fast.types import CompletionPayload, ScannerFilter
+from ff_fast.types import CompletionOutcome, CompletionPayload, ScannerFilter
 
 _START = "0-0"
 _LAST_OF_A_MS = 10**16 - 1
@@ -152,7 +152,7 @@ def _completion_of(
     flow_id = fields.get("flow_id")
     return CompletionPayload(
         execution_id=execution_id,
-        outcome=fields["outcome"].decode(),
+        outcome=cast("CompletionOutcome", fields["outcome"].decode()),
         payload_bytes=payload,
         produced_at_ms=int(fields["produced_at_ms"]),
         flow_id=None if flow_id is None else flow_id.decode(),

@@ -9,15 +9,20 @@ from ff_fast._core import ops
 from ff_fast._core.steps import Command, Step, Steps, command
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
+    ClusterModeRequired,
     DeploymentMismatch,
     FunctionMissing,
     LibraryMismatch,
     PermissionDenied,
     ProtocolError,
     from_server_error,
+    shows_cluster,
 )
 
 _BUSY_SWEEP_S = 30.0
+
+# Two keys of different slots: a cluster's node refuses the command, whichever slots it has.
+_CLUSTER_PROBE = Command(b"", pack_command(b"EXISTS", b"ff:config:{0}", b"ff:config:{1}"))
 _LANES = 1_024
 
 
@@ -67,12 +72,15 @@ class Deployment:
 
         Raises:
             LibraryMismatch: The server holds a newer contract.
-            DeploymentMismatch: The server has another partition count than this backend uses.
+            ClusterModeRequired: The server is a node of a cluster.
+        DeploymentMismatch: The server has another partition count than this backend uses.
             FFError: The server refused.
         """
         version = ops.version()
         stored: int | None = None
-        (reply,) = yield Step((version.command(),))
+        reply, probed = yield Step((version.command(), _CLUSTER_PROBE))
+        if isinstance(probed, Exception) and shows_cluster(str(probed)):
+            raise ClusterModeRequired
         try:
             contract, digest, stored = version.answer(reply)
         except FunctionMissing:

@@ -54,7 +54,9 @@ from ff_fast.types import (
     UsageDimensions,
     WaitpointSpec,
     duration_ms,
+    milliseconds,
     payload_bytes,
+    seconds,
 )
 
 if TYPE_CHECKING:
@@ -135,12 +137,6 @@ def _attempt(handle: Handle) -> ops.Attempt:
 
 def _ttl_ms(name: str, value: int | timedelta) -> int:
     return milliseconds(name, value, 1, MAX_TTL_MS)
-
-
-def milliseconds(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, timedelta):
-        value = round(value.total_seconds() * 1000)
-    return check_int(name, value, low, high)
 
 
 def _document(name: str, value: object) -> bytes:
@@ -1005,8 +1001,8 @@ def open_writer(
         ExecutionNotFound, StaleOwner, ExecutionSuspended, StreamClosed, LeaseExpired: The handle may not write.
     """
     attempt = _attempt(handle)
-    linger_ms = duration_ms("linger", linger)
-    if linger_ms > 1000:
+    linger_s = seconds("linger", linger, zero=True)
+    if linger_s > 1:
         raise InvalidInput("linger must be at most a second.")
     options = writers.WriterOptions(
         mode=_checked("mode", mode, StreamMode, StreamMode.durable()),
@@ -1014,7 +1010,7 @@ def open_writer(
         max_unacknowledged_bytes=check_int(
             "max_unacknowledged_bytes", max_unacknowledged_bytes, 1 << 16, 1 << 34
         ),
-        linger_ms=linger_ms,
+        linger_ms=linger_s * 1000,
     )
     call = Call(lambda: writers.open_writer(attempt, options))
     return WriterRequest(attempt.fields.lease_id, options, call)
@@ -1107,7 +1103,7 @@ def supervise(
     """
     rounds = supervision.Supervision(on, _scope(scope))
     return SupervisionRequest(
-        Call(rounds.round, own_connection=True), duration_ms("interval", interval) / 1000, stop
+        Call(rounds.round, own_connection=True), seconds("interval", interval, zero=True), stop
     )
 
 

@@ -7,7 +7,7 @@ its keys or the order of its arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
 from ff_fast import keys
 from ff_fast._core.steps import Command, Step, Steps
@@ -16,6 +16,7 @@ from ff_fast.errors import Corruption, ProtocolError, for_code, from_server_erro
 from ff_fast.types import (
     CancelFlowPolicy,
     CancelOutcome,
+    CapabilitySet,
     ExecutionDescription,
     FailOutcome,
     FailureClass,
@@ -29,15 +30,28 @@ from ff_fast.types import (
     ReportUsageResult,
     ResumeCondition,
     ResumeSignal,
+    RetryBackoff,
     RetryPolicy,
     ScannerFilter,
     SignalOutcome,
+    StateTransition,
     StreamDescription,
+    SuspensionDescription,
     TimeoutBehavior,
     UsageDimensions,
     UsageVerdict,
     WaitpointHmac,
+    duration_ms,
 )
+
+if TYPE_CHECKING:
+    from ff_fast.types import (
+        CompletionOutcome,
+        EndReason,
+        ExecutionState,
+        FlowState,
+        SignalEffect,
+    )
 
 T = TypeVar("T")
 
@@ -78,7 +92,7 @@ class Op(NamedTuple, Generic[T]):
                 function's (``ProtocolError``).
         """
         if isinstance(reply, Exception):
-            raise from_server_error(str(reply))
+            raise from_server_error(str(reply), self.function.decode())
         if isinstance(reply, list) and len(reply) >= 2 and isinstance(reply[1], bytes):
             word = reply[1]
             if reply[0] == 0:
@@ -213,9 +227,9 @@ def create_execution(
             " ".join(budget_ids).encode(),
             number(retry.max_retries),
             retry.backoff.value.encode(),
-            number(retry.delay_ms),
+            number(duration_ms("delay", retry.delay)),
             number(round(retry.multiplier * 100)),
-            number(retry.max_delay_ms),
+            number(duration_ms("max_delay", retry.max_delay)),
             number(retry.jitter_percent),
             number(retry.max_reclaims),
             number(attempt_timeout_ms),
@@ -367,7 +381,7 @@ class Range(NamedTuple):
     last_ms: int
     last_sequence: int
     visible_sequence: int
-    closed_reason: str
+    closed_reason: EndReason | None
     lease_left_ms: int | None
 
 
@@ -397,7 +411,7 @@ def read_range(
             _text(live_more) == "1",
             *entry_id(last_id),
             int(visible),
-            reason,
+            cast("EndReason", reason) if reason else None,
             int(left) if left else None,
         )
 
@@ -438,27 +452,72 @@ def read_summary(execution_id: str, attempt_index: int) -> Op[dict[bytes, bytes]
 
 
 def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
-    """The execution as the server holds it."""
+    """The execution as the server holds it; lease ids stay out."""
 
     def parse(_: bytes, fields: list[object]) -> ExecutionDescription:
-        core, tags, usage = (
+        core, tags, usage, due, suspension = (
             {_text(name): _text(value) for name, value in _pairs(flat).items()}
-            for flat in fields[:3]
+            for flat in (*fields[:3], *fields[4:6])
         )
-        core.pop("current_lease_id", None)
-        core.pop("released_lease", None)
-        history = []
-        for pair in _list(fields[3]):
-            identity, flat = _list(pair)
-            entry = {_text(name): _text(value) for name, value in _pairs(flat).items()}
-            history.append({"at_ms": _text(identity).partition("-")[0], **entry})
+        detail = _pairs(fields[0]).get(b"failure_detail")
+        state = cast("ExecutionState", core["state"])
+        timeout_ms = int(core["attempt_timeout_ms"])
+
+        def when(field: str | None) -> int | None:
+            return int(field) if field else None
+
         return ExecutionDescription(
             execution_id=execution_id,
-            state=core["state"],
-            fields=core,
+            state=state,
+            lane=core["lane_id"],
+            namespace=core["namespace"],
+            priority=int(core["priority"]),
+            required_capabilities=CapabilitySet(_listed(core["required_capabilities"])),
+            flow_id=core.get("flow_id"),
+            parent_id=core.get("parent_id"),
+            budget_ids=_listed(core.get("budget_ids", "")),
             tags=tags,
+            created_at_ms=int(core["created_at"]),
+            started_at_ms=when(core.get("started_at")),
+            finished_at_ms=when(core.get("completed_at")),
+            last_transition_at_ms=int(core["last_transition_at"]),
+            delay_until_ms=when(due.get("delay")),
+            deadline_at_ms=when(due.get("deadline")),
+            attempt_deadline_at_ms=when(due.get("attempt")),
+            lease_expires_at_ms=when(due.get("lease")),
+            attempt_count=int(core["total_attempt_count"]),
+            attempt_index=when(core.get("current_attempt_index")),
+            worker_id=core.get("current_worker_id"),
+            worker_instance_id=core.get("current_worker_instance_id"),
+            lease_epoch=int(core["current_lease_epoch"]),
+            retry=RetryPolicy(
+                max_retries=int(core["retry_max"]),
+                backoff=RetryBackoff(core["retry_backoff"]),
+                delay=int(core["retry_delay_ms"]) / 1000,
+                multiplier=int(core["retry_multiplier_percent"]) / 100,
+                max_delay=int(core["retry_max_delay_ms"]) / 1000,
+                jitter_percent=int(core["retry_jitter_percent"]),
+                max_reclaims=int(core["max_reclaims"]),
+            ),
+            retry_count=int(core["retry_count"]),
+            reclaim_count=int(core["reclaim_count"]),
+            attempt_timeout=timeout_ms / 1000 if timeout_ms else None,
+            retention=int(core["retention_ms"]) / 1000,
+            outcome=cast("CompletionOutcome | None", core.get("outcome")),
+            failure_reason=core.get("failure_reason") or None,
+            failure_class=FailureClass(word) if (word := core.get("failure_class")) else None,
+            failure_detail=detail or None,
+            cancel_requested=core.get("cancel_requested") == "1",
+            cancellation_reason=core.get("cancellation_reason") or None,
+            cancelled_from=cast("ExecutionState | None", core.get("cancelled_from")),
+            progress_percent=when(core.get("progress_percent")),
+            progress_message=core.get("progress_message"),
+            progress_at_ms=when(core.get("progress_updated_at")),
+            suspension=_suspension(suspension, when(due.get("suspension")))
+            if state == "suspended"
+            else None,
             usage={name: int(amount) for name, amount in usage.items()},
-            history=tuple(reversed(history)),
+            history=tuple(_transition(*_list(entry)) for entry in reversed(_list(fields[3]))),
         )
 
     return Op(
@@ -472,6 +531,35 @@ def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
         (),
         parse,
         read_only=True,
+    )
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(text.split(",")) if text else ()
+
+
+def _suspension(fields: Mapping[str, str], timeout_at_ms: int | None) -> SuspensionDescription:
+    # A leaf is `node waitpoint kind matcher`.
+    leaves = (fields[f"leaf:{index}"] for index in range(int(fields["leaf_count"])))
+    return SuspensionDescription(
+        fields["suspension_id"],
+        int(fields["attempt_index"]),
+        fields["reason"],
+        int(fields["created_at"]),
+        timeout_at_ms,
+        TimeoutBehavior(fields["timeout_behavior"]),
+        tuple(dict.fromkeys(leaf.split(" ", 2)[1] for leaf in leaves)),
+    )
+
+
+def _transition(identity: object, flat: object) -> StateTransition:
+    entry = {_text(name): _text(value) for name, value in _pairs(flat).items()}
+    return StateTransition(
+        int(_text(identity).partition("-")[0]),
+        cast("ExecutionState", entry["from"]),
+        cast("ExecutionState", entry["to"]),
+        int(entry["attempt"]),
+        entry.get("reason") or None,
     )
 
 
@@ -489,8 +577,8 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
             log_entries=_int(fields[1]),
             live_entries=_int(fields[2]),
             summary_version=_int(fields[3]),
-            closed_reason=meta.get("closed_reason"),
-            lease_left_ms=int(left) if left else None,
+            closed_reason=cast("EndReason | None", meta.get("closed_reason")),
+            lease_left=int(left) / 1000 if left else None,
         )
 
     return Op(
@@ -632,7 +720,8 @@ def cancel_execution(
     """Cancel an execution; with a grace, ask its worker first."""
 
     def parse(status: bytes, fields: list[object]) -> tuple[CancelOutcome, Hints]:
-        outcome = CancelOutcome(cancelled=status == b"OK", previous_state=_text(fields[1]))
+        state = cast("ExecutionState", _text(fields[1]))
+        outcome = CancelOutcome(cancelled=status == b"OK", previous_state=state)
         return outcome, _hints(fields, 2)
 
     return Op(
@@ -742,9 +831,8 @@ def deliver_signal(
     """Deliver a signal to a waitpoint."""
 
     def parse(status: bytes, fields: list[object]) -> tuple[SignalOutcome, Hints]:
-        outcome = SignalOutcome(
-            _text(fields[0]), _text(fields[1]), duplicate=status == b"DUPLICATE"
-        )
+        effect = cast("SignalEffect", _text(fields[1]))
+        outcome = SignalOutcome(_text(fields[0]), effect, duplicate=status == b"DUPLICATE")
         return outcome, _hints(fields, 2)
 
     return Op(
@@ -937,7 +1025,8 @@ def describe_flow(flow_id: str, tag: str) -> Op[FlowDescription]:
         members, still_open = (
             tuple(sorted(_text(member) for member in _list(group))) for group in fields[1:3]
         )
-        return FlowDescription(flow_id, _text(flow[b"state"]), members, still_open)
+        state = cast("FlowState", _text(flow[b"state"]))
+        return FlowDescription(flow_id, state, members, still_open)
 
     return Op(
         b"ff_describe_flow",

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from ff_fast.errors import Unavailable
-from ff_fast.types import duration_ms
+from ff_fast.types import seconds
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -79,7 +79,7 @@ def deadline(timeout: float | timedelta | None) -> float | None:
     Raises:
         InvalidInput: It is negative, not a number, or longer than a year.
     """
-    return None if timeout is None else time.monotonic() + duration_ms("timeout", timeout) / 1000
+    return None if timeout is None else time.monotonic() + seconds("timeout", timeout, zero=True)
 
 
 def closed_error() -> Unavailable:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from ff_fast._hot.frames import StreamFrame, decode_run
 from ff_fast._hot.merge import Document
 from ff_fast.errors import Corruption, InvalidType, SummaryConflict
-from ff_fast.types import PatchKind, SummaryDocument
+from ff_fast.types import PatchFormat, PatchKind, SummaryDocument
 
 
 def fold(fields: dict[bytes, bytes]) -> SummaryDocument | None:
@@ -53,7 +55,9 @@ def fold(fields: dict[bytes, bytes]) -> SummaryDocument | None:
 
 def _kind(name: bytes) -> PatchKind:
     wire, _, pointer = name.partition(b":")
-    return PatchKind(wire.decode(), pointer.decode() if wire == b"string-append" else None)
+    # PatchKind itself refuses any other word.
+    wire_text = cast("PatchFormat", wire.decode())
+    return PatchKind(wire_text, pointer.decode() if wire == b"string-append" else None)
 
 
 def _apply(document: Document, kind: PatchKind, patch: bytes) -> None:

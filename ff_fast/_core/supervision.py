@@ -123,12 +123,12 @@ def find_reclaimable(partitions: int, limit: int) -> Steps[list[ReclaimToken]]:
                 continue
             try:
                 found = yield from ops.call(ops.describe_execution(execution_id))
-                attempt = int(found.fields.get("current_attempt_index") or 0)
+                attempt = found.attempt_index or 0
                 stream = yield from ops.call(ops.describe_attempt(execution_id, attempt))
             except ExecutionNotFound:
                 continue
-            if found.state == "active" and stream.lease_left_ms == 0:
-                tokens.append(reclaim_token(execution_id, found.fields["lane_id"], now_ms))
+            if found.state == "active" and stream.lease_left == 0:
+                tokens.append(reclaim_token(execution_id, found.lane, now_ms))
                 if len(tokens) == limit:
                     return tokens
         # Timers of other kinds stand among them.

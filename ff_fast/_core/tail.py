@@ -18,7 +18,7 @@ from ff_fast._core.steps import Command, Step, Steps
 from ff_fast._hot.frames import StreamFrame, assemble, decode_entries, weigh_entries
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import InvalidInput, ProtocolError, from_server_error
-from ff_fast.types import End, Gap, TailVisibility, parse_cursor
+from ff_fast.types import End, EndReason, Gap, GapReason, TailVisibility, parse_cursor
 
 BLOCK_MS = 5_000
 """How long a tail blocks on the server at the most; then it asks whether the attempt lives."""
@@ -108,8 +108,12 @@ class _Position:
         )
 
     def merge(
-        self, log: list[list[object]], live: list[list[object]], horizon: Id | None, reason: str
-    ) -> tuple[list[Item], str | None]:
+        self,
+        log: list[list[object]],
+        live: list[list[object]],
+        horizon: Id | None,
+        reason: GapReason,
+    ) -> tuple[list[Item], EndReason | None]:
         """Deliver what is up to *horizon*, hold the rest; tell why the attempt ended if it has."""
         decoded = []
         for stream, entries in enumerate((log, live)):
@@ -124,7 +128,7 @@ class _Position:
         )
         return items, ended
 
-    def take_range(self, page: ops.Range, reason: str) -> tuple[list[Item], str | None]:
+    def take_range(self, page: ops.Range, reason: GapReason) -> tuple[list[Item], EndReason | None]:
         """Items of a range read; then why the attempt ended, if it has and all of it was read."""
         # The end entry stands one behind the last frame: a cursor behind the end is not ahead.
         end = page.last_sequence + bool(page.closed_reason)
@@ -210,9 +214,9 @@ class TailCore:
         eid = self._position.execution_id
         self._keys = (keys.stream(eid, attempt_index), keys.live(eid, attempt_index))
         self.start = self._position.cursor
-        self._reason = "trimmed"
+        self._reason: GapReason = "trimmed"
         self._counts = list(_FIRST_COUNTS)
-        self.end_reason: str | None = None
+        self.end_reason: EndReason | None = None
         self.restart()
 
     def restart(self, cursor: str | None = None) -> None:
@@ -371,7 +375,7 @@ class TailCore:
         )
         return max(most, 1)
 
-    def _end(self, items: list[Item], reason: str) -> list[Item]:
+    def _end(self, items: list[Item], reason: EndReason) -> list[Item]:
         self.end_reason = reason
         return [*items, End(reason=reason, cursor=self.cursor)]
 
@@ -387,7 +391,7 @@ class StreamPage(tuple[StreamFrame, ...]):  # noqa: SLOT001 - no room for slots 
 
     cursor: str
     gaps: tuple[Gap, ...]
-    end_reason: str | None
+    end_reason: EndReason | None
 
     def __repr__(self) -> str:
         return (
@@ -425,7 +429,7 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
 
 
 def _page(
-    frames: list[StreamFrame], gaps: list[Gap], cursor: str, end_reason: str | None
+    frames: list[StreamFrame], gaps: list[Gap], cursor: str, end_reason: EndReason | None
 ) -> StreamPage:
     page = StreamPage(frames)
     page.cursor = cursor

@@ -367,7 +367,7 @@ def _cancellation(task: TaskState[Any, Any]) -> Call[Any]:
 
     def steps() -> Steps[object]:
         description = yield from ops.call(ops.describe_execution(eid))
-        reason = description.fields.get("cancellation_reason") or CANCEL_REASON
+        reason = description.cancellation_reason or CANCEL_REASON
         op = ops.cancel_execution(eid, reason, 0)
         return (yield from with_hints(op, keys.partition_index(eid)))
 

@@ -15,7 +15,7 @@ from ff_fast.types import (
     Frame,
     FrameKind,
     StreamMode,
-    duration_ms,
+    seconds,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def timeout_s(timeout: float | timedelta | None) -> float | None:
     Raises:
         InvalidInput: It is negative, not a number, or longer than a year.
     """
-    return None if timeout is None else duration_ms("timeout", timeout) / 1000
+    return None if timeout is None else seconds("timeout", timeout, zero=True)
 
 
 class WriterOptions(NamedTuple):
@@ -171,14 +171,14 @@ def drain(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
         DeadlineExceeded: *timeout* passed; the frames stay on their way.
         FFError: The writer failed.
     """
-    seconds = timeout_s(timeout)
+    limit = timeout_s(timeout)
     if writer.error is not None:
         raise copy.copy(writer.error)
 
     def done() -> bool:
         return writer.unacknowledged_bytes <= writer.high_water_bytes
 
-    return Wait(done, _nothing, seconds)
+    return Wait(done, _nothing, limit)
 
 
 def flush(
@@ -196,10 +196,10 @@ def flush(
         DeadlineExceeded: *timeout* passed; the frames stay on their way.
         FFError: The writer failed; the error's ``unstored`` has the frames that were not stored.
     """
-    seconds = timeout_s(timeout)
+    limit = timeout_s(timeout)
     last = writer.next_sequence - 1
     writer.hurry()
-    return Wait(lambda: writer.last_sequence >= last, writer.outcome, seconds)
+    return Wait(lambda: writer.last_sequence >= last, writer.outcome, limit)
 
 
 def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wait[None]:
@@ -212,13 +212,13 @@ def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
         DeadlineExceeded: *timeout* passed; the frames stay on their way.
         FFError: The writer failed.
     """
-    seconds = timeout_s(timeout)
+    limit = timeout_s(timeout)
     if isinstance(writer.error, WriterClosed):
-        return Wait(_true, _nothing, seconds)
+        return Wait(_true, _nothing, limit)
     if writer.error is not None:
         raise copy.copy(writer.error)
     writer.finish()
-    return Wait(lambda: writer.idle, lambda: writer.fail(WriterClosed()), seconds)
+    return Wait(lambda: writer.idle, lambda: writer.fail(WriterClosed()), limit)
 
 
 def _nothing() -> None:

@@ -1,6 +1,6 @@
 from typing import final
 
-from ff_fast.types import Gap, PatchKind
+from ff_fast.types import EndReason, FrameMode, Gap, GapReason, PatchKind
 
 @final
 class StreamFrame:
@@ -11,7 +11,7 @@ class StreamFrame:
         frame_type: str,
         payload: bytes,
         ts_ms: int,
-        mode: str = "durable",
+        mode: FrameMode = "durable",
         encoding: str = "utf8",
         source: str = "worker",
         correlation_id: str | None = None,
@@ -31,7 +31,7 @@ class StreamFrame:
     @property
     def ts_ms(self) -> int: ...
     @property
-    def mode(self) -> str: ...
+    def mode(self) -> FrameMode: ...
     @property
     def encoding(self) -> str: ...
     @property
@@ -49,7 +49,7 @@ class Entries:
     @property
     def frames(self) -> list[StreamFrame]: ...
     @property
-    def end_reason(self) -> str | None: ...
+    def end_reason(self) -> EndReason | None: ...
     @property
     def taken(self) -> int: ...
     @property
@@ -71,5 +71,5 @@ def assemble(
     ms: int,
     sequence: int,
     exclude_best_effort: bool,
-    reason: str,
-) -> tuple[list[StreamFrame | Gap], int, int, str | None]: ...
+    reason: GapReason,
+) -> tuple[list[StreamFrame | Gap], int, int, EndReason | None]: ...

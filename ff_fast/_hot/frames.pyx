@@ -93,7 +93,8 @@ cdef class StreamFrame:
     """One frame of a stream, as a reader gets it. Immutable.
 
     Attributes:
-        stream_id: ``<server ms>-<sequence>``, a cursor for reading on after this frame.
+        stream_id: ``<server ms>-<sequence>``.
+        cursor: Equal to ``stream_id``; ``Gap`` and ``End`` have one too.
         sequence: Position in the attempt, dense, from 1.
         frame_type: Classifier that the worker chose.
         payload: The bytes that were written.

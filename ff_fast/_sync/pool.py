@@ -25,7 +25,7 @@ class Pool:
 
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
-        self._deployment = Deployment(getattr(config, "partitions", None))
+        self._deployment = Deployment(config.partitions)
         self._pid = os.getpid()
         self._closed = False
         # Both are changed by single calls in C, so that no interrupt and no collection can leave a lock behind.

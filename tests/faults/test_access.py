@@ -7,6 +7,7 @@ else. A function runs with its caller's rights, so the commands inside it are li
 import asyncio
 import contextlib
 import datetime
+import errno
 import logging
 import pickle
 import re
@@ -165,6 +166,9 @@ async def test_what_a_user_may_not_do_is_told_at_once(shell, own_server, guarded
                 await call
             assert caught.value.outcome is Outcome.NOT_APPLIED
             assert not caught.value.retryable
+            assert caught.value.denied == "command"
+            assert "The user may not run the command " in str(caught.value)
+            assert "ff_tailer" not in f"{caught.value} {vars(caught.value)}"
         assert (await tailer.describe(eid)).state == "active"
 
 
@@ -181,6 +185,8 @@ async def test_rights_taken_amid_a_stream_end_the_writer(shell, own_server, guar
         with pytest.raises(PermissionDenied) as caught:
             await writer.flush(5)
         assert [frame.payload for frame in caught.value.unstored] == [b"2"]
+        assert (caught.value.denied, caught.value.command) == ("command", "xadd")
+        assert re.match(r"lua/append\.lua:\d+$", caught.value.location)
 
 
 async def test_a_user_that_is_deleted_while_connected(shell, own_server, guarded, lane):
@@ -212,6 +218,8 @@ async def test_a_wrong_password_is_tried_once(shell, own_server, guarded, caplog
         await shell.connect(url)
     assert _attempts(guarded) == 1
     error = caught.value
+    assert error.fault == "refused"
+    assert error.unix_path == own_server.url.removeprefix("unix://")
     assert error.__context__ is None
     assert error.__cause__ is None
     for text in (str(error), repr(error), repr(pickle.dumps(error)), caplog.text):
@@ -221,8 +229,9 @@ async def test_a_wrong_password_is_tried_once(shell, own_server, guarded, caplog
 
 async def test_no_password_where_one_is_wanted(shell, own_server, guarded):
     guarded.config_set("requirepass", PASSWORD)
-    with pytest.raises(AuthenticationFailed):
+    with pytest.raises(AuthenticationFailed, match="got none") as caught:
         await shell.connect(own_server.url)
+    assert caught.value.fault == "missing"
     url = own_server.url.replace("unix://", f"unix://:{PASSWORD}@", 1)
     async with await shell.connect(url) as backend:
         assert PASSWORD not in repr(backend.wrapped)
@@ -231,8 +240,9 @@ async def test_no_password_where_one_is_wanted(shell, own_server, guarded):
 
 async def test_a_password_where_none_is_wanted(shell, own_server):
     url = own_server.url.replace("unix://", f"unix://:{PASSWORD}@", 1)
-    with pytest.raises(AuthenticationFailed):
+    with pytest.raises(AuthenticationFailed) as caught:
         await shell.connect(url)
+    assert caught.value.fault == "not_configured"
 
 
 async def test_a_database_that_is_not_there(shell, own_server):
@@ -248,8 +258,110 @@ async def test_too_many_clients(shell, own_server, lane):
             with pytest.raises(Unavailable) as caught:
                 await shell.connect(own_server.url, retries=1, factor=1)
             assert caught.value.outcome is Outcome.NOT_APPLIED
+            assert caught.value.unix_path is not None
             raw.config_set("maxclients", "100")
         assert (await backend.describe(eid)).state == "waiting"
+
+
+# -- addresses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def resetting():
+    """The address of a server that resets every connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def reset():
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    client.recv(1)
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    client.close()
+
+        thread = threading.Thread(target=reset)
+        thread.start()
+        yield listener.getsockname()
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "url, number, cause, text",
+    [
+        (
+            "valkey://127.0.0.1:1",
+            errno.ECONNREFUSED,
+            ConnectionRefusedError,
+            "127.0.0.1:1 was refused",
+        ),
+        (
+            "valkeys://127.0.0.1:1",
+            errno.ECONNREFUSED,
+            ConnectionRefusedError,
+            "127.0.0.1:1 was refused",
+        ),
+        ("valkey://no-such-host.invalid", socket.EAI_NONAME, socket.gaierror, "was not found"),
+        ("unix:///nowhere/valkey.sock", errno.ENOENT, FileNotFoundError, "no socket at /nowhere"),
+    ],
+)
+async def test_a_server_that_is_not_there(shell, url, number, cause, text):
+    with pytest.raises(Unavailable, match=text) as caught:
+        await shell.connect(url.replace("://", f"://u:{PASSWORD}@"), retries=0)
+    error = caught.value
+    assert isinstance(error, ConnectionError)
+    assert error.outcome is Outcome.NOT_APPLIED
+    assert (error.errno, type(error.__cause__)) == (number, cause)
+    assert error.__cause__.errno == number
+    assert error.strerror
+    if error.unix_path is None:
+        assert f"{error.host}:{error.port}" in str(error)
+    chain = (
+        f"{error!r} {vars(error)} {error.__cause__!r} {error.__context__!r} {pickle.dumps(error)!r}"
+    )
+    assert PASSWORD not in chain
+    assert error.__cause__.__context__ is None
+
+
+async def test_a_connection_that_is_reset_while_it_is_made(shell, resetting):
+    host, port = resetting
+    with pytest.raises(Unavailable, match="whether the port uses TLS") as caught:
+        await shell.connect(f"valkey://u:{PASSWORD}@{host}:{port}", retries=0)
+    assert (caught.value.host, caught.value.port) == resetting
+    assert caught.value.errno == errno.ECONNRESET
+    assert isinstance(caught.value.__cause__, ConnectionResetError)
+
+
+async def test_a_server_that_never_answers(shell):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+        for scheme, hint in (("valkey", ""), ("valkeys", "connect with valkey://")):
+            with pytest.raises(DeadlineExceeded, match=f"{port} did not answer .*{hint}") as caught:
+                await shell.connect(f"{scheme}://u:p@{host}:{port}", timeout=0.2, retries=0)
+            assert isinstance(caught.value, TimeoutError)
+            assert caught.value.outcome is Outcome.NOT_APPLIED
+            assert (caught.value.host, caught.value.port) == (host, port)
+
+
+async def test_what_answers_is_no_valkey(shell):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+
+        def answer(first):
+            client, _ = listener.accept()
+            with client:
+                client.recv(1)
+                client.sendall(first)
+
+        for first, kind, text in (
+            (b"HTTP/1.1 400 Bad Request\r\n\r\n", Unavailable, "is not a Valkey server"),
+            (b"\x15\x03\x03\x00\x02\x02\x0a", TlsFailed, "speaks TLS; connect with valkeys://"),
+        ):
+            thread = threading.Thread(target=answer, args=(first,))
+            thread.start()
+            with pytest.raises(kind, match=text):
+                await shell.connect(f"valkey://u:p@{host}:{port}", timeout=5, retries=0)
+            thread.join()
 
 
 # -- TLS -------------------------------------------------------------------------------------------------------------
@@ -309,6 +421,12 @@ async def test_tls_with_a_trusted_authority(shell, server, authority, ca_file, l
             assert len(await backend.items(eid)) == 2_002
 
 
+FAULTS = {
+    "unknown authority": "unknown_authority",
+    "system authorities only": "unknown_authority",
+    "wrong host": "wrong_host",
+    "expired": "expired",
+}
 UNTRUSTED = {
     "unknown authority": lambda ca: (trustme.CA().issue_cert("localhost"), True),
     "system authorities only": lambda ca: (ca.issue_cert("localhost"), False),
@@ -336,6 +454,9 @@ async def test_tls_that_cannot_be_trusted_is_refused_once(shell, name, server, a
         assert caught.value.outcome is Outcome.NOT_APPLIED
         assert caught.value.__context__ is None
         assert "CERTIFICATE" not in str(caught.value)
+        assert caught.value.fault == FAULTS[name]
+        assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
+        assert (caught.value.host, caught.value.port) == ("localhost", proxy.address[1])
 
 
 async def test_tls_with_a_client_certificate(shell, server, authority, ca_file, tmp_path, lane):
@@ -354,9 +475,11 @@ async def test_tls_with_a_client_certificate(shell, server, authority, ca_file, 
 
 async def test_tls_files_that_are_not_there(shell, server, authority):
     with terminator(server, authority.issue_cert("localhost")) as proxy:
-        with pytest.raises(TlsFailed):
-            await shell.connect(tls_url(proxy, "/nowhere/ca.pem"))
-        assert proxy.accepted <= 1
+        for path in ("/nowhere/ca.pem", "/etc/passwd"):
+            with pytest.raises(TlsFailed) as caught:
+                await shell.connect(tls_url(proxy, path))
+            assert caught.value.fault == "files"
+        assert proxy.accepted <= 2
 
 
 async def test_tls_to_a_server_without_it(shell, proxy):

@@ -362,7 +362,7 @@ def test_a_lease_that_ends_in_ages_has_not_ended(stream, expires_at):
     assert stream.repeated(log(b"1")) == answer
     assert stream.append(live(b"2"), first=2, names="meta live")[1] == 2
     assert stream.payloads() == [b"1", b"2"]
-    left = stream.backend.describe_stream(stream.eid, 0).lease_left_ms
+    left = stream.backend.describe_stream(stream.eid, 0).lease_left * 1000
     assert left == pytest.approx(int(expires_at) - server_ms(stream.raw), abs=60_000)
 
 

@@ -143,7 +143,7 @@ def test_the_processes_of_the_demo_import_what_the_command_imports(server, tmp_p
 def test_demo_on_a_server_that_is_not_there(run):
     code, out, err = run("demo", "--plain", "--url", "unix:///nowhere/valkey.sock")
     assert (code, out) == (1, b"")
-    assert err == f"ff-fast: {ff_fast.Unavailable()}\n"
+    assert err.startswith("ff-fast: There is no socket at /nowhere/valkey.sock; ")
 
 
 def test_demo_exit_code_follows_the_comparison(run, monkeypatch):
@@ -327,7 +327,7 @@ def test_info_of_one_that_waits(run, backend, lane):
 def test_info_of_one_whose_worker_was_lost(run, backend, lane, wait_until):
     eid = backend.create_execution(lane=lane)
     backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1", lease_ttl_ms=1)
-    wait_until(lambda: backend.describe_stream(eid).lease_left_ms == 0)
+    wait_until(lambda: backend.describe_stream(eid).lease_left == 0)
     fields = orjson.loads(run("info", "--json", eid)[1])
     assert (fields["state"], fields["lease_left_s"]) == ("active", 0.0)
     # As a reader is told.
@@ -398,13 +398,13 @@ def test_submit_inspect_signal_cancel(run, backend, lane, monkeypatch):
     assert (code, err) == (0, "")
     seen = orjson.loads(out)
     assert (seen["state"], seen["tags"]) == ("waiting", {"team.name": "core"})
-    assert [step["to"] for step in seen["history"]] == ["active", "suspended", "waiting"]
-    assert (seen["attempts"][0]["frames"], seen["fields"]["retry_max"]) == (1, "2")
+    assert [step["to_state"] for step in seen["history"]] == ["active", "suspended", "waiting"]
+    assert (seen["attempts"][0]["frames"], seen["retry"]["max_retries"]) == (1, 2)
     for secret in (token.reveal(), handle.fields().lease_id):
         assert secret.encode() not in out
 
     assert run("cancel", eid, "--reason", "enough")[:2] == (0, b"cancelled\n")
-    assert backend.describe(eid).fields["cancellation_reason"] == "enough"
+    assert backend.describe(eid).cancellation_reason == "enough"
     assert run("cancel", eid)[:2] == (0, b"cancelled\n")
 
 
@@ -467,7 +467,9 @@ def test_no_server_named(run, monkeypatch):
 def test_a_server_that_is_not_there_is_not_waited_for(run):
     began = time.monotonic()
     code, _, err = run("info", UNKNOWN, "--url", "valkey://:s3cret@127.0.0.1:1")
-    assert (code, err) == (1, f"ff-fast: {ff_fast.Unavailable()}\n")
+    assert code == 1
+    assert err.startswith("ff-fast: Connecting to 127.0.0.1:1 was refused; ")
+    assert "s3cret" not in err
     assert time.monotonic() - began < 2
 
 

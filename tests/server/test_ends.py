@@ -26,7 +26,7 @@ TRANSIENT, PERMANENT, TIMEOUT, CRASH, CANCELLED = (
     FailureClass.TRANSIENT, FailureClass.PERMANENT, FailureClass.TIMEOUT,
     FailureClass.INFRA_CRASH, FailureClass.CANCELLED,
 )  # fmt: skip
-RETRY = RetryPolicy(max_retries=2, backoff=RetryBackoff.FIXED, delay_ms=5_000, jitter_percent=0)
+RETRY = RetryPolicy(max_retries=2, backoff=RetryBackoff.FIXED, delay=5, jitter_percent=0)
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ def test_without_a_policy_nothing_is_retried(world):
 def test_exponential_pauses_are_whole_and_bounded(world, count, multiplier, delay_ms):
     """The unnamed one of fail: a fraction of a millisecond. And one of ours: 0 times infinity."""
     policy = RetryPolicy(
-        max_retries=5_000, delay_ms=delay_ms, multiplier=multiplier, max_delay_ms=50_000,
+        max_retries=5_000, delay=delay_ms / 1000, multiplier=multiplier, max_delay=50,
         jitter_percent=0,
     )  # fmt: skip
     eid, handle = world.owned(retry=policy)
@@ -318,7 +318,7 @@ def test_exponential_pauses_are_whole_and_bounded(world, count, multiplier, dela
 
 @pytest.mark.parametrize("jitter", [20, 100])
 def test_jitter_shortens_a_pause_by_up_to_its_share(world, jitter):
-    policy = RetryPolicy(max_retries=1, delay_ms=30_000, jitter_percent=jitter)
+    policy = RetryPolicy(max_retries=1, delay=30, jitter_percent=jitter)
     pauses = []
     for _ in range(12):
         _, handle = world.owned(retry=policy)

@@ -45,7 +45,7 @@ def family(world):
     def member(priority, **options):
         return world.create(flow_id=flow, priority=priority, **options)
 
-    eids = {"active": member(9, retry=RetryPolicy(max_retries=3, delay_ms=1))}
+    eids = {"active": member(9, retry=RetryPolicy(max_retries=3, delay=0.001))}
     handles = {"active": world.claim()}
     eids["suspended"] = member(9)
     handles["point"] = suspend(world, world.claim())

@@ -1,5 +1,7 @@
 """Create, claim, renew, complete and fail, through both shells, on real engines."""
 
+import dataclasses
+import re
 import threading
 import time
 
@@ -103,14 +105,15 @@ def test_what_was_created_can_be_claimed_and_read(create, claim, backend, raw):
     assert (fields.lease_ttl_ms, fields.worker_instance_id) == (12_345, "w-1")
     assert backend.read_payload(handle) == ALL_BYTES
     told = backend.describe(eid)
-    assert (told.execution_id, told.state, told.fields["state"]) == (eid, "active", "active")
-    assert (told.fields["priority"], told.fields["namespace"]) == ("7", "tenant")
+    assert (told.execution_id, told.state, told.lane) == (eid, "active", fields.lane_id)
+    assert (told.priority, told.namespace) == (7, "tenant")
     assert (told.tags, told.usage) == ({"app.user": "ada"}, {})
     (claimed,) = told.history
-    assert (claimed["from"], claimed["to"], claimed["attempt"]) == ("waiting", "active", "0")
+    assert (claimed.from_state, claimed.to_state, claimed.attempt_index) == ("waiting", "active", 0)
     expires_at = int(raw.hget(keys.meta(eid, 0), "lease_expires_at"))
-    assert expires_at - int(told.fields["started_at"]) == 12_345
-    assert fields.lease_id not in f"{told} {told!r} {told.fields} {told.history}"
+    assert expires_at - told.started_at_ms == 12_345
+    assert told.lease_expires_at_ms == expires_at
+    assert fields.lease_id not in f"{told} {told!r} {dataclasses.asdict(told)}"
     assert fields.lease_id not in repr(handle)
 
 
@@ -744,3 +747,46 @@ def test_nothing_expires_while_the_attempt_lives(owned, backend, everything):
         writer.write(b"y", mode=StreamMode.best_effort_live(60_000))
     limited = [key for key, (_, expires_at) in everything(eid).items() if expires_at >= 0]
     assert limited == [keys.live(eid, 0)]
+
+
+# -- errors inside functions -------------------------------------------------------------------------
+
+
+def test_a_function_that_fails_is_named_with_its_place(create, backend, raw):
+    eid = create()
+    raw.delete(keys.core(eid))
+    raw.set(keys.core(eid), "s3cr3t-canary")
+    with pytest.raises(errors.InternalFunctionError) as caught:
+        backend.describe(eid)
+    assert caught.value.function == "ff_describe_execution"
+    assert re.fullmatch(r"lua/execution\.lua:\d+", caught.value.location)
+    assert caught.value.location in str(caught.value)
+    assert "canary" not in f"{caught.value!r} {vars(caught.value)}"
+
+
+def test_what_a_function_may_not_do_is_named(create, opener, engine, raw, lane):
+    eid = create()
+    raw.execute_command("ACL", "SETUSER", lane, "on", ">p", "~*", "&*", "+@all", "-hgetall")
+    url = engine.url.replace("unix://", f"unix://{lane}:p@")
+    backend = opener(url)
+    with pytest.raises(errors.PermissionDenied) as caught:
+        backend.describe(eid)
+    raw.execute_command("ACL", "DELUSER", lane)
+    assert (caught.value.denied, caught.value.function) == ("command", "ff_describe_execution")
+    assert re.fullmatch(r"lua/execution\.lua:\d+", caught.value.location)
+    assert lane not in f"{caught.value!r} {vars(caught.value)}"
+
+
+def test_a_description_tells_the_times_that_are_set(create, claim, backend, raw):
+    eid = create(delay=60, deadline=120)
+    told = backend.describe(eid)
+    assert told.delay_until_ms == told.created_at_ms + 60_000
+    assert told.deadline_at_ms == told.created_at_ms + 120_000
+    assert told.attempt_deadline_at_ms is told.lease_expires_at_ms is None
+    eid = create(attempt_timeout=90)
+    claim(lease_ttl_ms=30_000)
+    told = backend.describe(eid)
+    assert told.attempt_timeout == 90
+    assert told.attempt_deadline_at_ms == told.started_at_ms + 90_000
+    assert told.lease_expires_at_ms == told.started_at_ms + 30_000
+    assert (told.attempt_index, told.attempt_count, told.worker_instance_id) == (0, 1, "w-1")

@@ -46,7 +46,7 @@ OUTCOMES = {
     "completed": b"success", "failed": b"failed", "cancelled": b"cancelled", "expired": b"expired",
 }  # fmt: skip
 RETRY = RetryPolicy(
-    max_retries=1, backoff=RetryBackoff.FIXED, delay_ms=60_000, max_reclaims=1, jitter_percent=0
+    max_retries=1, backoff=RetryBackoff.FIXED, delay=60, max_reclaims=1, jitter_percent=0
 )
 
 

@@ -334,7 +334,7 @@ def test_an_attempt_without_a_frame_has_no_last_id(shell, backend, attempt):
     assert (again, again.gaps) == ((), ())
     backend.open_writer(attempt.handle).close()
     opened = shell.describe_stream(attempt.eid)
-    assert opened == before.replace(lease_left_ms=opened.lease_left_ms)
+    assert opened == before.replace(lease_left=opened.lease_left)
     backend.complete(attempt.handle)
     ended = shell.describe_stream(attempt.eid)
     assert (ended.last_id, ended.frame_count, ended.log_entries) == ("0-0", 0, 1)

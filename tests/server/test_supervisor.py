@@ -45,7 +45,7 @@ def supervisor(kind, server):
 
 
 def history(backend, eid):
-    return [step["to"] for step in backend.describe(eid).history]
+    return [step.to_state for step in backend.describe(eid).history]
 
 
 def due_now(raw, *eids, kind="lease"):
@@ -96,13 +96,13 @@ def test_delays_deadlines_timeouts_and_forced_cancellations(supervisor, backend,
 
 
 def test_a_retry_comes_after_its_delay(supervisor, backend, lane):
-    eid = backend.create_execution(lane=lane, retry=RetryPolicy(max_retries=1, delay_ms=40))
+    eid = backend.create_execution(lane=lane, retry=RetryPolicy(max_retries=1, delay=0.04))
     handle = backend.claim(lane=lane, **WORKER)
     outcome = backend.fail(handle, "x", ff_fast.FailureClass.TRANSIENT)
     assert outcome.retry_scheduled
     again = backend.claim(lane=lane, **WORKER, policy=ClaimPolicy.with_max_wait(10))
     assert again.fields().attempt_index == 1
-    claimed_at = int(backend.describe(eid).history[-1]["at_ms"])
+    claimed_at = backend.describe(eid).history[-1].at_ms
     assert claimed_at >= outcome.delay_until_ms
 
 
@@ -128,7 +128,7 @@ def test_several_supervisors_fire_each_timer_once(kind, server, backend, lane, r
         wait_until(lambda: all(backend.describe(eid).state == "waiting" for eid in eids))
     for eid in eids:
         assert history(backend, eid) == ["active", "waiting"]
-        assert backend.describe(eid).fields["reclaim_count"] == "1"
+        assert backend.describe(eid).reclaim_count == 1
 
 
 def test_a_filter_leaves_the_rest_to_others(kind, server, backend, lane, raw):

@@ -1,5 +1,6 @@
 """Waitpoints, conditions, signals and resumption; every defect of the engine this one comes from, by its name."""
 
+import dataclasses
 import hashlib
 import hmac
 import itertools
@@ -68,6 +69,24 @@ def signal(world, eid, point, name="go", **options):
 
 
 # -- conditions ------------------------------------------------------------------------------------
+
+
+def test_what_it_waits_for_is_described(world, suspended):
+    eid, (a, b, *_) = suspended(
+        lambda a, b, *_: ResumeCondition.any(spec(a, "go"), spec(b, "x y"), spec(a, "on")),
+        reason="approval",
+        timeout=60,
+        on_timeout=TimeoutBehavior.CANCEL,
+    )
+    told = world.backend.describe(eid)
+    found = told.suspension
+    assert found.waitpoint_ids == (a.waitpoint_id, b.waitpoint_id)
+    assert (found.attempt_index, found.reason) == (0, "approval")
+    assert found.on_timeout is TimeoutBehavior.CANCEL
+    assert found.suspended_at_ms == told.last_transition_at_ms == found.timeout_at_ms - 60_000
+    assert a.hmac_token.reveal() not in f"{told!r} {dataclasses.asdict(told)}"
+    signal(world, eid, a, "go")
+    assert world.backend.describe(eid).suspension is None
 
 
 def test_a_single_waitpoint_resumes(world, suspended):

@@ -20,7 +20,7 @@ from ff_fast._core.operations import Call
 
 from .executions import World, beside
 
-RETRY = RetryPolicy(max_retries=1, backoff=RetryBackoff.FIXED, delay_ms=60_000)
+RETRY = RetryPolicy(max_retries=1, backoff=RetryBackoff.FIXED, delay=60)
 
 
 @pytest.fixture

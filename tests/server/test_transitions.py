@@ -18,7 +18,7 @@ from .executions import TERMINAL, World
 
 TABLE = draw_states.transitions(draw_states.STATES.read_text("utf-8"))
 TRANSITIONS = [(old, new) for old, targets in TABLE.items() for new in targets]
-RETRY = RetryPolicy(max_retries=1, backoff=RetryBackoff.FIXED, delay_ms=60_000)
+RETRY = RetryPolicy(max_retries=1, backoff=RetryBackoff.FIXED, delay=60)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_each_transition_of_the_table(world, old, new):
     MOVES[old, new](subject)
     assert world.state(subject.eid) == new
     last = world.backend.describe(subject.eid).history[-1]
-    assert (last["from"], last["to"]) == (old, new)
+    assert (last.from_state, last.to_state) == (old, new)
     world.check(subject.eid)
 
 
@@ -133,6 +133,6 @@ def test_a_member_of_a_cancelled_flow_passes_through_waiting_to_its_end(world):
     world.backend.cancel_flow(flow, CancelFlowPolicy.CANCEL_ALL, CancelFlowWait.NO_WAIT)
     assert world.state(eid) == "delayed"
     world.fire(eid, "delay")
-    steps = [(step["from"], step["to"]) for step in world.backend.describe(eid).history]
+    steps = [(step.from_state, step.to_state) for step in world.backend.describe(eid).history]
     assert steps == [("delayed", "waiting"), ("waiting", "cancelled")]
     world.check(eid)

@@ -42,7 +42,7 @@ from .readers import counted
 from .test_append import server_ms
 from .workers import KINDS, WORKER, Supervisor, Worker, opened, until
 
-RETRY = RetryPolicy(max_retries=3, delay_ms=1)
+RETRY = RetryPolicy(max_retries=3, delay=0.001)
 
 
 @pytest.fixture(params=KINDS)
@@ -153,7 +153,7 @@ def test_a_result_of_a_wrong_type_fails_for_good_and_the_worker_goes_on(
     worker(lambda task: result if task.payload == b"bad" else b"good")
     eid = backend.create_execution(lane=lane, payload=b"bad", retry=RETRY)
     assert state(eid) == "failed"
-    assert "result of a handler" in backend.describe(eid).fields["failure_reason"]
+    assert "result of a handler" in backend.describe(eid).failure_reason
     assert state(backend.create_execution(lane=lane)) == "completed"
 
 
@@ -161,7 +161,7 @@ def test_a_result_that_is_too_large_fails(worker, backend, lane, state):
     worker(lambda task: bytes((16 << 20) + 1))
     eid = backend.create_execution(lane=lane)
     assert state(eid) == "failed"
-    assert "PayloadTooLarge" in backend.describe(eid).fields["failure_reason"]
+    assert "PayloadTooLarge" in backend.describe(eid).failure_reason
 
 
 def test_an_exception_is_retried_as_the_policy_says(worker, backend, lane, state, supervisor):
@@ -200,9 +200,9 @@ def test_the_class_of_a_failure_decides(
     worker(handler)
     eid = backend.create_execution(lane=lane, retry=RETRY)
     assert state(eid) == "failed"
-    fields = backend.describe(eid).fields
-    assert (fields["failure_class"], fields["failure_reason"]) == (name, "no")
-    assert int(fields["total_attempt_count"]) == attempts
+    told = backend.describe(eid)
+    assert (told.failure_class.value, told.failure_reason) == (name, "no")
+    assert told.attempt_count == attempts
 
 
 def test_a_crash_that_a_handler_reports_goes_to_another_worker(worker, backend, lane, state):
@@ -243,7 +243,7 @@ def test_whatever_a_handler_raises_is_recorded(worker, backend, lane, state, fai
     worker(handler)
     eid = backend.create_execution(lane=lane, payload=b"x")
     assert state(eid) == "failed"
-    assert backend.describe(eid).fields["failure_reason"] == reason
+    assert backend.describe(eid).failure_reason == reason
     assert state(backend.create_execution(lane=lane)) == "completed"
 
 
@@ -261,7 +261,7 @@ def test_an_error_about_another_execution_fails_the_attempt(worker, backend, lan
     worker(handler)
     eid = backend.create_execution(lane=lane)
     assert state(eid) == "failed"
-    assert "ExecutionNotFound" in backend.describe(eid).fields["failure_reason"]
+    assert "ExecutionNotFound" in backend.describe(eid).failure_reason
 
 
 def test_frames_that_cannot_be_stored_fail_the_attempt(worker, backend, lane, state):
@@ -275,7 +275,7 @@ def test_frames_that_cannot_be_stored_fail_the_attempt(worker, backend, lane, st
     worker(handler)
     eid = backend.create_execution(lane=lane)
     assert state(eid) == "failed"
-    assert "OutOfMemory" in backend.describe(eid).fields["failure_reason"]
+    assert "OutOfMemory" in backend.describe(eid).failure_reason
     assert read(backend, eid) == ([b"stored"], "attempt_failure")
 
 
@@ -295,7 +295,7 @@ def test_a_handler_of_the_wrong_shell_is_refused(kind, server, lane, backend, st
     with running:
         eid = backend.create_execution(lane=lane)
         assert state(eid) == "failed"
-        assert "not a coroutine" in backend.describe(eid).fields["failure_reason"]
+        assert "not a coroutine" in backend.describe(eid).failure_reason
 
 
 def test_progress_and_usage(worker, backend, lane, state):
@@ -308,7 +308,7 @@ def test_progress_and_usage(worker, backend, lane, state):
     eid = backend.create_execution(lane=lane)
     assert state(eid) == "completed"
     told = backend.describe(eid)
-    assert (told.fields["progress_percent"], told.fields["progress_message"]) == ("40", "reading")
+    assert (told.progress_percent, told.progress_message) == (40, "reading")
     assert (told.usage["input_tokens"], told.usage["output_tokens"]) == (3, 9)
 
 
@@ -372,7 +372,7 @@ def test_a_human_approves_in_the_middle_of_one_stream(
     assert [item.sequence for item in seen[:-1]] == [1, 2]
     assert seen[-1] == End("attempt_success")
     assert read(backend, eid) == ([b"draft", b"final yes"], "attempt_success")
-    assert backend.describe(eid).fields["total_attempt_count"] == "1"
+    assert backend.describe(eid).attempt_count == 1
 
 
 def test_a_suspension_that_is_satisfied_already_goes_on_at_once(worker, backend, lane, state):
@@ -407,7 +407,7 @@ def test_a_delay_continues_the_same_stream(worker, backend, lane, state, supervi
     eid = backend.create_execution(lane=lane)
     assert state(eid) == "completed"
     assert read(backend, eid) == ([b"resumed False", b"resumed True"], "attempt_success")
-    history = [(int(h["at_ms"]), h["to"]) for h in backend.describe(eid).history]
+    history = [(h.at_ms, h.to_state) for h in backend.describe(eid).history]
     assert [to for _, to in history] == ["active", "delayed", "waiting", "active", "completed"]
     assert history[2][0] - history[1][0] >= 30
 
@@ -439,8 +439,8 @@ def test_children_run_beside_their_parent(worker, backend, lane, state):
     worker(handler, concurrency=2)
     eid = backend.create_execution(lane=lane, payload=b"parent")
     assert state(eid) == "completed"
-    assert backend.describe(eid).fields["total_attempt_count"] == "1"
-    assert [h["to"] for h in backend.describe(eid).history] == [
+    assert backend.describe(eid).attempt_count == 1
+    assert [h.to_state for h in backend.describe(eid).history] == [
         "active",
         "waiting_children",
         "waiting",
@@ -475,10 +475,10 @@ def test_a_cancellation_with_grace_is_seen_and_is_the_end(
     assert started.wait(10)
     backend.cancel(eid, reason="too expensive", grace=20)
     assert state(eid) == "cancelled"
-    fields = backend.describe(eid).fields
+    told = backend.describe(eid)
     # The reason of whoever asked, and no retry of a handler that failed because it was to stop.
-    assert fields["cancellation_reason"] == "too expensive"
-    assert fields["total_attempt_count"] == "1"
+    assert told.cancellation_reason == "too expensive"
+    assert told.attempt_count == 1
     payloads, end = read(backend, eid)
     assert set(payloads) == {b"x"}
     assert end == "attempt_cancelled"
@@ -555,7 +555,7 @@ def test_a_short_lease_is_kept_under_load(worker, backend, lane, state, supervis
     finally:
         load.set()
         spinner.join()
-    assert backend.describe(eid).fields["total_attempt_count"] == "1"
+    assert backend.describe(eid).attempt_count == 1
 
 
 def test_the_keeper_tells_the_writer_at_once(backend, lane):
@@ -741,7 +741,7 @@ def test_an_exit_in_a_handler_ends_the_worker_and_hands_the_execution_back(
     other = backend.create_execution(lane=lane, payload=b"beside")
     eid = backend.create_execution(lane=lane)
     # At once, not when the lease of 30 s is over.
-    wait_until(lambda: [h["to"] for h in backend.describe(eid).history] == ["active", "waiting"])
+    wait_until(lambda: [h.to_state for h in backend.describe(eid).history] == ["active", "waiting"])
     handle = backend.claim(lane=lane, **WORKER)
     assert (handle.kind, handle.fields().execution_id) == (HandleKind.RESUMED, eid)
     assert handle.fields().attempt_index == 1
@@ -768,7 +768,7 @@ def test_a_handler_that_could_not_start_is_handed_back(kind, server, backend, la
 
     running.backend._do = refuse
     eid = backend.create_execution(lane=lane)
-    wait_until(lambda: backend.describe(eid).fields["total_attempt_count"] != "0")
+    wait_until(lambda: backend.describe(eid).attempt_count != 0)
     running.ask()
     if failure.retryable:
         running.result()
@@ -1244,11 +1244,11 @@ time.time_ns = lambda: _time_ns() + 3600 * 10**9 * {hours}
     eid = backend.create_execution(lane=lane)
     one = process("streams", 500, before=before, expect="flushed")
     # Its lease is renewed, not lapsed, for longer than it is: by the server's clock.
-    first = backend.describe_stream(eid).lease_left_ms
-    assert 0 < first <= 500
+    first = backend.describe_stream(eid).lease_left
+    assert 0 < first <= 0.5
     end = time.monotonic() + 0.7
     wait_until(lambda: time.monotonic() > end)
-    assert backend.describe(eid).fields["current_attempt_index"] == "0"
+    assert backend.describe(eid).attempt_index == 0
     one.kill()
     handle = backend.claim(lane=lane, **WORKER, policy=ClaimPolicy.with_max_wait(10))
     assert handle.fields().attempt_index == 1

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from ff_fast import errors
+from ff_fast import _library, errors
 from ff_fast.errors import FFError, Outcome
 
 CANARY = "s3cr3t-canary"
@@ -50,6 +50,7 @@ NOT_APPLIED = {
     "authentication_failed": errors.AuthenticationFailed,
     "permission_denied": errors.PermissionDenied,
     "tls_failed": errors.TlsFailed,
+    "cluster_mode_required": errors.ClusterModeRequired,
     "error": FFError,
 }
 RETRYABLE = {
@@ -91,7 +92,7 @@ def make(cls):
         errors.SequenceGap: ((5, 9), {}),
         errors.SummaryConflict: ((2, 1), {}),
         errors.LibraryMismatch: ((4, 3), {}),
-        errors.ExecutionNotActive: (("terminal", "success"), {}),
+        errors.ExecutionNotActive: (("completed", "success"), {}),
         errors.CapabilityMismatch: ((("a100", "gpu"),), {}),
         errors.Redirected: ((), {"ask": True, "slot": 7, "address": "h:1"}),
     }
@@ -104,7 +105,11 @@ def subclasses(cls):
 
 
 def test_the_table_names_every_class():
-    here = {cls for cls in subclasses(FFError) if cls.__module__ == errors.__name__}
+    here = {
+        cls
+        for cls in subclasses(FFError)
+        if cls.__module__ == errors.__name__ and not cls.__name__.startswith("_")
+    }
     assert {cls for _, cls, _, _ in TABLE} == here
 
 
@@ -135,6 +140,18 @@ def test_pickle_and_copy_keep_everything_but_what_was_not_stored(cls):
         assert type(twin) is cls
         assert (twin.args, twin.unstored) == (error.args, unstored)
         assert {**vars(twin), "unstored": 0} == {**vars(error), "unstored": 0}
+        assert str(twin) == str(error)
+
+
+@pytest.mark.parametrize("cls", [errors.Unavailable, errors.DeadlineExceeded, errors.TlsFailed])
+def test_pickle_and_copy_keep_what_the_system_said(cls):
+    error = cls("Refused.")
+    error.errno, error.strerror, error.host = 111, "Connection refused", "h"
+    error.__cause__ = ConnectionRefusedError(111, "Connection refused")
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert (twin.errno, twin.strerror, twin.host) == (111, "Connection refused", "h")
+        assert (str(twin), twin.args) == ("Refused.", ("Refused.",))
+    assert copy.copy(error).__cause__ is error.__cause__
 
 
 @pytest.mark.parametrize("cls", [cls for _, cls, _, _ in TABLE])
@@ -151,10 +168,26 @@ def test_no_text_shows_what_was_not_stored(cls):
         (errors.InvalidType, TypeError),
         (errors.InvalidHandle, ValueError),
         (errors.MissingDependency, ImportError),
+        (errors.ExecutionNotFound, LookupError),
+        (errors.AttemptNotFound, LookupError),
+        (errors.FlowNotFound, LookupError),
+        (errors.BudgetNotFound, LookupError),
+        (errors.Unavailable, ConnectionError),
+        (errors.OutcomeUnknown, ConnectionError),
+        (errors.TlsFailed, ConnectionError),
+        (errors.DeadlineExceeded, TimeoutError),
+        (errors.AuthenticationFailed, PermissionError),
+        (errors.PermissionDenied, PermissionError),
     ],
 )
 def test_builtin_families(cls, builtin):
-    assert issubclass(cls, builtin)
+    with pytest.raises(builtin) as caught:
+        raise make(cls)
+    assert type(caught.value) is cls
+
+
+def test_what_was_not_found_is_not_a_missing_key():
+    assert not issubclass(errors.ExecutionNotFound, KeyError | IndexError)
 
 
 def test_a_code_is_claimed_once():
@@ -180,21 +213,21 @@ def test_a_subclass_without_a_code_keeps_its_parents():
         ("payload_too_large", [b"10", b"11"], errors.PayloadTooLarge, {"limit": 10, "size": 11}),
         (
             "execution_not_active",
-            [b"terminal", b"success"],
+            [b"completed", b"success"],
             errors.ExecutionNotActive,
-            {"state": "terminal", "terminal_outcome": "success"},
+            {"state": "completed", "terminal_outcome": "success"},
         ),
         (
             "execution_not_active",
             [CANARY.encode()],
             errors.ExecutionNotActive,
-            {"state": "", "terminal_outcome": ""},
+            {"state": None, "terminal_outcome": None},
         ),
         (
             "execution_not_active",
             [b"suspended", b""],
             errors.ExecutionNotActive,
-            {"state": "suspended", "terminal_outcome": ""},
+            {"state": "suspended", "terminal_outcome": None},
         ),
         (
             "capability_mismatch",
@@ -288,6 +321,121 @@ def test_a_failure_inside_a_function_may_follow_a_write(text, cls):
     assert type(error) is cls
     assert error.outcome is Outcome.UNKNOWN
     assert pickle.loads(pickle.dumps(error)).outcome is Outcome.UNKNOWN
+
+
+USER = f"{CANARY}@'get'"  # no blank may stand in a user's name; everything else may
+
+
+@pytest.mark.parametrize(
+    "text, denied, command, sentence",
+    [
+        (
+            f"NOPERM User {USER} has no permissions to run the 'fcall' command",
+            "command",
+            "fcall",
+            "The user may not run the command fcall that ff_append needs;",
+        ),
+        (
+            f"NOPERM User {USER} has no permissions to run the 'config|get' command",
+            "command",
+            "config|get",
+            "run the command config|get that ff_append",
+        ),
+        (
+            "NOPERM this user has no permissions to run the 'XADD' command",
+            "command",
+            "xadd",
+            "run the command xadd that",
+        ),
+        ("NOPERM No permissions to access a key", "key", None, "may not use a key that ff_append"),
+        ("NOPERM No permissions to access a channel", "channel", None, "use a channel that"),
+        (f"NOPERM {CANARY}", None, None, "The user lacks a permission"),
+        (
+            "ERR The user executing the script can't run this command or subcommand script: ff_append, on @user_function:1.",
+            "command",
+            None,
+            "may not use a command that ff_append needs (lua/prelude.lua:1);",
+        ),
+        (
+            f"ERR ACL failure in script: User {USER} has no permissions to run the 'set' command script: on @user_function:1.",
+            "command",
+            "set",
+            "run the command set that ff_append needs (lua/prelude.lua:1);",
+        ),
+    ],
+)
+def test_what_was_refused_is_named(text, denied, command, sentence):
+    error = errors.from_server_error(text, "ff_append")
+    assert type(error) is errors.PermissionDenied
+    assert (error.denied, error.command, error.function) == (denied, command, "ff_append")
+    assert sentence in str(error)
+    assert CANARY not in f"{error} {error!r} {vars(error)}"
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("NOAUTH Authentication required.", "missing"),
+        ("WRONGPASS invalid username-password pair or user is disabled.", "refused"),
+        ("invalid username-password pair or user is disabled.", "refused"),
+        ("ERR AUTH <password> called without any password configured for", "not_configured"),
+    ],
+)
+def test_credentials_are_missing_or_wrong(text, fault):
+    error = (
+        errors.credentials_error(text)
+        if text.startswith("invalid")
+        else errors.from_server_error(text)
+    )
+    assert (type(error), error.fault) == (errors.AuthenticationFailed, fault)
+
+
+def line_in(part):
+    """A line of the assembled library that was written in lua/<part>.lua, and that place."""
+    for number in range(1, len(_library.source().splitlines()) + 1):
+        if (where := _library.line_of(number)).startswith(f"lua/{part}.lua:7"):
+            return number, where
+    raise AssertionError(part)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ERR user_function:{n}: boom {canary} script: on @user_function:{n}.",
+        "ERR user_function:{n}: boom {canary} script: ff_append, on @user_function:{n}.",
+        "WRONGTYPE {canary} @user_function:3 script: on @user_function:{n}.",
+        "ERR {canary} script: ff_append, on user_function:{n}",
+    ],
+)
+def test_a_failure_inside_a_function_names_the_place(text):
+    number, where = line_in("append")
+    error = errors.from_server_error(text.format(n=number, canary=CANARY), "ff_append")
+    assert type(error) is errors.InternalFunctionError
+    assert (error.function, error.location) == ("ff_append", where)
+    assert f"ff_append stopped with an error at {where};" in str(error)
+    assert CANARY not in f"{error} {error!r} {vars(error)}"
+
+
+@pytest.mark.parametrize("text", ["ERR boom", "ERR x script: on @user_function:9999999."])
+def test_a_place_that_is_not_ours_is_not_named(text):
+    error = errors.from_server_error(text)
+    assert (error.function, error.location) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "text, is_one",
+    [
+        ("MOVED 1 h:1", True),
+        ("ASK 1 h:1", True),
+        ("CROSSSLOT Keys in request don't hash to the same slot", True),
+        ("ERR SELECT is not allowed in cluster mode", True),
+        ("# Cluster\r\ncluster_enabled:1\r\n", True),
+        ("# Cluster\r\ncluster_enabled:0\r\n", False),
+        ("ERR unknown", False),
+    ],
+)
+def test_a_cluster_node_is_recognised(text, is_one):
+    assert errors.shows_cluster(text) is is_one
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is sent to each Lua function, and how its answers are read, against what the Lua headers declare."""
 
+import dataclasses
 import re
 
 import hiredis
@@ -12,6 +13,7 @@ from ff_fast.errors import Corruption, Outcome, ProtocolError
 from ff_fast.types import (
     CancelFlowPolicy,
     CancelOutcome,
+    CapabilitySet,
     CountKind,
     ExecutionDescription,
     FailOutcome,
@@ -29,8 +31,10 @@ from ff_fast.types import (
     RetryPolicy,
     ScannerFilter,
     SignalOutcome,
+    StateTransition,
     StreamDescription,
     StreamMode,
+    SuspensionDescription,
     TimeoutBehavior,
     UsageDimensions,
     UsageVerdict,
@@ -146,7 +150,7 @@ CALLS = {
             flow_id=FLOW,
             parent_id=PARENT,
             budget_ids=["b-1", "b-2"],
-            retry=RetryPolicy(3, RetryBackoff.FIXED, 100, 1.255, 5_000, 15, 7),
+            retry=RetryPolicy(3, RetryBackoff.FIXED, 0.1, 1.255, 5, 15, 7),
             payload=b"\x00\xff",
             tags={"a.b": "c", "d.e": "ż"},
         ),
@@ -640,14 +644,32 @@ HINTS = [b"lane 1", b"-5", b"other", b"7"]
 HINTED = [("lane 1", b"-5"), ("other", b"7")]
 DESCRIBED = [
     [
-        *(b"state", b"active", b"current_lease_id", LEASE.encode(), b"priority", b"7"),
-        *(b"released_lease", b"0 " + LEASE.encode() + b" 1"),
+        *(b"execution_id", EID.encode(), b"state", b"suspended", b"priority", b"7"),
+        *(b"lane_id", b"default", b"namespace", b"n", b"required_capabilities", b"gpu"),
+        *(b"flow_id", FLOW.encode(), b"budget_ids", b"b1,b2", b"created_at", b"10"),
+        *(b"started_at", b"20", b"last_transition_at", b"30", b"total_attempt_count", b"2"),
+        *(b"current_attempt_index", b"1", b"current_attempt_id", b"a", b"current_worker_id", b"w"),
+        *(b"current_worker_instance_id", b"w-1", b"current_lease_epoch", b"3"),
+        *(b"current_lease_id", LEASE.encode(), b"released_lease", b"0 " + LEASE.encode() + b" 1"),
+        *(b"lease_ttl_ms", b"30000", b"retry_max", b"3", b"retry_backoff", b"fixed"),
+        *(b"retry_delay_ms", b"100", b"retry_multiplier_percent", b"126"),
+        *(b"retry_max_delay_ms", b"5000", b"retry_jitter_percent", b"15", b"max_reclaims", b"7"),
+        *(b"attempt_timeout_ms", b"2500", b"retry_count", b"1", b"reclaim_count", b"2"),
+        *(b"retention_ms", b"86400000", b"failure_reason", b"broken"),
+        *(b"failure_class", b"transient", b"failure_detail", b"\xff", b"progress_percent", b"40"),
+        *(b"progress_message", b"reading", b"progress_updated_at", b"25", b"interrupted", b"1"),
     ],
     [b"a.b", "ż".encode()],
     [b"calls", b"2"],
     [
-        [b"20-1", [b"from", b"waiting", b"to", b"active"]],
-        [b"10-0", [b"from", b"delayed", b"to", b"waiting"]],
+        [b"20-1", [b"from", b"waiting", b"to", b"active", b"attempt", b"0", b"reason", b"resumed"]],
+        [b"10-0", [b"from", b"delayed", b"to", b"waiting", b"attempt", b"0", b"reason", b""]],
+    ],
+    [b"deadline", b"70", b"suspension", b"90"],
+    [
+        *(b"suspension_id", b"s", b"attempt_index", b"1", b"created_at", b"30", b"reason"),
+        *(b"approval", b"timeout_behavior", b"fail", b"leaf_count", b"3"),
+        *(b"leaf:0", b"0 w1 external m", b"leaf:1", b"0 w2 external m 2", b"leaf:2", b"1 w1 x y"),
     ],
 ]
 STORED_SIGNAL = [
@@ -710,13 +732,41 @@ ANSWERS = {
         DESCRIBED,
         ExecutionDescription(
             execution_id=EID,
-            state="active",
-            fields={"state": "active", "priority": "7"},
+            state="suspended",
+            lane="default",
+            namespace="n",
+            priority=7,
+            required_capabilities=CapabilitySet(["gpu"]),
+            flow_id=FLOW,
+            budget_ids=("b1", "b2"),
             tags={"a.b": "ż"},
+            created_at_ms=10,
+            started_at_ms=20,
+            last_transition_at_ms=30,
+            deadline_at_ms=70,
+            attempt_count=2,
+            attempt_index=1,
+            worker_id="w",
+            worker_instance_id="w-1",
+            lease_epoch=3,
+            retry=RetryPolicy(3, RetryBackoff.FIXED, 0.1, 1.26, 5.0, 15, 7),
+            retry_count=1,
+            reclaim_count=2,
+            attempt_timeout=2.5,
+            retention=86_400.0,
+            failure_reason="broken",
+            failure_class=FailureClass.TRANSIENT,
+            failure_detail=b"\xff",
+            progress_percent=40,
+            progress_message="reading",
+            progress_at_ms=25,
+            suspension=SuspensionDescription(
+                "s", 1, "approval", 30, 90, TimeoutBehavior.FAIL, ("w1", "w2")
+            ),
             usage={"calls": 2},
             history=(
-                {"at_ms": "10", "from": "delayed", "to": "waiting"},
-                {"at_ms": "20", "from": "waiting", "to": "active"},
+                StateTransition(10, "delayed", "waiting", 0),
+                StateTransition(20, "waiting", "active", 0, "resumed"),
             ),
         ),
     ),
@@ -725,7 +775,7 @@ ANSWERS = {
             [b"last_id", b"9-7", b"closed_reason", b"expired"],
             *(b"5", b"2", b"1", b"80"),
         ],
-        StreamDescription("9-7", 7, 5, 2, 1, "expired", 80),
+        StreamDescription("9-7", 7, 5, 2, 1, "expired", 0.08),
     ),
     "ff_read_payload": ([b"\x00\xff"], b"\x00\xff"),
 }
@@ -856,7 +906,7 @@ def test_even_an_answer_without_a_field_has_its_form(name, reply):
             "ff_describe_attempt",
             b"OK",
             [[b"last_id", b"1700000000000-0"], b"0", b"0", b"0", b"80"],
-            StreamDescription("0-0", 0, 0, 0, 0, None, 80),
+            StreamDescription("0-0", 0, 0, 0, 0, None, 0.08),
         ),
         ("ff_read_tags", b"OK", [[]], {}),
         ("ff_fire_timer", b"OK", [b"later"], ("later", [])),
@@ -907,7 +957,15 @@ def test_a_half_understood_answer_is_none(name, status, fields):
 
 def test_a_description_holds_no_lease():
     described = CALLS["ff_describe_execution"][0].answer([1, b"OK", *DESCRIBED])
-    assert LEASE not in f"{described!r} {described.fields} {described.history}"
+    assert LEASE not in f"{described!r} {dataclasses.asdict(described)}"
+
+
+def test_of_a_suspension_that_is_over_nothing_is_described():
+    core, *rest = DESCRIBED
+    active = [b"active" if word == b"suspended" else word for word in core]
+    described = CALLS["ff_describe_execution"][0].answer([1, b"OK", active, *rest])
+    assert described.suspension is None
+    assert described.retries_left == 2
 
 
 def test_a_claim_answers_with_a_handle_or_with_where_to_go_on():
@@ -947,5 +1005,5 @@ def test_an_error_reply_is_not_quoted(name):
     with pytest.raises(errors.FunctionMissing):
         op.answer(hiredis.ReplyError("ERR Function not found"))
     with pytest.raises(errors.InternalFunctionError) as caught:
-        op.answer(hiredis.ReplyError("ERR secret payload script: x, on @user_function:1."))
-    assert "secret" not in repr(caught.value) + str(caught.value)
+        op.answer(hiredis.ReplyError("ERR s3cret payload script: x, on @user_function:1."))
+    assert "s3cret" not in repr(caught.value) + str(caught.value)

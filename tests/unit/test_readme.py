@@ -1,6 +1,8 @@
 """README.md agrees with the code: its examples run as they stand, and every name in it exists."""
 
+import builtins
 import re
+from typing import get_args
 
 import pytest
 
@@ -21,22 +23,27 @@ NAMES = set(
 )
 
 
+def printed(capsys):
+    """The lines that an example printed, without the cursors in them: those hold the time."""
+    return re.sub(r", cursor='[0-9]+-[0-9]+'", "", capsys.readouterr().out).splitlines()
+
+
 def test_examples_run_as_they_stand(capsys):
     sync, asynchronous, work = EXAMPLES
     exec(compile(sync, "README.md", "exec"), {"__name__": "__main__"})
-    assert capsys.readouterr().out.splitlines() == [
+    assert printed(capsys) == [
         "b'Hello'",
         "b','",
         "b' world'",
         "End(reason='attempt_success')",
     ]
     exec(compile(asynchronous, "README.md", "exec"), {"__name__": "__main__"})
-    assert capsys.readouterr().out.splitlines() == [
+    assert printed(capsys) == [
         "6 frames",
         """{"answer":"Hello, world","tokens":3} End(reason='attempt_success')""",
     ]
     exec(compile(work, "README.md", "exec"), {"__name__": "__main__"})
-    assert capsys.readouterr().out.splitlines() == ["Draft: 42.", "Approved by Ada"]
+    assert printed(capsys) == ["Draft: 42.", "Approved by Ada"]
 
 
 def test_the_first_example_is_short():
@@ -48,6 +55,8 @@ def test_the_first_example_is_short():
 )
 def test_every_class_and_its_attributes_exist(name):
     first, *rest = re.sub(r"\(.*\)$", "", name).split(".")
+    if hasattr(builtins, first):
+        return
     value = getattr(ff_fast, first)
     assert first in ff_fast.__all__
     for part in rest:
@@ -84,18 +93,10 @@ def test_error_table_is_that_of_the_classes():
 
 
 def test_reasons_are_those_of_the_code():
-    sources = [
-        *ROOT.glob("ff_fast/_core/*.py"),
-        *ROOT.glob("ff_fast/_hot/*.pyx"),
-        *ROOT.glob("lua/*.lua"),
-    ]
-    code = "".join(path.read_text("utf-8") for path in sources)
     gaps = re.findall(r"^\| `(\w+)` \| ", README[README.index("`Gap.reason`") :], re.MULTILINE)
     ends = re.findall(r"`(\w+)`", re.search(r"`End\.reason` is (.*?) where", README, re.DOTALL)[1])
-    assert gaps == ["trimmed", "fell_behind", "expired", "cursor_ahead"]
-    assert len(ends) == 7
-    for reason in gaps + ends:
-        assert re.search(rf"['\"]{reason}['\"]", code), reason
+    assert tuple(gaps) == get_args(types.GapReason)
+    assert sorted(ends) == sorted(get_args(types.EndReason))
 
 
 def test_figures_are_those_of_the_code():

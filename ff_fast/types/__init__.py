@@ -1,0 +1,184 @@
+"""The values that callers pass in and get back: handles, frames, modes, outcomes, configuration.
+
+Names, wire tokens and defaults are those of FlowFabric's ``ff_core::backend``.  All values are
+frozen, compare by content, and check themselves when they are made: a value that exists is valid.
+Wrong types raise :class:`~ff_fast.errors.InvalidType`, wrong values
+:class:`~ff_fast.errors.InvalidInput` or the more specific class that a docstring names.
+
+``repr`` never shows a payload, a lease id, a token or a password.  ``dataclasses.asdict`` and
+``pickle`` hold all of them.
+
+Units: a field whose name ends in ``_ms`` is whole milliseconds, Unix time where it is a point in
+time; other durations are seconds.  Wherever a duration is passed in, a ``timedelta`` is taken too.
+Integers stop at 2^53-1, the largest that the server's Lua keeps exactly.
+"""
+
+from ff_fast.errors import CompletionOutcome, ExecutionState
+
+from ._value import (
+    MAX_PAYLOAD_BYTES,
+    MAX_SECONDS,
+    MAX_U32,
+    Value,
+    duration_ms,
+    milliseconds,
+    payload_bytes,
+    seconds,
+)
+from .config import (
+    BackendConfig,
+    BackendConnection,
+    BackendRetry,
+    BackendTimeouts,
+    ValkeyConnection,
+)
+from .handle import (
+    BackendTag,
+    Handle,
+    HandleFields,
+    HandleKind,
+    HandleOpaque,
+)
+from .stream import (
+    SUMMARY_NULL_SENTINEL,
+    AppendFrameOutcome,
+    BestEffortLiveConfig,
+    End,
+    EndReason,
+    Frame,
+    FrameKind,
+    FrameMode,
+    Gap,
+    GapReason,
+    PatchFormat,
+    PatchKind,
+    StreamCursor,
+    StreamDescription,
+    StreamMode,
+    SummaryDocument,
+    TailVisibility,
+    parse_cursor,
+)
+from .waitpoint import (
+    CountKind,
+    PendingWaitpoint,
+    ResumeCondition,
+    ResumeSignal,
+    SignalEffect,
+    SignalOutcome,
+    SuspendOutcome,
+    TimeoutBehavior,
+    WaitpointHmac,
+    WaitpointKind,
+    WaitpointSpec,
+)
+from .work import (
+    CancelFlowOutcome,
+    CancelFlowPolicy,
+    CancelFlowWait,
+    CancelOutcome,
+    CapabilitySet,
+    ClaimPolicy,
+    CompletionPayload,
+    ExecutionDescription,
+    FailOutcome,
+    FailureClass,
+    FailureReason,
+    FlowDescription,
+    FlowState,
+    LeaseRenewal,
+    Namespace,
+    ReclaimGrant,
+    ReclaimToken,
+    ReportUsageResult,
+    RetryBackoff,
+    RetryPolicy,
+    ScannerFilter,
+    StateTransition,
+    SuspensionDescription,
+    UsageDimensions,
+    UsageVerdict,
+)
+
+__all__ = [  # noqa: RUF022 - by topic
+    # streams
+    "SUMMARY_NULL_SENTINEL",
+    "PatchFormat",
+    "PatchKind",
+    "BestEffortLiveConfig",
+    "FrameMode",
+    "StreamMode",
+    "TailVisibility",
+    "FrameKind",
+    "Frame",
+    "AppendFrameOutcome",
+    "SummaryDocument",
+    "StreamCursor",
+    "parse_cursor",
+    "GapReason",
+    "Gap",
+    "EndReason",
+    "End",
+    "StreamDescription",
+    # handles
+    "BackendTag",
+    "HandleKind",
+    "HandleOpaque",
+    "HandleFields",
+    "Handle",
+    # suspension
+    "WaitpointKind",
+    "WaitpointHmac",
+    "PendingWaitpoint",
+    "WaitpointSpec",
+    "CountKind",
+    "ResumeCondition",
+    "TimeoutBehavior",
+    "SuspendOutcome",
+    "ResumeSignal",
+    "SignalEffect",
+    "SignalOutcome",
+    # work
+    "ExecutionState",
+    "CompletionOutcome",
+    "CapabilitySet",
+    "ClaimPolicy",
+    "LeaseRenewal",
+    "ReclaimGrant",
+    "ReclaimToken",
+    "RetryBackoff",
+    "RetryPolicy",
+    "FailureReason",
+    "FailureClass",
+    "FailOutcome",
+    "CancelOutcome",
+    "CompletionPayload",
+    "UsageDimensions",
+    "UsageVerdict",
+    "ReportUsageResult",
+    "CancelFlowPolicy",
+    "CancelFlowWait",
+    "CancelFlowOutcome",
+    "FlowState",
+    "FlowDescription",
+    "StateTransition",
+    "SuspensionDescription",
+    "ExecutionDescription",
+    "Namespace",
+    "ScannerFilter",
+    # configuration
+    "BackendTimeouts",
+    "BackendRetry",
+    "ValkeyConnection",
+    "BackendConnection",
+    "BackendConfig",
+    # for the modules above this package
+    "MAX_PAYLOAD_BYTES",
+    "MAX_SECONDS",
+    "MAX_U32",
+    "Value",
+    "duration_ms",
+    "milliseconds",
+    "payload_bytes",
+    "seconds",
+]

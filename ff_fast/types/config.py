@@ -1,0 +1,307 @@
+"""How to reach a server: addresses, credentials, time limits, and the URLs that say all that."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, ClassVar
+from urllib.parse import unquote_to_bytes
+
+from ff_fast import keys
+from ff_fast.errors import InvalidInput, check_int
+
+from ._value import (
+    MAX_U32,
+    Value,
+    check_flag,
+    check_optional_int,
+    check_type,
+    milliseconds,
+    seconds,
+    set_field,
+    utf8,
+)
+
+if TYPE_CHECKING:
+    from dataclasses import KW_ONLY
+    from datetime import timedelta
+
+
+# -- connections -----------------------------------------------------------------------------------
+
+
+class BackendTimeouts(Value):
+    """Time limits of calls.
+
+    Attributes:
+        request: Seconds that one call may take, above 0; None takes the library's default.  Also made from a
+            ``timedelta``.
+    """
+
+    request: float | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(self, request: float | timedelta | None = None) -> None: ...
+
+    def __post_init__(self) -> None:
+        if self.request is not None:
+            set_field(self, "request", seconds("request", self.request, zero=False))
+
+
+class BackendRetry(Value):
+    """How reconnecting backs off; None takes the library's default.
+
+    Attributes:
+        exponent_base: Base of the exponential growth, from 1.
+        factor: Multiplier of each step, in milliseconds.  Also made from a ``timedelta``.
+        number_of_retries: Attempts after the first one.
+        jitter_percent: Random share of each wait, 0 to 100.
+    """
+
+    exponent_base: int | None = None
+    factor: int | None = None
+    number_of_retries: int | None = None
+    jitter_percent: int | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            exponent_base: int | None = None,
+            factor: int | timedelta | None = None,
+            number_of_retries: int | None = None,
+            jitter_percent: int | None = None,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        check_optional_int("exponent_base", self.exponent_base, 1, MAX_U32)
+        if self.factor is not None:
+            set_field(self, "factor", milliseconds("factor", self.factor, 0, MAX_U32))
+        check_optional_int("number_of_retries", self.number_of_retries, 0, MAX_U32)
+        check_optional_int("jitter_percent", self.jitter_percent, 0, 100)
+
+
+class ValkeyConnection(Value):
+    """Where a server is and how to log in.
+
+    With TLS the certificate and the host name are always verified, and nothing here turns that off.
+
+    Attributes:
+        host: Name or address; an IPv6 address without brackets.  Empty with ``unix_path``.
+        port: 1 to 65535.
+        tls: Whether to use TLS.
+        cluster: Whether the server is part of a Valkey Cluster.
+        username: ACL user; None is the default user.
+        password: Its password; never shown by ``repr``.
+        db: Database number; a cluster has only 0.
+        unix_path: Path of a Unix socket, in place of host and port.
+        tls_ca_file: Authorities to trust in place of the system's; PEM.
+        tls_cert_file: Client certificate; PEM.
+        tls_key_file: Its private key, when it is not in the same file.
+    """
+
+    _secret: ClassVar[tuple[str, ...]] = ("password",)
+
+    host: str = "127.0.0.1"
+    port: int = 6379
+    _: KW_ONLY
+    tls: bool = False
+    cluster: bool = False
+    username: str | None = None
+    password: str | None = None
+    db: int = 0
+    unix_path: str | None = None
+    tls_ca_file: str | None = None
+    tls_cert_file: str | None = None
+    tls_key_file: str | None = None
+
+    def __post_init__(self) -> None:
+        check_flag("tls", self.tls)
+        check_flag("cluster", self.cluster)
+        check_int("port", self.port, 1, 65_535)
+        check_int("db", self.db, 0, 65_535)
+        check_type("host", self.host, str)
+        for name in ("unix_path", "tls_ca_file", "tls_cert_file", "tls_key_file"):
+            if getattr(self, name) is not None:
+                keys.free_text(name, getattr(self, name), 4096, error=InvalidInput)
+        for name in ("username", "password"):
+            text = getattr(self, name)
+            if text is not None and utf8(check_type(name, text, str)) is None:
+                raise InvalidInput(f"{name} contains a lone surrogate.")
+        if self.username == "":
+            raise InvalidInput("username must not be empty; use None for the default user.")
+        if self.unix_path is None:
+            _check_host(self.host)
+        else:
+            set_field(self, "host", "")
+            if self.tls or self.cluster:
+                raise InvalidInput("A Unix socket has neither TLS nor a cluster.")
+        if self.cluster and self.db != 0:
+            raise InvalidInput("A cluster has no database but 0.")
+        if not self.tls and (self.tls_ca_file or self.tls_cert_file or self.tls_key_file):
+            raise InvalidInput("TLS files are given but tls is off; use valkeys:// or tls=True.")
+        if self.tls_key_file is not None and self.tls_cert_file is None:
+            raise InvalidInput("tls_key_file needs tls_cert_file.")
+
+
+def _check_host(host: str) -> None:
+    if re.fullmatch(_IPV6 if ":" in host else _HOST, host) is None:
+        raise InvalidInput("host must be a host name, an IPv4 address, or an IPv6 address.")
+
+
+# Resolving, and names beyond ASCII, are left to the system; this keeps out lists of hosts and what
+# would change the meaning of a URL or a log line.  255 is the limit of a DNS name (RFC 1035 §2.3.4).
+_HOST = r"(?:[A-Za-z0-9._-]|[^\x00-\x9f\u2028\u2029\ud800-\udfff]){1,255}"
+
+_IPV6 = r"(?=.*:.*:)[0-9A-Fa-f:.]{2,45}(?:%[A-Za-z0-9._-]{1,64})?"
+
+BackendConnection = ValkeyConnection
+"""How to reach a backend.  Valkey is the only kind so far."""
+
+
+class BackendConfig(Value):
+    """Everything that connecting needs.
+
+    Attributes:
+        connection: Where the server is and how to log in.
+        timeouts: Time limits.
+        retry: How reconnecting backs off.
+        partitions: How many partitions the deployment has, 1 to 65535. The first backend of a deployment stores it on the
+            server, 256 where None; later ones are refused if they name another. None takes the stored one.
+    """
+
+    connection: BackendConnection
+    _: KW_ONLY
+    timeouts: BackendTimeouts = BackendTimeouts()
+    retry: BackendRetry = BackendRetry()
+    partitions: int | None = None
+
+    def __post_init__(self) -> None:
+        check_type("connection", self.connection, ValkeyConnection)
+        check_type("timeouts", self.timeouts, BackendTimeouts)
+        check_type("retry", self.retry, BackendRetry)
+        check_optional_int("partitions", self.partitions, 1, keys.MAX_PARTITIONS)
+
+    @classmethod
+    def valkey(cls, host: str, port: int = 6379) -> BackendConfig:
+        """Return the defaults for a standalone server without TLS."""
+        return cls(ValkeyConnection(host, port))
+
+    @classmethod
+    def from_url(cls, url: str) -> BackendConfig:
+        """Return the configuration that a URL describes.
+
+        ``valkey://[user[:password]@]host[:port][/db]`` (also ``redis://``), the same with TLS as
+        ``valkeys://`` (``rediss://``), and ``unix://[user[:password]@]/path``.  User, password and
+        path are percent-decoded.  Query parameters, each at most once: ``cluster=true``,
+        ``partitions=<count>``, ``timeout=<seconds>``, ``tls_ca_file=``, ``tls_cert_file=``, ``tls_key_file=``, and for a
+        Unix socket ``db=``.
+
+        Raises:
+            InvalidInput: Any other scheme or parameter, a missing host, a bad port, database or
+                percent-escape, a blank or a fragment.  The message never quotes the URL, which may
+                hold a password.
+        """
+        return _from_url(check_type("url", url, str))
+
+
+# -- URLs ------------------------------------------------------------------------------------------
+
+
+_URL_PARAMETERS = (
+    "cluster",
+    "partitions",
+    "timeout",
+    "tls_ca_file",
+    "tls_cert_file",
+    "tls_key_file",
+    "db",
+)
+
+_AUTHORITY = r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::([0-9]{1,5}))?"
+
+
+def _from_url(url: str) -> BackendConfig:
+    # Taken apart by hand: urllib drops blanks silently, and quotes parts of the URL in its errors.
+    if re.search(r"[\x00-\x20\x7f-\x9f#\u2028\u2029\ud800-\udfff]", url):
+        raise InvalidInput(
+            "The URL contains a blank, a control character or '#'; percent-encode it."
+        )
+    if re.search(r"%(?![0-9A-Fa-f]{2})", url):
+        raise InvalidInput("The URL contains a '%' that starts no escape; write it as %25.")
+    scheme, separator, rest = url.partition("://")
+    scheme = scheme.lower()
+    if not separator or scheme not in ("valkey", "valkeys", "redis", "rediss", "unix"):
+        raise InvalidInput(
+            "The URL must start with valkey://, valkeys://, redis://, rediss:// or unix://."
+        )
+    rest, _, query = rest.partition("?")
+    authority, slash, path = rest.partition("/")
+    login, _, place = authority.rpartition("@")
+    username, _, password = login.partition(":")
+    given = _url_parameters(query)
+
+    host, port, db, unix_path = "", "6379", "0", None
+    if scheme == "unix":
+        if place or not path:
+            raise InvalidInput("A unix:// URL must hold an absolute path and no host.")
+        unix_path = _unquote(slash + path)
+        db = given.pop("db", "0")
+    else:
+        found = re.fullmatch(_AUTHORITY, place)
+        if found is None:
+            raise InvalidInput("The URL must hold a host, and a port must be a number up to 65535.")
+        host, port = found[1] or found[2], found[3] or "6379"
+        if not host or (found[1] and ":" not in host):
+            raise InvalidInput("The URL must hold a host; an IPv6 address goes in brackets.")
+        if "db" in given:
+            raise InvalidInput("The database of a URL goes in its path, as in valkey://host/1.")
+        db = path or "0"
+    if re.fullmatch(r"[0-9]{1,5}", db) is None:
+        raise InvalidInput("The database in a URL must be a number.")
+    timeout = given.pop("timeout", None)
+    if timeout is not None and re.fullmatch(r"[0-9]{1,9}(?:\.[0-9]{1,9})?", timeout) is None:
+        raise InvalidInput("timeout must be a number of seconds.")
+    partitions = given.pop("partitions", None)
+    if partitions is not None and re.fullmatch(r"[0-9]{1,5}", partitions) is None:
+        raise InvalidInput("partitions must be a number.")
+    cluster = given.pop("cluster", "false")
+    if cluster not in ("true", "false"):
+        raise InvalidInput("cluster must be true or false.")
+    connection = ValkeyConnection(
+        host,
+        int(port),
+        tls=scheme in ("valkeys", "rediss"),
+        cluster=cluster == "true",
+        username=_unquote(username) or None,
+        password=_unquote(password) or None,
+        db=int(db),
+        unix_path=unix_path,
+        **{name: _unquote(text) for name, text in given.items()},
+    )
+    return BackendConfig(
+        connection,
+        timeouts=BackendTimeouts(None if timeout is None else float(timeout)),
+        partitions=None if partitions is None else int(partitions),
+    )
+
+
+def _url_parameters(query: str) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for item in query.split("&") if query else ():
+        name, _, text = item.partition("=")
+        # The name is not quoted in the message: it is a piece of the password when that holds a '?'.
+        if name not in _URL_PARAMETERS:
+            raise InvalidInput(f"A URL's parameters are {', '.join(_URL_PARAMETERS)}.")
+        if name in given or not text:
+            raise InvalidInput(f"{name} must be given once, with a value.")
+        given[name] = text
+    return given
+
+
+def _unquote(text: str) -> str:
+    try:
+        return unquote_to_bytes(text).decode("utf-8")
+    except UnicodeDecodeError:
+        pass
+    raise InvalidInput("The URL's escapes are not UTF-8.")

@@ -1,0 +1,489 @@
+"""Frames, how durable they are, and what readers get: documents, gaps, ends, cursors."""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ff_fast import keys
+from ff_fast.errors import (
+    MAX_INT,
+    InvalidCursor,
+    InvalidInput,
+    InvalidSequence,
+    InvalidType,
+    check_int,
+)
+
+from ._value import (
+    MAX_U32,
+    Value,
+    check_optional_int,
+    check_type,
+    milliseconds,
+    payload_bytes,
+    set_field,
+    utf8,
+)
+
+if TYPE_CHECKING:
+    import builtins
+    from dataclasses import KW_ONLY
+    from datetime import timedelta
+
+FrameMode = Literal["durable", "summary", "best_effort"]
+"""Wire token of a stream mode."""
+
+PatchFormat = Literal["json-merge-patch", "string-append"]
+"""Wire token of a patch kind."""
+
+GapReason = Literal["trimmed", "fell_behind", "expired", "cursor_ahead"]
+"""Why frames are missing.
+
+``trimmed``: they had left the stream before the reader began. ``fell_behind``: they left it while the reader was too
+slow, or away. ``expired``: they were the newest ones, and their key expired. ``cursor_ahead``: they do not exist; the
+cursor is beyond the end of the stream, as after a failover.
+"""
+
+EndReason = Literal[
+    "attempt_success",
+    "attempt_failure",
+    "attempt_cancelled",
+    "attempt_timeout",
+    "suspension_timeout",
+    "expired",
+    "producer_lost",
+]
+"""Why the stream of an attempt ended; ``producer_lost`` is an expired lease."""
+
+
+# -- modes -----------------------------------------------------------------------------------------
+
+
+SUMMARY_NULL_SENTINEL = "__ff_null__"
+"""Leaf of a merge patch that becomes JSON ``null``; a summary document never contains it."""
+
+
+class PatchKind(Value):
+    """How the payload of a summary frame changes the document.
+
+    Made by name: ``PatchKind.JSON_MERGE_PATCH`` (RFC 7396), or ``PatchKind.STRING_APPEND(pointer)``,
+    whose payload is text that is appended to the string at a JSON Pointer (RFC 6901).
+
+    Attributes:
+        wire: ``json-merge-patch`` or ``string-append``.
+        pointer: Where text is appended; None for merge patches.
+    """
+
+    wire: PatchFormat
+    pointer: str | None = None
+
+    JSON_MERGE_PATCH: ClassVar[PatchKind]
+
+    def __post_init__(self) -> None:
+        if self.wire == "json-merge-patch":
+            if self.pointer is not None:
+                raise InvalidInput("A JSON merge patch has no pointer.")
+            return
+        if self.wire != "string-append":
+            raise InvalidInput("A patch kind is JSON_MERGE_PATCH or STRING_APPEND(pointer).")
+        pointer = check_type("pointer", self.pointer, str)
+        encoded = utf8(pointer)
+        if encoded is None or len(encoded) > 1024:
+            raise InvalidInput("pointer must be at most 1024 bytes of UTF-8.")
+        if re.fullmatch(r"(?:/(?:[^~/]|~[01])*)*", pointer, re.DOTALL) is None:
+            raise InvalidInput("pointer must be a JSON Pointer such as '/text' (RFC 6901).")
+
+    @classmethod
+    def STRING_APPEND(cls, pointer: str) -> PatchKind:  # noqa: N802 - beside JSON_MERGE_PATCH
+        """Append text to the string at *pointer*, for instance ``/text``.
+
+        Raises:
+            InvalidInput: *pointer* is not a JSON Pointer, or longer than 1024 bytes.
+        """
+        return cls("string-append", pointer)
+
+    def wire_str(self) -> PatchFormat:
+        """Return the stable token of the kind."""
+        return self.wire
+
+
+PatchKind.JSON_MERGE_PATCH = PatchKind("json-merge-patch")
+
+
+class BestEffortLiveConfig(Value):
+    """How much of a best-effort stream stays readable.
+
+    The window holds ``clamp(ceil(rate * ttl * 2), maxlen_floor, maxlen_ceiling)`` frames, where the
+    rate is a moving average of the observed frames per second.
+
+    Attributes:
+        ttl_ms: How long a frame should stay visible, 1 to 2^32-1 ms; 5,000 to 30,000 is usual.  Also made from a
+            ``timedelta``.
+        maxlen_floor: Smallest window in frames, from 1.
+        maxlen_ceiling: Largest window in frames, from ``maxlen_floor``.
+        ema_alpha: Weight of the latest observation, above 0 and at most 1.
+    """
+
+    ttl_ms: int
+    maxlen_floor: int = 64
+    maxlen_ceiling: int = 16_384
+    ema_alpha: float = 0.2
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            ttl_ms: int | timedelta,
+            maxlen_floor: int = 64,
+            maxlen_ceiling: int = 16_384,
+            ema_alpha: float = 0.2,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        set_field(self, "ttl_ms", milliseconds("ttl_ms", self.ttl_ms, 1, MAX_U32))
+        check_int("maxlen_floor", self.maxlen_floor, 1, MAX_U32)
+        check_int("maxlen_ceiling", self.maxlen_ceiling, 1, MAX_U32)
+        if self.maxlen_ceiling < self.maxlen_floor:
+            raise InvalidInput("maxlen_ceiling must not be below maxlen_floor.")
+        if type(self.ema_alpha) not in (int, float):
+            raise InvalidType(f"ema_alpha must be a float, not {type(self.ema_alpha).__name__}.")
+        if not 0 < self.ema_alpha <= 1:  # also refuses NaN
+            raise InvalidInput("ema_alpha must be above 0 and at most 1.")
+        set_field(self, "ema_alpha", float(self.ema_alpha))
+
+    @classmethod
+    def with_ttl(cls, ttl_ms: int | timedelta) -> BestEffortLiveConfig:
+        """Return the defaults with this ``ttl_ms``."""
+        return cls(ttl_ms)
+
+    def with_maxlen_floor(self, floor: int) -> BestEffortLiveConfig:
+        """Return a copy with another ``maxlen_floor``."""
+        return BestEffortLiveConfig(self.ttl_ms, floor, self.maxlen_ceiling, self.ema_alpha)
+
+    def with_maxlen_ceiling(self, ceiling: int) -> BestEffortLiveConfig:
+        """Return a copy with another ``maxlen_ceiling``."""
+        return BestEffortLiveConfig(self.ttl_ms, self.maxlen_floor, ceiling, self.ema_alpha)
+
+    def with_ema_alpha(self, alpha: float) -> BestEffortLiveConfig:
+        """Return a copy with another ``ema_alpha``."""
+        return BestEffortLiveConfig(self.ttl_ms, self.maxlen_floor, self.maxlen_ceiling, alpha)
+
+
+class StreamMode(Value):
+    """How durable a frame is.  The mode is chosen per frame; a stream may mix them.
+
+    Made by name: :meth:`durable`, :meth:`durable_summary`, :meth:`best_effort_live`,
+    :meth:`best_effort_live_with_config`.
+
+    Attributes:
+        wire: ``durable``, ``summary`` or ``best_effort``.
+        patch_kind: For ``summary`` alone: how payloads change the document.
+        config: For ``best_effort`` alone: how much stays readable.
+    """
+
+    wire: FrameMode = "durable"
+    patch_kind: PatchKind | None = None
+    config: BestEffortLiveConfig | None = None
+
+    _DURABLE: ClassVar[StreamMode]
+
+    def __post_init__(self) -> None:
+        if self.wire not in ("durable", "summary", "best_effort"):
+            raise InvalidInput("A mode is durable, summary or best_effort.")
+        if self.wire == "summary":
+            check_type("patch_kind", self.patch_kind, PatchKind)
+        elif self.patch_kind is not None:
+            raise InvalidInput(f"A {self.wire} mode has no patch_kind.")
+        if self.wire == "best_effort":
+            check_type("config", self.config, BestEffortLiveConfig)
+        elif self.config is not None:
+            raise InvalidInput(f"A {self.wire} mode has no config.")
+
+    @classmethod
+    def durable(cls) -> StreamMode:
+        """Every frame is an entry of the log and stays until the retention limit."""
+        return cls._DURABLE
+
+    @classmethod
+    def durable_summary(cls, patch_kind: PatchKind = PatchKind.JSON_MERGE_PATCH) -> StreamMode:
+        """Every frame is a patch of the rolling summary document, which is kept."""
+        return cls("summary", patch_kind=patch_kind)
+
+    @classmethod
+    def best_effort_live(cls, ttl_ms: int | timedelta) -> StreamMode:
+        """Frames stay readable for about *ttl_ms*, or a ``timedelta``; 5,000 to 30,000 ms is usual."""
+        return cls("best_effort", config=BestEffortLiveConfig(ttl_ms))
+
+    @classmethod
+    def best_effort_live_with_config(cls, config: BestEffortLiveConfig) -> StreamMode:
+        """As :meth:`best_effort_live`, with every knob given."""
+        return cls("best_effort", config=config)
+
+    def wire_str(self) -> FrameMode:
+        """Return the stable token that entries carry in their ``mode`` field."""
+        return self.wire
+
+
+StreamMode._DURABLE = StreamMode()  # noqa: SLF001 - the class's own constant
+
+
+class TailVisibility(enum.Enum):
+    """Which frames a reader sees.  Summary frames are durable, since the document is."""
+
+    ALL = ""
+    EXCLUDE_BEST_EFFORT = "exclude_best_effort"
+
+    def wire_str(self) -> str:
+        """Return the stable token; empty means no filter."""
+        return self.value
+
+
+# -- frames ----------------------------------------------------------------------------------------
+
+
+class FrameKind(enum.Enum):
+    """Coarse class of a frame; its value is the frame type of a frame that names none."""
+
+    STDOUT = "stdout"
+    STDERR = "stderr"
+    EVENT = "event"
+    BLOB = "blob"
+
+    def wire_str(self) -> str:
+        """Return the frame type that the kind stands for."""
+        return self.value
+
+
+class Frame(Value):
+    """One frame to append.
+
+    Args:
+        bytes: The payload; as :func:`payload_bytes` takes it.  Its size is checked on append.
+        kind: Coarse class.
+        seq: The sequence the frame must get, 1 to 2^53-1; None takes the next one.  With it, a
+            repeated append is recognised and stored once.
+        frame_type: One line of text of at most 256 bytes; empty means the kind's own name.
+        correlation_id: One line of text of at most 256 bytes; empty and None are the same.
+        mode: How durable the frame is.
+
+    Raises:
+        InvalidPayload: See :func:`payload_bytes`.
+        InvalidSequence: *seq* is anything but an ``int`` in its range.
+    """
+
+    bytes: builtins.bytes
+    kind: FrameKind
+    _: KW_ONLY
+    seq: int | None = None
+    frame_type: str = ""
+    correlation_id: str | None = None
+    mode: StreamMode = StreamMode.durable()
+
+    def __post_init__(self) -> None:
+        set_field(self, "bytes", payload_bytes(self.bytes))
+        check_type("kind", self.kind, FrameKind)
+        if self.seq is not None:
+            check_int("seq", self.seq, 1, MAX_INT, InvalidSequence)
+        keys.free_text("frame_type", self.frame_type, empty=True, error=InvalidInput)
+        if self.correlation_id is not None:
+            keys.free_text("correlation_id", self.correlation_id, empty=True, error=InvalidInput)
+            if not self.correlation_id:
+                set_field(self, "correlation_id", None)
+        check_type("mode", self.mode, StreamMode)
+
+    @property
+    def wire_type(self) -> str:
+        """The frame type as stored: ``frame_type``, or the kind's own name."""
+        return self.frame_type or self.kind.value
+
+
+class AppendFrameOutcome(Value):
+    """What is stored after an append or a flush.
+
+    Attributes:
+        stream_id: Entry id of the last frame, ``<ms>-<sequence>``.
+        frame_count: Frames appended in this attempt so far.
+        summary_version: Version of the summary; None when no summary frame was appended.
+    """
+
+    stream_id: str
+    frame_count: int
+    summary_version: int | None = None
+
+    def __post_init__(self) -> None:
+        check_type("stream_id", self.stream_id, str)
+        check_int("frame_count", self.frame_count, 0, MAX_INT)
+        check_optional_int("summary_version", self.summary_version, 0, MAX_INT)
+
+    def with_summary_version(self, version: int) -> AppendFrameOutcome:
+        """Return a copy with this summary version."""
+        return AppendFrameOutcome(self.stream_id, self.frame_count, version)
+
+
+class SummaryDocument(Value):
+    """The rolling summary of an attempt at one moment.
+
+    Attributes:
+        document_json: The document, JSON in UTF-8, exact; it never contains the null sentinel.
+        version: Number of patches folded in, from 1.
+        patch_kind: How the latest patch was applied.
+        last_updated_ms: When the latest patch was applied.
+        first_applied_ms: When the first one was.
+        cursor: Tailing from here continues the document without hole or repeat.
+    """
+
+    document_json: bytes
+    version: int
+    patch_kind: PatchKind
+    last_updated_ms: int
+    first_applied_ms: int
+    cursor: str = "0-0"
+
+    def __post_init__(self) -> None:
+        check_type("document_json", self.document_json, bytes)
+        check_int("version", self.version, 1, MAX_INT)
+        check_type("patch_kind", self.patch_kind, PatchKind)
+        check_int("last_updated_ms", self.last_updated_ms, 0, MAX_INT)
+        check_int("first_applied_ms", self.first_applied_ms, 0, MAX_INT)
+        parse_cursor(self.cursor)
+
+
+# -- places in a stream ----------------------------------------------------------------------------
+
+
+class StreamCursor(tuple[int, int]):
+    """A place in a stream: everything up to and including this frame has been read.
+
+    A pair ``(milliseconds, sequence)`` whose ``str`` is the entry id ``<milliseconds>-<sequence>``;
+    ``(0, 0)`` is the start.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, ms: int, sequence: int) -> StreamCursor:
+        check_int("milliseconds", ms, 0, 2**63 - 1, InvalidCursor)
+        check_int("sequence", sequence, 0, MAX_INT, InvalidCursor)
+        return super().__new__(cls, (ms, sequence))
+
+    def __getnewargs__(self) -> tuple[int, int]:
+        return self[0], self[1]
+
+    @property
+    def ms(self) -> int:
+        """Milliseconds of the entry id."""
+        return self[0]
+
+    @property
+    def sequence(self) -> int:
+        """Sequence of the last frame read; 0 at the start."""
+        return self[1]
+
+    def __str__(self) -> str:
+        return f"{self[0]}-{self[1]}"
+
+    def __repr__(self) -> str:
+        return f"StreamCursor({self[0]}, {self[1]})"
+
+
+_START = StreamCursor(0, 0)
+
+_CURSOR = r"([0-9]{1,20})-([0-9]{1,16})"
+
+
+def parse_cursor(value: object) -> StreamCursor:
+    """Return the cursor that *value* names, as a pair ``(milliseconds, sequence)``.
+
+    Args:
+        value: None, ``"start"`` or ``"0-0"`` for the start, an entry id
+            ``"<milliseconds>-<sequence>"`` as frames carry it, or a :class:`StreamCursor`.
+
+    Raises:
+        InvalidCursor: Anything else.  ``-``, ``+``, ``$`` and ``end`` are not accepted: a reader
+            starts at a frame it can name.
+    """
+    if value is None or value == "start":
+        return _START
+    if isinstance(value, StreamCursor):
+        return value
+    found = re.fullmatch(_CURSOR, value) if isinstance(value, str) else None
+    if found is None:
+        raise InvalidCursor
+    ms, sequence = int(found[1]), int(found[2])
+    if ms >= 2**63 or sequence > MAX_INT:
+        raise InvalidCursor
+    return StreamCursor(ms, sequence)
+
+
+# -- what a reader gets beside frames --------------------------------------------------------------
+
+
+class Gap(Value):
+    """Frames that a reader cannot have any more, delivered in their place.
+
+    Attributes:
+        first_missing: Sequence of the first frame that is missing.
+        next_sequence: Sequence that the reader goes on with.
+        reason: Why they are missing; :data:`GapReason` says what each word means.
+        cursor: Reading from here goes on behind the gap: an id ``<milliseconds>-<sequence>``; ``0-0`` where it was not
+            told. Two gaps are equal whatever their cursors.
+    """
+
+    first_missing: int
+    next_sequence: int
+    reason: GapReason
+    cursor: str = "0-0"
+
+    _uncompared: ClassVar[tuple[str, ...]] = ("cursor",)
+
+    def __post_init__(self) -> None:
+        check_int("first_missing", self.first_missing, 1, MAX_INT + 1)
+        check_int("next_sequence", self.next_sequence, 1, MAX_INT + 1)
+        check_type("reason", self.reason, str)
+        parse_cursor(check_type("cursor", self.cursor, str))
+
+
+class End(Value):
+    """The stream has ended; nothing follows.
+
+    Attributes:
+        reason: Why it ended; ``producer_lost`` when the lease of its worker expired.
+        cursor: Reading from here gives the end again: an id ``<milliseconds>-<sequence>``; ``0-0`` where it was not told.
+            Two ends are equal whatever their cursors.
+    """
+
+    reason: EndReason
+    cursor: str = "0-0"
+
+    _uncompared: ClassVar[tuple[str, ...]] = ("cursor",)
+
+    def __post_init__(self) -> None:
+        check_type("reason", self.reason, str)
+        parse_cursor(check_type("cursor", self.cursor, str))
+
+
+# -- descriptions ----------------------------------------------------------------------------------
+
+
+class StreamDescription(Value):
+    """The streams of one attempt.
+
+    Attributes:
+        last_id: Id of the newest frame, ``0-0`` for none.
+        frame_count: How many frames the attempt has had.
+        log_entries: Durable frames that are kept, and the end entry.
+        live_entries: Entries of the live window; a run is one.
+        summary_version: How many patches the summary has had.
+        closed_reason: Why the stream ended; None while it has not.
+        lease_left: Seconds that the lease still lasts by the server's clock, 0 when it has expired; None where there
+            is none.
+    """
+
+    last_id: str
+    frame_count: int
+    log_entries: int
+    live_entries: int
+    summary_version: int
+    closed_reason: EndReason | None
+    lease_left: float | None

@@ -1,0 +1,756 @@
+"""Work: claiming, leases, retries, ends, usage, flows, and descriptions of executions."""
+
+from __future__ import annotations
+
+import enum
+import re
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ff_fast import keys
+from ff_fast.errors import (
+    MAX_INT,
+    CompletionOutcome,
+    ExecutionState,
+    InvalidCapabilities,
+    InvalidId,
+    InvalidInput,
+    InvalidType,
+    PayloadTooLarge,
+    check_int,
+)
+
+from ._value import (
+    MAX_PAYLOAD_BYTES,
+    MAX_U32,
+    Value,
+    check_flag,
+    check_type,
+    milliseconds,
+    payload_bytes,
+    seconds,
+    set_field,
+    utf8,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from dataclasses import KW_ONLY
+    from datetime import timedelta
+
+    from .waitpoint import TimeoutBehavior
+
+FlowState = Literal["open", "cancelled"]
+"""State of a flow."""
+
+
+# -- claiming and leases ---------------------------------------------------------------------------
+
+
+class CapabilitySet(Value):
+    """What a worker can do, or what an execution needs: a set of tokens.
+
+    Args:
+        tokens: Any iterable of text.  A token has no comma, no blank, no control character and is
+            not empty; at most 256 of them, and at most 4096 bytes as CSV.
+
+    Attributes:
+        tokens: The tokens, each once, sorted.
+
+    Raises:
+        InvalidCapabilities: A token is malformed, or there are too many.
+        InvalidType: *tokens* is a single text, or not an iterable of text.
+    """
+
+    tokens: tuple[str, ...] = ()
+
+    def __init__(self, tokens: Iterable[str] = ()) -> None:
+        if isinstance(tokens, (str, bytes)) or not hasattr(tokens, "__iter__"):
+            raise InvalidType(f"tokens must be a list of str, not {type(tokens).__name__}.")
+        unique: set[str] = set()
+        for token in tokens:
+            if not isinstance(token, str):
+                raise InvalidType(f"A capability must be str, not {type(token).__name__}.")
+            if re.fullmatch(_CAPABILITY, token) is None or utf8(token) is None:
+                raise InvalidCapabilities
+            unique.add(token)
+            if len(unique) > 256:
+                raise InvalidCapabilities
+        set_field(self, "tokens", tuple(sorted(unique)))
+        if len(self.csv()) > 4096:
+            raise InvalidCapabilities("Capabilities must take at most 4096 bytes, commas included.")
+
+    def is_empty(self) -> bool:
+        """Return whether there is no token."""
+        return not self.tokens
+
+    def csv(self) -> bytes:
+        """Return the tokens as the server functions take them: sorted, joined by commas."""
+        return ",".join(self.tokens).encode("utf-8")
+
+
+_CAPABILITY = r"[^,\x00-\x20\x7f]+"
+
+
+class ClaimPolicy(Value):
+    """How long a claim may wait for work.
+
+    Attributes:
+        max_wait: Seconds, from 0; None answers at once.  Also made from a ``timedelta``.
+    """
+
+    max_wait: float | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(self, max_wait: float | timedelta | None = None) -> None: ...
+
+    def __post_init__(self) -> None:
+        if self.max_wait is not None:
+            set_field(self, "max_wait", seconds("max_wait", self.max_wait, zero=True))
+
+    @classmethod
+    def immediate(cls) -> ClaimPolicy:
+        """Answer at once."""
+        return cls()
+
+    @classmethod
+    def with_max_wait(cls, max_wait: float | timedelta) -> ClaimPolicy:
+        """Wait for work at most so long: seconds, or a ``timedelta``."""
+        return cls(seconds("max_wait", max_wait, zero=True))
+
+
+class LeaseRenewal(Value):
+    """A renewed lease.
+
+    Attributes:
+        expires_at_ms: When it now expires, by the server's clock.
+        lease_epoch: Its epoch; renewing does not change it.
+        cancel_requested: Whether the worker is asked to stop.
+    """
+
+    expires_at_ms: int
+    lease_epoch: int
+    cancel_requested: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("expires_at_ms", self.expires_at_ms, 0, MAX_INT)
+        check_int("lease_epoch", self.lease_epoch, 0, MAX_INT)
+        check_flag("cancel_requested", self.cancel_requested)
+
+
+class ReclaimGrant(Value):
+    """Permission to take over an execution whose worker was lost.
+
+    Attributes:
+        execution_id: Canonical execution id.
+        partition_key: Its hash tag, ``{fp:N}``.
+        grant_key: Key that holds the grant.
+        expires_at_ms: When the grant expires, by the server's clock.
+        lane_id: Lane of the execution.
+    """
+
+    execution_id: str
+    partition_key: str
+    grant_key: str
+    expires_at_ms: int
+    lane_id: str
+
+    def __post_init__(self) -> None:
+        set_field(self, "execution_id", keys.canonical_execution_id(self.execution_id))
+        if self.partition_key != keys.partition_tag(self.execution_id):
+            raise InvalidId("partition_key must be the hash tag of the execution id.")
+        check_type("grant_key", self.grant_key, str)
+        check_int("expires_at_ms", self.expires_at_ms, 0, MAX_INT)
+        keys.lane_id(self.lane_id)
+
+
+class ReclaimToken(Value):
+    """What a search for lost workers returns, and a reclaim takes."""
+
+    grant: ReclaimGrant
+
+    def __post_init__(self) -> None:
+        check_type("grant", self.grant, ReclaimGrant)
+
+
+# -- retries ---------------------------------------------------------------------------------------
+
+
+class RetryBackoff(enum.Enum):
+    """How the pauses between retries grow."""
+
+    FIXED = "fixed"
+    EXPONENTIAL = "exponential"
+
+
+class RetryPolicy(Value):
+    """When a failed or lost attempt is tried again.
+
+    The pause before retry n (from 0) is ``delay`` or, exponentially, ``delay * multiplier^n``, at most ``max_delay``,
+    less a random share of up to ``jitter_percent``.  The server counts it in whole milliseconds.
+
+    Attributes:
+        max_retries: Retries after transient failures and timeouts.
+        backoff: How the pauses grow.
+        delay: The first pause in seconds.  Also made from a ``timedelta``.
+        multiplier: Growth of an exponential backoff, 1 to 100.
+        max_delay: The longest pause in seconds.  Also made from a ``timedelta``.
+        jitter_percent: Random share of each pause, 0 to 100.
+        max_reclaims: How often a lost worker is replaced.
+    """
+
+    max_retries: int = 0
+    backoff: RetryBackoff = RetryBackoff.EXPONENTIAL
+    delay: float = 1.0
+    multiplier: float = 2.0
+    max_delay: float = 60.0
+    jitter_percent: int = 20
+    max_reclaims: int = 100
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            max_retries: int = 0,
+            backoff: RetryBackoff = RetryBackoff.EXPONENTIAL,
+            delay: float | timedelta = 1.0,
+            multiplier: float = 2.0,
+            max_delay: float | timedelta = 60.0,
+            jitter_percent: int = 20,
+            max_reclaims: int = 100,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        check_int("max_retries", self.max_retries, 0, MAX_U32)
+        check_type("backoff", self.backoff, RetryBackoff)
+        set_field(self, "delay", seconds("delay", self.delay))
+        set_field(self, "max_delay", seconds("max_delay", self.max_delay))
+        check_int("jitter_percent", self.jitter_percent, 0, 100)
+        check_int("max_reclaims", self.max_reclaims, 0, MAX_U32)
+        if type(self.multiplier) not in (int, float) or not 1 <= self.multiplier <= 100:
+            raise InvalidInput("multiplier must be a number from 1 to 100.")
+
+
+# -- ends ------------------------------------------------------------------------------------------
+
+
+class FailureReason(Value):
+    """Why an attempt failed.
+
+    Attributes:
+        message: Text for people, at most 64 KiB of UTF-8.  It is stored and shown as it is.
+        detail: Structured detail, at most 64 KiB; ``repr`` shows its size only.
+    """
+
+    message: str
+    detail: bytes | None = None
+
+    def __post_init__(self) -> None:
+        encoded = utf8(check_type("message", self.message, str))
+        if encoded is None:
+            raise InvalidInput("message contains a lone surrogate; replace it before reporting.")
+        if self.detail is not None:
+            set_field(self, "detail", payload_bytes(self.detail, "detail"))
+        for data in (encoded, self.detail or b""):
+            if len(data) > MAX_PAYLOAD_BYTES:
+                raise PayloadTooLarge(MAX_PAYLOAD_BYTES, len(data))
+
+    @classmethod
+    def with_detail(cls, message: str, detail: bytes) -> FailureReason:
+        """Return a reason with structured detail."""
+        return cls(message, detail)
+
+
+class FailureClass(enum.Enum):
+    """What kind of failure it was; decides whether the execution is retried."""
+
+    TRANSIENT = "transient"
+    PERMANENT = "permanent"
+    INFRA_CRASH = "infra_crash"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+
+
+class FailOutcome(Value):
+    """What a failure led to: a retry at some time, or the end.
+
+    Attributes:
+        retry_scheduled: Whether the execution will be retried.
+        delay_until_ms: When it can be claimed again, Unix milliseconds; None when it ended.
+    """
+
+    retry_scheduled: bool
+    delay_until_ms: int | None = None
+
+    TERMINAL_FAILED: ClassVar[FailOutcome]
+
+    def __post_init__(self) -> None:
+        check_flag("retry_scheduled", self.retry_scheduled)
+        if self.retry_scheduled:
+            check_int("delay_until_ms", self.delay_until_ms, 0, MAX_INT)
+        elif self.delay_until_ms is not None:
+            raise InvalidInput("An execution that ended has no delay_until_ms.")
+
+    @classmethod
+    def RETRY_SCHEDULED(cls, delay_until_ms: int) -> FailOutcome:  # noqa: N802 - a variant
+        """Return the outcome "retried from *delay_until_ms* on"."""
+        return cls(True, delay_until_ms)
+
+
+FailOutcome.TERMINAL_FAILED = FailOutcome(False)
+
+
+class CancelOutcome(Value):
+    """Answer to a cancellation.
+
+    Attributes:
+        cancelled: Whether the execution is cancelled; False while its worker is asked first.
+        previous_state: State that it was in.
+    """
+
+    cancelled: bool
+    previous_state: ExecutionState
+
+
+class CompletionPayload(Value):
+    """One execution that ended, as subscribers see it.
+
+    Attributes:
+        execution_id: Canonical execution id.
+        outcome: How it ended.
+        payload_bytes: Its result; None when it has none.
+        produced_at_ms: When it ended, by the server's clock; 0 when unknown.
+        flow_id: The flow it belongs to; None for a solo execution.
+        cursor: Where a subscription goes on behind it; None outside a subscription.
+    """
+
+    execution_id: str
+    outcome: CompletionOutcome
+    payload_bytes: bytes | None = None
+    produced_at_ms: int = 0
+    flow_id: str | None = None
+    cursor: str | None = None
+
+    def __post_init__(self) -> None:
+        set_field(self, "execution_id", keys.canonical_execution_id(self.execution_id))
+        check_type("outcome", self.outcome, str)
+        if self.payload_bytes is not None:
+            set_field(self, "payload_bytes", payload_bytes(self.payload_bytes, "payload_bytes"))
+        check_int("produced_at_ms", self.produced_at_ms, 0, MAX_INT)
+        if self.flow_id is not None:
+            set_field(self, "flow_id", keys.canonical_uuid("flow_id", self.flow_id))
+
+    def with_flow_id(self, flow_id: str) -> CompletionPayload:
+        """Return a copy that belongs to this flow."""
+        return self.replace(flow_id=flow_id)
+
+
+# -- usage -----------------------------------------------------------------------------------------
+
+
+class UsageDimensions(Value):
+    """What an attempt used up since its last report.
+
+    Attributes:
+        input_tokens: Tokens read, from 0.
+        output_tokens: Tokens written, from 0.
+        wall_ms: Wall-clock time in milliseconds; None when it does not count.  Also made from a ``timedelta``.
+        custom: Further dimensions, at most 61, by name; sorted by name, and a copy of what was
+            given.  Names are text of 1 to 128 bytes, other than those of the attributes above.
+        dedup_key: A report with a key that was seen before is not counted again; None and empty
+            switch this off.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    wall_ms: int | None = None
+    custom: Mapping[str, int] = MappingProxyType({})
+    dedup_key: str | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_tokens: int = 0,
+            output_tokens: int = 0,
+            wall_ms: int | timedelta | None = None,
+            custom: Mapping[str, int] = ...,
+            dedup_key: str | None = None,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        check_int("input_tokens", self.input_tokens, 0, MAX_INT)
+        check_int("output_tokens", self.output_tokens, 0, MAX_INT)
+        if self.wall_ms is not None:
+            set_field(self, "wall_ms", milliseconds("wall_ms", self.wall_ms, 0, MAX_INT))
+        if not hasattr(self.custom, "items"):
+            raise InvalidType(f"custom must be a dict, not {type(self.custom).__name__}.")
+        # The server takes 64 dimensions in one report, three of which have names of their own.
+        if len(self.custom) > 61:
+            raise InvalidInput("custom must have at most 61 dimensions.")
+        for name, amount in self.custom.items():
+            keys.free_text("A dimension's name", name, 128, error=InvalidInput)
+            if name in ("input_tokens", "output_tokens", "wall_ms"):
+                raise InvalidInput("custom must not repeat input_tokens, output_tokens or wall_ms.")
+            check_int("A custom amount", amount, 0, MAX_INT)
+        set_field(self, "custom", dict(sorted(self.custom.items())))
+        if self.dedup_key is not None:
+            keys.free_text("dedup_key", self.dedup_key, empty=True, error=InvalidInput)
+            set_field(self, "dedup_key", self.dedup_key or None)
+
+    def with_input_tokens(self, tokens: int) -> UsageDimensions:
+        """Return a copy with this number of input tokens."""
+        return self.replace(input_tokens=tokens)
+
+    def with_output_tokens(self, tokens: int) -> UsageDimensions:
+        """Return a copy with this number of output tokens."""
+        return self.replace(output_tokens=tokens)
+
+    def with_wall_ms(self, ms: int | timedelta) -> UsageDimensions:
+        """Return a copy with this wall-clock time: milliseconds, or a ``timedelta``."""
+        return self.replace(wall_ms=ms)
+
+    def with_custom(self, name: str, amount: int) -> UsageDimensions:
+        """Return a copy with one more custom dimension, or another amount of it."""
+        return self.replace(custom={**self.custom, name: amount})
+
+    def with_dedup_key(self, key: str) -> UsageDimensions:
+        """Return a copy with this key against double counting."""
+        return self.replace(dedup_key=key)
+
+    def __hash__(self) -> int:
+        return hash(
+            (
+                self.input_tokens,
+                self.output_tokens,
+                self.wall_ms,
+                tuple(self.custom.items()),
+                self.dedup_key,
+            )
+        )
+
+
+class UsageVerdict(enum.Enum):
+    """What became of a usage report."""
+
+    OK = "ok"
+    SOFT_BREACH = "soft_breach"
+    HARD_BREACH = "hard_breach"
+    ALREADY_APPLIED = "already_applied"
+
+
+class ReportUsageResult(Value):
+    """Answer to a usage report.
+
+    Attributes:
+        verdict: ``OK`` and ``SOFT_BREACH``: applied. ``HARD_BREACH``: nothing was applied, to no budget and not to the
+            execution. ``ALREADY_APPLIED``: a report with this key was.
+        budget_id: For a breach, whose limit it is.
+        dimension: For a breach, the dimension.
+        current: For a breach, what is used (with this report where it was applied).
+        limit: For a breach, the limit.
+    """
+
+    verdict: UsageVerdict
+    budget_id: str | None = None
+    dimension: str | None = None
+    current: int = 0
+    limit: int = 0
+
+
+# -- flows -----------------------------------------------------------------------------------------
+
+
+class CancelFlowPolicy(enum.Enum):
+    """What happens to the members of a flow that is cancelled.
+
+    ``FLOW_ONLY`` leaves them alone, ``CANCEL_ALL`` cancels every one that has not ended, and
+    ``CANCEL_PENDING`` cancels those that do not run.
+    """
+
+    FLOW_ONLY = "flow_only"
+    CANCEL_ALL = "cancel_all"
+    CANCEL_PENDING = "cancel_pending"
+
+
+class CancelFlowWait(Value):
+    """Whether cancelling a flow waits until its members are cancelled.
+
+    Made by name: ``NO_WAIT``, ``WAIT_INDEFINITE``, or :meth:`wait_timeout`.
+
+    Attributes:
+        wait: Whether to wait.
+        timeout: Longest wait in seconds; None without a limit, and when not waiting.  Also made from a ``timedelta``.
+    """
+
+    wait: bool
+    timeout: float | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(self, wait: bool, timeout: float | timedelta | None = None) -> None: ...
+
+    NO_WAIT: ClassVar[CancelFlowWait]
+    WAIT_INDEFINITE: ClassVar[CancelFlowWait]
+
+    def __post_init__(self) -> None:
+        check_flag("wait", self.wait)
+        if self.timeout is not None:
+            if not self.wait:
+                raise InvalidInput("timeout has no meaning without waiting.")
+            set_field(self, "timeout", seconds("timeout", self.timeout, zero=True))
+
+    @classmethod
+    def wait_timeout(cls, timeout: float | timedelta) -> CancelFlowWait:
+        """Wait at most so long: seconds, or a ``timedelta``."""
+        return cls(True, seconds("timeout", timeout, zero=True))
+
+
+CancelFlowWait.NO_WAIT = CancelFlowWait(False)
+
+CancelFlowWait.WAIT_INDEFINITE = CancelFlowWait(True)
+
+
+class CancelFlowOutcome(Value):
+    """Answer to the cancellation of a flow.
+
+    Attributes:
+        policy: The policy that holds; that of the first cancellation.
+        cancelled_members: How many members this call cancelled.
+        open_members: How many members had not ended when it returned.
+    """
+
+    policy: CancelFlowPolicy
+    cancelled_members: int
+    open_members: int
+
+
+class FlowDescription(Value):
+    """A flow.
+
+    Attributes:
+        flow_id: Its id.
+        state: Whether it takes executions.
+        members: Ids of its executions.
+        open_members: Ids of those that have not ended.
+    """
+
+    flow_id: str
+    state: FlowState
+    members: tuple[str, ...]
+    open_members: tuple[str, ...]
+
+
+# -- executions ------------------------------------------------------------------------------------
+
+
+class StateTransition(Value):
+    """One step of an execution from a state to the next.
+
+    Attributes:
+        at_ms: When, Unix milliseconds by the server's clock.
+        from_state: State before it.
+        to_state: State after it.
+        attempt_index: Attempt that ran then or, where none did, the one to come; from 0.
+        reason: Why, as a word, or in the words of the worker that suspended it; None where it goes without saying.
+    """
+
+    at_ms: int
+    from_state: ExecutionState
+    to_state: ExecutionState
+    attempt_index: int
+    reason: str | None = None
+
+
+class SuspensionDescription(Value):
+    """What a suspended execution waits for.
+
+    Attributes:
+        suspension_id: Its id.
+        attempt_index: Attempt that was suspended and goes on afterwards, from 0.
+        reason: Why, in the words of the worker.
+        suspended_at_ms: Since when, Unix milliseconds by the server's clock.
+        timeout_at_ms: When ``on_timeout`` takes effect; None without a limit.
+        on_timeout: What happens then.
+        waitpoint_ids: Waitpoints that signals can be sent to, each once.
+    """
+
+    suspension_id: str
+    attempt_index: int
+    reason: str
+    suspended_at_ms: int
+    timeout_at_ms: int | None
+    on_timeout: TimeoutBehavior
+    waitpoint_ids: tuple[str, ...]
+
+
+class ExecutionDescription(Value):
+    """An execution as the server holds it, without its payload, its result, and secrets such as lease ids.
+
+    Points in time are Unix milliseconds by the server's clock, durations are seconds.
+
+    Attributes:
+        execution_id: Its id.
+        state: Its state.
+        lane: Lane it waits in.
+        namespace: Its namespace.
+        priority: Its priority, 0 to 9000; higher ones are claimed first.
+        required_capabilities: What its worker must offer.
+        flow_id: The flow it belongs to; None for a solo execution.
+        parent_id: The execution that may wait for it; None without one.
+        budget_ids: Budgets that its usage is charged to.
+        tags: Its tags.
+        created_at_ms: When it was created.
+        started_at_ms: When it was claimed first; None while it was not.
+        finished_at_ms: When it ended; None while it has not.
+        last_transition_at_ms: When its state changed last.
+        delay_until_ms: When it can be claimed again; None where it is not ``delayed``.
+        deadline_at_ms: When it expires unless it has ended; None without a limit.
+        attempt_deadline_at_ms: When the attempt that runs times out; None without a limit, and where none runs.
+        lease_expires_at_ms: When its lease expires; None where it is not ``active``.
+        attempt_count: How many attempts it has had.
+        attempt_index: Newest attempt, from 0; None while it was not claimed.
+        worker_id: Worker that has the attempt, or had it last; None while it was not claimed.
+        worker_instance_id: Which instance of it; likewise.
+        lease_epoch: How often ownership was granted.
+        retry: When failed or lost attempts are tried again.
+        retry_count: Retries so far.
+        reclaim_count: How often a worker was lost so far.
+        attempt_timeout: Longest time of an attempt; None without a limit.
+        retention: How long it is kept after its end.
+        outcome: How it ended; None while it has not.
+        failure_reason: Message of the last failure; None where none was reported.
+        failure_class: Its class.
+        failure_detail: Its structured detail; ``repr`` shows the size only.
+        cancel_requested: Whether its worker was asked to stop.
+        cancellation_reason: Why it was cancelled, or is to be; None where nobody said.
+        cancelled_from: State that it was cancelled in; None where it was not.
+        progress_percent: Progress that its worker reported, 0 to 100.
+        progress_message: Likewise, in words.
+        progress_at_ms: When it did so.
+        suspension: What it waits for; None where it is not ``suspended``.
+        usage: What it reported as used, by dimension.
+        history: Its newest 100 transitions, oldest first.
+    """
+
+    _: KW_ONLY
+    execution_id: str
+    state: ExecutionState
+    lane: str
+    namespace: str
+    priority: int
+    required_capabilities: CapabilitySet = CapabilitySet()
+    flow_id: str | None = None
+    parent_id: str | None = None
+    budget_ids: tuple[str, ...] = ()
+    tags: Mapping[str, str] = MappingProxyType({})
+    created_at_ms: int
+    started_at_ms: int | None = None
+    finished_at_ms: int | None = None
+    last_transition_at_ms: int
+    delay_until_ms: int | None = None
+    deadline_at_ms: int | None = None
+    attempt_deadline_at_ms: int | None = None
+    lease_expires_at_ms: int | None = None
+    attempt_count: int = 0
+    attempt_index: int | None = None
+    worker_id: str | None = None
+    worker_instance_id: str | None = None
+    lease_epoch: int = 0
+    retry: RetryPolicy = RetryPolicy()
+    retry_count: int = 0
+    reclaim_count: int = 0
+    attempt_timeout: float | None = None
+    retention: float
+    outcome: CompletionOutcome | None = None
+    failure_reason: str | None = None
+    failure_class: FailureClass | None = None
+    failure_detail: bytes | None = None
+    cancel_requested: bool = False
+    cancellation_reason: str | None = None
+    cancelled_from: ExecutionState | None = None
+    progress_percent: int | None = None
+    progress_message: str | None = None
+    progress_at_ms: int | None = None
+    suspension: SuspensionDescription | None = None
+    usage: Mapping[str, int] = MappingProxyType({})
+    history: tuple[StateTransition, ...] = ()
+
+    def __post_init__(self) -> None:
+        set_field(self, "tags", dict(self.tags))
+        set_field(self, "usage", dict(self.usage))
+
+    @property
+    def retries_left(self) -> int:
+        """Retries after transient failures and timeouts that are left."""
+        return max(self.retry.max_retries - self.retry_count, 0)
+
+    def __hash__(self) -> int:
+        return hash((self.execution_id, self.state, self.last_transition_at_ms))
+
+
+# -- filters ---------------------------------------------------------------------------------------
+
+
+class Namespace(str):
+    """Name of a tenant or workspace: one line of text of 1 to 256 bytes of UTF-8.
+
+    Raises:
+        InvalidId: The text is anything else.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, text: str) -> Namespace:
+        return super().__new__(cls, keys.free_text("namespace", text))
+
+
+class ScannerFilter(Value):
+    """Which executions a scan or a subscription sees; without any part, all of them.
+
+    Attributes:
+        namespace: Only executions of this namespace.
+        instance_tag: Only executions whose tag ``instance_tag[0]`` has the value
+            ``instance_tag[1]``.
+    """
+
+    namespace: Namespace | None = None
+    instance_tag: tuple[str, str] | None = None
+
+    NOOP: ClassVar[ScannerFilter]
+
+    def __post_init__(self) -> None:
+        if self.namespace is not None:
+            set_field(self, "namespace", Namespace(self.namespace))
+        if self.instance_tag is not None:
+            if len(check_type("instance_tag", self.instance_tag, tuple)) != 2:
+                raise InvalidType("instance_tag must be a pair (key, value).")
+            keys.tag_key(self.instance_tag[0])
+            check_type("tag value", self.instance_tag[1], str)
+
+    def with_namespace(self, namespace: str) -> ScannerFilter:
+        """Return a copy that sees this namespace only."""
+        return ScannerFilter(Namespace(namespace), self.instance_tag)
+
+    def with_instance_tag(self, key: str, value: str) -> ScannerFilter:
+        """Return a copy that sees only executions whose tag *key* is *value*."""
+        return ScannerFilter(self.namespace, (key, value))
+
+    def is_noop(self) -> bool:
+        """Return whether every execution passes."""
+        return self.namespace is None and self.instance_tag is None
+
+    def matches(self, core_namespace: str | None = None, tag_value: str | None = None) -> bool:
+        """Return whether an execution passes.
+
+        Args:
+            core_namespace: Its namespace; not looked at when the filter has none.
+            tag_value: The value it has for the filter's tag; likewise.
+        """
+        if self.namespace is not None and core_namespace != self.namespace:
+            return False
+        return self.instance_tag is None or tag_value == self.instance_tag[1]
+
+
+ScannerFilter.NOOP = ScannerFilter()
