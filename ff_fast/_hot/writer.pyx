@@ -25,7 +25,7 @@ from cpython.bytes cimport (
 )
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.unicode cimport PyUnicode_AsUTF8String
-from libc.string cimport memcpy, memmove
+from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import copy
@@ -34,7 +34,6 @@ from collections import deque
 from ff_fast._hot.frames import decode_entries
 from ff_fast._hot.frames cimport put_varint, varint_size
 from ff_fast._hot.merge import Document
-from ff_fast._hot.rate cimport RateEstimator, window_frames
 from ff_fast._hot.resp cimport (
     PyGC_Disable,
     PyGC_Enable,
@@ -46,6 +45,7 @@ from ff_fast._hot.resp cimport (
     put_number,
     put_raw,
 )
+from ff_fast._hot.window cimport LiveWindow, parse_rate
 from ff_fast.errors import (
     Corruption,
     InvalidInput,
@@ -86,12 +86,6 @@ cdef enum:
     TRIM_EVERY = 256
     # Patches smaller than this are not worth a fresh document.
     COMPACT_BYTES = 4096
-    ESTIMATOR_EVERY_US = 1_000_000
-    # The window is cut in steps of about a sixteenth; finer ones would cost the server more trims
-    # than they save it frames.
-    STEPS = 16
-    FIRST_MARKS = 8
-    MAX_MARKS = 32
 
 # The streams and the hash that a request needs beside meta.
 cdef enum Use:
@@ -103,9 +97,6 @@ cdef enum Kind:
     LOG = 0
     LIVE = 1
     PATCH = 2
-
-# Beyond every rate that can be; keeps the stored estimate short.
-cdef double MAX_RATE_HZ = 1e12
 
 # Summary patches live in the same window as best-effort frames; without any of those, this is how
 # long it keeps them.
@@ -165,13 +156,6 @@ cdef struct Run:
     # Sequence of the visible frame before the run where it is not the frame before it, else -1.
     long long previous
     long long base_version
-
-
-# Where the window stood once: how many live frames this writer had stored, the last id.
-cdef struct Mark:
-    long long count
-    long long ms
-    long long sequence
 
 
 cdef bytes bulk(bytes text):
@@ -310,24 +294,10 @@ cdef class WriterCore:
     # Retention.
     cdef long long _retention_maxlen
     cdef Py_ssize_t _durable_since_trim
-    # The live window: the most that any frame asked of it, 0 before the first one; whether that is
-    # SUMMARY_WINDOW's, which the first best-effort frame replaces.
-    cdef long long _ttl_ms
-    cdef long long _floor
-    cdef long long _ceiling
-    cdef bint _assumed
-    cdef RateEstimator _estimator
+    # None until a frame goes there.
+    cdef LiveWindow _window
+    # What an earlier writer has stored of its rate; 0 for nothing.
     cdef double _restored_rate
-    cdef long long _live_total
-    cdef long long _live_acked
-    cdef Mark* _marks
-    cdef Py_ssize_t _mark_count
-    cdef Py_ssize_t _mark_capacity
-    cdef readonly long long window_frames
-    # When the last batch was sealed that renews the window's expiry; whether the next one must.
-    cdef long long _renewed_us
-    cdef bint _renew
-    cdef long long _estimator_at_us
     # Summary: the fold of every patch written so far, and what the server holds beside its
     # document.
     cdef object _document
@@ -341,7 +311,6 @@ cdef class WriterCore:
         self._lengths = NULL
         self._times = NULL
         self._runs = NULL
-        self._marks = NULL
         # Until __init__ has run, `write` refuses.
         self._finishing = True
         self._shape = _Shape.__new__(_Shape)
@@ -356,7 +325,6 @@ cdef class WriterCore:
         PyMem_Free(self._lengths)
         PyMem_Free(self._times)
         PyMem_Free(self._runs)
-        PyMem_Free(self._marks)
 
     def __init__(
         self, *, tuple keys not None, bytes writer not None, mode, tuple opened not None,
@@ -387,13 +355,7 @@ cdef class WriterCore:
         # An earlier writer may have left the log due for a trim.
         self._durable_since_trim = TRIM_EVERY if self._sequence else 0
         self.linger_us = <long long>(linger_ms * 1000.0)
-        if estimator:
-            try:
-                self._restored_rate = float(estimator)
-            except ValueError:
-                self._restored_rate = -1.0
-            if not 0.0 <= self._restored_rate <= MAX_RATE_HZ:
-                raise Corruption("The rate of the live window is not a number; end the attempt.")
+        self._restored_rate = parse_rate(estimator)
         if document is not None:
             self._document = Document(document)
             self._stored_bytes = len(document)
@@ -733,11 +695,9 @@ cdef class WriterCore:
         out = put_raw(out, PyBytes_AS_STRING(tail), PyBytes_GET_SIZE(tail))
         assert out - start == total, "sizing pass and writing pass disagree"
         # Nothing below fails.
-        if batch.renews:
-            self._renew = False
-            self._renewed_us = now
+        if self._window is not None:
+            self._window.sealed(batch.live_count, batch.renews, now)
         self._told_visible = -1 if self._visible == self._sequence else self._visible
-        self._live_total += batch.live_count
         self.unacknowledged_bytes += total - self._size
         return batch
 
@@ -772,9 +732,9 @@ cdef class WriterCore:
         """The blocks behind the frames: trims, expiry, estimator state and a fresh document, where
         they are due."""
         cdef list tail = []
-        cdef double rate
+        cdef (long long, long long) first_kept
+        cdef bytes rate
         cdef Py_ssize_t i
-        cdef Mark cut
         self._durable_since_trim += durable
         if self._durable_since_trim >= TRIM_EVERY:
             self._durable_since_trim = 0
@@ -783,32 +743,24 @@ cdef class WriterCore:
         if batch.live_count:
             for i in range(self._run_count):
                 self._widen(<_Shape>self._shapes[i], now)
-            rate = self._estimator.rate_at(now)
-            self._estimator.add(batch.live_count, now)
-            self.window_frames = window_frames(rate, self._ttl_ms, self._floor, self._ceiling)
-            i = 0
-            while i < self._mark_count and self._may_drop(&self._marks[i], batch.live_count, now):
-                cut = self._marks[i]
-                i += 1
-            if i:
-                self._mark_count -= i
-                memmove(self._marks, self._marks + i, self._mark_count * sizeof(Mark))
-                tail += [b"T", b"%d-%d" % (cut.ms, cut.sequence + 1)]
-        # Renewed four times a ttl: the key outlives its newest frame by more than half of one, and
-        # `acknowledge` sees to batches that were on their way for longer.
-        if self._renew or (batch.live_count and now >= self._renewed_us + self._ttl_ms * 250):
+            first_kept = self._window.first_kept(
+                batch.live_count, now, self._acked_ms + (now - self._acked_at_us) // 1000
+            )
+            if first_kept[1]:
+                tail += [b"T", b"%d-%d" % first_kept]
+        if self._window is not None and self._window.renew_due(batch.live_count > 0, now):
             batch.renews = True
-            tail += [b"P", b"%d" % (2 * self._ttl_ms)]
+            tail += [b"P", b"%d" % (2 * self._window.ttl_ms)]
             uses[0] |= USES_LIVE
         if self._visible != self._sequence:
             if self._told_visible != self._visible:
                 tail += [b"H", b"%d" % self._visible]
         elif self._told_visible >= 0:
             tail += [b"H", b""]
-        if self._estimator is not None and (batch.live_count or self._finishing):
-            if now >= self._estimator_at_us or self._finishing:
-                self._estimator_at_us = now + ESTIMATOR_EVERY_US
-                tail += [b"E", b"%.3f" % min(self._estimator.rate_at(now), MAX_RATE_HZ)]
+        if self._window is not None and (batch.live_count or self._finishing):
+            rate = self._window.take_rate(self._finishing, now)
+            if rate is not None:
+                tail += [b"E", rate]
         if self._pending_bytes and (
             self._finishing or self._pending_bytes > max(2 * self._stored_bytes, COMPACT_BYTES)
         ):
@@ -829,49 +781,17 @@ cdef class WriterCore:
         return bulks(tail)
 
     cdef int _widen(self, _Shape shape, long long now) except -1:
-        """Let the window keep what frames of *shape* ask of it."""
-        cdef void* marks
-        if shape.kind == LOG or (shape.kind == PATCH and self._ttl_ms):
+        """Let the window keep what frames of *shape* ask of it; make it for the first of them."""
+        if shape.kind == LOG:
             return 0
-        if self._marks is NULL:
-            marks = PyMem_Realloc(NULL, FIRST_MARKS * sizeof(Mark))
-            if marks is NULL:
-                raise MemoryError()
-            self._marks = <Mark*>marks
-            self._mark_capacity = FIRST_MARKS
-            if self._acked_sequence:
-                # What an earlier writer left, or what the log holds: counted as nothing.
-                self._marks[0].count = 0
-                self._marks[0].ms = self._acked_ms
-                self._marks[0].sequence = self._acked_sequence
-                self._mark_count = 1
-        if self._ttl_ms == 0 or self._assumed:
-            self._estimator = RateEstimator(
-                shape.alpha,
-                self._restored_rate if self._estimator is None else self._estimator.rate_at(now),
-                now,
+        if self._window is None:
+            self._window = LiveWindow(
+                shape.ttl_ms, shape.floor, shape.ceiling, shape.alpha, shape.kind == PATCH,
+                self._restored_rate, now, self._acked_ms, self._acked_sequence,
             )
-            self._assumed = shape.kind == PATCH
-            self._ttl_ms = shape.ttl_ms
-            self._floor = shape.floor
-            self._ceiling = shape.ceiling
-            self._renew = True
-        if shape.ttl_ms > self._ttl_ms:
-            self._ttl_ms = shape.ttl_ms
-            self._renew = True
-        self._floor = max(self._floor, shape.floor)
-        self._ceiling = max(self._ceiling, shape.ceiling)
+        elif shape.kind == LIVE:
+            self._window.widen(shape.ttl_ms, shape.floor, shape.ceiling, shape.alpha, now)
         return 0
-
-    cdef bint _may_drop(self, Mark* mark, Py_ssize_t live, long long now) noexcept:
-        """Whether everything up to a mark may leave the window: without it there are K frames, the
-        *live* new ones included, and all younger than ttl, or as many as the ceiling allows. The
-        server's clock has gone on by at least what ours has since its last answer."""
-        cdef long long behind = self._live_total + live - mark.count
-        cdef long long server_ms = self._acked_ms + (now - self._acked_at_us) // 1000
-        if behind >= self._ceiling:
-            return True
-        return behind >= self.window_frames and server_ms - mark.ms >= self._ttl_ms
 
     # -- sending --------------------------------------------------------------------------------
 
@@ -915,7 +835,7 @@ cdef class WriterCore:
         if self._ending is not None or self._finishing:
             return
         self._finishing = True
-        if self._count or self._pending_bytes or self._estimator is not None:
+        if self._count or self._pending_bytes or self._window is not None:
             try:
                 self._seal()
             except BaseException:
@@ -984,13 +904,9 @@ cdef class WriterCore:
             self._acked_ms = max(self._acked_ms, values[0])
             self._acked_at_us = now
         if batch.live_count:
-            self._mark()
-            if not batch.renews and now > self._renewed_us + self._ttl_ms * 1000:
-                # It was long on its way, the key's life has gone on meanwhile, and it may even have
-                # been made anew, without an end.
-                self._renew = True
+            self._window.mark(self._acked_ms, self._acked_sequence, batch.renews, now)
         if self._count == 0 and not self._in_flight and not self._unsent:
-            if self._renew:
+            if self._window is not None and self._window.must_renew:
                 self._seal()
             else:
                 self._shrink()
@@ -1003,7 +919,8 @@ cdef class WriterCore:
 
     cdef void _stored(self, Batch batch) noexcept:
         self.unacknowledged_bytes -= PyBytes_GET_SIZE(batch.message)
-        self._live_acked += batch.live_count
+        if batch.live_count:
+            self._window.stored(batch.live_count)
 
     cdef object _refused(self, Batch batch, object reply):
         if isinstance(reply, Exception):
@@ -1041,57 +958,6 @@ cdef class WriterCore:
         if not self._in_flight:
             self.disconnected()
         return error
-
-    cdef void _mark(self) noexcept:
-        """Remember where the window stands after an acknowledged batch, in steps.
-
-        A mark that is left out makes a later trim coarser, no more.
-        """
-        cdef Mark* mark
-        cdef void* moved
-        cdef long long frames, ms
-        if self._mark_count:
-            mark = &self._marks[self._mark_count - 1]
-            frames = self._live_acked - mark.count
-            ms = self._acked_ms - mark.ms
-            if frames < self._ceiling // STEPS and (
-                ms < self._ttl_ms // STEPS or frames < self._floor // STEPS
-            ):
-                return
-        if self._mark_count == self._mark_capacity:
-            moved = NULL
-            if self._mark_capacity < MAX_MARKS:
-                moved = PyMem_Realloc(self._marks, 2 * self._mark_capacity * sizeof(Mark))
-            if moved is not NULL:
-                self._marks = <Mark*>moved
-                self._mark_capacity *= 2
-            else:
-                self._forget_mark()
-        mark = &self._marks[self._mark_count]
-        mark.count = self._live_acked
-        mark.ms = self._acked_ms
-        mark.sequence = self._acked_sequence
-        self._mark_count += 1
-
-    cdef void _forget_mark(self) noexcept:
-        """Leave out the mark whose neighbours stand closest, the one to come included."""
-        cdef Py_ssize_t i, least
-        cdef long long behind, gap, least_gap
-        least = 1
-        least_gap = -1
-        for i in range(1, self._mark_count):
-            behind = self._live_acked
-            if i + 1 < self._mark_count:
-                behind = self._marks[i + 1].count
-            gap = behind - self._marks[i - 1].count
-            if least_gap < 0 or gap < least_gap:
-                least = i
-                least_gap = gap
-        self._mark_count -= 1
-        memmove(
-            self._marks + least, self._marks + least + 1,
-            (self._mark_count - least) * sizeof(Mark),
-        )
 
     cdef int _shrink(self) except -1:
         if self._capacity > IDLE_FRAMES or self._data_capacity > IDLE_BYTES:
@@ -1177,7 +1043,13 @@ cdef class WriterCore:
 
     @property
     def rate_hz(self):
-        return self._estimator.rate_at(now_us()) if self._estimator is not None else 0.0
+        """Estimated frames a second in the live window; 0 before the first one."""
+        return 0.0 if self._window is None else self._window.rate_hz(now_us())
+
+    @property
+    def window_frames(self):
+        """K, how many frames the live window keeps at least; 0 before the first one."""
+        return 0 if self._window is None else self._window.frames
 
     @property
     def idle(self):
