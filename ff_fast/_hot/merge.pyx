@@ -576,7 +576,7 @@ cdef dict parse(bytes text, bint patch):
 # merged, level by level, from two that do.
 
 
-cdef inline Py_ssize_t frame(Py_ssize_t members) noexcept:
+cdef inline Py_ssize_t bracket_bytes(Py_ssize_t members) noexcept:
     """Bytes of the brackets and commas of an object or array with so many members."""
     return members + 1 if members else 2
 
@@ -595,12 +595,12 @@ cdef Py_ssize_t measure(object node) noexcept:
             if <object>value is not None:
                 members += 1
                 size += PyBytes_GET_SIZE(<object>key) + 1 + measure(<object>value)
-        return size + frame(members)
+        return size + bracket_bytes(members)
     if PyList_CheckExact(node):
         for item in <list>node:
             members += 1
             size += measure(item)
-        return size + frame(members)
+        return size + bracket_bytes(members)
     return (<_Text>node).length + 2
 
 
@@ -608,7 +608,7 @@ cdef Py_ssize_t growth(dict target, dict patch) except? -1:
     """Return by how much ``fold`` would change the size of *target*, and change nothing."""
     cdef Py_ssize_t position = 0
     cdef Py_ssize_t members = PyDict_Size(target)
-    cdef Py_ssize_t change = -frame(members)
+    cdef Py_ssize_t change = -bracket_bytes(members)
     cdef PyObject* key
     cdef PyObject* value
     cdef PyObject* old
@@ -625,7 +625,7 @@ cdef Py_ssize_t growth(dict target, dict patch) except? -1:
             change += growth(<dict>old, <dict>value)
         else:
             change += measure(<object>value) - measure(<object>old)
-    return change + frame(members)
+    return change + bracket_bytes(members)
 
 
 cdef int prune(dict tree) except -1:
@@ -669,7 +669,7 @@ cdef Py_ssize_t fold(dict target, dict patch) except? -1:
     in the middle, and only a lack of memory can stop it.
     """
     cdef Py_ssize_t position = 0
-    cdef Py_ssize_t change = -frame(PyDict_Size(target))
+    cdef Py_ssize_t change = -bracket_bytes(PyDict_Size(target))
     cdef PyObject* key
     cdef PyObject* value
     cdef PyObject* old
@@ -691,7 +691,7 @@ cdef Py_ssize_t fold(dict target, dict patch) except? -1:
             change -= measure(<object>old)
         change += measure(<object>value)
         PyDict_SetItem(target, <object>key, <object>value)
-    return change + frame(PyDict_Size(target))
+    return change + bracket_bytes(PyDict_Size(target))
 
 
 cdef byte* put(byte* out, byte* end, const void* data, Py_ssize_t size) except NULL:
@@ -734,28 +734,6 @@ cdef byte* put_node(byte* out, byte* end, object node) except NULL:
     if (<_Text>node).length:
         out = put(out, end, (<_Text>node).data, (<_Text>node).length)
     return put(out, end, "\"", 1)
-
-
-cdef object copied(object node):
-    """Return a copy that shares nothing with *node* that can change."""
-    cdef Py_ssize_t position = 0
-    cdef PyObject* key
-    cdef PyObject* value
-    cdef dict members
-    cdef list items
-    if PyBytes_CheckExact(node):
-        return node
-    if PyDict_CheckExact(node):
-        members = {}
-        while PyDict_Next(node, &position, &key, &value):
-            PyDict_SetItem(members, <object>key, copied(<object>value))
-        return members
-    if PyList_CheckExact(node):
-        items = []
-        for item in <list>node:
-            items.append(copied(item))
-        return items
-    return new_text((<_Text>node).data, (<_Text>node).length, 0)
 
 
 # -- pointers --------------------------------------------------------------------------------------
@@ -856,9 +834,9 @@ cdef class Document:
     cdef dict root
     cdef Py_ssize_t total  # exact size of the document in bytes
     cdef Py_ssize_t limit
-    cdef _Text spot  # where the last append went, or None; it is part of the tree
-    cdef bytes spot_pointer
-    cdef bint torn  # a merge ran out of memory half way
+    cdef _Text append_target  # where the last append went, or None; it is part of the tree
+    cdef bytes append_pointer  # the pointer that named it
+    cdef bint half_merged  # a merge ran out of memory half way
 
     def __cinit__(self):
         self.root = {}
@@ -875,8 +853,8 @@ cdef class Document:
         self.root = root
         self.total = measure(root)
         self.limit = max_bytes
-        self.spot = None
-        self.torn = False
+        self.append_target = None
+        self.half_merged = False
 
     def merge(self, patch):
         """Fold one JSON merge patch (RFC 7396) into the document, all of it or nothing.
@@ -907,11 +885,11 @@ cdef class Document:
         # replaces something.  So only close to the limit need the change be known beforehand.
         if self.total + PyBytes_GET_SIZE(patch) > self.limit:
             self.check_room(growth(self.root, root))
-        self.spot = None
-        self.torn = True
+        self.append_target = None
+        self.half_merged = True
         change = fold(self.root, root)
         self.total += change
-        self.torn = False
+        self.half_merged = False
 
     def append(self, pointer, text):
         """Append *text* to the string that *pointer* names, all of it or nothing.
@@ -946,15 +924,15 @@ cdef class Document:
             raise InvalidPatch(
                 f"Append whole UTF-8 characters: byte {-1 - added} of {len(text)} does not fit."
             )
-        if self.spot is None or self.spot_pointer != <bytes>pointer:
+        if self.append_target is None or self.append_pointer != <bytes>pointer:
             self.append_at(<bytes>pointer, <bytes>text, added)
         else:
-            self.append_to(self.spot, <bytes>text, added)
+            self.append_to(self.append_target, <bytes>text, added)
 
-    cdef int append_to(self, _Text spot, bytes text, Py_ssize_t added) except -1:
-        check_sentinel(spot.data, spot.length, text)
+    cdef int append_to(self, _Text target, bytes text, Py_ssize_t added) except -1:
+        check_sentinel(target.data, target.length, text)
         self.check_room(added)
-        spot.extend(text, added)
+        target.extend(text, added)
         self.total += added
         return 0
 
@@ -968,14 +946,14 @@ cdef class Document:
         cdef object leaf
         cdef object key = None
         cdef PyObject* found
-        cdef _Text spot
+        cdef _Text target
         self.check_whole()
         while True:
             if PyDict_CheckExact(parent):
                 key = quoted(<bytes>tokens[step])
                 found = PyDict_GetItemWithError(parent, key)
                 if found == NULL:
-                    spot = self.create(<dict>parent, tokens, step, text, added)
+                    target = self.create(<dict>parent, tokens, step, text, added)
                     break
                 leaf = <object>found
             elif PyList_CheckExact(parent):
@@ -995,23 +973,23 @@ cdef class Document:
                 parent = leaf
                 continue
             if isinstance(leaf, _Text):
-                spot = <_Text>leaf
-                self.append_to(spot, text, added)
+                target = <_Text>leaf
+                self.append_to(target, text, added)
             else:
-                spot = self.soften(leaf, text, added)
+                target = self.to_growing_text(leaf, text, added)
                 if PyDict_CheckExact(parent):
-                    PyDict_SetItem(parent, key, spot)
+                    PyDict_SetItem(parent, key, target)
                 else:
-                    (<list>parent)[index] = spot
-                self.total += spot.length + 2 - PyBytes_GET_SIZE(leaf)
+                    (<list>parent)[index] = target
+                self.total += target.length + 2 - PyBytes_GET_SIZE(leaf)
             break
-        self.spot = spot
-        self.spot_pointer = pointer
+        self.append_target = target
+        self.append_pointer = pointer
         return 0
 
-    cdef _Text soften(self, object leaf, bytes text, Py_ssize_t added):
+    cdef _Text to_growing_text(self, object leaf, bytes text, Py_ssize_t added):
         """Return the _Text that takes the place of *leaf*, a string or null, with *text* added."""
-        cdef _Text spot
+        cdef _Text target
         cdef Bytes head = NULL
         cdef Py_ssize_t size = 0
         cdef byte first = 0
@@ -1026,32 +1004,32 @@ cdef class Document:
             )
         check_sentinel(head, size, text)
         self.check_room(size + added + 2 - PyBytes_GET_SIZE(leaf))
-        spot = new_text(head, size, added)
-        spot.extend(text, added)
-        return spot
+        target = new_text(head, size, added)
+        target.extend(text, added)
+        return target
 
     cdef _Text create(
         self, dict parent, list tokens, Py_ssize_t step, bytes text, Py_ssize_t added
     ):
         """Create what *tokens* name from *step* on in *parent*, which has no such member."""
-        cdef _Text spot = new_text(NULL, 0, added)
-        cdef object member = spot
+        cdef _Text target = new_text(NULL, 0, added)
+        cdef object member = target
         cdef bytes key
         cdef Py_ssize_t size = added + 2
         cdef Py_ssize_t i
         check_sentinel(NULL, 0, text)
-        spot.extend(text, added)
+        target.extend(text, added)
         for i in range(len(tokens) - 1, step, -1):
             key = quoted(<bytes>tokens[i])
             member = {key: member}
             size += 1 + PyBytes_GET_SIZE(key) + 1 + 1
         key = quoted(<bytes>tokens[step])
         size += PyBytes_GET_SIZE(key) + 1
-        size += frame(PyDict_Size(parent) + 1) - frame(PyDict_Size(parent))
+        size += bracket_bytes(PyDict_Size(parent) + 1) - bracket_bytes(PyDict_Size(parent))
         self.check_room(size)
         PyDict_SetItem(parent, key, member)
         self.total += size
-        return spot
+        return target
 
     def dumps(self):
         """Return the document as exact, compact JSON in UTF-8, of :attr:`size` bytes.
@@ -1073,21 +1051,6 @@ cdef class Document:
             raise AssertionError("the document is smaller than its recorded size")
         return result
 
-    def copy(self):
-        """Return an independent document with the same contents and limit.
-
-        It costs a pass over all members; texts that cannot change are shared.
-
-        Raises:
-            Corruption: An earlier merge ran out of memory half way: load the document again.
-        """
-        cdef Document other = Document.__new__(Document)
-        self.check_whole()
-        other.root = <dict>copied(self.root)
-        other.total = self.total
-        other.limit = self.limit
-        return other
-
     @property
     def size(self):
         """Length of :meth:`dumps` in bytes, known without building it."""
@@ -1102,7 +1065,7 @@ cdef class Document:
         return f"<Document of {self.total} bytes, at most {self.limit}>"
 
     cdef int check_whole(self) except -1:
-        if self.torn:
+        if self.half_merged:
             raise Corruption(
                 "Load the summary document again: memory ran out while a patch was being merged."
             )
@@ -1124,40 +1087,3 @@ cdef int check_sentinel(Bytes head, Py_ssize_t size, bytes text) except -1:
             "to the null sentinel."
         )
     return 0
-
-
-def validate_patch(patch):
-    """Check a merge patch without a document.
-
-    It refuses what :meth:`Document.merge` refuses whatever the document is; only the size limit
-    of the document is left to ``merge``.
-
-    Raises:
-        InvalidPatch: *patch* is not an object of strict JSON in UTF-8, or too deep.
-        InvalidType: *patch* is not exactly ``bytes``.
-    """
-    parse(exact_bytes("the patch", patch), True)
-
-
-def validate_pointer(pointer):
-    """Return *pointer* as the bytes that :meth:`Document.append` takes.
-
-    Args:
-        pointer: JSON Pointer (RFC 6901) to a member, for example ``"/choices/0/text"``.
-
-    Raises:
-        InvalidPatch: *pointer* is malformed, has more than :data:`MAX_DEPTH` steps, holds half a
-            surrogate pair, or names the root.
-        InvalidType: *pointer* is not exactly ``str``.
-    """
-    cdef bytes encoded = None
-    if type(pointer) is not str:
-        raise InvalidType(f"Pass the pointer as str, not as {type(pointer).__name__}.")
-    try:
-        encoded = pointer.encode()
-    except UnicodeEncodeError:
-        pass
-    if encoded is None:
-        raise InvalidPatch("Take the half surrogate pair out of the pointer: it has no UTF-8.")
-    split_pointer(encoded)
-    return encoded
