@@ -175,7 +175,7 @@ class Operations(Connections):
     def _ended(self, handle: Handle) -> None:
         writer = self._implicit.pop(_arguments.attempt(handle).fields.lease_id, None)
         if writer is not None:
-            writer.fail(WriterClosed())
+            writer._fail(WriterClosed())
 
     async def cancel(
         self,
@@ -489,7 +489,7 @@ class Operations(Connections):
         def lost(error: FFError) -> None:
             writer = self._writers.get(lease_id)
             if writer is not None:
-                writer.fail(copy.copy(error))
+                writer._fail(copy.copy(error))
             if on_lost is not None:
                 on_lost(error)
 

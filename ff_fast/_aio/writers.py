@@ -61,7 +61,7 @@ class Link:
             self._loop.call_soon(self._pump)
 
     def linger(self, writer: Writer) -> None:
-        self._loop.call_later(writer.linger_us / 1e6, writer.hurry)
+        self._loop.call_later(writer._linger_us / 1e6, writer._seal_soon)
 
     def _pump(self) -> None:
         """Send what the waiting writers have, as one write."""
@@ -81,7 +81,7 @@ class Link:
         room = CALLS_IN_FLIGHT - len(channel.receivers)
         while queue and len(receivers) < room and size < _writing.ROUND_BYTES:
             writer = queue.popleft()
-            batch = writer.next_batch()
+            batch = writer._next_batch()
             if batch is not None:
                 messages.append(batch.message)
                 size += len(batch.message)
@@ -92,9 +92,9 @@ class Link:
 
     def answered(self, writer: Writer, batch: Batch, reply: object) -> None:
         if reply is LOST:
-            writer.disconnected()
+            writer._requeue()
             return
-        error = writer.acknowledge(batch, reply)
+        error = writer._acknowledge(batch, reply)
         if error is not None:
             self._recover_soon(error)
         elif type(reply) is bytes:
@@ -135,7 +135,7 @@ class Link:
         self._retries.reset()
         waiting, self._queue = self._queue, deque()
         for writer in waiting:
-            writer.fail(copy.copy(error))
+            writer._fail(copy.copy(error))
 
     def _on_room(self) -> None:
         if self._queue and not self._pump_scheduled:
@@ -148,7 +148,7 @@ class Link:
     def stop(self) -> None:
         """Fail every writer; the connection is closed."""
         for writer in list(self.writers):
-            writer.fail(WriterClosed())
+            writer._fail(WriterClosed())
 
     def _forked(self) -> None:
         """Called in a forked child."""
@@ -195,7 +195,7 @@ class Writer(SharedWriter):
         """The frames are the parent's, which stores them."""
         self._waiters.clear()
         error = ForkedClient()
-        self.fail(error)
+        self._fail(error)
         error.unstored = ()
 
     def _on_progress(self) -> None:
@@ -213,12 +213,12 @@ class Writer(SharedWriter):
                         raise copy.copy(self.error)
                     waiter: asyncio.Future[None] = loop.create_future()
                     self._waiters.append(waiter)
-                    self.waiting = True
+                    self._has_waiters = True
                     try:
                         await waiter
                     finally:
                         self._waiters.remove(waiter)
-                        self.waiting = bool(self._waiters)
+                        self._has_waiters = bool(self._waiters)
         except TimeoutError:
             raise DeadlineExceeded from None
 
@@ -227,14 +227,14 @@ class Writer(SharedWriter):
         self._connections._check_loop()
         if self.error is not None:
             raise copy.copy(self.error)
-        if self.unacknowledged_bytes > self.high_water_bytes:
-            await self._wait(lambda: self.unacknowledged_bytes <= self.high_water_bytes, timeout)
+        if self.unacknowledged_bytes > self._high_water_bytes:
+            await self._wait(lambda: self.unacknowledged_bytes <= self._high_water_bytes, timeout)
 
     async def flush(self, timeout: float | None = None) -> AppendFrameOutcome:
         """Wait until every frame written so far is stored; see :meth:`ff_fast.Writer.flush`."""
         self._connections._check_loop()
         last = self.next_sequence - 1
-        self.hurry()
+        self._seal_soon()
         await self._wait(lambda: self.last_sequence >= last, timeout)
         return self.outcome()
 
@@ -242,9 +242,9 @@ class Writer(SharedWriter):
         """Flush, store what a later writer and late readers continue from, and stop."""
         self._connections._check_loop()
         if self.error is None:
-            self.finish()
-            await self._wait(lambda: self.idle, timeout)
-            self.fail(WriterClosed())
+            self._seal_last()
+            await self._wait(lambda: self._idle, timeout)
+            self._fail(WriterClosed())
         elif not isinstance(self.error, WriterClosed):
             raise copy.copy(self.error)
 

@@ -79,7 +79,7 @@ class SharedWriter(WriterCore):
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
         # Behind a drain a frame of any size is taken, whatever the limit.
-        self.high_water_bytes = min(
+        self._high_water_bytes = min(
             HIGH_WATER_BYTES, state.options.max_unacknowledged_bytes - MAX_PAYLOAD_BYTES
         )
 
@@ -98,7 +98,7 @@ class SharedWriter(WriterCore):
             SequenceGap: ``frame.seq`` is beyond the next sequence, or before this writer's first.
         """
         if frame.seq is not None and frame.seq != self.next_sequence:
-            if self.first_sequence <= frame.seq < self.next_sequence:
+            if self._first_sequence <= frame.seq < self.next_sequence:
                 return None
             raise SequenceGap(self.next_sequence, frame.seq)
         return self.write(

@@ -69,7 +69,7 @@ class Link:
         self._told.put((0.0, writer))
 
     def linger(self, writer: Writer) -> None:
-        self._told.put((time.monotonic() + writer.linger_us / 1e6, writer))
+        self._told.put((time.monotonic() + writer._linger_us / 1e6, writer))
 
     def close(self) -> None:
         """End the thread, whose connection was aborted."""
@@ -82,7 +82,7 @@ class Link:
         with self.lock:
             writers = list(self.writers)
         for writer in writers:
-            writer.fail(copy.copy(error))
+            writer._fail(copy.copy(error))
 
     def _forked(self) -> None:
         """Called in a forked child."""
@@ -127,7 +127,7 @@ class Link:
                 self._ready.append(writer)
             told = None if self._told.empty() else self._told.get()
         while self._lingering and self._lingering[0][0] <= time.monotonic():
-            heapq.heappop(self._lingering)[2].hurry()
+            heapq.heappop(self._lingering)[2]._seal_soon()
 
     def _round(self) -> None:
         channel = self._connected()
@@ -137,7 +137,7 @@ class Link:
         size = 0
         while self._ready and size < _writing.ROUND_BYTES:
             writer = self._ready.popleft()
-            batch = writer.next_batch()
+            batch = writer._next_batch()
             if batch is not None:
                 sent.append((writer, batch))
                 size += len(batch.message)
@@ -149,7 +149,7 @@ class Link:
             channel.send(step)
             for writer, batch in sent:
                 reply = channel.receive(step)
-                failure = writer.acknowledge(batch, reply) or failure
+                failure = writer._acknowledge(batch, reply) or failure
                 if type(reply) is bytes:
                     self._retries.reset()
         except FFError as error:
@@ -158,7 +158,7 @@ class Link:
         finally:
             if self._channel is None:
                 for writer, _ in sent:
-                    writer.disconnected()
+                    writer._requeue()
         if failure is not None:
             self._recover(failure, [writer for writer, _ in sent])
 
@@ -201,7 +201,7 @@ class Link:
         # The next writer begins with all its retries.
         self._retries.reset()
         for writer in writers:
-            writer.fail(copy.copy(error))
+            writer._fail(copy.copy(error))
 
     def _drop(self) -> None:
         channel, self._channel = self._channel, None
@@ -223,7 +223,7 @@ class Writer(SharedWriter):
         with self._link.lock:
             self._link.writers.add(self)
         if not self._link.running:
-            self.fail(WriterClosed())
+            self._fail(WriterClosed())
 
     def _on_ready(self) -> None:
         self._link.enqueue(self)
@@ -238,13 +238,13 @@ class Writer(SharedWriter):
                 waiter.release()
         if not self._waiters:
             # In this order, as a waiter that comes in between would not be told otherwise.
-            self.waiting = False
-            self.waiting = bool(self._waiters)
+            self._has_waiters = False
+            self._has_waiters = bool(self._waiters)
 
     def _forked(self) -> None:
         """The frames are the parent's, which stores them."""
         error = ForkedClient()
-        self.fail(error)
+        self._fail(error)
         error.unstored = ()
 
     def _wait(self, done: Callable[[], bool], timeout: float | None) -> None:
@@ -255,7 +255,7 @@ class Writer(SharedWriter):
         waiter = threading.Lock()
         waiter.acquire()
         self._waiters.append(waiter)
-        self.waiting = True
+        self._has_waiters = True
         try:
             while not done():
                 if self.error is not None:
@@ -278,8 +278,8 @@ class Writer(SharedWriter):
         """
         if self.error is not None:
             raise copy.copy(self.error)
-        if self.unacknowledged_bytes > self.high_water_bytes:
-            self._wait(lambda: self.unacknowledged_bytes <= self.high_water_bytes, timeout)
+        if self.unacknowledged_bytes > self._high_water_bytes:
+            self._wait(lambda: self.unacknowledged_bytes <= self._high_water_bytes, timeout)
 
     def flush(self, timeout: float | None = None) -> AppendFrameOutcome:
         """Wait until every frame written so far is stored.
@@ -292,7 +292,7 @@ class Writer(SharedWriter):
             FFError: The writer failed; the error's ``unstored`` has the frames that were not stored.
         """
         last = self.next_sequence - 1
-        self.hurry()
+        self._seal_soon()
         self._wait(lambda: self.last_sequence >= last, timeout)
         return self.outcome()
 
@@ -304,9 +304,9 @@ class Writer(SharedWriter):
             FFError: The writer failed.
         """
         if self.error is None:
-            self.finish()
-            self._wait(lambda: self.idle, timeout)
-            self.fail(WriterClosed())
+            self._seal_last()
+            self._wait(lambda: self._idle, timeout)
+            self._fail(WriterClosed())
         elif not isinstance(self.error, WriterClosed):
             raise copy.copy(self.error)
 
