@@ -1,7 +1,9 @@
 """The writer without I/O: what it sends, what it makes of answers, and that no frame is lost."""
 
+import ast
 import contextlib
 import gc
+import inspect
 import itertools
 import json
 import random
@@ -1338,6 +1340,14 @@ class TestOffered:
     def test_documented(self, name):
         for writer in (ff_fast.Writer, ff_fast.aio.Writer):
             assert getattr(writer, name).__doc__
+
+    def test_the_stub_says_the_same(self):
+        # An editor shows the stub's text, help() the compiled one.
+        stub = ast.parse((ROOT / "ff_fast/_hot/writer.pyi").read_text())
+        (core,) = (node for node in stub.body if getattr(node, "name", "") == "WriterCore")
+        told = {node.name: ast.get_docstring(node) for node in core.body[1:]}
+        for name in public(told):
+            assert told[name] == inspect.getdoc(getattr(WriterCore, name)), name
 
 
 # -- memory ----------------------------------------------------------------------------------------
