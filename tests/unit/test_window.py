@@ -102,7 +102,7 @@ def test_rate_and_k_agree_with_the_oracle(steps):
         # One either way where the last digit of the rate decides.
         assert abs(window.frames - k) <= 1
         now_us += pause_us
-        assert window.rate_hz(now_us) == pytest.approx(exact.rate_hz(now_us), abs=1e-9)
+        assert window.rate_hz(now_us) == pytest.approx(exact.rate_hz(now_us), rel=1e-9, abs=1e-9)
 
 
 def test_ceiling_alone_drops_what_is_younger_than_ttl():
