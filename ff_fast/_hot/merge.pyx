@@ -21,8 +21,8 @@ parsing it again changes nothing.
 Rules that the RFCs leave open
 ------------------------------
 
-* The string ``__ff_null__`` as a value, however it is escaped and wherever it stands (also inside
-  arrays), becomes ``null``; as a key it is an ordinary key.
+* The string ``__ff_null__`` as a value becomes ``null``, in any spelling and place, also inside
+  arrays.  As a key it is an ordinary key.
 * Of equal keys in one object the last value wins and the first place is kept, as in a ``dict``.  A
   replaced member keeps its place; a member that was removed and is added again comes last.
 * Objects and arrays alike may nest :data:`MAX_DEPTH` levels deep, the root being level 1.
@@ -465,7 +465,7 @@ cdef bytes parse_number(Cursor* c):
 
 
 cdef dict parse_object(Cursor* c, int depth, bint merging):
-    """Read the object at the cursor, which stands *depth* levels deep."""
+    """Read the object at the cursor, on level *depth*."""
     cdef dict members = {}
     cdef bytes key
     if depth > DEPTH_LIMIT:
@@ -496,7 +496,7 @@ cdef dict parse_object(Cursor* c, int depth, bint merging):
 
 
 cdef list parse_array(Cursor* c, int depth):
-    """Read the array at the cursor, which stands *depth* levels deep."""
+    """Read the array at the cursor, on level *depth*."""
     cdef list items = []
     if depth > DEPTH_LIMIT:
         raise misfit(c, c.at, f"objects and arrays may nest {MAX_DEPTH} levels deep, not more")
@@ -518,7 +518,7 @@ cdef list parse_array(Cursor* c, int depth):
 
 
 cdef object parse_value(Cursor* c, int depth, bint merging):
-    """Read the value at the cursor; an object or array there stands *depth* levels deep.
+    """Read the value at the cursor; an object or array there is on level *depth*.
 
     With *merging*, ``null`` means "remove this member" and is returned as None.  Inside arrays it
     is an ordinary value, also in the objects there: RFC 7396 replaces arrays as a whole.
@@ -552,7 +552,7 @@ cdef object parse_value(Cursor* c, int depth, bint merging):
 
 
 cdef dict parse(bytes text, bint patch):
-    """Parse a patch, in which None stands for a removal, or a stored document."""
+    """Parse a patch, in which None is a removal, or a stored document."""
     cdef Cursor c
     cdef dict root
     c.start = <Bytes>PyBytes_AS_STRING(text)

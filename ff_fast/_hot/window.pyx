@@ -5,9 +5,9 @@ The window keeps every frame that is younger than ttl, and at least
     K = clamp(ceil(rate * ttl * 2), floor, ceiling)
 
 frames. Only the ceiling drops a frame that is younger than ttl. The server trims: each batch names
-the oldest id to keep (`first_kept`). A trim can only cut behind a frame whose id is known, so the
-window remembers the last id of acknowledged batches, as marks: not of every batch, but in steps of
-about a sixteenth of the window. A mark that is missing makes a trim coarser, never wrong.
+the oldest id to keep (`first_kept`). A trim can only cut after a frame whose id is known, so the
+window remembers last ids of acknowledged batches as marks, in steps of about a sixteenth of the
+window. A missing mark makes a trim coarser, never wrong.
 
 The key of the window expires 2 * ttl after the last renewal. A renewal is due after a quarter of a
 ttl (`renew_due`), so the key outlives its newest frame by more than half a ttl. A batch that was on
@@ -17,7 +17,7 @@ Two clocks: `now_us` is any monotonic clock of this machine, in µs; `server_ms`
 that the server's clock can show, in ms since the epoch.
 
 No method runs Python code. Those that are ``noexcept`` make no objects and cannot fail. For each
-batch the writer calls `widen` where a mode asks for more, then `first_kept`, `renew_due`,
+batch the writer calls `widen` for each mode in it, then `first_kept`, `renew_due`,
 `take_rate` and `sealed`; later `stored` and, for the newest acknowledged batch, `mark`.
 """
 
@@ -187,7 +187,7 @@ cdef class LiveWindow:
     cpdef void mark(
         self, long long ms, long long sequence, bint renewed, long long now_us
     ) noexcept:
-        """Remember the last stored id, where it is a step behind the mark before it.
+        """Add a mark if the last stored id is a step after the previous mark.
 
         Args:
             ms: The id: ms

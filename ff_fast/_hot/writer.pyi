@@ -97,8 +97,8 @@ class WriterCore:
 
     @property
     def error(self) -> FFError | None:
-        """The ``FFError`` that stopped the writer, with what was not stored in ``unstored``; None
-        while it runs. ``WriterClosed`` after `close`."""
+        """The ``FFError`` that stopped the writer; its ``unstored`` has the frames that were not
+        stored. None while the writer runs. ``WriterClosed`` after `close`."""
 
     @property
     def next_sequence(self) -> int:

@@ -670,7 +670,7 @@ cdef class WriterCore:
                 uses |= USES_LOG
                 durable += run.count
                 parts += run.count
-                # `prev` belongs to the first frame alone, which is therefore a block of its own.
+                # `prev` belongs to the first frame alone, which is therefore a separate block.
                 first = 1 if run.previous >= 0 else 0
                 if first:
                     total += head_size(shape, 1, run.previous, 0, &parts)
@@ -1077,8 +1077,8 @@ cdef class WriterCore:
 
     @property
     def error(self):
-        """The ``FFError`` that stopped the writer, with what was not stored in ``unstored``; None
-        while it runs. ``WriterClosed`` after `close`."""
+        """The ``FFError`` that stopped the writer; its ``unstored`` has the frames that were not
+        stored. None while the writer runs. ``WriterClosed`` after `close`."""
         return self._error
 
     @property

@@ -1,4 +1,4 @@
-"""The rate of a live window: true rates, the oracle, and FlowFabric's defects E1 to E3."""
+"""The rate of a live window: true rates, the oracle, and defects of FlowFabric's estimate."""
 
 import math
 import pickle
