@@ -304,14 +304,14 @@ class Core(WriterCore):
         write = self.write
         for frame in frames:
             write(frame)
-        batch = self.next_batch()
+        batch = self._next_batch()
         assert batch is not None
         check(batch.frame_count == len(frames), "the batch is not the one that was written")
         self.sent_bytes += len(batch.message)
         return batch
 
     def settle(self, batch: Batch, reply: object) -> None:
-        error = self.acknowledge(batch, reply)
+        error = self._acknowledge(batch, reply)
         if error is not None or self.error is not None:
             raise error or self.error or AssertionError
 
@@ -325,9 +325,9 @@ class Core(WriterCore):
     def encode(self, frame: bytes, ms: int) -> bytes:
         """Return the request of a batch of one. It is not sent; its acknowledgement is made up."""
         sequence = self.write(frame)
-        batch = self.next_batch()
+        batch = self._next_batch()
         assert batch is not None
-        error = self.acknowledge(batch, position(ms, sequence))
+        error = self._acknowledge(batch, position(ms, sequence))
         check(error is None and self.error is None, "the made-up reply was refused")
         return batch.message
 

@@ -7,3 +7,4 @@ from typing import Any
 
 frames: Any = importlib.import_module("tests.reference_frames")
 merge: Any = importlib.import_module("tests.reference_merge")
+window: Any = importlib.import_module("tests.reference_window")

@@ -34,10 +34,10 @@ def stream(core: WriterCore, batch: int) -> int:
         sequence = 0
         for payload in FRAMES[at : at + batch]:
             sequence = core.write(payload)
-        sealed = core.next_batch()
+        sealed = core._next_batch()
         assert sealed is not None
         size += len(sealed.message)
-        core.acknowledge(sealed, position(1_700_000_000_000, sequence))
+        core._acknowledge(sealed, position(1_700_000_000_000, sequence))
     return size
 
 
@@ -46,7 +46,7 @@ def stream(core: WriterCore, batch: int) -> int:
 def test_1024_frames(benchmark: Benchmark, mode: str, batch: int) -> None:
     core = new_core(mode)
     assert benchmark(stream, core, batch) > COUNT * PAYLOAD_SIZE
-    assert core.idle
+    assert core._idle
 
 
 def test_1024_xadd_by_hiredis(benchmark: Benchmark) -> None:

@@ -123,7 +123,7 @@ class Stream:
         self.frames += count
         if self._expires_ms and self._expires_ms < min(now_ms, self._newest_ms + self.ttl_ms):
             self.early += 1
-        batch = core.next_batch()
+        batch = core._next_batch()
         assert batch is not None
         if found := TRIM.search(batch.message):
             self._trim(int(found[2]), now_ms)
@@ -132,7 +132,7 @@ class Stream:
         self._kept.append((sequence, now_ms))
         self._newest_ms = now_ms
         check(
-            core.acknowledge(batch, position(now_ms, sequence)) is None,
+            core._acknowledge(batch, position(now_ms, sequence)) is None,
             "refused",
         )
         self.windows.append(core.window_frames)

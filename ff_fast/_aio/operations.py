@@ -79,7 +79,7 @@ class Operations(Pool):
     def _close_implicit_writer(self, lease_id: str) -> None:
         writer = self._implicit.pop(lease_id, None)
         if writer is not None:
-            writer.fail(WriterClosed())
+            writer._fail(WriterClosed())
 
     def _tail(self, source: TailCore) -> Tail:
         return Tail(self, source)
@@ -120,7 +120,7 @@ class Operations(Pool):
         def lost(error: FFError) -> None:
             writer = self._writers.get(request.lease_id)
             if writer is not None:
-                writer.fail(copy.copy(error))
+                writer._fail(copy.copy(error))
             if request.on_lost is not None:
                 request.on_lost(error)
 

@@ -68,7 +68,7 @@ class Sender:
             self._loop.call_soon(self._pump)
 
     def linger(self, writer: Writer) -> None:
-        self._loop.call_later(writer.linger_us / 1e6, writer.hurry)
+        self._loop.call_later(writer._linger_us / 1e6, writer._seal_soon)
 
     def _pump(self) -> None:
         """Send what the waiting writers have, as one write."""
@@ -88,7 +88,7 @@ class Sender:
         room = CALLS_IN_FLIGHT - len(connection.receivers)
         while queue and len(receivers) < room and size < writer_core.ROUND_BYTES:
             writer = queue.popleft()
-            batch = writer.next_batch()
+            batch = writer._next_batch()
             if batch is not None:
                 messages.append(batch.message)
                 size += len(batch.message)
@@ -99,9 +99,9 @@ class Sender:
 
     def answered(self, writer: Writer, batch: Batch, reply: object) -> None:
         if reply is LOST:
-            writer.disconnected()
+            writer._requeue()
             return
-        error = writer.acknowledge(batch, reply)
+        error = writer._acknowledge(batch, reply)
         if error is not None:
             self._recover_soon(error)
         elif type(reply) is bytes:
@@ -141,7 +141,7 @@ class Sender:
         self._retries.reset()
         waiting, self._queue = self._queue, deque()
         for writer in waiting:
-            writer.fail(copy.copy(error))
+            writer._fail(copy.copy(error))
 
     def _on_can_write(self) -> None:
         if self._queue and not self._pump_scheduled:
@@ -154,7 +154,7 @@ class Sender:
     def stop(self) -> None:
         """Fail every writer; the connection is closed."""
         for writer in list(self.writers):
-            writer.fail(WriterClosed())
+            writer._fail(WriterClosed())
 
     def _forked(self) -> None:
         """Called in a forked child."""
@@ -199,7 +199,7 @@ class Writer(SharedWriter):
         """The frames are the parent's, which stores them."""
         self._waiters.clear()
         error = ForkedClient()
-        self.fail(error)
+        self._fail(error)
         error.unstored = ()
 
     def _on_progress(self) -> None:
@@ -217,14 +217,14 @@ class Writer(SharedWriter):
             waiter: asyncio.Future[None] = loop.create_future()
             timer = None if deadline is None else loop.call_at(deadline, _notify, waiter)
             self._waiters.append(waiter)
-            self.waiting = True
+            self._has_waiters = True
             try:
                 await waiter
             finally:
                 if timer is not None:
                     timer.cancel()
                 self._waiters.remove(waiter)
-                self.waiting = bool(self._waiters)
+                self._has_waiters = bool(self._waiters)
         return wait.value()
 
     drain = waiting(writer_core.drain)

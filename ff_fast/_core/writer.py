@@ -121,7 +121,7 @@ class SharedWriter(WriterCore):
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
         # After drain() one frame of maximum size always fits.
-        self.high_water_bytes = min(
+        self._high_water_bytes = min(
             HIGH_WATER_BYTES, state.options.max_unacknowledged_bytes - MAX_PAYLOAD_BYTES
         )
 
@@ -140,7 +140,7 @@ class SharedWriter(WriterCore):
             SequenceGap: ``frame.seq`` is beyond the next sequence, or before this writer's first.
         """
         if frame.seq is not None and frame.seq != self.next_sequence:
-            if self.first_sequence <= frame.seq < self.next_sequence:
+            if self._first_sequence <= frame.seq < self.next_sequence:
                 return None
             raise SequenceGap(self.next_sequence, frame.seq)
         return self.write(
@@ -176,7 +176,7 @@ def drain(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
         raise copy.copy(writer.error)
 
     def done() -> bool:
-        return writer.unacknowledged_bytes <= writer.high_water_bytes
+        return writer.unacknowledged_bytes <= writer._high_water_bytes
 
     return Wait(done, _nothing, limit)
 
@@ -198,7 +198,7 @@ def flush(
     """
     limit = timeout_s(timeout)
     last = writer.next_sequence - 1
-    writer.hurry()
+    writer._seal_soon()
     return Wait(lambda: writer.last_sequence >= last, writer.outcome, limit)
 
 
@@ -217,8 +217,8 @@ def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
         return Wait(_true, _nothing, limit)
     if writer.error is not None:
         raise copy.copy(writer.error)
-    writer.finish()
-    return Wait(lambda: writer.idle, lambda: writer.fail(WriterClosed()), limit)
+    writer._seal_last()
+    return Wait(lambda: writer._idle, lambda: writer._fail(WriterClosed()), limit)
 
 
 def _nothing() -> None:

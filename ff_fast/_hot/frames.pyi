@@ -4,6 +4,8 @@ from ff_fast.types import EndReason, FrameMode, Gap, GapReason, PatchKind
 
 @final
 class StreamFrame:
+    """One frame of a stream, as a reader gets it. Immutable, compared by value, hashable."""
+
     def __init__(
         self,
         *,
@@ -19,29 +21,53 @@ class StreamFrame:
         patch_kind: PatchKind | None = None,
     ) -> None: ...
     @property
-    def stream_id(self) -> str: ...
+    def stream_id(self) -> str:
+        """``<server ms>-<sequence>``, the cursor from which a reader continues after this frame."""
+
     @property
-    def cursor(self) -> str: ...
+    def cursor(self) -> str:
+        """Where reading goes on behind this frame: its ``stream_id``. ``Gap`` and ``End`` have one too."""
+
     @property
-    def sequence(self) -> int: ...
+    def sequence(self) -> int:
+        """Position in the attempt: dense, from 1, over durable, summary and best-effort frames."""
+
     @property
-    def frame_type(self) -> str: ...
+    def frame_type(self) -> str:
+        """Classifier that the worker chose; ``token`` by default."""
+
     @property
-    def payload(self) -> bytes: ...
+    def payload(self) -> bytes:
+        """The bytes that were written, 0 to 65,536."""
+
     @property
-    def ts_ms(self) -> int: ...
+    def ts_ms(self) -> int:
+        """When the frame was written, in ms since the epoch by the server's clock."""
+
     @property
-    def mode(self) -> FrameMode: ...
+    def mode(self) -> FrameMode:
+        """Wire token of the stream mode: ``durable``, ``summary`` or ``best_effort``."""
+
     @property
-    def encoding(self) -> str: ...
+    def encoding(self) -> str:
+        """What the worker says of the payload: ``utf8``, ``binary`` or another text."""
+
     @property
-    def source(self) -> str: ...
+    def source(self) -> str:
+        """Who made the frame; ``worker`` by default."""
+
     @property
-    def correlation_id(self) -> str | None: ...
+    def correlation_id(self) -> str | None:
+        """Text that the worker gave, or None."""
+
     @property
-    def summary_version(self) -> int | None: ...
+    def summary_version(self) -> int | None:
+        """Version of the summary after this patch, from 1; None outside mode ``summary``."""
+
     @property
-    def patch_kind(self) -> PatchKind | None: ...
+    def patch_kind(self) -> PatchKind | None:
+        """How the payload changes the summary; None outside mode ``summary``."""
+
     def __hash__(self) -> int: ...
 
 @final

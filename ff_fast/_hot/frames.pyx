@@ -1,4 +1,4 @@
-"""Stream entries to :class:`StreamFrame`, and the order of frames across an attempt's two streams.
+"""Decodes stream entries to :class:`StreamFrame`, and merges the two streams of an attempt.
 
 An entry id is ``<ms>-<sequence>``: server time, and the sequence of the entry's last frame. Entries
 are field lists:
@@ -9,20 +9,21 @@ are field lists:
                      [patch_kind [pointer]] [summary_version]
     end entry        end prev
 
-A field that has its usual value is left out: mode ``durable`` in the log and ``best_effort`` in the
-live window, frame type ``token``, encoding ``utf8``, source ``worker``.
-``prev`` stands on the first visible (not best-effort) frame after best-effort frames: the sequence
-of the visible frame before it, 0 for none. ``summary_version`` is that of the entry's last frame.
+A field with its default value is left out. Defaults: mode ``durable`` in the log and
+``best_effort`` in the live window, frame type ``token``, encoding ``utf8``, source ``worker``.
+The first visible (not best-effort) frame after best-effort frames has ``prev``: the sequence of the
+visible frame before it, 0 for none. ``summary_version`` is that of the entry's last frame.
 
-A run holds consecutive frames that share all those fields, so only what differs is stored:
+A run holds consecutive frames that share all these fields. It stores what differs:
 
     count                    varint
     payload lengths          count varints, in bytes
     ages                     count varints, ms before the entry's ms at which each frame was written
     payloads                 back to back
 
-A varint is little-endian base 128, the high bit of a byte saying that another follows. Frame i of n
-has the id ``<entry ms>-<entry sequence - n + 1 + i>``, so a cursor may stand inside a run.
+A varint is little-endian base 128; the high bit of a byte says that another byte follows. Frame i
+of n, from 0, has the id ``<entry ms>-<entry sequence - n + 1 + i>``, so a cursor may be inside a
+run.
 """
 
 cimport cython
@@ -40,12 +41,14 @@ from libc.string cimport memcmp
 from ff_fast.errors import Corruption
 from ff_fast.types import Gap, PatchKind
 
-# Frame types and correlation ids recur; beyond this many different texts the table starts anew.
+# Texts such as frame types recur, so they are kept: up to this many, of up to this many bytes. A
+# full table is cleared.
 cdef Py_ssize_t TEXT_LIMIT = 4096
 cdef Py_ssize_t TEXT_BYTES = 64
 cdef dict texts = {}
 cdef dict patch_kinds = {}
 
+# Stands for every larger half of an id.
 cdef long long LARGEST = <long long>1 << 62
 
 cdef str DURABLE = "durable"
@@ -56,7 +59,7 @@ cdef str WORKER = "worker"
 
 
 cdef str text_of(bytes raw):
-    """The text of a field, one object for each text that recurs."""
+    """Return the text of a field; the same object for a text that recurs."""
     cdef PyObject* known = PyDict_GetItem(texts, raw)
     cdef str text
     if known is not NULL:
@@ -70,7 +73,7 @@ cdef str text_of(bytes raw):
 
 
 cdef object patch_kind_of(bytes wire, bytes pointer):
-    """The kind of a patch, one object for each kind that recurs."""
+    """Return the kind of a patch; the same object for a kind that recurs."""
     cdef tuple key = (wire, pointer)
     kind = patch_kinds.get(key)
     if kind is None:
@@ -84,8 +87,7 @@ cdef object patch_kind_of(bytes wire, bytes pointer):
     return kind
 
 
-# Nothing that a frame holds can lead back to it, and readers hold many: the collector need not walk
-# them.
+# no_gc: a frame cannot be part of a cycle, and readers hold many, which the collector would walk.
 @cython.final
 @cython.no_gc
 @cython.freelist(256)
@@ -93,19 +95,25 @@ cdef class StreamFrame:
     """One frame of a stream, as a reader gets it. Immutable.
 
     Attributes:
-        stream_id: ``<server ms>-<sequence>``.
+        stream_id: ``<server ms>-<sequence>``, the cursor from which a reader continues after this
+            frame.
         cursor: Equal to ``stream_id``; ``Gap`` and ``End`` have one too.
         sequence: Position in the attempt, dense, from 1.
-        frame_type: Classifier that the worker chose.
-        payload: The bytes that were written.
+        frame_type: Classifier that the worker chose; ``token`` by default.
+        payload: The bytes that were written, 0 to 65,536.
         ts_ms: When the frame was written, in ms since the epoch by the server's clock.
         mode: Wire token of the stream mode: ``durable``, ``summary`` or ``best_effort``.
-        encoding: ``utf8`` or ``binary``: what the worker says of the payload; nothing is converted.
-        source: Who wrote it, usually ``worker``.
+        encoding: What the worker says of the payload: ``utf8``, ``binary`` or another text; nothing
+            is converted.
+        source: Who made the frame; ``worker`` by default.
         correlation_id: Text that the worker gave, or None.
-        summary_version: Version of the summary document after this patch; None outside mode
+        summary_version: Version of the summary after this patch, from 1; None outside mode
             ``summary``.
-        patch_kind: How the payload changes the summary document; None outside mode ``summary``.
+        patch_kind: How the payload changes the summary; None outside mode ``summary``.
+
+    Raises:
+        Corruption: *stream_id* is not an id.
+        TypeError: An argument has the wrong type.
     """
 
     cdef long long _ms
@@ -119,7 +127,7 @@ cdef class StreamFrame:
     cdef readonly str correlation_id
     cdef long long _summary_version
     cdef readonly object patch_kind
-    # Sequence of the visible frame before this one.
+    # Sequence of the visible frame before this one; 0 for none.
     cdef long long _previous
 
     def __init__(
@@ -197,7 +205,7 @@ cdef int bad_entry() except -1:
 
 
 cdef int parse_number(const char* at, const char* end, long long* value) except -1:
-    """The decimal integer that fills [at, end)."""
+    """Parse the decimal integer that fills [at, end); at most 18 digits."""
     cdef long long number = 0
     if at == end or end - at > 18:
         bad_entry()
@@ -211,7 +219,7 @@ cdef int parse_number(const char* at, const char* end, long long* value) except 
 
 
 cdef long long id_part(const char* at, const char* end) except -1:
-    """Half of an entry id. What is above the 53 bits that ff_fast writes is as good as infinite."""
+    """Return half of an entry id; LARGEST for more than 18 digits, which ff_fast never writes."""
     cdef long long number = 0
     if end - at > 18:
         return LARGEST
@@ -257,7 +265,7 @@ cdef const unsigned char* take_varint(
     cdef int shift = 0
     cdef unsigned char byte
     while True:
-        # 8 bytes hold 2^56, above every length and age.
+        # 8 bytes hold 56 bits, more than any length or age takes.
         if at >= end or shift > 49:
             bad_entry()
         byte = at[0]
@@ -276,7 +284,7 @@ cdef inline bytes checked_bytes(object part):
 
 
 cdef inline list fields_of(object entry):
-    """The fields of an entry ``[id, fields]``."""
+    """Return the fields of an entry ``[id, fields]``."""
     if not PyList_CheckExact(entry) or len(<list>entry) != 2:
         bad_entry()
     if not PyList_CheckExact((<list>entry)[1]):
@@ -294,9 +302,9 @@ cdef class Entries:
 
     Attributes:
         frames: The frames, in order.
-        end_reason: Why the attempt ended, or None where the end entry is not among the entries.
-        taken: How many entries were looked at; the next one is beyond the limit.
-        foreign: How many of them are not ff_fast's (they are left out).
+        end_reason: Why the attempt ended; None if the end entry is not among the entries.
+        taken: How many entries were decoded; the next one is beyond the limit.
+        foreign: How many of these another program wrote; they are left out.
     """
 
     cdef readonly list frames
@@ -311,8 +319,10 @@ cdef class Entries:
 cdef long long add_run(
     list frames, bytes run, StreamFrame shared, long long after
 ) except -1:
-    """Add the frames of a run after sequence *after*; *shared* has the fields that all share.
-    Returns how many the run holds."""
+    """Append the frames of a run after sequence *after* to *frames*; return how many the run holds.
+
+    *shared* has the fields of the entry, and the id of the last frame.
+    """
     cdef const unsigned char* start = <const unsigned char*>PyBytes_AS_STRING(run)
     cdef const unsigned char* end = start + PyBytes_GET_SIZE(run)
     cdef const unsigned char* lengths
@@ -373,8 +383,8 @@ def decode_entries(
     Args:
         entries: ``[[id, [field, value, ...]], ...]``, all bytes, as XRANGE, XREAD and ff_read_range
             answer.
-        after: Sequence of the cursor; frames up to it are left out (a run may begin before it).
-        limit: Id, ``(ms, sequence)``, beyond which entries are left for later; None takes them all.
+        after: Sequence of the cursor; frames up to it are left out. A run may begin before it.
+        limit: ``(ms, sequence)`` of the last id to decode; None decodes all entries.
         exclude_best_effort: Leave best-effort frames out.
         live: The stream is the live window, not the log.
 
@@ -446,7 +456,7 @@ def decode_entries(
             result._end_ms = ms
             result._end_sequence = sequence
             continue
-        # Somebody else's entry; only its names are known, so its values are not looked at.
+        # Another program wrote this entry. Its values are not read.
         if (
             (run is None) == (payload is None)
             or sequence == 0 or ms == LARGEST or sequence == LARGEST
@@ -473,7 +483,13 @@ def decode_entries(
 
 
 def weigh_entries(list entries not None):
-    """Return how many frames *entries* hold, about, and how many bytes, without decoding them."""
+    """Return about how many frames *entries* hold, and how many bytes of values.
+
+    Nothing is decoded. A damaged run is counted, and `decode_entries` refuses it.
+
+    Raises:
+        Corruption: *entries* is not ``[[id, [field, value, ...]], ...]``.
+    """
     cdef list fields
     cdef bytes name, value
     cdef Py_ssize_t at, size
@@ -491,7 +507,7 @@ def weigh_entries(list entries not None):
             value = checked_bytes(fields[at + 1])
             at += 2
             total += PyBytes_GET_SIZE(value)
-            # A run of more than two bytes' count would be damaged; decoding says so.
+            # At most MAX_FRAMES (1,024) frames are in a run, so the count has at most two bytes.
             if is_field(name, "run", 3) and PyBytes_GET_SIZE(value) > 2:
                 start = <const unsigned char*>PyBytes_AS_STRING(value)
                 count = start[0]
@@ -505,20 +521,19 @@ def assemble(
     Entries log not None, Entries live not None, long long ms, long long sequence,
     bint exclude_best_effort, str reason not None,
 ):
-    """Merge what was read of both streams up to one id, and name what is missing.
+    """Merge the entries of both streams up to one id, with a gap wherever frames are missing.
 
     Args:
         log: Entries of the log.
-        live: Entries of the live window. Excluded frames are in neither.
-        ms: Id of the last frame that was delivered: ms,
+        live: Entries of the live window, without the frames that the reader excludes.
+        ms: Id of the last delivered frame: ms
         sequence: and sequence.
-        exclude_best_effort: Best-effort frames are no gap.
-        reason: Reason of the gaps that are found.
+        exclude_best_effort: Missing best-effort frames are no gap.
+        reason: Reason of all gaps found here.
 
     Returns:
-        ``(items, ms, sequence, end_reason)``: frames in sequence order with a ``Gap`` wherever
-        frames are missing; the id of the last one; and why the attempt ended when its end is
-        reached.
+        ``(items, ms, sequence, end_reason)``. *items* are ``StreamFrame`` and ``Gap`` in sequence
+        order, *ms* and *sequence* the id of the last one. *end_reason* is None before the end.
     """
     cdef list items = []
     cdef list first = log.frames
@@ -558,7 +573,7 @@ cdef object gap_before(long long ms, long long sequence, long long following, st
 
 
 def decode_run(bytes run not None, long long count):
-    """Return the *count* payloads of a run, which the summary keeps without the fields of an entry.
+    """Return the *count* payloads of a run in the summary hash, where a run has no fields.
 
     Raises:
         Corruption: *run* is not a run of *count* frames.

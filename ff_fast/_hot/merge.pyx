@@ -1,4 +1,4 @@
-"""The rolling summary: RFC 7396 merge patches and string appends, folded exactly.
+"""The rolling summary: folds RFC 7396 merge patches and string appends exactly.
 
 How a document is kept
 ----------------------
@@ -12,19 +12,19 @@ string    ``bytes``, or ``_Text``         its JSON text; ``_Text`` after an appe
 others    ``bytes``                       the JSON text as it was written
 ========  ==============================  ======================================================
 
-Numbers are never converted, so any integer and any float keep every digit.  Strings and keys are
-kept in one spelling, the shortest: UTF-8, with ``\\" \\\\ \\b \\f \\n \\r \\t`` and ``\\u00xx``
-only where JSON demands an escape.  The spelling of a key therefore *is* its identity, writing a
-document is copying its texts, and what a document makes of later patches depends on
-:meth:`Document.dumps` alone: storing a document and parsing it again anywhere changes nothing.
+Numbers are never converted, so any integer and any float keep every digit.  Strings and keys have
+one spelling, the shortest: UTF-8, with ``\\" \\\\ \\b \\f \\n \\r \\t`` and ``\\u00xx`` only where
+JSON demands an escape.  So equal keys have equal bytes, and a document is written by copying its
+texts.  The effect of later patches depends on :meth:`Document.dumps` alone: storing a document and
+parsing it again changes nothing.
 
 Rules that the RFCs leave open
 ------------------------------
 
-* The string ``__ff_null__`` as a value, however it is escaped and wherever it stands (also inside
-  arrays), becomes ``null``; as a key it is an ordinary key.
+* The string ``__ff_null__`` as a value becomes ``null``, in any spelling and place, also inside
+  arrays.  As a key it is an ordinary key.
 * Of equal keys in one object the last value wins and the first place is kept, as in a ``dict``.  A
-  replaced member keeps its place; a member that was removed and comes back stands last.
+  replaced member keeps its place; a member that was removed and is added again comes last.
 * Objects and arrays alike may nest :data:`MAX_DEPTH` levels deep, the root being level 1.
 * The root of a document and of a patch is an object.
 """
@@ -56,8 +56,8 @@ import sys
 from ff_fast.errors import Corruption, InvalidInput, InvalidPatch, InvalidType
 
 cdef enum:
-    # Bounds the recursion of every function here.  So many levels of the hungriest of them,
-    # parsing, take 27 KiB of C stack, 70 KiB under the sanitizers; threads have 128 KiB or more.
+    # Bounds the recursion of every function here.  Parsing needs most stack: 27 KiB for so many
+    # levels, 70 KiB under the sanitizers.  Threads have 128 KiB or more.
     DEPTH_LIMIT = 128
     SENTINEL_SIZE = 11
 
@@ -75,9 +75,8 @@ cdef const char* HEX = "0123456789abcdef"
 
 # -- text ------------------------------------------------------------------------------------------
 #
-# CPython keeps a NUL behind the contents of every bytes, and a NUL is neither a plain character nor
-# a continuation byte nor a digit.  So a scan that stops at the first byte that does not fit may
-# read the byte at `end`, and never reads past it.
+# CPython ends the contents of every bytes with a NUL.  A NUL is not a plain character, a
+# continuation byte or a digit, so each scan stops at `end` and never reads past it.
 
 
 cdef inline Bytes skip_plain(Bytes at, Bytes end) noexcept nogil:
@@ -87,8 +86,8 @@ cdef inline Bytes skip_plain(Bytes at, Bytes end) noexcept nogil:
     """
     cdef uint64_t word, quote, slash
     while end - at >= 8:
-        # A borrow can only mark bytes behind one that is marked rightly, so "any marked" is exact;
-        # which one is left to the loop below, as it depends on the byte order.
+        # A borrow marks bytes only after one that is marked rightly, so "any marked" is exact.  The
+        # loop below finds which one; the bit's place would depend on the byte order.
         memcpy(&word, at, 8)
         quote = word ^ 0x2222222222222222U
         slash = word ^ 0x5C5C5C5C5C5C5C5CU
@@ -129,7 +128,7 @@ cdef inline Py_ssize_t utf8_width(Bytes at) noexcept nogil:
 
 
 cdef inline byte short_escape(uint32_t code) noexcept nogil:
-    """The letter of the two-character escape that JSON has for *code* and demands, or 0."""
+    """Return the letter of the two-character escape of *code*, or 0 if it needs none."""
     if code == c'"' or code == c'\\':
         return <byte>code
     if code == c'\n':
@@ -159,7 +158,7 @@ cdef inline Py_ssize_t code_size(uint32_t code) noexcept nogil:
 
 
 cdef inline byte* put_code(byte* out, uint32_t code) noexcept nogil:
-    """Write one code point as it stands in our strings; return the byte after it."""
+    """Write one code point in our spelling; return the byte after it."""
     cdef byte letter = short_escape(code)
     if letter:
         out[0] = c'\\'
@@ -190,7 +189,7 @@ cdef inline byte* put_code(byte* out, uint32_t code) noexcept nogil:
 
 
 cdef Py_ssize_t escaped_size(bytes text) noexcept:
-    """Bytes of *text* inside a JSON string; -1 - position of the first byte that is not UTF-8."""
+    """Return the bytes of *text* inside a JSON string, or -1 - position of a byte not in UTF-8."""
     cdef Bytes start = <Bytes>PyBytes_AS_STRING(text)
     cdef Bytes end = start + PyBytes_GET_SIZE(text)
     cdef Bytes at = start
@@ -244,9 +243,9 @@ cdef bytes quoted(bytes text):
 @cython.final
 @cython.auto_pickle(False)
 cdef class _Text:
-    """A string that grows: its escaped contents, without quotes, in a buffer of its own.
+    """A string that grows: its escaped contents, without quotes, in its own buffer.
 
-    The capacity doubles, so appending n pieces copies each byte a constant number of times.
+    The capacity doubles, so n appends copy each byte a constant number of times.
     """
 
     cdef byte* data  # owned; NULL while capacity is 0
@@ -307,7 +306,7 @@ cdef struct Cursor:
 
 
 cdef object misfit(Cursor* c, Bytes at, str reason):
-    """The error for what stands at *at*.  It tells places, never contents."""
+    """Return the error for the byte at *at*.  It shows positions, never contents."""
     cdef Py_ssize_t place = at - c.start
     cdef Py_ssize_t size = c.end - c.start
     if c.patch:
@@ -385,7 +384,7 @@ cdef bytes parse_string(Cursor* c):
     cdef Bytes after
     cdef uint32_t code = 0
     cdef Py_ssize_t width
-    cdef Py_ssize_t saved = 0  # what our spelling is shorter by
+    cdef Py_ssize_t saved = 0  # bytes by which our spelling is shorter
     cdef bint rewrite = False
     while True:
         at = skip_plain(at, c.end)
@@ -466,7 +465,7 @@ cdef bytes parse_number(Cursor* c):
 
 
 cdef dict parse_object(Cursor* c, int depth, bint merging):
-    """Read the object at the cursor, which stands *depth* levels deep."""
+    """Read the object at the cursor, on level *depth*."""
     cdef dict members = {}
     cdef bytes key
     if depth > DEPTH_LIMIT:
@@ -497,7 +496,7 @@ cdef dict parse_object(Cursor* c, int depth, bint merging):
 
 
 cdef list parse_array(Cursor* c, int depth):
-    """Read the array at the cursor, which stands *depth* levels deep."""
+    """Read the array at the cursor, on level *depth*."""
     cdef list items = []
     if depth > DEPTH_LIMIT:
         raise misfit(c, c.at, f"objects and arrays may nest {MAX_DEPTH} levels deep, not more")
@@ -519,7 +518,7 @@ cdef list parse_array(Cursor* c, int depth):
 
 
 cdef object parse_value(Cursor* c, int depth, bint merging):
-    """Read the value at the cursor; an object or array there stands *depth* levels deep.
+    """Read the value at the cursor; an object or array there is on level *depth*.
 
     With *merging*, ``null`` means "remove this member" and is returned as None.  Inside arrays it
     is an ordinary value, also in the objects there: RFC 7396 replaces arrays as a whole.
@@ -553,7 +552,7 @@ cdef object parse_value(Cursor* c, int depth, bint merging):
 
 
 cdef dict parse(bytes text, bint patch):
-    """Parse a patch, in which None stands for a removal, or a stored document."""
+    """Parse a patch, in which None is a removal, or a stored document."""
     cdef Cursor c
     cdef dict root
     c.start = <Bytes>PyBytes_AS_STRING(text)
@@ -572,17 +571,17 @@ cdef dict parse(bytes text, bint patch):
 
 # -- trees -----------------------------------------------------------------------------------------
 #
-# Every function here recurses at most DEPTH_LIMIT levels, as every tree comes from the parser or is
-# merged, level by level, from two that do.
+# Every function here recurses at most DEPTH_LIMIT levels: a tree comes from the parser, or is
+# merged level by level from two that do.
 
 
-cdef inline Py_ssize_t frame(Py_ssize_t members) noexcept:
-    """Bytes of the brackets and commas of an object or array with so many members."""
+cdef inline Py_ssize_t bracket_bytes(Py_ssize_t members) noexcept:
+    """Return the bytes of the brackets and commas of an object or array with so many members."""
     return members + 1 if members else 2
 
 
 cdef Py_ssize_t measure(object node) noexcept:
-    """Bytes of *node* as compact JSON; a removal, and the member that it stands for, take none."""
+    """Return the bytes of *node* as compact JSON.  A member whose value is a removal has none."""
     cdef Py_ssize_t position = 0
     cdef Py_ssize_t members = 0
     cdef Py_ssize_t size = 0
@@ -595,20 +594,20 @@ cdef Py_ssize_t measure(object node) noexcept:
             if <object>value is not None:
                 members += 1
                 size += PyBytes_GET_SIZE(<object>key) + 1 + measure(<object>value)
-        return size + frame(members)
+        return size + bracket_bytes(members)
     if PyList_CheckExact(node):
         for item in <list>node:
             members += 1
             size += measure(item)
-        return size + frame(members)
+        return size + bracket_bytes(members)
     return (<_Text>node).length + 2
 
 
 cdef Py_ssize_t growth(dict target, dict patch) except? -1:
-    """Return by how much ``fold`` would change the size of *target*, and change nothing."""
+    """Return by how much ``fold`` would change the size of *target*; nothing is changed."""
     cdef Py_ssize_t position = 0
     cdef Py_ssize_t members = PyDict_Size(target)
-    cdef Py_ssize_t change = -frame(members)
+    cdef Py_ssize_t change = -bracket_bytes(members)
     cdef PyObject* key
     cdef PyObject* value
     cdef PyObject* old
@@ -625,11 +624,11 @@ cdef Py_ssize_t growth(dict target, dict patch) except? -1:
             change += growth(<dict>old, <dict>value)
         else:
             change += measure(<object>value) - measure(<object>old)
-    return change + frame(members)
+    return change + bracket_bytes(members)
 
 
 cdef int prune(dict tree) except -1:
-    """Take the removals out of a patch object that has nothing to be merged into."""
+    """Delete the removals of a patch object that is added as a whole."""
     cdef Py_ssize_t position = 0
     cdef Py_ssize_t removals = 0
     cdef Py_ssize_t found = 0
@@ -643,7 +642,7 @@ cdef int prune(dict tree) except -1:
             prune(<dict>value)
     if removals == 0:
         return 0
-    # Plain memory, not a list: see `fold`.  The keys are borrowed from the dict that has them.
+    # Plain memory, because `fold` creates no tracked objects.  The keys are borrowed from *tree*.
     doomed = <PyObject**>PyMem_Malloc(<size_t>removals * sizeof(PyObject*))
     if doomed == NULL:
         raise MemoryError
@@ -664,12 +663,12 @@ cdef int prune(dict tree) except -1:
 cdef Py_ssize_t fold(dict target, dict patch) except? -1:
     """Merge *patch* into *target*; return by how much the size of *target* changed.
 
-    Subtrees of the patch become parts of the target, so the patch is used up.  Nothing is created
-    that the garbage collector tracks, and all keys and values are plain, so no Python code can run
-    in the middle, and only a lack of memory can stop it.
+    Subtrees of the patch become parts of the target, so the patch cannot be used again.  No object
+    is created that the garbage collector tracks, and keys and values are plain, so no Python code
+    runs amid a merge.  Only a MemoryError can stop it.
     """
     cdef Py_ssize_t position = 0
-    cdef Py_ssize_t change = -frame(PyDict_Size(target))
+    cdef Py_ssize_t change = -bracket_bytes(PyDict_Size(target))
     cdef PyObject* key
     cdef PyObject* value
     cdef PyObject* old
@@ -691,11 +690,11 @@ cdef Py_ssize_t fold(dict target, dict patch) except? -1:
             change -= measure(<object>old)
         change += measure(<object>value)
         PyDict_SetItem(target, <object>key, <object>value)
-    return change + frame(PyDict_Size(target))
+    return change + bracket_bytes(PyDict_Size(target))
 
 
 cdef byte* put(byte* out, byte* end, const void* data, Py_ssize_t size) except NULL:
-    # `end` comes from sizes that were added up patch by patch: should one be wrong, stop here.
+    # `end` follows from sizes that were added up patch by patch.  A wrong one must not overflow.
     if end - out < size:
         raise AssertionError("the document is larger than its recorded size")
     memcpy(out, data, <size_t>size)
@@ -734,28 +733,6 @@ cdef byte* put_node(byte* out, byte* end, object node) except NULL:
     if (<_Text>node).length:
         out = put(out, end, (<_Text>node).data, (<_Text>node).length)
     return put(out, end, "\"", 1)
-
-
-cdef object copied(object node):
-    """Return a copy that shares nothing with *node* that can change."""
-    cdef Py_ssize_t position = 0
-    cdef PyObject* key
-    cdef PyObject* value
-    cdef dict members
-    cdef list items
-    if PyBytes_CheckExact(node):
-        return node
-    if PyDict_CheckExact(node):
-        members = {}
-        while PyDict_Next(node, &position, &key, &value):
-            PyDict_SetItem(members, <object>key, copied(<object>value))
-        return members
-    if PyList_CheckExact(node):
-        items = []
-        for item in <list>node:
-            items.append(copied(item))
-        return items
-    return new_text((<_Text>node).data, (<_Text>node).length, 0)
 
 
 # -- pointers --------------------------------------------------------------------------------------
@@ -799,7 +776,7 @@ cdef list split_pointer(bytes pointer):
 
 
 cdef Py_ssize_t array_index(bytes token, Py_ssize_t size) noexcept:
-    """The place that *token* names in an array of *size* items, or -1."""
+    """Return the index that *token* is in an array of *size* items, or -1."""
     cdef Bytes at = <Bytes>PyBytes_AS_STRING(token)
     cdef Py_ssize_t digits = PyBytes_GET_SIZE(token)
     cdef Py_ssize_t index = 0
@@ -827,12 +804,12 @@ cdef bytes exact_bytes(str what, object value):
 @cython.final
 @cython.auto_pickle(False)
 cdef class Document:
-    """A JSON object that patches are folded into; it stays exact to the last digit.
+    """A JSON object that patches are folded into, exact to the last digit.
 
-    What it makes of a patch depends on :meth:`dumps` alone, so a document may be stored and parsed
-    again anywhere in a sequence of patches: the final bytes are the same.  The cost of a patch
-    follows from the patch and from what it replaces, never from the whole document.  Texts and
-    patches that are passed in are not kept.  One caller at a time: there is no lock inside.
+    The effect of a patch depends on :meth:`dumps` alone.  So a document may be stored and parsed
+    again anywhere in a sequence of patches, and the final bytes are the same.  The cost of a patch
+    grows with the patch and the values that it replaces, not with the document.  Arguments are not
+    kept.  One caller at a time: there is no lock.
 
     Args:
         document_json: A stored document: UTF-8, strict JSON, an object at the root, up to
@@ -856,9 +833,9 @@ cdef class Document:
     cdef dict root
     cdef Py_ssize_t total  # exact size of the document in bytes
     cdef Py_ssize_t limit
-    cdef _Text spot  # where the last append went, or None; it is part of the tree
-    cdef bytes spot_pointer
-    cdef bint torn  # a merge ran out of memory half way
+    cdef _Text append_target  # string of the last append, a node of the tree; or None
+    cdef bytes append_pointer  # the pointer that named it
+    cdef bint half_merged  # a merge ran out of memory half way
 
     def __cinit__(self):
         self.root = {}
@@ -875,8 +852,8 @@ cdef class Document:
         self.root = root
         self.total = measure(root)
         self.limit = max_bytes
-        self.spot = None
-        self.torn = False
+        self.append_target = None
+        self.half_merged = False
 
     def merge(self, patch):
         """Fold one JSON merge patch (RFC 7396) into the document, all of it or nothing.
@@ -891,8 +868,8 @@ cdef class Document:
             InvalidPatch: *patch* is not such an object, or the document would grow past its limit.
                 The document is unchanged.
             InvalidType: *patch* is not exactly ``bytes``.
-            MemoryError: While parsing, the document is unchanged.  After that it may have taken a
-                part of the patch; then all later calls but ``size`` raise ``Corruption``.
+            MemoryError: The document is unchanged, or it has a part of the patch; then all later
+                calls but ``size`` raise ``Corruption``.
             Corruption: An earlier merge ran out of memory half way: load the document again.
 
         >>> document = Document(b'{"a":{"b":1,"c":2},"d":[1,2]}')
@@ -904,14 +881,14 @@ cdef class Document:
         cdef Py_ssize_t change
         self.check_whole()
         # A patch adds at most its own size: each of its members adds itself and one comma, or
-        # replaces something.  So only close to the limit need the change be known beforehand.
+        # replaces something.  So the change is computed first only close to the limit.
         if self.total + PyBytes_GET_SIZE(patch) > self.limit:
             self.check_room(growth(self.root, root))
-        self.spot = None
-        self.torn = True
+        self.append_target = None
+        self.half_merged = True
         change = fold(self.root, root)
         self.total += change
-        self.torn = False
+        self.half_merged = False
 
     def append(self, pointer, text):
         """Append *text* to the string that *pointer* names, all of it or nothing.
@@ -921,9 +898,9 @@ cdef class Document:
         the end counts as an empty string.  Array items are named by their index and must exist.
         Appending again at the same pointer costs the length of *text* alone, until the next merge.
 
-        An append after which the string would be ``__ff_null__``, as a whole, is refused.  Turning
-        it into ``null`` would lose it when the next piece arrives, and keeping it would let readers
-        meet it: send it together with the next piece instead.
+        An append that makes the whole string ``__ff_null__`` is refused: as ``null`` it would be
+        lost to the next append, and as a string readers would see the sentinel.  Send it together
+        with the next piece.
 
         Args:
             pointer: JSON Pointer (RFC 6901), for example ``b"/choices/0/text"``.
@@ -946,20 +923,20 @@ cdef class Document:
             raise InvalidPatch(
                 f"Append whole UTF-8 characters: byte {-1 - added} of {len(text)} does not fit."
             )
-        if self.spot is None or self.spot_pointer != <bytes>pointer:
+        if self.append_target is None or self.append_pointer != <bytes>pointer:
             self.append_at(<bytes>pointer, <bytes>text, added)
         else:
-            self.append_to(self.spot, <bytes>text, added)
+            self.append_to(self.append_target, <bytes>text, added)
 
-    cdef int append_to(self, _Text spot, bytes text, Py_ssize_t added) except -1:
-        check_sentinel(spot.data, spot.length, text)
+    cdef int append_to(self, _Text target, bytes text, Py_ssize_t added) except -1:
+        check_sentinel(target.data, target.length, text)
         self.check_room(added)
-        spot.extend(text, added)
+        target.extend(text, added)
         self.total += added
         return 0
 
     cdef int append_at(self, bytes pointer, bytes text, Py_ssize_t added) except -1:
-        """Follow *pointer* from the root, append there, and remember the place."""
+        """Follow *pointer* from the root, append there, and remember the string."""
         cdef list tokens = split_pointer(pointer)
         cdef Py_ssize_t steps = len(tokens)
         cdef Py_ssize_t step = 0
@@ -968,14 +945,14 @@ cdef class Document:
         cdef object leaf
         cdef object key = None
         cdef PyObject* found
-        cdef _Text spot
+        cdef _Text target
         self.check_whole()
         while True:
             if PyDict_CheckExact(parent):
                 key = quoted(<bytes>tokens[step])
                 found = PyDict_GetItemWithError(parent, key)
                 if found == NULL:
-                    spot = self.create(<dict>parent, tokens, step, text, added)
+                    target = self.create(<dict>parent, tokens, step, text, added)
                     break
                 leaf = <object>found
             elif PyList_CheckExact(parent):
@@ -995,23 +972,23 @@ cdef class Document:
                 parent = leaf
                 continue
             if isinstance(leaf, _Text):
-                spot = <_Text>leaf
-                self.append_to(spot, text, added)
+                target = <_Text>leaf
+                self.append_to(target, text, added)
             else:
-                spot = self.soften(leaf, text, added)
+                target = self.to_growing_text(leaf, text, added)
                 if PyDict_CheckExact(parent):
-                    PyDict_SetItem(parent, key, spot)
+                    PyDict_SetItem(parent, key, target)
                 else:
-                    (<list>parent)[index] = spot
-                self.total += spot.length + 2 - PyBytes_GET_SIZE(leaf)
+                    (<list>parent)[index] = target
+                self.total += target.length + 2 - PyBytes_GET_SIZE(leaf)
             break
-        self.spot = spot
-        self.spot_pointer = pointer
+        self.append_target = target
+        self.append_pointer = pointer
         return 0
 
-    cdef _Text soften(self, object leaf, bytes text, Py_ssize_t added):
-        """Return the _Text that takes the place of *leaf*, a string or null, with *text* added."""
-        cdef _Text spot
+    cdef _Text to_growing_text(self, object leaf, bytes text, Py_ssize_t added):
+        """Return the _Text that replaces *leaf*, a string or null, with *text* appended."""
+        cdef _Text target
         cdef Bytes head = NULL
         cdef Py_ssize_t size = 0
         cdef byte first = 0
@@ -1026,37 +1003,37 @@ cdef class Document:
             )
         check_sentinel(head, size, text)
         self.check_room(size + added + 2 - PyBytes_GET_SIZE(leaf))
-        spot = new_text(head, size, added)
-        spot.extend(text, added)
-        return spot
+        target = new_text(head, size, added)
+        target.extend(text, added)
+        return target
 
     cdef _Text create(
         self, dict parent, list tokens, Py_ssize_t step, bytes text, Py_ssize_t added
     ):
-        """Create what *tokens* name from *step* on in *parent*, which has no such member."""
-        cdef _Text spot = new_text(NULL, 0, added)
-        cdef object member = spot
+        """Create the member that *tokens* name from *step* on; *parent* does not have it."""
+        cdef _Text target = new_text(NULL, 0, added)
+        cdef object member = target
         cdef bytes key
         cdef Py_ssize_t size = added + 2
         cdef Py_ssize_t i
         check_sentinel(NULL, 0, text)
-        spot.extend(text, added)
+        target.extend(text, added)
         for i in range(len(tokens) - 1, step, -1):
             key = quoted(<bytes>tokens[i])
             member = {key: member}
             size += 1 + PyBytes_GET_SIZE(key) + 1 + 1
         key = quoted(<bytes>tokens[step])
         size += PyBytes_GET_SIZE(key) + 1
-        size += frame(PyDict_Size(parent) + 1) - frame(PyDict_Size(parent))
+        size += bracket_bytes(PyDict_Size(parent) + 1) - bracket_bytes(PyDict_Size(parent))
         self.check_room(size)
         PyDict_SetItem(parent, key, member)
         self.total += size
-        return spot
+        return target
 
     def dumps(self):
         """Return the document as exact, compact JSON in UTF-8, of :attr:`size` bytes.
 
-        Numbers stand as they were written, members in the order of their arrival.  Non-ASCII
+        Numbers are as they were written, members in the order in which they were added.  Non-ASCII
         characters and ``/`` are not escaped.
 
         Raises:
@@ -1073,21 +1050,6 @@ cdef class Document:
             raise AssertionError("the document is smaller than its recorded size")
         return result
 
-    def copy(self):
-        """Return an independent document with the same contents and limit.
-
-        It costs a pass over all members; texts that cannot change are shared.
-
-        Raises:
-            Corruption: An earlier merge ran out of memory half way: load the document again.
-        """
-        cdef Document other = Document.__new__(Document)
-        self.check_whole()
-        other.root = <dict>copied(self.root)
-        other.total = self.total
-        other.limit = self.limit
-        return other
-
     @property
     def size(self):
         """Length of :meth:`dumps` in bytes, known without building it."""
@@ -1102,7 +1064,7 @@ cdef class Document:
         return f"<Document of {self.total} bytes, at most {self.limit}>"
 
     cdef int check_whole(self) except -1:
-        if self.torn:
+        if self.half_merged:
             raise Corruption(
                 "Load the summary document again: memory ran out while a patch was being merged."
             )
@@ -1124,40 +1086,3 @@ cdef int check_sentinel(Bytes head, Py_ssize_t size, bytes text) except -1:
             "to the null sentinel."
         )
     return 0
-
-
-def validate_patch(patch):
-    """Check a merge patch without a document.
-
-    It refuses what :meth:`Document.merge` refuses whatever the document is; only the size limit
-    of the document is left to ``merge``.
-
-    Raises:
-        InvalidPatch: *patch* is not an object of strict JSON in UTF-8, or too deep.
-        InvalidType: *patch* is not exactly ``bytes``.
-    """
-    parse(exact_bytes("the patch", patch), True)
-
-
-def validate_pointer(pointer):
-    """Return *pointer* as the bytes that :meth:`Document.append` takes.
-
-    Args:
-        pointer: JSON Pointer (RFC 6901) to a member, for example ``"/choices/0/text"``.
-
-    Raises:
-        InvalidPatch: *pointer* is malformed, has more than :data:`MAX_DEPTH` steps, holds half a
-            surrogate pair, or names the root.
-        InvalidType: *pointer* is not exactly ``str``.
-    """
-    cdef bytes encoded = None
-    if type(pointer) is not str:
-        raise InvalidType(f"Pass the pointer as str, not as {type(pointer).__name__}.")
-    try:
-        encoded = pointer.encode()
-    except UnicodeEncodeError:
-        pass
-    if encoded is None:
-        raise InvalidPatch("Take the half surrogate pair out of the pointer: it has no UTF-8.")
-    split_pointer(encoded)
-    return encoded

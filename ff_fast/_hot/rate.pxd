@@ -3,17 +3,21 @@ cdef long long window_frames(
 ) noexcept nogil
 
 
-# Where an estimator stands: without frames; begun with its first batch; begun with an estimate.
 cdef enum Start:
+    # No frame was counted.
     NONE
+    # The first batch said when the stream began.
     FIRST_BATCH
+    # The estimate continues that of an earlier writer.
     HANDED_OVER
 
 
 cdef class RateEstimator:
     cdef double _tau_us
+    # Sum of the weights at `_last_us`, without the factor 1 / tau.
     cdef double _mass
     cdef long long _last_us
+    # When the stream began; used after FIRST_BATCH only.
     cdef long long _since_us
     cdef Start _start
 

@@ -1,17 +1,18 @@
 """Append rate of a live window, and the window's size in frames.
 
-The estimator is a sum of exponentially fading weights, one a frame: with time constant tau,
+The estimate is a sum of weights, one for each frame, that decay exponentially with time constant
+tau:
 
     rate(t) = sum over frames of exp(-(t - t_frame) / tau) / tau
 
-A batch of n frames is n weights at once, so it does not matter how frames are grouped; a pause
-fades the estimate by itself; nothing is rounded to milliseconds, so there is no upper limit. Until
-the sum has run for some time it is divided by the share of the weights that it can have seen,
-1 - exp(-age / tau), so it is right from the second instant on: frames of the first one say when the
-stream began, and are not counted, because they end no interval.
+A batch of n frames adds n weights at once, so the grouping of frames does not matter. The estimate
+decays in a pause. Times are not rounded to milliseconds, so no rate is too high.
 
-`ema_alpha` is the share that the latest 100 ms have in the estimate:
-tau = -100 ms / ln(1 - alpha).
+A young sum has not seen all weights, so it is divided by their share, 1 - exp(-age / tau). Frames
+of the first instant only say when the stream began: they end no interval and are not counted. So
+the estimate is right from the second instant on.
+
+`ema_alpha` is the share of the latest 100 ms in the estimate: tau = -100 ms / ln(1 - alpha).
 """
 
 cimport cython
@@ -20,8 +21,8 @@ from libc.math cimport ceil, exp, expm1, isfinite, log1p
 from ff_fast.errors import InvalidInput
 
 cdef double BUCKET_US = 100_000.0
-# alpha = 1 would be a time constant of zero, and the smallest ones an infinite one. At the one end
-# the latest 100 ms weigh all but one part in a million, at the other the latest year counts.
+# alpha = 1 would make tau zero, and the smallest alphas would make it infinite. At the upper bound
+# the latest 100 ms weigh all but a millionth, at the lower one tau is three years.
 cdef double ALPHA_MOST = 0.999999
 cdef double ALPHA_LEAST = 1e-9
 
@@ -42,7 +43,7 @@ def window_size(double rate_hz, long long ttl_ms, long long floor, long long cei
 
     Args:
         rate_hz: Frames a second, finite and not negative.
-        ttl_ms: How long a frame shall stay visible, in ms, not negative.
+        ttl_ms: How long a frame stays visible, in ms, not negative.
         floor: Least K; at most *ceiling*.
         ceiling: Greatest K.
 
@@ -60,17 +61,17 @@ def window_size(double rate_hz, long long ttl_ms, long long floor, long long cei
 
 
 cdef inline double elapsed(long long now_us, long long then_us) noexcept nogil:
-    """Exact to the microsecond for any two times, *now_us* not being the earlier one."""
+    """Return the µs from *then_us* to *now_us*, which is not earlier. Cannot overflow."""
     return <double>(<unsigned long long>now_us - <unsigned long long>then_us)
 
 
 @cython.auto_pickle(False)
 cdef class RateEstimator:
-    """Frames a second, from when they were appended (see the module for the formula).
+    """Estimates frames a second from the times of appends (see the module for the formula).
 
     Args:
         ema_alpha: Share of the latest 100 ms in the estimate, in (0, 1].
-        rate_hz: Estimate to continue from, for a writer that follows another one; 0 starts anew.
+        rate_hz: Estimate of an earlier writer to continue from, in frames a second; 0 for none.
         now_us: The time of *rate_hz*, in µs of any monotonic clock.
 
     Raises:
@@ -87,7 +88,7 @@ cdef class RateEstimator:
         if not isfinite(self._mass):
             raise InvalidInput("rate_hz is too large.")
         self._last_us = now_us
-        # An estimate that another writer hands over has no start of its own.
+        # An estimate of another writer has seen all weights.
         self._start = HANDED_OVER if rate_hz > 0 else NONE
         self._since_us = now_us
 
@@ -112,16 +113,17 @@ cdef class RateEstimator:
         rate = self._mass * exp(-elapsed(now_us, self._last_us) / self._tau_us)
         rate = rate / self._tau_us * 1e6
         if self._start == FIRST_BATCH:
-            # Not zero: what is counted came after the first batch.
+            # Not zero: counted frames came after the first instant, so the age is positive.
             rate /= -expm1(-elapsed(now_us, self._since_us) / self._tau_us)
         return rate
 
     def record(self, long long count, long long now_us):
-        """Count frames as appended at *now_us*.
+        """Count frames that were appended at *now_us*.
 
         Args:
             count: How many, not negative.
-            now_us: When, in µs; a time before the latest one counts as the latest.
+            now_us: When, in µs of the same clock; an earlier time than the latest one is taken as
+                the latest.
 
         Raises:
             InvalidInput: *count* is negative.

@@ -1,9 +1,9 @@
-"""Writers of RESP requests, for the other extensions to cimport; their bodies are here so that they
-inline.
+"""Functions that write RESP requests, for the other extensions to cimport. Their bodies are here so
+that C inlines them.
 
-Every writer takes a cursor into memory that the caller has already sized and returns the cursor
-after what it wrote. None of them can fail, so none needs the GIL or an error check: sizing and type
-checks come before the first one.
+Each takes a cursor into memory of the caller, which has room, and returns the cursor after what it
+wrote. None can fail, so none needs the GIL or an error check: the caller computes sizes and checks
+types before the first write.
 """
 
 from libc.string cimport memcpy
@@ -23,12 +23,12 @@ cdef inline Py_ssize_t digits(long long n) noexcept nogil:
 
 
 cdef inline Py_ssize_t bulk_size(Py_ssize_t payload) noexcept nogil:
-    """Bytes that ``$<payload>\\r\\n...\\r\\n`` takes on the wire."""
+    """Return the bytes that ``$<payload>\\r\\n...\\r\\n`` takes on the wire."""
     return 1 + digits(payload) + 2 + payload + 2
 
 
 cdef inline Py_ssize_t number_size(long long n) noexcept nogil:
-    """Bytes that the non-negative *n* takes on the wire as a bulk string."""
+    """Return the bytes that the non-negative *n* takes on the wire as a bulk string."""
     return bulk_size(digits(n))
 
 
@@ -60,7 +60,7 @@ cdef inline char* put_bulk(char* out, const char* data, Py_ssize_t size) noexcep
 
 
 cdef inline char* put_number(char* out, long long n) noexcept nogil:
-    """The non-negative *n* as a bulk string."""
+    """Write the non-negative *n* as a bulk string."""
     out = put_length(out, c'$', digits(n))
     out = put_digits(out, n)
     out[0] = c'\r'

@@ -1,4 +1,4 @@
-"""RESP requests, packed with one allocation and no intermediate objects; how a reply is taken."""
+"""Packs RESP requests with one allocation each, and takes replies without a garbage collection."""
 
 from cpython.bytes cimport (
     PyBytes_AS_STRING,
@@ -8,7 +8,7 @@ from cpython.bytes cimport (
 )
 
 cdef Py_ssize_t bulks_size(tuple items) except -1:
-    """Wire size of *items*, each checked to be exactly ``bytes``."""
+    """Return the wire size of *items*; raise TypeError if one is not exactly ``bytes``."""
     cdef Py_ssize_t total = 0
     for i, item in enumerate(items):
         if not PyBytes_CheckExact(item):
@@ -26,14 +26,13 @@ cdef char* put_bulks(char* out, tuple items) noexcept:
 def pack_command(*parts):
     """Return the RESP bytes of one command.
 
-    The exact size is computed first and the result is written into one ``bytes`` of it.
+    The exact size is computed first, then all parts are written into one ``bytes`` of this size.
 
     Args:
         *parts: The command and its arguments, each exactly ``bytes``.
 
     Raises:
-        TypeError: A part is not exactly ``bytes``: numbers and text are encoded by the caller, who
-            knows how.
+        TypeError: A part is not exactly ``bytes``. The caller encodes numbers and text.
 
     >>> pack_command(b"PING")
     b'*1\\r\\n$4\\r\\nPING\\r\\n'
@@ -55,10 +54,10 @@ def pack_fcall(
 
     Args:
         function: Name that the Lua library registers, e.g. ``b"ff_append"``.
-        keys: Every key that the function is told of. In a cluster they share one hash slot
-            (``ff_fast.keys``).
-        argv: What Lua sees as its second table, each exactly ``bytes``.
-        read_only: Whether it is ``FCALL_RO``, which replicas serve too.
+        keys: Every key that the function uses, each exactly ``bytes``. They share one hash slot
+            (``ff_fast.keys``); this is not checked here.
+        argv: Second table of the Lua function, each exactly ``bytes``.
+        read_only: Send ``FCALL_RO``, which replicas serve too.
 
     Raises:
         TypeError: An item is not exactly ``bytes``.
@@ -90,11 +89,11 @@ def pack_fcall(
 
 
 def take_reply(gets not None):
-    """Return what *gets*, the method of a ``hiredis.Reader``, returns.
+    """Return the result of *gets*, the method of a ``hiredis.Reader``, without a collection.
 
-    A reply of a thousand entries is two thousand lists, which make the collector walk over young
-    objects three times, and over all that the process has now and then, for nothing: lists of bytes
-    cannot be garbage yet. It is held off meanwhile; no other thread runs in between.
+    A reply of a thousand entries creates two thousand lists. These would start three collections of
+    young objects, and now and then one of all objects, which find nothing: the lists are in use. No
+    other thread runs while the collector is off.
     """
     cdef int collecting = PyGC_Disable()
     try:

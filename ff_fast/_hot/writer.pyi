@@ -9,15 +9,28 @@ from ff_fast.types import StreamMode
 
 @final
 class Batch:
+    """A sealed batch, kept until it is acknowledged."""
+
     @property
-    def message(self) -> bytes: ...
+    def message(self) -> bytes:
+        """The request as it goes on the wire."""
+
     @property
-    def first_sequence(self) -> int: ...
+    def first_sequence(self) -> int:
+        """Sequence of its first frame."""
+
     @property
-    def frame_count(self) -> int: ...
+    def frame_count(self) -> int:
+        """How many frames it has; 0 for retention work alone."""
 
 @disjoint_base
 class WriterCore:
+    """The writer of one attempt: batches frames, resends, takes acknowledgements.
+
+    A shell subclasses it, moves the bytes and overrides the hooks ``_on_ready``, ``_on_linger`` and
+    ``_on_progress``. What has no underscore is for users.
+    """
+
     def __init__(
         self,
         *,
@@ -39,46 +52,100 @@ class WriterCore:
         correlation_id: str | None = None,
         encoding: str = "utf8",
         source: str = "worker",
-    ) -> int: ...
-    def next_batch(self) -> Batch | None: ...
-    def hurry(self) -> None: ...
-    def acknowledge(self, batch: Batch, reply: object) -> FFError | None: ...
-    def disconnected(self) -> None: ...
-    def fail(self, error: FFError) -> None: ...
-    def finish(self) -> None: ...
-    def unstored(self) -> tuple[StreamFrame, ...]: ...
+    ) -> int:
+        """Take one frame and return its sequence. Never waits, never does I/O.
+
+        Args:
+            payload: 0 to 65,536 bytes. ``str`` is encoded as UTF-8; ``bytearray`` and
+                ``memoryview`` are copied. In mode ``summary`` it is a patch, checked here.
+            frame_type: Classifier of the frame, 1 to 256 bytes of UTF-8.
+            mode: ``StreamMode`` of the frame; None for the writer's.
+            correlation_id: Text that readers get with the frame, 1 to 256 bytes of UTF-8, or None.
+            encoding: ``utf8``, or how the payload is encoded otherwise, 1 to 256 bytes of UTF-8.
+                Readers get this text; nothing is converted.
+            source: Who made the frame, 1 to 256 bytes of UTF-8.
+
+        Returns:
+            Sequence of the frame in its attempt, from 1. The frame is stored once `flush` returns.
+
+        Raises:
+            InvalidType: An argument has the wrong type.
+            InvalidPayload: The payload is a ``str`` with a surrogate or a released ``memoryview``.
+            PayloadTooLarge: The payload has more than 65,536 bytes.
+            InvalidPatch: The payload is not a patch that the summary can take.
+            InvalidInput: A text is empty, too long or not UTF-8; or `close` was called.
+            Overloaded: Too many bytes are unacknowledged. Call `drain`, then write again.
+            FFError: A copy of the `error` that stopped the writer. Its ``unstored`` has the frames
+                that were not stored.
+
+        After all of these but the last the writer goes on, without this frame.
+        """
+
+    def _next_batch(self) -> Batch | None: ...
+    def _seal_soon(self) -> None: ...
+    def _seal_last(self) -> None: ...
+    def _acknowledge(self, batch: Batch, reply: object) -> FFError | None: ...
+    def _requeue(self) -> None: ...
+    def _fail(self, error: FFError) -> None: ...
+    def _unstored_frames(self) -> tuple[StreamFrame, ...]: ...
     def _on_ready(self) -> None: ...
     def _on_linger(self) -> None: ...
     def _on_progress(self) -> None: ...
     @property
-    def first_sequence(self) -> int: ...
+    def mode(self) -> StreamMode:
+        """``StreamMode`` of frames that name none."""
+
     @property
-    def next_sequence(self) -> int: ...
+    def error(self) -> FFError | None:
+        """The ``FFError`` that stopped the writer; its ``unstored`` has the frames that were not
+        stored. None while the writer runs. ``WriterClosed`` after `close`."""
+
     @property
-    def last_sequence(self) -> int: ...
+    def next_sequence(self) -> int:
+        """Sequence that the next frame gets, from 1."""
+
     @property
-    def last_id(self) -> str: ...
+    def last_sequence(self) -> int:
+        """Sequence of the newest stored frame; 0 for none."""
+
     @property
-    def summary_version(self) -> int: ...
+    def last_id(self) -> str:
+        """``stream_id`` of the newest stored frame; ``0-0`` for none."""
+
     @property
-    def unacknowledged_bytes(self) -> int: ...
+    def unacknowledged_bytes(self) -> int:
+        """Bytes in memory that wait for the server: payloads of the open batch, and requests."""
+
     @property
-    def window_frames(self) -> int: ...
+    def summary_version(self) -> int:
+        """Version of the summary after every patch written so far; 0 for no summary."""
+
     @property
-    def rate_hz(self) -> float: ...
+    def cancel_requested(self) -> bool:
+        """Whether somebody has asked to cancel the execution, as of the newest acknowledgement."""
+
     @property
-    def cancel_requested(self) -> bool: ...
+    def lease_left_ms(self) -> int:
+        """How long the lease was still to last at the newest acknowledgement, in ms by the server's
+        clock; 0 before the first one."""
+
     @property
-    def lease_left_ms(self) -> int: ...
+    def rate_hz(self) -> float:
+        """Estimated frames a second in the live window; 0 before the first one."""
+
     @property
-    def error(self) -> FFError | None: ...
+    def window_frames(self) -> int:
+        """K, how many frames the live window keeps at least; 0 before the first one."""
+
     @property
-    def idle(self) -> bool: ...
+    def _first_sequence(self) -> int: ...
     @property
-    def waiting(self) -> bool: ...
-    @waiting.setter
-    def waiting(self, value: bool, /) -> None: ...
+    def _linger_us(self) -> int: ...
     @property
-    def linger_us(self) -> int: ...
+    def _idle(self) -> bool: ...
+    @property
+    def _has_waiters(self) -> bool: ...
+    @_has_waiters.setter
+    def _has_waiters(self, value: bool, /) -> None: ...
 
 def arguments_of(message: bytes) -> Sequence[bytes]: ...

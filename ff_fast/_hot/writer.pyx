@@ -1,19 +1,20 @@
 """The writer of one attempt, without I/O: frames in, FCALL bytes out, acknowledgements in.
 
-A frame is copied into the open batch when it is written; sealing a batch sizes it, allocates once
-and writes the whole request. A batch leaves when nothing is on its way, or when it is full; else
-the open one goes on filling, so its size follows the speed of the server. Sealed batches are kept,
-as the bytes that were sent, until the server acknowledged them; after a disconnect the same bytes
-go again, in order, and the sequence makes a repeat harmless.
+`write` copies a frame into the open batch. Sealing computes the size of the request, allocates once
+and writes all of it. A batch leaves when nothing is in flight, or when it is full. Until then it
+fills, so its size follows the speed of the server. Sealed batches keep the bytes of their request
+until the server has acknowledged them. After a disconnect the same bytes are sent again, in order;
+the sequence makes a repeat harmless.
 
-The sync shell calls `write`, `hurry`, `finish`, `fail` and `unstored` on any thread and the rest on
-the one that owns the connection. Between checking and changing its state no method here runs Python
-code, and the GIL is never released, so each is atomic. The garbage collector would break that: an
-allocation may start it, and a finalizer that it calls is Python code, in which another thread can
-take over. Where objects are made amid a change, it is held off.
+The sync shell calls `write`, `_seal_soon`, `_seal_last`, `_fail` and `_unstored_frames` on any
+thread, and the rest on the thread that owns the connection. No method runs Python code between a
+check and the change that relies on it, and none releases the GIL, so each is atomic. A garbage
+collection would break that: an allocation may start one, it may call a finalizer, and a finalizer
+is Python code, in which another thread can run. So the collector is off where objects are made
+amid a change.
 
-Arguments of `ff_append`, built here: lua/append.lua names the blocks; ff_fast/_hot/frames.pyx names
-the fields.
+This module writes the arguments of `ff_append`. lua/append.lua has the table of its blocks,
+ff_fast/_hot/frames.pyx that of the fields.
 """
 
 cimport cython
@@ -25,7 +26,7 @@ from cpython.bytes cimport (
 )
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.unicode cimport PyUnicode_AsUTF8String
-from libc.string cimport memcpy, memmove
+from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import copy
@@ -34,7 +35,6 @@ from collections import deque
 from ff_fast._hot.frames import decode_entries
 from ff_fast._hot.frames cimport put_varint, varint_size
 from ff_fast._hot.merge import Document
-from ff_fast._hot.rate cimport RateEstimator, window_frames
 from ff_fast._hot.resp cimport (
     PyGC_Disable,
     PyGC_Enable,
@@ -46,6 +46,7 @@ from ff_fast._hot.resp cimport (
     put_number,
     put_raw,
 )
+from ff_fast._hot.window cimport LiveWindow, parse_rate
 from ff_fast.errors import (
     Corruption,
     InvalidInput,
@@ -64,36 +65,30 @@ from ff_fast.types import BestEffortLiveConfig, StreamMode
 cdef enum:
     # "FCALL" and "ff_append" as bulk strings.
     HEAD_SIZE = 11 + 15
-    # Mirrors of lua/prelude.lua.
+    # The same limits as in lua/prelude.lua.
     MAX_PAYLOAD = 65536
     MAX_FRAMES = 1024
-    # A batch beyond this is full: it holds less than this and one more frame, so a run stays below
-    # 1.2 MB with its lengths and ages; the server takes 2 MiB.
+    # `write` seals a batch that has reached this. Its last frame may exceed it, so a run has at
+    # most 1.2 MB with its lengths and ages. The server accepts 2 MiB.
     MAX_BATCH_BYTES = 1 << 20
-    # From here on another batch is sent although earlier ones are on their way; the server then
-    # never idles between two batches, and smaller ones still grow with its load.
+    # A batch of this size is sent although earlier ones are in flight, so the server does not idle
+    # between two batches. Smaller ones wait and grow with its load.
     EAGER_FRAMES = 256
     EAGER_BYTES = 1 << 16
     MAX_IN_FLIGHT = 4
-    # What an idle writer keeps allocated for its next batch; what a burst needed beyond it is given
-    # back. A process may hold many writers that wait for their model.
+    # Memory that an idle writer keeps for its next batch; the rest is freed after a burst. A
+    # process may hold many writers that wait for their model.
     IDLE_FRAMES = 16
     IDLE_BYTES = 256
     IDLE_RUNS = 2
     IDLE_SHAPES = 4
     KNOWN_SHAPES = 64
-    # The log is trimmed once in so many durable frames: a trim costs the server as much as a frame.
+    # Durable frames between two trims of the log. A trim costs the server as much as a frame.
     TRIM_EVERY = 256
-    # Patches smaller than this are not worth a fresh document.
+    # Pending patches of fewer bytes are never replaced by a document.
     COMPACT_BYTES = 4096
-    ESTIMATOR_EVERY_US = 1_000_000
-    # The window is cut in steps of about a sixteenth; finer ones would cost the server more trims
-    # than they save it frames.
-    STEPS = 16
-    FIRST_MARKS = 8
-    MAX_MARKS = 32
 
-# The streams and the hash that a request needs beside meta.
+# Keys that a request names beside meta.
 cdef enum Use:
     USES_LOG = 1
     USES_LIVE = 2
@@ -104,11 +99,8 @@ cdef enum Kind:
     LIVE = 1
     PATCH = 2
 
-# Beyond every rate that can be; keeps the stored estimate short.
-cdef double MAX_RATE_HZ = 1e12
-
-# Summary patches live in the same window as best-effort frames; without any of those, this is how
-# long it keeps them.
+# Summary patches are stored in the live window too. Until a best-effort frame says how long to keep
+# frames, this does.
 SUMMARY_WINDOW = BestEffortLiveConfig.with_ttl(30_000)
 
 
@@ -121,7 +113,7 @@ cdef inline long long now_us() noexcept nogil:
 @cython.final
 @cython.auto_pickle(False)
 cdef class _Shape:
-    """What the frames of a run share, with its constant bytes prebuilt."""
+    """What all frames of a run share, with the bytes that do not change already encoded."""
 
     cdef Kind kind
     cdef object mode
@@ -129,16 +121,15 @@ cdef class _Shape:
     cdef object correlation_id
     cdef object encoding
     cdef object source
-    # What the frames ask of the live window.
+    # BestEffortLiveConfig of frames in the live window.
     cdef long long ttl_ms
     cdef long long floor
     cdef long long ceiling
     cdef double alpha
-    # Field-value pairs of what is not usual, as RESP, and how many pairs.
+    # Fields that differ from their defaults, RESP-encoded, and their number.
     cdef bytes fields
     cdef Py_ssize_t field_count
-    # Summary frames: their patch kind with its pointer, as the summary names it, and the pointer
-    # alone.
+    # Summary frames only: ``<kind>:<pointer>`` as in the summary's field names, and the pointer.
     cdef bytes patch_name
     cdef bytes pointer
 
@@ -146,32 +137,36 @@ cdef class _Shape:
 @cython.final
 @cython.auto_pickle(False)
 cdef class Batch:
-    """A sealed batch: the request as it goes on the wire, kept until it is acknowledged."""
+    """A sealed batch, kept until it is acknowledged.
+
+    Attributes:
+        message: The request as it goes on the wire.
+        first_sequence: Sequence of its first frame.
+        frame_count: How many frames it has; 0 for retention work alone.
+    """
 
     cdef readonly bytes message
     cdef readonly long long first_sequence
     cdef readonly Py_ssize_t frame_count
     cdef Py_ssize_t live_count
-    # Whether it renews the expiry of the live window.
+    # It renews the expiry of the live window.
     cdef bint renews
 
 
+# Consecutive frames of the open batch that share a shape.
 cdef struct Run:
+    # Index in `_shapes`.
     Py_ssize_t shape
+    # Index of the first frame in `_lengths` and `_times`, and how many.
     Py_ssize_t first
     Py_ssize_t count
+    # Where the payloads begin in `_data`, and their bytes.
     Py_ssize_t offset
     Py_ssize_t size
-    # Sequence of the visible frame before the run where it is not the frame before it, else -1.
+    # Sequence of the visible frame before the run; -1 if that is the frame before it.
     long long previous
+    # Summary version before the run.
     long long base_version
-
-
-# Where the window stood once: how many live frames this writer had stored, the last id.
-cdef struct Mark:
-    long long count
-    long long ms
-    long long sequence
 
 
 cdef bytes bulk(bytes text):
@@ -179,7 +174,7 @@ cdef bytes bulk(bytes text):
 
 
 cdef bytes bulks(list parts):
-    # No comprehension: where appending runs out of memory, Cython 3.3 frees the item twice.
+    # Not a comprehension: if appending runs out of memory, Cython 3.3 frees the item twice.
     cdef list out = parts[:]
     cdef Py_ssize_t i
     for i in range(len(out)):
@@ -194,7 +189,7 @@ cdef int check_str(str name, object text) except -1:
 
 
 cdef bytes checked_text(str name, object text):
-    """*text*, exactly a ``str``, as UTF-8, checked to be a name that fits into a field."""
+    """Return *text*, exactly a ``str``, as the 1 to 256 bytes of UTF-8 that a field may have."""
     cdef bytes encoded
     try:
         encoded = (<str>text).encode()
@@ -245,33 +240,43 @@ cdef _Shape make_shape(
 
 
 cdef class WriterCore:
-    """Frames of one attempt to requests, batched, resent and acknowledged (see the module).
+    """The writer of one attempt: batches frames, resends, takes acknowledgements (see the module).
+
+    A shell subclasses it, moves the bytes and overrides the hooks `_on_ready`, `_on_linger` and
+    `_on_progress`. What has no underscore is for users.
 
     Args:
         keys: meta, log, live and summary key of the attempt.
-        writer: Id under which the writer was opened; it holds the fence.
+        writer: Writer id of `ff_open_writer`, which is the fence of every append.
         mode: Mode of frames that name none.
-        opened: What `ff_open_writer` answered: ms and sequence of the last id, last visible
-            sequence, estimator state, summary version.
-        document: The summary at that version; None where the version is 0.
+        opened: Answer of `ff_open_writer`: ms and sequence of the last id, last visible sequence,
+            stored rate, summary version.
+        document: The summary at that version; None for version 0.
         retention_maxlen: Least number of durable frames that the log keeps, from 1.
-        max_unacknowledged_bytes: Past this many bytes kept for the server, `write` raises
-            ``Overloaded``.
-        linger_ms: How long a batch may wait for more frames; 0 sends at once.
+        max_unacknowledged_bytes: `write` raises ``Overloaded`` instead of keeping more, from 1.
+        linger_ms: How long a batch waits for more frames, 0 to 1000 ms; 0 sends at once.
+
+    Raises:
+        InvalidInput: A number is out of range.
+        Corruption: The stored rate or *document* is not in the form that ff_fast writes.
     """
 
     cdef object __weakref__
-    cdef readonly object error
-    # Why it ends, from the moment on which nothing more is taken; `error` follows once it has what
-    # was not stored.
+    # What `error` returns.
+    cdef object _error
+    # The error that ends the writer. It is set first and refuses all writes; `_error` follows once
+    # the error carries the frames that were not stored.
     cdef object _ending
-    cdef public bint waiting
+    # The shell wants `_on_progress`.
+    cdef public bint _has_waiters
     cdef object _mode
+    # Bulk strings of all keys, back to back, and where each of them ends.
     cdef bytes _keys
     cdef Py_ssize_t _key_ends[4]
+    # The writer id as a bulk string.
     cdef bytes _writer
-    # The open batch: payloads back to back, a length and a time for each frame, runs, and the shape
-    # of each run.
+    # The open batch. Owned memory: payloads back to back; length and time (in µs) of each frame;
+    # runs. `_shapes` has the shape of each run.
     cdef char* _data
     cdef Py_ssize_t _size
     cdef Py_ssize_t _data_capacity
@@ -283,57 +288,52 @@ cdef class WriterCore:
     cdef Py_ssize_t _run_count
     cdef Py_ssize_t _run_capacity
     cdef list _shapes
+    # The shape of the newest frame, and the shapes of recent arguments.
     cdef _Shape _shape
     cdef dict _known
-    # Sealed batches, each list in order and each after the one before: refused and waiting until
-    # those sent behind them are answered too; on their way; not sent (again) yet.
+    # Sealed batches, oldest first, in three lists that follow one another: refused, and held until
+    # all batches behind them are answered; in flight; to be sent.
     cdef list _returned
     cdef list _in_flight
     cdef object _unsent
+    # `_on_ready` was called, and the shell has not asked for a batch since.
     cdef bint _notified
+    # The last batch is sealed: no frame may follow.
     cdef bint _finishing
+    # The open batch no longer lingers.
     cdef bint _due
+    # Sequence of the newest frame, and of the newest visible (not best-effort) one.
     cdef long long _sequence
     cdef long long _visible
-    # The last visible frame as the server was told it; -1 while that is the last frame.
-    cdef long long _told_visible
+    # `_visible` as last sent; -1 when the server takes the last frame as visible.
+    cdef long long _sent_visible
+    # The newest acknowledged frame: its sequence, its ms, and when the answer came, in µs.
     cdef long long _acked_sequence
-    cdef readonly long long first_sequence
     cdef long long _acked_ms
     cdef long long _acked_at_us
-    # Payloads of the open batch and requests of the sealed ones: what is kept until it is stored.
-    cdef readonly Py_ssize_t unacknowledged_bytes
+    # Sequence of the first frame of this writer.
+    cdef readonly long long _first_sequence
+    # Payloads of the open batch and requests of the sealed ones.
+    cdef Py_ssize_t _unacknowledged_bytes
     cdef Py_ssize_t _max_unacknowledged
-    cdef readonly bint cancel_requested
-    cdef readonly long long lease_left_ms
-    cdef readonly long long linger_us
-    # Retention.
+    cdef bint _cancel_requested
+    cdef long long _lease_left_ms
+    # How long a batch waits for more frames.
+    cdef readonly long long _linger_us
+    # Retention of the log.
     cdef long long _retention_maxlen
     cdef Py_ssize_t _durable_since_trim
-    # The live window: the most that any frame asked of it, 0 before the first one; whether that is
-    # SUMMARY_WINDOW's, which the first best-effort frame replaces.
-    cdef long long _ttl_ms
-    cdef long long _floor
-    cdef long long _ceiling
-    cdef bint _assumed
-    cdef RateEstimator _estimator
+    # None until a frame is sent to the live window.
+    cdef LiveWindow _window
+    # Rate that an earlier writer has stored, in frames a second; 0 for none.
     cdef double _restored_rate
-    cdef long long _live_total
-    cdef long long _live_acked
-    cdef Mark* _marks
-    cdef Py_ssize_t _mark_count
-    cdef Py_ssize_t _mark_capacity
-    cdef readonly long long window_frames
-    # When the last batch was sealed that renews the window's expiry; whether the next one must.
-    cdef long long _renewed_us
-    cdef bint _renew
-    cdef long long _estimator_at_us
-    # Summary: the fold of every patch written so far, and what the server holds beside its
-    # document.
+    # Summary: the fold of all patches written so far, and its version.
     cdef object _document
-    cdef readonly long long summary_version
+    cdef long long _summary_version
+    # Bytes of the patches that follow the document on the server, and of that document.
     cdef Py_ssize_t _pending_bytes
     cdef Py_ssize_t _stored_bytes
+    # Patch kind of the newest patch.
     cdef bytes _patch_kind
 
     def __cinit__(self):
@@ -341,8 +341,7 @@ cdef class WriterCore:
         self._lengths = NULL
         self._times = NULL
         self._runs = NULL
-        self._marks = NULL
-        # Until __init__ has run, `write` refuses.
+        # `write` refuses until __init__ has run.
         self._finishing = True
         self._shape = _Shape.__new__(_Shape)
         self._known = {}
@@ -356,7 +355,6 @@ cdef class WriterCore:
         PyMem_Free(self._lengths)
         PyMem_Free(self._times)
         PyMem_Free(self._runs)
-        PyMem_Free(self._marks)
 
     def __init__(
         self, *, tuple keys not None, bytes writer not None, mode, tuple opened not None,
@@ -377,23 +375,17 @@ cdef class WriterCore:
             end += bulk_size(len(keys[i]))
             self._key_ends[i] = end
         self._mode = mode
-        self._acked_ms, self._sequence, self._visible, estimator, self.summary_version = opened
-        self._told_visible = -1 if self._visible == self._sequence else self._visible
+        self._acked_ms, self._sequence, self._visible, estimator, self._summary_version = opened
+        self._sent_visible = -1 if self._visible == self._sequence else self._visible
         self._acked_sequence = self._sequence
-        self.first_sequence = self._sequence + 1
+        self._first_sequence = self._sequence + 1
         self._acked_at_us = now_us()
         self._max_unacknowledged = max_unacknowledged_bytes
         self._retention_maxlen = retention_maxlen
-        # An earlier writer may have left the log due for a trim.
+        # An earlier writer may have stopped just before a trim.
         self._durable_since_trim = TRIM_EVERY if self._sequence else 0
-        self.linger_us = <long long>(linger_ms * 1000.0)
-        if estimator:
-            try:
-                self._restored_rate = float(estimator)
-            except ValueError:
-                self._restored_rate = -1.0
-            if not 0.0 <= self._restored_rate <= MAX_RATE_HZ:
-                raise Corruption("The rate of the live window is not a number; end the attempt.")
+        self._linger_us = <long long>(linger_ms * 1000.0)
+        self._restored_rate = parse_rate(estimator)
         if document is not None:
             self._document = Document(document)
             self._stored_bytes = len(document)
@@ -408,7 +400,7 @@ cdef class WriterCore:
         cdef tuple key
         if not isinstance(mode, StreamMode):
             raise InvalidType(f"mode must be a StreamMode, not {type(mode).__name__}.")
-        # Before the look-up, which would find an equal text of another type.
+        # Before the look-up, because a key of another type may be equal.
         check_str("frame_type", frame_type)
         if correlation_id is not None:
             check_str("correlation_id", correlation_id)
@@ -418,14 +410,14 @@ cdef class WriterCore:
         shape = self._known.get(key)
         if shape is None:
             shape = make_shape(mode, frame_type, correlation_id, encoding, source)
-            # Correlation ids may be many; the table is there for the few that alternate.
+            # The table serves a few shapes that alternate; there may be any number of others.
             if len(self._known) >= KNOWN_SHAPES:
                 self._known.clear()
             self._known[key] = shape
         return <_Shape>shape
 
     cdef int _reserve(self, Py_ssize_t size) except -1:
-        """Room for a frame of *size* bytes in a run of its own: what can fail comes before it."""
+        """Make room for a frame of *size* bytes and a run. All allocations of `write` are here."""
         cdef Py_ssize_t capacity
         cdef void* moved
         if self._size + size > self._data_capacity or self._data is NULL:
@@ -469,21 +461,26 @@ cdef class WriterCore:
             payload: 0 to 65,536 bytes. ``str`` is encoded as UTF-8; ``bytearray`` and
                 ``memoryview`` are copied. In mode ``summary`` it is a patch, checked here.
             frame_type: Classifier of the frame, 1 to 256 bytes of UTF-8.
-            mode: The frame's ``StreamMode``; the writer's where None.
-            correlation_id: Text that readers get with the frame, 1 to 256 bytes of UTF-8.
-            encoding: ``utf8`` or what else the payload is; readers get it, nothing is converted.
-            source: Who wrote the frame.
+            mode: ``StreamMode`` of the frame; None for the writer's.
+            correlation_id: Text that readers get with the frame, 1 to 256 bytes of UTF-8, or None.
+            encoding: ``utf8``, or how the payload is encoded otherwise, 1 to 256 bytes of UTF-8.
+                Readers get this text; nothing is converted.
+            source: Who made the frame, 1 to 256 bytes of UTF-8.
 
         Returns:
-            The frame's sequence in its attempt. It is stored once `flush` returns.
+            Sequence of the frame in its attempt, from 1. The frame is stored once `flush` returns.
 
         Raises:
-            InvalidType, InvalidPayload, PayloadTooLarge, InvalidPatch, InvalidInput: This frame was
-                refused; the writer goes on.
-            Overloaded: More than the writer's limit of bytes is unacknowledged; `drain`, then write
-                again.
-            FFError: What stopped the writer earlier; its ``unstored`` has the frames that were not
-                stored.
+            InvalidType: An argument has the wrong type.
+            InvalidPayload: The payload is a ``str`` with a surrogate or a released ``memoryview``.
+            PayloadTooLarge: The payload has more than 65,536 bytes.
+            InvalidPatch: The payload is not a patch that the summary can take.
+            InvalidInput: A text is empty, too long or not UTF-8; or `close` was called.
+            Overloaded: Too many bytes are unacknowledged. Call `drain`, then write again.
+            FFError: A copy of the `error` that stopped the writer. Its ``unstored`` has the frames
+                that were not stored.
+
+        After all of these but the last the writer goes on, without this frame.
         """
         cdef _Shape shape = self._shape
         cdef Run* run
@@ -505,15 +502,15 @@ cdef class WriterCore:
             and encoding is shape.encoding and source is shape.source
         ):
             shape = self._shape_of(mode, frame_type, correlation_id, encoding, source)
-        # From here on no Python code runs until the frame is in: another thread cannot end the
-        # writer in between.
+        # No Python code runs from here until the frame is in the batch, so no other thread can end
+        # the writer in between.
         if self._ending is not None:
             raise copy.copy(self._ending)
         if self._finishing:
             raise InvalidInput("The writer is closing; write before close().")
-        if self.unacknowledged_bytes + size > self._max_unacknowledged:
+        if self._unacknowledged_bytes + size > self._max_unacknowledged:
             raise Overloaded(
-                f"{self.unacknowledged_bytes} bytes wait for the server; drain() and write again."
+                f"{self._unacknowledged_bytes} bytes wait for the server; drain() and write again."
             )
         if self._count >= MAX_FRAMES or self._size >= MAX_BATCH_BYTES:
             self._seal()
@@ -536,7 +533,7 @@ cdef class WriterCore:
             run.offset = self._size
             run.size = 0
             run.previous = previous
-            run.base_version = self.summary_version - (1 if shape.kind == PATCH else 0)
+            run.base_version = self._summary_version - (1 if shape.kind == PATCH else 0)
             self._run_count += 1
         run = &self._runs[self._run_count - 1]
         run.count += 1
@@ -549,10 +546,10 @@ cdef class WriterCore:
         self._sequence += 1
         if shape.kind != LIVE:
             self._visible = self._sequence
-        self.unacknowledged_bytes += size
-        # The hooks are Python code: other threads may write meanwhile.
+        self._unacknowledged_bytes += size
+        # The hooks are Python code, in which other threads may write.
         sequence = self._sequence
-        if self._count == 1 and self.linger_us:
+        if self._count == 1 and self._linger_us:
             self._on_linger()
         if not self._notified:
             self._notify()
@@ -575,13 +572,13 @@ cdef class WriterCore:
             view = memoryview(payload)
         except ValueError:
             raise InvalidPayload("The payload is a memoryview that was released.") from None
-        # Checked before the copy, so that a huge buffer costs nothing.
+        # Before the copy, so that a huge buffer costs nothing.
         if view.nbytes > MAX_PAYLOAD:
             raise PayloadTooLarge(MAX_PAYLOAD, view.nbytes)
         return view.tobytes()
 
     cdef int _fold(self, _Shape shape, bytes data) except -1:
-        """Apply a patch to the document, or refuse it, with the document unchanged."""
+        """Apply a patch to the document, or raise and leave the document unchanged."""
         cdef int collecting = PyGC_Disable()
         try:
             if self._document is None:
@@ -593,7 +590,7 @@ cdef class WriterCore:
         finally:
             if collecting:
                 PyGC_Enable()
-        self.summary_version += 1
+        self._summary_version += 1
         self._patch_kind = shape.patch_name
         self._pending_bytes += PyBytes_GET_SIZE(data)
         return 0
@@ -601,7 +598,7 @@ cdef class WriterCore:
     # -- sealing --------------------------------------------------------------------------------
 
     cdef Py_ssize_t _run_bytes(self, Run* run, long long now) noexcept:
-        """Size of the run's value: one payload, or the layout of several."""
+        """Size of the value of a run: a payload, or several in the layout of a run."""
         cdef Py_ssize_t total = varint_size(run.count) + run.size
         cdef Py_ssize_t i
         if run.count == 1:
@@ -621,7 +618,7 @@ cdef class WriterCore:
         return put_raw(out, self._data + run.offset, run.size)
 
     cdef bytes _pending_field(self, Run* run, _Shape shape):
-        """Name under which the summary keeps a run's patches: what a reader needs to fold them."""
+        """Field name of a run in the summary hash. It has all that a reader needs to fold it."""
         cdef bytes form = b"run" if run.count > 1 else b"patch"
         cdef long long version = run.base_version + run.count
         return b"%b:%d:%d:%b" % (form, version, run.count, shape.patch_name)
@@ -629,7 +626,8 @@ cdef class WriterCore:
     cdef int _seal(self) except -1:
         """Make the open batch the last unsent one, and begin a new one.
 
-        `_count` may be 0: then only retention work is sent. After an error the batch is still open.
+        With a `_count` of 0 the batch has retention work alone. After an error the batch is still
+        open.
         """
         cdef int collecting = PyGC_Disable()
         try:
@@ -645,10 +643,10 @@ cdef class WriterCore:
         return 0
 
     cdef Batch _sealed(self):
-        """The open batch as a request."""
+        """Return the open batch as a request."""
         cdef Batch batch = Batch.__new__(Batch)
         cdef long long now = now_us()
-        # FCALL, the function, the number of keys, writer and previous sequence; keys come later.
+        # FCALL, function, number of keys, writer and previous sequence; `_put_keys` adds the keys.
         cdef Py_ssize_t parts = 5
         cdef Py_ssize_t total = HEAD_SIZE + PyBytes_GET_SIZE(self._writer)
         cdef Py_ssize_t durable = 0
@@ -672,7 +670,7 @@ cdef class WriterCore:
                 uses |= USES_LOG
                 durable += run.count
                 parts += run.count
-                # `prev` belongs to the first frame alone, so that one is a block of its own.
+                # `prev` belongs to the first frame alone, which is therefore a separate block.
                 first = 1 if run.previous >= 0 else 0
                 if first:
                     total += head_size(shape, 1, run.previous, 0, &parts)
@@ -732,18 +730,18 @@ cdef class WriterCore:
                 out = put_number(out, run.base_version)
         out = put_raw(out, PyBytes_AS_STRING(tail), PyBytes_GET_SIZE(tail))
         assert out - start == total, "sizing pass and writing pass disagree"
-        # Nothing below fails.
-        if batch.renews:
-            self._renew = False
-            self._renewed_us = now
-        self._told_visible = -1 if self._visible == self._sequence else self._visible
-        self._live_total += batch.live_count
-        self.unacknowledged_bytes += total - self._size
+        # Nothing below can fail.
+        if self._window is not None:
+            self._window.sealed(batch.live_count, batch.renews, now)
+        self._sent_visible = -1 if self._visible == self._sequence else self._visible
+        self._unacknowledged_bytes += total - self._size
         return batch
 
     cdef Py_ssize_t _put_keys(self, char* out, int uses, Py_ssize_t* parts) noexcept:
-        """Write the number of keys and the keys that a request needs, and return their size; where
-        *out* is NULL only count them among its *parts*."""
+        """Write the number of keys and the keys that a request names; return their size.
+
+        With NULL for *out* nothing is written and the keys are added to *parts*.
+        """
         cdef const char* keys = PyBytes_AS_STRING(self._keys)
         cdef Py_ssize_t meta_end = self._key_ends[0]
         cdef Py_ssize_t start = meta_end
@@ -769,12 +767,12 @@ cdef class WriterCore:
         self, Batch batch, long long now, Py_ssize_t durable, Py_ssize_t* parts,
         int* uses,
     ):
-        """The blocks behind the frames: trims, expiry, estimator state and a fresh document, where
-        they are due."""
+        """Return the blocks after the frames that are due: trims, expiry, last visible frame, rate,
+        document."""
         cdef list tail = []
-        cdef double rate
+        cdef (long long, long long) first_kept
+        cdef bytes rate
         cdef Py_ssize_t i
-        cdef Mark cut
         self._durable_since_trim += durable
         if self._durable_since_trim >= TRIM_EVERY:
             self._durable_since_trim = 0
@@ -783,42 +781,34 @@ cdef class WriterCore:
         if batch.live_count:
             for i in range(self._run_count):
                 self._widen(<_Shape>self._shapes[i], now)
-            rate = self._estimator.rate_at(now)
-            self._estimator.add(batch.live_count, now)
-            self.window_frames = window_frames(rate, self._ttl_ms, self._floor, self._ceiling)
-            i = 0
-            while i < self._mark_count and self._may_drop(&self._marks[i], batch.live_count, now):
-                cut = self._marks[i]
-                i += 1
-            if i:
-                self._mark_count -= i
-                memmove(self._marks, self._marks + i, self._mark_count * sizeof(Mark))
-                tail += [b"T", b"%d-%d" % (cut.ms, cut.sequence + 1)]
-        # Renewed four times a ttl: the key outlives its newest frame by more than half of one, and
-        # `acknowledge` sees to batches that were on their way for longer.
-        if self._renew or (batch.live_count and now >= self._renewed_us + self._ttl_ms * 250):
+            first_kept = self._window.first_kept(
+                batch.live_count, now, self._acked_ms + (now - self._acked_at_us) // 1000
+            )
+            if first_kept[1]:
+                tail += [b"T", b"%d-%d" % first_kept]
+        if self._window is not None and self._window.renew_due(batch.live_count > 0, now):
             batch.renews = True
-            tail += [b"P", b"%d" % (2 * self._ttl_ms)]
+            tail += [b"P", b"%d" % (2 * self._window.ttl_ms)]
             uses[0] |= USES_LIVE
         if self._visible != self._sequence:
-            if self._told_visible != self._visible:
+            if self._sent_visible != self._visible:
                 tail += [b"H", b"%d" % self._visible]
-        elif self._told_visible >= 0:
+        elif self._sent_visible >= 0:
             tail += [b"H", b""]
-        if self._estimator is not None and (batch.live_count or self._finishing):
-            if now >= self._estimator_at_us or self._finishing:
-                self._estimator_at_us = now + ESTIMATOR_EVERY_US
-                tail += [b"E", b"%.3f" % min(self._estimator.rate_at(now), MAX_RATE_HZ)]
+        if self._window is not None and (batch.live_count or self._finishing):
+            rate = self._window.take_rate(self._finishing, now)
+            if rate is not None:
+                tail += [b"E", rate]
         if self._pending_bytes and (
             self._finishing or self._pending_bytes > max(2 * self._stored_bytes, COMPACT_BYTES)
         ):
-            # Every frame written so far is in this batch or before it, so the document is the one
-            # after this batch. Each is three times the one before at the most, so all together are
-            # half as much again as the last one; a reader folds twice a document at the most.
-            # Without memory for it the server keeps the patches.
+            # All frames so far are in this batch or before it, so this is the document after it.
+            # Each document is at most 3x the previous one, so all of them together cost at most
+            # 1.5x the last. A reader folds patches of at most 2x the document. On MemoryError the
+            # pending patches simply stay.
             try:
                 tail += [
-                    b"C", b"%d" % self.summary_version, self._document.dumps(), self._patch_kind
+                    b"C", b"%d" % self._summary_version, self._document.dumps(), self._patch_kind
                 ]
                 uses[0] |= USES_SUMMARY
                 self._pending_bytes = 0
@@ -829,49 +819,17 @@ cdef class WriterCore:
         return bulks(tail)
 
     cdef int _widen(self, _Shape shape, long long now) except -1:
-        """Let the window keep what frames of *shape* ask of it."""
-        cdef void* marks
-        if shape.kind == LOG or (shape.kind == PATCH and self._ttl_ms):
+        """Make the window keep what the mode of *shape* asks for; create it for the first one."""
+        if shape.kind == LOG:
             return 0
-        if self._marks is NULL:
-            marks = PyMem_Realloc(NULL, FIRST_MARKS * sizeof(Mark))
-            if marks is NULL:
-                raise MemoryError()
-            self._marks = <Mark*>marks
-            self._mark_capacity = FIRST_MARKS
-            if self._acked_sequence:
-                # What an earlier writer left, or what the log holds: counted as nothing.
-                self._marks[0].count = 0
-                self._marks[0].ms = self._acked_ms
-                self._marks[0].sequence = self._acked_sequence
-                self._mark_count = 1
-        if self._ttl_ms == 0 or self._assumed:
-            self._estimator = RateEstimator(
-                shape.alpha,
-                self._restored_rate if self._estimator is None else self._estimator.rate_at(now),
-                now,
+        if self._window is None:
+            self._window = LiveWindow(
+                shape.ttl_ms, shape.floor, shape.ceiling, shape.alpha, shape.kind == PATCH,
+                self._restored_rate, now, self._acked_ms, self._acked_sequence,
             )
-            self._assumed = shape.kind == PATCH
-            self._ttl_ms = shape.ttl_ms
-            self._floor = shape.floor
-            self._ceiling = shape.ceiling
-            self._renew = True
-        if shape.ttl_ms > self._ttl_ms:
-            self._ttl_ms = shape.ttl_ms
-            self._renew = True
-        self._floor = max(self._floor, shape.floor)
-        self._ceiling = max(self._ceiling, shape.ceiling)
+        elif shape.kind == LIVE:
+            self._window.widen(shape.ttl_ms, shape.floor, shape.ceiling, shape.alpha, now)
         return 0
-
-    cdef bint _may_drop(self, Mark* mark, Py_ssize_t live, long long now) noexcept:
-        """Whether everything up to a mark may leave the window: without it there are K frames, the
-        *live* new ones included, and all younger than ttl, or as many as the ceiling allows. The
-        server's clock has gone on by at least what ours has since its last answer."""
-        cdef long long behind = self._live_total + live - mark.count
-        cdef long long server_ms = self._acked_ms + (now - self._acked_at_us) // 1000
-        if behind >= self._ceiling:
-            return True
-        return behind >= self.window_frames and server_ms - mark.ms >= self._ttl_ms
 
     # -- sending --------------------------------------------------------------------------------
 
@@ -886,10 +844,10 @@ cdef class WriterCore:
             return True
         if self._count == 0:
             return False
-        return self._full() or (flying == 0 and (self._due or self.linger_us == 0))
+        return self._full() or (flying == 0 and (self._due or self._linger_us == 0))
 
-    def next_batch(self):
-        """Return the batch to send now, or None. It counts as on its way from here on."""
+    def _next_batch(self):
+        """Return the batch to send now, or None. It is in flight from here on."""
         cdef Batch batch
         self._notified = False
         if not self._sendable():
@@ -902,20 +860,21 @@ cdef class WriterCore:
         self._notify()
         return batch
 
-    def hurry(self):
-        """Let the open batch leave as soon as nothing is on its way: its linger is over, or
-        somebody waits for it."""
+    def _seal_soon(self):
+        """End the linger of the open batch: it is sealed as soon as nothing is in flight."""
         if self._count:
             self._due = True
         self._notify()
 
-    def finish(self):
-        """Queue the last batch, with the state that a later writer or reader continues from; no
-        frame may follow."""
+    def _seal_last(self):
+        """Queue the last batch, after which `write` refuses.
+
+        It has the open frames, and what a later writer or reader continues from: rate and document.
+        """
         if self._ending is not None or self._finishing:
             return
         self._finishing = True
-        if self._count or self._pending_bytes or self._estimator is not None:
+        if self._count or self._pending_bytes or self._window is not None:
             try:
                 self._seal()
             except BaseException:
@@ -929,14 +888,16 @@ cdef class WriterCore:
             try:
                 self._on_ready()
             except BaseException:
-                # An interrupt, perhaps: whoever calls next tells the shell again.
+                # For example an interrupt. The next call tells the shell again.
                 self._notified = False
                 raise
         return 0
 
-    def disconnected(self):
-        """Everything on its way has an unknown outcome: it goes again, in order, on the next
-        connection."""
+    def _requeue(self):
+        """The connection is lost: queue all batches in flight again, in order.
+
+        Their outcome is unknown; a repeat is harmless.
+        """
         cdef int collecting = PyGC_Disable()
         try:
             self._unsent.extendleft((self._returned + self._in_flight)[::-1])
@@ -947,17 +908,19 @@ cdef class WriterCore:
                 PyGC_Enable()
         self._notify()
 
-    def acknowledge(self, Batch batch not None, reply):
+    def _acknowledge(self, Batch batch not None, reply):
         """Take the server's answer to *batch*.
 
         Args:
-            batch: The oldest batch on its way.
-            reply: Bytes (the position), a list (a refusal of the function) or an exception (an
-                error reply).
+            batch: The oldest batch in flight. An answer to another batch belongs to an earlier
+                connection and is ignored.
+            reply: ``bytes``: the position, so the batch is stored. ``list``: the function refused.
+                An exception: an error reply.
 
         Returns:
-            None, or the error after which the batch waits to be sent again: the shell repairs what
-            it says (loads the library, backs off) and asks for the next batch.
+            None, or an error after which the batch is sent again: the shell repairs the cause
+            (loads the library, backs off) and asks for the next batch. After a refusal that is
+            final the writer has failed and None is returned.
         """
         cdef long long values[5]
         cdef long long acked, now
@@ -970,40 +933,37 @@ cdef class WriterCore:
         ):
             return self._refused(batch, reply)
         self._in_flight.pop(0)
-        # The server takes no batch before those in front of it. What it refused there, for want of
-        # memory perhaps, was a repeat of what it had stored before the connection broke.
+        # The server accepts batches only in order, so this acknowledgement proves that all earlier
+        # ones are stored; an earlier refusal was of a resend.
         for earlier in self._returned:
             self._stored(<Batch>earlier)
         self._returned.clear()
         self._stored(batch)
         now = now_us()
-        self.lease_left_ms = max(values[3] - values[2], 0)
-        self.cancel_requested = values[4] != 0
+        self._lease_left_ms = max(values[3] - values[2], 0)
+        self._cancel_requested = values[4] != 0
         if batch.frame_count:
             self._acked_sequence = acked
             self._acked_ms = max(self._acked_ms, values[0])
             self._acked_at_us = now
         if batch.live_count:
-            self._mark()
-            if not batch.renews and now > self._renewed_us + self._ttl_ms * 1000:
-                # It was long on its way, the key's life has gone on meanwhile, and it may even have
-                # been made anew, without an end.
-                self._renew = True
+            self._window.mark(self._acked_ms, self._acked_sequence, batch.renews, now)
         if self._count == 0 and not self._in_flight and not self._unsent:
-            if self._renew:
+            if self._window is not None and self._window.must_renew:
                 self._seal()
             else:
                 self._shrink()
         try:
             self._notify()
         finally:
-            if self.waiting:
+            if self._has_waiters:
                 self._on_progress()
         return None
 
     cdef void _stored(self, Batch batch) noexcept:
-        self.unacknowledged_bytes -= PyBytes_GET_SIZE(batch.message)
-        self._live_acked += batch.live_count
+        self._unacknowledged_bytes -= PyBytes_GET_SIZE(batch.message)
+        if batch.live_count:
+            self._window.stored(batch.live_count)
 
     cdef object _refused(self, Batch batch, object reply):
         if isinstance(reply, Exception):
@@ -1016,82 +976,32 @@ cdef class WriterCore:
         else:
             error = ProtocolError()
         if self._returned:
-            # The answer to a batch behind a refused one says only that it came too early.
+            # A batch before this one was refused, so this refusal says only "out of order".
             error = None
         elif batch.frame_count == 0 and isinstance(error, StreamClosed):
-            # Care for what an ended attempt keeps; its end has set the retention of every key.
+            # Retention work only, and the attempt has ended: its keys already have their TTL.
+            # Drop it.
             self._in_flight.pop(0)
             self._stored(batch)
             try:
                 self._notify()
             finally:
-                if self.waiting:
+                if self._has_waiters:
                     self._on_progress()
             return None
         elif not (
-            # What the function itself refuses it refuses again: the same bytes go again.
+            # A refusal by the function itself is final: it would refuse the same bytes again.
             isinstance(reply, Exception)
             and error.retryable and error.outcome is Outcome.NOT_APPLIED
         ):
-            self.fail(error)
+            self._fail(error)
             return None
-        # Keep the order: this batch and all behind it wait until each of them has been answered.
+        # To keep the order, this batch and all behind it are sent again once all are answered.
         self._returned.append(batch)
         self._in_flight.pop(0)
         if not self._in_flight:
-            self.disconnected()
+            self._requeue()
         return error
-
-    cdef void _mark(self) noexcept:
-        """Remember where the window stands after an acknowledged batch, in steps.
-
-        A mark that is left out makes a later trim coarser, no more.
-        """
-        cdef Mark* mark
-        cdef void* moved
-        cdef long long frames, ms
-        if self._mark_count:
-            mark = &self._marks[self._mark_count - 1]
-            frames = self._live_acked - mark.count
-            ms = self._acked_ms - mark.ms
-            if frames < self._ceiling // STEPS and (
-                ms < self._ttl_ms // STEPS or frames < self._floor // STEPS
-            ):
-                return
-        if self._mark_count == self._mark_capacity:
-            moved = NULL
-            if self._mark_capacity < MAX_MARKS:
-                moved = PyMem_Realloc(self._marks, 2 * self._mark_capacity * sizeof(Mark))
-            if moved is not NULL:
-                self._marks = <Mark*>moved
-                self._mark_capacity *= 2
-            else:
-                self._forget_mark()
-        mark = &self._marks[self._mark_count]
-        mark.count = self._live_acked
-        mark.ms = self._acked_ms
-        mark.sequence = self._acked_sequence
-        self._mark_count += 1
-
-    cdef void _forget_mark(self) noexcept:
-        """Leave out the mark whose neighbours stand closest, the one to come included."""
-        cdef Py_ssize_t i, least
-        cdef long long behind, gap, least_gap
-        least = 1
-        least_gap = -1
-        for i in range(1, self._mark_count):
-            behind = self._live_acked
-            if i + 1 < self._mark_count:
-                behind = self._marks[i + 1].count
-            gap = behind - self._marks[i - 1].count
-            if least_gap < 0 or gap < least_gap:
-                least = i
-                least_gap = gap
-        self._mark_count -= 1
-        memmove(
-            self._marks + least, self._marks + least + 1,
-            (self._mark_count - least) * sizeof(Mark),
-        )
 
     cdef int _shrink(self) except -1:
         if self._capacity > IDLE_FRAMES or self._data_capacity > IDLE_BYTES:
@@ -1113,24 +1023,24 @@ cdef class WriterCore:
 
     # -- ends -----------------------------------------------------------------------------------
 
-    def fail(self, error):
-        """Stop for good: every later `write` raises a copy of *error*, which carries what was not
-        stored."""
+    def _fail(self, error):
+        """Stop for good. Every later `write` raises a copy of *error*, whose ``unstored`` has the
+        frames that were not stored. Only the first call counts."""
         if self._ending is not None:
             return
-        # First, because reading the frames back runs Python code: none that is written meanwhile
-        # may be missed.
+        # First, because reading the frames back runs Python code: a frame that another thread wrote
+        # meanwhile would be missed.
         self._ending = error
         try:
-            error.unstored = self.unstored()
+            error.unstored = self._unstored_frames()
         finally:
-            self.error = error
+            self._error = error
             self._on_progress()
 
-    def unstored(self):
+    def _unstored_frames(self):
         """Return the frames that the server has not acknowledged, oldest first, as ``StreamFrame``.
 
-        Their ids have no time yet: it is the server's.
+        The millisecond part of `stream_id` is 0: the server assigns it.
         """
         cdef list frames = []
         cdef list batches
@@ -1148,39 +1058,77 @@ cdef class WriterCore:
         return tuple(frames)
 
     def _on_ready(self):
-        """Called when there is something to send and was not before; a shell overrides it.
+        """Called when a batch can be sent and none could before. The shell calls `_next_batch`.
 
-        What a hook raises passes through, and everything is as if the hook had not been called:
-        what was written stays written, and the next call tells the shell again.
+        An exception of a hook passes through to the caller. What was written stays written, and the
+        next call tells the shell again.
         """
 
     def _on_linger(self):
-        """Called when a batch begins to linger; a shell calls `hurry` after `linger_us`."""
+        """Called when a batch begins to linger. The shell calls `_seal_soon` after `_linger_us`."""
 
     def _on_progress(self):
-        """Called when `waiting` is set and something was acknowledged, and when the writer
-        fails."""
+        """Called after an acknowledgement if `_has_waiters` is set, and when the writer fails."""
+
+    @property
+    def mode(self):
+        """``StreamMode`` of frames that name none."""
+        return self._mode
+
+    @property
+    def error(self):
+        """The ``FFError`` that stopped the writer; its ``unstored`` has the frames that were not
+        stored. None while the writer runs. ``WriterClosed`` after `close`."""
+        return self._error
 
     @property
     def next_sequence(self):
+        """Sequence that the next frame gets, from 1."""
         return self._sequence + 1
 
     @property
     def last_sequence(self):
-        """Sequence of the newest acknowledged frame, 0 for none."""
+        """Sequence of the newest stored frame; 0 for none."""
         return self._acked_sequence
 
     @property
     def last_id(self):
-        """Id of the newest acknowledged frame, ``0-0`` for none."""
+        """``stream_id`` of the newest stored frame; ``0-0`` for none."""
         return f"{self._acked_ms}-{self._acked_sequence}" if self._acked_sequence else "0-0"
 
     @property
-    def rate_hz(self):
-        return self._estimator.rate_at(now_us()) if self._estimator is not None else 0.0
+    def unacknowledged_bytes(self):
+        """Bytes in memory that wait for the server: payloads of the open batch, and requests."""
+        return self._unacknowledged_bytes
 
     @property
-    def idle(self):
+    def summary_version(self):
+        """Version of the summary after every patch written so far; 0 for no summary."""
+        return self._summary_version
+
+    @property
+    def cancel_requested(self):
+        """Whether somebody has asked to cancel the execution, as of the newest acknowledgement."""
+        return bool(self._cancel_requested)
+
+    @property
+    def lease_left_ms(self):
+        """How long the lease was still to last at the newest acknowledgement, in ms by the server's
+        clock; 0 before the first one."""
+        return self._lease_left_ms
+
+    @property
+    def rate_hz(self):
+        """Estimated frames a second in the live window; 0 before the first one."""
+        return 0.0 if self._window is None else self._window.rate_hz(now_us())
+
+    @property
+    def window_frames(self):
+        """K, how many frames the live window keeps at least; 0 before the first one."""
+        return 0 if self._window is None else self._window.frames
+
+    @property
+    def _idle(self):
         """Whether everything that was written is acknowledged."""
         return self._count == 0 and not self._in_flight and not self._unsent
 
@@ -1190,7 +1138,7 @@ cdef inline unsigned long long age_ms(long long now, long long then) noexcept no
 
 
 cdef inline long long version_after(Run* run, _Shape shape) noexcept:
-    """Version of the document after a run of patches; 0 for other frames."""
+    """Return the summary version after a run of patches; 0 for other frames."""
     return run.base_version + run.count if shape.kind == PATCH else 0
 
 
@@ -1201,7 +1149,7 @@ cdef inline Py_ssize_t extras_of(_Shape shape, long long previous, long long ver
 cdef Py_ssize_t head_size(
     _Shape shape, Py_ssize_t count, long long previous, long long version, Py_ssize_t* parts
 ) noexcept:
-    """Size of what `put_head` writes; its arguments are added to *parts*."""
+    """Return the size of what `put_head` writes; add the number of arguments to *parts*."""
     cdef Py_ssize_t extras = extras_of(shape, previous, version)
     cdef Py_ssize_t total = bulk_size(1) + number_size(count)
     parts[0] += 2
@@ -1218,7 +1166,7 @@ cdef Py_ssize_t head_size(
 cdef char* put_head(
     char* out, _Shape shape, Py_ssize_t count, long long previous, long long version
 ) noexcept:
-    """What stands in a block before its payloads, or its run."""
+    """Write the part of a block before its payloads or run."""
     cdef Py_ssize_t extras = extras_of(shape, previous, version)
     if shape.kind == LOG:
         out = put_bulk(out, "X" if extras else "L", 1)
@@ -1240,7 +1188,10 @@ cdef char* put_head(
 
 
 cdef bint parse_position(bytes reply, long long* values) noexcept:
-    """``<ms>-<sequence> <now> <expires> <cancel>``."""
+    """Parse ``<ms>-<sequence> <now> <expires> <cancel>`` into *values*; False if it is not that.
+
+    The last id, the server's time and the end of the lease in ms, and 1 if a cancel is requested.
+    """
     cdef const char* at = PyBytes_AS_STRING(reply)
     cdef const char* end = at + PyBytes_GET_SIZE(reply)
     cdef const char* separators = "-   "
@@ -1265,7 +1216,7 @@ cdef bint parse_position(bytes reply, long long* values) noexcept:
 
 
 def arguments_of(bytes message not None):
-    """Return the arguments that a request gives to its function, from the first after the keys."""
+    """Return the arguments of a request after its keys."""
     import hiredis
 
     reader = hiredis.Reader()
@@ -1275,7 +1226,7 @@ def arguments_of(bytes message not None):
 
 
 cdef list frames_of(Batch batch):
-    """The frames of a batch, read back from its request: rare, so they are not kept twice."""
+    """Return the frames of a batch, decoded from its request. Rare, so nothing is kept for it."""
     cdef list frames = []
     cdef long long sequence = batch.first_sequence - 1
     argv = arguments_of(batch.message)
@@ -1291,7 +1242,7 @@ cdef list frames_of(Batch batch):
                 shared = argv[at + 1:at + 1 + extras]
                 at += 1 + extras
             live = letter in b"VWS"
-            # A live entry stands for all its frames, under the id of the last one.
+            # A live entry has all its frames, under the id of the last one.
             entry_frames = count if live else 1
             name = b"run" if entry_frames > 1 else b"payload"
             for value in argv[at:at + count // entry_frames]:

@@ -75,7 +75,7 @@ class Sender:
         self._told.put((0.0, writer))
 
     def linger(self, writer: Writer) -> None:
-        self._told.put((time.monotonic() + writer.linger_us / 1e6, writer))
+        self._told.put((time.monotonic() + writer._linger_us / 1e6, writer))
 
     def close(self) -> None:
         """End the thread, whose connection was aborted."""
@@ -88,7 +88,7 @@ class Sender:
         with self.lock:
             writers = list(self.writers)
         for writer in writers:
-            writer.fail(copy.copy(error))
+            writer._fail(copy.copy(error))
 
     def _forked(self) -> None:
         """Called in a forked child."""
@@ -133,7 +133,7 @@ class Sender:
                 self._ready.append(writer)
             told = None if self._told.empty() else self._told.get()
         while self._lingering and self._lingering[0][0] <= time.monotonic():
-            heapq.heappop(self._lingering)[2].hurry()
+            heapq.heappop(self._lingering)[2]._seal_soon()
 
     def _round(self) -> None:
         connection = self._connected()
@@ -143,7 +143,7 @@ class Sender:
         size = 0
         while self._ready and size < writer_core.ROUND_BYTES:
             writer = self._ready.popleft()
-            batch = writer.next_batch()
+            batch = writer._next_batch()
             if batch is not None:
                 sent.append((writer, batch))
                 size += len(batch.message)
@@ -154,7 +154,7 @@ class Sender:
             connection.send(Step([Command(b"", batch.message) for _, batch in sent]))
             for writer, batch in sent:
                 reply = connection.receive()
-                failure = writer.acknowledge(batch, reply) or failure
+                failure = writer._acknowledge(batch, reply) or failure
                 if type(reply) is bytes:
                     self._retries.reset()
         except FFError as error:
@@ -163,7 +163,7 @@ class Sender:
         finally:
             if self._connection is None:
                 for writer, _ in sent:
-                    writer.disconnected()
+                    writer._requeue()
         if failure is not None:
             self._recover(failure, [writer for writer, _ in sent])
 
@@ -206,7 +206,7 @@ class Sender:
         # The next writer begins with all its retries.
         self._retries.reset()
         for writer in writers:
-            writer.fail(copy.copy(error))
+            writer._fail(copy.copy(error))
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
@@ -239,7 +239,7 @@ class Writer(SharedWriter):
         with self._sender.lock:
             self._sender.writers.add(self)
         if not self._sender.running:
-            self.fail(WriterClosed())
+            self._fail(WriterClosed())
 
     def _on_ready(self) -> None:
         self._sender.enqueue(self)
@@ -254,13 +254,13 @@ class Writer(SharedWriter):
                 waiter.release()
         if not self._waiters:
             # Clear, then check again: a waiter that was added in between must not be missed.
-            self.waiting = False
-            self.waiting = bool(self._waiters)
+            self._has_waiters = False
+            self._has_waiters = bool(self._waiters)
 
     def _forked(self) -> None:
         """The frames are the parent's, which stores them."""
         error = ForkedClient()
-        self.fail(error)
+        self._fail(error)
         error.unstored = ()
 
     def _wait(self, wait: Wait[T]) -> T:
@@ -273,7 +273,7 @@ class Writer(SharedWriter):
         waiter = threading.Lock()
         waiter.acquire()
         self._waiters.append(waiter)
-        self.waiting = True
+        self._has_waiters = True
         try:
             while not wait.done():
                 if self.error is not None:

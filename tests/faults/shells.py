@@ -7,7 +7,7 @@ import ff_fast
 from ff_fast import aio
 from ff_fast.types import BackendConfig, BackendRetry, BackendTimeouts
 
-PLAIN = {"write", "write_frame", "hurry", "unstored", "wrapped"}
+PLAIN = {"write", "write_frame", "wrapped"}
 
 
 class _Wrapped:

@@ -269,7 +269,7 @@ def test_frames_that_cannot_be_stored_fail_the_attempt(worker, backend, lane, st
         writer = yield opened(task)
         writer.write(b"stored")
         yield writer.flush()
-        writer.fail(errors.OutOfMemory())
+        writer._fail(errors.OutOfMemory())
         return b"as if nothing had happened"
 
     worker(handler)

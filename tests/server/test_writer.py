@@ -859,7 +859,7 @@ def test_a_later_writer_continues_where_the_first_one_was(
     rate = raw.hget(stream.meta, "estimator")
     assert float(rate) >= 0
     with opener(server.url).open_writer(stream.handle, mode=LIVE) as second:
-        assert (second.first_sequence, second.summary_version) == (311, 10)
+        assert (second._first_sequence, second.summary_version) == (311, 10)
         if closed:
             # The estimate goes on; it does not start anew.
             second.write(b"y")
@@ -1042,7 +1042,7 @@ def three_in_flight(writer):
     for _ in range(3):
         for _ in range(256):
             writer.write(b"x")
-        batches.append(writer.next_batch())
+        batches.append(writer._next_batch())
     assert [batch.first_sequence for batch in batches] == [1, 257, 513]
     return batches
 
@@ -1056,16 +1056,16 @@ def test_a_connection_lost_amid_a_retry_keeps_the_order(answered):
     writer = core()
     batches = three_in_flight(writer)
     for batch in batches[:answered]:
-        writer.acknowledge(batch, refusal())
-    writer.disconnected()
-    assert [writer.next_batch().first_sequence for _ in range(3)] == [1, 257, 513]
+        writer._acknowledge(batch, refusal())
+    writer._requeue()
+    assert [writer._next_batch().first_sequence for _ in range(3)] == [1, 257, 513]
 
 
 def test_what_is_not_stored_is_in_order_amid_a_retry():
     writer = core()
     batches = three_in_flight(writer)
-    writer.acknowledge(batches[0], refusal())
-    writer.fail(errors.WriterClosed())
+    writer._acknowledge(batches[0], refusal())
+    writer._fail(errors.WriterClosed())
     sequences = [frame.sequence for frame in writer.error.unstored]
     assert sequences == list(range(1, 769))
 
@@ -1073,7 +1073,7 @@ def test_what_is_not_stored_is_in_order_amid_a_retry():
 def test_a_refused_batch_and_those_behind_it_go_again_in_order():
     writer = core()
     batches = three_in_flight(writer)
-    told = [writer.acknowledge(batch, refusal()) for batch in batches]
+    told = [writer._acknowledge(batch, refusal()) for batch in batches]
     assert isinstance(told[0], errors.OutOfMemory)
-    again = [writer.next_batch() for _ in range(3)]
+    again = [writer._next_batch() for _ in range(3)]
     assert again == batches

@@ -18,8 +18,6 @@ from ff_fast._hot.merge import (
     MAX_DEPTH,
     SUMMARY_NULL_SENTINEL,
     Document,
-    validate_patch,
-    validate_pointer,
 )
 from ff_fast.errors import Corruption, InvalidInput, InvalidPatch, InvalidType
 
@@ -102,20 +100,18 @@ class TestRfc7396:
 class TestDefects:
     """FlowFabric's merge fails each of these."""
 
-    def test_m1_empty_object_leaves_target(self):
+    def test_empty_object_leaves_target(self):
         assert merged(b'{"a":{"x":1}}', b'{"a":{}}') == b'{"a":{"x":1}}'
         assert merged(b'{"a":1}', b'{"a":{}}') == b'{"a":{}}'
 
-    def test_m2_empty_arrays(self):
+    def test_empty_arrays(self):
         document = b'{"a":[],"b":{"c":[[],{}]},"d":{}}'
         assert merged(document, b'{"e":[]}', b'{"f":1}') == document[:-1] + b',"e":[],"f":1}'
 
     @pytest.mark.parametrize("root", [b"[]", b"[{}]", b"1", b'"a"', b"null", b"true", b"", b" "])
-    def test_m3_root_must_be_an_object(self, root):
+    def test_root_must_be_an_object(self, root):
         with pytest.raises(InvalidPatch, match="root must be an object"):
             Document().merge(root)
-        with pytest.raises(InvalidPatch):
-            validate_patch(root)
         with pytest.raises(Corruption, match="root must be an object"):
             Document(root)
 
@@ -128,7 +124,7 @@ class TestDefects:
             b"[false," + b"null," * 30 + b"3]",
         ],
     )
-    def test_m4_array_replaces_whatever_its_first_item(self, array):
+    def test_array_replaces_whatever_its_first_item(self, array):
         assert merged(b'{"k":{"a":1}}', b'{"k":' + array + b"}") == b'{"k":' + array + b"}"
 
     @pytest.mark.parametrize(
@@ -144,7 +140,7 @@ class TestDefects:
             b"-0",
         ],
     )
-    def test_m5_integers(self, number):
+    def test_integers(self, number):
         self.keeps(number)
 
     @pytest.mark.parametrize(
@@ -160,7 +156,7 @@ class TestDefects:
             b"0e0",
         ],
     )
-    def test_m6_floats(self, number):
+    def test_floats(self, number):
         # 1e400 is legal JSON: it is kept, not refused, as nothing here converts it.
         self.keeps(number)
 
@@ -173,7 +169,7 @@ class TestDefects:
         "value",
         [b"NaN", b"-NaN", b"Infinity", b"-Infinity", b"nan", b"inf"],
     )
-    def test_m7_no_number(self, value):
+    def test_no_number(self, value):
         self.refuses(b'{"a":' + value + b"}")
         self.refuses(b'{"a":[' + value + b"]}")
 
@@ -184,35 +180,33 @@ class TestDefects:
             *(b"1e+", b"1e1.5", b"1_000", b"1a", "\u0661".encode()),
         ],
     )
-    def test_m8_numbers_outside_the_grammar(self, value):
+    def test_numbers_outside_the_grammar(self, value):
         self.refuses(b'{"a":' + value + b"}")
         self.refuses(b'{"a":[' + value + b"]}")
 
-    def test_m9_sentinel_inside_arrays_becomes_null(self):
+    def test_sentinel_inside_arrays_becomes_null(self):
         patch = b'{"a":["__ff_null__",["__ff_null__",{"b":"__ff_null__"}],"__ff_null_","x"]}'
         assert merged(b"{}", patch) == b'{"a":[null,[null,{"b":null}],"__ff_null_","x"]}'
 
     @pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"k":', b"}")])
-    def test_m10_sentinel_at_any_depth(self, opening, closing):
+    def test_sentinel_at_any_depth(self, opening, closing):
         levels = MAX_DEPTH - 1
         patch = b'{"a":' + opening * levels + b'"__ff_null__"' + closing * levels + b"}"
         assert merged(b"{}", patch) == patch.replace(b'"__ff_null__"', b"null")
 
     @pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"k":', b"}")])
-    def test_m11_one_depth_limit(self, opening, closing):
+    def test_one_depth_limit(self, opening, closing):
         def nested(levels):
             return b'{"a":' + opening * (levels - 1) + b"1" + closing * (levels - 1) + b"}"
 
         document = Document(nested(MAX_DEPTH))
         document.merge(nested(MAX_DEPTH))
         assert document.dumps() == nested(MAX_DEPTH)
-        assert document.copy().dumps() == nested(MAX_DEPTH)
-        validate_patch(nested(MAX_DEPTH))
         for levels in (MAX_DEPTH + 1, 1000, 100_000):
             self.refuses(nested(levels))
             self.refuses(nested(levels)[: levels * len(opening)])
 
-    def test_m12_failed_patch_changes_nothing(self):
+    def test_failed_patch_changes_nothing(self):
         document = Document(b'{"a":{"b":1},"t":"x"}')
         for patch in (b'{"a":{"b":2},"c":', b'{"a":null} {}', b'{"a":null,"c":01}'):
             with pytest.raises(InvalidPatch):
@@ -223,7 +217,7 @@ class TestDefects:
             fresh.merge(b"[]")
         assert (fresh.dumps(), fresh.size) == (b"{}", 2)
 
-    def test_m13_cap(self):
+    def test_cap(self):
         document = Document(b'{"a":"12345"}', max_bytes=20)
         document.merge(b'{"b":""}')
         assert document.size == len(b'{"a":"12345","b":""}') == 20
@@ -249,7 +243,7 @@ class TestDefects:
             *(b"\xf0\x9f\x98", b"abcdefgh\xffijklmnopq", b"\xc3\xa4\xff"),
         ],
     )
-    def test_m14_invalid_utf8(self, raw):
+    def test_invalid_utf8(self, raw):
         self.refuses(b'{"a":"' + raw + b'"}')
         self.refuses(b'{"' + raw + b'":1}')
         self.refuses(b'{"a":"' + raw)
@@ -259,15 +253,13 @@ class TestDefects:
                 document.append(pointer, text)
         assert document.dumps() == b'{"a":"x"}'
 
-    def test_m15_slash_is_not_escaped_and_order_is_kept(self):
+    def test_slash_is_not_escaped_and_order_is_kept(self):
         assert merged(b'{"z":"a/b","a":1}', b'{"k/":"\\/"}') == b'{"z":"a/b","a":1,"k/":"/"}'
 
     def refuses(self, text):
         document = Document(b'{"a":1}')
         with pytest.raises(InvalidPatch):
             document.merge(text)
-        with pytest.raises(InvalidPatch):
-            validate_patch(text)
         with pytest.raises(Corruption):
             Document(text)
         assert document.dumps() == b'{"a":1}'
@@ -334,7 +326,7 @@ class TestGrammar:
     def test_places_are_told_and_contents_are_not(self):
         secrets = (b'{"k":"hunter2" hunter2}', b'{"hunter2":"hunter2\xff"}', b"hunter2")
         for secret in secrets:
-            for call in (Document().merge, validate_patch, Document):
+            for call in (Document().merge, Document):
                 with pytest.raises((InvalidPatch, Corruption), match=r"at byte \d+ of") as caught:
                     call(secret)
                 assert "hunter2" not in repr(caught.value)
@@ -522,7 +514,6 @@ class TestInterface:
         for call in (
             lambda: Document(value),
             lambda: document.merge(value),
-            lambda: validate_patch(value),
             lambda: document.append(value, b"x"),
             lambda: document.append(b"/a", value),
         ):
@@ -553,31 +544,6 @@ class TestInterface:
         document.merge(b'{"b":"12345678"}')
         document.merge(b'{"b":null,"a":"x"}')
         assert document.dumps() == b'{"a":"x"}'
-
-    def test_validate_pointer(self):
-        assert validate_pointer("/a/~0~1\u00e4") == "/a/~0~1\u00e4".encode()
-        assert validate_pointer("/") == b"/"
-        for pointer in ("", "a", "/~", "/~2", "/\ud800", "/k" * (MAX_DEPTH + 1)):
-            with pytest.raises(InvalidPatch):
-                validate_pointer(pointer)
-        for pointer in (b"/a", None, 1):
-            with pytest.raises(InvalidType):
-                validate_pointer(pointer)
-
-    def test_copy_is_independent(self):
-        first = Document(b'{"a":{"t":"x"},"b":[{"t":"y"}]}', max_bytes=100)
-        first.append(b"/a/t", b"1")
-        first.append(b"/b/0/t", b"1")
-        second = first.copy()
-        before = first.dumps()
-        assert second.dumps() == before
-        second.append(b"/b/0/t", b"2")
-        second.append(b"/a/t", b"2")
-        second.merge(b'{"a":{"u":1},"c":2}')
-        assert first.dumps() == before
-        first.merge(b'{"a":null}')
-        assert second.dumps() == b'{"a":{"t":"x12","u":1},"b":[{"t":"y12"}],"c":2}'
-        assert second.max_bytes == 100
 
     def test_without_init(self):
         document = Document.__new__(Document)
@@ -611,7 +577,7 @@ class TestInterface:
             document.merge(deep.replace(b"null", b"true"))
             document.merge(b'{"k":null}')
             document.merge(deep)
-            document.copy().dumps()
+            document.dumps()
             for bad in (b'{"k":' * 100_000, b'{"k":' + b"[" * 100_000):
                 with pytest.raises(InvalidPatch, match="128 levels"):
                     document.merge(bad)
@@ -736,7 +702,7 @@ class TestAgainstTheOracle:
         ours = Document(start, max_bytes=limit)
         theirs = reference.Document(start, max_bytes=limit)
         assert ours.dumps() == theirs.dumps()
-        compacted = ours.copy()
+        compacted = Document(start, max_bytes=limit)
         pointer = maker.pointer()
         for _ in range(12):
             if maker.random.random() < 0.5:
@@ -750,8 +716,6 @@ class TestAgainstTheOracle:
             assert accepts(compacted, *call) == accepted
             if maker.random.random() < 0.5:
                 compacted = Document(compacted.dumps(), max_bytes=limit)
-            if maker.random.random() < 0.2:
-                ours = ours.copy()
         assert compacted.dumps() == ours.dumps()
         # No value is the sentinel: resolving it once more changes nothing.
         assert reference.dump(reference.resolved(reference.parse(ours.dumps()))).encode() == (
@@ -778,11 +742,7 @@ class TestAgainstTheOracle:
                     damaged[place] ^= 1 << maker.random.randrange(8)
             raw = bytes(damaged)
             start = b'{"a":{"b":1},"k":[]}'
-            if agree(Document(start), reference.Document(start), "merge", raw):
-                validate_patch(raw)
-            else:
-                with pytest.raises(InvalidPatch):
-                    validate_patch(raw)
+            if not agree(Document(start), reference.Document(start), "merge", raw):
                 with pytest.raises(Corruption):
                     Document(raw)
 
@@ -792,10 +752,10 @@ class TestAgainstTheOracle:
         patch = Maker(seed).object(2).encode()
         for size in range(len(patch)):
             with pytest.raises(InvalidPatch):
-                validate_patch(patch[:size])
-        validate_patch(patch)
+                Document().merge(patch[:size])
+        Document().merge(patch)
         with pytest.raises(InvalidPatch):
-            validate_patch(patch + b"x")
+            Document().merge(patch + b"x")
 
     @given(st.binary(max_size=64))
     def test_any_bytes(self, raw):
@@ -830,18 +790,18 @@ class TestAgainstTheOracle:
 
 
 class TestOutOfMemory:
-    """Allocation number n fails, for every n: the document is as before, or says that it is torn."""
+    """Allocation number n fails, for every n: the document is as before, or says that it is half merged."""
 
     def survive(self, start, act):
         testcapi = pytest.importorskip("_testcapi")
         whole = Document(start)
         act(whole)
         after = whole.dumps()
-        torn = failures = 0
+        half_merged = failures = 0
         for number in range(400):
             document = Document(start)
-            document.append(b"/spot", b"")
-            document.merge(b'{"spot":null}')
+            document.append(b"/target", b"")
+            document.merge(b'{"target":null}')
             error = None
             testcapi.set_nomemory(number, number + 1)
             try:
@@ -860,25 +820,25 @@ class TestOutOfMemory:
                 assert document.dumps() == Document(start).dumps()
                 assert document.size == len(document.dumps())
             except Corruption:
-                torn += 1
+                half_merged += 1
                 with pytest.raises(Corruption, match="memory"):
                     document.merge(b"{}")
                 with pytest.raises(Corruption, match="memory"):
                     document.append(b"/x", b"")
                 with pytest.raises(Corruption, match="memory"):
-                    document.copy()
-        return failures, torn
+                    document.dumps()
+        return failures, half_merged
 
     def test_merge(self):
         patch = {f"key {i}": {"n": None, "m": [i, "text"], "o": {"p": None}} for i in range(12)}
         raw = json.dumps(patch).encode()
-        failures, torn = self.survive(b'{"a":1}', lambda document: document.merge(raw))
+        failures, half_merged = self.survive(b'{"a":1}', lambda document: document.merge(raw))
         assert failures > 50
-        assert torn > 0
+        assert half_merged > 0
 
     @pytest.mark.parametrize("start", [b"{}", b'{"a":{"b":"old"}}', b'{"a":{"b":null}}'])
     def test_append(self, start):
         text = b"new " * 40
-        failures, torn = self.survive(start, lambda document: document.append(b"/a/b", text))
+        failures, half_merged = self.survive(start, lambda document: document.append(b"/a/b", text))
         assert failures > 3
-        assert torn == 0
+        assert half_merged == 0

@@ -518,9 +518,9 @@ def test_an_append_is_what_its_header_names(mode, names, letter):
     )
     # The first batch of a later writer trims the log as well.
     writer.write(b"", mode=StreamMode.durable())
-    assert writer.acknowledge(writer.next_batch(), b"1-6 1 2 0") is None
+    assert writer._acknowledge(writer._next_batch(), b"1-6 1 2 0") is None
     writer.write(b"{}")
-    command, function, named, *rest = parsed(writer.next_batch().message)
+    command, function, named, *rest = parsed(writer._next_batch().message)
     # Those that the batch needs: each key costs the server time.
     wanted = [KEYS[name] for name in names.split()]
     count = len(wanted)

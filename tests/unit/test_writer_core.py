@@ -1,7 +1,9 @@
 """The writer without I/O: what it sends, what it makes of answers, and that no frame is lost."""
 
+import ast
 import contextlib
 import gc
+import inspect
 import itertools
 import json
 import random
@@ -17,7 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import ff_fast
+import ff_fast.aio
+from ff_fast._core.ops import Attempt, Opened
 from ff_fast._core.summary import fold
+from ff_fast._core.writer import SharedWriter, WriterOptions, WriterState
 from ff_fast._hot.frames import StreamFrame
 from ff_fast._hot.writer import WriterCore, arguments_of
 from ff_fast.errors import (
@@ -41,7 +47,7 @@ from ff_fast.errors import (
     WriterClosed,
     WriterSuperseded,
 )
-from ff_fast.types import BestEffortLiveConfig, PatchKind, StreamMode
+from ff_fast.types import BestEffortLiveConfig, Handle, PatchKind, StreamMode
 
 from ..reference_writer import Server, Written, blocks, parse
 
@@ -86,7 +92,7 @@ class Shell(WriterCore):
         """The next batch, as a shell that was told to ask for it."""
         assert self.queued, "the shell was not told"
         self.queued = False
-        return self.next_batch()
+        return self._next_batch()
 
 
 def position(batch, ms=NOW_MS):
@@ -97,11 +103,11 @@ def position(batch, ms=NOW_MS):
 def stored(writer, ms=NOW_MS):
     """Acknowledge everything; return what was sent."""
     requests = []
-    while not writer.idle:
-        writer.hurry()
+    while not writer._idle:
+        writer._seal_soon()
         batch = writer.take()
         requests.append(parse(arguments_of(batch.message)))
-        writer.acknowledge(batch, position(batch, ms))
+        writer._acknowledge(batch, position(batch, ms))
     return requests
 
 
@@ -145,7 +151,7 @@ def test_arguments_of_leaves_out_the_keys():
         argv = arguments_of(batch.message)
         assert argv[:2] == [WRITER, b"%d" % (batch.first_sequence - 1)]
         assert len(argv[2]) == 1
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +174,7 @@ def test_a_request_names_the_keys_that_it_needs(modes, names):
         batch = writer.take()
         assert keys_of(batch) == keys_named(names)
         assert parse(arguments_of(batch.message)).first_sequence == first
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
 
 
 def test_what_no_frame_asks_for_names_its_key_too():
@@ -178,9 +184,9 @@ def test_what_no_frame_asks_for_names_its_key_too():
     batch = writer.take()
     assert b"K" in tail_of(batch)
     assert keys_of(batch) == keys_named("meta log live")
-    writer.acknowledge(batch, position(batch))
+    writer._acknowledge(batch, position(batch))
     # Neither stream has to do with the estimate.
-    writer.finish()
+    writer._seal_last()
     batch = writer.take()
     assert set(tail_of(batch)) == {b"E"}
     assert keys_of(batch) == keys_named("meta log")
@@ -244,7 +250,7 @@ def test_arguments_agree_with_the_oracle(sent, opened):
         assert keys_of(batch) == keys_named(" ".join(request.key_names))
         assert request.ages == sorted(request.ages, reverse=True)
         assert all(age < 10_000 for age in request.ages)
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
         told = None if visible == last else visible
         for number, frame in enumerate(frames, last + 1):
             visible = number if frame.visible else visible
@@ -266,12 +272,12 @@ def test_server_has_what_was_written(sent):
         for frame in frames:
             write(writer, frame)
         batch = writer.take()
-        writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+        writer._acknowledge(batch, server.append(arguments_of(batch.message)))
     everything = [frame for frames in sent for frame in frames]
     assert [frame.payload for frame in server.frames] == [frame.payload for frame in everything]
     assert [frame.mode.decode() for frame in server.frames] == [f.mode.wire for f in everything]
     server.check_visible_chain()
-    writer.finish()
+    writer._seal_last()
     for request in stored(writer):
         assert request.frames == []
 
@@ -283,7 +289,7 @@ def test_lines_of_a_run_follow_the_frames_of_each_other_shape():
     for i in range(1500):
         writer.write(b"%d" % i, f"type{i % 700}", correlation_id=str(i % 90))
     second = writer.take()
-    writer.acknowledge(first, position(first))
+    writer._acknowledge(first, position(first))
     assert [second.frame_count, len(payloads_of(second))] == [1024, 1024]
     third = writer.take()
     assert payloads_of(second) + payloads_of(third) == [b"%d" % i for i in range(1500)]
@@ -308,15 +314,15 @@ class TestBounds:
         first = writer.take()
         for _ in range(1300 if size < 2000 else 40):
             writer.write(bytes(size))
-        writer.acknowledge(first, position(first))
-        while not writer.idle:
+        writer._acknowledge(first, position(first))
+        while not writer._idle:
             batch = writer.take()
             argv = arguments_of(batch.message)
             assert batch.frame_count <= LIMITS["MAX_FRAMES"]
             assert max(map(len, argv)) <= LIMITS["MAX_RUN_BYTES"]
             assert max(len(p) for p in payloads_of(batch)) <= LIMITS["MAX_PAYLOAD"]
             assert len(batch.message) < (1 << 20) + 65_536 + 1024 * 16
-            writer.acknowledge(batch, position(batch))
+            writer._acknowledge(batch, position(batch))
 
     def test_worst_run_has_room_for_any_age(self):
         # A length takes 3 bytes, an age at most 8, the count 2.
@@ -450,7 +456,7 @@ class TestArguments:
         with pytest.raises(error) as caught:
             writer.write(*args, **options)
         assert writer.next_sequence == 1
-        assert writer.idle
+        assert writer._idle
         assert not writer.queued
         assert writer.write(b"next") == 1
         assert payloads_of(writer.take()) == [b"next"]
@@ -478,13 +484,13 @@ class TestConstruction:
         writer = WriterCore.__new__(WriterCore)
         with pytest.raises(FFError):
             writer.write(b"x")
-        writer.finish()
-        assert writer.next_batch() is None
-        assert writer.unstored() == ()
+        writer._seal_last()
+        assert writer._next_batch() is None
+        assert writer._unstored_frames() == ()
 
     def test_later_writer_goes_on(self):
         writer = Shell(LIVE, (NOW_MS, 41, 40, b"123.4", 0))
-        assert (writer.first_sequence, writer.next_sequence) == (42, 42)
+        assert (writer._first_sequence, writer.next_sequence) == (42, 42)
         assert (writer.last_sequence, writer.last_id) == (41, f"{NOW_MS}-41")
         assert writer.write(b"x") == 42
 
@@ -499,7 +505,7 @@ class TestPatches:
             with pytest.raises(InvalidPatch):
                 writer.write(bad)
         assert writer.summary_version == 0
-        assert writer.idle
+        assert writer._idle
         assert writer.write(b'{"a":1}') == 1
         request = parse(arguments_of(writer.take().message))
         assert request.patches == [(b"patch:1:1:json-merge-patch:", b'{"a":1}', 1, 0)]
@@ -514,7 +520,7 @@ class TestPatches:
             writer.write(b"x", mode=StreamMode.durable_summary(PatchKind.STRING_APPEND("/a/b")))
         writer.write(b'{"c":3}')
         batch = writer.take()
-        writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+        writer._acknowledge(batch, server.append(arguments_of(batch.message)))
         assert writer.summary_version == server.version == 3
         assert json.loads(fold(server.summary).document_json) == {"a": {"b": 2}, "c": 3}
 
@@ -541,8 +547,8 @@ class TestPatches:
                 batch = writer.take()
                 argv = arguments_of(batch.message)
                 compactions += b"C" in parse(argv).tail
-                writer.acknowledge(batch, server.append(argv))
-        writer.finish()
+                writer._acknowledge(batch, server.append(argv))
+        writer._seal_last()
         (request,) = stored_on(writer, server)
         assert request.tail[b"C"][0] == b"6000"
         # Each time they are twice as long as it is: 4 KiB, 12, 36.
@@ -552,18 +558,18 @@ class TestPatches:
     def test_document_of_a_later_writer(self):
         writer = Shell(TEXT, (NOW_MS, 3, 3, b"", 2), document=b'{"text":"ab"}')
         writer.write(b"c")
-        writer.finish()
+        writer._seal_last()
         (request,) = stored(writer)
         assert request.tail[b"C"] == [b"3", b'{"text":"abc"}', b"string-append:/text"]
 
 
 def stored_on(writer, server):
     requests = []
-    while not writer.idle:
+    while not writer._idle:
         batch = writer.take()
         argv = arguments_of(batch.message)
         requests.append(parse(argv))
-        assert writer.acknowledge(batch, server.append(argv)) is None
+        assert writer._acknowledge(batch, server.append(argv)) is None
         assert writer.error is None
     return requests
 
@@ -579,8 +585,8 @@ class TestSending:
         for i in (2, 3, 4):
             writer.write(b"%d" % i)
         assert not writer.queued
-        assert writer.next_batch() is None
-        writer.acknowledge(first, position(first))
+        assert writer._next_batch() is None
+        writer._acknowledge(first, position(first))
         assert payloads_of(writer.take()) == [b"2", b"3", b"4"]
 
     @pytest.mark.parametrize("size, count", [(1, 256), (1024, 64), (65_536, 1)])
@@ -602,8 +608,8 @@ class TestSending:
         while writer.queued:
             sent.append(writer.take())
         assert [batch.frame_count for batch in sent] == [1024] * 4
-        assert writer.next_batch() is None
-        writer.acknowledge(sent[0], position(sent[0]))
+        assert writer._next_batch() is None
+        writer._acknowledge(sent[0], position(sent[0]))
         assert writer.take().first_sequence == 4 * 1024 + 1
 
     def test_told_once_until_asked(self):
@@ -623,26 +629,26 @@ class TestSending:
         writer = Shell(linger_ms=5)
         writer.write(b"1")
         writer.write(b"2")
-        assert (writer.queued, writer.lingers, writer.linger_us) == (False, 1, 5000)
-        writer.hurry()
+        assert (writer.queued, writer.lingers, writer._linger_us) == (False, 1, 5000)
+        writer._seal_soon()
         batch = writer.take()
         assert batch.frame_count == 2
         writer.write(b"3")
         assert writer.lingers == 2
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
         assert not writer.queued
-        writer.hurry()
+        writer._seal_soon()
         assert payloads_of(writer.take()) == [b"3"]
 
     def test_linger_that_ends_while_a_batch_is_on_its_way(self):
         writer = Shell(linger_ms=5)
         writer.write(b"1")
-        writer.hurry()
+        writer._seal_soon()
         batch = writer.take()
         writer.write(b"2")
-        writer.hurry()
+        writer._seal_soon()
         assert not writer.queued
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
         assert payloads_of(writer.take()) == [b"2"]
 
     def test_batch_behind_a_full_one_lingers_too(self):
@@ -651,17 +657,17 @@ class TestSending:
             writer.write(b"x")
         assert writer.lingers == 2
         first = writer.take()
-        assert writer.next_batch() is None
-        writer.acknowledge(first, position(first))
-        writer.hurry()
+        assert writer._next_batch() is None
+        writer._acknowledge(first, position(first))
+        writer._seal_soon()
         assert writer.take().frame_count == 1
 
     def test_batch_opened_while_another_waits_to_go_again_lingers_too(self):
         writer = Shell(linger_ms=5)
         writer.write(b"1")
-        writer.hurry()
+        writer._seal_soon()
         writer.take()
-        writer.disconnected()
+        writer._requeue()
         writer.write(b"2")
         assert (writer.queued, writer.lingers) == (True, 2)
 
@@ -670,8 +676,8 @@ class TestSending:
         for _ in range(300):
             writer.write(b"x")
         batch = writer.take()
-        writer.acknowledge(batch, position(batch))
-        writer.hurry()
+        writer._acknowledge(batch, position(batch))
+        writer._seal_soon()
         writer.write(b"y")
         assert not writer.queued
 
@@ -687,7 +693,7 @@ class TestSending:
         assert writer.unacknowledged_bytes == len(batch.message)
         with pytest.raises(Overloaded):
             writer.write(b"")
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
         assert writer.unacknowledged_bytes == 0
         assert writer.write(b"x") == 21
 
@@ -719,10 +725,10 @@ class TestAnswers:
         writer = Shell()
         writer.write(b"x")
         assert (writer.last_id, writer.last_sequence) == ("0-0", 0)
-        writer.acknowledge(writer.take(), b"1700000000123-1 1700000000200 1700000004200 1")
+        writer._acknowledge(writer.take(), b"1700000000123-1 1700000000200 1700000004200 1")
         assert writer.last_id == "1700000000123-1"
         assert (writer.lease_left_ms, writer.cancel_requested) == (4000, True)
-        assert writer.idle
+        assert writer._idle
 
     @pytest.mark.parametrize(
         "reply, left",
@@ -737,7 +743,7 @@ class TestAnswers:
     def test_what_the_lease_has_left(self, reply, left):
         writer = Shell()
         writer.write(b"x")
-        writer.acknowledge(writer.take(), reply)
+        writer._acknowledge(writer.take(), reply)
         assert (writer.error, writer.lease_left_ms) == (None, left)
         # The frame was trimmed meanwhile; the last known time stands for its own.
         assert writer.last_id == f"{NOW_MS}-1"
@@ -745,9 +751,9 @@ class TestAnswers:
     def test_id_of_the_last_frame_outlives_the_closing_batch(self):
         writer = Shell(LIVE)
         writer.write(b"x")
-        writer.acknowledge(writer.take(), b"1700000000123-1 1700000000123 1700000004123 0")
-        writer.finish()
-        writer.acknowledge(writer.take(), b"1700000009999-1 1700000009999 1700000013999 0")
+        writer._acknowledge(writer.take(), b"1700000000123-1 1700000000123 1700000004123 0")
+        writer._seal_last()
+        writer._acknowledge(writer.take(), b"1700000009999-1 1700000009999 1700000013999 0")
         assert writer.last_id == "1700000000123-1"
 
     @pytest.mark.parametrize("repeats", [1, 3])
@@ -757,21 +763,21 @@ class TestAnswers:
         batch = writer.take()
         for _ in range(repeats):
             server.append(arguments_of(batch.message))
-            writer.disconnected()
+            writer._requeue()
             again = writer.take()
             assert again.message is batch.message
-        writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+        writer._acknowledge(batch, server.append(arguments_of(batch.message)))
         assert [frame.payload for frame in server.frames] == [b"x"]
         assert writer.unacknowledged_bytes == 0
-        assert writer.idle
+        assert writer._idle
 
     def test_answers_to_an_earlier_connection_are_not_for_it(self):
         writer, (first, second) = in_flight(2)
-        writer.disconnected()
-        assert writer.acknowledge(first, position(first)) is None
+        writer._requeue()
+        assert writer._acknowledge(first, position(first)) is None
         assert writer.last_sequence == 0
         assert writer.take() is first
-        assert writer.acknowledge(second, position(second)) is None
+        assert writer._acknowledge(second, position(second)) is None
         assert writer.last_sequence == 0
 
     @pytest.mark.parametrize(
@@ -784,23 +790,23 @@ class TestAnswers:
     )
     def test_refused_by_the_server_for_now(self, reply, error):
         writer, sent = in_flight(4)
-        assert isinstance(writer.acknowledge(sent[0], reply), error)
+        assert isinstance(writer._acknowledge(sent[0], reply), error)
         for batch in sent[1:]:
-            assert writer.next_batch() is None
-            assert writer.acknowledge(batch, GAP) is None
+            assert writer._next_batch() is None
+            assert writer._acknowledge(batch, GAP) is None
         again = [writer.take() for _ in sent]
         assert again == sent
         for batch in again:
-            writer.acknowledge(batch, position(batch))
-        assert writer.idle
+            writer._acknowledge(batch, position(batch))
+        assert writer._idle
         assert writer.error is None
 
     @pytest.mark.parametrize("answered", [1, 2, 3])
     def test_connection_lost_amid_a_refusal(self, answered):
         writer, sent = in_flight(4)
         for batch in sent[:answered]:
-            writer.acknowledge(batch, OOM)
-        writer.disconnected()
+            writer._acknowledge(batch, OOM)
+        writer._requeue()
         assert [writer.take() for _ in sent] == sent
 
     def test_accepted_behind_a_refused_one(self):
@@ -809,23 +815,23 @@ class TestAnswers:
         server = Server()
         for batch in sent[:3]:
             server.append(arguments_of(batch.message))
-        writer.disconnected()
+        writer._requeue()
         again = [writer.take() for _ in sent]
-        assert isinstance(writer.acknowledge(again[0], OOM), OutOfMemory)
-        assert writer.acknowledge(again[1], OOM) is None
+        assert isinstance(writer._acknowledge(again[0], OOM), OutOfMemory)
+        assert writer._acknowledge(again[1], OOM) is None
         for batch in again[2:]:
-            assert writer.acknowledge(batch, server.append(arguments_of(batch.message))) is None
+            assert writer._acknowledge(batch, server.append(arguments_of(batch.message))) is None
         assert writer.error is None
-        assert writer.idle
+        assert writer._idle
         assert writer.last_sequence == 4 * 256
         assert writer.unacknowledged_bytes == 0
 
     def test_refused_again_behind_an_accepted_one(self):
         writer, sent = in_flight(4)
-        writer.acknowledge(sent[0], OOM)
-        writer.acknowledge(sent[1], position(sent[1]))
-        assert isinstance(writer.acknowledge(sent[2], OOM), OutOfMemory)
-        writer.acknowledge(sent[3], GAP)
+        writer._acknowledge(sent[0], OOM)
+        writer._acknowledge(sent[1], position(sent[1]))
+        assert isinstance(writer._acknowledge(sent[2], OOM), OutOfMemory)
+        writer._acknowledge(sent[3], GAP)
         assert [writer.take(), writer.take()] == sent[2:]
 
     @pytest.mark.parametrize(
@@ -874,29 +880,29 @@ class TestAnswers:
     )
     def test_fatal(self, reply, error):
         writer, sent = in_flight(2)
-        assert writer.acknowledge(sent[0], reply) is None
+        assert writer._acknowledge(sent[0], reply) is None
         assert type(writer.error) is error
         assert [frame.sequence for frame in writer.error.unstored] == list(range(1, 513))
-        assert writer.acknowledge(sent[1], position(sent[1])) is None
-        assert writer.next_batch() is None
+        assert writer._acknowledge(sent[1], position(sent[1])) is None
+        assert writer._next_batch() is None
         with pytest.raises(error) as caught:
             writer.write(b"x")
         assert caught.value.unstored == writer.error.unstored
-        assert not writer.idle
+        assert not writer._idle
 
     def test_refusal_of_the_function_behind_a_refused_batch_is_asked_again(self):
         writer, sent = in_flight(2)
-        writer.acknowledge(sent[0], OOM)
-        assert writer.acknowledge(sent[1], [0, b"stale_owner"]) is None
+        writer._acknowledge(sent[0], OOM)
+        assert writer._acknowledge(sent[1], [0, b"stale_owner"]) is None
         assert writer.error is None
         assert writer.take() is sent[0]
 
     def test_progress_is_told_to_those_who_wait(self):
         writer, sent = in_flight(2)
-        writer.acknowledge(sent[0], position(sent[0]))
+        writer._acknowledge(sent[0], position(sent[0]))
         assert writer.progress == 0
-        writer.waiting = True
-        writer.acknowledge(sent[1], position(sent[1]))
+        writer._has_waiters = True
+        writer._acknowledge(sent[1], position(sent[1]))
         assert writer.progress == 1
 
 
@@ -904,52 +910,52 @@ class TestAnswers:
 
 
 class TestEnds:
-    def test_finish_with_nothing_to_do(self):
+    def test_seal_last_with_nothing_to_do(self):
         writer = Shell()
-        writer.finish()
-        assert writer.idle
+        writer._seal_last()
+        assert writer._idle
         assert not writer.queued
         with pytest.raises(InvalidInput, match="closing"):
             writer.write(b"x")
 
     @pytest.mark.parametrize("mode, letters", [(LIVE, {b"E"}), (TEXT, {b"E", b"C"})])
-    def test_finish_after_everything_was_stored(self, mode, letters):
+    def test_seal_last_after_everything_was_stored(self, mode, letters):
         writer, server = Shell(mode), Server()
         writer.write(b"x")
         stored_on(writer, server)
-        writer.finish()
-        writer.finish()
+        writer._seal_last()
+        writer._seal_last()
         batch = writer.take()
         argv = arguments_of(batch.message)
         assert (batch.first_sequence, batch.frame_count) == (2, 0)
         assert set(parse(argv).tail) == letters
         # Its answer is lost, and it goes again.
         server.append(argv)
-        writer.disconnected()
+        writer._requeue()
         batch = writer.take()
-        writer.acknowledge(batch, server.append(arguments_of(batch.message)))
-        assert writer.idle
+        writer._acknowledge(batch, server.append(arguments_of(batch.message)))
+        assert writer._idle
         assert writer.error is None
         assert float(server.estimator) >= 0.0
 
-    def test_finish_with_frames_left(self):
+    def test_seal_last_with_frames_left(self):
         writer, server = Shell(TEXT, linger_ms=100), Server()
         writer.write(b"x")
-        writer.finish()
+        writer._seal_last()
         (request,) = stored_on(writer, server)
         assert [frame.payload for frame in request.frames] == [b"x"]
         assert fold(server.summary).document_json == b'{"text":"x"}'
 
     def test_unstored(self):
         writer, sent = in_flight(3, linger_ms=50)
-        writer.acknowledge(sent[0], position(sent[0]))
+        writer._acknowledge(sent[0], position(sent[0]))
         writer.write(b"run", mode=LIVE, correlation_id="c")
         writer.write(b"run", mode=LIVE, correlation_id="c")
         writer.write(b"", "log", encoding="binary", source="tool")
         writer.write(b"", "log", encoding="binary", source="tool")
         writer.write(b"text", mode=TEXT)
-        first = writer.unstored()
-        assert writer.unstored() == first
+        first = writer._unstored_frames()
+        assert writer._unstored_frames() == first
         assert [frame.sequence for frame in first] == list(range(257, 774))
         tail = [
             (f.mode, f.frame_type, f.payload, f.correlation_id, f.encoding, f.source)
@@ -966,52 +972,52 @@ class TestEnds:
         assert first[516].patch_kind == TEXT.patch_kind
         # It only looked: everything still goes out.
         for batch in sent[1:]:
-            writer.acknowledge(batch, position(batch))
+            writer._acknowledge(batch, position(batch))
         assert sum(len(request.frames) for request in stored(writer)) == 5
 
     def test_unstored_amid_a_refusal_is_in_order(self):
         writer, sent = in_flight(4)
-        writer.acknowledge(sent[0], OOM)
-        writer.acknowledge(sent[1], OOM)
+        writer._acknowledge(sent[0], OOM)
+        writer._acknowledge(sent[1], OOM)
         writer.write(b"open")
-        assert [frame.sequence for frame in writer.unstored()] == list(range(1, 1026))
+        assert [frame.sequence for frame in writer._unstored_frames()] == list(range(1, 1026))
 
     @pytest.mark.parametrize("mode, names", [(LIVE, "meta log"), (TEXT, "meta log live summary")])
     def test_closing_an_attempt_that_has_ended_meanwhile(self, mode, names):
         writer, server = Shell(mode), Server()
         writer.write(b"x")
         stored_on(writer, server)
-        writer.finish()
-        writer.waiting = True
+        writer._seal_last()
+        writer._has_waiters = True
         batch = writer.take()
         assert keys_of(batch) == keys_named(names)
         assert batch.frame_count == 0
         # Nothing of the caller's is lost: what was refused is care for an attempt that needs none.
-        assert writer.acknowledge(batch, [0, b"stream_closed"]) is None
+        assert writer._acknowledge(batch, [0, b"stream_closed"]) is None
         assert writer.error is None
-        assert writer.idle
+        assert writer._idle
         assert writer.unacknowledged_bytes == 0
         assert writer.progress == 1
         assert writer.last_sequence == 1
-        assert writer.next_batch() is None
+        assert writer._next_batch() is None
 
     def test_an_ended_attempt_still_refuses_frames(self):
         writer = Shell(live(200))
         writer.write(b"x")
         batch = writer.take()
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
         writer.write(b"y")
         late = writer.take()
         time.sleep(0.21)
-        writer.acknowledge(late, position(late))
+        writer._acknowledge(late, position(late))
         renewal = writer.take()
         assert renewal.frame_count == 0
         for _ in range(256):
             writer.write(b"z", mode=DURABLE)
         frames = writer.take()
-        assert writer.acknowledge(renewal, [0, b"stream_closed"]) is None
+        assert writer._acknowledge(renewal, [0, b"stream_closed"]) is None
         assert writer.error is None
-        assert writer.acknowledge(frames, [0, b"stream_closed"]) is None
+        assert writer._acknowledge(frames, [0, b"stream_closed"]) is None
         assert type(writer.error) is StreamClosed
         assert len(writer.error.unstored) == 256
 
@@ -1020,24 +1026,24 @@ class TestEnds:
         writer, server = Shell(LIVE), Server()
         writer.write(b"x")
         stored_on(writer, server)
-        writer.finish()
-        assert writer.acknowledge(writer.take(), [0, code]) is None
+        writer._seal_last()
+        assert writer._acknowledge(writer.take(), [0, code]) is None
         assert writer.error is not None
         assert writer.error.unstored == ()
 
     def test_fails_once(self):
         writer, sent = in_flight(1)
-        writer.fail(WriterClosed())
-        writer.fail(LeaseExpired())
+        writer._fail(WriterClosed())
+        writer._fail(LeaseExpired())
         assert type(writer.error) is WriterClosed
         assert len(writer.error.unstored) == 256
         assert writer.progress == 1
-        assert writer.acknowledge(sent[0], position(sent[0])) is None
-        writer.disconnected()
-        writer.hurry()
-        writer.finish()
-        assert writer.next_batch() is None
-        assert len(writer.unstored()) == 256
+        assert writer._acknowledge(sent[0], position(sent[0])) is None
+        writer._requeue()
+        writer._seal_soon()
+        writer._seal_last()
+        assert writer._next_batch() is None
+        assert len(writer._unstored_frames()) == 256
         assert all(isinstance(frame, StreamFrame) for frame in writer.error.unstored)
 
 
@@ -1060,7 +1066,7 @@ class TestRetention:
         writer.write(b"x", mode=DURABLE)
         batch = writer.take()
         assert tail_of(batch) == {}
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
         writer.write(b"x")
         assert tail_of(writer.take()) == {b"P": [b"8000"], b"H": [b"1"], b"E": [b"0.000"]}
 
@@ -1074,7 +1080,7 @@ class TestRetention:
         writer = Shell(live(5000, 10, 20))
         writer.write(b"x", mode=TEXT)
         batch = writer.take()
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
         writer.write(b"x")
         assert tail_of(writer.take())[b"P"] == [b"10000"]
         assert writer.window_frames <= 20
@@ -1083,7 +1089,7 @@ class TestRetention:
         writer = Shell(live(5000, 100_000, 200_000))
         writer.write(b"x")
         batch = writer.take()
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
         writer.write(b"x", mode=TEXT)
         batch = writer.take()
         assert b"P" not in tail_of(batch)
@@ -1099,7 +1105,7 @@ class TestRetention:
             batch = writer.take()
             if b"P" in tail_of(batch):
                 renewed.append(sealed)
-            writer.acknowledge(batch, position(batch))
+            writer._acknowledge(batch, position(batch))
             time.sleep(0.001)
         pauses = [b - a for a, b in itertools.pairwise(renewed)]
         assert len(pauses) >= 4
@@ -1111,7 +1117,7 @@ class TestRetention:
             writer.write(b"x", mode=live(ttl_ms))
             batch = writer.take()
             assert (b"P" in tail_of(batch)) is due
-            writer.acknowledge(batch, position(batch))
+            writer._acknowledge(batch, position(batch))
 
     def test_expiry_is_renewed_after_a_batch_that_took_longer_than_the_ttl(self):
         # The key died meanwhile, and the batch makes a new one, without an end.
@@ -1119,39 +1125,39 @@ class TestRetention:
         writer.write(b"x")
         batch = writer.take()
         assert b"P" in tail_of(batch)
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
         writer.write(b"y")
         batch = writer.take()
         assert b"P" not in tail_of(batch)
-        writer.disconnected()
+        writer._requeue()
         time.sleep(0.21)
         assert writer.take() is batch
-        writer.acknowledge(batch, position(batch))
-        assert not writer.idle
+        writer._acknowledge(batch, position(batch))
+        assert not writer._idle
         batch = writer.take()
         assert (batch.first_sequence, batch.frame_count) == (3, 0)
         assert tail_of(batch) == {b"P": [b"400"]}
         assert keys_of(batch) == keys_named("meta live")
-        writer.acknowledge(batch, position(batch))
-        assert writer.idle
+        writer._acknowledge(batch, position(batch))
+        assert writer._idle
 
     def test_batch_behind_a_late_one_renews_whatever_it_holds(self):
         writer = Shell(live(200))
         writer.write(b"x")
         batch = writer.take()
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
         writer.write(b"y")
         batch = writer.take()
         writer.write(b"log", mode=DURABLE)
         time.sleep(0.21)
-        writer.acknowledge(batch, position(batch))
+        writer._acknowledge(batch, position(batch))
         batch = writer.take()
         assert tail_of(batch) == {b"P": [b"400"], b"H": [b""]}
         assert batch.frame_count == 1
         # The window's key is not one that a durable frame asks for.
         assert keys_of(batch) == keys_named("meta log live")
-        writer.acknowledge(batch, position(batch))
-        assert writer.idle
+        writer._acknowledge(batch, position(batch))
+        assert writer._idle
 
     def test_log_is_trimmed_now_and_then(self):
         writer = Shell(retention_maxlen=777)
@@ -1163,7 +1169,7 @@ class TestRetention:
             if b"K" in tail_of(batch):
                 assert tail_of(batch)[b"K"] == [b"777"]
                 trims.append(i)
-            writer.acknowledge(batch, position(batch))
+            writer._acknowledge(batch, position(batch))
         assert trims == list(range(255, 1000, 256))
 
     def test_log_of_an_earlier_writer_is_trimmed_at_once(self):
@@ -1178,7 +1184,7 @@ class TestRetention:
             writer.write(b"x")
             batch = writer.take()
             with_estimate += b"E" in tail_of(batch)
-            writer.acknowledge(batch, position(batch))
+            writer._acknowledge(batch, position(batch))
         assert with_estimate == 1
 
     def test_estimate_is_handed_over(self):
@@ -1195,7 +1201,7 @@ class TestRetention:
             writer.write(b"x")
             batch = writer.take()
             assert float(tail_of(batch).get(b"E", [b"0"])[0]) >= 0
-            writer.acknowledge(batch, position(batch))
+            writer._acknowledge(batch, position(batch))
             assert 0 <= writer.rate_hz < float("inf")
 
 
@@ -1237,7 +1243,7 @@ class TestTrims:
             now_ms += rng.choice([0, 1, ttl_ms // 200, ttl_ms // 20, ttl_ms // 2])
             batch = writer.take()
             window.apply(batch, now_ms, writer.window_frames)
-            writer.acknowledge(batch, position(batch, now_ms))
+            writer._acknowledge(batch, position(batch, now_ms))
         # A sixteenth of the window, and the batches that are being sent.
         assert window.longest <= ceiling + ceiling // 16 + 2 * 40
 
@@ -1250,7 +1256,7 @@ class TestTrims:
             now_ms += 500
             batch = writer.take()
             window.apply(batch, now_ms, 64)
-            writer.acknowledge(batch, position(batch, now_ms))
+            writer._acknowledge(batch, position(batch, now_ms))
         time.sleep(0.2)
         for _ in range(2):
             for _ in range(40):
@@ -1258,7 +1264,7 @@ class TestTrims:
             now_ms += 5000
             batch = writer.take()
             window.apply(batch, now_ms, 64)
-            writer.acknowledge(batch, position(batch, now_ms))
+            writer._acknowledge(batch, position(batch, now_ms))
             time.sleep(0.2)
         writer.write(b"x")
         batch = writer.take()
@@ -1273,7 +1279,7 @@ class TestTrims:
             writer.write(b"x")
             batch = writer.take()
             cuts += tail_of(batch).get(b"T", [])
-            writer.acknowledge(batch, position(batch, NOW_MS + i))
+            writer._acknowledge(batch, position(batch, NOW_MS + i))
         assert cuts[0] == b"%d-1001" % NOW_MS
 
     @pytest.mark.parametrize("ms", [0, NOW_MS - 5])
@@ -1284,8 +1290,64 @@ class TestTrims:
             writer.write(b"x")
             batch = writer.take()
             assert b"T" not in tail_of(batch)
-            writer.acknowledge(batch, position(batch, ms if i % 2 else NOW_MS))
+            writer._acknowledge(batch, position(batch, ms if i % 2 else NOW_MS))
         assert writer.last_id == f"{NOW_MS}-20"
+
+
+# -- what users see --------------------------------------------------------------------------------
+
+OFFERED = {
+    *("write", "write_frame", "drain", "flush", "close", "outcome"),
+    *("execution_id", "attempt_index", "mode"),
+    *("next_sequence", "last_sequence", "last_id", "summary_version"),
+    *("error", "cancel_requested", "lease_left_ms"),
+    *("unacknowledged_bytes", "window_frames", "rate_hz"),
+}
+
+
+def public(names):
+    return {name for name in names if not name.startswith("_")}
+
+
+class TestOffered:
+    """A writer offers what its users call; what its shell calls has an underscore."""
+
+    @pytest.mark.parametrize("writer", [ff_fast.Writer, ff_fast.aio.Writer])
+    def test_exactly(self, writer):
+        # Values of the instance, in whichever way the class keeps them.
+        assert public(dir(writer)) | {"execution_id", "attempt_index"} == OFFERED
+
+    def test_a_made_one_has_no_more(self):
+        handle = Handle.encode(
+            execution_id="{fp:0}:8c2f2f0e-0000-4000-8000-000000000000",
+            attempt_index=2,
+            attempt_id="attempt",
+            lease_id="8c2f2f0e-0000-4000-8000-000000000001",
+            lease_epoch=1,
+            lease_ttl_ms=30_000,
+            lane_id="lane",
+            worker_instance_id="worker",
+        )
+        state = WriterState(
+            Attempt.of(handle), WRITER, Opened(*NEW), None, WriterOptions(mode=DURABLE)
+        )
+        writer = SharedWriter(state)
+        assert public(dir(writer)) == OFFERED - {"drain", "flush", "close"}
+        assert (writer.execution_id[:6], writer.attempt_index) == ("{fp:0}", 2)
+        assert writer.mode is DURABLE
+
+    @pytest.mark.parametrize("name", sorted(OFFERED - {"execution_id", "attempt_index"}))
+    def test_documented(self, name):
+        for writer in (ff_fast.Writer, ff_fast.aio.Writer):
+            assert getattr(writer, name).__doc__
+
+    def test_the_stub_says_the_same(self):
+        # An editor shows the stub's text, help() the compiled one.
+        stub = ast.parse((ROOT / "ff_fast/_hot/writer.pyi").read_text())
+        (core,) = (node for node in stub.body if getattr(node, "name", "") == "WriterCore")
+        told = {node.name: ast.get_docstring(node) for node in core.body[1:]}
+        for name in public(told):
+            assert told[name] == inspect.getdoc(getattr(WriterCore, name)), name
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -1307,10 +1369,10 @@ def writer(i):
     return WriterCore(keys=keys, writer=writer, mode=mode, opened=(1_700_000_000_000, 0, 0, b"", 0))
 
 def acknowledge(writer):
-    while (batch := writer.next_batch()) is not None:
+    while (batch := writer._next_batch()) is not None:
         last = batch.first_sequence + batch.frame_count - 1
         ms = 1_700_000_000_000 + 10 * last
-        writer.acknowledge(batch, b"%d-%d %d %d 0" % (ms, last, ms, ms + 30_000))
+        writer._acknowledge(batch, b"%d-%d %d %d 0" % (ms, last, ms, ms + 30_000))
 
 mode, log = StreamMode.best_effort_live(15_000), StreamMode.durable()
 count, burst = int(sys.argv[1]), int(sys.argv[2])
@@ -1325,7 +1387,7 @@ for i in range(count):
         if j % 7 == 0 and burst > 1:
             one.write(payload, mode=log, correlation_id="c%d" % (j % 30))
     acknowledge(one)
-    assert one.idle
+    assert one._idle
     writers.append(one)
 print((held() - before) / count)
 """
@@ -1346,11 +1408,11 @@ def test_nothing_leaks():
         with pytest.raises(InvalidPatch):
             writer.write(b"[]", mode=MERGE)
         batch = writer.take()
-        writer.acknowledge(batch, OOM)
+        writer._acknowledge(batch, OOM)
         batch = writer.take()
-        writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+        writer._acknowledge(batch, server.append(arguments_of(batch.message)))
         writer.write(b"x")
-        writer.fail(WriterClosed())
+        writer._fail(WriterClosed())
 
     for _ in range(5):
         life()
@@ -1379,7 +1441,7 @@ class TestReentrance:
         assert writer.write(b"outer") == 1
         assert payloads_of(writer.take()) == [b"outer", b"inner"]
 
-    @pytest.mark.parametrize("call", ["write", "hurry", "acknowledge", "finish", "disconnected"])
+    @pytest.mark.parametrize("call", ["write", "seal_soon", "acknowledge", "seal_last", "requeue"])
     def test_hook_that_raises_is_called_again(self, call):
         class Interrupted(Shell):
             interrupt = False
@@ -1394,21 +1456,21 @@ class TestReentrance:
         batch = None
         if call != "write":
             writer.write(b"1")
-            if call in ("acknowledge", "disconnected"):
-                writer.hurry()
+            if call in ("acknowledge", "requeue"):
+                writer._seal_soon()
                 batch = writer.take()
                 writer.write(b"2")
         writer.interrupt = True
         with pytest.raises(KeyboardInterrupt):
             {
                 "write": lambda: writer.write(b"1"),
-                "hurry": writer.hurry,
-                "acknowledge": lambda: writer.acknowledge(batch, position(batch)),
-                "finish": writer.finish,
-                "disconnected": writer.disconnected,
+                "seal_soon": writer._seal_soon,
+                "acknowledge": lambda: writer._acknowledge(batch, position(batch)),
+                "seal_last": writer._seal_last,
+                "requeue": writer._requeue,
             }[call]()
         assert not writer.queued
-        writer.hurry()
+        writer._seal_soon()
         assert payloads_of(writer.take())[0] == (b"2" if call == "acknowledge" else b"1")
 
     def test_waiters_are_told_although_the_other_hook_raises(self):
@@ -1424,13 +1486,15 @@ class TestReentrance:
         writer.write(b"1")
         batch = writer.take()
         writer.write(b"2")
-        writer.broken = writer.waiting = True
+        writer.broken = writer._has_waiters = True
         with pytest.raises(RuntimeError):
-            writer.acknowledge(batch, position(batch))
+            writer._acknowledge(batch, position(batch))
         assert writer.last_sequence == 1
         assert writer.progress == 1
 
-    @pytest.mark.parametrize("call", ["next_batch", "write", "patch", "unstored", "finish"])
+    @pytest.mark.parametrize(
+        "call", ["next_batch", "write", "patch", "unstored_frames", "seal_last"]
+    )
     def test_collection_amid_a_call(self, call):
         """A finalizer, which may run wherever a container is made, writes to the same writer."""
         writer, server = Shell(LIVE), Server()
@@ -1444,7 +1508,7 @@ class TestReentrance:
                 self.me = self
 
             def __del__(self):
-                with contextlib.suppress(InvalidInput):  # it may come after finish()
+                with contextlib.suppress(InvalidInput):  # it may come after _seal_last()
                     for i in range(300):
                         put(b"late%d" % i, f"type{i}", [LIVE, DURABLE, TEXT][i % 3])
 
@@ -1453,11 +1517,11 @@ class TestReentrance:
             put(b'{"a":{"b":{"c":{}}},"d":[[[]]]}', mode=MERGE)
 
         calls = {
-            "next_batch": writer.next_batch,
+            "next_batch": writer._next_batch,
             "write": lambda: put(b"x"),
             "patch": patch,
-            "unstored": writer.unstored,
-            "finish": writer.finish,
+            "unstored_frames": writer._unstored_frames,
+            "seal_last": writer._seal_last,
         }
         put(b"first", mode=TEXT)
         for i in range(1024 if call == "write" else 100):
@@ -1481,12 +1545,12 @@ class TestReentrance:
         if call == "next_batch":
             in_flight.append(outcome)
         gc.collect()
-        writer.finish()
-        while not writer.idle:
+        writer._seal_last()
+        while not writer._idle:
             if not in_flight:
-                in_flight.append(writer.next_batch())
+                in_flight.append(writer._next_batch())
             batch = in_flight.pop(0)
-            writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+            writer._acknowledge(batch, server.append(arguments_of(batch.message)))
             assert writer.error is None
         assert [frame.payload for frame in server.frames] == [
             taken[i] for i in range(1, len(taken) + 1)
@@ -1511,14 +1575,14 @@ class TestReentrance:
         try:
             for thread in threads:
                 thread.start()
-            while any(thread.is_alive() for thread in threads) or not writer.idle:
+            while any(thread.is_alive() for thread in threads) or not writer._idle:
                 if not writer.queued:
                     time.sleep(0)
                     continue
                 writer.queued = False
-                batch = writer.next_batch()
+                batch = writer._next_batch()
                 if batch is not None:
-                    writer.acknowledge(batch, server.append(arguments_of(batch.message)))
+                    writer._acknowledge(batch, server.append(arguments_of(batch.message)))
         finally:
             sys.setswitchinterval(interval)
         for thread in threads:
@@ -1582,14 +1646,14 @@ class Streams(RuleBasedStateMachine):
     def send(self):
         while self.writer.queued:
             self.writer.queued = False
-            batch = self.writer.next_batch()
+            batch = self.writer._next_batch()
             if batch is not None:
                 self.connection.append(batch)
 
     @rule()
     def asked_without_need(self):
         self.writer.queued = False
-        batch = self.writer.next_batch()
+        batch = self.writer._next_batch()
         if batch is not None:
             self.connection.append(batch)
 
@@ -1605,7 +1669,7 @@ class Streams(RuleBasedStateMachine):
             if self.connection:
                 batch = self.connection.pop(0)
                 reply = refusal or self.server.append(arguments_of(batch.message))
-                error = self.writer.acknowledge(batch, reply)
+                error = self.writer._acknowledge(batch, reply)
                 assert error is None or refusal is not None
                 assert self.failed or self.writer.error is None
 
@@ -1618,24 +1682,26 @@ class Streams(RuleBasedStateMachine):
                 continue  # the server refused it
             self.server.append(arguments_of(batch.message))
         self.connection.clear()
-        self.writer.disconnected()
+        self.writer._requeue()
 
     @rule()
-    def hurry(self):
-        self.writer.hurry()
+    def seal_soon(self):
+        self.writer._seal_soon()
 
     @precondition(lambda self: not self.failed)
     @rule(look=st.booleans())
     def look(self, look):
         if look:
-            assert len(self.writer.unstored()) == len(self.written) - self.writer.last_sequence
+            assert (
+                len(self.writer._unstored_frames()) == len(self.written) - self.writer.last_sequence
+            )
 
     @precondition(lambda self: not self.failed and self.written)
     @rule(reply=st.sampled_from([[0, b"lease_expired"], None]))
     def fail(self, reply):
         self.failed = True
         acknowledged = self.writer.last_sequence
-        self.writer.fail(LeaseExpired())
+        self.writer._fail(LeaseExpired())
         unstored = self.writer.error.unstored
         assert [(f.sequence, f.payload, f.frame_type, f.mode) for f in unstored] == [
             (number, frame.payload, frame.frame_type, frame.mode.wire)
@@ -1662,16 +1728,16 @@ class Streams(RuleBasedStateMachine):
                 self.answer([None])
             elif not self.writer.queued and self.writer.lingers:
                 self.writer.lingers = 0
-                self.writer.hurry()
+                self.writer._seal_soon()
             elif not self.writer.queued:
                 break
-        assert self.writer.idle, "the writer is stuck"
+        assert self.writer._idle, "the writer is stuck"
         assert self.writer.unacknowledged_bytes == 0
         assert len(self.server.frames) == len(self.written)
-        self.writer.finish()
+        self.writer._seal_last()
         self.send()
         self.answer([None])
-        assert self.writer.idle
+        assert self.writer._idle
         assert [frame.payload for frame in self.server.frames] == [f.payload for f in self.written]
         self.server.check_visible_chain()
         if self.text:
