@@ -181,7 +181,7 @@ def ensure_library() -> Flow[None]:
     version = ops.version()
     (reply,) = yield Step(version.request())
     try:
-        contract, digest = version.answer(reply)
+        contract, digest, _ = version.answer(reply)
     except FunctionMissing:
         pass
     else:

@@ -341,7 +341,7 @@ class Operations(Connections):
         return await self._call(
             ops.describe_flow(
                 keys.canonical_uuid("flow_id", flow_id),
-                keys.flow_tag(flow_id, self._sweeper.partitions),
+                keys.flow_slot_tag(flow_id, self._sweeper.partitions),
             )
         )
 

@@ -75,7 +75,7 @@ class CompletionCore:
             self._unsure = False
         request = pack_command(
             b"XREAD", b"COUNT", b"100", b"BLOCK", b"%d" % COMPLETION_BLOCK_MS, b"STREAMS",
-            *(keys.completions(keys.tag_of(index)) for index in indexes),
+            *(keys.completions(keys.slot_tag(index)) for index in indexes),
             *(self._ids.get(index, self._base).encode() for index in indexes),
         )  # fmt: skip
         (reply,) = yield Step(request, block_s=COMPLETION_BLOCK_MS / 1000)
@@ -98,7 +98,7 @@ class CompletionCore:
 
     def _check_kept(self, base: str) -> Flow[None]:
         """Raise ``InvalidCursor`` where what comes next may have been trimmed."""
-        names = [keys.completions(keys.tag_of(index)) for index in range(self._partitions)]
+        names = [keys.completions(keys.slot_tag(index)) for index in range(self._partitions)]
         request = b"".join(pack_command(b"XINFO", b"STREAM", name) for name in names)
         for index, reply in enumerate((yield Step(request, replies=len(names)))):
             if isinstance(reply, Exception) and "no such key" in str(reply):

@@ -17,14 +17,14 @@ _BACKLOG_MS = 2_000
 
 
 def cancel_flow(
-    flow_id: str, tag: str, reason: str, policy: CancelFlowPolicy, wait_s: float | None
+    flow_id: str, slot_tag: str, reason: str, policy: CancelFlowPolicy, wait_s: float | None
 ) -> Flow[CancelFlowOutcome]:
     """Cancel a flow; then, for up to *wait_s*, cancel its members and wait until those it concerns have ended.
 
     Raises:
         DeadlineExceeded: Members had not ended in time; a supervisor goes on.
     """
-    cancel = ops.cancel_flow(flow_id, tag, reason, policy, _BACKLOG_MS)
+    cancel = ops.cancel_flow(flow_id, slot_tag, reason, policy, _BACKLOG_MS)
     (reply,) = yield Step(cancel.request())
     held, still_open = cancel.answer(reply)
     cancelled = 0
@@ -33,13 +33,13 @@ def cancel_flow(
     deadline = time.monotonic() + wait_s
     while True:
         count, left = yield from hinted(
-            ops.cancel_members(flow_id, tag, MEMBERS_A_CALL), keys.index_of(tag)
+            ops.cancel_members(flow_id, slot_tag, MEMBERS_A_CALL), keys.index_of(slot_tag)
         )
         cancelled += count
         if left == 0:
             break
         if time.monotonic() >= deadline:
             raise DeadlineExceeded
-    describe = ops.describe_flow(flow_id, tag)
+    describe = ops.describe_flow(flow_id, slot_tag)
     (reply,) = yield Step(describe.request())
     return CancelFlowOutcome(held, cancelled, len(describe.answer(reply).open_members))

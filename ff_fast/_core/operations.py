@@ -125,9 +125,9 @@ def create(
         eid = keys.execution_id_for_flow(flow, partitions)
     else:
         eid = keys.new_execution_id(partitions)
-    if flow and keys.partition_tag(eid) != keys.flow_tag(flow, partitions):
+    if flow and keys.slot_tag_of(eid) != keys.flow_slot_tag(flow, partitions):
         raise InvalidInput("An execution of a flow must have an id in the flow's partition.")
-    if parent and keys.partition_tag(eid) != keys.partition_tag(parent):
+    if parent and keys.slot_tag_of(eid) != keys.slot_tag_of(parent):
         raise InvalidInput("A child must have an id in its parent's partition.")
     op = ops.create_execution(
         eid,
@@ -419,7 +419,7 @@ def create_flow(flow_id: str | None, namespace: str, partitions: int) -> Call[st
     """Return the checked operation of `create_flow`."""
     identity = keys.new_uuid() if flow_id is None else keys.canonical_uuid("flow_id", flow_id)
     op = ops.create_flow(
-        identity, keys.flow_tag(identity, partitions), keys.free_text("namespace", namespace)
+        identity, keys.flow_slot_tag(identity, partitions), keys.free_text("namespace", namespace)
     )
 
     def flow() -> Flow[str]:
@@ -438,10 +438,10 @@ def cancel_flow(
     if not isinstance(wait, CancelFlowWait):
         raise InvalidType("wait must be a CancelFlowWait.")
     identity = keys.canonical_uuid("flow_id", flow_id)
-    tag = keys.flow_tag(identity, partitions)
+    slot_tag = keys.flow_slot_tag(identity, partitions)
     why = keys.free_text("reason", reason, 4096, error=InvalidInput)
     wait_s = (wait.timeout if wait.timeout is not None else float("inf")) if wait.wait else None
-    return Call(lambda: flows.cancel_flow(identity, tag, why, policy, wait_s))
+    return Call(lambda: flows.cancel_flow(identity, slot_tag, why, policy, wait_s))
 
 
 def set_tags(execution_id: str, tags: Mapping[str, str]) -> Call[int]:

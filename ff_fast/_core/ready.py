@@ -49,7 +49,9 @@ def create(op: ops.Op[tuple[None, ops.Hints]], execution_id: str) -> Flow[str]:
 def sweep(lane: str, partitions: int) -> Flow[bool]:
     """Look at the head of every partition and put the hints that are missing; True where there is work."""
     request = b"".join(
-        pack_command(b"ZRANGE", keys.eligible(keys.tag_of(index), lane), b"0", b"0", b"WITHSCORES")
+        pack_command(
+            b"ZRANGE", keys.eligible(keys.slot_tag(index), lane), b"0", b"0", b"WITHSCORES"
+        )
         for index in range(partitions)
     )
     heads = yield Step(request, replies=partitions)

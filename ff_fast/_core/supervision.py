@@ -39,7 +39,7 @@ class Supervision:
         while offsets:
             request = b"".join(
                 pack_command(
-                    b"ZRANGEBYSCORE", keys.timers(keys.tag_of(index)), b"-inf", now,
+                    b"ZRANGEBYSCORE", keys.timers(keys.slot_tag(index)), b"-inf", now,
                     b"LIMIT", b"%d" % offset, b"%d" % _DUE_A_CALL,
                 )
                 for index, offset in offsets.items()
@@ -58,7 +58,7 @@ class Supervision:
         return fired
 
     def _fire(self, partition: int, members: list[bytes]) -> Flow[tuple[int, int]]:
-        tag = keys.tag_of(partition)
+        slot_tag = keys.slot_tag(partition)
         stayed = done = 0
         hints: ops.Hints = []
         timers = []
@@ -74,10 +74,10 @@ class Supervision:
                 continue
             found = re.fullmatch(r"(\{fp:\d+\}:[0-9a-f-]{36})(?::(.*))?", rest)
             # What names nothing of this partition is dropped by the call.
-            execution_id, more = f"{tag}:", ""
-            if found and found[1].startswith(f"{tag}:"):
+            execution_id, more = f"{slot_tag}:", ""
+            if found and found[1].startswith(f"{slot_tag}:"):
                 execution_id, more = found[1], found[2] or ""
-            timers.append(ops.fire_timer(tag, member, kind, execution_id, more, self._scope))
+            timers.append(ops.fire_timer(slot_tag, member, kind, execution_id, more, self._scope))
         replies: list[object] = []
         if timers:
             replies = yield Step(b"".join(op.request() for op in timers), replies=len(timers))
@@ -96,12 +96,14 @@ class Supervision:
 
     def _cancel_members(self, flow_id: str, partition: int) -> Flow[int | None]:
         """Cancel some members of a cancelled flow; 0 where none is left, None for another supervisor's flow."""
-        tag = keys.tag_of(partition)
+        slot_tag = keys.slot_tag(partition)
         if self._scope.namespace is not None:
-            (reply,) = yield Step(pack_command(b"HGET", keys.flow(tag, flow_id), b"namespace"))
+            (reply,) = yield Step(pack_command(b"HGET", keys.flow(slot_tag, flow_id), b"namespace"))
             if isinstance(reply, bytes) and reply != self._scope.namespace.encode():
                 return None
-        _, left = yield from hinted(ops.cancel_members(flow_id, tag, MEMBERS_A_CALL), partition)
+        _, left = yield from hinted(
+            ops.cancel_members(flow_id, slot_tag, MEMBERS_A_CALL), partition
+        )
         return left
 
 
@@ -113,7 +115,7 @@ def find_reclaimable(partitions: int, limit: int) -> Flow[list[ReclaimToken]]:
     while indexes:
         request = b"".join(
             pack_command(
-                b"ZRANGEBYSCORE", keys.timers(keys.tag_of(index)), b"-inf", b"%d" % now,
+                b"ZRANGEBYSCORE", keys.timers(keys.slot_tag(index)), b"-inf", b"%d" % now,
                 b"LIMIT", b"%d" % offset, b"%d" % _DUE_A_CALL,
             )
             for index in indexes
@@ -145,7 +147,7 @@ def reclaim_token(execution_id: str, lane: str, now_ms: int) -> ReclaimToken:
     """Return the token that names an execution to be taken over; the claim itself checks that it may be."""
     grant = ReclaimGrant(
         execution_id=execution_id,
-        partition_key=keys.partition_tag(execution_id),
+        partition_key=keys.slot_tag_of(execution_id),
         grant_key=keys.core(execution_id).decode(),
         expires_at_ms=now_ms + _GRANT_MS,
         lane_id=lane,
