@@ -199,10 +199,11 @@ local function stored_id(log_key, live_key, sequence)
   return '0-' .. ff.text(sequence)
 end
 
--- Slot tag, execution id and attempt index of a meta key.
+-- Slot tag, execution id and attempt, `<execution id>:<index>`, of a meta key.
 local function split_meta_key(meta_key)
-  local slot_tag, id, index = string.match(meta_key, '^ff:stream:(%b{}):(.+):(%d+):meta$')
-  return slot_tag or '', id or '', index or ''
+  local slot_tag, attempt = string.match(meta_key, '^ff:stream:(%b{}):(.+:%d+):meta$')
+  attempt = attempt or ''
+  return slot_tag or '', string.match(attempt, '^(.*):') or '', attempt
 end
 
 -- Why an append with this writer is refused, in the order of the reasons.
@@ -326,9 +327,9 @@ local function check_blocks(args)
 end
 
 -- Stores the payloads of a log block from `from` to before `after`, each with the block's fields, under the sequences
--- after `sequence`. Returns the id of the last one.
-local function write_log_frames(log_key, args, from, after, first_field, last_field, ms, sequence)
-  local call, format = redis.call, string.format
+-- after `sequence`. Returns the id of the last one. The caller passes redis.call and string.format, as each look-up
+-- of a global costs as much as a function call.
+local function write_log_frames(call, format, log_key, args, from, after, first_field, last_field, ms, sequence)
   -- Only the first id is spelled with its sequence. The server counts on from it, which saves a text for each frame.
   local next_id = format('%s-%d', ms, sequence + 1)
   local last_id = next_id
@@ -404,8 +405,7 @@ end
 
 -- Stores every block of a checked batch, less its first `skip` frames, whose sequences begin after `sequence`; `id`
 -- is the id of the last stored frame. Returns the id of the last frame.
-local function write_blocks(args, keys, now, ms, id, sequence, skip, first_applied)
-  local call = redis.call
+local function write_blocks(call, format, args, keys, now, ms, id, sequence, skip, first_applied)
   local meta_key, log_key, live_key, summary_key = keys[1], keys[2], keys[3] or keys[2], keys[4]
   local at, last = 3, #args
   while at <= last do
@@ -424,12 +424,12 @@ local function write_blocks(args, keys, now, ms, id, sequence, skip, first_appli
           local left_out = math.min(skip, count)
           from, sequence, skip = from + left_out, sequence + left_out, skip - left_out
         end
-        id = write_log_frames(log_key, args, from, at, first_field, last_field, ms, sequence)
+        id = write_log_frames(call, format, log_key, args, from, at, first_field, last_field, ms, sequence)
         sequence = sequence + (at - from)
       else
         local value, kept = args[from], count
         sequence = sequence + count
-        id = string.format('%s-%d', ms, sequence)
+        id = format('%s-%d', ms, sequence)
         if skip >= count then
           kept, skip = 0, skip - count
         elseif skip > 0 then
@@ -529,8 +529,8 @@ redis.register_function('ff_append', function(keys, args)
       return ff.err('sequence_gap', ff.text(stored + 1), ff.text(sequence + 1))
     end
     if skip >= total then
-      local slot_tag, id, index = split_meta_key(meta_key)
-      local log_key, window_key = ff.key('stream', slot_tag, id, index), ff.key('live', slot_tag, id, index)
+      local slot_tag, _, attempt = split_meta_key(meta_key)
+      local log_key, window_key = ff.key('stream', slot_tag, attempt), ff.key('live', slot_tag, attempt)
       return position(stored_id(log_key, window_key, sequence + total), now, expires_at, cancel_requested)
     end
     skipped = skipped_patches(args, skip)
@@ -557,7 +557,7 @@ redis.register_function('ff_append', function(keys, args)
   if now > ms then
     ms = now
   end
-  local id = write_blocks(args, keys, now, ms, last_id, sequence, skip, first_applied)
+  local id = write_blocks(call, format, args, keys, now, ms, last_id, sequence, skip, first_applied)
   if total > 0 then
     call('HSET', meta_key, 'last_id', id)
   end

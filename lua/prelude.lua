@@ -15,43 +15,48 @@ ff.MAX_RUN_BYTES = 2097152
 -- The field list of a stream entry is unpacked onto the Lua stack; this bound is far below the stack's limit.
 ff.MAX_FIELDS = 32
 
--- Every key that Lua code spells. The first %s is the slot tag, `{fp:N}`; the table in ff_fast/keys.py names the others
--- and says what each key holds.
+-- Every key that Lua code spells, in the parts around its slot tag, `{fp:N}`, and its owner: an execution, an attempt
+-- as `<execution id>:<index>`, a waitpoint, a signal, a lane or a flow. The table in ff_fast/keys.py says what each
+-- key holds. Parts are joined at half the price of string.format, and the end of an execution needs some 40 keys.
 ff.KEYS = {
-  core = 'ff:exec:%s:%s:core',
-  payload = 'ff:exec:%s:%s:payload',
-  result = 'ff:exec:%s:%s:result',
-  tags = 'ff:exec:%s:%s:tags',
-  usage = 'ff:exec:%s:%s:usage',
-  usage_dedup = 'ff:exec:%s:%s:usage:dedup',
-  history = 'ff:exec:%s:%s:history',
-  children = 'ff:exec:%s:%s:children',
-  waitpoints = 'ff:exec:%s:%s:waitpoints',
-  tokens = 'ff:exec:%s:%s:tokens',
-  signals = 'ff:exec:%s:%s:signals',
-  signals_buffered = 'ff:exec:%s:%s:signals:buffered',
-  signals_dedup = 'ff:exec:%s:%s:signals:dedup',
-  suspension = 'ff:exec:%s:%s:suspension:current',
-  suspension_signals = 'ff:exec:%s:%s:suspension:signals',
-  attempt = 'ff:attempt:%s:%s:%s',
-  summary = 'ff:attempt:%s:%s:%s:summary',
-  stream = 'ff:stream:%s:%s:%s',
-  live = 'ff:stream:%s:%s:%s:live',
-  meta = 'ff:stream:%s:%s:%s:meta',
-  waitpoint = 'ff:wp:%s:%s',
-  signal = 'ff:signal:%s:%s',
-  eligible = 'ff:idx:%s:lane:%s:eligible',
-  timers = 'ff:idx:%s:timers',
-  completions = 'ff:part:%s:completions',
-  waitpoint_secrets = 'ff:sec:%s:waitpoint_hmac',
-  flow = 'ff:flow:%s:%s',
-  flow_members = 'ff:flow:%s:%s:members',
-  flow_open = 'ff:flow:%s:%s:open',
+  core = { 'ff:exec:', ':', ':core' },
+  payload = { 'ff:exec:', ':', ':payload' },
+  result = { 'ff:exec:', ':', ':result' },
+  tags = { 'ff:exec:', ':', ':tags' },
+  usage = { 'ff:exec:', ':', ':usage' },
+  usage_dedup = { 'ff:exec:', ':', ':usage:dedup' },
+  history = { 'ff:exec:', ':', ':history' },
+  children = { 'ff:exec:', ':', ':children' },
+  waitpoints = { 'ff:exec:', ':', ':waitpoints' },
+  tokens = { 'ff:exec:', ':', ':tokens' },
+  signals = { 'ff:exec:', ':', ':signals' },
+  signals_buffered = { 'ff:exec:', ':', ':signals:buffered' },
+  signals_dedup = { 'ff:exec:', ':', ':signals:dedup' },
+  suspension = { 'ff:exec:', ':', ':suspension:current' },
+  suspension_signals = { 'ff:exec:', ':', ':suspension:signals' },
+  attempt = { 'ff:attempt:', ':', '' },
+  summary = { 'ff:attempt:', ':', ':summary' },
+  stream = { 'ff:stream:', ':', '' },
+  live = { 'ff:stream:', ':', ':live' },
+  meta = { 'ff:stream:', ':', ':meta' },
+  waitpoint = { 'ff:wp:', ':', '' },
+  signal = { 'ff:signal:', ':', '' },
+  eligible = { 'ff:idx:', ':lane:', ':eligible' },
+  timers = { 'ff:idx:', ':timers' },
+  completions = { 'ff:part:', ':completions' },
+  waitpoint_secrets = { 'ff:sec:', ':waitpoint_hmac' },
+  flow = { 'ff:flow:', ':', '' },
+  flow_members = { 'ff:flow:', ':', ':members' },
+  flow_open = { 'ff:flow:', ':', ':open' },
 }
 
--- The key of that name in ff.KEYS; `...` is what it names behind the slot tag.
-function ff.key(name, slot_tag, ...)
-  return string.format(ff.KEYS[name], slot_tag, ...)
+-- The key of that name in ff.KEYS. A key of the partition itself has no owner.
+function ff.key(name, slot_tag, owner)
+  local parts = ff.KEYS[name]
+  if owner then
+    return parts[1] .. slot_tag .. parts[2] .. owner .. parts[3]
+  end
+  return parts[1] .. slot_tag .. parts[2]
 end
 
 -- The slot tag of a key, `{fp:N}`. All keys of one call share it.

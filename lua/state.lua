@@ -30,6 +30,8 @@ ff.END_REASONS = {
 local COMPLETION_PAYLOAD = 65536
 local COMPLETION_MAXLEN = '10000'
 
+local KEYS = ff.KEYS
+
 -- Keys that expire together after the execution has ended.
 local EXECUTION_KEYS = {
   'core', 'payload', 'result', 'tags', 'usage', 'usage_dedup', 'waitpoints', 'tokens', 'signals', 'signals_buffered',
@@ -71,12 +73,13 @@ end
 
 -- A key of the execution, by its name in ff.KEYS.
 function ff.execution_key(execution, name)
-  return ff.key(name, execution.slot_tag, execution.id)
+  local parts = KEYS[name]
+  return parts[1] .. execution.slot_tag .. parts[2] .. execution.id .. parts[3]
 end
 
 -- A key of one attempt, by its name in ff.KEYS.
 function ff.attempt_key(execution, name, index)
-  return ff.key(name, execution.slot_tag, execution.id, index)
+  return ff.key(name, execution.slot_tag, execution.id .. ':' .. index)
 end
 
 function ff.waitpoint_key(execution, waitpoint_id)

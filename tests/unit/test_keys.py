@@ -308,16 +308,19 @@ def test_slots(key, hashed):
     assert keys.key_slot(key) == crc_hqx(hashed, 0) % 16_384
 
 
-LUA_KEYS = dict(
-    re.findall(
-        r"^  (\w+) = '(ff:[^']+)',$",
+LUA_KEYS = {
+    name: re.findall(r"'([^']*)'", parts)
+    for name, parts in re.findall(
+        r"^  (\w+) = \{ (.*) \},$",
         re.search(
-            r"^ff\.KEYS = \{\n(.*?)^\}", _library._read_parts()["prelude"], re.MULTILINE | re.DOTALL
+            r"^ff\.KEYS = \{\n(.*?)^\}",
+            _library._read_parts()["prelude"],
+            re.MULTILINE | re.DOTALL,
         )[1],
         re.MULTILINE,
     )
-)
-PLACES = re.compile(r"\{fp:N\}|<\w+>")
+}
+PLACES = re.compile(r"\{fp:N\}|<eid>:<i>|<\w+>")
 
 
 def test_the_table_is_complete_and_names_each_key_once():
@@ -334,7 +337,7 @@ def test_the_table_is_complete_and_names_each_key_once():
 
 @pytest.mark.parametrize("name", LUA_KEYS)
 def test_lua_spells_a_key_as_the_table_does(name):
-    assert PLACES.sub("%s", TABLE[name].pattern) == LUA_KEYS[name]
+    assert PLACES.split(TABLE[name].pattern) == LUA_KEYS[name]
 
 
 SAMPLES = {
