@@ -422,6 +422,16 @@ def ring(world):
     world.raw.delete(keys.waitpoint_secrets(keys.slot_tag(partition)))
 
 
+@pytest.mark.parametrize("kid", ["", "k.1", "k:1", "k 1", "é", "k" * 65])
+def test_the_server_refuses_a_kid_that_is_no_opaque_id(world, ring, kid):
+    _, handle, rotate = ring
+    with pytest.raises(errors.InvalidInput):
+        rotate(kid, b"s" * 32)
+    op = ops.create_waitpoint(ops.Attempt.of(handle), keys.new_uuid(), 1_000, kid, "5e" * 32)
+    with pytest.raises(errors.InvalidInput):
+        world.backend._call(op)
+
+
 def test_k1_a_key_that_came_back_keeps_its_tokens(world, ring):
     eid, handle, rotate = ring
     secrets = {name: os.urandom(32) for name in "ABC"}
