@@ -33,10 +33,12 @@ test: build ## Run the whole suite but the packaging tests: make test ARGS="test
 	$(BIN)/python -m pytest -n 2 -p no:benchmark -m "not packaging" $(ARGS)
 
 # cython-lint runs pycodestyle from PATH.
-lint: build ## Check style: ruff, ruff format, cython-lint
+lint: build ## Check style: ruff, ruff format, cython-lint, luacheck
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint ff_fast
+	@if command -v luacheck >/dev/null; then $(BIN)/python -m tools.assemble_lua --check; \
+	else echo "lua/ is NOT checked: luacheck is not installed (Debian: apt install lua-check)"; fi
 
 types: build ## Check types: mypy --strict, and the stubs against the compiled modules
 	$(BIN)/mypy --strict

@@ -1,12 +1,11 @@
 """The Lua library: which parts, in which order, as one ``FUNCTION LOAD`` source.
 
-The source of truth is ``lua/*.lua``.  The prelude comes first and alone may define names
-that other parts see (one shared table, ``ff``); each other part stands in a ``do … end``
-block of its own, because a Lua function has room for 200 locals and 60 upvalues, and the
-whole library is one function.
+The source is ``lua/*.lua``.  The prelude comes first and is the only part whose names the
+others see: one shared table, ``ff``.  Each other part gets a ``do … end`` block of its own,
+because the whole library is one Lua function, and that has room for 200 locals and 60 upvalues.
 
-The library's version is a digest of its text, so any edit counts and nothing is bumped by
-hand.  ``CONTRACT`` orders versions: it grows when callers of the old library would break.
+The library's version is a digest of its text, so every edit changes it.  ``CONTRACT`` orders
+versions: it grows when callers of the old library would break.
 """
 
 from __future__ import annotations
@@ -52,9 +51,10 @@ FIELDS: tuple[Field, ...] = ("keys", "args", "returns", "errors")
 class Header(NamedTuple):
     """What the comment above a Lua function declares.
 
-    ``tails`` holds, for each field that ends in ``...``, the words that repeat there, zero or
-    more times as a group; the field itself holds the words before them.  ``where`` is the header's
-    place, as ``lua/lease.lua:12``.
+    Attributes:
+        tails: For each field that ends in ``...``, the words that repeat at its end, as a group, zero
+            or more times.  The field itself holds the words before them.
+        where: Place of the header, as ``lua/lease.lua:12``.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Header(NamedTuple):
 class _Assembly(NamedTuple):
     text: str
     digest: str
-    lines: tuple[str, ...]  # lines[n - 1] says where line n of text was written
+    lines: tuple[str, ...]  # lines[n - 1] is the place in lua/ of line n of text
 
 
 def _folder() -> Traversable:
@@ -96,13 +96,13 @@ def _read_parts() -> dict[str, str]:
 
 
 def _assemble(texts: dict[str, str]) -> _Assembly:
-    # The server cuts the shebang out but not its line end, so its line counts.
+    # The server removes the shebang but keeps its line end, so its line counts.
     lines = [(f"#!lua name={NAME}", f"lua/{PARTS[0]}.lua:1")]
     for part, text in texts.items():
         written = text.splitlines()
         placed = [(line, f"lua/{part}.lua:{n}") for n, line in enumerate(written, start=1)]
         if part != PARTS[0]:
-            # Lua reports an unclosed block where the enclosing one ends.
+            # Lua reports an unclosed block at the end of the enclosing one.
             placed = [
                 ("do", f"lua/{part}.lua:1"),
                 *placed,
@@ -125,15 +125,15 @@ def source() -> str:
 
 
 def digest() -> str:
-    """Return the library's version: it changes when, and only when, its text does."""
+    """Return the library's version, which changes exactly when its text does."""
     return _assembled().digest
 
 
 def line_of(assembled_line: int) -> str:
-    """Return where line *assembled_line* of :func:`source` was written.
+    """Return the place in ``lua/`` of line *assembled_line* of :func:`source`.
 
-    The server counts lines of the assembled text (``@user_function:412``); people edit
-    ``lua/append.lua:17``.
+    The server's errors count lines of the assembled text (``@user_function:412``); the place is
+    what people edit (``lua/append.lua:17``).
 
     Raises:
         ValueError: The source has no such line.
@@ -197,8 +197,8 @@ def _parse_headers(part: str, text: str) -> dict[str, Header]:
 def headers() -> dict[str, Header]:
     """Return the header of every Lua function, by name.
 
-    A header is a comment of this form; a field may go on in deeper-indented lines, a field
-    without words stays empty, and the last word (``frame...``) or a group of words
+    A header is a comment of the form below.  A field may continue in deeper-indented lines, and a
+    field without words stays empty.  The last word (``frame...``) or a group of words
     (``(field value)...``) may repeat, zero or more times::
 
         -- ff_renew_lease

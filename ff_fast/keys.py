@@ -3,28 +3,49 @@
 An id is checked and brought to its one canonical form when it enters the library; from then on it
 is plain text.  The key functions take canonical text and check nothing again.
 
-Every key of an execution carries the hash tag of its partition, ``{fp:N}``, so one call touches one
-slot.  ``<eid>`` is the execution id and contains the tag as well, ``<i>`` is the attempt index::
+Every key of an execution carries the slot tag of its partition, ``{fp:N}``, so one call touches one
+slot.  (A cluster calls it a hash tag: only the text in the braces decides the slot.)  These are all
+keys::
 
-    ff:exec:{fp:N}:<eid>:core                 core(eid)
-    ff:exec:{fp:N}:<eid>:payload              payload(eid)
-    ff:exec:{fp:N}:<eid>:result               result(eid)
-    ff:exec:{fp:N}:<eid>:tags                 tags(eid)
-    ff:exec:{fp:N}:<eid>:usage                usage(eid)
-    ff:exec:{fp:N}:<eid>:history              history(eid)
-    ff:attempt:{fp:N}:<eid>:<i>               attempt(eid, i)
-    ff:attempt:{fp:N}:<eid>:<i>:summary       summary(eid, i)
-    ff:stream:{fp:N}:<eid>:<i>                stream(eid, i)      the log
-    ff:stream:{fp:N}:<eid>:<i>:live           live(eid, i)        the live window
-    ff:stream:{fp:N}:<eid>:<i>:meta           meta(eid, i)
-    ff:idx:{fp:N}:lane:<lane>:eligible        eligible(tag, lane)
-    ff:idx:{fp:N}:timers                      timers(tag)
-    ff:part:{fp:N}:completions                completions(tag)
-    ff:sec:{fp:N}:waitpoint_hmac              waitpoint_secrets(tag)
-    ff:flow:{fp:N}:<flow>                     flow(tag, flow), with :members and :open
-    ff:budget:{b:<budget>}:limits             budget_limits(budget), a slot of its own
-    ff:lane:{<lane>}:ready                    ready(lane)         a slot of its own
-    ff:config:partitions                      PARTITIONS_CONFIG
+    ff:exec:{fp:N}:<eid>:core                core                hash    state, current attempt, lease
+    ff:exec:{fp:N}:<eid>:payload             payload             string  the input
+    ff:exec:{fp:N}:<eid>:result              result              string  the output
+    ff:exec:{fp:N}:<eid>:tags                tags                hash    user tags
+    ff:exec:{fp:N}:<eid>:usage               usage               hash    dimension to amount
+    ff:exec:{fp:N}:<eid>:usage:dedup         usage_dedup         hash    reports that were added
+    ff:exec:{fp:N}:<eid>:history             history             stream  transitions
+    ff:exec:{fp:N}:<eid>:children            children            set     children that have not ended
+    ff:exec:{fp:N}:<eid>:waitpoints          waitpoints          set     ids of its waitpoints
+    ff:exec:{fp:N}:<eid>:tokens              tokens              hash    SHA-1 of a token to waitpoint
+    ff:exec:{fp:N}:<eid>:signals             signals             list    every signal, <waitpoint>:<id>
+    ff:exec:{fp:N}:<eid>:signals:buffered    signals_buffered    list    signals before a suspension
+    ff:exec:{fp:N}:<eid>:signals:dedup       signals_dedup       hash    idempotency key to signal
+    ff:exec:{fp:N}:<eid>:suspension:current  suspension          hash    the last suspension
+    ff:exec:{fp:N}:<eid>:suspension:signals  suspension_signals  list    signals that contributed to it
+    ff:attempt:{fp:N}:<eid>:<i>              attempt             hash    worker and start of an attempt
+    ff:attempt:{fp:N}:<eid>:<i>:summary      summary             hash    the rolling summary
+    ff:stream:{fp:N}:<eid>:<i>               stream              stream  the log
+    ff:stream:{fp:N}:<eid>:<i>:live          live                stream  the live window
+    ff:stream:{fp:N}:<eid>:<i>:meta          meta                hash    last id, writer, lease, end
+    ff:wp:{fp:N}:<waitpoint>                 waitpoint           hash    state of a waitpoint
+    ff:signal:{fp:N}:<signal>                signal              hash    one delivered signal
+    ff:idx:{fp:N}:lane:<lane>:eligible       eligible            zset    executions that can be claimed
+    ff:idx:{fp:N}:timers                     timers              zset    what is due at some time
+    ff:part:{fp:N}:completions               completions         stream  executions that ended
+    ff:sec:{fp:N}:waitpoint_hmac             waitpoint_secrets   hash    secrets that sign tokens
+    ff:flow:{fp:N}:<flow>                    flow                hash    state of a flow
+    ff:flow:{fp:N}:<flow>:members            flow_members        set     its executions
+    ff:flow:{fp:N}:<flow>:open               flow_open           set     those that have not ended
+    ff:budget:{b:<budget>}:limits            budget_limits       hash    hard and soft limits
+    ff:budget:{b:<budget>}:usage             budget_usage        hash    dimension to amount
+    ff:budget:{b:<budget>}:charge:<charge>   budget_charge       hash    what one report added
+    ff:lane:{<lane>}:ready                   ready               zset    partitions with work
+    ff:config:partitions                     PARTITIONS_CONFIG   string  the partition count
+
+``<eid>`` is the execution id and contains the slot tag as well; ``<i>`` is the attempt index; a
+``<signal>`` is ``<waitpoint>:<signal id>``.  The second column is the name of a function here, of a row
+of ``ff.KEYS`` in ``lua/prelude.lua``, or of both: a key has one name.  A budget, a lane and the
+configuration have slots of their own, because executions of all partitions use them.
 
 A lane's name may hold any printable character.  In a key everything but ``A-Z a-z 0-9 . _ ~ -`` is
 percent-encoded, so that no lane closes the braces, adds a part to the key, or acts as a wildcard in
@@ -49,6 +70,7 @@ FREE_TEXT_LIMIT = 256
 
 SLOTS = 16_384
 PARTITIONS_CONFIG = b"ff:config:partitions"
+"""The partition count of the deployment, stored once; ``ff_version`` answers it."""
 
 # Patterns are text: re compiles and keeps them at their first use, not at import.
 _UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
@@ -57,7 +79,7 @@ _LANE = r"[\x20-\x7e]{1,64}"
 # C0, DEL, C1 and the two Unicode line separators: what breaks a log line or a terminal.
 _CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
 _TAG_KEY = r"[a-z][a-z0-9_]*\.[a-z0-9_][a-z0-9_.]*"
-_OPAQUE_ID = r"[A-Za-z0-9_-]{1,64}"
+OPAQUE_ID = r"[A-Za-z0-9_-]{1,64}"
 _NOT_PLAIN = r"[^A-Za-z0-9._~-]"
 
 
@@ -84,18 +106,18 @@ def execution_id_for_flow(flow_id: str, num_partitions: int = DEFAULT_PARTITIONS
         InvalidId: *flow_id* is not a UUID in its hyphenated form.
     """
     check_int("num_partitions", num_partitions, 1, MAX_PARTITIONS)
-    return f"{flow_tag(flow_id, num_partitions)}:{_uuid_text(_new_uuid())}"
+    return f"{flow_slot_tag(flow_id, num_partitions)}:{_uuid_text(_new_uuid())}"
 
 
-def flow_tag(flow_id: str, num_partitions: int = DEFAULT_PARTITIONS) -> str:
-    """Return the hash tag of the partition that a flow and its executions live in."""
+def flow_slot_tag(flow_id: str, num_partitions: int = DEFAULT_PARTITIONS) -> str:
+    """Return the slot tag of the partition of a flow and its executions."""
     flow_bytes = bytes.fromhex(canonical_uuid("flow_id", flow_id).replace("-", ""))
-    return tag_of(crc_hqx(flow_bytes, 0) % num_partitions)
+    return slot_tag(crc_hqx(flow_bytes, 0) % num_partitions)
 
 
 def new_execution_id_beside(eid: str) -> str:
     """Return a fresh execution id in the partition of another execution."""
-    return f"{partition_tag(eid)}:{_uuid_text(_new_uuid())}"
+    return f"{slot_tag_of(eid)}:{_uuid_text(_new_uuid())}"
 
 
 def canonical_execution_id(text: str | bytes) -> str:
@@ -121,8 +143,8 @@ def canonical_execution_id(text: str | bytes) -> str:
     return f"{{fp:{found[1]}}}:{found[2].lower()}"
 
 
-def partition_tag(eid: str) -> str:
-    """Return the hash tag of a canonical execution id, such as ``{fp:86}``."""
+def slot_tag_of(eid: str) -> str:
+    """Return the slot tag of a canonical execution id, such as ``{fp:86}``."""
     return eid[: eid.index("}") + 1]
 
 
@@ -131,16 +153,16 @@ def partition_index(eid: str) -> int:
     return int(eid[4 : eid.index("}")])
 
 
-def tag_of(partition: int) -> str:
-    """Return the hash tag of a partition, ``{fp:N}``; N is 0 to 65535."""
+def slot_tag(partition: int) -> str:
+    """Return the slot tag of a partition, ``{fp:N}``; N is 0 to 65535."""
     return f"{{fp:{check_int('partition', partition, 0, 65_535)}}}"
 
 
 def index_of(text: str) -> int:
-    """Return the partition that a tag, a key or an execution id names, from its ``{fp:N}``."""
+    """Return the partition that a slot tag, a key or an execution id names by its ``{fp:N}``."""
     found = re.search(r"\{fp:(\d+)\}", text)
     if found is None:
-        raise InvalidId("The text must hold a partition's hash tag, such as {fp:7}.")
+        raise InvalidId("The text must hold a partition's slot tag, such as {fp:7}.")
     return int(found[1])
 
 
@@ -163,12 +185,14 @@ def canonical_uuid(name: str, text: str) -> str:
 def opaque_id(name: str, text: str) -> str:
     """Return *text* if it is an id that only its maker reads: 1 to 64 of ``A-Z a-z 0-9 _ -``.
 
+    A kid, the id of a secret that signs waitpoint tokens, has this form too; Lua checks it again.
+
     Raises:
         InvalidId: It is not; the message names *name* and never the value, which may be a secret.
         InvalidType: The value is not ``str``.
     """
     _check_str(name, text)
-    if re.fullmatch(_OPAQUE_ID, text) is None:
+    if re.fullmatch(OPAQUE_ID, text) is None:
         raise InvalidId(f"{name} must be 1 to 64 letters, digits, '_' or '-'.")
     return text
 
@@ -318,63 +342,58 @@ def live(eid: str, index: int) -> bytes:
 
 
 def meta(eid: str, index: int) -> bytes:
-    """Hash: sequence, counters, writer and end of an attempt's stream."""
+    """Hash: last id, writer, lease and end of an attempt's stream."""
     return _attempt("stream", eid, index, ":meta")
 
 
 def _execution(eid: str, name: str) -> bytes:
-    return f"ff:exec:{partition_tag(eid)}:{eid}:{name}".encode("ascii")
+    return f"ff:exec:{slot_tag_of(eid)}:{eid}:{name}".encode("ascii")
 
 
 def _attempt(family: str, eid: str, index: int, suffix: str = "") -> bytes:
-    return f"ff:{family}:{partition_tag(eid)}:{eid}:{index}{suffix}".encode("ascii")
+    return f"ff:{family}:{slot_tag_of(eid)}:{eid}:{index}{suffix}".encode("ascii")
 
 
-# -- keys of a partition (tag is {fp:N}) and of a lane ---------------------------------------------
+# -- keys of a partition, of a budget and of a lane ------------------------------------------------
 
 
-def eligible(tag: str, lane: str) -> bytes:
+def eligible(slot_tag: str, lane: str) -> bytes:
     """Sorted set: executions of a lane in one partition that can be claimed."""
-    return f"ff:idx:{tag}:lane:{_lane_in_key(lane)}:eligible".encode("ascii")
+    return f"ff:idx:{slot_tag}:lane:{_lane_in_key(lane)}:eligible".encode("ascii")
 
 
-def core_prefix(tag: str) -> bytes:
-    """What stands before the execution id in the core keys of one partition: a claim picks the id on the server."""
-    return f"ff:exec:{tag}:".encode("ascii")
+def timers(slot_tag: str) -> bytes:
+    """Sorted set: timers of one partition, by the time at which they are due."""
+    return f"ff:idx:{slot_tag}:timers".encode("ascii")
 
 
-def timers(tag: str) -> bytes:
-    """Sorted set: everything in one partition that is due at some time."""
-    return f"ff:idx:{tag}:timers".encode("ascii")
-
-
-def completions(tag: str) -> bytes:
+def completions(slot_tag: str) -> bytes:
     """Stream: executions of one partition that ended."""
-    return f"ff:part:{tag}:completions".encode("ascii")
+    return f"ff:part:{slot_tag}:completions".encode("ascii")
 
 
-def waitpoint_secrets(tag: str) -> bytes:
-    """Hash: the keys that sign waitpoint tokens in one partition."""
-    return f"ff:sec:{tag}:waitpoint_hmac".encode("ascii")
+def waitpoint_secrets(slot_tag: str) -> bytes:
+    """Hash: the secrets that sign waitpoint tokens in one partition."""
+    return f"ff:sec:{slot_tag}:waitpoint_hmac".encode("ascii")
 
 
-def flow(tag: str, flow_id: str) -> bytes:
+def flow(slot_tag: str, flow_id: str) -> bytes:
     """Hash: state of a flow."""
-    return f"ff:flow:{tag}:{flow_id}".encode("ascii")
+    return f"ff:flow:{slot_tag}:{flow_id}".encode("ascii")
 
 
-def flow_members(tag: str, flow_id: str) -> bytes:
+def flow_members(slot_tag: str, flow_id: str) -> bytes:
     """Set: executions of a flow."""
-    return flow(tag, flow_id) + b":members"
+    return flow(slot_tag, flow_id) + b":members"
 
 
-def flow_open(tag: str, flow_id: str) -> bytes:
+def flow_open(slot_tag: str, flow_id: str) -> bytes:
     """Set: executions of a flow that have not ended."""
-    return flow(tag, flow_id) + b":open"
+    return flow(slot_tag, flow_id) + b":open"
 
 
 def budget_limits(budget_id: str) -> bytes:
-    """Hash: limits of a budget.  Its slot is its own: executions of every partition are charged to it."""
+    """Hash: limits of a budget."""
     return f"ff:budget:{{b:{budget_id}}}:limits".encode("ascii")
 
 
@@ -383,13 +402,13 @@ def budget_usage(budget_id: str) -> bytes:
     return f"ff:budget:{{b:{budget_id}}}:usage".encode("ascii")
 
 
-def budget_dedup(budget_id: str, charge: str) -> bytes:
-    """String: a charge that was applied to a budget."""
+def budget_charge(budget_id: str, charge: str) -> bytes:
+    """Hash: what one report added to a budget, so that it can be taken back."""
     return f"ff:budget:{{b:{budget_id}}}:charge:{charge}".encode()
 
 
 def ready(lane: str) -> bytes:
-    """The lane's ready queue.  Its tag is the lane, so its slot is not that of a partition."""
+    """Sorted set: the ready queue of a lane, partitions with work by their best score."""
     return f"ff:lane:{{{_lane_in_key(lane)}}}:ready".encode("ascii")
 
 

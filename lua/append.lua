@@ -1,57 +1,79 @@
--- Frames of one attempt. A batch carries the writer, the sequence of the frame before it and then blocks, each of which
--- begins with its letter:
+-- Frames of one attempt. A batch carries the writer, the sequence of the frame before it, and blocks. A block begins
+-- with its letter:
 --
---   L count payload*count
---       log frames: one entry a frame
---   X count extra_count (field value)*extra_count payload*count
---       the same with more fields, which every frame of the block has
---   V count value
---       one live entry that stands for `count` frames: a payload, or a run (ff_fast/_hot/frames.pyx) of several
---   W count extra_count (field value)*extra_count value
---       the same with more fields
---   S count extra_count (field value)*extra_count value pending_field base_version
---       as W, and the value is kept in the summary as well: `count` patches on top of document version `base_version`,
---       under `pending_field`, which is `run:<version after>:<count>:<kind>` (`patch:` for one)
---   C version document patch_kind
---       the whole document at `version`, whose last patch was of that kind; the patches that it holds are dropped
---   T oldest_id
---       the oldest id to keep in the live window
---   P ttl_ms
---       how long the live window lives from now
---   K maxlen
---       how many entries to keep in the log, at the least
---   E estimator
---       the state of the rate estimator, from which a later writer of the attempt continues
---   H visible_sequence
---       the batch ends with best-effort frames, and the last visible frame is this one, 0 for none; or '': from here on
---       the last frame is visible. Sent when it changes
+--   L  LOG          count payload*count
+--        log frames: one entry a frame
+--   X  LOG_FIELDS   count extra_count (field value)*extra_count payload*count
+--        log frames with more fields, which every frame of the block has
+--   V  LIVE         count value
+--        one live entry that stands for `count` frames: a payload, or a run (ff_fast/_hot/frames.pyx) of several
+--   W  LIVE_FIELDS  count extra_count (field value)*extra_count value
+--        a live entry with more fields
+--   S  PATCHES      count extra_count (field value)*extra_count value pending_field base_version
+--        as W, and the value is kept in the summary as well: `count` patches on top of document version `base_version`,
+--        under `pending_field`, which is `run:<version after>:<count>:<kind>` (`patch:` for one)
+--   C  DOCUMENT     version document patch_kind
+--        the whole document at `version`, whose last patch was of that kind; the patches that it holds are dropped
+--   T  TRIM_LIVE    oldest_id
+--        the oldest id to keep in the live window
+--   P  LIVE_TTL     ttl_ms
+--        how long the live window lives from now
+--   K  TRIM_LOG     maxlen
+--        how many entries to keep in the log, at least
+--   E  ESTIMATOR    estimator
+--        the state of the rate estimator, from which a later writer of the attempt continues
+--   H  VISIBLE      visible_sequence
+--        the batch ends with best-effort frames, and the last visible frame is this one, 0 for none; or '': the last
+--        frame is visible from here on. Sent when it changes
 --
--- A frame is visible when a reader that excludes best-effort frames gets it: frames of L, X and S are. The first visible
--- frame after best-effort frames carries `prev`, the sequence of the visible frame before it, so such a reader can
--- tell a hole from frames that it does not want.
+-- A frame is visible when a reader that excludes best-effort frames gets it: frames of L, X and S are. The first
+-- visible frame after best-effort frames carries `prev`, the sequence of the visible frame before it, so such a
+-- reader can tell a hole from frames that it does not want.
 --
--- The writer id is `<attempt index>:<lease id>:<lease epoch>:<text>`. It is made in meta under the fence, by
--- `ff_open_writer`, and whatever takes the lease away removes it there in the same call; so an append that finds its
--- writer, and server time before `lease_expires_at`, holds the lease, and reads one hash for it. Only a refused one
--- looks at the core, to say why.
+-- The writer id is `<attempt index>:<lease id>:<lease epoch>:<text>`. `ff_open_writer` puts it in meta under the fence,
+-- and whatever takes the lease away removes it there in the same call. So an append that finds its writer in meta, and
+-- server time before `lease_expires_at`, holds the lease, and reads one hash for it. Only a refused append reads the
+-- core, to say why.
 
--- How many arguments a block has behind its letter, at the least.
-local BLOCK_FIXED = { L = 2, X = 3, V = 2, W = 3, S = 5, C = 3, T = 1, P = 1, K = 1, E = 1, H = 1 }
--- The stream that the block's frames go to: to the log as an entry each, to the live window as one entry.
-local FRAMES = { L = 'log', X = 'log', V = 'live', W = 'live', S = 'live' }
-local HAS_EXTRAS = { X = true, W = true, S = true }
--- The stream that another block is about.
-local CARE = { K = 'log', T = 'live', P = 'live' }
+ff.BLOCK = {
+  LOG = 'L',
+  LOG_FIELDS = 'X',
+  LIVE = 'V',
+  LIVE_FIELDS = 'W',
+  PATCHES = 'S',
+  DOCUMENT = 'C',
+  TRIM_LIVE = 'T',
+  LIVE_TTL = 'P',
+  TRIM_LOG = 'K',
+  ESTIMATOR = 'E',
+  VISIBLE = 'H',
+}
+
+local BLOCK = ff.BLOCK
+local PATCHES, DOCUMENT = BLOCK.PATCHES, BLOCK.DOCUMENT
+-- The fewest arguments of a block behind its letter.
+local FIXED_ARGS = {
+  [BLOCK.LOG] = 2, [BLOCK.LOG_FIELDS] = 3, [BLOCK.LIVE] = 2, [BLOCK.LIVE_FIELDS] = 3, [PATCHES] = 5, [DOCUMENT] = 3,
+  [BLOCK.TRIM_LIVE] = 1, [BLOCK.LIVE_TTL] = 1, [BLOCK.TRIM_LOG] = 1, [BLOCK.ESTIMATOR] = 1, [BLOCK.VISIBLE] = 1,
+}
+-- The stream of a block's frames. The log has an entry for each frame, the live window one for the block.
+local FRAMES_IN = {
+  [BLOCK.LOG] = 'log', [BLOCK.LOG_FIELDS] = 'log',
+  [BLOCK.LIVE] = 'live', [BLOCK.LIVE_FIELDS] = 'live', [PATCHES] = 'live',
+}
+local HAS_FIELDS = { [BLOCK.LOG_FIELDS] = true, [BLOCK.LIVE_FIELDS] = true, [PATCHES] = true }
+-- The stream that a block without frames is about.
+local RETENTION_OF = { [BLOCK.TRIM_LOG] = 'log', [BLOCK.TRIM_LIVE] = 'live', [BLOCK.LIVE_TTL] = 'live' }
 local MAX_PAYLOAD, MAX_FRAMES, MAX_INTEGER, integer = ff.MAX_PAYLOAD, ff.MAX_FRAMES, ff.MAX_INTEGER, ff.integer
 
 -- A run is: varint count, then count varint payload lengths, count varint ages in ms, the payloads back to back.
--- Returns the same run of `count` frames without its first `skip`, or nil where it is no such run.
+-- Returns the same run of `count` frames without its first `skip`, or nil where it is not a run of `count` frames.
 local function run_suffix(run, count, skip)
   local at = 1
   local function varint()
     local value, scale = 0, 1
     while true do
-      -- Behind the end stand zeros, as it were; the size of the whole tells below.
+      -- Reading past the end yields 0; the size check below rejects such a run.
       local byte = string.byte(run, at) or 0
       at = at + 1
       if byte < 128 then
@@ -93,63 +115,63 @@ local function run_suffix(run, count, skip)
   return put(count - skip) .. lengths .. string.sub(run, ages_from, at - 1) .. string.sub(run, at + skipped)
 end
 
--- The frames of a batch as its blocks: for each the letter, the count, the first field, the first payload and the next
--- block. Only for blocks that were checked.
+-- Reads the head of a block of frames that was checked: its letter, its count, the place of its first field, the place
+-- of its first payload, and the place of the next block.
 local function block_at(args, at)
   local letter, count = args[at], tonumber(args[at + 1])
   local from = at + 2
-  if HAS_EXTRAS[letter] then
+  if HAS_FIELDS[letter] then
     from = at + 3 + 2 * tonumber(args[at + 2])
   end
-  local after = from + (FRAMES[letter] == 'log' and count or 1)
-  return letter, count, at + 3, from, letter == 'S' and after + 2 or after
+  local after = from + (FRAMES_IN[letter] == 'log' and count or 1)
+  return letter, count, at + 3, from, letter == PATCHES and after + 2 or after
 end
 
--- How many summary patches are among the first `skip` frames of a batch that holds more, or nil where a run that
--- would have to be cut is not what its block says.
+-- The number of summary patches among the first `skip` frames of a batch that holds more frames; nil where a run that
+-- has to be cut does not hold as many frames as its block says.
 local function skipped_patches(args, skip)
   local at, patches = 3, 0
   while skip > 0 do
     local letter = args[at]
-    if FRAMES[letter] then
+    if FRAMES_IN[letter] then
       local _, count, _, from, after = block_at(args, at)
-      if skip < count and FRAMES[letter] == 'live' and not run_suffix(args[from], count, skip) then
+      if skip < count and FRAMES_IN[letter] == 'live' and not run_suffix(args[from], count, skip) then
         return nil
       end
-      if letter == 'S' then
+      if letter == PATCHES then
         patches = patches + math.min(skip, count)
       end
       skip = skip - count
       at = after
     else
-      at = at + BLOCK_FIXED[letter] + 1
+      at = at + FIXED_ARGS[letter] + 1
     end
   end
   return patches
 end
 
--- Whether the value of a retention block is one that the server accepts: an error there would come after the frames.
-local function retention_ok(letter, value)
-  if letter == 'T' then
+-- Whether the server accepts the value of a block without frames: its error would come after the frames are stored.
+local function value_ok(letter, value)
+  if letter == BLOCK.TRIM_LIVE then
     local ms, sequence = string.match(value, '^(%d+)%-(%d+)$')
     return integer(ms) and integer(sequence)
-  elseif letter == 'E' then
+  elseif letter == BLOCK.ESTIMATOR then
     return #value <= 32 and string.find(value, '^%d+%.?%d*$')
   end
   local number = integer(value)
-  if letter == 'H' then
+  if letter == BLOCK.VISIBLE then
     return number or value == ''
   end
   return number and number > 0
 end
 
--- The id under which a stored frame stands, with 0 for its time once it is trimmed. Only a caller that repeats an old frame
--- comes here, so a walk from the end is good enough.
-local function stored_id(log, live, sequence)
-  for _, stream in ipairs({ log, live }) do
+-- The id of a stored frame; its time is 0 once the frame is trimmed. Only a repeat of an old frame needs it, so a
+-- walk from the end of both streams is fast enough.
+local function stored_id(log_key, live_key, sequence)
+  for _, stream_key in ipairs({ log_key, live_key }) do
     local to = '+'
     while true do
-      local page = redis.call('XREVRANGE', stream, to, '-', 'COUNT', 100)
+      local page = redis.call('XREVRANGE', stream_key, to, '-', 'COUNT', 100)
       local found
       for _, entry in ipairs(page) do
         local ms, last = string.match(entry[1], '^(%d+)-(%d+)$')
@@ -177,11 +199,11 @@ local function stored_id(log, live, sequence)
   return '0-' .. ff.text(sequence)
 end
 
--- The core key of the attempt that has this meta key, and its other keys. They share its slot.
-local function keys_beside(meta_key)
-  local tag, id, index = string.match(meta_key, '^ff:stream:(%b{}):(.+):(%d+):meta$')
-  local x = { tag = tag or '', id = id or '' }
-  return 'ff:exec:' .. x.tag .. ':' .. x.id .. ':core', ff.attempt_keys(x, index or '')
+-- Slot tag, execution id and attempt, `<execution id>:<index>`, of a meta key.
+local function split_meta_key(meta_key)
+  local slot_tag, attempt = string.match(meta_key, '^ff:stream:(%b{}):(.+:%d+):meta$')
+  attempt = attempt or ''
+  return slot_tag or '', string.match(attempt, '^(.*):') or '', attempt
 end
 
 -- Why an append with this writer is refused, in the order of the reasons.
@@ -190,93 +212,73 @@ local function refusal(core_key, meta_key, writer)
   if not index then
     return ff.err('invalid_input', 'writer')
   end
-  local core = redis.call(
+  local state, current_index, current_lease_id, current_epoch = unpack(redis.call(
     'HMGET', core_key, 'state', 'current_attempt_index', 'current_lease_id', 'current_lease_epoch'
-  )
-  local state = core[1]
+  ))
   if not state then
     return ff.err('execution_not_found')
   end
-  if core[2] ~= index or core[3] ~= lease_id or core[4] ~= epoch then
+  if current_index ~= index or current_lease_id ~= lease_id or current_epoch ~= epoch then
     return ff.err('stale_owner')
   end
   if state == 'suspended' then
     return ff.err('suspended')
   end
-  local meta = redis.call('HMGET', meta_key, 'closed_at', 'lease_expires_at')
-  if ff.OUTCOMES[state] or meta[1] then
+  local closed_at, expires_at = unpack(redis.call('HMGET', meta_key, 'closed_at', 'lease_expires_at'))
+  if ff.OUTCOMES[state] or closed_at then
     return ff.err('stream_closed')
   end
   if state ~= 'active' then
     return ff.err('stale_owner')
   end
-  if (tonumber(meta[2]) or 0) <= ff.now_ms() then
+  if (tonumber(expires_at) or 0) <= ff.now_ms() then
     return ff.err('lease_expired')
   end
   return ff.err('writer_superseded')
 end
 
--- ff_append
---   keys:    meta stream live summary
---   args:    writer previous_sequence block...
---   returns: position
---   errors:  execution_not_found stale_owner suspended stream_closed lease_expired writer_superseded sequence_gap summary_conflict payload_too_large invalid_input
---
--- Each key costs the server time, so a batch names the ones that it needs: two, three or four. With two all its blocks
--- go to one stream, which is `stream`, log or live window; with more, `stream` is the log. The core is looked at where
--- the batch is refused, and both streams where it was stored before: those keys are spelled from the meta key, and
--- share its slot.
---
--- position is one string: the id of the last frame, server time in ms, when the lease ends in ms, and 1 where a cancel
--- was requested, else 0. One string costs the server less than a list of four.
---
--- Times in ms have 13 digits from 2001 to 2286, so as texts they compare as they do as numbers, and the sequence of an
--- id begins at its 15th byte: each conversion between text and number costs as much as a field.
-redis.register_function('ff_append', function(keys, args)
-  local call, format, sub = redis.call, string.format, string.sub
-  if not keys[2] then
-    return ff.err('invalid_input', 'keys')
-  end
-  local meta = call('HMGET', keys[1], 'writer', 'last_id', 'lease_expires_at', 'cancel_requested')
-  if not meta[1] or meta[1] ~= args[1] then
-    return refusal(keys_beside(keys[1]), keys[1], args[1] or '')
-  end
-  local time = call('TIME')
-  local now, expires = format('%d', time[1] * 1000 + time[2] / 1000), meta[3]
-  if not expires or (#expires == 13 and now >= expires) or (#expires ~= 13 and (tonumber(expires) or 0) <= now + 0) then
-    return refusal(keys_beside(keys[1]), keys[1], args[1])
-  end
+-- The same for ff_append, which is not given the core key.
+local function append_refusal(meta_key, writer)
+  local slot_tag, id = split_meta_key(meta_key)
+  return refusal(ff.key('core', slot_tag, id), meta_key, writer or '')
+end
 
-  -- Check every block before the first write.
-  local total, patches, summary_first, compaction, stream, mixed = 0, 0, nil, nil, nil, false
+local function bad_block()
+  return nil, ff.err('invalid_input', 'block')
+end
+
+-- Checks every block. Returns the number of frames, the document version before the first patches, the version of a
+-- document, and whether the blocks are about both streams; or nil and the refusal.
+local function check_blocks(args)
+  local total, patches, patches_base, document_version, stream, mixed = 0, 0, nil, nil, nil, false
   local at, last = 3, #args
   while at <= last do
     local letter = args[at]
-    local fixed = BLOCK_FIXED[letter]
+    local fixed = FIXED_ARGS[letter]
     if not fixed or at + fixed > last then
-      return ff.err('invalid_input', 'block')
+      return bad_block()
     end
-    local frames = FRAMES[letter]
-    local about = frames or CARE[letter]
+    local frames_in = FRAMES_IN[letter]
+    local about = frames_in or RETENTION_OF[letter]
     if about then
       mixed = mixed or (stream and stream ~= about)
       stream = about
     end
-    if frames then
+    if frames_in then
       local count, from = args[at + 1], at + 2
       count = count == '1' and 1 or integer(count)
       if not count or count < 1 then
-        return ff.err('invalid_input', 'block')
+        return bad_block()
       end
-      if HAS_EXTRAS[letter] then
+      if HAS_FIELDS[letter] then
         local extras = integer(args[from])
         if not extras or extras > ff.MAX_FIELDS then
-          return ff.err('invalid_input', 'block')
+          return bad_block()
         end
         from = from + 1 + 2 * extras
       end
       local limit = MAX_PAYLOAD
-      if frames == 'log' then
+      if frames_in == 'log' then
         at = from + count
       else
         at = from + 1
@@ -285,45 +287,235 @@ redis.register_function('ff_append', function(keys, args)
         end
       end
       if at > last + 1 then
-        return ff.err('invalid_input', 'block')
+        return bad_block()
       end
       for i = from, at - 1 do
         if #args[i] > limit then
-          return ff.err('payload_too_large', ff.text(limit), ff.text(#args[i]))
+          return nil, ff.err('payload_too_large', ff.text(limit), ff.text(#args[i]))
         end
       end
-      if letter == 'S' then
+      if letter == PATCHES then
         local base = at + 1 <= last and integer(args[at + 1])
-        summary_first = summary_first or base
-        if not base or base ~= summary_first + patches or compaction then
-          return ff.err('invalid_input', 'block')
+        patches_base = patches_base or base
+        if not base or base ~= patches_base + patches or document_version then
+          return bad_block()
         end
         patches = patches + count
         at = at + 2
       end
       total = total + count
     else
-      if letter == 'C' then
-        compaction = integer(args[at + 1])
-        if not compaction or compaction < 1 or (summary_first and compaction ~= summary_first + patches) then
-          return ff.err('invalid_input', 'block')
+      local value = args[at + 1]
+      if letter == DOCUMENT then
+        document_version = integer(value)
+        if
+          not document_version or document_version < 1
+          or (patches_base and document_version ~= patches_base + patches)
+        then
+          return bad_block()
         end
-      elseif not retention_ok(letter, args[at + 1]) then
-        return ff.err('invalid_input', 'block')
+      elseif not value_ok(letter, value) then
+        return bad_block()
       end
       at = at + fixed + 1
     end
   end
   if total > MAX_FRAMES then
-    return ff.err('invalid_input', 'frames')
+    return nil, ff.err('invalid_input', 'frames')
   end
-  if ((summary_first or compaction) and not keys[4]) or (mixed and not keys[3]) then
+  return total, patches_base, document_version, mixed
+end
+
+-- Stores the payloads of a log block from `from` to before `after`, each with the block's fields, under the sequences
+-- after `sequence`. Returns the id of the last one. The caller passes redis.call and string.format, as each look-up
+-- of a global costs as much as a function call.
+local function write_log_frames(call, format, log_key, args, from, after, first_field, last_field, ms, sequence)
+  -- Only the first id is spelled with its sequence. The server counts on from it, which saves a text for each frame.
+  local next_id = format('%s-%d', ms, sequence + 1)
+  local last_id = next_id
+  if after - from > 1 then
+    -- In this order, or a sum beyond 2^53 would be rounded.
+    last_id = format('%s-%d', ms, sequence + (after - from))
+  end
+  if last_field then
+    for i = from, after - 1 do
+      call('XADD', log_key, next_id, 'payload', args[i], unpack(args, first_field, last_field))
+      next_id = ms .. '-*'
+    end
+  elseif from < after then
+    call('XADD', log_key, next_id, 'payload', args[from])
+    next_id = ms .. '-*'
+    for i = from + 1, after - 1 do
+      call('XADD', log_key, next_id, 'payload', args[i])
+    end
+  end
+  return last_id
+end
+
+-- Stores what is left of a run without its first `skip` frames. Returns the shorter run.
+local function write_run_suffix(live_key, id, run, count, skip, args, first_field, last_field)
+  local suffix = run_suffix(run, count, skip)
+  local entry = { 'run', suffix }
+  -- `prev` belongs to the first frame of the run, which is stored.
+  for i = first_field, last_field, 2 do
+    if args[i] ~= 'prev' then
+      entry[#entry + 1], entry[#entry + 2] = args[i], args[i + 1]
+    end
+  end
+  redis.call('XADD', live_key, id, unpack(entry))
+  return suffix
+end
+
+-- Keeps the last `kept` of a block's `count` patches in the summary; `at` is the place of the block's pending field.
+local function write_patches(summary_key, args, at, count, kept, value, id, now)
+  local pending_field, version = args[at], ff.text(args[at + 1] + count)
+  if kept < count then
+    pending_field = string.gsub(pending_field, '^(run:%d+:)%d+', '%1' .. ff.text(kept))
+  end
+  redis.call('HSET', summary_key, pending_field, value, 'version', version, 'last_updated_ms', now, 'cursor', id)
+end
+
+-- Replaces the summary by a document; `at` is the place of its version.
+local function write_document(summary_key, args, at)
+  local call = redis.call
+  local version, document, patch_kind = args[at], args[at + 1], args[at + 2]
+  local stored = call('HMGET', summary_key, 'version', 'last_updated_ms', 'first_applied_ms', 'cursor')
+  call('DEL', summary_key)
+  call('HSET', summary_key, 'document', document, 'document_version', version, 'version', stored[1],
+    'last_updated_ms', stored[2], 'first_applied_ms', stored[3], 'cursor', stored[4], 'patch_kind', patch_kind)
+end
+
+-- Applies the one value of any other block.
+local function write_value(letter, value, meta_key, log_key, live_key)
+  local call = redis.call
+  if letter == BLOCK.TRIM_LIVE then
+    call('XTRIM', live_key, 'MINID', '~', value)
+  elseif letter == BLOCK.LIVE_TTL then
+    call('PEXPIRE', live_key, value)
+  elseif letter == BLOCK.TRIM_LOG then
+    call('XTRIM', log_key, 'MAXLEN', '~', value)
+  elseif letter == BLOCK.ESTIMATOR then
+    call('HSET', meta_key, 'estimator', value)
+  elseif value == '' then
+    call('HDEL', meta_key, 'visible_sequence')
+  else
+    call('HSET', meta_key, 'visible_sequence', value)
+  end
+end
+
+-- Stores every block of a checked batch, less its first `skip` frames, whose sequences begin after `sequence`; `id`
+-- is the id of the last stored frame. Returns the id of the last frame.
+local function write_blocks(call, format, args, keys, now, ms, id, sequence, skip, first_applied)
+  local meta_key, log_key, live_key, summary_key = keys[1], keys[2], keys[3] or keys[2], keys[4]
+  local at, last = 3, #args
+  while at <= last do
+    local letter = args[at]
+    local frames_in = FRAMES_IN[letter]
+    if frames_in then
+      local count, from, first_field, last_field = args[at + 1], at + 2, at + 3, nil
+      count = count == '1' and 1 or count + 0
+      if HAS_FIELDS[letter] then
+        from = first_field + 2 * args[at + 2]
+        last_field = from - 1
+      end
+      if frames_in == 'log' then
+        at = from + count
+        if skip > 0 then
+          local left_out = math.min(skip, count)
+          from, sequence, skip = from + left_out, sequence + left_out, skip - left_out
+        end
+        id = write_log_frames(call, format, log_key, args, from, at, first_field, last_field, ms, sequence)
+        sequence = sequence + (at - from)
+      else
+        local value, kept = args[from], count
+        sequence = sequence + count
+        id = format('%s-%d', ms, sequence)
+        if skip >= count then
+          kept, skip = 0, skip - count
+        elseif skip > 0 then
+          value = write_run_suffix(live_key, id, value, count, skip, args, first_field, last_field or from - 1)
+          kept, skip = count - skip, 0
+        elseif last_field then
+          call('XADD', live_key, id, count > 1 and 'run' or 'payload', value, unpack(args, first_field, last_field))
+        else
+          call('XADD', live_key, id, count > 1 and 'run' or 'payload', value)
+        end
+        at = from + 1
+        if letter == PATCHES then
+          if kept > 0 then
+            write_patches(summary_key, args, at, count, kept, value, id, now)
+            if not first_applied then
+              first_applied = now
+              call('HSET', summary_key, 'first_applied_ms', now)
+            end
+          end
+          at = at + 2
+        end
+      end
+    elseif letter == DOCUMENT then
+      write_document(summary_key, args, at + 1)
+      at = at + 4
+    else
+      write_value(letter, args[at + 1], meta_key, log_key, live_key)
+      at = at + 2
+    end
+  end
+  return id
+end
+
+-- The answer of ff_append.
+local function position(id, now, expires_at, cancel_requested)
+  return id .. ' ' .. now .. ' ' .. expires_at .. (cancel_requested and ' 1' or ' 0')
+end
+
+-- ff_append
+--   keys:    meta stream live summary
+--   args:    writer previous_sequence block...
+--   returns: position
+--   errors:  execution_not_found stale_owner suspended stream_closed lease_expired writer_superseded sequence_gap
+--            summary_conflict payload_too_large invalid_input
+--
+-- Each key costs the server time, so a batch names the ones that it needs: two, three or four. With two, all its
+-- blocks go to one stream, which is `stream`, log or live window; with more, `stream` is the log. A refusal reads the
+-- core, and the repeat of a stored batch reads both streams: those keys are spelled from the meta key, and share its
+-- slot.
+--
+-- position is one string: the id of the last frame, server time in ms, when the lease ends in ms, and 1 where a cancel
+-- was requested, else 0. One string costs the server less than a list of four.
+--
+-- Times in ms have 13 digits from 2001 to 2286, so as texts they compare as they do as numbers, and the sequence of an
+-- id begins at its 15th byte: each conversion between text and number costs as much as a field.
+redis.register_function('ff_append', function(keys, args)
+  local call, format, sub = redis.call, string.format, string.sub
+  local meta_key, stream_key, live_key, summary_key = keys[1], keys[2], keys[3], keys[4]
+  local writer, previous_sequence = args[1], args[2]
+  if not stream_key then
+    return ff.err('invalid_input', 'keys')
+  end
+  local meta = call('HMGET', meta_key, 'writer', 'last_id', 'lease_expires_at', 'cancel_requested')
+  local last_id, expires_at, cancel_requested = meta[2], meta[3], meta[4]
+  if not meta[1] or meta[1] ~= writer then
+    return append_refusal(meta_key, writer)
+  end
+  local time = call('TIME')
+  local now = format('%d', time[1] * 1000 + time[2] / 1000)
+  if
+    not expires_at or (#expires_at == 13 and now >= expires_at)
+    or (#expires_at ~= 13 and (tonumber(expires_at) or 0) <= now + 0)
+  then
+    return append_refusal(meta_key, writer)
+  end
+  local total, patches_base, document_version, mixed = check_blocks(args)
+  if not total then
+    return patches_base
+  end
+  local needs_summary = patches_base or document_version
+  if (needs_summary and not summary_key) or (mixed and not live_key) then
     return ff.err('invalid_input', 'keys')
   end
 
   -- After the last stored frame the batch appends; from an older one of this writer it is a duplicate; else a gap.
-  local last_id = meta[2]
-  local sequence, skip, skipped = args[2], 0, 0
+  local sequence, skip, skipped = previous_sequence, 0, 0
   if sequence == sub(last_id, 15) then
     sequence = sequence + 0
   else
@@ -333,12 +525,13 @@ redis.register_function('ff_append', function(keys, args)
       return ff.err('invalid_input', 'previous_sequence')
     end
     skip = stored - sequence
-    if skip < 0 or sequence + 1 < tonumber(call('HGET', keys[1], 'writer_base')) then
+    if skip < 0 or sequence + 1 < tonumber(call('HGET', meta_key, 'writer_base')) then
       return ff.err('sequence_gap', ff.text(stored + 1), ff.text(sequence + 1))
     end
     if skip >= total then
-      local _, beside = keys_beside(keys[1])
-      return stored_id(beside.log, beside.live, sequence + total) .. ' ' .. now .. ' ' .. expires .. (meta[4] and ' 1' or ' 0')
+      local slot_tag, _, attempt = split_meta_key(meta_key)
+      local log_key, window_key = ff.key('stream', slot_tag, attempt), ff.key('live', slot_tag, attempt)
+      return position(stored_id(log_key, window_key, sequence + total), now, expires_at, cancel_requested)
     end
     skipped = skipped_patches(args, skip)
     if not skipped then
@@ -348,131 +541,27 @@ redis.register_function('ff_append', function(keys, args)
   if sequence + total > MAX_INTEGER then
     return ff.err('invalid_input', 'previous_sequence')
   end
-  local summary
-  if summary_first or compaction then
-    summary = call('HMGET', keys[4], 'version', 'first_applied_ms')
+  local first_applied
+  if needs_summary then
+    local summary = call('HMGET', summary_key, 'version', 'first_applied_ms')
     local version = tonumber(summary[1] or 0)
     -- Patches that an overlap leaves out are in the stored version already.
-    local expected = summary_first and summary_first + skipped or compaction
+    local expected = patches_base and patches_base + skipped or document_version
     if version ~= expected then
       return ff.err('summary_conflict', ff.text(version), ff.text(expected))
     end
+    first_applied = summary[2]
   end
 
-  local log, live = keys[2], keys[3] or keys[2]
-  local ms, id = sub(last_id, 1, 13), last_id
+  local ms = sub(last_id, 1, 13)
   if now > ms then
     ms = now
   end
-  at = 3
-  while at <= last do
-    local letter = args[at]
-    local frames = FRAMES[letter]
-    if frames then
-      local count, from, first_extra = args[at + 1], at + 2, at + 3
-      count = count == '1' and 1 or count + 0
-      local extras = HAS_EXTRAS[letter]
-      if extras then
-        from = first_extra + 2 * args[at + 2]
-      end
-      local last_extra = from - 1
-      if frames == 'log' then
-        at = from + count
-        if skip > 0 then
-          local left_out = math.min(skip, count)
-          from, sequence, skip = from + left_out, sequence + left_out, skip - left_out
-        end
-        -- The id of one frame that becomes an entry of its own; then the server counts on: one text less a frame.
-        local next_id = format('%s-%d', ms, sequence + 1)
-        -- In this order, or a sum beyond 2^53 would be rounded.
-        sequence = sequence + (at - from)
-        id = next_id
-        if at - from > 1 then
-          id = format('%s-%d', ms, sequence)
-        end
-        if extras then
-          for i = from, at - 1 do
-            call('XADD', log, next_id, 'payload', args[i], unpack(args, first_extra, last_extra))
-            next_id = ms .. '-*'
-          end
-        elseif from < at then
-          call('XADD', log, next_id, 'payload', args[from])
-          next_id = ms .. '-*'
-          for i = from + 1, at - 1 do
-            call('XADD', log, next_id, 'payload', args[i])
-          end
-        end
-      else
-        local name, value, kept = 'payload', args[from], count
-        if count > 1 then
-          name = 'run'
-        end
-        sequence = sequence + count
-        id = format('%s-%d', ms, sequence)
-        if skip >= count then
-          kept, skip = 0, skip - count
-        elseif skip > 0 then
-          value, kept, skip = run_suffix(value, count, skip), count - skip, 0
-          -- `prev` belongs to the first frame.
-          local entry = { name, value }
-          for i = first_extra, last_extra, 2 do
-            if args[i] ~= 'prev' then
-              entry[#entry + 1], entry[#entry + 2] = args[i], args[i + 1]
-            end
-          end
-          call('XADD', live, id, unpack(entry))
-        elseif extras then
-          call('XADD', live, id, name, value, unpack(args, first_extra, last_extra))
-        else
-          call('XADD', live, id, name, value)
-        end
-        at = from + 1
-        if letter == 'S' then
-          if kept > 0 then
-            local version, pending_field = args[at + 1] + count, args[at]
-            if kept < count then
-              pending_field = string.gsub(pending_field, '^(run:%d+:)%d+', '%1' .. ff.text(kept))
-            end
-            call('HSET', keys[4], pending_field, value, 'version', ff.text(version), 'last_updated_ms', now, 'cursor', id)
-            if not summary[2] then
-              summary[2] = now
-              call('HSET', keys[4], 'first_applied_ms', now)
-            end
-          end
-          at = at + 2
-        end
-      end
-    elseif letter == 'C' then
-      local fields = call('HMGET', keys[4], 'version', 'last_updated_ms', 'first_applied_ms', 'cursor')
-      call('DEL', keys[4])
-      call('HSET', keys[4], 'document', args[at + 2], 'document_version', args[at + 1], 'version', fields[1],
-        'last_updated_ms', fields[2], 'first_applied_ms', fields[3], 'cursor', fields[4], 'patch_kind', args[at + 3])
-      at = at + 4
-    elseif letter == 'T' then
-      call('XTRIM', live, 'MINID', '~', args[at + 1])
-      at = at + 2
-    elseif letter == 'P' then
-      call('PEXPIRE', live, args[at + 1])
-      at = at + 2
-    elseif letter == 'K' then
-      call('XTRIM', log, 'MAXLEN', '~', args[at + 1])
-      at = at + 2
-    elseif letter == 'H' then
-      if args[at + 1] == '' then
-        call('HDEL', keys[1], 'visible_sequence')
-      else
-        call('HSET', keys[1], 'visible_sequence', args[at + 1])
-      end
-      at = at + 2
-    else
-      call('HSET', keys[1], 'estimator', args[at + 1])
-      at = at + 2
-    end
-  end
+  local id = write_blocks(call, format, args, keys, now, ms, last_id, sequence, skip, first_applied)
   if total > 0 then
-    call('HSET', keys[1], 'last_id', id)
+    call('HSET', meta_key, 'last_id', id)
   end
-  return id .. ' ' .. now .. ' ' .. expires .. (meta[4] and ' 1' or ' 0')
+  return position(id, now, expires_at, cancel_requested)
 end)
 
 -- ff_open_writer
@@ -481,19 +570,24 @@ end)
 --   returns: last_id visible_sequence estimator summary_version
 --   errors:  execution_not_found stale_owner suspended stream_closed lease_expired invalid_input
 --
--- Opening again with the same writer id changes nothing, so a lost reply can be asked for again. An earlier writer of
--- the attempt is superseded.
+-- Opening again with the same writer id changes nothing, so the call may be repeated after a lost reply. An earlier
+-- writer of the attempt is superseded.
 redis.register_function('ff_open_writer', function(keys, args)
   local call = redis.call
-  local refused = refusal(keys[1], keys[2], args[1] or '')
+  local core_key, meta_key, summary_key = unpack(keys, 1, 3)
+  local writer = args[1]
+  local refused = refusal(core_key, meta_key, writer or '')
+  -- Any other writer, or none, is superseded by opening this one.
   if refused[2] ~= 'writer_superseded' then
     return refused
   end
-  local meta = call('HMGET', keys[2], 'last_id', 'visible_sequence', 'estimator', 'writer')
-  local version = call('HGET', keys[3], 'version') or '0'
-  local _, sequence = ff.split_id(meta[1])
-  if meta[4] ~= args[1] then
-    call('HSET', keys[2], 'writer', args[1], 'writer_base', ff.text(sequence + 1))
+  local last_id, visible_sequence, estimator, current = unpack(
+    call('HMGET', meta_key, 'last_id', 'visible_sequence', 'estimator', 'writer')
+  )
+  local version = call('HGET', summary_key, 'version') or '0'
+  local _, sequence = ff.split_id(last_id)
+  if current ~= writer then
+    call('HSET', meta_key, 'writer', writer, 'writer_base', ff.text(sequence + 1))
   end
-  return ff.ok(meta[1], meta[2] or ff.text(sequence), meta[3] or '', version)
+  return ff.ok(last_id, visible_sequence or ff.text(sequence), estimator or '', version)
 end)

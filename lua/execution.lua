@@ -1,13 +1,20 @@
 -- Creation, description, tags.
 
-local POLICY = {
-  'retry_max', 'retry_backoff', 'retry_delay_ms', 'retry_multiplier_percent', 'retry_max_delay_ms',
-  'retry_jitter_percent', 'max_reclaims', 'attempt_timeout_ms',
-}
+-- The numbers among the arguments of ff_create_execution that must be at most 2^53-1 and whole.
+local function all_integers(...)
+  for i = 1, select('#', ...) do
+    if not ff.integer((select(i, ...))) then
+      return false
+    end
+  end
+  return true
+end
 
 -- ff_create_execution
 --   keys:    core payload tags eligible flow
---   args:    execution_id namespace lane_id priority required_capabilities retention_ms delay_ms deadline_ms flow_id parent_id budget_ids retry_max retry_backoff retry_delay_ms retry_multiplier_percent retry_max_delay_ms retry_jitter_percent max_reclaims attempt_timeout_ms payload (tag value)...
+--   args:    execution_id namespace lane_id priority required_capabilities retention_ms delay_ms deadline_ms
+--            flow_id parent_id budget_ids retry_max retry_backoff retry_delay_ms retry_multiplier_percent
+--            retry_max_delay_ms retry_jitter_percent max_reclaims attempt_timeout_ms payload (tag value)...
 --   returns: (lane_id eligible_score)...
 --   errors:  invalid_input flow_not_found flow_already_terminal execution_not_found
 --
@@ -15,90 +22,84 @@ local POLICY = {
 -- and gets the hint again. `flow` is any key of the slot where flow_id is ''.
 redis.register_function('ff_create_execution', function(keys, args)
   local call = redis.call
-  local numbers = {}
-  for _, index in ipairs({ 4, 6, 7, 8, 12, 14, 15, 16, 17, 18, 19 }) do
-    numbers[index] = ff.integer(args[index])
-    if not numbers[index] then
-      return ff.err('invalid_input', 'argument ' .. index)
-    end
-  end
-  if numbers[4] > 9000 or numbers[6] < 1 or (#args - 20) % 2 ~= 0 then
+  local core_key, payload_key, tags_key, eligible_key, flow_key = unpack(keys, 1, 5)
+  local execution_id, namespace, lane_id, priority, required_capabilities, retention_ms, delay_ms, deadline_ms,
+    flow_id, parent_id, budget_ids, retry_max, retry_backoff, retry_delay_ms, retry_multiplier_percent,
+    retry_max_delay_ms, retry_jitter_percent, max_reclaims, attempt_timeout_ms, payload = unpack(args, 1, 20)
+  if
+    not all_integers(priority, retention_ms, delay_ms, deadline_ms, retry_max, retry_delay_ms,
+      retry_multiplier_percent, retry_max_delay_ms, retry_jitter_percent, max_reclaims, attempt_timeout_ms)
+    or tonumber(priority) > 9000 or tonumber(retention_ms) < 1 or (#args - 20) % 2 ~= 0
+  then
     return ff.err('invalid_input', 'argument')
   end
-  local existing = ff.load(keys[1])
+  local existing = ff.load(core_key)
   if existing then
+    local fields, hints = existing.fields, {}
     if existing.state == 'waiting' then
-      existing.hints = {
-        existing.fields.lane_id,
-        ff.eligible_score(tonumber(existing.fields.priority), tonumber(existing.fields.created_at)),
-      }
+      hints = { fields.lane_id, ff.eligible_score(tonumber(fields.priority), tonumber(fields.created_at)) }
     end
-    local reply = ff.ok_with_hints(existing)
-    reply[2] = 'DUPLICATE'
-    return reply
+    return ff.with_hints(ff.reply('DUPLICATE'), hints)
   end
-  local now = ff.now_ms()
-  local fields = {
-    'execution_id', args[1], 'namespace', args[2], 'lane_id', args[3], 'priority', args[4],
-    'required_capabilities', args[5], 'retention_ms', args[6], 'created_at', ff.text(now),
-    'last_transition_at', ff.text(now), 'total_attempt_count', '0', 'current_lease_epoch', '0', 'retry_count', '0',
-    'reclaim_count', '0', 'state', numbers[7] > 0 and 'delayed' or 'waiting',
-  }
-  local function put(name, value)
-    fields[#fields + 1] = name
-    fields[#fields + 1] = value
-  end
-  if #args[9] > 0 then
-    local flow = call('HGET', keys[5], 'state')
+  if #flow_id > 0 then
+    local flow = call('HGET', flow_key, 'state')
     if not flow then
       return ff.err('flow_not_found')
     end
     if flow ~= 'open' then
       return ff.err('flow_already_terminal')
     end
-    put('flow_id', args[9])
   end
-  if #args[10] > 0 then
-    local tag = string.match(keys[1], '^ff:exec:(%b{}):')
-    local parent = call('HGET', 'ff:exec:' .. tag .. ':' .. args[10] .. ':core', 'state')
+  local slot_tag = ff.slot_tag_of(core_key)
+  if #parent_id > 0 then
+    local parent = call('HGET', ff.key('core', slot_tag, parent_id), 'state')
     if not parent or ff.OUTCOMES[parent] then
       return ff.err('execution_not_found')
     end
-    put('parent_id', args[10])
   end
-  if #args[11] > 0 then
-    put('budget_ids', args[11])
+
+  local now = ff.now_ms()
+  local delayed = tonumber(delay_ms) > 0
+  call('HSET', core_key, 'execution_id', execution_id, 'namespace', namespace, 'lane_id', lane_id,
+    'priority', priority, 'required_capabilities', required_capabilities, 'retention_ms', retention_ms,
+    'created_at', ff.text(now), 'last_transition_at', ff.text(now), 'total_attempt_count', '0',
+    'current_lease_epoch', '0', 'retry_count', '0', 'reclaim_count', '0', 'retry_max', retry_max,
+    'retry_backoff', retry_backoff, 'retry_delay_ms', retry_delay_ms,
+    'retry_multiplier_percent', retry_multiplier_percent, 'retry_max_delay_ms', retry_max_delay_ms,
+    'retry_jitter_percent', retry_jitter_percent, 'max_reclaims', max_reclaims,
+    'attempt_timeout_ms', attempt_timeout_ms, 'state', delayed and 'delayed' or 'waiting')
+  for name, id in pairs({ flow_id = flow_id, parent_id = parent_id, budget_ids = budget_ids }) do
+    if #id > 0 then
+      call('HSET', core_key, name, id)
+    end
   end
-  for i, name in ipairs(POLICY) do
-    put(name, args[11 + i])
-  end
-  call('HSET', keys[1], unpack(fields))
-  if #args[20] > 0 then
-    call('SET', keys[2], args[20])
+  if #payload > 0 then
+    call('SET', payload_key, payload)
   end
   for i = 21, #args, 2 do
-    call('HSET', keys[3], args[i], args[i + 1])
+    call('HSET', tags_key, args[i], args[i + 1])
   end
-  local x = ff.load(keys[1], now)
-  if #args[9] > 0 then
-    call('SADD', keys[5] .. ':members', x.id)
-    call('SADD', keys[5] .. ':open', x.id)
-    call('PERSIST', keys[5])
-    call('PERSIST', keys[5] .. ':members')
+  if #flow_id > 0 then
+    local members_key = ff.key('flow_members', slot_tag, flow_id)
+    call('SADD', members_key, execution_id)
+    call('SADD', ff.key('flow_open', slot_tag, flow_id), execution_id)
+    call('PERSIST', flow_key)
+    call('PERSIST', members_key)
   end
-  if #args[10] > 0 then
-    call('SADD', 'ff:exec:' .. x.tag .. ':' .. args[10] .. ':children', x.id)
+  if #parent_id > 0 then
+    call('SADD', ff.key('children', slot_tag, parent_id), execution_id)
   end
-  if numbers[8] > 0 then
-    ff.set_timer(x, 'deadline', now + numbers[8])
+  local execution = ff.load(core_key, now)
+  if tonumber(deadline_ms) > 0 then
+    ff.set_timer(execution, 'deadline', now + deadline_ms)
   end
-  if numbers[7] > 0 then
-    ff.set_timer(x, 'delay', now + numbers[7])
+  if delayed then
+    ff.set_timer(execution, 'delay', now + delay_ms)
     return ff.ok()
   end
-  local score = ff.eligible_score(numbers[4], now)
-  call('ZADD', keys[4], score, x.id)
-  return ff.ok(args[3], score)
+  local score = ff.eligible_score(tonumber(priority), now)
+  call('ZADD', eligible_key, score, execution_id)
+  return ff.ok(lane_id, score)
 end)
 
 -- ff_describe_execution
@@ -112,27 +113,29 @@ end)
 redis.register_function({
   function_name = 'ff_describe_execution',
   callback = function(keys)
-    local core = redis.call('HGETALL', keys[1])
+    local call = redis.call
+    local core_key, tags_key, usage_key, history_key = unpack(keys, 1, 4)
+    local core = call('HGETALL', core_key)
     if #core == 0 then
       return ff.err('execution_not_found')
     end
-    local x = ff.load(keys[1])
+    local execution = ff.load(core_key)
     local due = {}
     for _, kind in ipairs({ 'delay', 'deadline', 'attempt', 'suspension' }) do
-      local score = redis.call('ZSCORE', x.timers, kind .. ':' .. x.id)
+      local score = call('ZSCORE', execution.timers_key, kind .. ':' .. execution.id)
       if score then
         due[#due + 1] = kind
         due[#due + 1] = ff.text(tonumber(score))
       end
     end
-    if x.state == 'active' then
+    if execution.state == 'active' then
       due[#due + 1] = 'lease'
-      due[#due + 1] = ff.text(ff.lease_expires_at(x))
+      due[#due + 1] = ff.text(ff.lease_expires_at(execution))
     end
     return ff.ok(
-      core, redis.call('HGETALL', keys[2]), redis.call('HGETALL', keys[3]),
-      redis.call('XREVRANGE', keys[4], '+', '-', 'COUNT', '100'), due,
-      redis.call('HGETALL', x.prefix .. 'suspension:current')
+      core, call('HGETALL', tags_key), call('HGETALL', usage_key),
+      call('XREVRANGE', history_key, '+', '-', 'COUNT', '100'), due,
+      call('HGETALL', ff.execution_key(execution, 'suspension'))
     )
   end,
   flags = { 'no-writes' },
@@ -146,17 +149,21 @@ redis.register_function({
 redis.register_function({
   function_name = 'ff_describe_attempt',
   callback = function(keys, args)
-    local core = redis.call('HMGET', keys[1], 'state', 'current_attempt_index')
-    if not core[1] then
+    local call = redis.call
+    local core_key, log_key, live_key, meta_key, summary_key = unpack(keys, 1, 5)
+    local attempt_index = args[1]
+    local state, current_index = unpack(call('HMGET', core_key, 'state', 'current_attempt_index'))
+    if not state then
       return ff.err('execution_not_found')
     end
     local left = ''
-    if core[1] == 'active' and core[2] == args[1] then
-      left = ff.text(math.max((tonumber(redis.call('HGET', keys[4], 'lease_expires_at')) or 0) - ff.now_ms(), 0))
+    if state == 'active' and current_index == attempt_index then
+      local expires_at = tonumber(call('HGET', meta_key, 'lease_expires_at')) or 0
+      left = ff.text(math.max(expires_at - ff.now_ms(), 0))
     end
     return ff.ok(
-      redis.call('HGETALL', keys[4]), ff.text(redis.call('XLEN', keys[2])), ff.text(redis.call('XLEN', keys[3])),
-      redis.call('HGET', keys[5], 'version') or '0', left
+      call('HGETALL', meta_key), ff.text(call('XLEN', log_key)), ff.text(call('XLEN', live_key)),
+      call('HGET', summary_key, 'version') or '0', left
     )
   end,
   flags = { 'no-writes' },
@@ -168,14 +175,15 @@ redis.register_function({
 --   returns: payload
 --   errors:  execution_not_found
 --
--- The payload or the result of an execution: whichever key it is told.
+-- The payload or the result of an execution: `payload` is the key of either.
 redis.register_function({
   function_name = 'ff_read_payload',
   callback = function(keys)
-    if redis.call('EXISTS', keys[1]) == 0 then
+    local core_key, payload_key = unpack(keys, 1, 2)
+    if redis.call('EXISTS', core_key) == 0 then
       return ff.err('execution_not_found')
     end
-    return ff.ok(redis.call('GET', keys[2]) or '')
+    return ff.ok(redis.call('GET', payload_key) or '')
   end,
   flags = { 'no-writes' },
 })
@@ -186,34 +194,39 @@ redis.register_function({
 --   returns: tag_count
 --   errors:  execution_not_found invalid_input
 redis.register_function('ff_set_tags', function(keys, args)
+  local call = redis.call
+  local core_key, tags_key = unpack(keys, 1, 2)
   if #args == 0 or #args % 2 ~= 0 then
     return ff.err('invalid_input', 'tags')
   end
-  if redis.call('EXISTS', keys[1]) == 0 then
+  if call('EXISTS', core_key) == 0 then
     return ff.err('execution_not_found')
   end
   for i = 1, #args, 2 do
-    redis.call('HSET', keys[2], args[i], args[i + 1])
+    call('HSET', tags_key, args[i], args[i + 1])
   end
-  local left = redis.call('PTTL', keys[1])
+  local left = call('PTTL', core_key)
   if left > 0 then
-    redis.call('PEXPIRE', keys[2], left)
+    call('PEXPIRE', tags_key, left)
   end
-  return ff.ok(ff.text(redis.call('HLEN', keys[2])))
+  return ff.ok(ff.text(call('HLEN', tags_key)))
 end)
 
 -- ff_read_tags
 --   keys:    core tags
 --   args:
---   returns: (tag value)...
+--   returns: tags
 --   errors:  execution_not_found
+--
+-- One field list.
 redis.register_function({
   function_name = 'ff_read_tags',
   callback = function(keys)
-    if redis.call('EXISTS', keys[1]) == 0 then
+    local core_key, tags_key = unpack(keys, 1, 2)
+    if redis.call('EXISTS', core_key) == 0 then
       return ff.err('execution_not_found')
     end
-    return { 1, 'OK', redis.call('HGETALL', keys[2]) }
+    return ff.ok(redis.call('HGETALL', tags_key))
   end,
   flags = { 'no-writes' },
 })

@@ -9,22 +9,24 @@
 -- A lapsed lease cannot be renewed: by then another worker may own the execution. The timer of the lease stays where
 -- it is; when it fires it finds the new end and moves there.
 redis.register_function('ff_renew_lease', function(keys, args)
-  local lease_ttl_ms = ff.integer(args[4])
+  local core_key = keys[1]
+  local attempt_index, lease_id, lease_epoch, lease_ttl_ms = unpack(args, 1, 4)
+  lease_ttl_ms = ff.integer(lease_ttl_ms)
   if not lease_ttl_ms or lease_ttl_ms < 1 then
     return ff.err('invalid_input', 'lease_ttl_ms')
   end
-  local x, refusal = ff.owned(keys[1], args)
-  if not x then
+  local execution, refusal = ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
+  if not execution then
     return refusal
   end
-  local expires_at = ff.text(x.now + lease_ttl_ms)
-  redis.call('HSET', ff.attempt_keys(x, args[1]).meta, 'lease_expires_at', expires_at)
-  -- A shorter lease than before must be found when it ends, not when the old one would have.
-  local due = redis.call('ZSCORE', x.timers, 'lease:' .. x.id)
-  if not due or tonumber(due) > x.now + lease_ttl_ms then
-    ff.set_timer(x, 'lease', expires_at)
+  local expires_at = execution.now + lease_ttl_ms
+  redis.call('HSET', ff.attempt_key(execution, 'meta', attempt_index), 'lease_expires_at', ff.text(expires_at))
+  -- A shorter lease than before must be found when it ends, not when the old one would have ended.
+  local due = redis.call('ZSCORE', execution.timers_key, 'lease:' .. execution.id)
+  if not due or tonumber(due) > expires_at then
+    ff.set_timer(execution, 'lease', expires_at)
   end
-  return ff.ok(expires_at, args[3], x.fields.cancel_requested == '1' and '1' or '0')
+  return ff.ok(ff.text(expires_at), lease_epoch, execution.fields.cancel_requested == '1' and '1' or '0')
 end)
 
 -- ff_report_progress
@@ -35,38 +37,39 @@ end)
 --
 -- '' leaves percent or message as it is.
 redis.register_function('ff_report_progress', function(keys, args)
-  local percent = ff.integer(args[4])
-  if #args[4] > 0 and (not percent or percent > 100) then
+  local core_key = keys[1]
+  local attempt_index, lease_id, lease_epoch, percent, message = unpack(args, 1, 5)
+  if #percent > 0 and (ff.integer(percent) or 101) > 100 then
     return ff.err('invalid_input', 'percent')
   end
-  local x, refusal = ff.owned(keys[1], args)
-  if not x then
+  local execution, refusal = ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
+  if not execution then
     return refusal
   end
-  if percent then
-    ff.set(x, 'progress_percent', args[4])
+  if #percent > 0 then
+    ff.set(execution, 'progress_percent', percent)
   end
-  if #args[5] > 0 then
-    ff.set(x, 'progress_message', args[5])
+  if #message > 0 then
+    ff.set(execution, 'progress_message', message)
   end
-  ff.set(x, 'progress_updated_at', ff.text(x.now))
+  ff.set(execution, 'progress_updated_at', ff.text(execution.now))
   return ff.ok()
 end)
 
--- The lease of an active execution has lapsed: its producer is lost. The attempt ends, and the execution waits for
--- another worker, unless that has happened too often. With `reported` the worker itself has said why, and its words
--- stay.
-function ff.lapse(x, reported)
-  local count = tonumber(x.fields.reclaim_count) + 1
-  ff.set(x, 'reclaim_count', ff.text(count))
-  if count > tonumber(x.fields.max_reclaims) then
+-- Handles the lapse of an active execution's lease: its producer is lost. The attempt ends, and the execution waits for
+-- another worker, unless that has happened too often. With `reported` the worker itself has said why, and its reason
+-- is kept.
+function ff.lapse(execution, reported)
+  local count = tonumber(execution.fields.reclaim_count) + 1
+  ff.set(execution, 'reclaim_count', ff.text(count))
+  if count > tonumber(execution.fields.max_reclaims) then
     if not reported then
-      ff.set(x, 'failure_reason', 'max_reclaims_exceeded', 'failure_class', 'infra_crash')
+      ff.set(execution, 'failure_reason', 'max_reclaims_exceeded', 'failure_class', 'infra_crash')
     end
-    ff.move(x, 'failed', 'producer_lost')
+    ff.move(execution, 'failed', 'producer_lost')
   else
-    ff.end_attempt(x, 'producer_lost')
-    ff.set(x, 'reclaimed', '1')
-    ff.move(x, 'waiting', 'producer_lost')
+    ff.end_attempt(execution, 'producer_lost')
+    ff.set(execution, 'reclaimed', '1')
+    ff.move(execution, 'waiting', 'producer_lost')
   end
 end

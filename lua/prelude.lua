@@ -1,7 +1,7 @@
--- The one table that the parts of the library share.
+-- The table `ff`, which all parts of the library share, and what every part uses.
 --
--- Nothing global is touched while the library loads: Valkey 9 hides almost every global at that time, so
--- `redis.call`, `string`, `tonumber` and the rest are named inside functions only.
+-- No global is read while the library loads: Valkey 9 hides almost all of them at that time. `redis.call`, `string`,
+-- `tonumber` and the rest are named inside functions only.
 -- Numbers leave as decimal integers ('%d') and stay at or below 2^53-1, the last integer a Lua number holds exactly.
 -- Lua has no rollback: every function reads and checks everything before its first write.
 
@@ -9,16 +9,71 @@ local ff = {}
 
 ff.MAX_INTEGER = 9007199254740991
 ff.MAX_PAYLOAD = 65536
--- One call holds the server for its whole length: about 1.5 us a frame, so 1024 frames stay below 2 ms.
+-- A call blocks the server until it returns: at about 1.5 us a frame, 1024 frames stay below 2 ms.
 ff.MAX_FRAMES = 1024
 ff.MAX_RUN_BYTES = 2097152
--- Field lists of one stream entry are unpacked onto the Lua stack; this bounds them far below its limit.
+-- The field list of a stream entry is unpacked onto the Lua stack; this bound is far below the stack's limit.
 ff.MAX_FIELDS = 32
+
+-- Every key that Lua code spells, in the parts around its slot tag, `{fp:N}`, and its owner: an execution, an attempt
+-- as `<execution id>:<index>`, a waitpoint, a signal, a lane or a flow. The table in ff_fast/keys.py says what each
+-- key holds. Parts are joined at half the price of string.format, and the end of an execution needs some 40 keys.
+ff.KEYS = {
+  core = { 'ff:exec:', ':', ':core' },
+  payload = { 'ff:exec:', ':', ':payload' },
+  result = { 'ff:exec:', ':', ':result' },
+  tags = { 'ff:exec:', ':', ':tags' },
+  usage = { 'ff:exec:', ':', ':usage' },
+  usage_dedup = { 'ff:exec:', ':', ':usage:dedup' },
+  history = { 'ff:exec:', ':', ':history' },
+  children = { 'ff:exec:', ':', ':children' },
+  waitpoints = { 'ff:exec:', ':', ':waitpoints' },
+  tokens = { 'ff:exec:', ':', ':tokens' },
+  signals = { 'ff:exec:', ':', ':signals' },
+  signals_buffered = { 'ff:exec:', ':', ':signals:buffered' },
+  signals_dedup = { 'ff:exec:', ':', ':signals:dedup' },
+  suspension = { 'ff:exec:', ':', ':suspension:current' },
+  suspension_signals = { 'ff:exec:', ':', ':suspension:signals' },
+  attempt = { 'ff:attempt:', ':', '' },
+  summary = { 'ff:attempt:', ':', ':summary' },
+  stream = { 'ff:stream:', ':', '' },
+  live = { 'ff:stream:', ':', ':live' },
+  meta = { 'ff:stream:', ':', ':meta' },
+  waitpoint = { 'ff:wp:', ':', '' },
+  signal = { 'ff:signal:', ':', '' },
+  eligible = { 'ff:idx:', ':lane:', ':eligible' },
+  timers = { 'ff:idx:', ':timers' },
+  completions = { 'ff:part:', ':completions' },
+  waitpoint_secrets = { 'ff:sec:', ':waitpoint_hmac' },
+  flow = { 'ff:flow:', ':', '' },
+  flow_members = { 'ff:flow:', ':', ':members' },
+  flow_open = { 'ff:flow:', ':', ':open' },
+}
+
+-- The key of that name in ff.KEYS. A key of the partition itself has no owner.
+function ff.key(name, slot_tag, owner)
+  local parts = ff.KEYS[name]
+  if owner then
+    return parts[1] .. slot_tag .. parts[2] .. owner .. parts[3]
+  end
+  return parts[1] .. slot_tag .. parts[2]
+end
+
+-- The slot tag of a key, `{fp:N}`. All keys of one call share it.
+function ff.slot_tag_of(key)
+  return string.match(key, '%b{}')
+end
+
+-- A success. The status is OK, or a word that the function's header explains.
+function ff.reply(status, ...)
+  return { 1, status, ... }
+end
 
 function ff.ok(...)
   return { 1, 'OK', ... }
 end
 
+-- A refusal: a code that the function's header declares, and its details.
 function ff.err(code, ...)
   return { 0, code, ... }
 end
@@ -28,7 +83,20 @@ function ff.now_ms()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
--- tonumber alone accepts '1e3', '0x10', ' 5 ' and 'inf'.
+-- The fields of a hash as a table; nil where there is no such key.
+function ff.hash(key)
+  local flat = redis.call('HGETALL', key)
+  if #flat == 0 then
+    return nil
+  end
+  local fields = {}
+  for i = 1, #flat, 2 do
+    fields[flat[i]] = flat[i + 1]
+  end
+  return fields
+end
+
+-- A non-negative integer, or nil. tonumber alone accepts '1e3', '0x10', ' 5 ' and 'inf'.
 function ff.integer(text)
   if text and #text <= 16 and string.find(text, '^%d+$') then
     local number = tonumber(text)
@@ -49,7 +117,7 @@ function ff.split_id(id)
   return ms, tonumber(sequence)
 end
 
--- How many frames a run holds, which is a varint at its beginning; 1 where it is no run.
+-- The number of frames in a run, which is a varint at its beginning; 1 where it is no run.
 function ff.run_count(run)
   local low, high = string.byte(run, 1, 2)
   if low and low >= 128 and high and high < 128 then

@@ -1,8 +1,8 @@
 -- The one state of an execution, the table of its transitions, and the one place that changes it: state, index,
 -- timers, end entry and completion record together.
 --
--- A call that begins at an execution is told its core key. The other keys of the execution and of its partition
--- share the slot and are spelled here from it, as ff_fast/keys.py spells them.
+-- A call about an execution is given its core key. Every other key of the execution and of its partition shares the
+-- slot, so it is spelled from the core key.
 
 -- From a state to the states that may follow it.
 ff.TRANSITIONS = {
@@ -26,9 +26,18 @@ ff.END_REASONS = {
   completed = 'attempt_success', failed = 'attempt_failure', cancelled = 'attempt_cancelled', expired = 'expired',
 }
 
--- A larger result is not repeated in the completion record; a subscriber reads it from the execution.
+-- A larger result is left out of the completion record; a subscriber reads it from the execution.
 local COMPLETION_PAYLOAD = 65536
 local COMPLETION_MAXLEN = '10000'
+
+local KEYS = ff.KEYS
+
+-- Keys that expire together after the execution has ended.
+local EXECUTION_KEYS = {
+  'core', 'payload', 'result', 'tags', 'usage', 'usage_dedup', 'waitpoints', 'tokens', 'signals', 'signals_buffered',
+  'signals_dedup', 'suspension', 'suspension_signals', 'children', 'history',
+}
+local ATTEMPT_KEYS = { 'stream', 'live', 'meta', 'attempt', 'summary' }
 
 -- Eligible executions sort by priority (higher first), then by age. Exact: |score| < 2^53 up to priority 9000.
 function ff.eligible_score(priority, created_ms)
@@ -42,323 +51,376 @@ local function lane_in_key(lane)
   end))
 end
 
--- An execution as these functions see it: the fields of its core, its keys, the time of the call, and the hints that
--- its lane (and its parent's) must get. nil where there is none.
+-- An execution: the fields of its core, what its keys are spelled from, the time of the call, and the hints for its
+-- lane (and its parent's lane). nil where there is none.
 function ff.load(core_key, now)
-  local flat = redis.call('HGETALL', core_key)
-  if #flat == 0 then
+  local fields = ff.hash(core_key)
+  if not fields then
     return nil
   end
-  local fields = {}
-  for i = 1, #flat, 2 do
-    fields[flat[i]] = flat[i + 1]
-  end
-  local tag, id = string.match(core_key, '^ff:exec:(%b{}):(.*):core$')
+  local slot_tag, id = string.match(core_key, '^ff:exec:(%b{}):(.*):core$')
   return {
-    core = core_key,
-    prefix = 'ff:exec:' .. tag .. ':' .. id .. ':',
-    tag = tag,
+    core_key = core_key,
+    slot_tag = slot_tag,
     id = id,
     fields = fields,
     state = fields.state,
     now = now or ff.now_ms(),
-    timers = 'ff:idx:' .. tag .. ':timers',
+    timers_key = ff.key('timers', slot_tag),
     hints = {},
   }
 end
 
-function ff.eligible_key(x)
-  return 'ff:idx:' .. x.tag .. ':lane:' .. lane_in_key(x.fields.lane_id) .. ':eligible'
+-- A key of the execution, by its name in ff.KEYS.
+function ff.execution_key(execution, name)
+  local parts = KEYS[name]
+  return parts[1] .. execution.slot_tag .. parts[2] .. execution.id .. parts[3]
 end
 
--- Keys of one attempt.
-function ff.attempt_keys(x, index)
-  local stream = 'ff:stream:' .. x.tag .. ':' .. x.id .. ':' .. index
-  local attempt = 'ff:attempt:' .. x.tag .. ':' .. x.id .. ':' .. index
-  return {
-    log = stream,
-    live = stream .. ':live',
-    meta = stream .. ':meta',
-    attempt = attempt,
-    summary = attempt .. ':summary',
-  }
+-- A key of one attempt, by its name in ff.KEYS.
+function ff.attempt_key(execution, name, index)
+  return ff.key(name, execution.slot_tag, execution.id .. ':' .. index)
 end
 
--- Sets fields of the core, here and on the server.
-function ff.set(x, ...)
-  local pairs_ = { ... }
-  redis.call('HSET', x.core, unpack(pairs_))
-  for i = 1, #pairs_, 2 do
-    x.fields[pairs_[i]] = pairs_[i + 1]
+function ff.waitpoint_key(execution, waitpoint_id)
+  return ff.key('waitpoint', execution.slot_tag, waitpoint_id)
+end
+
+-- `signal` is `<waitpoint id>:<signal id>`: a signal that goes to two waitpoints is stored twice.
+function ff.signal_key(execution, signal)
+  return ff.key('signal', execution.slot_tag, signal)
+end
+
+local function eligible_key(execution)
+  return ff.key('eligible', execution.slot_tag, lane_in_key(execution.fields.lane_id))
+end
+
+-- Sets fields of the core, in the table and on the server: `...` is name value name value.
+function ff.set(execution, ...)
+  local changes = { ... }
+  redis.call('HSET', execution.core_key, unpack(changes))
+  for i = 1, #changes, 2 do
+    execution.fields[changes[i]] = changes[i + 1]
   end
 end
 
-function ff.set_timer(x, kind, due_ms)
-  redis.call('ZADD', x.timers, ff.text(due_ms), kind .. ':' .. x.id)
+function ff.set_timer(execution, kind, due_ms)
+  redis.call('ZADD', execution.timers_key, ff.text(due_ms), kind .. ':' .. execution.id)
 end
 
-function ff.clear_timer(x, kind)
-  redis.call('ZREM', x.timers, kind .. ':' .. x.id)
+function ff.clear_timer(execution, kind)
+  redis.call('ZREM', execution.timers_key, kind .. ':' .. execution.id)
 end
 
--- The reply of a call after which executions may be waiting: `...`, then a lane and a score for each hint.
-function ff.ok_with_hints(x, ...)
-  local reply = ff.ok(...)
-  for _, hint in ipairs(x.hints) do
+-- The timer of a pending waitpoint, as it stands in the timer set.
+function ff.waitpoint_timer(execution, waitpoint_id)
+  return 'waitpoint:' .. execution.id .. ':' .. waitpoint_id
+end
+
+-- Appends a lane and a score to the reply for each hint: executions of that lane may wait for a worker now.
+function ff.with_hints(reply, hints)
+  for _, hint in ipairs(hints) do
     reply[#reply + 1] = hint
   end
   return reply
 end
 
--- Ends the stream of an attempt: the canonical word in meta, its echo at the end of the log (which wakes every
--- blocked reader), and the retention of every key of the attempt. An attempt that never wrote a frame, or was never
--- claimed, ends the same way. The end entry takes the sequence after the last frame.
-function ff.end_stream(x, index, reason)
+-- Ends the stream of an attempt: the canonical word in meta, its echo at the end of the log (which wakes every blocked
+-- reader), and the retention of every key of the attempt. An attempt that never wrote a frame, or was never claimed,
+-- ends the same way. The end entry takes the sequence after the last frame.
+function ff.end_stream(execution, index, reason)
   local call = redis.call
-  local keys = ff.attempt_keys(x, index)
-  local meta = call('HMGET', keys.meta, 'last_id', 'closed_at', 'visible_sequence')
+  local meta_key, now = ff.attempt_key(execution, 'meta', index), execution.now
+  local meta = call('HMGET', meta_key, 'last_id', 'closed_at', 'visible_sequence')
   if meta[2] then
     return
   end
-  local last_id = meta[1] or ff.text(x.now) .. '-0'
+  local last_id = meta[1] or ff.text(now) .. '-0'
   local last_ms, sequence = ff.split_id(last_id)
-  local ms = math.max(x.now, tonumber(last_ms))
-  call('HDEL', keys.meta, 'writer')
-  call('HSET', keys.meta, 'closed_at', ff.text(x.now), 'closed_reason', reason,
-    'last_id', last_id)
-  call('XADD', keys.log, string.format('%d-%d', ms, sequence + 1), 'end', reason,
+  local ms = math.max(now, tonumber(last_ms))
+  call('HDEL', meta_key, 'writer')
+  call('HSET', meta_key, 'closed_at', ff.text(now), 'closed_reason', reason, 'last_id', last_id)
+  call('XADD', ff.attempt_key(execution, 'stream', index), string.format('%d-%d', ms, sequence + 1), 'end', reason,
     'prev', meta[3] or ff.text(sequence))
-  for _, key in pairs(keys) do
-    call('PEXPIRE', key, x.fields.retention_ms)
+  for _, name in ipairs(ATTEMPT_KEYS) do
+    call('PEXPIRE', ff.attempt_key(execution, name, index), execution.fields.retention_ms)
   end
 end
 
 -- The attempt whose stream is open or comes next: readers of it are waiting.
-local function open_attempt(x)
-  if x.state == 'active' or x.state == 'suspended' or x.fields.interrupted == '1' then
-    return x.fields.current_attempt_index
+local function open_attempt(execution)
+  local state, fields = execution.state, execution.fields
+  if state == 'active' or state == 'suspended' or fields.interrupted == '1' then
+    return fields.current_attempt_index
   end
-  return x.fields.total_attempt_count
+  return fields.total_attempt_count
 end
 
--- Closes the suspension that is open, with the waitpoints that it names: none of their tokens resumes anything from
--- here on. A waitpoint that is pending goes on waiting for its suspension.
-function ff.close_suspension(x, why)
+-- Closes a waitpoint that is pending or active. Its token resumes nothing afterwards.
+function ff.close_waitpoint(execution, waitpoint_id, why)
+  local key = ff.waitpoint_key(execution, waitpoint_id)
+  local state = redis.call('HGET', key, 'state')
+  if state == 'pending' or state == 'active' then
+    redis.call('HSET', key, 'state', 'closed', 'closed_at', ff.text(execution.now), 'close_reason', why)
+    redis.call('ZREM', execution.timers_key, ff.waitpoint_timer(execution, waitpoint_id))
+  end
+end
+
+-- Closes the open suspension and the waitpoints that it names. A pending waitpoint goes on waiting for its suspension.
+function ff.close_suspension(execution, why)
   local call = redis.call
-  local key = x.prefix .. 'suspension:current'
-  local suspension = call('HMGET', key, 'suspension_id', 'closed_at', 'leaf_count')
-  if not suspension[1] or suspension[2] then
+  local key = ff.execution_key(execution, 'suspension')
+  local suspension_id, closed_at, leaf_count = unpack(call('HMGET', key, 'suspension_id', 'closed_at', 'leaf_count'))
+  if not suspension_id or closed_at then
     return
   end
-  call('HSET', key, 'closed_at', ff.text(x.now), 'close_reason', why)
-  for j = 0, tonumber(suspension[3]) - 1 do
-    ff.close_waitpoint(x, string.match(call('HGET', key, 'leaf:' .. j), '^%d+ (%S+)'), why)
+  call('HSET', key, 'closed_at', ff.text(execution.now), 'close_reason', why)
+  for j = 0, tonumber(leaf_count) - 1 do
+    ff.close_waitpoint(execution, string.match(call('HGET', key, 'leaf:' .. j), '^%d+ (%S+)'), why)
   end
 end
 
 -- Closes every waitpoint of the attempt that ends, and its suspension.
-local function close_waitpoints(x, why)
-  ff.close_suspension(x, why)
-  for _, waitpoint in ipairs(redis.call('SMEMBERS', x.prefix .. 'waitpoints')) do
-    ff.close_waitpoint(x, waitpoint, why)
+local function close_waitpoints(execution, why)
+  ff.close_suspension(execution, why)
+  for _, waitpoint_id in ipairs(redis.call('SMEMBERS', ff.execution_key(execution, 'waitpoints'))) do
+    ff.close_waitpoint(execution, waitpoint_id, why)
   end
 end
 
-function ff.close_waitpoint(x, waitpoint, why)
-  local key = 'ff:wp:' .. x.tag .. ':' .. waitpoint
-  local state = redis.call('HGET', key, 'state')
-  if state == 'pending' or state == 'active' then
-    redis.call('HSET', key, 'state', 'closed', 'closed_at', ff.text(x.now), 'close_reason', why)
-    redis.call('ZREM', x.timers, 'waitpoint:' .. x.id .. ':' .. waitpoint)
-  end
-end
-
--- A child of a parent that waits for its children: the last one wakes it.
-local function wake_parent(x)
-  local parent_id = x.fields.parent_id
+-- Takes an ended execution off the children of its parent. The last child wakes a parent that waits for its children.
+local function wake_parent(execution)
+  local slot_tag, parent_id = execution.slot_tag, execution.fields.parent_id
   if not parent_id then
     return
   end
-  local parent_prefix = 'ff:exec:' .. x.tag .. ':' .. parent_id .. ':'
-  redis.call('SREM', parent_prefix .. 'children', x.id)
-  local parent = ff.load(parent_prefix .. 'core', x.now)
-  if parent and parent.state == 'waiting_children' and redis.call('SCARD', parent_prefix .. 'children') == 0 then
+  local children_key = ff.key('children', slot_tag, parent_id)
+  redis.call('SREM', children_key, execution.id)
+  local parent = ff.load(ff.key('core', slot_tag, parent_id), execution.now)
+  if parent and parent.state == 'waiting_children' and redis.call('SCARD', children_key) == 0 then
     ff.move(parent, 'waiting')
-    for _, hint in ipairs(parent.hints) do
-      x.hints[#x.hints + 1] = hint
-    end
+    ff.with_hints(execution.hints, parent.hints)
   end
 end
 
 local FLOW_MS = 86400000
 
--- A flow without open members goes after a day, or with its last member where that is kept for longer.
-function ff.let_flow_go(flow_key, retention_ms)
+-- A flow without open members expires after a day, or with its last member where that is kept for longer.
+function ff.expire_flow_later(slot_tag, flow_id, retention_ms)
   local ms = ff.text(math.max(FLOW_MS, tonumber(retention_ms) or 0))
-  redis.call('PEXPIRE', flow_key, ms)
-  redis.call('PEXPIRE', flow_key .. ':members', ms)
+  redis.call('PEXPIRE', ff.key('flow', slot_tag, flow_id), ms)
+  redis.call('PEXPIRE', ff.key('flow_members', slot_tag, flow_id), ms)
 end
 
--- What comes with a terminal state.
-local function conclude(x, attempt, reason)
-  local call = redis.call
-  local fields, retention_ms = x.fields, x.fields.retention_ms
-  ff.end_stream(x, attempt, reason)
-  ff.clear_timer(x, 'deadline')
-  ff.clear_timer(x, 'cancel')
-  close_waitpoints(x, x.state)
-  ff.set(x, 'completed_at', ff.text(x.now), 'outcome', ff.OUTCOMES[x.state])
+-- What a cancelled flow decides about a member that has not ended:
+--   'cancel'  the member is cancelled
+--   'hold'    the member stays, and nobody may claim it
+--   'run'     the member goes on
+-- `policy` is nil while the flow is open. An attempt that has begun and is with a worker, suspended, or waiting for a
+-- worker to continue it may go on, unless all are cancelled. A member that its own worker put aside, delayed or waiting
+-- for children, does not run.
+function ff.flow_verdict(policy, interrupted, state)
+  if not policy then
+    return 'run'
+  end
+  if policy == 'cancel_all' then
+    return 'cancel'
+  end
+  if state == 'active' or state == 'suspended' or (state == 'waiting' and interrupted == '1') then
+    return 'run'
+  end
+  return policy == 'cancel_pending' and 'cancel' or 'hold'
+end
+
+-- The same for an execution that is, or is about to be, in `state`; 'run' where it belongs to no flow.
+function ff.flow_verdict_of(execution, state)
+  local flow_id = execution.fields.flow_id
+  if not flow_id then
+    return 'run'
+  end
+  local flow = redis.call('HMGET', ff.key('flow', execution.slot_tag, flow_id), 'state', 'cancel_policy')
+  if flow[1] == 'open' then
+    return 'run'
+  end
+  -- Nobody knows how a flow ended whose key is gone, so its members are neither cancelled nor started.
+  return ff.flow_verdict(flow[2] or 'flow_only', execution.fields.interrupted, state)
+end
+
+-- The record of an ended execution, for subscribers of completions.
+local function publish_completion(execution)
+  local fields, result = execution.fields, execution.result
   local record = {
-    'execution_id', x.id, 'outcome', ff.OUTCOMES[x.state], 'namespace', fields.namespace,
-    'produced_at_ms', ff.text(x.now),
+    'execution_id', execution.id, 'outcome', ff.OUTCOMES[execution.state], 'namespace', fields.namespace,
+    'produced_at_ms', ff.text(execution.now),
   }
   if fields.flow_id then
     record[#record + 1] = 'flow_id'
     record[#record + 1] = fields.flow_id
-    local flow_key = 'ff:flow:' .. x.tag .. ':' .. fields.flow_id
-    call('SREM', flow_key .. ':open', x.id)
-    if call('SCARD', flow_key .. ':open') == 0 then
-      ff.let_flow_go(flow_key, retention_ms)
-    end
   end
-  if x.result and #x.result > 0 then
+  if result and #result > 0 then
     record[#record + 1] = 'payload_bytes'
-    record[#record + 1] = ff.text(#x.result)
-    if #x.result <= COMPLETION_PAYLOAD then
+    record[#record + 1] = ff.text(#result)
+    if #result <= COMPLETION_PAYLOAD then
       record[#record + 1] = 'payload'
-      record[#record + 1] = x.result
+      record[#record + 1] = result
     end
   end
-  local completions = 'ff:part:' .. x.tag .. ':completions'
-  call('XADD', completions, 'MAXLEN', '~', COMPLETION_MAXLEN, '*', unpack(record))
-  for _, waitpoint in ipairs(call('SMEMBERS', x.prefix .. 'waitpoints')) do
-    call('PEXPIRE', 'ff:wp:' .. x.tag .. ':' .. waitpoint, retention_ms)
-  end
-  for _, signal in ipairs(call('LRANGE', x.prefix .. 'signals', 0, -1)) do
-    call('PEXPIRE', 'ff:signal:' .. x.tag .. ':' .. signal, retention_ms)
-  end
-  for _, name in ipairs({
-    'core', 'payload', 'result', 'tags', 'usage', 'usage:dedup', 'waitpoints', 'tokens', 'signals',
-    'signals:buffered', 'signals:dedup', 'suspension:current', 'suspension:signals', 'children', 'history',
-  }) do
-    call('PEXPIRE', x.prefix .. name, retention_ms)
-  end
-  wake_parent(x)
+  redis.call('XADD', ff.key('completions', execution.slot_tag), 'MAXLEN', '~', COMPLETION_MAXLEN, '*', unpack(record))
 end
 
--- Whether the flow of an execution that is about to wait for a worker is cancelled, and with it what does not run. An
--- attempt that has begun may go on, unless all are cancelled.
-function ff.flow_ends(x)
-  if not x.fields.flow_id then
-    return false
+-- Takes an ended execution off the open members of its flow.
+local function leave_flow(execution)
+  local flow_id = execution.fields.flow_id
+  if not flow_id then
+    return
   end
-  local flow = redis.call('HMGET', 'ff:flow:' .. x.tag .. ':' .. x.fields.flow_id, 'state', 'cancel_policy')
-  return flow[1] == 'cancelled'
-    and (flow[2] == 'cancel_all' or (flow[2] == 'cancel_pending' and x.fields.interrupted ~= '1'))
+  local open_key = ff.key('flow_open', execution.slot_tag, flow_id)
+  redis.call('SREM', open_key, execution.id)
+  if redis.call('SCARD', open_key) == 0 then
+    ff.expire_flow_later(execution.slot_tag, flow_id, execution.fields.retention_ms)
+  end
+end
+
+-- Gives every key of an ended execution its retention TTL; those of its attempts have theirs from ff.end_stream.
+local function expire_keys(execution)
+  local call = redis.call
+  local retention_ms = execution.fields.retention_ms
+  for _, waitpoint_id in ipairs(call('SMEMBERS', ff.execution_key(execution, 'waitpoints'))) do
+    call('PEXPIRE', ff.waitpoint_key(execution, waitpoint_id), retention_ms)
+  end
+  for _, signal in ipairs(call('LRANGE', ff.execution_key(execution, 'signals'), 0, -1)) do
+    call('PEXPIRE', ff.signal_key(execution, signal), retention_ms)
+  end
+  for _, name in ipairs(EXECUTION_KEYS) do
+    call('PEXPIRE', ff.execution_key(execution, name), retention_ms)
+  end
+end
+
+-- What comes with a terminal state.
+local function conclude(execution, attempt, reason)
+  ff.end_stream(execution, attempt, reason)
+  ff.clear_timer(execution, 'deadline')
+  ff.clear_timer(execution, 'cancel')
+  close_waitpoints(execution, execution.state)
+  ff.set(execution, 'completed_at', ff.text(execution.now), 'outcome', ff.OUTCOMES[execution.state])
+  leave_flow(execution)
+  publish_completion(execution)
+  expire_keys(execution)
+  wake_parent(execution)
 end
 
 -- Moves an execution to another state. Every caller has checked its arguments before; a transition that the table does
 -- not know is a bug of the caller. `reason` says why the stream of the attempt ends, where it does.
-function ff.move(x, to, reason)
+function ff.move(execution, to, reason)
   local call = redis.call
-  local from = x.state
+  local from, fields = execution.state, execution.fields
   if not (ff.TRANSITIONS[from] and ff.TRANSITIONS[from][to]) then
     error('ff_fast: no transition from ' .. from .. ' to ' .. to)
   end
-  local attempt = open_attempt(x)
+  local attempt = open_attempt(execution)
   if from == 'waiting' then
-    call('ZREM', ff.eligible_key(x), x.id)
+    call('ZREM', eligible_key(execution), execution.id)
   elseif from == 'delayed' then
-    ff.clear_timer(x, 'delay')
+    ff.clear_timer(execution, 'delay')
   elseif from == 'active' then
-    ff.clear_timer(x, 'lease')
-    ff.clear_timer(x, 'attempt')
-    -- Whatever takes the lease away takes the writer away: an append asks for nothing else.
-    call('HDEL', ff.attempt_keys(x, attempt).meta, 'writer')
+    ff.clear_timer(execution, 'lease')
+    ff.clear_timer(execution, 'attempt')
+    -- An append checks its writer and no other part of the fence, so the writer goes with the lease.
+    call('HDEL', ff.attempt_key(execution, 'meta', attempt), 'writer')
   elseif from == 'suspended' then
-    ff.clear_timer(x, 'suspension')
+    ff.clear_timer(execution, 'suspension')
   end
-  x.state = to
-  ff.set(x, 'state', to, 'last_transition_at', ff.text(x.now))
-  call('XADD', x.prefix .. 'history', 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to, 'attempt', attempt,
-    'reason', reason or '')
-  if to == 'waiting' and ff.flow_ends(x) then
-    -- Nobody could claim it any more.
-    ff.set(x, 'cancellation_reason', 'flow cancelled', 'cancelled_from', from)
-    ff.move(x, 'cancelled')
+  execution.state = to
+  ff.set(execution, 'state', to, 'last_transition_at', ff.text(execution.now))
+  call('XADD', ff.execution_key(execution, 'history'), 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to,
+    'attempt', attempt, 'reason', reason or '')
+  if to == 'waiting' and ff.flow_verdict_of(execution, to) == 'cancel' then
+    -- Nobody may claim it any more.
+    ff.set(execution, 'cancellation_reason', 'flow cancelled', 'cancelled_from', from)
+    ff.move(execution, 'cancelled')
   elseif to == 'waiting' then
-    local score = ff.eligible_score(tonumber(x.fields.priority), tonumber(x.fields.created_at))
-    call('ZADD', ff.eligible_key(x), score, x.id)
-    x.hints[#x.hints + 1] = x.fields.lane_id
-    x.hints[#x.hints + 1] = score
+    local score = ff.eligible_score(tonumber(fields.priority), tonumber(fields.created_at))
+    call('ZADD', eligible_key(execution), score, execution.id)
+    ff.with_hints(execution.hints, { fields.lane_id, score })
   elseif ff.OUTCOMES[to] then
-    conclude(x, attempt, reason or ff.END_REASONS[to])
+    conclude(execution, attempt, reason or ff.END_REASONS[to])
   end
 end
 
--- Ends the attempt without ending the execution: the next claim makes a new one.
-function ff.end_attempt(x, reason)
-  ff.end_stream(x, x.fields.current_attempt_index, reason)
-  close_waitpoints(x, reason)
-  ff.set(x, 'interrupted', '')
+-- Ends the attempt without ending the execution: the next claim begins a new one.
+function ff.end_attempt(execution, reason)
+  ff.end_stream(execution, execution.fields.current_attempt_index, reason)
+  close_waitpoints(execution, reason)
+  ff.set(execution, 'interrupted', '')
 end
 
--- The attempt goes on under a later lease: its time limit stands still until then.
-function ff.interrupt_attempt(x)
-  local due = redis.call('ZSCORE', x.timers, 'attempt:' .. x.id)
-  ff.set(x, 'interrupted', '1', 'attempt_left_ms', due and ff.text(math.max(tonumber(due) - x.now, 1)) or '')
+-- Marks the attempt to be continued under a later lease. Its time limit stands still until then.
+function ff.interrupt_attempt(execution)
+  local due = redis.call('ZSCORE', execution.timers_key, 'attempt:' .. execution.id)
+  local left = due and ff.text(math.max(tonumber(due) - execution.now, 1)) or ''
+  ff.set(execution, 'interrupted', '1', 'attempt_left_ms', left)
 end
 
--- The lease of a fenced call, as the outcome of its first run is kept under.
-local function lease_of(args)
-  return args[1] .. ' ' .. args[2] .. ' ' .. args[3]
+-- The execution of a call that needs a live lease. `lease`, the caller's fence, is kept with it for ff.save_reply.
+-- Returns the execution, or nil, the refusal, and the execution where there is one.
+function ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
+  local execution = ff.load(core_key)
+  if not execution then
+    return nil, ff.err('execution_not_found')
+  end
+  execution.lease = attempt_index .. ' ' .. lease_id .. ' ' .. lease_epoch
+  local fields = execution.fields
+  if
+    fields.current_attempt_index ~= attempt_index or fields.current_lease_id ~= lease_id
+    or fields.current_lease_epoch ~= lease_epoch
+  then
+    return nil, ff.err('stale_owner'), execution
+  end
+  if execution.state == 'suspended' then
+    return nil, ff.err('suspended'), execution
+  end
+  if execution.state ~= 'active' then
+    return nil, ff.err('execution_not_active', execution.state, fields.outcome or ''), execution
+  end
+  if ff.lease_expires_at(execution) <= execution.now then
+    return nil, ff.err('lease_expired'), execution
+  end
+  return execution
 end
 
--- Remembers what the call that gave the lease up answered; `...` is the answer.
-function ff.remember(x, args, ...)
-  ff.set(x, 'released_lease', lease_of(args), 'released_as', table.concat({ ... }, ' '))
+-- Saves the answer of the call that releases the lease, as words; a repeat of the call under this lease gets it again.
+function ff.save_reply(execution, ...)
+  ff.set(execution, 'released_lease', execution.lease, 'released_as', table.concat({ ... }, ' '))
 end
 
--- What the call that gave this lease up answered, as a list of words; nil where this lease was not given up.
-function ff.remembered(x, args)
-  if x.fields.released_lease ~= lease_of(args) then
+-- The words that were saved under the lease of the call; nil where this lease was not released.
+local function saved_reply(execution)
+  if execution.fields.released_lease ~= execution.lease then
     return nil
   end
   local words = {}
-  for word in string.gmatch(x.fields.released_as, '%S+') do
+  for word in string.gmatch(execution.fields.released_as, '%S+') do
     words[#words + 1] = word
   end
   return words
 end
 
--- The execution of a call that needs a live lease (args 1 to 3: attempt index, lease id, lease epoch).
--- Returns it, or nil, the error reply, and the execution where there is one.
-function ff.owned(core_key, args)
-  local x = ff.load(core_key)
-  if not x then
-    return nil, ff.err('execution_not_found')
+-- The owned execution of a call that releases the lease; or nil and the reply. The reply is the saved one where a call
+-- of the same kind has released this lease, and the refusal else.
+function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind)
+  local execution, refusal, found = ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
+  if execution then
+    return execution
   end
-  local fields = x.fields
-  if
-    fields.current_attempt_index ~= args[1] or fields.current_lease_id ~= args[2]
-    or fields.current_lease_epoch ~= args[3]
-  then
-    return nil, ff.err('stale_owner'), x
+  local words = found and saved_reply(found)
+  if words and words[1] == kind then
+    return nil, ff.ok(unpack(words))
   end
-  if x.state == 'suspended' then
-    return nil, ff.err('suspended'), x
-  end
-  if x.state ~= 'active' then
-    return nil, ff.err('execution_not_active', x.state, fields.outcome or ''), x
-  end
-  if ff.lease_expires_at(x) <= x.now then
-    return nil, ff.err('lease_expired'), x
-  end
-  return x
+  return nil, refusal
 end
 
--- The lease ends at the time that its attempt's meta names; appends read it there.
-function ff.lease_expires_at(x)
-  local meta = ff.attempt_keys(x, x.fields.current_attempt_index).meta
-  return tonumber(redis.call('HGET', meta, 'lease_expires_at') or '0') or 0
+-- The lease ends at the time that the meta hash of its attempt names; appends read it there.
+function ff.lease_expires_at(execution)
+  local meta_key = ff.attempt_key(execution, 'meta', execution.fields.current_attempt_index)
+  return tonumber(redis.call('HGET', meta_key, 'lease_expires_at') or '0') or 0
 end

@@ -1,71 +1,71 @@
--- Timers: one set per partition, member `<kind>:<execution id>[:<more>]`, score when it is due. A supervisor reads what
--- is due and fires each by a call that looks again, so any number of supervisors may run. A timer that has nothing to
--- do is removed; one that is early is moved; none stays due.
+-- Timers: one set per partition, member `<kind>:<execution id>[:<more>]`, score the time at which it is due. A
+-- supervisor reads what is due and fires each timer by a call that checks again, so any number of supervisors may
+-- run. A timer with nothing to do is removed, and one that is early is moved: none stays due.
 
--- Whether a supervisor with this filter is the one to handle the execution.
-local function wanted(x, namespace, tag_name, tag_value)
-  if namespace ~= '' and x.fields.namespace ~= namespace then
+-- Whether the filter of a supervisor lets the execution pass.
+local function wanted(execution, namespace, tag_name, tag_value)
+  if namespace ~= '' and execution.fields.namespace ~= namespace then
     return false
   end
-  return tag_name == '' or redis.call('HGET', x.prefix .. 'tags', tag_name) == tag_value
+  return tag_name == '' or redis.call('HGET', ff.execution_key(execution, 'tags'), tag_name) == tag_value
 end
 
 local FIRE = {}
 
-function FIRE.lease(x)
-  if x.state ~= 'active' then
+function FIRE.lease(execution)
+  if execution.state ~= 'active' then
     return 'done'
   end
-  local expires_at = ff.lease_expires_at(x)
-  if expires_at > x.now then
+  local expires_at = ff.lease_expires_at(execution)
+  if expires_at > execution.now then
     return 'later', expires_at
   end
-  ff.lapse(x)
+  ff.lapse(execution)
   return 'done'
 end
 
-function FIRE.delay(x)
-  if x.state == 'delayed' then
-    ff.move(x, 'waiting')
+function FIRE.delay(execution)
+  if execution.state == 'delayed' then
+    ff.move(execution, 'waiting')
   end
   return 'done'
 end
 
-function FIRE.attempt(x)
-  if x.state == 'active' then
-    ff.set(x, 'failure_reason', 'attempt_timeout', 'failure_class', 'timeout')
-    ff.fail_attempt(x, 'timeout', 'expired', 'attempt_timeout')
+function FIRE.attempt(execution)
+  if execution.state == 'active' then
+    ff.set(execution, 'failure_reason', 'attempt_timeout', 'failure_class', 'timeout')
+    ff.fail_attempt(execution, 'timeout', 'expired', 'attempt_timeout')
   end
   return 'done'
 end
 
-function FIRE.deadline(x)
-  if not ff.OUTCOMES[x.state] then
-    ff.set(x, 'failure_reason', 'execution_deadline')
-    ff.move(x, 'expired')
+function FIRE.deadline(execution)
+  if not ff.OUTCOMES[execution.state] then
+    ff.set(execution, 'failure_reason', 'execution_deadline')
+    ff.move(execution, 'expired')
   end
   return 'done'
 end
 
-function FIRE.suspension(x)
-  if x.state == 'suspended' then
-    ff.expire_suspension(x)
+function FIRE.suspension(execution)
+  if execution.state == 'suspended' then
+    ff.expire_suspension(execution)
   end
   return 'done'
 end
 
-function FIRE.cancel(x)
-  -- Whatever became of the attempt in the meantime: nothing of it is to go on.
-  if not ff.OUTCOMES[x.state] then
-    ff.set(x, 'cancelled_from', x.state)
-    ff.move(x, 'cancelled')
+function FIRE.cancel(execution)
+  -- The grace is over, whatever state the execution has reached since.
+  if not ff.OUTCOMES[execution.state] then
+    ff.set(execution, 'cancelled_from', execution.state)
+    ff.move(execution, 'cancelled')
   end
   return 'done'
 end
 
-function FIRE.waitpoint(x, waitpoint)
-  if redis.call('HGET', 'ff:wp:' .. x.tag .. ':' .. waitpoint, 'state') == 'pending' then
-    ff.close_waitpoint(x, waitpoint, 'never_committed')
+function FIRE.waitpoint(execution, waitpoint_id)
+  if redis.call('HGET', ff.waitpoint_key(execution, waitpoint_id), 'state') == 'pending' then
+    ff.close_waitpoint(execution, waitpoint_id, 'never_committed')
   end
   return 'done'
 end
@@ -79,26 +79,28 @@ end
 -- what: `done`, `later`, or `skipped` where the filter leaves the execution to another supervisor.
 redis.register_function('ff_fire_timer', function(keys, args)
   local call = redis.call
-  local due = call('ZSCORE', keys[1], args[1])
+  local timers_key, core_key = unpack(keys, 1, 2)
+  local member, kind, more, namespace, tag_name, tag_value = unpack(args, 1, 6)
+  local due = call('ZSCORE', timers_key, member)
   if not due then
     return ff.ok('done')
   end
-  local x = ff.load(keys[2])
-  if not x or not FIRE[args[2]] then
-    call('ZREM', keys[1], args[1])
+  local execution = ff.load(core_key)
+  if not execution or not FIRE[kind] then
+    call('ZREM', timers_key, member)
     return ff.ok('done')
   end
-  if tonumber(due) > x.now then
+  if tonumber(due) > execution.now then
     return ff.ok('later')
   end
-  if not wanted(x, args[4], args[5], args[6]) then
+  if not wanted(execution, namespace, tag_name, tag_value) then
     return ff.ok('skipped')
   end
-  local what, later = FIRE[args[2]](x, args[3])
+  local what, later = FIRE[kind](execution, more)
   if what == 'later' then
-    call('ZADD', keys[1], ff.text(later), args[1])
+    call('ZADD', timers_key, ff.text(later), member)
   else
-    call('ZREM', keys[1], args[1])
+    call('ZREM', timers_key, member)
   end
-  return ff.ok_with_hints(x, what)
+  return ff.with_hints(ff.ok(what), execution.hints)
 end)

@@ -69,14 +69,14 @@ def check_all_completed(stage: Stage, lane: str, count: int) -> None:
         check(wire.command("HGET", keys.core(eid), "state") == b"completed", f"{eid} has not ended")
     check(not wire.count("EXISTS", keys.ready(lane)), "the lane has a hint left")
     for index in range(keys.DEFAULT_PARTITIONS):
-        tag = keys.tag_of(index)
+        tag = keys.slot_tag(index)
         left = wire.count("EXISTS", keys.eligible(tag, lane), keys.timers(tag))
         check(not left, f"partition {index} has an index or a timer left")
 
 
 def completed(stage: Stage, partition: int) -> Iterator[str]:
     """Yield the ids in the completion records of one partition."""
-    records = stage.wire.command("XRANGE", keys.completions(keys.tag_of(partition)), "-", "+")
+    records = stage.wire.command("XRANGE", keys.completions(keys.slot_tag(partition)), "-", "+")
     for _, flat in cast("list[tuple[bytes, list[bytes]]]", records):
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
         check(fields[b"outcome"] == b"success", "an execution has ended in another way")

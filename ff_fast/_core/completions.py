@@ -77,7 +77,7 @@ class CompletionCore:
     def read(self) -> Steps[list[CompletionPayload]]:
         """Wait for up to :data:`COMPLETION_BLOCK_MS`; returns what ended since, each with the cursor behind it."""
         if self._start is None:
-            now = yield from server_ms(keys.completions(keys.tag_of(0)))
+            now = yield from server_ms(keys.completions(keys.slot_tag(0)))
             # Below every id from now on: the first of this millisecond may be still to come.
             self._start = f"{now - 1}-{_LAST_OF_A_MS}"
             self._first = self._start
@@ -85,7 +85,7 @@ class CompletionCore:
         if self._unsure:
             yield from self._check_kept(self._start)
             self._unsure = False
-        names = [keys.completions(keys.tag_of(index)) for index in indexes]
+        names = [keys.completions(keys.slot_tag(index)) for index in indexes]
         request = pack_command(
             b"XREAD", b"COUNT", b"100", b"BLOCK", b"%d" % COMPLETION_BLOCK_MS, b"STREAMS",
             *names,
@@ -111,7 +111,7 @@ class CompletionCore:
 
     def _check_kept(self, base: str) -> Steps[None]:
         """Raise ``InvalidCursor`` where what comes next may have been trimmed."""
-        names = [keys.completions(keys.tag_of(index)) for index in range(self._partitions)]
+        names = [keys.completions(keys.slot_tag(index)) for index in range(self._partitions)]
         infos = [Command(name, pack_command(b"XINFO", b"STREAM", name)) for name in names]
         for index, reply in enumerate((yield Step(infos))):
             if isinstance(reply, Exception) and "no such key" in str(reply):

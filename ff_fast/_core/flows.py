@@ -20,14 +20,14 @@ _BACKLOG_MS = 2_000
 
 
 def cancel_flow(
-    flow_id: str, tag: str, reason: str, policy: CancelFlowPolicy, wait_s: float | None
+    flow_id: str, slot_tag: str, reason: str, policy: CancelFlowPolicy, wait_s: float | None
 ) -> Steps[CancelFlowOutcome]:
     """Cancel a flow; then, for up to *wait_s*, cancel its members and wait until those it concerns have ended.
 
     Raises:
         DeadlineExceeded: Members had not ended in time; a supervisor goes on.
     """
-    cancel = ops.cancel_flow(flow_id, tag, reason, policy, _BACKLOG_MS)
+    cancel = ops.cancel_flow(flow_id, slot_tag, reason, policy, _BACKLOG_MS)
     held, still_open = yield from ops.call(cancel)
     cancelled = 0
     if wait_s is None or held is CancelFlowPolicy.FLOW_ONLY:
@@ -35,12 +35,12 @@ def cancel_flow(
     deadline = time.monotonic() + wait_s
     while True:
         count, left = yield from with_hints(
-            ops.cancel_members(flow_id, tag, MEMBERS_A_CALL), keys.index_of(tag)
+            ops.cancel_members(flow_id, slot_tag, MEMBERS_A_CALL), keys.index_of(slot_tag)
         )
         cancelled += count
         if left == 0:
             break
         if time.monotonic() >= deadline:
             raise DeadlineExceeded
-    describe = ops.describe_flow(flow_id, tag)
+    describe = ops.describe_flow(flow_id, slot_tag)
     return CancelFlowOutcome(held, cancelled, len((yield from ops.call(describe)).open_members))

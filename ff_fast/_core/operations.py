@@ -222,9 +222,9 @@ def create_execution(
         eid = keys.execution_id_for_flow(flow, on.partitions)
     else:
         eid = keys.new_execution_id(on.partitions)
-    if flow and keys.partition_tag(eid) != keys.flow_tag(flow, on.partitions):
+    if flow and keys.slot_tag_of(eid) != keys.flow_slot_tag(flow, on.partitions):
         raise InvalidInput("An execution of a flow must have an id in the flow's partition.")
-    if parent and keys.partition_tag(eid) != keys.partition_tag(parent):
+    if parent and keys.slot_tag_of(eid) != keys.slot_tag_of(parent):
         raise InvalidInput("A child must have an id in its parent's partition.")
     op = ops.create_execution(
         eid,
@@ -768,7 +768,9 @@ def create_flow(
     """
     identity = keys.new_uuid() if flow_id is None else keys.canonical_uuid("flow_id", flow_id)
     op = ops.create_flow(
-        identity, keys.flow_tag(identity, on.partitions), keys.free_text("namespace", namespace)
+        identity,
+        keys.flow_slot_tag(identity, on.partitions),
+        keys.free_text("namespace", namespace),
     )
 
     def steps() -> Steps[str]:
@@ -802,10 +804,10 @@ def cancel_flow(
     _checked("policy", policy, CancelFlowPolicy)
     _checked("wait", wait, CancelFlowWait)
     identity = keys.canonical_uuid("flow_id", flow_id)
-    tag = keys.flow_tag(identity, on.partitions)
+    slot_tag = keys.flow_slot_tag(identity, on.partitions)
     why = _line("reason", reason, 4096)
     wait_s = (wait.timeout if wait.timeout is not None else float("inf")) if wait.wait else None
-    return Call(lambda: flows.cancel_flow(identity, tag, why, policy, wait_s))
+    return Call(lambda: flows.cancel_flow(identity, slot_tag, why, policy, wait_s))
 
 
 def describe_flow(on: Deployment, flow_id: str) -> Call[FlowDescription]:
@@ -815,7 +817,7 @@ def describe_flow(on: Deployment, flow_id: str) -> Call[FlowDescription]:
         FlowNotFound: There is no such flow.
     """
     identity = keys.canonical_uuid("flow_id", flow_id)
-    return _call(ops.describe_flow(identity, keys.flow_tag(identity, on.partitions)))
+    return _call(ops.describe_flow(identity, keys.flow_slot_tag(identity, on.partitions)))
 
 
 def set_tags(on: Deployment, execution_id: str, tags: Mapping[str, str]) -> Call[int]:

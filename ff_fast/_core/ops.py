@@ -163,13 +163,21 @@ class Attempt(NamedTuple):
         )
 
 
-def version() -> Op[tuple[int, str, int | None]]:
+class Version(NamedTuple):
+    """The library that the server holds; ``partitions`` is None where no partition count is stored."""
+
+    contract: int
+    digest: str
+    partitions: int | None
+
+
+def version() -> Op[Version]:
     """Contract number and digest of the library that the server holds, and the stored partition count."""
 
-    def parse(_: bytes, fields: list[object]) -> tuple[int, str, int | None]:
-        # A library of contract 1 that is older than the count answers without it, and is replaced.
-        stored = _text(fields[2]) if fields[2:] else ""
-        return _int(fields[0]), _text(fields[1]), int(stored) if stored else None
+    def parse(_: bytes, fields: list[object]) -> Version:
+        # A library of another contract may answer less; which contract it has must be readable all the same.
+        contract, digest, *rest = map(_text, fields)
+        return Version(int(contract), digest, int(rest[0]) if rest and rest[0] else None)
 
     return Op(b"ff_version", (keys.PARTITIONS_CONFIG,), (), parse, read_only=True)
 
@@ -202,7 +210,7 @@ def create_execution(
     tags: Mapping[str, str],
 ) -> Op[tuple[None, Hints]]:
     """Create an execution, or find that it exists."""
-    tag = keys.partition_tag(execution_id)
+    slot_tag = keys.slot_tag_of(execution_id)
     pairs = [part.encode() for pair in tags.items() for part in pair]
     return Op(
         b"ff_create_execution",
@@ -210,8 +218,8 @@ def create_execution(
             keys.core(execution_id),
             keys.payload(execution_id),
             keys.tags(execution_id),
-            keys.eligible(tag, lane),
-            keys.flow(tag, flow_id),
+            keys.eligible(slot_tag, lane),
+            keys.flow(slot_tag, flow_id),
         ),
         (
             execution_id.encode(),
@@ -269,12 +277,11 @@ def claim(
         handle = _claimed_handle(fields, lease_id, lease_ttl_ms, lane, worker_instance_id)
         return Claimed(handle, None, _text(fields[6]).encode() or None)
 
-    tag = keys.tag_of(partition)
+    slot_tag = keys.slot_tag(partition)
     return Op(
         b"ff_claim",
-        (keys.eligible(tag, lane),),
+        (keys.eligible(slot_tag, lane),),
         (
-            keys.core_prefix(tag),
             worker_id.encode(),
             worker_instance_id.encode(),
             lease_id.encode(),
@@ -735,7 +742,7 @@ def cancel_execution(
 def create_waitpoint(
     attempt: Attempt, waitpoint_id: str, expires_ms: int, kid: str, secret: str
 ) -> Op[PendingWaitpoint]:
-    """Create a pending waitpoint. *kid* and *secret* start the partition's key ring where it is empty."""
+    """Create a pending waitpoint. *kid* and *secret* start the ring of the partition where it is empty."""
 
     def parse(_: bytes, fields: list[object]) -> PendingWaitpoint:
         return PendingWaitpoint(waitpoint_id, WaitpointHmac(_text(fields[0])))
@@ -758,7 +765,7 @@ def rotate_waitpoint_secret(partition: int, kid: str, secret: str, grace_ms: int
     """Let *secret* mint from now on in one partition; answers the kid before it, '' for none."""
     return Op(
         b"ff_rotate_waitpoint_secret",
-        (keys.waitpoint_secrets(keys.tag_of(partition)),),
+        (keys.waitpoint_secrets(keys.slot_tag(partition)),),
         (kid.encode(), secret.encode(), number(grace_ms)),
         lambda status, fields: _text(fields[0]),
     )
@@ -976,48 +983,48 @@ def _budget_keys(budget_id: str, charge_key: str) -> tuple[bytes, ...]:
     return (
         keys.budget_limits(budget_id),
         keys.budget_usage(budget_id),
-        keys.budget_dedup(budget_id, charge_key),
+        keys.budget_charge(budget_id, charge_key),
     )
 
 
-def create_flow(flow_id: str, tag: str, namespace: str) -> Op[str]:
+def create_flow(flow_id: str, slot_tag: str, namespace: str) -> Op[str]:
     """Create a flow, or find that it exists; answers its state."""
     return Op(
         b"ff_create_flow",
-        (keys.flow(tag, flow_id),),
+        (keys.flow(slot_tag, flow_id),),
         (flow_id.encode(), namespace.encode()),
         lambda status, fields: _text(fields[0]),
     )
 
 
 def cancel_flow(
-    flow_id: str, tag: str, reason: str, policy: CancelFlowPolicy, backlog_ms: int
+    flow_id: str, slot_tag: str, reason: str, policy: CancelFlowPolicy, backlog_ms: int
 ) -> Op[tuple[CancelFlowPolicy, int]]:
     """Cancel the flow itself: no member is claimed from here on. Answers the policy and how many members are open."""
     return Op(
         b"ff_cancel_flow",
         (
-            keys.flow(tag, flow_id),
-            keys.flow_members(tag, flow_id),
-            keys.flow_open(tag, flow_id),
-            keys.timers(tag),
+            keys.flow(slot_tag, flow_id),
+            keys.flow_members(slot_tag, flow_id),
+            keys.flow_open(slot_tag, flow_id),
+            keys.timers(slot_tag),
         ),
         (reason.encode(), policy.value.encode(), number(backlog_ms)),
         lambda status, fields: (CancelFlowPolicy(_text(fields[0])), _int(fields[1])),
     )
 
 
-def cancel_members(flow_id: str, tag: str, count: int) -> Op[tuple[tuple[int, int], Hints]]:
+def cancel_members(flow_id: str, slot_tag: str, count: int) -> Op[tuple[tuple[int, int], Hints]]:
     """Cancel members of a cancelled flow; answers how many, and whether more are left to be cancelled."""
     return Op(
         b"ff_cancel_members",
-        (keys.flow(tag, flow_id), keys.flow_open(tag, flow_id), keys.timers(tag)),
+        (keys.flow(slot_tag, flow_id), keys.flow_open(slot_tag, flow_id), keys.timers(slot_tag)),
         (number(count),),
         lambda status, fields: ((_int(fields[0]), _int(fields[1])), _hints(fields, 2)),
     )
 
 
-def describe_flow(flow_id: str, tag: str) -> Op[FlowDescription]:
+def describe_flow(flow_id: str, slot_tag: str) -> Op[FlowDescription]:
     """A flow and its members."""
 
     def parse(_: bytes, fields: list[object]) -> FlowDescription:
@@ -1030,7 +1037,11 @@ def describe_flow(flow_id: str, tag: str) -> Op[FlowDescription]:
 
     return Op(
         b"ff_describe_flow",
-        (keys.flow(tag, flow_id), keys.flow_members(tag, flow_id), keys.flow_open(tag, flow_id)),
+        (
+            keys.flow(slot_tag, flow_id),
+            keys.flow_members(slot_tag, flow_id),
+            keys.flow_open(slot_tag, flow_id),
+        ),
         (),
         parse,
         read_only=True,
@@ -1063,13 +1074,13 @@ def read_tags(execution_id: str) -> Op[dict[str, str]]:
 
 
 def fire_timer(
-    tag: str, member: bytes, kind: str, execution_id: str, more: str, scope: ScannerFilter
+    slot_tag: str, member: bytes, kind: str, execution_id: str, more: str, scope: ScannerFilter
 ) -> Op[tuple[str, Hints]]:
     """Fire one timer that is due; answers ``done``, ``later`` or ``skipped``."""
     tag_name, tag_value = scope.instance_tag or ("", "")
     return Op(
         b"ff_fire_timer",
-        (keys.timers(tag), keys.core(execution_id)),
+        (keys.timers(slot_tag), keys.core(execution_id)),
         (
             member,
             kind.encode(),

@@ -43,7 +43,7 @@ def sweep(lane: str, partitions: int) -> Steps[bool]:
     """Put the hints that are missing, from the head of every partition; return whether there is work."""
     heads = yield Step(
         [
-            command(b"ZRANGE", keys.eligible(keys.tag_of(index), lane), b"0", b"0", b"WITHSCORES")
+            command(b"ZRANGE", keys.eligible(keys.slot_tag(index), lane), b"0", b"0", b"WITHSCORES")
             for index in range(partitions)
         ]
     )

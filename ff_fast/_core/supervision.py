@@ -22,7 +22,7 @@ _GRANT_MS = 60_000
 
 def _due(partition: int, now: bytes, offset: int) -> Command:
     """Return the command that reads the timers of a partition that are due, from *offset* on."""
-    timers = keys.timers(keys.tag_of(partition))
+    timers = keys.timers(keys.slot_tag(partition))
     page = (b"LIMIT", b"%d" % offset, b"%d" % _DUE_A_CALL)
     return command(b"ZRANGEBYSCORE", timers, b"-inf", now, *page)
 
@@ -43,7 +43,7 @@ class Supervision:
 
     def round(self) -> Steps[int]:
         """Fire every timer that is due; returns how many had something to do."""
-        now = b"%d" % (yield from server_ms(keys.timers(keys.tag_of(0))))
+        now = b"%d" % (yield from server_ms(keys.timers(keys.slot_tag(0))))
         offsets = dict.fromkeys(range(self._on.partitions), 0)
         fired = 0
         while offsets:
@@ -61,7 +61,7 @@ class Supervision:
         return fired
 
     def _fire(self, partition: int, members: list[bytes]) -> Steps[tuple[int, int]]:
-        tag = keys.tag_of(partition)
+        slot_tag = keys.slot_tag(partition)
         stayed = done = 0
         hints: ops.Hints = []
         timers = []
@@ -77,10 +77,10 @@ class Supervision:
                 continue
             found = re.fullmatch(r"(\{fp:\d+\}:[0-9a-f-]{36})(?::(.*))?", rest)
             # What names nothing of this partition is dropped by the call.
-            execution_id, more = f"{tag}:", ""
-            if found and found[1].startswith(f"{tag}:"):
+            execution_id, more = f"{slot_tag}:", ""
+            if found and found[1].startswith(f"{slot_tag}:"):
                 execution_id, more = found[1], found[2] or ""
-            timers.append(ops.fire_timer(tag, member, kind, execution_id, more, self._scope))
+            timers.append(ops.fire_timer(slot_tag, member, kind, execution_id, more, self._scope))
         replies: list[object] = []
         if timers:
             replies = yield Step([op.command() for op in timers])
@@ -99,18 +99,20 @@ class Supervision:
 
     def _cancel_members(self, flow_id: str, partition: int) -> Steps[int | None]:
         """Cancel some members of a cancelled flow; 0 where none is left, None for another supervisor's flow."""
-        tag = keys.tag_of(partition)
+        slot_tag = keys.slot_tag(partition)
         if self._scope.namespace is not None:
-            (reply,) = yield Step((command(b"HGET", keys.flow(tag, flow_id), b"namespace"),))
+            (reply,) = yield Step((command(b"HGET", keys.flow(slot_tag, flow_id), b"namespace"),))
             if isinstance(reply, bytes) and reply != self._scope.namespace.encode():
                 return None
-        _, left = yield from with_hints(ops.cancel_members(flow_id, tag, MEMBERS_A_CALL), partition)
+        _, left = yield from with_hints(
+            ops.cancel_members(flow_id, slot_tag, MEMBERS_A_CALL), partition
+        )
         return left
 
 
 def find_reclaimable(partitions: int, limit: int) -> Steps[list[ReclaimToken]]:
     """Find active executions whose lease has lapsed, over all partitions, at most *limit*."""
-    now_ms = yield from server_ms(keys.timers(keys.tag_of(0)))
+    now_ms = yield from server_ms(keys.timers(keys.slot_tag(0)))
     now = b"%d" % now_ms
     tokens: list[ReclaimToken] = []
     indexes, offset = list(range(partitions)), 0
@@ -143,7 +145,7 @@ def reclaim_token(execution_id: str, lane: str, now_ms: int) -> ReclaimToken:
     """Return the token that names an execution to be taken over; the claim itself checks that it may be."""
     grant = ReclaimGrant(
         execution_id=execution_id,
-        partition_key=keys.partition_tag(execution_id),
+        partition_key=keys.slot_tag_of(execution_id),
         grant_key=keys.core(execution_id).decode(),
         expires_at_ms=now_ms + _GRANT_MS,
         lane_id=lane,

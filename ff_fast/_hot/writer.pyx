@@ -99,6 +99,22 @@ cdef enum Kind:
     LIVE = 1
     PATCH = 2
 
+# The letters of the blocks of a batch; the table in lua/append.lua says what each block holds.
+cdef bytes BLOCK_LOG = b"L"
+cdef bytes BLOCK_LOG_FIELDS = b"X"
+cdef bytes BLOCK_LIVE = b"V"
+cdef bytes BLOCK_LIVE_FIELDS = b"W"
+cdef bytes BLOCK_PATCHES = b"S"
+cdef bytes BLOCK_DOCUMENT = b"C"
+cdef bytes BLOCK_TRIM_LIVE = b"T"
+cdef bytes BLOCK_LIVE_TTL = b"P"
+cdef bytes BLOCK_TRIM_LOG = b"K"
+cdef bytes BLOCK_ESTIMATOR = b"E"
+cdef bytes BLOCK_VISIBLE = b"H"
+cdef tuple FRAME_BLOCKS = (
+    BLOCK_LOG, BLOCK_LOG_FIELDS, BLOCK_LIVE, BLOCK_LIVE_FIELDS, BLOCK_PATCHES
+)
+
 # Summary patches are stored in the live window too. Until a best-effort frame says how long to keep
 # frames, this does.
 SUMMARY_WINDOW = BestEffortLiveConfig.with_ttl(30_000)
@@ -776,7 +792,7 @@ cdef class WriterCore:
         self._durable_since_trim += durable
         if self._durable_since_trim >= TRIM_EVERY:
             self._durable_since_trim = 0
-            tail += [b"K", b"%d" % self._retention_maxlen]
+            tail += [BLOCK_TRIM_LOG, b"%d" % self._retention_maxlen]
             uses[0] |= USES_LOG
         if batch.live_count:
             for i in range(self._run_count):
@@ -785,20 +801,20 @@ cdef class WriterCore:
                 batch.live_count, now, self._acked_ms + (now - self._acked_at_us) // 1000
             )
             if first_kept[1]:
-                tail += [b"T", b"%d-%d" % first_kept]
+                tail += [BLOCK_TRIM_LIVE, b"%d-%d" % first_kept]
         if self._window is not None and self._window.renew_due(batch.live_count > 0, now):
             batch.renews = True
-            tail += [b"P", b"%d" % (2 * self._window.ttl_ms)]
+            tail += [BLOCK_LIVE_TTL, b"%d" % (2 * self._window.ttl_ms)]
             uses[0] |= USES_LIVE
         if self._visible != self._sequence:
             if self._sent_visible != self._visible:
-                tail += [b"H", b"%d" % self._visible]
+                tail += [BLOCK_VISIBLE, b"%d" % self._visible]
         elif self._sent_visible >= 0:
-            tail += [b"H", b""]
+            tail += [BLOCK_VISIBLE, b""]
         if self._window is not None and (batch.live_count or self._finishing):
             rate = self._window.take_rate(self._finishing, now)
             if rate is not None:
-                tail += [b"E", rate]
+                tail += [BLOCK_ESTIMATOR, rate]
         if self._pending_bytes and (
             self._finishing or self._pending_bytes > max(2 * self._stored_bytes, COMPACT_BYTES)
         ):
@@ -808,7 +824,8 @@ cdef class WriterCore:
             # pending patches simply stay.
             try:
                 tail += [
-                    b"C", b"%d" % self._summary_version, self._document.dumps(), self._patch_kind
+                    BLOCK_DOCUMENT, b"%d" % self._summary_version, self._document.dumps(),
+                    self._patch_kind,
                 ]
                 uses[0] |= USES_SUMMARY
                 self._pending_bytes = 0
@@ -1168,12 +1185,14 @@ cdef char* put_head(
 ) noexcept:
     """Write the part of a block before its payloads or run."""
     cdef Py_ssize_t extras = extras_of(shape, previous, version)
+    cdef bytes letter
     if shape.kind == LOG:
-        out = put_bulk(out, "X" if extras else "L", 1)
+        letter = BLOCK_LOG_FIELDS if extras else BLOCK_LOG
     elif shape.kind == LIVE:
-        out = put_bulk(out, "W" if extras else "V", 1)
+        letter = BLOCK_LIVE_FIELDS if extras else BLOCK_LIVE
     else:
-        out = put_bulk(out, "S", 1)
+        letter = BLOCK_PATCHES
+    out = put_bulk(out, PyBytes_AS_STRING(letter), 1)
     out = put_number(out, count)
     if extras:
         out = put_number(out, extras)
@@ -1233,15 +1252,15 @@ cdef list frames_of(Batch batch):
     at = 2
     while at < len(argv):
         letter = argv[at]
-        if letter in b"LXVWS":
+        if letter in FRAME_BLOCKS:
             count = int(argv[at + 1])
             at += 2
             shared = []
-            if letter in b"XWS":
+            if letter in (BLOCK_LOG_FIELDS, BLOCK_LIVE_FIELDS, BLOCK_PATCHES):
                 extras = 2 * int(argv[at])
                 shared = argv[at + 1:at + 1 + extras]
                 at += 1 + extras
-            live = letter in b"VWS"
+            live = letter not in (BLOCK_LOG, BLOCK_LOG_FIELDS)
             # A live entry has all its frames, under the id of the last one.
             entry_frames = count if live else 1
             name = b"run" if entry_frames > 1 else b"payload"
@@ -1250,7 +1269,7 @@ cdef list frames_of(Batch batch):
                 entry = [b"0-%d" % sequence, [name, value, *shared]]
                 frames.extend(decode_entries([entry], 0, live=live).frames)
                 at += 1
-            at += 2 if letter == b"S" else 0
+            at += 2 if letter == BLOCK_PATCHES else 0
         else:
-            at += 4 if letter == b"C" else 2
+            at += 4 if letter == BLOCK_DOCUMENT else 2
     return frames

@@ -89,7 +89,7 @@ class WaitpointHmac:
         return hash((WaitpointHmac, self._text))
 
 
-_WAITPOINT_HMAC = r"[!-9;-~]{1,64}:[0-9a-f]{40}"
+_WAITPOINT_HMAC = keys.OPAQUE_ID + r":[0-9a-f]{40}"
 
 
 class PendingWaitpoint(Value):

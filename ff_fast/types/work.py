@@ -158,7 +158,7 @@ class ReclaimGrant(Value):
 
     def __post_init__(self) -> None:
         set_field(self, "execution_id", keys.canonical_execution_id(self.execution_id))
-        if self.partition_key != keys.partition_tag(self.execution_id):
+        if self.partition_key != keys.slot_tag_of(self.execution_id):
             raise InvalidId("partition_key must be the hash tag of the execution id.")
         check_type("grant_key", self.grant_key, str)
         check_int("expires_at_ms", self.expires_at_ms, 0, MAX_INT)

@@ -21,7 +21,8 @@ import pytest
 import trustme
 
 import ff_fast
-from ff_fast import Frame, FrameKind, StreamMode, aio
+from ff_fast import Frame, FrameKind, StreamMode, _library, aio, keys
+from ff_fast._core import ops
 from ff_fast.errors import (
     AuthenticationFailed,
     DeadlineExceeded,
@@ -125,6 +126,23 @@ async def test_each_user_can_do_its_work_and_is_refused_nothing(shell, own_serve
         assert (await tailer.read_summary(eid, 0)).version == 300
         assert (await tailer.describe(eid)).state == "completed"
     assert guarded.acl_log() == []
+
+
+def test_the_partition_count_is_stored_once_and_everybody_may_read_it(own_server, guarded):
+    version = ops.version()
+
+    def stored(raw):
+        reply = raw.fcall_ro(version.function, len(version.keys), *version.keys)
+        return version.answer(reply).partitions
+
+    guarded.function_load(_library.source())
+    with connect_raw(as_user(own_server, "ff_deploy")) as deploy:
+        assert stored(deploy) is None
+        for count in (7, 8):
+            deploy.execute_command("SET", keys.PARTITIONS_CONFIG, count, "NX", "GET")
+    for name in ACL:
+        with connect_raw(as_user(own_server, name)) as raw:
+            assert stored(raw) == 7
 
 
 async def supervised(supervisor, tailer, eid, state):

@@ -173,7 +173,7 @@ async def test_a_lost_reply_is_asked_for_again(shell, proxy, server, lane):
         assert (await backend.describe(eid)).state == "completed"
     assert [frame.frame_type for frame in frames(server.url, eid)] == ["tool_event"]
     with connect_raw(server.url) as raw:
-        assert raw.zcard(ff_fast.keys.eligible(ff_fast.keys.partition_tag(ids["new"]), lane)) == 1
+        assert raw.zcard(ff_fast.keys.eligible(ff_fast.keys.slot_tag_of(ids["new"]), lane)) == 1
 
 
 async def test_a_lost_reply_to_a_claim_is_told(shell, proxy, lane):

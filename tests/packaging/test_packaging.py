@@ -28,13 +28,13 @@ from pathlib import Path
 import redis
 
 import ff_fast
-from ff_fast import _library, data
+from ff_fast import _library, data, keys
 from ff_fast.embedded import EmbeddedServer
 
 extensions = [importlib.import_module(name).__file__ for name in sys.argv[1:]]
 with EmbeddedServer() as server, redis.Redis.from_url(server.url, protocol=2) as client:
     loaded = client.function_load(_library.source()).decode()
-    version = [part.decode() for part in client.fcall("ff_version", 0) if isinstance(part, bytes)]
+    version = [part.decode() for part in client.fcall("ff_version", 1, keys.PARTITIONS_CONFIG) if isinstance(part, bytes)]
     functions = sorted(
         entry[1].decode() for entry in client.function_list(_library.NAME)[0][5]
     )

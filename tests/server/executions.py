@@ -59,7 +59,7 @@ class World:
 
     def timers(self, eid):
         """The timers of an execution: kind to when it is due."""
-        found = self.raw.zrange(keys.timers(keys.partition_tag(eid)), 0, -1, withscores=True)
+        found = self.raw.zrange(keys.timers(keys.slot_tag_of(eid)), 0, -1, withscores=True)
         return {
             name.decode("utf-8", "replace").partition(":")[0]: int(score)
             for name, score in found
@@ -67,17 +67,17 @@ class World:
         }
 
     def is_eligible(self, eid):
-        key = keys.eligible(keys.partition_tag(eid), self.lane)
+        key = keys.eligible(keys.slot_tag_of(eid), self.lane)
         return self.raw.zscore(key, eid) is not None
 
     def completions(self, eid):
-        records = self.raw.xrange(keys.completions(keys.partition_tag(eid)))
+        records = self.raw.xrange(keys.completions(keys.slot_tag_of(eid)))
         return [fields for _, fields in records if fields[b"execution_id"] == eid.encode()]
 
     def keys_of(self, eid):
         """Every key that names the execution, a waitpoint of it or a signal of that."""
         found = set(self.raw.keys(f"*{eid[-36:]}*"))
-        for waitpoint in self.raw.smembers(f"ff:exec:{keys.partition_tag(eid)}:{eid}:waitpoints"):
+        for waitpoint in self.raw.smembers(f"ff:exec:{keys.slot_tag_of(eid)}:{eid}:waitpoints"):
             found |= set(self.raw.keys(f"*{waitpoint.decode()}*"))
         return found
 
@@ -106,7 +106,7 @@ class World:
 
     def due(self, eid, *kinds):
         """Make timers of an execution due now, and the lease, if that is one of them, lapsed."""
-        key = keys.timers(keys.partition_tag(eid))
+        key = keys.timers(keys.slot_tag_of(eid))
         for name in self.raw.zrange(key, 0, -1):
             kind = name.decode("utf-8", "replace").partition(":")[0]
             if eid.encode() in name and kind in kinds:
@@ -133,4 +133,4 @@ class World:
 
 def beside(eid):
     """An id in the partition of another execution."""
-    return f"{keys.partition_tag(eid)}:{keys.new_uuid()}"
+    return f"{keys.slot_tag_of(eid)}:{keys.new_uuid()}"

@@ -315,7 +315,7 @@ def test_a_cursor_whose_successors_are_trimmed_is_refused(
     kind, server, backend, namespace, end, scope, raw
 ):
     flow = backend.create_flow(namespace=namespace)
-    completions = keys.completions(keys.flow_tag(flow, 256))
+    completions = keys.completions(keys.flow_slot_tag(flow, 256))
     before = here(raw)
     eids = [end(flow_id=flow) for _ in range(3)]
     found = Subscription(kind, server.url, scope, before, count=3).result()

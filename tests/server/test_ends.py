@@ -380,7 +380,7 @@ def test_reclaimable_executions_are_found_behind_a_thousand_other_timers(world):
     """A defect of ours: only the first timers that were due were looked at, of whatever kind."""
     eid, _ = world.owned()
     world.due(eid, "lease")
-    timers = keys.timers(keys.partition_tag(eid))
+    timers = keys.timers(keys.slot_tag_of(eid))
     names = {f"lease:{beside(eid)}": 0 for _ in range(600)} | {f"delay:{i}": 0 for i in range(600)}
     world.raw.zadd(timers, names)
     found = world.backend.find_reclaimable(limit=10_000)
@@ -438,7 +438,7 @@ def test_the_last_child_wakes_the_parent_however_it_ends(world, last):
     eid, handle = world.owned(priority=9)
     policy = RetryPolicy(max_reclaims=0)
     if flow is not None:
-        flow_tag = keys.flow_tag(flow, 256)
+        flow_tag = keys.flow_slot_tag(flow, 256)
         world.backend.complete(handle)
         world.create(execution_id=f"{flow_tag}:{keys.new_uuid()}", priority=9)
         handle = world.claim()

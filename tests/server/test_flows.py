@@ -66,7 +66,7 @@ def states(world, eids):
 
 def due(world, flow):
     """Make the backlog of a flow due."""
-    tag = keys.flow_tag(flow, 256)
+    tag = keys.flow_slot_tag(flow, 256)
     key = keys.timers(tag)
     assert world.raw.zscore(key, f"flow:{flow}") is not None
     world.raw.zadd(key, {f"flow:{flow}": 1})
@@ -74,7 +74,7 @@ def due(world, flow):
 
 def test_members_share_the_partition_of_their_flow(world, family):
     flow, eids, _ = family
-    assert {keys.partition_tag(eid) for eid in eids.values()} == {keys.flow_tag(flow, 256)}
+    assert {keys.slot_tag_of(eid) for eid in eids.values()} == {keys.flow_slot_tag(flow, 256)}
     told = world.backend.describe_flow(flow)
     assert (told.flow_id, told.state) == (flow, "open")
     assert set(told.members) == set(eids.values())
@@ -84,7 +84,7 @@ def test_members_share_the_partition_of_their_flow(world, family):
 def test_creating_a_flow_again_changes_nothing(world):
     flow = world.backend.create_flow(namespace="one")
     assert world.backend.create_flow(flow, namespace="two") == flow
-    key = keys.flow(keys.flow_tag(flow, 256), flow)
+    key = keys.flow(keys.flow_slot_tag(flow, 256), flow)
     assert world.raw.hget(key, "namespace") == b"one"
     world.backend.cancel_flow(flow)
     assert world.backend.create_flow(flow.upper()) == flow
@@ -123,7 +123,7 @@ def test_cancel_all(world, family):
         world.backend.deliver_signal(eids["suspended"], handles["point"], "go")
     assert world.core(eids["waiting"])["cancellation_reason"] == "enough"
     assert world.claim() is None
-    assert world.raw.zscore(keys.timers(keys.flow_tag(flow, 256)), f"flow:{flow}") is None
+    assert world.raw.zscore(keys.timers(keys.flow_slot_tag(flow, 256)), f"flow:{flow}") is None
     again = world.backend.cancel_flow(flow, PENDING)
     assert (again.policy, again.cancelled_members, again.open_members) == (ALL, 0, 0)
 
@@ -145,6 +145,18 @@ def test_cancel_pending_lets_run_what_runs(world, family):
     assert world.backend.describe_flow(flow).open_members == ()
     for eid in eids.values():
         world.check(eid)
+
+
+def test_cancel_pending_spares_what_waits_to_go_on(world, family):
+    """A member that is resumed before a supervisor cancels the rest goes on, as it does afterwards."""
+    flow, eids, handles = family
+    world.backend.cancel_flow(flow, PENDING, NO_WAIT)
+    world.backend.deliver_signal(eids["suspended"], handles["point"], "go")
+    due(world, flow)
+    world.round()
+    assert world.state(eids["waiting"]) == "cancelled"
+    assert world.state(eids["suspended"]) == "waiting"
+    assert world.claim().fields().execution_id == eids["suspended"]
 
 
 @pytest.mark.parametrize("how", ["fail", "lapse"])
@@ -189,7 +201,7 @@ def test_c6_no_member_is_claimed_once_its_flow_is_cancelled(world, family, polic
     with pytest.raises(errors.ExecutionNotClaimable):
         world.backend.claim_from_reclaim(token, worker_id="w", worker_instance_id="w-2")
     # Other work of the partition is not held up.
-    other = world.create(execution_id=f"{keys.flow_tag(flow, 256)}:{keys.new_uuid()}")
+    other = world.create(execution_id=f"{keys.flow_slot_tag(flow, 256)}:{keys.new_uuid()}")
     assert world.claim().fields().execution_id == other
 
 
@@ -203,7 +215,7 @@ def test_without_waiting_a_supervisor_finishes(world, family, policy, cancelled)
     due(world, flow)
     assert world.round() == 1
     assert list(states(world, eids).values()).count("cancelled") == cancelled
-    assert world.raw.zscore(keys.timers(keys.flow_tag(flow, 256)), f"flow:{flow}") is None
+    assert world.raw.zscore(keys.timers(keys.flow_slot_tag(flow, 256)), f"flow:{flow}") is None
     for eid in eids.values():
         world.check(eid)
 
@@ -234,7 +246,7 @@ def test_each_member_that_is_cancelled_is_completed_with_its_flow(world, family)
 def test_a_flow_that_is_gone_holds_nothing_up(world, family):
     """A defect of ours: its timer stopped every round of every supervisor."""
     flow, eids, _ = family
-    tag = keys.flow_tag(flow, 256)
+    tag = keys.flow_slot_tag(flow, 256)
     junk = ["flow:", "flow:\u00e9", f"flow:{keys.new_uuid()}", "nonsense", "lease:x", b"\xff:\xff"]
     junk += [f"lease:{{fp:{(keys.index_of(tag) + 1) % 256}}}:{keys.new_uuid()}"]
     world.raw.zadd(keys.timers(tag), dict.fromkeys(junk, 1))
@@ -259,7 +271,7 @@ def test_a_supervisor_of_another_namespace_leaves_the_flow_alone(world):
 def test_a_flow_is_kept_while_a_member_is_open(world):
     day = 86_400_000
     flow = world.backend.create_flow()
-    key = keys.flow(keys.flow_tag(flow, 256), flow)
+    key = keys.flow(keys.flow_slot_tag(flow, 256), flow)
     members = key + b":members"
     assert 0 < world.raw.pttl(key) <= day
     first = world.create(flow_id=flow, priority=9, retention=3 * day / 1000)

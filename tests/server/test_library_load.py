@@ -7,6 +7,8 @@ import redis
 
 from ff_fast import _library
 
+from ..unit.test_ops import CALLS
+
 
 @pytest.fixture
 def loaded(raw):
@@ -23,6 +25,11 @@ def loaded(raw):
 
 def test_registers_exactly_what_the_headers_declare(engine, loaded):
     assert sorted(loaded) == sorted(_library.headers())
+
+
+def test_calls_are_read_only_where_the_function_does_not_write(engine, loaded):
+    read_only = {name for name, (op, _, _) in CALLS.items() if op.read_only}
+    assert read_only == {name for name, flags in loaded.items() if b"no-writes" in flags}
 
 
 def test_loading_twice_without_replace_is_refused(engine, raw, loaded):

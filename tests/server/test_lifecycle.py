@@ -285,14 +285,14 @@ def test_fitting_work_is_found_among_thousands_that_do_not_fit(server, lane, raw
     claimed = [backend.claim(lane=lane, **WORKER).fields().execution_id for _ in fit]
     assert claimed == [made[i] for i in fit]
     assert backend.claim(lane=lane, **WORKER) is None
-    index = keys.eligible(keys.partition_tag(made[0]), lane)
+    index = keys.eligible(keys.slot_tag_of(made[0]), lane)
     assert raw.zcard(index) == len(made) - len(fit)
     opener.close()
 
 
 def test_a_claimed_execution_is_in_no_index(owned, raw, lane):
     eid, _ = owned
-    assert raw.zscore(keys.eligible(keys.partition_tag(eid), lane), eid) is None
+    assert raw.zscore(keys.eligible(keys.slot_tag_of(eid), lane), eid) is None
     assert raw.zcard(keys.ready(lane)) == 0
 
 
@@ -301,7 +301,7 @@ def test_a_lane_of_any_characters_is_spelled_alike_on_both_sides(backend, raw):
     for part in (printable[:60], printable[60:]):
         lane = f"{part}{keys.new_uuid()[:4]}"
         eid = backend.create_execution(lane=lane)
-        index = keys.eligible(keys.partition_tag(eid), lane)
+        index = keys.eligible(keys.slot_tag_of(eid), lane)
         assert raw.zcard(index) == 1
         handle = backend.claim(lane=lane, **WORKER)
         assert raw.zcard(index) == 0
@@ -322,7 +322,7 @@ def test_an_index_entry_without_work_is_dropped(create, claim, raw, lane, why):
         raw.hset(keys.core(stale), "state", "active")
     create(execution_id=other)
     assert claim().fields().execution_id == other
-    assert raw.zcard(keys.eligible(keys.partition_tag(stale), lane)) == 0
+    assert raw.zcard(keys.eligible(keys.slot_tag_of(stale), lane)) == 0
     assert claim() is None
 
 
@@ -431,7 +431,7 @@ def test_a_hint_goes_back_for_what_stays(create, claim, raw, lane):
     assert claim().fields().execution_id == high
     ((partition, score),) = raw.zrange(keys.ready(lane), 0, -1, withscores=True)
     assert int(partition) == keys.partition_index(low)
-    assert score == raw.zscore(keys.eligible(keys.partition_tag(low), lane), low)
+    assert score == raw.zscore(keys.eligible(keys.slot_tag_of(low), lane), low)
 
 
 def blocked_in(raw, command):
@@ -586,7 +586,7 @@ def test_the_end_closes_the_stream_and_limits_every_key(owned, backend, raw, eve
     page = backend.read_stream(eid, 0)
     assert [frame.payload for frame in page] == [b"durable", b"live", b'{"a":1}']
     assert (page.end_reason, page.gaps) == (REASONS[how], ())
-    assert raw.zcard(keys.eligible(keys.partition_tag(eid), lane)) == 0
+    assert raw.zcard(keys.eligible(keys.slot_tag_of(eid), lane)) == 0
 
 
 @pytest.mark.parametrize("how", REASONS)

@@ -522,7 +522,9 @@ class Lifecycle(RuleBasedStateMachine):
     def members_end(self, policy):
         for x in self.all:
             if x.flow == self.flow and x.state not in TERMINAL:
-                runs = x.state in ("active", "suspended")
+                runs = x.state in ("active", "suspended") or (
+                    x.state == "waiting" and x.interrupted
+                )
                 if policy is CancelFlowPolicy.CANCEL_ALL or not runs:
                     self.end(x, "cancelled")
 

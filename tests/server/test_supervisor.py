@@ -51,7 +51,7 @@ def history(backend, eid):
 def due_now(raw, *eids, kind="lease"):
     now = server_ms(raw)
     for eid in eids:
-        raw.zadd(keys.timers(keys.partition_tag(eid)), {f"{kind}:{eid}": now - 1})
+        raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"{kind}:{eid}": now - 1})
 
 
 def test_a_lapsed_lease_makes_way_for_another_worker(supervisor, backend, lane):
@@ -66,7 +66,7 @@ def test_a_renewed_lease_is_not_taken(supervisor, backend, lane, raw):
     eid = backend.create_execution(lane=lane)
     backend.claim(lane=lane, **WORKER, lease_ttl_ms=30_000)
     due_now(raw, eid)
-    timers = keys.timers(keys.partition_tag(eid))
+    timers = keys.timers(keys.slot_tag_of(eid))
     wait_until(lambda: raw.zscore(timers, f"lease:{eid}") > server_ms(raw))
     assert history(backend, eid) == ["active"]
 
@@ -110,7 +110,7 @@ def test_the_backlog_of_a_cancelled_flow_is_worked_off(supervisor, backend, lane
     flow = backend.create_flow()
     members = [backend.create_execution(lane=lane, flow_id=flow) for _ in range(250)]
     backend.cancel_flow(flow, wait=ff_fast.CancelFlowWait.NO_WAIT)
-    raw.zadd(keys.timers(keys.partition_tag(members[0])), {f"flow:{flow}": 1})
+    raw.zadd(keys.timers(keys.slot_tag_of(members[0])), {f"flow:{flow}": 1})
     wait_until(lambda: not backend.describe_flow(flow).open_members)
     assert {backend.describe(eid).state for eid in members} == {"cancelled"}
 
@@ -151,7 +151,7 @@ def test_a_filter_leaves_the_rest_to_others(kind, server, backend, lane, raw):
 def test_a_thousand_that_are_stuck_do_not_starve_the_next(supervisor, backend, lane, raw):
     eid = backend.create_execution(lane=lane)
     backend.claim(lane=lane, **WORKER, lease_ttl_ms=1)
-    tag = keys.partition_tag(eid)
+    tag = keys.slot_tag_of(eid)
     timers = keys.timers(tag)
     # Timers of executions that a call cannot handle, in front of it: of another type, and of a state that is none.
     stuck = [f"{tag}:00000000-0000-4000-8000-{number:012d}" for number in range(1_000)]

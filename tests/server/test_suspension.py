@@ -219,7 +219,7 @@ def test_the_same_signal_id_for_another_execution_is_another_signal(world, suspe
     first, (a, *_) = suspended(lambda a, *_: spec(a))
     assert signal(world, first, a, signal_id=same) == MET
     second = world.create(execution_id=beside(first), priority=9)
-    world.raw.zrem(keys.eligible(keys.partition_tag(first), world.lane), first)
+    world.raw.zrem(keys.eligible(keys.slot_tag_of(first), world.lane), first)
     handle = world.claim()
     assert handle.fields().execution_id == second
     b = world.backend.create_waitpoint(handle)
@@ -395,7 +395,7 @@ def test_tokens_are_bound_to_execution_and_waitpoint(world, suspended):
 def test_the_token_is_the_hmac_that_the_design_says(world):
     eid, handle = world.owned()
     point = world.backend.create_waitpoint(handle)
-    tag = keys.partition_tag(eid)
+    tag = keys.slot_tag_of(eid)
     ring = world.raw.hgetall(keys.waitpoint_secrets(tag))
     kid, _, digest = point.hmac_token.reveal().partition(":")
     created = world.raw.hget(f"ff:wp:{tag}:{point.waitpoint_id}", "created_at").decode()
@@ -431,14 +431,24 @@ def ring(world):
     """One partition whose keys a test rotates: ``ring(kid, secret, grace_ms)``."""
     eid, handle = world.owned()
     partition = keys.partition_index(eid)
-    world.raw.delete(keys.waitpoint_secrets(keys.tag_of(partition)))
+    world.raw.delete(keys.waitpoint_secrets(keys.slot_tag(partition)))
 
     def rotate(kid, secret, grace_ms=60_000):
         op = ops.rotate_waitpoint_secret(partition, kid, secret.hex(), grace_ms)
         return world.call(op)
 
     yield eid, handle, rotate
-    world.raw.delete(keys.waitpoint_secrets(keys.tag_of(partition)))
+    world.raw.delete(keys.waitpoint_secrets(keys.slot_tag(partition)))
+
+
+@pytest.mark.parametrize("kid", ["", "k.1", "k:1", "k 1", "é", "k" * 65])
+def test_the_server_refuses_a_kid_that_is_no_opaque_id(world, ring, kid):
+    _, handle, rotate = ring
+    with pytest.raises(errors.InvalidInput):
+        rotate(kid, b"s" * 32)
+    op = ops.create_waitpoint(ops.Attempt.of(handle), keys.new_uuid(), 1_000, kid, "5e" * 32)
+    with pytest.raises(errors.InvalidInput):
+        world.backend._call(op)
 
 
 def test_k1_a_key_that_came_back_keeps_its_tokens(world, ring):
@@ -452,7 +462,7 @@ def test_k1_a_key_that_came_back_keeps_its_tokens(world, ring):
         points.append(world.backend.create_waitpoint(handle))
         assert points[-1].hmac_token.kid == kid
     # The end that A was given before it came back lies in the past by now.
-    tag = keys.partition_tag(eid)
+    tag = keys.slot_tag_of(eid)
     assert world.raw.hget(keys.waitpoint_secrets(tag), "expires_at:A") is None
     rotate("C", secrets["C"])
     for point in points:
@@ -466,7 +476,7 @@ def test_a_key_is_valid_until_its_grace_is_over(world, ring):
     rotate("B", b"b" * 32)
     rotate("B", b"b" * 32)
     assert signal(world, eid, point) == BUFFERED
-    key = keys.waitpoint_secrets(keys.partition_tag(eid))
+    key = keys.waitpoint_secrets(keys.slot_tag_of(eid))
     world.raw.hset(key, "expires_at:A", 1)
     with pytest.raises(errors.InvalidToken):
         signal(world, eid, point)
@@ -534,7 +544,7 @@ def test_an_early_signal_is_buffered_once(world):
 
 def test_s3_the_limit_of_signals_is_of_one_waitpoint(world, suspended):
     eid, (a, b, *_) = suspended(lambda a, b, *_: all_of(spec(a, "x"), spec(b)))
-    world.raw.hset(f"ff:wp:{keys.partition_tag(eid)}:{a.waitpoint_id}", "signal_count", 9_999)
+    world.raw.hset(f"ff:wp:{keys.slot_tag_of(eid)}:{a.waitpoint_id}", "signal_count", 9_999)
     assert signal(world, eid, a) == NO_MATCH
     with pytest.raises(errors.SignalLimitExceeded):
         signal(world, eid, a)
@@ -700,7 +710,7 @@ def test_a_timeout_that_comes_too_late_does_nothing(world, suspended):
     eid, (a, *_) = suspended(lambda a, *_: spec(a), timeout=60)
     signal(world, eid, a)
     member = f"suspension:{eid}"
-    world.raw.zadd(keys.timers(keys.partition_tag(eid)), {member: 1})
+    world.raw.zadd(keys.timers(keys.slot_tag_of(eid)), {member: 1})
     world.round()
     assert world.state(eid) == "waiting"
     world.check(eid)
@@ -711,7 +721,7 @@ def test_a_pending_waitpoint_expires(world):
     eid, handle = world.owned()
     a, b = (world.backend.create_waitpoint(handle, expires=60) for _ in range(2))
     world.backend.suspend(handle, spec(a))
-    tag = keys.partition_tag(eid)
+    tag = keys.slot_tag_of(eid)
     world.raw.zadd(keys.timers(tag), {f"waitpoint:{eid}:{a.waitpoint_id}": 1})
     world.fire(eid, "waitpoint")
     assert world.timers(eid) == {}
@@ -723,7 +733,7 @@ def test_a_pending_waitpoint_expires(world):
 def test_a_waitpoint_has_expired_by_the_servers_clock_also_before_a_supervisor_comes(world):
     eid, handle = world.owned()
     point = world.backend.create_waitpoint(handle)
-    world.raw.hset(f"ff:wp:{keys.partition_tag(eid)}:{point.waitpoint_id}", "expires_at", 1)
+    world.raw.hset(f"ff:wp:{keys.slot_tag_of(eid)}:{point.waitpoint_id}", "expires_at", 1)
     with pytest.raises(errors.WaitpointClosed):
         signal(world, eid, point)
     with pytest.raises(errors.WaitpointClosed):

@@ -75,13 +75,13 @@ def test_what_fires_into_waiting_is_heard_of_at_once(world):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_timer_that_is_not_due_is_left(world, kind):
     eid = armed(world, kind)
-    timers = keys.timers(keys.partition_tag(eid))
+    timers = keys.timers(keys.slot_tag_of(eid))
     (name,) = [n for n in world.raw.zrange(timers, 0, 0) if n.startswith(kind.encode())]
     world.raw.zadd(timers, {name: world.now() + 60_000})
     state = world.state(eid)
     assert world.round() == 0
     more = name.decode().removeprefix(f"{kind}:{eid}").lstrip(":")
-    op = ops.fire_timer(keys.partition_tag(eid), name, kind, eid, more, ScannerFilter.NOOP)
+    op = ops.fire_timer(keys.slot_tag_of(eid), name, kind, eid, more, ScannerFilter.NOOP)
     assert world.call(op) == ("later", [])
     assert world.state(eid) == state
     assert kind in world.timers(eid)
@@ -101,7 +101,7 @@ def test_an_attempt_that_takes_too_long_is_retried_or_expires(world, retry, stat
 
 def test_the_timer_of_a_renewed_lease_moves_to_its_end(world):
     eid, handle = world.owned()
-    timers = keys.timers(keys.partition_tag(eid))
+    timers = keys.timers(keys.slot_tag_of(eid))
     expires_at = world.backend.renew(handle, 90_000).expires_at_ms
     world.raw.zadd(timers, {f"lease:{eid}": 1})
     assert world.round() == 0
@@ -151,7 +151,7 @@ def test_several_supervisors_at_once_do_no_harm(world):
 def beside_with_timers(world, eid, count, **options):
     """Executions of the same partition whose deadline has passed, before everything else."""
     found = [world.create(execution_id=beside(eid), deadline=60, **options) for _ in range(count)]
-    timers = keys.timers(keys.partition_tag(eid))
+    timers = keys.timers(keys.slot_tag_of(eid))
     world.raw.zadd(timers, {f"deadline:{other}": 0 for other in found})
     return found
 
@@ -176,7 +176,7 @@ def test_a_thousand_stuck_executions_do_not_starve_the_next(world):
     for other in stuck:
         pipe.set(keys.core(other), "no hash")
     pipe.execute()
-    timers = keys.timers(keys.partition_tag(eid))
+    timers = keys.timers(keys.slot_tag_of(eid))
     world.raw.zadd(timers, {f"lease:{other}": 0 for other in stuck})
     try:
         world.due(eid, "deadline")

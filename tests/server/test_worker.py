@@ -107,7 +107,7 @@ def lapse(raw, eid):
     fields = raw.hgetall(keys.core(eid))
     meta = keys.meta(eid, int(fields[b"current_attempt_index"]))
     raw.hset(meta, "lease_expires_at", server_ms(raw))
-    raw.zadd(keys.timers(keys.partition_tag(eid)), {f"lease:{eid}": server_ms(raw)})
+    raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"lease:{eid}": server_ms(raw)})
 
 
 # -- handlers --------------------------------------------------------------------------------------------------------

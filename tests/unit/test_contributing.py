@@ -65,15 +65,15 @@ def test_every_state_that_the_code_names_is_in_the_table():
     assert len(moved) >= 10
     assert {state for _, state in moved} <= ROWS.keys()
     compared = {
-        state for text in LUA.values() for state in re.findall(r"\bx\.state [~=]= '(\w+)'", text)
+        state
+        for text in LUA.values()
+        for state in re.findall(r"\bexecution\.state [~=]= '(\w+)'", text)
     }
     assert compared <= ROWS.keys()
 
 
 def test_an_execution_begins_in_the_states_that_are_drawn():
-    (begun,) = re.findall(
-        r"'state', numbers\[\d\] > 0 and '(\w+)' or '(\w+)'", LUA["execution.lua"]
-    )
+    (begun,) = re.findall(r"'state', delayed and '(\w+)' or '(\w+)'", LUA["execution.lua"])
     assert set(begun) == set(draw_states.FIRST)
 
 

@@ -1,5 +1,7 @@
 """``ff_fast.keys``: one canonical form per id, one slot per execution, no two ids one key."""
 
+import inspect
+import re
 import uuid
 from binascii import crc_hqx
 
@@ -7,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ff_fast import keys
+from ff_fast import _library, keys
 from ff_fast.errors import InvalidId, InvalidInput, InvalidType
+
+from ..key_table import TABLE
 
 EID = "{fp:86}:550e8400-e29b-41d4-a716-446655440000"
 
@@ -18,7 +22,7 @@ lanes = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=
 
 OF_EXECUTION = (keys.core, keys.payload, keys.result, keys.tags, keys.usage, keys.history)
 OF_ATTEMPT = (keys.attempt, keys.summary, keys.stream, keys.live, keys.meta)
-OF_PARTITION = (keys.timers, keys.completions, keys.waitpoint_secrets, keys.core_prefix)
+OF_PARTITION = (keys.timers, keys.completions, keys.waitpoint_secrets)
 OF_FLOW = (keys.flow, keys.flow_members, keys.flow_open)
 
 
@@ -43,8 +47,6 @@ def test_spelling():
     assert keys.eligible("{fp:7}", "default") == b"ff:idx:{fp:7}:lane:default:eligible"
     assert keys.timers("{fp:7}") == b"ff:idx:{fp:7}:timers"
     assert keys.completions("{fp:7}") == b"ff:part:{fp:7}:completions"
-    assert keys.core_prefix("{fp:86}") == b"ff:exec:{fp:86}:"
-    assert keys.core(EID) == keys.core_prefix("{fp:86}") + f"{EID}:core".encode()
     assert keys.waitpoint_secrets("{fp:7}") == b"ff:sec:{fp:7}:waitpoint_hmac"
     assert [key("{fp:7}", UUID) for key in OF_FLOW] == [
         f"ff:flow:{{fp:7}}:{UUID}".encode(),
@@ -53,7 +55,7 @@ def test_spelling():
     ]
     assert keys.budget_limits("b-1") == b"ff:budget:{b:b-1}:limits"
     assert keys.budget_usage("b-1") == b"ff:budget:{b:b-1}:usage"
-    assert keys.budget_dedup("b-1", "x:y") == b"ff:budget:{b:b-1}:charge:x:y"
+    assert keys.budget_charge("b-1", "x:y") == b"ff:budget:{b:b-1}:charge:x:y"
     assert keys.ready("llm-7b.eu_west~2") == b"ff:lane:{llm-7b.eu_west~2}:ready"
     assert keys.ready("a{b}:c %") == b"ff:lane:{a%7Bb%7D%3Ac%20%25}:ready"
     assert keys.PARTITIONS_CONFIG == b"ff:config:partitions"
@@ -72,12 +74,12 @@ def test_distinct_ids_give_distinct_keys(one, other, index, other_index):
 
 @given(execution_ids, indexes, lanes)
 def test_one_execution_has_one_slot(eid, index, lane):
-    tag = keys.partition_tag(eid)
+    tag = keys.slot_tag_of(eid)
     partition = [key(tag) for key in OF_PARTITION] + [keys.eligible(tag, lane)]
     partition += [key(tag, UUID) for key in OF_FLOW]
     slots = {keys.key_slot(key) for key in all_keys(eid, index) + partition}
     assert slots == {crc_hqx(tag[1:-1].encode(), 0) % 16_384}
-    assert keys.tag_of(keys.partition_index(eid)) == tag
+    assert keys.slot_tag(keys.partition_index(eid)) == tag
 
 
 @given(lanes, lanes)
@@ -186,7 +188,7 @@ def test_members_of_a_flow_share_its_partition():
     assert crc_hqx(b"123456789", 0) == 0x31C3
     one = keys.execution_id_for_flow(UUID.upper())
     other = keys.execution_id_for_flow(UUID)
-    assert keys.partition_tag(one) == keys.partition_tag(other) == "{fp:24}"
+    assert keys.slot_tag_of(one) == keys.slot_tag_of(other) == "{fp:24}"
     assert one != other
     with pytest.raises(InvalidId, match="flow_id must be a UUID"):
         keys.execution_id_for_flow("x")
@@ -197,26 +199,26 @@ def test_a_child_shares_the_partition_of_its_parent():
     assert len(made) == 50
     for eid in made:
         assert keys.canonical_execution_id(eid) == eid
-        assert keys.partition_tag(eid) == "{fp:86}"
+        assert keys.slot_tag_of(eid) == "{fp:86}"
 
 
 @given(execution_ids, indexes)
 def test_a_key_tells_its_partition(eid, index):
     for key in all_keys(eid, index):
         assert keys.index_of(key.decode()) == keys.partition_index(eid)
-    assert keys.index_of(eid) == keys.index_of(keys.partition_tag(eid))
+    assert keys.index_of(eid) == keys.index_of(keys.slot_tag_of(eid))
 
 
 @pytest.mark.parametrize("text", ["", "{fp:}", "{fp:x}", "fp:7", "{b:7}"])
 def test_a_text_without_a_partition_is_refused(text):
-    with pytest.raises(InvalidId, match="hash tag"):
+    with pytest.raises(InvalidId, match="slot tag"):
         keys.index_of(text)
 
 
 @given(st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True), st.text(max_size=20))
 def test_a_budget_has_a_slot_of_its_own(budget, charge):
     made = [keys.budget_limits(budget), keys.budget_usage(budget)]
-    made.append(keys.budget_dedup(budget, charge.encode("utf-8", "replace").decode()))
+    made.append(keys.budget_charge(budget, charge.encode("utf-8", "replace").decode()))
     assert len(set(made)) == 3
     assert {keys.key_slot(key) for key in made} == {crc_hqx(f"b:{budget}".encode(), 0) % keys.SLOTS}
 
@@ -304,6 +306,65 @@ def test_a_refused_secret_is_not_quoted():
 )
 def test_slots(key, hashed):
     assert keys.key_slot(key) == crc_hqx(hashed, 0) % 16_384
+
+
+LUA_KEYS = {
+    name: re.findall(r"'([^']*)'", parts)
+    for name, parts in re.findall(
+        r"^  (\w+) = \{ (.*) \},$",
+        re.search(
+            r"^ff\.KEYS = \{\n(.*?)^\}",
+            _library._read_parts()["prelude"],
+            re.MULTILINE | re.DOTALL,
+        )[1],
+        re.MULTILINE,
+    )
+}
+PLACES = re.compile(r"\{fp:N\}|<eid>:<i>|<\w+>")
+
+
+def test_the_table_is_complete_and_names_each_key_once():
+    assert len(TABLE) == len({row.pattern for row in TABLE.values()})
+    functions = {
+        name
+        for name, function in inspect.getmembers(keys, inspect.isfunction)
+        if function.__module__ == keys.__name__
+        and function.__annotations__.get("return") == "bytes"
+        and not name.startswith("_")
+    }
+    assert functions | set(LUA_KEYS) | {"PARTITIONS_CONFIG"} == set(TABLE)
+
+
+@pytest.mark.parametrize("name", LUA_KEYS)
+def test_lua_spells_a_key_as_the_table_does(name):
+    assert PLACES.split(TABLE[name].pattern) == LUA_KEYS[name]
+
+
+SAMPLES = {
+    "eid": EID,
+    "index": 3,
+    "slot_tag": "{fp:86}",
+    "lane": "lane",
+    "flow_id": UUID,
+    "budget_id": "b-1",
+    "charge": "c-1",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if callable(getattr(keys, name, None))])
+def test_a_function_spells_a_key_as_the_table_does(name):
+    function = getattr(keys, name)
+    given = {place: SAMPLES[place] for place in inspect.signature(function).parameters}
+    assert TABLE[name].matches(function(**given).decode())
+
+
+def test_no_part_of_lua_spells_a_key_by_itself():
+    for part, text in _library._read_parts().items():
+        code = re.sub(r"--.*", "", text)
+        spelled = [
+            key for key in re.findall(r"'[^'\n]*ff:[^'\n]*'", code) if not key.startswith("'^")
+        ]
+        assert not spelled or part == "prelude", f"lua/{part}.lua: {spelled}"
 
 
 def test_slots_known_to_a_cluster():

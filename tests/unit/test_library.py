@@ -156,3 +156,16 @@ def test_each_registered_function_has_a_header_in_its_part():
         text = (LUA / f"{part}.lua").read_text("utf-8")
         declared = _library._parse_headers(part, text)
         assert sorted(registered.findall(text)) == sorted(declared), f"lua/{part}.lua"
+
+
+def test_both_sides_of_an_append_name_the_same_blocks():
+    text = (LUA / "append.lua").read_text("utf-8")
+    table = re.search(r"^ff\.BLOCK = \{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)[1]
+    in_lua = dict(re.findall(r"^  (\w+) = '(.)',$", table, re.MULTILINE))
+    writer = (LUA.parent / "ff_fast" / "_hot" / "writer.pyx").read_text("utf-8")
+    in_writer = dict(re.findall(r"^cdef bytes BLOCK_(\w+) = b\"(.)\"$", writer, re.MULTILINE))
+    in_comment = {
+        name: letter for letter, name in re.findall(r"^--   (.)  (\w+)", text, re.MULTILINE)
+    }
+    assert in_lua == in_writer == in_comment
+    assert len(set(in_lua.values())) == len(in_lua) == 11
