@@ -1,5 +1,5 @@
-# One command per task.  A fresh machine needs python3 (3.11 or newer, with venv), gcc and make;
-# the tests also need a redis-server as second engine (Debian: apt install redis-server).
+# One command per task.  A fresh machine needs python3 (3.11 or newer, with venv), gcc and make.
+# Tests on the second engine need a redis-server (Debian: apt install redis-server); without one they are left out.
 
 PYTHON ?= python3
 VENV := .venv

@@ -102,11 +102,8 @@ def payloads(stream):
 # -- what is stored ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine_name", ["server", "redis_server"])
-def test_frames_of_every_mode_are_read_back_as_they_were_written(
-    request, opener, lane, engine_name
-):
-    backend = opener(request.getfixturevalue(engine_name).url)
+def test_frames_of_every_mode_are_read_back_as_they_were_written(opener, lane, engine):
+    backend = opener(engine.url)
     stream = Stream(None, backend, lane)
     written = []
     modes = [DURABLE, DURABLE, LIVE, LIVE, LIVE, MERGE, MERGE, DURABLE, LIVE, MERGE, LIVE]
