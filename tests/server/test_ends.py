@@ -78,18 +78,18 @@ def test_d3_tags_are_text_and_their_keys_are_checked(world, bad):
     assert world.backend.get_tags(eid) == {}
 
 
-@pytest.mark.parametrize("bad", [b"x", b"", b"-1", b"1.5", b"1e3", b"9007199254740992"])
 @pytest.mark.parametrize("at", [3, 5, 6, 7, 11, 13, 14, 15, 16, 17, 18])
-def test_d4_a_bad_number_is_refused_before_anything_is_written(world, bad, at):
+def test_d4_a_bad_number_is_refused_before_anything_is_written(world, at):
     eid = keys.new_execution_id()
     op = ops.create_execution(
         eid, namespace="n", lane=world.lane, priority=0, required_capabilities=b"",
         retention_ms=1000, delay_ms=0, deadline_ms=0, attempt_timeout_ms=0, flow_id="",
         parent_id="", budget_ids=[], retry=RetryPolicy(), payload=b"p", tags={},
     )  # fmt: skip
-    argv = (*op.argv[:at], bad, *op.argv[at + 1 :])
-    with pytest.raises(errors.InvalidInput):
-        world.backend._call(op._replace(argv=argv))
+    for bad in (b"x", b"", b"-1", b"1.5", b"1e3", b"9007199254740992"):
+        argv = (*op.argv[:at], bad, *op.argv[at + 1 :])
+        with pytest.raises(errors.InvalidInput):
+            world.backend._call(op._replace(argv=argv))
     assert world.keys_of(eid) == set()
     assert not world.is_eligible(eid)
 

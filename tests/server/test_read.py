@@ -181,12 +181,15 @@ def test_a_large_page_is_read_in_small_calls(backend, raw, attempt):
     assert calls["xread"] >= (5_000 - 64) // 1_024
 
 
-@pytest.mark.parametrize("after", ["", "-1", "$", "+", "-", "end", "1", "1-", "-1-1", "1-1 ", "(1-1", "1-1-1", "x-1",
-                                   "1-x", "1.0-1", "0x1-1", "99999999999999999999-1", "1-9007199254740992", 5, 1.5,
-                                   b"1-1", (1, 1), True])  # fmt: skip
-def test_a_bad_cursor_is_refused_before_anything_is_sent(after, shell, raw, attempt):
-    with counted(raw, "fcall_ro", "fcall", "xrange") as calls, pytest.raises(InvalidCursor):
-        shell.read_stream(attempt.eid, after=after)
+BAD_CURSORS = ["", "-1", "$", "+", "-", "end", "1", "1-", "-1-1", "1-1 ", "(1-1", "1-1-1", "x-1", "1-x", "1.0-1",
+               "0x1-1", "99999999999999999999-1", "1-9007199254740992", 5, 1.5, b"1-1", (1, 1), True]  # fmt: skip
+
+
+def test_a_bad_cursor_is_refused_before_anything_is_sent(shell, raw, attempt, subtests):
+    with counted(raw, "fcall_ro", "fcall", "xrange") as calls:
+        for after in BAD_CURSORS:
+            with subtests.test(after=after), pytest.raises(InvalidCursor):
+                shell.read_stream(attempt.eid, after=after)
     assert not any(calls.values())
 
 
@@ -201,15 +204,18 @@ def test_a_good_cursor_is_taken(after, shell, backend, attempt):
     assert [gap.reason for gap in page.gaps] == (["cursor_ahead"] if ahead else [])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"count": 0}, {"count": -1}, {"count": 10_001}, {"count": 1.0}, {"count": "5"}, {"count": True}, {"max_bytes": 0},
-     {"max_bytes": (64 << 20) + 1}, {"max_bytes": None}, {"visibility": "all"}, {"visibility": None},
-     {"attempt_index": -1}, {"attempt_index": 1.0}, {"attempt_index": "0"}, {"attempt_index": 2**32}],
-)  # fmt: skip
-def test_a_bad_argument_is_refused_before_anything_is_sent(options, shell, raw, attempt):
-    with counted(raw, "fcall_ro", "fcall") as calls, pytest.raises(InvalidInput):
-        shell.read_stream(attempt.eid, **options)
+BAD_OPTIONS = [
+    {"count": 0}, {"count": -1}, {"count": 10_001}, {"count": 1.0}, {"count": "5"}, {"count": True}, {"max_bytes": 0},
+    {"max_bytes": (64 << 20) + 1}, {"max_bytes": None}, {"visibility": "all"}, {"visibility": None},
+    {"attempt_index": -1}, {"attempt_index": 1.0}, {"attempt_index": "0"}, {"attempt_index": 2**32},
+]  # fmt: skip
+
+
+def test_a_bad_argument_is_refused_before_anything_is_sent(shell, raw, attempt, subtests):
+    with counted(raw, "fcall_ro", "fcall") as calls:
+        for options in BAD_OPTIONS:
+            with subtests.test(**options), pytest.raises(InvalidInput):
+                shell.read_stream(attempt.eid, **options)
     assert not any(calls.values())
 
 

@@ -563,10 +563,10 @@ def vector_with(**changes):
     return b"\x02\x01\x01" + b"".join(parts)
 
 
-@pytest.mark.parametrize("cut", range(len(VECTOR)))
-def test_truncated_handles(cut):
-    with pytest.raises(InvalidHandle):
-        decode(VECTOR[:cut])
+def test_truncated_handles(subtests):
+    for cut in range(len(VECTOR)):
+        with subtests.test(cut=cut), pytest.raises(InvalidHandle):
+            decode(VECTOR[:cut])
 
 
 @pytest.mark.parametrize(
