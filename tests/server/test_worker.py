@@ -60,11 +60,15 @@ def supervisor(server):
         yield running
 
 
-@pytest.fixture
-def worker(kind, server, lane, monkeypatch):
-    """``worker(handler, **options)``: a worker of the test's lane and shell, stopped at the end."""
-    # It looks more often whether it shall stop.
+@pytest.fixture(autouse=True)
+def prompt_workers(monkeypatch):
+    """Workers look more often whether they shall stop."""
     monkeypatch.setattr(worker_core, "CLAIM_WAIT_S", 0.05)
+
+
+@pytest.fixture
+def worker(kind, server, lane):
+    """``worker(handler, **options)``: a worker of the test's lane and shell, stopped at the end."""
     started = []
 
     def start(handler, **options):
@@ -526,7 +530,8 @@ def test_a_short_lease_is_kept_under_load(worker, backend, lane, state, supervis
     started = threading.Event()
 
     def handler(task):
-        end = time.monotonic() + 3
+        # Five times as long as its lease.
+        end = time.monotonic() + 1.5
         started.set()
         yield opened(task)
 
@@ -1007,13 +1012,14 @@ def waits_for_work(raw):
     return [c for c in raw.client_list() if "b" in c["flags"] and c["cmd"] == "bzpopmin"]
 
 
-def test_a_worker_that_waits_does_not_poll(kind, server, raw, lane):
+def test_a_worker_that_waits_does_not_poll(kind, server, raw, lane, monkeypatch):
+    monkeypatch.setattr(worker_core, "CLAIM_WAIT_S", 0.4)
     with Worker(kind, server.url, lambda task: None, lane=lane):
         wait_until(lambda: waits_for_work(raw))
         names = ("bzpopmin", "zpopmin", "fcall", "fcall_ro", "zrange", "zadd", "xread")
         with counted(raw, *names) as calls:
-            # What is measured: an idle second.
-            threading.Event().wait(1)
+            # What is measured: as long as one claim waits, and idle.
+            threading.Event().wait(0.4)
     assert calls["bzpopmin"] <= 2
     assert calls["zpopmin"] <= 2
     assert sum(calls[name] for name in names[2:]) == 0
