@@ -14,7 +14,11 @@ COMPILED := $(shell find ff_fast -name '*.pyx' -o -name '*.pxd')
 COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING.md README.md LICENSE ff_fast lua tests bench \
 	tools .ci
 
-.PHONY: build demo test lint types sanitize wheel-test bench bench-quick clean help
+# Workers that have nothing left take tests from the others.
+PYTEST := $(BIN)/python -m pytest -p no:benchmark
+PARALLEL := -n 2 --dist worksteal
+
+.PHONY: build demo test unit check coverage lint types sanitize wheel-test bench bench-quick clean help
 
 help: ## List the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,7 +34,15 @@ demo: build ## Stream a text through an embedded server: make demo RATE=1000 ARG
 
 # pytest-benchmark, when make bench has installed it, warns about worker processes.
 test: build ## Run the whole suite but the packaging tests: make test ARGS="tests/unit -k keys"
-	$(BIN)/python -m pytest -n 2 -p no:benchmark -m "not packaging" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not packaging" $(ARGS)
+
+unit: build ## Run the tests that need no server, in seconds
+	$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
+
+check: lint types unit ## Everything that takes seconds, before a commit
+
+coverage: build ## Run make test under branch coverage, which has a floor in pyproject.toml
+	$(PYTEST) $(PARALLEL) -m "not packaging" --cov $(ARGS)
 
 # cython-lint runs pycodestyle from PATH.
 lint: build ## Check style: ruff, ruff format, cython-lint
@@ -58,7 +70,7 @@ sanitize: ## Run the suite on a build with AddressSanitizer and UndefinedBehavio
 		../venv/bin/python -m pytest -s --timeout 300 -m "not packaging" $(ARGS)
 
 wheel-test: build ## Build sdist and wheel, install them elsewhere, load the Lua from there
-	$(BIN)/python -m pytest -p no:benchmark -m packaging tests/packaging $(ARGS)
+	$(PYTEST) -m packaging tests/packaging $(ARGS)
 
 bench: $(BENCH_BUILT) ## Measure against rivals: make bench ARGS=...
 	$(BIN)/python -m bench $(ARGS)
@@ -71,6 +83,6 @@ $(BENCH_BUILT): $(BUILT)
 	touch $@
 
 clean: ## Remove what was built and what tools have cached; .venv keeps its packages
-	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache $(BUILT) $(BENCH_BUILT)
+	rm -rf build dist *.egg-info .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache $(BUILT) $(BENCH_BUILT)
 	find ff_fast tests tools $(wildcard bench) -name __pycache__ -prune -exec rm -rf {} +
 	find ff_fast -name '*.so' -delete
