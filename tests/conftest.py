@@ -1,7 +1,7 @@
 """What the whole suite shares: real servers, and proof of what is under test.
 
 Every worker process has a server of its own on a Unix socket.  Tests share it and keep apart by
-unique names (the ``lane`` fixture, ids that the library makes); nothing is flushed.
+unique names (the ``lane`` fixture, ids that the library makes); nothing is flushed but old timers.
 """
 
 import functools

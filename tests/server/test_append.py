@@ -1245,21 +1245,21 @@ def test_a_requested_cancel_leaves_the_writer_its_grace(stream):
 # -- what FlowFabric's append got wrong: reference/02-streams.md §9 ------------------------------------
 
 
-def test_a1_the_same_call_twice_stores_once(stream):
+def test_the_same_call_twice_stores_once(stream):
     block = patches(b'{"n":1}', base=0)
     assert stream.append(log(b"x"), block) == stream.repeated(log(b"x"), block)
     assert len(stream.payloads()) == 2
     assert stream.backend.read_summary(stream.eid).version == 1
 
 
-def test_a3_no_text_of_a_mode_makes_frames_of_the_log_vanish(stream):
+def test_no_text_of_a_mode_makes_frames_of_the_log_vanish(stream):
     for first, mode in zip((1, 3, 5), (b"foo", b"Durable", b"durable"), strict=True):
         stream.append(live(b"x", fields=[b"mode", mode]), [b"P", b"1"], log(b"kept"), first=first)
     assert stream.raw.pttl(stream.log) == -1
     assert stream.raw.xlen(stream.log) == 3
 
 
-def test_a5_a_rate_that_is_no_number_is_refused_and_the_window_is_trimmed_still(stream):
+def test_a_rate_that_is_no_number_is_refused_and_the_window_is_trimmed_still(stream):
     stream.refused("invalid_input", live(b"x"), [b"E", b"nan"])
     for first in range(1, 1001):
         stream.append(live(b"x"), [b"T", b"0-%d" % max(first - 10, 1)], first=first)
@@ -1268,7 +1268,7 @@ def test_a5_a_rate_that_is_no_number_is_refused_and_the_window_is_trimmed_still(
 
 
 @pytest.mark.parametrize("value", ["", None, "soon"])
-def test_a6_a_lease_without_a_time_has_lapsed(stream, value):
+def test_a_lease_without_a_time_has_lapsed(stream, value):
     if value is None:
         stream.raw.hdel(stream.meta, "lease_expires_at")
     else:
@@ -1282,14 +1282,14 @@ def test_a6_a_lease_without_a_time_has_lapsed(stream, value):
     assert stream.everything() == before
 
 
-def test_a9_times_are_the_servers(stream):
+def test_times_are_the_servers(stream):
     before = server_ms(stream.raw)
     ms, _ = stream.append(log(b"x"))
     (frame,) = stream.frames()
     assert before <= frame.ts_ms == ms <= server_ms(stream.raw)
 
 
-def test_a10_absent_suspended_and_closed_are_told_apart(raw, backend, lane):
+def test_absent_suspended_and_closed_are_told_apart(raw, backend, lane):
     told = []
     for change in (_gone, _suspended, _closed):
         stream = Stream(raw, backend, lane)
@@ -1299,7 +1299,7 @@ def test_a10_absent_suspended_and_closed_are_told_apart(raw, backend, lane):
     assert told == ["execution_not_found", "suspended", "stream_closed"]
 
 
-def test_a11_whoever_has_no_lease_has_no_say(raw, backend, lane):
+def test_whoever_has_no_lease_has_no_say(raw, backend, lane):
     stream = Stream(raw, backend, lane)
     stream.open()
     # Nobody's: the lease fields are empty, and so are those of the call.

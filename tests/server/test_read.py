@@ -384,7 +384,7 @@ def best_effort_frames(how):
 
 
 @pytest.mark.parametrize("how", ["single entries", "runs"])
-def test_t1_excluding_does_not_stall_behind_ten_thousand_best_effort_frames(
+def test_excluding_does_not_stall_behind_ten_thousand_best_effort_frames(
     how, backend, server, raw, attempt
 ):
     write(
@@ -406,7 +406,7 @@ def test_t1_excluding_does_not_stall_behind_ten_thousand_best_effort_frames(
     assert len(running.got) == 4
 
 
-def test_t1_a_page_of_excluded_frames_alone_moves_its_cursor(backend, raw, attempt):
+def test_a_page_of_excluded_frames_alone_moves_its_cursor(backend, raw, attempt):
     write(backend, attempt, best_effort_frames("single entries"))
     page = backend.read_stream(attempt.eid, count=10, visibility=EXCLUDE)
     assert (page, page.gaps) == ((), ())
@@ -417,7 +417,7 @@ def test_t1_a_page_of_excluded_frames_alone_moves_its_cursor(backend, raw, attem
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_t1_best_effort_traffic_wakes_an_excluding_tail_seldom(kind, backend, server, raw, attempt):
+def test_best_effort_traffic_wakes_an_excluding_tail_seldom(kind, backend, server, raw, attempt):
     reader = Reader(kind, server.url, attempt.eid, visibility=EXCLUDE)
     wait_blocked(raw)
     flushes = 0
@@ -446,7 +446,7 @@ def test_t1_best_effort_traffic_wakes_an_excluding_tail_seldom(kind, backend, se
     assert calls["fcall_ro"] <= 5
 
 
-def test_t2_closing_wakes_a_blocked_reader(backend, server, raw, attempt):
+def test_closing_wakes_a_blocked_reader(backend, server, raw, attempt):
     """XREAD itself is woken: the end is an entry."""
     replies = []
 
@@ -465,7 +465,7 @@ def test_t2_closing_wakes_a_blocked_reader(backend, server, raw, attempt):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_t3_an_attempt_without_a_frame_ends(kind, backend, server, raw, attempt):
+def test_an_attempt_without_a_frame_ends(kind, backend, server, raw, attempt):
     reader = Reader(kind, server.url, attempt.eid)
     wait_blocked(raw)
     backend.complete(attempt.handle)
@@ -475,13 +475,13 @@ def test_t3_an_attempt_without_a_frame_ends(kind, backend, server, raw, attempt)
 
 
 @pytest.mark.parametrize("after", ["+", "-", "+x", "1-", "nonsense"])
-def test_t4_a_bad_cursor_is_invalid_input_and_no_server_error(after, shell, attempt):
+def test_a_bad_cursor_is_invalid_input_and_no_server_error(after, shell, attempt):
     with pytest.raises(InvalidInput, match="cursor"):
         shell.read_stream(attempt.eid, after=after)
 
 
 @pytest.mark.parametrize("how", ["complete", "fail"])
-def test_t5_every_key_gets_the_retention_ttl_when_the_attempt_ends(how, backend, raw, lane):
+def test_every_key_gets_the_retention_ttl_when_the_attempt_ends(how, backend, raw, lane):
     eid = backend.create_execution(lane=lane, payload=b"p", tags={"a.b": "c"}, retention_ms=60_000)
     handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
     with backend.open_writer(handle) as writer:
@@ -505,7 +505,7 @@ def test_t5_every_key_gets_the_retention_ttl_when_the_attempt_ends(how, backend,
         backend.read_stream(eid)
 
 
-def test_t6_a_tail_dials_once(backend, raw, attempt):
+def test_a_tail_dials_once(backend, raw, attempt):
     with backend.open_writer(attempt.handle) as writer:
         writer.write(b"x")
         writer.flush()
@@ -523,7 +523,7 @@ def test_t6_a_tail_dials_once(backend, raw, attempt):
     assert raw.info("stats")["total_connections_received"] == before
 
 
-def test_t7_reads_are_fcall_ro_and_the_functions_carry_no_writes(backend, raw, attempt):
+def test_reads_are_fcall_ro_and_the_functions_carry_no_writes(backend, raw, attempt):
     write(backend, attempt, [("durable", "a"), ("summary", "b")])
     with counted(raw, "fcall_ro", "fcall") as calls:
         backend.read_stream(attempt.eid)
@@ -543,7 +543,7 @@ def _pairs(flat):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_t7_a_replica_serves_readers(kind, lane):
+def test_a_replica_serves_readers(kind, lane):
     with (
         EmbeddedServer(tcp=True, repl_diskless_sync_delay=0) as primary,
         ff_fast.ValkeyBackend.connect(primary.url) as backend,

@@ -472,7 +472,7 @@ def event(data, **fields):
     return Frame(data, FrameKind.EVENT, **fields)
 
 
-def test_a2_a_sequence_makes_appending_a_frame_idempotent(stream, backend):
+def test_a_sequence_makes_appending_a_frame_idempotent(stream, backend):
     first = backend.append_frame(stream.handle, event(b"1", seq=1))
     assert backend.append_frame(stream.handle, event(b"1", seq=1)) == first
     assert backend.append_frame(stream.handle, event(b"2")).frame_count == 2
@@ -489,7 +489,7 @@ def test_a2_a_sequence_makes_appending_a_frame_idempotent(stream, backend):
     assert payloads(stream) == [b"1", b"2", b"3", b"4"]
 
 
-def test_a2_a_new_writer_takes_no_sequence_of_the_old_one(stream, backend):
+def test_a_new_writer_takes_no_sequence_of_the_old_one(stream, backend):
     backend.append_frame(stream.handle, event(b"1", seq=1))
     backend.open_writer(stream.handle)
     with pytest.raises(errors.SequenceGap) as caught:
@@ -875,37 +875,37 @@ def test_a_later_writer_continues_where_the_first_one_was(
 
 
 @pytest.mark.parametrize("text", ["foo", "Durable", "", None])
-def test_a3_a_mode_that_does_not_exist_cannot_be_made(text):
+def test_a_mode_that_does_not_exist_cannot_be_made(text):
     with pytest.raises(errors.InvalidInput):
         StreamMode(text)
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -0.5, 0, 2])
-def test_a5_an_alpha_that_is_no_share_cannot_be_made(alpha):
+def test_an_alpha_that_is_no_share_cannot_be_made(alpha):
     with pytest.raises(errors.InvalidInput):
         BestEffortLiveConfig(5_000, ema_alpha=alpha)
 
 
 @pytest.mark.parametrize("ttl", [0, -1, 0.4, float("nan"), 2**32])
-def test_a7_a_window_without_a_time_cannot_be_made(ttl):
+def test_a_window_without_a_time_cannot_be_made(ttl):
     with pytest.raises(errors.InvalidInput):
         StreamMode.best_effort_live(ttl)
 
 
-def test_a7_a_live_window_always_expires(stream, backend, raw):
+def test_a_live_window_always_expires(stream, backend, raw):
     with backend.open_writer(stream.handle, mode=StreamMode.best_effort_live(1)) as writer:
         writer.write(b"x")
         writer.flush()
     backend.wait_until(lambda: not raw.exists(stream.live))
 
 
-def test_a8_a_blob_is_exact_and_says_that_it_is_binary(stream, backend):
+def test_a_blob_is_exact_and_says_that_it_is_binary(stream, backend):
     backend.append_frame(stream.handle, Frame(bytes(range(256)), FrameKind.BLOB))
     (frame,) = read_all(stream)[0]
     assert (frame.payload, frame.encoding) == (bytes(range(256)), "binary")
 
 
-def test_a12_each_writer_has_its_own_retention(stream, backend):
+def test_each_writer_has_its_own_retention(stream, backend):
     with backend.open_writer(stream.handle, retention_maxlen=100) as writer:
         for i in range(1000):
             writer.write(b"%d" % i)

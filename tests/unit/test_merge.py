@@ -102,16 +102,16 @@ class TestRfc7396:
 class TestDefects:
     """Each defect of FlowFabric's merge, by its number in ``reference/02-streams.md``."""
 
-    def test_m1_empty_object_leaves_target(self):
+    def test_empty_object_leaves_target(self):
         assert merged(b'{"a":{"x":1}}', b'{"a":{}}') == b'{"a":{"x":1}}'
         assert merged(b'{"a":1}', b'{"a":{}}') == b'{"a":{}}'
 
-    def test_m2_empty_arrays(self):
+    def test_empty_arrays(self):
         document = b'{"a":[],"b":{"c":[[],{}]},"d":{}}'
         assert merged(document, b'{"e":[]}', b'{"f":1}') == document[:-1] + b',"e":[],"f":1}'
 
     @pytest.mark.parametrize("root", [b"[]", b"[{}]", b"1", b'"a"', b"null", b"true", b"", b" "])
-    def test_m3_root_must_be_an_object(self, root):
+    def test_root_must_be_an_object(self, root):
         with pytest.raises(InvalidPatch, match="root must be an object"):
             Document().merge(root)
         with pytest.raises(InvalidPatch):
@@ -128,7 +128,7 @@ class TestDefects:
             b"[false," + b"null," * 30 + b"3]",
         ],
     )
-    def test_m4_array_replaces_whatever_its_first_item(self, array):
+    def test_array_replaces_whatever_its_first_item(self, array):
         assert merged(b'{"k":{"a":1}}', b'{"k":' + array + b"}") == b'{"k":' + array + b"}"
 
     @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ class TestDefects:
             b"-0",
         ],
     )
-    def test_m5_integers(self, number):
+    def test_integers(self, number):
         self.keeps(number)
 
     @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ class TestDefects:
             b"0e0",
         ],
     )
-    def test_m6_floats(self, number):
+    def test_floats(self, number):
         # 1e400 is legal JSON: it is kept, not refused, as nothing here converts it.
         self.keeps(number)
 
@@ -173,7 +173,7 @@ class TestDefects:
         "value",
         [b"NaN", b"-NaN", b"Infinity", b"-Infinity", b"nan", b"inf"],
     )
-    def test_m7_no_number(self, value):
+    def test_no_number(self, value):
         self.refuses(b'{"a":' + value + b"}")
         self.refuses(b'{"a":[' + value + b"]}")
 
@@ -184,22 +184,22 @@ class TestDefects:
             *(b"1e+", b"1e1.5", b"1_000", b"1a", "\u0661".encode()),
         ],
     )
-    def test_m8_numbers_outside_the_grammar(self, value):
+    def test_numbers_outside_the_grammar(self, value):
         self.refuses(b'{"a":' + value + b"}")
         self.refuses(b'{"a":[' + value + b"]}")
 
-    def test_m9_sentinel_inside_arrays_becomes_null(self):
+    def test_sentinel_inside_arrays_becomes_null(self):
         patch = b'{"a":["__ff_null__",["__ff_null__",{"b":"__ff_null__"}],"__ff_null_","x"]}'
         assert merged(b"{}", patch) == b'{"a":[null,[null,{"b":null}],"__ff_null_","x"]}'
 
     @pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"k":', b"}")])
-    def test_m10_sentinel_at_any_depth(self, opening, closing):
+    def test_sentinel_at_any_depth(self, opening, closing):
         levels = MAX_DEPTH - 1
         patch = b'{"a":' + opening * levels + b'"__ff_null__"' + closing * levels + b"}"
         assert merged(b"{}", patch) == patch.replace(b'"__ff_null__"', b"null")
 
     @pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"k":', b"}")])
-    def test_m11_one_depth_limit(self, opening, closing):
+    def test_one_depth_limit(self, opening, closing):
         def nested(levels):
             return b'{"a":' + opening * (levels - 1) + b"1" + closing * (levels - 1) + b"}"
 
@@ -212,7 +212,7 @@ class TestDefects:
             self.refuses(nested(levels))
             self.refuses(nested(levels)[: levels * len(opening)])
 
-    def test_m12_failed_patch_changes_nothing(self):
+    def test_failed_patch_changes_nothing(self):
         document = Document(b'{"a":{"b":1},"t":"x"}')
         for patch in (b'{"a":{"b":2},"c":', b'{"a":null} {}', b'{"a":null,"c":01}'):
             with pytest.raises(InvalidPatch):
@@ -223,7 +223,7 @@ class TestDefects:
             fresh.merge(b"[]")
         assert (fresh.dumps(), fresh.size) == (b"{}", 2)
 
-    def test_m13_cap(self):
+    def test_cap(self):
         document = Document(b'{"a":"12345"}', max_bytes=20)
         document.merge(b'{"b":""}')
         assert document.size == len(b'{"a":"12345","b":""}') == 20
@@ -249,7 +249,7 @@ class TestDefects:
             *(b"\xf0\x9f\x98", b"abcdefgh\xffijklmnopq", b"\xc3\xa4\xff"),
         ],
     )
-    def test_m14_invalid_utf8(self, raw):
+    def test_invalid_utf8(self, raw):
         self.refuses(b'{"a":"' + raw + b'"}')
         self.refuses(b'{"' + raw + b'":1}')
         self.refuses(b'{"a":"' + raw)
@@ -259,7 +259,7 @@ class TestDefects:
                 document.append(pointer, text)
         assert document.dumps() == b'{"a":"x"}'
 
-    def test_m15_slash_is_not_escaped_and_order_is_kept(self):
+    def test_slash_is_not_escaped_and_order_is_kept(self):
         assert merged(b'{"z":"a/b","a":1}', b'{"k/":"\\/"}') == b'{"z":"a/b","a":1,"k/":"/"}'
 
     def refuses(self, text):
