@@ -13,6 +13,8 @@ from ff_fast import errors, keys
 from ff_fast._core import ops
 from ff_fast.errors import MAX_INT, Outcome
 
+from ..reference_frames import run_of, varint
+
 MAX_PAYLOAD = 65_536
 MAX_RUN = 2 << 20
 WRITER = b"writer-1"
@@ -23,25 +25,6 @@ NOT_INTEGERS = [
 
 
 # -- what a batch is made of -------------------------------------------------------------------------
-
-
-def varint(value):
-    out = bytearray()
-    while value > 127:
-        out.append(value % 128 + 128)
-        value //= 128
-    return bytes(out) + bytes([value])
-
-
-def run_of(payloads, ages=None):
-    """A run, from its description in ff_fast/_hot/frames.pyx."""
-    ages = ages or [0] * len(payloads)
-    return (
-        varint(len(payloads))
-        + b"".join(varint(len(payload)) for payload in payloads)
-        + b"".join(map(varint, ages))
-        + b"".join(payloads)
-    )
 
 
 def number(value):
