@@ -199,20 +199,6 @@ def test_none_begins_now(kind, server, scope, end, raw):
     assert sorted(c.execution_id for c in subscription.result()) == sorted(eids)
 
 
-def test_the_first_of_the_same_millisecond_is_not_missed():
-    from ff_fast._core import completions as completions_core
-
-    core = completions_core.CompletionCore(1, None, ScannerFilter())
-    steps = core.read()
-    next(steps)
-    request = steps.send([[b"1700000000", b"123456"]]).request
-    # XREAD gives what is greater than this: 1700000000123-0 on, in a stream that has had nothing of that millisecond.
-    (asked,) = [part for part in request.split(b"\r\n") if part.startswith(b"17000")]
-    ms, _, sequence = asked.partition(b"-")
-    assert (int(ms), int(sequence) > 10**9) == (1_700_000_000_122, True)
-    steps.close()
-
-
 def test_a_lost_connection_leaves_no_hole(kind, server, scope, end, raw):
     subscription = Subscription(kind, server.url, scope, here(raw), count=30)
     eids = []

@@ -226,17 +226,6 @@ def test_a_refusal_for_good_is_raised(kind, server, monkeypatch):
         running.result()
 
 
-def test_nothing_is_fired_early(backend, raw, lane):
-    eid = backend.create_execution(lane=lane, delay=1_000)
-    supervision = supervision_core.Supervision(256, ScannerFilter())
-    steps = supervision.round()
-    next(steps)
-    request = steps.send([[b"1700000000", b"123456"]]).request
-    assert b"\r\n1700000000123\r\n" in request
-    steps.close()
-    assert backend.describe(eid).state == "delayed"
-
-
 def supervising():
     return [t for t in threading.enumerate() if t.name == "ff_fast supervisor"]
 

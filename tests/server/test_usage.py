@@ -8,6 +8,7 @@ from ff_fast import ReportUsageResult, UsageDimensions, UsageVerdict, errors, ke
 from ff_fast._core import ops
 from ff_fast._core import usage as usage_core
 
+from ..unit.script import request_of
 from .executions import World
 
 OK, SOFT, HARD, AGAIN = (
@@ -261,7 +262,7 @@ def test_a_lease_that_is_lost_in_the_middle_takes_the_charges_back(world, budget
         step = next(flow)
         charges = 0
         while True:
-            charges += b"ff_charge_budget" in step.request
+            charges += b"ff_charge_budget" in request_of(step)
             replies = yield step
             if charges == 2:
                 world.due(eid, "lease")

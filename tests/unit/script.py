@@ -11,6 +11,16 @@ from ff_fast.errors import FFError
 BLOCKING = (b"BZPOPMIN", b"BLOCK")
 
 
+def request_of(step):
+    """What a step sends, packed."""
+    return step.request
+
+
+def block_of(step):
+    """How long it lets the server block, in seconds."""
+    return step.block_s
+
+
 def words(request):
     """The commands of a packed request, each as the list of its words."""
     reader = hiredis.Reader()
@@ -41,9 +51,9 @@ def run(steps, replies=(), pause=lambda seconds: None):
                 asked.append(step)
                 pause(step.seconds)
                 continue
-            commands = words(step.request)
+            commands = words(request_of(step))
             assert len(commands) == step.replies
-            assert (step.block_s > 0) == any(word in BLOCKING for c in commands for word in c)
+            assert (block_of(step) > 0) == any(word in BLOCKING for c in commands for word in c)
             asked += commands
             for command in commands:
                 reply = next(replies, EOFError)

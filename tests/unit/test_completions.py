@@ -48,6 +48,7 @@ def kept(first=b"5-0", length=3, added=3):
 def test_a_new_subscription_begins_now_by_the_servers_clock():
     new = core(None)
     asked, found = read(new, [b"1700000000", b"5999"], None)
+    # XREAD gives what is greater: all of this millisecond, of which something may be still to come.
     begin = b"1700000000004-9999999999999999"
     assert asked == [[b"TIME"], xread(begin, begin)]
     assert found == []
