@@ -1,5 +1,5 @@
-# One command per task.  A fresh machine needs python3 (3.11 or newer, with venv), gcc and make;
-# the tests also need a redis-server as second engine (Debian: apt install redis-server).
+# One command per task.  A fresh machine needs python3 (3.11 or newer, with venv), gcc and make.
+# Tests on the second engine need a redis-server (Debian: apt install redis-server); without one they are left out.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,11 @@ COMPILED := $(shell find ff_fast -name '*.pyx' -o -name '*.pxd')
 COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING.md README.md LICENSE ff_fast lua tests bench \
 	tools .ci
 
-.PHONY: build demo test lint types sanitize wheel-test bench bench-quick clean help
+# Workers that have nothing left take tests from the others.
+PYTEST := $(BIN)/python -m pytest -p no:benchmark
+PARALLEL := -n 2 --dist worksteal
+
+.PHONY: build demo test unit check coverage lint types sanitize wheel-test bench bench-quick clean help
 
 help: ## List the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,7 +34,17 @@ demo: build ## Stream a text through an embedded server: make demo RATE=1000 ARG
 
 # pytest-benchmark, when make bench has installed it, warns about worker processes.
 test: build ## Run the whole suite but the packaging tests: make test ARGS="tests/unit -k keys"
-	$(BIN)/python -m pytest -n 2 -p no:benchmark -m "not packaging" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not packaging" $(ARGS)
+
+unit: build ## Run the tests that need no server, in seconds
+	$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
+
+check: lint types unit ## Everything that takes seconds, before a commit
+
+# What is compiled is not measured, and its oracles are slow under measurement: make unit runs these.
+COMPILED := $(patsubst %,--ignore tests/unit/test_%.py,frames merge rate resp writer_core)
+coverage: build ## Run the tests of Python code under branch coverage; its floor is in pyproject.toml
+	$(PYTEST) $(PARALLEL) -m "not packaging" --cov $(COMPILED) $(ARGS)
 
 # cython-lint runs pycodestyle from PATH.
 lint: build ## Check style: ruff, ruff format, cython-lint, luacheck
@@ -60,7 +74,7 @@ sanitize: ## Run the suite on a build with AddressSanitizer and UndefinedBehavio
 		../venv/bin/python -m pytest -s --timeout 300 -m "not packaging" $(ARGS)
 
 wheel-test: build ## Build sdist and wheel, install them elsewhere, load the Lua from there
-	$(BIN)/python -m pytest -p no:benchmark -m packaging tests/packaging $(ARGS)
+	$(PYTEST) -m packaging tests/packaging $(ARGS)
 
 bench: $(BENCH_BUILT) ## Measure against rivals: make bench ARGS=...
 	$(BIN)/python -m bench $(ARGS)
@@ -73,6 +87,6 @@ $(BENCH_BUILT): $(BUILT)
 	touch $@
 
 clean: ## Remove what was built and what tools have cached; .venv keeps its packages
-	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache $(BUILT) $(BENCH_BUILT)
+	rm -rf build dist *.egg-info .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache $(BUILT) $(BENCH_BUILT)
 	find ff_fast tests tools $(wildcard bench) -name __pycache__ -prune -exec rm -rf {} +
 	find ff_fast -name '*.so' -delete

@@ -48,7 +48,9 @@ def varint(value):
     return bytes([*out, value])
 
 
-def run_of(payloads, ages):
+def run_of(payloads, ages=None):
+    """A run, from its description in ff_fast/_hot/frames.pyx."""
+    ages = ages or [0] * len(payloads)
     return b"".join(
         [
             varint(len(payloads)),

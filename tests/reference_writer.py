@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from ff_fast.types import StreamMode
 
+from .reference_frames import parse_run
+
 LETTERS_AFTER_FRAMES = {b"T": 1, b"P": 1, b"K": 1, b"E": 1, b"H": 1, b"C": 3}
 # What a field that is left out stands for.
 USUAL = {b"frame_type": b"token", b"encoding": b"utf8", b"source": b"worker"}
@@ -118,32 +120,6 @@ def block(letters: bytes, count: int, fields: list[bytes]) -> list[bytes | Run]:
     return [with_fields, b"%d" % count, b"%d" % (len(fields) // 2), *fields]
 
 
-def read_run(value: bytes) -> tuple[Run, list[int]]:
-    """The payloads of a run, and its ages in ms."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        number = shift = 0
-        while True:
-            byte = value[at]
-            at += 1
-            number |= (byte & 127) << shift
-            if byte < 128:
-                return number
-            shift += 7
-
-    count = varint()
-    lengths = [varint() for _ in range(count)]
-    ages = [varint() for _ in range(count)]
-    payloads = []
-    for length in lengths:
-        payloads.append(value[at : at + length])
-        at += length
-    assert at == len(value), "a run has bytes behind its payloads"
-    return Run(tuple(payloads)), ages
-
-
 @dataclass
 class Stored:
     """A frame as the server has it."""
@@ -231,10 +207,10 @@ def parse(argv: list[bytes]) -> Request:
                 payloads = (value,)
                 request.frame_arguments.append(value)
             else:
-                run, ages = read_run(value)
+                found, ages = parse_run(value)
                 request.ages += ages
-                payloads = run.payloads
-                request.frame_arguments.append(run)
+                payloads = tuple(found)
+                request.frame_arguments.append(Run(payloads))
             at += 1
         assert len(payloads) == count
         for i, payload in enumerate(payloads):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from ff_fast import keys
@@ -60,13 +59,12 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from ff_fast._core.deployment import Deployment
 
 T = TypeVar("T")
 V = TypeVar("V")
-
-Duration = float | timedelta
-"""Seconds, or a timedelta."""
 
 MAX_DOCUMENT = 16 << 20
 """Greatest payload of an execution and of its result, in bytes."""
@@ -169,11 +167,11 @@ def create_execution(
     required_capabilities: CapabilitySet | None = None,
     namespace: str = "default",
     tags: Mapping[str, str] | None = None,
-    retention: Duration = 86_400.0,
+    retention: float | timedelta = 86_400.0,
     retry: RetryPolicy | None = None,
-    delay: Duration | None = None,
-    deadline: Duration | None = None,
-    attempt_timeout: Duration | None = None,
+    delay: float | timedelta | None = None,
+    deadline: float | timedelta | None = None,
+    attempt_timeout: float | timedelta | None = None,
     flow_id: str | None = None,
     parent_id: str | None = None,
     budgets: Sequence[str] = (),
@@ -251,7 +249,7 @@ def create_execution(
     return Call(steps)
 
 
-def _positive_ms(name: str, value: Duration) -> int:
+def _positive_ms(name: str, value: float | timedelta) -> int:
     ms = duration_ms(name, value)
     if ms < 1:
         raise InvalidInput(f"{name} must be at least a millisecond.")
@@ -404,7 +402,7 @@ def cancel(
     target: Handle | str,
     *,
     reason: str = "cancelled",
-    grace: Duration | None = None,
+    grace: float | timedelta | None = None,
 ) -> Call[CancelOutcome]:
     """Cancel an execution in any state that is not an end. Calling it again is safe.
 
@@ -447,7 +445,7 @@ def progress(
     return _call(ops.report_progress(_attempt(handle), percent, text))
 
 
-def delay(on: Deployment, handle: Handle, delay: Duration) -> Call[int]:
+def delay(on: Deployment, handle: Handle, delay: float | timedelta) -> Call[int]:
     """Release the lease; the same attempt goes on after *delay*. Close writers first.
 
     Args:
@@ -534,7 +532,7 @@ def create_waitpoint(
     handle: Handle,
     *,
     waitpoint_id: str | None = None,
-    expires: Duration = 3600.0,
+    expires: float | timedelta = 3600.0,
 ) -> Call[PendingWaitpoint]:
     """Create a waitpoint for a suspension to come. Signals that arrive before the suspension are kept for it.
 
@@ -563,7 +561,7 @@ def suspend(
     handle: Handle,
     condition: ResumeCondition | WaitpointSpec | Sequence[WaitpointSpec],
     *,
-    timeout: Duration | None = None,
+    timeout: float | timedelta | None = None,
     on_timeout: TimeoutBehavior = TimeoutBehavior.FAIL,
     reason: str = "waiting_for_signal",
 ) -> Call[SuspendOutcome]:
@@ -675,7 +673,7 @@ def observe_signals(on: Deployment, handle: Handle) -> Call[tuple[ResumeSignal, 
 
 
 def rotate_waitpoint_secret(
-    on: Deployment, kid: str, secret: bytes, *, grace: Duration = 3600.0
+    on: Deployment, kid: str, secret: bytes, *, grace: float | timedelta = 3600.0
 ) -> Call[None]:
     """Sign waitpoint tokens with another key from now on, in every partition. Calling it again completes it.
 
@@ -988,7 +986,7 @@ def open_writer(
     mode: StreamMode | None = None,
     retention_maxlen: int = writers.RETENTION_MAXLEN,
     max_unacknowledged_bytes: int = writers.MAX_UNACKNOWLEDGED_BYTES,
-    linger: Duration = 0.0,
+    linger: float | timedelta = 0.0,
 ) -> WriterRequest:
     """Open the writer of the attempt; one that was open before is superseded.
 
@@ -1031,7 +1029,7 @@ def append_frame(
     on: Deployment,
     handle: Handle,
     frame: Frame,
-    timeout: Duration | None = None,
+    timeout: float | timedelta | None = None,
 ) -> FrameRequest:
     """Append one frame, wait until it is stored, and return the newest id, the frame count and the summary version.
 
@@ -1091,7 +1089,7 @@ def supervise(
     on: Deployment,
     scope: ScannerFilter | None = None,
     *,
-    interval: Duration = 0.25,
+    interval: float | timedelta = 0.25,
     stop: StopEvent | None = None,
 ) -> SupervisionRequest:
     """Fire what is due until *stop* is set: lapsed leases, delays, timeouts, deadlines, waitpoints, cancellations.

@@ -1,13 +1,17 @@
 """What a process does to its clients: fork, threads, loops, interrupts, exits; and what they cost it."""
 
 import asyncio
+import contextlib
 import copy
 import gc
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import tracemalloc
+import types
 import warnings
 
 import pytest
@@ -343,32 +347,63 @@ def test_an_interrupt_between_request_and_reply(proxy, lane):
         assert backend.describe(eids[1]).execution_id == eids[1]
 
 
+@contextlib.contextmanager
+def interrupts(seed):
+    """Interrupt the main thread again and again; yields ``gate``, whose ``open`` lets one through.
+
+    Another process sends them, so that they come at any moment: a thread of this one would run, and send, only
+    where the main thread has let go of the interpreter. SIGALRM and its timer belong to pytest-timeout.
+    """
+    # No threading.Event: the handler may run inside its set() and would wait for itself.
+    gate = types.SimpleNamespace(open=False)
+
+    def interrupt(*_):
+        if gate.open:
+            gate.open = False
+            raise KeyboardInterrupt
+
+    program = f"""
+import os, random, signal, time
+dice = random.Random({seed})
+while os.getppid() == {os.getpid()}:
+    time.sleep(dice.uniform(1e-5, 2e-3))
+    os.kill({os.getpid()}, signal.SIGUSR1)
+"""
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with subprocess.Popen([sys.executable, "-c", program]) as sender:
+            try:
+                yield gate
+            finally:
+                gate.open = False
+                sender.kill()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 # redis-py drops a socket when it is interrupted while it opens one.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_at_any_moment(server, lane, seed):
     """Interrupts all over a stream: nothing hangs, and every frame whose call returned is stored."""
-    import random
-
-    dice = random.Random(seed)
     with ff_fast.ValkeyBackend.connect(server.url) as backend:
         eid, handle = taken(backend, lane)
         writer = backend.open_writer(handle)
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
         written = []
-        for i in range(60):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-5, 2e-3))
-                for j in range(100):
-                    written.append((writer.write(b"%d-%d" % (i, j)), b"%d-%d" % (i, j)))
-                    if j % 10 == 0:
-                        writer.flush(5)
-                    if j % 25 == 0:
-                        assert backend.describe(eid).execution_id == eid
-            except KeyboardInterrupt:
-                pass
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        interrupted = 0
+        with interrupts(seed) as gate:
+            while interrupted < 60:
+                try:
+                    gate.open = True
+                    for j in range(100):
+                        payload = b"%d-%d" % (interrupted, j)
+                        written.append((writer.write(payload), payload))
+                        if j % 10 == 0:
+                            writer.flush(5)
+                        if j % 25 == 0:
+                            assert backend.describe(eid).execution_id == eid
+                    gate.open = False
+                except KeyboardInterrupt:
+                    interrupted += 1
         writer.close(10)
     found = {frame.sequence: frame.payload for frame in frames(server.url, eid)}
     assert list(found) == list(range(1, len(found) + 1))

@@ -3,6 +3,7 @@
 Each must bring the compiled extensions and the checkout's Lua, and load it into a server.
 """
 
+import email
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import ff_fast
 from ff_fast import _library
 
 from ..conftest import EXTENSIONS, ROOT
@@ -161,6 +163,13 @@ def test_wheel_has_what_is_used_at_run_time(wheel):
     assert used | lua == {name for name in names if not name.endswith(".so")}
     built = {name.partition(".")[0].replace("/", ".") for name in names if name.endswith(".so")}
     assert built == set(EXTENSIONS)
+
+
+def test_wheel_has_the_version_of_the_package(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        about = email.message_from_bytes(archive.read(name))
+    assert about["Version"] == ff_fast.__version__
 
 
 def test_wheel_of_the_sdist_is_the_same(wheel, wheel_of_sdist):

@@ -1,5 +1,7 @@
 """Executions on a real server, as the tests of the lifecycle drive them: what is due is made due by hand."""
 
+from typing import NamedTuple
+
 import ff_fast
 from ff_fast import ScannerFilter, keys
 from ff_fast._core import ops
@@ -8,6 +10,23 @@ from ff_fast._core.operations import Call
 
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 TERMINAL = ("completed", "failed", "cancelled", "expired")
+
+
+class Look(NamedTuple):
+    """An execution as it is stored."""
+
+    core: dict[str, str]
+    timers: dict[str, int]
+    is_eligible: bool
+    completions: list[dict[bytes, bytes]]
+
+
+def _timers_of(eid, timers):
+    return {
+        name.decode("utf-8", "replace").partition(":")[0]: int(score)
+        for name, score in timers
+        if eid.encode() in name
+    }
 
 
 class World:
@@ -60,11 +79,23 @@ class World:
     def timers(self, eid):
         """The timers of an execution: kind to when it is due."""
         found = self.raw.zrange(keys.timers(keys.slot_tag_of(eid)), 0, -1, withscores=True)
-        return {
-            name.decode("utf-8", "replace").partition(":")[0]: int(score)
-            for name, score in found
-            if eid.encode() in name
-        }
+        return _timers_of(eid, found)
+
+    def look(self, eid):
+        """Its fields, its timers, whether it is eligible and its completions, in one round trip."""
+        tag = keys.slot_tag_of(eid)
+        with self.raw.pipeline(transaction=False) as pipeline:
+            pipeline.hgetall(keys.core(eid))
+            pipeline.zrange(keys.timers(tag), 0, -1, withscores=True)
+            pipeline.zscore(keys.eligible(tag, self.lane), eid)
+            pipeline.xrange(keys.completions(tag))
+            core, timers, score, records = pipeline.execute()
+        return Look(
+            {k.decode(): v.decode() for k, v in core.items()},
+            _timers_of(eid, timers),
+            score is not None,
+            [fields for _, fields in records if fields[b"execution_id"] == eid.encode()],
+        )
 
     def is_eligible(self, eid):
         key = keys.eligible(keys.slot_tag_of(eid), self.lane)
@@ -82,9 +113,10 @@ class World:
         return found
 
     def check(self, eid, *, suspension_timer=None, attempt_timer=None):
-        """The execution is in exactly the index that its state names."""
-        state, timers = self.state(eid), self.timers(eid)
-        assert self.is_eligible(eid) == (state == "waiting"), state
+        """The execution is in exactly the index that its state names; returns what was seen."""
+        core, timers, is_eligible, completions = look = self.look(eid)
+        state = core["state"]
+        assert is_eligible == (state == "waiting"), state
         assert ("delay" in timers) == (state == "delayed"), (state, timers)
         assert ("lease" in timers) == (state == "active"), (state, timers)
         if suspension_timer is not None:
@@ -93,14 +125,17 @@ class World:
         if attempt_timer is not None:
             assert ("attempt" in timers) == attempt_timer, (state, timers)
         assert state == "active" or "attempt" not in timers, (state, timers)
-        attempts = range(int(self.core(eid)["total_attempt_count"]) + 1)
-        writers = [i for i in attempts if self.raw.hexists(keys.meta(eid, i), "writer")]
-        assert state == "active" or not writers
-        assert len(self.completions(eid)) == (state in TERMINAL), state
+        if state != "active":
+            with self.raw.pipeline(transaction=False) as pipeline:
+                for attempt in range(int(core["total_attempt_count"]) + 1):
+                    pipeline.hexists(keys.meta(eid, attempt), "writer")
+                assert not any(pipeline.execute())
+        assert len(completions) == (state in TERMINAL), state
         if state in TERMINAL:
             assert timers == {}, (state, timers)
             endless = [key for key in self.keys_of(eid) if self.raw.pttl(key) < 0]
             assert endless == [], state
+        return look
 
     # -- time ---------------------------------------------------------------------------------------
 

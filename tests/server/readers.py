@@ -9,6 +9,7 @@ from typing import NamedTuple
 import ff_fast
 from ff_fast import BestEffortLiveConfig, StreamMode, aio, keys
 
+from ..unit.script import request_of
 from ..waiting import wait_until
 
 KINDS = ("sync", "asyncio")
@@ -141,7 +142,7 @@ class Stepper:
         pool = self._raw.connection_pool
         connection = pool.get_connection()
         try:
-            connection.send_packed_command([self.core.step().request])
+            connection.send_packed_command([request_of(self.core.step())])
             reply = connection.read_response()
         finally:
             pool.release(connection)

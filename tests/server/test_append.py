@@ -3,6 +3,7 @@
 Every refusal must leave every key as it was, so each is compared byte for byte with what was there before.
 """
 
+import itertools
 import json
 
 import pytest
@@ -11,6 +12,8 @@ import ff_fast
 from ff_fast import errors, keys
 from ff_fast._core import ops
 from ff_fast.errors import MAX_INT, Outcome
+
+from ..reference_frames import run_of, varint
 
 MAX_PAYLOAD = 65_536
 MAX_RUN = 2 << 20
@@ -22,25 +25,6 @@ NOT_INTEGERS = [
 
 
 # -- what a batch is made of -------------------------------------------------------------------------
-
-
-def varint(value):
-    out = bytearray()
-    while value > 127:
-        out.append(value % 128 + 128)
-        value //= 128
-    return bytes(out) + bytes([value])
-
-
-def run_of(payloads, ages=None):
-    """A run, from its description in ff_fast/_hot/frames.pyx."""
-    ages = ages or [0] * len(payloads)
-    return (
-        varint(len(payloads))
-        + b"".join(varint(len(payload)) for payload in payloads)
-        + b"".join(map(varint, ages))
-        + b"".join(payloads)
-    )
 
 
 def number(value):
@@ -289,28 +273,28 @@ def test_of_several_reasons_the_first_is_told(stream, at):
     stream.refused(CODES[at], log(b"good"), block, **call)
 
 
-@pytest.mark.parametrize("part", range(3), ids=["attempt", "lease id", "epoch"])
-@pytest.mark.parametrize("value", [b"7", b"", b"0x0", b"00"])
-def test_a_fence_that_differs_in_any_part_is_stale(stream, part, value):
-    fence = list(stream.fence)
-    fence[part] = value
-    # A lease id is any text; what is no fence at all is told apart.
-    malformed = value == b"" or (value == b"0x0" and part != 1)
-    code = "invalid_input" if malformed else "stale_owner"
-    stream.refused(code, log(b"x"), fence=fence)
-    assert stream.open(b"writer-2", fence)[:2] == [0, code.encode()]
+def test_a_fence_that_differs_in_any_part_is_stale(stream, subtests):
+    parts = enumerate(("attempt", "lease id", "epoch"))
+    for (at, name), value in itertools.product(parts, (b"7", b"", b"0x0", b"00")):
+        fence = list(stream.fence)
+        fence[at] = value
+        # A lease id is any text; what is no fence at all is told apart.
+        malformed = value == b"" or (value == b"0x0" and name != "lease id")
+        code = "invalid_input" if malformed else "stale_owner"
+        with subtests.test(name, value=value):
+            stream.refused(code, log(b"x"), fence=fence)
+            assert stream.open(b"writer-2", fence)[:2] == [0, code.encode()]
 
 
-@pytest.mark.parametrize(
-    "writer", [b"", b"writer", b":::", b"0:lease:1", b"0:lease:1:", b"0:a:b:c:d"]
-)
-def test_a_writer_id_is_a_fence_and_a_text(stream, writer):
+def test_a_writer_id_is_a_fence_and_a_text(stream):
     before = stream.everything()
-    for function, names, args in (
-        ("ff_append", stream.keys, (writer, b"0", *log(b"x"))),
-        ("ff_open_writer", (stream.core, stream.meta, stream.summary), (writer,)),
-    ):
-        assert stream.call(function, names, *args) == [0, b"invalid_input", b"writer"]
+    for writer in (b"", b"writer", b":::", b"0:lease:1", b"0:lease:1:", b"0:a:b:c:d"):
+        for function, names, args in (
+            ("ff_append", stream.keys, (writer, b"0", *log(b"x"))),
+            ("ff_open_writer", (stream.core, stream.meta, stream.summary), (writer,)),
+        ):
+            reply = stream.call(function, names, *args)
+            assert reply == [0, b"invalid_input", b"writer"], writer
     assert stream.everything() == before
 
 
@@ -374,12 +358,15 @@ def test_a_gap_says_what_was_expected(stream):
     assert (error.expected, error.got) == (3, MAX_INT)
 
 
-@pytest.mark.parametrize("previous", NOT_INTEGERS)
-def test_the_sequence_of_the_frame_before_is_a_whole_number(stream, previous):
-    stream.refused("invalid_input", log(b"x"), previous=previous)
+def test_the_sequence_of_the_frame_before_is_a_whole_number(stream, subtests):
+    for previous in NOT_INTEGERS:
+        with subtests.test(before="no frame", previous=previous):
+            stream.refused("invalid_input", log(b"x"), previous=previous)
     stream.append(log(*[b"x"] * 1024))
-    stream.refused("invalid_input", log(b"x"), previous=previous)
-    stream.refused("invalid_input", previous=previous)
+    for previous in NOT_INTEGERS:
+        with subtests.test(before="1,024 frames", previous=previous):
+            stream.refused("invalid_input", log(b"x"), previous=previous)
+            stream.refused("invalid_input", previous=previous)
 
 
 @pytest.mark.parametrize(
@@ -440,21 +427,23 @@ MALFORMED = {
     "document before its patches": [b"C", b"2", b"{}", b"k", *TWO_PATCHES],
     **{f"{letter} cut": [letter.encode()] for letter in "TPKEH"},
     **{f"H {sequence}": [b"H", sequence] for sequence in NOT_INTEGERS if sequence},
-    **{f"P {ttl}": [b"P", ttl] for ttl in COUNTS},
-    **{f"K {maxlen}": [b"K", maxlen] for maxlen in COUNTS},
+    **{f"P {ttl}": [b"P", ttl] for ttl in (*COUNTS, b"0.4")},
+    **{f"K {maxlen}": [b"K", maxlen] for maxlen in (*COUNTS, b"0.4")},
     **{
         f"T {oldest}": [b"T", oldest]
-        for oldest in (b"", b"5", b"-", b"5-", b"-5", b"5-5-5", b"x-1", b"1-x", b" 1-1", b"9" * 20 + b"-1", b"(1-1")
+        for oldest in (b"", b"5", b"-", b"5-", b"-5", b"5-5-5", b"x-1", b"1-x", b" 1-1", b"9" * 20, b"9" * 20 + b"-1", b"(1-1",
+                       b"text", b"-1", b"1.5", b"nan", b"0.4")
     },
     **{f"E {state}": [b"E", state] for state in (b"", b"nan", b"inf", b"-1", b"1e9", b"1" * 40)},
     "too many frames": replaced(ONE_LIVE, 1, b"1025"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("block", MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_block_is_refused_whole(stream, block):
+def test_a_malformed_block_is_refused_whole(stream, subtests):
     stream.append(log(b"1"))
-    stream.refused("invalid_input", log(b"good"), live(b"good"), block, first=2)
+    for name, block in MALFORMED.items():
+        with subtests.test(name):
+            stream.refused("invalid_input", log(b"good"), live(b"good"), block, first=2)
 
 
 @pytest.mark.parametrize("given", range(2))
@@ -550,13 +539,14 @@ def test_a_word_on_the_whole_batch_goes_to_either_stream(stream):
     assert stream.raw.exists(stream.summary) == 0
 
 
-@pytest.mark.parametrize("names", ["meta log", "meta live", "meta log live"])
 @pytest.mark.parametrize("refusal", REFUSALS[:6], ids=CODES[:6])
-def test_a_refusal_needs_no_more_keys_than_the_batch(stream, refusal, names):
+def test_a_refusal_needs_no_more_keys_than_the_batch(stream, refusal):
     """The core, which says why, is spelled from the key of meta."""
     _, call = spoil(stream, [refusal])
-    frame = live(b"x") if names == "meta live" else log(b"x")
-    assert type(stream.refused(refusal[0], frame, names=names, **call)) is refusal[3]
+    for names in ("meta log", "meta live", "meta log live"):
+        frame = live(b"x") if names == "meta live" else log(b"x")
+        error = stream.refused(refusal[0], frame, names=names, **call)
+        assert type(error) is refusal[3], names
 
 
 def test_a_repeat_is_looked_for_in_both_streams(stream, next_ms):
@@ -923,14 +913,15 @@ BROKEN_RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", BROKEN_RUNS.values(), ids=BROKEN_RUNS)
 @pytest.mark.parametrize("summary", [False, True], ids=["live", "summary"])
-def test_a_run_that_cannot_be_cut_is_refused(stream, run, summary):
+def test_a_run_that_cannot_be_cut_is_refused(stream, summary, subtests):
     stream.append(live(b"1"))
     block = patches(b"{}", b"{}", b"{}", base=0) if summary else live(b"1", b"2", b"3")
     at = 3 + 2 * int(block[2]) if summary else 2
     assert block[at][0] == 3
-    stream.refused("invalid_input", replaced(block, at, run))
+    for name, run in BROKEN_RUNS.items():
+        with subtests.test(name):
+            stream.refused("invalid_input", replaced(block, at, run))
 
 
 def test_a_new_writer_does_not_swallow_frames_of_the_old_one(stream):
@@ -1237,27 +1228,21 @@ def test_a_requested_cancel_leaves_the_writer_its_grace(stream):
 # -- cases that FlowFabric's append gets wrong ------------------------------------------------------------
 
 
-def test_a1_the_same_call_twice_stores_once(stream):
+def test_the_same_call_twice_stores_once(stream):
     block = patches(b'{"n":1}', base=0)
     assert stream.append(log(b"x"), block) == stream.repeated(log(b"x"), block)
     assert len(stream.payloads()) == 2
     assert stream.backend.read_summary(stream.eid).version == 1
 
 
-def test_a3_no_text_of_a_mode_makes_frames_of_the_log_vanish(stream):
+def test_no_text_of_a_mode_makes_frames_of_the_log_vanish(stream):
     for first, mode in zip((1, 3, 5), (b"foo", b"Durable", b"durable"), strict=True):
         stream.append(live(b"x", fields=[b"mode", mode]), [b"P", b"1"], log(b"kept"), first=first)
     assert stream.raw.pttl(stream.log) == -1
     assert stream.raw.xlen(stream.log) == 3
 
 
-@pytest.mark.parametrize("value", [b"", b"text", b"-1", b"1.5", b"nan", b"0.4", b"9" * 20])
-@pytest.mark.parametrize("letter", [b"K", b"P", b"T"])
-def test_a4_a_bad_retention_value_is_refused_before_the_frame(stream, letter, value):
-    stream.refused("invalid_input", log(b"x"), [letter, value])
-
-
-def test_a5_a_rate_that_is_no_number_is_refused_and_the_window_is_trimmed_still(stream):
+def test_a_rate_that_is_no_number_is_refused_and_the_window_is_trimmed_still(stream):
     stream.refused("invalid_input", live(b"x"), [b"E", b"nan"])
     for first in range(1, 1001):
         stream.append(live(b"x"), [b"T", b"0-%d" % max(first - 10, 1)], first=first)
@@ -1266,7 +1251,7 @@ def test_a5_a_rate_that_is_no_number_is_refused_and_the_window_is_trimmed_still(
 
 
 @pytest.mark.parametrize("value", ["", None, "soon"])
-def test_a6_a_lease_without_a_time_has_lapsed(stream, value):
+def test_a_lease_without_a_time_has_lapsed(stream, value):
     if value is None:
         stream.raw.hdel(stream.meta, "lease_expires_at")
     else:
@@ -1280,14 +1265,14 @@ def test_a6_a_lease_without_a_time_has_lapsed(stream, value):
     assert stream.everything() == before
 
 
-def test_a9_times_are_the_servers(stream):
+def test_times_are_the_servers(stream):
     before = server_ms(stream.raw)
     ms, _ = stream.append(log(b"x"))
     (frame,) = stream.frames()
     assert before <= frame.ts_ms == ms <= server_ms(stream.raw)
 
 
-def test_a10_absent_suspended_and_closed_are_told_apart(raw, backend, lane):
+def test_absent_suspended_and_closed_are_told_apart(raw, backend, lane):
     told = []
     for change in (_gone, _suspended, _closed):
         stream = Stream(raw, backend, lane)
@@ -1297,7 +1282,7 @@ def test_a10_absent_suspended_and_closed_are_told_apart(raw, backend, lane):
     assert told == ["execution_not_found", "suspended", "stream_closed"]
 
 
-def test_a11_whoever_has_no_lease_has_no_say(raw, backend, lane):
+def test_whoever_has_no_lease_has_no_say(raw, backend, lane):
     stream = Stream(raw, backend, lane)
     stream.open()
     # Nobody's: the lease fields are empty, and so are those of the call.

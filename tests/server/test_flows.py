@@ -191,7 +191,7 @@ def test_flow_only_leaves_members_alone_and_starts_none(world, family):
 
 
 @pytest.mark.parametrize("policy", [ALL, PENDING, ONLY])
-def test_c6_no_member_is_claimed_once_its_flow_is_cancelled(world, family, policy):
+def test_no_member_is_claimed_once_its_flow_is_cancelled(world, family, policy):
     flow, eids, _ = family
     world.backend.cancel_flow(flow, policy, NO_WAIT)
     assert world.state(eids["waiting"]) == "waiting"

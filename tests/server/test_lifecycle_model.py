@@ -533,23 +533,23 @@ class Lifecycle(RuleBasedStateMachine):
     @invariant()
     def each_execution_is_in_exactly_its_index(self):
         for x in self.all:
-            assert self.world.state(x.eid) == x.state, x
             if x in self.ended:
+                assert self.world.state(x.eid) == x.state, x
                 continue
-            timers = self.world.timers(x.eid)
-            if x.state in TERMINAL:
-                self.ended.add(x)
-                (record,) = self.world.completions(x.eid)
-                assert record[b"outcome"] == OUTCOMES[x.state]
-            self.world.check(
+            look = self.world.check(
                 x.eid,
                 suspension_timer=x.state == "suspended" and bool(x.suspension["timeout"]),
                 attempt_timer=x.state == "active" and bool(x.attempt_limit),
             )
+            core, timers = look.core, look.timers
+            assert core["state"] == x.state, x
+            if x.state in TERMINAL:
+                self.ended.add(x)
+                (record,) = look.completions
+                assert record[b"outcome"] == OUTCOMES[x.state]
             alive = x.state not in TERMINAL
             assert ("deadline" in timers) == (alive and bool(x.deadline))
             assert ("cancel" in timers) == (alive and x.cancel_asked)
-            core = self.world.core(x.eid)
             assert int(core["total_attempt_count"]) == x.attempts
             if x.flow:
                 key = keys.flow_open("{fp:0}", x.flow)

@@ -181,12 +181,15 @@ def test_a_large_page_is_read_in_small_calls(backend, raw, attempt):
     assert calls["xread"] >= (5_000 - 64) // 1_024
 
 
-@pytest.mark.parametrize("after", ["", "-1", "$", "+", "-", "end", "1", "1-", "-1-1", "1-1 ", "(1-1", "1-1-1", "x-1",
-                                   "1-x", "1.0-1", "0x1-1", "99999999999999999999-1", "1-9007199254740992", 5, 1.5,
-                                   b"1-1", (1, 1), True])  # fmt: skip
-def test_a_bad_cursor_is_refused_before_anything_is_sent(after, shell, raw, attempt):
-    with counted(raw, "fcall_ro", "fcall", "xrange") as calls, pytest.raises(InvalidCursor):
-        shell.read_stream(attempt.eid, after=after)
+BAD_CURSORS = ["", "-1", "$", "+", "-", "end", "1", "1-", "-1-1", "1-1 ", "(1-1", "1-1-1", "x-1", "1-x", "1.0-1",
+               "0x1-1", "99999999999999999999-1", "1-9007199254740992", 5, 1.5, b"1-1", (1, 1), True]  # fmt: skip
+
+
+def test_a_bad_cursor_is_refused_before_anything_is_sent(shell, raw, attempt, subtests):
+    with counted(raw, "fcall_ro", "fcall", "xrange") as calls:
+        for after in BAD_CURSORS:
+            with subtests.test(after=after), pytest.raises(InvalidCursor):
+                shell.read_stream(attempt.eid, after=after)
     assert not any(calls.values())
 
 
@@ -201,15 +204,18 @@ def test_a_good_cursor_is_taken(after, shell, backend, attempt):
     assert [gap.reason for gap in page.gaps] == (["cursor_ahead"] if ahead else [])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"count": 0}, {"count": -1}, {"count": 10_001}, {"count": 1.0}, {"count": "5"}, {"count": True}, {"max_bytes": 0},
-     {"max_bytes": (64 << 20) + 1}, {"max_bytes": None}, {"visibility": "all"}, {"visibility": None},
-     {"attempt_index": -1}, {"attempt_index": 1.0}, {"attempt_index": "0"}, {"attempt_index": 2**32}],
-)  # fmt: skip
-def test_a_bad_argument_is_refused_before_anything_is_sent(options, shell, raw, attempt):
-    with counted(raw, "fcall_ro", "fcall") as calls, pytest.raises(InvalidInput):
-        shell.read_stream(attempt.eid, **options)
+BAD_OPTIONS = [
+    {"count": 0}, {"count": -1}, {"count": 10_001}, {"count": 1.0}, {"count": "5"}, {"count": True}, {"max_bytes": 0},
+    {"max_bytes": (64 << 20) + 1}, {"max_bytes": None}, {"visibility": "all"}, {"visibility": None},
+    {"attempt_index": -1}, {"attempt_index": 1.0}, {"attempt_index": "0"}, {"attempt_index": 2**32},
+]  # fmt: skip
+
+
+def test_a_bad_argument_is_refused_before_anything_is_sent(shell, raw, attempt, subtests):
+    with counted(raw, "fcall_ro", "fcall") as calls:
+        for options in BAD_OPTIONS:
+            with subtests.test(**options), pytest.raises(InvalidInput):
+                shell.read_stream(attempt.eid, **options)
     assert not any(calls.values())
 
 
@@ -378,7 +384,7 @@ def best_effort_frames(how):
 
 
 @pytest.mark.parametrize("how", ["single entries", "runs"])
-def test_t1_excluding_does_not_stall_behind_ten_thousand_best_effort_frames(
+def test_excluding_does_not_stall_behind_ten_thousand_best_effort_frames(
     how, backend, server, raw, attempt
 ):
     write(
@@ -400,7 +406,7 @@ def test_t1_excluding_does_not_stall_behind_ten_thousand_best_effort_frames(
     assert len(running.got) == 4
 
 
-def test_t1_a_page_of_excluded_frames_alone_moves_its_cursor(backend, raw, attempt):
+def test_a_page_of_excluded_frames_alone_moves_its_cursor(backend, raw, attempt):
     write(backend, attempt, best_effort_frames("single entries"))
     page = backend.read_stream(attempt.eid, count=10, visibility=EXCLUDE)
     assert (page, page.gaps) == ((), ())
@@ -411,7 +417,7 @@ def test_t1_a_page_of_excluded_frames_alone_moves_its_cursor(backend, raw, attem
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_t1_best_effort_traffic_wakes_an_excluding_tail_seldom(kind, backend, server, raw, attempt):
+def test_best_effort_traffic_wakes_an_excluding_tail_seldom(kind, backend, server, raw, attempt):
     reader = Reader(kind, server.url, attempt.eid, visibility=EXCLUDE)
     wait_blocked(raw)
     flushes = 0
@@ -440,7 +446,7 @@ def test_t1_best_effort_traffic_wakes_an_excluding_tail_seldom(kind, backend, se
     assert calls["fcall_ro"] <= 5
 
 
-def test_t2_closing_wakes_a_blocked_reader(backend, server, raw, attempt):
+def test_closing_wakes_a_blocked_reader(backend, server, raw, attempt):
     """XREAD itself is woken: the end is an entry."""
     replies = []
 
@@ -459,7 +465,7 @@ def test_t2_closing_wakes_a_blocked_reader(backend, server, raw, attempt):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_t3_an_attempt_without_a_frame_ends(kind, backend, server, raw, attempt):
+def test_an_attempt_without_a_frame_ends(kind, backend, server, raw, attempt):
     reader = Reader(kind, server.url, attempt.eid)
     wait_blocked(raw)
     backend.complete(attempt.handle)
@@ -469,13 +475,13 @@ def test_t3_an_attempt_without_a_frame_ends(kind, backend, server, raw, attempt)
 
 
 @pytest.mark.parametrize("after", ["+", "-", "+x", "1-", "nonsense"])
-def test_t4_a_bad_cursor_is_invalid_input_and_no_server_error(after, shell, attempt):
+def test_a_bad_cursor_is_invalid_input_and_no_server_error(after, shell, attempt):
     with pytest.raises(InvalidInput, match="cursor"):
         shell.read_stream(attempt.eid, after=after)
 
 
 @pytest.mark.parametrize("how", ["complete", "fail"])
-def test_t5_every_key_gets_the_retention_ttl_when_the_attempt_ends(how, backend, raw, lane):
+def test_every_key_gets_the_retention_ttl_when_the_attempt_ends(how, backend, raw, lane):
     eid = backend.create_execution(lane=lane, payload=b"p", tags={"a.b": "c"}, retention=60)
     handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
     with backend.open_writer(handle) as writer:
@@ -499,7 +505,7 @@ def test_t5_every_key_gets_the_retention_ttl_when_the_attempt_ends(how, backend,
         backend.read_stream(eid)
 
 
-def test_t6_a_tail_dials_once(backend, raw, attempt):
+def test_a_tail_dials_once(backend, raw, attempt):
     with backend.open_writer(attempt.handle) as writer:
         writer.write(b"x")
         writer.flush()
@@ -517,7 +523,7 @@ def test_t6_a_tail_dials_once(backend, raw, attempt):
     assert raw.info("stats")["total_connections_received"] == before
 
 
-def test_t7_reads_are_fcall_ro_and_the_functions_carry_no_writes(backend, raw, attempt):
+def test_reads_are_fcall_ro_and_the_functions_carry_no_writes(backend, raw, attempt):
     write(backend, attempt, [("durable", "a"), ("summary", "b")])
     with counted(raw, "fcall_ro", "fcall") as calls:
         backend.read_stream(attempt.eid)
@@ -537,7 +543,7 @@ def _pairs(flat):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_t7_a_replica_serves_readers(kind, lane):
+def test_a_replica_serves_readers(kind, lane):
     with (
         EmbeddedServer(tcp=True, repl_diskless_sync_delay=0) as primary,
         ff_fast.ValkeyBackend.connect(primary.url) as backend,

@@ -20,7 +20,6 @@ from ff_fast import (
     keys,
 )
 from ff_fast._core import supervision as supervision_core
-from ff_fast._core.deployment import Deployment
 
 from ..waiting import wait_until
 from .test_append import server_ms
@@ -225,17 +224,6 @@ def test_a_refusal_for_good_is_raised(kind, server, monkeypatch):
     running = Supervisor(kind, server.url).begin()
     with pytest.raises(errors.PermissionDenied):
         running.result()
-
-
-def test_nothing_is_fired_early(backend, raw, lane):
-    eid = backend.create_execution(lane=lane, delay=1_000)
-    supervision = supervision_core.Supervision(Deployment(), ScannerFilter())
-    steps = supervision.round()
-    next(steps)
-    request = steps.send([[b"1700000000", b"123456"]]).request
-    assert b"\r\n1700000000123\r\n" in request
-    steps.close()
-    assert backend.describe(eid).state == "delayed"
 
 
 def supervising():

@@ -112,7 +112,7 @@ def test_correlation_and_external_match(world, suspended):
 
 @pytest.mark.parametrize("depth", range(1, 6))
 @pytest.mark.parametrize("kind", [all_of, any_of, lambda *m: count(len(m), *m)])
-def test_q2_nodes_of_any_depth_can_be_met(world, suspended, depth, kind):
+def test_nodes_of_any_depth_can_be_met(world, suspended, depth, kind):
     def nest(a, b, *_):
         inner = all_of(spec(a), spec(b))
         for _ in range(depth):
@@ -141,7 +141,7 @@ def test_any_within_all_within_count(world, suspended):
     assert signal(world, eid, a) == MET
 
 
-def test_q1_tokens_are_counted_per_node(world, suspended):
+def test_tokens_are_counted_per_node(world, suspended):
     eid, (a, b, *_) = suspended(
         lambda a, b, *_: all_of(
             count(2, spec(a), distinct=CountKind.DISTINCT_SIGNALS),
@@ -227,7 +227,7 @@ def test_the_same_signal_id_for_another_execution_is_another_signal(world, suspe
     assert signal(world, second, b, signal_id=same) == MET
 
 
-def test_q3_a_condition_has_no_version_that_could_be_unknown(world):
+def test_a_condition_has_no_version_that_could_be_unknown(world):
     """Cannot exist: the condition goes to the server as flat nodes that are checked there, not as JSON with a version."""
     _, handle = world.owned()
     point = world.backend.create_waitpoint(handle)
@@ -248,7 +248,7 @@ def test_q3_a_condition_has_no_version_that_could_be_unknown(world):
 
 
 @pytest.mark.parametrize("name", ["__operator_only__", "__timeout_only__", "leaf 0", "node 0"])
-def test_q5_no_name_of_a_signal_is_special(world, suspended, name):
+def test_no_name_of_a_signal_is_special(world, suspended, name):
     """Operator-only and timeout-only conditions, and with them the sentinel names, do not exist here."""
     eid, (a, b, *_) = suspended(lambda a, b, *_: all_of(spec(a, "go"), spec(b, name)))
     assert signal(world, eid, a, name) == NO_MATCH
@@ -256,7 +256,7 @@ def test_q5_no_name_of_a_signal_is_special(world, suspended, name):
     assert signal(world, eid, a) == MET
 
 
-def test_q6_all_waitpoints_close_whichever_brought_the_last_signal(world, suspended):
+def test_all_waitpoints_close_whichever_brought_the_last_signal(world, suspended):
     eid, (a, b, c, *_) = suspended(lambda a, b, c, *_: any_of(spec(a), spec(b), spec(c)))
     assert signal(world, eid, c) == MET
     for point in (a, b, c):
@@ -304,7 +304,7 @@ def test_early_signals_count_at_suspend(world):
 
 
 @pytest.mark.parametrize("composite", [False, True])
-def test_q4_early_signals_satisfy_also_a_composite(world, composite):
+def test_early_signals_satisfy_also_a_composite(world, composite):
     eid, handle = world.owned()
     a, b = (world.backend.create_waitpoint(handle) for _ in range(2))
     for point in (a, b):
@@ -349,7 +349,7 @@ def test_a_waitpoint_of_an_attempt_that_ended_is_closed(world):
 # -- tokens ------------------------------------------------------------------------------------------
 
 
-def test_r1_a_token_of_a_closed_waitpoint_never_resumes_a_later_suspension(world, suspended):
+def test_a_token_of_a_closed_waitpoint_never_resumes_a_later_suspension(world, suspended):
     eid, (a, *_) = suspended(
         lambda a, *_: spec(a), timeout=60, on_timeout=TimeoutBehavior.AUTO_RESUME
     )
@@ -448,10 +448,10 @@ def test_the_server_refuses_a_kid_that_is_no_opaque_id(world, ring, kid):
         rotate(kid, b"s" * 32)
     op = ops.create_waitpoint(ops.Attempt.of(handle), keys.new_uuid(), 1_000, kid, "5e" * 32)
     with pytest.raises(errors.InvalidInput):
-        world.backend._call(op)
+        world.call(op)
 
 
-def test_k1_a_key_that_came_back_keeps_its_tokens(world, ring):
+def test_a_key_that_came_back_keeps_its_tokens(world, ring):
     eid, handle, rotate = ring
     secrets = {name: os.urandom(32) for name in "ABC"}
     points = []
@@ -512,7 +512,7 @@ def test_the_secret_of_every_partition_rotates(world):
 # -- idempotency -------------------------------------------------------------------------------------
 
 
-def test_s2_the_signal_that_resumed_is_answered_again(world, suspended):
+def test_the_signal_that_resumed_is_answered_again(world, suspended):
     eid, (a, *_) = suspended(lambda a, *_: spec(a))
     first = world.backend.deliver_signal(eid, a, "go", idempotency_key="k 1")
     assert first.effect == MET
@@ -542,7 +542,7 @@ def test_an_early_signal_is_buffered_once(world):
     assert not world.backend.suspend(handle, condition).already_satisfied
 
 
-def test_s3_the_limit_of_signals_is_of_one_waitpoint(world, suspended):
+def test_the_limit_of_signals_is_of_one_waitpoint(world, suspended):
     eid, (a, b, *_) = suspended(lambda a, b, *_: all_of(spec(a, "x"), spec(b)))
     world.raw.hset(f"ff:wp:{keys.slot_tag_of(eid)}:{a.waitpoint_id}", "signal_count", 9_999)
     assert signal(world, eid, a) == NO_MATCH
@@ -552,7 +552,7 @@ def test_s3_the_limit_of_signals_is_of_one_waitpoint(world, suspended):
 
 
 @pytest.mark.parametrize("text", ["\u00e9" * 128, "a b", "'; DEL", "%s"])
-def test_s4_the_identity_of_a_source_is_checked_and_kept(world, suspended, text):
+def test_the_identity_of_a_source_is_checked_and_kept(world, suspended, text):
     eid, (a, *_) = suspended(lambda a, *_: spec(a))
     for bad in ("a\nb", "\x00", "\ud800", "x" * 257):
         with pytest.raises(errors.InvalidInput):
@@ -562,7 +562,7 @@ def test_s4_the_identity_of_a_source_is_checked_and_kept(world, suspended, text)
     assert (seen.source_identity, seen.source_type) == (text, "t")
 
 
-def test_s1_and_r2_a_resumption_has_no_delay_that_could_be_lost(world, suspended):
+def test_a_resumption_has_no_delay_that_could_be_lost(world, suspended):
     """A resumption goes to ``waiting`` at once; a delayed resumption does not exist."""
     eid, (a, *_) = suspended(lambda a, *_: spec(a))
     assert signal(world, eid, a) == MET

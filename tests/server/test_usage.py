@@ -9,6 +9,7 @@ from ff_fast._core import ops
 from ff_fast._core import usage as usage_core
 from ff_fast._core.operations import Call
 
+from ..unit.script import request_of
 from .executions import World
 
 OK, SOFT, HARD, AGAIN = (
@@ -52,7 +53,7 @@ def ledger(world, eid):
     return world.backend.describe(eid).usage
 
 
-def test_u1_every_dimension_is_counted(world, budget):
+def test_every_dimension_is_counted(world, budget):
     b = budget(hard={"input_tokens": 100})
     eid, handle = world.owned(budgets=[b])
     for _ in range(2):
@@ -64,7 +65,7 @@ def test_u1_every_dimension_is_counted(world, budget):
 
 
 @pytest.mark.parametrize("amount", [10**15, 10**15 + 1, TOP - 1, TOP])
-def test_u2_great_totals_stay_exact(world, budget, amount):
+def test_great_totals_stay_exact(world, budget, amount):
     b = budget(soft={"calls": 10**15 - 1})
     eid, handle = world.owned(budgets=[b])
     result = report(world, handle, calls=amount)
@@ -72,7 +73,7 @@ def test_u2_great_totals_stay_exact(world, budget, amount):
     assert ledger(world, eid) == used(world, b) == {"calls": amount}
 
 
-def test_u3_a_count_that_would_lose_digits_is_refused(world, budget):
+def test_a_count_that_would_lose_digits_is_refused(world, budget):
     b = budget(soft={"calls": 1})
     eid, handle = world.owned(budgets=[b])
     report(world, handle, calls=TOP)
@@ -83,7 +84,7 @@ def test_u3_a_count_that_would_lose_digits_is_refused(world, budget):
     assert ledger(world, eid) == used(world, b) == {"calls": TOP}
 
 
-def test_u3_also_where_only_the_budget_is_full(world, budget):
+def test_a_count_that_would_lose_digits_in_the_budget_alone_is_refused(world, budget):
     first, full = budget(hard={"x": 1}), budget(soft={"calls": 1})
     _, other = world.owned(budgets=[full])
     report(world, other, calls=TOP)
@@ -93,7 +94,7 @@ def test_u3_also_where_only_the_budget_is_full(world, budget):
     assert ledger(world, eid) == used(world, first) == {}
 
 
-def test_u4_a_dimension_stands_once_in_a_report(world, budget):
+def test_a_dimension_stands_once_in_a_report(world, budget):
     b = budget(hard={"calls": 100})
     eid, handle = world.owned(budgets=[b])
     attempt = ops.Attempt.of(handle)
@@ -110,7 +111,7 @@ def test_u4_a_dimension_stands_once_in_a_report(world, budget):
     assert ledger(world, eid) == used(world, b) == {}
 
 
-def test_u5_an_unknown_budget_is_refused_and_nothing_is_counted(world, budget):
+def test_an_unknown_budget_is_refused_and_nothing_is_counted(world, budget):
     """Found a defect of ours: the budgets before the unknown one stayed charged."""
     known, unknown = budget(hard={"calls": 9}), keys.new_uuid()
     eid, handle = world.owned(budgets=[known, unknown])
@@ -126,7 +127,7 @@ def test_u5_an_unknown_budget_is_refused_and_nothing_is_counted(world, budget):
 @pytest.mark.parametrize(
     "bad", [b"1.5", b"-1", b"1e3", b"", b"x", b"0x1", b" 1", b"9007199254740992"]
 )
-def test_u6_and_u7_only_counts_are_accepted_before_anything_is_written(world, budget, bad):
+def test_only_counts_are_accepted_before_anything_is_written(world, budget, bad):
     b = budget(hard={"calls": 100})
     eid, handle = world.owned(budgets=[b])
     usage = UsageDimensions(input_tokens=1, custom={"calls": 7}, dedup_key="k")
@@ -262,7 +263,7 @@ def test_a_lease_that_is_lost_in_the_middle_takes_the_charges_back(world, budget
         step = next(flow)
         charges = 0
         while True:
-            charges += b"ff_charge_budget" in step.request
+            charges += b"ff_charge_budget" in request_of(step)
             replies = yield step
             if charges == 2:
                 world.due(eid, "lease")

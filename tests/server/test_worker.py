@@ -62,11 +62,15 @@ def supervisor(server):
         yield running
 
 
-@pytest.fixture
-def worker(kind, server, lane, monkeypatch):
-    """``worker(handler, **options)``: a worker of the test's lane and shell, stopped at the end."""
-    # It looks more often whether it shall stop.
+@pytest.fixture(autouse=True)
+def prompt_workers(monkeypatch):
+    """Workers look more often whether they shall stop."""
     monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
+
+
+@pytest.fixture
+def worker(kind, server, lane):
+    """``worker(handler, **options)``: a worker of the test's lane and shell, stopped at the end."""
     started = []
 
     def start(handler, **options):
@@ -528,7 +532,8 @@ def test_a_short_lease_is_kept_under_load(worker, backend, lane, state, supervis
     started = threading.Event()
 
     def handler(task):
-        end = time.monotonic() + 3
+        # Four times as long as its lease.
+        end = time.monotonic() + 2
         started.set()
         yield opened(task)
 
@@ -539,7 +544,7 @@ def test_a_short_lease_is_kept_under_load(worker, backend, lane, state, supervis
 
         yield until(task, step)
 
-    worker(handler, lease_ttl_ms=300)
+    worker(handler, lease_ttl_ms=500)
     eid = backend.create_execution(lane=lane)
     assert started.wait(10)
     load = threading.Event()
@@ -1017,13 +1022,14 @@ def waits_for_work(raw):
     return [c for c in raw.client_list() if "b" in c["flags"] and c["cmd"] == "bzpopmin"]
 
 
-def test_a_worker_that_waits_does_not_poll(kind, server, raw, lane):
+def test_a_worker_that_waits_does_not_poll(kind, server, raw, lane, monkeypatch):
+    monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.4)
     with Worker(kind, server.url, lambda task: None, lane=lane):
         wait_until(lambda: waits_for_work(raw))
         names = ("bzpopmin", "zpopmin", "fcall", "fcall_ro", "zrange", "zadd", "xread")
         with counted(raw, *names) as calls:
-            # What is measured: an idle second.
-            threading.Event().wait(1)
+            # What is measured: as long as one claim waits, and idle.
+            threading.Event().wait(0.4)
     assert calls["bzpopmin"] <= 2
     assert calls["zpopmin"] <= 2
     assert sum(calls[name] for name in names[2:]) == 0

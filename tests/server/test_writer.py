@@ -102,11 +102,8 @@ def payloads(stream):
 # -- what is stored ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine_name", ["server", "redis_server"])
-def test_frames_of_every_mode_are_read_back_as_they_were_written(
-    request, opener, lane, engine_name
-):
-    backend = opener(request.getfixturevalue(engine_name).url)
+def test_frames_of_every_mode_are_read_back_as_they_were_written(opener, lane, engine):
+    backend = opener(engine.url)
     stream = Stream(None, backend, lane)
     written = []
     modes = [DURABLE, DURABLE, LIVE, LIVE, LIVE, MERGE, MERGE, DURABLE, LIVE, MERGE, LIVE]
@@ -475,7 +472,7 @@ def event(data, **fields):
     return Frame(data, FrameKind.EVENT, **fields)
 
 
-def test_a2_a_sequence_makes_appending_a_frame_idempotent(stream, backend):
+def test_a_sequence_makes_appending_a_frame_idempotent(stream, backend):
     first = backend.append_frame(stream.handle, event(b"1", seq=1))
     assert backend.append_frame(stream.handle, event(b"1", seq=1)) == first
     assert backend.append_frame(stream.handle, event(b"2")).frame_count == 2
@@ -492,7 +489,7 @@ def test_a2_a_sequence_makes_appending_a_frame_idempotent(stream, backend):
     assert payloads(stream) == [b"1", b"2", b"3", b"4"]
 
 
-def test_a2_a_new_writer_takes_no_sequence_of_the_old_one(stream, backend):
+def test_a_new_writer_takes_no_sequence_of_the_old_one(stream, backend):
     backend.append_frame(stream.handle, event(b"1", seq=1))
     backend.open_writer(stream.handle)
     with pytest.raises(errors.SequenceGap) as caught:
@@ -878,37 +875,37 @@ def test_a_later_writer_continues_where_the_first_one_was(
 
 
 @pytest.mark.parametrize("text", ["foo", "Durable", "", None])
-def test_a3_a_mode_that_does_not_exist_cannot_be_made(text):
+def test_a_mode_that_does_not_exist_cannot_be_made(text):
     with pytest.raises(errors.InvalidInput):
         StreamMode(text)
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -0.5, 0, 2])
-def test_a5_an_alpha_that_is_no_share_cannot_be_made(alpha):
+def test_an_alpha_that_is_no_share_cannot_be_made(alpha):
     with pytest.raises(errors.InvalidInput):
         BestEffortLiveConfig(5_000, ema_alpha=alpha)
 
 
 @pytest.mark.parametrize("ttl", [0, -1, 0.4, float("nan"), 2**32])
-def test_a7_a_window_without_a_time_cannot_be_made(ttl):
+def test_a_window_without_a_time_cannot_be_made(ttl):
     with pytest.raises(errors.InvalidInput):
         StreamMode.best_effort_live(ttl)
 
 
-def test_a7_a_live_window_always_expires(stream, backend, raw):
+def test_a_live_window_always_expires(stream, backend, raw):
     with backend.open_writer(stream.handle, mode=StreamMode.best_effort_live(1)) as writer:
         writer.write(b"x")
         writer.flush()
     backend.wait_until(lambda: not raw.exists(stream.live))
 
 
-def test_a8_a_blob_is_exact_and_says_that_it_is_binary(stream, backend):
+def test_a_blob_is_exact_and_says_that_it_is_binary(stream, backend):
     backend.append_frame(stream.handle, Frame(bytes(range(256)), FrameKind.BLOB))
     (frame,) = read_all(stream)[0]
     assert (frame.payload, frame.encoding) == (bytes(range(256)), "binary")
 
 
-def test_a12_each_writer_has_its_own_retention(stream, backend):
+def test_each_writer_has_its_own_retention(stream, backend):
     with backend.open_writer(stream.handle, retention_maxlen=100) as writer:
         for i in range(1000):
             writer.write(b"%d" % i)
@@ -960,12 +957,12 @@ def test_the_log_keeps_at_least_its_retention(stream, backend, raw, maxlen):
 
 
 def test_no_best_effort_frame_younger_than_its_ttl_is_missing(another, backend, raw):
-    """4000 frames a second for three seconds, then a pause, then a trickle: what the server's ids say."""
-    rate, seconds = 4000, 3
+    """4000 frames a second for longer than their ttl, a pause, a trickle: what the server's ids say."""
+    rate, seconds = 4000, 1.5
     configs = {
-        "below the ceiling": BestEffortLiveConfig(2_000),
-        "trimmed": BestEffortLiveConfig(500),
-        "ceiling": BestEffortLiveConfig(2_000, maxlen_ceiling=1_000),
+        "below the ceiling": BestEffortLiveConfig(1_000),
+        "trimmed": BestEffortLiveConfig(250),
+        "ceiling": BestEffortLiveConfig(1_000, maxlen_ceiling=500),
     }
     streams = {name: another() for name in configs}
     writers = {
@@ -1008,11 +1005,11 @@ def test_no_best_effort_frame_younger_than_its_ttl_is_missing(another, backend, 
     sizes = {name: check(name) for name in configs}
     assert sizes["trimmed"] < rate * seconds
     # At least as many as the ceiling says, and not without limit (whole nodes of runs leave at once).
-    assert 1_000 <= sizes["ceiling"] < rate * seconds // 2
+    assert 500 <= sizes["ceiling"] < rate * seconds // 2
     reported = {name: writer.window_frames for name, writer in writers.items()}
     assert 64 < reported["below the ceiling"] <= 16_384
     assert 64 < reported["trimmed"] <= 16_384
-    assert reported["ceiling"] == 1_000
+    assert reported["ceiling"] == 500
 
     # The rate is forgotten in a pause; what is still young stays all the same.
     resume_at = server_ms(raw) + 250
@@ -1022,7 +1019,7 @@ def test_no_best_effort_frame_younger_than_its_ttl_is_missing(another, backend, 
         for writer in writers.values():
             writer.flush()
     sizes = {name: check(name) for name in configs}
-    assert sizes["ceiling"] >= 1_000
+    assert sizes["ceiling"] >= 500
     for writer in writers.values():
         writer.close()
 

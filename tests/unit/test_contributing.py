@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+import ff_fast
 from tools import draw_states
 
 from ..conftest import ROOT
@@ -104,3 +105,8 @@ def test_every_task_that_is_named_exists():
     named = set(re.findall(r"`make ([a-z-]+)", GUIDE))
     assert named <= targets
     assert targets - named <= {"help"}, "a task that CONTRIBUTING.md does not name"
+
+
+def test_the_changelog_begins_with_the_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.search(r"^## (\S+) ", changelog, re.MULTILINE)[1] == ff_fast.__version__

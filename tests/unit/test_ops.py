@@ -948,12 +948,13 @@ def test_a_claim_answers_with_a_handle_or_with_where_to_go_on():
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("code", [*CODES, "a_new_code"])
-def test_a_refusal_is_its_error(name, code):
-    wanted = errors.for_code(code, DETAILS.get(code, []))
-    with pytest.raises(type(wanted)) as caught:
-        CALLS[name][0].answer([0, code.encode(), *DETAILS.get(code, [])])
-    assert str(caught.value) == str(wanted)
+def test_a_refusal_is_its_error(name, subtests):
+    for code in [*CODES, "a_new_code"]:
+        wanted = errors.for_code(code, DETAILS.get(code, []))
+        with subtests.test(code):
+            with pytest.raises(type(wanted)) as caught:
+                CALLS[name][0].answer([0, code.encode(), *DETAILS.get(code, [])])
+            assert str(caught.value) == str(wanted)
 
 
 @pytest.mark.parametrize("name", CALLS)

