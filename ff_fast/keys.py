@@ -70,6 +70,8 @@ FREE_TEXT_LIMIT = 256
 
 SLOTS = 16_384
 PARTITIONS_CONFIG = b"ff:config:partitions"
+CLUSTER_PROBE = b"ff:config:cluster"
+"""A key that is never written. Its slot is another one than that of the partition count."""
 """The partition count of the deployment, stored once; ``ff_version`` answers it."""
 
 # Patterns are text: re compiles and keeps them at their first use, not at import.

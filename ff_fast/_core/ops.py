@@ -179,7 +179,14 @@ def version() -> Op[Version]:
         contract, digest, *rest = map(_text, fields)
         return Version(int(contract), digest, int(rest[0]) if rest and rest[0] else None)
 
-    return Op(b"ff_version", (keys.PARTITIONS_CONFIG,), (), parse, read_only=True)
+    # Two keys of different slots: a node of a cluster refuses the call, whichever slots it has.
+    return Op(
+        b"ff_version",
+        (keys.PARTITIONS_CONFIG, keys.CLUSTER_PROBE),
+        (),
+        parse,
+        read_only=True,
+    )
 
 
 Hints = list[tuple[str, bytes]]

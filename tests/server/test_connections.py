@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 import ff_fast
-from ff_fast import aio
+from ff_fast import Outcome, aio, errors, keys
 from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import InvalidInput, InvalidType, Unavailable, WriterClosed
 
@@ -23,6 +23,12 @@ def connect(request):
 @pytest.fixture(scope="module")
 def tcp_server():
     with EmbeddedServer(tcp=True) as running:
+        yield running
+
+
+@pytest.fixture
+def own_server():
+    with EmbeddedServer() as running:
         yield running
 
 
@@ -152,3 +158,48 @@ def test_embedded_backends_take_their_server_with_them():
             return backend._server
 
     assert not asyncio.run(embedded()).running
+
+
+@pytest.fixture
+def cluster_node():
+    """A node of a cluster that has no other, and some of the slots."""
+    with EmbeddedServer(cluster_enabled=True) as running:
+        with connect_raw(running.url) as raw:
+            raw.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8000)
+        yield running
+
+
+def test_a_node_of_a_cluster_is_refused_in_one_sentence(connect, cluster_node):
+    with pytest.raises(errors.ClusterModeRequired, match="cluster=true") as caught:
+        connect(cluster_node.url)
+    assert caught.value.outcome is Outcome.NOT_APPLIED
+
+
+# -- the deployment ------------------------------------------------------------------------------------
+
+
+def test_the_first_backend_stores_the_partition_count_and_others_take_it(connect, own_server):
+    first = connect(f"{own_server.url}?partitions=7")
+    later = connect(own_server.url)
+    for backend in (first, later):
+        indexes = {keys.partition_index(backend.create_execution()) for _ in range(60)}
+        assert indexes <= set(range(7))
+    with connect_raw(own_server.url) as raw:
+        assert raw.get(keys.PARTITIONS_CONFIG) == b"7"
+
+
+def test_another_partition_count_is_refused(connect, own_server):
+    connect(own_server.url)
+    connect(f"{own_server.url}?partitions=256")
+    with pytest.raises(errors.DeploymentMismatch, match="partitions=256") as caught:
+        connect(f"{own_server.url}?partitions=64")
+    assert (caught.value.server, caught.value.client) == (256, 64)
+
+
+def test_a_count_that_changes_is_noticed_by_the_next_connection(connect, own_server):
+    backend = connect(own_server.url)
+    with connect_raw(own_server.url) as raw:
+        raw.set(keys.PARTITIONS_CONFIG, 64)
+        raw.client_kill_filter(_type="normal", skipme=True)
+    with pytest.raises(errors.DeploymentMismatch):
+        backend.create_execution()

@@ -59,6 +59,7 @@ def test_spelling():
     assert keys.ready("llm-7b.eu_west~2") == b"ff:lane:{llm-7b.eu_west~2}:ready"
     assert keys.ready("a{b}:c %") == b"ff:lane:{a%7Bb%7D%3Ac%20%25}:ready"
     assert keys.PARTITIONS_CONFIG == b"ff:config:partitions"
+    assert keys.key_slot(keys.CLUSTER_PROBE) != keys.key_slot(keys.PARTITIONS_CONFIG)
 
 
 @given(execution_ids, execution_ids, indexes, indexes)
