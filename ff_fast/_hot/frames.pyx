@@ -568,7 +568,7 @@ def assemble(
 
 
 cdef object gap_before(long long ms, long long sequence, long long following, str reason):
-    """Frames are missing between *sequence* and *following*; ids never go back, so the old ms still holds behind them."""
+    """Name what is missing behind *sequence*. Its cursor has the old ms, as ids never go back."""
     return Gap(sequence + 1, following, reason, f"{ms}-{following - 1}")
 
 
