@@ -44,7 +44,7 @@ cdef class Items:
         self._batch = []
         self._next = 0
         if left:
-            self._last = left[-1]
+            self._last = left[len(left) - 1]
         return left
 
     @property
