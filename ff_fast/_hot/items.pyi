@@ -34,5 +34,5 @@ class AsyncItems(Items[_T]):
     def _pop(self) -> _T:
         """Return the next item. There must be one."""
 
-async def taken(item: _T) -> _T:
-    """Return *item*: an awaitable that has its value already."""
+async def next_item(items: AsyncItems[_T]) -> _T:
+    """Return the next item. It is taken when this is awaited: one that is cancelled before takes none."""

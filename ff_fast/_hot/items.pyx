@@ -77,15 +77,15 @@ cdef class AsyncItems(Items):
         return self
 
     def __anext__(self):
-        if self.is_empty():
-            return self._next_item()
-        return taken(self.take())
+        return next_item(self)
 
     def _pop(self):
         """Return the next item. There must be one."""
         return self.take()
 
 
-async def taken(item):
-    """Return *item*: an awaitable that has its value already."""
-    return item
+async def next_item(AsyncItems items not None):
+    """Return the next item. It is taken when this is awaited: one that is cancelled before takes none."""
+    if items.is_empty():
+        return await items._next_item()
+    return items.take()

@@ -13,6 +13,8 @@ from ff_fast import aio
 
 from .. import waiting
 
+_WRAPPED = (aio.Writer, aio.Tail, aio.Completions)
+
 
 class _Blocking:
     """An object of the asyncio shell: what it would have awaited is run to its end."""
@@ -22,6 +24,8 @@ class _Blocking:
         self._loop = loop
 
     def __getattr__(self, name):
+        if name == "close" and isinstance(self._target, aio.Tail | aio.Completions):
+            name = "aclose"
         value = getattr(self._target, name)
         return self._call(value) if callable(value) else value
 
@@ -33,7 +37,7 @@ class _Blocking:
             result = function(*args, **options)
             if inspect.isawaitable(result):
                 result = self._loop.run_until_complete(_awaited(result))
-            return _Blocking(result, self._loop) if isinstance(result, aio.Writer) else result
+            return _Blocking(result, self._loop) if isinstance(result, _WRAPPED) else result
 
         return called
 

@@ -9,9 +9,11 @@ from ff_fast import (
     Frame,
     FrameKind,
     Gap,
+    Handle,
     RetryPolicy,
     StreamMode,
     SummaryDocument,
+    aio,
 )
 from ff_fast.errors import NoSuchError  # mistake: attr-defined
 from ff_fast.types import NoSuchName  # mistake: attr-defined
@@ -47,3 +49,20 @@ def words(item: Gap | End, execution: ExecutionDescription) -> bool:
 
 NoSuchName
 NoSuchError
+
+
+def methods(backend: ff_fast.ValkeyBackend, handle: Handle) -> None:
+    backend.create_execution(lan="lane")  # mistake: call-arg
+    backend.create_execution(retention="a day")  # mistake: arg-type
+    backend.complete()  # mistake: call-arg
+    backend.complete(handle, 5)  # mistake: arg-type
+    backend.claim("lane")  # mistake: call-arg
+    backend.run_worker(5)  # mistake: arg-type
+    backend.open_writer(handle, linger_ms=5)  # mistake: call-arg
+    backend.tail("id").cursr  # mistake: attr-defined
+
+
+async def forgotten(backend: aio.ValkeyBackend, task: aio.Task, handle: Handle) -> None:
+    backend.complete(handle)  # mistake: unused-coroutine
+    task.progress(5)  # mistake: unused-coroutine
+    backend.create_execution(lane="lane")  # mistake: unused-coroutine

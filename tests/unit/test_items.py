@@ -111,6 +111,15 @@ def test_a_cancelled_wait_loses_nothing():
         with pytest.raises(StopAsyncIteration):
             await anext(items)
 
+        # A task that is cancelled before it begins takes nothing.
+        items.answers.append([3, 4])
+        assert await anext(items) == 3
+        task = asyncio.ensure_future(anext(items))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await anext(items) == 4
+
     asyncio.run(main())
 
 
