@@ -35,4 +35,4 @@ class AsyncItems(Items[_T]):
         """Return the next item. There must be one."""
 
 async def next_item(items: AsyncItems[_T]) -> _T:
-    """Return the next item. It is taken when this is awaited: one that is cancelled before takes none."""
+    """Return the next item, taken when this is awaited; cancelled before that, none is taken."""

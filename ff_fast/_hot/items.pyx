@@ -85,7 +85,7 @@ cdef class AsyncItems(Items):
 
 
 async def next_item(AsyncItems items not None):
-    """Return the next item. It is taken when this is awaited: one that is cancelled before takes none."""
+    """Return the next item, taken when this is awaited; cancelled before that, none is taken."""
     if items.is_empty():
         return await items._next_item()
     return items.take()
