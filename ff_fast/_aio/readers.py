@@ -9,10 +9,9 @@ import weakref
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ff_fast._core import readers
-from ff_fast._core.steps import Retries, Source, Step, Steps
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import AsyncItems
-from ff_fast.errors import FFError, FunctionMissing, InvalidInput
+from ff_fast.errors import FFError, InvalidInput
 from ff_fast.types import CompletionPayload
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from ff_fast._aio.connection import Connection, Replies
     from ff_fast._aio.pool import Pool
+    from ff_fast._core.steps import Source
 
 T = TypeVar("T", bound=readers.HasCursor)
 
@@ -35,15 +35,12 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
     """
 
     def __init__(self, pool: Pool, source: Source[T]) -> None:
-        super().__init__(source)
+        super().__init__(source, pool.config.retry)
         self._pool = pool
         self._loop = pool._loop
         self._connection: Connection | None = None
-        self._steps: Steps[list[T]] | None = None
+        # Replies to the step that was sent.
         self._replies: Replies | None = None
-        self._retries = Retries(pool.config.retry, retry_timeouts=True)
-        self._resume_at = 0.0
-        self._library_missing = False
         self._reading = False
         self._parking: asyncio.TimerHandle | None = None
 
@@ -77,33 +74,21 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
             self._parking.cancel()
             self._parking = None
         try:
-            while not self._source.ended:
+            while self._empty and not self._source.ended:
                 try:
-                    if not await self._wait(until):
-                        return False
-                    items = await self._advance(until)
+                    if not await self._advance(until):
+                        break
                 except FFError as error:
                     self._let_go()
-                    self._source.restart()
-                    pause = None if self._pool.closed or self.closed else self._retries.pause(error)
-                    if pause is None:
-                        raise
-                    self._library_missing = isinstance(error, FunctionMissing)
-                    self._resume_at = time.monotonic() + pause
-                    continue
-                if items is None:
-                    return False
-                self._retries.reset()
-                if items:
-                    self._put(items)
-                    return True
-            self._let_go()
+                    self._failed(error, closed=self._pool.closed)
+            if self._source.ended:
+                self._let_go()
         except asyncio.CancelledError:
             self._parking = self._loop.call_later(PARK_S, _park, weakref.ref(self))
             raise
         finally:
             self._reading = False
-        return False
+        return not self._empty
 
     async def _wait(self, until: float | None) -> bool:
         """Wait until the server may be asked again; return whether that is before *until*."""
@@ -114,10 +99,12 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         await asyncio.sleep(max(min(pause, left), 0.0))
         return pause <= left
 
-    async def _advance(self, until: float | None) -> list[T] | None:
-        """Take one read of the source to its end; None if that is not reached by *until*: it goes on later."""
+    async def _advance(self, until: float | None) -> bool:
+        """Send the next step, or take the replies to the last one; return whether they came before *until*."""
         if self.closed:
             raise readers.closed_error()
+        if not await self._wait(until):
+            return False
         connection = self._connection
         if connection is None:
             connection = self._connection = await self._pool._acquire()
@@ -125,28 +112,18 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
             await self._pool._prepare(connection)
             self._library_missing = False
         if self._steps is None:
-            self._steps = self._source.read()
-            self._replies = self._post(connection, next(self._steps))
-        while True:
-            assert self._replies is not None
-            if not await self._replies.wait(until):
-                return None
-            replies = self._replies.take()
-            try:
-                step = self._steps.send(replies)
-            except StopIteration as stop:
-                self._steps = self._replies = None
-                items: list[T] = stop.value
-                return items
-            self._replies = self._post(connection, step)
-
-    def _post(self, connection: Connection, step: object) -> Replies:
-        assert isinstance(step, Step)
-        return connection.post(step, self._pool._timeout_s)
+            self._replies = connection.post(self._begin(), self._pool._timeout_s)
+        assert self._replies is not None
+        if not await self._replies.wait(until):
+            return False
+        step = self._answered(self._replies.take())
+        if step is not None:
+            self._replies = connection.post(step, self._pool._timeout_s)
+        return True
 
     def _let_go(self) -> None:
         """Give the connection back, or drop it where a reply is still to come."""
-        self._steps = self._replies = None
+        self._replies = None
         connection, self._connection = self._connection, None
         if connection is not None:
             self._pool._release(connection)
@@ -155,7 +132,7 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         """Nobody went on after a cancellation: give up the answer that is on its way, and its connection."""
         if not self._reading and self._connection is not None:
             self._let_go()
-            self._source.restart()
+            self._restart()
 
     async def aclose(self) -> None:
         """Stop reading, and give the connection back. A read that waits ends with an error."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from ff_fast.errors import Unavailable
+from ff_fast._core.steps import Retries, Step
+from ff_fast.errors import FFError, FunctionMissing, Unavailable
 from ff_fast.types import seconds
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from ff_fast._core.steps import Source
+    from ff_fast._core.steps import Source, Steps
+    from ff_fast.types import BackendRetry
 
 
 class HasCursor(Protocol):
@@ -47,9 +49,57 @@ class ReaderState(Generic[T]):
         last: T | None
         _empty: bool
 
-    def __init__(self, source: Source[T]) -> None:
+        def _put(self, items: list[T]) -> None: ...
+
+    def __init__(self, source: Source[T], retry: BackendRetry) -> None:
         self._source = source
+        self._retries = Retries(retry, retry_timeouts=True)
         self._closed = False
+        # The read that is under way; None between two reads.
+        self._steps: Steps[list[T]] | None = None
+        # When the server may be asked again after a failure, in monotonic time.
+        self._resume_at = 0.0
+        self._library_missing = False
+
+    def _begin(self) -> Step:
+        """Begin a read; return the step to be sent."""
+        self._steps = self._source.read()
+        step = next(self._steps)
+        assert isinstance(step, Step)
+        return step
+
+    def _answered(self, replies: list[object]) -> Step | None:
+        """Take the replies to the last step; return the next one, None where the read is over and its items are put."""
+        assert self._steps is not None
+        try:
+            step = self._steps.send(replies)
+        except StopIteration as stop:
+            self._steps = None
+            self._retries.reset()
+            self._put(stop.value)
+            return None
+        except FFError:
+            raise
+        except BaseException:
+            # A defect, or an interrupt: the source may have passed items that nobody got.
+            self._restart(self.cursor)
+            raise
+        assert isinstance(step, Step)
+        return step
+
+    def _failed(self, error: FFError, *, closed: bool) -> None:
+        """Decide what follows a failed read: raise the error, or note when and how the next one may begin."""
+        self._restart()
+        pause = None if closed or self._closed else self._retries.pause(error)
+        if pause is None:
+            raise error
+        self._library_missing = isinstance(error, FunctionMissing)
+        self._resume_at = time.monotonic() + pause
+
+    def _restart(self, cursor: str | None = None) -> None:
+        """Give up the read that is under way; the next one goes on behind *cursor*, or behind the items read so far."""
+        self._steps = None
+        self._source.restart(cursor)
 
     @property
     def cursor(self) -> str | None:

@@ -7,16 +7,16 @@ import time
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from ff_fast._core import readers
-from ff_fast._core.steps import Retries, Source, Step, Steps
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import BlockingItems
 from ff_fast._sync.connection import PENDING
-from ff_fast.errors import FFError, FunctionMissing, InvalidInput
+from ff_fast.errors import FFError, InvalidInput
 from ff_fast.types import CompletionPayload
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
+    from ff_fast._core.steps import Source, Step
     from ff_fast._sync.connection import Connection
     from ff_fast._sync.pool import Pool
 
@@ -30,16 +30,13 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
     """
 
     def __init__(self, pool: Pool, source: Source[T]) -> None:
-        super().__init__(source)
+        super().__init__(source, pool.config.retry)
         self._pool = pool
         self._connection: Connection | None = None
-        self._steps: Steps[list[T]] | None = None
-        # Replies of the step that is under way, and how many are still to come.
+        # Replies of the step that was sent, and how many are still to come.
         self._replies: list[object] = []
         self._missing = 0
-        self._retries = Retries(pool.config.retry, retry_timeouts=True)
-        self._resume_at = 0.0
-        self._library_missing = False
+        # An interrupt came in the middle of a read: items may have been read that nobody took.
         self._torn = False
         self._reading = threading.Lock()
 
@@ -67,40 +64,25 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
             raise InvalidInput(readers.ONE_AT_A_TIME)
         try:
             if self._torn:
-                # An interrupt came in the middle of a read: items may have been read that nobody took.
+                self._let_go()
                 self._restart(self.cursor)
             self._torn = True
-            found = self._read_on(until)
+            while self._empty and not self._source.ended:
+                try:
+                    if not self._advance(until):
+                        break
+                except FFError as error:
+                    self._let_go()
+                    self._failed(error, closed=self._pool.closed)
+            if self._source.ended:
+                self._let_go()
             self._torn = False
         except FFError:
             self._torn = False
             raise
         finally:
             self._reading.release()
-        return found
-
-    def _read_on(self, until: float | None) -> bool:
-        while not self._source.ended:
-            try:
-                if not self._wait(until):
-                    return False
-                items = self._advance(until)
-            except FFError as error:
-                self._restart()
-                pause = None if self._pool.closed or self.closed else self._retries.pause(error)
-                if pause is None:
-                    raise
-                self._library_missing = isinstance(error, FunctionMissing)
-                self._resume_at = time.monotonic() + pause
-                continue
-            if items is None:
-                return False
-            self._retries.reset()
-            if items:
-                self._put(items)
-                return True
-        self._let_go()
-        return False
+        return not self._empty
 
     def _wait(self, until: float | None) -> bool:
         """Wait until the server may be asked again; return whether that is before *until*."""
@@ -114,10 +96,12 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         time.sleep(max(min(pause, left), 0.0))
         return pause <= left
 
-    def _advance(self, until: float | None) -> list[T] | None:
-        """Take one read of the source to its end; None if that is not reached by *until*: it goes on later."""
+    def _advance(self, until: float | None) -> bool:
+        """Send the next step, or take the replies to the last one; return whether they came before *until*."""
         if self.closed:
             raise readers.closed_error()
+        if not self._wait(until):
+            return False
         connection = self._connection
         if connection is None:
             connection = self._connection = self._pool._acquire()
@@ -125,35 +109,25 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
             self._pool._prepare(connection)
             self._library_missing = False
         if self._steps is None:
-            self._steps = self._source.read()
-            self._send(connection, next(self._steps))
-        while True:
-            while self._missing:
-                reply = connection.receive(until)
-                if reply is PENDING:
-                    return None
-                self._replies.append(reply)
-                self._missing -= 1
-            try:
-                step = self._steps.send(self._replies)
-            except StopIteration as stop:
-                self._steps = None
-                items: list[T] = stop.value
-                return items
+            self._send(connection, self._begin())
+        while self._missing:
+            reply = connection.receive(until)
+            if reply is PENDING:
+                return False
+            self._replies.append(reply)
+            self._missing -= 1
+        step = self._answered(self._replies)
+        if step is not None:
             self._send(connection, step)
+        return True
 
-    def _send(self, connection: Connection, step: object) -> None:
-        assert isinstance(step, Step)
+    def _send(self, connection: Connection, step: Step) -> None:
         self._replies, self._missing = [], len(step.commands)
         connection.send(step)
 
-    def _restart(self, cursor: str | None = None) -> None:
-        self._let_go()
-        self._source.restart(cursor)
-
     def _let_go(self) -> None:
         """Give the connection back, or close it where a reply is still to come."""
-        self._steps, self._replies, self._missing = None, [], 0
+        self._replies, self._missing = [], 0
         connection, self._connection = self._connection, None
         if connection is not None:
             self._pool._release(connection)
