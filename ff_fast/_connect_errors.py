@@ -1,7 +1,7 @@
-"""What went wrong while connecting, in our words: redis-py's messages may quote user names and commands.
+"""Errors of connecting, in our own words: redis-py's messages may quote user names and commands.
 
-Every error names the address, and has a cleaned copy of the system's or the TLS library's error as its cause.  The
-copy holds numbers and fixed texts alone.
+Every error names the address, and has a cleaned copy of the system's or the TLS library's error as its cause. The copy
+holds only numbers and fixed texts.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ if TYPE_CHECKING:
 _E = TypeVar("_E", bound=OSError)
 
 _MOST_CAUSES = 8
-"""How many errors behind each other are looked at."""
+"""Bound of the walk along a chain of causes."""
 
 
 def connect_error(error: BaseException, config: BackendConfig, timeout: float) -> FFError:
-    """Return ours for what was raised while connecting; the caller's own call was not sent by then.
+    """Return our error for a failure to connect; the caller's own call was not sent.
 
-    Raise it outside the ``except`` block: as its context, the original would carry its text along.
+    Raise it outside the ``except`` block: inside it, the original with its text would become the context.
 
     Args:
-        error: What redis-py, the system, or a step after the handshake raised.
-        config: Where the connection was to lead.
-        timeout: Seconds that it was allowed to take.
+        error: Error of redis-py, of the system, or of a step after the handshake.
+        config: Configuration of the connection.
+        timeout: Timeout of connecting, in seconds.
     """
     found = _of_ours(error, config) if isinstance(error, FFError) else None
     for cause in () if found else _causes(error):
@@ -64,7 +64,7 @@ def connect_error(error: BaseException, config: BackendConfig, timeout: float) -
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    # redis-py hides what it got behind errors of its own, not in the same way everywhere.
+    # redis-py wraps errors in its own, as cause or as context.
     cause: BaseException | None = error
     for _ in range(_MOST_CAUSES):
         if cause is None:
@@ -74,7 +74,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _of_ours(error: FFError, config: BackendConfig) -> FFError:
-    """An error of the steps that follow the handshake; what they send changes nothing of the caller's."""
+    """Return our error for one of a step after the handshake; those steps apply no call of the caller."""
     if isinstance(error, Redirected) and not config.connection.cluster:
         return ClusterModeRequired()
     if error.outcome is Outcome.NOT_APPLIED:
@@ -88,14 +88,14 @@ def _of_ours(error: FFError, config: BackendConfig) -> FFError:
         )
     if isinstance(error, ProtocolError):
         return Unavailable(
-            f"What answers at {where} is not understood; check that it is a Valkey server,"
+            f"The answer from {where} is not understood; check that it is a Valkey server,"
             " and whether the port uses TLS."
         )
     if isinstance(error, InternalFunctionError):
         return Unavailable(
-            f"The server at {where} refused what every client asks first; check that it is Valkey 7.2 or newer."
+            f"The server at {where} refused the first commands of every client; check that it is Valkey 7.2 or newer."
         )
-    # Of a function that loading the library calls; it has not touched what the caller wants.
+    # Only steps of connecting were sent, so the caller's call was not applied.
     error.outcome = Outcome.NOT_APPLIED
     return error
 
@@ -109,7 +109,7 @@ def _known(error: BaseException, config: BackendConfig, timeout: float) -> FFErr
     if server.tls and isinstance(error, FileNotFoundError | PermissionError):
         failed = TlsFailed("A file of certificates or keys cannot be read; check the paths.")
         return _because(_with_fault(failed, "files"), error)
-    # Before the others: AuthenticationError is a ConnectionError there.
+    # First, since redis-py's AuthenticationError is a ConnectionError.
     if isinstance(error, theirs.AuthenticationError):
         return credentials_error(str(error))
     if isinstance(error, theirs.NoPermissionError):
@@ -124,18 +124,18 @@ def _known(error: BaseException, config: BackendConfig, timeout: float) -> FFErr
         if not server.tls and 'got "\\x15"' in str(error):  # first byte of a TLS alert
             failed = TlsFailed(f"{where} speaks TLS; connect with valkeys:// or tls=True.")
             return _with_fault(failed, "tls_required")
-        return Unavailable(f"What answers at {where} is not a Valkey server; check the address.")
+        return Unavailable(f"The program at {where} is not a Valkey server; check the address.")
     if isinstance(error, theirs.ResponseError):
         if shows_cluster(str(error)):
             return ClusterModeRequired()
         refusal = from_server_error(str(error))
         if isinstance(refusal, InternalFunctionError):
-            # Logging in and choosing the database is all that is sent.
+            # The handshake sends AUTH and SELECT, and a refused AUTH was handled above.
             return InvalidInput(f"The server at {where} has no database {server.db}.")
         return refusal
     if isinstance(error, OSError):
         if error.errno is None and (found := re.search(r"\[Errno ([0-9]+)\]", str(error))):
-            # asyncio joins the errors of several addresses into one without a number.
+            # asyncio joins the errors of several addresses into one without errno.
             error = OSError(int(found[1]), os.strerror(int(found[1])))
         return _because(_unreachable(error, server), error)
     return None
@@ -204,7 +204,7 @@ _CLIENT_CERTIFICATE = (
 )
 _SENTENCES: dict[TlsFault, str] = {
     "not_tls": "{where} does not speak TLS; connect with valkey:// or tls=False.",
-    "unknown_authority": "The certificate of {where} is signed by nobody who is trusted; pass its authority as"
+    "unknown_authority": "The certificate of {where} is signed by no trusted authority; pass its authority as"
     " tls_ca_file.",
     "wrong_host": "The certificate of {where} was issued for another host; connect by a name that is in it.",
     "expired": "The certificate of {where} is not valid now; check its dates and the clocks.",
@@ -236,7 +236,7 @@ def _tls_fault(error: ssl.SSLError) -> TlsFault | None:
         return "not_tls"
     if reason in _CLIENT_CERTIFICATE:
         return "client_certificate"
-    # OpenSSL gives a key that does not fit, or is none, no reason of its own.
+    # OpenSSL has no reason code for a key that does not fit or is malformed.
     if library in ("X509", "PEM") or "PEM lib" in str(error):
         return "files"
     return None
@@ -270,7 +270,7 @@ def _at(error: FFError, server: ValkeyConnection) -> FFError:
 
 
 def _because(error: _E, cause: BaseException) -> _E:
-    """Give *error* the number of *cause*, and a copy of it that holds numbers and fixed texts alone."""
+    """Give *error* the errno of *cause*, and as its cause a copy that holds only numbers and fixed texts."""
     if isinstance(cause, OSError):
         clean = _clean(cause)
         error.errno, error.strerror = clean.errno, clean.strerror

@@ -24,9 +24,9 @@ T = TypeVar("T", bound=readers.HasCursor)
 
 
 class Reader(readers.ReaderState[T], BlockingItems[T]):
-    """What tails and subscriptions have in common. An iterator and a context manager.
+    """Base of tails and subscriptions: an iterator and a context manager.
 
-    One thread at a time reads. Between two reads at most one answer of the server is on its way.
+    One thread at a time reads. Between two reads at most one request is in flight.
     """
 
     def __init__(self, pool: Pool, source: Source[T]) -> None:
@@ -34,7 +34,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         self._pool = pool
         self._connection: Connection | None = None
         self._steps: Steps[list[T]] | None = None
-        # Replies of the step that is under way, and how many are still to come.
+        # Replies to the step in flight so far, and the number of replies still owed.
         self._replies: list[object] = []
         self._missing = 0
         self._retries = Retries(pool.config.retry, retry_timeouts=True)
@@ -44,16 +44,16 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         self._reading = threading.Lock()
 
     def next_batch(self, timeout: float | timedelta | None = None) -> list[T]:
-        """Return all items of the server's next answer, or those that are left of the last one.
+        """Return all items of the server's next answer, or the items left of the last one.
 
         Args:
-            timeout: How long to wait, in seconds or as a ``timedelta``; None waits until there are items.
+            timeout: Longest wait, in seconds or as a ``timedelta``; None waits until there are items.
 
         Returns:
-            The items; none where nothing came in time, and behind the end.
+            The items; an empty list if none arrived in time, and after the end.
 
         Raises:
-            FFError: As iterating raises.
+            FFError: The same errors as iterating.
         """
         deadline = readers.deadline(timeout)
         return self._take_all() or (self._take_all() if self._read(deadline) else [])
@@ -67,7 +67,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
             raise InvalidInput(readers.ONE_AT_A_TIME)
         try:
             if self._torn:
-                # An interrupt came in the middle of a read: items may have been read that nobody took.
+                # An interrupt broke off a read, so items read by it may not have been delivered.
                 self._restart(self.cursor)
             self._torn = True
             found = self._read_on(until)
@@ -99,11 +99,11 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
             if items:
                 self._put(items)
                 return True
-        self._let_go()
+        self._drop_connection()
         return False
 
     def _wait(self, until: float | None) -> bool:
-        """Wait until the server may be asked again; return whether that is before *until*."""
+        """Wait for the end of a retry's pause; return whether it ends before *until*."""
         pause = self._resume_at - time.monotonic()
         if pause <= 0:
             return True
@@ -115,7 +115,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         return pause <= left
 
     def _advance(self, until: float | None) -> list[T] | None:
-        """Take one read of the source to its end; None if that is not reached by *until*: it goes on later."""
+        """Continue the read of the source; return its items, or None if it is not complete by *until*."""
         if self.closed:
             raise readers.closed_error()
         connection = self._connection
@@ -148,23 +148,23 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         connection.send(step)
 
     def _restart(self, cursor: str | None = None) -> None:
-        self._let_go()
+        self._drop_connection()
         self._source.restart(cursor)
 
-    def _let_go(self) -> None:
-        """Give the connection back, or close it where a reply is still to come."""
+    def _drop_connection(self) -> None:
+        """Give the connection back, or close it if a reply is owed."""
         self._steps, self._replies, self._missing = None, [], 0
         connection, self._connection = self._connection, None
         if connection is not None:
             self._pool._release(connection)
 
     def close(self) -> None:
-        """Stop reading, and give the connection back. A read that waits ends with an error."""
+        """Stop reading, and release the connection. A waiting read raises an error."""
         self._closed = True
         connection = self._connection
         if self._reading.acquire(blocking=False):
             try:
-                self._let_go()
+                self._drop_connection()
             finally:
                 self._reading.release()
         elif connection is not None:
@@ -177,8 +177,8 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         self.close()
 
     def __del__(self) -> None:
-        # A loop that was left in the middle.
-        self._let_go()
+        # A loop over the reader may have been left early.
+        self._drop_connection()
 
 
 class Tail(Reader[Item]):
