@@ -33,7 +33,7 @@ class ClaimRequest(NamedTuple):
 
 
 def claim(on: Deployment, request: ClaimRequest) -> Steps[Handle | None]:
-    """Claim the best execution of a hinted partition; None if there is none before the wait ends.
+    """Claim the best execution of a hinted partition; None if the wait ends without one.
 
     A claim takes 2 or 3 round trips: the hint is popped from the lane, the execution is claimed in its partition, and a
     hint goes back if more work stays there. Lane and partition are in different slots, so no single call can do it.
