@@ -53,14 +53,16 @@ def connect_error(error: BaseException, config: BackendConfig, timeout: float) -
         config: Configuration of the connection.
         timeout: Timeout of connecting, in seconds.
     """
-    found = _of_ours(error, config) if isinstance(error, FFError) else None
+    found = _after_handshake(error, config) if isinstance(error, FFError) else None
     for cause in () if found else _causes(error):
-        found = _known(cause, config, timeout)
+        found = _from_cause(cause, config, timeout)
         if found is not None:
             break
     if found is None:
-        found = Unavailable(f"Connecting to {_where(config.connection)} failed; try again later.")
-    return _at(found, config.connection)
+        found = Unavailable(
+            f"Connecting to {_address_of(config.connection)} failed; try again later."
+        )
+    return _with_address(found, config.connection)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -73,18 +75,18 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _of_ours(error: FFError, config: BackendConfig) -> FFError:
+def _after_handshake(error: FFError, config: BackendConfig) -> FFError:
     """Return our error for one of a step after the handshake; those steps apply no call of the caller."""
     if isinstance(error, Redirected) and not config.connection.cluster:
         return ClusterModeRequired()
     if error.outcome is Outcome.NOT_APPLIED:
         return error
-    where = _where(config.connection)
+    where = _address_of(config.connection)
     if isinstance(error, DeadlineExceeded):
-        return _late(config.connection, None)
+        return _timed_out(config.connection, None)
     if isinstance(error, OutcomeUnknown):
         return Unavailable(
-            f"The connection to {where} broke before the first answer; {_other_kind(config.connection)}."
+            f"The connection to {where} broke before the first answer; {_tls_hint(config.connection)}."
         )
     if isinstance(error, ProtocolError):
         return Unavailable(
@@ -100,23 +102,23 @@ def _of_ours(error: FFError, config: BackendConfig) -> FFError:
     return error
 
 
-def _known(error: BaseException, config: BackendConfig, timeout: float) -> FFError | None:
+def _from_cause(error: BaseException, config: BackendConfig, timeout: float) -> FFError | None:
     import redis.exceptions as theirs  # noqa: PLC0415 - loaded by the first connection
 
-    server, where = config.connection, _where(config.connection)
+    server, where = config.connection, _address_of(config.connection)
     if isinstance(error, ssl.SSLError):
         return _tls_failed(error, server)
     if server.tls and isinstance(error, FileNotFoundError | PermissionError):
         failed = TlsFailed("A file of certificates or keys cannot be read; check the paths.")
-        return _because(_with_fault(failed, "files"), error)
+        return _with_cause(_with_fault(failed, "files"), error)
     # First, since redis-py's AuthenticationError is a ConnectionError.
     if isinstance(error, theirs.AuthenticationError):
         return credentials_error(str(error))
     if isinstance(error, theirs.NoPermissionError):
         return from_server_error(f"NOPERM {error}")
     if isinstance(error, theirs.TimeoutError | TimeoutError):
-        return _because(
-            _late(server, timeout), error if isinstance(error, OSError) else TimeoutError()
+        return _with_cause(
+            _timed_out(server, timeout), error if isinstance(error, OSError) else TimeoutError()
         )
     if str(error) == "max number of clients reached":
         return Unavailable(f"The server at {where} has as many clients as its maxclients allows.")
@@ -137,12 +139,12 @@ def _known(error: BaseException, config: BackendConfig, timeout: float) -> FFErr
         if error.errno is None and (found := re.search(r"\[Errno ([0-9]+)\]", str(error))):
             # asyncio joins the errors of several addresses into one without errno.
             error = OSError(int(found[1]), os.strerror(int(found[1])))
-        return _because(_unreachable(error, server), error)
+        return _with_cause(_unreachable(error, server), error)
     return None
 
 
 def _unreachable(error: OSError, server: ValkeyConnection) -> Unavailable:
-    where = _where(server)
+    where = _address_of(server)
     if isinstance(error, socket.gaierror):
         return Unavailable(f"The host name of {where} was not found; check it.")
     if isinstance(error, ConnectionRefusedError):
@@ -151,7 +153,7 @@ def _unreachable(error: OSError, server: ValkeyConnection) -> Unavailable:
         )
     if isinstance(error, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
         return Unavailable(
-            f"The connection to {where} was closed while it was made; {_other_kind(server)}."
+            f"The connection to {where} was closed while it was made; {_tls_hint(server)}."
         )
     if server.unix_path is not None and isinstance(error, FileNotFoundError):
         return Unavailable(f"There is no socket at {where}; check the path and the server.")
@@ -161,17 +163,17 @@ def _unreachable(error: OSError, server: ValkeyConnection) -> Unavailable:
     return Unavailable(f"{where} cannot be reached{why}; check the address and the network.")
 
 
-def _late(server: ValkeyConnection, timeout: float | None) -> DeadlineExceeded:
+def _timed_out(server: ValkeyConnection, timeout: float | None) -> DeadlineExceeded:
     within = "in time" if timeout is None else f"within {timeout:g} s"
     hint = "; if the port does not use TLS, connect with valkey://" if server.tls else ""
     late = DeadlineExceeded(
-        f"{_where(server)} did not answer {within} while connecting; the call was not sent{hint}."
+        f"{_address_of(server)} did not answer {within} while connecting; the call was not sent{hint}."
     )
     late.outcome = Outcome.NOT_APPLIED
     return late
 
 
-def _other_kind(server: ValkeyConnection) -> str:
+def _tls_hint(server: ValkeyConnection) -> str:
     if server.tls:
         return "check that the port uses TLS and whether it wants a client certificate"
     if server.unix_path is not None:
@@ -219,13 +221,13 @@ def _tls_failed(error: ssl.SSLError, server: ValkeyConnection) -> TlsFailed:
     if fault is None:
         closed = isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
         failed = TlsFailed(
-            f"{_where(server)} closed the connection in the TLS handshake; {_other_kind(server)}."
+            f"{_address_of(server)} closed the connection in the TLS handshake; {_tls_hint(server)}."
             if closed
-            else f"The TLS handshake with {_where(server)} failed; check the certificates and the host name."
+            else f"The TLS handshake with {_address_of(server)} failed; check the certificates and the host name."
         )
     else:
-        failed = _with_fault(TlsFailed(_SENTENCES[fault].format(where=_where(server))), fault)
-    return _because(failed, error)
+        failed = _with_fault(TlsFailed(_SENTENCES[fault].format(where=_address_of(server))), fault)
+    return _with_cause(failed, error)
 
 
 def _tls_fault(error: ssl.SSLError) -> TlsFault | None:
@@ -250,14 +252,14 @@ def _with_fault(error: TlsFailed, fault: TlsFault) -> TlsFailed:
 # -- address and cause -----------------------------------------------------------------------------
 
 
-def _where(server: ValkeyConnection) -> str:
+def _address_of(server: ValkeyConnection) -> str:
     if server.unix_path is not None:
         return server.unix_path
     host = f"[{server.host}]" if ":" in server.host else server.host
     return f"{host}:{server.port}"
 
 
-def _at(error: FFError, server: ValkeyConnection) -> FFError:
+def _with_address(error: FFError, server: ValkeyConnection) -> FFError:
     if isinstance(
         error,
         Unavailable | DeadlineExceeded | TlsFailed | AuthenticationFailed | ClusterModeRequired,
@@ -269,7 +271,7 @@ def _at(error: FFError, server: ValkeyConnection) -> FFError:
     return error
 
 
-def _because(error: _E, cause: BaseException) -> _E:
+def _with_cause(error: _E, cause: BaseException) -> _E:
     """Give *error* the errno of *cause*, and as its cause a copy that holds only numbers and fixed texts."""
     if isinstance(cause, OSError):
         clean = _clean(cause)
