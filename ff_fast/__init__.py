@@ -291,10 +291,10 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a type checker would believe that every name exists
+if not TYPE_CHECKING:  # with it, a type checker would accept every name
 
     def __getattr__(name: str) -> object:
-        # asyncio is a third of the import time, and half of the users do without it.
+        # asyncio is a third of the import time, and blocking programs do not need it.
         if name == "aio":
             import importlib  # noqa: PLC0415 - for this alone
 

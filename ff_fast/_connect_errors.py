@@ -1,7 +1,7 @@
-"""What went wrong while connecting, in our words: redis-py's messages may quote user names and commands.
+"""Errors of connecting, in our own words: redis-py's messages may quote user names and commands.
 
-Every error names the address, and has a cleaned copy of the system's or the TLS library's error as its cause.  The
-copy holds numbers and fixed texts alone.
+Every error names the address, and has a cleaned copy of the system's or the TLS library's error as its cause. The copy
+holds only numbers and fixed texts.
 """
 
 from __future__ import annotations
@@ -40,31 +40,33 @@ if TYPE_CHECKING:
 _E = TypeVar("_E", bound=OSError)
 
 _MOST_CAUSES = 8
-"""How many errors behind each other are looked at."""
+"""Bound of the walk along a chain of causes."""
 
 
 def connect_error(error: BaseException, config: BackendConfig, timeout: float) -> FFError:
-    """Return ours for what was raised while connecting; the caller's own call was not sent by then.
+    """Return our error for a failure to connect; the caller's own call was not sent.
 
-    Raise it outside the ``except`` block: as its context, the original would carry its text along.
+    Raise it outside the ``except`` block: inside it, the original with its text would become the context.
 
     Args:
-        error: What redis-py, the system, or a step after the handshake raised.
-        config: Where the connection was to lead.
-        timeout: Seconds that it was allowed to take.
+        error: Error of redis-py, of the system, or of a step after the handshake.
+        config: Configuration of the connection.
+        timeout: Timeout of connecting, in seconds.
     """
-    found = _of_ours(error, config) if isinstance(error, FFError) else None
+    found = _after_handshake(error, config) if isinstance(error, FFError) else None
     for cause in () if found else _causes(error):
-        found = _known(cause, config, timeout)
+        found = _from_cause(cause, config, timeout)
         if found is not None:
             break
     if found is None:
-        found = Unavailable(f"Connecting to {_where(config.connection)} failed; try again later.")
-    return _at(found, config.connection)
+        found = Unavailable(
+            f"Connecting to {_address_of(config.connection)} failed; try again later."
+        )
+    return _with_address(found, config.connection)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    # redis-py hides what it got behind errors of its own, not in the same way everywhere.
+    # redis-py wraps errors in its own, as cause or as context.
     cause: BaseException | None = error
     for _ in range(_MOST_CAUSES):
         if cause is None:
@@ -73,50 +75,50 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _of_ours(error: FFError, config: BackendConfig) -> FFError:
-    """An error of the steps that follow the handshake; what they send changes nothing of the caller's."""
+def _after_handshake(error: FFError, config: BackendConfig) -> FFError:
+    """Return our error for one of a step after the handshake; those steps apply no call of the caller."""
     if isinstance(error, Redirected) and not config.connection.cluster:
         return ClusterModeRequired()
     if error.outcome is Outcome.NOT_APPLIED:
         return error
-    where = _where(config.connection)
+    where = _address_of(config.connection)
     if isinstance(error, DeadlineExceeded):
-        return _late(config.connection, None)
+        return _timed_out(config.connection, None)
     if isinstance(error, OutcomeUnknown):
         return Unavailable(
-            f"The connection to {where} broke before the first answer; {_other_kind(config.connection)}."
+            f"The connection to {where} broke before the first answer; {_tls_hint(config.connection)}."
         )
     if isinstance(error, ProtocolError):
         return Unavailable(
-            f"What answers at {where} is not understood; check that it is a Valkey server,"
+            f"The answer from {where} is not understood; check that it is a Valkey server,"
             " and whether the port uses TLS."
         )
     if isinstance(error, InternalFunctionError):
         return Unavailable(
-            f"The server at {where} refused what every client asks first; check that it is Valkey 7.2 or newer."
+            f"The server at {where} refused the first commands of every client; check that it is Valkey 7.2 or newer."
         )
-    # Of a function that loading the library calls; it has not touched what the caller wants.
+    # Only steps of connecting were sent, so the caller's call was not applied.
     error.outcome = Outcome.NOT_APPLIED
     return error
 
 
-def _known(error: BaseException, config: BackendConfig, timeout: float) -> FFError | None:
+def _from_cause(error: BaseException, config: BackendConfig, timeout: float) -> FFError | None:
     import redis.exceptions as theirs  # noqa: PLC0415 - loaded by the first connection
 
-    server, where = config.connection, _where(config.connection)
+    server, where = config.connection, _address_of(config.connection)
     if isinstance(error, ssl.SSLError):
         return _tls_failed(error, server)
     if server.tls and isinstance(error, FileNotFoundError | PermissionError):
         failed = TlsFailed("A file of certificates or keys cannot be read; check the paths.")
-        return _because(_with_fault(failed, "files"), error)
-    # Before the others: AuthenticationError is a ConnectionError there.
+        return _with_cause(_with_fault(failed, "files"), error)
+    # First, since redis-py's AuthenticationError is a ConnectionError.
     if isinstance(error, theirs.AuthenticationError):
         return credentials_error(str(error))
     if isinstance(error, theirs.NoPermissionError):
         return from_server_error(f"NOPERM {error}")
     if isinstance(error, theirs.TimeoutError | TimeoutError):
-        return _because(
-            _late(server, timeout), error if isinstance(error, OSError) else TimeoutError()
+        return _with_cause(
+            _timed_out(server, timeout), error if isinstance(error, OSError) else TimeoutError()
         )
     if str(error) == "max number of clients reached":
         return Unavailable(f"The server at {where} has as many clients as its maxclients allows.")
@@ -124,25 +126,25 @@ def _known(error: BaseException, config: BackendConfig, timeout: float) -> FFErr
         if not server.tls and 'got "\\x15"' in str(error):  # first byte of a TLS alert
             failed = TlsFailed(f"{where} speaks TLS; connect with valkeys:// or tls=True.")
             return _with_fault(failed, "tls_required")
-        return Unavailable(f"What answers at {where} is not a Valkey server; check the address.")
+        return Unavailable(f"The program at {where} is not a Valkey server; check the address.")
     if isinstance(error, theirs.ResponseError):
         if shows_cluster(str(error)):
             return ClusterModeRequired()
         refusal = from_server_error(str(error))
         if isinstance(refusal, InternalFunctionError):
-            # Logging in and choosing the database is all that is sent.
+            # The handshake sends AUTH and SELECT, and a refused AUTH was handled above.
             return InvalidInput(f"The server at {where} has no database {server.db}.")
         return refusal
     if isinstance(error, OSError):
         if error.errno is None and (found := re.search(r"\[Errno ([0-9]+)\]", str(error))):
-            # asyncio joins the errors of several addresses into one without a number.
+            # asyncio joins the errors of several addresses into one without errno.
             error = OSError(int(found[1]), os.strerror(int(found[1])))
-        return _because(_unreachable(error, server), error)
+        return _with_cause(_unreachable(error, server), error)
     return None
 
 
 def _unreachable(error: OSError, server: ValkeyConnection) -> Unavailable:
-    where = _where(server)
+    where = _address_of(server)
     if isinstance(error, socket.gaierror):
         return Unavailable(f"The host name of {where} was not found; check it.")
     if isinstance(error, ConnectionRefusedError):
@@ -151,7 +153,7 @@ def _unreachable(error: OSError, server: ValkeyConnection) -> Unavailable:
         )
     if isinstance(error, ConnectionResetError | ConnectionAbortedError | BrokenPipeError):
         return Unavailable(
-            f"The connection to {where} was closed while it was made; {_other_kind(server)}."
+            f"The connection to {where} was closed while it was made; {_tls_hint(server)}."
         )
     if server.unix_path is not None and isinstance(error, FileNotFoundError):
         return Unavailable(f"There is no socket at {where}; check the path and the server.")
@@ -161,17 +163,17 @@ def _unreachable(error: OSError, server: ValkeyConnection) -> Unavailable:
     return Unavailable(f"{where} cannot be reached{why}; check the address and the network.")
 
 
-def _late(server: ValkeyConnection, timeout: float | None) -> DeadlineExceeded:
+def _timed_out(server: ValkeyConnection, timeout: float | None) -> DeadlineExceeded:
     within = "in time" if timeout is None else f"within {timeout:g} s"
     hint = "; if the port does not use TLS, connect with valkey://" if server.tls else ""
     late = DeadlineExceeded(
-        f"{_where(server)} did not answer {within} while connecting; the call was not sent{hint}."
+        f"{_address_of(server)} did not answer {within} while connecting; the call was not sent{hint}."
     )
     late.outcome = Outcome.NOT_APPLIED
     return late
 
 
-def _other_kind(server: ValkeyConnection) -> str:
+def _tls_hint(server: ValkeyConnection) -> str:
     if server.tls:
         return "check that the port uses TLS and whether it wants a client certificate"
     if server.unix_path is not None:
@@ -204,7 +206,7 @@ _CLIENT_CERTIFICATE = (
 )
 _SENTENCES: dict[TlsFault, str] = {
     "not_tls": "{where} does not speak TLS; connect with valkey:// or tls=False.",
-    "unknown_authority": "The certificate of {where} is signed by nobody who is trusted; pass its authority as"
+    "unknown_authority": "The certificate of {where} is signed by no trusted authority; pass its authority as"
     " tls_ca_file.",
     "wrong_host": "The certificate of {where} was issued for another host; connect by a name that is in it.",
     "expired": "The certificate of {where} is not valid now; check its dates and the clocks.",
@@ -219,13 +221,13 @@ def _tls_failed(error: ssl.SSLError, server: ValkeyConnection) -> TlsFailed:
     if fault is None:
         closed = isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
         failed = TlsFailed(
-            f"{_where(server)} closed the connection in the TLS handshake; {_other_kind(server)}."
+            f"{_address_of(server)} closed the connection in the TLS handshake; {_tls_hint(server)}."
             if closed
-            else f"The TLS handshake with {_where(server)} failed; check the certificates and the host name."
+            else f"The TLS handshake with {_address_of(server)} failed; check the certificates and the host name."
         )
     else:
-        failed = _with_fault(TlsFailed(_SENTENCES[fault].format(where=_where(server))), fault)
-    return _because(failed, error)
+        failed = _with_fault(TlsFailed(_SENTENCES[fault].format(where=_address_of(server))), fault)
+    return _with_cause(failed, error)
 
 
 def _tls_fault(error: ssl.SSLError) -> TlsFault | None:
@@ -236,7 +238,7 @@ def _tls_fault(error: ssl.SSLError) -> TlsFault | None:
         return "not_tls"
     if reason in _CLIENT_CERTIFICATE:
         return "client_certificate"
-    # OpenSSL gives a key that does not fit, or is none, no reason of its own.
+    # OpenSSL has no reason code for a key that does not fit or is malformed.
     if library in ("X509", "PEM") or "PEM lib" in str(error):
         return "files"
     return None
@@ -250,14 +252,14 @@ def _with_fault(error: TlsFailed, fault: TlsFault) -> TlsFailed:
 # -- address and cause -----------------------------------------------------------------------------
 
 
-def _where(server: ValkeyConnection) -> str:
+def _address_of(server: ValkeyConnection) -> str:
     if server.unix_path is not None:
         return server.unix_path
     host = f"[{server.host}]" if ":" in server.host else server.host
     return f"{host}:{server.port}"
 
 
-def _at(error: FFError, server: ValkeyConnection) -> FFError:
+def _with_address(error: FFError, server: ValkeyConnection) -> FFError:
     if isinstance(
         error,
         Unavailable | DeadlineExceeded | TlsFailed | AuthenticationFailed | ClusterModeRequired,
@@ -269,8 +271,8 @@ def _at(error: FFError, server: ValkeyConnection) -> FFError:
     return error
 
 
-def _because(error: _E, cause: BaseException) -> _E:
-    """Give *error* the number of *cause*, and a copy of it that holds numbers and fixed texts alone."""
+def _with_cause(error: _E, cause: BaseException) -> _E:
+    """Give *error* the errno of *cause*, and as its cause a copy that holds only numbers and fixed texts."""
     if isinstance(cause, OSError):
         clean = _clean(cause)
         error.errno, error.strerror = clean.errno, clean.strerror

@@ -49,11 +49,11 @@ FIELDS: tuple[Field, ...] = ("keys", "args", "returns", "errors")
 
 
 class Header(NamedTuple):
-    """What the comment above a Lua function declares.
+    """The declaration in the comment above a Lua function.
 
     Attributes:
-        tails: For each field that ends in ``...``, the words that repeat at its end, as a group, zero
-            or more times.  The field itself holds the words before them.
+        tails: For each field that ends in ``...``, the group of words that repeats at its end, zero or
+            more times.  The field itself holds the words before them.
         where: Place of the header, as ``lua/lease.lua:12``.
     """
 
@@ -132,8 +132,8 @@ def digest() -> str:
 def line_of(assembled_line: int) -> str:
     """Return the place in ``lua/`` of line *assembled_line* of :func:`source`.
 
-    The server's errors count lines of the assembled text (``@user_function:412``); the place is
-    what people edit (``lua/append.lua:17``).
+    The server's errors count lines of the assembled text (``@user_function:412``); the place is in the
+    source files (``lua/append.lua:17``).
 
     Raises:
         ValueError: The source has no such line.

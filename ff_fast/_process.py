@@ -1,4 +1,4 @@
-"""What concerns the whole process: forks, and the signals that stop its workers."""
+"""Hooks of the whole process: forks, and the signals that stop workers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class Forkable(Protocol):
-    """What must know when its process was forked."""
+    """An object with state that is invalid in a forked child."""
 
     def _forked(self) -> None:
-        """Called in the child, where no other thread runs, and where locks may be held for ever."""
+        """Reset the state in the child: no other thread runs there, and locks may stay locked for ever."""
 
 
 _forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
 
 
 def watch_fork(client: Forkable) -> None:
-    """Tell *client* of a fork as long as it lives."""
+    """Call ``_forked`` of *client* in every forked child, as long as *client* is alive."""
     _forkable.add(client)
 
 
@@ -48,12 +48,12 @@ _interrupted = False
 
 
 def on_stop_signals(stop: Callable[[], None]) -> Callable[[], None]:
-    """Call *stop* on SIGTERM and SIGINT, until what is returned is called. In the main thread; elsewhere, do nothing.
+    """Call *stop* on SIGTERM and SIGINT; return the function that ends this. Outside the main thread, do nothing.
 
-    Several workers of one loop share the signals. A second SIGINT does what the first would have done without workers.
+    Several workers of one loop share the signals. A second SIGINT calls the handler that was installed before.
 
     Args:
-        stop: Called in the signal handler, in the middle of anything: it must take no lock.
+        stop: Called inside the signal handler, at any point of the program: it must take no lock.
     """
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
@@ -62,7 +62,7 @@ def on_stop_signals(stop: Callable[[], None]) -> Callable[[], None]:
         _interrupted = False
         for number in _NUMBERS:
             before = signal.signal(number, _stop_all)
-            # None: whoever set it was not Python, and cannot be put back.
+            # None: the handler was not installed by Python, so signal.signal() cannot restore it.
             _before[number] = signal.SIG_DFL if before is None else before
     _stops.append(stop)
 

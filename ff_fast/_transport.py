@@ -1,4 +1,4 @@
-"""How both shells reach a server: redis-py's arguments, and its errors in our words."""
+"""Connecting with redis-py, for both shells: its arguments, sockets and errors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _BLOCK_MARGIN_S = 2.0
 
 
 def config_of(target: str | BackendConfig) -> BackendConfig:
-    """Return *target* as a configuration; a text is a URL.
+    """Return *target* as a configuration; a ``str`` is a URL.
 
     Raises:
-        InvalidInput: The URL is not one of ours, or names something that is not supported.
+        InvalidInput: The URL is malformed, or has ``cluster=true``.
     """
     config = BackendConfig.from_url(target) if isinstance(target, str) else target
     if not isinstance(config, BackendConfig):
@@ -36,20 +36,20 @@ def config_of(target: str | BackendConfig) -> BackendConfig:
 
 
 def request_timeout_s(config: BackendConfig) -> float:
-    """Seconds that one call may take."""
+    """Return the longest time of one call, in seconds."""
     return config.timeouts.request or DEFAULT_REQUEST_TIMEOUT_S
 
 
 def wait_s(timeout: float, step: Step) -> float:
-    """Seconds to wait for the replies to *step*: the request timeout, plus its BLOCK time and a margin."""
+    """Return the longest wait for the replies to *step*, in seconds: request timeout, BLOCK time, and a margin."""
     return timeout + (step.block_s + _BLOCK_MARGIN_S if step.block_s else 0.0)
 
 
 def connection_arguments(config: BackendConfig) -> dict[str, Any]:
-    """Return the keyword arguments of a redis-py connection, for either of its stacks.
+    """Return the keyword arguments of a redis-py connection, blocking or asyncio.
 
-    Its retries are off: it would repeat appends by itself. RESP2 is pinned: no push message can stand between two
-    replies, and every reply has one shape.
+    Its retries are off, since they would repeat appends. RESP2 is pinned: there are no push messages between replies,
+    and every reply has one shape.
     """
     server = config.connection
     timeout = request_timeout_s(config)
@@ -79,9 +79,9 @@ def connection_arguments(config: BackendConfig) -> dict[str, Any]:
 
 
 def take_socket(connection: Any) -> socket.socket:
-    """Take the socket of redis-py's connected *connection*, which forgets it.
+    """Detach the socket from redis-py's connected *connection*, and return it.
 
-    Here and in :func:`take_stream` are the only private names of redis-py that the library uses.
+    This function and :func:`take_stream` are the only users of redis-py's private names.
     """
     taken: socket.socket = connection._sock
     connection._sock = None
@@ -89,9 +89,9 @@ def take_socket(connection: Any) -> socket.socket:
 
 
 def take_stream(connection: Any) -> asyncio.StreamWriter:
-    """Take the stream of redis-py's connected asyncio *connection*, which forgets it.
+    """Detach the stream from redis-py's connected asyncio *connection*, and return it.
 
-    The stream closes its transport when it is collected: keep it as long as the transport.
+    A collected stream closes its transport: keep the stream as long as the transport.
     """
     taken: asyncio.StreamWriter = connection._writer
     connection._writer = connection._reader = None
@@ -99,14 +99,14 @@ def take_stream(connection: Any) -> asyncio.StreamWriter:
 
 
 def connect_error(error: BaseException, config: BackendConfig) -> FFError:
-    """Return ours for what was raised while connecting; see :func:`ff_fast._connect_errors.connect_error`."""
+    """Return our error for a failure to connect; see :func:`ff_fast._connect_errors.connect_error`."""
     from ff_fast import _connect_errors  # with ssl, which takes milliseconds to import
 
     return _connect_errors.connect_error(error, config, request_timeout_s(config))
 
 
 def not_sent_in_time() -> FFError:
-    """What a call raises whose deadline passed before its turn came."""
+    """Return the error of a call whose deadline passed while it was queued."""
     late = DeadlineExceeded("There was no answer in time; the call was not sent.")
     late.outcome = Outcome.NOT_APPLIED
     return late
@@ -116,5 +116,5 @@ NOT_PICKLED = "A backend holds connections and cannot be pickled; connect again 
 
 
 def closed_error() -> FFError:
-    """What the calls of a closed backend raise."""
+    """Return the error that a closed backend raises."""
     return Unavailable("The backend is closed; connect again.")

@@ -1,8 +1,8 @@
 """The asyncio shell: the same names as :mod:`ff_fast`, awaited. `Writer.write` stays a plain call.
 
-Everything of one backend happens on the loop that connected it. Calls and writers share one connection, which one
-protocol object alone reads and writes: cancelling a caller detaches that caller and disturbs nobody else. Tails and
-blocking claims have connections of their own.
+A backend belongs to the loop that connected it. Calls and writers share one connection with one protocol object, so
+cancelling a caller detaches that caller and affects no other. Tails, subscriptions, supervisors and waiting claims have
+connections of their own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ValkeyBackend(Operations):
 
     @classmethod
     def connect(cls, target: str | BackendConfig) -> Opening[ValkeyBackend]:
-        """Connect to a server, and load the function library where it is missing or another version of this contract.
+        """Connect to a server. Load the function library if it is missing, older, or another build of this contract.
 
         ``async with ValkeyBackend.connect(url) as backend``, or ``await`` it.
 
@@ -47,9 +47,12 @@ class ValkeyBackend(Operations):
                 ``unix:///path``) or a :class:`BackendConfig`.
 
         Raises:
-            InvalidInput: The URL is not one of these, or names a cluster.
-            Unavailable, AuthenticationFailed, TlsFailed, PermissionDenied, LibraryMismatch, DeploymentMismatch: No usable
-                server.
+            InvalidInput: The URL is not one of these, or has ``cluster=true``.
+            Unavailable, DeadlineExceeded, TlsFailed: The server cannot be reached.
+            AuthenticationFailed, PermissionDenied: It refused the credentials, or a command that connecting needs.
+            ClusterModeRequired: It is a node of a cluster.
+            LibraryMismatch: It holds a newer contract than this library.
+            DeploymentMismatch: It stores another partition count than the configuration names.
         """
         config = _transport.config_of(target)
 
@@ -66,12 +69,14 @@ class ValkeyBackend(Operations):
 
     @classmethod
     def embedded(cls, **options: Any) -> Opening[ValkeyBackend]:
-        """Start a private server that is gone when the backend is closed, and a supervisor for it (extra ``embedded``).
+        """Start a private server with a supervisor, and connect to it (extra ``embedded``).
+
+        Closing the backend stops the server.
 
         ``async with ValkeyBackend.embedded() as backend``, or ``await`` it.
 
         Args:
-            **options: As :class:`ff_fast.embedded.EmbeddedServer` takes them.
+            **options: Arguments of :class:`ff_fast.embedded.EmbeddedServer`.
 
         Raises:
             MissingDependency: The extra is not installed.
@@ -87,16 +92,16 @@ class ValkeyBackend(Operations):
                 server.stop()
                 raise
             backend._server = server
-            # An embedded server has nobody else to look after it.
+            # No other process knows the embedded server, so none supervises it.
             _ = backend._spawn(backend.supervise())
             return backend
 
         return Opening(connecting)
 
     async def close(self) -> None:
-        """Close every connection; what waits for a reply there ends with an error.
+        """Close every connection; callers that wait for a reply get an error.
 
-        Frames that were not flushed are lost: close writers first. Calling it again does nothing.
+        Frames that were not flushed are lost: close writers first. Closing again does nothing.
         """
         await super().close()
         if self._server is not None and self._pid == os.getpid():

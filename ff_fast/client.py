@@ -1,4 +1,4 @@
-"""The blocking shell: sockets and threads. The core decides what is sent, and what an answer means."""
+"""The blocking shell: sockets and threads. The core makes the requests and interprets the answers."""
 
 from __future__ import annotations
 
@@ -32,16 +32,19 @@ class ValkeyBackend(Operations):
 
     @classmethod
     def connect(cls, target: str | BackendConfig) -> Self:
-        """Connect to a server, and load the function library where it is missing or another version of this contract.
+        """Connect to a server. Load the function library if it is missing, older, or another build of this contract.
 
         Args:
             target: URL (``valkey://user:password@host:port/db``, ``valkeys://``, ``redis://``, ``rediss://``,
                 ``unix:///path``) or a :class:`BackendConfig`.
 
         Raises:
-            InvalidInput: The URL is not one of these, or names a cluster.
-            Unavailable, AuthenticationFailed, TlsFailed, PermissionDenied, LibraryMismatch, DeploymentMismatch: No usable
-                server.
+            InvalidInput: The URL is not one of these, or has ``cluster=true``.
+            Unavailable, DeadlineExceeded, TlsFailed: The server cannot be reached.
+            AuthenticationFailed, PermissionDenied: It refused the credentials, or a command that connecting needs.
+            ClusterModeRequired: It is a node of a cluster.
+            LibraryMismatch: It holds a newer contract than this library.
+            DeploymentMismatch: It stores another partition count than the configuration names.
         """
         backend = cls(_transport.config_of(target))
         try:
@@ -53,10 +56,12 @@ class ValkeyBackend(Operations):
 
     @classmethod
     def embedded(cls, **options: Any) -> Self:
-        """Start a private server that is gone when the backend is closed, and a supervisor for it (extra ``embedded``).
+        """Start a private server with a supervisor, and connect to it (extra ``embedded``).
+
+        Closing the backend stops the server.
 
         Args:
-            **options: As :class:`ff_fast.embedded.EmbeddedServer` takes them.
+            **options: Arguments of :class:`ff_fast.embedded.EmbeddedServer`.
 
         Raises:
             MissingDependency: The extra is not installed.
@@ -74,7 +79,7 @@ class ValkeyBackend(Operations):
         return backend
 
     def _start_supervisor(self) -> None:
-        """An embedded server has nobody else to look after it."""
+        """Supervise the embedded server, which no other process knows."""
         stop = threading.Event()
         thread = threading.Thread(
             target=self.supervise, kwargs={"stop": stop}, name="ff_fast supervisor", daemon=True
@@ -83,9 +88,9 @@ class ValkeyBackend(Operations):
         thread.start()
 
     def close(self) -> None:
-        """Close every connection; what waits for a reply there ends with an error.
+        """Close every connection; callers that wait for a reply get an error.
 
-        Frames that were not flushed are lost: close writers first. Calling it again does nothing.
+        Frames that were not flushed are lost: close writers first. Closing again does nothing.
         """
         super().close()
         if self._server is not None:
@@ -93,7 +98,7 @@ class ValkeyBackend(Operations):
 
     def _stop(self) -> None:
         if self._supervisor is not None:
-            # It hears of the end, and waits for nothing once the connections are gone.
+            # The supervisor ends soon: its event is set, and its connection is aborted.
             self._supervisor[1].set()
         super()._stop()
         if self._supervisor is not None:

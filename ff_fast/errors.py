@@ -1,19 +1,19 @@
-"""Every error that ff_fast raises.
+"""All errors of ff_fast.
 
-One root, :class:`FFError`, with three facts a caller can act on: ``code`` (stable text, for logs and
-for branching), ``retryable`` (the same call may pass later) and ``outcome`` (whether the server may
-have applied the call).  Each class claims one code, and no two classes may claim the same one, so
-the table from code to class is the class tree itself.
+The root, :class:`FFError`, has three facts for the caller: ``code`` (stable text, for logs and for
+branching), ``retryable`` (the same call may pass later) and ``outcome`` (whether the server may have
+applied the call).  Each class has a code of its own, so the class tree is also the table from code to
+class.
 
-Where Python has an exception for the same event, the class is one of those too: ``except
-TimeoutError`` catches :class:`DeadlineExceeded`, ``except LookupError`` what was not found under the
-id that the caller gave, ``except OSError`` whatever is wrong with a connection.
+A class also derives from Python's exception for the same event: ``except TimeoutError`` catches
+:class:`DeadlineExceeded`, ``except LookupError`` catches :class:`ExecutionNotFound` and its kin, and
+``except OSError`` catches every error of a connection.
 
-No message holds a payload, a lease id, a token or a password, and the text of a server or of the
-client library below is never passed on: such texts may quote the command that failed.
+No message holds a payload, a lease id, a token or a password. The texts of the server and of redis-py
+are never passed on, since they may quote the failed command.
 """
 
-# ruff: noqa: N818 - a class says what happened; every one of them is an error.
+# ruff: noqa: N818 - names say the event; a suffix Error would repeat the base class.
 
 from __future__ import annotations
 
@@ -62,16 +62,14 @@ class FFError(Exception):
     """Root of all errors of this library.
 
     Args:
-        message: One sentence that says what happened and what to do.  Without one, the class's own
-            sentence is used.
+        message: One sentence: the event, and the remedy.  None takes the sentence of the class.
 
     Attributes:
         code: Stable name of the error, in snake case.
         retryable: True when the same call may pass later without any change.
         outcome: Whether the call may have been applied.
-        unstored: What a writer had accepted and the server does not have, oldest first, when a
-            writer failed for good.  It holds payloads: it is never part of ``str`` or ``repr``, a
-            pickle leaves it out, a copy keeps it.
+        unstored: Frames that a failed writer had accepted and the server has not stored, oldest first.
+            It holds payloads: ``str``, ``repr`` and pickles leave it out, a copy keeps it.
     """
 
     code: str = "error"
@@ -93,7 +91,7 @@ class FFError(Exception):
         super().__init__(self._sentence if message is None else message)
 
     def __str__(self) -> str:
-        # OSError would put its errno in front, and drop the sentence.
+        # OSError's own str() shows errno and strerror, and drops the sentence.
         return str(self.args[0]) if self.args else ""
 
     def __reduce__(self) -> tuple[Callable[..., FFError], tuple[object, ...]]:
@@ -105,7 +103,7 @@ class FFError(Exception):
         return twin
 
     def __deepcopy__(self, memo: dict[int, object]) -> FFError:
-        # Everything an error holds is immutable, so a shallow copy shares nothing that can change.
+        # All attributes are immutable, so a shallow copy is enough.
         return self.__copy__()
 
     def _state(self, *, with_unstored: bool) -> dict[str, object]:
@@ -113,7 +111,7 @@ class FFError(Exception):
         if not with_unstored:
             state.pop("unstored", None)
         if isinstance(self, OSError):
-            # OSError keeps them beside __dict__.
+            # OSError keeps these two outside __dict__.
             state |= {"errno": self.errno, "strerror": self.strerror}
         return state
 
@@ -127,7 +125,7 @@ _classes[FFError.code] = FFError
 
 
 def _rebuild(cls: type[FFError], args: tuple[object, ...], state: dict[str, object]) -> FFError:
-    # Typed errors take other arguments than their message, so __init__ is not called again.
+    # __init__ is not called: typed errors take other arguments than their message.
     error = cls.__new__(cls)
     error.args = args
     for name, value in state.items():
@@ -151,14 +149,14 @@ def _two_numbers(details: Sequence[bytes]) -> tuple[int, int]:
 
 
 class InvalidInput(FFError, ValueError):
-    """An argument has a value that the library does not accept; the message says what it accepts."""
+    """An argument has a value that the library does not accept; the message names the accepted values."""
 
     code = "invalid_input"
     _sentence = "An argument has a value that is not accepted; see the documentation of the call."
 
     @classmethod
     def _from_details(cls, details: Sequence[bytes]) -> FFError:
-        # A function names the argument; anything else could quote what the caller sent.
+        # Only a plain argument name is quoted; any other text could hold the caller's data.
         if details and re.fullmatch(rb"[a-z][a-z0-9_]{0,63}", details[0]):
             return cls(f"The server functions refused the value of {details[0].decode('ascii')}.")
         return cls()
@@ -179,7 +177,7 @@ class InvalidId(InvalidInput):
 
 
 class InvalidPayload(InvalidInput):
-    """A payload is not accepted, for instance because it is not what its mode needs."""
+    """A payload is not accepted, for instance because it does not fit its mode."""
 
     code = "invalid_payload"
     _sentence = "The payload is not accepted; see the documentation of the frame's mode."
@@ -208,7 +206,7 @@ class PayloadTooLarge(InvalidPayload):
 
 
 class InvalidSequence(InvalidInput):
-    """A frame's sequence is not a whole number from 1 to 2^53-1, or not one that can follow."""
+    """A frame's sequence is not a whole number from 1 to 2^53-1, or cannot follow the last one."""
 
     code = "invalid_sequence"
     _sentence = "The sequence must be a whole number from 1 to 9007199254740991."
@@ -245,7 +243,7 @@ class InvalidHandle(InvalidInput):
 
 
 class HandleFromOtherBackend(InvalidInput):
-    """The handle was made by a backend of another kind than the one it was given to."""
+    """The handle was made by another kind of backend."""
 
     code = "handle_from_other_backend"
     _sentence = "The handle was made by another kind of backend; use it with the one that made it."
@@ -259,7 +257,7 @@ class WriterClosed(FFError):
 
 
 class Overloaded(FFError):
-    """Too much is waiting to be acknowledged; the frame was not accepted.  Drain, then write again."""
+    """Too many bytes are unacknowledged; the frame was not accepted.  Drain, then write again."""
 
     code = "overloaded"
     retryable = True
@@ -281,11 +279,11 @@ class ForkedClient(FFError):
 
 
 class LibraryMismatch(FFError):
-    """The server holds functions with a newer contract than this library understands.
+    """The server's function library has a newer contract than this one.
 
     Args:
-        server: Contract that the server holds.
-        client: Contract that this library speaks.
+        server: Contract of the server's library.
+        client: Contract of this library.
     """
 
     code = "library_mismatch"
@@ -300,11 +298,11 @@ class LibraryMismatch(FFError):
 
 
 class DeploymentMismatch(FFError):
-    """The server's deployment has another number of partitions than this backend was configured for.
+    """The deployment on the server has another partition count than this backend.
 
     Args:
-        server: Partition count that the server holds.
-        client: Partition count that this backend uses.
+        server: Partition count stored on the server.
+        client: Partition count of this backend.
     """
 
     code = "deployment_mismatch"
@@ -332,7 +330,7 @@ def check_int(
 
     Raises:
         InvalidType: The value is not an ``int`` (``bool``, ``float`` and text are not).
-        InvalidInput: It is out of range.  With another *error*, that one is raised in both cases.
+        InvalidInput: The value is out of range.  Another *error* is raised in both cases.
     """
     if type(value) is not int:
         cls = InvalidType if error is InvalidInput else error
@@ -374,7 +372,7 @@ class StreamClosed(FFError):
 
 
 class LeaseExpired(FFError):
-    """The lease ran out by the server's clock: drop the work, and renew earlier next time."""
+    """The lease has expired by the server's clock: drop the work, and renew earlier next time."""
 
     code = "lease_expired"
     _sentence = "The lease has expired; drop the work and renew earlier next time."
@@ -388,11 +386,11 @@ class WriterSuperseded(FFError):
 
 
 class SequenceGap(FFError):
-    """A frame arrived whose sequence is higher than the next one expected.
+    """The sequence of a frame is not the next one of the stream.
 
     Args:
-        expected: Sequence that the stream would accept next.
-        got: Sequence that was sent.
+        expected: Next sequence of the stream.
+        got: Sequence of the frame.
     """
 
     code = "sequence_gap"
@@ -411,11 +409,11 @@ class SequenceGap(FFError):
 
 
 class SummaryConflict(FFError):
-    """The summary is at another version than the patches were made for.
+    """The summary has another version than the base of the patches.
 
     Args:
-        expected: Version that the server holds.
-        got: Base version that was sent.
+        expected: Version on the server.
+        got: Base version of the patches.
     """
 
     code = "summary_conflict"
@@ -435,10 +433,10 @@ class SummaryConflict(FFError):
 
 
 class ExecutionNotActive(FFError):
-    """The execution is in a state in which this call has no meaning.
+    """The call needs an active execution.
 
     Args:
-        state: The state it is in; None when the server did not say.
+        state: Its state; None if the server did not name it.
         terminal_outcome: How it ended; None while it has not ended.
     """
 
@@ -462,7 +460,7 @@ class ExecutionNotActive(FFError):
     @classmethod
     def _from_details(cls, details: Sequence[bytes]) -> FFError:
         state, outcome = [*(detail.decode("ascii") for detail in details[:2]), "", ""][:2]
-        # A newer server may know more words than this library.
+        # A newer library on the server may use more words.
         return cls(
             cast("ExecutionState", state) if state in get_args(ExecutionState) else None,
             cast("CompletionOutcome", outcome) if outcome in get_args(CompletionOutcome) else None,
@@ -491,7 +489,7 @@ class ExecutionNotClaimable(FFError):
 
 
 class CapabilityMismatch(FFError):
-    """The worker does not offer what the execution requires.
+    """The worker lacks capabilities that the execution requires.
 
     Args:
         missing: The capabilities that are missing.
@@ -526,7 +524,7 @@ class FlowAlreadyTerminal(FFError):
 
 
 class WaitpointConflict(FFError):
-    """The id of the waitpoint is that of another execution's or attempt's."""
+    """The waitpoint id belongs to another execution or attempt."""
 
     code = "waitpoint_conflict"
     _sentence = "The waitpoint id belongs to another execution; use a fresh one."
@@ -547,7 +545,7 @@ class InvalidToken(FFError):
 
 
 class SignalLimitExceeded(FFError):
-    """The waitpoint has had as many signals as it may."""
+    """The waitpoint has reached its limit of 10,000 signals."""
 
     code = "signal_limit_exceeded"
     _sentence = "The waitpoint has had 10,000 signals; no more are taken."
@@ -568,21 +566,21 @@ class BudgetNotFound(FFError, LookupError):
 
 
 class Corruption(FFError):
-    """Stored data cannot be read; somebody else wrote to the library's keys."""
+    """Stored data cannot be read; another program wrote to the library's keys."""
 
     code = "corruption"
     _sentence = "Stored data cannot be read; look for another program that writes to these keys."
 
 
-# -- transport, server condition, and answers that make no sense -----------------------------------
+# -- connections, state of the server, and malformed answers ---------------------------------------
 
 
 class _Connecting(FFError):
-    """What happened between this process and a server.
+    """An error between this process and a server.
 
     Attributes:
-        host: Host that was connected to; None with a Unix socket, and where the error does not concern one address.
-        port: Its port; likewise.
+        host: Host of the server; None with a Unix socket, or if the error concerns no single address.
+        port: Port of the server; None as for *host*.
         unix_path: Path of the Unix socket; None without one.
     """
 
@@ -595,8 +593,8 @@ class Unavailable(_Connecting, ConnectionError):
     """The server could not be reached, or is not ready; the call was not sent or not applied.
 
     Attributes:
-        errno: Error number of the operating system; None where it was not the system that refused.
-        strerror: The system's text for it.
+        errno: Error number of the operating system; None if the error came from elsewhere.
+        strerror: The system's text for the number.
     """
 
     code = "unavailable"
@@ -614,7 +612,7 @@ class OutcomeUnknown(FFError, ConnectionError):
 
 
 class DeadlineExceeded(_Connecting, TimeoutError):
-    """No answer came in time: the call may have been applied, unless ``outcome`` says that it was not."""
+    """No answer arrived in time. The call may have been applied, unless ``outcome`` is ``NOT_APPLIED``."""
 
     code = "deadline_exceeded"
     retryable = True
@@ -623,18 +621,18 @@ class DeadlineExceeded(_Connecting, TimeoutError):
 
 
 CredentialFault = Literal["missing", "refused", "not_configured"]
-"""What is wrong with credentials.
+"""Fault of refused credentials.
 
-``missing``: the server wants some and got none. ``refused``: the user name or the password is wrong, or the user is
-disabled. ``not_configured``: a password was sent, and the server's default user has none.
+``missing``: the server requires credentials and got none. ``refused``: the user name or the password is wrong, or the
+user is disabled. ``not_configured``: a password was sent, and the server's default user has none.
 """
 
 
 class AuthenticationFailed(_Connecting, PermissionError):
-    """The server refused the user name or the password, or wants some.
+    """The server refused the user name or the password, or requires them.
 
     Attributes:
-        fault: Which of these; None where the server did not say.
+        fault: See :data:`CredentialFault`; None if the server did not tell.
     """
 
     code = "authentication_failed"
@@ -643,7 +641,7 @@ class AuthenticationFailed(_Connecting, PermissionError):
 
 
 DeniedKind = Literal["command", "key", "channel", "database"]
-"""What a user may not use."""
+"""Kind of object that an ACL denies."""
 
 
 class PermissionDenied(FFError, PermissionError):
@@ -652,10 +650,10 @@ class PermissionDenied(FFError, PermissionError):
     Functions run with the caller's rights.
 
     Attributes:
-        denied: What was refused; None where the server did not say.
-        command: The command that was refused, in lower case, as ``xadd`` or ``config|get``; None where it was not one.
-        function: Lua function that was called; None where none was.
-        location: Place at which it was refused inside the function, as ``lua/append.lua:123``; None where the server did not say.
+        denied: Kind of the denied object; None if the server did not tell.
+        command: The denied command in lower case, as ``xadd`` or ``config|get``; None for another kind.
+        function: Lua function of the call; None without one.
+        location: Line of the function, as ``lua/append.lua:123``; None if the server did not tell.
     """
 
     code = "permission_denied"
@@ -680,9 +678,9 @@ TlsFault = Literal[
 """Why TLS failed.
 
 ``not_tls``: the port does not speak TLS. ``tls_required``: the port speaks TLS, and the client did not.
-``unknown_authority``: nobody who is trusted signed the server's certificate. ``wrong_host``: it was issued for another
-host. ``expired``: it is not valid now. ``client_certificate``: the server wants a certificate of the client, or another
-one. ``files``: a file of certificates or keys cannot be read or used.
+``unknown_authority``: no trusted authority signed the server's certificate. ``wrong_host``: the certificate is for
+another host. ``expired``: the certificate is not valid now. ``client_certificate``: the server requires a client
+certificate, or another one. ``files``: a file of certificates or keys cannot be read or used.
 """
 
 
@@ -690,7 +688,7 @@ class TlsFailed(_Connecting, ConnectionError):
     """The TLS handshake failed: unknown authority, wrong host name, expired or missing certificate.
 
     Attributes:
-        fault: Which of these; None for any other.
+        fault: See :data:`TlsFault`; None for any other fault.
     """
 
     code = "tls_failed"
@@ -699,11 +697,12 @@ class TlsFailed(_Connecting, ConnectionError):
 
 
 class ClusterModeRequired(_Connecting):
-    """The server is a node of a cluster, and the client was not told so."""
+    """The server is a node of a cluster, and the configuration has no ``cluster=true``."""
 
     code = "cluster_mode_required"
     _sentence = (
-        "The server is a node of a cluster; add cluster=true to the URL or to ValkeyConnection."
+        "The server is a node of a cluster and cluster=true is not set; clusters are not supported yet,"
+        " so connect to a standalone server."
     )
 
 
@@ -780,7 +779,7 @@ class Redirected(FFError):
 
 
 class ProtocolError(FFError):
-    """The server's answer is not one that this version of the library understands."""
+    """The server's answer has a form that this version of the library does not know."""
 
     code = "protocol_error"
     outcome = Outcome.UNKNOWN
@@ -791,8 +790,8 @@ class InternalFunctionError(FFError):
     """A server function stopped with an error of its own: a defect, or foreign data in its keys.
 
     Attributes:
-        function: Lua function that was called; None where that is not known.
-        location: Where it stopped, as ``lua/append.lua:123``; None where the server did not say.
+        function: Lua function of the call; None if it is not known.
+        location: Line at which it stopped, as ``lua/append.lua:123``; None if the server did not tell.
     """
 
     function: str | None = None
@@ -808,8 +807,8 @@ class InternalFunctionError(FFError):
 def for_code(code: str, details: Sequence[bytes] = ()) -> FFError:
     """Return the error for the answer ``[0, code, *details]`` of a server function.
 
-    An unknown code, and details that do not belong to the code, give :class:`ProtocolError`; its
-    message names the code if that is a plain word.
+    An unknown code, or details that do not fit the code, give :class:`ProtocolError`. Its message names
+    the code if it is a plain word.
     """
     cls = _classes.get(code)
     if cls is not None:
@@ -846,10 +845,10 @@ _BY_TEXT: tuple[tuple[str, type[FFError]], ...] = (
     ("max number of clients reached", Unavailable),
     ("SELECT is not allowed in cluster mode", ClusterModeRequired),
 )
-"""Texts that the server gives no word of its own, compared from their beginning."""
+"""Error texts without a code word of their own, compared as prefixes."""
 
-# How servers end the error of a function: Valkey 9.1 and Redis 7 without its name. Anchored, since what comes before
-# may hold what somebody sent.
+# End of a function's error: Valkey 9.1 and Redis 7 leave out its name. Anchored, since the text before it may hold
+# the caller's data.
 _ENDS_AT = re.compile(r" script: (?:ff_[a-z0-9_]+, )?on @?user_function:([0-9]{1,7})\.?$")
 _BEGINS_AT = re.compile(r"(?:ERR )?@?user_function:([0-9]{1,7}): ")
 
@@ -857,13 +856,13 @@ _BEGINS_AT = re.compile(r"(?:ERR )?@?user_function:([0-9]{1,7}): ")
 def from_server_error(message: str, function: str | None = None) -> FFError:
     """Return the error for a server's error reply, given without its leading ``-``.
 
-    Only the first word and fixed phrases count.  No other part of the text reaches the error: server errors may quote
-    arguments, keys and user names.  Whatever the class, ``outcome`` is unknown when a command inside a function failed,
-    because writes may have come before it.
+    Only the first word and fixed phrases are read.  No other part of the text reaches the error: server errors may
+    quote arguments, keys and user names.  If a command inside a function failed, ``outcome`` is unknown for every
+    class, since the function may have written before.
 
     Args:
         message: The reply.
-        function: The Lua function that was called, where one was.
+        function: Lua function of the call; None without one.
 
     """
     word, _, rest = message.partition(" ")
@@ -882,7 +881,7 @@ def from_server_error(message: str, function: str | None = None) -> FFError:
     else:
         error = cls()
     if "@user_function" in message or "ACL failure in script" in message:
-        # A command inside a function failed: Lua has no rollback, so earlier writes may stand.
+        # Lua has no rollback, so writes before the failed command stand.
         error.outcome = Outcome.UNKNOWN
     return error
 
@@ -913,7 +912,7 @@ _CREDENTIALS: tuple[tuple[str, CredentialFault, str], ...] = (
 
 
 def credentials_error(text: str) -> AuthenticationFailed:
-    """Return the error for a server's text about credentials, of which nothing is repeated."""
+    """Return the error for a server's text about credentials; no part of the text is repeated."""
     for phrase, fault, sentence in _CREDENTIALS:
         if phrase in text:
             error = AuthenticationFailed(sentence)
@@ -922,7 +921,7 @@ def credentials_error(text: str) -> AuthenticationFailed:
     return AuthenticationFailed()
 
 
-# User names have no blank, so a name cannot pretend to be the rest of the sentence.
+# User names have no blank, so a name cannot imitate the rest of the sentence.
 _DENIED_COMMAND = re.compile(
     r"(?:User \S+|[Tt]his user) has no permissions to run the '([A-Za-z0-9_.|-]{1,64})' command"
 )
@@ -976,7 +975,7 @@ def _stopped(text: str, function: str | None) -> InternalFunctionError:
 
 
 def _location(text: str) -> str | None:
-    """Return the file and line at which a function failed, as far as the server tells."""
+    """Return the file and line at which a function failed; None if the server did not tell."""
     found = _BEGINS_AT.match(text) or _ENDS_AT.search(text)
     if found is None:
         return None
@@ -985,12 +984,12 @@ def _location(text: str) -> str | None:
     try:
         return _library.line_of(int(found[1]))
     except (ValueError, OSError):
-        # Of another version of the library, or in an installation without its files.
+        # Another version of the library, or an installation without its Lua files.
         return None
 
 
 def shows_cluster(text: str) -> bool:
-    """Return whether a server's error reply, or its ``INFO cluster``, is that of a cluster node."""
+    """Return whether a server's error reply, or its ``INFO cluster``, shows a cluster node."""
     return (
         text.startswith(("MOVED ", "ASK ", "CROSSSLOT ", "CLUSTERDOWN "))
         or text.removeprefix("ERR ").startswith("SELECT is not allowed in cluster mode")

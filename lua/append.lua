@@ -352,7 +352,7 @@ local function write_log_frames(call, format, log_key, args, from, after, first_
   return last_id
 end
 
--- Stores what is left of a run without its first `skip` frames. Returns the shorter run.
+-- Stores a run without its first `skip` frames. Returns the shorter run.
 local function write_run_suffix(live_key, id, run, count, skip, args, first_field, last_field)
   local suffix = run_suffix(run, count, skip)
   local entry = { 'run', suffix }

@@ -28,7 +28,7 @@ local function offered_by(args, first)
   return offered
 end
 
--- Puts a waiting execution under a lease. An interrupted attempt goes on, with its stream; else a new attempt begins.
+-- Puts a waiting execution under a lease. An interrupted attempt continues its stream; else a new attempt begins.
 -- Returns execution_id attempt_index attempt_id lease_epoch expires_at_ms kind.
 local function grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, new_attempt_id)
   local call = redis.call
@@ -73,9 +73,9 @@ end
 --   returns: execution_id attempt_index attempt_id lease_epoch expires_at_ms kind next_score
 --   errors:  invalid_input
 --
--- With status NONE nothing matched, and the values are `next_offset next_score`; next_offset is '' when everything was
--- looked at. next_score is the score of the best execution that stays, '' when there is none. A member whose execution
--- is gone or not waiting is removed from the index.
+-- With status NONE nothing matched, and the values are `next_offset next_score`; next_offset is '' at the end of the
+-- index. next_score is the score of the best execution that stays, '' without one. A member whose execution is gone or
+-- not waiting is removed from the index.
 redis.register_function('ff_claim', function(keys, args)
   local call = redis.call
   local eligible_key = keys[1]

@@ -25,7 +25,7 @@ end)
 local function retry_delay(fields)
   local delay = tonumber(fields.retry_delay_ms)
   if fields.retry_backoff == 'exponential' then
-    -- Bounded, as 0 times infinity is no number.
+    -- The growth is bounded: 0 times infinity would be NaN.
     delay = delay * math.min((tonumber(fields.retry_multiplier_percent) / 100) ^ tonumber(fields.retry_count), 2 ^ 53)
   end
   delay = math.min(delay, tonumber(fields.retry_max_delay_ms))
@@ -81,7 +81,7 @@ end)
 --   returns: kind delay_until_ms
 --   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired invalid_input
 --
--- The same attempt, and its stream, go on after the delay.
+-- The same attempt, with its stream, continues after the delay.
 redis.register_function('ff_delay_execution', function(keys, args)
   local core_key = keys[1]
   local attempt_index, lease_id, lease_epoch, delay_ms = unpack(args, 1, 4)
@@ -107,7 +107,7 @@ end)
 --   returns: kind (lane_id eligible_score)...
 --   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired
 --
--- The same attempt goes on when the last child has ended; at once where none is open.
+-- The same attempt continues when the last child has ended; at once if none is open.
 redis.register_function('ff_wait_children', function(keys, args)
   local core_key = keys[1]
   local attempt_index, lease_id, lease_epoch = unpack(args, 1, 3)
@@ -130,9 +130,9 @@ end)
 --   returns: state previous_state (lane_id eligible_score)...
 --   errors:  execution_not_found execution_not_active invalid_input
 --
--- With a grace an active execution is asked first: its worker is told with the answer to its next append or renewal,
--- and the cancellation is forced when the grace is over. The status is REQUESTED then. Cancelling a cancelled
--- execution again answers as the first time.
+-- With a grace, the status for an active execution is REQUESTED: the answer to the next append or renewal notifies its
+-- worker, and a timer forces the cancellation after the grace. Cancelling a cancelled execution again gives the first
+-- answer.
 redis.register_function('ff_cancel_execution', function(keys, args)
   local core_key = keys[1]
   local reason, grace_ms = unpack(args, 1, 2)
@@ -155,7 +155,7 @@ redis.register_function('ff_cancel_execution', function(keys, args)
     local meta_key = ff.attempt_key(execution, 'meta', fields.current_attempt_index)
     redis.call('HSET', meta_key, 'cancel_requested', '1')
     ff.set(execution, 'cancel_requested', '1', 'cancellation_reason', reason)
-    -- Asking again gives no longer grace.
+    -- A second request does not extend the grace.
     redis.call('ZADD', execution.timers_key, 'LT', ff.text(execution.now + grace_ms), 'cancel:' .. execution.id)
     return ff.reply('REQUESTED', from, from)
   end

@@ -1,4 +1,4 @@
--- The table `ff`, which all parts of the library share, and what every part uses.
+-- The table `ff`, shared by all parts of the library, and the helpers that every part uses.
 --
 -- No global is read while the library loads: Valkey 9 hides almost all of them at that time. `redis.call`, `string`,
 -- `tonumber` and the rest are named inside functions only.

@@ -51,8 +51,8 @@ end
 --
 -- Both streams, each after an id of its own, read at one moment up to `log_to` and `live_to`. `log_more` and
 -- `live_more` are '1' where more entries may follow. An attempt is closed by its end, or by the lapse of its lease:
--- nothing can be appended under a lapsed lease, so every reader comes to the same answer by server time. An attempt
--- that nobody has claimed yet reads as empty.
+-- nothing can be appended under a lapsed lease, so every reader gets the same answer by server time. An unclaimed
+-- attempt reads as empty.
 redis.register_function({
   function_name = 'ff_read_range',
   callback = function(keys, args)

@@ -20,7 +20,7 @@ ff.TRANSITIONS = {
   expired = {},
 }
 
--- Terminal states: what the completion says, and why the stream ends.
+-- Terminal states: outcome in the completion, and reason of the stream's end.
 ff.OUTCOMES = { completed = 'success', failed = 'failed', cancelled = 'cancelled', expired = 'expired' }
 ff.END_REASONS = {
   completed = 'attempt_success', failed = 'attempt_failure', cancelled = 'attempt_cancelled', expired = 'expired',
@@ -51,8 +51,8 @@ local function lane_in_key(lane)
   end))
 end
 
--- An execution: the fields of its core, what its keys are spelled from, the time of the call, and the hints for its
--- lane (and its parent's lane). nil where there is none.
+-- An execution: the fields of its core, the parts of its keys, the time of the call, and the hints for its lane (and
+-- its parent's lane). nil if it does not exist.
 function ff.load(core_key, now)
   local fields = ff.hash(core_key)
   if not fields then
@@ -166,7 +166,7 @@ function ff.close_waitpoint(execution, waitpoint_id, why)
   end
 end
 
--- Closes the open suspension and the waitpoints that it names. A pending waitpoint goes on waiting for its suspension.
+-- Closes the open suspension and its waitpoints. Pending waitpoints stay open for a later suspension.
 function ff.close_suspension(execution, why)
   local call = redis.call
   local key = ff.execution_key(execution, 'suspension')
@@ -212,13 +212,13 @@ function ff.expire_flow_later(slot_tag, flow_id, retention_ms)
   redis.call('PEXPIRE', ff.key('flow_members', slot_tag, flow_id), ms)
 end
 
--- What a cancelled flow decides about a member that has not ended:
+-- The fate of a member that has not ended when its flow is cancelled:
 --   'cancel'  the member is cancelled
---   'hold'    the member stays, and nobody may claim it
---   'run'     the member goes on
--- `policy` is nil while the flow is open. An attempt that has begun and is with a worker, suspended, or waiting for a
--- worker to continue it may go on, unless all are cancelled. A member that its own worker put aside, delayed or waiting
--- for children, does not run.
+--   'hold'    the member stays, and cannot be claimed
+--   'run'     the member continues
+-- `policy` is nil while the flow is open. An attempt that is with a worker, suspended, or waiting for a worker to
+-- continue it counts as running, and continues unless all are cancelled. A member that its worker has delayed, or that
+-- waits for children, does not count as running.
 function ff.flow_verdict(policy, interrupted, state)
   if not policy then
     return 'run'
@@ -242,7 +242,7 @@ function ff.flow_verdict_of(execution, state)
   if flow[1] == 'open' then
     return 'run'
   end
-  -- Nobody knows how a flow ended whose key is gone, so its members are neither cancelled nor started.
+  -- Without the flow's key its policy is unknown, so its members are neither cancelled nor started.
   return ff.flow_verdict(flow[2] or 'flow_only', execution.fields.interrupted, state)
 end
 
@@ -296,7 +296,7 @@ local function expire_keys(execution)
   end
 end
 
--- What comes with a terminal state.
+-- The writes that come with a terminal state.
 local function conclude(execution, attempt, reason)
   ff.end_stream(execution, attempt, reason)
   ff.clear_timer(execution, 'deadline')
@@ -335,7 +335,7 @@ function ff.move(execution, to, reason)
   call('XADD', ff.execution_key(execution, 'history'), 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to,
     'attempt', attempt, 'reason', reason or '')
   if to == 'waiting' and ff.flow_verdict_of(execution, to) == 'cancel' then
-    -- Nobody may claim it any more.
+    -- It leaves the index, since it must not be claimed any more.
     ff.set(execution, 'cancellation_reason', 'flow cancelled', 'cancelled_from', from)
     ff.move(execution, 'cancelled')
   elseif to == 'waiting' then

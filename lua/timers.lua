@@ -1,6 +1,6 @@
 -- Timers: one set per partition, member `<kind>:<execution id>[:<more>]`, score the time at which it is due. A
--- supervisor reads what is due and fires each timer by a call that checks again, so any number of supervisors may
--- run. A timer with nothing to do is removed, and one that is early is moved: none stays due.
+-- supervisor reads the due timers and fires each by a call that checks again, so any number of supervisors may run. A
+-- timer with nothing to do is removed, and an early one is moved: none stays due.
 
 -- Whether the filter of a supervisor lets the execution pass.
 local function wanted(execution, namespace, tag_name, tag_value)
@@ -55,7 +55,7 @@ function FIRE.suspension(execution)
 end
 
 function FIRE.cancel(execution)
-  -- The grace is over, whatever state the execution has reached since.
+  -- After the grace an execution is cancelled in any state.
   if not ff.OUTCOMES[execution.state] then
     ff.set(execution, 'cancelled_from', execution.state)
     ff.move(execution, 'cancelled')

@@ -133,7 +133,7 @@ end)
 --   returns:
 --   errors:
 --
--- Takes back a charge whose report was refused elsewhere; does nothing where there is no such charge.
+-- Takes back a charge whose report was refused by another budget; without such a charge it does nothing.
 redis.register_function('ff_release_charge', function(keys)
   local call = redis.call
   local _, usage_key, charge_key = unpack(keys, 1, 3)

@@ -118,7 +118,7 @@ redis.register_function('ff_rotate_waitpoint_secret', function(keys, args)
   if current then
     call('HSET', ring_key, 'expires_at:' .. current, ff.text(now + grace_ms))
   end
-  -- A secret that comes back is current again, so the end that it was given before no longer counts.
+  -- A secret that becomes current again has no end.
   call('HDEL', ring_key, 'expires_at:' .. kid)
   call('HSET', ring_key, 'current_kid', kid, 'secret:' .. kid, secret)
   return ff.ok(current or '')
@@ -131,8 +131,8 @@ end)
 --   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired waitpoint_conflict
 --            invalid_input
 --
--- The same id again answers the same token. expires_ms is how long it may stay pending. kid and secret start the ring
--- of the partition where it is empty.
+-- Repeating an id answers the same token. expires_ms is the longest time that it may stay pending. kid and secret
+-- become the first key of an empty ring.
 redis.register_function('ff_create_waitpoint', function(keys, args)
   local call = redis.call
   local core_key = keys[1]
@@ -169,9 +169,8 @@ end)
 --   node:<i>    parent needed distinct     node 0 is the root, parent -1
 --   leaf:<j>    node waitpoint_id kind matcher
 --   have:<i>:<what>   the signal that contributed; counted in got:<i>
--- A node is met when it has as many distinct contributions as it needs. Each node says what makes a contribution
--- distinct: `waitpoint`, `signal`, `source`, or `leaf` (each leaf once). A node that is met contributes once to its
--- parent.
+-- A node is met when it has as many distinct contributions as it needs. Its rule of distinctness is `waitpoint`,
+-- `signal`, `source`, or `leaf` (each leaf once). A met node contributes once to its parent.
 
 local function matches(kind, matcher, signal)
   if kind == 'signal_name' then
@@ -200,7 +199,7 @@ local function contribute(key, node, what, signal_id)
   return true, met
 end
 
--- What makes the contribution of a signal at a leaf distinct, by the rule of the leaf's node.
+-- The key under which the contribution of a signal at a leaf is distinct, by the rule of the leaf's node.
 local function distinct_part(rule, leaf_index, signal)
   if rule == 'waitpoint' then
     return 'waitpoint ' .. signal.waitpoint_id
@@ -213,7 +212,7 @@ local function distinct_part(rule, leaf_index, signal)
   return 'leaf ' .. leaf_index
 end
 
--- Applies a signal to the open suspension; `ref` is what ff.signal_key takes. Returns the effect of the signal.
+-- Applies a signal to the open suspension; `ref` is the argument of ff.signal_key. Returns the effect of the signal.
 local function apply_signal(execution, ref, signal)
   local call = redis.call
   local key = ff.execution_key(execution, 'suspension')
@@ -296,8 +295,8 @@ local function find_waitpoints(execution, args, first_leaf, leaf_count, node_cou
   return of_leaf, involved
 end
 
--- Applies the buffered signals of the involved waitpoints, in the order in which they came, to whichever waitpoint.
--- Those of other pending waitpoints stay. Returns whether they met the condition.
+-- Applies the buffered signals of all involved waitpoints, in the order of their arrival. Signals of other pending
+-- waitpoints stay. Returns whether they met the condition.
 local function apply_buffered(execution, involved)
   local call = redis.call
   local buffered_key = ff.execution_key(execution, 'signals_buffered')
@@ -483,7 +482,7 @@ redis.register_function({
   flags = { 'no-writes' },
 })
 
--- What happens when nobody met the condition in time.
+-- The timeout of a suspension.
 function ff.expire_suspension(execution)
   local behavior = redis.call('HGET', ff.execution_key(execution, 'suspension'), 'timeout_behavior')
   if behavior == 'auto_resume' then

@@ -10,7 +10,7 @@ import pytest
 from ff_fast._hot.items import AsyncItems, BlockingItems
 
 if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
+    from bench.micro.timing import Benchmark
 
 ITEMS = list(range(1_000))
 
@@ -69,12 +69,12 @@ def compiled_async() -> CompiledAsync:
 
 
 @pytest.mark.parametrize("make", [compiled, Python])
-def test_iterate(benchmark: BenchmarkFixture, make: type[Python]) -> None:
+def test_iterate(benchmark: Benchmark, make: type[Python]) -> None:
     benchmark(lambda: sum(make()))
 
 
 @pytest.mark.parametrize("make", [compiled_async, Python])
-def test_iterate_async(benchmark: BenchmarkFixture, make: type[Python]) -> None:
+def test_iterate_async(benchmark: Benchmark, make: type[Python]) -> None:
     async def taken() -> int:
         return sum([item async for item in make()])
 

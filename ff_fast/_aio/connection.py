@@ -21,11 +21,11 @@ T = TypeVar("T")
 Receiver = Callable[[object], None]
 
 LOST = object()
-"""What a receiver gets in place of a reply that will not come."""
+"""Passed to a receiver in place of a reply when the connection is lost."""
 
 
 class Connection(asyncio.Protocol):
-    """One connection: bytes out; each reply to the receiver whose turn it is."""
+    """One connection: sends requests, and passes each reply to the next receiver in order."""
 
     def __init__(self) -> None:
         import hiredis
@@ -35,11 +35,11 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._stream: asyncio.StreamWriter | None = None
         self._closed_transport: asyncio.Future[None] | None = None
-        # Set while the transport takes more, and when it is gone, so that nobody waits for it.
+        # Set while the transport takes more, and after it is lost, so that no task waits for ever.
         self._can_write = asyncio.Event()
         self.receivers: deque[Receiver] = deque()
         self.silent_since = 0.0
-        # Called when more may be sent, and once each when the connection is lost.
+        # on_can_write: called when more may be sent. on_lost: each called once, when the connection is lost.
         self.on_can_write: Callable[[], None] | None = None
         self.on_lost: list[Callable[[Connection], None]] = []
 
@@ -59,7 +59,7 @@ class Connection(asyncio.Protocol):
         failure: FFError | None = None
         try:
             await connection.connect()
-        except Exception as error:  # noqa: BLE001 - whatever it was, it was on the way to the server
+        except Exception as error:  # noqa: BLE001 - every failure becomes an error of connecting
             failure = _transport.connect_error(error, config)
         except BaseException:
             await connection.disconnect(nowait=True)
@@ -67,7 +67,7 @@ class Connection(asyncio.Protocol):
         if failure is not None:
             await connection.disconnect(nowait=True)
             raise failure
-        # From here on the transport is ours; the handshake has left no byte unread.
+        # The handshake has read all its replies, so another protocol object can take over here.
         self._stream = _transport.take_stream(connection)
         transport = self._stream.transport
         assert isinstance(transport, asyncio.Transport)
@@ -115,7 +115,7 @@ class Connection(asyncio.Protocol):
             if reply is False:
                 break
             if not self.receivers:
-                # A reply that nobody asked for: nothing after it can be trusted.
+                # A reply without a request: replies can no longer be matched to requests.
                 self.abort()
                 return
             self.receivers.popleft()(reply)
@@ -123,7 +123,7 @@ class Connection(asyncio.Protocol):
             self.on_can_write()
 
     def eof_received(self) -> None:
-        # By itself asyncio would first wait until all that is written has gone out, which may be never.
+        # asyncio would first flush the write buffer, which may never finish.
         self.abort()
 
     def pause_writing(self) -> None:
@@ -141,7 +141,7 @@ class Connection(asyncio.Protocol):
         self._fail_receivers()
 
     def abort(self) -> None:
-        """Drop the connection: from here on it is closed, and whoever waits for a reply knows."""
+        """Close the connection at once; every receiver gets `LOST`."""
         if self._transport is not None:
             self._transport.abort()
             self._fail_receivers()
@@ -157,16 +157,16 @@ class Connection(asyncio.Protocol):
             lost(self)
 
     async def wait_closed(self) -> None:
-        """Wait until an aborted connection has let go of its socket."""
+        """Wait until the socket of an aborted connection is closed."""
         if self._closed_transport is not None:
             await asyncio.wait({self._closed_transport})
 
     def post(self, step: Step, timeout: float) -> Replies:
-        """Send the commands of *step*; their replies come to what is returned.
+        """Send the commands of *step*, and return the object that receives their replies.
 
         Args:
             step: The step.
-            timeout: Seconds that the replies may take, beyond what the server may block.
+            timeout: Longest time for the replies in seconds, without the step's block time.
 
         Raises:
             Unavailable: The connection was lost before; nothing was sent.
@@ -180,8 +180,8 @@ class Connection(asyncio.Protocol):
 
         Raises:
             Unavailable: The connection was lost before; nothing was sent.
-            OutcomeUnknown: The connection was lost before the replies had come.
-            DeadlineExceeded: There were none within *timeout* seconds, beyond what the server may block.
+            OutcomeUnknown: The connection was lost before all replies had arrived.
+            DeadlineExceeded: The replies took longer than *timeout* seconds and the step's block time.
         """
         replies = self.post(step, timeout)
         await replies.wait()
@@ -189,7 +189,7 @@ class Connection(asyncio.Protocol):
 
 
 class Replies:
-    """The replies of one step, as they come. Waiting for them may be given up, and taken up again."""
+    """The replies of one step. A wait for them may be cancelled, and another one started later."""
 
     __slots__ = ("_due", "_lost", "_missing", "_replies", "_waiter")
 
@@ -216,10 +216,10 @@ class Replies:
             self._waiter.set_result(None)
 
     async def wait(self, until: float | None = None) -> bool:
-        """Wait for all replies; return whether they have come by *until*, in monotonic time.
+        """Wait for all replies; return whether they have arrived by *until*, in monotonic time.
 
         Raises:
-            DeadlineExceeded: The step has had its time.
+            DeadlineExceeded: The deadline of the step passed.
         """
         if self._missing <= 0:
             return True
@@ -234,7 +234,7 @@ class Replies:
             self._waiter = None
         if self._missing <= 0:
             return True
-        # Only the timer wakes without the replies.
+        # Only the timer can have woken it.
         if due == self._due:
             raise DeadlineExceeded
         return False
@@ -243,7 +243,7 @@ class Replies:
         """Return the replies, in order.
 
         Raises:
-            OutcomeUnknown: The connection was lost before all had come.
+            OutcomeUnknown: The connection was lost before all had arrived.
         """
         if self._lost:
             raise OutcomeUnknown
@@ -251,7 +251,7 @@ class Replies:
 
 
 async def run_steps(steps: Steps[T], request: Callable[[Step], Awaitable[list[object]]]) -> T:
-    """Carry an operation out, and return its value; *request* sends a step and returns its replies."""
+    """Run the steps of an operation, and return its value; *request* sends a step and returns its replies."""
     try:
         step = next(steps)
         while True:

@@ -1,4 +1,4 @@
-"""Leases that are renewed in the background."""
+"""Renewal of leases in the background."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 class LeaseKeeper:
     """Renews a lease in a task of its own until it is stopped or lost: ``async with backend.keep_lease(handle)``.
 
-    Made by :meth:`ff_fast.aio.ValkeyBackend.keep_lease`; the close of the backend ends it too.
+    Made by :meth:`ff_fast.aio.ValkeyBackend.keep_lease`. Closing the backend stops it too.
 
     Attributes:
-        error: Why the lease is gone; None while it is held.
-        cancel_requested: Whether the newest renewal said that the worker is asked to stop.
+        error: Error with which the lease was lost; None while it is held.
+        cancel_requested: Whether the worker is asked to stop, as of the newest renewal.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class LeaseKeeper:
 
     def _start(self, spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
         self._task = spawn(self._main())
-        # Also one that is cancelled before it began is over.
+        # A callback also runs for a task that is cancelled before its first step.
         self._task.add_done_callback(self._ended)
 
     @property
     def held(self) -> bool:
-        """Whether the lease is held, as far as this process can know."""
+        """Whether the lease is held, as far as this process knows."""
         return self.error is None and self._clock.held
 
     async def wait_lost(self, seconds: float) -> bool:
-        """Wait until the lease is gone or nobody renews it any more; returns whether it is."""
+        """Wait at most *seconds* until the lease is lost or the keeper is stopped; return whether it is lost."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._over.wait()
@@ -84,14 +84,14 @@ class LeaseKeeper:
             self._lost(_transport.closed_error())
 
     def _lost(self, error: FFError | None) -> None:
-        # After a stop nobody asks any more: the execution has ended, as it was meant to.
+        # A renewal that fails after stop() is no loss: the execution has usually ended.
         if error is not None and self.error is None and not self._stopped:
             self.error = error
             self._over.set()
             self._on_lost(error)
 
     async def stop(self) -> None:
-        """Stop renewing; the lease runs out by itself unless the execution ends first."""
+        """Stop renewing; the lease lapses by itself unless the execution ends first."""
         self._stopped = True
         if self._task is not None:
             self._task.cancel()

@@ -1,4 +1,4 @@
-"""What is opened with ``async with``, or awaited."""
+"""Objects that open with ``async with`` or ``await``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class _Closing(Protocol):
-    """An asynchronous context manager that is its own target."""
+    """An asynchronous context manager that enters as itself."""
 
     async def __aenter__(self) -> Self: ...
 
@@ -27,7 +27,7 @@ T = TypeVar("T", bound=_Closing)
 
 
 class Opening(Generic[T]):
-    """A backend or a writer that is being opened: awaited, or entered with ``async with``, it is the object itself."""
+    """A backend or a writer that is not open yet; ``await`` and ``async with`` open it and give the object."""
 
     def __init__(self, opening: Callable[[], Coroutine[Any, Any, T]]) -> None:
         self._opening = opening

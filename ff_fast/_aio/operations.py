@@ -1,4 +1,4 @@
-"""The methods of the asyncio backend: operations of the core, carried out here."""
+"""Methods of the asyncio backend, bound to the operations of the core."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def awaited(
     carry_out: Callable[[Operations, R], Coroutine[Any, Any, T]],
     returns: str | None = None,
 ) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]:
-    """Return the coroutine method that makes an operation of its arguments, and carries it out."""
+    """Return a coroutine method that calls *make* with its arguments and awaits the shell's part."""
 
     async def method(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await carry_out(self, make(self._deployment, *args, **kwargs))
@@ -60,7 +60,7 @@ class Operations(Pool):
         super().__init__(config)
         self._opening = asyncio.Lock()
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
-        # Those that `append_frame` opened: nobody else holds them.
+        # Writers opened by `append_frame`, by lease id: this is their only reference.
         self._implicit: dict[str, Writer] = {}
         self._sender = Sender(self._shared, self._prepare, self._spawn, config.retry)
 
@@ -71,7 +71,7 @@ class Operations(Pool):
 
     async def _do(self, call: Call[T]) -> T:
         value = await self._run(call)
-        lease_id = call.released(value)
+        lease_id = call.released_lease(value)
         if lease_id is not None:
             self._close_implicit_writer(lease_id)
         return value
@@ -105,7 +105,7 @@ class Operations(Pool):
     async def _append_frame(self, request: operations.FrameRequest) -> AppendFrameOutcome:
         self._check()
         async with self._opening:
-            # Two callers that opened one each would supersede each other.
+            # One at a time: two concurrent openings would supersede each other.
             writer = self._writers.get(request.lease_id)
             if writer is None or isinstance(writer.error, WriterClosed):
                 opening = operations.open_writer(self._deployment, request.handle)
@@ -138,11 +138,11 @@ class Operations(Pool):
             try:
                 await self._run(request.round)
             except FFError as error:
-                # Work waits for the next round; a server that refuses for good is the operator's to hear of.
+                # A retryable error leaves the timers to the next round; any other needs an operator.
                 if not error.retryable and not self._closed:
                     raise
             until = time.monotonic() + request.interval_s
-            # Any object with is_set() will do, so there is no event of this loop to wait for.
+            # *stop* may be any object with is_set(), so it can only be polled.
             while (left := until - time.monotonic()) > 0 and not stopped():  # noqa: ASYNC110
                 await asyncio.sleep(min(left, _STOP_LOOK_S))
 

@@ -1,4 +1,4 @@
-"""The connections of one backend: what runs on them and is tried again, the loop it happens on, and their end."""
+"""The connection pool of one backend, the retries of its calls, and the checks of loop and process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# More calls than this wait their turn on one connection: the batches of the writers behind them grow meanwhile.
+# Bound of the requests in flight on the shared connection; beyond it calls queue, and open batches grow.
 CALLS_IN_FLIGHT = 256
 
 
@@ -31,8 +31,8 @@ class SharedConnection:
     """The connection that calls and writers share.
 
     Attributes:
-        connection: None until it is connected, and while it is lost.
-        closing: It will not be connected again.
+        connection: None before the first connect, and after a loss until the next one.
+        closing: True when the backend is closed; the connection is not made again.
         on_can_write: Called when more may be sent.
         on_lost: Called when the connection is lost.
     """
@@ -56,12 +56,12 @@ class SharedConnection:
         self.on_lost: Callable[[], None] | None = None
 
     def watch_soon(self) -> None:
-        """Look after the time of a request whether the server has answered."""
+        """Check for a silent server after one request timeout."""
         if self._watch is None:
             self._watch = self._loop.call_later(self._timeout_s, self._watch_now)
 
     def _watch_now(self) -> None:
-        """A server that is silent while it owes replies is taken for lost."""
+        """Abort the connection if the server owes replies and has sent nothing for a request timeout."""
         self._watch = None
         connection = self.connection
         if connection is None or not connection.receivers:
@@ -78,7 +78,7 @@ class SharedConnection:
                 self.on_lost()
 
     async def connected(self) -> Connection:
-        """The connection, made again where it was lost: once, for all who wait for it."""
+        """Return the connection; make it again if it was lost. Concurrent callers share one attempt."""
         if self.connection is not None and not self.connection.closed:
             return self.connection
         if self.closing:
@@ -86,7 +86,7 @@ class SharedConnection:
         if self._connecting is None:
             self._connecting = self._spawn(self._connect())
         task = self._connecting
-        # Not awaited itself: a caller that is cancelled would take it along.
+        # Awaiting the task directly would cancel it along with a cancelled caller.
         await asyncio.wait({task})
         if task.cancelled():
             raise _transport.closed_error()
@@ -115,7 +115,7 @@ class SharedConnection:
         try:
             async with asyncio.timeout(self._timeout_s) as waiting, self._turn:
                 await connection.wait_writable()
-                # From here on the deadline is that of the reply.
+                # The queueing deadline is met; the replies have a deadline of their own.
                 waiting.reschedule(None)
                 self.watch_soon()
                 return await connection.request(step, self._timeout_s)
@@ -133,7 +133,7 @@ class SharedConnection:
 
 
 class Pool:
-    """Connections to one server, on the loop that made them: one that calls and writers share, and others apart."""
+    """Connections to one server, on one loop: one shared by calls and writers, others for blocking reads and claims."""
 
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
@@ -154,13 +154,13 @@ class Pool:
         return self._closed
 
     async def close(self) -> None:
-        """Close every connection; what waits for a reply there ends with an error."""
+        """Close every connection; callers that wait for a reply get an error."""
         self._closed = True
         if self._pid != os.getpid():
-            # The sockets and the loop's selector are shared with the parent, which goes on using them.
+            # The parent still uses the sockets and the loop's selector, which a fork shares.
             return
         self._check_loop()
-        # All that matters happens before the first wait, in which a caller may be cancelled.
+        # Everything is aborted before the first await, in which the caller may be cancelled.
         tasks, connections = list(self._tasks), list(self._own)
         self._stop()
         for task in tasks:
@@ -173,7 +173,7 @@ class Pool:
             await connection.wait_closed()
 
     def _stop(self) -> None:
-        """End what goes on, without waiting."""
+        """Abort the shared connection, without waiting."""
         self._shared.stop()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -185,7 +185,7 @@ class Pool:
     def _reap(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            # Whoever waits for it sees the error too; they may all have been cancelled.
+            # Reading the exception marks it as retrieved: all waiting callers may have been cancelled.
             error = task.exception()
             if error is not None and not isinstance(error, FFError):
                 self._loop.call_exception_handler(
@@ -203,7 +203,7 @@ class Pool:
             raise WrongLoop
 
     def _check_thread(self) -> None:
-        """Check that `write` runs on our loop's thread: elsewhere it could not wake the loop."""
+        """Check that `write` runs on the loop's thread: elsewhere it could not wake the loop."""
         if self._thread != threading.get_ident() or self._loop.is_closed():
             raise WrongLoop
         if asyncio._get_running_loop() not in (self._loop, None):
@@ -233,7 +233,7 @@ class Pool:
         raise failure
 
     async def _prepare(self, connection: Connection) -> None:
-        """Load the library where it is missing, and check that the deployment is the one that is known."""
+        """Load the library if it is missing, and check the deployment."""
         await run_steps(self._deployment.prepare(), self._requests_on(connection))
 
     def _requests_on(self, connection: Connection) -> Callable[[Step], Awaitable[list[object]]]:
@@ -255,13 +255,13 @@ class Pool:
             self._idle.append(connection)
 
     async def _run(self, call: Call[T]) -> T:
-        """Carry a call out, again where it may be repeated, until the retries of the configuration are used up."""
+        """Make a call; retry as the configuration and the call allow."""
         retries = Retries(self.config.retry, repeatable=call.repeatable)
         missing = False
         while True:
             self._check()
             if not call.repeatable:
-                # Yield twice, so that a pending end of the connection is seen before the call is sent.
+                # Yield twice so that a pending EOF is seen before a call that must not be repeated is sent.
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
             try:

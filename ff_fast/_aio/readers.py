@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=readers.HasCursor)
 
 PARK_S = 1.0
-"""How long a reader whose read was cancelled keeps its connection for the next one."""
+"""Time, in seconds, that a reader keeps its connection for the next read after a cancelled one."""
 
 
 class Reader(readers.ReaderState[T], AsyncItems[T]):
-    """What tails and subscriptions have in common. An asynchronous iterator and context manager.
+    """Base of tails and subscriptions: an asynchronous iterator and context manager.
 
-    One task at a time reads. Between two reads at most one answer of the server is on its way. All state of a read
-    stands here, so a cancelled one goes on with the next.
+    One task at a time reads. Between two reads at most one request is in flight. The reader holds all state of a read,
+    so the next read continues a cancelled one.
     """
 
     def __init__(self, pool: Pool, source: Source[T]) -> None:
@@ -39,22 +39,22 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         self._pool = pool
         self._loop = pool._loop
         self._connection: Connection | None = None
-        # Replies to the step that was sent.
+        # Replies to the step in flight.
         self._replies: Replies | None = None
         self._reading = False
         self._parking: asyncio.TimerHandle | None = None
 
     async def next_batch(self, timeout: float | timedelta | None = None) -> list[T]:
-        """Return all items of the server's next answer, or those that are left of the last one.
+        """Return all items of the server's next answer, or the items left of the last one.
 
         Args:
-            timeout: How long to wait, in seconds or as a ``timedelta``; None waits until there are items.
+            timeout: Longest wait, in seconds or as a ``timedelta``; None waits until there are items.
 
         Returns:
-            The items; none where nothing came in time, and behind the end.
+            The items; an empty list if none arrived in time, and after the end.
 
         Raises:
-            FFError: As iterating raises.
+            FFError: The same errors as iterating.
         """
         deadline = readers.deadline(timeout)
         return self._take_all() or (self._take_all() if await self._read(deadline) else [])
@@ -79,10 +79,10 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
                     if not await self._advance(until):
                         break
                 except FFError as error:
-                    self._let_go()
+                    self._drop_connection()
                     self._failed(error, closed=self._pool.closed)
             if self._source.ended:
-                self._let_go()
+                self._drop_connection()
         except asyncio.CancelledError:
             self._parking = self._loop.call_later(PARK_S, _park, weakref.ref(self))
             raise
@@ -91,7 +91,7 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         return not self._empty
 
     async def _wait(self, until: float | None) -> bool:
-        """Wait until the server may be asked again; return whether that is before *until*."""
+        """Wait for the end of a retry's pause; return whether it ends before *until*."""
         pause = self._resume_at - time.monotonic()
         if pause <= 0:
             return True
@@ -100,7 +100,7 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         return pause <= left
 
     async def _advance(self, until: float | None) -> bool:
-        """Send the next step, or take the replies to the last one; return whether they came before *until*."""
+        """Send a step, or take the replies to the one in flight; return whether they came by *until*."""
         if self.closed:
             raise readers.closed_error()
         if not await self._wait(until):
@@ -121,26 +121,26 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
             self._replies = connection.post(step, self._pool._timeout_s)
         return True
 
-    def _let_go(self) -> None:
-        """Give the connection back, or drop it where a reply is still to come."""
+    def _drop_connection(self) -> None:
+        """Give the connection back, or abort it if a reply is owed."""
         self._replies = None
         connection, self._connection = self._connection, None
         if connection is not None:
             self._pool._release(connection)
 
     def _park(self) -> None:
-        """Nobody went on after a cancellation: give up the answer that is on its way, and its connection."""
+        """Release the connection if no read has followed a cancelled one; the answer in flight is read again later."""
         if not self._reading and self._connection is not None:
-            self._let_go()
+            self._drop_connection()
             self._restart()
 
     async def aclose(self) -> None:
-        """Stop reading, and give the connection back. A read that waits ends with an error."""
+        """Stop reading, and release the connection. A waiting read raises an error."""
         self._closed = True
         if self._reading and self._connection is not None:
             self._connection.abort()
         else:
-            self._let_go()
+            self._drop_connection()
 
     async def __aenter__(self) -> Self:
         return self
@@ -149,7 +149,7 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         await self.aclose()
 
     def __del__(self) -> None:
-        # A loop over the reader was left in the middle. The collector may run on any thread.
+        # A loop over the reader may have been left early. The collector may run on any thread.
         connection = self.__dict__.get("_connection")
         if connection is not None:
             with contextlib.suppress(RuntimeError):

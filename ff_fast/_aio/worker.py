@@ -1,4 +1,4 @@
-"""The asyncio worker: claims executions, awaits the handler in tasks, and does what the core decides."""
+"""The asyncio worker: claims executions, awaits handlers in tasks, and performs the core's actions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Handler = Callable[["Task"], Awaitable[bytes | str | None]]
 def of_task(
     make: Callable[Concatenate[Deployment, Handle, P], Call[T]],
 ) -> Callable[Concatenate[Task, P], Coroutine[Any, Any, T]]:
-    """Return the method of a task that carries an operation on its handle out."""
+    """Return a task's method that runs an operation on the task's handle."""
 
     async def method(self: Task, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._backend._do(
@@ -60,7 +60,7 @@ def of_task(
 def releasing(
     make: Callable[Concatenate[Deployment, Handle, P], Call[Any]],
 ) -> Callable[Concatenate[Task, P], Coroutine[Any, Any, NoReturn]]:
-    """Return the method of a task that releases its lease, and leaves the handler."""
+    """Return a task's method that releases the lease, and leaves the handler."""
 
     async def method(self: Task, /, *args: P.args, **kwargs: P.kwargs) -> NoReturn:
         call = make(self._backend._deployment, self.handle, *args, **kwargs)
@@ -75,7 +75,7 @@ def releasing(
 def suspending(
     make: Callable[Concatenate[Deployment, Handle, P], Call[SuspendOutcome]],
 ) -> Callable[Concatenate[Task, P], Coroutine[Any, Any, tuple[ResumeSignal, ...]]]:
-    """Return the method of a task that suspends it; it returns only where nothing was to be waited for."""
+    """Return a task's method that suspends it; it returns only if the condition was met already."""
 
     async def method(self: Task, /, *args: P.args, **kwargs: P.kwargs) -> tuple[ResumeSignal, ...]:
         call = make(self._backend._deployment, self.handle, *args, **kwargs)
@@ -108,17 +108,17 @@ class Task(TaskState[Writer, LeaseKeeper]):
 
     @property
     def cancelled(self) -> bool:
-        """Whether the handler should stop: a cancellation was asked for, the lease is gone, or the backend closed."""
+        """Whether the handler should stop: a cancellation is requested, the lease is lost, or the backend is closed."""
         return self.cancel_requested or self._backend.closed or not self._holds_lease
 
     async def _close(self, timeout_s: float | None) -> None:
-        """Store everything that was written, and close the writer."""
+        """Store all written frames, and close the writer."""
         if self._current_writer is not None:
             await self._current_writer.close(timeout_s)
 
 
 class WorkerLoop:
-    """Claims executions of one lane and awaits a handler for each, as many at once as *concurrency* says."""
+    """Claims executions of one lane and awaits a handler for each, *concurrency* at once."""
 
     def __init__(self, backend: Operations, handler: Handler, options: WorkerOptions) -> None:
         if not callable(handler):
@@ -126,12 +126,12 @@ class WorkerLoop:
         self._backend = backend
         self._handler = handler
         self._options = options
-        # Its own, as the caller's event may stop other workers too.
+        # The caller's event may be shared with other workers, so this loop never sets it.
         self._halt = asyncio.Event()
         self._error: BaseException | None = None
 
     async def run(self) -> None:
-        """Run until told to stop or, in the main thread, by SIGTERM or SIGINT; or until the backend is closed."""
+        """Run until the caller's event, SIGTERM or SIGINT (in the main thread), or the backend's close."""
         loop = asyncio.get_running_loop()
         restore = _process.on_stop_signals(lambda: _tell(loop, self._halt))
         try:
@@ -164,7 +164,7 @@ class WorkerLoop:
                             await self._halt.wait()
                     continue
                 if handle is not None:
-                    # Also when it is time to stop: it is claimed.
+                    # Run it even if a stop was requested meanwhile: it is claimed.
                     await self.run_one(handle)
         except asyncio.CancelledError:
             raise
@@ -174,13 +174,13 @@ class WorkerLoop:
             self._halt.set()
 
     async def run_one(self, handle: Handle) -> None:
-        """Run the handler for one claimed execution, and end it as the handler ended."""
+        """Run the handler for one claimed execution, and end the execution."""
         task = Task(self._backend, handle, self._options.mode)
         async with self._backend.keep_lease(handle, task._lose) as task._keeper:
             await self._drive(task, worker_core.attend(self._backend, task, self._options.mode))
 
     async def _drive(self, task: Task, actions: Actions) -> None:
-        # Past an interruption, what is left to do is bounded: whoever cancels the worker waits for it.
+        # The caller that cancels the worker waits for it, so the actions after an interrupt have a deadline.
         until: float | None = None
         try:
             action = next(actions)
@@ -223,7 +223,7 @@ class WorkerLoop:
             current = asyncio.current_task()
             if current is not None and current.cancelling():
                 raise
-            # Not of the worker: something that the handler waited for was cancelled.
+            # The worker itself is not cancelled: the handler awaited a cancelled task.
             return Raised(error)
         except BaseException as error:
             if not is_handlers_own(error):
@@ -234,5 +234,5 @@ class WorkerLoop:
 def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
     """Set an event of a loop from a signal handler."""
     with contextlib.suppress(RuntimeError):
-        # A loop that is closed runs no worker any more.
+        # A closed loop runs no worker.
         loop.call_soon_threadsafe(event.set)

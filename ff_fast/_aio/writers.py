@@ -1,4 +1,4 @@
-"""Writers, and how they take turns on the connection that a backend's calls and writers share."""
+"""Writers, and their batches on the connection that a backend's calls and writers share."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class Sender:
-    """All writers on the connection that they share: what they have goes out together."""
+    """Sends the batches of all writers on the shared connection, many in one write."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Sender:
         self._loop.call_later(writer._linger_us / 1e6, writer._seal_soon)
 
     def _pump(self) -> None:
-        """Send what the waiting writers have, as one write."""
+        """Send the batches of the ready writers in one write."""
         self._pump_scheduled = False
         queue = self._queue
         if not queue or self._shared.closing or self._recovering is not None:
@@ -112,16 +112,16 @@ class Sender:
             self._recovering = self._spawn(self._recover(error))
 
     async def _recover(self, error: FFError | None) -> None:
-        """After a failure: give the server a moment, and what it lacks, until the writers can go on; or give up."""
+        """Back off; connect again or load the library if needed; fail the writers when the retries are used up."""
         try:
             while True:
                 if error is not None:
                     pause = self._retries.pause(error)
                     if pause is None:
-                        self._give_up(error)
+                        self._fail_waiting(error)
                         return
                     if isinstance(error, NotPrimary) and self._shared.connection is not None:
-                        # The name may lead to another server by now.
+                        # Connect again: the host name may resolve to the new primary.
                         self._shared.connection.abort()
                     await asyncio.sleep(pause)
                 try:
@@ -136,8 +136,8 @@ class Sender:
             self._recovering = None
             self._pump()
 
-    def _give_up(self, error: FFError) -> None:
-        # The next writer begins with all its retries.
+    def _fail_waiting(self, error: FFError) -> None:
+        # The next writer starts with all retries.
         self._retries.reset()
         waiting, self._queue = self._queue, deque()
         for writer in waiting:
@@ -152,12 +152,12 @@ class Sender:
             self._recover_soon(OutcomeUnknown())
 
     def stop(self) -> None:
-        """Fail every writer; the connection is closed."""
+        """Fail every writer, since the backend is closed."""
         for writer in list(self.writers):
             writer._fail(WriterClosed())
 
     def _forked(self) -> None:
-        """Called in a forked child."""
+        """Fail every writer in a forked child."""
         for writer in list(self.writers):
             writer._forked()
 
@@ -165,7 +165,7 @@ class Sender:
 def waiting(
     make: Callable[Concatenate[SharedWriter, P], Wait[T]],
 ) -> Callable[Concatenate[Writer, P], Coroutine[Any, Any, T]]:
-    """Return the method of a writer that waits as the core says."""
+    """Return a writer's method that performs a wait of the core."""
 
     async def method(self: Writer, /, *args: P.args, **kwargs: P.kwargs) -> T:
         self._pool._check_loop()
@@ -196,7 +196,7 @@ class Writer(SharedWriter):
         self._sender.linger(self)
 
     def _forked(self) -> None:
-        """The frames are the parent's, which stores them."""
+        """Fail in a forked child, without ``unstored``: the parent still stores the frames."""
         self._waiters.clear()
         error = ForkedClient()
         self._fail(error)
@@ -243,9 +243,9 @@ class Writer(SharedWriter):
         if kind is None:
             await self.close()
             return
-        # The error of the block says what went wrong first; `error` keeps what was not stored.
+        # The block's own error is the cause; the writer's stays in `error`, with its unstored frames.
         with contextlib.suppress(FFError):
-            # Not for long: whoever interrupts the block wants to get away.
+            # Bounded, so that an interrupted block ends soon.
             await self.close(self._pool._timeout_s)
 
 

@@ -1,4 +1,4 @@
-"""How a shell makes methods of operations that the core declares: same names, same documentation, same defaults."""
+"""Binding: a shell's methods take name, signature and documentation from the core's operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class OnDeployment(Protocol):
-    """A backend: it knows its deployment."""
+    """A backend, as far as binding needs it."""
 
     @property
     def _deployment(self) -> Deployment: ...
@@ -32,11 +32,11 @@ def bind(
     carry_out: Callable[[S, R], T],
     returns: str | None = None,
 ) -> Callable[Concatenate[S, P], T]:
-    """Return the method that makes an operation of its arguments, and carries it out.
+    """Return a method that calls *make* with its arguments and passes the result to *carry_out*.
 
     Args:
         make: The operation of the core.
-        carry_out: What the shell does with it.
+        carry_out: The shell's part.
         returns: Annotation of the result; None takes the operation's.
     """
 
@@ -49,7 +49,7 @@ def bind(
 def of_handler(
     make: Callable[Concatenate[Deployment, P], R], carry_out: Callable[[S, H, R], T]
 ) -> Callable[Concatenate[S, H, P], T]:
-    """Return the method whose first argument is a handler of the shell's kind, in front of the operation's."""
+    """Return a method that takes the shell's kind of handler before the operation's arguments."""
 
     def method(self: S, handler: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return carry_out(self, handler, make(self._deployment, *args, **kwargs))
@@ -66,14 +66,14 @@ def dressed(
     *,
     hidden: int = 1,
 ) -> F:
-    """Give *method* the name, the documentation and the signature of *make*.
+    """Give *method* the name, the documentation and the signature of *make*, and return it.
 
     Args:
         method: A function whose first parameter is ``self``.
-        make: The operation; its first *hidden* parameters are not the caller's.
+        make: The operation.
         returns: Annotation of the result. None takes that of *make*, without the ``Call`` around it.
-        first: A parameter that the shell puts before those of *make*.
-        hidden: How many parameters of *make* the shell fills in.
+        first: Extra parameter of the shell, before those of *make*.
+        hidden: Number of leading parameters of *make* that the shell fills in.
     """
     declared = inspect.signature(make)
     if returns is None:

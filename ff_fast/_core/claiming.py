@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, NamedTuple
 from ff_fast import keys
 from ff_fast._core import ops
 from ff_fast._core.ready import ready_hint, sweep
-from ff_fast._core.steps import Pause, Step, Steps, ask, checked, command
+from ff_fast._core.steps import Pause, Step, Steps, checked, command, send_one
 
 if TYPE_CHECKING:
     from ff_fast._core.deployment import Deployment
     from ff_fast.types import CapabilitySet, Handle
 
 SWEEP_EVERY_S = 5.0
-"""How often one worker looks at all partitions while it finds no hint: 256 small reads in one round trip."""
+"""Interval of a waiting worker's sweeps over all partitions; one costs 256 small reads in one round trip."""
 
 _SWEEP_IMMEDIATE_S = 1.0
 _MISFIT_PAUSE_S = 0.05
 
 
 class ClaimRequest(NamedTuple):
-    """What a worker asks for, checked."""
+    """Checked arguments of a claim."""
 
     lane: str
     worker_id: str
@@ -33,16 +33,19 @@ class ClaimRequest(NamedTuple):
 
 
 def claim(on: Deployment, request: ClaimRequest) -> Steps[Handle | None]:
-    """Claim the best execution that a hint leads to; None where there is none within the wait."""
+    """Claim the best execution of a hinted partition; None if the wait ends without one.
+
+    A claim takes 2 or 3 round trips: the hint is popped from the lane, the execution is claimed in its partition, and a
+    hint goes back if more work stays there. Lane and partition are in different slots, so no single call can do it.
+    """
     lane = request.lane
     ready = keys.ready(lane)
     deadline = time.monotonic() + (request.max_wait_s or 0.0)
     if on.sweep_overdue(lane):
-        # A lane that never runs dry would else never find a hint that was lost.
         yield from sweep(lane, on.partitions)
     while True:
         misfits: set[int] = set()
-        popped = yield from ask(command(b"ZPOPMIN", ready))
+        popped = yield from send_one(command(b"ZPOPMIN", ready))
         left = deadline - time.monotonic()
         if not popped:
             every = _SWEEP_IMMEDIATE_S if request.max_wait_s is None else SWEEP_EVERY_S
@@ -51,17 +54,17 @@ def claim(on: Deployment, request: ClaimRequest) -> Steps[Handle | None]:
                     continue
             elif left > 0:
                 block = min(left, SWEEP_EVERY_S)
-                popped = yield from ask(command(b"BZPOPMIN", ready, b"%.3f" % block), block)
-                # BZPOPMIN names the key first.
+                popped = yield from send_one(command(b"BZPOPMIN", ready, b"%.3f" % block), block)
+                # BZPOPMIN answers the key first.
                 popped = popped[1:] if popped else popped
         if popped:
             partition = int(popped[0])
             claimed = yield from _claim_partition(request, partition)
             if claimed.handle is None and claimed.next_score is None:
-                # A stale hint; it is gone now.
+                # The hint was stale; the pop has removed it.
                 continue
             if claimed.handle is None:
-                # Somebody else may be able to do what is there; look for other work before the next wait.
+                # The work there needs other capabilities; try the other partitions before the next wait.
                 misfits.add(partition)
                 claimed = yield from _claim_elsewhere(request, misfits)
             if claimed.handle is not None:
@@ -74,14 +77,14 @@ def claim(on: Deployment, request: ClaimRequest) -> Steps[Handle | None]:
 
 
 def _claim_elsewhere(request: ClaimRequest, misfits: set[int]) -> Steps[ops.Claimed]:
-    """Try the hints of the partitions that are not among *misfits*, which those without fitting work join."""
+    """Try all hinted partitions except *misfits*; add those without fitting work to *misfits*."""
     ready = keys.ready(request.lane)
     claimed = ops.Claimed(None, None, None)
-    for other in (yield from ask(command(b"ZRANGE", ready, b"0", b"-1"))):
+    for other in (yield from send_one(command(b"ZRANGE", ready, b"0", b"-1"))):
         if int(other) in misfits:
             continue
         misfits.add(int(other))
-        # Taken as by a pop, so that a stale hint behind one that nobody can use goes too.
+        # ZREM, like a pop, so stale hints queued behind an unusable one are removed too.
         (taken,) = yield Step((command(b"ZREM", ready, other),))
         checked(taken)
         if taken:
@@ -92,7 +95,7 @@ def _claim_elsewhere(request: ClaimRequest, misfits: set[int]) -> Steps[ops.Clai
 
 
 def _claim_partition(request: ClaimRequest, partition: int) -> Steps[ops.Claimed]:
-    """One claim on a partition; a hint of what stays there goes back to the ready queue."""
+    """Claim in one partition; publish a hint again if work stays there."""
     offset = 0
     while True:
         op = ops.claim(
@@ -112,5 +115,5 @@ def _claim_partition(request: ClaimRequest, partition: int) -> Steps[ops.Claimed
             break
         offset = answer.next_offset
     if answer.next_score is not None:
-        yield from ask(ready_hint(request.lane, partition, answer.next_score))
+        yield from send_one(ready_hint(request.lane, partition, answer.next_score))
     return answer

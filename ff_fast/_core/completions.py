@@ -1,4 +1,4 @@
-"""Subscribers to the executions that end, without I/O."""
+"""Subscriptions to ended executions, without I/O."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _START = "0-0"
 _LAST_OF_A_MS = 10**16 - 1
 
 COMPLETION_BLOCK_MS = 5_000
-"""How long a subscription blocks on the server at the most."""
+"""Longest block of a subscription on the server, in ms."""
 
 
 def _cursor(start: str, ids: dict[int, str]) -> str:
@@ -24,18 +24,18 @@ def _cursor(start: str, ids: dict[int, str]) -> str:
 
 
 class CompletionCore:
-    """A subscriber to the executions that end, without I/O: what to ask next, and what the answer brought.
+    """A subscription to ended executions: makes requests, and completions from the replies.
 
-    One read covers the completion streams of all partitions. The cursor says where the subscription began, by the
-    server's clock, and the newest id of every partition that has brought something since.
+    One read covers the completion streams of all partitions. The cursor holds the start of the subscription, by the
+    server's clock, and the newest id read from each partition since.
 
     Args:
-        partitions: How many partitions there are.
-        after: Cursor of an earlier subscription; None begins now, ``start`` with everything that is kept.
-        scope: Which executions are wanted.
+        partitions: Number of partitions of the deployment.
+        after: Cursor of an earlier subscription; None begins now, ``start`` with the oldest completion kept.
+        scope: Filter of the executions.
     """
 
-    __slots__ = ("_first", "_ids", "_partitions", "_scope", "_start", "_unsure")
+    __slots__ = ("_check_trimmed", "_first", "_ids", "_partitions", "_scope", "_start")
 
     ended = False
 
@@ -44,8 +44,8 @@ class CompletionCore:
         self._scope = scope
         self._start: str | None = None
         self._ids: dict[int, str] = {}
-        # Whether completions behind the cursor may have been trimmed since it was made.
-        self._unsure = after is not None
+        # Completions after the cursor may have been trimmed, so the next read checks.
+        self._check_trimmed = after is not None
         if after is not None:
             self._move(_START if after == "start" else after)
         self._first = None if after is None else _cursor(str(self._start), self._ids)
@@ -65,26 +65,26 @@ class CompletionCore:
 
     @property
     def start(self) -> str | None:
-        """Where the subscription began; None until it has learned the server's time."""
+        """Cursor of the beginning; None until the server's time is known."""
         return self._first
 
     def restart(self, cursor: str | None = None) -> None:
-        """Go on behind *cursor*, or behind what was read last; either may be trimmed by now."""
+        """Continue after *cursor*, or after the last read; completions there may have been trimmed meanwhile."""
         if cursor is not None:
             self._move(cursor)
-        self._unsure = self._start is not None
+        self._check_trimmed = self._start is not None
 
     def read(self) -> Steps[list[CompletionPayload]]:
-        """Wait for up to :data:`COMPLETION_BLOCK_MS`; returns what ended since, each with the cursor behind it."""
+        """Wait up to :data:`COMPLETION_BLOCK_MS`; return new completions, each with the cursor after it."""
         if self._start is None:
             now = yield from server_ms(keys.completions(keys.slot_tag(0)))
-            # Below every id from now on: the first of this millisecond may be still to come.
+            # The last id of the millisecond before, since completions of this millisecond may follow.
             self._start = f"{now - 1}-{_LAST_OF_A_MS}"
             self._first = self._start
         indexes = range(self._partitions)
-        if self._unsure:
+        if self._check_trimmed:
             yield from self._check_kept(self._start)
-            self._unsure = False
+            self._check_trimmed = False
         names = [keys.completions(keys.slot_tag(index)) for index in indexes]
         request = pack_command(
             b"XREAD", b"COUNT", b"100", b"BLOCK", b"%d" % COMPLETION_BLOCK_MS, b"STREAMS",
@@ -110,7 +110,7 @@ class CompletionCore:
         return found
 
     def _check_kept(self, base: str) -> Steps[None]:
-        """Raise ``InvalidCursor`` where what comes next may have been trimmed."""
+        """Raise ``InvalidCursor`` if completions after the cursor may have been trimmed."""
         names = [keys.completions(keys.slot_tag(index)) for index in range(self._partitions)]
         infos = [Command(name, pack_command(b"XINFO", b"STREAM", name)) for name in names]
         for index, reply in enumerate((yield Step(infos))):
@@ -119,7 +119,7 @@ class CompletionCore:
             flat = cast("list[Any]", checked(reply))
             about = dict(zip(flat[::2], flat[1::2], strict=True))
             first = about[b"recorded-first-entry-id"].decode()
-            # The server does not say what was trimmed last; of thousands that may be, the one before the first.
+            # The server does not report the last trimmed id, so any cursor before the first kept entry is refused.
             trimmed = about[b"entries-added"] > about[b"length"]
             here = self._ids.get(index, base)
             if trimmed and here != _START and ops.entry_id(here) < ops.entry_id(first):
@@ -132,7 +132,7 @@ class CompletionCore:
 def _completion_of(
     fields: dict[str, bytes], cursor: str, scope: ScannerFilter
 ) -> Steps[CompletionPayload | None]:
-    """Make the value of a record; None where the filter leaves it out. A large result is read from the execution."""
+    """Return the completion of a record; None if the filter excludes it. A large result is read from the execution."""
     execution_id = fields["execution_id"].decode()
     if scope.namespace is not None and fields["namespace"].decode() != scope.namespace:
         return None
@@ -145,7 +145,7 @@ def _completion_of(
         if "payload_bytes" in fields and payload is None:
             payload = yield from ops.call(ops.read_result(execution_id))
     except ExecutionNotFound:
-        # Its retention is over: what the record says is all there is, and a filter by tag cannot be answered.
+        # The execution's retention is over: only the record is left, and its tags cannot be compared.
         if scope.instance_tag is not None:
             return None
         payload = None

@@ -1,4 +1,4 @@
-"""What a backend knows of the deployment that it is connected to, and what every new connection checks."""
+"""The deployment behind a server: its partition count, and the checks of every new connection."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _LANES = 1_024
 
 
 class Deployment:
-    """The partition count of a deployment, and when this backend swept its lanes last.
+    """The partition count of a deployment, and the times of this backend's last sweeps.
 
     Attributes:
-        partitions: How many partitions the deployment has. The server's own number counts from the first connection
-            on; before that it is the configured one, or 256.
+        partitions: Number of partitions: the stored one from the first connection on, before it the configured one or
+            256.
     """
 
     __slots__ = ("_configured", "_known", "_sweeps", "partitions")
@@ -36,12 +36,12 @@ class Deployment:
     def __init__(self, partitions: int | None = None) -> None:
         self._configured = partitions
         self._known = False
-        # Lane to when it was first claimed from, and last swept. Bounded: lanes may be as many as users.
+        # Lane -> times of its first claim and its last sweep. Bounded, since there may be a lane for each user.
         self._sweeps: dict[str, tuple[float, float]] = {}
         self.partitions = keys.DEFAULT_PARTITIONS if partitions is None else partitions
 
     def sweep_due(self, lane: str, every_s: float) -> bool:
-        """Return whether a sweep of an empty lane is due; it then counts as made. The first one always is."""
+        """Return whether a sweep of an empty lane is due, and if so note it as made. The first is always due."""
         now = time.monotonic()
         seen, swept = self._sweeps.get(lane, (now, float("-inf")))
         due = now - swept >= every_s
@@ -49,7 +49,7 @@ class Deployment:
         return due
 
     def sweep_overdue(self, lane: str) -> bool:
-        """Return whether a lane that never runs dry is due for a sweep: it would find no lost hint otherwise."""
+        """Return whether a sweep of a lane that is never empty is due; without one its lost hints are never found."""
         now = time.monotonic()
         seen, _ = self._sweeps.get(lane, (now, 0.0))
         if now - seen >= _BUSY_SWEEP_S:
@@ -60,18 +60,18 @@ class Deployment:
 
     def _note(self, lane: str, seen: float, swept: float) -> None:
         if lane not in self._sweeps and len(self._sweeps) >= _LANES:
-            # The oldest goes; one that comes back is swept at once.
+            # An evicted lane is swept again at its next claim, which costs one round trip.
             del self._sweeps[next(iter(self._sweeps))]
         self._sweeps[lane] = (seen, swept)
 
     def prepare(self) -> Steps[None]:
-        """Check a new connection: load the library where it is missing or older, and compare the partition count.
+        """Check a new connection: load the library if it is missing or different, and compare the partition count.
 
         Raises:
             LibraryMismatch: The server holds a newer contract.
             ClusterModeRequired: The server is a node of a cluster.
-        DeploymentMismatch: The server has another partition count than this backend uses.
-            FFError: The server refused.
+            DeploymentMismatch: The server stores another partition count than this backend uses.
+            FFError: The server refused a command.
         """
         version = ops.version()
         stored: int | None = None
@@ -97,7 +97,7 @@ class Deployment:
         self._known = True
 
     def _store(self) -> Steps[int]:
-        """Store the partition count unless another client has; return the one that counts."""
+        """Store the partition count unless one is stored; return the stored one."""
         key = keys.PARTITIONS_CONFIG
         mine = b"%d" % self.partitions
         replies = yield Step((command(b"SET", key, mine, b"NX"), command(b"GET", key)))
@@ -106,7 +106,7 @@ class Deployment:
                 if isinstance(reply, Exception):
                     raise from_server_error(str(reply))
         except PermissionDenied:
-            # A user who may not write it: whoever writes first stores it.
+            # The user lacks the right to SET; the first client that has it stores the count.
             return self.partitions
         stored = replies[1]
         if isinstance(stored, Exception):

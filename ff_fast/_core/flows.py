@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from ff_fast._core.steps import Steps
 
 MEMBERS_A_CALL = 100
-# A supervisor takes over the cancellation of members that its caller has not finished by then.
+# After this long a supervisor cancels the members that are left.
 _BACKLOG_MS = 2_000
 
 
 def cancel_flow(
     flow_id: str, slot_tag: str, reason: str, policy: CancelFlowPolicy, wait_s: float | None
 ) -> Steps[CancelFlowOutcome]:
-    """Cancel a flow; then, for up to *wait_s*, cancel its members and wait until those it concerns have ended.
+    """Cancel a flow; then, for up to *wait_s* seconds, cancel its members as the policy says.
 
     Raises:
-        DeadlineExceeded: Members had not ended in time; a supervisor goes on.
+        DeadlineExceeded: Members were left when the wait ended; a supervisor cancels them.
     """
     cancel = ops.cancel_flow(flow_id, slot_tag, reason, policy, _BACKLOG_MS)
     held, still_open = yield from ops.call(cancel)

@@ -1,4 +1,4 @@
-"""When to renew a lease, and which errors say that it is gone."""
+"""Times of lease renewals, and the errors that mean a lost lease."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import time
 from ff_fast.errors import FFError, LeaseExpired
 
 RENEW_AT = 1 / 3
-"""A lease is renewed when this share of it has passed, so that renewals may fail before it lapses."""
+"""Share of a lease after which it is renewed; the rest leaves time for failed renewals."""
 
 _LONGEST_PERIOD_S = 3_600.0
 
 
 def is_lease_lost(error: FFError) -> bool:
-    """Whether an error says that the execution is somebody else's, or ended."""
+    """Return whether an error means that another worker owns the execution, or that it has ended."""
     return error.code in (
         "stale_owner",
         "lease_expired",
@@ -26,7 +26,7 @@ def is_lease_lost(error: FFError) -> bool:
 
 
 class LeaseClock:
-    """When to renew a lease. By the local clock, which cannot lengthen it: the server's decides.
+    """Times of a lease's renewals by the local clock. The server's clock decides when the lease lapses.
 
     Attributes:
         wait_s: Seconds until the next renewal.
@@ -47,7 +47,7 @@ class LeaseClock:
         return time.monotonic() < self.held_until
 
     def sending(self) -> None:
-        """A renewal is about to be sent: no lease that it gets begins before."""
+        """Note the time before a renewal is sent: the renewed lease begins no earlier."""
         self._sent_at = time.monotonic()
 
     def renewed(self) -> None:
@@ -55,7 +55,7 @@ class LeaseClock:
         self.held_until = self._sent_at + self._ttl_s
 
     def failed(self, error: FFError) -> FFError | None:
-        """A renewal failed; returns why the lease is gone, or None where it is to be tried again."""
+        """Return the error with which the lease is lost, or None to retry the failed renewal."""
         if is_lease_lost(error) or not error.retryable:
             return error
         if not self.held:

@@ -1,7 +1,7 @@
-"""Every public operation, once: its signature, its documentation, its checks and its steps.
+"""Every public operation, declared once: signature, documentation, checks and steps.
 
 The first parameter is the deployment; both shells bind the rest as their methods. An operation checks its arguments
-when it is called, before anything is sent, and returns what the shell carries out: most return a :class:`Call`.
+before anything is sent, and returns a request for the shell to carry out, in most cases a :class:`Call`.
 """
 
 from __future__ import annotations
@@ -76,30 +76,30 @@ MAX_TTL_MS = 2**48
 
 
 class Call(NamedTuple, Generic[T]):
-    """A checked operation, as a shell carries it out.
+    """A checked operation for a shell to carry out.
 
     Attributes:
-        steps: Makes its steps; called again for every attempt.
-        repeatable: The call may be sent again after a lost reply: it gives the same outcome.
-        own_connection: The server may block on it, or it takes long: it needs a connection of its own.
-        released: The lease id that the call has ended by answering this value; None where the lease goes on. The
-            writer that `append_frame` opened for it is closed.
+        steps: Makes the steps; called again for every attempt.
+        repeatable: Sending the call again after a lost reply gives the same outcome.
+        own_connection: The call blocks on the server, or takes long, and needs a connection of its own.
+        released_lease: Returns the id of the lease that the call has released, given its result; None if the lease
+            continues. The shell then closes the writer that `append_frame` opened under it.
     """
 
     steps: Callable[[], Steps[T]]
     repeatable: bool = True
     own_connection: bool = False
-    released: Callable[[T], str | None] = lambda value: None
+    released_lease: Callable[[T], str | None] = lambda value: None
 
 
 class StopEvent(Protocol):
-    """What says that a loop shall stop: a ``threading.Event``, an ``asyncio.Event``, or anything with its method."""
+    """Tells a loop to stop: a ``threading.Event``, an ``asyncio.Event``, or any object with ``is_set``."""
 
     def is_set(self) -> bool:
-        """Whether to stop."""
+        """Return whether to stop."""
 
 
-# -- checks and calls that several operations share ------------------------------------------------------------------
+# -- checks and calls that several operations share -----------------------------------------------------------------
 
 
 def _call(op: ops.Op[T]) -> Call[T]:
@@ -109,11 +109,13 @@ def _call(op: ops.Op[T]) -> Call[T]:
 def _hinted(
     op: ops.Op[tuple[T, ops.Hints]],
     execution_id: str,
-    released: Callable[[T], str | None] = lambda value: None,
+    released_lease: Callable[[T], str | None] = lambda value: None,
 ) -> Call[T]:
-    """Return a call after which executions of the partition may wait for workers."""
+    """Return a call that may make executions claimable, with the hints that it publishes."""
     partition = keys.partition_index(execution_id)
-    return Call(lambda: ready.with_hints(op, partition), op.repeatable, released=released)
+    return Call(
+        lambda: ready.with_hints(op, partition), op.repeatable, released_lease=released_lease
+    )
 
 
 def _always(lease_id: str) -> Callable[[object], str]:
@@ -121,7 +123,7 @@ def _always(lease_id: str) -> Callable[[object], str]:
 
 
 def _checked(name: str, value: object, kind: type[V], default: V | None = None) -> V:
-    """Return *value*, checked to be of *kind*; None is *default* where there is one."""
+    """Return *value* if it is of *kind*; None stands for *default*, if there is one."""
     if value is None and default is not None:
         return default
     if not isinstance(value, kind):
@@ -154,7 +156,7 @@ def _line(name: str, text: str, limit: int = keys.FREE_TEXT_LIMIT, *, empty: boo
     return keys.free_text(name, text, limit, empty=empty, error=InvalidInput)
 
 
-# -- executions -------------------------------------------------------------------------------------------------------
+# -- executions ------------------------------------------------------------------------------------------------------
 
 
 def create_execution(
@@ -183,27 +185,25 @@ def create_execution(
     Args:
         lane: 1 to 64 printable ASCII characters.
         payload: Input of the worker, at most 16 MiB.
-        execution_id: Id of an earlier call or of ``keys.new_execution_id``, in the partition of its flow or parent if
-            it has one. The same id again changes nothing. None makes one, so that the call is repeated safely by
-            itself.
+        execution_id: Id of an earlier call or of ``keys.new_execution_id``, in the partition of the flow or parent if
+            there is one. Repeating an id changes nothing. None makes a new id; retries of the call use the same one.
         priority: 0 to 9000. The highest is claimed first, then the oldest.
-        required_capabilities: Capabilities that a worker must offer to claim it.
+        required_capabilities: Capabilities that a worker must offer to claim the execution.
         namespace: Tenant, free text of at most 256 bytes.
         tags: ``namespace.name`` to text.
-        retention: How long everything of it is kept after its end.
-        retry: When a failed or lost attempt is tried again. None retries no failure, and replaces a lost worker 100
-            times.
-        delay: How long it waits before it can be claimed.
-        deadline: How long it may take from now on; then it ends as expired.
-        attempt_timeout: How long one attempt may run, suspensions and delays not counted. An attempt that times out is
-            retried as *retry* says, else the execution ends as expired.
-        flow_id: Flow that it belongs to.
-        parent_id: Execution whose `wait_children` waits for it.
-        budgets: Budgets that its usage is charged to.
+        retention: Time that all its data is kept after its end, at least 1 ms.
+        retry: Policy for failed and lost attempts. None retries no failure, and replaces a lost worker 100 times.
+        delay: Time before it can be claimed.
+        deadline: Longest time from now to its end; then it ends as expired.
+        attempt_timeout: Longest running time of one attempt, without suspensions and delays. An attempt that times out
+            is retried by *retry*; without retries left, the execution ends as expired.
+        flow_id: Flow of the execution.
+        parent_id: Execution whose `wait_children` waits for this one.
+        budgets: Ids of the budgets that its usage is charged to.
 
     Raises:
         InvalidInput: An argument is not accepted.
-        FlowNotFound, FlowAlreadyTerminal: The flow takes no execution.
+        FlowNotFound, FlowAlreadyTerminal: There is no such flow, or it is cancelled.
         ExecutionNotFound: There is no such parent, or it has ended.
     """
     required = _checked(
@@ -257,7 +257,7 @@ def _positive_ms(name: str, value: float | timedelta) -> int:
 
 
 def describe(on: Deployment, execution_id: str) -> Call[ExecutionDescription]:
-    """Return an execution as the server holds it; the id of its lease is left out.
+    """Return the state of an execution, without its payload, its result, and the id of its lease.
 
     Raises:
         ExecutionNotFound: There is no such execution.
@@ -283,16 +283,16 @@ def claim(
         worker_instance_id: Name of its process, free text; None takes host name and process id.
         lease_ttl_ms: Length of the lease, in ms or as a ``timedelta``. Renew it before it lapses.
         capabilities: Capabilities that this worker offers.
-        policy: How long to wait for work; the server wakes the worker. None answers at once. While there is only work
-            that *capabilities* do not cover, the queue is looked at every 50 ms.
+        policy: How long to wait for work; None answers at once. The server wakes a waiting worker; if the only work
+            needs other capabilities, the worker polls every 50 ms.
 
     Returns:
-        The handle, or None where there is no work.
+        The handle, or None if there is no work.
 
     Raises:
         InvalidInput: An argument is not accepted.
-        OutcomeUnknown: The reply was lost. Calling again is safe: an execution that was claimed without an owner comes
-            back when a supervisor sees its lease lapse.
+        OutcomeUnknown: The reply was lost. Calling again is safe: if the lost call claimed an execution, a supervisor
+            makes it claimable again after its lease has lapsed.
     """
     wait = _checked("policy", policy, ClaimPolicy, ClaimPolicy.immediate())
     request = claiming.ClaimRequest(
@@ -338,7 +338,7 @@ def renew(
 
     Args:
         handle: The lease.
-        lease_ttl_ms: Its length, in ms or as a ``timedelta``; None takes that of the claim.
+        lease_ttl_ms: Its new length, in ms or as a ``timedelta``; None takes the length of the claim.
 
     Raises:
         LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
@@ -351,7 +351,7 @@ def renew(
 def complete(on: Deployment, handle: Handle, payload: bytes | str = b"") -> Call[None]:
     """End the execution as completed, with *payload* as its result; its stream ends with it.
 
-    Calling it again is safe. Flush or close writers first: frames that are still on their way are refused.
+    Calling it again is safe. Flush or close writers first: frames that are not stored yet are refused.
 
     Args:
         handle: The lease.
@@ -373,16 +373,16 @@ def fail(
 ) -> Call[FailOutcome]:
     """End the attempt as failed; its stream ends with it. Calling it again is safe.
 
-    The class and the execution's `RetryPolicy` decide what follows. A transient failure or a timeout is retried while
+    The class and the execution's `RetryPolicy` decide about retries. A transient failure or a timeout is retried while
     retries are left. An ``INFRA_CRASH`` counts as a lost worker. A permanent or cancelled failure ends the execution.
 
     Args:
         handle: The lease.
-        reason: Why, as text or a ``FailureReason``.
+        reason: Text of at most 64 KiB, or a ``FailureReason``.
         failure_class: Kind of failure.
 
     Returns:
-        Whether a retry is scheduled, and for when.
+        Whether a retry is scheduled, and its time.
 
     Raises:
         LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
@@ -404,18 +404,18 @@ def cancel(
     reason: str = "cancelled",
     grace: float | timedelta | None = None,
 ) -> Call[CancelOutcome]:
-    """Cancel an execution in any state that is not an end. Calling it again is safe.
+    """Cancel an execution that has not ended. Calling it again is safe.
 
     Args:
         target: A handle or an execution id.
-        reason: Why, at most 4096 bytes of text.
-        grace: How long a running worker may take to stop by itself, in seconds or as a ``timedelta``. The worker hears
-            of the cancellation with its next append (``writer.cancel_requested``) or renewal, and a supervisor forces it
-            afterwards. None cancels at once.
+        reason: Text of at most 4096 bytes.
+        grace: Time for a running worker to stop by itself, in seconds or as a ``timedelta``. Its next append
+            (``writer.cancel_requested``) or renewal notifies it; after the grace a supervisor forces the cancellation.
+            None cancels at once.
 
     Raises:
         ExecutionNotFound: There is no such execution.
-        ExecutionNotActive: It has ended in another way.
+        ExecutionNotActive: The execution has ended, and not as cancelled.
     """
     eid = _attempt(target).execution_id if isinstance(target, Handle) else target
     eid = keys.canonical_execution_id(eid)
@@ -429,7 +429,7 @@ def progress(
     percent: int | None = None,
     message: str = "",
 ) -> Call[None]:
-    """Report progress: a percentage, a line of text, or both. A part that is left out stays as it is.
+    """Report progress: a percentage, a line of text, or both. An omitted part keeps its value.
 
     Args:
         handle: The lease.
@@ -446,27 +446,27 @@ def progress(
 
 
 def delay(on: Deployment, handle: Handle, delay: float | timedelta) -> Call[int]:
-    """Release the lease; the same attempt goes on after *delay*. Close writers first.
+    """Release the lease; the same attempt continues after *delay*. Close writers first.
 
     Args:
         handle: The lease.
         delay: Seconds or a ``timedelta``.
 
     Returns:
-        When it can be claimed again, in ms since the epoch by the server's clock.
+        Time at which it can be claimed again, in ms since the epoch by the server's clock.
 
     Raises:
         LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
     """
     attempt = _attempt(handle)
     op = ops.delay_execution(attempt, duration_ms("delay", delay))
-    return _call(op)._replace(released=_always(attempt.fields.lease_id))
+    return _call(op)._replace(released_lease=_always(attempt.fields.lease_id))
 
 
 def wait_children(on: Deployment, handle: Handle) -> Call[None]:
     """Release the lease until every child (``create_execution(parent_id=...)``) has ended.
 
-    The same attempt goes on then, at once where no child is open.
+    The same attempt continues afterwards; at once if no child is open.
 
     Raises:
         LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
@@ -477,10 +477,10 @@ def wait_children(on: Deployment, handle: Handle) -> Call[None]:
 
 
 def find_reclaimable(on: Deployment, limit: int = 100) -> Call[list[ReclaimToken]]:
-    """Find executions whose worker was lost: active, with a lease that has lapsed by the server's clock.
+    """Find executions whose worker was lost: they are active, and their lease has lapsed by the server's clock.
 
     Args:
-        limit: Most tokens to return, 1 to 10,000.
+        limit: Largest number of tokens to return, 1 to 10,000.
     """
     check_int("limit", limit, 1, 10_000)
     return Call(lambda: supervision.find_reclaimable(on.partitions, limit))
@@ -497,12 +497,12 @@ def claim_from_reclaim(
 ) -> Call[Handle]:
     """Take an execution over from a lost worker: a new attempt, with a handle of kind ``RESUMED``.
 
-    The old attempt's stream ends as ``producer_lost``, and its worker is a stale owner everywhere. The arguments are
-    those of `claim`.
+    The old attempt's stream ends as ``producer_lost``, and every call of its worker raises ``StaleOwner``. The other
+    arguments are those of `claim`.
 
     Raises:
-        ExecutionNotClaimable: It is not waiting, and its lease has not lapsed.
-        CapabilityMismatch: It requires capabilities that are missing here; the error names them.
+        ExecutionNotClaimable: The execution is not waiting, and its lease has not lapsed.
+        CapabilityMismatch: It requires capabilities that *capabilities* lack; the error names them.
         ExecutionNotFound: There is no such execution.
     """
     grant = _checked("token", token, ReclaimToken).grant
@@ -524,7 +524,7 @@ def claim_from_reclaim(
     )
 
 
-# -- suspension and signals ---------------------------------------------------------------------------------------------
+# -- suspension and signals --------------------------------------------------------------------------------------------
 
 
 def create_waitpoint(
@@ -534,12 +534,12 @@ def create_waitpoint(
     waitpoint_id: str | None = None,
     expires: float | timedelta = 3600.0,
 ) -> Call[PendingWaitpoint]:
-    """Create a waitpoint for a suspension to come. Signals that arrive before the suspension are kept for it.
+    """Create a waitpoint for a later suspension. Signals that arrive before the suspension are kept for it.
 
     Args:
         handle: The lease.
-        waitpoint_id: A UUID; the same again answers the same token. None makes one.
-        expires: How long it may stay without a suspension, in seconds or as a ``timedelta``.
+        waitpoint_id: A UUID; repeating one returns the same token. None makes one.
+        expires: Time after which an unused waitpoint closes, in seconds or as a ``timedelta``.
 
     Raises:
         WaitpointConflict: The id belongs to another execution or attempt.
@@ -551,7 +551,7 @@ def create_waitpoint(
         if waitpoint_id is None
         else keys.canonical_uuid("waitpoint_id", waitpoint_id)
     )
-    # The first waitpoint of a partition starts its ring of keys, unless a deployment did before.
+    # The server takes this secret only if the partition has no signing key yet.
     secret = os.urandom(32).hex()
     return _call(ops.create_waitpoint(_attempt(handle), identity, expires_ms, "auto", secret))
 
@@ -565,20 +565,20 @@ def suspend(
     on_timeout: TimeoutBehavior = TimeoutBehavior.FAIL,
     reason: str = "waiting_for_signal",
 ) -> Call[SuspendOutcome]:
-    """Release the lease until signals meet *condition*; the same attempt, and its stream, go on then.
+    """Release the lease until signals meet *condition*; then the same attempt, with its stream, continues.
 
-    Close writers first. Where signals that came before meet the condition already, nothing is suspended, and the lease
-    goes on. Calling it again after a lost reply answers as the first time.
+    Close writers first. If earlier signals meet the condition already, nothing is suspended and the lease continues.
+    Calling it again after a lost reply returns the first outcome.
 
     Args:
         handle: The lease.
-        condition: What to wait for; several specs mean any of them.
-        timeout: How long, in seconds or as a ``timedelta``; None has no limit.
-        on_timeout: What happens then.
-        reason: Shown by `describe` and in the history, at most 256 bytes of text.
+        condition: A condition, one spec, or several specs of which any one suffices.
+        timeout: Longest suspension, in seconds or as a ``timedelta``; None has no limit.
+        on_timeout: Action at the timeout.
+        reason: Text of at most 256 bytes; `describe` and the history show it.
 
     Raises:
-        InvalidToken, WaitpointClosed: A waitpoint of the condition cannot be used.
+        InvalidToken, WaitpointClosed: A waitpoint of the condition has another token, or is closed.
         LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
     """
     if isinstance(condition, WaitpointSpec):
@@ -603,7 +603,9 @@ def suspend(
         satisfied, first_id = yield from ops.call(op)
         return SuspendOutcome(first_id, handle if satisfied else suspended, satisfied)
 
-    return Call(steps, released=lambda outcome: None if outcome.already_satisfied else lease_id)
+    return Call(
+        steps, released_lease=lambda outcome: None if outcome.already_satisfied else lease_id
+    )
 
 
 def deliver_signal(
@@ -628,10 +630,10 @@ def deliver_signal(
         execution_id: The execution that waits.
         waitpoint: Id and token, as `create_waitpoint` made them.
         signal_name: Name of the signal.
-        payload: At most 64 KiB for the resumed worker.
+        payload: Data for the resumed worker, at most 64 KiB.
         signal_id: A UUID; None makes one.
-        idempotency_key: A second signal with this key answers the first one.
-        correlation_id: Text that ties the signal to something else.
+        idempotency_key: A second signal with this key changes nothing and returns the first one's id.
+        correlation_id: Reference for the caller's own use.
         category: Kind of signal.
         source_type: Kind of sender.
         source_identity: Name of the sender.
@@ -664,7 +666,7 @@ def deliver_signal(
 
 
 def observe_signals(on: Deployment, handle: Handle) -> Call[tuple[ResumeSignal, ...]]:
-    """Return the signals that met the condition of the suspension after which this lease was granted.
+    """Return the signals that ended the suspension before this lease.
 
     Raises:
         LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
@@ -675,12 +677,14 @@ def observe_signals(on: Deployment, handle: Handle) -> Call[tuple[ResumeSignal, 
 def rotate_waitpoint_secret(
     on: Deployment, kid: str, secret: bytes, *, grace: float | timedelta = 3600.0
 ) -> Call[None]:
-    """Sign waitpoint tokens with another key from now on, in every partition. Calling it again completes it.
+    """Sign waitpoint tokens with a new key from now on, in every partition.
+
+    Calling it again completes a partial change.
 
     Args:
-        kid: Id of the key, 1 to 64 of ``A-Z a-z 0-9 _ -``.
-        secret: 32 random bytes.
-        grace: How long tokens of the key before stay valid, in seconds or as a ``timedelta``.
+        kid: Id of the new key, 1 to 64 of ``A-Z a-z 0-9 _ -``.
+        secret: The key, 32 random bytes.
+        grace: Time that tokens of the previous key stay valid, in seconds or as a ``timedelta``.
 
     Raises:
         RotationConflict: The kid is in use with another secret.
@@ -703,13 +707,17 @@ def rotate_waitpoint_secret(
     return Call(steps)
 
 
-# -- usage, flows, tags -------------------------------------------------------------------------------------------------
+# -- usage, flows, tags ------------------------------------------------------------------------------------------------
 
 
 def report_usage(on: Deployment, handle: Handle, usage: UsageDimensions) -> Call[ReportUsageResult]:
     """Report usage to the budgets of the execution and to its own ledger, completely or not at all.
 
-    With ``usage.dedup_key`` a report counts once, however often it is made.
+    Reports with the same ``usage.dedup_key`` count once; budgets remember a key for a day.
+
+    Args:
+        handle: The lease.
+        usage: Amounts since the last report.
 
     Raises:
         BudgetNotFound: A budget of the execution does not exist.
@@ -728,12 +736,12 @@ def create_budget(
     hard: Mapping[str, int] | None = None,
     soft: Mapping[str, int] | None = None,
 ) -> Call[None]:
-    """Create a budget, or replace the limits of one; the amounts used so far stay.
+    """Create a budget, or replace its limits; the amounts used so far stay.
 
     Args:
         budget_id: 1 to 64 of ``A-Z a-z 0-9 _ -``.
-        hard: Dimension to limit. A report that would pass one is refused as a whole.
-        soft: Dimension to limit. A report that passes one is applied, and says so.
+        hard: Limit of each dimension, 0 to 2^53-1. A report that would exceed one is refused as a whole.
+        soft: Limit of each dimension, 0 to 2^53-1. A report that exceeds one is applied as ``SOFT_BREACH``.
     """
     keys.opaque_id("budget_id", budget_id)
     limits: list[dict[str, int]] = []
@@ -756,9 +764,10 @@ def create_budget(
 def create_flow(
     on: Deployment, flow_id: str | None = None, *, namespace: str = "default"
 ) -> Call[str]:
-    """Create a flow, for executions that share its partition, and return its id. An existing flow is left as it is.
+    """Create a flow, and return its id. Its executions share its partition. An existing flow is not changed.
 
-    A flow is kept while a member is open, and afterwards for a day, or as long as the last member where that is longer.
+    A flow is kept while a member is open, and afterwards for a day or the retention of its last member, whichever is
+    longer.
 
     Args:
         flow_id: A UUID; None makes one.
@@ -786,18 +795,18 @@ def cancel_flow(
     *,
     reason: str = "flow cancelled",
 ) -> Call[CancelFlowOutcome]:
-    """Cancel a flow: no new attempt of a member begins from here on, and members are cancelled as *policy* says.
+    """Cancel a flow: no new attempt of a member begins, and *policy* selects the members to cancel.
 
     Args:
         flow_id: The flow.
-        policy: Which members.
-        wait: Whether to wait until the members that the policy names are cancelled. Without waiting a supervisor
-            cancels them. ``FLOW_ONLY`` waits for nobody.
-        reason: Why, at most 4096 bytes of text.
+        policy: Members to cancel.
+        wait: Whether and how long to wait until they are cancelled. Without waiting a supervisor cancels them.
+            ``FLOW_ONLY`` never waits.
+        reason: Text of at most 4096 bytes.
 
     Raises:
         FlowNotFound: There is no such flow.
-        DeadlineExceeded: The wait was over first; a supervisor goes on.
+        DeadlineExceeded: The wait ended first; a supervisor cancels the rest.
     """
     _checked("policy", policy, CancelFlowPolicy)
     _checked("wait", wait, CancelFlowWait)
@@ -819,10 +828,10 @@ def describe_flow(on: Deployment, flow_id: str) -> Call[FlowDescription]:
 
 
 def set_tags(on: Deployment, execution_id: str, tags: Mapping[str, str]) -> Call[int]:
-    """Set tags (``namespace.name`` to text) beside those that are there; return how many the execution has.
+    """Add tags (``namespace.name`` to text), or replace their values; return how many tags the execution has.
 
     Raises:
-        InvalidInput: There is no tag, or one is not of this form.
+        InvalidInput: *tags* is empty, or one is not of this form.
         ExecutionNotFound: There is no such execution.
     """
     checked = _tags(tags)
@@ -841,7 +850,7 @@ def get_tags(on: Deployment, execution_id: str) -> Call[dict[str, str]]:
 
 
 def read_result(on: Deployment, execution_id: str) -> Call[bytes]:
-    """Return the result that an execution was completed with; empty where it has none.
+    """Return the result of a completed execution; empty if it has none.
 
     Raises:
         ExecutionNotFound: There is no such execution.
@@ -849,7 +858,7 @@ def read_result(on: Deployment, execution_id: str) -> Call[bytes]:
     return _call(ops.read_result(keys.canonical_execution_id(execution_id)))
 
 
-# -- streams ------------------------------------------------------------------------------------------------------------
+# -- streams -----------------------------------------------------------------------------------------------------------
 
 
 def describe_stream(
@@ -882,9 +891,9 @@ def read_stream(
         execution_id: Id of the execution.
         attempt_index: Attempt, from 0.
         after: Id of a frame or a cursor, exclusive; None is the beginning.
-        count: 1 to 10,000 frames.
-        max_bytes: About how many bytes of payload, 1 to 64 MiB.
-        visibility: Whether best-effort frames are wanted.
+        count: Largest number of frames, 1 to 10,000.
+        max_bytes: Approximate limit of payload bytes, 1 to 64 MiB.
+        visibility: Whether best-effort frames are included.
 
     Raises:
         ExecutionNotFound, AttemptNotFound: There is no such attempt.
@@ -905,7 +914,7 @@ def read_summary(
     execution_id: str,
     attempt_index: int = 0,
 ) -> Call[SummaryDocument | None]:
-    """Return the summary of an attempt with the cursor that continues it; None where it has none.
+    """Return the summary of an attempt, with the cursor of the tail that continues it; None if it has none.
 
     Raises:
         ExecutionNotFound: There is no such execution.
@@ -927,22 +936,22 @@ def tail(
     after: str | None = None,
     visibility: TailVisibility = TailVisibility.ALL,
 ) -> TailCore:
-    """Read what one attempt streams, live, on a connection of its own.
+    """Read the stream of one attempt, live, on a connection of its own.
 
-    Iterating yields ``StreamFrame`` in sequence order, a ``Gap`` wherever frames are missing, and at last one ``End``.
-    A time-out or a cancellation of one read loses nothing: the tail goes on with the next read.
+    Iterating yields ``StreamFrame`` in sequence order, a ``Gap`` wherever frames are missing, and one ``End`` at the
+    end. A timeout or a cancellation of one read loses nothing: the next read continues.
 
     Args:
         execution_id: Id of the execution.
-        attempt_index: Attempt, from 0. One that is not claimed yet is waited for.
+        attempt_index: Attempt, from 0. The tail waits for one that is not claimed yet.
         after: ``cursor`` of an item, of a page or of a summary, exclusive; None is the beginning.
-        visibility: Whether best-effort frames are wanted.
+        visibility: Whether best-effort frames are included.
 
     Raises:
         InvalidInput: An argument is not accepted.
         ExecutionNotFound, AttemptNotFound: There is no such attempt. Raised by the first read.
-        Unavailable: The server cannot be reached, however often the tail reconnects as the configuration allows. Raised
-            by a read; the tail can still go on.
+        Unavailable: The server cannot be reached within the retries of the configuration. Raised by a read; the next
+            read tries again.
     """
     return TailCore(execution_id, attempt_index, after, visibility)
 
@@ -950,19 +959,18 @@ def tail(
 def subscribe_completions(
     on: Deployment, scope: ScannerFilter | None = None, *, after: str | None = None
 ) -> CompletionCore:
-    """Read every execution that ends, on a connection of its own, without an end.
+    """Read the completion of every execution, live, on a connection of its own.
 
-    A time-out or a cancellation of one read loses nothing.
+    The subscription never ends by itself. A timeout or a cancellation of one read loses nothing.
 
     Args:
-        scope: Which executions; None is all of them.
-        after: ``cursor`` of an earlier completion, from which the subscription goes on without hole or repeat;
-            ``start`` for all that is kept (about 10,000 for each partition); None begins when the first is asked for.
+        scope: Filter of the executions; None reads all.
+        after: ``cursor`` of an earlier completion, to continue without hole or repeat; ``start`` for all completions
+            that are kept (about 10,000 in each partition); None begins at the first read.
 
     Raises:
-        InvalidCursor: *after* is none of these, or completions behind it were trimmed already.
-        Unavailable: The server cannot be reached, however often the subscription reconnects as the configuration
-            allows.
+        InvalidCursor: *after* is none of these, or completions after it were already trimmed.
+        Unavailable: The server cannot be reached within the retries of the configuration. Raised by a read.
     """
     return CompletionCore(on.partitions, after, _scope(scope))
 
@@ -972,7 +980,7 @@ def _scope(value: ScannerFilter | None) -> ScannerFilter:
 
 
 class WriterRequest(NamedTuple):
-    """A writer to be opened: whose, and how."""
+    """Checked arguments of `open_writer`, and the call that opens the writer."""
 
     lease_id: str
     options: writers.WriterOptions
@@ -988,14 +996,14 @@ def open_writer(
     max_unacknowledged_bytes: int = writers.MAX_UNACKNOWLEDGED_BYTES,
     linger: float | timedelta = 0.0,
 ) -> WriterRequest:
-    """Open the writer of the attempt; one that was open before is superseded.
+    """Open the writer of the attempt. It supersedes a writer that was opened before.
 
     Args:
         handle: The lease.
-        mode: Mode of frames that name none; durable where None.
-        retention_maxlen: How many durable frames are kept, 1 to 2^40.
-        max_unacknowledged_bytes: Past this many bytes, 64 KiB to 16 GiB, ``write`` raises ``Overloaded``.
-        linger: How long a batch may wait for more frames, at most a second; in seconds or as a ``timedelta``.
+        mode: Mode of frames that name none; None is durable.
+        retention_maxlen: Number of the newest durable frames to keep at least, 1 to 2^40.
+        max_unacknowledged_bytes: Limit, 64 KiB to 16 GiB, beyond which ``write`` raises ``Overloaded``.
+        linger: Longest wait of a batch for more frames, 0 to 1 s; in seconds or as a ``timedelta``.
 
     Raises:
         ExecutionNotFound, StaleOwner, ExecutionSuspended, StreamClosed, LeaseExpired: The handle may not write.
@@ -1017,7 +1025,7 @@ def open_writer(
 
 
 class FrameRequest(NamedTuple):
-    """One frame to be appended, and how long to wait until it is stored, in seconds."""
+    """Checked arguments of `append_frame`; *timeout* is in seconds."""
 
     handle: Handle
     lease_id: str
@@ -1033,16 +1041,16 @@ def append_frame(
 ) -> FrameRequest:
     """Append one frame, wait until it is stored, and return the newest id, the frame count and the summary version.
 
-    The writer that is open for the handle is used, or one is opened. With ``frame.seq`` the call is idempotent: a frame
-    that this writer has written is not written again.
+    The call uses the writer that is open for the handle, or opens one. With ``frame.seq`` it is idempotent: this writer
+    writes each sequence once.
 
     Args:
         handle: The lease.
         frame: The frame.
-        timeout: How long to wait, in seconds or as a ``timedelta``; None waits as long as the writer tries.
+        timeout: Longest wait, in seconds or as a ``timedelta``; None waits until the writer succeeds or fails.
 
     Raises:
-        SequenceGap: ``frame.seq`` is not the next sequence.
+        SequenceGap: ``frame.seq`` is beyond the next sequence, or before this writer's first.
         FFError: As `Writer.write` and `Writer.flush`.
     """
     lease_id = _attempt(handle).fields.lease_id
@@ -1051,11 +1059,11 @@ def append_frame(
     )
 
 
-# -- loops that go on beside the calls --------------------------------------------------------------------------------
+# -- loops -----------------------------------------------------------------------------------------------------------
 
 
 class LeaseRequest(NamedTuple):
-    """A lease to be kept: its id, its length, the call that renews it, and whom to tell of its loss."""
+    """A lease to keep: its id, its length, the call that renews it, and the callback for its loss."""
 
     lease_id: str
     ttl_ms: int
@@ -1070,15 +1078,15 @@ def keep_lease(
 
     Args:
         handle: The lease.
-        on_lost: Called with the error, on a thread or the loop of the library, when the lease is gone, or could not be
-            renewed before it lapsed. The writers of the handle fail with the error before that.
+        on_lost: Called with the error when the lease is gone, or could not be renewed before it lapsed; on a thread of
+            the library, or on the backend's loop. The writers of the handle have failed with the error by then.
     """
     fields = _attempt(handle).fields
     return LeaseRequest(fields.lease_id, fields.lease_ttl_ms, renew(on, handle), on_lost)
 
 
 class SupervisionRequest(NamedTuple):
-    """Rounds of supervision: one of them as a call, the seconds between two, and what ends them."""
+    """Rounds of supervision: the call of one round, the seconds between two, and the event that ends them."""
 
     round: Call[int]
     interval_s: float
@@ -1092,12 +1100,12 @@ def supervise(
     interval: float | timedelta = 0.25,
     stop: StopEvent | None = None,
 ) -> SupervisionRequest:
-    """Fire what is due until *stop* is set: lapsed leases, delays, timeouts, deadlines, waitpoints, cancellations.
+    """Fire due timers until *stop* is set: lapsed leases, delays, timeouts, deadlines, waitpoints, cancellations.
 
-    Without a supervisor, none of these happens. Any number may run at once; a deployment needs one.
+    Without a supervisor, none of these takes effect. A deployment needs one; any number may run at once.
 
     Args:
-        scope: Which executions it looks after; None is all of them.
+        scope: Filter of the executions; None supervises all.
         interval: Time between two rounds, in seconds or as a ``timedelta``.
         stop: Set it to return after the current round.
     """
@@ -1117,7 +1125,7 @@ class WorkerOptions(NamedTuple):
 
 
 CLAIM_WAIT_S = 1.0
-"""How long a worker waits for work before it looks whether it shall stop."""
+"""Wait of one claim, in seconds; a worker checks between two claims whether it should stop."""
 
 
 def run_worker(
@@ -1134,24 +1142,24 @@ def run_worker(
 ) -> WorkerOptions:
     """Claim executions of a lane and call *handler* with a `Task` for each, until stopped.
 
-    The lease is renewed in the background. The handler's result is the execution's result; an exception fails the
-    attempt (as transient, or as the ``TaskFailed`` that it is). Where the lease is lost in the middle, writes fail,
-    ``task.cancelled`` is true, and the handler's result or exception is discarded.
+    The lease is renewed in the background. The handler's result is the execution's result. An exception fails the
+    attempt as transient, a ``TaskFailed`` with its own class. If the lease is lost, writes fail, ``task.cancelled`` is
+    true, and the handler's result or exception is discarded.
 
-    SIGTERM and SIGINT in the main thread, *stop*, and the close of the backend let running handlers end and claim
-    nothing more. An exit or an interrupt that a handler raises ends the worker too, and is raised here; its execution
-    goes to another worker as from a lost one. In asyncio, cancelling the worker cancels the handlers that run: the
-    frames that they wrote are stored, and their executions go to other workers within about two seconds.
+    SIGTERM and SIGINT in the main thread, *stop*, and closing the backend stop the claims; running handlers end first.
+    An exit or an interrupt raised by a handler ends the worker and is raised here; the execution goes to another worker
+    and counts as lost. In asyncio, cancelling the worker cancels its running handlers: the frames that they wrote are
+    stored, and their executions go to other workers within about two seconds.
 
     Args:
         handler: An ordinary function; in :mod:`ff_fast.aio` a coroutine function.
         lane: Lane to take work from.
         worker_id: Name of the worker.
         worker_instance_id: Name of its process; None takes host name and process id.
-        capabilities: Capabilities that it offers.
+        capabilities: Capabilities that this worker offers.
         lease_ttl_ms: Length of a lease, in ms or as a ``timedelta``.
-        mode: Mode of frames that name none; durable where None.
-        concurrency: How many handlers run at once, 1 to 10,000.
+        mode: Mode of frames that name none; None is durable.
+        concurrency: Number of handlers that run at once, 1 to 10,000.
         stop: Set it to stop.
     """
     check_int("concurrency", concurrency, 1, 10_000)

@@ -1,7 +1,7 @@
-"""One function for each Lua function: what to send, and how to read the answer, as data.
+"""One Python function for each Lua function: it returns the request, and the reader of the answer, as data.
 
-A shell sends :meth:`Op.command` and gives the reply to :meth:`Op.answer`; nothing else of it knows a function's name,
-its keys or the order of its arguments.
+:meth:`Op.command` is the request; :meth:`Op.answer` takes the reply. Only this module knows the names, keys and
+argument orders of the Lua functions.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Op(NamedTuple, Generic[T]):
 
     Attributes:
         function: Name of the function.
-        keys: Keys that it is told of; all share one hash slot.
+        keys: Its declared keys; all share one hash slot.
         argv: Its arguments.
-        parse: From the status and the fields of a success to the caller's value.
+        parse: Makes the caller's value from the status and the fields of a success.
         read_only: The function is ``no-writes``, so a replica may answer.
         repeatable: Sending it again after a lost reply gives the same outcome.
     """
@@ -88,8 +88,8 @@ class Op(NamedTuple, Generic[T]):
         """Return the caller's value.
 
         Raises:
-            FFError: The function refused, the server answered with an error, or the reply is not one of the
-                function's (``ProtocolError``).
+            FFError: The function refused, the server answered with an error, or the reply has another form
+                (``ProtocolError``).
         """
         if isinstance(reply, Exception):
             raise from_server_error(str(reply), self.function.decode())
@@ -100,7 +100,7 @@ class Op(NamedTuple, Generic[T]):
             try:
                 return self.parse(word, reply[2:])
             except (ValueError, LookupError, TypeError, AttributeError):
-                # Also where a value's own class refused it: that is not the caller's mistake.
+                # A value class may refuse a field of the answer; that is not the caller's mistake.
                 pass
         raise ProtocolError
 
@@ -120,13 +120,13 @@ def _int(field: object) -> int:
 
 
 def entry_id(text: str) -> tuple[int, int]:
-    """Return the ms and the sequence of an entry id, which sort as ids do."""
+    """Return the ms and the sequence of an entry id; the pairs sort like the ids."""
     ms, _, sequence = text.partition("-")
     return int(ms), int(sequence)
 
 
 class Attempt(NamedTuple):
-    """The attempt that a handle stands for: its keys and its fence, as they go to the server."""
+    """The attempt of a handle: its keys and its fence, encoded for the server."""
 
     execution_id: str
     attempt_index: int
@@ -137,7 +137,7 @@ class Attempt(NamedTuple):
         """Decode *handle*.
 
         Raises:
-            InvalidHandle, HandleFromOtherBackend: The handle is not one of ours.
+            InvalidHandle, HandleFromOtherBackend: The handle is damaged, or of another backend.
         """
         fields = handle.fields()
         return cls(fields.execution_id, fields.attempt_index, fields)
@@ -164,7 +164,7 @@ class Attempt(NamedTuple):
 
 
 class Version(NamedTuple):
-    """The library that the server holds; ``partitions`` is None where no partition count is stored."""
+    """The server's library; ``partitions`` is None if no partition count is stored."""
 
     contract: int
     digest: str
@@ -172,14 +172,14 @@ class Version(NamedTuple):
 
 
 def version() -> Op[Version]:
-    """Contract number and digest of the library that the server holds, and the stored partition count."""
+    """Read contract and digest of the server's library, and the stored partition count."""
 
     def parse(_: bytes, fields: list[object]) -> Version:
-        # A library of another contract may answer less; which contract it has must be readable all the same.
+        # A library of another contract may answer fewer fields; its contract must be readable nevertheless.
         contract, digest, *rest = map(_text, fields)
         return Version(int(contract), digest, int(rest[0]) if rest and rest[0] else None)
 
-    # Two keys of different slots: a node of a cluster refuses the call, whichever slots it has.
+    # The two keys are in different slots, so every node of a cluster refuses the call.
     return Op(
         b"ff_version",
         (keys.PARTITIONS_CONFIG, keys.CLUSTER_PROBE),
@@ -190,7 +190,7 @@ def version() -> Op[Version]:
 
 
 Hints = list[tuple[str, bytes]]
-"""Lanes that must hear of work, each with the score of its best execution in the partition of the call."""
+"""Lanes with claimable work, each with the score of its best execution in the partition of the call."""
 
 
 def _hints(fields: list[object], first: int) -> Hints:
@@ -256,7 +256,7 @@ def create_execution(
 
 
 class Claimed(NamedTuple):
-    """Answer of a claim. ``handle`` is None where nothing matched; ``next_offset`` then says where to go on."""
+    """Answer of a claim. If nothing matched, ``handle`` is None and the next call continues at ``next_offset``."""
 
     handle: Handle | None
     next_offset: int | None
@@ -298,7 +298,7 @@ def claim(
             *(token.encode() for token in capabilities),
         ),
         parse,
-        # A repeat would claim a second execution; the first one comes back when its lease lapses.
+        # A repeat would claim a second execution; the first becomes claimable when its lease lapses.
         repeatable=False,
     )
 
@@ -357,7 +357,7 @@ def fail_execution(
 
 
 class Opened(NamedTuple):
-    """What a writer continues from."""
+    """State of the attempt from which a writer continues."""
 
     last_ms: int
     last_sequence: int
@@ -372,7 +372,7 @@ def writer_id(attempt: Attempt) -> bytes:
 
 
 def open_writer(attempt: Attempt, writer: bytes) -> Op[Opened]:
-    """Make *writer* the writer of the attempt; the one before it is superseded."""
+    """Make *writer* the writer of the attempt, in place of the one before it."""
 
     def parse(_: bytes, fields: list[object]) -> Opened:
         last_id, visible, estimator, summary_version = map(_text, fields)
@@ -384,7 +384,7 @@ def open_writer(attempt: Attempt, writer: bytes) -> Op[Opened]:
 
 
 class Range(NamedTuple):
-    """Both streams of an attempt, each after an id, at one moment (lua/read.lua, ``ff_read_range``)."""
+    """Both streams of an attempt, each after an id, read atomically (lua/read.lua, ``ff_read_range``)."""
 
     log: list[list[object]]
     log_to: bytes
@@ -409,7 +409,7 @@ def read_range(
     max_bytes: int,
     visibility: str,
 ) -> Op[Range]:
-    """Entries of both streams after an id of each."""
+    """Read both streams, each after an id of its own."""
 
     def parse(_: bytes, fields: list[object]) -> Range:
         log, log_to, log_more, live, live_to, live_more, *rest = fields
@@ -451,7 +451,7 @@ def read_range(
 
 
 def read_summary(execution_id: str, attempt_index: int) -> Op[dict[bytes, bytes]]:
-    """The summary hash as stored; ``_summary.fold`` makes the document of it."""
+    """Read the summary hash as stored; :func:`ff_fast._core.summary.fold` makes the document."""
 
     def parse(_: bytes, fields: list[object]) -> dict[bytes, bytes]:
         return _pairs(fields[0])
@@ -466,7 +466,7 @@ def read_summary(execution_id: str, attempt_index: int) -> Op[dict[bytes, bytes]
 
 
 def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
-    """The execution as the server holds it; lease ids stay out."""
+    """Read the state of an execution; the server leaves lease ids out."""
 
     def parse(_: bytes, fields: list[object]) -> ExecutionDescription:
         core, tags, usage, due, suspension = (
@@ -578,7 +578,7 @@ def _transition(identity: object, flat: object) -> StateTransition:
 
 
 def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescription]:
-    """The streams of one attempt."""
+    """Read the state of the streams of one attempt."""
 
     def parse(_: bytes, fields: list[object]) -> StreamDescription:
         meta = {_text(name): _text(value) for name, value in _pairs(fields[0]).items()}
@@ -623,18 +623,18 @@ def _pairs(flat: object) -> dict[bytes, bytes]:
 
 
 def call(op: Op[T]) -> Steps[T]:
-    """Make a single call, and return its answer."""
+    """Make one call, and return its answer."""
     (reply,) = yield Step((op.command(),))
     return op.answer(reply)
 
 
 def read_payload(execution_id: str) -> Op[bytes]:
-    """The payload that the execution was created with."""
+    """Read the payload of an execution."""
     return _read_bytes(execution_id, keys.payload(execution_id))
 
 
 def read_result(execution_id: str) -> Op[bytes]:
-    """The result that the execution was completed with; empty where it has none."""
+    """Read the result of an execution; empty if it has none."""
     return _read_bytes(execution_id, keys.result(execution_id))
 
 
@@ -699,7 +699,7 @@ def _claimed_handle(
 
 
 def report_progress(attempt: Attempt, percent: int | None, message: str) -> Op[None]:
-    """Set progress; None and '' leave what is there."""
+    """Set progress; None and '' keep the stored value."""
     return Op(
         b"ff_report_progress",
         (keys.core(attempt.execution_id),),
@@ -709,7 +709,7 @@ def report_progress(attempt: Attempt, percent: int | None, message: str) -> Op[N
 
 
 def delay_execution(attempt: Attempt, delay_ms: int) -> Op[int]:
-    """Give the lease up; the same attempt goes on after *delay_ms*. Answers when, in ms since the epoch."""
+    """Release the lease; the same attempt continues after *delay_ms*. Answers that time, in ms since the epoch."""
     return Op(
         b"ff_delay_execution",
         (keys.core(attempt.execution_id),),
@@ -719,7 +719,7 @@ def delay_execution(attempt: Attempt, delay_ms: int) -> Op[int]:
 
 
 def wait_children(attempt: Attempt) -> Op[tuple[None, Hints]]:
-    """Give the lease up; the same attempt goes on when the last child has ended."""
+    """Release the lease; the same attempt continues when the last child has ended."""
     return Op(
         b"ff_wait_children",
         (keys.core(attempt.execution_id),),
@@ -749,7 +749,7 @@ def cancel_execution(
 def create_waitpoint(
     attempt: Attempt, waitpoint_id: str, expires_ms: int, kid: str, secret: str
 ) -> Op[PendingWaitpoint]:
-    """Create a pending waitpoint. *kid* and *secret* start the ring of the partition where it is empty."""
+    """Create a pending waitpoint. *kid* and *secret* become the signing key of a partition without one."""
 
     def parse(_: bytes, fields: list[object]) -> PendingWaitpoint:
         return PendingWaitpoint(waitpoint_id, WaitpointHmac(_text(fields[0])))
@@ -769,7 +769,7 @@ def create_waitpoint(
 
 
 def rotate_waitpoint_secret(partition: int, kid: str, secret: str, grace_ms: int) -> Op[str]:
-    """Let *secret* mint from now on in one partition; answers the kid before it, '' for none."""
+    """Sign with *secret* from now on in one partition; answers the previous kid, '' for none."""
     return Op(
         b"ff_rotate_waitpoint_secret",
         (keys.waitpoint_secrets(keys.slot_tag(partition)),),
@@ -786,8 +786,10 @@ def suspend_execution(
     behavior: TimeoutBehavior,
     reason: str,
 ) -> Op[tuple[bool, str]]:
-    """Suspend on a condition; answers whether it was met already, in which case the lease is kept, and the id of the
-    suspension: that of the first call where this one repeats it."""
+    """Suspend on a condition; answers whether it was met already, and the id of the suspension.
+
+    If the condition was met, the lease continues. A repeat answers the id of the first call.
+    """
     nodes: list[bytes] = []
     leaves: list[bytes] = []
     count = 0
@@ -870,7 +872,7 @@ def deliver_signal(
 
 
 def observe_signals(attempt: Attempt) -> Op[tuple[ResumeSignal, ...]]:
-    """The signals that met the condition after which this lease was granted."""
+    """Read the signals that ended the suspension before this lease."""
 
     def parse(_: bytes, fields: list[object]) -> tuple[ResumeSignal, ...]:
         found = []
@@ -977,7 +979,7 @@ def charge_budget(
 
 
 def release_charge(budget_id: str, charge_key: str) -> Op[None]:
-    """Take a charge back."""
+    """Release a charge."""
     return Op(
         b"ff_release_charge",
         _budget_keys(budget_id, charge_key),
@@ -1007,7 +1009,7 @@ def create_flow(flow_id: str, slot_tag: str, namespace: str) -> Op[str]:
 def cancel_flow(
     flow_id: str, slot_tag: str, reason: str, policy: CancelFlowPolicy, backlog_ms: int
 ) -> Op[tuple[CancelFlowPolicy, int]]:
-    """Cancel the flow itself: no member is claimed from here on. Answers the policy and how many members are open."""
+    """Cancel the flow itself: no member is claimed afterwards. Answers the policy and the number of open members."""
     return Op(
         b"ff_cancel_flow",
         (
@@ -1022,7 +1024,7 @@ def cancel_flow(
 
 
 def cancel_members(flow_id: str, slot_tag: str, count: int) -> Op[tuple[tuple[int, int], Hints]]:
-    """Cancel members of a cancelled flow; answers how many, and whether more are left to be cancelled."""
+    """Cancel members of a cancelled flow; answers how many, and whether more are left."""
     return Op(
         b"ff_cancel_members",
         (keys.flow(slot_tag, flow_id), keys.flow_open(slot_tag, flow_id), keys.timers(slot_tag)),
@@ -1032,7 +1034,7 @@ def cancel_members(flow_id: str, slot_tag: str, count: int) -> Op[tuple[tuple[in
 
 
 def describe_flow(flow_id: str, slot_tag: str) -> Op[FlowDescription]:
-    """A flow and its members."""
+    """Read a flow and its members."""
 
     def parse(_: bytes, fields: list[object]) -> FlowDescription:
         flow = _pairs(fields[0])
@@ -1056,7 +1058,7 @@ def describe_flow(flow_id: str, slot_tag: str) -> Op[FlowDescription]:
 
 
 def set_tags(execution_id: str, tags: Mapping[str, str]) -> Op[int]:
-    """Set tags; answers how many the execution has."""
+    """Set tags; answers the number of tags of the execution."""
     return Op(
         b"ff_set_tags",
         (keys.core(execution_id), keys.tags(execution_id)),
@@ -1066,7 +1068,7 @@ def set_tags(execution_id: str, tags: Mapping[str, str]) -> Op[int]:
 
 
 def read_tags(execution_id: str) -> Op[dict[str, str]]:
-    """The tags of an execution."""
+    """Read the tags of an execution."""
 
     def parse(_: bytes, fields: list[object]) -> dict[str, str]:
         return {_text(name): _text(value) for name, value in _pairs(fields[0]).items()}
@@ -1083,7 +1085,7 @@ def read_tags(execution_id: str) -> Op[dict[str, str]]:
 def fire_timer(
     slot_tag: str, member: bytes, kind: str, execution_id: str, more: str, scope: ScannerFilter
 ) -> Op[tuple[str, Hints]]:
-    """Fire one timer that is due; answers ``done``, ``later`` or ``skipped``."""
+    """Fire one due timer; answers ``done``, ``later`` or ``skipped``."""
     tag_name, tag_value = scope.instance_tag or ("", "")
     return Op(
         b"ff_fire_timer",

@@ -1,4 +1,4 @@
-"""What both shells' readers share: their state, their words, and the rules of a read."""
+"""State, documentation and rules that the readers of both shells share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class HasCursor(Protocol):
-    """An item that says where reading goes on behind it."""
+    """An item with the cursor from which reading continues after it."""
 
     @property
     def cursor(self) -> str | None: ...
@@ -27,25 +27,25 @@ T = TypeVar("T", bound=HasCursor)
 
 TAIL = """Reads one attempt, live. Made by ``backend.tail``; see there for the items.
 
-    Iterate it, or take all items of one answer at a time with :meth:`next_batch`. A time-out or a cancellation loses
-    nothing: the tail goes on with the next read. It gives its connection back when it has ended, when it is closed, and
-    when nobody holds it any more.
+    Iterate it, or take all items of one answer at a time with :meth:`next_batch`. A timeout or a cancellation loses
+    nothing: the next read continues. The tail releases its connection at its end, when it is closed, and when it is
+    garbage-collected.
     """
 
-COMPLETIONS = """Reads executions that end. Made by ``backend.subscribe_completions``; it has no end of its own.
+COMPLETIONS = """Reads executions that end. Made by ``backend.subscribe_completions``; it never ends by itself.
 
-    Iterate it, or take all items of one answer at a time with :meth:`next_batch`. A time-out or a cancellation loses
-    nothing: the subscription goes on with the next read.
+    Iterate it, or take all items of one answer at a time with :meth:`next_batch`. A timeout or a cancellation loses
+    nothing: the next read continues.
     """
 
-ONE_AT_A_TIME = "Somebody else is reading from this reader; make one reader for each."
+ONE_AT_A_TIME = "This reader is being read already; make one reader for each thread or task."
 
 
 class ReaderState(Generic[T]):
-    """Where a reader stands; the items themselves are in :class:`ff_fast._hot.items.Items`."""
+    """Position of a reader; :class:`ff_fast._hot.items.Items` holds the items that were read ahead."""
 
     if TYPE_CHECKING:
-        # Of Items, which both shells' readers are too.
+        # Attributes of Items, the other base class of both shells' readers.
         last: T | None
         _empty: bool
 
@@ -103,15 +103,15 @@ class ReaderState(Generic[T]):
 
     @property
     def cursor(self) -> str | None:
-        """Where a later reader goes on (its ``after``): behind the item that was taken last, or the start.
+        """The ``after`` of a reader that continues here: after the last item taken, or the start.
 
-        None is a subscription that has not asked the server yet.
+        None for a subscription that began without a cursor and has not read yet.
         """
         return self._source.start if self.last is None else self.last.cursor
 
     @property
     def ended(self) -> bool:
-        """Whether the last item was taken: nothing follows."""
+        """Whether the last item was taken; no other follows."""
         return self._source.ended and self._empty
 
     @property
@@ -124,14 +124,14 @@ class ReaderState(Generic[T]):
 
 
 def deadline(timeout: float | timedelta | None) -> float | None:
-    """Return when a wait of *timeout* (seconds or a ``timedelta``) is over, in monotonic time; None waits for ever.
+    """Return the monotonic time at which a wait of *timeout* (seconds or a ``timedelta``) ends; None has no limit.
 
     Raises:
-        InvalidInput: It is negative, not a number, or longer than a year.
+        InvalidInput: *timeout* is negative, not a number, or longer than a year.
     """
     return None if timeout is None else time.monotonic() + seconds("timeout", timeout, zero=True)
 
 
 def closed_error() -> Unavailable:
-    """Return the error of a read from a closed reader."""
+    """Return the error that a closed reader raises."""
     return Unavailable("The reader is closed; open another one from its cursor.")

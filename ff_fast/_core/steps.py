@@ -1,7 +1,7 @@
-"""What an operation asks of its shell, step by step.
+"""Steps: an operation is a generator, and a shell drives it.
 
-An operation is a generator: it yields a :class:`Step` or a :class:`Pause`, is resumed with the replies, and returns its
-value. A shell moves the bytes and waits; it decides nothing.
+The generator yields a :class:`Step` or a :class:`Pause`, is resumed with the replies, and returns its value. A shell
+moves the bytes and waits; it decides nothing.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 
 class Command(NamedTuple):
-    """One packed command, and a key that says which node it goes to.
+    """One packed command, and a key that selects its node.
 
     Attributes:
-        key: One of the command's keys; empty where any node may answer.
+        key: One of the command's keys; empty if any node may answer.
         request: The command as it goes on the wire.
     """
 
@@ -40,7 +40,7 @@ class Command(NamedTuple):
 
     @property
     def slot(self) -> int | None:
-        """The cluster slot of the command; None where any node may answer."""
+        """The cluster slot of the command; None if any node may answer."""
         return keys.key_slot(self.key) if self.key else None
 
 
@@ -76,7 +76,7 @@ Steps = Generator[Step | Pause, list[object], T]
 
 
 class Source(Protocol[T]):
-    """A stream of items that is read answer by answer until it has ended."""
+    """A stream of items, read one answer at a time until it has ended."""
 
     @property
     def ended(self) -> bool:
@@ -84,18 +84,18 @@ class Source(Protocol[T]):
 
     @property
     def start(self) -> str | None:
-        """Cursor of the beginning; None as long as only the server knows it."""
+        """Cursor of the beginning; None until the server's time is known."""
 
     def read(self) -> Steps[list[T]]:
-        """Ask once; the items that the answer brought, none where there was nothing in time."""
+        """Send one read; return the items of its answer, an empty list if the server's block time passed."""
 
     def restart(self, cursor: str | None = None) -> None:
-        """Go on behind *cursor*, where items were read that nobody took; None goes on behind what was read last."""
+        """Continue after *cursor*: items read after it were not delivered. None continues after the last read."""
 
 
 DEFAULT_REQUEST_TIMEOUT_S = 5.0
 
-# A lost connection is tried again for about ten seconds before a caller hears of it.
+# Together these retry a lost connection for about ten seconds before the caller gets an error.
 _DEFAULT_RETRIES = 16
 _DEFAULT_BASE = 2
 _DEFAULT_FACTOR_MS = 10
@@ -104,7 +104,7 @@ _LONGEST_S = 1.0
 
 
 def backoff(retry: BackendRetry) -> Iterator[float]:
-    """Yield the pauses between attempts, in seconds: ``factor * base^n`` ms, at most a second, less some jitter."""
+    """Yield the pauses between attempts, in seconds: ``factor * base^n`` ms, at most 1 s, less a random share."""
 
     def given(value: int | None, default: int) -> int:
         return default if value is None else value
@@ -119,11 +119,11 @@ def backoff(retry: BackendRetry) -> Iterator[float]:
 
 
 class Retries:
-    """Whether what failed is tried again, and after which pause.
+    """Decides whether a failed call is retried, and after which pause.
 
     Args:
-        retry: Pauses and how many of them; with none, nothing is tried twice.
-        repeatable: Sending the call again gives the same outcome, so that one whose fate is unknown may be.
+        retry: Number and length of the pauses; 0 retries never.
+        repeatable: Sending the call again gives the same outcome, so it may be retried when its outcome is unknown.
         retry_timeouts: Also retry after ``DeadlineExceeded``. Off by default: the caller has used up its time.
     """
 
@@ -139,9 +139,9 @@ class Retries:
         self._loaded = False
 
     def pause(self, error: FFError) -> float | None:
-        """Return the seconds to wait before the next attempt; None where *error* is the last word.
+        """Return the seconds to wait before the next attempt; None if *error* is final.
 
-        A missing library is loaded by the shell, so the attempt after it follows at once and is not counted.
+        The shell loads a missing library, so the next attempt follows at once and is not counted.
         """
         if isinstance(error, FunctionMissing) and not self._loaded:
             self._loaded = True
@@ -157,28 +157,28 @@ class Retries:
         return next(self._pauses, None)
 
     def reset(self) -> None:
-        """Something went well: what fails next is a first failure."""
+        """Start again with all retries, after a success."""
         self._pauses = None
         self._loaded = False
 
 
-def ask(one: Command, block_s: float = 0.0) -> Steps[list[bytes]]:
-    """Send a plain command and return the list that it answered, as :func:`checked` reads it."""
+def send_one(one: Command, block_s: float = 0.0) -> Steps[list[bytes]]:
+    """Send one plain command and return its answer as :func:`checked` reads it."""
     (reply,) = yield Step((one,), block_s)
     return checked(reply)
 
 
 def server_ms(key: bytes) -> Steps[int]:
     """Ask the server that holds *key* for its time, in ms since the epoch."""
-    seconds, micros = yield from ask(Command(key, pack_command(b"TIME")))
+    seconds, micros = yield from send_one(Command(key, pack_command(b"TIME")))
     return int(seconds) * 1000 + int(micros) // 1000
 
 
 def checked(reply: object) -> list[bytes]:
-    """Return the list that a plain command answered, empty for a number or nothing.
+    """Return the list in the reply to a plain command; empty for a number or nil.
 
     Raises:
-        FFError: The server refused the command, or the reply is something else.
+        FFError: The server refused the command, or the reply has another type.
     """
     if isinstance(reply, Exception):
         raise from_server_error(str(reply))

@@ -1,4 +1,4 @@
-"""The summary document as readers see it: the stored one and the patches after it, folded."""
+"""The summary document for readers: the stored document with its later patches folded in."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ff_fast.types import PatchFormat, PatchKind, SummaryDocument
 
 
 def fold(fields: dict[bytes, bytes]) -> SummaryDocument | None:
-    """Return the document that the hash *fields* of a summary stand for; None where there is none.
+    """Return the document stored in the hash *fields* of a summary; None if they hold none.
 
     Raises:
-        Corruption: The fields are not those that `ff_append` writes.
+        Corruption: `ff_append` did not write these fields.
     """
     if b"version" not in fields:
         return None
@@ -70,11 +70,11 @@ def _apply(document: Document, kind: PatchKind, patch: bytes) -> None:
 class SummaryView:
     """The summary document of an attempt, kept current from the frames of a tail.
 
-    Start it from `read_summary` (or from nothing, where a tail starts from the beginning) and give
-    it every frame that comes after the document's cursor; frames that are not patches are ignored.
+    Start it from `read_summary` and tail from the document's cursor, or start it empty and tail from
+    the beginning. Pass every frame to :meth:`apply`; it ignores frames that are not patches.
 
     Args:
-        document: Where to start; None is the empty document, version 0.
+        document: Document to start from; None is the empty document, version 0.
     """
 
     __slots__ = ("_document", "version")
@@ -84,7 +84,7 @@ class SummaryView:
         self.version: int = 0 if document is None else document.version
 
     def apply(self, frame: StreamFrame) -> bool:
-        """Fold *frame* into the document; False where it is no patch, or one that is in it already.
+        """Fold *frame* into the document; return False if it is no patch, or is in the document already.
 
         Raises:
             SummaryConflict: Patches are missing between the document and the frame: read the

@@ -1,4 +1,4 @@
-"""Supervision: firing what is due, and finding executions whose worker was lost."""
+"""Supervision: firing due timers, and finding executions whose worker was lost."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _GRANT_MS = 60_000
 
 
 def _due(partition: int, now: bytes, offset: int) -> Command:
-    """Return the command that reads the timers of a partition that are due, from *offset* on."""
+    """Return the command that reads the due timers of a partition, from *offset* on."""
     timers = keys.timers(keys.slot_tag(partition))
     page = (b"LIMIT", b"%d" % offset, b"%d" % _DUE_A_CALL)
     return command(b"ZRANGEBYSCORE", timers, b"-inf", now, *page)
 
 
 class Supervision:
-    """The rounds of a supervisor: each reads the timers that are due in every partition, and fires them.
+    """The rounds of a supervisor: each reads the due timers of every partition, and fires them.
 
     Args:
         on: The deployment.
-        scope: Which executions it looks after.
+        scope: Filter of the executions.
     """
 
     __slots__ = ("_on", "_scope")
@@ -42,7 +42,7 @@ class Supervision:
         self._scope = scope
 
     def round(self) -> Steps[int]:
-        """Fire every timer that is due; returns how many had something to do."""
+        """Fire every due timer; return how many took effect."""
         now = b"%d" % (yield from server_ms(keys.timers(keys.slot_tag(0))))
         offsets = dict.fromkeys(range(self._on.partitions), 0)
         fired = 0
@@ -55,7 +55,7 @@ class Supervision:
                     stayed, done = yield from self._fire(index, members)
                     fired += done
                     if len(members) == _DUE_A_CALL:
-                        # What is another supervisor's, or not due yet, stays where it is: go on behind it.
+                        # Skipped and early timers stay in the set; continue after them.
                         following[index] = offset + stayed
             offsets = following
         return fired
@@ -76,7 +76,7 @@ class Supervision:
                 done += left is not None
                 continue
             found = re.fullmatch(r"(\{fp:\d+\}:[0-9a-f-]{36})(?::(.*))?", rest)
-            # What names nothing of this partition is dropped by the call.
+            # The call drops a member that names no execution of this partition.
             execution_id, more = f"{slot_tag}:", ""
             if found and found[1].startswith(f"{slot_tag}:"):
                 execution_id, more = found[1], found[2] or ""
@@ -88,7 +88,7 @@ class Supervision:
             try:
                 what, told = op.answer(reply)
             except InternalFunctionError:
-                # Foreign data in its keys: it stays where it is, and those behind it are fired.
+                # Foreign data in the execution's keys: its timer stays, and must not hold back those after it.
                 stayed += 1
                 continue
             hints += told
@@ -98,7 +98,7 @@ class Supervision:
         return stayed, done
 
     def _cancel_members(self, flow_id: str, partition: int) -> Steps[int | None]:
-        """Cancel some members of a cancelled flow; 0 where none is left, None for another supervisor's flow."""
+        """Cancel members of a cancelled flow; 0 if none is left, None for a flow outside the filter."""
         slot_tag = keys.slot_tag(partition)
         if self._scope.namespace is not None:
             (reply,) = yield Step((command(b"HGET", keys.flow(slot_tag, flow_id), b"namespace"),))
@@ -111,7 +111,7 @@ class Supervision:
 
 
 def find_reclaimable(partitions: int, limit: int) -> Steps[list[ReclaimToken]]:
-    """Find active executions whose lease has lapsed, over all partitions, at most *limit*."""
+    """Find at most *limit* active executions of all partitions whose lease has lapsed."""
     now_ms = yield from server_ms(keys.timers(keys.slot_tag(0)))
     now = b"%d" % now_ms
     tokens: list[ReclaimToken] = []
@@ -133,7 +133,7 @@ def find_reclaimable(partitions: int, limit: int) -> Steps[list[ReclaimToken]]:
                 tokens.append(reclaim_token(execution_id, found.lane, now_ms))
                 if len(tokens) == limit:
                     return tokens
-        # Timers of other kinds stand among them.
+        # The set holds timers of other kinds too.
         indexes = [
             index for index, page in zip(indexes, pages, strict=True) if page[_DUE_A_CALL - 1 :]
         ]
@@ -142,7 +142,7 @@ def find_reclaimable(partitions: int, limit: int) -> Steps[list[ReclaimToken]]:
 
 
 def reclaim_token(execution_id: str, lane: str, now_ms: int) -> ReclaimToken:
-    """Return the token that names an execution to be taken over; the claim itself checks that it may be."""
+    """Return the token of an execution to take over; the claim itself checks the lease."""
     grant = ReclaimGrant(
         execution_id=execution_id,
         partition_key=keys.slot_tag_of(execution_id),

@@ -1,13 +1,13 @@
 """Readers without I/O: a live tail, and pages of a range.
 
 Both streams of an attempt are read, and merged by sequence up to a *horizon*: the id up to which
-both are known to their full. A stream that was not read to its end is known up to the last entry
-that came; frames that are appended later have higher ids in either stream. So a sequence that is
-missing below the horizon is missing for good: a gap.
+both are known completely. A stream that was not read to its end is known up to the last entry
+received. Frames appended later have higher ids in either stream. So a sequence that is missing below
+the horizon is missing for good: a gap.
 
-`ff_read_range` reads both streams and the state of the attempt at one moment, at the start of a
-tail and whenever nothing happened for a while. XREAD, which costs the server a sixth of that for an
-entry, reads and waits in between.
+`ff_read_range` reads both streams and the state of the attempt atomically, at the start of a tail
+and whenever a block time passes without an entry. XREAD reads and waits in between; an entry costs
+the server a sixth as much by XREAD.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from ff_fast.errors import InvalidInput, ProtocolError, from_server_error
 from ff_fast.types import End, EndReason, Gap, GapReason, TailVisibility, parse_cursor
 
 BLOCK_MS = 5_000
-"""How long a tail blocks on the server at the most; then it asks whether the attempt lives."""
+"""Longest block of a tail on the server, in ms; after it the tail reads the state of the attempt."""
 
 MAX_COUNT = 10_000
 
 _PACE_MS = 5
-# One answer stays about this large, so that decoding it takes an event loop a few milliseconds.
+# Target size of one answer: decoding it occupies an event loop for a few milliseconds.
 _REPLY_BYTES = 1 << 20
 _REPLY_FRAMES = 4_096
 _FIRST_FRAMES = 64
 _LARGEST_LOOK = 256
-# How many entries of log and live window are asked for until some were seen, and at the most.
-# XREAD knows no limit in bytes, and the next entries may be of another size than the last: an entry
-# of the live window may be a run of a thousand frames.
+# XREAD COUNT for log and live window: first value, upper bound. XREAD has no limit in bytes, and
+# entries differ in size: one of the live window may be a run of a thousand frames.
 _FIRST_COUNTS = (512, 16)
 _LARGEST_COUNTS = (1024, 64)
 
@@ -56,13 +55,12 @@ def _id(raw: object) -> Id:
 
 
 class _Position:
-    """Where a reader stands in an attempt.
+    """Position of a reader in an attempt.
 
     Attributes:
-        ms, sequence: Id of the last frame that was delivered, or whose absence was.
+        ms, sequence: Id of the last frame that was delivered or reported missing.
         read: For each stream, the id up to which its entries were read.
-        held: For each stream, entries that were read and are beyond the horizon; one of the two is
-            always empty.
+        held: For each stream, the entries read beyond the horizon; one of the two is always empty.
     """
 
     __slots__ = (
@@ -83,11 +81,11 @@ class _Position:
 
     @property
     def cursor(self) -> str:
-        """Id of the last frame that was delivered, or whose absence was."""
+        """Id of the last frame that was delivered or reported missing."""
         return _text(self.ms, self.sequence)
 
     def move(self, cursor: object) -> None:
-        """Stand behind the frame of *cursor*."""
+        """Continue after the frame of *cursor*."""
         self.ms, self.sequence = parse_cursor(cursor)
 
     def rewind(self) -> None:
@@ -114,7 +112,7 @@ class _Position:
         horizon: Id | None,
         reason: GapReason,
     ) -> tuple[list[Item], EndReason | None]:
-        """Deliver what is up to *horizon*, hold the rest; tell why the attempt ended if it has."""
+        """Return the items up to *horizon* and, if it was reached, the reason of the end; hold later entries."""
         decoded = []
         for stream, entries in enumerate((log, live)):
             some = decode_entries(
@@ -129,8 +127,8 @@ class _Position:
         return items, ended
 
     def take_range(self, page: ops.Range, reason: GapReason) -> tuple[list[Item], EndReason | None]:
-        """Items of a range read; then why the attempt ended, if it has and all of it was read."""
-        # The end entry stands one behind the last frame: a cursor behind the end is not ahead.
+        """Return the items of a range read and, if everything was read, the reason why the attempt ended."""
+        # The end entry has the sequence after the last frame, so a cursor behind the end is not ahead.
         end = page.last_sequence + bool(page.closed_reason)
         if self.sequence > end:
             first_missing = self.sequence + 1
@@ -150,12 +148,12 @@ class _Position:
         ]
         horizon = min(cut) if cut else None
         items, ended = self.merge(page.log, page.live, horizon, reason)
-        # A stream that was read to its end had nothing up to the last id, also where the entry with
-        # that id is in the other one; what is appended later has a higher id.
+        # A stream that was read to its end has nothing more up to the newest id of both streams:
+        # entries appended later have higher ids.
         newest_id = _text(page.last_ms, page.last_sequence).encode()
         self.read = [max(to, newest_id, key=_id) for to in (page.log_to, page.live_to)]
         if horizon is not None:
-            # What is beyond is not worth keeping: the server bounded it.
+            # Entries past the horizon are dropped and read again; a reply is bounded anyway.
             for stream, more in enumerate((page.log_more, page.live_more)):
                 if more or self.held[stream]:
                     self.read[stream] = _text(*horizon).encode()
@@ -180,15 +178,15 @@ class _Position:
 
 
 class TailCore:
-    """A live reader of one attempt: what to ask next, and what the answer brought.
+    """A live reader of one attempt: makes requests, and items from the replies.
 
     Args:
         execution_id: Id of the execution.
-        attempt_index: Attempt, from 0; one that nobody has claimed yet is waited for.
+        attempt_index: Attempt, from 0; the reader waits for one that is not claimed yet.
         after: Cursor, exclusive: an id of a frame, the cursor of a summary, or None for the start.
-        visibility: Whether best-effort frames are wanted.
-        count: How many frames the reader wants in all; None is a tail, which does not know. A small page comes with
-            one look at the state; the frames of a larger one come by XREAD.
+        visibility: Whether best-effort frames are delivered.
+        count: Number of frames in a page; None for a tail. ``ff_read_range`` alone reads a small page, XREAD the frames
+            of a larger one.
 
     Attributes:
         end_reason: Why the attempt ended; None until the end was delivered.
@@ -220,10 +218,10 @@ class TailCore:
         self.restart()
 
     def restart(self, cursor: str | None = None) -> None:
-        """Look at the state before blocking: the connection was lost, or the server changed.
+        """Read the state again before blocking, since the connection was lost or the server may be another one.
 
         Args:
-            cursor: Where to go on, where items were read that nobody took.
+            cursor: Position to continue from if items read after it were not delivered.
         """
         if cursor is not None:
             self._position.move(cursor)
@@ -238,21 +236,21 @@ class TailCore:
         self._unwanted = False
 
     def step(self) -> Step:
-        """Return what to send now."""
+        """Return the next request."""
         held = self._position.held
         block: int | None = None
         if held[_LOG] or held[_LIVE]:
-            # Known is what is before both ends, so the other stream holds the reader back.
+            # Frames can be delivered only up to the shorter stream; read that one next.
             self._asked = (_LIVE,) if held[_LOG] else (_LOG,)
         elif self._more[_LOG] or self._more[_LIVE]:
-            # Behind: one stream at a time, as much of it as one answer may hold.
+            # The reader is behind: read one stream at a time, so that one answer stays bounded.
             self._asked = (_LOG,) if self._more[_LOG] else (_LIVE,)
         elif self._block_ms == 0:
             self._ranged = self._position.range_op(self._first_frames, _REPLY_BYTES)
             return Step((self._ranged.command(),))
         elif self._paced:
-            # Best-effort frames that are not wanted just came: for a moment only the log may wake
-            # this reader, so they cost it few wake-ups; a durable frame and the end still do.
+            # The last answer held only best-effort frames, which this reader excludes. Wait on the log
+            # alone for a moment, so that they cause few wake-ups; durable frames and the end still do.
             self._asked = (_LOG,)
             block = _PACE_MS
         else:
@@ -276,8 +274,11 @@ class TailCore:
         return self.end_reason is not None
 
     def caught_up(self) -> bool:
-        """Whether all that there is was read. Behind XREADs the state is looked at once more first: it alone tells
-        of a lapsed lease, and of frames that are missing at the end."""
+        """Return whether every stored frame was read.
+
+        After XREADs it is False once more, so that the state is read: only the state shows a lapsed lease, and frames
+        that are missing at the end.
+        """
         held = self._position.held
         if held[_LOG] or held[_LIVE] or any(self._more):
             return False
@@ -288,19 +289,19 @@ class TailCore:
 
     @property
     def cursor(self) -> str:
-        """Id of the last frame that was delivered, or whose absence was."""
+        """Id of the last frame that was delivered or reported missing."""
         return self._position.cursor
 
     def read(self) -> Steps[list[Item]]:
-        """Ask once; return what the answer brought."""
+        """Send one request; return the items of its answer."""
         (reply,) = yield self.step()
         return self.receive(reply)
 
     def receive(self, reply: object) -> list[Item]:
-        """Take the reply to the last step; return what the reader gets of it.
+        """Take the reply to the last step, and return its items.
 
         Raises:
-            FFError: The server refused.
+            FFError: The server refused the request.
         """
         if self._ranged is not None:
             return self._take_range(self._ranged.answer(reply))
@@ -325,7 +326,7 @@ class TailCore:
         self._more = [page.log_more, page.live_more]
         if not any(self._more):
             self._reason = "fell_behind"
-        # A lapsed lease writes no end entry by itself: wake up when it is due.
+        # A lapsing lease writes no end entry; read the state again just after it lapses.
         left = BLOCK_MS if page.lease_left_ms is None else page.lease_left_ms + 1
         self._block_ms = max(min(BLOCK_MS, left), 1)
         return items
@@ -363,7 +364,7 @@ class TailCore:
         return items
 
     def _next_count(self, stream: int, entries: list[list[object]]) -> int:
-        """How many entries of a stream an answer may hold, going by the last that came."""
+        """Return the next XREAD COUNT of a stream, from the size of its last entries."""
         if not entries:
             return self._counts[stream]
         frames, size = weigh_entries(entries)
@@ -384,9 +385,9 @@ class StreamPage(tuple[StreamFrame, ...]):  # noqa: SLOT001 - no room for slots 
     """Frames of one attempt, in sequence order.
 
     Attributes:
-        cursor: Where to read on: the ``after`` of the next page.
-        gaps: What is missing within the page.
-        end_reason: Why the attempt ended, where the page reaches its end; else None.
+        cursor: ``after`` of the next page.
+        gaps: Frames that are missing within the page.
+        end_reason: Why the attempt ended, if the page reaches its end; else None.
     """
 
     cursor: str
@@ -415,7 +416,7 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
         missing = [item for item in items if isinstance(item, Gap)]
         room = count - len(frames)
         if len(some) >= room:
-            # What was read beyond the page, also of a run, is read again for the next one.
+            # Frames read beyond the page, also those of a run, are read again for the next page.
             last = some[room - 1]
             frames += some[:room]
             gaps += [gap for gap in missing if gap.first_missing < last.sequence]

@@ -1,4 +1,4 @@
-"""Reporting usage: budgets in slots of their own, then the execution's ledger."""
+"""Reporting usage: first the budgets, each in a slot of its own, then the execution's ledger."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _DEDUP_TTL_MS = 86_400_000
 
 
 def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Steps[ReportUsageResult]:
-    """Charge every budget of the execution, then its own ledger; a hard limit takes back what was charged before it.
+    """Charge every budget of the execution, then its own ledger; at a hard limit, release the earlier charges.
 
-    The budgets live in slots of their own, so this is several calls; each applies once for the report's key, so
+    Budgets are in different slots, so a report takes several calls. Each applies once for the report's key, so
     repeating the report after a lost reply completes it.
     """
     dedup_key = usage.dedup_key or ""
@@ -41,7 +41,7 @@ def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Steps[ReportUs
         apply = ops.report_usage(attempt, usage, dedup_key, apply=True)
         yield from ops.call(apply)
     except FFError as error:
-        # A call whose fate is unknown is repeated by the caller, which completes what it began.
+        # After an unknown outcome the caller repeats the report, which completes it; a release would undo it.
         if error.outcome is Outcome.NOT_APPLIED and not error.retryable:
             yield from _release(charged, charge_key)
         raise
@@ -49,6 +49,6 @@ def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Steps[ReportUs
 
 
 def _release(budget_ids: list[str], charge_key: str) -> Steps[None]:
-    """Take back what one report has charged to these budgets."""
+    """Release the charges of one report from these budgets."""
     for budget_id in budget_ids:
         yield from ops.call(ops.release_charge(budget_id, charge_key))

@@ -1,6 +1,6 @@
-"""Workers without I/O: what to do with a claimed execution, when to renew its lease, and what a handler's end means.
+"""Workers without I/O: from a claimed execution to its end.
 
-:func:`attend` decides; it yields actions, and a shell performs them.
+:func:`attend` decides and yields actions; a shell performs them.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from ff_fast.types import Handle, ResumeSignal, StreamMode
 
 HAND_BACK_S = 2.0
-"""How long a worker that is interrupted takes to store what was written, and to hand the execution back."""
+"""Longest time, in seconds, for an interrupted worker to store its frames and hand the execution back."""
 
 END_AGAIN_S = 0.25
-"""How long a worker waits before it tries again to end an execution that it holds."""
+"""Pause, in seconds, before a worker retries to end an execution that it holds."""
 
 CANCEL_REASON = "the worker was asked to stop"
 
@@ -52,16 +52,18 @@ _LONGEST_MESSAGE = 4_096
 
 
 class TaskReleased(BaseException):
-    """Raised inside a handler by ``suspend``, ``delay`` and ``wait_children``: the lease is released, and the handler is
-    called again when the execution goes on. Let it pass."""
+    """Leaves a handler whose lease was released by ``suspend``, ``delay`` or ``wait_children``. Do not catch it.
+
+    The handler is called again when the execution continues.
+    """
 
 
 class TaskFailed(Exception):  # noqa: N818 - what the handler reports
     """Raise it in a handler to end the attempt as failed, with a class that decides about retries.
 
     Args:
-        reason: Why, as text (of which 4096 bytes are kept) or a ``FailureReason``.
-        failure_class: What kind of failure it is.
+        reason: Text, of which 4096 bytes are kept, or a ``FailureReason``.
+        failure_class: Kind of failure.
     """
 
     def __init__(
@@ -81,34 +83,34 @@ class TaskFailed(Exception):  # noqa: N818 - what the handler reports
 
 
 class Failure(NamedTuple):
-    """What `fail` is called with."""
+    """Arguments of `fail`."""
 
     reason: FailureReason
     failure_class: FailureClass
 
 
 def _clean(text: str) -> str:
-    """Return *text* as a message can be: UTF-8, and not too long."""
+    """Return *text* as a valid message: UTF-8, and cut to the longest one."""
     return text.encode("utf-8", "replace")[:_LONGEST_MESSAGE].decode("utf-8", "ignore")
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Return what an exception of a handler means: transient, unless it says otherwise itself."""
+    """Return the failure for an exception of a handler: transient, or as its ``TaskFailed`` says."""
     if isinstance(error, TaskFailed):
         return Failure(error.reason, error.failure_class)
     name = type(error).__name__
     try:
         text = f"{name}: {error}"
-    except Exception:  # noqa: BLE001 - its text is the handler's code too
+    except Exception:  # noqa: BLE001 - str() of the error runs the handler's code
         text = name
     return Failure(FailureReason(message=_clean(text)), FailureClass.TRANSIENT)
 
 
 def result_of(value: object) -> bytes:
-    """Return a handler's result as bytes; None is no result.
+    """Return a handler's result as bytes; None gives an empty result.
 
     Raises:
-        TaskFailed: It is neither None, bytes nor text; the same handler would return the same again.
+        TaskFailed: It is neither None, bytes nor text. The failure is permanent, as a retry would return the same.
     """
     if value is None:
         return b""
@@ -120,21 +122,21 @@ def result_of(value: object) -> bytes:
 
 
 def is_release(error: BaseException) -> bool:
-    """Return whether an error is a :class:`TaskReleased`, or a group of nothing else, as a handler's own tasks make it."""
+    """Return whether an error is a :class:`TaskReleased`, or a group of them, as a handler's task group raises it."""
     if isinstance(error, BaseExceptionGroup):
         return all(is_release(inner) for inner in error.exceptions)
     return isinstance(error, TaskReleased)
 
 
-class _Hears(Protocol):
-    """What brings the news of a cancellation."""
+class _ReportsCancel(Protocol):
+    """A writer or a lease keeper: the server tells it of a requested cancellation."""
 
     @property
     def cancel_requested(self) -> bool: ...
 
 
-class _Keeps(_Hears, Protocol):
-    """What knows whether the lease is held."""
+class _HoldsLease(_ReportsCancel, Protocol):
+    """A lease keeper."""
 
     @property
     def held(self) -> bool: ...
@@ -142,14 +144,14 @@ class _Keeps(_Hears, Protocol):
 
 P = ParamSpec("P")
 T = TypeVar("T")
-W = TypeVar("W", bound=_Hears)
-K = TypeVar("K", bound=_Keeps)
+W = TypeVar("W", bound=_ReportsCancel)
+K = TypeVar("K", bound=_HoldsLease)
 
 
 def forwarded(
     method: Callable[Concatenate[Any, P], T],
 ) -> Callable[Concatenate[TaskState[Any, Any], P], T]:
-    """Return the method of a task that calls a method of its writer."""
+    """Return a task's method that calls the same method of its writer."""
     name = method.__name__
 
     def forward(self: TaskState[Any, Any], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -159,14 +161,14 @@ def forwarded(
     return dressed(forward, method)
 
 
-TASK = """One execution, as a handler sees it.
+TASK = """One claimed execution, the argument of a handler.
 
     Attributes:
         handle: Its handle.
         execution_id: Its id.
-        attempt_index: Which attempt this is, from 0.
-        resumed: Whether the execution goes on after a suspension, a delay, waiting for children, or a lost worker.
-        payload: Input that the execution was created with.
+        attempt_index: Its attempt, from 0.
+        resumed: Whether it continues after a suspension, a delay, waiting for children, or a lost worker.
+        payload: Its input, as passed to `create_execution`.
         signals: The signals that ended its last suspension.
     """
 
@@ -188,12 +190,12 @@ class TaskState(Generic[W, K]):
         self._released = False
 
     def _lose(self, error: FFError) -> None:
-        """The lease is gone: whatever is written from here on is refused, at once."""
+        """Refuse all further writes, since the lease is gone."""
         self._lost = error
 
     @property
     def _holds_lease(self) -> bool:
-        """Whether the execution is still this task's, as far as the process can know."""
+        """Whether this task still owns the execution, as far as the process knows."""
         return not (
             self._released
             or self._lost is not None
@@ -216,7 +218,7 @@ class TaskState(Generic[W, K]):
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether a cancellation was asked for; an append and a renewal bring the news."""
+        """Whether the worker is asked to stop; updated by every append and renewal."""
         return (self._current_writer is not None and self._current_writer.cancel_requested) or (
             self._keeper is not None and self._keeper.cancel_requested
         )
@@ -226,7 +228,7 @@ class TaskState(Generic[W, K]):
 
 
 class Run(NamedTuple):
-    """Carry a call out, and resume with its value."""
+    """Make a call, and resume with its result."""
 
     call: Call[Any]
 
@@ -248,7 +250,7 @@ class CloseWriter(NamedTuple):
 
 
 class WaitLost(NamedTuple):
-    """Wait until the lease is gone, but no longer than *seconds*."""
+    """Wait until the lease is lost, at most *seconds*."""
 
     seconds: float
 
@@ -260,7 +262,7 @@ class Returned(NamedTuple):
 
 
 class Raised(NamedTuple):
-    """The handler has raised an error that is its own, and no reason to end the worker."""
+    """The handler has raised an error that fails its attempt, and does not end the worker."""
 
     error: BaseException
 
@@ -270,7 +272,7 @@ Actions = Generator[Action, Any, None]
 
 
 class Backend(Protocol):
-    """What a worker has to know of its backend."""
+    """A backend, as far as a worker needs it."""
 
     @property
     def closed(self) -> bool: ...
@@ -280,10 +282,9 @@ class Backend(Protocol):
 
 
 def attend(backend: Backend, task: TaskState[Any, Any], mode: StreamMode | None) -> Actions:
-    """Call the handler for one claimed execution, and end the execution as the handler ended.
+    """Call the handler for one claimed execution, and end the execution by the handler's result or exception.
 
-    Errors that are not the handler's own (an interrupt, an exit, a defect) hand the execution back to other workers, and
-    are raised.
+    After an interrupt, an exit or a defect the execution is handed back to other workers, and the error is raised.
     """
     try:
         try:
@@ -304,7 +305,7 @@ def attend(backend: Backend, task: TaskState[Any, Any], mode: StreamMode | None)
 
 
 def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) -> Actions:
-    """Read what the handler starts from and open its writer, in one round trip."""
+    """Read the task's payload and signals and open its writer, in one round trip."""
     request = operations.open_writer(on, task.handle, mode=mode)
     attempt = ops.Attempt.of(task.handle)
     writer_id = ops.writer_id(attempt)
@@ -350,11 +351,11 @@ def _handle(backend: Backend, task: TaskState[Any, Any]) -> Actions:
 
 
 def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Actions:
-    # Frames that could not be stored are on the writer's error; the failure itself is what counts.
+    # An error of the writer must not replace the handler's own failure.
     with contextlib.suppress(FFError):
         yield CloseWriter()
     if task.cancel_requested:
-        # Failed because it was to stop: it must not be tried again.
+        # The handler failed because it was asked to stop: cancel, so that no retry follows.
         yield from _end(backend, task, _cancellation(task))
     else:
         call = operations.fail(backend._deployment, task.handle, *failure_of(error))
@@ -362,7 +363,7 @@ def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -
 
 
 def _cancellation(task: TaskState[Any, Any]) -> Call[Any]:
-    """Return the call that ends a task as cancelled, with the reason of whoever asked for it."""
+    """Return the call that ends a task as cancelled, with the reason of the cancellation request."""
     eid = task.execution_id
 
     def steps() -> Steps[object]:
@@ -375,7 +376,7 @@ def _cancellation(task: TaskState[Any, Any]) -> Call[Any]:
 
 
 def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Actions:
-    """End the execution, as long as it is ours: what the handler did is not lost to a server that is away."""
+    """End the execution; while the lease is held, retry until the server is reachable again."""
     while task._holds_lease and not backend.closed:
         try:
             yield Run(call)
@@ -390,7 +391,7 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Action
 
 
 def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Actions:
-    """Let another worker have it now rather than when the lease lapses; counted as a lost worker."""
+    """Make the execution claimable now, not when its lease lapses; it counts as a lost worker."""
     if task._released or backend.closed:
         return
     with contextlib.suppress(FFError, TimeoutError):
@@ -403,5 +404,5 @@ def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException
 
 
 def is_handlers_own(error: BaseException) -> bool:
-    """Return whether an error that a handler raised ends its attempt; any other one ends the worker."""
+    """Return whether an error raised by a handler fails its attempt; any other error ends the worker."""
     return isinstance(error, Exception) or is_release(error)

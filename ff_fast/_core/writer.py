@@ -1,4 +1,4 @@
-"""Writers without I/O: opening one, and what each of its waits waits for."""
+"""Writers without I/O: opening one, and its waits."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ MAX_UNACKNOWLEDGED_BYTES = 32 << 20
 RETENTION_MAXLEN = 10_000
 
 ROUND_BYTES = 4 << 20
-"""A shell that has joined this many bytes of batches sends them before it asks more writers."""
+"""Most bytes of batches in one send, give or take a batch; more writers wait for the next send."""
 
 
 class Wait(NamedTuple, Generic[T]):
     """A wait for the progress of a writer.
 
     Attributes:
-        done: Whether it is over; asked again after every progress.
-        value: Its result, once it is over.
-        timeout_s: Seconds to wait at the most; None waits as long as the writer tries.
+        done: Whether the wait is over; evaluated after every progress.
+        value: Result of the wait, once it is over.
+        timeout_s: Longest wait in seconds; None waits until the writer succeeds or fails.
     """
 
     done: Callable[[], bool]
@@ -51,10 +51,10 @@ class Wait(NamedTuple, Generic[T]):
 
 
 def timeout_s(timeout: float | timedelta | None) -> float | None:
-    """Return a time-out in seconds.
+    """Return a timeout in seconds.
 
     Raises:
-        InvalidInput: It is negative, not a number, or longer than a year.
+        InvalidInput: *timeout* is negative, not a number, or longer than a year.
     """
     return None if timeout is None else seconds("timeout", timeout, zero=True)
 
@@ -69,7 +69,7 @@ class WriterOptions(NamedTuple):
 
 
 class WriterState(NamedTuple):
-    """Everything that a writer core is constructed from."""
+    """Everything a writer core is constructed from."""
 
     attempt: ops.Attempt
     writer_id: bytes
@@ -92,7 +92,7 @@ def open_writer(attempt: ops.Attempt, options: WriterOptions) -> Steps[WriterSta
 def continue_writer(
     attempt: ops.Attempt, writer_id: bytes, opened: ops.Opened, options: WriterOptions
 ) -> Steps[WriterState]:
-    """Return the state of a writer that was opened; its summary is read where there is one."""
+    """Return the state of an opened writer; read its summary if the attempt has one."""
     document = None
     if opened.summary_version:
         read = ops.read_summary(attempt.execution_id, attempt.attempt_index)
@@ -126,7 +126,7 @@ class SharedWriter(WriterCore):
         )
 
     def outcome(self) -> AppendFrameOutcome:
-        """What is stored by now."""
+        """The frames and patches stored so far."""
         return AppendFrameOutcome(
             stream_id=self.last_id,
             frame_count=self.last_sequence,
@@ -134,7 +134,7 @@ class SharedWriter(WriterCore):
         )
 
     def write_frame(self, frame: Frame) -> int | None:
-        """Write a :class:`Frame`; None where its ``seq`` says that this writer has written it already.
+        """Write a :class:`Frame`; return None if its ``seq`` is that of a frame this writer has written already.
 
         Raises:
             SequenceGap: ``frame.seq`` is beyond the next sequence, or before this writer's first.
@@ -162,13 +162,13 @@ class SharedWriter(WriterCore):
 
 
 def drain(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wait[None]:
-    """Wait while more than 1 MiB, or too much for one more frame of maximum size, is unacknowledged.
+    """Wait until at most 1 MiB is unacknowledged and one more frame of maximum size fits.
 
     Args:
-        timeout: How long to wait, in seconds or as a ``timedelta``; None waits as long as the writer tries.
+        timeout: How long to wait, in seconds or as a ``timedelta``; None waits until the writer succeeds or fails.
 
     Raises:
-        DeadlineExceeded: *timeout* passed; the frames stay on their way.
+        DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
         FFError: The writer failed.
     """
     limit = timeout_s(timeout)
@@ -187,13 +187,13 @@ def flush(
     """Wait until every frame written so far is stored.
 
     Args:
-        timeout: How long to wait, in seconds or as a ``timedelta``; None waits as long as the writer tries.
+        timeout: How long to wait, in seconds or as a ``timedelta``; None waits until the writer succeeds or fails.
 
     Returns:
-        Id of the newest frame, how many frames the attempt has had, and the version of its summary.
+        Id of the newest frame, number of frames of the attempt so far, and version of its summary.
 
     Raises:
-        DeadlineExceeded: *timeout* passed; the frames stay on their way.
+        DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
         FFError: The writer failed; the error's ``unstored`` has the frames that were not stored.
     """
     limit = timeout_s(timeout)
@@ -206,10 +206,10 @@ def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
     """Flush, store the state that a later writer and late readers continue from, and stop. Closing again does nothing.
 
     Args:
-        timeout: How long to wait, in seconds or as a ``timedelta``; None waits as long as the writer tries.
+        timeout: How long to wait, in seconds or as a ``timedelta``; None waits until the writer succeeds or fails.
 
     Raises:
-        DeadlineExceeded: *timeout* passed; the frames stay on their way.
+        DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
         FFError: The writer failed.
     """
     limit = timeout_s(timeout)
@@ -222,7 +222,7 @@ def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
 
 
 def _nothing() -> None:
-    """The value of a wait that has none."""
+    """Result of a wait without one."""
 
 
 def _true() -> bool:

@@ -125,9 +125,9 @@ class WriterCore:
         """Whether somebody has asked to cancel the execution, as of the newest acknowledgement."""
 
     @property
-    def lease_left_ms(self) -> int:
-        """How long the lease was still to last at the newest acknowledgement, in ms by the server's
-        clock; 0 before the first one."""
+    def lease_left(self) -> float:
+        """Seconds that the lease had left at the newest acknowledgement, by the server's clock; 0.0
+        before the first one."""
 
     @property
     def rate_hz(self) -> float:

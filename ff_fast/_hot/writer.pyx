@@ -1129,10 +1129,10 @@ cdef class WriterCore:
         return bool(self._cancel_requested)
 
     @property
-    def lease_left_ms(self):
-        """How long the lease was still to last at the newest acknowledgement, in ms by the server's
-        clock; 0 before the first one."""
-        return self._lease_left_ms
+    def lease_left(self):
+        """Seconds that the lease had left at the newest acknowledgement, by the server's clock; 0.0
+        before the first one."""
+        return self._lease_left_ms / 1000.0
 
     @property
     def rate_hz(self):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PENDING = object()
-"""What `receive` returns in place of a reply that has not come yet."""
+"""Returned by `receive` in place of a reply that has not arrived in time."""
 
 
 class Connection:
@@ -46,7 +46,7 @@ class Connection:
         failure: FFError | None = None
         try:
             connection.connect()
-        except Exception as error:  # noqa: BLE001 - whatever it was, it was on the way to the server
+        except Exception as error:  # noqa: BLE001 - every failure becomes an error of connecting
             failure = _transport.connect_error(error, config)
         except BaseException:
             connection.disconnect()
@@ -68,7 +68,7 @@ class Connection:
 
     @property
     def reusable(self) -> bool:
-        """Whether another caller may have it: nothing is owed, so anything to read would be its end."""
+        """Whether another caller may use it: no reply is owed, and the server has not closed it."""
         if self._socket is None or self._owed:
             return False
         poll = select.poll()
@@ -81,7 +81,7 @@ class Connection:
             raise _transport.closed_error()
         failure: FFError
         try:
-            # Counted first: after an interrupt nobody knows how much has gone out.
+            # Counted first: an interrupt may strike after a part of the request was sent.
             self._owed += len(step.commands)
             self._due = time.monotonic() + _transport.wait_s(self._timeout, step)
             self._socket.settimeout(self._timeout)
@@ -89,7 +89,7 @@ class Connection:
         except TimeoutError:
             failure = DeadlineExceeded()
         except OSError:
-            # Part of the request may have gone out.
+            # A part of the request may have been sent.
             failure = OutcomeUnknown()
         except BaseException:
             self.close()
@@ -100,9 +100,9 @@ class Connection:
         raise failure
 
     def receive(self, until: float | None = None) -> object:
-        """Return the next reply that is owed, or `PENDING` if it has not come by *until*, in monotonic time.
+        """Return the next owed reply, or `PENDING` if it has not arrived by *until*, in monotonic time.
 
-        The deadline of the step that was sent holds for all of its replies. A connection that misses it is closed.
+        All replies of a step share its deadline. A connection that misses the deadline is closed.
         """
         if self._socket is None:
             raise OutcomeUnknown
@@ -113,7 +113,7 @@ class Connection:
                 if until is not None and now >= until:
                     return PENDING
                 due = self._due if until is None else min(self._due, until)
-                # Of the whole reply, not of its next byte.
+                # Bounds the whole reply, not each of its reads.
                 self._socket.settimeout(max(due - now, 1e-6))
                 try:
                     data = self._socket.recv(1 << 18)
@@ -131,7 +131,7 @@ class Connection:
         except self._broken_reply:
             failure = ProtocolError()
         except BaseException:
-            # An interrupt left a reply unread: the next user of the connection would take it for its own.
+            # After an interrupt the next user of the connection would read this reply as its own.
             self.close()
             raise
         else:
@@ -146,11 +146,11 @@ class Connection:
         return [self.receive() for _ in step.commands]
 
     def abort(self) -> None:
-        """Wake the thread that waits on the connection; called from another thread."""
+        """Wake the thread that reads from the connection; called from another thread."""
         taken = self._socket
         if taken is not None:
             with contextlib.suppress(OSError):
-                # Not the method of a TLS socket: that one takes the session away from under the reader.
+                # The method of a TLS socket would drop the TLS session while the other thread reads.
                 socket.socket.shutdown(taken, socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -159,17 +159,17 @@ class Connection:
             return
         if self._pid == os.getpid():
             with contextlib.suppress(OSError):
-                # A forked child may hold the socket open.
+                # close() alone would not end the connection while a forked child holds the socket too.
                 socket.socket.shutdown(taken, socket.SHUT_RDWR)
         taken.close()
 
     def __del__(self) -> None:
-        # An interrupt may strike where nobody else holds it yet.
+        # An interrupt may strike before the pool holds the connection.
         self.close()
 
 
 def run_steps(steps: Steps[T], request: Callable[[Step], list[object]]) -> T:
-    """Carry an operation out, and return its value; *request* sends a step and returns its replies."""
+    """Run the steps of an operation, and return its value; *request* sends a step and returns its replies."""
     try:
         step = next(steps)
         while True:

@@ -1,4 +1,4 @@
-"""Leases that are renewed in the background."""
+"""Renewal of leases in the background."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class LeaseKeeper:
     """Renews a lease in a thread of its own until it is stopped or lost. A context manager.
 
-    Made by :meth:`ff_fast.ValkeyBackend.keep_lease`; the close of the backend ends it too.
+    Made by :meth:`ff_fast.ValkeyBackend.keep_lease`. Closing the backend stops it too.
 
     Attributes:
-        error: Why the lease is gone; None while it is held.
-        cancel_requested: Whether the newest renewal said that the worker is asked to stop.
+        error: Error with which the lease was lost; None while it is held.
+        cancel_requested: Whether the worker is asked to stop, as of the newest renewal.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class LeaseKeeper:
 
     @property
     def held(self) -> bool:
-        """Whether the lease is held, as far as this process can know."""
+        """Whether the lease is held, as far as this process knows."""
         return self.error is None and self._clock.held
 
     def wait_lost(self, seconds: float) -> bool:
-        """Wait until the lease is gone or nobody renews it any more; returns whether it is."""
+        """Wait at most *seconds* until the lease is lost or the keeper is stopped; return whether it is lost."""
         return self._over.wait(seconds) or not self.held
 
     def _main(self) -> None:
@@ -65,19 +65,19 @@ class LeaseKeeper:
             self._over.set()
 
     def _lost(self, error: FFError | None) -> None:
-        # After a stop nobody asks any more: the execution has ended, as it was meant to.
+        # A renewal that fails after stop() is no loss: the execution has usually ended.
         if error is not None and not self._stop.is_set():
             self.error = error
             self._over.set()
             self._on_lost(error)
 
     def _abandon(self, error: FFError) -> None:
-        """End without waiting: the backend is closed."""
+        """End with *error*, without waiting for the thread."""
         self._lost(error)
         self._stop.set()
 
     def stop(self) -> None:
-        """Stop renewing; the lease runs out by itself unless the execution ends first."""
+        """Stop renewing; the lease lapses by itself unless the execution ends first."""
         self._stop.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()

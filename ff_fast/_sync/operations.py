@@ -1,4 +1,4 @@
-"""The methods of the blocking backend: operations of the core, carried out here."""
+"""Methods of the blocking backend, bound to the operations of the core."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Operations(Pool):
         self._starting = threading.Lock()
         self._sender: Sender | None = None
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
-        # Those that `append_frame` opened: nobody else holds them.
+        # Writers opened by `append_frame`, by lease id: this is their only reference.
         self._implicit: dict[str, Writer] = {}
         self._keepers: weakref.WeakSet[LeaseKeeper] = weakref.WeakSet()
 
@@ -80,7 +80,7 @@ class Operations(Pool):
 
     def _do(self, call: Call[T]) -> T:
         value = self._run(call)
-        lease_id = call.released(value)
+        lease_id = call.released_lease(value)
         if lease_id is not None:
             self._close_implicit_writer(lease_id)
         return value
@@ -109,7 +109,7 @@ class Operations(Pool):
     def _append_frame(self, request: operations.FrameRequest) -> AppendFrameOutcome:
         self._check()
         with self._opening:
-            # Two callers that opened one each would supersede each other.
+            # One at a time: two concurrent openings would supersede each other.
             writer = self._writers.get(request.lease_id)
             if writer is None or isinstance(writer.error, WriterClosed):
                 opening = operations.open_writer(self._deployment, request.handle)
@@ -145,7 +145,7 @@ class Operations(Pool):
             try:
                 self._run(request.round)
             except FFError as error:
-                # Work waits for the next round; a server that refuses for good is the operator's to hear of.
+                # A retryable error leaves the timers to the next round; any other needs an operator.
                 if not error.retryable and not self._closed:
                     raise
             until = time.monotonic() + request.interval_s

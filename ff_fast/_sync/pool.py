@@ -1,4 +1,4 @@
-"""The connections of one backend: who has which, the retries of calls, and their end."""
+"""The connection pool of one backend, and the retries of its calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pool:
         self._deployment = Deployment(config.partitions)
         self._pid = os.getpid()
         self._closed = False
-        # Both are changed by single calls in C, so that no interrupt and no collection can leave a lock behind.
+        # Single calls in C change both, so no lock is needed that an interrupt or a finaliser could leave locked.
         self._idle: deque[Connection] = deque()
         self._busy: set[Connection] = set()
         _process.watch_fork(self)
@@ -39,26 +39,26 @@ class Pool:
         return self._closed
 
     def close(self) -> None:
-        """Close every connection; what other threads wait for there ends with an error."""
+        """Close every connection; threads that wait for a reply get an error."""
         self._closed = True
         if self._pid == os.getpid():
             self._stop()
         self._close_idle()
 
     def _stop(self) -> None:
-        """End what goes on, in the process that began it."""
+        """Wake the threads that wait on connections; only in the process that connected."""
         for connection in list(self._busy):
-            # Among them the writers': their thread is waiting for replies, or for nothing.
+            # The writers' connection is among them.
             connection.abort()
 
     def _forked(self) -> None:
-        """Called in a forked child."""
+        """Reset the state in a forked child."""
 
     def _connect(self) -> Connection:
         connection = Connection(self.config)
         self._busy.add(connection)
         if self._closed:
-            # Nobody would wake this thread any more.
+            # close() has already aborted the connections it knew, so it would never wake this thread.
             self._release(connection)
             raise _transport.closed_error()
         failure: FFError
@@ -75,7 +75,7 @@ class Pool:
         raise failure
 
     def _prepare(self, connection: Connection) -> None:
-        """Load the library where it is missing, and check that the deployment is the one that is known."""
+        """Load the library if it is missing, and check the deployment."""
         run_steps(self._deployment.prepare(), connection.request)
 
     def _discard(self, connection: Connection) -> None:
@@ -119,10 +119,7 @@ class Pool:
                 return
 
     def _run(self, call: Call[T], *, until: float = float("inf")) -> T:
-        """Carry a call out, again where it may be repeated, until the retries of the configuration are used up.
-
-        Or until a point in monotonic time, after which it is not sent again.
-        """
+        """Make a call; retry as the configuration and the call allow, but not after *until*, in monotonic time."""
         retries = Retries(self.config.retry, repeatable=call.repeatable)
         missing = False
         while True:

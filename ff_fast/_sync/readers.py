@@ -24,33 +24,33 @@ T = TypeVar("T", bound=readers.HasCursor)
 
 
 class Reader(readers.ReaderState[T], BlockingItems[T]):
-    """What tails and subscriptions have in common. An iterator and a context manager.
+    """Base of tails and subscriptions: an iterator and a context manager.
 
-    One thread at a time reads. Between two reads at most one answer of the server is on its way.
+    One thread at a time reads. Between two reads at most one request is in flight.
     """
 
     def __init__(self, pool: Pool, source: Source[T]) -> None:
         super().__init__(source, pool.config.retry)
         self._pool = pool
         self._connection: Connection | None = None
-        # Replies of the step that was sent, and how many are still to come.
+        # Replies to the step in flight so far, and the number of replies still owed.
         self._replies: list[object] = []
         self._missing = 0
-        # An interrupt came in the middle of a read: items may have been read that nobody took.
+        # An interrupt broke off a read, so items read by it may not have been delivered.
         self._torn = False
         self._reading = threading.Lock()
 
     def next_batch(self, timeout: float | timedelta | None = None) -> list[T]:
-        """Return all items of the server's next answer, or those that are left of the last one.
+        """Return all items of the server's next answer, or the items left of the last one.
 
         Args:
-            timeout: How long to wait, in seconds or as a ``timedelta``; None waits until there are items.
+            timeout: Longest wait, in seconds or as a ``timedelta``; None waits until there are items.
 
         Returns:
-            The items; none where nothing came in time, and behind the end.
+            The items; an empty list if none arrived in time, and after the end.
 
         Raises:
-            FFError: As iterating raises.
+            FFError: The same errors as iterating.
         """
         deadline = readers.deadline(timeout)
         return self._take_all() or (self._take_all() if self._read(deadline) else [])
@@ -64,7 +64,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
             raise InvalidInput(readers.ONE_AT_A_TIME)
         try:
             if self._torn:
-                self._let_go()
+                self._drop_connection()
                 self._restart(self.cursor)
             self._torn = True
             while self._empty and not self._source.ended:
@@ -72,10 +72,10 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
                     if not self._advance(until):
                         break
                 except FFError as error:
-                    self._let_go()
+                    self._drop_connection()
                     self._failed(error, closed=self._pool.closed)
             if self._source.ended:
-                self._let_go()
+                self._drop_connection()
             self._torn = False
         except FFError:
             self._torn = False
@@ -85,7 +85,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         return not self._empty
 
     def _wait(self, until: float | None) -> bool:
-        """Wait until the server may be asked again; return whether that is before *until*."""
+        """Wait for the end of a retry's pause; return whether it ends before *until*."""
         pause = self._resume_at - time.monotonic()
         if pause <= 0:
             return True
@@ -97,7 +97,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         return pause <= left
 
     def _advance(self, until: float | None) -> bool:
-        """Send the next step, or take the replies to the last one; return whether they came before *until*."""
+        """Send a step, or take the replies to the one in flight; return whether they came by *until*."""
         if self.closed:
             raise readers.closed_error()
         if not self._wait(until):
@@ -125,20 +125,20 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         self._replies, self._missing = [], len(step.commands)
         connection.send(step)
 
-    def _let_go(self) -> None:
-        """Give the connection back, or close it where a reply is still to come."""
+    def _drop_connection(self) -> None:
+        """Give the connection back, or close it if a reply is owed."""
         self._replies, self._missing = [], 0
         connection, self._connection = self._connection, None
         if connection is not None:
             self._pool._release(connection)
 
     def close(self) -> None:
-        """Stop reading, and give the connection back. A read that waits ends with an error."""
+        """Stop reading, and release the connection. A waiting read raises an error."""
         self._closed = True
         connection = self._connection
         if self._reading.acquire(blocking=False):
             try:
-                self._let_go()
+                self._drop_connection()
             finally:
                 self._reading.release()
         elif connection is not None:
@@ -151,8 +151,8 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         self.close()
 
     def __del__(self) -> None:
-        # A loop that was left in the middle.
-        self._let_go()
+        # A loop over the reader may have been left early.
+        self._drop_connection()
 
 
 class Tail(Reader[Item]):

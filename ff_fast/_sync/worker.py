@@ -1,4 +1,4 @@
-"""The blocking worker: claims executions, calls the handler on threads, and does what the core decides."""
+"""The blocking worker: claims executions, calls handlers on threads, and performs the core's actions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Handler = Callable[["Task"], bytes | str | None]
 def of_task(
     make: Callable[Concatenate[Deployment, Handle, P], Call[T]],
 ) -> Callable[Concatenate[Task, P], T]:
-    """Return the method of a task that carries an operation on its handle out."""
+    """Return a task's method that runs an operation on the task's handle."""
 
     def method(self: Task, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._backend._do(make(self._backend._deployment, self.handle, *args, **kwargs))
@@ -56,7 +56,7 @@ def of_task(
 def releasing(
     make: Callable[Concatenate[Deployment, Handle, P], Call[Any]],
 ) -> Callable[Concatenate[Task, P], NoReturn]:
-    """Return the method of a task that releases its lease, and leaves the handler."""
+    """Return a task's method that releases the lease, and leaves the handler."""
 
     def method(self: Task, /, *args: P.args, **kwargs: P.kwargs) -> NoReturn:
         call = make(self._backend._deployment, self.handle, *args, **kwargs)
@@ -71,7 +71,7 @@ def releasing(
 def suspending(
     make: Callable[Concatenate[Deployment, Handle, P], Call[SuspendOutcome]],
 ) -> Callable[Concatenate[Task, P], tuple[ResumeSignal, ...]]:
-    """Return the method of a task that suspends it; it returns only where nothing was to be waited for."""
+    """Return a task's method that suspends it; it returns only if the condition was met already."""
 
     def method(self: Task, /, *args: P.args, **kwargs: P.kwargs) -> tuple[ResumeSignal, ...]:
         call = make(self._backend._deployment, self.handle, *args, **kwargs)
@@ -104,17 +104,17 @@ class Task(TaskState[Writer, LeaseKeeper]):
 
     @property
     def cancelled(self) -> bool:
-        """Whether the handler should stop: a cancellation was asked for, the lease is gone, or the backend closed."""
+        """Whether the handler should stop: a cancellation is requested, the lease is lost, or the backend is closed."""
         return self.cancel_requested or self._backend.closed or not self._holds_lease
 
     def _close(self, timeout_s: float | None) -> None:
-        """Store everything that was written, and close the writer."""
+        """Store all written frames, and close the writer."""
         if self._current_writer is not None:
             self._current_writer.close(timeout_s)
 
 
 class WorkerLoop:
-    """Claims executions of one lane and runs a handler for each, on as many threads as *concurrency* says."""
+    """Claims executions of one lane and runs a handler for each, on *concurrency* threads."""
 
     def __init__(self, backend: Operations, handler: Handler, options: WorkerOptions) -> None:
         if inspect.iscoroutinefunction(handler) or not callable(handler):
@@ -124,13 +124,13 @@ class WorkerLoop:
         self._backend = backend
         self._handler = handler
         self._options = options
-        # Its own, as the caller's event may stop other workers too.
+        # The caller's event may be shared with other workers, so this loop never sets it.
         self._halt = threading.Event()
         self._signalled = False
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Run until told to stop or, in the main thread, by SIGTERM or SIGINT; or until the backend is closed."""
+        """Run until the caller's event, SIGTERM or SIGINT (in the main thread), or the backend's close."""
         restore = _process.on_stop_signals(self._on_signal)
         threads = [
             threading.Thread(target=self._slot, name=f"ff_fast worker {index}", daemon=True)
@@ -143,10 +143,10 @@ class WorkerLoop:
                     thread.start()
                     started.append(thread)
             except RuntimeError as error:
-                # No more threads: those that run end what they have begun.
+                # Start no more threads; the running ones finish their executions.
                 self._stopped_by(error)
             for thread in started:
-                # A join without a limit cannot be interrupted by a signal on every platform.
+                # A join without a timeout cannot be interrupted by a signal on every platform.
                 while thread.is_alive():
                     thread.join(0.1)
                     if self._signalled:
@@ -158,7 +158,7 @@ class WorkerLoop:
             raise self._error
 
     def _on_signal(self) -> None:
-        # No event: its lock may be the one that the main thread holds just now.
+        # A flag, not an event: the interrupted main thread may hold the event's lock.
         self._signalled = True
 
     def _stopped_by(self, error: BaseException) -> None:
@@ -189,13 +189,13 @@ class WorkerLoop:
                     self._halt.wait(operations.CLAIM_WAIT_S)
                     continue
                 if handle is not None:
-                    # Also when it is time to stop: it is claimed.
+                    # Run it even if a stop was requested meanwhile: it is claimed.
                     self.run_one(handle)
         except BaseException as error:  # noqa: BLE001 - raised again by run()
             self._stopped_by(error)
 
     def run_one(self, handle: Handle) -> None:
-        """Run the handler for one claimed execution, and end it as the handler ended."""
+        """Run the handler for one claimed execution, and end the execution."""
         task = Task(self._backend, handle, self._options.mode)
         with self._backend.keep_lease(handle, task._lose) as task._keeper:
             self._drive(task, worker_core.attend(self._backend, task, self._options.mode))

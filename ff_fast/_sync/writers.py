@@ -1,4 +1,4 @@
-"""Writers, and the one connection on which all of a backend's writers send."""
+"""Writers, and the connection on which all writers of a backend send."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ T = TypeVar("T")
 
 
 class Sender:
-    """The connection of all writers, and the thread that alone touches it.
+    """The connection of all writers, and the only thread that uses it.
 
-    In rounds: one request for each writer that has something to send, then their replies. While a round is on its way
-    the open batches fill.
+    The thread works in rounds: it sends one batch of each ready writer, then reads the replies. Meanwhile the open
+    batches fill.
     """
 
     def __init__(
@@ -57,8 +57,9 @@ class Sender:
         self._connect = connect
         self._prepare = prepare
         self._discard = discard
-        # To the thread: a writer, and when its batch is to leave. One call in C, so no interrupt can tear it apart.
-        self._told: SimpleQueue[tuple[float, Writer] | None] = SimpleQueue()
+        # Ready writers, and the time at which each batch must be sent. One call in C puts an entry, so an interrupt
+        # cannot leave half of one.
+        self._inbox: SimpleQueue[tuple[float, Writer] | None] = SimpleQueue()
         self._ready: deque[Writer] = deque()
         self._lingering: list[tuple[float, int, Writer]] = []
         self._order = itertools.count()
@@ -72,15 +73,15 @@ class Sender:
         self._thread.start()
 
     def enqueue(self, writer: Writer) -> None:
-        self._told.put((0.0, writer))
+        self._inbox.put((0.0, writer))
 
     def linger(self, writer: Writer) -> None:
-        self._told.put((time.monotonic() + writer._linger_us / 1e6, writer))
+        self._inbox.put((time.monotonic() + writer._linger_us / 1e6, writer))
 
     def close(self) -> None:
-        """End the thread, whose connection was aborted."""
+        """End the thread; its connection was aborted before."""
         self._closing.set()
-        self._told.put(None)
+        self._inbox.put(None)
         self._thread.join()
         self.fail_all(WriterClosed())
 
@@ -91,7 +92,7 @@ class Sender:
             writer._fail(copy.copy(error))
 
     def _forked(self) -> None:
-        """Called in a forked child."""
+        """Fail every writer in a forked child."""
         self.lock = threading.Lock()
         for writer in list(self.writers):
             writer._forked()
@@ -124,14 +125,14 @@ class Sender:
             wait = max(self._lingering[0][0] - time.monotonic(), 0.0)
         told: tuple[float, Writer] | None = None
         with contextlib.suppress(Empty):
-            told = self._told.get(timeout=wait)
+            told = self._inbox.get(timeout=wait)
         while told is not None:
             due, writer = told
             if due:
                 heapq.heappush(self._lingering, (due, next(self._order), writer))
             else:
                 self._ready.append(writer)
-            told = None if self._told.empty() else self._told.get()
+            told = None if self._inbox.empty() else self._inbox.get()
         while self._lingering and self._lingering[0][0] <= time.monotonic():
             heapq.heappop(self._lingering)[2]._seal_soon()
 
@@ -171,39 +172,39 @@ class Sender:
         """Back off; load the Lua library if it is missing; fail the writers when the retries are used up."""
         pause = self._retries.pause(failure)
         if pause is None:
-            self._give_up(failure, writers)
+            self._fail_waiting(failure, writers)
             return
         if isinstance(failure, NotPrimary):
-            # The name may lead to another server by now.
+            # Connect again: the host name may resolve to the new primary.
             self._drop()
         if isinstance(failure, FunctionMissing) and self._connection is not None:
             try:
                 self._prepare(self._connection)
             except FFError:
-                # Connecting again tries it again, and says why not.
+                # The next connect loads the library again, and reports the error.
                 self._drop()
         else:
             self._closing.wait(pause)
 
     def _connected(self) -> Connection | None:
-        """The connection, connected again where it was lost; without one, every waiting writer fails."""
+        """Return the connection; connect again if it was lost. Out of retries, fail every waiting writer."""
         while self._connection is None and not self._closing.is_set():
             try:
                 self._connection = self._connect()
             except FFError as error:
                 pause = self._retries.pause(error)
                 if pause is None:
-                    while not self._told.empty():
+                    while not self._inbox.empty():
                         self._listen()
                     waiting = list(self._ready)
                     self._ready.clear()
-                    self._give_up(error, waiting)
+                    self._fail_waiting(error, waiting)
                     return None
                 self._closing.wait(pause)
         return self._connection
 
-    def _give_up(self, error: FFError, writers: list[Writer]) -> None:
-        # The next writer begins with all its retries.
+    def _fail_waiting(self, error: FFError, writers: list[Writer]) -> None:
+        # The next writer starts with all retries.
         self._retries.reset()
         for writer in writers:
             writer._fail(copy.copy(error))
@@ -217,7 +218,7 @@ class Sender:
 def waiting(
     make: Callable[Concatenate[SharedWriter, P], Wait[T]],
 ) -> Callable[Concatenate[Writer, P], T]:
-    """Return the method of a writer that waits as the core says."""
+    """Return a writer's method that performs a wait of the core."""
 
     def method(self: Writer, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._wait(make(self, *args, **kwargs))
@@ -249,16 +250,16 @@ class Writer(SharedWriter):
 
     def _on_progress(self) -> None:
         for waiter in tuple(self._waiters):
-            # RuntimeError: it was released, so it was notified already.
+            # RuntimeError: already released, so already notified.
             with contextlib.suppress(RuntimeError):
                 waiter.release()
         if not self._waiters:
-            # Clear, then check again: a waiter that was added in between must not be missed.
+            # Clear, then check again: a waiter added in between must not be missed.
             self._has_waiters = False
             self._has_waiters = bool(self._waiters)
 
     def _forked(self) -> None:
-        """The frames are the parent's, which stores them."""
+        """Fail in a forked child, without ``unstored``: the parent still stores the frames."""
         error = ForkedClient()
         self._fail(error)
         error.unstored = ()
@@ -269,7 +270,7 @@ class Writer(SharedWriter):
         if wait.done():
             return wait.value()
         deadline = None if wait.timeout_s is None else time.monotonic() + wait.timeout_s
-        # A lock and not a Condition, which an interrupt can leave in a state that it cannot be left from.
+        # A lock, not a Condition: an interrupt could leave a Condition locked for ever.
         waiter = threading.Lock()
         waiter.acquire()
         self._waiters.append(waiter)
@@ -301,7 +302,7 @@ class Writer(SharedWriter):
         if kind is None:
             self.close()
             return
-        # The error of the block says what went wrong first; `error` keeps what was not stored.
+        # The block's own error is the cause; the writer's stays in `error`, with its unstored frames.
         with contextlib.suppress(FFError):
-            # Not for long: whoever interrupts the block wants to get away.
+            # Bounded, so that an interrupted block ends soon.
             self.close(self._timeout_s)

@@ -1,15 +1,16 @@
-"""The values that callers pass in and get back: handles, frames, modes, outcomes, configuration.
+"""Values of the public interface: handles, frames, modes, outcomes, configuration.
 
 Names, wire tokens and defaults are those of FlowFabric's ``ff_core::backend``.  All values are
-frozen, compare by content, and check themselves when they are made: a value that exists is valid.
+frozen, compare by content, and are checked when they are made: every existing value is valid.
 Wrong types raise :class:`~ff_fast.errors.InvalidType`, wrong values
-:class:`~ff_fast.errors.InvalidInput` or the more specific class that a docstring names.
+:class:`~ff_fast.errors.InvalidInput` or a more specific class named in a docstring.
 
 ``repr`` never shows a payload, a lease id, a token or a password.  ``dataclasses.asdict`` and
 ``pickle`` hold all of them.
 
-Units: a field whose name ends in ``_ms`` is whole milliseconds, Unix time where it is a point in
-time; other durations are seconds.  Wherever a duration is passed in, a ``timedelta`` is taken too.
+Units: a duration whose name ends in ``_ms``, and ``BackendRetry.factor``, is whole milliseconds; other
+durations are seconds.  An argument that is a duration also takes a ``timedelta``.  A point in time is
+Unix milliseconds.
 Integers stop at 2^53-1, the largest that the server's Lua keeps exactly.
 """
 

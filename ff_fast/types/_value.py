@@ -1,4 +1,4 @@
-"""What all values share: frozen classes, and checks of the fields that several topics have."""
+"""The base of all values, a frozen class, and checks of fields that several topics share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 MAX_PAYLOAD_BYTES = 65_536
-"""Default limit of one payload; the server functions hold the same."""
+"""Largest payload of a frame in bytes; the server functions have the same limit."""
 
 MAX_U32 = 2**32 - 1
 MAX_SECONDS = 31_536_000.0
@@ -29,7 +29,7 @@ def check_type(name: str, value: object, wanted: type[_T]) -> _T:
     """Return *value* if it is a *wanted*; nothing is converted.
 
     Raises:
-        InvalidType: It is anything else.
+        InvalidType: *value* has another type.
     """
     if not isinstance(value, wanted):
         raise InvalidType(f"{name} must be {wanted.__name__}, not {type(value).__name__}.")
@@ -57,8 +57,8 @@ def seconds(name: str, value: object, *, zero: bool = True) -> float:
         zero: Whether 0 is accepted.
 
     Raises:
-        InvalidInput: It is negative, not finite, longer than a year, or 0 where that is not accepted.
-        InvalidType: It is neither a number nor a ``timedelta``.
+        InvalidInput: *value* is negative, not finite, longer than a year, or 0 if *zero* is False.
+        InvalidType: *value* is neither a number nor a ``timedelta``.
     """
     if type(value) not in (int, float):
         total = _total_seconds(value)
@@ -75,11 +75,11 @@ def seconds(name: str, value: object, *, zero: bool = True) -> float:
 
 
 def duration_ms(name: str, value: object) -> int:
-    """Return a duration of seconds as whole milliseconds, rounded; None is 0.
+    """Return a duration of seconds or a ``timedelta`` as whole milliseconds, rounded; None is 0.
 
     Raises:
-        InvalidInput: It is negative, not finite, or longer than a year.
-        InvalidType: It is neither a number nor a ``timedelta``.
+        InvalidInput: *value* is negative, not finite, or longer than a year.
+        InvalidType: *value* is neither a number nor a ``timedelta``.
     """
     return 0 if value is None else round(seconds(name, value) * 1000)
 
@@ -102,7 +102,7 @@ def milliseconds(name: str, value: object, low: int, high: int) -> int:
 
 
 def _total_seconds(value: object) -> float | None:
-    # Known by its method: datetime would be imported for an isinstance alone.
+    # An isinstance check would import datetime.
     method = getattr(value, "total_seconds", None)
     total = method() if callable(method) else None
     return total if isinstance(total, float) else None
@@ -130,8 +130,8 @@ def payload_bytes(payload: object, name: str = "payload") -> bytes:
 
 
 def utf8(text: str) -> bytes | None:
-    """Return *text* as UTF-8; None where it has a lone surrogate."""
-    # The error is dropped here, because it holds the text and would be chained to the next one.
+    """Return *text* as UTF-8; None if it has a lone surrogate."""
+    # The error holds the text, and raising another one here would chain it.
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
@@ -140,16 +140,16 @@ def utf8(text: str) -> bytes | None:
 
 # -- frozen values ----------------------------------------------------------------------------------
 #
-# Type checkers see frozen dataclasses with slots, and the functions of ``dataclasses`` take these values as such.
-# The decorator itself is not used: it takes 0.65 ms a class, for all of them a third of what importing ff_fast takes.
-# The metaclass takes 0.04 ms a class.
+# Type checkers see frozen dataclasses with slots, and the functions of ``dataclasses`` accept these values. The
+# decorator itself takes 0.65 ms a class, for all classes a third of the import time of ff_fast. The metaclass takes
+# 0.04 ms a class.
 
 set_field = object.__setattr__
-"""Stores a normalised field of a value that is being made."""
+"""Sets a field of a frozen value, in its ``__post_init__`` only."""
 
 
 class _ValueType(type):
-    """Turns annotations into slots and, unless there is one, an ``__init__``, as a dataclass does."""
+    """Makes slots of annotations and, unless the class has one, an ``__init__``, as a dataclass does."""
 
     def __new__(
         cls, name: str, bases: tuple[type, ...], namespace: dict[str, object]
@@ -177,7 +177,7 @@ class _ValueType(type):
                 body = [f"_set(self, {field!r}, {field})" for field in fields]
                 if "__post_init__" in namespace:
                     body.append("self.__post_init__()")
-                # Only names from the class statements of this package get in here.
+                # exec() gets only names from class statements of this package.
                 source = f"def __init__({', '.join(parameters)}):\n " + "\n ".join(body)
                 exec(source, scope, namespace)  # noqa: S102
                 namespace["__init__"].__qualname__ = f"{name}.__init__"  # type: ignore[attr-defined]
@@ -192,7 +192,7 @@ class _ValueType(type):
 
 
 class _Described:
-    """Attribute that ``dataclasses`` looks for in a class: made when it is looked for, as only then that is imported."""
+    """A class attribute that ``dataclasses`` reads, computed on first use so that importing it is not needed before."""
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class _Described:
         self._keyword_only = keyword_only
 
     def __get__(self, value: object, cls: type[Value]) -> object:
-        # A dataclass with the same fields has what is looked for; reaching for its parts by name would be fragile.
+        # Taken from a real dataclass with the same fields, so its private format is not copied here.
         import dataclasses  # noqa: PLC0415 - see above
 
         fields: list[tuple[str, str, Field[object]]] = []
@@ -219,14 +219,14 @@ class _Described:
             }
             if name in self._defaults:
                 default = self._defaults[name]
-                # dataclasses refuses a default that cannot be hashed, as a mapping.
+                # dataclasses refuses an unhashable default, for instance a mapping.
                 hashable = type(default).__hash__ is not None
                 options["default" if hashable else "default_factory"] = (
                     default if hashable else lambda default=default: default
                 )
             made: Field[object] = dataclasses.field(**options)  # type: ignore[call-overload]
             fields.append((name, annotation, made))
-        # The order of defaults does not matter without an __init__. With repr, pprint would show what ours hides.
+        # Without an __init__ the order of defaults does not matter. With repr, pprint would show the secret fields.
         twin = dataclasses.make_dataclass(
             cls.__name__, fields, init=False, repr=False, eq=False, frozen=True
         )
@@ -240,10 +240,10 @@ class Value(metaclass=_ValueType):
     """Base of all values: frozen, compared by content, copied by reference."""
 
     _key: ClassVar[Callable[[object], object]]
-    _secret: ClassVar[tuple[str, ...]] = ()  # fields that repr leaves out
+    _secret: ClassVar[tuple[str, ...]] = ()  # fields hidden by repr
     _uncompared: ClassVar[
         tuple[str, ...]
-    ] = ()  # fields that say where a value was met, not what it is
+    ] = ()  # fields ignored by == and hash: positions, not content
     __match_args__: ClassVar[tuple[str, ...]] = ()
     if TYPE_CHECKING:
         __dataclass_fields__: ClassVar[dict[str, Field[Any]]]

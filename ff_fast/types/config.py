@@ -1,4 +1,4 @@
-"""How to reach a server: addresses, credentials, time limits, and the URLs that say all that."""
+"""Connection settings: addresses, credentials, timeouts, and URLs of them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ class BackendTimeouts(Value):
     """Time limits of calls.
 
     Attributes:
-        request: Seconds that one call may take, above 0; None takes the library's default.  Also made from a
-            ``timedelta``.
+        request: Longest time of one call in seconds, above 0; None takes the default, 5 s.  Also takes a ``timedelta``.
     """
 
     request: float | None = None
@@ -49,13 +48,13 @@ class BackendTimeouts(Value):
 
 
 class BackendRetry(Value):
-    """How reconnecting backs off; None takes the library's default.
+    """Retries of calls and of reconnecting: the pause before retry n is ``factor * exponent_base^n``, at most 1 s.
 
     Attributes:
-        exponent_base: Base of the exponential growth, from 1.
-        factor: Multiplier of each step, in milliseconds.  Also made from a ``timedelta``.
-        number_of_retries: Attempts after the first one.
-        jitter_percent: Random share of each wait, 0 to 100.
+        exponent_base: Base of the exponential growth, from 1; None takes the default, 2.
+        factor: Length of the first pause in ms; None takes the default, 10.  Also takes a ``timedelta``.
+        number_of_retries: Attempts after the first one; None takes the default, 16.
+        jitter_percent: Random share by which each pause is shortened, 0 to 100; None takes the default, 50.
     """
 
     exponent_base: int | None = None
@@ -95,9 +94,9 @@ class ValkeyConnection(Value):
         password: Its password; never shown by ``repr``.
         db: Database number; a cluster has only 0.
         unix_path: Path of a Unix socket, in place of host and port.
-        tls_ca_file: Authorities to trust in place of the system's; PEM.
-        tls_cert_file: Client certificate; PEM.
-        tls_key_file: Its private key, when it is not in the same file.
+        tls_ca_file: PEM file of authorities to trust in place of the system's.
+        tls_cert_file: PEM file of the client certificate.
+        tls_key_file: PEM file of its private key; None if it is in the same file.
     """
 
     _secret: ClassVar[tuple[str, ...]] = ("password",)
@@ -149,8 +148,8 @@ def _check_host(host: str) -> None:
         raise InvalidInput("host must be a host name, an IPv4 address, or an IPv6 address.")
 
 
-# Resolving, and names beyond ASCII, are left to the system; this keeps out lists of hosts and what
-# would change the meaning of a URL or a log line.  255 is the limit of a DNS name (RFC 1035 §2.3.4).
+# The system resolves names, also non-ASCII ones. The pattern refuses lists of hosts, and characters that
+# change the meaning of a URL or a log line.  255 is the limit of a DNS name (RFC 1035 §2.3.4).
 _HOST = r"(?:[A-Za-z0-9._-]|[^\x00-\x9f\u2028\u2029\ud800-\udfff]){1,255}"
 
 _IPV6 = r"(?=.*:.*:)[0-9A-Fa-f:.]{2,45}(?:%[A-Za-z0-9._-]{1,64})?"
@@ -160,14 +159,15 @@ BackendConnection = ValkeyConnection
 
 
 class BackendConfig(Value):
-    """Everything that connecting needs.
+    """Settings of a backend.
 
     Attributes:
-        connection: Where the server is and how to log in.
-        timeouts: Time limits.
-        retry: How reconnecting backs off.
-        partitions: How many partitions the deployment has, 1 to 65535. The first backend of a deployment stores it on the
-            server, 256 where None; later ones are refused if they name another. None takes the stored one.
+        connection: Address of the server, and credentials.
+        timeouts: Time limits of calls.
+        retry: Pauses between retries.
+        partitions: Number of partitions of the deployment, 1 to 65535. The first backend of a deployment stores it on
+            the server (256 for None). A later one gets ``DeploymentMismatch`` for another number; None takes the stored
+            one.
     """
 
     connection: BackendConnection
@@ -194,8 +194,8 @@ class BackendConfig(Value):
         ``valkey://[user[:password]@]host[:port][/db]`` (also ``redis://``), the same with TLS as
         ``valkeys://`` (``rediss://``), and ``unix://[user[:password]@]/path``.  User, password and
         path are percent-decoded.  Query parameters, each at most once: ``cluster=true``,
-        ``partitions=<count>``, ``timeout=<seconds>``, ``tls_ca_file=``, ``tls_cert_file=``, ``tls_key_file=``, and for a
-        Unix socket ``db=``.
+        ``partitions=<count>``, ``timeout=<seconds>``, ``tls_ca_file=``, ``tls_cert_file=``, ``tls_key_file=``, and for
+        a Unix socket ``db=``.
 
         Raises:
             InvalidInput: Any other scheme or parameter, a missing host, a bad port, database or
@@ -222,7 +222,7 @@ _AUTHORITY = r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::([0-9]{1,5}))?"
 
 
 def _from_url(url: str) -> BackendConfig:
-    # Taken apart by hand: urllib drops blanks silently, and quotes parts of the URL in its errors.
+    # Parsed by hand: urllib drops blanks silently, and quotes parts of the URL in its errors.
     if re.search(r"[\x00-\x20\x7f-\x9f#\u2028\u2029\ud800-\udfff]", url):
         raise InvalidInput(
             "The URL contains a blank, a control character or '#'; percent-encode it."
@@ -290,7 +290,7 @@ def _url_parameters(query: str) -> dict[str, str]:
     given: dict[str, str] = {}
     for item in query.split("&") if query else ():
         name, _, text = item.partition("=")
-        # The name is not quoted in the message: it is a piece of the password when that holds a '?'.
+        # The message does not quote the name: it may be a piece of a password with a '?'.
         if name not in _URL_PARAMETERS:
             raise InvalidInput(f"A URL's parameters are {', '.join(_URL_PARAMETERS)}.")
         if name in given or not text:

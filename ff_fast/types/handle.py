@@ -1,4 +1,4 @@
-"""Handles: what proves that a worker owns an attempt."""
+"""Handles: proof that a worker owns an attempt."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class BackendTag(enum.Enum):
-    """Which kind of backend made a handle; the value is its byte in the encoding.
+    """Kind of the backend that made a handle; the value is its byte in the encoding.
 
-    Only ``VALKEY`` is implemented here; the others are known so that their handles are recognised.
+    Only ``VALKEY`` is implemented; the others let their handles be recognised and refused.
     """
 
     VALKEY = 1
@@ -32,9 +32,9 @@ class BackendTag(enum.Enum):
 
 
 class HandleKind(enum.Enum):
-    """How a handle came about.
+    """Origin of a handle.
 
-    ``FRESH``: a new attempt was claimed. ``RESUMED``: an attempt goes on, or a lost worker is replaced.
+    ``FRESH``: a new attempt was claimed. ``RESUMED``: an attempt continues, or a lost worker is replaced.
     ``SUSPENDED``: the execution was suspended; the lease has ended.
     """
 
@@ -57,11 +57,11 @@ class HandleOpaque:
         return self._data
 
     def decoded(self) -> HandleFields:
-        """Return what the bytes say; see :class:`Handle` for their layout.  Decoded once.
+        """Return the fields in the bytes; see :class:`Handle` for their layout.  Decoded once.
 
         Raises:
-            InvalidHandle: The bytes are truncated, followed by others, or not what the table says.
-            HandleFromOtherBackend: They are of another kind of backend.
+            InvalidHandle: The bytes are truncated, too long, or have another layout.
+            HandleFromOtherBackend: They belong to another kind of backend.
         """
         if self._decoded is None:
             self._decoded = _decode_handle(self._data)
@@ -81,7 +81,7 @@ class HandleOpaque:
 
 
 class HandleFields(Value):
-    """What a handle says.
+    """The fields in a handle.
 
     Attributes:
         execution_id: Canonical execution id.
@@ -89,9 +89,9 @@ class HandleFields(Value):
         attempt_id: Id of the attempt.
         lease_id: Id of the lease, a secret.
         lease_epoch: Grant of ownership, from 1; 0 means never leased.
-        lease_ttl_ms: Length of the lease as granted.
-        lane_id: Lane it was claimed from.
-        worker_instance_id: Worker that claimed it.
+        lease_ttl_ms: Length of the lease as granted, in ms.
+        lane_id: Lane of the claim.
+        worker_instance_id: Worker instance of the claim.
     """
 
     _secret: ClassVar[tuple[str, ...]] = ("lease_id",)
@@ -123,8 +123,8 @@ class Handle(Value):
     The opaque bytes are, with integers little-endian and a string as u32 length and UTF-8:
 
     ======  ==================================================================
-    v2      ``02 01 <backend tag>`` and the body; this is what is written
-    v1      ``01`` and the body; read only, and always of Valkey
+    v2      ``02 01 <backend tag>`` and the body; written
+    v1      ``01`` and the body; only read, and always of Valkey
     body    execution_id str, attempt_index u32, attempt_id str, lease_id str,
             lease_epoch u64, lease_ttl_ms u64, lane_id str,
             worker_instance_id str, and nothing after it
@@ -158,10 +158,10 @@ class Handle(Value):
         lane_id: str,
         worker_instance_id: str,
     ) -> Handle:
-        """Return the handle for what a claim answered.
+        """Return the handle for the answer of a claim.
 
         Args:
-            kind: How ownership came about.
+            kind: Origin of the ownership.
             execution_id: Execution id.
             attempt_index: Attempt, from 0.
             attempt_id: 1 to 64 letters, digits, ``_`` or ``-``; usually a UUID.
@@ -201,16 +201,16 @@ class Handle(Value):
 
     @property
     def execution_id(self) -> str:
-        """Execution that is owned; raises as :meth:`fields` does."""
+        """Id of the owned execution; raises as :meth:`fields` does."""
         return self.fields().execution_id
 
     @property
     def attempt_index(self) -> int:
-        """Attempt that is owned, from 0; raises as :meth:`fields` does."""
+        """The owned attempt, from 0; raises as :meth:`fields` does."""
         return self.fields().attempt_index
 
     def fields(self) -> HandleFields:
-        """Return what the handle says; decoded once.
+        """Return the fields in the handle; decoded once.
 
         Raises:
             InvalidHandle: See :meth:`HandleOpaque.decoded`.
@@ -276,7 +276,7 @@ def _decode_handle(data: bytes) -> HandleFields:
         raise InvalidHandle
     fields = _decode_handle_body(_HandleReader(data, body))
     if fields is None:
-        # Raised here and not where it was found, so that no error with the text in it is chained.
+        # Raised outside the except block, whose error holds the text and would be chained.
         raise InvalidHandle
     return fields
 

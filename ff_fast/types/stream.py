@@ -1,4 +1,4 @@
-"""Frames, how durable they are, and what readers get: documents, gaps, ends, cursors."""
+"""Frames and their modes; documents, gaps, ends and cursors for readers."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ PatchFormat = Literal["json-merge-patch", "string-append"]
 GapReason = Literal["trimmed", "fell_behind", "expired", "cursor_ahead"]
 """Why frames are missing.
 
-``trimmed``: they had left the stream before the reader began. ``fell_behind``: they left it while the reader was too
-slow, or away. ``expired``: they were the newest ones, and their key expired. ``cursor_ahead``: they do not exist; the
-cursor is beyond the end of the stream, as after a failover.
+``trimmed``: they left the stream before the reader began. ``fell_behind``: they left it while the reader was too slow
+or disconnected. ``expired``: they were the newest ones, and their key expired. ``cursor_ahead``: they do not exist; the
+cursor is beyond the end of the stream, for instance after a failover.
 """
 
 EndReason = Literal[
@@ -55,25 +55,25 @@ EndReason = Literal[
     "expired",
     "producer_lost",
 ]
-"""Why the stream of an attempt ended; ``producer_lost`` is an expired lease."""
+"""Why the stream of an attempt ended; ``producer_lost``: the lease of its worker expired."""
 
 
 # -- modes -----------------------------------------------------------------------------------------
 
 
 SUMMARY_NULL_SENTINEL = "__ff_null__"
-"""Leaf of a merge patch that becomes JSON ``null``; a summary document never contains it."""
+"""String value in a merge patch that becomes JSON ``null``; a summary document never contains it."""
 
 
 class PatchKind(Value):
     """How the payload of a summary frame changes the document.
 
-    Made by name: ``PatchKind.JSON_MERGE_PATCH`` (RFC 7396), or ``PatchKind.STRING_APPEND(pointer)``,
-    whose payload is text that is appended to the string at a JSON Pointer (RFC 6901).
+    ``PatchKind.JSON_MERGE_PATCH`` takes a merge patch (RFC 7396). ``PatchKind.STRING_APPEND(pointer)``
+    appends the payload, as text, to the string at a JSON Pointer (RFC 6901).
 
     Attributes:
         wire: ``json-merge-patch`` or ``string-append``.
-        pointer: Where text is appended; None for merge patches.
+        pointer: Pointer of the string to append to; None for merge patches.
     """
 
     wire: PatchFormat
@@ -113,13 +113,13 @@ PatchKind.JSON_MERGE_PATCH = PatchKind("json-merge-patch")
 
 
 class BestEffortLiveConfig(Value):
-    """How much of a best-effort stream stays readable.
+    """Size of the live window of best-effort frames.
 
-    The window holds ``clamp(ceil(rate * ttl * 2), maxlen_floor, maxlen_ceiling)`` frames, where the
-    rate is a moving average of the observed frames per second.
+    The window holds ``clamp(ceil(rate * ttl * 2), maxlen_floor, maxlen_ceiling)`` frames. The rate is
+    a moving average of the observed frames per second.
 
     Attributes:
-        ttl_ms: How long a frame should stay visible, 1 to 2^32-1 ms; 5,000 to 30,000 is usual.  Also made from a
+        ttl_ms: Time that a frame should stay readable, 1 to 2^32-1 ms; 5,000 to 30,000 is usual. Also takes a
             ``timedelta``.
         maxlen_floor: Smallest window in frames, from 1.
         maxlen_ceiling: Largest window in frames, from ``maxlen_floor``.
@@ -179,8 +179,8 @@ class StreamMode(Value):
 
     Attributes:
         wire: ``durable``, ``summary`` or ``best_effort``.
-        patch_kind: For ``summary`` alone: how payloads change the document.
-        config: For ``best_effort`` alone: how much stays readable.
+        patch_kind: How payloads change the document; None unless the mode is ``summary``.
+        config: Size of the live window; None unless the mode is ``best_effort``.
     """
 
     wire: FrameMode = "durable"
@@ -203,22 +203,22 @@ class StreamMode(Value):
 
     @classmethod
     def durable(cls) -> StreamMode:
-        """Every frame is an entry of the log and stays until the retention limit."""
+        """Return the mode whose frames are entries of the log, kept up to the retention limit."""
         return cls._DURABLE
 
     @classmethod
     def durable_summary(cls, patch_kind: PatchKind = PatchKind.JSON_MERGE_PATCH) -> StreamMode:
-        """Every frame is a patch of the rolling summary document, which is kept."""
+        """Return the mode whose frames are patches of the summary document, which is durable."""
         return cls("summary", patch_kind=patch_kind)
 
     @classmethod
     def best_effort_live(cls, ttl_ms: int | timedelta) -> StreamMode:
-        """Frames stay readable for about *ttl_ms*, or a ``timedelta``; 5,000 to 30,000 ms is usual."""
+        """Return the mode whose frames stay readable for about *ttl_ms*, in ms or as a ``timedelta``."""
         return cls("best_effort", config=BestEffortLiveConfig(ttl_ms))
 
     @classmethod
     def best_effort_live_with_config(cls, config: BestEffortLiveConfig) -> StreamMode:
-        """As :meth:`best_effort_live`, with every knob given."""
+        """Return a best-effort mode with all parameters of the live window."""
         return cls("best_effort", config=config)
 
     def wire_str(self) -> FrameMode:
@@ -230,7 +230,7 @@ StreamMode._DURABLE = StreamMode()  # noqa: SLF001 - the class's own constant
 
 
 class TailVisibility(enum.Enum):
-    """Which frames a reader sees.  Summary frames are durable, since the document is."""
+    """Which frames a reader gets.  Summary frames count as durable, since the document is."""
 
     ALL = ""
     EXCLUDE_BEST_EFFORT = "exclude_best_effort"
@@ -244,7 +244,7 @@ class TailVisibility(enum.Enum):
 
 
 class FrameKind(enum.Enum):
-    """Coarse class of a frame; its value is the frame type of a frame that names none."""
+    """Coarse class of a frame; its value is the default frame type."""
 
     STDOUT = "stdout"
     STDERR = "stderr"
@@ -260,10 +260,10 @@ class Frame(Value):
     """One frame to append.
 
     Args:
-        bytes: The payload; as :func:`payload_bytes` takes it.  Its size is checked on append.
+        bytes: The payload: ``bytes``, ``bytearray``, ``memoryview`` or ``str``.  Its size is checked on append.
         kind: Coarse class.
-        seq: The sequence the frame must get, 1 to 2^53-1; None takes the next one.  With it, a
-            repeated append is recognised and stored once.
+        seq: Required sequence of the frame, 1 to 2^53-1; None takes the next one.  With it, a repeated
+            append is recognised and stored once.
         frame_type: One line of text of at most 256 bytes; empty means the kind's own name.
         correlation_id: One line of text of at most 256 bytes; empty and None are the same.
         mode: How durable the frame is.
@@ -300,7 +300,7 @@ class Frame(Value):
 
 
 class AppendFrameOutcome(Value):
-    """What is stored after an append or a flush.
+    """The stored frames of an attempt after an append or a flush.
 
     Attributes:
         stream_id: Entry id of the last frame, ``<ms>-<sequence>``.
@@ -330,8 +330,8 @@ class SummaryDocument(Value):
         version: Number of patches folded in, from 1.
         patch_kind: How the latest patch was applied.
         last_updated_ms: When the latest patch was applied.
-        first_applied_ms: When the first one was.
-        cursor: Tailing from here continues the document without hole or repeat.
+        first_applied_ms: When the first patch was applied.
+        cursor: ``after`` of a tail that continues the document without hole or repeat.
     """
 
     document_json: bytes
@@ -416,18 +416,18 @@ def parse_cursor(value: object) -> StreamCursor:
     return StreamCursor(ms, sequence)
 
 
-# -- what a reader gets beside frames --------------------------------------------------------------
+# -- gaps and ends ---------------------------------------------------------------------------------
 
 
 class Gap(Value):
-    """Frames that a reader cannot have any more, delivered in their place.
+    """Missing frames, delivered to a reader in their place.
 
     Attributes:
         first_missing: Sequence of the first frame that is missing.
-        next_sequence: Sequence that the reader goes on with.
-        reason: Why they are missing; :data:`GapReason` says what each word means.
-        cursor: Reading from here goes on behind the gap: an id ``<milliseconds>-<sequence>``; ``0-0`` where it was not
-            told. Two gaps are equal whatever their cursors.
+        next_sequence: Sequence at which the reader continues.
+        reason: Why they are missing; see :data:`GapReason`.
+        cursor: ``after`` of a reader that continues after the gap, ``<milliseconds>-<sequence>``. Not compared by
+            ``==``.
     """
 
     first_missing: int
@@ -448,9 +448,8 @@ class End(Value):
     """The stream has ended; nothing follows.
 
     Attributes:
-        reason: Why it ended; ``producer_lost`` when the lease of its worker expired.
-        cursor: Reading from here gives the end again: an id ``<milliseconds>-<sequence>``; ``0-0`` where it was not told.
-            Two ends are equal whatever their cursors.
+        reason: Why it ended; see :data:`EndReason`.
+        cursor: ``after`` of a reader that gets the end again, ``<milliseconds>-<sequence>``. Not compared by ``==``.
     """
 
     reason: EndReason
@@ -471,13 +470,12 @@ class StreamDescription(Value):
 
     Attributes:
         last_id: Id of the newest frame, ``0-0`` for none.
-        frame_count: How many frames the attempt has had.
-        log_entries: Durable frames that are kept, and the end entry.
-        live_entries: Entries of the live window; a run is one.
-        summary_version: How many patches the summary has had.
+        frame_count: Number of frames appended so far.
+        log_entries: Number of durable frames kept, plus 1 for the end entry.
+        live_entries: Number of entries in the live window; a run of frames is one entry.
+        summary_version: Number of patches of the summary so far.
         closed_reason: Why the stream ended; None while it has not.
-        lease_left: Seconds that the lease still lasts by the server's clock, 0 when it has expired; None where there
-            is none.
+        lease_left: Seconds until the lease expires by the server's clock, 0 after it has; None without a lease.
     """
 
     last_id: str

@@ -1,4 +1,4 @@
-"""Suspension: waitpoints, the conditions made of them, and signals."""
+"""Suspension: waitpoints, conditions, and signals."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SignalEffect = Literal[
     "signal_ignored_matcher_failed",
     "signal_ignored_not_in_condition",
 ]
-"""What a signal did.
+"""Effect of a signal.
 
 ``resume_condition_satisfied``: it was the last one needed. ``appended_to_waitpoint``: more are needed.
-``appended_to_waitpoint_duplicate``: it came before. ``buffered_for_pending_waitpoint``: nobody waits yet; it counts when
-the execution suspends on the waitpoint. The others: it changed nothing.
+``appended_to_waitpoint_duplicate``: the waitpoint has this signal already. ``buffered_for_pending_waitpoint``: it
+counts when the execution suspends on the waitpoint. The others: it changed nothing.
 """
 
 
@@ -35,7 +35,7 @@ the execution suspends on the waitpoint. The others: it changed nothing.
 
 
 class WaitpointKind(enum.Enum):
-    """What a waitpoint matches signals by."""
+    """Field of a signal that a waitpoint matches."""
 
     SIGNAL_NAME = "signal_name"
     CORRELATION_ID = "correlation_id"
@@ -107,7 +107,7 @@ class WaitpointSpec(Value):
     """One waitpoint of a suspension.
 
     Attributes:
-        kind: What it matches by.
+        kind: Field of a signal to match.
         matcher: The name or id to match.
         hmac_token: Its token.
     """
@@ -126,7 +126,7 @@ class WaitpointSpec(Value):
 
 
 class CountKind(enum.Enum):
-    """What makes a contribution to a condition distinct from another one."""
+    """Which contributions to a condition count as distinct."""
 
     DISTINCT_MEMBERS = "leaf"
     DISTINCT_WAITPOINTS = "waitpoint"
@@ -135,15 +135,15 @@ class CountKind(enum.Enum):
 
 
 class ResumeCondition(Value):
-    """What must come before a suspended execution goes on: made by :meth:`any`, :meth:`all` and :meth:`count`.
+    """A condition on signals for resuming an execution, made by :meth:`any`, :meth:`all` and :meth:`count`.
 
-    Conditions nest, at most 16 levels and 256 members in all. Each node counts for itself: a signal that two nodes wait
-    for contributes to both.
+    Conditions nest, at most 16 levels and 256 members in all. Each node counts for itself: a signal that matches two
+    nodes contributes to both.
 
     Attributes:
         members: Waitpoints and conditions.
-        needed: How many distinct contributions meet it.
-        distinct: What makes contributions of its waitpoints distinct; conditions inside it count once each.
+        needed: Number of distinct contributions that meet it.
+        distinct: Which contributions of its waitpoints count as distinct; each inner condition counts once.
     """
 
     members: tuple[WaitpointSpec | ResumeCondition, ...]
@@ -171,7 +171,7 @@ class ResumeCondition(Value):
             raise InvalidInput("A condition has at most 16 levels and 256 members in all.")
 
     def _reachable(self) -> int | None:
-        """How many distinct contributions there can be; None for no limit."""
+        """Return the largest possible number of distinct contributions; None for no limit."""
         leaves = [member for member in self.members if isinstance(member, WaitpointSpec)]
         nodes = len(self.members) - len(leaves)
         if not leaves or self.distinct is CountKind.DISTINCT_MEMBERS:
@@ -190,12 +190,12 @@ class ResumeCondition(Value):
 
     @classmethod
     def any(cls, *members: WaitpointSpec | ResumeCondition) -> ResumeCondition:
-        """Return the condition that one member is enough for."""
+        """Return the condition that one member meets."""
         return cls(members, 1)
 
     @classmethod
     def all(cls, *members: WaitpointSpec | ResumeCondition) -> ResumeCondition:
-        """Return the condition that every member is needed for."""
+        """Return the condition that all members together meet."""
         return cls(members, max(len(members), 1))
 
     @classmethod
@@ -210,7 +210,7 @@ class ResumeCondition(Value):
 
 
 class TimeoutBehavior(enum.Enum):
-    """What happens to a suspended execution that nobody resumed in time."""
+    """Action at the timeout of a suspension."""
 
     FAIL = "fail"
     CANCEL = "cancel"
@@ -220,13 +220,13 @@ class TimeoutBehavior(enum.Enum):
 
 
 class SuspendOutcome(Value):
-    """What a suspension led to.
+    """Outcome of `suspend`.
 
     Attributes:
         suspension_id: Its id.
-        handle: The handle of the suspended execution, of kind ``SUSPENDED``; where the condition was met already, the
-            caller's own handle, whose lease goes on.
-        already_satisfied: Signals that had come before met the condition.
+        handle: Handle of the suspended execution, of kind ``SUSPENDED``; with ``already_satisfied`` the caller's own
+            handle, whose lease continues.
+        already_satisfied: Whether earlier signals had met the condition, so that nothing was suspended.
     """
 
     suspension_id: str
@@ -242,13 +242,13 @@ class ResumeSignal(Value):
 
     Attributes:
         signal_id: Id of the signal.
-        signal_name: Name it was sent under.
-        signal_category: Category it was sent under.
-        source_type: What kind of source sent it.
-        source_identity: Which source sent it.
+        signal_name: Its name.
+        signal_category: Its category.
+        source_type: Kind of its sender.
+        source_identity: Name of its sender.
         correlation_id: Correlation id; may be empty.
         accepted_at: When the server accepted it, Unix milliseconds.
-        payload: Its payload; None when it had none.
+        payload: Its payload; None without one.
     """
 
     signal_id: str
@@ -276,12 +276,12 @@ class ResumeSignal(Value):
 
 
 class SignalOutcome(Value):
-    """What a signal did.
+    """Outcome of `deliver_signal`.
 
     Attributes:
-        signal_id: Id of the signal; of the earlier one where it is a duplicate.
-        effect: What it did; :data:`SignalEffect` says what each word means.
-        duplicate: A signal with this id or idempotency key had come before.
+        signal_id: Id of the signal; for a duplicate, the id of the earlier one.
+        effect: Its effect; see :data:`SignalEffect`.
+        duplicate: Whether the waitpoint has a signal with this id or idempotency key already.
     """
 
     signal_id: str

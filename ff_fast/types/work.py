@@ -48,7 +48,7 @@ FlowState = Literal["open", "cancelled"]
 
 
 class CapabilitySet(Value):
-    """What a worker can do, or what an execution needs: a set of tokens.
+    """Capabilities that a worker offers, or an execution requires: a set of tokens.
 
     Args:
         tokens: Any iterable of text.  A token has no comma, no blank, no control character and is
@@ -96,7 +96,7 @@ class ClaimPolicy(Value):
     """How long a claim may wait for work.
 
     Attributes:
-        max_wait: Seconds, from 0; None answers at once.  Also made from a ``timedelta``.
+        max_wait: Longest wait in seconds, from 0; None answers at once.  Also takes a ``timedelta``.
     """
 
     max_wait: float | None = None
@@ -111,12 +111,12 @@ class ClaimPolicy(Value):
 
     @classmethod
     def immediate(cls) -> ClaimPolicy:
-        """Answer at once."""
+        """Return the policy that answers at once."""
         return cls()
 
     @classmethod
     def with_max_wait(cls, max_wait: float | timedelta) -> ClaimPolicy:
-        """Wait for work at most so long: seconds, or a ``timedelta``."""
+        """Return the policy that waits for work up to *max_wait*, in seconds or as a ``timedelta``."""
         return cls(seconds("max_wait", max_wait, zero=True))
 
 
@@ -124,7 +124,7 @@ class LeaseRenewal(Value):
     """A renewed lease.
 
     Attributes:
-        expires_at_ms: When it now expires, by the server's clock.
+        expires_at_ms: When it now expires, Unix milliseconds by the server's clock.
         lease_epoch: Its epoch; renewing does not change it.
         cancel_requested: Whether the worker is asked to stop.
     """
@@ -166,7 +166,7 @@ class ReclaimGrant(Value):
 
 
 class ReclaimToken(Value):
-    """What a search for lost workers returns, and a reclaim takes."""
+    """Result of `find_reclaimable` and argument of `claim_from_reclaim`."""
 
     grant: ReclaimGrant
 
@@ -185,19 +185,19 @@ class RetryBackoff(enum.Enum):
 
 
 class RetryPolicy(Value):
-    """When a failed or lost attempt is tried again.
+    """Retries of failed and lost attempts.
 
     The pause before retry n (from 0) is ``delay`` or, exponentially, ``delay * multiplier^n``, at most ``max_delay``,
-    less a random share of up to ``jitter_percent``.  The server counts it in whole milliseconds.
+    less a random share of up to ``jitter_percent``.  The server rounds it to whole milliseconds.
 
     Attributes:
-        max_retries: Retries after transient failures and timeouts.
+        max_retries: Number of retries after transient failures and timeouts.
         backoff: How the pauses grow.
-        delay: The first pause in seconds.  Also made from a ``timedelta``.
+        delay: First pause in seconds.  Also takes a ``timedelta``.
         multiplier: Growth of an exponential backoff, 1 to 100.
-        max_delay: The longest pause in seconds.  Also made from a ``timedelta``.
-        jitter_percent: Random share of each pause, 0 to 100.
-        max_reclaims: How often a lost worker is replaced.
+        max_delay: Longest pause in seconds.  Also takes a ``timedelta``.
+        jitter_percent: Largest random share of each pause, 0 to 100.
+        max_reclaims: Number of times that a lost worker is replaced.
     """
 
     max_retries: int = 0
@@ -239,7 +239,7 @@ class FailureReason(Value):
     """Why an attempt failed.
 
     Attributes:
-        message: Text for people, at most 64 KiB of UTF-8.  It is stored and shown as it is.
+        message: Text for people, at most 64 KiB of UTF-8.  It is stored and shown unchanged.
         detail: Structured detail, at most 64 KiB; ``repr`` shows its size only.
     """
 
@@ -263,7 +263,7 @@ class FailureReason(Value):
 
 
 class FailureClass(enum.Enum):
-    """What kind of failure it was; decides whether the execution is retried."""
+    """Kind of a failure; decides about retries."""
 
     TRANSIENT = "transient"
     PERMANENT = "permanent"
@@ -273,11 +273,11 @@ class FailureClass(enum.Enum):
 
 
 class FailOutcome(Value):
-    """What a failure led to: a retry at some time, or the end.
+    """Outcome of `fail`: a scheduled retry, or the end of the execution.
 
     Attributes:
         retry_scheduled: Whether the execution will be retried.
-        delay_until_ms: When it can be claimed again, Unix milliseconds; None when it ended.
+        delay_until_ms: When it can be claimed again, Unix milliseconds; None without a retry.
     """
 
     retry_scheduled: bool
@@ -305,8 +305,8 @@ class CancelOutcome(Value):
     """Answer to a cancellation.
 
     Attributes:
-        cancelled: Whether the execution is cancelled; False while its worker is asked first.
-        previous_state: State that it was in.
+        cancelled: Whether the execution is cancelled; False during the grace of its worker.
+        previous_state: State before the cancellation.
     """
 
     cancelled: bool
@@ -314,15 +314,15 @@ class CancelOutcome(Value):
 
 
 class CompletionPayload(Value):
-    """One execution that ended, as subscribers see it.
+    """The end of an execution, as subscribers get it.
 
     Attributes:
         execution_id: Canonical execution id.
         outcome: How it ended.
-        payload_bytes: Its result; None when it has none.
-        produced_at_ms: When it ended, by the server's clock; 0 when unknown.
-        flow_id: The flow it belongs to; None for a solo execution.
-        cursor: Where a subscription goes on behind it; None outside a subscription.
+        payload_bytes: Its result; None without one.
+        produced_at_ms: When it ended, Unix milliseconds by the server's clock; 0 if unknown.
+        flow_id: Its flow; None without one.
+        cursor: ``after`` of a subscription that continues after it; None outside a subscription.
     """
 
     execution_id: str
@@ -350,16 +350,15 @@ class CompletionPayload(Value):
 
 
 class UsageDimensions(Value):
-    """What an attempt used up since its last report.
+    """Usage of an attempt since its last report.
 
     Attributes:
         input_tokens: Tokens read, from 0.
         output_tokens: Tokens written, from 0.
-        wall_ms: Wall-clock time in milliseconds; None when it does not count.  Also made from a ``timedelta``.
-        custom: Further dimensions, at most 61, by name; sorted by name, and a copy of what was
-            given.  Names are text of 1 to 128 bytes, other than those of the attributes above.
-        dedup_key: A report with a key that was seen before is not counted again; None and empty
-            switch this off.
+        wall_ms: Wall-clock time in milliseconds; None is not counted.  Also takes a ``timedelta``.
+        custom: At most 61 more dimensions by name; stored as a copy, sorted by name.  Names are text of 1
+            to 128 bytes, other than those of the attributes above.
+        dedup_key: Key that counts once in reports of the execution; None and empty do not deduplicate.
     """
 
     input_tokens: int = 0
@@ -432,7 +431,7 @@ class UsageDimensions(Value):
 
 
 class UsageVerdict(enum.Enum):
-    """What became of a usage report."""
+    """Verdict on a usage report."""
 
     OK = "ok"
     SOFT_BREACH = "soft_breach"
@@ -444,11 +443,11 @@ class ReportUsageResult(Value):
     """Answer to a usage report.
 
     Attributes:
-        verdict: ``OK`` and ``SOFT_BREACH``: applied. ``HARD_BREACH``: nothing was applied, to no budget and not to the
-            execution. ``ALREADY_APPLIED``: a report with this key was.
-        budget_id: For a breach, whose limit it is.
+        verdict: ``OK`` and ``SOFT_BREACH``: applied. ``HARD_BREACH``: applied to no budget and not to the execution.
+            ``ALREADY_APPLIED``: an earlier report with this key was applied.
+        budget_id: For a breach, the budget.
         dimension: For a breach, the dimension.
-        current: For a breach, what is used (with this report where it was applied).
+        current: For a breach, the amount used, including this report if it was applied.
         limit: For a breach, the limit.
     """
 
@@ -463,10 +462,10 @@ class ReportUsageResult(Value):
 
 
 class CancelFlowPolicy(enum.Enum):
-    """What happens to the members of a flow that is cancelled.
+    """Members that cancelling a flow cancels.
 
-    ``FLOW_ONLY`` leaves them alone, ``CANCEL_ALL`` cancels every one that has not ended, and
-    ``CANCEL_PENDING`` cancels those that do not run.
+    ``FLOW_ONLY``: none. ``CANCEL_ALL``: every member that has not ended. ``CANCEL_PENDING``: those that
+    are not running.
     """
 
     FLOW_ONLY = "flow_only"
@@ -477,11 +476,11 @@ class CancelFlowPolicy(enum.Enum):
 class CancelFlowWait(Value):
     """Whether cancelling a flow waits until its members are cancelled.
 
-    Made by name: ``NO_WAIT``, ``WAIT_INDEFINITE``, or :meth:`wait_timeout`.
+    Use ``NO_WAIT``, ``WAIT_INDEFINITE``, or :meth:`wait_timeout`.
 
     Attributes:
         wait: Whether to wait.
-        timeout: Longest wait in seconds; None without a limit, and when not waiting.  Also made from a ``timedelta``.
+        timeout: Longest wait in seconds; None has no limit.  Also takes a ``timedelta``.
     """
 
     wait: bool
@@ -503,7 +502,7 @@ class CancelFlowWait(Value):
 
     @classmethod
     def wait_timeout(cls, timeout: float | timedelta) -> CancelFlowWait:
-        """Wait at most so long: seconds, or a ``timedelta``."""
+        """Return the wait of at most *timeout*, in seconds or as a ``timedelta``."""
         return cls(True, seconds("timeout", timeout, zero=True))
 
 
@@ -516,9 +515,9 @@ class CancelFlowOutcome(Value):
     """Answer to the cancellation of a flow.
 
     Attributes:
-        policy: The policy that holds; that of the first cancellation.
-        cancelled_members: How many members this call cancelled.
-        open_members: How many members had not ended when it returned.
+        policy: The policy in force: that of the first cancellation.
+        cancelled_members: Number of members that this call cancelled.
+        open_members: Number of members that had not ended when it returned.
     """
 
     policy: CancelFlowPolicy
@@ -533,7 +532,7 @@ class FlowDescription(Value):
         flow_id: Its id.
         state: Whether it takes executions.
         members: Ids of its executions.
-        open_members: Ids of those that have not ended.
+        open_members: Ids of the members that have not ended.
     """
 
     flow_id: str
@@ -546,14 +545,14 @@ class FlowDescription(Value):
 
 
 class StateTransition(Value):
-    """One step of an execution from a state to the next.
+    """One change of an execution's state.
 
     Attributes:
         at_ms: When, Unix milliseconds by the server's clock.
         from_state: State before it.
         to_state: State after it.
-        attempt_index: Attempt that ran then or, where none did, the one to come; from 0.
-        reason: Why, as a word, or in the words of the worker that suspended it; None where it goes without saying.
+        attempt_index: Attempt that ran then, or the next one if none ran; from 0.
+        reason: A word, or for a suspension the text of the worker; None if the states say it all.
     """
 
     at_ms: int
@@ -564,16 +563,16 @@ class StateTransition(Value):
 
 
 class SuspensionDescription(Value):
-    """What a suspended execution waits for.
+    """The suspension of an execution.
 
     Attributes:
         suspension_id: Its id.
-        attempt_index: Attempt that was suspended and goes on afterwards, from 0.
-        reason: Why, in the words of the worker.
-        suspended_at_ms: Since when, Unix milliseconds by the server's clock.
+        attempt_index: The suspended attempt, which continues afterwards; from 0.
+        reason: Text of the worker.
+        suspended_at_ms: When it began, Unix milliseconds by the server's clock.
         timeout_at_ms: When ``on_timeout`` takes effect; None without a limit.
-        on_timeout: What happens then.
-        waitpoint_ids: Waitpoints that signals can be sent to, each once.
+        on_timeout: Action at the timeout.
+        waitpoint_ids: Waitpoints that take signals, each once.
     """
 
     suspension_id: str
@@ -586,51 +585,51 @@ class SuspensionDescription(Value):
 
 
 class ExecutionDescription(Value):
-    """An execution as the server holds it, without its payload, its result, and secrets such as lease ids.
+    """State of an execution, without its payload, its result, and secrets such as lease ids.
 
     Points in time are Unix milliseconds by the server's clock, durations are seconds.
 
     Attributes:
         execution_id: Its id.
         state: Its state.
-        lane: Lane it waits in.
+        lane: Its lane.
         namespace: Its namespace.
         priority: Its priority, 0 to 9000; higher ones are claimed first.
-        required_capabilities: What its worker must offer.
-        flow_id: The flow it belongs to; None for a solo execution.
+        required_capabilities: Capabilities that its worker must offer.
+        flow_id: Its flow; None without one.
         parent_id: The execution that may wait for it; None without one.
         budget_ids: Budgets that its usage is charged to.
         tags: Its tags.
         created_at_ms: When it was created.
-        started_at_ms: When it was claimed first; None while it was not.
-        finished_at_ms: When it ended; None while it has not.
-        last_transition_at_ms: When its state changed last.
-        delay_until_ms: When it can be claimed again; None where it is not ``delayed``.
+        started_at_ms: When it was first claimed; None before.
+        finished_at_ms: When it ended; None before.
+        last_transition_at_ms: When its state last changed.
+        delay_until_ms: When it can be claimed again; None unless it is ``delayed``.
         deadline_at_ms: When it expires unless it has ended; None without a limit.
-        attempt_deadline_at_ms: When the attempt that runs times out; None without a limit, and where none runs.
-        lease_expires_at_ms: When its lease expires; None where it is not ``active``.
-        attempt_count: How many attempts it has had.
-        attempt_index: Newest attempt, from 0; None while it was not claimed.
-        worker_id: Worker that has the attempt, or had it last; None while it was not claimed.
-        worker_instance_id: Which instance of it; likewise.
-        lease_epoch: How often ownership was granted.
-        retry: When failed or lost attempts are tried again.
-        retry_count: Retries so far.
-        reclaim_count: How often a worker was lost so far.
+        attempt_deadline_at_ms: When the running attempt times out; None without a limit or a running attempt.
+        lease_expires_at_ms: When its lease expires; None unless it is ``active``.
+        attempt_count: Number of attempts so far.
+        attempt_index: Newest attempt, from 0; None before the first claim.
+        worker_id: Worker of the newest attempt; None before the first claim.
+        worker_instance_id: Instance of that worker; None before the first claim.
+        lease_epoch: Number of leases granted so far.
+        retry: Its retry policy.
+        retry_count: Number of retries so far.
+        reclaim_count: Number of lost workers so far.
         attempt_timeout: Longest time of an attempt; None without a limit.
-        retention: How long it is kept after its end.
-        outcome: How it ended; None while it has not.
-        failure_reason: Message of the last failure; None where none was reported.
-        failure_class: Its class.
-        failure_detail: Its structured detail; ``repr`` shows the size only.
-        cancel_requested: Whether its worker was asked to stop.
-        cancellation_reason: Why it was cancelled, or is to be; None where nobody said.
-        cancelled_from: State that it was cancelled in; None where it was not.
-        progress_percent: Progress that its worker reported, 0 to 100.
-        progress_message: Likewise, in words.
-        progress_at_ms: When it did so.
-        suspension: What it waits for; None where it is not ``suspended``.
-        usage: What it reported as used, by dimension.
+        retention: Time that it is kept after its end.
+        outcome: How it ended; None before.
+        failure_reason: Message of the last failure; None without one.
+        failure_class: Class of the last failure.
+        failure_detail: Structured detail of the last failure; ``repr`` shows its size only.
+        cancel_requested: Whether its worker is asked to stop.
+        cancellation_reason: Reason of its cancellation, or of the request; None without one.
+        cancelled_from: State before its cancellation; None if it is not cancelled.
+        progress_percent: Last progress reported, 0 to 100.
+        progress_message: Last message reported.
+        progress_at_ms: When progress was last reported.
+        suspension: Its suspension; None unless it is ``suspended``.
+        usage: Reported usage by dimension.
         history: Its newest 100 transitions, oldest first.
     """
 
@@ -683,7 +682,7 @@ class ExecutionDescription(Value):
 
     @property
     def retries_left(self) -> int:
-        """Retries after transient failures and timeouts that are left."""
+        """Number of retries left after transient failures and timeouts."""
         return max(self.retry.max_retries - self.retry_count, 0)
 
     def __hash__(self) -> int:
@@ -707,7 +706,7 @@ class Namespace(str):
 
 
 class ScannerFilter(Value):
-    """Which executions a scan or a subscription sees; without any part, all of them.
+    """Filter of executions for a supervisor or a subscription; an empty one passes all.
 
     Attributes:
         namespace: Only executions of this namespace.
@@ -745,8 +744,8 @@ class ScannerFilter(Value):
         """Return whether an execution passes.
 
         Args:
-            core_namespace: Its namespace; not looked at when the filter has none.
-            tag_value: The value it has for the filter's tag; likewise.
+            core_namespace: Its namespace; ignored if the filter has none.
+            tag_value: Its value of the filter's tag; ignored if the filter has none.
         """
         if self.namespace is not None and core_namespace != self.namespace:
             return False

@@ -100,6 +100,18 @@ def test_every_file_that_is_named_exists():
         assert list(ROOT.glob(name.rstrip("/"))), name
 
 
+def test_every_hop_of_the_walks_exists():
+    hops = re.findall(r"`([\w/]+\.(?:pyx?|lua)):([\w.]+)`", GUIDE)
+    assert len(hops) > 20
+    for path, name in hops:
+        text = (ROOT / path).read_text("utf-8")
+        outer, _, inner = name.rpartition(".")
+        defined = rf"\b(?:def|function|int|bytes) (?:{inner}|{re.escape(name)})\(|register_function\('{inner}'"
+        assert re.search(defined, text), (path, name)
+        if not path.endswith(".lua") and outer:
+            assert re.search(rf"\bclass {outer}\b", text), (path, name)
+
+
 def test_every_task_that_is_named_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     named = set(re.findall(r"`make ([a-z-]+)", GUIDE))

@@ -1,5 +1,6 @@
 """README.md agrees with the code: its examples run as they stand, and every name in it exists."""
 
+import asyncio
 import builtins
 import re
 from typing import get_args
@@ -28,7 +29,7 @@ def printed(capsys):
 
 
 def test_examples_run_as_they_stand(capsys):
-    sync, asynchronous, work = EXAMPLES
+    sync, asynchronous, events, work = EXAMPLES
     exec(compile(sync, "README.md", "exec"), {"__name__": "__main__"})
     assert printed(capsys) == [
         "b'Hello'",
@@ -41,8 +42,28 @@ def test_examples_run_as_they_stand(capsys):
         "6 frames",
         """{"answer":"Hello, world","tokens":3} End(reason='attempt_success')""",
     ]
+    names = {"__name__": "__main__"}
+    exec(compile(events, "README.md", "exec"), names)
+    assert asyncio.run(sent(names["events"])) == ['data: ["Hello", "world"]']
     exec(compile(work, "README.md", "exec"), {"__name__": "__main__"})
     assert printed(capsys) == ["Draft: 42.", "Approved by Ada"]
+
+
+async def sent(events):
+    """The data that the example of a web layer sends of a stream, and reads again from the id of its first event."""
+    async with aio.ValkeyBackend.embedded() as backend:
+        eid = await backend.create_execution()
+        handle = await backend.claim()
+        async with backend.open_writer(handle) as writer:
+            writer.write("Hello")
+            writer.write("world")
+        await backend.complete(handle)
+        found = [text async for text in events(backend, eid, None)]
+        (event,) = [text for text in found if text.startswith("id: ")]
+        identity, data = event.strip().splitlines()
+        again = [text async for text in events(backend, eid, identity.removeprefix("id: "))]
+    assert not [text for text in again if text.startswith("id: ")]
+    return [data]
 
 
 def test_the_first_example_is_short():

@@ -727,7 +727,7 @@ class TestAnswers:
         assert (writer.last_id, writer.last_sequence) == ("0-0", 0)
         writer._acknowledge(writer.take(), b"1700000000123-1 1700000000200 1700000004200 1")
         assert writer.last_id == "1700000000123-1"
-        assert (writer.lease_left_ms, writer.cancel_requested) == (4000, True)
+        assert (writer.lease_left, writer.cancel_requested) == (4.0, True)
         assert writer._idle
 
     @pytest.mark.parametrize(
@@ -744,7 +744,7 @@ class TestAnswers:
         writer = Shell()
         writer.write(b"x")
         writer._acknowledge(writer.take(), reply)
-        assert (writer.error, writer.lease_left_ms) == (None, left)
+        assert (writer.error, writer.lease_left) == (None, left / 1000)
         # The frame was trimmed meanwhile; the last known time stands for its own.
         assert writer.last_id == f"{NOW_MS}-1"
 
@@ -1300,7 +1300,7 @@ OFFERED = {
     *("write", "write_frame", "drain", "flush", "close", "outcome"),
     *("execution_id", "attempt_index", "mode"),
     *("next_sequence", "last_sequence", "last_id", "summary_version"),
-    *("error", "cancel_requested", "lease_left_ms"),
+    *("error", "cancel_requested", "lease_left"),
     *("unacknowledged_bytes", "window_frames", "rate_hz"),
 }
 
