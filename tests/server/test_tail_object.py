@@ -220,13 +220,13 @@ class Interrupt(Exception):  # noqa: N818 - raised by a signal
 # An interrupt that strikes in a destructor is reported there.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_at_any_moment_loses_and_doubles_nothing(server, backend, writer, attempt):
-    count, dice = 2_000, random.Random(5)
+    count, dice = 4_000, random.Random(5)
     me, armed = threading.get_ident(), threading.Event()
 
     def produce():
         for n in range(count):
             writer.write(b"%d" % n)
-            if n % 50 == 0:
+            if n % 10 == 0:
                 time.sleep(0.002)
         writer.close()
         backend.complete(attempt.handle)
@@ -238,7 +238,7 @@ def test_an_interrupt_at_any_moment_loses_and_doubles_nothing(server, backend, w
 
     def interrupted():
         """A batch, or an interrupt in the middle of reading it."""
-        strike = threading.Timer(dice.random() * 0.004, signal.pthread_kill, (me, signal.SIGUSR1))
+        strike = threading.Timer(dice.random() * 0.002, signal.pthread_kill, (me, signal.SIGUSR1))
         strike.start()
         try:
             armed.set()
