@@ -166,6 +166,10 @@ class WorkerLoop:
                 if handle is not None:
                     # Also when it is time to stop: it is claimed.
                     await self.run_one(handle)
+                    current = asyncio.current_task()
+                    if current is not None and current.cancelling():
+                        # The worker was cancelled, and the handler has kept it to itself.
+                        raise asyncio.CancelledError
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 - raised again by run(), when the other slots have ended

@@ -937,6 +937,25 @@ def test_cancelling_an_asyncio_worker_hands_its_execution_back(server, backend, 
     assert read(backend, eid) == ([b"written, not flushed"], "producer_lost")
 
 
+def test_cancelling_an_asyncio_worker_ends_it_also_where_a_handler_keeps_it_to_itself(
+    server, backend, lane, state
+):
+    started = threading.Event()
+
+    def handler(task):
+        started.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            yield until(task, lambda: False)
+
+    running = Worker("asyncio", server.url, handler, lane=lane).begin()
+    eid = backend.create_execution(lane=lane)
+    assert started.wait(10)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        running.result()
+    assert state(eid) == "completed"
+
+
 def test_a_cancellation_of_the_handlers_own_is_a_failure(server, backend, lane, state):
     def handler(task):
         if task.payload:
