@@ -9,6 +9,7 @@ from ff_fast import keys
 from ff_fast._core import ops
 from ff_fast._core.ready import ready_hint, sweep
 from ff_fast._core.steps import Pause, Step, Steps, ask, checked, command
+from ff_fast.errors import FunctionMissing
 
 if TYPE_CHECKING:
     from ff_fast._core.deployment import Deployment
@@ -56,7 +57,12 @@ def claim(on: Deployment, request: ClaimRequest) -> Steps[Handle | None]:
                 popped = popped[1:] if popped else popped
         if popped:
             partition = int(popped[0])
-            claimed = yield from _claim_partition(request, partition)
+            try:
+                claimed = yield from _claim_partition(request, partition)
+            except FunctionMissing:
+                # The library is loaded and the claim repeated at once: it shall find the hint again.
+                yield from ask(ready_hint(lane, partition, popped[1]))
+                raise
             if claimed.handle is None and claimed.next_score is None:
                 # A stale hint; it is gone now.
                 continue
