@@ -12,7 +12,8 @@ from ff_fast._core import readers
 from ff_fast._core.steps import Retries, Source, Step, Steps
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import AsyncItems
-from ff_fast.errors import FFError, FunctionMissing, InvalidInput
+from ff_fast._transport import closed_error
+from ff_fast.errors import FFError, FunctionMissing
 from ff_fast.types import CompletionPayload
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         self._pool = pool
         self._loop = pool._loop
         self._connection: Connection | None = None
+        # Connecting goes on in a task where a read is cancelled or out of time.
+        self._connecting: asyncio.Task[Connection] | None = None
         self._steps: Steps[list[T]] | None = None
         self._replies: Replies | None = None
         self._retries = Retries(pool.config.retry, retry_timeouts=True)
@@ -60,7 +63,12 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
             FFError: As iterating raises.
         """
         deadline = readers.deadline(timeout)
-        return self._take_all() or (self._take_all() if await self._read(deadline) else [])
+        while self._empty:
+            if not await self._read(deadline):
+                return []
+        rest = self._rest
+        del self._rest
+        return rest
 
     async def _next_item(self) -> T:
         if not await self._read(None):
@@ -71,7 +79,10 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         """Read the next items; return whether there are any, in time and before the end."""
         self._pool._check_loop()
         if self._reading:
-            raise InvalidInput(readers.ONE_AT_A_TIME)
+            raise readers.busy_error()
+        if not self._empty:
+            # Another task has read them before this one began.
+            return True
         self._reading = True
         if self._parking is not None:
             self._parking.cancel()
@@ -95,11 +106,21 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
                     return False
                 self._retries.reset()
                 if items:
+                    if self._source.ended:
+                        self._let_go()
                     self._put(items)
                     return True
             self._let_go()
         except asyncio.CancelledError:
             self._parking = self._loop.call_later(PARK_S, _park, weakref.ref(self))
+            raise
+        except FFError:
+            raise
+        except BaseException:
+            # An interrupt in the middle of a read: items may have been read that nobody took.
+            if not self._rest and not self.ended:
+                self._let_go()
+                self._source.restart(self.cursor)
             raise
         finally:
             self._reading = False
@@ -120,10 +141,9 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
             raise readers.closed_error()
         connection = self._connection
         if connection is None:
-            connection = self._connection = await self._pool._acquire()
-        if self._library_missing:
-            await self._pool._prepare(connection)
-            self._library_missing = False
+            connection = await self._connect(until)
+            if connection is None:
+                return None
         if self._steps is None:
             self._steps = self._source.read()
             self._replies = self._post(connection, next(self._steps))
@@ -140,6 +160,27 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
                 return items
             self._replies = self._post(connection, step)
 
+    async def _connect(self, until: float | None) -> Connection | None:
+        """Return the connection of this reader from now on; None if there is none by *until*: it goes on later."""
+        self._pool._check()
+        # A new connection is prepared, and so loads the library where it is missing.
+        connection = None if self._library_missing else self._pool._take_idle()
+        if connection is None:
+            if self._connecting is None:
+                self._connecting = self._pool._spawn(self._pool._connect())
+            task = self._connecting
+            left = None if until is None else max(until - time.monotonic(), 0.0)
+            done, _ = await asyncio.wait({task}, timeout=left)
+            if not done:
+                return None
+            self._connecting = None
+            if task.cancelled():
+                raise readers.closed_error() if self.closed else closed_error()
+            connection = task.result()
+        self._library_missing = False
+        self._connection = connection
+        return connection
+
     def _post(self, connection: Connection, step: object) -> Replies:
         assert isinstance(step, Step)
         return connection.post(step, self._pool._timeout_s)
@@ -148,22 +189,24 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         """Give the connection back, or drop it where a reply is still to come."""
         self._steps = self._replies = None
         connection, self._connection = self._connection, None
-        if connection is not None:
-            self._pool._release(connection)
+        connecting, self._connecting = self._connecting, None
+        _give_back(self._pool, connection, connecting)
 
     def _park(self) -> None:
         """Nobody went on after a cancellation: give up the answer that is on its way, and its connection."""
-        if not self._reading and self._connection is not None:
+        if not self._reading and (self._connection or self._connecting):
             self._let_go()
             self._source.restart()
 
     async def aclose(self) -> None:
         """Stop reading, and give the connection back. A read that waits ends with an error."""
         self._closed = True
-        if self._reading and self._connection is not None:
-            self._connection.abort()
-        else:
+        if not self._reading:
             self._let_go()
+        elif self._connection is not None:
+            self._connection.abort()
+        elif self._connecting is not None:
+            self._connecting.cancel()
 
     async def __aenter__(self) -> Self:
         return self
@@ -173,10 +216,21 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
 
     def __del__(self) -> None:
         # A loop over the reader was left in the middle. The collector may run on any thread.
-        connection = self.__dict__.get("_connection")
-        if connection is not None:
+        connection, connecting = map(self.__dict__.get, ("_connection", "_connecting"))
+        if connection is not None or connecting is not None:
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._pool._release, connection)
+                self._loop.call_soon_threadsafe(_give_back, self._pool, connection, connecting)
+
+
+def _give_back(
+    pool: Pool, connection: Connection | None, connecting: asyncio.Task[Connection] | None
+) -> None:
+    if connection is not None:
+        pool._release(connection)
+    if connecting is None or connecting.cancel() or connecting.cancelled():
+        return
+    if connecting.exception() is None:
+        pool._release(connecting.result())
 
 
 def _park(reader: weakref.ref[Reader[Any]]) -> None:

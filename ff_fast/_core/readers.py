@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from ff_fast.errors import Unavailable
-from ff_fast.types import seconds
+from ff_fast.errors import InvalidInput, Unavailable
+from ff_fast.types import End, seconds
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -36,8 +36,6 @@ COMPLETIONS = """Reads executions that end. Made by ``backend.subscribe_completi
     nothing: the subscription goes on with the next read.
     """
 
-ONE_AT_A_TIME = "Somebody else is reading from this reader; make one reader for each."
-
 
 class ReaderState(Generic[T]):
     """Where a reader stands; the items themselves are in :class:`ff_fast._hot.items.Items`."""
@@ -62,7 +60,7 @@ class ReaderState(Generic[T]):
     @property
     def ended(self) -> bool:
         """Whether the last item was taken: nothing follows."""
-        return self._source.ended and self._empty
+        return isinstance(self.last, End)
 
     @property
     def closed(self) -> bool:
@@ -80,6 +78,11 @@ def deadline(timeout: float | timedelta | None) -> float | None:
         InvalidInput: It is negative, not a number, or longer than a year.
     """
     return None if timeout is None else time.monotonic() + seconds("timeout", timeout, zero=True)
+
+
+def busy_error() -> InvalidInput:
+    """Return the error of a read while another one goes on."""
+    return InvalidInput("Somebody else is reading from this reader; make one reader for each.")
 
 
 def closed_error() -> Unavailable:

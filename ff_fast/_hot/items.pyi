@@ -1,4 +1,4 @@
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, Generic, Self, TypeVar
 
 from typing_extensions import disjoint_base
@@ -21,8 +21,12 @@ class Items(Generic[_T]):
     def _put(self, items: list[_T]) -> None:
         """Take over the items of one answer; none may be left of the one before."""
 
-    def _take_all(self) -> list[_T]:
-        """Return the items that are left, as a list."""
+    @property
+    def _rest(self) -> list[_T]:
+        """The items that are left, as a list; ``del`` takes them."""
+
+    @_rest.deleter
+    def _rest(self) -> None: ...
 
 class BlockingItems(Items[_T]):
     def __iter__(self) -> Self: ...
@@ -34,5 +38,12 @@ class AsyncItems(Items[_T]):
     def _pop(self) -> _T:
         """Return the next item. There must be one."""
 
-async def taken(item: _T) -> _T:
-    """Return *item*: an awaitable that has its value already."""
+class Turn:
+    """Lets one in at a time: ``with turn`` raises *error* where somebody is in."""
+
+    def __init__(self, error: Callable[[], Exception]) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+async def taken(items: AsyncItems[_T]) -> _T:
+    """Take the next item, when it is awaited: one that is cancelled before it began has taken none."""

@@ -38,14 +38,20 @@ cdef class Items:
         self._batch = items
         self._next = 0
 
-    def _take_all(self):
-        """Return the items that are left, as a list."""
-        cdef list left = self._batch[self._next:]
-        self._batch = []
-        self._next = 0
-        if left:
-            self._last = left[len(left) - 1]
-        return left
+    @property
+    def _rest(self):
+        """The items that are left, as a list; ``del`` takes them.
+
+        Attributes, because an interrupt can strike behind a call, where the list that it returned is lost.
+        """
+        return self._batch[self._next:]
+
+    @_rest.deleter
+    def _rest(self):
+        if not self.is_empty():
+            self._last = self._batch[len(self._batch) - 1]
+            self._batch = []
+            self._next = 0
 
     @property
     def last(self):
@@ -58,6 +64,29 @@ cdef class Items:
         return self.is_empty()
 
 
+cdef class Turn:
+    """Lets one in at a time: ``with turn`` raises *error* where somebody is in.
+
+    In C, because an interrupt can strike between the call that takes a lock and the ``try`` behind it, and leave the
+    lock taken for ever.
+    """
+
+    cdef bint _taken
+    cdef object _error
+
+    def __init__(self, error):
+        self._taken = False
+        self._error = error
+
+    def __enter__(self):
+        if self._taken:
+            raise self._error()
+        self._taken = True
+
+    def __exit__(self, *_):
+        self._taken = False
+
+
 cdef class BlockingItems(Items):
     """An iterator. ``_fill()`` of the subclass puts the items of an answer; false says the end."""
 
@@ -65,8 +94,10 @@ cdef class BlockingItems(Items):
         return self
 
     def __next__(self):
-        if self.is_empty() and not self._fill():
-            raise StopIteration
+        # Again where another thread took what was just put.
+        while self.is_empty():
+            if not self._fill():
+                raise StopIteration
         return self.take()
 
 
@@ -79,13 +110,15 @@ cdef class AsyncItems(Items):
     def __anext__(self):
         if self.is_empty():
             return self._next_item()
-        return taken(self.take())
+        return taken(self)
 
     def _pop(self):
         """Return the next item. There must be one."""
         return self.take()
 
 
-async def taken(item):
-    """Return *item*: an awaitable that has its value already."""
-    return item
+async def taken(AsyncItems items):
+    """Take the next item, when it is awaited: one that is cancelled before it began has taken none."""
+    if items.is_empty():
+        return await items._next_item()
+    return items.take()

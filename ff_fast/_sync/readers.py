@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from ff_fast._core import readers
 from ff_fast._core.steps import Retries, Source, Step, Steps
 from ff_fast._core.tail import Item
-from ff_fast._hot.items import BlockingItems
+from ff_fast._hot.items import BlockingItems, Turn
 from ff_fast._sync.connection import PENDING
 from ff_fast.errors import FFError, FunctionMissing, InvalidInput
 from ff_fast.types import CompletionPayload
@@ -41,7 +40,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         self._resume_at = 0.0
         self._library_missing = False
         self._torn = False
-        self._reading = threading.Lock()
+        self._turn = Turn(readers.busy_error)
 
     def next_batch(self, timeout: float | timedelta | None = None) -> list[T]:
         """Return all items of the server's next answer, or those that are left of the last one.
@@ -56,28 +55,36 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
             FFError: As iterating raises.
         """
         deadline = readers.deadline(timeout)
-        return self._take_all() or (self._take_all() if self._read(deadline) else [])
+        while self._empty:
+            if not self._read(deadline):
+                return []
+        rest = self._rest
+        del self._rest
+        return rest
 
     def _fill(self) -> bool:
         return self._read(None)
 
     def _read(self, until: float | None) -> bool:
         """Read the next items; return whether there are any, in time and before the end."""
-        if not self._reading.acquire(blocking=False):
-            raise InvalidInput(readers.ONE_AT_A_TIME)
-        try:
+        with self._turn:
+            if not self._empty:
+                # Another thread has read them meanwhile.
+                return True
+            if self.ended:
+                self._let_go()
+                return False
             if self._torn:
                 # An interrupt came in the middle of a read: items may have been read that nobody took.
                 self._restart(self.cursor)
             self._torn = True
-            found = self._read_on(until)
+            try:
+                found = self._read_on(until)
+            except FFError:
+                self._torn = False
+                raise
             self._torn = False
-        except FFError:
-            self._torn = False
-            raise
-        finally:
-            self._reading.release()
-        return found
+            return found
 
     def _read_on(self, until: float | None) -> bool:
         while not self._source.ended:
@@ -97,6 +104,8 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
                 return False
             self._retries.reset()
             if items:
+                if self._source.ended:
+                    self._let_go()
                 self._put(items)
                 return True
         self._let_go()
@@ -116,11 +125,13 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
 
     def _advance(self, until: float | None) -> list[T] | None:
         """Take one read of the source to its end; None if that is not reached by *until*: it goes on later."""
-        if self.closed:
-            raise readers.closed_error()
+        # Also of a connection that it has: a forked child must leave it alone.
+        self._pool._check()
         connection = self._connection
-        if connection is None:
+        if connection is None and not self.closed:
             connection = self._connection = self._pool._acquire()
+        if connection is None or self.closed:
+            raise readers.closed_error()
         if self._library_missing:
             self._pool._prepare(connection)
             self._library_missing = False
@@ -161,14 +172,13 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
     def close(self) -> None:
         """Stop reading, and give the connection back. A read that waits ends with an error."""
         self._closed = True
-        connection = self._connection
-        if self._reading.acquire(blocking=False):
-            try:
+        try:
+            with self._turn:
                 self._let_go()
-            finally:
-                self._reading.release()
-        elif connection is not None:
-            connection.abort()
+        except InvalidInput:
+            connection = self._connection
+            if connection is not None:
+                connection.abort()
 
     def __enter__(self) -> Self:
         return self
