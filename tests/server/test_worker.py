@@ -983,6 +983,24 @@ def test_giving_up_in_a_task_group_is_giving_up(server, backend, lane, state, su
         assert backend.read_result(eid) == b"second"
 
 
+def test_a_task_group_of_one_handler_is_not_the_next_ones_cancellation(
+    server, backend, lane, state
+):
+    async def handler(task):
+        if task.payload == b"group":
+            async with asyncio.TaskGroup() as group:
+                group.create_task(asyncio.wait_for(asyncio.Event().wait(), 0.01))
+        if task.payload == b"cancelled":
+            raise asyncio.CancelledError
+
+    running = Worker("asyncio", server.url, lambda task: None, lane=lane)
+    running._handler = handler
+    with running:
+        # In the only slot, one after the other.
+        for payload, end in ((b"group", "failed"), (b"cancelled", "failed"), (b"", "completed")):
+            assert state(backend.create_execution(lane=lane, payload=payload)) == end
+
+
 def test_an_asyncio_handler_writes_without_opening_anything(server, backend, lane, state):
     async def handler(task):
         assert task.write("one") == 1
