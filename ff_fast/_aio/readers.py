@@ -139,6 +139,7 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         """Take one read of the source to its end; None if that is not reached by *until*: it goes on later."""
         if self.closed:
             raise readers.closed_error()
+        self._pool._check()
         connection = self._connection
         if connection is None:
             connection = await self._connect(until)
@@ -162,7 +163,6 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
 
     async def _connect(self, until: float | None) -> Connection | None:
         """Return the connection of this reader from now on; None if there is none by *until*: it goes on later."""
-        self._pool._check()
         # A new connection is prepared, and so loads the library where it is missing.
         connection = None if self._library_missing else self._pool._take_idle()
         if connection is None:
