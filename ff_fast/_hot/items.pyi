@@ -1,4 +1,4 @@
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, Self, TypeVar
 
 from typing_extensions import disjoint_base
@@ -34,7 +34,7 @@ class BlockingItems(Items[_T]):
 
 class AsyncItems(Items[_T]):
     def __aiter__(self) -> Self: ...
-    def __anext__(self) -> Awaitable[_T]: ...
+    def __anext__(self) -> Coroutine[Any, Any, _T]: ...
     def _pop(self) -> _T:
         """Return the next item. There must be one."""
 
