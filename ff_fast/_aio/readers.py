@@ -96,7 +96,9 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
                 except FFError as error:
                     self._let_go()
                     self._source.restart()
-                    pause = None if self._pool.closed or self.closed else self._retries.pause(error)
+                    if self.closed:
+                        raise readers.closed_error() from None
+                    pause = None if self._pool.closed else self._retries.pause(error)
                     if pause is None:
                         raise
                     self._library_missing = isinstance(error, FunctionMissing)

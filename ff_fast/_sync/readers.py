@@ -94,7 +94,9 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
                 items = self._advance(until)
             except FFError as error:
                 self._restart()
-                pause = None if self._pool.closed or self.closed else self._retries.pause(error)
+                if self.closed:
+                    raise readers.closed_error() from None
+                pause = None if self._pool.closed else self._retries.pause(error)
                 if pause is None:
                     raise
                 self._library_missing = isinstance(error, FunctionMissing)

@@ -274,6 +274,34 @@ def test_a_forked_child_leaves_the_readers_connection_alone(backend, lane):
     assert [frame.sequence for frame in tail.next_batch(timeout=2)] == [1]
 
 
+def test_a_read_whose_reader_is_closed_says_so(backend, server, lane):
+    eid = begin(backend, lane).eid
+    tail, raised = backend.tail(eid), []
+
+    def read():
+        with pytest.raises(ff_fast.Unavailable, match="reader is closed") as caught:
+            next(tail)
+        raised.append(caught.value)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    wait_until(lambda: tail._connection is not None)
+    tail.close()
+    thread.join()
+    assert raised
+
+    async def main():
+        async with aio.ValkeyBackend.connect(server.url) as other:
+            tail = other.tail(eid)
+            reading = asyncio.create_task(anext(tail))
+            await asyncio.sleep(0.02)
+            await tail.aclose()
+            with pytest.raises(ff_fast.Unavailable, match="reader is closed"):
+                await reading
+
+    asyncio.run(main())
+
+
 def test_a_reader_that_has_ended_holds_no_connection(backend, attempt):
     tail = backend.tail(attempt.eid)
     while not tail.ended:
