@@ -38,6 +38,7 @@ class AsyncItems(Items[_T]):
     def _pop(self) -> _T:
         """Return the next item. There must be one."""
 
+@disjoint_base
 class Turn:
     """Lets one in at a time: ``with turn`` raises *error* where somebody is in."""
 
