@@ -47,4 +47,4 @@ class Turn:
     def __exit__(self, *_: object) -> None: ...
 
 async def taken(items: AsyncItems[_T]) -> _T:
-    """Take the next item, when it is awaited: one that is cancelled before it began has taken none."""
+    """Take the next item when awaited: a read that is cancelled before it began takes none."""

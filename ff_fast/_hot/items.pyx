@@ -42,7 +42,8 @@ cdef class Items:
     def _rest(self):
         """The items that are left, as a list; ``del`` takes them.
 
-        Attributes, because an interrupt can strike behind a call, where the list that it returned is lost.
+        Attributes, because an interrupt can strike behind a call, and the list that it returned
+        would be lost.
         """
         return self._batch[self._next:]
 
@@ -67,8 +68,8 @@ cdef class Items:
 cdef class Turn:
     """Lets one in at a time: ``with turn`` raises *error* where somebody is in.
 
-    In C, because an interrupt can strike between the call that takes a lock and the ``try`` behind it, and leave the
-    lock taken for ever.
+    In C, because an interrupt can strike between the call that takes a lock and the ``try`` behind
+    it, and leave the lock taken for ever.
     """
 
     cdef bint _taken
@@ -118,7 +119,7 @@ cdef class AsyncItems(Items):
 
 
 async def taken(AsyncItems items):
-    """Take the next item, when it is awaited: one that is cancelled before it began has taken none."""
+    """Take the next item when awaited: a read that is cancelled before it began takes none."""
     if items.is_empty():
         return await items._next_item()
     return items.take()
