@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, Self
 from ff_fast import _transport
 from ff_fast._aio.leases import LeaseKeeper
 from ff_fast._aio.opening import Opening
-from ff_fast._aio.operations import Operations
+from ff_fast._aio.operations import Operations, of_handler
 from ff_fast._aio.readers import Completions, Tail
 from ff_fast._aio.worker import Handler, Task, WorkerLoop
 from ff_fast._aio.writers import Writer
 from ff_fast._core import operations
-from ff_fast._core.binding import of_handler
 
 if TYPE_CHECKING:
     from ff_fast.embedded import EmbeddedServer

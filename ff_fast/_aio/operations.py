@@ -14,7 +14,7 @@ from ff_fast._aio.pool import Pool
 from ff_fast._aio.readers import Completions, Tail
 from ff_fast._aio.writers import Sender, Writer
 from ff_fast._core import operations
-from ff_fast._core.binding import R, bind, dressed
+from ff_fast._core.binding import HANDLER, H, R, S, bind, dressed
 from ff_fast.errors import FFError, WriterClosed
 
 if TYPE_CHECKING:
@@ -44,6 +44,18 @@ def awaited(
         return await carry_out(self, make(self._deployment, *args, **kwargs))
 
     return dressed(method, make, returns)
+
+
+def of_handler(
+    make: Callable[Concatenate[Deployment, P], R],
+    carry_out: Callable[[S, H, R], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[S, H, P], Coroutine[Any, Any, T]]:
+    """Return the coroutine method whose first argument is a handler, in front of the operation's."""
+
+    async def method(self: S, handler: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await carry_out(self, handler, make(self._deployment, *args, **kwargs))
+
+    return dressed(method, make, "None", HANDLER)
 
 
 def method(

@@ -239,13 +239,16 @@ class Pool:
     def _requests_on(self, connection: Connection) -> Callable[[Step], Awaitable[list[object]]]:
         return lambda step: connection.request(step, self._timeout_s)
 
-    async def _acquire(self) -> Connection:
+    def _take_idle(self) -> Connection | None:
         self._check()
         while self._idle:
             connection = self._idle.pop()
             if not connection.closed:
                 return connection
-        return await self._connect()
+        return None
+
+    async def _acquire(self) -> Connection:
+        return self._take_idle() or await self._connect()
 
     def _release(self, connection: Connection) -> None:
         """Give back a connection that owes no reply; one that does is dropped."""

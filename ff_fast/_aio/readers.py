@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from ff_fast._core import readers
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import AsyncItems
-from ff_fast.errors import FFError, InvalidInput
+from ff_fast._transport import closed_error
+from ff_fast.errors import FFError
 from ff_fast.types import CompletionPayload
 
 if TYPE_CHECKING:
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=readers.HasCursor)
 
 PARK_S = 1.0
-"""Time, in seconds, that a reader keeps its connection for the next read after a cancelled one."""
+"""How long a reader whose read was cancelled keeps its connection for the next one."""
 
 
 class Reader(readers.ReaderState[T], AsyncItems[T]):
     """Base of tails and subscriptions: an asynchronous iterator and context manager.
 
-    One task at a time reads. Between two reads at most one request is in flight. The reader holds all state of a read,
-    so the next read continues a cancelled one.
+    One task at a time reads. Between two reads at most one answer of the server is in flight. The object holds all
+    state of a read, so the read after a cancelled one continues it.
     """
 
     def __init__(self, pool: Pool, source: Source[T]) -> None:
@@ -39,6 +40,8 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         self._pool = pool
         self._loop = pool._loop
         self._connection: Connection | None = None
+        # A task, so that connecting continues after a read that was cancelled or ran out of time.
+        self._connecting: asyncio.Task[Connection] | None = None
         # Replies to the step in flight.
         self._replies: Replies | None = None
         self._reading = False
@@ -57,7 +60,12 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
             FFError: The same errors as iterating.
         """
         deadline = readers.deadline(timeout)
-        return self._take_all() or (self._take_all() if await self._read(deadline) else [])
+        while self._empty:
+            if not await self._read(deadline):
+                return []
+        rest = self._rest
+        del self._rest
+        return rest
 
     async def _next_item(self) -> T:
         if not await self._read(None):
@@ -68,13 +76,16 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         """Read the next items; return whether there are any, in time and before the end."""
         self._pool._check_loop()
         if self._reading:
-            raise InvalidInput(readers.ONE_AT_A_TIME)
+            raise readers.busy_error()
+        if not self._empty:
+            # Another task has read them before this one began.
+            return True
         self._reading = True
         if self._parking is not None:
             self._parking.cancel()
             self._parking = None
         try:
-            while self._empty and not self._source.ended:
+            while not (self._rest or self._source.ended):
                 try:
                     if not await self._advance(until):
                         break
@@ -85,6 +96,14 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
                 self._drop_connection()
         except asyncio.CancelledError:
             self._parking = self._loop.call_later(PARK_S, _park, weakref.ref(self))
+            raise
+        except FFError:
+            raise
+        except BaseException:
+            # An interrupt broke off a read, so items read by it may not have been delivered.
+            if not (self._rest or self.ended):
+                self._drop_connection()
+                self._restart(self.cursor)
             raise
         finally:
             self._reading = False
@@ -103,14 +122,12 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         """Send a step, or take the replies to the one in flight; return whether they came by *until*."""
         if self.closed:
             raise readers.closed_error()
+        self._pool._check()
         if not await self._wait(until):
             return False
-        connection = self._connection
+        connection = self._connection or await self._connect(until)
         if connection is None:
-            connection = self._connection = await self._pool._acquire()
-        if self._library_missing:
-            await self._pool._prepare(connection)
-            self._library_missing = False
+            return False
         if self._steps is None:
             self._replies = connection.post(self._begin(), self._pool._timeout_s)
         assert self._replies is not None
@@ -121,26 +138,48 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
             self._replies = connection.post(step, self._pool._timeout_s)
         return True
 
+    async def _connect(self, until: float | None) -> Connection | None:
+        """Return the connection of this reader from now on; None if there is none by *until*: it goes on later."""
+        # A new connection is prepared, and so loads the library where it is missing.
+        connection = None if self._library_missing else self._pool._take_idle()
+        if connection is None:
+            if self._connecting is None:
+                self._connecting = self._pool._spawn(self._pool._connect())
+            task = self._connecting
+            left = None if until is None else max(until - time.monotonic(), 0.0)
+            done, _ = await asyncio.wait({task}, timeout=left)
+            if not done:
+                return None
+            self._connecting = None
+            if task.cancelled():
+                raise readers.closed_error() if self.closed else closed_error()
+            connection = task.result()
+        self._library_missing = False
+        self._connection = connection
+        return connection
+
     def _drop_connection(self) -> None:
         """Give the connection back, or abort it if a reply is owed."""
         self._replies = None
         connection, self._connection = self._connection, None
-        if connection is not None:
-            self._pool._release(connection)
+        connecting, self._connecting = self._connecting, None
+        _give_back(self._pool, connection, connecting)
 
     def _park(self) -> None:
         """Release the connection if no read has followed a cancelled one; the answer in flight is read again later."""
-        if not self._reading and self._connection is not None:
+        if not self._reading and (self._connection or self._connecting):
             self._drop_connection()
             self._restart()
 
     async def aclose(self) -> None:
         """Stop reading, and release the connection. A waiting read raises an error."""
         self._closed = True
-        if self._reading and self._connection is not None:
-            self._connection.abort()
-        else:
+        if not self._reading:
             self._drop_connection()
+        elif self._connection is not None:
+            self._connection.abort()
+        elif self._connecting is not None:
+            self._connecting.cancel()
 
     async def __aenter__(self) -> Self:
         return self
@@ -149,11 +188,22 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         await self.aclose()
 
     def __del__(self) -> None:
-        # A loop over the reader may have been left early. The collector may run on any thread.
-        connection = self.__dict__.get("_connection")
-        if connection is not None:
+        # A loop over the reader was left in the middle. The collector may run on any thread.
+        connection, connecting = map(self.__dict__.get, ("_connection", "_connecting"))
+        if connection is not None or connecting is not None:
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._pool._release, connection)
+                self._loop.call_soon_threadsafe(_give_back, self._pool, connection, connecting)
+
+
+def _give_back(
+    pool: Pool, connection: Connection | None, connecting: asyncio.Task[Connection] | None
+) -> None:
+    if connection is not None:
+        pool._release(connection)
+    if connecting is None or connecting.cancel() or connecting.cancelled():
+        return
+    if connecting.exception() is None:
+        pool._release(connecting.result())
 
 
 def _park(reader: weakref.ref[Reader[Any]]) -> None:

@@ -136,8 +136,13 @@ class WorkerLoop:
         restore = _process.on_stop_signals(lambda: _tell(loop, self._halt))
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(self._options.concurrency):
-                    group.create_task(self._slot())
+                slots = range(self._options.concurrency)
+                try:
+                    await asyncio.wait([group.create_task(self._slot()) for _ in slots])
+                except asyncio.CancelledError:
+                    # A handler may keep its cancellation to itself: its slot ends behind it.
+                    self._halt.set()
+                    raise
         finally:
             restore()
             self._halt.set()
@@ -214,14 +219,17 @@ class WorkerLoop:
         return None
 
     async def _call(self, task: Task) -> Returned | Raised:
+        current = asyncio.current_task()
+        assert current is not None
+        # A task group whose member failed may leave a cancellation behind, for every handler that follows.
+        before = current.cancelling()
         try:
             returned: object = self._handler(task)
             if not inspect.isawaitable(returned):
                 raise worker_core.TaskFailed("The handler is not a coroutine function.")
             return Returned(await returned)
         except asyncio.CancelledError as error:
-            current = asyncio.current_task()
-            if current is not None and current.cancelling():
+            if current.cancelling() > before:
                 raise
             # The worker itself is not cancelled: the handler awaited a cancelled task.
             return Raised(error)

@@ -46,6 +46,10 @@ def bind(
     return dressed(method, make, returns)
 
 
+HANDLER = inspect.Parameter("handler", inspect.Parameter.POSITIONAL_ONLY, annotation="Handler")
+"""What a worker's method takes in front of the operation's parameters."""
+
+
 def of_handler(
     make: Callable[Concatenate[Deployment, P], R], carry_out: Callable[[S, H, R], T]
 ) -> Callable[Concatenate[S, H, P], T]:
@@ -54,8 +58,7 @@ def of_handler(
     def method(self: S, handler: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return carry_out(self, handler, make(self._deployment, *args, **kwargs))
 
-    handler = inspect.Parameter("handler", inspect.Parameter.POSITIONAL_ONLY, annotation="Handler")
-    return dressed(method, make, "None", handler)
+    return dressed(method, make, "None", HANDLER)
 
 
 def dressed(

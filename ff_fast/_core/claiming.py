@@ -9,6 +9,7 @@ from ff_fast import keys
 from ff_fast._core import ops
 from ff_fast._core.ready import ready_hint, sweep
 from ff_fast._core.steps import Pause, Step, Steps, checked, command, send_one
+from ff_fast.errors import FunctionMissing
 
 if TYPE_CHECKING:
     from ff_fast._core.deployment import Deployment
@@ -59,7 +60,12 @@ def claim(on: Deployment, request: ClaimRequest) -> Steps[Handle | None]:
                 popped = popped[1:] if popped else popped
         if popped:
             partition = int(popped[0])
-            claimed = yield from _claim_partition(request, partition)
+            try:
+                claimed = yield from _claim_partition(request, partition)
+            except FunctionMissing:
+                # The library is loaded and the claim repeated at once; the repeat finds the hint again.
+                yield from send_one(ready_hint(lane, partition, popped[1]))
+                raise
             if claimed.handle is None and claimed.next_score is None:
                 # The hint was stale; the pop has removed it.
                 continue

@@ -10,11 +10,11 @@ from ff_fast._core.steps import Command, Step, Steps, command
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
     ClusterModeRequired,
+    Corruption,
     DeploymentMismatch,
     FunctionMissing,
     LibraryMismatch,
     PermissionDenied,
-    ProtocolError,
     from_server_error,
     shows_cluster,
 )
@@ -74,7 +74,6 @@ class Deployment:
             FFError: The server refused a command.
         """
         version = ops.version()
-        stored: int | None = None
         (reply,) = yield Step((version.command(),))
         if isinstance(reply, Exception) and shows_cluster(str(reply)):
             raise ClusterModeRequired
@@ -82,6 +81,8 @@ class Deployment:
             contract, digest, stored = version.answer(reply)
         except FunctionMissing:
             yield from _load()
+            # Asked again, because it is the library that reads the partition count.
+            _, _, stored = yield from ops.call(version)
         else:
             if contract > _library.CONTRACT:
                 raise LibraryMismatch(contract, _library.CONTRACT)
@@ -89,6 +90,8 @@ class Deployment:
                 yield from _load()
         if stored is None:
             stored = yield from self._store()
+        if not 1 <= stored <= keys.MAX_PARTITIONS:
+            raise _unreadable()
         if self._known and stored != self.partitions:
             raise DeploymentMismatch(stored, self.partitions)
         if self._configured is not None and stored != self._configured:
@@ -100,20 +103,25 @@ class Deployment:
         """Store the partition count unless one is stored; return the stored one."""
         key = keys.PARTITIONS_CONFIG
         mine = b"%d" % self.partitions
-        replies = yield Step((command(b"SET", key, mine, b"NX"), command(b"GET", key)))
-        try:
-            for reply in replies[:1]:
-                if isinstance(reply, Exception):
-                    raise from_server_error(str(reply))
-        except PermissionDenied:
-            # The user lacks the right to SET; the first client that has it stores the count.
-            return self.partitions
-        stored = replies[1]
+        written, stored = yield Step((command(b"SET", key, mine, b"NX"), command(b"GET", key)))
+        if isinstance(written, Exception):
+            error = from_server_error(str(written))
+            if not isinstance(error, PermissionDenied):
+                raise error
+            if not isinstance(stored, bytes):
+                # The user lacks the right to SET; the first client that has it stores the count.
+                return self.partitions
         if isinstance(stored, Exception):
             raise from_server_error(str(stored))
         if not isinstance(stored, bytes) or not stored.isdigit():
-            raise ProtocolError
+            raise _unreadable()
         return int(stored)
+
+
+def _unreadable() -> Corruption:
+    return Corruption(
+        f"{keys.PARTITIONS_CONFIG.decode()} is not a partition count; look for what wrote it."
+    )
 
 
 def _load() -> Steps[None]:

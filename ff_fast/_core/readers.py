@@ -6,8 +6,8 @@ import time
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from ff_fast._core.steps import Retries, Step
-from ff_fast.errors import FFError, FunctionMissing, Unavailable
-from ff_fast.types import seconds
+from ff_fast.errors import FFError, FunctionMissing, InvalidInput, Unavailable
+from ff_fast.types import End, seconds
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -37,8 +37,6 @@ COMPLETIONS = """Reads executions that end. Made by ``backend.subscribe_completi
     Iterate it, or take all items of one answer at a time with :meth:`next_batch`. A timeout or a cancellation loses
     nothing: the next read continues.
     """
-
-ONE_AT_A_TIME = "This reader is being read already; make one reader for each thread or task."
 
 
 class ReaderState(Generic[T]):
@@ -90,7 +88,9 @@ class ReaderState(Generic[T]):
     def _failed(self, error: FFError, *, closed: bool) -> None:
         """Decide what follows a failed read: raise the error, or note when and how the next one may begin."""
         self._restart()
-        pause = None if closed or self._closed else self._retries.pause(error)
+        if self._closed:
+            raise closed_error() from None
+        pause = None if closed else self._retries.pause(error)
         if pause is None:
             raise error
         self._library_missing = isinstance(error, FunctionMissing)
@@ -112,7 +112,7 @@ class ReaderState(Generic[T]):
     @property
     def ended(self) -> bool:
         """Whether the last item was taken; no other follows."""
-        return self._source.ended and self._empty
+        return isinstance(self.last, End)
 
     @property
     def closed(self) -> bool:
@@ -130,6 +130,13 @@ def deadline(timeout: float | timedelta | None) -> float | None:
         InvalidInput: *timeout* is negative, not a number, or longer than a year.
     """
     return None if timeout is None else time.monotonic() + seconds("timeout", timeout, zero=True)
+
+
+def busy_error() -> InvalidInput:
+    """Return the error of a read while another one is under way."""
+    return InvalidInput(
+        "This reader is being read already; make one reader for each thread or task."
+    )
 
 
 def closed_error() -> Unavailable:

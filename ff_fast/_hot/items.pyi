@@ -1,5 +1,5 @@
-from collections.abc import Awaitable
-from typing import Any, Generic, Self, TypeVar
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, Generic, Self, TypeVar, final
 
 from typing_extensions import disjoint_base
 
@@ -21,8 +21,20 @@ class Items(Generic[_T]):
     def _put(self, items: list[_T]) -> None:
         """Take over the items of one answer; none may be left of the one before."""
 
-    def _take_all(self) -> list[_T]:
-        """Return the items that are left, as a list."""
+    @property
+    def _rest(self) -> list[_T]:
+        """The items that are left, as a list; ``del`` takes them."""
+
+    @_rest.deleter
+    def _rest(self) -> None: ...
+
+@disjoint_base
+class Turn:
+    """Lets one in at a time: ``with turn`` raises the error that *error* returns while one is in."""
+
+    def __init__(self, error: Callable[[], Exception]) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 class BlockingItems(Items[_T]):
     def __iter__(self) -> Self: ...
@@ -30,9 +42,22 @@ class BlockingItems(Items[_T]):
 
 class AsyncItems(Items[_T]):
     def __aiter__(self) -> Self: ...
-    def __anext__(self) -> Awaitable[_T]: ...
+    def __anext__(self) -> Coroutine[Any, Any, _T]: ...
     def _pop(self) -> _T:
         """Return the next item. There must be one."""
 
-async def next_item(items: AsyncItems[_T]) -> _T:
-    """Return the next item, taken when this is awaited; cancelled before that, none is taken."""
+@final
+class NextItem(Generic[_T]):
+    """A coroutine that returns the next item, which is taken when it runs."""
+
+    def __await__(self) -> Generator[Any, Any, _T]: ...
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> Any: ...  # noqa: ANN401 - as a coroutine's
+    def send(self, value: object) -> Any:  # noqa: ANN401 - as a coroutine's
+        """Run until it waits, or return by ``StopIteration``."""
+
+    def throw(self, *error: Any) -> Any:  # noqa: ANN401 - as a coroutine's
+        """Raise *error* where it waits."""
+
+    def close(self) -> None:
+        """End it where it waits."""

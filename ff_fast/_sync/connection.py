@@ -107,11 +107,14 @@ class Connection:
         if self._socket is None:
             raise OutcomeUnknown
         failure: FFError
+        looked = False
         try:
             while (reply := take_reply(self._reader.gets)) is False:
                 now = time.monotonic()
-                if until is not None and now >= until:
+                # Once in any case, so that whoever only looks sees what has come.
+                if looked and until is not None and now >= until:
                     return PENDING
+                looked = True
                 due = self._due if until is None else min(self._due, until)
                 # Bounds the whole reply, not each of its reads.
                 self._socket.settimeout(max(due - now, 1e-6))

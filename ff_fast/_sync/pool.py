@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,7 +31,7 @@ class Pool:
         self._closed = False
         # Single calls in C change both, so no lock is needed that an interrupt or a finaliser could leave locked.
         self._idle: deque[Connection] = deque()
-        self._busy: set[Connection] = set()
+        self._busy: dict[int, weakref.ref[Connection]] = {}
         _process.watch_fork(self)
 
     @property
@@ -47,7 +48,9 @@ class Pool:
 
     def _stop(self) -> None:
         """Wake the threads that wait on connections; only in the process that connected."""
-        for connection in list(self._busy):
+        for connection in [found() for found in list(self._busy.values())]:
+            if connection is None:
+                continue
             # The writers' connection is among them.
             connection.abort()
 
@@ -56,7 +59,7 @@ class Pool:
 
     def _connect(self) -> Connection:
         connection = Connection(self.config)
-        self._busy.add(connection)
+        self._busy[id(connection)] = weakref.ref(connection)
         if self._closed:
             # close() has already aborted the connections it knew, so it would never wake this thread.
             self._release(connection)
@@ -80,7 +83,7 @@ class Pool:
 
     def _discard(self, connection: Connection) -> None:
         connection.close()
-        self._busy.discard(connection)
+        self._busy.pop(id(connection), None)
 
     def _acquire(self) -> Connection:
         self._check()
@@ -90,7 +93,7 @@ class Pool:
             except IndexError:
                 break
             if connection.reusable:
-                self._busy.add(connection)
+                self._busy[id(connection)] = weakref.ref(connection)
                 return connection
             connection.close()
         return self._connect()
@@ -103,7 +106,7 @@ class Pool:
 
     def _release(self, connection: Connection) -> None:
         """Give a connection back; one that owes a reply is closed."""
-        self._busy.discard(connection)
+        self._busy.pop(id(connection), None)
         if connection.reusable:
             self._idle.append(connection)
         else:

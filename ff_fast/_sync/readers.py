@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from ff_fast._core import readers
 from ff_fast._core.tail import Item
-from ff_fast._hot.items import BlockingItems
+from ff_fast._hot.items import BlockingItems, Turn
 from ff_fast._sync.connection import PENDING
 from ff_fast.errors import FFError, InvalidInput
 from ff_fast.types import CompletionPayload
@@ -26,7 +25,7 @@ T = TypeVar("T", bound=readers.HasCursor)
 class Reader(readers.ReaderState[T], BlockingItems[T]):
     """Base of tails and subscriptions: an iterator and a context manager.
 
-    One thread at a time reads. Between two reads at most one request is in flight.
+    One thread at a time reads. Between two reads at most one answer of the server is in flight.
     """
 
     def __init__(self, pool: Pool, source: Source[T]) -> None:
@@ -36,9 +35,9 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         # Replies to the step in flight so far, and the number of replies still owed.
         self._replies: list[object] = []
         self._missing = 0
-        # An interrupt broke off a read, so items read by it may not have been delivered.
+        # Set while a read is under way; an interrupt leaves it set, and items may not have been delivered.
         self._torn = False
-        self._reading = threading.Lock()
+        self._turn = Turn(readers.busy_error)
 
     def next_batch(self, timeout: float | timedelta | None = None) -> list[T]:
         """Return all items of the server's next answer, or the items left of the last one.
@@ -53,36 +52,47 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
             FFError: The same errors as iterating.
         """
         deadline = readers.deadline(timeout)
-        return self._take_all() or (self._take_all() if self._read(deadline) else [])
+        while self._empty:
+            if not self._read(deadline):
+                return []
+        rest = self._rest
+        del self._rest
+        return rest
 
     def _fill(self) -> bool:
         return self._read(None)
 
     def _read(self, until: float | None) -> bool:
         """Read the next items; return whether there are any, in time and before the end."""
-        if not self._reading.acquire(blocking=False):
-            raise InvalidInput(readers.ONE_AT_A_TIME)
-        try:
+        with self._turn:
+            if not self._empty:
+                # Another thread has read them meanwhile.
+                return True
+            if self.ended:
+                self._drop_connection()
+                return False
             if self._torn:
                 self._drop_connection()
                 self._restart(self.cursor)
             self._torn = True
-            while self._empty and not self._source.ended:
-                try:
-                    if not self._advance(until):
-                        break
-                except FFError as error:
-                    self._drop_connection()
-                    self._failed(error, closed=self._pool.closed)
-            if self._source.ended:
+            try:
+                self._read_on(until)
+            except FFError:
+                self._torn = False
+                raise
+            self._torn = False
+            return not self._empty
+
+    def _read_on(self, until: float | None) -> None:
+        while self._empty and not self._source.ended:
+            try:
+                if not self._advance(until):
+                    return
+            except FFError as error:
                 self._drop_connection()
-            self._torn = False
-        except FFError:
-            self._torn = False
-            raise
-        finally:
-            self._reading.release()
-        return not self._empty
+                self._failed(error, closed=self._pool.closed)
+        if self._source.ended:
+            self._drop_connection()
 
     def _wait(self, until: float | None) -> bool:
         """Wait for the end of a retry's pause; return whether it ends before *until*."""
@@ -98,13 +108,15 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
 
     def _advance(self, until: float | None) -> bool:
         """Send a step, or take the replies to the one in flight; return whether they came by *until*."""
-        if self.closed:
-            raise readers.closed_error()
+        # Also if there is a connection: a forked child must leave it alone.
+        self._pool._check()
         if not self._wait(until):
             return False
         connection = self._connection
-        if connection is None:
+        if connection is None and not self.closed:
             connection = self._connection = self._pool._acquire()
+        if connection is None or self.closed:
+            raise readers.closed_error()
         if self._library_missing:
             self._pool._prepare(connection)
             self._library_missing = False
@@ -135,14 +147,13 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
     def close(self) -> None:
         """Stop reading, and release the connection. A waiting read raises an error."""
         self._closed = True
-        connection = self._connection
-        if self._reading.acquire(blocking=False):
-            try:
+        try:
+            with self._turn:
                 self._drop_connection()
-            finally:
-                self._reading.release()
-        elif connection is not None:
-            connection.abort()
+        except InvalidInput:
+            connection = self._connection
+            if connection is not None:
+                connection.abort()
 
     def __enter__(self) -> Self:
         return self
@@ -151,7 +162,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         self.close()
 
     def __del__(self) -> None:
-        # A loop over the reader may have been left early.
+        # A loop that was left in the middle.
         self._drop_connection()
 
 

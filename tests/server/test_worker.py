@@ -937,6 +937,25 @@ def test_cancelling_an_asyncio_worker_hands_its_execution_back(server, backend, 
     assert read(backend, eid) == ([b"written, not flushed"], "producer_lost")
 
 
+def test_cancelling_an_asyncio_worker_ends_it_also_where_a_handler_keeps_it_to_itself(
+    server, backend, lane, state
+):
+    started = threading.Event()
+
+    def handler(task):
+        started.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            yield until(task, lambda: False)
+
+    running = Worker("asyncio", server.url, handler, lane=lane).begin()
+    eid = backend.create_execution(lane=lane)
+    assert started.wait(10)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        running.result()
+    assert state(eid) == "completed"
+
+
 def test_a_cancellation_of_the_handlers_own_is_a_failure(server, backend, lane, state):
     def handler(task):
         if task.payload:
@@ -962,6 +981,24 @@ def test_giving_up_in_a_task_group_is_giving_up(server, backend, lane, state, su
         eid = backend.create_execution(lane=lane)
         assert state(eid) == "completed"
         assert backend.read_result(eid) == b"second"
+
+
+def test_a_task_group_of_one_handler_is_not_the_next_ones_cancellation(
+    server, backend, lane, state
+):
+    async def handler(task):
+        if task.payload == b"group":
+            async with asyncio.TaskGroup() as group:
+                group.create_task(asyncio.wait_for(asyncio.Event().wait(), 0.01))
+        if task.payload == b"cancelled":
+            raise asyncio.CancelledError
+
+    running = Worker("asyncio", server.url, lambda task: None, lane=lane)
+    running._handler = handler
+    with running:
+        # In the only slot, one after the other.
+        for payload, end in ((b"group", "failed"), (b"cancelled", "failed"), (b"", "completed")):
+            assert state(backend.create_execution(lane=lane, payload=payload)) == end
 
 
 def test_an_asyncio_handler_writes_without_opening_anything(server, backend, lane, state):

@@ -1,5 +1,6 @@
 """What type checkers reveal of values, words and errors; read by test_typing.py and never run."""
 
+import asyncio
 import copy
 import dataclasses
 from datetime import timedelta
@@ -107,3 +108,7 @@ def failures() -> None:
     except ff_fast.FFError as error:
         reveal_type(error.code)  # -> str
         reveal_type(error.outcome)  # -> Outcome
+
+
+async def a_read_as_a_task(tail: ff_fast.aio.Tail) -> None:
+    reveal_type(await asyncio.create_task(anext(tail)))  # -> StreamFrame | Gap | End

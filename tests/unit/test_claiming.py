@@ -15,6 +15,7 @@ from .script import functions, run
 EID = "{fp:1}:550e8400-e29b-41d4-a716-446655440000"
 READY = keys.ready("lane")
 POP = [b"ZPOPMIN", READY]
+MISSING = hiredis.ReplyError("ERR Function not found")
 NOPERM = hiredis.ReplyError("NOPERM User u has no permissions to run the 'zpopmin' command")
 
 
@@ -183,7 +184,7 @@ def test_a_wait_looks_before_it_blocks_again(claim, clock):
         ([NOPERM], errors.PermissionDenied),
         ([b"text"], errors.ProtocolError),
         ([[b"1", b"-5"], [0, b"invalid_input", b"offset"]], errors.InvalidInput),
-        ([[b"1", b"-5"], hiredis.ReplyError("ERR Function not found")], errors.FunctionMissing),
+        ([[b"1", b"-5"], MISSING, 1], errors.FunctionMissing),
         ([[b"1", b"-5"], [1, b"OK"]], errors.ProtocolError),
         ([[b"1", b"-5"], errors.OutcomeUnknown()], errors.OutcomeUnknown),
         ([[b"1", b"-5"], claimed(b"-3"), NOPERM], errors.PermissionDenied),
@@ -195,6 +196,11 @@ def test_a_refusal_ends_the_claim(claim, replies, error):
     asked, raised = claim(*replies)
     assert type(raised) is error
     assert len(asked) == len(replies)
+
+
+def test_a_missing_library_leaves_the_hint_for_the_next_try(claim):
+    asked, _ = claim([b"1", b"-5"], MISSING, 1)
+    assert asked[-1] == [b"ZADD", keys.ready("lane"), b"LT", b"-5", b"1"]
 
 
 # -- hints -------------------------------------------------------------------------------------------

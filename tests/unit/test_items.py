@@ -36,6 +36,13 @@ class Awaited(AsyncItems):
         return self._pop()
 
 
+def taken(items):
+    """All that is left, taken."""
+    rest = items._rest
+    del items._rest
+    return rest
+
+
 async def collected(items):
     return [item async for item in items]
 
@@ -52,9 +59,9 @@ def test_the_last_item_is_the_one_that_was_taken():
     assert items.last is None
     assert next(items) == 1
     assert items.last == 1
-    assert items._take_all() == [2, 3]
+    assert taken(items) == [2, 3]
     assert items.last == 3
-    assert items._take_all() == []
+    assert taken(items) == []
     assert items.last == 3
     assert items._empty
 

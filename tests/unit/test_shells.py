@@ -81,3 +81,9 @@ def test_a_bound_operation_looks_like_a_method(shell):
     assert signature.return_annotation == "None"
     assert "Calling it again is safe." in complete.__doc__
     assert inspect.iscoroutinefunction(complete) == (shell is aio)
+
+
+@pytest.mark.parametrize("name", ["run_worker", "supervise", "append_frame", "close"])
+def test_what_waits_is_a_coroutine_function(name):
+    assert inspect.iscoroutinefunction(getattr(aio.ValkeyBackend, name))
+    assert not inspect.iscoroutinefunction(getattr(ff_fast.ValkeyBackend, name))
