@@ -9,7 +9,6 @@ from cpython.object cimport PyObject, PyTypeObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 
 
-
 cdef extern from "Python.h":
     ctypedef enum PySendResult:
         PYGEN_RETURN
