@@ -1,7 +1,9 @@
-"""Workers of both shells: handlers from claim to end, leases that are kept or lost, processes that die."""
+"""Workers of both shells: handlers from claim to end, leases that are kept or lost, processes that die.
+
+What the end of a handler means is decided in the core, and held in ``tests/unit/test_worker_core.py``.
+"""
 
 import asyncio
-import contextlib
 import os
 import signal
 import statistics
@@ -19,12 +21,10 @@ from ff_fast import (
     ClaimPolicy,
     End,
     FailureClass,
-    FailureReason,
     HandleKind,
     RetryPolicy,
     StreamFrame,
     TaskFailed,
-    TaskReleased,
     UsageDimensions,
     WaitpointKind,
     WaitpointSpec,
@@ -140,32 +140,14 @@ def test_a_handler_streams_and_its_result_is_stored(worker, backend, lane, state
     assert backend.read_result(eid) == b"done"
 
 
-@pytest.mark.parametrize(
-    "result, stored", [(None, b""), (b"\x00\xff", b"\x00\xff"), ("é", "é".encode())]
-)
-def test_results(worker, backend, lane, state, result, stored):
-    worker(lambda task: result)
-    eid = backend.create_execution(lane=lane)
-    assert state(eid) == "completed"
-    assert backend.read_result(eid) == stored
-
-
-@pytest.mark.parametrize("result", [7, [b"x"], "\ud800", {"a": 1}])
 def test_a_result_of_a_wrong_type_fails_for_good_and_the_worker_goes_on(
-    worker, backend, lane, state, result
+    worker, backend, lane, state
 ):
-    worker(lambda task: result if task.payload == b"bad" else b"good")
+    worker(lambda task: 7 if task.payload == b"bad" else b"good")
     eid = backend.create_execution(lane=lane, payload=b"bad", retry=RETRY)
     assert state(eid) == "failed"
     assert "result of a handler" in backend.describe(eid).failure_reason
     assert state(backend.create_execution(lane=lane)) == "completed"
-
-
-def test_a_result_that_is_too_large_fails(worker, backend, lane, state):
-    worker(lambda task: bytes((16 << 20) + 1))
-    eid = backend.create_execution(lane=lane)
-    assert state(eid) == "failed"
-    assert "PayloadTooLarge" in backend.describe(eid).failure_reason
 
 
 def test_an_exception_is_retried_as_the_policy_says(worker, backend, lane, state, supervisor):
@@ -189,9 +171,7 @@ def test_an_exception_is_retried_as_the_policy_says(worker, backend, lane, state
     "failure, attempts, name",
     [
         (TaskFailed("no"), 1, "permanent"),
-        (TaskFailed(FailureReason("no", b"{}"), FailureClass.CANCELLED), 1, "cancelled"),
         (TaskFailed("no", FailureClass.TRANSIENT), 4, "transient"),
-        (TaskFailed("no", FailureClass.TIMEOUT), 4, "timeout"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -220,52 +200,6 @@ def test_a_crash_that_a_handler_reports_goes_to_another_worker(worker, backend, 
     assert state(eid) == "completed"
     assert backend.read_result(eid) == b"1"
     assert read(backend, eid, 0) == ([], "producer_lost")
-
-
-class HostileError(Exception):
-    def __str__(self):
-        raise RuntimeError("no text either")
-
-
-@pytest.mark.parametrize(
-    "failure, reason",
-    [
-        (HostileError(), "HostileError"),
-        (ValueError("\ud800 x"), "ValueError: ? x"),
-        (ValueError("é" * 10_000), "ValueError: " + "é" * 2_042),
-        (TaskFailed("\ud800 y"), "? y"),
-        (TaskReleased("by itself"), "TaskReleased: by itself"),
-        (ExceptionGroup("some", [ValueError("a")]), "ExceptionGroup: some (1 sub-exception)"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_whatever_a_handler_raises_is_recorded(worker, backend, lane, state, failure, reason):
-    def handler(task):
-        if task.payload:
-            raise failure
-
-    worker(handler)
-    eid = backend.create_execution(lane=lane, payload=b"x")
-    assert state(eid) == "failed"
-    assert backend.describe(eid).failure_reason == reason
-    assert state(backend.create_execution(lane=lane)) == "completed"
-
-
-@pytest.mark.parametrize("arguments", [(7,), (b"x",), ("x", "permanent"), ("x", None)])
-def test_what_a_task_failed_with_must_be_sayable(arguments):
-    with pytest.raises(errors.InvalidType):
-        TaskFailed(*arguments)
-
-
-def test_an_error_about_another_execution_fails_the_attempt(worker, backend, lane, state):
-    # Its code is one of those that say that a lease is lost.
-    def handler(task):
-        raise errors.ExecutionNotFound
-
-    worker(handler)
-    eid = backend.create_execution(lane=lane)
-    assert state(eid) == "failed"
-    assert "ExecutionNotFound" in backend.describe(eid).failure_reason
 
 
 def test_frames_that_cannot_be_stored_fail_the_attempt(worker, backend, lane, state):
@@ -416,22 +350,6 @@ def test_a_delay_continues_the_same_stream(worker, backend, lane, state, supervi
     assert history[2][0] - history[1][0] >= 30
 
 
-def test_giving_up_that_a_handler_swallows_changes_nothing(
-    worker, backend, lane, state, supervisor
-):
-    def handler(task):
-        if task.resumed:
-            return "second"
-        with contextlib.suppress(TaskReleased):
-            yield task.delay(0.02)
-        return "first"
-
-    worker(handler)
-    eid = backend.create_execution(lane=lane)
-    assert state(eid) == "completed"
-    assert backend.read_result(eid) == b"second"
-
-
 def test_children_run_beside_their_parent(worker, backend, lane, state):
     def handler(task):
         if task.payload == b"parent" and not task.resumed:
@@ -456,10 +374,7 @@ def test_children_run_beside_their_parent(worker, backend, lane, state):
 # -- cancellation ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reaction", ["returns", "raises"])
-def test_a_cancellation_with_grace_is_seen_and_is_the_end(
-    worker, backend, lane, state, supervisor, reaction
-):
+def test_a_cancellation_with_grace_is_seen_and_is_the_end(worker, backend, lane, state, supervisor):
     started = threading.Event()
 
     def handler(task):
@@ -471,8 +386,7 @@ def test_a_cancellation_with_grace_is_seen_and_is_the_end(
             return task.cancelled
 
         yield until(task, asked)
-        if reaction == "raises":
-            raise ValueError("stopped")
+        raise ValueError("stopped")
 
     worker(handler)
     eid = backend.create_execution(lane=lane, retry=RETRY)
@@ -491,8 +405,7 @@ def test_a_cancellation_with_grace_is_seen_and_is_the_end(
 # -- leases ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", ["returns", "raises"])
-def test_a_lease_that_is_lost_in_the_middle(worker, backend, lane, state, supervisor, raw, ending):
+def test_a_lease_that_is_lost_in_the_middle(worker, backend, lane, state, supervisor, raw):
     lost, over = threading.Event(), threading.Event()
     found = []
 
@@ -506,8 +419,6 @@ def test_a_lease_that_is_lost_in_the_middle(worker, backend, lane, state, superv
             task.write("too late")
         found.append((caught.value, writer.error))
         over.set()
-        if ending == "raises":
-            raise ValueError
         return b"not mine any more"
 
     running = worker(handler, lease_ttl_ms=300)
@@ -532,8 +443,8 @@ def test_a_short_lease_is_kept_under_load(worker, backend, lane, state, supervis
     started = threading.Event()
 
     def handler(task):
-        # Four times as long as its lease.
-        end = time.monotonic() + 2
+        # Longer than its lease.
+        end = time.monotonic() + 1.2
         started.set()
         yield opened(task)
 
@@ -758,8 +669,7 @@ def test_an_exit_in_a_handler_ends_the_worker_and_hands_the_execution_back(
     backend.complete(handle)
 
 
-@pytest.mark.parametrize("failure", [errors.OutcomeUnknown(), errors.ProtocolError()])
-def test_a_handler_that_could_not_start_is_handed_back(kind, server, backend, lane, failure):
+def test_a_handler_that_could_not_start_is_handed_back(kind, server, backend, lane):
     called = []
     running = Worker(kind, server.url, called.append, lane=lane).begin()
     carry_out, claims = running.backend._do, [True]
@@ -768,18 +678,15 @@ def test_a_handler_that_could_not_start_is_handed_back(kind, server, backend, la
         # A claim has a connection of its own; the call after it loads what the handler starts from.
         claims.append(call.own_connection)
         if claims[-2] and not call.own_connection:
-            raise failure
+            raise errors.ProtocolError
         return carry_out(call)
 
     running.backend._do = refuse
     eid = backend.create_execution(lane=lane)
     wait_until(lambda: backend.describe(eid).attempt_count != 0)
     running.ask()
-    if failure.retryable:
+    with pytest.raises(errors.ProtocolError):
         running.result()
-    else:
-        with pytest.raises(errors.ProtocolError):
-            running.result()
     assert called == []
     assert backend.describe(eid).state in ("waiting", "failed")
     assert read(backend, eid, 0) == ([], "producer_lost")
@@ -1303,10 +1210,3 @@ def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert found == [True]
-
-
-def test_a_worker_is_named_after_its_process():
-    _, unnamed, _, _ = operations_core._claimer("w", None, 1_000, None)
-    assert str(os.getpid()) in unnamed
-    _, named, _, _ = operations_core._claimer("w", "mine", 1_000, None)
-    assert named == "mine"
