@@ -1,0 +1,229 @@
+"""What a new connection checks, and which lanes are swept when: step by step, without a server."""
+
+import types
+
+import hiredis
+import pytest
+
+from ff_fast import _library, errors, keys
+from ff_fast._core import deployment
+from ff_fast._core.deployment import Deployment
+
+from .script import functions, run
+
+CONTRACT, DIGEST = _library.CONTRACT, _library.digest()
+COUNT = keys.PARTITIONS_CONFIG
+NO_LIBRARY = hiredis.ReplyError("ERR Function not found")
+NOPERM = hiredis.ReplyError("NOPERM User u has no permissions to run the 'set' command")
+OOM = hiredis.ReplyError("OOM command not allowed when used memory > 'maxmemory'.")
+LOADED = b"ff_fast"
+
+ASKS, LOADS, STORES = ["ff_version"], ["FUNCTION"], ["SET", "GET"]
+
+
+def version(contract=CONTRACT, digest=DIGEST, stored=b"256"):
+    return [1, b"OK", b"%d" % contract, digest.encode(), *([] if stored is None else [stored])]
+
+
+# -- the check of a connection --------------------------------------------------------------------------------------------
+
+# What it is configured with, the replies; what is asked; the count that it uses, or the error.
+PREPARED = {
+    "all is as it should be": (None, [version()], ASKS, 256),
+    "it takes the server's count": (None, [version(stored=b"64")], ASKS, 64),
+    "the configured count is the server's": (64, [version(stored=b"64")], ASKS, 64),
+    "another count than the configured one": (
+        256,
+        [version(stored=b"64")],
+        ASKS,
+        errors.DeploymentMismatch,
+    ),
+    "no library": (None, [NO_LIBRARY, LOADED, b"OK", b"256"], ASKS + LOADS + STORES, 256),
+    "no library, and one that may not load it": (
+        None,
+        [NO_LIBRARY, NOPERM],
+        ASKS + LOADS,
+        errors.PermissionDenied,
+    ),
+    "an older contract": (None, [version(CONTRACT - 1, "old"), LOADED], ASKS + LOADS, 256),
+    "an older contract that knows no count": (
+        None,
+        [version(CONTRACT - 1, "old", None), LOADED, None, b"64"],
+        ASKS + LOADS + STORES,
+        64,
+    ),
+    "another text of the same contract": (
+        None,
+        [version(digest="other"), LOADED],
+        ASKS + LOADS,
+        256,
+    ),
+    "a newer contract": (None, [version(CONTRACT + 1, "new")], ASKS, errors.LibraryMismatch),
+    "a newer contract that answers less": (
+        None,
+        [version(CONTRACT + 1, "new", None)],
+        ASKS,
+        errors.LibraryMismatch,
+    ),
+    "no count": (None, [version(stored=b""), b"OK", b"256"], ASKS + STORES, 256),
+    "no count, and one is configured": (7, [version(stored=b""), b"OK", b"7"], ASKS + STORES, 7),
+    "another client was first": (None, [version(stored=b""), None, b"64"], ASKS + STORES, 64),
+    "another client was first, with another count": (
+        7,
+        [version(stored=b""), None, b"64"],
+        ASKS + STORES,
+        errors.DeploymentMismatch,
+    ),
+    "no count, and one that may not store it": (
+        7,
+        [version(stored=b""), NOPERM, None],
+        ASKS + STORES,
+        7,
+    ),
+    "no count, and one that may neither store nor read it": (
+        None,
+        [version(stored=b""), NOPERM, NOPERM],
+        ASKS + STORES,
+        256,
+    ),
+    "no count, and no room": (
+        None,
+        [version(stored=b""), OOM, None],
+        ASKS + STORES,
+        errors.OutOfMemory,
+    ),
+    "a count that may not be read": (
+        None,
+        [version(stored=b""), None, NOPERM],
+        ASKS + STORES,
+        errors.PermissionDenied,
+    ),
+    "a count that is none": (
+        None,
+        [version(stored=b""), None, b"many"],
+        ASKS + STORES,
+        errors.ProtocolError,
+    ),
+    "a version that is none": (None, [b"7"], ASKS, errors.ProtocolError),
+    "a server that refuses": (
+        None,
+        [hiredis.ReplyError("LOADING Valkey is loading the dataset in memory")],
+        ASKS,
+        errors.Unavailable,
+    ),
+    **{
+        f"a node of a cluster: {text}": (
+            None,
+            [hiredis.ReplyError(text)],
+            ASKS,
+            errors.ClusterModeRequired,
+        )
+        for text in (
+            "CROSSSLOT Keys in request don't hash to the same slot",
+            "MOVED 7 127.0.0.1:7001",
+            "CLUSTERDOWN Hash slot not served",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("what", PREPARED)
+def test_a_new_connection(what):
+    configured, replies, asks, wanted = PREPARED[what]
+    on = Deployment(configured)
+    asked, value = run(on.prepare(), replies)
+    assert functions(asked) == asks
+    if isinstance(wanted, int):
+        assert value is None
+        assert on.partitions == wanted
+    else:
+        assert type(value) is wanted
+        assert on.partitions == (configured or 256)
+
+
+def test_the_library_is_loaded_whole_in_place_of_another():
+    asked, _ = run(Deployment().prepare(), [version(digest="other"), LOADED])
+    assert asked[1] == [b"FUNCTION", b"LOAD", b"REPLACE", _library.source().encode()]
+
+
+def test_the_count_is_stored_only_where_there_is_none():
+    asked, _ = run(Deployment(7).prepare(), [version(stored=b""), b"OK", b"7"])
+    assert asked[1:] == [[b"SET", COUNT, b"7", b"NX"], [b"GET", COUNT]]
+
+
+def test_the_errors_say_both_sides():
+    _, mismatch = run(Deployment(7).prepare(), [version(stored=b"64")])
+    assert (mismatch.server, mismatch.client) == (64, 7)
+    _, newer = run(Deployment().prepare(), [version(CONTRACT + 1, "new")])
+    assert (newer.server, newer.client) == (CONTRACT + 1, CONTRACT)
+
+
+def test_the_count_of_the_first_connection_holds():
+    on = Deployment()
+    run(on.prepare(), [version(stored=b"64")])
+    assert run(on.prepare(), [version(stored=b"64")])[1] is None
+    _, value = run(on.prepare(), [version(stored=b"256")])
+    assert isinstance(value, errors.DeploymentMismatch)
+    assert on.partitions == 64
+
+
+def test_a_connection_that_fails_teaches_nothing():
+    on = Deployment()
+    _, value = run(on.prepare(), [errors.Unavailable()])
+    assert isinstance(value, errors.Unavailable)
+    assert run(on.prepare(), [version(stored=b"64")])[1] is None
+    assert on.partitions == 64
+
+
+# -- sweeps ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    running = types.SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(deployment, "time", types.SimpleNamespace(monotonic=lambda: running.now))
+    return running
+
+
+def test_an_empty_lane_is_swept_at_once_and_then_now_and_then(clock):
+    on = Deployment()
+    assert on.sweep_due("lane", 5)
+    assert not on.sweep_due("lane", 5)
+    clock.now += 4.9
+    assert not on.sweep_due("lane", 5)
+    assert on.sweep_due("other", 5)
+    clock.now += 0.1
+    assert on.sweep_due("lane", 5)
+    assert not on.sweep_due("lane", 5)
+
+
+def test_a_lane_that_never_runs_dry_is_swept_too(clock):
+    on = Deployment()
+    assert not on.sweep_overdue("lane")
+    clock.now += 29.9
+    assert not on.sweep_overdue("lane")
+    clock.now += 0.1
+    assert on.sweep_overdue("lane")
+    assert not on.sweep_overdue("lane")
+    clock.now += 30
+    assert on.sweep_overdue("lane")
+
+
+def test_one_that_was_swept_when_it_was_empty_is_not_overdue(clock):
+    on = Deployment()
+    assert on.sweep_due("lane", 5)
+    clock.now += 29
+    assert on.sweep_due("lane", 5)
+    clock.now += 1
+    assert not on.sweep_overdue("lane")
+
+
+def test_only_so_many_lanes_are_remembered(clock):
+    on = Deployment()
+    lanes = [f"lane-{number}" for number in range(deployment._LANES + 1)]
+    assert all(on.sweep_due(lane, 5) for lane in lanes)
+    assert len(on._sweeps) == deployment._LANES
+    # The oldest was forgotten, and is swept once more; the others are remembered.
+    assert not on.sweep_due(lanes[-1], 5)
+    assert not on.sweep_due(lanes[1], 5)
+    assert on.sweep_due(lanes[0], 5)
