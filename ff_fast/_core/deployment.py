@@ -70,7 +70,7 @@ class Deployment:
         Raises:
             LibraryMismatch: The server holds a newer contract.
             ClusterModeRequired: The server is a node of a cluster.
-        DeploymentMismatch: The server has another partition count than this backend uses.
+            DeploymentMismatch: The server has another partition count than this backend uses.
             FFError: The server refused.
         """
         version = ops.version()
@@ -100,15 +100,14 @@ class Deployment:
         """Store the partition count unless another client has; return the one that counts."""
         key = keys.PARTITIONS_CONFIG
         mine = b"%d" % self.partitions
-        replies = yield Step((command(b"SET", key, mine, b"NX"), command(b"GET", key)))
-        try:
-            for reply in replies[:1]:
-                if isinstance(reply, Exception):
-                    raise from_server_error(str(reply))
-        except PermissionDenied:
-            # A user who may not write it: whoever writes first stores it.
-            return self.partitions
-        stored = replies[1]
+        refused, stored = yield Step((command(b"SET", key, mine, b"NX"), command(b"GET", key)))
+        if isinstance(refused, Exception):
+            error = from_server_error(str(refused))
+            if not isinstance(error, PermissionDenied):
+                raise error
+            if not isinstance(stored, bytes):
+                # A user who may not write it: whoever writes first stores it.
+                return self.partitions
         if isinstance(stored, Exception):
             raise from_server_error(str(stored))
         if not isinstance(stored, bytes) or not stored.isdigit():

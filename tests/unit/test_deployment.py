@@ -86,6 +86,18 @@ PREPARED = {
         ASKS + STORES,
         256,
     ),
+    "an older library; the count is known, to one that may not store it": (
+        None,
+        [version(CONTRACT - 1, "old", None), LOADED, NOPERM, b"64"],
+        ASKS + LOADS + STORES,
+        64,
+    ),
+    "no library; another count than the configured one, to one that may not store it": (
+        256,
+        [NO_LIBRARY, LOADED, NOPERM, b"64"],
+        ASKS + LOADS + STORES,
+        errors.DeploymentMismatch,
+    ),
     "no count, and no room": (
         None,
         [version(stored=b""), OOM, None],
