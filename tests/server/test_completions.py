@@ -18,9 +18,10 @@ from ff_fast import (
 )
 
 from ..conftest import ROOT
+from ..shells import KINDS, WORKER
 from ..waiting import wait_until
 from .test_append import server_ms
-from .workers import KINDS, WORKER, Subscription, Supervisor
+from .workers import Subscription, Supervisor
 
 
 @pytest.fixture(params=KINDS)

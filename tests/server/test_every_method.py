@@ -22,8 +22,9 @@ from ff_fast import (
     keys,
 )
 
+from ..shells import KINDS, WORKER
 from ..unit.test_shells import CLASSES, public
-from .workers import KINDS, WORKER, handler_for
+from .workers import handler_for
 
 # What the asyncio shell calls by the name of Python's protocol.
 PROTOCOL = {"close": "aclose"}

@@ -15,7 +15,7 @@ from ff_fast import CapabilitySet, ClaimPolicy, Handle, StreamMode, errors, keys
 from ff_fast._core import claiming as claiming_core
 from ff_fast.errors import Outcome
 
-from .shells import Opener
+from ..shells import Opener
 from .test_append import server_ms
 
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}

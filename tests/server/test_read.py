@@ -27,11 +27,11 @@ from ff_fast.errors import AttemptNotFound, LeaseExpired
 
 from ..conftest import connect_raw
 from ..reference_frames import check_told, wanted_of
+from ..shells import KINDS, Opener
 from ..waiting import wait_until
 from .readers import (
     BEST_EFFORT,
     DURABLE,
-    KINDS,
     MODES,
     Reader,
     Stepper,
@@ -42,7 +42,6 @@ from .readers import (
     sequences,
     wait_blocked,
 )
-from .shells import Opener
 from .test_append import Stream, live
 
 ALL = TailVisibility.ALL

@@ -37,10 +37,11 @@ from ff_fast._core import operations as operations_core
 from ff_fast._core.leases import is_lease_lost
 
 from ..conftest import ROOT
+from ..shells import KINDS, WORKER
 from ..waiting import wait_until
 from .readers import counted
 from .test_append import server_ms
-from .workers import KINDS, WORKER, Supervisor, Worker, opened, until
+from .workers import Supervisor, Worker, opened, until
 
 RETRY = RetryPolicy(max_retries=3, delay=0.001)
 

@@ -24,7 +24,7 @@ from ff_fast._core import ops
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import MAX_INT, Outcome
 
-from .shells import Opener
+from ..shells import KINDS, Opener
 from .test_append import CODES, REFUSALS, Stream, server_ms, spoil
 
 MAX_PAYLOAD = 65_536
@@ -35,7 +35,7 @@ TEXT = StreamMode.durable_summary(PatchKind.STRING_APPEND("/text"))
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 
 
-@pytest.fixture(params=["sync", "asyncio"])
+@pytest.fixture(params=KINDS)
 def opener(request):
     opener = Opener(request.param)
     yield opener
