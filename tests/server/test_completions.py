@@ -20,7 +20,7 @@ from ff_fast import (
 from ..conftest import ROOT
 from ..shells import KINDS, WORKER
 from ..waiting import wait_until
-from .test_append import server_ms
+from .streams import server_ms
 from .workers import Subscription, Supervisor
 
 

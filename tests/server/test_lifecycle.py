@@ -16,7 +16,7 @@ from ff_fast._core import claiming as claiming_core
 from ff_fast.errors import Outcome
 
 from ..shells import Opener
-from .test_append import server_ms
+from .streams import server_ms
 
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 ALL_BYTES = bytes(range(256)) + b"\r\n\x00\xff"

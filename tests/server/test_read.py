@@ -42,7 +42,7 @@ from .readers import (
     sequences,
     wait_blocked,
 )
-from .test_append import Stream, live
+from .streams import Stream, live
 
 ALL = TailVisibility.ALL
 EXCLUDE = TailVisibility.EXCLUDE_BEST_EFFORT

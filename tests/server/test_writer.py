@@ -25,7 +25,7 @@ from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import MAX_INT, Outcome
 
 from ..shells import KINDS, Opener
-from .test_append import CODES, REFUSALS, Stream, server_ms, spoil
+from .streams import CODES, REFUSALS, Stream, server_ms, spoil
 
 MAX_PAYLOAD = 65_536
 LIVE = StreamMode.best_effort_live(60_000)
