@@ -139,18 +139,18 @@ PREPARED = {
 }
 
 
-@pytest.mark.parametrize("what", PREPARED)
-def test_a_new_connection(what):
-    configured, replies, asks, wanted = PREPARED[what]
-    on = Deployment(configured)
-    asked, value = run(on.prepare(), replies)
-    assert functions(asked) == asks
-    if isinstance(wanted, int):
-        assert value is None
-        assert on.partitions == wanted
-    else:
-        assert type(value) is wanted
-        assert on.partitions == (configured or 256)
+def test_a_new_connection(subtests):
+    for what, (configured, replies, asks, wanted) in PREPARED.items():
+        with subtests.test(f"{what!r:.60}"):
+            on = Deployment(configured)
+            asked, value = run(on.prepare(), replies)
+            assert functions(asked) == asks
+            if isinstance(wanted, int):
+                assert value is None
+                assert on.partitions == wanted
+            else:
+                assert type(value) is wanted
+                assert on.partitions == (configured or 256)
 
 
 def test_the_library_is_loaded_whole_in_place_of_another():

@@ -54,9 +54,8 @@ def test_a_refusal_is_the_end_of_the_lease(clock, error):
     assert LeaseClock(30_000).failed(error) is error
 
 
-@pytest.mark.parametrize(
-    "error, lost",
-    [
+def test_which_errors_say_that_a_lease_is_gone(subtests):
+    for error, lost in (
         (STALE, True),
         (errors.LeaseExpired(), True),
         (errors.ExecutionNotActive(), True),
@@ -68,7 +67,6 @@ def test_a_refusal_is_the_end_of_the_lease(clock, error):
         (errors.OutcomeUnknown(), False),
         (errors.PermissionDenied(), False),
         (errors.PayloadTooLarge(1, 2), False),
-    ],
-)
-def test_which_errors_say_that_a_lease_is_gone(error, lost):
-    assert is_lease_lost(error) is lost
+    ):
+        with subtests.test(f"{error!r:.60}"):
+            assert is_lease_lost(error) is lost

@@ -444,9 +444,8 @@ def test_what_an_operation_refuses(name, subtests):
                 assert not caught.value.retryable
 
 
-@pytest.mark.parametrize(
-    "name, arguments",
-    [
+def test_what_is_just_not_refused(subtests):
+    for name, arguments in (
         ("create_execution", {"priority": 9000, "retention": timedelta(milliseconds=1)}),
         ("create_execution", {"payload": bytes(MIB_16), "lane": "a" * 64, "deadline": YEAR_S}),
         ("create_execution", {"execution_id": EID.upper().replace("FP", "fp"), "parent_id": EID}),
@@ -461,10 +460,9 @@ def test_what_an_operation_refuses(name, subtests):
         ("read_stream", {"execution_id": EID, "count": 10_000, "max_bytes": 64 << 20}),
         ("create_budget", {"budget_id": "b" * 64, "soft": {"calls": 2**53 - 1}}),
         ("run_worker", {"concurrency": 10_000}),
-    ],
-)
-def test_what_is_just_not_refused(name, arguments):
-    getattr(operations, name)(ON, **arguments)
+    ):
+        with subtests.test(f"{name!r:.60}"):
+            getattr(operations, name)(ON, **arguments)
 
 
 # -- partitions ---------------------------------------------------------------------------------------------------------

@@ -80,10 +80,10 @@ RETRIED = {
 }
 
 
-@pytest.mark.parametrize("what", RETRIED)
-def test_what_is_tried_again(what):
-    options, failures, wanted = RETRIED[what]
-    assert pauses(Retries(THREE, **options), *failures) == wanted
+def test_what_is_tried_again(subtests):
+    for what, (options, failures, wanted) in RETRIED.items():
+        with subtests.test(f"{what!r:.60}"):
+            assert pauses(Retries(THREE, **options), *failures) == wanted
 
 
 def test_with_no_retries_a_missing_library_is_loaded_all_the_same():

@@ -57,30 +57,30 @@ from .samples import CANARY, EID, HANDLE, LIVE, TOKEN, UUID, VALUES
 # -- all values ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
-def test_values_are_equal_by_content_hashable_and_picklable(value):
-    for twin in (pickle.loads(pickle.dumps(value)), copy.copy(value), copy.deepcopy(value)):
-        assert type(twin) is type(value)
-        assert twin == value
-        assert hash(twin) == hash(value)
-    assert value != object()
-    assert not hasattr(value, "__dict__") or isinstance(value, str)
+def test_values_are_equal_by_content_hashable_and_picklable(subtests):
+    for value in VALUES:
+        with subtests.test(f"{value!r:.60}"):
+            for twin in (pickle.loads(pickle.dumps(value)), copy.copy(value), copy.deepcopy(value)):
+                assert type(twin) is type(value)
+                assert twin == value
+                assert hash(twin) == hash(value)
+            assert value != object()
+            assert not hasattr(value, "__dict__") or isinstance(value, str)
 
 
-@pytest.mark.parametrize(
-    "value", [v for v in VALUES if isinstance(v, types.Value)], ids=lambda v: type(v).__name__
-)
-def test_values_are_frozen_and_replaced(value):
-    name = type(value).__match_args__[0]
-    with pytest.raises(AttributeError, match="frozen"):
-        setattr(value, name, None)
-    with pytest.raises(AttributeError, match="frozen"):
-        delattr(value, name)
-    with pytest.raises(AttributeError):
-        value.no_such_field = 1
-    assert value.replace() == value
-    with pytest.raises(TypeError, match="no_such_field"):
-        value.replace(no_such_field=1)
+def test_values_are_frozen_and_replaced(subtests):
+    for value in [v for v in VALUES if isinstance(v, types.Value)]:
+        with subtests.test(f"{value!r:.60}"):
+            name = type(value).__match_args__[0]
+            with pytest.raises(AttributeError, match="frozen"):
+                setattr(value, name, None)
+            with pytest.raises(AttributeError, match="frozen"):
+                delattr(value, name)
+            with pytest.raises(AttributeError):
+                value.no_such_field = 1
+            assert value.replace() == value
+            with pytest.raises(TypeError, match="no_such_field"):
+                value.replace(no_such_field=1)
 
 
 def test_replace_checks_again():
@@ -92,38 +92,39 @@ def test_replace_checks_again():
 VALUE_CLASSES = sorted(types.Value.__subclasses__(), key=lambda cls: cls.__name__)
 
 
-@pytest.mark.parametrize("cls", VALUE_CLASSES, ids=lambda cls: cls.__name__)
-def test_every_value_class_is_a_dataclass_to_the_stdlib(cls):
-    assert dataclasses.is_dataclass(cls)
-    fields = dataclasses.fields(cls)
-    assert tuple(field.name for field in fields) == cls.__match_args__
-    for field, parameter in zip(
-        fields, list(inspect.signature(cls).parameters.values()), strict=False
-    ):
-        assert field.name == parameter.name
-        assert field.kw_only == (parameter.kind is inspect.Parameter.KEYWORD_ONLY)
-        has_default = not (field.default is field.default_factory is dataclasses.MISSING)
-        assert has_default == (parameter.default is not inspect.Parameter.empty)
+def test_every_value_class_is_a_dataclass_to_the_stdlib(subtests):
+    for cls in VALUE_CLASSES:
+        with subtests.test(f"{cls!r:.60}"):
+            assert dataclasses.is_dataclass(cls)
+            fields = dataclasses.fields(cls)
+            assert tuple(field.name for field in fields) == cls.__match_args__
+            for field, parameter in zip(
+                fields, list(inspect.signature(cls).parameters.values()), strict=False
+            ):
+                assert field.name == parameter.name
+                assert field.kw_only == (parameter.kind is inspect.Parameter.KEYWORD_ONLY)
+                has_default = not (field.default is field.default_factory is dataclasses.MISSING)
+                assert has_default == (parameter.default is not inspect.Parameter.empty)
 
 
-@pytest.mark.parametrize(
-    "value", [v for v in VALUES if isinstance(v, types.Value)], ids=lambda v: type(v).__name__
-)
-def test_values_are_dataclasses_to_the_stdlib(value):
-    names = [field.name for field in dataclasses.fields(value)]
-    assert dataclasses.is_dataclass(value)
-    assert dataclasses.replace(value) == value
-    with pytest.raises(TypeError, match="no_such_field"):
-        dataclasses.replace(value, no_such_field=1)
-    assert list(dataclasses.asdict(value)) == names
-    assert all(
-        getattr(value, name) == part
-        for name, part in zip(names, dataclasses.astuple(value), strict=True)
-        if not dataclasses.is_dataclass(getattr(value, name)) and not isinstance(part, tuple)
-    )
-    pprint.pformat(value, width=1)
-    if sys.version_info >= (3, 13):
-        assert copy.replace(value) == value
+def test_values_are_dataclasses_to_the_stdlib(subtests):
+    for value in [v for v in VALUES if isinstance(v, types.Value)]:
+        with subtests.test(f"{value!r:.60}"):
+            names = [field.name for field in dataclasses.fields(value)]
+            assert dataclasses.is_dataclass(value)
+            assert dataclasses.replace(value) == value
+            with pytest.raises(TypeError, match="no_such_field"):
+                dataclasses.replace(value, no_such_field=1)
+            assert list(dataclasses.asdict(value)) == names
+            assert all(
+                getattr(value, name) == part
+                for name, part in zip(names, dataclasses.astuple(value), strict=True)
+                if not dataclasses.is_dataclass(getattr(value, name))
+                and not isinstance(part, tuple)
+            )
+            pprint.pformat(value, width=1)
+            if sys.version_info >= (3, 13):
+                assert copy.replace(value) == value
 
 
 def test_dataclass_functions_check_as_the_class_does():
@@ -340,13 +341,14 @@ HOLDERS = [
 ]
 
 
-@pytest.mark.parametrize("value", HOLDERS, ids=lambda value: type(value).__name__)
-def test_no_tool_of_dataclasses_shows_a_secret(value):
-    shown = pprint.pformat([value], width=1)
-    if dataclasses.is_dataclass(value):
-        shown += repr(dataclasses.fields(value))
-    for secret in (CANARY, TOKEN, "ab" * 20, SECRET.hex()):
-        assert secret not in shown
+def test_no_tool_of_dataclasses_shows_a_secret(subtests):
+    for value in HOLDERS:
+        with subtests.test(f"{value!r:.60}"):
+            shown = pprint.pformat([value], width=1)
+            if dataclasses.is_dataclass(value):
+                shown += repr(dataclasses.fields(value))
+            for secret in (CANARY, TOKEN, "ab" * 20, SECRET.hex()):
+                assert secret not in shown
 
 
 @pytest.mark.parametrize("value", HOLDERS, ids=lambda value: type(value).__name__)

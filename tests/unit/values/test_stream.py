@@ -84,9 +84,8 @@ def test_mode_builders():
     assert StreamMode.best_effort_live_with_config(tuned).config is tuned
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
+def test_bad_modes(subtests):
+    for make in (
         lambda: StreamMode("no_such_mode"),
         lambda: StreamMode("summary"),
         lambda: StreamMode("best_effort"),
@@ -96,11 +95,9 @@ def test_mode_builders():
         lambda: StreamMode.best_effort_live_with_config(15_000),
         lambda: PatchKind("json-merge-patch", "/a"),
         lambda: PatchKind("json-patch"),
-    ],
-)
-def test_bad_modes(make):
-    with pytest.raises(InvalidInput):
-        make()
+    ):
+        with subtests.test(f"{make!r:.60}"), pytest.raises(InvalidInput):
+            make()
 
 
 @pytest.mark.parametrize("pointer", ["", "/", "/a", "/a/0/b", "/~0~1", "//", "/ü\n{}"])
@@ -108,30 +105,38 @@ def test_good_pointers(pointer):
     assert PatchKind.STRING_APPEND(pointer).pointer == pointer
 
 
-@pytest.mark.parametrize(
-    "pointer", ["a", "#/a", "/~", "/~2", "a/b", "/\ud800", "/" + "x" * 1024, None, 5, b"/a"]
-)
-def test_bad_pointers(pointer):
-    with pytest.raises(InvalidInput, match="pointer"):
-        PatchKind.STRING_APPEND(pointer)
+def test_bad_pointers(subtests):
+    for pointer in (
+        "a",
+        "#/a",
+        "/~",
+        "/~2",
+        "a/b",
+        "/\ud800",
+        "/" + "x" * 1024,
+        None,
+        5,
+        b"/a",
+    ):
+        with subtests.test(f"{pointer!r:.60}"), pytest.raises(InvalidInput, match="pointer"):
+            PatchKind.STRING_APPEND(pointer)
 
 
 # FlowFabric accepts these, and then fails after its write, or never trims or expires the stream.
-@pytest.mark.parametrize(
-    "fields",
-    [
+def test_bad_live_configs(subtests):
+    for fields in (
         *({"ttl_ms": ttl} for ttl in (0, -1, 2**32, True, 0.4, 15_000.0, "15000", " 5 ", None)),
         *({"ttl_ms": float(ttl)} for ttl in ("nan", "inf")),
         *({"maxlen_floor": floor} for floor in (0, -1, True, 1.5, "64", float("nan"), 16_385)),
         *({"maxlen_ceiling": ceiling} for ceiling in (0, 63, 2**32, True, float("inf"), "1e3")),
         *({"ema_alpha": alpha} for alpha in (0, -0.1, 1.01, 2, True, "0.2", None)),
         *({"ema_alpha": float(alpha)} for alpha in ("nan", "inf", "-inf")),
-    ],
-    ids=str,
-)
-def test_bad_live_configs(fields):
-    with pytest.raises(InvalidInput, match=next(iter(fields)).split("_")[0]):
-        BestEffortLiveConfig(**{"ttl_ms": 15_000, **fields})
+    ):
+        with (
+            subtests.test(f"{fields!r:.60}"),
+            pytest.raises(InvalidInput, match=next(iter(fields)).split("_")[0]),
+        ):
+            BestEffortLiveConfig(**{"ttl_ms": 15_000, **fields})
 
 
 @pytest.mark.parametrize("alpha", [1, 1.0, 5e-324])
@@ -174,10 +179,19 @@ def test_exact_bytes_are_not_copied():
     assert Frame(payload, FrameKind.BLOB).bytes is payload
 
 
-@pytest.mark.parametrize("payload", [None, True, 5, 1.5, [1], {}, (), [b"a"]])
-def test_payloads_of_another_type(payload):
-    with pytest.raises(InvalidType, match="payload must be"):
-        Frame(payload, FrameKind.BLOB)
+def test_payloads_of_another_type(subtests):
+    for payload in (
+        None,
+        True,
+        5,
+        1.5,
+        [1],
+        {},
+        (),
+        [b"a"],
+    ):
+        with subtests.test(f"{payload!r:.60}"), pytest.raises(InvalidType, match="payload must be"):
+            Frame(payload, FrameKind.BLOB)
 
 
 def test_text_payload_that_cannot_be_encoded():
@@ -187,11 +201,23 @@ def test_text_payload_that_cannot_be_encoded():
     assert CANARY not in repr(caught.value)
 
 
-@pytest.mark.parametrize("seq", [0, -1, 2**53, True, 1.0, "1e3", "0x10", " 5 ", float("nan"), b"1"])
-def test_bad_sequences(seq):
-    assert Frame(b"", FrameKind.BLOB, seq=2**53 - 1).seq == 2**53 - 1
-    with pytest.raises(InvalidSequence, match="seq"):
-        Frame(b"", FrameKind.BLOB, seq=seq)
+def test_bad_sequences(subtests):
+    for seq in (
+        0,
+        -1,
+        2**53,
+        True,
+        1.0,
+        "1e3",
+        "0x10",
+        " 5 ",
+        float("nan"),
+        b"1",
+    ):
+        with subtests.test(f"{seq!r:.60}"):
+            assert Frame(b"", FrameKind.BLOB, seq=2**53 - 1).seq == 2**53 - 1
+            with pytest.raises(InvalidSequence, match="seq"):
+                Frame(b"", FrameKind.BLOB, seq=seq)
 
 
 @pytest.mark.parametrize("name", ["frame_type", "correlation_id"])
@@ -243,9 +269,8 @@ def test_cursors(value, place):
     assert parse_cursor(str(cursor)) == cursor
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
+def test_bad_cursors(subtests):
+    for value in (
         "",
         "-",
         "+",
@@ -278,11 +303,14 @@ def test_cursors(value, place):
         b"1-1",
         [],
         object(),
-    ],
-)
-def test_bad_cursors(value):
-    with pytest.raises(InvalidCursor, match="A cursor must be None, 'start', '0-0' or an entry id"):
-        parse_cursor(value)
+    ):
+        with (
+            subtests.test(f"{value!r:.60}"),
+            pytest.raises(
+                InvalidCursor, match="A cursor must be None, 'start', '0-0' or an entry id"
+            ),
+        ):
+            parse_cursor(value)
 
 
 @pytest.mark.parametrize("pair", [(-1, 0), (0, -1), (2**63, 0), (0, 2**53), (True, 0), ("1", 1)])

@@ -30,9 +30,8 @@ def test_waitpoint_token():
     assert f"{token:>30}" == f"{'kid1:<REDACTED:len=40>':>30}"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_bad_waitpoint_tokens(subtests):
+    for text in (
         "",
         "kid1",
         ":" + "a" * 40,
@@ -47,12 +46,11 @@ def test_waitpoint_token():
         None,
         TOKEN.encode(),
         5,
-    ],
-)
-def test_bad_waitpoint_tokens(text):
-    with pytest.raises(InvalidInput) as caught:
-        WaitpointHmac(text)
-    assert "aaaa" not in f"{caught.value!r}"
+    ):
+        with subtests.test(f"{text!r:.60}"):
+            with pytest.raises(InvalidInput) as caught:
+                WaitpointHmac(text)
+            assert "aaaa" not in f"{caught.value!r}"
 
 
 def test_tokens_are_never_compared_with_an_operator():
@@ -81,9 +79,8 @@ def nested(levels):
     return condition
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
+def test_bad_conditions(subtests):
+    for make in (
         ResumeCondition.any,
         ResumeCondition.all,
         lambda: ResumeCondition.any("x"),
@@ -99,11 +96,9 @@ def nested(levels):
         lambda: ResumeCondition.count(10_001, spec(), distinct=CountKind.DISTINCT_SIGNALS),
         lambda: nested(17),
         lambda: ResumeCondition.any(*[spec(i) for i in range(257)]),
-    ],
-)
-def test_bad_conditions(make):
-    with pytest.raises(InvalidInput):
-        make()
+    ):
+        with subtests.test(f"{make!r:.60}"), pytest.raises(InvalidInput):
+            make()
 
 
 def test_the_largest_conditions():

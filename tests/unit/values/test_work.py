@@ -39,9 +39,8 @@ def test_capabilities():
     assert len(CapabilitySet(["x" * 4096]).csv()) == 4096
 
 
-@pytest.mark.parametrize(
-    "tokens",
-    [
+def test_bad_capabilities(subtests):
+    for tokens in (
         [""],
         ["a,b"],
         ["a b"],
@@ -52,12 +51,9 @@ def test_capabilities():
         ["x" * 4097],
         ["é" * 2049],
         [f"t{n}" for n in range(257)],
-    ],
-    ids=lambda tokens: ascii(tokens)[:20],
-)
-def test_bad_capabilities(tokens):
-    with pytest.raises(InvalidCapabilities):
-        CapabilitySet(tokens)
+    ):
+        with subtests.test(f"{tokens!r:.60}"), pytest.raises(InvalidCapabilities):
+            CapabilitySet(tokens)
 
 
 @pytest.mark.parametrize("tokens", ["gpu", b"gpu", None, 5, [5], [b"gpu"], [None]])
@@ -77,18 +73,28 @@ def test_durations():
     assert BackendTimeouts(2).request == 2.0
 
 
-@pytest.mark.parametrize(
-    "value", [-1, float("nan"), float("inf"), 1e9, 10**400, True, "1", b"1", [], 1j]
-)
-def test_bad_durations(value):
-    for make in (
-        ClaimPolicy.with_max_wait,
-        ClaimPolicy,
-        CancelFlowWait.wait_timeout,
-        BackendTimeouts,
+def test_bad_durations(subtests):
+    for value in (
+        -1,
+        float("nan"),
+        float("inf"),
+        1e9,
+        10**400,
+        True,
+        "1",
+        b"1",
+        [],
+        1j,
     ):
-        with pytest.raises(InvalidInput, match=r"max_wait|timeout|request"):
-            make(value)
+        with subtests.test(f"{value!r:.60}"):
+            for make in (
+                ClaimPolicy.with_max_wait,
+                ClaimPolicy,
+                CancelFlowWait.wait_timeout,
+                BackendTimeouts,
+            ):
+                with pytest.raises(InvalidInput, match=r"max_wait|timeout|request"):
+                    make(value)
 
 
 def test_a_request_takes_time():
@@ -136,9 +142,8 @@ def test_usage():
 
 
 # FlowFabric accepts most of these, and then counts usage wrongly.
-@pytest.mark.parametrize(
-    "fields",
-    [
+def test_bad_usage(subtests):
+    for fields in (
         *({"input_tokens": bad} for bad in (-1, 2**53, True, 1.0, "1")),
         {"output_tokens": -1},
         {"wall_ms": -1},
@@ -146,12 +151,9 @@ def test_usage():
         {"custom": {"input_tokens": 1}},
         {"custom": {f"d{n}": 1 for n in range(62)}},
         {"dedup_key": "a\n"},
-    ],
-    ids=lambda fields: str(fields)[:30],
-)
-def test_bad_usage(fields):
-    with pytest.raises(InvalidInput):
-        UsageDimensions(**fields)
+    ):
+        with subtests.test(f"{fields!r:.60}"), pytest.raises(InvalidInput):
+            UsageDimensions(**fields)
 
 
 def test_scanner_filter():
@@ -181,9 +183,8 @@ def test_scanner_filter():
 # -- retries, conditions, descriptions -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
+def test_bad_retry_policies(subtests):
+    for fields in (
         *({"max_retries": value} for value in (-1, 2**32, True, 1.0, "1", None)),
         *({"delay": value} for value in (-1, 31_536_001, True, "1", float("nan"))),
         *({"max_delay": value} for value in (-1, 31_536_001, True, "1", float("inf"))),
@@ -191,13 +192,11 @@ def test_scanner_filter():
         *({"max_reclaims": value} for value in (-1, 2**32, True, 0.5)),
         *({"multiplier": value} for value in (0.99, 101, float("nan"), float("inf"), True, "2")),
         {"backoff": "fixed"},
-    ],
-    ids=str,
-)
-def test_bad_retry_policies(fields):
-    assert RetryPolicy().max_retries == 0
-    with pytest.raises(InvalidInput, match=next(iter(fields))):
-        RetryPolicy(**fields)
+    ):
+        with subtests.test(f"{fields!r:.60}"):
+            assert RetryPolicy().max_retries == 0
+            with pytest.raises(InvalidInput, match=next(iter(fields))):
+                RetryPolicy(**fields)
 
 
 def test_a_description_is_a_copy_of_what_it_was_made_of():

@@ -160,9 +160,8 @@ class TestAnswers:
         writer._acknowledge(sent[3], GAP)
         assert [writer.take(), writer.take()] == sent[2:]
 
-    @pytest.mark.parametrize(
-        "reply, error",
-        [
+    def test_fatal(self, subtests):
+        for reply, error in (
             (GAP, SequenceGap),
             ([0, b"lease_expired"], LeaseExpired),
             ([0, b"writer_superseded"], WriterSuperseded),
@@ -202,19 +201,18 @@ class TestAnswers:
             ([0, b"sequence_gap", 1, None], ProtocolError),
             ([1, b"OK"], ProtocolError),
             ({}, ProtocolError),
-        ],
-    )
-    def test_fatal(self, reply, error):
-        writer, sent = in_flight(2)
-        assert writer._acknowledge(sent[0], reply) is None
-        assert type(writer.error) is error
-        assert [frame.sequence for frame in writer.error.unstored] == list(range(1, 513))
-        assert writer._acknowledge(sent[1], position(sent[1])) is None
-        assert writer._next_batch() is None
-        with pytest.raises(error) as caught:
-            writer.write(b"x")
-        assert caught.value.unstored == writer.error.unstored
-        assert not writer._idle
+        ):
+            with subtests.test(f"{reply!r:.60}"):
+                writer, sent = in_flight(2)
+                assert writer._acknowledge(sent[0], reply) is None
+                assert type(writer.error) is error
+                assert [frame.sequence for frame in writer.error.unstored] == list(range(1, 513))
+                assert writer._acknowledge(sent[1], position(sent[1])) is None
+                assert writer._next_batch() is None
+                with pytest.raises(error) as caught:
+                    writer.write(b"x")
+                assert caught.value.unstored == writer.error.unstored
+                assert not writer._idle
 
     def test_refusal_of_the_function_behind_a_refused_batch_is_asked_again(self):
         writer, sent = in_flight(2)

@@ -286,9 +286,19 @@ class TestArguments:
         assert writer.write(payload) == 1
         assert payloads_of(writer.take()) == [data]
 
-    @pytest.mark.parametrize("payload", [None, True, 0, 1.5, [b"x"], ("x",), {}, object()])
-    def test_other_types(self, payload):
-        self.refused(InvalidType, payload)
+    def test_other_types(self, subtests):
+        for payload in (
+            None,
+            True,
+            0,
+            1.5,
+            [b"x"],
+            ("x",),
+            {},
+            object(),
+        ):
+            with subtests.test(f"{payload!r:.60}"):
+                self.refused(InvalidType, payload)
 
     def test_a_buffer_is_copied(self):
         writer = Shell()
@@ -518,10 +528,11 @@ class TestOffered:
         assert (writer.execution_id[:6], writer.attempt_index) == ("{fp:0}", 2)
         assert writer.mode is DURABLE
 
-    @pytest.mark.parametrize("name", sorted(OFFERED - {"execution_id", "attempt_index"}))
-    def test_documented(self, name):
-        for writer in (ff_fast.Writer, ff_fast.aio.Writer):
-            assert getattr(writer, name).__doc__
+    def test_documented(self, subtests):
+        for name in sorted(OFFERED - {"execution_id", "attempt_index"}):
+            with subtests.test(f"{name!r:.60}"):
+                for writer in (ff_fast.Writer, ff_fast.aio.Writer):
+                    assert getattr(writer, name).__doc__
 
     def test_the_stub_says_the_same(self):
         # An editor shows the stub's text, help() the compiled one.
