@@ -42,9 +42,9 @@ unit: build ## Run the tests that need no server, in seconds
 check: lint types unit ## Everything that takes seconds, before a commit
 
 # What is compiled is not measured, and its oracles are slow under measurement: make unit runs these.
-COMPILED := $(patsubst %,--ignore tests/unit/test_%.py,frames merge rate resp writer_core)
+UNMEASURED := $(patsubst %,--ignore tests/unit/%,test_frames.py test_merge.py test_rate.py test_resp.py writer)
 coverage: build ## Run the tests of Python code under branch coverage; its floor is in pyproject.toml
-	$(PYTEST) $(PARALLEL) -m "not packaging" --cov $(COMPILED) $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not packaging" --cov $(UNMEASURED) $(ARGS)
 
 # cython-lint runs pycodestyle from PATH.
 lint: build ## Check style: ruff, ruff format, cython-lint, luacheck

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from ff_fast import _library, keys
@@ -77,17 +78,16 @@ class Deployment:
         (reply,) = yield Step((version.command(),))
         if isinstance(reply, Exception) and shows_cluster(str(reply)):
             raise ClusterModeRequired
-        try:
-            contract, digest, stored = version.answer(reply)
-        except FunctionMissing:
+        held: ops.Version | None = None
+        with contextlib.suppress(FunctionMissing):
+            held = version.answer(reply)
+        if held is not None and held.contract > _library.CONTRACT:
+            raise LibraryMismatch(held.contract, _library.CONTRACT)
+        if held is None or held.digest != _library.digest():
             yield from _load()
-            # Asked again, because it is the library that reads the partition count.
-            _, _, stored = yield from ops.call(version)
-        else:
-            if contract > _library.CONTRACT:
-                raise LibraryMismatch(contract, _library.CONTRACT)
-            if digest != _library.digest():
-                yield from _load()
+            # Asked again: another library may read no partition count.
+            held = yield from ops.call(version)
+        stored = held.partitions
         if stored is None:
             stored = yield from self._store()
         if not 1 <= stored <= keys.MAX_PARTITIONS:

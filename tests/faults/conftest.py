@@ -13,8 +13,8 @@ import pytest
 from ff_fast.embedded import EmbeddedServer
 
 from .. import waiting
+from ..shells import KINDS, Shell
 from .chaos import ChaosProxy
-from .shells import Shell
 
 
 def descriptors():
@@ -57,7 +57,7 @@ def pytest_pyfunc_call(pyfuncitem):
     return True
 
 
-@pytest.fixture(params=["sync", "aio"])
+@pytest.fixture(params=KINDS)
 def shell(request):
     return Shell(request.param)
 

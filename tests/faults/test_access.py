@@ -36,7 +36,7 @@ from ff_fast.errors import (
 from ..conftest import connect_raw
 from ..waiting import wait_until_async
 from .chaos import ChaosProxy
-from .shells import claimed
+from .stored import claimed
 
 ACL = dict(
     re.findall(

@@ -8,9 +8,10 @@ import pytest
 from ff_fast import Frame, FrameKind, aio, keys
 from ff_fast.errors import DeadlineExceeded, WriterClosed
 
+from ..shells import config
 from ..waiting import wait_until_async
 from .chaos import DOWN, UP
-from .shells import config, stored_once
+from .stored import stored_once
 
 STEPS = 14
 

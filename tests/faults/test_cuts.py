@@ -17,9 +17,10 @@ from ff_fast.errors import (
 )
 
 from ..conftest import connect_raw
+from ..shells import KINDS, Shell, config
 from ..waiting import wait_until_async
 from .chaos import DOWN, UP, ChaosProxy
-from .shells import Shell, claimed, config, frames, stored_once
+from .stored import claimed, frames, stored_once
 
 MODES = {
     "durable": StreamMode.durable(),
@@ -213,7 +214,7 @@ async def test_no_retries_means_none(shell, proxy, lane):
             await backend.describe(eid)
         assert proxy.accepted == before
         assert (await backend.describe(eid)).state == "active"
-        if shell.kind == "aio":
+        if shell.kind == "asyncio":
             await backend.renew(handle)
         writer.write(b"1")
         await writer.flush(5)
@@ -336,7 +337,7 @@ async def test_a_black_hole_ends_at_the_deadline(shell, proxy, server, lane):
 
 async def test_a_slow_trickle_does_not_stretch_the_deadline(proxy, lane):
     """Each byte comes within the time limit; the reply does not."""
-    for kind in ("sync", "aio"):
+    for kind in KINDS:
         async with await Shell(kind).connect(proxy.url, timeout=0.3) as backend:
             eid = await backend.create_execution(lane=lane)
             proxy.chunk, proxy.delay = 1, 0.02

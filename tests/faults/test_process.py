@@ -29,10 +29,11 @@ from ff_fast.errors import (
 )
 
 from ..conftest import connect_raw
+from ..shells import config
 from ..waiting import wait_until, wait_until_async
 from .chaos import DOWN, UP
 from .conftest import descriptors
-from .shells import claimed, config, frames, stored_once
+from .stored import claimed, frames, stored_once
 
 
 def taken(backend, lane):

@@ -28,7 +28,7 @@ from ff_fast.errors import (
 
 from ..conftest import connect_raw
 from ..waiting import wait_until, wait_until_async
-from .shells import claimed, stored_once
+from .stored import claimed, stored_once
 
 
 @pytest.fixture

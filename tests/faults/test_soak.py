@@ -11,7 +11,7 @@ import pytest
 from ff_fast.embedded import EmbeddedServer
 
 from .chaos import DOWN, UP, ChaosProxy
-from .shells import claimed, stored_once
+from .stored import claimed, stored_once
 from .test_cuts import MODES, payloads_of
 
 SECONDS = float(os.environ.get("FF_FAST_SOAK_SECONDS", "120"))

@@ -1,18 +1,17 @@
 """Tails that run in threads of their own, in either shell, and writers for them to read."""
 
-import asyncio
 import contextlib
-import threading
 import time
 from typing import NamedTuple
 
 import ff_fast
-from ff_fast import BestEffortLiveConfig, StreamMode, aio, keys
+from ff_fast import BestEffortLiveConfig, StreamMode, keys
 
+from ..shells import KINDS, Reading
 from ..unit.script import request_of
 from ..waiting import wait_until
 
-KINDS = ("sync", "asyncio")
+__all__ = ["KINDS"]
 
 DURABLE = StreamMode.durable()
 SUMMARY = StreamMode.durable_summary()
@@ -54,31 +53,19 @@ def begin(backend, lane, lease_ttl_ms=30_000):
     return Attempt(eid, handle)
 
 
-class Reader(threading.Thread):
-    """A tail in its own thread, backend and (for asyncio) loop. ``items`` has ``(monotonic, item)``."""
+class Reader(Reading):
+    """A tail to its end. ``items`` has ``(monotonic, item)``."""
 
     def __init__(self, kind, url, eid, **options):
-        super().__init__(daemon=True)
-        self._kind, self._url, self._eid, self._options = kind, url, eid, options
-        self.items = []
-        self.error = None
-        self.start()
+        self._eid, self._options = eid, options
+        super().__init__(kind, url)
 
-    def run(self):
-        try:
-            if self._kind == "sync":
-                with ff_fast.ValkeyBackend.connect(self._url) as backend:
-                    for item in backend.tail(self._eid, **self._options):
-                        self.items.append((time.monotonic(), item))
-            else:
-                asyncio.run(self._run())
-        except BaseException as error:  # noqa: BLE001 - the test's thread raises it
-            self.error = error
+    def open(self):
+        return self.backend.tail(self._eid, **self._options)
 
-    async def _run(self):
-        async with aio.ValkeyBackend.connect(self._url) as backend:
-            async for item in backend.tail(self._eid, **self._options):
-                self.items.append((time.monotonic(), item))
+    def take(self, item):
+        self.items.append((time.monotonic(), item))
+        return False
 
     @property
     def got(self):
@@ -86,10 +73,7 @@ class Reader(threading.Thread):
 
     def result(self, deadline_s=10.0):
         """What the tail yielded, once it is over."""
-        self.join(deadline_s)
-        assert not self.is_alive(), f"the tail still waits after {self.got[-3:]}"
-        if self.error is not None:
-            raise self.error
+        super().result(deadline_s)
         return self.got
 
     def wait_for(self, count):

@@ -13,15 +13,15 @@ from ff_fast import (
     TimeoutBehavior,
     WaitpointKind,
     WaitpointSpec,
-    aio,
     errors,
     keys,
 )
 
 from ..conftest import ROOT
+from ..shells import KINDS, WORKER
 from ..waiting import wait_until
-from .test_append import server_ms
-from .workers import KINDS, WORKER, Subscription, Supervisor
+from .streams import server_ms
+from .workers import Subscription, Supervisor
 
 
 @pytest.fixture(params=KINDS)
@@ -241,29 +241,6 @@ def test_a_cursor_goes_on_in_another_process(server, namespace, end, raw):
         program.kill()
         program.communicate(timeout=10)
     assert sorted(seen) == sorted(eids)
-
-
-BAD_CURSORS = [
-    "", "now", "0", "1-", "1-2,", "1-2,3", "1-2,3:4", "1-2,256:1-1", "1-2,-1:1-1", "1-2\n", "١-٢", 7, b"0-0",
-]  # fmt: skip
-
-
-def test_a_bad_cursor_is_refused_at_once(kind, server, backend, subtests):
-    def refused(subscribe):
-        for cursor in BAD_CURSORS:
-            with subtests.test(cursor=cursor), pytest.raises(errors.InvalidCursor):
-                subscribe(after=cursor)
-
-    if kind == "sync":
-        refused(backend.subscribe_completions)
-        return
-    import asyncio
-
-    async def main():
-        async with aio.ValkeyBackend.connect(server.url) as own:
-            refused(own.subscribe_completions)
-
-    asyncio.run(main())
 
 
 def test_closing_the_backend_ends_a_subscription(server, raw):

@@ -10,10 +10,10 @@ from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import InvalidInput, InvalidType, Unavailable, WriterClosed
 
 from ..conftest import connect_raw
-from .shells import Opener
+from ..shells import KINDS, Opener
 
 
-@pytest.fixture(params=["sync", "asyncio"])
+@pytest.fixture(params=KINDS)
 def connect(request):
     opener = Opener(request.param)
     yield opener

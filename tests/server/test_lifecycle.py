@@ -15,8 +15,8 @@ from ff_fast import CapabilitySet, ClaimPolicy, Handle, StreamMode, errors, keys
 from ff_fast._core import claiming as claiming_core
 from ff_fast.errors import Outcome
 
-from .shells import Opener
-from .test_append import server_ms
+from ..shells import Opener
+from .streams import server_ms
 
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 ALL_BYTES = bytes(range(256)) + b"\r\n\x00\xff"
@@ -159,52 +159,6 @@ def test_creating_again_with_the_same_id_changes_nothing(create, claim, everythi
     assert claim() is None
 
 
-BAD_CREATE = [
-    ({"lane": ""}, errors.InvalidId),
-    ({"lane": "é"}, errors.InvalidId),
-    ({"lane": "a\n"}, errors.InvalidId),
-    ({"lane": "a" * 65}, errors.InvalidId),
-    ({"lane": b"a"}, errors.InvalidType),
-    ({"execution_id": ""}, errors.InvalidId),
-    ({"execution_id": "{fp:1}:x"}, errors.InvalidId),
-    ({"execution_id": "{fp:70000}:00000000-0000-4000-8000-000000000000"}, errors.InvalidId),
-    ({"execution_id": "{fp:1}:00000000-0000-4000-8000-000000000000\n"}, errors.InvalidId),
-    ({"execution_id": 7}, errors.InvalidType),
-    ({"priority": -1}, errors.InvalidInput),
-    ({"priority": 9001}, errors.InvalidInput),
-    ({"priority": 1.5}, errors.InvalidType),
-    ({"priority": True}, errors.InvalidType),
-    ({"payload": None}, errors.InvalidType),
-    ({"payload": 7}, errors.InvalidType),
-    ({"payload": "\ud800"}, errors.InvalidPayload),
-    ({"payload": bytes((16 << 20) + 1)}, errors.PayloadTooLarge),
-    ({"required_capabilities": ["gpu"]}, errors.InvalidType),
-    ({"namespace": ""}, errors.InvalidId),
-    ({"namespace": "a\nb"}, errors.InvalidId),
-    ({"namespace": "x" * 257}, errors.InvalidId),
-    ({"tags": {"NoDot": "x"}}, errors.InvalidId),
-    ({"tags": {"a.b": "line\nbreak"}}, errors.InvalidId),
-    ({"tags": {"a.b": 1}}, errors.InvalidType),
-    ({"tags": {1: "x"}}, errors.InvalidType),
-    ({"tags": [("a.b", "x")]}, errors.InvalidType),
-    ({"retention": 0}, errors.InvalidInput),
-    ({"retention": -1}, errors.InvalidInput),
-    ({"retention": 31_536_001}, errors.InvalidInput),
-    ({"retention": "1"}, errors.InvalidType),
-]
-BAD_CLAIM = [
-    ({"lane": ""}, errors.InvalidId),
-    ({"worker_id": ""}, errors.InvalidId),
-    ({"worker_id": "a\x00"}, errors.InvalidId),
-    ({"worker_instance_id": "x" * 257}, errors.InvalidId),
-    ({"lease_ttl_ms": 0}, errors.InvalidInput),
-    ({"lease_ttl_ms": 2**48 + 1}, errors.InvalidInput),
-    ({"lease_ttl_ms": 1.5}, errors.InvalidType),
-    ({"capabilities": ["gpu"]}, errors.InvalidType),
-    ({"policy": 5}, errors.InvalidType),
-]
-
-
 @pytest.fixture
 def sent(raw):
     """``sent()``: how many calls the engine has had that could be ours."""
@@ -218,35 +172,27 @@ def sent(raw):
 
 
 @each_shell
-def test_bad_arguments_of_create_are_refused_before_anything_is_sent(backend, sent, subtests):
+def test_a_refusal_comes_before_anything_is_sent(owned, backend, sent):
+    """One of each kind of method; which arguments are refused is held in ``tests/unit/test_operations.py``."""
+    eid, handle = owned
+    refused = [
+        lambda: backend.create_execution(priority=9001),
+        lambda: backend.claim(lane=""),
+        lambda: backend.renew("handle"),
+        lambda: backend.complete(handle, None),
+        lambda: backend.open_writer(handle, linger=2),
+        lambda: backend.append_frame(handle, b"no frame"),
+        lambda: backend.read_stream(eid, after="$"),
+        lambda: backend.tail(eid, after="$"),
+        lambda: backend.subscribe_completions(after="now"),
+        lambda: backend.supervise("everything"),
+        lambda: backend.run_worker(print, lane=""),
+    ]
     before = sent()
-    for arguments, error in BAD_CREATE:
-        with subtests.test(f"{arguments!r:.60}"):
-            with pytest.raises(error) as caught:
-                backend.create_execution(**arguments)
-            assert caught.value.outcome is Outcome.NOT_APPLIED
-    assert sent() == before
-
-
-@each_shell
-def test_bad_arguments_of_claim_are_refused_before_anything_is_sent(backend, sent, subtests):
-    before = sent()
-    for arguments, error in BAD_CLAIM:
-        with subtests.test(f"{arguments!r:.60}"), pytest.raises(error):
-            backend.claim(**{"lane": "l", **WORKER, **arguments})
-    assert sent() == before
-
-
-@each_shell
-def test_a_foreign_value_is_no_handle(backend, sent):
-    before = sent()
-    for call in (backend.renew, backend.complete, lambda handle: backend.fail(handle, "x")):
-        for value in (None, "handle", b"\x02\x01\x01"):
-            with pytest.raises(errors.InvalidType):
-                call(value)
-    broken = Handle(ff_fast.BackendTag.VALKEY, ff_fast.HandleKind.FRESH, b"\x02\x01\x01rest")
-    with pytest.raises(errors.InvalidHandle):
-        backend.renew(broken)
+    for call in refused:
+        with pytest.raises(errors.InvalidInput) as caught:
+            call()
+        assert caught.value.outcome is Outcome.NOT_APPLIED
     assert sent() == before
 
 
@@ -505,16 +451,6 @@ def test_renewing_extends_the_lease(owned, backend, raw):
         assert int(raw.hget(keys.meta(eid, 0), "lease_expires_at")) == renewed.expires_at_ms
 
 
-@each_shell
-def test_a_bad_length_of_a_lease_is_refused(owned, backend, everything):
-    eid, handle = owned
-    before = everything(eid)
-    for ttl in (0, -1, 2**48 + 1, 1.5, True):
-        with pytest.raises(errors.InvalidInput):
-            backend.renew(handle, ttl)
-    assert everything(eid) == before
-
-
 # -- what is refused to whom -------------------------------------------------------------------------
 
 
@@ -648,17 +584,6 @@ def test_a_result_is_kept_exactly(owned, backend, raw, payload):
     assert raw.hmget(keys.core(eid), "state", "outcome") == [b"completed", b"success"]
 
 
-@each_shell
-def test_a_result_that_is_none_is_refused_and_the_work_goes_on(owned, backend, everything):
-    eid, handle = owned
-    before = everything(eid)
-    for payload in (None, 7, ["x"], "\ud800", bytes((16 << 20) + 1)):
-        with pytest.raises(errors.InvalidInput):
-            backend.complete(handle, payload)
-    assert everything(eid) == before
-    backend.complete(handle, b"x")
-
-
 def test_a_repeated_complete_answers_with_the_first_outcome(owned, backend, everything, lapse):
     eid, handle = owned
     assert backend.complete(handle, b"first") is None
@@ -724,21 +649,6 @@ def test_a_reported_crash_makes_way_for_another_worker(create, claim, backend, r
     assert backend.read_stream(eid, 0).end_reason == "producer_lost"
     fields = claim().fields()
     assert (fields.execution_id, fields.attempt_index, fields.lease_epoch) == (eid, 1, 2)
-
-
-@each_shell
-def test_a_bad_reason_is_refused(owned, backend, everything):
-    eid, handle = owned
-    before = everything(eid)
-    for reason, failure_class in (
-        (None, "permanent"),
-        (b"x", ff_fast.FailureClass.PERMANENT),
-        ("x", "permanent"),
-        ("\ud800", None),
-    ):
-        with pytest.raises(errors.InvalidInput):
-            backend.fail(handle, reason, failure_class)
-    assert everything(eid) == before
 
 
 @pytest.mark.parametrize("retention_ms", [1, 50])

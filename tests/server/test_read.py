@@ -14,9 +14,6 @@ from ff_fast import (
     End,
     ExecutionNotFound,
     Gap,
-    InvalidCursor,
-    InvalidId,
-    InvalidInput,
     StreamCursor,
     StreamFrame,
     TailVisibility,
@@ -30,11 +27,11 @@ from ff_fast.errors import AttemptNotFound, LeaseExpired
 
 from ..conftest import connect_raw
 from ..reference_frames import check_told, wanted_of
+from ..shells import KINDS, Opener
 from ..waiting import wait_until
 from .readers import (
     BEST_EFFORT,
     DURABLE,
-    KINDS,
     MODES,
     Reader,
     Stepper,
@@ -45,8 +42,7 @@ from .readers import (
     sequences,
     wait_blocked,
 )
-from .shells import Opener
-from .test_append import Stream, live
+from .streams import Stream, live
 
 ALL = TailVisibility.ALL
 EXCLUDE = TailVisibility.EXCLUDE_BEST_EFFORT
@@ -181,18 +177,6 @@ def test_a_large_page_is_read_in_small_calls(backend, raw, attempt):
     assert calls["xread"] >= (5_000 - 64) // 1_024
 
 
-BAD_CURSORS = ["", "-1", "$", "+", "-", "end", "1", "1-", "-1-1", "1-1 ", "(1-1", "1-1-1", "x-1", "1-x", "1.0-1",
-               "0x1-1", "99999999999999999999-1", "1-9007199254740992", 5, 1.5, b"1-1", (1, 1), True]  # fmt: skip
-
-
-def test_a_bad_cursor_is_refused_before_anything_is_sent(shell, raw, attempt, subtests):
-    with counted(raw, "fcall_ro", "fcall", "xrange") as calls:
-        for after in BAD_CURSORS:
-            with subtests.test(after=after), pytest.raises(InvalidCursor):
-                shell.read_stream(attempt.eid, after=after)
-    assert not any(calls.values())
-
-
 @pytest.mark.parametrize(
     "after", [None, "start", "0-0", "0-1", "1-1", StreamCursor(0, 1), "0-9007199254740991"]
 )
@@ -202,29 +186,6 @@ def test_a_good_cursor_is_taken(after, shell, backend, attempt):
     ahead = after == "0-9007199254740991"
     assert sequences(page) == ([] if ahead else [1, 2] if after in (None, "start", "0-0") else [2])
     assert [gap.reason for gap in page.gaps] == (["cursor_ahead"] if ahead else [])
-
-
-BAD_OPTIONS = [
-    {"count": 0}, {"count": -1}, {"count": 10_001}, {"count": 1.0}, {"count": "5"}, {"count": True}, {"max_bytes": 0},
-    {"max_bytes": (64 << 20) + 1}, {"max_bytes": None}, {"visibility": "all"}, {"visibility": None},
-    {"attempt_index": -1}, {"attempt_index": 1.0}, {"attempt_index": "0"}, {"attempt_index": 2**32},
-]  # fmt: skip
-
-
-def test_a_bad_argument_is_refused_before_anything_is_sent(shell, raw, attempt, subtests):
-    with counted(raw, "fcall_ro", "fcall") as calls:
-        for options in BAD_OPTIONS:
-            with subtests.test(**options), pytest.raises(InvalidInput):
-                shell.read_stream(attempt.eid, **options)
-    assert not any(calls.values())
-
-
-@pytest.mark.parametrize("eid", ["", "x", "{fp:1}:nope", "{fp:1}:*", b"{fp:1}:x"])
-def test_a_bad_execution_id_is_refused(eid, shell):
-    with pytest.raises(InvalidId):
-        shell.read_stream(eid)
-    with pytest.raises(InvalidId):
-        shell.read_summary(eid)
 
 
 def test_what_is_not_there(shell, backend, lane, attempt):
@@ -473,12 +434,6 @@ def test_an_attempt_without_a_frame_ends(kind, backend, server, raw, attempt):
     assert reader.result() == [DONE]
     assert collect(kind, server.url, attempt.eid) == [DONE]
     assert backend.read_stream(attempt.eid).end_reason == "attempt_success"
-
-
-@pytest.mark.parametrize("after", ["+", "-", "+x", "1-", "nonsense"])
-def test_a_bad_cursor_is_invalid_input_and_no_server_error(after, shell, attempt):
-    with pytest.raises(InvalidInput, match="cursor"):
-        shell.read_stream(attempt.eid, after=after)
 
 
 @pytest.mark.parametrize("how", ["complete", "fail"])

@@ -22,8 +22,8 @@ from ff_fast.errors import InvalidType
 
 from ..conftest import connect_raw
 from ..reference_frames import run_of
-from .readers import BEST_EFFORT, DURABLE, KINDS, SUMMARY, Reader, begin, wait_blocked
-from .shells import Opener
+from ..shells import KINDS, Opener
+from .readers import BEST_EFFORT, DURABLE, SUMMARY, Reader, begin, wait_blocked
 
 TEXT = StreamMode.durable_summary(PatchKind.STRING_APPEND("/text"))
 DEEP = StreamMode.durable_summary(PatchKind.STRING_APPEND("/a~1b/0"))

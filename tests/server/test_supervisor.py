@@ -21,9 +21,10 @@ from ff_fast import (
 )
 from ff_fast._core import supervision as supervision_core
 
+from ..shells import KINDS, WORKER
 from ..waiting import wait_until
-from .test_append import server_ms
-from .workers import KINDS, WORKER, Supervisor
+from .streams import server_ms
+from .workers import Supervisor
 
 
 @pytest.fixture(params=KINDS)

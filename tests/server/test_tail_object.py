@@ -15,9 +15,9 @@ from ff_fast import BestEffortLiveConfig, End, Gap, StreamFrame, StreamMode, aio
 from ff_fast.embedded import EmbeddedServer
 
 from ..conftest import connect_raw
+from ..shells import Opener
 from ..waiting import wait_until
 from .readers import begin, blocked, sequences, wait_blocked
-from .shells import Opener
 
 
 @pytest.fixture(params=["sync", "asyncio"])

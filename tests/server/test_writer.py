@@ -24,8 +24,8 @@ from ff_fast._core import ops
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import MAX_INT, Outcome
 
-from .shells import Opener
-from .test_append import CODES, REFUSALS, Stream, server_ms, spoil
+from ..shells import KINDS, Opener
+from .streams import CODES, REFUSALS, Stream, server_ms, spoil
 
 MAX_PAYLOAD = 65_536
 LIVE = StreamMode.best_effort_live(60_000)
@@ -35,7 +35,7 @@ TEXT = StreamMode.durable_summary(PatchKind.STRING_APPEND("/text"))
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 
 
-@pytest.fixture(params=["sync", "asyncio"])
+@pytest.fixture(params=KINDS)
 def opener(request):
     opener = Opener(request.param)
     yield opener
@@ -282,26 +282,6 @@ def test_a_bad_patch_refuses_that_frame_alone(stream, backend, patch):
     assert backend.read_summary(stream.eid).document_json == b'{"a":[],"b":{}}'
 
 
-BAD_OPTIONS = [
-    ({"mode": "durable"}, errors.InvalidType),
-    ({"retention_maxlen": 0}, errors.InvalidInput),
-    ({"retention_maxlen": 1.5}, errors.InvalidType),
-    ({"max_unacknowledged_bytes": 0}, errors.InvalidInput),
-    ({"linger": -1}, errors.InvalidInput),
-    ({"linger": float("nan")}, errors.InvalidInput),
-    ({"linger": 1.001}, errors.InvalidInput),
-    ({"linger": "1"}, errors.InvalidInput),
-]
-
-
-@pytest.mark.parametrize("options, error", BAD_OPTIONS)
-def test_bad_options_open_no_writer(stream, backend, options, error):
-    before = stream.everything()
-    with pytest.raises(error):
-        backend.open_writer(stream.handle, **options)
-    assert stream.everything() == before
-
-
 # -- flush, drain, limits ----------------------------------------------------------------------------
 
 
@@ -509,12 +489,6 @@ def test_a_frame_is_appended_as_it_says(stream, backend):
     assert (one.correlation_id, one.mode) == ("c", "best_effort")
     assert (two.payload, two.frame_type, two.encoding) == (b"{}", "stdout", "utf8")
     assert outcome.stream_id == two.stream_id
-
-
-@pytest.mark.parametrize("value", [b"x", None, "x", 7])
-def test_only_a_frame_is_appended(stream, backend, value):
-    with pytest.raises(errors.InvalidType):
-        backend.append_frame(stream.handle, value)
 
 
 def test_a_frame_goes_through_the_writer_that_is_open(stream, backend):
@@ -872,24 +846,6 @@ def test_a_later_writer_continues_where_the_first_one_was(
 
 
 # -- retention ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text", ["foo", "Durable", "", None])
-def test_a_mode_that_does_not_exist_cannot_be_made(text):
-    with pytest.raises(errors.InvalidInput):
-        StreamMode(text)
-
-
-@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -0.5, 0, 2])
-def test_an_alpha_that_is_no_share_cannot_be_made(alpha):
-    with pytest.raises(errors.InvalidInput):
-        BestEffortLiveConfig(5_000, ema_alpha=alpha)
-
-
-@pytest.mark.parametrize("ttl", [0, -1, 0.4, float("nan"), 2**32])
-def test_a_window_without_a_time_cannot_be_made(ttl):
-    with pytest.raises(errors.InvalidInput):
-        StreamMode.best_effort_live(ttl)
 
 
 def test_a_live_window_always_expires(stream, backend, raw):

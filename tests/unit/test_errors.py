@@ -115,35 +115,37 @@ def test_the_table_names_every_class():
     assert {cls for _, cls, _, _ in TABLE} == here
 
 
-@pytest.mark.parametrize("code, cls, retryable, outcome", TABLE)
-def test_facts_of_every_class(code, cls, retryable, outcome):
-    error = make(cls)
-    assert (error.code, error.retryable, error.outcome) == (code, retryable, outcome)
-    assert isinstance(error, FFError)
-    assert error.unstored == ()
-    assert cls.__doc__
-    text = str(error)
-    assert text[0].isupper()
-    assert text.endswith(".")
-    assert "\n" not in text
+def test_facts_of_every_class(subtests):
+    for code, cls, retryable, outcome in TABLE:
+        with subtests.test(f"{code!r:.60}"):
+            error = make(cls)
+            assert (error.code, error.retryable, error.outcome) == (code, retryable, outcome)
+            assert isinstance(error, FFError)
+            assert error.unstored == ()
+            assert cls.__doc__
+            text = str(error)
+            assert text[0].isupper()
+            assert text.endswith(".")
+            assert "\n" not in text
 
 
-@pytest.mark.parametrize("cls", [cls for _, cls, _, _ in TABLE])
-def test_pickle_and_copy_keep_everything_but_what_was_not_stored(cls):
-    error = make(cls)
-    error.unstored = (CANARY,)
-    pickled = pickle.dumps(error)
-    assert CANARY.encode() not in pickled
-    assert CANARY not in f"{error} {error!r} {error.args}"
-    for twin, unstored in (
-        (pickle.loads(pickled), ()),
-        (copy.copy(error), (CANARY,)),
-        (copy.deepcopy(error), (CANARY,)),
-    ):
-        assert type(twin) is cls
-        assert (twin.args, twin.unstored) == (error.args, unstored)
-        assert {**vars(twin), "unstored": 0} == {**vars(error), "unstored": 0}
-        assert str(twin) == str(error)
+def test_pickle_and_copy_keep_everything_but_what_was_not_stored(subtests):
+    for cls in [cls for _, cls, _, _ in TABLE]:
+        with subtests.test(f"{cls!r:.60}"):
+            error = make(cls)
+            error.unstored = (CANARY,)
+            pickled = pickle.dumps(error)
+            assert CANARY.encode() not in pickled
+            assert CANARY not in f"{error} {error!r} {error.args}"
+            for twin, unstored in (
+                (pickle.loads(pickled), ()),
+                (copy.copy(error), (CANARY,)),
+                (copy.deepcopy(error), (CANARY,)),
+            ):
+                assert type(twin) is cls
+                assert (twin.args, twin.unstored) == (error.args, unstored)
+                assert {**vars(twin), "unstored": 0} == {**vars(error), "unstored": 0}
+                assert str(twin) == str(error)
 
 
 @pytest.mark.parametrize("cls", [errors.Unavailable, errors.DeadlineExceeded, errors.TlsFailed])
@@ -157,9 +159,8 @@ def test_pickle_and_copy_keep_what_the_system_said(cls):
     assert copy.copy(error).__cause__ is error.__cause__
 
 
-@pytest.mark.parametrize(
-    "cls, builtin",
-    [
+def test_builtin_families(subtests):
+    for cls, builtin in (
         (errors.InvalidInput, ValueError),
         (errors.InvalidType, TypeError),
         (errors.InvalidHandle, ValueError),
@@ -174,12 +175,11 @@ def test_pickle_and_copy_keep_what_the_system_said(cls):
         (errors.DeadlineExceeded, TimeoutError),
         (errors.AuthenticationFailed, PermissionError),
         (errors.PermissionDenied, PermissionError),
-    ],
-)
-def test_builtin_families(cls, builtin):
-    with pytest.raises(builtin) as caught:
-        raise make(cls)
-    assert type(caught.value) is cls
+    ):
+        with subtests.test(f"{cls!r:.60}"):
+            with pytest.raises(builtin) as caught:
+                raise make(cls)
+            assert type(caught.value) is cls
 
 
 def test_what_was_not_found_is_not_a_missing_key():
@@ -199,9 +199,8 @@ def test_a_subclass_without_a_code_keeps_its_parents():
     assert type(errors.for_code("stale_owner")) is errors.StaleOwner
 
 
-@pytest.mark.parametrize(
-    "code, details, cls, attributes",
-    [
+def test_answers_of_the_functions(subtests):
+    for code, details, cls, attributes in (
         ("stale_owner", [], errors.StaleOwner, {}),
         ("stale_owner", [CANARY.encode()], errors.StaleOwner, {}),
         ("sequence_gap", [b"5", b"9"], errors.SequenceGap, {"expected": 5, "got": 9}),
@@ -246,22 +245,20 @@ def test_a_subclass_without_a_code_keeps_its_parents():
         ("capability_mismatch", [b"\xff"], errors.ProtocolError, {}),
         ("capability_mismatch", [], errors.ProtocolError, {}),
         ("redirected", [], errors.ProtocolError, {}),
-    ],
-)
-def test_answers_of_the_functions(code, details, cls, attributes):
-    error = errors.for_code(code, details)
-    assert type(error) is cls
-    assert {name: getattr(error, name) for name in attributes} == attributes
-    assert CANARY not in f"{error} {error!r}"
+    ):
+        with subtests.test(f"{code!r:.60}"):
+            error = errors.for_code(code, details)
+            assert type(error) is cls
+            assert {name: getattr(error, name) for name in attributes} == attributes
+            assert CANARY not in f"{error} {error!r}"
 
 
 def test_invalid_input_names_the_argument():
     assert "previous_sequence" in str(errors.for_code("invalid_input", [b"previous_sequence"]))
 
 
-@pytest.mark.parametrize(
-    "text, cls",
-    [
+def test_server_errors_by_their_first_word(subtests):
+    for text, cls in (
         ("NOAUTH Authentication required.", errors.AuthenticationFailed),
         ("WRONGPASS invalid username-password pair", errors.AuthenticationFailed),
         (
@@ -289,13 +286,12 @@ def test_invalid_input_names_the_argument():
         ("", errors.InternalFunctionError),
         ("MOVED 99999 h:1", errors.ProtocolError),
         ("MOVED elsewhere", errors.ProtocolError),
-    ],
-)
-def test_server_errors_by_their_first_word(text, cls):
-    error = errors.from_server_error(f"{text} {CANARY}" if " " in text else text)
-    assert type(error) is cls
-    assert error.outcome is cls.outcome
-    assert CANARY not in f"{error} {error!r} {vars(error)}"
+    ):
+        with subtests.test(f"{text!r:.60}"):
+            error = errors.from_server_error(f"{text} {CANARY}" if " " in text else text)
+            assert type(error) is cls
+            assert error.outcome is cls.outcome
+            assert CANARY not in f"{error} {error!r} {vars(error)}"
 
 
 @pytest.mark.parametrize(
@@ -322,9 +318,8 @@ def test_a_failure_inside_a_function_may_follow_a_write(text, cls):
 USER = f"{CANARY}@'get'"  # no blank may stand in a user's name; everything else may
 
 
-@pytest.mark.parametrize(
-    "text, denied, command, sentence",
-    [
+def test_what_was_refused_is_named(subtests):
+    for text, denied, command, sentence in (
         (
             f"NOPERM User {USER} has no permissions to run the 'fcall' command",
             "command",
@@ -358,14 +353,13 @@ USER = f"{CANARY}@'get'"  # no blank may stand in a user's name; everything else
             "set",
             "run the command set that ff_append needs (lua/prelude.lua:1);",
         ),
-    ],
-)
-def test_what_was_refused_is_named(text, denied, command, sentence):
-    error = errors.from_server_error(text, "ff_append")
-    assert type(error) is errors.PermissionDenied
-    assert (error.denied, error.command, error.function) == (denied, command, "ff_append")
-    assert sentence in str(error)
-    assert CANARY not in f"{error} {error!r} {vars(error)}"
+    ):
+        with subtests.test(f"{text!r:.60}"):
+            error = errors.from_server_error(text, "ff_append")
+            assert type(error) is errors.PermissionDenied
+            assert (error.denied, error.command, error.function) == (denied, command, "ff_append")
+            assert sentence in str(error)
+            assert CANARY not in f"{error} {error!r} {vars(error)}"
 
 
 @pytest.mark.parametrize(

@@ -264,17 +264,18 @@ def test_weighing_counts_frames_and_bytes():
         weigh_entries([[b"1-1", [b"run", None]]])
 
 
-@pytest.mark.parametrize("count", [1, 2, 127, 128, 129, 255, 256, 257, 1000, 1023, 1024])
-def test_a_run_says_how_many_frames_it_holds(count):
-    payloads = [b"%d" % n for n in range(count)]
-    run = run_of(payloads, [0] * count)
-    assert len(reference.varint(count)) == (1 if count < 128 else 2)
-    entries = [[b"7-%d" % count, [b"run", run, b"correlation_id", b"c"]]]
-    assert weigh_entries(entries) == (count, len(run) + 1)
-    assert weigh_entries(entries * 3)[0] == 3 * count
-    got = decode_entries(entries, 0, live=True).frames
-    assert [frame.sequence for frame in got] == list(range(1, count + 1))
-    assert [frame.payload for frame in got] == payloads == decode_run(run, count)
+def test_a_run_says_how_many_frames_it_holds(subtests):
+    for count in (1, 2, 127, 128, 129, 255, 256, 257, 1000, 1023, 1024):
+        with subtests.test(f"{count!r:.60}"):
+            payloads = [b"%d" % n for n in range(count)]
+            run = run_of(payloads, [0] * count)
+            assert len(reference.varint(count)) == (1 if count < 128 else 2)
+            entries = [[b"7-%d" % count, [b"run", run, b"correlation_id", b"c"]]]
+            assert weigh_entries(entries) == (count, len(run) + 1)
+            assert weigh_entries(entries * 3)[0] == 3 * count
+            got = decode_entries(entries, 0, live=True).frames
+            assert [frame.sequence for frame in got] == list(range(1, count + 1))
+            assert [frame.payload for frame in got] == payloads == decode_run(run, count)
 
 
 def test_a_limit_inside_a_millisecond():
@@ -330,14 +331,15 @@ CHANGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_frames_compare_by_content(name):
-    assert frame() == frame()
-    assert hash(frame()) == hash(frame())
-    other = frame(**{name: CHANGES[name]})
-    assert frame() != other
-    assert not frame() == other  # noqa: SIM201 - both operators are under test
-    assert len({frame(), frame(), other}) == 2
+def test_frames_compare_by_content(subtests):
+    for name, value in CHANGES.items():
+        with subtests.test(f"{name!r:.60}"):
+            assert frame() == frame()
+            assert hash(frame()) == hash(frame())
+            other = frame(**{name: value})
+            assert frame() != other
+            assert not frame() == other  # noqa: SIM201 - both operators are under test
+            assert len({frame(), frame(), other}) == 2
 
 
 def test_frames_have_no_order_and_equal_nothing_else():

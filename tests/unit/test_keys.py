@@ -104,9 +104,8 @@ def test_canonical_form_is_a_fixed_point(eid):
 UUID = "550e8400-e29b-41d4-a716-446655440000"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_bad_execution_ids(subtests):
+    for text in (
         "",
         UUID,
         "{}:" + UUID,
@@ -144,11 +143,9 @@ UUID = "550e8400-e29b-41d4-a716-446655440000"
         "x*?[]",
         b"\xff",
         b"",
-    ],
-)
-def test_bad_execution_ids(text):
-    with pytest.raises(InvalidId, match="must look like"):
-        keys.canonical_execution_id(text)
+    ):
+        with subtests.test(f"{text!r:.60}"), pytest.raises(InvalidId, match="must look like"):
+            keys.canonical_execution_id(text)
 
 
 @given(st.text() | st.binary())
@@ -236,10 +233,10 @@ def test_good_lanes(lane):
     assert keys.lane_id(lane) == lane
 
 
-@pytest.mark.parametrize("lane", ["", "x" * 65, "a\n", "a\tb", "\x7f", "é", "\0", "\ud800"])
-def test_bad_lanes(lane):
-    with pytest.raises(InvalidId, match="printable ASCII"):
-        keys.lane_id(lane)
+def test_bad_lanes(subtests):
+    for lane in ("", "x" * 65, "a\n", "a\tb", "\x7f", "é", "\0", "\ud800"):
+        with subtests.test(f"{lane!r:.60}"), pytest.raises(InvalidId, match="printable ASCII"):
+            keys.lane_id(lane)
 
 
 def test_free_text_with_a_limit_of_its_own():
@@ -258,12 +255,10 @@ def test_good_free_text(text):
     assert keys.free_text("worker_id", text) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["", "é" * 129, "a" * 257, "a\n", "\r", "\0", "\x7f", "\x85", "\u2028", "\ud800"]
-)
-def test_bad_free_text(text):
-    with pytest.raises(InvalidId, match="worker_id must be"):
-        keys.free_text("worker_id", text)
+def test_bad_free_text(subtests):
+    for text in ("", "é" * 129, "a" * 257, "a\n", "\r", "\0", "\x7f", "\x85", "\u2028", "\ud800"):
+        with subtests.test(f"{text!r:.60}"), pytest.raises(InvalidId, match="worker_id must be"):
+            keys.free_text("worker_id", text)
 
 
 @pytest.mark.parametrize("text", ["a.b", "cairn.instance_id", "a_1.b.c", "a.0"])
@@ -271,10 +266,10 @@ def test_good_tag_keys(text):
     assert keys.tag_key(text) == text
 
 
-@pytest.mark.parametrize("text", ["", "a", "a.", ".b", "A.b", "a..b", "1.b", "a.b\n", "a.b-c"])
-def test_bad_tag_keys(text):
-    with pytest.raises(InvalidId):
-        keys.tag_key(text)
+def test_bad_tag_keys(subtests):
+    for text in ("", "a", "a.", ".b", "A.b", "a..b", "1.b", "a.b\n", "a.b-c"):
+        with subtests.test(f"{text!r:.60}"), pytest.raises(InvalidId):
+            keys.tag_key(text)
 
 
 @pytest.mark.parametrize("index", [-1, 2**32, True, 1.0, "1", " 5 ", None])
@@ -290,9 +285,8 @@ def test_a_refused_secret_is_not_quoted():
     assert "canary" not in f"{caught.value} {caught.value!r}"
 
 
-@pytest.mark.parametrize(
-    "key, hashed",
-    [
+def test_slots(subtests):
+    for key, hashed in (
         (b"abc", b"abc"),
         (b"{abc}d", b"abc"),
         (b"x{abc}{d}", b"abc"),
@@ -303,10 +297,9 @@ def test_a_refused_secret_is_not_quoted():
         (b"}{a}", b"a"),
         (b"{{a}}", b"{a"),
         (b"", b""),
-    ],
-)
-def test_slots(key, hashed):
-    assert keys.key_slot(key) == crc_hqx(hashed, 0) % 16_384
+    ):
+        with subtests.test(f"{key!r:.60}"):
+            assert keys.key_slot(key) == crc_hqx(hashed, 0) % 16_384
 
 
 LUA_KEYS = {
@@ -336,9 +329,10 @@ def test_the_table_is_complete_and_names_each_key_once():
     assert functions | set(LUA_KEYS) | {"PARTITIONS_CONFIG"} == set(TABLE)
 
 
-@pytest.mark.parametrize("name", LUA_KEYS)
-def test_lua_spells_a_key_as_the_table_does(name):
-    assert PLACES.split(TABLE[name].pattern) == LUA_KEYS[name]
+def test_lua_spells_a_key_as_the_table_does(subtests):
+    for name, parts in LUA_KEYS.items():
+        with subtests.test(f"{name!r:.60}"):
+            assert PLACES.split(TABLE[name].pattern) == parts
 
 
 SAMPLES = {
@@ -352,11 +346,12 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if callable(getattr(keys, name, None))])
-def test_a_function_spells_a_key_as_the_table_does(name):
-    function = getattr(keys, name)
-    given = {place: SAMPLES[place] for place in inspect.signature(function).parameters}
-    assert TABLE[name].matches(function(**given).decode())
+def test_a_function_spells_a_key_as_the_table_does(subtests):
+    for name in [name for name in TABLE if callable(getattr(keys, name, None))]:
+        with subtests.test(f"{name!r:.60}"):
+            function = getattr(keys, name)
+            given = {place: SAMPLES[place] for place in inspect.signature(function).parameters}
+            assert TABLE[name].matches(function(**given).decode())
 
 
 def test_no_part_of_lua_spells_a_key_by_itself():

@@ -53,26 +53,29 @@ VECTORS = [
 
 
 class TestRfc7396:
-    @pytest.mark.parametrize("target, patch, result", VECTORS)
-    def test_vector_under_a_key(self, target, patch, result):
-        # One level down every vector has an object at its root; null there removes the member.
-        wanted = b"{}" if result is None else b'{"k":' + result + b"}"
-        assert merged(b'{"k":' + target + b"}", b'{"k":' + patch + b"}") == wanted
+    def test_vector_under_a_key(self, subtests):
+        for target, patch, result in VECTORS:
+            with subtests.test(f"{target!r:.60}"):
+                # One level down every vector has an object at its root; null there removes the member.
+                wanted = b"{}" if result is None else b'{"k":' + result + b"}"
+                assert merged(b'{"k":' + target + b"}", b'{"k":' + patch + b"}") == wanted
 
-    @pytest.mark.parametrize("target, patch, result", VECTORS)
-    def test_vector_at_the_root(self, target, patch, result):
-        if not target.startswith(b"{"):
-            with pytest.raises(Corruption):
-                Document(target)
-            target = b"{}"
-        document = Document(target)
-        if patch.startswith(b"{"):
-            document.merge(patch)
-            assert document.dumps() == result
-        else:
-            with pytest.raises(InvalidPatch):
-                document.merge(patch)
-            assert document.dumps() == target
+    def test_vector_at_the_root(self, subtests):
+        for target, patch, result in VECTORS:
+            with subtests.test(f"{target!r:.60}"):
+                root = target
+                if not target.startswith(b"{"):
+                    with pytest.raises(Corruption):
+                        Document(target)
+                    root = b"{}"
+                document = Document(root)
+                if patch.startswith(b"{"):
+                    document.merge(patch)
+                    assert document.dumps() == result
+                else:
+                    with pytest.raises(InvalidPatch):
+                        document.merge(patch)
+                    assert document.dumps() == root
 
     def test_null_for_a_missing_target_removes(self):
         assert merged(b"{}", b'{"a":{"b":null}}') == b'{"a":{}}'
@@ -108,12 +111,13 @@ class TestDefects:
         document = b'{"a":[],"b":{"c":[[],{}]},"d":{}}'
         assert merged(document, b'{"e":[]}', b'{"f":1}') == document[:-1] + b',"e":[],"f":1}'
 
-    @pytest.mark.parametrize("root", [b"[]", b"[{}]", b"1", b'"a"', b"null", b"true", b"", b" "])
-    def test_root_must_be_an_object(self, root):
-        with pytest.raises(InvalidPatch, match="root must be an object"):
-            Document().merge(root)
-        with pytest.raises(Corruption, match="root must be an object"):
-            Document(root)
+    def test_root_must_be_an_object(self, subtests):
+        for root in (b"[]", b"[{}]", b"1", b'"a"', b"null", b"true", b"", b" "):
+            with subtests.test(f"{root!r:.60}"):
+                with pytest.raises(InvalidPatch, match="root must be an object"):
+                    Document().merge(root)
+                with pytest.raises(Corruption, match="root must be an object"):
+                    Document(root)
 
     @pytest.mark.parametrize(
         "array",
@@ -127,9 +131,8 @@ class TestDefects:
     def test_array_replaces_whatever_its_first_item(self, array):
         assert merged(b'{"k":{"a":1}}', b'{"k":' + array + b"}") == b'{"k":' + array + b"}"
 
-    @pytest.mark.parametrize(
-        "number",
-        [
+    def test_integers(self, subtests):
+        for number in (
             b"100000000000000",
             b"123456789012345",
             b"9007199254740993",
@@ -138,14 +141,12 @@ class TestDefects:
             b"-" + b"9" * 5000,
             b"0",
             b"-0",
-        ],
-    )
-    def test_integers(self, number):
-        self.keeps(number)
+        ):
+            with subtests.test(f"{number!r:.60}"):
+                self.keeps(number)
 
-    @pytest.mark.parametrize(
-        "number",
-        [
+    def test_floats(self, subtests):
+        for number in (
             b"0.30000000000000004",
             b"3.141592653589793238462643383279502884197",
             b"1.0",
@@ -154,11 +155,10 @@ class TestDefects:
             b"-1E-999",
             b"1.50e+007",
             b"0e0",
-        ],
-    )
-    def test_floats(self, number):
-        # 1e400 is legal JSON: it is kept, not refused, as nothing here converts it.
-        self.keeps(number)
+        ):
+            with subtests.test(f"{number!r:.60}"):
+                # 1e400 is legal JSON: it is kept, not refused, as nothing here converts it.
+                self.keeps(number)
 
     def keeps(self, number):
         document = b'{"n":' + number + b',"a":[' + number + b"," + number + b"]}"
@@ -173,16 +173,14 @@ class TestDefects:
         self.refuses(b'{"a":' + value + b"}")
         self.refuses(b'{"a":[' + value + b"]}")
 
-    @pytest.mark.parametrize(
-        "value",
-        [
+    def test_numbers_outside_the_grammar(self, subtests):
+        for value in (
             *(b"0x10", b"01", b"-01", b"00", b"1.", b".5", b"+1", b"-", b"--1", b"1.e5", b"1e"),
             *(b"1e+", b"1e1.5", b"1_000", b"1a", "\u0661".encode()),
-        ],
-    )
-    def test_numbers_outside_the_grammar(self, value):
-        self.refuses(b'{"a":' + value + b"}")
-        self.refuses(b'{"a":[' + value + b"]}")
+        ):
+            with subtests.test(f"{value!r:.60}"):
+                self.refuses(b'{"a":' + value + b"}")
+                self.refuses(b'{"a":[' + value + b"]}")
 
     def test_sentinel_inside_arrays_becomes_null(self):
         patch = b'{"a":["__ff_null__",["__ff_null__",{"b":"__ff_null__"}],"__ff_null_","x"]}'
@@ -235,23 +233,21 @@ class TestDefects:
         assert document.dumps() == b'{"b":"1234567890ab"}'
         assert Document().max_bytes == DEFAULT_MAX_BYTES == 16 * 1024 * 1024
 
-    @pytest.mark.parametrize(
-        "raw",
-        [
+    def test_invalid_utf8(self, subtests):
+        for raw in (
             *(b"\x80", b"\xff", b"\xc0\x80", b"\xc1\xbf", b"\xc3", b"\xe2\x82", b"\xe0\x80\x80"),
             *(b"\xed\xa0\x80", b"\xf0\x80\x80\x80", b"\xf4\x90\x80\x80", b"\xf5\x80\x80\x80"),
             *(b"\xf0\x9f\x98", b"abcdefgh\xffijklmnopq", b"\xc3\xa4\xff"),
-        ],
-    )
-    def test_invalid_utf8(self, raw):
-        self.refuses(b'{"a":"' + raw + b'"}')
-        self.refuses(b'{"' + raw + b'":1}')
-        self.refuses(b'{"a":"' + raw)
-        document = Document(b'{"a":"x"}')
-        for pointer, text in ((b"/a", raw), (b"/" + raw, b"x")):
-            with pytest.raises(InvalidPatch, match="UTF-8"):
-                document.append(pointer, text)
-        assert document.dumps() == b'{"a":"x"}'
+        ):
+            with subtests.test(f"{raw!r:.60}"):
+                self.refuses(b'{"a":"' + raw + b'"}')
+                self.refuses(b'{"' + raw + b'":1}')
+                self.refuses(b'{"a":"' + raw)
+                document = Document(b'{"a":"x"}')
+                for pointer, text in ((b"/a", raw), (b"/" + raw, b"x")):
+                    with pytest.raises(InvalidPatch, match="UTF-8"):
+                        document.append(pointer, text)
+                assert document.dumps() == b'{"a":"x"}'
 
     def test_slash_is_not_escaped_and_order_is_kept(self):
         assert merged(b'{"z":"a/b","a":1}', b'{"k/":"\\/"}') == b'{"z":"a/b","a":1,"k/":"/"}'
@@ -266,9 +262,8 @@ class TestDefects:
 
 
 class TestGrammar:
-    @pytest.mark.parametrize(
-        "text",
-        [
+    def test_refused(self, subtests):
+        for text in (
             *(
                 b"{",
                 b"}",
@@ -289,14 +284,12 @@ class TestGrammar:
             *(b'{"a":"\\ud800"}', b'{"a":"\\udc00"}', b'{"a":"\\ud800\\n"}', b'{"a":"\\ud800x"}'),
             *(b'{"a":"\\ud800\\ud800"}', b'{"a":"\\ud800\\u0041"}', b'{"a":"\\U0041"}'),
             *(b'{"a":"\\ud83d\\ude0', b'{"a":"\\ud83d\\', b'{"a":"\\ud83d', b'{"\\udfff":1}'),
-        ],
-    )
-    def test_refused(self, text):
-        TestDefects().refuses(text)
+        ):
+            with subtests.test(f"{text!r:.60}"):
+                TestDefects().refuses(text)
 
-    @pytest.mark.parametrize(
-        "spelling, ours",
-        [
+    def test_strings_have_one_spelling(self, subtests):
+        for spelling, ours in (
             (rb"\u0061\u005C\u0022\/", rb"a\\\"/"),
             (rb"\u000a\u0008\u0009\u000C\u000d\n\b\t\f\r", rb"\n\b\t\f\r\n\b\t\f\r"),
             (rb"\u0000\u001F\u007f", b"\\u0000\\u001f\x7f"),
@@ -305,15 +298,14 @@ class TestGrammar:
             (rb"\u0080\u07ff\u0800\uffff", "\u0080\u07ff\u0800\uffff".encode()),
             ("\u00e4\u20ac\U0001f600\u2028".encode(), "\u00e4\u20ac\U0001f600\u2028".encode()),
             (rb"0123456789\"0123456789\\", rb"0123456789\"0123456789\\"),
-        ],
-    )
-    def test_strings_have_one_spelling(self, spelling, ours):
-        assert merged(b"{}", b'{"' + spelling + b'":["' + spelling + b'"]}') == (
-            b'{"' + ours + b'":["' + ours + b'"]}'
-        )
-        document = Document()
-        document.append(b"/t", json.loads(b'"' + spelling + b'"').encode())
-        assert document.dumps() == b'{"t":"' + ours + b'"}'
+        ):
+            with subtests.test(f"{spelling!r:.60}"):
+                assert merged(b"{}", b'{"' + spelling + b'":["' + spelling + b'"]}') == (
+                    b'{"' + ours + b'":["' + ours + b'"]}'
+                )
+                document = Document()
+                document.append(b"/t", json.loads(b'"' + spelling + b'"').encode())
+                assert document.dumps() == b'{"t":"' + ours + b'"}'
 
     def test_key_identity_is_the_decoded_value(self):
         assert merged(b'{"a/\\n":1}', rb'{"\u0061\/\u000a":2}') == b'{"a/\\n":2}'
@@ -365,26 +357,27 @@ class TestSentinel:
     def test_stored_document(self):
         assert Document(b'{"a":["__ff_null__"]}').dumps() == b'{"a":[null]}'
 
-    @pytest.mark.parametrize("cut", range(12))
-    def test_append_that_completes_it_is_refused(self, cut):
-        head, tail = b"__ff_null__"[:cut], b"__ff_null__"[cut:]
-        starts = [Document(b'{"a":"' + head + b'"}')] if cut < 11 else []
-        for start in (b"{}", b'{"a":null}', b'{"a":""}'):
-            if cut == 11:
-                break
-            document = Document(start)
-            if cut:
-                document.append(b"/a", head)
-            starts.append(document)
-        for document in starts:
-            before = document.dumps()
-            for _ in range(2):
-                with pytest.raises(InvalidPatch, match="sentinel"):
-                    document.append(b"/a", tail)
-                assert (document.dumps(), document.size) == (before, len(before))
-            # As told: together with the next piece.
-            document.append(b"/a", tail + b"!")
-            assert document.dumps() == b'{"a":"__ff_null__!"}'
+    def test_append_that_completes_it_is_refused(self, subtests):
+        for cut in range(12):
+            with subtests.test(f"{cut!r:.60}"):
+                head, tail = b"__ff_null__"[:cut], b"__ff_null__"[cut:]
+                starts = [Document(b'{"a":"' + head + b'"}')] if cut < 11 else []
+                for start in (b"{}", b'{"a":null}', b'{"a":""}'):
+                    if cut == 11:
+                        break
+                    document = Document(start)
+                    if cut:
+                        document.append(b"/a", head)
+                    starts.append(document)
+                for document in starts:
+                    before = document.dumps()
+                    for _ in range(2):
+                        with pytest.raises(InvalidPatch, match="sentinel"):
+                            document.append(b"/a", tail)
+                        assert (document.dumps(), document.size) == (before, len(before))
+                    # As told: together with the next piece.
+                    document.append(b"/a", tail + b"!")
+                    assert document.dumps() == b'{"a":"__ff_null__!"}'
 
     def test_append_may_pass_it_by(self):
         document = Document(b'{"a":"x"}')
@@ -429,21 +422,19 @@ class TestAppend:
             document.append(pointer, b"+")
         assert document.dumps() == b'{"a":["s++",{"t":"u+","new":"+"},["v+","+"]]}'
 
-    @pytest.mark.parametrize(
-        "pointer",
-        [
+    def test_refused(self, subtests):
+        for pointer in (
             *(b"", b"a", b"a/b", b"/o", b"/a", b"/n", b"/t", b"/s/x", b"/n/x", b"/null/x"),
             *(b"/a/-", b"/a/00", b"/a/01", b"/a/2", b"/a/+1", b"/a/-1", b"/a/", b"/a/1x", b"/a/ 1"),
             *(b"/a/0/x", b"/a/1/x", b"/a/99999999999999999999999", "/a/\u0661".encode()),
             *(b"/~", b"/~2", b"/x~", b"/~/0", b"/x/~a", b"/o/" + b"x/" * MAX_DEPTH),
-        ],
-    )
-    def test_refused(self, pointer):
-        start = b'{"o":{},"a":["s",1],"n":1,"t":true,"s":"s","null":null}'
-        document = Document(start)
-        with pytest.raises(InvalidPatch):
-            document.append(pointer, b"x")
-        assert (document.dumps(), document.size) == (start, len(start))
+        ):
+            with subtests.test(f"{pointer!r:.60}"):
+                start = b'{"o":{},"a":["s",1],"n":1,"t":true,"s":"s","null":null}'
+                document = Document(start)
+                with pytest.raises(InvalidPatch):
+                    document.append(pointer, b"x")
+                assert (document.dumps(), document.size) == (start, len(start))
 
     def test_depth(self):
         document = Document()

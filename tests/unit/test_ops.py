@@ -461,28 +461,28 @@ def test_every_function_is_called_by_somebody():
     assert sorted([*CALLS, "ff_append"]) == sorted(HEADERS)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_keys_and_arguments_are_those_that_the_header_names(name):
-    op, arguments, repeated = CALLS[name]
-    header = HEADERS[name]
-    assert op.function == name.encode()
-    assert op.keys == keys_of(name)
-    assert tuple(arguments) == header.args
-    assert op.argv == (*arguments.values(), *repeated)
-    assert header.accepts("keys", len(op.keys))
-    assert header.accepts("args", len(op.argv))
-    # One slot a call, or a cluster refuses it.
-    slots = {keys.key_slot(key) for key in op.keys}
-    assert len(slots) <= (2 if name == "ff_version" else 1)
+def test_keys_and_arguments_are_those_that_the_header_names(subtests):
+    for name, (op, arguments, repeated) in CALLS.items():
+        with subtests.test(f"{name!r:.60}"):
+            header = HEADERS[name]
+            assert op.function == name.encode()
+            assert op.keys == keys_of(name)
+            assert tuple(arguments) == header.args
+            assert op.argv == (*arguments.values(), *repeated)
+            assert header.accepts("keys", len(op.keys))
+            assert header.accepts("args", len(op.argv))
+            # One slot a call, or a cluster refuses it.
+            slots = {keys.key_slot(key) for key in op.keys}
+            assert len(slots) <= (2 if name == "ff_version" else 1)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_the_request_is_the_call(name):
-    op, _, _ = CALLS[name]
-    command, function, count, *rest = parsed(op.command().request)
-    assert command == (b"FCALL_RO" if op.read_only else b"FCALL")
-    assert (function, count) == (name.encode(), b"%d" % len(op.keys))
-    assert rest == [*op.keys, *op.argv]
+def test_the_request_is_the_call(subtests):
+    for name, (op, _, _) in CALLS.items():
+        with subtests.test(f"{name!r:.60}"):
+            command, function, count, *rest = parsed(op.command().request)
+            assert command == (b"FCALL_RO" if op.read_only else b"FCALL")
+            assert (function, count) == (name.encode(), b"%d" % len(op.keys))
+            assert rest == [*op.keys, *op.argv]
 
 
 def test_only_a_claim_may_not_be_repeated():
@@ -547,14 +547,17 @@ CODES = sorted({code for header in HEADERS.values() for code in header.errors})
 RAISED = re.compile(r"ff\.err\('(\w+)'((?:, ?[^,()]+(?:\([^()]*\))?)*)\)")
 
 
-@pytest.mark.parametrize("code", CODES)
-def test_each_code_has_a_class_of_its_own(code):
-    error = errors.for_code(code, DETAILS.get(code, []))
-    assert type(error).__dict__["code"] == code == error.code
-    assert type(error) is not errors.ProtocolError
-    assert error.outcome is Outcome.NOT_APPLIED
-    of_code = [each for each in _subclasses(errors.FFError) if each.__dict__.get("code") == code]
-    assert of_code == [type(error)]
+def test_each_code_has_a_class_of_its_own(subtests):
+    for code in CODES:
+        with subtests.test(f"{code!r:.60}"):
+            error = errors.for_code(code, DETAILS.get(code, []))
+            assert type(error).__dict__["code"] == code == error.code
+            assert type(error) is not errors.ProtocolError
+            assert error.outcome is Outcome.NOT_APPLIED
+            of_code = [
+                each for each in _subclasses(errors.FFError) if each.__dict__.get("code") == code
+            ]
+            assert of_code == [type(error)]
 
 
 def _subclasses(cls):
@@ -589,15 +592,16 @@ def unpacked(name):
     return found
 
 
-@pytest.mark.parametrize("name", HEADERS)
-def test_keys_and_arguments_have_the_names_of_the_header(name):
-    header, names = HEADERS[name], unpacked(name)
-    assert names["args"] == header.args
-    declared = (*header.keys, *header.tails.get("keys", ()))
-    # The last ones may be there for their slot or for a client's ACL, and stay without a name.
-    assert set(names["keys"]) <= {"_", *(f"{key}_key" for key in declared)}
-    for given, key in zip(names["keys"], declared, strict=False):
-        assert given in ("_", f"{key}_key")
+def test_keys_and_arguments_have_the_names_of_the_header(subtests):
+    for name in HEADERS:
+        with subtests.test(f"{name!r:.60}"):
+            header, names = HEADERS[name], unpacked(name)
+            assert names["args"] == header.args
+            declared = (*header.keys, *header.tails.get("keys", ()))
+            # The last ones may be there for their slot or for a client's ACL, and stay without a name.
+            assert set(names["keys"]) <= {"_", *(f"{key}_key" for key in declared)}
+            for given, key in zip(names["keys"], declared, strict=False):
+                assert given in ("_", f"{key}_key")
 
 
 # -- answers -----------------------------------------------------------------------------------------
@@ -754,34 +758,35 @@ def test_every_answer_is_read_here():
     assert sorted([*ANSWERS, "ff_append", "ff_claim"]) == sorted(HEADERS)
 
 
-@pytest.mark.parametrize("name", ANSWERS)
-def test_an_answer_of_the_declared_form_is_read(name):
-    fields, value = ANSWERS[name]
-    assert HEADERS[name].accepts("returns", len(fields))
-    assert CALLS[name][0].answer([1, b"OK", *fields]) == value
+def test_an_answer_of_the_declared_form_is_read(subtests):
+    for name, (fields, value) in ANSWERS.items():
+        with subtests.test(f"{name!r:.60}"):
+            assert HEADERS[name].accepts("returns", len(fields))
+            assert CALLS[name][0].answer([1, b"OK", *fields]) == value
 
 
-@pytest.mark.parametrize("name", sorted(set(ANSWERS) - set(NOTHING_TO_READ)))
-def test_an_answer_of_another_form_is_not_understood(name):
-    op = CALLS[name][0]
-    fields, _ = ANSWERS[name]
-    bad = [
-        None,
-        7,
-        b"OK",
-        [],
-        [1],
-        [1, 2],
-        [1, b"OK", *fields[:-1], 5],
-    ]
-    read = READ_FIRST.get(name, 0)
-    bad.append([1, b"OK", *fields[:read], None, *fields[read + 1 :]])
-    # The version is asked of libraries of other contracts too, which may answer less.
-    if fields and name != "ff_version":
-        bad.append([1, b"OK", *fields[:-1]])
-    for reply in bad:
-        with pytest.raises((ProtocolError, Corruption)):
-            op.answer(reply)
+def test_an_answer_of_another_form_is_not_understood(subtests):
+    for name in sorted(set(ANSWERS) - set(NOTHING_TO_READ)):
+        with subtests.test(f"{name!r:.60}"):
+            op = CALLS[name][0]
+            fields, _ = ANSWERS[name]
+            bad = [
+                None,
+                7,
+                b"OK",
+                [],
+                [1],
+                [1, 2],
+                [1, b"OK", *fields[:-1], 5],
+            ]
+            read = READ_FIRST.get(name, 0)
+            bad.append([1, b"OK", *fields[:read], None, *fields[read + 1 :]])
+            # The version is asked of libraries of other contracts too, which may answer less.
+            if fields and name != "ff_version":
+                bad.append([1, b"OK", *fields[:-1]])
+            for reply in bad:
+                with pytest.raises((ProtocolError, Corruption)):
+                    op.answer(reply)
 
 
 # The first field that is read of an answer; before it stands what a repeat is known by.
@@ -802,9 +807,8 @@ def test_even_an_answer_without_a_field_has_its_form(name, reply):
         CALLS[name][0].answer(reply)
 
 
-@pytest.mark.parametrize(
-    "name, status, fields, value",
-    [
+def test_further_answers(subtests):
+    for name, status, fields, value in (
         ("ff_create_execution", b"OK", [], (None, [])),
         ("ff_create_execution", b"DUPLICATE", [b"l", b"1"], (None, [("l", b"1")])),
         ("ff_complete_execution", b"OK", [b"completed"], (None, [])),
@@ -870,19 +874,17 @@ def test_even_an_answer_without_a_field_has_its_form(name, reply):
         ),
         ("ff_read_tags", b"OK", [[]], {}),
         ("ff_fire_timer", b"OK", [b"later"], ("later", [])),
-    ],
-)
-def test_further_answers(name, status, fields, value):
-    assert HEADERS[name].accepts("returns", len(fields))
-    assert CALLS[name][0].answer([1, status, *fields]) == value
+    ):
+        with subtests.test(f"{name!r:.60}"):
+            assert HEADERS[name].accepts("returns", len(fields))
+            assert CALLS[name][0].answer([1, status, *fields]) == value
 
 
 NO_IDS = (b"", b"7", b"7-", b"-8", b"7-x", b"7-8-9")
 
 
-@pytest.mark.parametrize(
-    "name, status, fields",
-    [
+def test_a_half_understood_answer_is_none(subtests):
+    for name, status, fields in (
         ("ff_charge_budget", b"NO_VERDICT", [b"", b"0", b"0"]),
         ("ff_charge_budget", b"HARD_BREACH", [b"calls", b"4"]),
         ("ff_charge_budget", b"SOFT_BREACH", [b"calls", b"x", b"5"]),
@@ -907,11 +909,9 @@ NO_IDS = (b"", b"7", b"7-", b"-8", b"7-x", b"7-8-9")
             ("ff_describe_attempt", b"OK", [[b"last_id", bad], b"0", b"0", b"0", b""])
             for bad in NO_IDS
         ),
-    ],
-)
-def test_a_half_understood_answer_is_none(name, status, fields):
-    with pytest.raises((ProtocolError, Corruption)):
-        CALLS[name][0].answer([1, status, *fields])
+    ):
+        with subtests.test(f"{name!r:.60}"), pytest.raises((ProtocolError, Corruption)):
+            CALLS[name][0].answer([1, status, *fields])
 
 
 def test_a_description_holds_no_lease():
@@ -959,11 +959,12 @@ def test_a_refusal_is_its_error(name, subtests):
             assert str(caught.value) == str(wanted)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_an_error_reply_is_not_quoted(name):
-    op = CALLS[name][0]
-    with pytest.raises(errors.FunctionMissing):
-        op.answer(hiredis.ReplyError("ERR Function not found"))
-    with pytest.raises(errors.InternalFunctionError) as caught:
-        op.answer(hiredis.ReplyError("ERR s3cret payload script: x, on @user_function:1."))
-    assert "s3cret" not in repr(caught.value) + str(caught.value)
+def test_an_error_reply_is_not_quoted(subtests):
+    for name in CALLS:
+        with subtests.test(f"{name!r:.60}"):
+            op = CALLS[name][0]
+            with pytest.raises(errors.FunctionMissing):
+                op.answer(hiredis.ReplyError("ERR Function not found"))
+            with pytest.raises(errors.InternalFunctionError) as caught:
+                op.answer(hiredis.ReplyError("ERR s3cret payload script: x, on @user_function:1."))
+            assert "s3cret" not in repr(caught.value) + str(caught.value)

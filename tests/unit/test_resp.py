@@ -79,9 +79,8 @@ class Bytes(bytes):
     pass
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
+def test_refuses_what_it_would_have_to_guess(subtests):
+    for call, message in (
         ((b"f", ("k",), ()), "part 0 must be bytes, not str"),
         ((b"f", (), (b"ok", 7)), "part 1 must be bytes, not int"),
         ((b"f", (), (bytearray(b"x"),)), "part 0 must be bytes, not bytearray"),
@@ -91,11 +90,9 @@ class Bytes(bytes):
         (("f", (), ()), "function"),
         ((b"f", [b"k"], ()), "keys"),
         ((b"f", (), None), "argv"),
-    ],
-)
-def test_refuses_what_it_would_have_to_guess(call, message):
-    with pytest.raises(TypeError, match=message):
-        pack_fcall(*call)
+    ):
+        with subtests.test(f"{call!r:.60}"), pytest.raises(TypeError, match=message):
+            pack_fcall(*call)
 
 
 @pytest.mark.parametrize("part", ["x", 7, None, bytearray(b"x"), memoryview(b"x"), Bytes(b"x")])

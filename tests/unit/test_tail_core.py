@@ -352,9 +352,8 @@ class ServerError(Exception):
     """As hiredis gives error replies: a value."""
 
 
-@pytest.mark.parametrize(
-    "reply, error",
-    [
+def test_an_answer_of_another_form_is_an_error_of_ours(subtests):
+    for reply, error in (
         (b"text", ProtocolError),
         (5, ProtocolError),
         ([5], ProtocolError),
@@ -367,18 +366,16 @@ class ServerError(Exception):
         ([[LOG, [[b"x", [b"a", b"b"]]]]], Corruption),
         (ServerError("UNBLOCKED client unblocked via CLIENT UNBLOCK"), Unavailable),
         (ServerError("READONLY no"), NotPrimary),
-    ],
-)
-def test_an_answer_of_another_form_is_an_error_of_ours(reply, error):
-    core, _ = started()
-    core.step()
-    with pytest.raises(error):
-        core.receive(reply)
+    ):
+        with subtests.test(f"{reply!r:.60}"):
+            core, _ = started()
+            core.step()
+            with pytest.raises(error):
+                core.receive(reply)
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [
+def test_a_range_of_another_form_is_an_error_of_ours(subtests):
+    for reply in (
         None,
         b"x",
         [],
@@ -390,13 +387,12 @@ def test_an_answer_of_another_form_is_an_error_of_ours(reply, error):
         [1, b"OK", [], b"0-0", b"", [], b"0-0", b"", b"7-x", b"0", b"", b""],
         [1, b"OK", [], b"0-0", b"", [], b"0-0", b"", b"7", b"8", b"0", b"", b""],
         [2, 3],
-    ],
-)
-def test_a_range_of_another_form_is_an_error_of_ours(reply):
-    core = tail_core.TailCore(EID, 0, None, ALL)
-    core.step()
-    with pytest.raises(ProtocolError):
-        core.receive(reply)
+    ):
+        with subtests.test(f"{reply!r:.60}"):
+            core = tail_core.TailCore(EID, 0, None, ALL)
+            core.step()
+            with pytest.raises(ProtocolError):
+                core.receive(reply)
 
 
 def test_refusals_of_the_function_come_through():

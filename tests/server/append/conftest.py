@@ -1,0 +1,44 @@
+"""`ff_append` and `ff_open_writer` on real engines, called as any client may call them."""
+
+import pytest
+
+import ff_fast
+
+from ..streams import Stream, server_ms
+
+
+@pytest.fixture(scope="module")
+def backends():
+    opened = {}
+    yield opened
+    for backend in opened.values():
+        backend.close()
+
+
+@pytest.fixture
+def backend(engine, backends):
+    if engine.url not in backends:
+        backends[engine.url] = ff_fast.ValkeyBackend.connect(engine.url)
+    return backends[engine.url]
+
+
+@pytest.fixture
+def unopened(raw, backend, lane):
+    return Stream(raw, backend, lane)
+
+
+@pytest.fixture
+def stream(unopened):
+    unopened.open()
+    return unopened
+
+
+@pytest.fixture
+def next_ms(raw, wait_until):
+    """Wait until the server's clock shows another millisecond."""
+
+    def wait():
+        now = server_ms(raw)
+        wait_until(lambda: server_ms(raw) > now)
+
+    return wait

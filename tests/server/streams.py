@@ -1,0 +1,205 @@
+"""One attempt on a real server, and the calls of `ff_append` and `ff_open_writer` that any client may make."""
+
+from ff_fast import errors, keys
+from ff_fast._core import ops
+from ff_fast.errors import Outcome
+
+from ..reference_frames import run_of
+
+MAX_PAYLOAD = 65_536
+WRITER = b"writer-1"
+
+
+def number(value):
+    return b"%d" % value
+
+
+def block(plain, with_fields, count, fields, *values):
+    """A block of frames: one letter without fields, another with fields."""
+    if fields:
+        return [with_fields, number(count), number(len(fields) // 2), *fields, *values]
+    return [plain, number(count), *values]
+
+
+def log(*payloads, extras=()):
+    return block(b"L", b"X", len(payloads), extras, *payloads)
+
+
+def run_value(*payloads):
+    """What stands for several frames in the live window: one payload, or a run."""
+    ages = list(range(len(payloads) * 100, 0, -100))
+    return payloads[0] if len(payloads) == 1 else run_of(payloads, ages)
+
+
+def live(*payloads, fields=()):
+    return block(b"V", b"W", len(payloads), fields, run_value(*payloads))
+
+
+def patches(*payloads, base, fields=()):
+    version, count = base + len(payloads), len(payloads)
+    form = b"patch" if count == 1 else b"run"
+    about = [b"mode", b"summary", b"patch_kind", b"json-merge-patch", *fields]
+    about += [b"summary_version", number(version)]
+    return [
+        *block(b"", b"S", count, about, run_value(*payloads)),
+        b"%b:%d:%d:json-merge-patch:" % (form, version, count),
+        number(base),
+    ]
+
+
+class Stream:
+    """One attempt, and the calls that its worker could make."""
+
+    def __init__(self, raw, backend, lane, *, retry=None, **claim):
+        self.raw = raw
+        self.backend = backend
+        self.lane = lane
+        self.eid = backend.create_execution(
+            lane=lane, payload=b"in", tags={"a.b": "c"}, retry=retry
+        )
+        self.handle = self.claim(**claim)
+        attempt = ops.Attempt.of(self.handle)
+        self.fence = attempt.fence
+        self.keys = attempt.stream_keys
+        self.core = keys.core(self.eid)
+        self.meta, self.log, self.live, self.summary = self.keys
+
+    def claim(self, **options):
+        return self.backend.claim(lane=self.lane, worker_id="w", worker_instance_id="i", **options)
+
+    def child(self):
+        return self.backend.create_execution(lane=f"{self.lane[:50]}-child", parent_id=self.eid)
+
+    def call(self, function, keys, *args):
+        return self.raw.fcall(function, len(keys), *keys, *args)
+
+    def writer_id(self, writer=WRITER, fence=None):
+        return b":".join((*(fence or self.fence), writer))
+
+    def open(self, writer=WRITER, fence=None):
+        names = (self.core, self.meta, self.summary)
+        return self.call("ff_open_writer", names, self.writer_id(writer, fence))
+
+    def append(self, *blocks, first=1, previous=None, fence=None, writer=WRITER, names=None):
+        """The answer: (ms, sequence) of the position, or the error that the answer stands for.
+
+        *names* are those of the keys that the call is told of; all of them by default.
+        """
+        previous = number(first - 1) if previous is None else previous
+        args = [part for block in blocks for part in block]
+        writer_id = self.writer_id(writer, fence)
+        used = self.keys if names is None else [getattr(self, name) for name in names.split()]
+        before = server_ms(self.raw)
+        reply = self.call("ff_append", used, writer_id, previous, *args)
+        if isinstance(reply, list):
+            assert reply[0] == 0
+            return errors.for_code(reply[1].decode(), reply[2:])
+        identity, now, expires, cancel = reply.split(b" ")
+        ms, sequence = map(int, identity.split(b"-"))
+        assert before <= int(now) <= server_ms(self.raw)
+        assert int(now) < int(expires) == int(self.raw.hget(self.meta, "lease_expires_at"))
+        assert cancel in (b"0", b"1")
+        return ms, sequence
+
+    def everything(self):
+        """Every key of the execution, byte for byte, and when it expires."""
+        found = sorted(self.raw.keys(f"*{self.eid.partition(':')[2].partition(':')[2]}*"))
+        return {key: (self.raw.dump(key), self.raw.pexpiretime(key)) for key in found}
+
+    def refused(self, code, *blocks, **call):
+        """The error of a call that must change nothing."""
+        before = self.everything()
+        error = self.append(*blocks, **call)
+        assert self.everything() == before
+        assert isinstance(error, errors.FFError), error
+        assert (error.code, error.outcome) == (code, Outcome.NOT_APPLIED)
+        return error
+
+    def repeated(self, *blocks, **call):
+        """The answer to a call whose frames are all stored already: it must change nothing."""
+        before = self.everything()
+        answer = self.append(*blocks, **call)
+        assert self.everything() == before
+        return answer
+
+    def frames(self, **options):
+        return self.backend.read_stream(self.eid, 0, count=10_000, **options)
+
+    def payloads(self):
+        page = self.frames()
+        assert page.gaps == ()
+        assert [frame.sequence for frame in page] == list(range(1, len(page) + 1))
+        return [frame.payload for frame in page]
+
+    def set_last(self, *, ms=None, sequence=None):
+        """Change one part of the id of the last frame."""
+        stored_ms, stored_sequence = map(int, self.raw.hget(self.meta, "last_id").split(b"-"))
+        ms = stored_ms if ms is None else ms
+        sequence = stored_sequence if sequence is None else sequence
+        self.raw.hset(self.meta, "last_id", f"{ms}-{sequence}")
+
+
+def server_ms(raw):
+    seconds, micros = raw.time()
+    return seconds * 1000 + micros // 1000
+
+
+def _gone(stream):
+    stream.raw.delete(*stream.everything())
+
+
+def _other_lease(stream, call):
+    call["fence"] = (stream.fence[0], b"00000000-0000-4000-8000-000000000000", stream.fence[2])
+
+
+def _suspended(stream):
+    stream.raw.hset(stream.core, "state", "suspended")
+    stream.raw.hdel(stream.meta, "writer")
+
+
+def _closed(stream):
+    stream.raw.hset(stream.meta, "closed_at", "1")
+    stream.raw.hdel(stream.meta, "writer")
+
+
+def _lapsed(stream):
+    stream.raw.hset(stream.meta, "lease_expires_at", "1")
+
+
+def _superseded(stream):
+    stream.open(b"writer-2")
+
+
+REFUSALS = [
+    ("execution_not_found", _gone, None, errors.ExecutionNotFound),
+    ("stale_owner", None, _other_lease, errors.StaleOwner),
+    ("suspended", _suspended, None, errors.ExecutionSuspended),
+    ("stream_closed", _closed, None, errors.StreamClosed),
+    ("lease_expired", _lapsed, None, errors.LeaseExpired),
+    ("writer_superseded", _superseded, None, errors.WriterSuperseded),
+    ("payload_too_large", None, lambda _, call: call.update(b=log(bytes(65_537))), errors.PayloadTooLarge),
+    ("invalid_input", None, lambda _, call: call.setdefault("b", [b"Z"]), errors.InvalidInput),
+    ("sequence_gap", None, lambda _, call: call.update(first=9), errors.SequenceGap),
+    ("summary_conflict", None, lambda _, call: call.setdefault("b", patches(b"{}", base=7)), errors.SummaryConflict),
+]  # fmt: skip
+CODES = [code for code, *_ in REFUSALS]
+
+
+def spoil(stream, refusals):
+    call = {}
+    # The writer is superseded while the execution still allows it.
+    for _, change, _, _ in reversed(refusals):
+        if change is not None:
+            change(stream)
+    for _, _, change, _ in refusals:
+        if change is not None:
+            change(stream, call)
+    return call.pop("b", log(b"x")), call
+
+
+def replaced(block, at, value):
+    return [*block[:at], value, *block[at + 1 :]]
+
+
+def visible(stream):
+    return stream.raw.hget(stream.meta, "visible_sequence")

@@ -1,0 +1,262 @@
+"""Leases that are kept, and what happens when one is lost."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+import ff_fast
+from ff_fast import (
+    ClaimPolicy,
+    HandleKind,
+    aio,
+    errors,
+    keys,
+)
+from ff_fast._core.leases import is_lease_lost
+
+from ...shells import WORKER
+from ...waiting import wait_until
+from ..streams import server_ms
+from ..workers import opened, until
+from .attempts import RETRY, read
+
+
+def lapse(raw, eid):
+    """Let the lease of an execution run out, by the server's clock."""
+    fields = raw.hgetall(keys.core(eid))
+    meta = keys.meta(eid, int(fields[b"current_attempt_index"]))
+    raw.hset(meta, "lease_expires_at", server_ms(raw))
+    raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"lease:{eid}": server_ms(raw)})
+
+
+def test_a_lease_that_is_lost_in_the_middle(worker, backend, lane, state, supervisor, raw):
+    lost, over = threading.Event(), threading.Event()
+    found = []
+
+    def handler(task):
+        writer = yield opened(task)
+        task.write("mine")
+        yield task.flush()
+        lost.set()
+        yield until(task, lambda: task.cancelled)
+        with pytest.raises(errors.FFError) as caught:
+            task.write("too late")
+        found.append((caught.value, writer.error))
+        over.set()
+        return b"not mine any more"
+
+    running = worker(handler, lease_ttl_ms=300)
+    eid = backend.create_execution(lane=lane, retry=RETRY)
+    assert lost.wait(10)
+    lapse(raw, eid)
+    other = backend.claim(lane=lane, **WORKER, policy=ClaimPolicy.with_max_wait(10))
+    assert (other.kind, other.fields().attempt_index) == (HandleKind.RESUMED, 1)
+    assert over.wait(10)
+    running.ask()
+    running.result()
+    for error in found[0]:
+        assert is_lease_lost(error)
+    # What the successor does is all that counts: it was neither completed, failed nor cancelled under it.
+    assert backend.describe(eid).state == "active"
+    backend.complete(other, b"the successor's")
+    assert backend.read_result(eid) == b"the successor's"
+    assert read(backend, eid, 0) == ([b"mine"], "producer_lost")
+
+
+def test_a_short_lease_is_kept_under_load(worker, backend, lane, state, supervisor):
+    started = threading.Event()
+
+    def handler(task):
+        # Longer than its lease.
+        end = time.monotonic() + 1.2
+        started.set()
+        yield opened(task)
+
+        def step():
+            task.write("x" * 100)
+            sum(range(2_000))
+            return time.monotonic() > end
+
+        yield until(task, step)
+
+    worker(handler, lease_ttl_ms=500)
+    eid = backend.create_execution(lane=lane)
+    assert started.wait(10)
+    load = threading.Event()
+
+    def spin():
+        while not load.is_set():
+            sum(range(1_000))
+
+    spinner = threading.Thread(target=spin, daemon=True)
+    spinner.start()
+    try:
+        assert state(eid) == "completed"
+    finally:
+        load.set()
+        spinner.join()
+    assert backend.describe(eid).attempt_count == 1
+
+
+def test_the_keeper_tells_the_writer_at_once(backend, lane):
+    eid = backend.create_execution(lane=lane)
+    handle = backend.claim(lane=lane, **WORKER, lease_ttl_ms=300)
+    told = []
+    with backend.keep_lease(handle, told.append) as keeper:
+        writer = backend.open_writer(handle)
+        writer.write("stored")
+        writer.flush()
+        backend.cancel(eid)
+        wait_until(lambda: told)
+        # Nothing was written since: the keeper alone has told it.
+        assert isinstance(writer.error, errors.ExecutionNotActive)
+        with pytest.raises(errors.ExecutionNotActive):
+            writer.write("late")
+    assert keeper.error is told[0]
+    assert len(told) == 1
+    wait_until(lambda: not keeper._thread.is_alive())
+
+
+def test_the_keeper_of_asyncio_tells_the_writer_at_once(server, lane):
+    async def main():
+        async with aio.ValkeyBackend.connect(server.url) as backend:
+            eid = await backend.create_execution(lane=lane)
+            handle = await backend.claim(lane=lane, **WORKER, lease_ttl_ms=300)
+            told = []
+            async with backend.keep_lease(handle, told.append) as keeper:
+                writer = await backend.open_writer(handle)
+                writer.write("stored")
+                await writer.flush()
+                await backend.cancel(eid)
+                assert await keeper.wait_lost(10)
+                assert isinstance(writer.error, errors.ExecutionNotActive)
+            assert keeper.error is told[0]
+
+    asyncio.run(main())
+
+
+def _renewing(outcomes):
+    """A renewal that raises or returns what it is told, and counts."""
+    calls = []
+
+    def renew(*_):
+        calls.append(time.monotonic())
+        outcome = outcomes[min(len(calls), len(outcomes)) - 1]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return ff_fast.LeaseRenewal(1, 1)
+
+    return renew, calls
+
+
+def test_a_renewal_that_fails_is_tried_again_soon_until_the_lease_lapses():
+    renew, calls = _renewing([errors.Unavailable()])
+    told = []
+    began = time.monotonic()
+    keeper = ff_fast.LeaseKeeper(240, renew, told.append)
+    wait_until(lambda: told)
+    assert isinstance(told[0], errors.LeaseExpired)
+    assert time.monotonic() - began >= 0.24
+    assert len(calls) > 3
+    assert not keeper.held
+    keeper.stop()
+
+
+def test_a_renewal_that_passes_again_keeps_the_lease():
+    renew, calls = _renewing([errors.Unavailable(), errors.OutcomeUnknown(), None])
+    told = []
+    with ff_fast.LeaseKeeper(200, renew, told.append) as keeper:
+        wait_until(lambda: len(calls) > 5)
+        assert keeper.held
+    assert told == []
+    assert not keeper._thread.is_alive()
+
+
+def test_a_lease_as_long_as_it_may_be_is_kept():
+    with ff_fast.LeaseKeeper(2**48, lambda _: None, lambda _: None) as keeper:
+        assert keeper._thread.is_alive()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_callback_that_raises_ends_the_keeper_only():
+    renew, _ = _renewing([errors.StaleOwner()])
+
+    def on_lost(error):
+        raise ValueError("the caller's")
+
+    keeper = ff_fast.LeaseKeeper(30, renew, on_lost)
+    wait_until(lambda: not keeper._thread.is_alive())
+    assert isinstance(keeper.error, errors.StaleOwner)
+    keeper.stop()
+
+
+def test_a_callback_of_asyncio_that_raises_is_reported_by_the_loop(server, lane):
+    async def main():
+        complaints = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, c: complaints.append(c))
+
+        def on_lost(error):
+            raise ValueError("the caller's")
+
+        async with aio.ValkeyBackend.connect(server.url) as backend:
+            eid = await backend.create_execution(lane=lane)
+            handle = await backend.claim(lane=lane, **WORKER, lease_ttl_ms=60)
+            async with backend.keep_lease(handle, on_lost) as keeper:
+                await backend.cancel(eid)
+                assert await keeper.wait_lost(10)
+            assert isinstance(keeper.error, errors.ExecutionNotActive)
+            await keeper.stop()
+        (complaint,) = complaints
+        assert str(complaint["exception"]) == "the caller's"
+
+    asyncio.run(main())
+
+
+def test_stopping_a_keeper_of_asyncio_in_the_middle_of_a_renewal():
+    async def main():
+        begun = asyncio.Event()
+        told = []
+
+        async def renew():
+            begun.set()
+            await asyncio.get_running_loop().create_future()
+
+        keeper = aio.LeaseKeeper(300, renew, told.append, lambda: False)
+        keeper._start(asyncio.get_running_loop().create_task)
+        await begun.wait()
+        await asyncio.wait_for(keeper.stop(), 5)
+        await keeper.stop()
+        assert told == []
+        assert keeper.error is None
+        # And one that hangs is over when the lease is.
+        keeper = aio.LeaseKeeper(100, renew, told.append, lambda: False)
+        keeper._start(asyncio.get_running_loop().create_task)
+        assert await keeper.wait_lost(5)
+        assert isinstance(told[0], errors.LeaseExpired)
+        await keeper.stop()
+
+    asyncio.run(main())
+
+
+def test_closing_the_backend_ends_its_keepers(kind, server, lane, backend):
+    backend.create_execution(lane=lane)
+    told = []
+    if kind == "sync":
+        own = ff_fast.ValkeyBackend.connect(server.url)
+        keeper = own.keep_lease(own.claim(lane=lane, **WORKER), told.append)
+        own.close()
+        wait_until(lambda: not keeper._thread.is_alive())
+    else:
+
+        async def main():
+            own = await aio.ValkeyBackend.connect(server.url)
+            keeper = own.keep_lease(await own.claim(lane=lane, **WORKER), told.append)
+            await own.close()
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            return keeper
+
+        keeper = asyncio.run(main())
+    assert isinstance(told[0], errors.Unavailable)
+    assert not keeper.held

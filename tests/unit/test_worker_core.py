@@ -1,0 +1,532 @@
+"""What a worker does with a claimed execution, action by action: no server, no handler, no thread."""
+
+import asyncio
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+
+from ff_fast import TaskFailed, TaskReleased, errors
+from ff_fast._core import worker
+from ff_fast._core.deployment import Deployment
+from ff_fast._core.worker import (
+    CallHandler,
+    CloseWriter,
+    Raised,
+    Returned,
+    Run,
+    TaskState,
+    UseWriter,
+    WaitLost,
+    attend,
+    failure_of,
+    is_handlers_own,
+    is_release,
+    result_of,
+)
+from ff_fast.types import (
+    FailureClass,
+    FailureReason,
+    Handle,
+    HandleKind,
+    StreamMode,
+)
+
+from .script import functions, request_of, run, words
+from .test_ops import DESCRIBED, STORED_SIGNAL
+
+EID = "{fp:1}:550e8400-e29b-41d4-a716-446655440000"
+HANDLE = Handle.encode(
+    execution_id=EID,
+    attempt_index=2,
+    attempt_id="attempt-1",
+    lease_id="11111111-2222-4333-8444-555555555555",
+    lease_epoch=4,
+    lease_ttl_ms=30_000,
+    lane_id="lane",
+    worker_instance_id="w-1",
+)
+OK = [1, b"OK"]
+NO_HINTS = [*OK, b"completed"]
+OPENED = [*OK, b"0-0", b"0", b"", b"0"]
+
+LOAD = "ff_read_payload"
+START = [LOAD, "use writer", "handler"]
+COMPLETE = "ff_complete_execution"
+CANCEL = "ff_describe_execution"
+
+RETURNED = Returned(b"result")
+BROKEN = Raised(ValueError("broken"))
+LOST = errors.LeaseExpired()
+AWAY = errors.Unavailable()
+# Not retryable, and no word about the lease.
+REFUSED = errors.PermissionDenied()
+
+
+class Keeper:
+    held = True
+    cancel_requested = False
+
+
+class Attended:
+    """One run of `attend`: what it did, and the error that it ended with.
+
+    Args:
+        outcomes: For an action, what comes of it each time that it is performed: a value, an error to be raised, or a
+            function of the task that returns one of these. Where they are used up, it just succeeds.
+        task: Attributes of the task.
+        closed: Whether the backend is closed.
+    """
+
+    def __init__(self, outcomes=None, *, closed=False, **task):
+        self.task = TaskState(HANDLE)
+        self.task._keeper = Keeper()
+        self.backend = SimpleNamespace(closed=closed, _deployment=Deployment(4))
+        self.did = []
+        self.calls = []
+        self.error = None
+        for name, value in task.items():
+            setattr(self.task, name, value)
+        self._outcomes = defaultdict(list, {k: list(v) for k, v in (outcomes or {}).items()})
+        self._drive(attend(self.backend, self.task, None))
+
+    def _drive(self, actions):
+        try:
+            action = next(actions)
+            while True:
+                try:
+                    value = self._perform(action)
+                except BaseException as error:  # noqa: BLE001 - the core decides what it means
+                    action = actions.throw(error)
+                else:
+                    action = actions.send(value)
+        except StopIteration:
+            return
+        except BaseException as error:  # noqa: BLE001 - what the worker ends with
+            self.error = error
+
+    def _perform(self, action):
+        name = self._name(action)
+        self.did.append(name)
+        outcome = self._outcomes[name].pop(0) if self._outcomes[name] else None
+        if callable(outcome):
+            outcome = outcome(self)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def _name(self, action):
+        match action:
+            case Run(made):
+                (first, *_) = words(request_of(next(made.steps())))
+                self.calls.append(first)
+                if first[1] == b"ff_fail_execution":
+                    return f"fail {first[-2].decode()}"
+                return functions([first])[0]
+            case UseWriter():
+                self.task._current_writer = SimpleNamespace(cancel_requested=False)
+                return "use writer"
+            case CallHandler():
+                return "handler"
+            case CloseWriter(None):
+                return "close"
+            case CloseWriter(seconds):
+                return f"close within {seconds:g} s"
+            case WaitLost(seconds):
+                return f"wait {seconds:g} s"
+
+
+def released(of):
+    """The handler has released the lease, as ``suspend`` does."""
+    of.task._released = True
+    return Raised(TaskReleased())
+
+
+def released_in_tasks(of):
+    of.task._released = True
+    return Raised(
+        BaseExceptionGroup("", [TaskReleased(), BaseExceptionGroup("", [TaskReleased()])])
+    )
+
+
+def released_and_more(of):
+    of.task._released = True
+    return Raised(BaseExceptionGroup("", [TaskReleased(), ValueError()]))
+
+
+def swallowed(of):
+    of.task._released = True
+    return RETURNED
+
+
+def cancelled_through(where):
+    """The news of a cancellation came, with a renewal or an append; the handler returns."""
+
+    def ended(of):
+        getattr(of.task, where).cancel_requested = True
+        return RETURNED
+
+    return ended
+
+
+def cancelled_and_broken(of):
+    of.task._keeper.cancel_requested = True
+    return BROKEN
+
+
+def loses(outcome):
+    """The lease is lost meanwhile."""
+
+    def then(of):
+        of.task._lose(LOST)
+        return outcome
+
+    return then
+
+
+def lapses(of):
+    of.task._keeper.held = False
+
+
+def closes(of):
+    of.backend.closed = True
+
+
+# -- what a handler's end means -----------------------------------------------------------------------------------------
+
+ENDS = {
+    "returns": (Returned(b"x"), ["close", COMPLETE]),
+    "returns nothing": (Returned(None), ["close", COMPLETE]),
+    "returns what is no result": (Returned(7), ["close", "fail permanent"]),
+    "returns half a character": (Returned("\ud800"), ["close", "fail permanent"]),
+    "returns too much": (Returned(bytes((16 << 20) + 1)), ["close", "close", "fail transient"]),
+    "raises": (BROKEN, ["close", "fail transient"]),
+    "fails for good": (Raised(TaskFailed("no")), ["close", "fail permanent"]),
+    "fails as it says": (
+        Raised(TaskFailed("no", FailureClass.INFRA_CRASH)),
+        ["close", "fail infra_crash"],
+    ),
+    "raises an error of another execution": (
+        Raised(errors.ExecutionNotFound()),
+        ["close", "fail transient"],
+    ),
+    "releases": (released, []),
+    "releases in tasks of its own": (released_in_tasks, []),
+    "releases, and a task of its own fails": (released_and_more, ["close"]),
+    "swallows the release": (swallowed, ["close"]),
+    "pretends to release": (Raised(TaskReleased()), ["close", "fail transient"]),
+    "returns, told by a renewal": (cancelled_through("_keeper"), ["close", CANCEL]),
+    "returns, told by an append": (cancelled_through("_current_writer"), ["close", CANCEL]),
+    "raises, told to stop": (cancelled_and_broken, ["close", CANCEL]),
+    "returns after the loss of the lease": (loses(RETURNED), ["close"]),
+    "raises after the loss of the lease": (loses(BROKEN), ["close"]),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_execution_ends_as_its_handler(end):
+    outcome, then = ENDS[end]
+    attended = Attended({"handler": [outcome]})
+    assert attended.did == START + then
+    assert attended.error is None
+
+
+@pytest.mark.parametrize(
+    "interrupt", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()]
+)
+def test_an_interrupt_hands_back_and_is_raised(interrupt):
+    attended = Attended({"handler": [interrupt]})
+    assert attended.did == [*START, "close within 2 s", "fail infra_crash"]
+    assert attended.error is interrupt
+
+
+def test_the_result_is_sent_with_the_fence_of_the_handle():
+    (_, complete) = Attended({"handler": [Returned("é")]}).calls
+    assert complete[4:] == [b"2", b"11111111-2222-4333-8444-555555555555", b"4", "é".encode()]
+
+
+def test_the_failure_is_sent_with_its_reason_and_detail():
+    failure = TaskFailed(FailureReason("no", b"{}"), FailureClass.TIMEOUT)
+    (_, fail) = Attended({"handler": [Raised(failure)]}).calls
+    assert fail[-3:] == [b"no", b"timeout", b"{}"]
+
+
+# -- the start ----------------------------------------------------------------------------------------------------------
+
+STARTS = {
+    "the lease is lost": ({LOAD: [LOST]}, [LOAD], None),
+    "the server is away": ({LOAD: [AWAY]}, [LOAD, "close within 2 s", "fail infra_crash"], None),
+    "refused for good": (
+        {LOAD: [REFUSED]},
+        [LOAD, "close within 2 s", "fail infra_crash"],
+        REFUSED,
+    ),
+    "no writer": (
+        {"use writer": [AWAY]},
+        [LOAD, "use writer", "close within 2 s", "fail infra_crash"],
+        None,
+    ),
+    "a defect": (
+        {"use writer": [ZeroDivisionError()]},
+        [LOAD, "use writer", "close within 2 s", "fail infra_crash"],
+        ZeroDivisionError,
+    ),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_handler_that_cannot_start(start):
+    outcomes, did, error = STARTS[start]
+    attended = Attended(outcomes)
+    assert attended.did == did
+    assert attended.error is error or isinstance(attended.error, error)
+
+
+def loading(replies, kind=HandleKind.FRESH, mode=None):
+    """The first action of a worker, carried out: what was asked, its value, and the task."""
+    task = TaskState(HANDLE.replace(kind=kind))
+    backend = SimpleNamespace(closed=False, _deployment=Deployment(4))
+    action = next(attend(backend, task, mode))
+    asked, value = run(action.call.steps(), replies)
+    return functions(asked), value, task
+
+
+def test_it_reads_the_payload_and_opens_the_writer_in_one_round_trip():
+    asked, state, task = loading([[*OK, b"prompt"], OPENED], mode=StreamMode.durable_summary())
+    assert asked == [LOAD, "ff_open_writer"]
+    assert (task.payload, task.signals, task.resumed) == (b"prompt", (), False)
+    assert (task.execution_id, task.attempt_index) == (EID, 2)
+    assert state.options.mode == StreamMode.durable_summary()
+    assert state.opened.last_sequence == 0
+
+
+def test_one_that_goes_on_reads_its_signals_too():
+    asked, _, task = loading([[*OK, b""], OPENED, [*OK, [STORED_SIGNAL]]], HandleKind.RESUMED)
+    assert asked == [LOAD, "ff_open_writer", "ff_observe_signals"]
+    assert task.resumed
+    assert [each.signal_name for each in task.signals] == ["go"]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_refusal_of_either_read_is_raised(at):
+    replies = [[*OK, b""], OPENED]
+    replies[at] = [0, b"execution_not_found"]
+    assert isinstance(loading(replies)[1], errors.ExecutionNotFound)
+
+
+# -- storing the rest, and the end ----------------------------------------------------------------------------------------
+
+AGAIN = "wait 0.25 s"
+LATER = {
+    "frames that cannot be stored": (
+        {"close": [errors.OutOfMemory()]},
+        ["close", "close", "fail transient"],
+    ),
+    "frames that cannot be stored, twice": (
+        {"close": [errors.OutOfMemory(), errors.OutOfMemory()]},
+        ["close", "close", "fail transient"],
+    ),
+    "a result that the server refuses": (
+        {COMPLETE: [errors.PayloadTooLarge(1, 2)]},
+        ["close", COMPLETE, "close", "fail transient"],
+    ),
+    "a server that is away": (
+        {COMPLETE: [AWAY, errors.OutcomeUnknown()]},
+        ["close", COMPLETE, AGAIN, COMPLETE, AGAIN, COMPLETE],
+    ),
+    "a lease that is lost to the call": ({COMPLETE: [LOST]}, ["close", COMPLETE]),
+    "an execution that ended meanwhile": (
+        {COMPLETE: [errors.ExecutionNotActive()]},
+        ["close", COMPLETE],
+    ),
+    "a lease that is lost while it waits": (
+        {COMPLETE: [AWAY], AGAIN: [loses(None)]},
+        ["close", COMPLETE, AGAIN],
+    ),
+    "a lease that lapses while it waits": (
+        {COMPLETE: [AWAY], AGAIN: [lapses]},
+        ["close", COMPLETE, AGAIN],
+    ),
+    "a backend that closes while it waits": (
+        {COMPLETE: [AWAY], AGAIN: [closes]},
+        ["close", COMPLETE, AGAIN],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_the_end_is_told_as_long_as_the_lease_is_held(what):
+    outcomes, did = LATER[what]
+    attended = Attended({"handler": [RETURNED], **outcomes})
+    assert attended.did == START + did
+    assert attended.error is None
+
+
+def test_a_failure_is_told_again_too():
+    attended = Attended({"handler": [BROKEN], "fail transient": [AWAY]})
+    assert attended.did == [*START, "close", "fail transient", AGAIN, "fail transient"]
+
+
+@pytest.mark.parametrize(
+    "outcomes, did",
+    [
+        ({"handler": [BROKEN], "fail transient": [REFUSED]}, ["close", "fail transient"]),
+        ({"handler": [cancelled_through("_keeper")], CANCEL: [REFUSED]}, ["close", CANCEL]),
+    ],
+)
+def test_an_end_that_is_refused_for_good_ends_the_worker(outcomes, did):
+    attended = Attended(outcomes)
+    assert attended.did == [*START, *did, "close within 2 s", "fail infra_crash"]
+    assert attended.error is REFUSED
+
+
+# -- handing back -------------------------------------------------------------------------------------------------------
+
+BACK = {
+    "stores what was written": ({}, ["close within 2 s", "fail infra_crash"]),
+    "tells also where nothing can be stored": (
+        {"close within 2 s": [AWAY]},
+        ["close within 2 s", "fail infra_crash"],
+    ),
+    "does not try again": (
+        {"fail infra_crash": [AWAY]},
+        ["close within 2 s", "fail infra_crash"],
+    ),
+    "gives up when its time is over": (
+        {"close within 2 s": [TimeoutError()]},
+        ["close within 2 s"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BACK)
+def test_a_worker_that_is_interrupted(what):
+    outcomes, did = BACK[what]
+    attended = Attended({"handler": [KeyboardInterrupt()], **outcomes})
+    assert attended.did == START + did
+    assert isinstance(attended.error, KeyboardInterrupt)
+
+
+def test_what_was_released_is_not_handed_back():
+    def interrupted(of):
+        of.task._released = True
+        return KeyboardInterrupt()
+
+    attended = Attended({"handler": [interrupted]})
+    assert attended.did == START
+
+
+def test_a_closed_backend_hands_nothing_back():
+    attended = Attended({"handler": [lambda of: closes(of) or KeyboardInterrupt()]})
+    assert attended.did == START
+    assert isinstance(attended.error, KeyboardInterrupt)
+
+
+def test_a_worker_that_is_thrown_away_does_nothing():
+    attended = attend(
+        SimpleNamespace(closed=False, _deployment=Deployment(4)), TaskState(HANDLE), None
+    )
+    next(attended)
+    attended.close()
+
+
+# -- a cancellation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "told, reason",
+    [
+        ([b"cancellation_reason", b"too expensive"], b"too expensive"),
+        ([], worker.CANCEL_REASON.encode()),
+    ],
+)
+def test_a_cancelled_task_ends_with_the_reason_of_whoever_asked(told, reason):
+    core = [*DESCRIBED[0], *told]
+    described = [*OK, core, *DESCRIBED[1:]]
+    cancelled = [*OK, b"cancelled", b"active"]
+    asked, value = run(worker._cancellation(TaskState(HANDLE)).steps(), [described, cancelled])
+    assert functions(asked) == ["ff_describe_execution", "ff_cancel_execution"]
+    assert asked[1][4:] == [reason, b"0"]
+    assert value.cancelled
+
+
+# -- values -------------------------------------------------------------------------------------------------------------
+
+
+class HostileError(Exception):
+    def __str__(self):
+        raise RuntimeError("no text either")
+
+
+@pytest.mark.parametrize(
+    "failure, reason",
+    [
+        (HostileError(), "HostileError"),
+        (ValueError("\ud800 x"), "ValueError: ? x"),
+        (ValueError("é" * 10_000), "ValueError: " + "é" * 2_042),
+        (TaskFailed("\ud800 y"), "? y"),
+        (TaskFailed("é" * 10_000), "é" * 2_048),
+        (TaskReleased("by itself"), "TaskReleased: by itself"),
+        (ExceptionGroup("some", [ValueError("a")]), "ExceptionGroup: some (1 sub-exception)"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_a_handler_raises_can_be_said(failure, reason):
+    told = failure_of(failure)
+    assert told.reason.message == reason
+    permanent = isinstance(failure, TaskFailed)
+    assert told.failure_class is (FailureClass.PERMANENT if permanent else FailureClass.TRANSIENT)
+
+
+@pytest.mark.parametrize("arguments", [(7,), (b"x",), ("x", "permanent"), ("x", None)])
+def test_what_a_task_failed_with_must_be_sayable(arguments):
+    with pytest.raises(errors.InvalidType):
+        TaskFailed(*arguments)
+
+
+@pytest.mark.parametrize(
+    "value, stored",
+    [(None, b""), (b"\x00\xff", b"\x00\xff"), ("é", "é".encode()), (bytearray(b"b"), b"b")],
+)
+def test_results(value, stored):
+    assert result_of(value) == stored
+
+
+@pytest.mark.parametrize("value", [7, [b"x"], "\ud800", {"a": 1}])
+def test_what_is_no_result(value):
+    with pytest.raises(TaskFailed, match="result of a handler") as caught:
+        result_of(value)
+    assert caught.value.failure_class is FailureClass.PERMANENT
+
+
+@pytest.mark.parametrize(
+    "error, release, own",
+    [
+        (TaskReleased(), True, True),
+        (BaseExceptionGroup("", [TaskReleased()]), True, True),
+        (BaseExceptionGroup("", [TaskReleased(), KeyboardInterrupt()]), False, False),
+        (ExceptionGroup("", [ValueError()]), False, True),
+        (ValueError(), False, True),
+        (SystemExit(), False, False),
+        (asyncio.CancelledError(), False, False),
+    ],
+)
+def test_whose_an_error_is(error, release, own):
+    assert is_release(error) is release
+    assert is_handlers_own(error) is own
+
+
+def test_a_task_whose_lease_is_lost_refuses_to_write():
+    task = TaskState(HANDLE)
+    task._current_writer = SimpleNamespace(cancel_requested=False, write=lambda payload: 1)
+    assert task.write(b"x") == 1
+    task._lose(LOST)
+    with pytest.raises(errors.LeaseExpired) as caught:
+        task.write(b"x")
+    # Each gets an error of its own: a traceback is added to it.
+    assert caught.value is not LOST
+    assert not task._holds_lease
+
+
+def test_before_it_has_a_writer_a_task_has_heard_of_no_cancellation():
+    assert not TaskState(HANDLE).cancel_requested

@@ -1,0 +1,197 @@
+"""Configurations and URLs."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ff_fast.errors import (
+    InvalidInput,
+    InvalidType,
+)
+from ff_fast.types import (
+    BackendConfig,
+    BackendRetry,
+    BackendTimeouts,
+    ValkeyConnection,
+)
+
+from .samples import CANARY
+
+
+def test_configuration_defaults():
+    config = BackendConfig.valkey("host.local", 6379)
+    connection = config.connection
+    assert (connection.host, connection.port) == ("host.local", 6379)
+    assert (connection.tls, connection.cluster) == (False, False)
+    assert (connection.username, connection.password, connection.db) == (None, None, 0)
+    assert (config.timeouts, config.retry) == (BackendTimeouts(), BackendRetry())
+
+
+def test_urls(subtests):
+    for url, fields in (
+        ("valkey://h", {"host": "h", "port": 6379, "tls": False, "db": 0}),
+        ("REDIS://h:7000", {"host": "h", "port": 7000, "tls": False}),
+        ("valkeys://h", {"tls": True}),
+        ("rediss://h/", {"tls": True, "db": 0}),
+        ("valkey://h/15", {"db": 15}),
+        ("valkey://10.0.0.1:1", {"host": "10.0.0.1", "port": 1}),
+        ("valkey://my_host.svc:65535", {"host": "my_host.svc", "port": 65_535}),
+        ("valkey://[::1]", {"host": "::1", "port": 6379}),
+        ("valkey://u:p@[fe80::1]:7000/2", {"host": "fe80::1", "port": 7000, "db": 2}),
+        ("valkey://u:p@h", {"username": "u", "password": "p"}),
+        ("valkey://:p@h", {"username": None, "password": "p"}),
+        ("valkey://u@h", {"username": "u", "password": None}),
+        ("valkey://u:a%40b%3A%2F%25%3F%C3%A9@h", {"password": "a@b:/%?é"}),
+        ("valkey://u:a@b:c@h", {"password": "a@b:c"}),
+        ("valkey://h?cluster=true", {"cluster": True}),
+        ("valkey://h?cluster=false", {"cluster": False}),
+        (
+            "valkeys://h?tls_ca_file=%2Fca+1.pem&tls_cert_file=/c&tls_key_file=/k",
+            {"tls_ca_file": "/ca+1.pem", "tls_cert_file": "/c", "tls_key_file": "/k"},
+        ),
+        ("unix:///run/v.sock", {"unix_path": "/run/v.sock", "host": "", "db": 0}),
+        (
+            "unix://u:p@/run/my%20v.sock?db=3",
+            {"unix_path": "/run/my v.sock", "db": 3, "username": "u", "password": "p"},
+        ),
+    ):
+        with subtests.test(f"{url!r:.60}"):
+            connection = BackendConfig.from_url(url).connection
+            assert {name: getattr(connection, name) for name in fields} == fields
+
+
+def test_url_timeout():
+    assert BackendConfig.from_url("valkey://h?timeout=2.5").timeouts == BackendTimeouts(2.5)
+
+
+def test_bad_urls_never_show_the_password(subtests):
+    for url in (
+        "",
+        "h",
+        "h:6379",
+        "http://@h",
+        "valkey:/@h",
+        "valkey://",
+        "valkey://@",
+        "valkey:///0",
+        "valkey://:6379",
+        "valkey://@h:",
+        "valkey://@h:0",
+        "valkey://@h:65536",
+        "valkey://@h:abc",
+        "valkey://@h:-1",
+        "valkey://@h:+1",
+        "valkey://@h:\u0665",
+        "valkey://@h:1:2",
+        "valkey://@::1",
+        "valkey://@[::1",
+        "valkey://@[::1]x",
+        "valkey://@[h]",
+        "valkey://@[]",
+        "valkey://@h,h2",
+        "valkey://@h/x",
+        "valkey://@h/-1",
+        "valkey://@h/0/1",
+        "valkey://@h/99999",
+        "valkey://@h/0#f",
+        "valkey://@h /0",
+        "valkey://@h\n",
+        "valkey://@h%41",
+        "valkey://%zz@h",
+        "valkey://%@h",
+        "valkey://%ff@h",
+        "valkey://@h?db=1",
+        "valkey://@h?cluster=yes",
+        "valkey://@h/1?cluster=true",
+        "valkey://@h?cluster=true&cluster=true",
+        "valkey://@h?cluster",
+        "valkey://@h?timeout=0",
+        "valkey://@h?timeout=-1",
+        "valkey://@h?timeout=nan",
+        "valkey://@h?timeout=1e3",
+        "valkey://@h?timeout=999999999",
+        "valkey://@h?tls_ca_file=/ca",
+        "valkeys://@h?tls_key_file=/k",
+        "valkeys://@h?tls_ca_file=%0A",
+        "valkeys://@h?ssl_cert_reqs=none",
+        "valkeys://@h?ssl_check_hostname=false",
+        "valkey://@h?&",
+        "unix://@",
+        "unix://@/",
+        "unix://@h/path",
+        "unix://@/path?db=x",
+        "unix://@/path?cluster=true",
+    ):
+        with subtests.test(f"{url!r:.60}"):
+            for bad in {url, url.replace("@", f"u:{CANARY}@"), url.replace("@", f":{CANARY}@")}:
+                with pytest.raises(InvalidInput) as caught:
+                    BackendConfig.from_url(bad)
+                chain, error = [], caught.value
+                while error is not None:
+                    chain.append(repr(error))
+                    error = error.__context__
+                assert CANARY not in " ".join(chain)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [f"valkey://u:{CANARY}/x@h", f"valkey://u:{CANARY}?{CANARY}@h", f"valkey://u:{CANARY}#@h"],
+)
+def test_a_password_that_was_not_escaped_is_not_shown(url):
+    with pytest.raises(InvalidInput) as caught:
+        BackendConfig.from_url(url)
+    assert CANARY not in repr(caught.value)
+
+
+@pytest.mark.parametrize("url", [None, b"valkey://h", 5, ValkeyConnection("h")])
+def test_urls_of_another_type(url):
+    with pytest.raises(InvalidType):
+        BackendConfig.from_url(url)
+
+
+@given(st.text(max_size=40).map("valkey://".__add__) | st.text(max_size=40))
+def test_any_url_is_understood_or_refused(url):
+    try:
+        config = BackendConfig.from_url(url)
+    except InvalidInput:
+        return
+    assert config.connection.host or config.connection.unix_path
+
+
+def test_bad_connections(subtests):
+    for fields in (
+        *({"host": bad} for bad in ("", "a b", "a/b", "a@b", "[::1]", "a\n", "::zz", "x:1", None)),
+        *({"port": bad} for bad in (0, 65_536, True, "6379", 6379.0, None)),
+        *({"db": bad} for bad in (-1, True, "0", None)),
+        *({name: bad} for name in ("tls", "cluster") for bad in (1, "true", None)),
+        {"cluster": True, "db": 1},
+        {"unix_path": "/s", "tls": True},
+        {"unix_path": "/s", "cluster": True},
+        {"unix_path": ""},
+        {"tls_ca_file": "/ca"},
+        {"tls": True, "tls_key_file": "/k"},
+        {"username": ""},
+        {"password": CANARY + "\ud800"},
+        {"password": CANARY.encode()},
+    ):
+        with subtests.test(f"{fields!r:.60}"):
+            with pytest.raises(InvalidInput) as caught:
+                ValkeyConnection(**{"host": "h", **fields})
+            assert CANARY not in repr(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"exponent_base": 0}, {"factor": -1}, {"number_of_retries": True}, {"jitter_percent": 101}],
+    ids=str,
+)
+def test_bad_retries(fields):
+    assert BackendRetry(2, 100, 5, 20).jitter_percent == 20
+    with pytest.raises(InvalidInput):
+        BackendRetry(**fields)
+
+
+def test_bad_configurations():
+    for bad in ({"connection": "valkey://h"}, {"timeouts": 5}, {"retry": None}):
+        with pytest.raises(InvalidType):
+            BackendConfig(**{"connection": ValkeyConnection("h"), **bad})
