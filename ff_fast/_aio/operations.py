@@ -43,7 +43,7 @@ def awaited(
     async def method(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await carry_out(self, make(self._deployment, *args, **kwargs))
 
-    return dressed(method, make, returns)
+    return dressed("Operations", method, make, returns)
 
 
 def of_handler(
@@ -55,7 +55,7 @@ def of_handler(
     async def method(self: S, handler: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await carry_out(self, handler, make(self._deployment, *args, **kwargs))
 
-    return dressed(method, make, "None", HANDLER)
+    return dressed("ValkeyBackend", method, make, "None", HANDLER)
 
 
 def method(

@@ -54,7 +54,7 @@ def of_task(
             make(self._backend._deployment, self.handle, *args, **kwargs)
         )
 
-    return dressed(method, make, hidden=2)
+    return dressed("Task", method, make, hidden=2)
 
 
 def releasing(
@@ -69,7 +69,7 @@ def releasing(
         self._released = True
         raise TaskReleased
 
-    return dressed(method, make, "NoReturn", hidden=2)
+    return dressed("Task", method, make, "NoReturn", hidden=2)
 
 
 def suspending(
@@ -87,7 +87,7 @@ def suspending(
         self.signals = await self._backend.observe_signals(self.handle)
         return self.signals
 
-    return dressed(method, make, "tuple[ResumeSignal, ...]", hidden=2)
+    return dressed("Task", method, make, "tuple[ResumeSignal, ...]", hidden=2)
 
 
 class Task(TaskState[Writer, LeaseKeeper]):

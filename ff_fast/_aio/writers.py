@@ -171,7 +171,7 @@ def waiting(
         self._pool._check_loop()
         return await self._wait(make(self, *args, **kwargs))
 
-    return dressed(method, make)
+    return dressed("Writer", method, make)
 
 
 class Writer(SharedWriter):

@@ -43,7 +43,8 @@ def bind(
     def method(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return carry_out(self, make(self._deployment, *args, **kwargs))
 
-    return dressed(method, make, returns)
+    method.__module__ = carry_out.__module__
+    return dressed("Operations", method, make, returns)
 
 
 HANDLER = inspect.Parameter("handler", inspect.Parameter.POSITIONAL_ONLY, annotation="Handler")
@@ -58,10 +59,12 @@ def of_handler(
     def method(self: S, handler: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return carry_out(self, handler, make(self._deployment, *args, **kwargs))
 
-    return dressed(method, make, "None", HANDLER)
+    method.__module__ = carry_out.__module__
+    return dressed("ValkeyBackend", method, make, "None", HANDLER)
 
 
 def dressed(
+    owner: str,
     method: F,
     make: Callable[..., object],
     returns: str | None = None,
@@ -72,6 +75,7 @@ def dressed(
     """Give *method* the name, the documentation and the signature of *make*, and return it.
 
     Args:
+        owner: Name of the class that gets the method.
         method: A function whose first parameter is ``self``.
         make: The operation.
         returns: Annotation of the result. None takes that of *make*, without the ``Call`` around it.
@@ -88,7 +92,7 @@ def dressed(
         parameters.insert(0, first)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     method.__name__ = make.__name__
-    method.__qualname__ = make.__qualname__
+    method.__qualname__ = f"{owner}.{make.__name__}"
     method.__doc__ = make.__doc__
     method.__signature__ = declared.replace(  # type: ignore[attr-defined]
         parameters=[itself, *parameters], return_annotation=returns

@@ -307,7 +307,7 @@ class TailCore:
             return self._take_range(self._ranged.answer(reply))
         if isinstance(reply, Exception):
             raise from_server_error(str(reply))
-        if not isinstance(reply, list | None):
+        if reply is not None and not isinstance(reply, list):
             raise ProtocolError
         held = self._position.held
         if reply is None and not (held[_LOG] or held[_LIVE] or any(self._more)):
@@ -411,7 +411,9 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
     gaps: list[Gap] = []
     size = 0
     while True:
-        items = yield from core.read()
+        # Held until the next reply has come: were its lists freed before, those of the next would start a collection.
+        (reply,) = yield core.step()
+        items = core.receive(reply)
         some = [item for item in items if isinstance(item, StreamFrame)]
         missing = [item for item in items if isinstance(item, Gap)]
         room = count - len(frames)

@@ -158,7 +158,7 @@ def forwarded(
         result: T = getattr(self.writer, name)(*args, **kwargs)
         return result
 
-    return dressed(forward, method)
+    return dressed("Task", forward, method)
 
 
 TASK = """One claimed execution, the argument of a handler.
@@ -404,5 +404,7 @@ def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException
 
 
 def is_handlers_own(error: BaseException) -> bool:
-    """Return whether an error raised by a handler fails its attempt; any other error ends the worker."""
-    return isinstance(error, Exception) or is_release(error)
+    """Return whether an error raised by a handler concerns its attempt alone; any other error ends the worker."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_handlers_own(inner) for inner in error.exceptions)
+    return isinstance(error, Exception | TaskReleased)

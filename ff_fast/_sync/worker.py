@@ -50,7 +50,7 @@ def of_task(
     def method(self: Task, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._backend._do(make(self._backend._deployment, self.handle, *args, **kwargs))
 
-    return dressed(method, make, hidden=2)
+    return dressed("Task", method, make, hidden=2)
 
 
 def releasing(
@@ -65,7 +65,7 @@ def releasing(
         self._released = True
         raise TaskReleased
 
-    return dressed(method, make, "NoReturn", hidden=2)
+    return dressed("Task", method, make, "NoReturn", hidden=2)
 
 
 def suspending(
@@ -83,7 +83,7 @@ def suspending(
         self.signals = self._backend.observe_signals(self.handle)
         return self.signals
 
-    return dressed(method, make, "tuple[ResumeSignal, ...]", hidden=2)
+    return dressed("Task", method, make, "tuple[ResumeSignal, ...]", hidden=2)
 
 
 class Task(TaskState[Writer, LeaseKeeper]):

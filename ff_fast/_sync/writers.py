@@ -223,7 +223,7 @@ def waiting(
     def method(self: Writer, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._wait(make(self, *args, **kwargs))
 
-    return dressed(method, make)
+    return dressed("Writer", method, make)
 
 
 class Writer(SharedWriter):

@@ -41,7 +41,7 @@ def test_a_handler_stands_in_front():
 def test_a_method_has_the_name_and_the_words_of_its_operation():
     for method in (Backend.bound, Backend.named):
         assert method.__name__ in ("operation", "plain")
-        assert method.__qualname__ == method.__name__
+        assert method.__qualname__ == f"Operations.{method.__name__}"
     assert Backend.bound.__doc__ == "What it does."
 
 
@@ -59,11 +59,12 @@ def test_the_result_is_what_the_call_answers():
         """Wait."""
 
     def of(make):
-        return inspect.signature(dressed(lambda self: None, make)).return_annotation
+        return inspect.signature(dressed("Backend", lambda self: None, make)).return_annotation
 
     assert (of(operation), of(wait), of(plain)) == ("list[int]", "None", "Request")
 
 
 def test_a_shell_may_fill_in_several_parameters():
-    method = dressed(lambda self: None, operation, hidden=2)
+    method = dressed("Backend", lambda self: None, operation, hidden=2)
     assert list(inspect.signature(method).parameters) == ["self", "second"]
+    assert method.__qualname__ == f"Backend.{operation.__name__}"

@@ -1,6 +1,7 @@
 """Both shells offer the same names, with the same parameters and the same words."""
 
 import inspect
+import pickle
 import re
 
 import pytest
@@ -76,6 +77,8 @@ def test_classes_have_words(shell, cls):
 def test_a_bound_operation_looks_like_a_method(shell):
     complete = shell.ValkeyBackend.complete
     assert complete.__name__ == "complete"
+    # So pickle finds it by its name.
+    assert pickle.loads(pickle.dumps(complete)) is complete
     signature = inspect.signature(complete)
     assert list(signature.parameters) == ["self", "handle", "payload"]
     assert signature.return_annotation == "None"

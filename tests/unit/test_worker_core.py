@@ -505,6 +505,7 @@ def test_what_is_no_result(value):
         (TaskReleased(), True, True),
         (BaseExceptionGroup("", [TaskReleased()]), True, True),
         (BaseExceptionGroup("", [TaskReleased(), KeyboardInterrupt()]), False, False),
+        (BaseExceptionGroup("", [TaskReleased(), ValueError()]), False, True),
         (ExceptionGroup("", [ValueError()]), False, True),
         (ValueError(), False, True),
         (SystemExit(), False, False),
