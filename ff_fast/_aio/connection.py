@@ -191,19 +191,21 @@ class Connection(asyncio.Protocol):
 class Replies:
     """The replies of one step. A wait for them may be cancelled, and another one started later."""
 
-    __slots__ = ("_due", "_lost", "_missing", "_replies", "_waiter")
+    __slots__ = ("_due", "_failure", "_missing", "_replies", "_waiter")
 
     def __init__(self, count: int, due: float) -> None:
         self._replies: list[object] = []
         self._missing = count
         self._due = due
-        self._lost = False
+        self._failure: FFError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def __call__(self, reply: object) -> None:
         """Receive one reply."""
         if reply is LOST:
-            self._lost = True
+            # A silent connection is aborted when its oldest request is due, perhaps just before that one's own timer.
+            late = time.monotonic() >= self._due
+            self._failure = DeadlineExceeded() if late else OutcomeUnknown()
             self._missing = 0
         else:
             self._replies.append(reply)
@@ -244,9 +246,10 @@ class Replies:
 
         Raises:
             OutcomeUnknown: The connection was lost before all had arrived.
+            DeadlineExceeded: It was lost when they were due already.
         """
-        if self._lost:
-            raise OutcomeUnknown
+        if self._failure is not None:
+            raise self._failure
         return self._replies
 
 
