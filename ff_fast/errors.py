@@ -183,22 +183,34 @@ class InvalidPayload(InvalidInput):
     _sentence = "The payload is not accepted; see the documentation of the frame's mode."
 
 
+# The server functions store no larger frame, whatever a backend is configured with.
+_LARGEST_FRAME = 1 << 20
+
+
 class PayloadTooLarge(InvalidPayload):
-    """A payload, or a batch of them, is larger than the limit.
+    """A payload is larger than the limit.
 
     Args:
         limit: Largest size accepted, in bytes.
         size: Size that was offered, in bytes.
+        what: What is too large: ``frame``, ``patch``, ``result``, ``payload of an execution``, ``payload of a signal``,
+            ``message`` or ``detail``.
     """
 
     code = "payload_too_large"
 
-    def __init__(self, limit: int, size: int) -> None:
-        super().__init__(
-            f"The payload has {size} bytes and the limit is {limit}; split it into smaller frames."
-        )
+    def __init__(self, limit: int, size: int, what: str = "frame") -> None:
+        advice = "store it elsewhere and pass a reference"
+        if what == "message":
+            advice = "shorten it"
+        elif what in ("frame", "patch"):
+            if size <= _LARGEST_FRAME:
+                advice = "raise max_payload_bytes of the backend's configuration"
+            advice = f"split it, or {advice}"
+        super().__init__(f"The {what} has {size} bytes and the limit is {limit}; {advice}.")
         self.limit = limit
         self.size = size
+        self.what = what
 
     @classmethod
     def _from_details(cls, details: Sequence[bytes]) -> FFError:

@@ -65,6 +65,7 @@ local HAS_FIELDS = { [BLOCK.LOG_FIELDS] = true, [BLOCK.LIVE_FIELDS] = true, [PAT
 -- The stream that a block without frames is about.
 local RETENTION_OF = { [BLOCK.TRIM_LOG] = 'log', [BLOCK.TRIM_LIVE] = 'live', [BLOCK.LIVE_TTL] = 'live' }
 local MAX_PAYLOAD, MAX_FRAMES, MAX_INTEGER, integer = ff.MAX_PAYLOAD, ff.MAX_FRAMES, ff.MAX_INTEGER, ff.integer
+local MAX_BATCH_BYTES = ff.MAX_RUN_BYTES
 
 -- A run is: varint count, then count varint payload lengths, count varint ages in ms, the payloads back to back.
 -- Returns the same run of `count` frames without its first `skip`, or nil where it is not a run of `count` frames.
@@ -169,15 +170,17 @@ end
 -- walk from the end of both streams is fast enough.
 local function stored_id(log_key, live_key, sequence)
   for _, stream_key in ipairs({ log_key, live_key }) do
-    local to = '+'
+    -- An entry may have 1 MiB, so pages grow only while their entries are small.
+    local to, count = '+', 1
     while true do
-      local page = redis.call('XREVRANGE', stream_key, to, '-', 'COUNT', 100)
-      local found
+      local page = redis.call('XREVRANGE', stream_key, to, '-', 'COUNT', count)
+      local found, bytes = false, 0
       for _, entry in ipairs(page) do
         local ms, last = string.match(entry[1], '^(%d+)-(%d+)$')
         last = tonumber(last)
         local first = last
         for i = 1, #entry[2], 2 do
+          bytes = bytes + #entry[2][i + 1]
           if entry[2][i] == 'run' then
             first = last - ff.run_count(entry[2][i + 1]) + 1
           end
@@ -190,10 +193,13 @@ local function stored_id(log_key, live_key, sequence)
           return ms .. '-' .. ff.text(sequence)
         end
       end
-      if found or #page < 100 then
+      if found or #page < count then
         break
       end
       to = '(' .. page[#page][1]
+      if bytes < 65536 then
+        count = math.min(2 * count, 32)
+      end
     end
   end
   return '0-' .. ff.text(sequence)
@@ -250,7 +256,7 @@ end
 -- Checks every block. Returns the number of frames, the document version before the first patches, the version of a
 -- document, and whether the blocks are about both streams; or nil and the refusal.
 local function check_blocks(args)
-  local total, patches, patches_base, document_version, stream, mixed = 0, 0, nil, nil, nil, false
+  local total, bytes, patches, patches_base, document_version, stream, mixed = 0, 0, 0, nil, nil, nil, false
   local at, last = 3, #args
   while at <= last do
     local letter = args[at]
@@ -290,9 +296,11 @@ local function check_blocks(args)
         return bad_block()
       end
       for i = from, at - 1 do
-        if #args[i] > limit then
-          return nil, ff.err('payload_too_large', ff.text(limit), ff.text(#args[i]))
+        local size = #args[i]
+        if size > limit then
+          return nil, ff.err('payload_too_large', ff.text(limit), ff.text(size))
         end
+        bytes = bytes + size
       end
       if letter == PATCHES then
         local base = at + 1 <= last and integer(args[at + 1])
@@ -320,7 +328,7 @@ local function check_blocks(args)
       at = at + fixed + 1
     end
   end
-  if total > MAX_FRAMES then
+  if total > MAX_FRAMES or bytes > MAX_BATCH_BYTES then
     return nil, ff.err('invalid_input', 'frames')
   end
   return total, patches_base, document_version, mixed

@@ -145,7 +145,7 @@ class Pool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._own: set[Connection] = set()
         self._idle: list[Connection] = []
-        self._deployment = Deployment(config.partitions)
+        self._deployment = Deployment(config.partitions, config.max_payload_bytes)
         self._shared = SharedConnection(self._connect, self._spawn, self._timeout_s)
 
     @property

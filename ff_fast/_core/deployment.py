@@ -19,6 +19,7 @@ from ff_fast.errors import (
     from_server_error,
     shows_cluster,
 )
+from ff_fast.types import DEFAULT_PAYLOAD_LIMIT
 
 _BUSY_SWEEP_S = 30.0
 _LANES = 1_024
@@ -30,16 +31,20 @@ class Deployment:
     Attributes:
         partitions: Number of partitions: the stored one from the first connection on, before it the configured one or
             256.
+        max_payload_bytes: Largest payload that writers of this backend accept.
     """
 
-    __slots__ = ("_configured", "_known", "_sweeps", "partitions")
+    __slots__ = ("_configured", "_known", "_sweeps", "max_payload_bytes", "partitions")
 
-    def __init__(self, partitions: int | None = None) -> None:
+    def __init__(
+        self, partitions: int | None = None, max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
+    ) -> None:
         self._configured = partitions
         self._known = False
         # Lane -> times of its first claim and its last sweep. Bounded, since there may be a lane for each user.
         self._sweeps: dict[str, tuple[float, float]] = {}
         self.partitions = keys.DEFAULT_PARTITIONS if partitions is None else partitions
+        self.max_payload_bytes = max_payload_bytes
 
     def sweep_due(self, lane: str, every_s: float) -> bool:
         """Return whether a sweep of an empty lane is due, and if so note it as made. The first is always due."""

@@ -139,10 +139,13 @@ def _ttl_ms(name: str, value: int | timedelta) -> int:
     return milliseconds(name, value, 1, MAX_TTL_MS)
 
 
-def _document(name: str, value: object) -> bytes:
-    data = payload_bytes(value, name)
-    if len(data) > MAX_DOCUMENT:
-        raise PayloadTooLarge(MAX_DOCUMENT, len(data))
+def _document(what: str, value: object) -> bytes:
+    return _bounded(what, payload_bytes(value), MAX_DOCUMENT)
+
+
+def _bounded(what: str, data: bytes, limit: int) -> bytes:
+    if len(data) > limit:
+        raise PayloadTooLarge(limit, len(data), what)
     return data
 
 
@@ -238,7 +241,7 @@ def create_execution(
         parent_id=parent,
         budget_ids=[keys.opaque_id("A budget id", budget) for budget in budgets],
         retry=policy,
-        payload=_document("payload", payload),
+        payload=_document("payload of an execution", payload),
         tags=_tags({} if tags is None else tags),
     )
 
@@ -361,7 +364,7 @@ def complete(on: Deployment, handle: Handle, payload: bytes | str = b"") -> Call
         LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
     """
     attempt = _attempt(handle)
-    op = ops.complete_execution(attempt, _document("payload", payload))
+    op = ops.complete_execution(attempt, _document("result", payload))
     return _hinted(op, attempt.execution_id, _always(attempt.fields.lease_id))
 
 
@@ -645,9 +648,9 @@ def deliver_signal(
         ExecutionNotFound: There is no such execution.
     """
     eid = keys.canonical_execution_id(execution_id)
-    data = None if payload is None else payload_bytes(payload)
-    if data is not None and len(data) > MAX_SIGNAL:
-        raise PayloadTooLarge(MAX_SIGNAL, len(data))
+    data = (
+        None if payload is None else _bounded("payload of a signal", payload_bytes(payload), MAX_SIGNAL)
+    )
     op = ops.deliver_signal(
         eid,
         _checked("waitpoint", waitpoint, PendingWaitpoint),
@@ -1002,7 +1005,8 @@ def open_writer(
         handle: The lease.
         mode: Mode of frames that name none; None is durable.
         retention_maxlen: Number of the newest durable frames to keep at least, 1 to 2^40.
-        max_unacknowledged_bytes: Limit, 64 KiB to 16 GiB, beyond which ``write`` raises ``Overloaded``.
+        max_unacknowledged_bytes: Limit beyond which ``write`` raises ``Overloaded``: at most 16 GiB, and at least
+            64 KiB or the backend's ``max_payload_bytes``, if that is more.
         linger: Longest wait of a batch for more frames, 0 to 1 s; in seconds or as a ``timedelta``.
 
     Raises:
@@ -1016,9 +1020,13 @@ def open_writer(
         mode=_checked("mode", mode, StreamMode, StreamMode.durable()),
         retention_maxlen=check_int("retention_maxlen", retention_maxlen, 1, 2**40),
         max_unacknowledged_bytes=check_int(
-            "max_unacknowledged_bytes", max_unacknowledged_bytes, 1 << 16, 1 << 34
+            "max_unacknowledged_bytes",
+            max_unacknowledged_bytes,
+            max(1 << 16, on.max_payload_bytes),
+            1 << 34,
         ),
         linger_ms=linger_s * 1000,
+        max_payload_bytes=on.max_payload_bytes,
     )
     call = Call(lambda: writers.open_writer(attempt, options))
     return WriterRequest(attempt.fields.lease_id, options, call)

@@ -10,7 +10,7 @@ from ff_fast._core.summary import fold
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import SequenceGap, SummaryConflict, WriterClosed
 from ff_fast.types import (
-    MAX_PAYLOAD_BYTES,
+    DEFAULT_PAYLOAD_LIMIT,
     AppendFrameOutcome,
     Frame,
     FrameKind,
@@ -66,6 +66,7 @@ class WriterOptions(NamedTuple):
     retention_maxlen: int = RETENTION_MAXLEN
     max_unacknowledged_bytes: int = MAX_UNACKNOWLEDGED_BYTES
     linger_ms: float = 0.0
+    max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
 
 
 class WriterState(NamedTuple):
@@ -117,12 +118,14 @@ class SharedWriter(WriterCore):
             retention_maxlen=state.options.retention_maxlen,
             max_unacknowledged_bytes=state.options.max_unacknowledged_bytes,
             linger_ms=state.options.linger_ms,
+            max_payload_bytes=state.options.max_payload_bytes,
         )
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
         # After drain() one frame of maximum size always fits.
         self._high_water_bytes = min(
-            HIGH_WATER_BYTES, state.options.max_unacknowledged_bytes - MAX_PAYLOAD_BYTES
+            HIGH_WATER_BYTES,
+            state.options.max_unacknowledged_bytes - state.options.max_payload_bytes,
         )
 
     def outcome(self) -> AppendFrameOutcome:

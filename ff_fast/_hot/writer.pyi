@@ -42,6 +42,7 @@ class WriterCore:
         retention_maxlen: int = 10_000,
         max_unacknowledged_bytes: int = ...,
         linger_ms: float = 0.0,
+        max_payload_bytes: int = 65_536,
     ) -> None: ...
     def write(
         self,
@@ -56,8 +57,9 @@ class WriterCore:
         """Take one frame and return its sequence. Never waits, never does I/O.
 
         Args:
-            payload: 0 to 65,536 bytes. ``str`` is encoded as UTF-8; ``bytearray`` and
-                ``memoryview`` are copied. In mode ``summary`` it is a patch, checked here.
+            payload: Up to ``max_payload_bytes`` of the backend, 65,536 by default. ``str`` is
+                encoded as UTF-8; ``bytearray`` and ``memoryview`` are copied. In mode ``summary``
+                it is a patch, checked here.
             frame_type: Classifier of the frame, 1 to 256 bytes of UTF-8.
             mode: ``StreamMode`` of the frame; None for the writer's.
             correlation_id: Text that readers get with the frame, 1 to 256 bytes of UTF-8, or None.
@@ -71,7 +73,7 @@ class WriterCore:
         Raises:
             InvalidType: An argument has the wrong type.
             InvalidPayload: The payload is a ``str`` with a surrogate or a released ``memoryview``.
-            PayloadTooLarge: The payload has more than 65,536 bytes.
+            PayloadTooLarge: The payload has more than ``max_payload_bytes`` of the backend.
             InvalidPatch: The payload is not a patch that the summary can take.
             InvalidInput: A text is empty, too long or not UTF-8; or `close` was called.
             Overloaded: Too many bytes are unacknowledged. Call `drain`, then write again.

@@ -66,11 +66,11 @@ cdef enum:
     # "FCALL" and "ff_append" as bulk strings.
     HEAD_SIZE = 11 + 15
     # The same limits as in lua/prelude.lua.
-    MAX_PAYLOAD = 65536
+    MAX_PAYLOAD = 1 << 20
     MAX_FRAMES = 1024
-    # `write` seals a batch that has reached this. Its last frame may exceed it, so a run has at
-    # most 1.2 MB with its lengths and ages. The server accepts 2 MiB.
-    MAX_BATCH_BYTES = 1 << 20
+    # The payloads of a batch, of which a single one may have as much. A run has 12 KB of lengths and
+    # ages at most, and the server accepts 2 MiB.
+    MAX_BATCH_BYTES = MAX_PAYLOAD
     # A batch of this size is sent although earlier ones are in flight, so the server does not idle
     # between two batches. Smaller ones wait and grow with its load.
     EAGER_FRAMES = 256
@@ -185,17 +185,20 @@ cdef struct Run:
     long long base_version
 
 
-cdef bytes bulk(bytes text):
-    return b"$%d\r\n%b\r\n" % (len(text), text)
-
-
 cdef bytes bulks(list parts):
-    # Not a comprehension: if appending runs out of memory, Cython 3.3 frees the item twice.
-    cdef list out = parts[:]
-    cdef Py_ssize_t i
-    for i in range(len(out)):
-        out[i] = bulk(<bytes>out[i])
-    return b"".join(out)
+    """Return *parts*, each exactly ``bytes``, as bulk strings back to back."""
+    # Not by ``join``, which lets other threads run while it copies a MiB or more.
+    cdef Py_ssize_t total = 0
+    cdef bytes packed
+    cdef bytes part
+    cdef char* out
+    for part in parts:
+        total += bulk_size(PyBytes_GET_SIZE(part))
+    packed = PyBytes_FromStringAndSize(NULL, total)
+    out = PyBytes_AS_STRING(packed)
+    for part in parts:
+        out = put_bulk(out, PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
+    return packed
 
 
 cdef int check_str(str name, object text) except -1:
@@ -271,6 +274,7 @@ cdef class WriterCore:
         retention_maxlen: Least number of durable frames that the log keeps, from 1.
         max_unacknowledged_bytes: `write` raises ``Overloaded`` instead of keeping more, from 1.
         linger_ms: How long a batch waits for more frames, 0 to 1000 ms; 0 sends at once.
+        max_payload_bytes: Largest payload that `write` accepts, 1 byte to 1 MiB.
 
     Raises:
         InvalidInput: A number is out of range.
@@ -332,6 +336,7 @@ cdef class WriterCore:
     # Payloads of the open batch and requests of the sealed ones.
     cdef Py_ssize_t _unacknowledged_bytes
     cdef Py_ssize_t _max_unacknowledged
+    cdef Py_ssize_t _max_payload
     cdef bint _cancel_requested
     cdef long long _lease_left_ms
     # How long a batch waits for more frames.
@@ -376,6 +381,7 @@ cdef class WriterCore:
         self, *, tuple keys not None, bytes writer not None, mode, tuple opened not None,
         bytes document=None, long long retention_maxlen=10_000,
         Py_ssize_t max_unacknowledged_bytes=32 << 20, double linger_ms=0.0,
+        Py_ssize_t max_payload_bytes=65536,
     ):
         cdef Py_ssize_t end = 0
         cdef Py_ssize_t i
@@ -385,6 +391,8 @@ cdef class WriterCore:
             raise InvalidInput("linger_ms must be between 0 and 1000.")
         if max_unacknowledged_bytes < 1:
             raise InvalidInput("max_unacknowledged_bytes must be at least 1.")
+        if not 1 <= max_payload_bytes <= MAX_PAYLOAD:
+            raise InvalidInput("max_payload_bytes must be from 1 to 1048576.")
         self._keys = bulks(list(keys))
         self._writer = bulks([writer])
         for i in range(4):
@@ -397,6 +405,7 @@ cdef class WriterCore:
         self._first_sequence = self._sequence + 1
         self._acked_at_us = now_us()
         self._max_unacknowledged = max_unacknowledged_bytes
+        self._max_payload = max_payload_bytes
         self._retention_maxlen = retention_maxlen
         # An earlier writer may have stopped just before a trim.
         self._durable_since_trim = TRIM_EVERY if self._sequence else 0
@@ -474,8 +483,9 @@ cdef class WriterCore:
         """Take one frame and return its sequence. Never waits, never does I/O.
 
         Args:
-            payload: 0 to 65,536 bytes. ``str`` is encoded as UTF-8; ``bytearray`` and
-                ``memoryview`` are copied. In mode ``summary`` it is a patch, checked here.
+            payload: Up to ``max_payload_bytes`` of the backend, 65,536 by default. ``str`` is
+                encoded as UTF-8; ``bytearray`` and ``memoryview`` are copied. In mode ``summary``
+                it is a patch, checked here.
             frame_type: Classifier of the frame, 1 to 256 bytes of UTF-8.
             mode: ``StreamMode`` of the frame; None for the writer's.
             correlation_id: Text that readers get with the frame, 1 to 256 bytes of UTF-8, or None.
@@ -489,7 +499,7 @@ cdef class WriterCore:
         Raises:
             InvalidType: An argument has the wrong type.
             InvalidPayload: The payload is a ``str`` with a surrogate or a released ``memoryview``.
-            PayloadTooLarge: The payload has more than 65,536 bytes.
+            PayloadTooLarge: The payload has more than ``max_payload_bytes`` of the backend.
             InvalidPatch: The payload is not a patch that the summary can take.
             InvalidInput: A text is empty, too long or not UTF-8; or `close` was called.
             Overloaded: Too many bytes are unacknowledged. Call `drain`, then write again.
@@ -506,12 +516,12 @@ cdef class WriterCore:
         if PyBytes_CheckExact(payload):
             data = <bytes>payload
         else:
-            data = self._payload_of(payload)
+            data = self._payload_of(payload, mode)
         size = PyBytes_GET_SIZE(data)
-        if size > MAX_PAYLOAD:
-            raise PayloadTooLarge(MAX_PAYLOAD, size)
         if mode is None:
             mode = self._mode
+        if size > self._max_payload:
+            raise self._too_large(size, mode)
         if not (
             frame_type is shape.frame_type and mode is shape.mode
             and correlation_id is shape.correlation_id
@@ -528,7 +538,7 @@ cdef class WriterCore:
             raise Overloaded(
                 f"{self._unacknowledged_bytes} bytes wait for the server; drain() and write again."
             )
-        if self._count >= MAX_FRAMES or self._size >= MAX_BATCH_BYTES:
+        if self._count >= MAX_FRAMES or self._size + size > MAX_BATCH_BYTES:
             self._seal()
         self._reserve(size)
         if shape.kind == PATCH:
@@ -571,7 +581,13 @@ cdef class WriterCore:
             self._notify()
         return sequence
 
-    cdef bytes _payload_of(self, object payload):
+    cdef object _too_large(self, Py_ssize_t size, object mode):
+        if mode is None:
+            mode = self._mode
+        summary = isinstance(mode, StreamMode) and mode.patch_kind is not None
+        return PayloadTooLarge(self._max_payload, size, "patch" if summary else "frame")
+
+    cdef bytes _payload_of(self, object payload, object mode):
         if isinstance(payload, str):
             try:
                 return PyUnicode_AsUTF8String(payload)
@@ -589,8 +605,8 @@ cdef class WriterCore:
         except ValueError:
             raise InvalidPayload("The payload is a memoryview that was released.") from None
         # Before the copy, so that a huge buffer costs nothing.
-        if view.nbytes > MAX_PAYLOAD:
-            raise PayloadTooLarge(MAX_PAYLOAD, view.nbytes)
+        if view.nbytes > self._max_payload:
+            raise self._too_large(view.nbytes, mode)
         return view.tobytes()
 
     cdef int _fold(self, _Shape shape, bytes data) except -1:

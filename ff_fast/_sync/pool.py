@@ -26,7 +26,7 @@ class Pool:
 
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
-        self._deployment = Deployment(config.partitions)
+        self._deployment = Deployment(config.partitions, config.max_payload_bytes)
         self._pid = os.getpid()
         self._closed = False
         # Single calls in C change both, so no lock is needed that an interrupt or a finaliser could leave locked.

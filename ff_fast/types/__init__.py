@@ -17,7 +17,8 @@ Integers stop at 2^53-1, the largest that the server's Lua keeps exactly.
 from ff_fast.errors import CompletionOutcome, ExecutionState
 
 from ._value import (
-    MAX_PAYLOAD_BYTES,
+    DEFAULT_PAYLOAD_LIMIT,
+    LARGEST_PAYLOAD_LIMIT,
     MAX_SECONDS,
     MAX_U32,
     Value,
@@ -174,7 +175,8 @@ __all__ = [  # noqa: RUF022 - by topic
     "BackendConnection",
     "BackendConfig",
     # for the modules above this package
-    "MAX_PAYLOAD_BYTES",
+    "DEFAULT_PAYLOAD_LIMIT",
+    "LARGEST_PAYLOAD_LIMIT",
     "MAX_SECONDS",
     "MAX_U32",
     "Value",

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-MAX_PAYLOAD_BYTES = 65_536
-"""Largest payload of a frame in bytes; the server functions have the same limit."""
+DEFAULT_PAYLOAD_LIMIT = 65_536
+"""Largest payload of a frame in bytes, unless a backend's configuration says otherwise."""
+
+LARGEST_PAYLOAD_LIMIT = 1 << 20
+"""Largest value of that limit; the server functions refuse more."""
 
 MAX_U32 = 2**32 - 1
 MAX_SECONDS = 31_536_000.0

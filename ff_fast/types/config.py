@@ -10,6 +10,8 @@ from ff_fast import keys
 from ff_fast.errors import InvalidInput, check_int
 
 from ._value import (
+    DEFAULT_PAYLOAD_LIMIT,
+    LARGEST_PAYLOAD_LIMIT,
     MAX_U32,
     Value,
     check_flag,
@@ -168,6 +170,8 @@ class BackendConfig(Value):
         partitions: Number of partitions of the deployment, 1 to 65535. The first backend of a deployment stores it on
             the server (256 for None). A later one gets ``DeploymentMismatch`` for another number; None takes the stored
             one.
+        max_payload_bytes: Largest payload of a frame or patch, 1 to 1,048,576 bytes. It binds the writers of this
+            backend; readers take frames of any size.
     """
 
     connection: BackendConnection
@@ -175,12 +179,14 @@ class BackendConfig(Value):
     timeouts: BackendTimeouts = BackendTimeouts()
     retry: BackendRetry = BackendRetry()
     partitions: int | None = None
+    max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
 
     def __post_init__(self) -> None:
         check_type("connection", self.connection, ValkeyConnection)
         check_type("timeouts", self.timeouts, BackendTimeouts)
         check_type("retry", self.retry, BackendRetry)
         check_optional_int("partitions", self.partitions, 1, keys.MAX_PARTITIONS)
+        check_int("max_payload_bytes", self.max_payload_bytes, 1, LARGEST_PAYLOAD_LIMIT)
 
     @classmethod
     def valkey(cls, host: str, port: int = 6379) -> BackendConfig:
@@ -194,8 +200,8 @@ class BackendConfig(Value):
         ``valkey://[user[:password]@]host[:port][/db]`` (also ``redis://``), the same with TLS as
         ``valkeys://`` (``rediss://``), and ``unix://[user[:password]@]/path``.  User, password and
         path are percent-decoded.  Query parameters, each at most once: ``cluster=true``,
-        ``partitions=<count>``, ``timeout=<seconds>``, ``tls_ca_file=``, ``tls_cert_file=``, ``tls_key_file=``, and for
-        a Unix socket ``db=``.
+        ``partitions=<count>``, ``max_payload_bytes=<bytes>``, ``timeout=<seconds>``, ``tls_ca_file=``,
+        ``tls_cert_file=``, ``tls_key_file=``, and for a Unix socket ``db=``.
 
         Raises:
             InvalidInput: Any other scheme or parameter, a missing host, a bad port, database or
@@ -211,6 +217,7 @@ class BackendConfig(Value):
 _URL_PARAMETERS = (
     "cluster",
     "partitions",
+    "max_payload_bytes",
     "timeout",
     "tls_ca_file",
     "tls_cert_file",
@@ -262,9 +269,8 @@ def _from_url(url: str) -> BackendConfig:
     timeout = given.pop("timeout", None)
     if timeout is not None and re.fullmatch(r"[0-9]{1,9}(?:\.[0-9]{1,9})?", timeout) is None:
         raise InvalidInput("timeout must be a number of seconds.")
-    partitions = given.pop("partitions", None)
-    if partitions is not None and re.fullmatch(r"[0-9]{1,5}", partitions) is None:
-        raise InvalidInput("partitions must be a number.")
+    partitions = _number("partitions", given)
+    max_payload_bytes = _number("max_payload_bytes", given)
     cluster = given.pop("cluster", "false")
     if cluster not in ("true", "false"):
         raise InvalidInput("cluster must be true or false.")
@@ -282,8 +288,17 @@ def _from_url(url: str) -> BackendConfig:
     return BackendConfig(
         connection,
         timeouts=BackendTimeouts(None if timeout is None else float(timeout)),
-        partitions=None if partitions is None else int(partitions),
+        partitions=partitions,
+        max_payload_bytes=DEFAULT_PAYLOAD_LIMIT if max_payload_bytes is None else max_payload_bytes,
     )
+
+
+def _number(name: str, given: dict[str, str]) -> int | None:
+    """Take a parameter that is a whole number out of *given*; None where it is absent."""
+    text = given.pop(name, None)
+    if text is not None and re.fullmatch(r"[0-9]{1,9}", text) is None:
+        raise InvalidInput(f"{name} must be a number.")
+    return None if text is None else int(text)
 
 
 def _url_parameters(query: str) -> dict[str, str]:

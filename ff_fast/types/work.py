@@ -21,7 +21,6 @@ from ff_fast.errors import (
 )
 
 from ._value import (
-    MAX_PAYLOAD_BYTES,
     MAX_U32,
     Value,
     check_flag,
@@ -235,6 +234,9 @@ class RetryPolicy(Value):
 # -- ends ------------------------------------------------------------------------------------------
 
 
+_REASON_BYTES = 65_536
+
+
 class FailureReason(Value):
     """Why an attempt failed.
 
@@ -252,9 +254,9 @@ class FailureReason(Value):
             raise InvalidInput("message contains a lone surrogate; replace it before reporting.")
         if self.detail is not None:
             set_field(self, "detail", payload_bytes(self.detail, "detail"))
-        for data in (encoded, self.detail or b""):
-            if len(data) > MAX_PAYLOAD_BYTES:
-                raise PayloadTooLarge(MAX_PAYLOAD_BYTES, len(data))
+        for name, data in (("message", encoded), ("detail", self.detail or b"")):
+            if len(data) > _REASON_BYTES:
+                raise PayloadTooLarge(_REASON_BYTES, len(data), name)
 
     @classmethod
     def with_detail(cls, message: str, detail: bytes) -> FailureReason:

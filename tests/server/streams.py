@@ -6,7 +6,7 @@ from ff_fast.errors import Outcome
 
 from ..reference_frames import run_of
 
-MAX_PAYLOAD = 65_536
+MAX_PAYLOAD = 1 << 20
 WRITER = b"writer-1"
 
 
@@ -177,7 +177,7 @@ REFUSALS = [
     ("stream_closed", _closed, None, errors.StreamClosed),
     ("lease_expired", _lapsed, None, errors.LeaseExpired),
     ("writer_superseded", _superseded, None, errors.WriterSuperseded),
-    ("payload_too_large", None, lambda _, call: call.update(b=log(bytes(65_537))), errors.PayloadTooLarge),
+    ("payload_too_large", None, lambda _, call: call.update(b=log(bytes(MAX_PAYLOAD + 1))), errors.PayloadTooLarge),
     ("invalid_input", None, lambda _, call: call.setdefault("b", [b"Z"]), errors.InvalidInput),
     ("sequence_gap", None, lambda _, call: call.update(first=9), errors.SequenceGap),
     ("summary_conflict", None, lambda _, call: call.setdefault("b", patches(b"{}", base=7)), errors.SummaryConflict),

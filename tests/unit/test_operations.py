@@ -465,6 +465,34 @@ def test_what_is_just_not_refused(subtests):
             getattr(operations, name)(ON, **arguments)
 
 
+def test_what_is_too_large_is_named_and_what_cannot_be_split_goes_elsewhere(subtests):
+    for name, arguments, what in (
+        ("create_execution", {"payload": bytes(MIB_16 + 1)}, "payload of an execution"),
+        ("complete", {"handle": HANDLE, "payload": bytes(MIB_16 + 1)}, "result"),
+        (
+            "deliver_signal",
+            {**REFUSALS["deliver_signal"][0], "payload": bytes(65_537)},
+            "payload of a signal",
+        ),
+    ):
+        with subtests.test(name), pytest.raises(PayloadTooLarge) as caught:
+            getattr(operations, name)(ON, **arguments)
+        assert caught.value.what == what
+        assert str(caught.value) == (
+            f"The {what} has {caught.value.size} bytes and the limit is {caught.value.limit}; "
+            "store it elsewhere and pass a reference."
+        )
+
+
+def test_a_writer_has_the_payload_limit_of_its_backend_and_room_for_one_such_frame():
+    on = Deployment(4, 1 << 20)
+    assert operations.open_writer(on, HANDLE).options.max_payload_bytes == 1 << 20
+    with pytest.raises(InvalidInput, match="max_unacknowledged_bytes"):
+        operations.open_writer(on, HANDLE, max_unacknowledged_bytes=(1 << 20) - 1)
+    operations.open_writer(on, HANDLE, max_unacknowledged_bytes=1 << 20)
+    assert operations.open_writer(Deployment(4, 1), HANDLE).options.max_payload_bytes == 1
+
+
 # -- partitions ---------------------------------------------------------------------------------------------------------
 
 

@@ -124,7 +124,7 @@ def test_figures_are_those_of_the_code():
     config = types.BestEffortLiveConfig(1)
     prose = " ".join(README.split())
     for text, value in [
-        ("at most 65,536 bytes", types.MAX_PAYLOAD_BYTES == 65_536),
+        ("at most 65,536 bytes", types.DEFAULT_PAYLOAD_LIMIT == 65_536),
         ("the newest 10,000 ", writer_core.RETENTION_MAXLEN == 10_000),
         ("Past 32 MiB ", writer_core.MAX_UNACKNOWLEDGED_BYTES == 32 << 20),
         ("more than 1 MiB is unacknowledged", writer_core.HIGH_WATER_BYTES == 1 << 20),

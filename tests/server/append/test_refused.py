@@ -161,10 +161,19 @@ def test_a_payload_that_is_too_large(stream, block, limit):
     assert error.size > limit
 
 
+def test_more_payload_than_one_call_may_hold(stream):
+    largest = bytes(MAX_PAYLOAD)
+    stream.refused("invalid_input", log(largest, largest, b"x"))
+    stream.refused("invalid_input", log(largest), patches(largest, base=0), live(b"x"))
+    assert stream.append(log(largest), live(largest))[1] == 2
+
+
 def test_the_largest_payloads_are_stored(stream):
-    data = bytes(range(256)) * 256
-    stream.append(log(data), live(data), live(data, data))
-    assert stream.payloads() == [data] * 4
+    data = bytes(range(256)) * (MAX_PAYLOAD // 256)
+    half = data[: MAX_PAYLOAD // 2]
+    stream.append(log(data), live(data))
+    stream.append(live(half, half), live(half), first=3)
+    assert stream.payloads() == [data, data, half, half, half]
 
 
 ONE_LOG, ONE_LIVE = log(b"p"), live(b"p")

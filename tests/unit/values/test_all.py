@@ -164,9 +164,9 @@ def test_every_name_of_the_modules_is_offered_once():
     assert offered <= set(types.__all__)
     assert len(types.__all__) == len(set(types.__all__))
     public = set(ff_fast.__all__)
-    helpers = {"MAX_PAYLOAD_BYTES", "MAX_SECONDS", "MAX_U32", "Value", "parse_cursor"}
+    helpers = {"DEFAULT_PAYLOAD_LIMIT", "LARGEST_PAYLOAD_LIMIT", "MAX_SECONDS", "MAX_U32"}
     assert set(types.__all__) - public == helpers | {
-        *("duration_ms", "milliseconds", "payload_bytes", "seconds")
+        *("Value", "duration_ms", "milliseconds", "parse_cursor", "payload_bytes", "seconds")
     }
 
 

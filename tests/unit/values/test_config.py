@@ -60,6 +60,20 @@ def test_urls(subtests):
             assert {name: getattr(connection, name) for name in fields} == fields
 
 
+def test_the_payload_limit():
+    assert BackendConfig.valkey("h").max_payload_bytes == 65_536
+    for limit in (1, 65_537, 1 << 20):
+        config = BackendConfig.from_url(f"valkey://h?max_payload_bytes={limit}")
+        assert config.max_payload_bytes == limit
+        assert config == BackendConfig(ValkeyConnection("h"), max_payload_bytes=limit)
+    for bad in (0, -1, (1 << 20) + 1, True, "65536", 65_536.0, None):
+        with pytest.raises(InvalidInput, match="max_payload_bytes"):
+            BackendConfig(ValkeyConnection("h"), max_payload_bytes=bad)
+    for bad in ("0", "-1", "1048577", "1e3", "64k", "9" * 30):
+        with pytest.raises(InvalidInput, match="max_payload_bytes"):
+            BackendConfig.from_url(f"valkey://h?max_payload_bytes={bad}")
+
+
 def test_url_timeout():
     assert BackendConfig.from_url("valkey://h?timeout=2.5").timeouts == BackendTimeouts(2.5)
 

@@ -111,10 +111,14 @@ def test_failures():
     for bad in (5, None, b"boom", "\ud800"):
         with pytest.raises(InvalidInput):
             FailureReason(bad)
-    for make in (lambda n: FailureReason("x" * n), lambda n: FailureReason("m", b"x" * n)):
+    for what, make, advice in (
+        ("message", lambda n: FailureReason("x" * n), "shorten it."),
+        ("detail", lambda n: FailureReason("m", b"x" * n), "store it elsewhere and pass a reference."),
+    ):
         make(65_536)
-        with pytest.raises(PayloadTooLarge):
+        with pytest.raises(PayloadTooLarge, match=f"{what} has 65537 .* {advice}") as caught:
             make(65_537)
+        assert caught.value.what == what
     retry, terminal = FailOutcome.RETRY_SCHEDULED(42), FailOutcome.TERMINAL_FAILED
     assert (retry.retry_scheduled, retry.delay_until_ms) == (True, 42)
     assert (terminal.retry_scheduled, terminal.delay_until_ms) == (False, None)

@@ -25,7 +25,7 @@ from ff_fast.errors import (
     InvalidType,
     PayloadTooLarge,
 )
-from ff_fast.types import Handle, PatchKind, StreamMode
+from ff_fast.types import LARGEST_PAYLOAD_LIMIT, Handle, PatchKind, StreamMode
 
 from ...reference_writer import Server, Written, blocks, parse
 from .core import (
@@ -50,6 +50,7 @@ from .core import (
 )
 
 ROOT = Path(__file__).parent.parent.parent.parent
+MIB = 1 << 20
 
 # -- requests --------------------------------------------------------------------------------------
 
@@ -218,13 +219,15 @@ LIMITS = {
 class TestBounds:
     """What the server accepts, read from the Lua library itself."""
 
-    @pytest.mark.parametrize("size", [0, 1, 127, 128, 1023, 1024, 1025, 65_535, 65_536])
+    @pytest.mark.parametrize(
+        "size", [0, 1, 127, 128, 1023, 1024, 1025, 65_535, 65_536, 700_000, MIB]
+    )
     @pytest.mark.parametrize("mode", [LIVE, DURABLE])
     def test_fullest_batches(self, mode, size):
-        writer = Shell(mode)
+        writer = Shell(mode, max_payload_bytes=MIB)
         writer.write(b"")
         first = writer.take()
-        for _ in range(1300 if size < 2000 else 40):
+        for _ in range(1300 if size < 2000 else 40 if size < 70_000 else 3):
             writer.write(bytes(size))
         writer._acknowledge(first, position(first))
         while not writer._idle:
@@ -233,13 +236,34 @@ class TestBounds:
             assert batch.frame_count <= LIMITS["MAX_FRAMES"]
             assert max(map(len, argv)) <= LIMITS["MAX_RUN_BYTES"]
             assert max(len(p) for p in payloads_of(batch)) <= LIMITS["MAX_PAYLOAD"]
-            assert len(batch.message) < (1 << 20) + 65_536 + 1024 * 16
+            assert len(batch.message) < MIB + 1024 * 16
             writer._acknowledge(batch, position(batch))
 
     def test_worst_run_has_room_for_any_age(self):
         # A length takes 3 bytes, an age at most 8, the count 2.
-        worst = (1 << 20) - 1 + 65_536 + 1024 * (3 + 8) + 2
+        worst = MIB + 1024 * (3 + 8) + 2
         assert worst < LIMITS["MAX_RUN_BYTES"]
+
+    def test_the_payloads_of_a_batch_have_at_most_a_mib_whatever_their_sizes(self):
+        writer = Shell(max_payload_bytes=MIB)
+        writer.write(b"")
+        first = writer.take()
+        sizes = [1, MIB, 1, MIB - 1, 1, 600_000, 600_000, 0, MIB, 0]
+        for size in sizes:
+            writer.write(bytes(size))
+        writer._acknowledge(first, position(first))
+        batches = []
+        while not writer._idle:
+            batch = writer.take()
+            batches.append([len(payload) for payload in payloads_of(batch)])
+            writer._acknowledge(batch, position(batch))
+        assert batches == [[1], [MIB], [1, MIB - 1], [1, 600_000], [600_000, 0], [MIB, 0]]
+
+    def test_the_largest_limit_is_that_of_the_server(self):
+        assert LIMITS["MAX_PAYLOAD"] == LARGEST_PAYLOAD_LIMIT == MIB
+        for bad in (0, -1, MIB + 1):
+            with pytest.raises(InvalidInput):
+                Shell(max_payload_bytes=bad)
 
     def test_most_fields(self):
         writer = Shell(NOTES)
@@ -314,6 +338,32 @@ class TestArguments:
         assert writer.write(kind(65_536)) == 1
         error = self.refused(PayloadTooLarge, kind(65_537))
         assert (error.limit, error.size) == (65_536, 65_537)
+
+    @pytest.mark.parametrize("limit", [1, 100, MIB])
+    def test_a_limit_of_its_own(self, limit):
+        writer = Shell(max_payload_bytes=limit)
+        assert writer.write(bytes(limit)) == 1
+        for payload in (bytes(limit + 1), bytearray(limit + 1), "x" * (limit + 1)):
+            with pytest.raises(PayloadTooLarge) as caught:
+                writer.write(payload)
+            assert (caught.value.limit, caught.value.size) == (limit, limit + 1)
+        assert writer.next_sequence == 2
+
+    def test_the_error_names_what_is_too_large_and_what_helps(self):
+        writer = Shell(max_payload_bytes=100)
+        for mode, what in ((DURABLE, "frame"), (LIVE, "frame"), (NOTES, "patch")):
+            for payload in (bytes(101), bytearray(101)):
+                with pytest.raises(PayloadTooLarge) as caught:
+                    writer.write(payload, mode=mode)
+                assert caught.value.what == what
+                assert str(caught.value) == (
+                    f"The {what} has 101 bytes and the limit is 100; "
+                    "split it, or raise max_payload_bytes of the backend's configuration."
+                )
+        with pytest.raises(PayloadTooLarge, match="split it, or store it elsewhere and pass a ref"):
+            writer.write(bytearray(MIB + 1))
+        with pytest.raises(InvalidType):
+            writer.write(bytes(100), mode="durable")
 
     def test_huge_view_is_not_copied(self):
         view = memoryview(bytearray(1 << 20)).cast("B", (1024, 1024))
