@@ -15,6 +15,7 @@ from ff_fast._aio.readers import Completions, Tail
 from ff_fast._aio.writers import Sender, Writer
 from ff_fast._core import operations
 from ff_fast._core.binding import HANDLER, H, R, S, bind, dressed
+from ff_fast._core.writer import FrameWriters
 from ff_fast.errors import FFError, WriterClosed
 
 if TYPE_CHECKING:
@@ -72,26 +73,18 @@ class Operations(Pool):
         super().__init__(config)
         self._opening = asyncio.Lock()
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
-        # Writers opened by `append_frame`, by lease id: this is their only reference.
-        self._implicit: dict[str, Writer] = {}
+        self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
         self._sender = Sender(self._shared, self._prepare, self._spawn, config.retry)
 
     def _stop(self) -> None:
         super()._stop()
         self._sender.stop()
-        self._implicit.clear()
+        self._frame_writers.clear()
 
     async def _do(self, call: Call[T]) -> T:
         value = await self._run(call)
-        lease_id = call.released_lease(value)
-        if lease_id is not None:
-            self._close_implicit_writer(lease_id)
+        self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value
-
-    def _close_implicit_writer(self, lease_id: str) -> None:
-        writer = self._implicit.pop(lease_id, None)
-        if writer is not None:
-            writer._fail(WriterClosed())
 
     def _tail(self, source: TailCore) -> Tail:
         return Tail(self, source)
@@ -109,9 +102,8 @@ class Operations(Pool):
 
     def _use_writer(self, state: WriterState) -> Writer:
         writer = Writer(state, self._sender, self)
-        lease_id = state.attempt.fields.lease_id
-        self._writers[lease_id] = writer
-        self._implicit.pop(lease_id, None)
+        self._writers[writer.lease_id] = writer
+        self._frame_writers.pop(writer.lease_id, None)
         return writer
 
     async def _append_frame(self, request: operations.FrameRequest) -> AppendFrameOutcome:
@@ -122,9 +114,16 @@ class Operations(Pool):
             if writer is None or isinstance(writer.error, WriterClosed):
                 opening = operations.open_writer(self._deployment, request.handle)
                 writer = await self._open_writer(opening)
-                self._implicit[request.lease_id] = writer
-        writer.write_frame(request.frame)
-        return await writer.flush(request.timeout)
+                self._frame_writers.drop_lapsed()
+                self._frame_writers[request.lease_id] = writer
+        try:
+            writer.write_frame(request.frame)
+            outcome = await writer.flush(request.timeout)
+        finally:
+            if writer.error is not None:
+                self._frame_writers.failed(writer)
+        self._frame_writers.appended(writer)
+        return outcome
 
     def _keep_lease(self, request: operations.LeaseRequest) -> LeaseKeeper:
         self._check()
@@ -133,11 +132,12 @@ class Operations(Pool):
             writer = self._writers.get(request.lease_id)
             if writer is not None:
                 writer._fail(copy.copy(error))
+                self._frame_writers.failed(writer)
             if request.on_lost is not None:
                 request.on_lost(error)
 
         keeper = LeaseKeeper(
-            request.ttl_ms, lambda: self._run(request.renewal), lost, lambda: self._closed
+            request.ttl_ms, lambda: self._do(request.renewal), lost, lambda: self._closed
         )
         keeper._start(self._spawn)
         return keeper

@@ -84,12 +84,14 @@ class Call(NamedTuple, Generic[T]):
         own_connection: The call blocks on the server, or takes long, and needs a connection of its own.
         released_lease: Returns the id of the lease that the call has released, given its result; None if the lease
             continues. The shell then closes the writer that `append_frame` opened under it.
+        extended_lease: The id of the lease that the call extends, and its length from then on, in seconds.
     """
 
     steps: Callable[[], Steps[T]]
     repeatable: bool = True
     own_connection: bool = False
     released_lease: Callable[[T], str | None] = lambda value: None
+    extended_lease: tuple[str, float] | None = None
 
 
 class StopEvent(Protocol):
@@ -348,7 +350,9 @@ def renew(
     """
     attempt = _attempt(handle)
     ttl = attempt.fields.lease_ttl_ms if lease_ttl_ms is None else lease_ttl_ms
-    return _call(ops.renew_lease(attempt, _ttl_ms("lease_ttl_ms", ttl)))
+    ttl_ms = _ttl_ms("lease_ttl_ms", ttl)
+    call = _call(ops.renew_lease(attempt, ttl_ms))
+    return call._replace(extended_lease=(attempt.fields.lease_id, ttl_ms / 1000))
 
 
 def complete(on: Deployment, handle: Handle, payload: bytes | str = b"") -> Call[None]:
@@ -1049,8 +1053,8 @@ def append_frame(
 ) -> FrameRequest:
     """Append one frame, wait until it is stored, and return the newest id, the frame count and the summary version.
 
-    The call uses the writer that is open for the handle, or opens one. With ``frame.seq`` it is idempotent: this writer
-    writes each sequence once.
+    The call uses the writer that is open for the handle, or opens one, which stays open until it fails or the lease is
+    gone. With ``frame.seq`` it is idempotent: this writer writes each sequence once.
 
     Args:
         handle: The lease.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ff_fast._core import ops
@@ -19,12 +20,13 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, MutableMapping
     from datetime import timedelta
 
     from ff_fast._core.steps import Steps
 
 T = TypeVar("T")
+W = TypeVar("W", bound="SharedWriter")
 
 HIGH_WATER_BYTES = 1 << 20
 """`drain` waits while more than this many bytes are unacknowledged, or less than one frame of maximum size fits."""
@@ -120,6 +122,9 @@ class SharedWriter(WriterCore):
             linger_ms=state.options.linger_ms,
             max_payload_bytes=state.options.max_payload_bytes,
         )
+        self.lease_id = state.attempt.fields.lease_id
+        # When the lease lapses as far as this process knows, in monotonic time.
+        self._lease_until = time.monotonic() + state.attempt.fields.lease_ttl_ms / 1000
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
         # After drain() one frame of maximum size always fits.
@@ -159,6 +164,58 @@ class SharedWriter(WriterCore):
             f"{type(self).__name__}(execution_id={self.execution_id!r}, attempt_index={self.attempt_index}, "
             f"next_sequence={self.next_sequence}, unacknowledged_bytes={self.unacknowledged_bytes})"
         )
+
+
+class FrameWriters(dict[str, W]):
+    """Writers that `append_frame` opened, by lease id: this is their only reference.
+
+    A writer is dropped when it fails, when a call of the backend releases its lease, and when the lease has lapsed as
+    far as the backend knows. If the lease lives on, the next frame opens another writer.
+
+    Args:
+        open_writers: The open writers of the backend by lease id, also those that its users opened.
+    """
+
+    def __init__(self, open_writers: MutableMapping[str, W]) -> None:
+        super().__init__()
+        self._open_writers = open_writers
+        self._look_at = 0.0
+
+    def failed(self, writer: W) -> None:
+        """Drop a failed writer, so that the next frame opens another, or learns why it cannot."""
+        if self.get(writer.lease_id) is writer:
+            self.pop(writer.lease_id, None)
+            self._open_writers.pop(writer.lease_id, None)
+
+    def settle(self, released_lease: str | None, extended_lease: tuple[str, float] | None) -> None:
+        """Note what a call did: the lease that it released, and the one that it extended, with its new length."""
+        if not self:
+            return
+        if released_lease is not None:
+            writer = self.pop(released_lease, None)
+            if writer is not None:
+                writer._fail(WriterClosed())
+        if extended_lease is not None:
+            lease_id, ttl_s = extended_lease
+            writer = self.get(lease_id)
+            if writer is not None:
+                writer._lease_until = time.monotonic() + ttl_s
+        self.drop_lapsed()
+
+    def appended(self, writer: W) -> None:
+        """Note that a frame of *writer* was stored: the answer says how long its lease lasts."""
+        writer._lease_until = time.monotonic() + writer.lease_left
+
+    def drop_lapsed(self) -> None:
+        """Drop the writers whose lease has lapsed, and those that failed; looks at them once a second."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + 1.0
+        for lease_id, writer in tuple(self.items()):
+            # Of a writer that waits for the server, the server's answer decides.
+            if writer.error is not None or (writer._idle and writer._lease_until < now):
+                self.pop(lease_id, None)
 
 
 # -- the waits of a writer, once for both shells ---------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 from ff_fast import _transport
 from ff_fast._core import operations
 from ff_fast._core.binding import bind
+from ff_fast._core.writer import FrameWriters
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.pool import Pool
 from ff_fast._sync.readers import Completions, Tail
@@ -49,8 +50,7 @@ class Operations(Pool):
         self._starting = threading.Lock()
         self._sender: Sender | None = None
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
-        # Writers opened by `append_frame`, by lease id: this is their only reference.
-        self._implicit: dict[str, Writer] = {}
+        self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
         self._keepers: weakref.WeakSet[LeaseKeeper] = weakref.WeakSet()
 
     def _stop(self) -> None:
@@ -61,7 +61,7 @@ class Operations(Pool):
             sender = self._sender
         if sender is not None:
             sender.close()
-        self._implicit.clear()
+        self._frame_writers.clear()
 
     def _forked(self) -> None:
         super()._forked()
@@ -78,17 +78,10 @@ class Operations(Pool):
                 )
             return self._sender
 
-    def _do(self, call: Call[T]) -> T:
-        value = self._run(call)
-        lease_id = call.released_lease(value)
-        if lease_id is not None:
-            self._close_implicit_writer(lease_id)
+    def _do(self, call: Call[T], *, until: float = float("inf")) -> T:
+        value = self._run(call, until=until)
+        self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value
-
-    def _close_implicit_writer(self, lease_id: str) -> None:
-        writer = self._implicit.pop(lease_id, None)
-        if writer is not None:
-            writer._fail(WriterClosed())
 
     def _tail(self, source: TailCore) -> Tail:
         return Tail(self, source)
@@ -101,9 +94,8 @@ class Operations(Pool):
 
     def _use_writer(self, state: WriterState) -> Writer:
         writer = Writer(state, self._running_sender(), _transport.request_timeout_s(self.config))
-        lease_id = state.attempt.fields.lease_id
-        self._writers[lease_id] = writer
-        self._implicit.pop(lease_id, None)
+        self._writers[writer.lease_id] = writer
+        self._frame_writers.pop(writer.lease_id, None)
         return writer
 
     def _append_frame(self, request: operations.FrameRequest) -> AppendFrameOutcome:
@@ -114,9 +106,16 @@ class Operations(Pool):
             if writer is None or isinstance(writer.error, WriterClosed):
                 opening = operations.open_writer(self._deployment, request.handle)
                 writer = self._open_writer(opening)
-                self._implicit[request.lease_id] = writer
-        writer.write_frame(request.frame)
-        return writer.flush(request.timeout)
+                self._frame_writers.drop_lapsed()
+                self._frame_writers[request.lease_id] = writer
+        try:
+            writer.write_frame(request.frame)
+            outcome = writer.flush(request.timeout)
+        finally:
+            if writer.error is not None:
+                self._frame_writers.failed(writer)
+        self._frame_writers.appended(writer)
+        return outcome
 
     def _keep_lease(self, request: operations.LeaseRequest) -> LeaseKeeper:
         self._check()
@@ -125,11 +124,12 @@ class Operations(Pool):
             writer = self._writers.get(request.lease_id)
             if writer is not None:
                 writer._fail(copy.copy(error))
+                self._frame_writers.failed(writer)
             if request.on_lost is not None:
                 request.on_lost(error)
 
         def renew(until: float) -> LeaseRenewal:
-            return self._run(request.renewal, until=until)
+            return self._do(request.renewal, until=until)
 
         keeper = LeaseKeeper(request.ttl_ms, renew, lost)
         self._keepers.add(keeper)

@@ -243,7 +243,7 @@ def test_append_frame_from_many_threads_opens_one_writer(server, lane):
         eid, handle = taken(backend, lane)
         together(8, lambda i: backend.append_frame(handle, Frame(b"%d" % i, FrameKind.EVENT)))
         backend.complete(handle)
-        assert not backend._implicit
+        assert not backend._frame_writers
     assert sorted(frame.payload for frame in frames(server.url, eid)) == [
         b"%d" % i for i in range(8)
     ]
@@ -257,7 +257,7 @@ async def test_append_frame_from_many_tasks_opens_one_writer(server, lane):
             *(backend.append_frame(handle, Frame(b"%d" % i, FrameKind.EVENT)) for i in range(8))
         )
         await backend.complete(handle)
-        assert not backend._implicit
+        assert not backend._frame_writers
     assert len(frames(server.url, eid)) == 8
 
 
@@ -557,7 +557,7 @@ async def test_writers_are_forgotten(shell, server, lane):
         gc.collect()
         assert len(backend.wrapped._writers) <= 1
         assert len(backend.wrapped._sender.writers) <= 1
-        assert not backend.wrapped._implicit
+        assert not backend.wrapped._frame_writers
 
 
 def test_the_private_names_of_redis_py():

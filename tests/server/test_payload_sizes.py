@@ -7,7 +7,7 @@ import pytest
 from ff_fast import Frame, FrameKind, PatchKind, StreamMode, errors
 
 from ..shells import KINDS, Opener
-from .streams import Stream, live, log, number, patches
+from .streams import Stream, live, log, patches
 
 MIB = 1 << 20
 DURABLE = StreamMode.durable()
