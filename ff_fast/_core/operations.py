@@ -653,7 +653,9 @@ def deliver_signal(
     """
     eid = keys.canonical_execution_id(execution_id)
     data = (
-        None if payload is None else _bounded("payload of a signal", payload_bytes(payload), MAX_SIGNAL)
+        None
+        if payload is None
+        else _bounded("payload of a signal", payload_bytes(payload), MAX_SIGNAL)
     )
     op = ops.deliver_signal(
         eid,

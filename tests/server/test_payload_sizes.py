@@ -43,7 +43,9 @@ def same(found, wanted):
 
 
 @pytest.mark.parametrize("mode", MAKERS)
-def test_payloads_of_a_mib_are_read_whole_by_every_reader(opener, generous, server, raw, lane, mode):
+def test_payloads_of_a_mib_are_read_whole_by_every_reader(
+    opener, generous, server, raw, lane, mode
+):
     stream = Stream(raw, generous, lane)
     mode, make = MAKERS[mode]
     sizes = [MIB, 65_537, 100, MIB - 1, 600_000, 600_000, MIB]

@@ -113,7 +113,11 @@ def test_failures():
             FailureReason(bad)
     for what, make, advice in (
         ("message", lambda n: FailureReason("x" * n), "shorten it."),
-        ("detail", lambda n: FailureReason("m", b"x" * n), "store it elsewhere and pass a reference."),
+        (
+            "detail",
+            lambda n: FailureReason("m", b"x" * n),
+            "store it elsewhere and pass a reference.",
+        ),
     ):
         make(65_536)
         with pytest.raises(PayloadTooLarge, match=f"{what} has 65537 .* {advice}") as caught:

@@ -31,9 +31,7 @@ def opened(lease, ttl_ms=30_000):
         lane_id="lane",
         worker_instance_id="w-1",
     )
-    state = WriterState(
-        Attempt.of(handle), WRITER, Opened(*NEW), None, WriterOptions(mode=DURABLE)
-    )
+    state = WriterState(Attempt.of(handle), WRITER, Opened(*NEW), None, WriterOptions(mode=DURABLE))
     return SharedWriter(state)
 
 
