@@ -14,6 +14,7 @@ from ff_fast._core.summary import SummaryView
 from ff_fast._core.tail import StreamPage
 from ff_fast._core.worker import TaskFailed, TaskReleased
 from ff_fast._hot.frames import StreamFrame
+from ff_fast._text import TextDecoder
 from ff_fast.client import Completions, LeaseKeeper, Tail, Task, ValkeyBackend, Writer
 from ff_fast.errors import (
     AttemptNotFound,
@@ -270,6 +271,7 @@ __all__ = [
     "Task",
     "TaskFailed",
     "TaskReleased",
+    "TextDecoder",
     "TimeoutBehavior",
     "TlsFailed",
     "TlsFault",

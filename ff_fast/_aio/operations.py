@@ -102,8 +102,8 @@ class Operations(Pool):
 
     def _use_writer(self, state: WriterState) -> Writer:
         writer = Writer(state, self._sender, self)
-        self._writers[writer.lease_id] = writer
-        self._frame_writers.pop(writer.lease_id, None)
+        self._writers[writer._lease_id] = writer
+        self._frame_writers.pop(writer._lease_id, None)
         return writer
 
     async def _append_frame(self, request: operations.FrameRequest) -> AppendFrameOutcome:

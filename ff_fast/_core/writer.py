@@ -122,7 +122,7 @@ class SharedWriter(WriterCore):
             linger_ms=state.options.linger_ms,
             max_payload_bytes=state.options.max_payload_bytes,
         )
-        self.lease_id = state.attempt.fields.lease_id
+        self._lease_id = state.attempt.fields.lease_id
         # When the lease lapses as far as this process knows, in monotonic time.
         self._lease_until = time.monotonic() + state.attempt.fields.lease_ttl_ms / 1000
         self.execution_id = state.attempt.execution_id
@@ -183,9 +183,9 @@ class FrameWriters(dict[str, W]):
 
     def failed(self, writer: W) -> None:
         """Drop a failed writer, so that the next frame opens another, or learns why it cannot."""
-        if self.get(writer.lease_id) is writer:
-            self.pop(writer.lease_id, None)
-            self._open_writers.pop(writer.lease_id, None)
+        if self.get(writer._lease_id) is writer:
+            self.pop(writer._lease_id, None)
+            self._open_writers.pop(writer._lease_id, None)
 
     def settle(self, released_lease: str | None, extended_lease: tuple[str, float] | None) -> None:
         """Note what a call did: the lease that it released, and the one that it extended, with its new length."""

@@ -921,7 +921,8 @@ cdef class Document:
         added = escaped_size(<bytes>text)
         if added < 0:
             raise InvalidPatch(
-                f"Append whole UTF-8 characters: byte {-1 - added} of {len(text)} does not fit."
+                f"Append whole UTF-8 characters: byte {-1 - added} of {len(text)} does not fit. A "
+                "TextDecoder joins text that was cut into bytes."
             )
         if self.append_target is None or self.append_pointer != <bytes>pointer:
             self.append_at(<bytes>pointer, <bytes>text, added)

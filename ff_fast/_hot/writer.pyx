@@ -68,8 +68,8 @@ cdef enum:
     # The same limits as in lua/prelude.lua.
     MAX_PAYLOAD = 1 << 20
     MAX_FRAMES = 1024
-    # The payloads of a batch, of which a single one may have as much. A run has 12 KB of lengths and
-    # ages at most, and the server accepts 2 MiB.
+    # The payloads of a batch, of which a single one may have as much. A run has at most 12 KB of
+    # lengths and ages, and the server accepts 2 MiB.
     MAX_BATCH_BYTES = MAX_PAYLOAD
     # A batch of this size is sent although earlier ones are in flight, so the server does not idle
     # between two batches. Smaller ones wait and grow with its load.

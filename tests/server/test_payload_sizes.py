@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ff_fast import Frame, FrameKind, PatchKind, StreamMode, errors
+from ff_fast import Frame, FrameKind, PatchKind, StreamMode, TextDecoder, errors
 
 from ..shells import KINDS, Opener
 from .streams import Stream, live, log, patches
@@ -134,6 +134,26 @@ def test_a_repeat_of_payloads_of_a_mib_answers_as_the_first_call(generous, raw, 
             assert stream.repeated(make(large)) == position
             # The walk from the end reads few entries at a time, since each may be as large.
             assert _calls(raw, "xrevrange") - before >= 3
+
+
+def test_text_that_was_cut_into_bytes_is_appended_and_read_whole(generous, raw, lane):
+    stream = Stream(raw, generous, lane)
+    said = "zażółć gęślą jaźń \U0001f600 " * 20
+    pieces = [said.encode()[at : at + 3] for at in range(0, len(said.encode()), 3)]
+    cut = TextDecoder()
+    with generous.open_writer(stream.handle, mode=TEXT) as writer:
+        with pytest.raises(errors.InvalidPatch, match="TextDecoder"):
+            writer.write("ż".encode()[:1])
+        for piece in pieces:
+            writer.write(cut.decode(piece))
+            writer.write(piece, mode=DURABLE)
+        writer.write(cut.decode(b"", final=True))
+    document = generous.read_summary(stream.eid).document_json
+    assert json.loads(document) == {"text": said}
+    joined = TextDecoder()
+    durable = [frame for frame in stream.frames() if frame.mode == "durable"]
+    assert "".join(joined.decode(frame.payload) for frame in durable) == said
+    assert joined.pending == b""
 
 
 def _calls(raw, command):

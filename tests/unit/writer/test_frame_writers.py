@@ -36,7 +36,7 @@ def opened(lease, ttl_ms=30_000):
 
 
 def kept(*writers):
-    open_writers = {writer.lease_id: writer for writer in writers}
+    open_writers = {writer._lease_id: writer for writer in writers}
     found = FrameWriters(open_writers)
     found.update(open_writers)
     return found
