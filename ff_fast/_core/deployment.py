@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 
 from ff_fast import _library, keys
 from ff_fast._core import ops
@@ -73,6 +74,8 @@ class Deployment:
     def prepare(self) -> Steps[None]:
         """Check a new connection: load the library if it is missing or different, and compare the partition count.
 
+        Warns (``RuntimeWarning``), on the first connection, of a server that evicts any key when its memory is full.
+
         Raises:
             LibraryMismatch: The server holds a newer contract.
             ClusterModeRequired: The server is a node of a cluster.
@@ -92,6 +95,8 @@ class Deployment:
             yield from _load()
             # Asked again: another library may read no partition count.
             held = yield from ops.call(version)
+        if held.eviction_policy.startswith("allkeys") and not self._known:
+            warnings.warn(_evicts(held.eviction_policy), RuntimeWarning, stacklevel=1)
         stored = held.partitions
         if stored is None:
             stored = yield from self._store()
@@ -121,6 +126,13 @@ class Deployment:
         if not isinstance(stored, bytes) or not stored.isdigit():
             raise _unreadable()
         return int(stored)
+
+
+def _evicts(policy: str) -> str:
+    return (
+        f"The server's maxmemory-policy is {policy}: when its memory is full, it deletes frames, leases and executions "
+        "without an error. Set it to noeviction."
+    )
 
 
 def _unreadable() -> Corruption:

@@ -164,20 +164,31 @@ class Attempt(NamedTuple):
 
 
 class Version(NamedTuple):
-    """The server's library; ``partitions`` is None if no partition count is stored."""
+    """The server's library, and what the deployment depends on.
+
+    Attributes:
+        contract: Contract number of the library.
+        digest: Digest of its text.
+        partitions: The stored partition count; None if there is none.
+        eviction_policy: ``maxmemory-policy`` of the server; empty where its memory has no limit, or it is not told.
+    """
 
     contract: int
     digest: str
     partitions: int | None
+    eviction_policy: str = ""
 
 
 def version() -> Op[Version]:
-    """Read contract and digest of the server's library, and the stored partition count."""
+    """Read contract and digest of the server's library, the stored partition count, and the eviction policy."""
 
     def parse(_: bytes, fields: list[object]) -> Version:
         # A library of another contract may answer fewer fields; its contract must be readable nevertheless.
         contract, digest, *rest = map(_text, fields)
-        return Version(int(contract), digest, int(rest[0]) if rest and rest[0] else None)
+        partitions, eviction_policy, *_ = [*rest, "", ""]
+        return Version(
+            int(contract), digest, int(partitions) if partitions else None, eviction_policy
+        )
 
     # The two keys are in different slots, so every node of a cluster refuses the call.
     return Op(

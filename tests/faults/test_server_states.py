@@ -222,6 +222,26 @@ async def test_a_server_that_accepts_no_writes(shell, name, own_server, broken, 
     stored_once(own_server.url, eid, [b"%d" % i for i in range(1, 500)])
 
 
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random"])
+async def test_a_server_that_evicts_any_key_is_told_when_connecting(
+    shell, policy, own_server, broken, lane
+):
+    broken.config_set("maxmemory-policy", policy)
+    # Without a limit nothing is evicted.
+    await (await shell.connect(own_server.url)).close()
+    broken.config_set("maxmemory", "100mb")
+    with pytest.warns(RuntimeWarning, match=f"maxmemory-policy is {policy}") as caught:
+        async with await shell.connect(own_server.url) as backend:
+            await claimed(backend, lane)
+    assert len(caught) == 1
+    # A user who may not read INFO is told nothing, and leaves no trace in the log of the server.
+    broken.execute_command(
+        *("ACL", "SETUSER", "plain", "on", ">p", "~ff:*", "+@all", "-@dangerous", "-@admin")
+    )
+    await (await shell.connect(own_server.url.replace("unix://", "unix://plain:p@"))).close()
+    assert broken.acl_log() == []
+
+
 async def test_a_busy_server(shell, own_server, broken, lane):
     async with (
         await shell.connect(own_server.url, retries=2, factor=1) as hasty,

@@ -167,6 +167,21 @@ def test_a_new_connection(subtests):
                 assert on.partitions == (configured or 256)
 
 
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-lfu", "allkeys-random"])
+def test_a_server_that_evicts_any_key_is_told_once(policy):
+    on = Deployment()
+    reply = [*version(), policy.encode()]
+    with pytest.warns(RuntimeWarning, match=f"maxmemory-policy is {policy}.*Set it to noeviction"):
+        run(on.prepare(), [reply])
+    # A warning here is an error.
+    run(on.prepare(), [reply])
+
+
+@pytest.mark.parametrize("policy", ["", "noeviction", "volatile-lru", "volatile-ttl"])
+def test_no_other_policy_is_warned_of(policy):
+    assert run(Deployment().prepare(), [[*version(), policy.encode()]])[1] is None
+
+
 def test_the_library_is_loaded_whole_in_place_of_another():
     asked, _ = run(Deployment().prepare(), [version(digest="other"), LOADED, version()])
     assert asked[1] == [b"FUNCTION", b"LOAD", b"REPLACE", _library.source().encode()]
