@@ -149,6 +149,31 @@ async def test_functions_flushed_amid_a_stream(shell, own_server, broken, lane):
     stored_once(own_server.url, eid, payloads)
 
 
+async def test_a_library_that_is_replaced_amid_calls_costs_none_of_them(
+    shell, own_server, broken, lane
+):
+    # Without retries: no call may fail.
+    async with await shell.connect(own_server.url, retries=0) as backend:
+        eid, handle = await claimed(backend, lane)
+        writer = await backend.open_writer(handle)
+        payloads = [b"%d" % i for i in range(5_000)]
+        calls = []
+        for i, payload in enumerate(payloads):
+            writer.write(payload)
+            if i % 250 == 0:
+                calls += [asyncio.ensure_future(backend.describe(eid)) for _ in range(5)]
+                await asyncio.sleep(0)
+                broken.function_load(library(note=f"text {i}"), replace=True)
+                with pytest.raises(redis.ResponseError):
+                    # A text that does not load leaves the one before it.
+                    broken.function_load(f"#!lua name={_library.NAME}\nnonsense", replace=True)
+        await writer.flush(20)
+        await writer.close()
+        assert {one.state for one in await asyncio.gather(*calls)} == {"active"}
+        await backend.complete(handle)
+    stored_once(own_server.url, eid, payloads)
+
+
 async def test_functions_flushed_need_no_retry(shell, own_server, broken, lane):
     async with await shell.connect(own_server.url, retries=0) as backend:
         eid = await backend.create_execution(lane=lane)
