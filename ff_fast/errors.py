@@ -214,7 +214,8 @@ class PayloadTooLarge(InvalidPayload):
 
     @classmethod
     def _from_details(cls, details: Sequence[bytes]) -> FFError:
-        return cls(*_two_numbers(details))
+        what = {b"signal": "payload of a signal"}.get(b"".join(details[2:3]), "frame")
+        return cls(*_two_numbers(details), what)
 
 
 class InvalidSequence(InvalidInput):

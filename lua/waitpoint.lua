@@ -388,7 +388,7 @@ end)
 --   args:    waitpoint_id token signal_id signal_name signal_category source_type source_identity correlation_id
 --            idempotency_key has_payload payload
 --   returns: signal_id effect (lane_id eligible_score)...
---   errors:  execution_not_found invalid_token waitpoint_closed signal_limit_exceeded
+--   errors:  payload_too_large execution_not_found invalid_token waitpoint_closed signal_limit_exceeded
 --
 -- The token is checked before the call answers anything about the waitpoint. A signal with the idempotency key of an
 -- earlier one answers that one, with status DUPLICATE, also when it has resumed the execution. A pending waitpoint
@@ -398,6 +398,9 @@ redis.register_function('ff_deliver_signal', function(keys, args)
   local core_key = keys[1]
   local waitpoint_id, token, signal_id, signal_name, signal_category, source_type, source_identity, correlation_id,
     idempotency_key, has_payload, payload = unpack(args, 1, 11)
+  if #payload > ff.MAX_SIGNAL then
+    return ff.err('payload_too_large', ff.text(ff.MAX_SIGNAL), ff.text(#payload), 'signal')
+  end
   local execution = ff.load(core_key)
   if not execution then
     return ff.err('execution_not_found')

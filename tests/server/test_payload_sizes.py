@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ff_fast import Frame, FrameKind, PatchKind, StreamMode, TextDecoder, errors
+from ff_fast._core import operations
 
 from ..shells import KINDS, Opener
 from .streams import Stream, live, log, patches
@@ -154,6 +155,24 @@ def test_text_that_was_cut_into_bytes_is_appended_and_read_whole(generous, raw, 
     durable = [frame for frame in stream.frames() if frame.mode == "durable"]
     assert "".join(joined.decode(frame.payload) for frame in durable) == said
     assert joined.pending == b""
+
+
+def test_the_server_holds_signals_to_their_limit_whatever_a_client_sends(
+    generous, raw, lane, monkeypatch
+):
+    stream = Stream(raw, generous, lane)
+    point = generous.create_waitpoint(stream.handle)
+
+    def deliver(size):
+        generous.deliver_signal(stream.eid, point, "go", payload=bytes(size))
+
+    monkeypatch.setattr(operations, "MAX_SIGNAL", MIB)
+    before = stream.everything()
+    with pytest.raises(errors.PayloadTooLarge, match="payload of a signal has 65537") as caught:
+        deliver(65_537)
+    assert (caught.value.limit, caught.value.what) == (65_536, "payload of a signal")
+    assert stream.everything() == before
+    deliver(65_536)
 
 
 def _calls(raw, command):

@@ -205,7 +205,24 @@ def test_answers_of_the_functions(subtests):
         ("stale_owner", [CANARY.encode()], errors.StaleOwner, {}),
         ("sequence_gap", [b"5", b"9"], errors.SequenceGap, {"expected": 5, "got": 9}),
         ("summary_conflict", [b"2", b"1"], errors.SummaryConflict, {"expected": 2, "got": 1}),
-        ("payload_too_large", [b"10", b"11"], errors.PayloadTooLarge, {"limit": 10, "size": 11}),
+        (
+            "payload_too_large",
+            [b"10", b"11"],
+            errors.PayloadTooLarge,
+            {"limit": 10, "size": 11, "what": "frame"},
+        ),
+        (
+            "payload_too_large",
+            [b"10", b"11", b"signal"],
+            errors.PayloadTooLarge,
+            {"limit": 10, "size": 11, "what": "payload of a signal"},
+        ),
+        (
+            "payload_too_large",
+            [b"10", b"11", CANARY.encode()],
+            errors.PayloadTooLarge,
+            {"limit": 10, "size": 11, "what": "frame"},
+        ),
         (
             "execution_not_active",
             [b"completed", b"success"],
