@@ -22,6 +22,7 @@ from ff_fast.errors import (
 )
 
 from ...reference_writer import Server, Written
+from ...waiting import wait_until
 from .core import DURABLE, LIVE, MERGE, OOM, TEXT, Shell, payloads_of, position, write
 
 # -- threads, collections, hooks -------------------------------------------------------------------
@@ -195,6 +196,29 @@ class TestReentrance:
             by_sequence[i] for i in range(1, 3 * per_thread + 1)
         ]
         server.check_visible_chain()
+
+    def test_a_batch_with_a_document_of_a_mib_is_sealed_by_one_thread_alone(self):
+        writer = Shell(MERGE)
+        sent, taken, over = [], [], threading.Event()
+
+        def send():
+            while not (over.is_set() and writer._idle):
+                batch = writer._next_batch()
+                if batch is not None:
+                    taken.extend(payloads_of(batch))
+                    writer._acknowledge(batch, position(batch))
+
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        for i in range(60):
+            sent.append(b'{"%d":"%b"}' % (i, b"x" * 60_000))
+            writer.write(sent[-1])
+            wait_until(lambda: writer.unacknowledged_bytes < 4 << 20)
+        writer._seal_last()
+        over.set()
+        sender.join(20)
+        assert [len(payload) for payload in taken] == [len(payload) for payload in sent]
+        assert taken == sent
 
 
 # -- every order of events -------------------------------------------------------------------------
