@@ -185,7 +185,7 @@ def version() -> Op[Version]:
     def parse(_: bytes, fields: list[object]) -> Version:
         # A library of another contract may answer fewer fields; its contract must be readable nevertheless.
         contract, digest, *rest = map(_text, fields)
-        partitions, eviction_policy, *_ = [*rest, "", ""]
+        partitions, eviction_policy = [*rest, "", ""][:2]
         return Version(
             int(contract), digest, int(partitions) if partitions else None, eviction_policy
         )
