@@ -212,7 +212,11 @@ class FrameWriters(dict[str, W]):
         if now < self._look_at:
             return
         self._look_at = now + 1.0
-        for lease_id, writer in tuple(self.items()):
+        # Other threads may change the table meanwhile.
+        for lease_id in list(self):
+            writer = self.get(lease_id)
+            if writer is None:
+                continue
             # Of a writer that waits for the server, the server's answer decides.
             if writer.error is not None or (writer._idle and writer._lease_until < now):
                 self.pop(lease_id, None)
