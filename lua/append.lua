@@ -30,8 +30,8 @@
 -- visible frame after best-effort frames carries `prev`, the sequence of the visible frame before it, so such a
 -- reader can tell a hole from frames that it does not want.
 --
--- The writer id is `<attempt index>:<lease id>:<lease epoch>:<text>`. `ff_open_writer` puts it in meta under the fence,
--- and whatever takes the lease away removes it there in the same call. So an append that finds its writer in meta, and
+-- The writer id is `<attempt index>:<lease digest>:<lease epoch>:<text>`. `ff_open_writer` puts it in meta under the
+-- fence, and whatever takes the lease away removes it there in the same call. So an append that finds its writer in meta, and
 -- server time before `lease_expires_at`, holds the lease, and reads one hash for it. Only a refused append reads the
 -- core, to say why.
 
@@ -214,17 +214,17 @@ end
 
 -- Why an append with this writer is refused, in the order of the reasons.
 local function refusal(core_key, meta_key, writer)
-  local index, lease_id, epoch = string.match(writer, '^(%d+):([^:]+):(%d+):.')
-  if not index then
+  local index, lease_digest, epoch = string.match(writer, '^(%d+):(%x+):(%d+):.')
+  if not index or #lease_digest ~= 40 then
     return ff.err('invalid_input', 'writer')
   end
-  local state, current_index, current_lease_id, current_epoch = unpack(redis.call(
-    'HMGET', core_key, 'state', 'current_attempt_index', 'current_lease_id', 'current_lease_epoch'
+  local state, current_index, current_lease_digest, current_epoch = unpack(redis.call(
+    'HMGET', core_key, 'state', 'current_attempt_index', 'current_lease_digest', 'current_lease_epoch'
   ))
   if not state then
     return ff.err('execution_not_found')
   end
-  if current_index ~= index or current_lease_id ~= lease_id or current_epoch ~= epoch then
+  if current_index ~= index or current_lease_digest ~= lease_digest or current_epoch ~= epoch then
     return ff.err('stale_owner')
   end
   if state == 'suspended' then
@@ -574,17 +574,22 @@ end)
 
 -- ff_open_writer
 --   keys:    core meta summary
---   args:    writer
+--   args:    writer lease_id
 --   returns: last_id visible_sequence estimator summary_version
 --   errors:  execution_not_found stale_owner suspended stream_closed lease_expired invalid_input
 --
 -- Opening again with the same writer id changes nothing, so the call may be repeated after a lost reply. An earlier
--- writer of the attempt is superseded.
+-- writer of the attempt is superseded. lease_id proves the lease that the writer id names by its digest.
 redis.register_function('ff_open_writer', function(keys, args)
   local call = redis.call
   local core_key, meta_key, summary_key = unpack(keys, 1, 3)
-  local writer = args[1]
+  local writer, lease_id = unpack(args, 1, 2)
   local refused = refusal(core_key, meta_key, writer or '')
+  if refused[2] ~= 'execution_not_found' and refused[2] ~= 'invalid_input'
+    and string.match(writer, '^%d+:(%x+)') ~= ff.lease_digest(lease_id or '')
+  then
+    return ff.err('stale_owner')
+  end
   -- Any other writer, or none, is superseded by opening this one.
   if refused[2] ~= 'writer_superseded' then
     return refused

@@ -40,9 +40,10 @@ local function grant_lease(execution, worker_id, worker_instance_id, lease_id, l
   local expires_at = ff.text(now + tonumber(lease_ttl_ms))
   ff.move(execution, 'active')
   ff.set(
-    execution, 'current_attempt_index', index, 'current_attempt_id', attempt_id, 'current_lease_id', lease_id,
-    'current_lease_epoch', epoch, 'lease_ttl_ms', lease_ttl_ms, 'current_worker_id', worker_id,
-    'current_worker_instance_id', worker_instance_id, 'started_at', fields.started_at or ff.text(now),
+    execution, 'current_attempt_index', index, 'current_attempt_id', attempt_id,
+    'current_lease_digest', ff.lease_digest(lease_id), 'current_lease_epoch', epoch, 'lease_ttl_ms', lease_ttl_ms,
+    'current_worker_id', worker_id, 'current_worker_instance_id', worker_instance_id,
+    'started_at', fields.started_at or ff.text(now),
     'total_attempt_count', resumed and fields.total_attempt_count or ff.text(tonumber(index) + 1), 'interrupted', ''
   )
   local meta_key = ff.attempt_key(execution, 'meta', index)

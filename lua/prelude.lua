@@ -81,6 +81,11 @@ function ff.err(code, ...)
   return { 0, code, ... }
 end
 
+-- A lease as it is stored: whoever reads the execution learns no lease id.
+function ff.lease_digest(lease_id)
+  return redis.sha1hex(lease_id)
+end
+
 function ff.now_ms()
   local time = redis.call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)

@@ -368,10 +368,11 @@ function ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
   if not execution then
     return nil, ff.err('execution_not_found')
   end
-  execution.lease = attempt_index .. ' ' .. lease_id .. ' ' .. lease_epoch
+  local lease_digest = ff.lease_digest(lease_id)
+  execution.lease = attempt_index .. ' ' .. lease_digest .. ' ' .. lease_epoch
   local fields = execution.fields
   if
-    fields.current_attempt_index ~= attempt_index or fields.current_lease_id ~= lease_id
+    fields.current_attempt_index ~= attempt_index or fields.current_lease_digest ~= lease_digest
     or fields.current_lease_epoch ~= lease_epoch
   then
     return nil, ff.err('stale_owner'), execution

@@ -155,6 +155,7 @@ class WorkerLoop:
         return self._halt.is_set() or self._backend.closed or (stop is not None and stop.is_set())
 
     async def _slot(self) -> None:
+        patience = worker_core.Patience()
         try:
             while not self._stopping:
                 try:
@@ -162,15 +163,11 @@ class WorkerLoop:
                 except FFError as error:
                     if self._backend.closed:
                         return
-                    if not error.retryable:
-                        raise
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(operations.CLAIM_WAIT_S):
-                            await self._halt.wait()
+                    await self._pause(patience.refused(error))
                     continue
                 if handle is not None:
                     # Run it even if a stop was requested meanwhile: it is claimed.
-                    await self.run_one(handle)
+                    await self._pause(patience.attended(over=await self.run_one(handle)))
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 - raised again by run(), when the other slots have ended
@@ -178,13 +175,21 @@ class WorkerLoop:
                 self._error = error
             self._halt.set()
 
-    async def run_one(self, handle: Handle) -> None:
-        """Run the handler for one claimed execution, and end the execution."""
+    async def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._stopping and (left := until - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, operations.CLAIM_WAIT_S)):
+                    await self._halt.wait()
+
+    async def run_one(self, handle: Handle) -> bool:
+        """Run the handler for one claimed execution, and end the execution; return whether it is over for this worker."""
         task = Task(self._backend, handle, self._options.mode)
         async with self._backend.keep_lease(handle, task._lose) as task._keeper:
-            await self._drive(task, worker_core.attend(self._backend, task, self._options.mode))
+            actions = worker_core.attend(self._backend, task, self._options.mode)
+            return await self._drive(task, actions)
 
-    async def _drive(self, task: Task, actions: Actions) -> None:
+    async def _drive(self, task: Task, actions: Actions) -> bool:
         # The caller that cancels the worker waits for it, so the actions after an interrupt have a deadline.
         until: float | None = None
         try:
@@ -200,8 +205,8 @@ class WorkerLoop:
                     action = actions.throw(error)
                 else:
                     action = actions.send(value)
-        except StopIteration:
-            return
+        except StopIteration as stop:
+            return bool(stop.value)
 
     async def _perform(self, task: Task, action: Action) -> object:
         match action:

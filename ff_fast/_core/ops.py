@@ -6,6 +6,7 @@ argument orders of the Lua functions.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
@@ -378,8 +379,13 @@ class Opened(NamedTuple):
 
 
 def writer_id(attempt: Attempt) -> bytes:
-    """Return a fresh id for a writer of the attempt: the fence, and a text of its own."""
-    return b":".join((*attempt.fence, keys.new_uuid()[:13].encode()))
+    """Return a fresh id for a writer of the attempt: the fence, with the digest of its lease, and a text of its own.
+
+    It is stored where readers read, so it must not hold the lease id.
+    """
+    index, lease_id, epoch = attempt.fence
+    digest = hashlib.sha1(lease_id, usedforsecurity=False).hexdigest().encode()
+    return b":".join((index, digest, epoch, keys.new_uuid()[:13].encode()))
 
 
 def open_writer(attempt: Attempt, writer: bytes) -> Op[Opened]:
@@ -391,7 +397,7 @@ def open_writer(attempt: Attempt, writer: bytes) -> Op[Opened]:
 
     meta, _, _, summary = attempt.stream_keys
     core = keys.core(attempt.execution_id)
-    return Op(b"ff_open_writer", (core, meta, summary), (writer,), parse)
+    return Op(b"ff_open_writer", (core, meta, summary), (writer, attempt.fence[1]), parse)
 
 
 class Range(NamedTuple):

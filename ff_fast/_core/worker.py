@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Generator
 from typing import (
     TYPE_CHECKING,
@@ -27,7 +28,22 @@ from ff_fast._core.ready import with_hints
 from ff_fast._core.steps import Step, Steps
 from ff_fast._core.writer import WriterState, continue_writer
 from ff_fast._hot.writer import WriterCore
-from ff_fast.errors import FFError, InvalidType
+from ff_fast.errors import (
+    AuthenticationFailed,
+    ClusterModeRequired,
+    Corruption,
+    DeploymentMismatch,
+    FFError,
+    ForkedClient,
+    InternalFunctionError,
+    InvalidType,
+    LibraryMismatch,
+    Outcome,
+    ProtocolError,
+    SequenceGap,
+    TlsFailed,
+    WrongLoop,
+)
 from ff_fast.types import (
     FailureClass,
     FailureReason,
@@ -49,6 +65,14 @@ END_AGAIN_S = 0.25
 CANCEL_REASON = "the worker was asked to stop"
 
 _LONGEST_MESSAGE = 4_096
+
+_MOST_CAUSES = 1_000
+"""Most errors that are looked at in the groups and causes of a handler's exception."""
+
+_FIRST_PAUSE_S = 0.25
+_LONGEST_PAUSE_S = 30.0
+
+_log = logging.getLogger("ff_fast")
 
 
 class TaskReleased(BaseException):
@@ -95,15 +119,72 @@ def _clean(text: str) -> str:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Return the failure for an exception of a handler: transient, or as its ``TaskFailed`` says."""
-    if isinstance(error, TaskFailed):
-        return Failure(error.reason, error.failure_class)
+    """Return the failure for an exception of a handler.
+
+    A ``TaskFailed`` says its class. An :class:`FFError` that is a refusal for good is permanent, since a retry would meet
+    it again. Both also count in an exception group, and as the cause of another exception. All else is transient.
+    """
+    deciding = None
+    for found in _speaking_for_themselves(error):
+        if isinstance(found, TaskFailed):
+            failure = Failure(found.reason, found.failure_class)
+        elif is_for_good(found):
+            text = _said(found) if found is error else f"{_said(error)}: {_said(found)}"
+            failure = Failure(FailureReason(message=_clean(text)), FailureClass.PERMANENT)
+        else:
+            continue
+        if deciding is None or deciding.failure_class is not FailureClass.PERMANENT:
+            deciding = failure
+    return deciding or Failure(FailureReason(message=_clean(_said(error))), FailureClass.TRANSIENT)
+
+
+def _speaking_for_themselves(error: BaseException) -> Generator[TaskFailed | FFError, None, None]:
+    """Yield each ``TaskFailed`` and ``FFError`` among an exception, the members of its groups, and their causes."""
+    stack, seen = [error], 0
+    while stack and seen < _MOST_CAUSES:
+        found = stack.pop()
+        seen += 1
+        if isinstance(found, TaskFailed | FFError):
+            yield found
+            continue
+        if found.__cause__ is not None:
+            stack.append(found.__cause__)
+        if isinstance(found, BaseExceptionGroup):
+            stack.extend(reversed(found.exceptions))
+
+
+def _said(error: BaseException) -> str:
     name = type(error).__name__
     try:
-        text = f"{name}: {error}"
+        return f"{name}: {error}"
     except Exception:  # noqa: BLE001 - str() of the error runs the handler's code
-        text = name
-    return Failure(FailureReason(message=_clean(text)), FailureClass.TRANSIENT)
+        return name
+
+
+# These concern the connection, the deployment, or this process: every call of the worker meets them.
+_ENDS_WORKER = (
+    AuthenticationFailed,
+    TlsFailed,
+    ClusterModeRequired,
+    LibraryMismatch,
+    DeploymentMismatch,
+    ForkedClient,
+    WrongLoop,
+)
+
+
+def is_for_good(error: FFError) -> bool:
+    """Return whether the same call, made again by another attempt, would be refused again.
+
+    Not so: what ends a worker, since another worker may pass; a lost lease; a stream that lost frames, since a new
+    attempt has a stream of its own; and an answer that is malformed, since what was done is unknown.
+    """
+    return not (
+        error.retryable
+        or type(error).outcome is Outcome.UNKNOWN
+        or isinstance(error, (SequenceGap, *_ENDS_WORKER))
+        or is_lease_lost(error)
+    )
 
 
 def result_of(value: object) -> bytes:
@@ -203,6 +284,13 @@ class TaskState(Generic[W, K]):
         )
 
     @property
+    def _may_end(self) -> bool:
+        """Whether the server may accept an end. A refused renewal leaves the lease as it is until it lapses."""
+        return self._holds_lease or (
+            not self._released and self._lost is not None and not is_lease_lost(self._lost)
+        )
+
+    @property
     def writer(self) -> W:
         """The writer of the attempt.
 
@@ -268,7 +356,8 @@ class Raised(NamedTuple):
 
 
 Action = Run | UseWriter | CallHandler | CloseWriter | WaitLost
-Actions = Generator[Action, Any, None]
+Actions = Generator[Action, Any, bool]
+Ending = Generator[Action, Any, None]
 
 
 class Backend(Protocol):
@@ -284,27 +373,47 @@ class Backend(Protocol):
 def attend(backend: Backend, task: TaskState[Any, Any], mode: StreamMode | None) -> Actions:
     """Call the handler for one claimed execution, and end the execution by the handler's result or exception.
 
-    After an interrupt, an exit or a defect the execution is handed back to other workers, and the error is raised.
+    After an interrupt, an exit or a defect the execution is handed back to other workers, and the error is raised. So is
+    an error that every call of the worker would meet. Any other error fails the execution alone.
+
+    Returns:
+        Whether the execution is over for this worker. If not, it comes back, when its lease lapses or at once, and the
+        worker should pause.
     """
     try:
         try:
             yield from _load(backend._deployment, task, mode)
         except FFError as error:
-            if is_lease_lost(error):
-                return
-            if not error.retryable:
-                raise
-            yield from _hand_back(backend, task, error)
-        else:
-            yield from _handle(backend, task)
+            return (yield from _not_started(backend, task, error))
+        yield from _handle(backend, task)
+    except _NotEnded:
+        return False
     except GeneratorExit:
         raise
     except BaseException as error:
         yield from _hand_back(backend, task, error)
         raise
+    return True
 
 
-def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) -> Actions:
+class _NotEnded(Exception):  # noqa: N818 - no fault of the worker
+    """The server refuses for good to end the execution in any way; its lease lapses."""
+
+
+def _not_started(backend: Backend, task: TaskState[Any, Any], error: FFError) -> Actions:
+    """Fail an execution that cannot be loaded, or hand it back where the server's state is at fault."""
+    if is_lease_lost(error):
+        return True
+    if isinstance(error, _ENDS_WORKER):
+        raise error
+    if error.retryable:
+        yield from _hand_back(backend, task, error)
+        return False
+    yield from _fail(backend, task, failure_of(error)._replace(failure_class=FailureClass.PERMANENT))
+    return True
+
+
+def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) -> Ending:
     """Read the task's payload and signals and open its writer, in one round trip."""
     request = operations.open_writer(on, task.handle, mode=mode)
     attempt = ops.Attempt.of(task.handle)
@@ -327,7 +436,7 @@ def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) ->
     yield UseWriter((yield Run(operations.Call(steps))))
 
 
-def _handle(backend: Backend, task: TaskState[Any, Any]) -> Actions:
+def _handle(backend: Backend, task: TaskState[Any, Any]) -> Ending:
     end: Returned | Raised = yield CallHandler()
     if isinstance(end, Raised):
         if not (task._released and is_release(end.error)):
@@ -340,26 +449,49 @@ def _handle(backend: Backend, task: TaskState[Any, Any]) -> Actions:
         yield from _failed(backend, task, error)
         return
     if task.cancel_requested:
-        yield from _end(backend, task, _cancellation(task))
+        yield from _cancel(backend, task)
         return
     try:
         call = operations.complete(backend._deployment, task.handle, result)
         yield from _end(backend, task, call)
     except FFError as error:
+        if isinstance(error, _ENDS_WORKER):
+            raise
         # The server rejects this result whatever we do, for instance because it is too large.
         yield from _failed(backend, task, error)
 
 
-def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Actions:
+def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Ending:
     # An error of the writer must not replace the handler's own failure.
     with contextlib.suppress(FFError):
         yield CloseWriter()
     if task.cancel_requested:
         # The handler failed because it was asked to stop: cancel, so that no retry follows.
-        yield from _end(backend, task, _cancellation(task))
+        yield from _cancel(backend, task)
     else:
-        call = operations.fail(backend._deployment, task.handle, *failure_of(error))
-        yield from _end(backend, task, call)
+        yield from _fail(backend, task, failure_of(error))
+
+
+def _fail(backend: Backend, task: TaskState[Any, Any], failure: Failure) -> Ending:
+    try:
+        yield from _end(
+            backend, task, operations.fail(backend._deployment, task.handle, *failure)
+        )
+    except FFError as error:
+        if isinstance(error, _ENDS_WORKER):
+            raise
+        _log.error("Execution %s cannot be ended: %s", task.execution_id, error)
+        raise _NotEnded from None
+
+
+def _cancel(backend: Backend, task: TaskState[Any, Any]) -> Ending:
+    try:
+        yield from _end(backend, task, _cancellation(task))
+    except FFError as error:
+        if isinstance(error, _ENDS_WORKER):
+            raise
+        # The class keeps it from being retried, as a cancellation does.
+        yield from _fail(backend, task, Failure(failure_of(error).reason, FailureClass.CANCELLED))
 
 
 def _cancellation(task: TaskState[Any, Any]) -> Call[Any]:
@@ -367,21 +499,31 @@ def _cancellation(task: TaskState[Any, Any]) -> Call[Any]:
     eid = task.execution_id
 
     def steps() -> Steps[object]:
-        description = yield from ops.call(ops.describe_execution(eid))
-        reason = description.cancellation_reason or CANCEL_REASON
+        reason = CANCEL_REASON
+        try:
+            description = yield from ops.call(ops.describe_execution(eid))
+        except FFError as error:
+            if error.retryable or is_lease_lost(error):
+                raise
+        else:
+            reason = description.cancellation_reason or reason
         op = ops.cancel_execution(eid, reason, 0)
         return (yield from with_hints(op, keys.partition_index(eid)))
 
     return operations.Call(steps)
 
 
-def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Actions:
-    """End the execution; while the lease is held, retry until the server is reachable again."""
-    while task._holds_lease and not backend.closed:
+def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Ending:
+    """End the execution; while the lease is held, retry until the server is reachable again.
+
+    Raises:
+        FFError: The server refuses this end for good.
+    """
+    while task._may_end and not backend.closed:
         try:
             yield Run(call)
         except FFError as error:
-            if is_lease_lost(error):
+            if is_lease_lost(error) or (error.retryable and not task._holds_lease):
                 return
             if not error.retryable:
                 raise
@@ -390,7 +532,7 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Action
             return
 
 
-def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Actions:
+def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Ending:
     """Make the execution claimable now, not when its lease lapses; it counts as a lost worker."""
     if task._released or backend.closed:
         return
@@ -401,6 +543,31 @@ def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException
         yield Run(
             operations.fail(backend._deployment, task.handle, reason, FailureClass.INFRA_CRASH)
         )
+
+
+class Patience:
+    """The pauses of one worker slot. They double with each failure up to 30 s, and begin anew after a success."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+
+    def refused(self, error: FFError) -> float:
+        """Return the seconds until the next claim after one that failed.
+
+        Raises:
+            FFError: *error*, if the worker cannot claim at all. Stored data that cannot be read concerns one execution.
+        """
+        if error.retryable:
+            return operations.CLAIM_WAIT_S
+        if not isinstance(error, InternalFunctionError | ProtocolError | Corruption):
+            raise error
+        _log.error("A claim has failed and will be tried again: %s", error)
+        return self.attended(over=False)
+
+    def attended(self, *, over: bool) -> float:
+        """Return the seconds until the next claim after an execution; *over* is the value of :func:`attend`."""
+        self._failures = 0 if over else self._failures + 1
+        return min(_FIRST_PAUSE_S * 2.0 ** (self._failures - 1), _LONGEST_PAUSE_S) if self._failures else 0.0
 
 
 def is_handlers_own(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
@@ -177,6 +178,7 @@ class WorkerLoop:
         )
 
     def _slot(self) -> None:
+        patience = worker_core.Patience()
         try:
             while not self._stopping:
                 try:
@@ -184,23 +186,26 @@ class WorkerLoop:
                 except FFError as error:
                     if self._backend.closed:
                         return
-                    if not error.retryable:
-                        raise
-                    self._halt.wait(operations.CLAIM_WAIT_S)
+                    self._pause(patience.refused(error))
                     continue
                 if handle is not None:
                     # Run it even if a stop was requested meanwhile: it is claimed.
-                    self.run_one(handle)
+                    self._pause(patience.attended(over=self.run_one(handle)))
         except BaseException as error:  # noqa: BLE001 - raised again by run()
             self._stopped_by(error)
 
-    def run_one(self, handle: Handle) -> None:
-        """Run the handler for one claimed execution, and end the execution."""
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._stopping and (left := until - time.monotonic()) > 0:
+            self._halt.wait(min(left, operations.CLAIM_WAIT_S))
+
+    def run_one(self, handle: Handle) -> bool:
+        """Run the handler for one claimed execution, and end the execution; return whether it is over for this worker."""
         task = Task(self._backend, handle, self._options.mode)
         with self._backend.keep_lease(handle, task._lose) as task._keeper:
-            self._drive(task, worker_core.attend(self._backend, task, self._options.mode))
+            return self._drive(task, worker_core.attend(self._backend, task, self._options.mode))
 
-    def _drive(self, task: Task, actions: Actions) -> None:
+    def _drive(self, task: Task, actions: Actions) -> bool:
         try:
             action = next(actions)
             while True:
@@ -210,8 +215,8 @@ class WorkerLoop:
                     action = actions.throw(error)
                 else:
                     action = actions.send(value)
-        except StopIteration:
-            return
+        except StopIteration as stop:
+            return bool(stop.value)
 
     def _perform(self, task: Task, action: Action) -> object:
         match action:

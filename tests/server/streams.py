@@ -1,5 +1,7 @@
 """One attempt on a real server, and the calls of `ff_append` and `ff_open_writer` that any client may make."""
 
+import hashlib
+
 from ff_fast import errors, keys
 from ff_fast._core import ops
 from ff_fast.errors import Outcome
@@ -74,11 +76,13 @@ class Stream:
         return self.raw.fcall(function, len(keys), *keys, *args)
 
     def writer_id(self, writer=WRITER, fence=None):
-        return b":".join((*(fence or self.fence), writer))
+        index, lease_id, epoch = fence or self.fence
+        return b":".join((index, hashlib.sha1(lease_id).hexdigest().encode(), epoch, writer))
 
     def open(self, writer=WRITER, fence=None):
         names = (self.core, self.meta, self.summary)
-        return self.call("ff_open_writer", names, self.writer_id(writer, fence))
+        lease_id = (fence or self.fence)[1]
+        return self.call("ff_open_writer", names, self.writer_id(writer, fence), lease_id)
 
     def append(self, *blocks, first=1, previous=None, fence=None, writer=WRITER, names=None):
         """The answer: (ms, sequence) of the position, or the error that the answer stands for.

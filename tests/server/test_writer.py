@@ -568,7 +568,7 @@ def test_a_fatal_answer_stops_the_writer_and_hands_back_the_rest(stream, backend
         writer.write(b"stored %d" % i)
     writer.flush()
     if refusal[0] == "stale_owner":
-        stream.raw.hset(stream.core, "current_lease_id", "another")
+        stream.raw.hset(stream.core, "current_lease_digest", "another")
         stream.raw.hdel(stream.meta, "writer")
     else:
         spoil(stream, [refusal])

@@ -1,6 +1,7 @@
 """What is sent to each Lua function, and how its answers are read, against what the Lua headers declare."""
 
 import dataclasses
+import hashlib
 import re
 
 import hiredis
@@ -65,7 +66,8 @@ WAITPOINT = "77777777-2222-4333-8444-555555555555"
 SIGNAL_ID = "88888888-2222-4333-8444-555555555555"
 TOKENS = [f"k1:{digit * 40}" for digit in "abc"]
 SECRET = "5e" * 32
-WRITER = b"3:" + LEASE.encode() + b":4:w"
+DIGEST = hashlib.sha1(LEASE.encode()).hexdigest().encode()
+WRITER = b"3:" + DIGEST + b":4:w"
 USAGE = UsageDimensions(10, 0, 30, {"calls": 2, "none": 0})
 AMOUNTS = [b"input_tokens", b"10", b"wall_ms", b"30", b"calls", b"2"]
 SIGNAL = ResumeSignal(SIGNAL_ID, "go", "cat", "user", "ada", "c-1", 0, b"\x00p")
@@ -350,7 +352,11 @@ CALLS = {
         [b"a.b", b"c", b"d.e", "ż".encode()],
     ),
     "ff_read_tags": (ops.read_tags(EID), {}, []),
-    "ff_open_writer": (ops.open_writer(ATTEMPT, WRITER), {"writer": WRITER}, []),
+    "ff_open_writer": (
+        ops.open_writer(ATTEMPT, WRITER),
+        {"writer": WRITER, "lease_id": LEASE.encode()},
+        [],
+    ),
     "ff_read_range": (
         ops.read_range(
             EID,
@@ -446,7 +452,7 @@ def test_a_writer_id_is_the_fence_and_a_text_of_its_own():
     made = {ops.writer_id(ATTEMPT) for _ in range(50)}
     assert len(made) == 50
     for writer in made:
-        assert re.fullmatch(rb"3:" + LEASE.encode() + rb":4:[0-9a-f-]{8,}", writer)
+        assert re.fullmatch(rb"3:" + DIGEST + rb":4:[0-9a-f-]{8,}", writer)
 
 
 def parsed(request):
@@ -617,7 +623,7 @@ DESCRIBED = [
         *(b"started_at", b"20", b"last_transition_at", b"30", b"total_attempt_count", b"2"),
         *(b"current_attempt_index", b"1", b"current_attempt_id", b"a", b"current_worker_id", b"w"),
         *(b"current_worker_instance_id", b"w-1", b"current_lease_epoch", b"3"),
-        *(b"current_lease_id", LEASE.encode(), b"released_lease", b"0 " + LEASE.encode() + b" 1"),
+        *(b"current_lease_digest", DIGEST, b"released_lease", b"0 " + DIGEST + b" 1"),
         *(b"lease_ttl_ms", b"30000", b"retry_max", b"3", b"retry_backoff", b"fixed"),
         *(b"retry_delay_ms", b"100", b"retry_multiplier_percent", b"126"),
         *(b"retry_max_delay_ms", b"5000", b"retry_jitter_percent", b"15", b"max_reclaims", b"7"),

@@ -259,11 +259,11 @@ def test_whoever_has_no_lease_has_no_say(raw, backend, lane):
     stream = Stream(raw, backend, lane)
     stream.open()
     # Nobody's: the lease fields are empty, and so are those of the call.
-    raw.hset(stream.core, "current_lease_id", "")
+    raw.hset(stream.core, "current_lease_digest", "")
     raw.hset(stream.meta, "lease_expires_at", "0")
     raw.hdel(stream.meta, "writer")
     stream.refused("stale_owner", log(b"x"))
-    stream.refused("invalid_input", log(b"x"), fence=(stream.fence[0], b"", stream.fence[2]))
+    stream.refused("stale_owner", log(b"x"), fence=(stream.fence[0], b"", stream.fence[2]))
     # Nor has an empty writer, where none is open.
     for writer in (b"", b":::"):
         assert stream.call("ff_append", stream.keys, writer, b"0", *log(b"x"))[0] == 0

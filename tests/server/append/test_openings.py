@@ -207,7 +207,7 @@ def test_a_requested_cancel_is_told_to_the_writer_of_the_next_attempt(retrying):
     meta, _, _, summary = attempt.stream_keys
     names = (stream.core, meta, summary)
     writer = ops.writer_id(attempt)
-    assert stream.call("ff_open_writer", names, writer)[1] == b"OK"
+    assert stream.call("ff_open_writer", names, writer, attempt.fence[1])[1] == b"OK"
     reply = stream.call("ff_append", attempt.stream_keys, writer, b"0", *log(b"x"))
     assert reply.split(b" ")[3] == b"1"
 
