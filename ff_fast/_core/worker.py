@@ -409,7 +409,9 @@ def _not_started(backend: Backend, task: TaskState[Any, Any], error: FFError) ->
     if error.retryable:
         yield from _hand_back(backend, task, error)
         return False
-    yield from _fail(backend, task, failure_of(error)._replace(failure_class=FailureClass.PERMANENT))
+    yield from _fail(
+        backend, task, failure_of(error)._replace(failure_class=FailureClass.PERMANENT)
+    )
     return True
 
 
@@ -474,9 +476,7 @@ def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -
 
 def _fail(backend: Backend, task: TaskState[Any, Any], failure: Failure) -> Ending:
     try:
-        yield from _end(
-            backend, task, operations.fail(backend._deployment, task.handle, *failure)
-        )
+        yield from _end(backend, task, operations.fail(backend._deployment, task.handle, *failure))
     except FFError as error:
         if isinstance(error, _ENDS_WORKER):
             raise
@@ -549,7 +549,7 @@ class Patience:
     """The pauses of one worker slot. They double with each failure up to 30 s, and begin anew after a success."""
 
     def __init__(self) -> None:
-        self._failures = 0
+        self._next_s = _FIRST_PAUSE_S
 
     def refused(self, error: FFError) -> float:
         """Return the seconds until the next claim after one that failed.
@@ -566,8 +566,12 @@ class Patience:
 
     def attended(self, *, over: bool) -> float:
         """Return the seconds until the next claim after an execution; *over* is the value of :func:`attend`."""
-        self._failures = 0 if over else self._failures + 1
-        return min(_FIRST_PAUSE_S * 2.0 ** (self._failures - 1), _LONGEST_PAUSE_S) if self._failures else 0.0
+        if over:
+            self._next_s = _FIRST_PAUSE_S
+            return 0.0
+        pause_s = self._next_s
+        self._next_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        return pause_s
 
 
 def is_handlers_own(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from ff_fast import TaskFailed, TaskReleased, errors
-from ff_fast._core import worker
+from ff_fast._core import operations, worker
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.worker import (
     CallHandler,
@@ -61,6 +61,8 @@ LOST = errors.LeaseExpired()
 AWAY = errors.Unavailable()
 # Not retryable, and no word about the lease.
 REFUSED = errors.PermissionDenied()
+# What no call of this worker passes.
+BARRED = errors.AuthenticationFailed()
 
 
 class Keeper:
@@ -85,6 +87,7 @@ class Attended:
         self.did = []
         self.calls = []
         self.error = None
+        self.over = None
         for name, value in task.items():
             setattr(self.task, name, value)
         self._outcomes = defaultdict(list, {k: list(v) for k, v in (outcomes or {}).items()})
@@ -100,8 +103,8 @@ class Attended:
                     action = actions.throw(error)
                 else:
                     action = actions.send(value)
-        except StopIteration:
-            return
+        except StopIteration as stop:
+            self.over = stop.value
         except BaseException as error:  # noqa: BLE001 - what the worker ends with
             self.error = error
 
@@ -188,6 +191,12 @@ def lapses(of):
     of.task._keeper.held = False
 
 
+def refuses_renewal(of):
+    """The keeper stops, since its renewal was refused; the lease runs on until it lapses."""
+    of.task._lose(REFUSED)
+    of.task._keeper.held = False
+
+
 def closes(of):
     of.backend.closed = True
 
@@ -199,7 +208,7 @@ ENDS = {
     "returns nothing": (Returned(None), ["close", COMPLETE]),
     "returns what is no result": (Returned(7), ["close", "fail permanent"]),
     "returns half a character": (Returned("\ud800"), ["close", "fail permanent"]),
-    "returns too much": (Returned(bytes((16 << 20) + 1)), ["close", "close", "fail transient"]),
+    "returns too much": (Returned(bytes((16 << 20) + 1)), ["close", "close", "fail permanent"]),
     "raises": (BROKEN, ["close", "fail transient"]),
     "fails for good": (Raised(TaskFailed("no")), ["close", "fail permanent"]),
     "fails as it says": (
@@ -256,10 +265,32 @@ def test_the_failure_is_sent_with_its_reason_and_detail():
 STARTS = {
     "the lease is lost": ({LOAD: [LOST]}, [LOAD], None),
     "the server is away": ({LOAD: [AWAY]}, [LOAD, "close within 2 s", "fail infra_crash"], None),
-    "refused for good": (
-        {LOAD: [REFUSED]},
+    "refused for good": ({LOAD: [REFUSED]}, [LOAD, "fail permanent"], None),
+    "refused for good, as is its failure": (
+        {LOAD: [REFUSED], "fail permanent": [REFUSED]},
+        [LOAD, "fail permanent"],
+        None,
+    ),
+    "what is stored is of another kind": (
+        {LOAD: [errors.InternalFunctionError()]},
+        [LOAD, "fail permanent"],
+        None,
+    ),
+    "the answer is malformed": ({LOAD: [errors.ProtocolError()]}, [LOAD, "fail permanent"], None),
+    "what is stored cannot be read": (
+        {LOAD: [errors.Corruption()]},
+        [LOAD, "fail permanent"],
+        None,
+    ),
+    "whatever the worker calls will be refused": (
+        {LOAD: [BARRED]},
         [LOAD, "close within 2 s", "fail infra_crash"],
-        REFUSED,
+        BARRED,
+    ),
+    "its failure is refused, as is all else": (
+        {LOAD: [REFUSED], "fail permanent": [BARRED]},
+        [LOAD, "fail permanent", "close within 2 s", "fail infra_crash"],
+        BARRED,
     ),
     "no writer": (
         {"use writer": [AWAY]},
@@ -328,7 +359,27 @@ LATER = {
     ),
     "a result that the server refuses": (
         {COMPLETE: [errors.PayloadTooLarge(1, 2)]},
+        ["close", COMPLETE, "close", "fail permanent"],
+    ),
+    "a stream that lost frames": (
+        {COMPLETE: [errors.SequenceGap(1, 2)]},
         ["close", COMPLETE, "close", "fail transient"],
+    ),
+    "frames that are refused for good": (
+        {"close": [errors.InvalidPatch()]},
+        ["close", "close", "fail permanent"],
+    ),
+    "a renewal that is refused": (
+        {"close": [refuses_renewal]},
+        ["close", COMPLETE],
+    ),
+    "a renewal that is refused, and a server that is away": (
+        {"close": [refuses_renewal], COMPLETE: [AWAY]},
+        ["close", COMPLETE],
+    ),
+    "frames that are refused with the renewal": (
+        {"close": [lambda of: refuses_renewal(of) or REFUSED]},
+        ["close", "close", "fail permanent"],
     ),
     "a server that is away": (
         {COMPLETE: [AWAY, errors.OutcomeUnknown()]},
@@ -367,17 +418,85 @@ def test_a_failure_is_told_again_too():
     assert attended.did == [*START, "close", "fail transient", AGAIN, "fail transient"]
 
 
+REFUSALS = {
+    "a failure": (
+        {"handler": [BROKEN], "fail transient": [REFUSED]},
+        ["close", "fail transient"],
+        False,
+    ),
+    "a cancellation": (
+        {"handler": [cancelled_through("_keeper")], CANCEL: [REFUSED]},
+        ["close", CANCEL, "fail cancelled"],
+        True,
+    ),
+    "a result": (
+        {"handler": [RETURNED], COMPLETE: [REFUSED]},
+        ["close", COMPLETE, "close", "fail permanent"],
+        True,
+    ),
+    "a result and the failure": (
+        {"handler": [RETURNED], COMPLETE: [REFUSED], "fail permanent": [REFUSED]},
+        ["close", COMPLETE, "close", "fail permanent"],
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_an_end_that_is_refused_for_good_is_left_and_the_worker_goes_on(what, caplog):
+    outcomes, did, over = REFUSALS[what]
+    attended = Attended(outcomes)
+    assert attended.did == [*START, *did]
+    assert attended.error is None
+    assert attended.over is over
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ([] if over else [f"Execution {EID} cannot be ended: {REFUSED}"])
+
+
 @pytest.mark.parametrize(
     "outcomes, did",
     [
-        ({"handler": [BROKEN], "fail transient": [REFUSED]}, ["close", "fail transient"]),
-        ({"handler": [cancelled_through("_keeper")], CANCEL: [REFUSED]}, ["close", CANCEL]),
+        ({"handler": [RETURNED], COMPLETE: [BARRED]}, ["close", COMPLETE]),
+        ({"handler": [BROKEN], "fail transient": [BARRED]}, ["close", "fail transient"]),
+        ({"handler": [cancelled_through("_keeper")], CANCEL: [BARRED]}, ["close", CANCEL]),
     ],
 )
-def test_an_end_that_is_refused_for_good_ends_the_worker(outcomes, did):
+def test_what_every_call_of_a_worker_meets_ends_it(outcomes, did):
     attended = Attended(outcomes)
     assert attended.did == [*START, *did, "close within 2 s", "fail infra_crash"]
-    assert attended.error is REFUSED
+    assert attended.error is BARRED
+
+
+def test_a_slot_pauses_longer_with_each_failure_in_a_row():
+    patience = worker.Patience()
+    assert patience.attended(over=True) == 0
+    unreadable = errors.InternalFunctionError()
+    pauses = [
+        patience.attended(over=False),
+        patience.refused(unreadable),
+        patience.attended(over=False),
+    ]
+    assert pauses == [0.25, 0.5, 1.0]
+    assert max(patience.refused(unreadable) for _ in range(2_000)) == 30
+    assert patience.refused(AWAY) == operations.CLAIM_WAIT_S
+    assert patience.attended(over=True) == 0
+    assert patience.refused(errors.ProtocolError()) == 0.25
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        REFUSED,
+        BARRED,
+        errors.LibraryMismatch(2, 1),
+        errors.DeploymentMismatch(1, 2),
+        errors.InvalidInput(),
+    ],
+    ids=lambda error: error.code,
+)
+def test_a_worker_that_may_not_claim_ends(error):
+    with pytest.raises(type(error)):
+        worker.Patience().refused(error)
 
 
 # -- handing back -------------------------------------------------------------------------------------------------------
@@ -476,6 +595,71 @@ def test_whatever_a_handler_raises_can_be_said(failure, reason):
     assert told.reason.message == reason
     permanent = isinstance(failure, TaskFailed)
     assert told.failure_class is (FailureClass.PERMANENT if permanent else FailureClass.TRANSIENT)
+
+
+FOR_GOOD = errors.PayloadTooLarge(65_536, 65_537)
+DENIED_INSIDE = errors.PermissionDenied()
+DENIED_INSIDE.outcome = errors.Outcome.UNKNOWN
+TOLD = TaskFailed("told", FailureClass.TIMEOUT)
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def in_a_circle():
+    first, second = ValueError("a"), ValueError("b")
+    first.__cause__, second.__cause__ = second, first
+    return first
+
+
+PERMANENT, TRANSIENT = FailureClass.PERMANENT, FailureClass.TRANSIENT
+CLASSES = {
+    "a frame over the limit": (FOR_GOOD, PERMANENT),
+    "a surrogate": (errors.InvalidPayload(), PERMANENT),
+    "a bad patch": (errors.InvalidPatch(), PERMANENT),
+    "a wrong argument": (errors.InvalidType(), PERMANENT),
+    "a right that is missing": (errors.PermissionDenied(), PERMANENT),
+    "a right that is missing inside a function": (DENIED_INSIDE, PERMANENT),
+    "a budget that is not there": (errors.BudgetNotFound(), PERMANENT),
+    "a waitpoint that is closed": (errors.WaitpointClosed(), PERMANENT),
+    "data that cannot be read": (errors.Corruption(), PERMANENT),
+    "in a group": (ExceptionGroup("", [ValueError(), ExceptionGroup("", [FOR_GOOD])]), PERMANENT),
+    "in a group with a failure that was told": (ExceptionGroup("", [TOLD, FOR_GOOD]), PERMANENT),
+    "as a cause": (caused(ValueError(), caused(KeyError(), FOR_GOOD)), PERMANENT),
+    "as a cause in a group": (ExceptionGroup("", [caused(ValueError(), FOR_GOOD)]), PERMANENT),
+    "as the cause of a group": (caused(ExceptionGroup("", [KeyError()]), FOR_GOOD), PERMANENT),
+    "as the cause of what was told": (caused(TaskFailed("x", TRANSIENT), FOR_GOOD), TRANSIENT),
+    "a failure that was told, in a group": (
+        ExceptionGroup("", [ValueError(), TOLD]),
+        TOLD.failure_class,
+    ),
+    "causes in a circle": (in_a_circle(), TRANSIENT),
+    "a server that is away": (errors.Unavailable(), TRANSIENT),
+    "too much at once": (errors.Overloaded(), TRANSIENT),
+    "no answer in time": (errors.DeadlineExceeded(), TRANSIENT),
+    "no memory": (errors.OutOfMemory(), TRANSIENT),
+    "a lost lease": (errors.StaleOwner(), TRANSIENT),
+    "another writer": (errors.WriterSuperseded(), TRANSIENT),
+    "a stream that lost frames": (errors.SequenceGap(1, 2), TRANSIENT),
+    "a malformed answer": (errors.ProtocolError(), TRANSIENT),
+    "a function that stopped": (errors.InternalFunctionError(), TRANSIENT),
+    "wrong credentials": (errors.AuthenticationFailed(), TRANSIENT),
+}
+
+
+@pytest.mark.parametrize("what", CLASSES)
+def test_what_is_refused_for_good_is_not_tried_again(what):
+    error, failure_class = CLASSES[what]
+    assert failure_of(error).failure_class is failure_class
+
+
+def test_the_reason_names_what_decided():
+    wrapped = caused(RuntimeError("model"), FOR_GOOD)
+    assert failure_of(wrapped).reason.message == f"RuntimeError: model: PayloadTooLarge: {FOR_GOOD}"
+    grouped = ExceptionGroup("some", [ValueError(), TOLD])
+    assert failure_of(grouped).reason.message == "told"
 
 
 @pytest.mark.parametrize("arguments", [(7,), (b"x",), ("x", "permanent"), ("x", None)])

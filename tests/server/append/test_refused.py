@@ -55,7 +55,7 @@ def test_a_fence_that_differs_in_any_part_is_stale(stream, subtests):
         fence = list(stream.fence)
         fence[at] = value
         # A lease id is any text; what is no fence at all is told apart.
-        malformed = value == b"" or (value == b"0x0" and name != "lease id")
+        malformed = name != "lease id" and value in (b"", b"0x0")
         code = "invalid_input" if malformed else "stale_owner"
         with subtests.test(name, value=value):
             stream.refused(code, log(b"x"), fence=fence)

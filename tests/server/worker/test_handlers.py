@@ -350,7 +350,15 @@ def test_an_exit_in_a_handler_ends_the_worker_and_hands_the_execution_back(
     backend.complete(handle)
 
 
-def test_a_handler_that_could_not_start_is_handed_back(kind, server, backend, lane):
+@pytest.mark.parametrize(
+    "error, end, over",
+    [
+        (errors.Unavailable, "producer_lost", None),
+        (errors.AuthenticationFailed, "producer_lost", errors.AuthenticationFailed),
+        (errors.ProtocolError, "attempt_failure", None),
+    ],
+)
+def test_a_handler_that_could_not_start(kind, server, backend, lane, error, end, over):
     called = []
     running = Worker(kind, server.url, called.append, lane=lane).begin()
     carry_out, claims = running.backend._do, [True]
@@ -359,18 +367,17 @@ def test_a_handler_that_could_not_start_is_handed_back(kind, server, backend, la
         # A claim has a connection of its own; the call after it loads what the handler starts from.
         claims.append(call.own_connection)
         if claims[-2] and not call.own_connection:
-            raise errors.ProtocolError
+            running.ask()
+            raise error
         return carry_out(call)
 
     running.backend._do = refuse
     eid = backend.create_execution(lane=lane)
-    wait_until(lambda: backend.describe(eid).attempt_count != 0)
-    running.ask()
-    with pytest.raises(errors.ProtocolError):
+    with pytest.raises(over) if over else contextlib.nullcontext():
         running.result()
     assert called == []
-    assert backend.describe(eid).state in ("waiting", "failed")
-    assert read(backend, eid, 0) == ([], "producer_lost")
+    assert backend.describe(eid).state == ("waiting" if end == "producer_lost" else "failed")
+    assert read(backend, eid, 0) == ([], end)
 
 
 def test_an_end_is_tried_again_while_the_lease_is_held(kind, server, backend, lane, state):
