@@ -1,0 +1,571 @@
+"""The ACL users of the README, what each of them does, and which rights that takes.
+
+What a user needs has two sources. `Life` is the work of all users, one part after the other; while it runs on a server,
+MONITOR tells every command and key, also those of the Lua functions, and `ECHO` says whose they are. `may_run` reads
+the Lua files: the commands that a function may run on any path.
+
+A new function or operation gets a step in `Life`, by the user that calls it. `complaints` then tells what to add to
+the README, and what to take away.
+"""
+
+import contextlib
+import functools
+import re
+import socket
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from ff_fast import (
+    CancelFlowPolicy,
+    CancelFlowWait,
+    CapabilitySet,
+    ClaimPolicy,
+    End,
+    FailureClass,
+    FFError,
+    Frame,
+    FrameKind,
+    RetryPolicy,
+    ScannerFilter,
+    StreamMode,
+    TimeoutBehavior,
+    UsageDimensions,
+    WaitpointKind,
+    WaitpointSpec,
+    _library,
+    keys,
+)
+from ff_fast._core import supervision as supervision_core
+from ff_fast._core.operations import Call
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ACL = dict(re.findall(r"^ACL SETUSER (\S+) (.*)$", README, re.MULTILINE))
+PASSWORD = "s3cret-canary"
+
+
+def allow(raw, name, rules):
+    raw.execute_command("ACL", "SETUSER", name, "reset", "on", f">{PASSWORD}", *rules.split())
+
+
+def as_user(server, name, password=PASSWORD):
+    # Few partitions: some work looks at all of them.
+    few = "?partitions=4" if name == "ff_deploy" else ""
+    return server.url.replace("unix://", f"unix://{name}:{password}@", 1) + few
+
+
+# -- what the Lua functions may run ---------------------------------------------------------------------------------------
+
+_BEGINS = re.compile(
+    r"^(?:local function (?P<own>\w+)|function (?P<table>ff|FIRE)\.(?P<field>\w+)"
+    r"|redis\.register_function\((?:'(?P<plain>\w+)'|\{\s*function_name = '(?P<flagged>\w+)'))",
+    re.MULTILINE,
+)
+_CALLS = re.compile(r"\bp?call\(\s*(?:'([A-Z]+)'|([^'\s,)]+))")
+
+
+@functools.cache
+def _bodies():
+    """Each function of the library: its part and name to its text."""
+    found = {}
+    for part, text in _library._read_parts().items():
+        text = re.sub(r"--[^\n]*", "", text)
+        for begin in _BEGINS.finditer(text):
+            name = begin["own"] or begin["plain"] or begin["flagged"]
+            owner = begin["table"] or (part if begin["own"] else "")
+            end = re.compile(r"^(?:end|\})", re.MULTILINE).search(text, begin.end())
+            found[owner, name or begin["field"]] = (part, text[begin.end() : end.start()])
+    return found
+
+
+@functools.cache
+def may_run(function):
+    """The commands that a registered function may run, in lower case."""
+    bodies, commands, seen = _bodies(), set(), set()
+    left = [("", function)]
+    while left:
+        at = left.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        part, text = bodies[at]
+        for command, other in _CALLS.findall(text):
+            # A command whose name is computed would escape this reading.
+            assert command, f"{part}: the command {other} is no literal"
+            commands.add(command.lower())
+        left += [("ff", name) for name in re.findall(r"\bff\.(\w+)", text) if ("ff", name) in bodies]
+        if re.search(r"\bFIRE\[", text):
+            left += [name for name in bodies if name[0] == "FIRE"]
+        left += [(part, name) for name in set(re.findall(r"\b\w+", text)) if (part, name) in bodies]
+    return frozenset(commands)
+
+
+# -- the rights of a line -------------------------------------------------------------------------------------------------
+
+
+class Pattern(NamedTuple):
+    """A key pattern of an ACL line."""
+
+    text: str
+    glob: str
+    reads: bool
+    writes: bool
+
+    def matches(self, key):
+        regex = "".join(".*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", self.glob))
+        return re.fullmatch(regex, key) is not None
+
+
+class Line(NamedTuple):
+    """An ACL line, read: its commands as after ``+``, and its key patterns."""
+
+    commands: frozenset[str]
+    patterns: tuple[Pattern, ...]
+
+    @classmethod
+    def of(cls, rules):
+        commands, patterns = set(), []
+        for rule in rules.split():
+            if rule.startswith("+"):
+                commands.add(rule[1:])
+            elif found := re.fullmatch(r"(?:%(RW?|W))?~(.*)", rule):
+                mode = found[1] or "RW"
+                patterns.append(Pattern(rule, found[2], "R" in mode, "W" in mode))
+            else:
+                # All is taken away first; the lines give only commands and keys.
+                assert rule in ("resetchannels", "-@all"), rule
+        return cls(frozenset(commands), tuple(patterns))
+
+
+# -- who ran what ---------------------------------------------------------------------------------------------------------
+
+FRAMES = 150
+"""As many as the live window and the log need to be trimmed."""
+
+_PART = "part-of:"
+NOBODY = "nobody"
+
+
+class Ran(NamedTuple):
+    """What one user ran: functions, commands of its own, commands of its functions, and keys with what was done to them."""
+
+    functions: set[str]
+    own: set[str]
+    inside: dict[str, set[str]]
+    reads: set[str]
+    writes: set[str]
+
+
+class Monitor:
+    """Listens to a server from its creation on; `users` reads what it heard."""
+
+    def __init__(self, raw, path):
+        self._raw = raw
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(10)
+        self._socket.connect(path)
+        self._lines = self._socket.makefile("rb")
+        self._socket.sendall(b"MONITOR\r\n")
+        assert self._lines.readline() == b"+OK\r\n"
+
+    def begin(self, user):
+        """From here on everything is done by *user*."""
+        self._raw.echo(_PART + user)
+
+    def close(self):
+        self._lines.close()
+        self._socket.close()
+
+    def users(self):
+        self._raw.echo(_PART)
+        found = defaultdict(lambda: Ran(set(), set(), defaultdict(set), set(), set()))
+        user = function = ""
+        for line in self._lines:
+            # <time> [<database> <client>] "<argument>"...
+            heard = re.match(rb"\+\S+ \[\d+ (\S+)\] (.*)", line)
+            arguments = [_unquoted(text) for text in re.findall(rb'"((?:[^"\\]|\\.)*)"', heard[2])]
+            command = arguments[0].decode().lower()
+            if command == "echo":
+                user = arguments[1].decode().removeprefix(_PART)
+                if not user:
+                    return found
+                continue
+            if user in ("", NOBODY):
+                continue
+            ran = found[user]
+            if heard[1] == b"lua":
+                ran.inside[function].add(command)
+            elif command.startswith("fcall"):
+                function = arguments[1].decode()
+                ran.functions.add(f"{command}|{function}")
+            else:
+                subcommand = f"|{arguments[1].decode().lower()}" if command in ("function", "xinfo") else ""
+                ran.own.add(command + subcommand)
+            self._note_keys(ran, arguments)
+        raise AssertionError("the server has closed MONITOR")
+
+    def _note_keys(self, ran, arguments):
+        if not any(argument.startswith(b"ff:") for argument in arguments[1:]):
+            return
+        for key, flags in self._raw.execute_command("COMMAND GETKEYSANDFLAGS", *arguments):
+            if b"access" in map(bytes.lower, flags):
+                ran.reads.add(key.decode())
+            if {b"insert", b"update", b"delete"} & set(map(bytes.lower, flags)):
+                ran.writes.add(key.decode())
+
+
+_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b"}
+
+
+def _unquoted(text):
+    def plain(found):
+        if found[1].startswith(b"x"):
+            return bytes.fromhex(found[1][1:].decode())
+        return _ESCAPES.get(found[1], found[1])
+
+    return re.sub(rb"\\(x[0-9a-f]{2}|.)", plain, text, flags=re.DOTALL)
+
+
+# -- the work of all users ------------------------------------------------------------------------------------------------
+
+
+class Life:
+    """The whole life of executions, each part by the user whose work it is.
+
+    Args:
+        open_as: ``open_as(user)`` gives a backend of that user.
+        raw: A client that may do everything.
+        monitor: Is told whose part begins.
+    """
+
+    def __init__(self, open_as, raw, monitor=None):
+        self._open_as = open_as
+        self._raw = raw
+        self._monitor = monitor
+        self._backends = {}
+
+    def by(self, user):
+        """The backend of a user, whose part begins."""
+        if self._monitor is not None:
+            self._monitor.begin(user)
+        if user not in self._backends:
+            self._backends[user] = self._open_as(user)
+        return self._backends[user]
+
+    def aside(self):
+        """What follows is the test's own doing."""
+        if self._monitor is not None:
+            self._monitor.begin(NOBODY)
+
+    # -- what the test does itself --------------------------------------------------------------------
+
+    def due(self, eid, *kinds):
+        """Make timers of an execution, or of a flow, due now."""
+        self.aside()
+        for timers in self._raw.keys("ff:idx:*:timers"):
+            for name in self._raw.zrange(timers, 0, -1):
+                if eid.encode() in name and name.partition(b":")[0].decode() in kinds:
+                    self._raw.zadd(timers, {name: 1})
+        if "lease" in kinds:
+            index = int(self._raw.hget(keys.core(eid), "current_attempt_index"))
+            self._raw.hset(keys.meta(eid, index), "lease_expires_at", 1)
+
+    def supervised(self, eid, *kinds, scope=None):
+        self.due(eid, *kinds)
+        backend = self.by("ff_supervisor")
+        rounds = supervision_core.Supervision(backend._deployment, scope or ScannerFilter())
+        backend._do(Call(rounds.round, own_connection=True))
+
+    def claimed(self, lane, **options):
+        worker = self.by("ff_worker")
+        options = {"policy": ClaimPolicy.immediate(), **options}
+        handle = worker.claim(lane=lane, worker_id="w", worker_instance_id="w-1", **options)
+        assert handle is not None
+        return worker, handle
+
+    # -- the parts ------------------------------------------------------------------------------------
+
+    def run(self):
+        self.by("ff_deploy")
+        eid = self.streams()
+        self.reads(eid)
+        self.refuses_and_waits()
+        self.budgets()
+        self.suspends()
+        for number in range(3):
+            # Earlier ones are dropped after their grace.
+            self.by("ff_deploy").rotate_waitpoint_secret(f"k{number}", bytes([number] * 32), grace=0)
+        self.suspends()
+        self.children()
+        self.cancels()
+        self.flows()
+        self.loses()
+        self.subscribes()
+
+    def streams(self):
+        producer = self.by("ff_producer")
+        eid = producer.create_execution(lane="a", payload=b"prompt", tags={"app.x": "1"}, priority=3)
+        producer.set_tags(eid, {"app.y": "2"})
+        worker, handle = self.claimed("a")
+        assert worker.read_payload(handle) == b"prompt"
+        writer = worker.open_writer(handle, retention_maxlen=100)
+        for i in range(FRAMES):
+            writer.write(b"durable %d" % i)
+            writer.write(b"live %d" % i, mode=StreamMode.best_effort_live(50))
+            writer.write(b'{"n":%d,"t":"%s"}' % (i, b"x" * 100), mode=StreamMode.durable_summary())
+            if i % 20 == 0:
+                writer.flush(5)
+        writer.close()
+        again = worker.open_writer(handle)
+        again.write(b"last", mode=StreamMode.best_effort_live(50))
+        again.write(b"visible")
+        again.flush(5)
+        worker.append_frame(handle, Frame(b"{}", FrameKind.EVENT, frame_type="tool_event"))
+        assert worker.read_summary(eid, 0).version == FRAMES
+        worker.renew(handle)
+        worker.renew(handle, lease_ttl_ms=20_000)
+        worker.progress(handle, 40, "reading")
+        worker.complete(handle, b"answer")
+        worker.complete(handle, b"answer")
+        # Of an ended execution: its tags expire with it.
+        self.by("ff_producer").set_tags(eid, {"app.z": "3"})
+        return eid
+
+    def reads(self, eid):
+        tailer = self.by("ff_tailer")
+        assert tailer.read_stream(eid, 0, count=10)
+        tail = tailer.tail(eid, 0)
+        while (items := tail.next_batch(5)) and not isinstance(items[-1], End):
+            pass
+        tail.close()
+        assert tailer.read_summary(eid, 0).version == FRAMES
+        assert tailer.describe(eid).state == "completed"
+        assert tailer.describe_stream(eid, 0).closed_reason == "attempt_success"
+        assert tailer.get_tags(eid) == {"app.x": "1", "app.y": "2", "app.z": "3"}
+        assert tailer.read_result(eid) == b"answer"
+        # One that runs: its lease and its timers.
+        running = self.by("ff_producer").create_execution(lane="b", deadline=60, attempt_timeout=60)
+        worker, handle = self.claimed("b")
+        tail = self.by("ff_tailer").tail(running, 0)
+        assert not tail.next_batch(0.01)
+        tail.close()
+        self.by("ff_tailer").describe(running)
+        self.by("ff_tailer").describe_stream(running, 0)
+        self.by("ff_worker").fail(handle, "broken", FailureClass.INFRA_CRASH)
+
+    def refuses_and_waits(self):
+        """What a claim passes over, and hints that are stale or missing."""
+        producer = self.by("ff_producer")
+        gpu = CapabilitySet({"gpu"})
+        for _ in range(8):
+            producer.create_execution(lane="c", required_capabilities=gpu, priority=9)
+        producer.create_execution(lane="c")
+        worker, handle = self.claimed("c")
+        worker.complete(handle)
+        self.aside()
+        self._raw.delete(keys.ready("c"))
+        with contextlib.suppress(AssertionError):
+            self.claimed("c")
+        late = self.by("ff_producer").create_execution(lane="late", delay=60)
+        assert self.by("ff_worker").claim(lane="late", **WAITING) is None
+        self.supervised(late, "delay", scope=ScannerFilter(instance_tag=("app.none", "x")))
+        self.supervised(late, "delay", scope=ScannerFilter(namespace="default"))
+        _, handle = self.claimed("late")
+        worker.fail(handle, "broken", FailureClass.TRANSIENT)
+
+    def budgets(self):
+        operator = self.by("ff_operator")
+        operator.create_budget("b-1", hard={"input_tokens": 100}, soft={"input_tokens": 5})
+        operator.create_budget("b-2", hard={"input_tokens": 10})
+        eid = self.by("ff_producer").create_execution(lane="d", budgets=["b-1", "b-2"])
+        worker, handle = self.claimed("d")
+        for amount in (3, 6, 50):
+            worker.report_usage(handle, UsageDimensions(amount, dedup_key=f"k{amount}"))
+        worker.report_usage(handle, UsageDimensions(3, dedup_key="k3"))
+        assert self.by("ff_tailer").describe(eid).usage["input_tokens"] == 9
+        self.by("ff_worker").complete(handle)
+
+    def suspended(self, lane, on_timeout=TimeoutBehavior.FAIL, **options):
+        """An execution that waits for a signal, and its waitpoint."""
+        eid = self.by("ff_producer").create_execution(lane=lane, **options)
+        worker, handle = self.claimed(lane)
+        waitpoint = worker.create_waitpoint(handle)
+        other = worker.create_waitpoint(handle)
+        self.by("ff_signaller").deliver_signal(eid, other, "early", payload=b"1", idempotency_key="i")
+        self.by("ff_signaller").deliver_signal(eid, other, "early", payload=b"1", idempotency_key="i")
+        self.by("ff_signaller").deliver_signal(eid, waitpoint, "early")
+        spec = WaitpointSpec(
+            kind=WaitpointKind.SIGNAL_NAME, matcher=b"go", hmac_token=waitpoint.hmac_token
+        )
+        self.by("ff_worker").suspend(handle, spec, timeout=60, on_timeout=on_timeout)
+        return eid, waitpoint
+
+    def suspends(self):
+        eid = self.by("ff_producer").create_execution(lane="e")
+        worker, handle = self.claimed("e")
+        waitpoint = worker.create_waitpoint(handle)
+        self.by("ff_signaller").deliver_signal(eid, waitpoint, "go")
+        spec = WaitpointSpec(
+            kind=WaitpointKind.SIGNAL_NAME, matcher=b"go", hmac_token=waitpoint.hmac_token
+        )
+        assert self.by("ff_worker").suspend(handle, spec).already_satisfied
+        worker.complete(handle)
+        eid, waitpoint = self.suspended("e")
+        self.by("ff_tailer").describe(eid)
+        self.by("ff_signaller").deliver_signal(eid, waitpoint, "no")
+        self.by("ff_signaller").deliver_signal(eid, waitpoint, "go", payload=b"yes")
+        worker, handle = self.claimed("e")
+        assert [signal.payload for signal in worker.observe_signals(handle)] == [b"yes"]
+        writer = worker.open_writer(handle, mode=StreamMode.durable_summary())
+        writer.write(b"{}")
+        writer.close()
+        worker.delay(handle, 60)
+        self.supervised(eid, "delay")
+        worker, handle = self.claimed("e")
+        worker.open_writer(handle).close()
+        waitpoint = worker.create_waitpoint(handle)
+        self.supervised(eid, "waitpoint")
+        self.by("ff_worker").complete(handle)
+        for behavior in TimeoutBehavior:
+            eid, _ = self.suspended("e", behavior)
+            self.supervised(eid, "suspension")
+            if behavior is TimeoutBehavior.AUTO_RESUME:
+                worker, handle = self.claimed("e")
+                worker.complete(handle)
+
+    def children(self):
+        flow_id = self.by("ff_producer").create_flow()
+        parent = self.by("ff_producer").create_execution(lane="f", flow_id=flow_id)
+        worker, handle = self.claimed("f")
+        child = worker.create_execution(
+            lane="f", flow_id=flow_id, parent_id=parent, payload=b"part", tags={"app.of": "f"}
+        )
+        self.by("ff_producer").create_execution(lane="f", parent_id=parent)
+        self.by("ff_worker").wait_children(handle)
+        for _ in range(2):
+            worker, handle = self.claimed("f")
+            worker.complete(handle, b"done")
+        assert worker.read_result(child) == b"done"
+        worker, handle = self.claimed("f")
+        worker.complete(handle)
+
+    def cancels(self):
+        eid = self.by("ff_producer").create_execution(lane="g")
+        worker, handle = self.claimed("g")
+        worker.create_waitpoint(handle)
+        self.by("ff_operator").cancel(eid, reason="too expensive", grace=60)
+        assert self.by("ff_worker").renew(handle).cancel_requested
+        # By itself, as a worker does that was asked to stop.
+        worker.describe(eid)
+        worker.cancel(eid, reason="too expensive")
+        for grace in (0, 60):
+            eid = self.by("ff_producer").create_execution(lane="g")
+            worker, handle = self.claimed("g")
+            self.by("ff_operator").cancel(eid, grace=grace)
+            if grace:
+                self.supervised(eid, "cancel")
+        eid, _ = self.suspended("g")
+        self.by("ff_operator").cancel(eid)
+        parent = self.by("ff_producer").create_execution(lane="g")
+        worker, handle = self.claimed("g")
+        child = worker.create_execution(lane="g", parent_id=parent)
+        worker.wait_children(handle)
+        self.by("ff_operator").cancel(child)
+        self.claimed("g")
+
+    def flows(self):
+        for policy, wait in (
+            (CancelFlowPolicy.CANCEL_ALL, CancelFlowWait.WAIT_INDEFINITE),
+            (CancelFlowPolicy.CANCEL_ALL, CancelFlowWait.NO_WAIT),
+            (CancelFlowPolicy.CANCEL_PENDING, CancelFlowWait.NO_WAIT),
+        ):
+            flow_id = self.by("ff_producer").create_flow()
+            options = {"lane": f"h-{policy.value}", "flow_id": flow_id}
+            waiting, waitpoint = self.suspended(options["lane"], flow_id=flow_id)
+            self.by("ff_producer").create_execution(**options)
+            worker, handle = self.claimed(options["lane"])
+            delayed = self.by("ff_producer").create_execution(delay=60, **options)
+            assert len(self.by("ff_tailer").describe_flow(flow_id).open_members) == 3
+            self.by("ff_operator").cancel_flow(flow_id, policy, wait)
+            if wait is CancelFlowWait.NO_WAIT:
+                # The members learn of it from whatever comes first.
+                with contextlib.suppress(FFError):
+                    self.by("ff_worker").fail(handle, "broken", FailureClass.INFRA_CRASH)
+                with contextlib.suppress(FFError):
+                    self.by("ff_signaller").deliver_signal(waiting, waitpoint, "go")
+                self.supervised(delayed, "delay")
+                self.supervised(flow_id, "flow", scope=ScannerFilter(namespace="default"))
+
+    def loses(self):
+        """Leases that lapse, and attempts that take too long."""
+        eid = self.by("ff_producer").create_execution(lane="i", retry=RetryPolicy(max_retries=1))
+        self.claimed("i")
+        self.supervised(eid, "lease")
+        _, handle = self.claimed("i")
+        self.due(eid, "lease")
+        worker = self.by("ff_worker")
+        with contextlib.suppress(FFError):
+            worker.renew(handle)
+        (token,) = [t for t in worker.find_reclaimable() if t.grant.execution_id == eid]
+        handle = worker.claim_from_reclaim(token)
+        worker.fail(handle, "again", FailureClass.TRANSIENT)
+        self.supervised(eid, "delay")
+        for kind in ("attempt", "deadline"):
+            eid = self.by("ff_producer").create_execution(
+                lane=f"i-{kind}", deadline=60, attempt_timeout=60
+            )
+            self.claimed(f"i-{kind}")
+            self.supervised(eid, kind)
+
+    def subscribes(self):
+        tailer = self.by("ff_tailer")
+        for scope in (None, ScannerFilter(instance_tag=("app.x", "1"))):
+            subscription = tailer.subscribe_completions(scope, after="start")
+            assert subscription.next_batch(5)
+            subscription.close()
+        subscription = tailer.subscribe_completions()
+        subscription.next_batch(0.01)
+        subscription.close()
+
+
+WAITING = {
+    "worker_id": "w",
+    "worker_instance_id": "w-1",
+    "policy": ClaimPolicy.with_max_wait(0.02),
+}
+
+
+# -- the lines that follow ------------------------------------------------------------------------------------------------
+
+
+def commands_of(ran):
+    """What a user needs: its functions, its own commands, and all that its functions may run."""
+    needed = ran.functions | ran.own
+    for function in ran.functions:
+        needed |= may_run(function.partition("|")[2])
+    # These need no right.
+    return needed - {"hello", "auth", "reset", "quit"}
+
+
+def complaints(user, ran):
+    """What is wrong with a user's line in the README, one sentence for each right."""
+    line = Line.of(ACL[user])
+    needed = commands_of(ran)
+    found = [f"{user} lacks +{right}" for right in sorted(needed - line.commands)]
+    found += [
+        f"{user} has +{right}, which no step of Life and no function that it calls needs"
+        for right in sorted(line.commands - needed)
+    ]
+    for keys_used, mode in ((ran.reads, "reads"), (ran.writes, "writes")):
+        patterns = [pattern for pattern in line.patterns if getattr(pattern, mode)]
+        found += [
+            f"{user} {mode} {key}, and no key pattern of its line allows it"
+            for key in sorted(keys_used)
+            if not any(pattern.matches(key) for pattern in patterns)
+        ]
+        found += [
+            f"{user} has {pattern.text}, and {mode} no such key"
+            for pattern in patterns
+            if not any(pattern.matches(key) for key in keys_used)
+        ]
+    return found
