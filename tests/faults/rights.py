@@ -9,6 +9,7 @@ the README, and what to take away.
 """
 
 import contextlib
+import fnmatch
 import functools
 import re
 import socket
@@ -49,9 +50,7 @@ def allow(raw, name, rules):
 
 
 def as_user(server, name, password=PASSWORD):
-    # Few partitions: some work looks at all of them.
-    few = "?partitions=4" if name == "ff_deploy" else ""
-    return server.url.replace("unix://", f"unix://{name}:{password}@", 1) + few
+    return server.url.replace("unix://", f"unix://{name}:{password}@", 1)
 
 
 # -- what the Lua functions may run ---------------------------------------------------------------------------------------
@@ -68,8 +67,8 @@ _CALLS = re.compile(r"\bp?call\(\s*(?:'([A-Z]+)'|([^'\s,)]+))")
 def _bodies():
     """Each function of the library: its part and name to its text."""
     found = {}
-    for part, text in _library._read_parts().items():
-        text = re.sub(r"--[^\n]*", "", text)
+    for part, written in _library._read_parts().items():
+        text = re.sub(r"--[^\n]*", "", written)
         for begin in _BEGINS.finditer(text):
             name = begin["own"] or begin["plain"] or begin["flagged"]
             owner = begin["table"] or (part if begin["own"] else "")
@@ -93,7 +92,9 @@ def may_run(function):
             # A command whose name is computed would escape this reading.
             assert command, f"{part}: the command {other} is no literal"
             commands.add(command.lower())
-        left += [("ff", name) for name in re.findall(r"\bff\.(\w+)", text) if ("ff", name) in bodies]
+        left += [
+            ("ff", name) for name in re.findall(r"\bff\.(\w+)", text) if ("ff", name) in bodies
+        ]
         if re.search(r"\bFIRE\[", text):
             left += [name for name in bodies if name[0] == "FIRE"]
         left += [(part, name) for name in set(re.findall(r"\b\w+", text)) if (part, name) in bodies]
@@ -112,8 +113,7 @@ class Pattern(NamedTuple):
     writes: bool
 
     def matches(self, key):
-        regex = "".join(".*" if part == "*" else re.escape(part) for part in re.split(r"(\*)", self.glob))
-        return re.fullmatch(regex, key) is not None
+        return fnmatch.fnmatchcase(key, self.glob)
 
 
 class Line(NamedTuple):
@@ -156,11 +156,20 @@ class Ran(NamedTuple):
     writes: set[str]
 
 
+_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?<=\{fp:)\d+(?=\})")
+
+
+def kind_of(argument):
+    """A key with 0 for each id and partition, so that keys of a kind are one; '' for what is no key."""
+    return _ID.sub("0", argument.decode("latin-1")) if argument.startswith(b"ff:") else ""
+
+
 class Monitor:
     """Listens to a server from its creation on; `users` reads what it heard."""
 
     def __init__(self, raw, path):
         self._raw = raw
+        self._flags = {}
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(10)
         self._socket.connect(path)
@@ -199,19 +208,28 @@ class Monitor:
                 function = arguments[1].decode()
                 ran.functions.add(f"{command}|{function}")
             else:
-                subcommand = f"|{arguments[1].decode().lower()}" if command in ("function", "xinfo") else ""
+                subcommand = (
+                    f"|{arguments[1].decode().lower()}" if command in ("function", "xinfo") else ""
+                )
                 ran.own.add(command + subcommand)
             self._note_keys(ran, arguments)
         raise AssertionError("the server has closed MONITOR")
 
     def _note_keys(self, ran, arguments):
-        if not any(argument.startswith(b"ff:") for argument in arguments[1:]):
+        # Which of its arguments are keys depends on the command and on the place of what looks like one.
+        place = (arguments[0], len(arguments), *(kind_of(text) for text in arguments[1:]))
+        if not any(place[2:]):
             return
-        for key, flags in self._raw.execute_command("COMMAND GETKEYSANDFLAGS", *arguments):
-            if b"access" in map(bytes.lower, flags):
-                ran.reads.add(key.decode())
-            if {b"insert", b"update", b"delete"} & set(map(bytes.lower, flags)):
-                ran.writes.add(key.decode())
+        if place not in self._flags:
+            found = self._raw.execute_command("COMMAND GETKEYSANDFLAGS", *arguments)
+            self._flags[place] = [
+                (kind_of(key), set(map(bytes.lower, flags))) for key, flags in found
+            ]
+        for key, flags in self._flags[place]:
+            if b"access" in flags:
+                ran.reads.add(key)
+            if flags & {b"insert", b"update", b"delete"}:
+                ran.writes.add(key)
 
 
 _ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b"}
@@ -294,7 +312,9 @@ class Life:
         self.suspends()
         for number in range(3):
             # Earlier ones are dropped after their grace.
-            self.by("ff_deploy").rotate_waitpoint_secret(f"k{number}", bytes([number] * 32), grace=0)
+            self.by("ff_deploy").rotate_waitpoint_secret(
+                f"k{number}", bytes([number] * 32), grace=0
+            )
         self.suspends()
         self.children()
         self.cancels()
@@ -304,7 +324,9 @@ class Life:
 
     def streams(self):
         producer = self.by("ff_producer")
-        eid = producer.create_execution(lane="a", payload=b"prompt", tags={"app.x": "1"}, priority=3)
+        eid = producer.create_execution(
+            lane="a", payload=b"prompt", tags={"app.x": "1"}, priority=3
+        )
         producer.set_tags(eid, {"app.y": "2"})
         worker, handle = self.claimed("a")
         assert worker.read_payload(handle) == b"prompt"
@@ -345,7 +367,7 @@ class Life:
         assert tailer.read_result(eid) == b"answer"
         # One that runs: its lease and its timers.
         running = self.by("ff_producer").create_execution(lane="b", deadline=60, attempt_timeout=60)
-        worker, handle = self.claimed("b")
+        _, handle = self.claimed("b")
         tail = self.by("ff_tailer").tail(running, 0)
         assert not tail.next_batch(0.01)
         tail.close()
@@ -391,8 +413,12 @@ class Life:
         worker, handle = self.claimed(lane)
         waitpoint = worker.create_waitpoint(handle)
         other = worker.create_waitpoint(handle)
-        self.by("ff_signaller").deliver_signal(eid, other, "early", payload=b"1", idempotency_key="i")
-        self.by("ff_signaller").deliver_signal(eid, other, "early", payload=b"1", idempotency_key="i")
+        self.by("ff_signaller").deliver_signal(
+            eid, other, "early", payload=b"1", idempotency_key="i"
+        )
+        self.by("ff_signaller").deliver_signal(
+            eid, other, "early", payload=b"1", idempotency_key="i"
+        )
         self.by("ff_signaller").deliver_signal(eid, waitpoint, "early")
         spec = WaitpointSpec(
             kind=WaitpointKind.SIGNAL_NAME, matcher=b"go", hmac_token=waitpoint.hmac_token
@@ -483,7 +509,7 @@ class Life:
             options = {"lane": f"h-{policy.value}", "flow_id": flow_id}
             waiting, waitpoint = self.suspended(options["lane"], flow_id=flow_id)
             self.by("ff_producer").create_execution(**options)
-            worker, handle = self.claimed(options["lane"])
+            _, handle = self.claimed(options["lane"])
             delayed = self.by("ff_producer").create_execution(delay=60, **options)
             assert len(self.by("ff_tailer").describe_flow(flow_id).open_members) == 3
             self.by("ff_operator").cancel_flow(flow_id, policy, wait)

@@ -1,10 +1,5 @@
-"""Who may connect, and as whom: passwords, ACL users with no more rights than they need, and TLS.
+"""Who may connect, and as whom: passwords, refused rights, and TLS. What each user of the README may do: ``test_rights``."""
 
-The README has the lines that an operator can copy; the tests prove that each user can do its work with these lines and nothing
-else. A function runs with its caller's rights, so the commands inside it are listed too.
-"""
-
-import asyncio
 import contextlib
 import datetime
 import errno
@@ -15,13 +10,12 @@ import socket
 import ssl
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import trustme
 
 import ff_fast
-from ff_fast import Frame, FrameKind, StreamMode, _library, aio, keys
+from ff_fast import _library, keys
 from ff_fast._core import ops
 from ff_fast.errors import (
     AuthenticationFailed,
@@ -34,18 +28,9 @@ from ff_fast.errors import (
 )
 
 from ..conftest import connect_raw
-from ..waiting import wait_until_async
 from .chaos import ChaosProxy
+from .rights import ACL, PASSWORD, allow, as_user
 from .stored import claimed
-
-ACL = dict(
-    re.findall(
-        r"^ACL SETUSER (\S+) (.*)$",
-        (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
-)
-PASSWORD = "s3cret-canary"
 
 
 @pytest.fixture
@@ -53,79 +38,17 @@ def guarded(own_server):
     """The test's own server with the users of ACL, and a client of the administrator."""
     with connect_raw(own_server.url) as raw:
         for name, rules in ACL.items():
-            raw.execute_command(
-                "ACL", "SETUSER", name, "reset", "on", f">{PASSWORD}", *rules.split()
-            )
+            allow(raw, name, rules)
         yield raw
 
 
-def as_user(server, name, password=PASSWORD):
-    return server.url.replace("unix://", f"unix://{name}:{password}@", 1)
-
-
-async def test_each_user_can_do_its_work_and_is_refused_nothing(shell, own_server, guarded, lane):
+async def test_whoever_may_not_bring_the_library_says_so(shell, own_server, guarded, lane):
     with pytest.raises(PermissionDenied):
-        # The library is not there yet, and a worker may not bring it.
         await shell.connect(as_user(own_server, "ff_worker"))
-    guarded.acl_log_reset()
     async with await shell.connect(as_user(own_server, "ff_deploy")):
         pass
-    async with await shell.connect(as_user(own_server, "ff_producer")) as producer:
-        eids = [await producer.create_execution(lane=lane, payload=b"prompt") for _ in range(2)]
     async with await shell.connect(as_user(own_server, "ff_worker")) as worker:
-        handle, other = [
-            await worker.claim(
-                lane=lane,
-                worker_id="w",
-                worker_instance_id="w-1",
-                policy=ff_fast.ClaimPolicy(max_wait=1.0),
-            )
-            for _ in eids
-        ]
-        assert await worker.read_payload(handle) == b"prompt"
-        writer = await worker.open_writer(handle)
-        for i in range(300):
-            writer.write(b"durable %d" % i)
-            writer.write(b"live %d" % i, mode=StreamMode.best_effort_live(50))
-            writer.write(b'{"n":%d,"t":"%s"}' % (i, b"x" * 100), mode=StreamMode.durable_summary())
-            if i % 10 == 0:
-                await writer.flush(5)
-        await writer.close()
-        again = await worker.open_writer(handle)
-        again.write(b"last")
-        await again.flush(5)
-        await worker.append_frame(handle, Frame(b"{}", FrameKind.EVENT, frame_type="tool_event"))
-        await worker.renew(handle)
-        await worker.complete(handle, b"answer")
-        await worker.complete(handle, b"answer")
-        await worker.fail(other, "broken")
-    async with await shell.connect(as_user(own_server, "ff_producer")) as producer:
-        flow_id = await producer.create_flow()
-        parent = await producer.create_execution(lane=lane, flow_id=flow_id)
-        await producer.create_execution(lane=lane, flow_id=flow_id, parent_id=parent)
-        late = await producer.create_execution(lane=f"{lane}-late", flow_id=flow_id, delay=0.001)
-    async with await shell.connect(as_user(own_server, "ff_worker")) as worker:
-        for _ in range(2):
-            member = await worker.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
-            await worker.complete(member)
-    async with (
-        await shell.connect(as_user(own_server, "ff_supervisor")) as supervisor,
-        await shell.connect(as_user(own_server, "ff_worker")) as worker,
-        await shell.connect(as_user(own_server, "ff_tailer")) as tailer,
-    ):
-        await supervised(supervisor, tailer, late, "waiting")
-        lost = await worker.claim(
-            lane=f"{lane}-late", worker_id="w", worker_instance_id="w-1", lease_ttl_ms=1
-        )
-        assert lost is not None
-        await supervised(supervisor, tailer, late, "waiting")
-    async with await shell.connect(as_user(own_server, "ff_tailer")) as tailer:
-        eid = handle.fields().execution_id
-        assert len(await tailer.items(eid)) > 600
-        assert len(await tailer.read_stream(eid, 0)) == 100
-        assert (await tailer.read_summary(eid, 0)).version == 300
-        assert (await tailer.describe(eid)).state == "completed"
-    assert guarded.acl_log() == []
+        assert await worker.claim(lane=lane, worker_id="w", worker_instance_id="w-1") is None
 
 
 def test_the_partition_count_is_stored_once_and_everybody_may_read_it(own_server, guarded):
@@ -143,30 +66,6 @@ def test_the_partition_count_is_stored_once_and_everybody_may_read_it(own_server
     for name in ACL:
         with connect_raw(as_user(own_server, name)) as raw:
             assert stored(raw) == 7
-
-
-async def supervised(supervisor, tailer, eid, state):
-    """Supervise until the execution is in that state."""
-    backend, stop = supervisor.wrapped, threading.Event()
-    if isinstance(backend, aio.ValkeyBackend):
-        running = asyncio.ensure_future(backend.supervise(interval=0.01))
-    else:
-        running = asyncio.ensure_future(
-            asyncio.to_thread(backend.supervise, interval=0.01, stop=stop)
-        )
-
-    async def reached():
-        assert not running.done(), running.exception()
-        return (await tailer.describe(eid)).state == state
-
-    try:
-        await wait_until_async(reached)
-    finally:
-        stop.set()
-        if isinstance(backend, aio.ValkeyBackend):
-            running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
 
 
 async def test_what_a_user_may_not_do_is_told_at_once(shell, own_server, guarded, lane):

@@ -3,8 +3,17 @@
 import threading
 
 import pytest
+import redis
 
-from ff_fast import _library, errors, keys
+import ff_fast
+from ff_fast import (
+    RetryPolicy,
+    StreamMode,
+    WaitpointKind,
+    WaitpointSpec,
+    _library,
+    keys,
+)
 from ff_fast._core import operations as operations_core
 from ff_fast._core import worker as worker_core
 from ff_fast.embedded import EmbeddedServer
@@ -17,6 +26,9 @@ from ..shells import KINDS, Opener
 from ..waiting import wait_until
 from . import rights
 from .rights import ACL, Life, Line, Monitor, allow, as_user, complaints, may_run
+
+FEW = "?partitions=4"
+"""For whoever brings the library: some work looks at all partitions."""
 
 ENGINES = [
     pytest.param(False, id="valkey"),
@@ -64,7 +76,9 @@ def test_each_user_has_the_rights_that_its_work_takes_and_no_more(guarded, opene
     server, raw = guarded
     monitor = Monitor(raw, server.url.removeprefix("unix://"))
     try:
-        Life(lambda user: opener(as_user(server, user)), raw, monitor).run()
+        Life(
+            lambda user: opener(as_user(server, user) + FEW * (user == "ff_deploy")), raw, monitor
+        ).run()
         users = monitor.users()
     finally:
         monitor.close()
@@ -80,9 +94,253 @@ def test_each_user_has_the_rights_that_its_work_takes_and_no_more(guarded, opene
         for rule in set(rules.split()) - {"resetchannels", "-@all"}:
             without = " ".join(each for each in rules.split() if each != rule)
             monkeypatch.setitem(rights.ACL, user, without)
-            assert complaints(user, users[user]) or rule in COVERED.get(user, ()), (user, rule)
+            assert complaints(user, users[user]), (user, rule)
         monkeypatch.setitem(rights.ACL, user, rules)
 
 
-# A key that is read here and written there takes both rights in one pattern where one command does both.
-COVERED = {}
+# -- workers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompt(monkeypatch):
+    """Workers look more often whether they shall stop, and pause briefly."""
+    monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
+    monkeypatch.setattr(worker_core, "_FIRST_PAUSE_S", 0.01)
+
+
+def ended(backend, eid):
+    ends = ("completed", "failed", "cancelled")
+    return wait_until(lambda: (told := backend.describe(eid)).state in ends and told, 10)
+
+
+def lapse(raw, eid):
+    index = int(raw.hget(keys.core(eid), "current_attempt_index"))
+    raw.hset(keys.meta(eid, index), "lease_expires_at", 1)
+    raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"lease:{eid}": 1})
+
+
+@pytest.mark.usefixtures("prompt")
+def test_a_fleet_with_the_workers_rights_outlives_lost_leases_and_cancellations(
+    guarded, kind, opener
+):
+    server, raw = guarded
+    opener(as_user(server, "ff_deploy") + FEW)
+    producer, tailer = (opener(as_user(server, name)) for name in ("ff_producer", "ff_tailer"))
+    begun = threading.Event()
+
+    def handler(task):
+        if task.payload == b"long" and not task.resumed:
+            yield opened(task)
+            task.write(b"first")
+            begun.set()
+            yield until(task, lambda: task.cancelled)
+            return None
+        return b"well"
+
+    url = as_user(server, "ff_worker")
+    fleet = [Worker(kind, url, handler, lease_ttl_ms=300) for _ in range(2)]
+    with fleet[0], fleet[1], Supervisor(kind, as_user(server, "ff_supervisor")):
+        lost = producer.create_execution(payload=b"long")
+        assert begun.wait(10)
+        lapse(raw, lost)
+        assert ended(tailer, lost).state == "completed"
+        assert tailer.read_result(lost) == b"well"
+        begun.clear()
+        unwanted = producer.create_execution(payload=b"long")
+        assert begun.wait(10)
+        opener(as_user(server, "ff_operator")).cancel(unwanted, reason="too expensive", grace=20)
+        assert ended(tailer, unwanted).cancellation_reason == "too expensive"
+        for _ in range(4):
+            assert ended(tailer, producer.create_execution()).state == "completed"
+    assert raw.acl_log() == []
+
+
+def well(task):
+    return b"well"
+
+
+def broken(task):
+    raise ValueError("broken")
+
+
+def until_cancelled(task):
+    yield opened(task)
+    yield until(task, lambda: task.cancelled)
+    return b"well"
+
+
+def reporting(task):
+    yield task.progress(1)
+
+
+def writing(task):
+    yield opened(task)
+    task.write(b"x")
+
+
+MISSING = {
+    "ff_read_payload": (well, "failed"),
+    "ff_open_writer": (well, "failed"),
+    "ff_complete_execution": (well, "failed"),
+    "ff_report_progress": (reporting, "failed"),
+    "ff_append": (writing, "failed"),
+    "ff_renew_lease": (until_cancelled, "failed"),
+    "ff_cancel_execution": (until_cancelled, "failed"),
+    "ff_describe_execution": (until_cancelled, "cancelled"),
+    "ff_fail_execution": (broken, "active"),
+}
+
+
+@pytest.mark.usefixtures("prompt")
+@pytest.mark.parametrize("function", MISSING)
+def test_a_right_that_is_missing_fails_the_attempt_that_needs_it_and_no_worker(
+    guarded, kind, function, caplog
+):
+    server, raw = guarded
+    handler, end = MISSING[function]
+    rules = [rule for rule in ACL["ff_worker"].split() if rule.rpartition("|")[2] != function]
+    allow(raw, "ff_worker", " ".join(rules))
+    called = threading.Event()
+
+    def once(task):
+        if task.payload:
+            return well(task)
+        called.set()
+        return handler(task)
+
+    with ff_fast.ValkeyBackend.connect(server.url + FEW) as backend:
+        with Worker(kind, as_user(server, "ff_worker"), once, lease_ttl_ms=600):
+            eid = backend.create_execution(retry=RetryPolicy(max_retries=3))
+            if "cancel" in function or "describe" in function:
+                assert called.wait(10)
+                backend.cancel(eid, grace=20)
+            if end == "active":
+                assert called.wait(10)
+            else:
+                told = ended(backend, eid)
+                assert (told.state, told.attempt_count) == (end, 1)
+                if end == "failed":
+                    # A batch is refused as the one command that it is.
+                    named = "command fcall" if function == "ff_append" else function
+                    assert told.failure_reason.startswith("PermissionDenied: ")
+                    assert named in told.failure_reason
+            good = backend.create_execution(payload=b"good")
+            if function in ("ff_read_payload", "ff_open_writer", "ff_complete_execution"):
+                assert ended(backend, good).state == "failed"
+            else:
+                assert ended(backend, good).state == "completed"
+        assert backend.describe(eid).state == end
+    said = [record.getMessage() for record in caplog.records if record.name == "ff_fast"]
+    assert len(said) == (end == "active")
+
+
+@pytest.mark.usefixtures("prompt")
+def test_a_worker_that_may_not_claim_ends_and_says_so(guarded, kind):
+    server, raw = guarded
+    ff_fast.ValkeyBackend.connect(server.url + FEW).close()
+    rules = [rule for rule in ACL["ff_worker"].split() if rule != "+fcall|ff_claim"]
+    allow(raw, "ff_worker", " ".join(rules))
+    running = Worker(kind, as_user(server, "ff_worker"), well).begin()
+    with ff_fast.ValkeyBackend.connect(server.url) as backend:
+        backend.create_execution()
+        with pytest.raises(PermissionDenied, match="ff_claim"):
+            running.result()
+
+
+# -- readers --------------------------------------------------------------------------------------------------------------
+
+SECRET = bytes(range(32))
+READS = {
+    "string": ["GET"],
+    "hash": ["HGETALL"],
+    "list": ["LRANGE", 0, -1],
+    "set": ["SMEMBERS"],
+    "zset": ["ZRANGE", 0, -1],
+    "stream": ["XRANGE", "-", "+"],
+}
+
+
+def everything_read(raw, user):
+    """Every value that a user can read by the plain command for its type, and how many keys it cannot."""
+    found, refused = b"", set()
+    for key in user_keys(raw):
+        command, *rest = READS[raw.type(key).decode()]
+        try:
+            found += repr(user.execute_command(command, key, *rest)).encode()
+        except redis.exceptions.NoPermissionError:
+            refused.add(rights.kind_of(key))
+    return found, refused
+
+
+def user_keys(raw):
+    return sorted(raw.keys("ff:*"))
+
+
+@pytest.fixture
+def waiting(guarded):
+    """An execution that waits for a signal, and one under a lease, with all that is secret about them."""
+    server, raw = guarded
+    backend = ff_fast.ValkeyBackend.connect(f"{server.url}?partitions=1")
+    backend.rotate_waitpoint_secret("kid", SECRET)
+    claim = {"lane": "default", "worker_id": "w", "worker_instance_id": "w-1"}
+    backend.create_execution(payload=b"prompt")
+    handle = backend.claim(**claim)
+    waitpoint = backend.create_waitpoint(handle)
+    token = waitpoint.hmac_token
+    spec = WaitpointSpec(kind=WaitpointKind.SIGNAL_NAME, matcher=b"go", hmac_token=token)
+    backend.suspend(handle, spec, timeout=60)
+    backend.create_execution(payload=b"prompt")
+    held = backend.claim(**claim)
+    writer = backend.open_writer(held)
+    writer.write(b"x")
+    writer.write(b"{}", mode=StreamMode.durable_summary())
+    writer.flush(5)
+    backend.create_execution(payload=b"prompt")
+    done = backend.claim(**claim)
+    backend.complete(done, b"answer")
+    secrets = {
+        "secret": SECRET.hex(),
+        "token": token.reveal(),
+        "digest of the token": token.reveal().partition(":")[2],
+        **{f"lease {i}": each.fields().lease_id for i, each in enumerate((handle, held, done))},
+    }
+    yield server, raw, secrets
+    backend.close()
+
+
+READS_SECRETS = {"ff_deploy", "ff_worker", "ff_signaller"}
+
+
+@pytest.mark.parametrize("user", sorted(ACL))
+def test_who_reads_all_that_it_can_learns_no_secret(waiting, user):
+    server, raw, secrets = waiting
+    # Each command that reads a type is added, so the key patterns alone decide.
+    reading = " ".join(f"+{command[0].lower()}" for command in READS.values())
+    allow(raw, user, f"{ACL[user]} {reading}")
+    with connect_raw(as_user(server, user)) as plain:
+        found, _ = everything_read(raw, plain)
+    told = {name for name, secret in secrets.items() if secret.encode() in found}
+    assert told == ({"secret"} if user in READS_SECRETS else set())
+
+
+def test_no_lease_and_no_token_is_stored_anywhere(waiting):
+    _, raw, secrets = waiting
+    found, refused = everything_read(raw, raw)
+    assert refused == set()
+    assert [name for name, secret in secrets.items() if secret.encode() in found] == ["secret"]
+
+
+def test_a_reader_calls_no_function_that_writes(guarded):
+    server, raw = guarded
+    raw.function_load(_library.source())
+    readable = Line.of(ACL["ff_tailer"]).commands
+    (listed,) = raw.function_list(library="ff_fast")
+    functions = dict(zip(listed[::2], listed[1::2], strict=True))[b"functions"]
+    with connect_raw(as_user(server, "ff_tailer")) as tailer:
+        for _, name, _, _, _, flags in functions:
+            for call in ("FCALL", "FCALL_RO"):
+                if f"{call.lower()}|{name.decode()}" in readable:
+                    assert flags == [b"no-writes"]
+                    continue
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    tailer.execute_command(call, name, 1, keys.PARTITIONS_CONFIG)
