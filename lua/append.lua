@@ -31,9 +31,9 @@
 -- reader can tell a hole from frames that it does not want.
 --
 -- The writer id is `<attempt index>:<lease digest>:<lease epoch>:<text>`. `ff_open_writer` puts it in meta under the
--- fence, and whatever takes the lease away removes it there in the same call. So an append that finds its writer in meta, and
--- server time before `lease_expires_at`, holds the lease, and reads one hash for it. Only a refused append reads the
--- core, to say why.
+-- fence, and whatever takes the lease away removes it there in the same call. So an append that finds its writer in
+-- meta, and server time before `lease_expires_at`, holds the lease, and reads one hash for it. Only a refused append
+-- reads the core, to say why.
 
 ff.BLOCK = {
   LOG = 'L',

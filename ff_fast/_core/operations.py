@@ -1157,8 +1157,13 @@ def run_worker(
     """Claim executions of a lane and call *handler* with a `Task` for each, until stopped.
 
     The lease is renewed in the background. The handler's result is the execution's result. An exception fails the
-    attempt as transient, a ``TaskFailed`` with its own class. If the lease is lost, writes fail, ``task.cancelled`` is
-    true, and the handler's result or exception is discarded.
+    attempt as transient, a ``TaskFailed`` with its own class, and an ``FFError`` that is a refusal for good, such as
+    ``PayloadTooLarge``, as permanent; also in an exception group, and as the cause of another exception. If the lease is
+    lost, writes fail, ``task.cancelled`` is true, and the handler's result or exception is discarded.
+
+    An execution that cannot be loaded, or not be ended as its handler ended, fails with the reason, and the worker goes
+    on. A worker ends with an error that all its calls would meet: wrong credentials, another library or partition count,
+    a missing right to claim.
 
     SIGTERM and SIGINT in the main thread, *stop*, and closing the backend stop the claims; running handlers end first.
     An exit or an interrupt raised by a handler ends the worker and is raised here; the execution goes to another worker

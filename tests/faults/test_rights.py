@@ -1,5 +1,6 @@
 """Each user of the README's ACL lines can do the whole of its work, and has no right that its work does not take."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -12,12 +13,13 @@ from ff_fast import (
     WaitpointKind,
     WaitpointSpec,
     _library,
+    cli,
     keys,
 )
 from ff_fast._core import operations as operations_core
 from ff_fast._core import worker as worker_core
 from ff_fast.embedded import EmbeddedServer
-from ff_fast.errors import PermissionDenied
+from ff_fast.errors import PermissionDenied, StaleOwner
 
 from .. import conftest as suite
 from ..conftest import connect_raw
@@ -344,3 +346,49 @@ def test_a_reader_calls_no_function_that_writes(guarded):
                     continue
                 with pytest.raises(redis.exceptions.NoPermissionError):
                     tailer.execute_command(call, name, 1, keys.PARTITIONS_CONFIG)
+
+
+def test_what_a_reader_learns_of_a_lease_is_no_lease(waiting):
+    server, raw, _ = waiting
+    with ff_fast.ValkeyBackend.connect(server.url) as backend:
+        eid = backend.create_execution()
+        handle = backend.claim(worker_id="w", worker_instance_id="w-1")
+        backend.open_writer(handle).close()
+        with connect_raw(as_user(server, "ff_tailer")) as tailer:
+            digest = tailer.hget(keys.core(eid), "current_lease_digest").decode()
+            writer = tailer.hget(keys.meta(eid, 0), "writer").decode()
+        assert digest in writer
+        names = (keys.core(eid), keys.meta(eid, 0), keys.summary(eid, 0))
+        for learned in (digest, writer.replace(":", "-"), writer.rpartition(":")[2]):
+            fields = dataclasses.asdict(handle.fields()) | {"lease_id": learned}
+            forged = ff_fast.Handle.encode(**fields)
+            for call in (backend.renew, backend.complete, backend.open_writer):
+                with pytest.raises(StaleOwner):
+                    call(forged)
+            answer = raw.fcall("ff_open_writer", len(names), *names, f"{writer}2", learned)
+            assert answer == [0, b"stale_owner"]
+        backend.complete(handle)
+
+
+def test_each_command_of_the_command_line_runs_as_one_user(guarded, monkeypatch, capsysbinary):
+    server, raw = guarded
+
+    def run(user, *argv):
+        monkeypatch.setenv(cli.URL_VARIABLE, as_user(server, user))
+        assert cli.main(argv) == 0
+        return capsysbinary.readouterr().out
+
+    ff_fast.ValkeyBackend.connect(as_user(server, "ff_deploy") + FEW).close()
+    eid = run("ff_producer", "submit", "prompt", "--tag", "app.x=1").decode().strip()
+    with ff_fast.ValkeyBackend.connect(as_user(server, "ff_worker")) as worker:
+        handle = worker.claim(worker_id="w", worker_instance_id="w-1")
+        waitpoint = worker.create_waitpoint(handle)
+        with worker.open_writer(handle) as writer:
+            writer.write(b"{}", mode=StreamMode.durable_summary())
+    monkeypatch.setenv("FF_FAST_TOKEN", waitpoint.hmac_token.reveal())
+    run("ff_signaller", "signal", eid, waitpoint.waitpoint_id, "go")
+    for command in ("info", "summary", "inspect"):
+        assert run("ff_tailer", command, eid)
+    run("ff_operator", "cancel", eid)
+    assert b"{}" in run("ff_tailer", "tail", eid)
+    assert raw.acl_log() == []
