@@ -24,6 +24,7 @@ from ff_fast.types import DEFAULT_PAYLOAD_LIMIT
 
 _BUSY_SWEEP_S = 30.0
 _LANES = 1_024
+_NOT_MINE_TO_LOAD = "The server has lost the function library and this user may not load it; connect as one that may."
 
 
 class Deployment:
@@ -92,9 +93,17 @@ class Deployment:
         if held is not None and held.contract > _library.CONTRACT:
             raise LibraryMismatch(held.contract, _library.CONTRACT)
         if held is None or held.digest != _library.digest():
-            yield from _load()
-            # Asked again: another library may read no partition count.
-            held = yield from ops.call(version)
+            try:
+                yield from _load()
+            except PermissionDenied:
+                # Whoever may load it does so again. A library of the same contract serves meanwhile.
+                if not self._known or (held is not None and held.contract < _library.CONTRACT):
+                    raise
+                if held is None:
+                    raise FunctionMissing(_NOT_MINE_TO_LOAD) from None
+            else:
+                # Asked again: another library may read no partition count.
+                held = yield from ops.call(version)
         if held.eviction_policy.startswith("allkeys") and not self._known:
             warnings.warn(_evicts(held.eviction_policy), RuntimeWarning, stacklevel=1)
         stored = held.partitions

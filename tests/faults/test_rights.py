@@ -19,12 +19,12 @@ from ff_fast import (
 from ff_fast._core import operations as operations_core
 from ff_fast._core import worker as worker_core
 from ff_fast.embedded import EmbeddedServer
-from ff_fast.errors import PermissionDenied, StaleOwner
+from ff_fast.errors import AuthenticationFailed, FunctionMissing, PermissionDenied, StaleOwner
 
 from .. import conftest as suite
 from ..conftest import connect_raw
 from ..server.workers import Supervisor, Worker, opened, until
-from ..shells import KINDS, Opener
+from ..shells import KINDS, Opener, config
 from ..waiting import wait_until
 from . import rights
 from .rights import ACL, Life, Line, Monitor, allow, as_user, complaints, may_run
@@ -247,6 +247,74 @@ def test_a_worker_that_may_not_claim_ends_and_says_so(guarded, kind):
         backend.create_execution()
         with pytest.raises(PermissionDenied, match="ff_claim"):
             running.result()
+
+
+@pytest.mark.usefixtures("prompt")
+def test_a_worker_waits_for_a_library_that_it_may_not_load(guarded, kind, opener):
+    server, raw = guarded
+    deploy = as_user(server, "ff_deploy") + FEW
+    opener(deploy)
+    begun, lost = threading.Event(), threading.Event()
+
+    def handler(task):
+        yield opened(task)
+        task.write(b"before")
+        yield task.flush()
+        begun.set()
+        yield until(task, lost.is_set)
+        return b"well"
+
+    tailer = opener(as_user(server, "ff_tailer"))
+    running = Worker(kind, as_user(server, "ff_worker"), handler)
+    once = config(as_user(server, "ff_producer"), retries=0)
+    with running, ff_fast.ValkeyBackend.connect(once) as producer:
+        eid = producer.create_execution()
+        assert begun.wait(10)
+        raw.function_flush()
+        raw.acl_log_reset()
+        lost.set()
+        # It has tried.
+        wait_until(lambda: any(entry["username"] == "ff_worker" for entry in raw.acl_log()))
+        with pytest.raises(FunctionMissing, match="may not load"):
+            producer.create_execution()
+        ff_fast.ValkeyBackend.connect(deploy).close()
+        assert ended(tailer, eid).state == "completed"
+        assert ended(tailer, producer.create_execution()).state == "completed"
+
+
+def test_another_library_of_the_same_contract_serves_whoever_may_load_none(guarded, opener):
+    server, raw = guarded
+    opener(as_user(server, "ff_deploy") + FEW)
+    producer = opener(as_user(server, "ff_producer"))
+    raw.function_load(_library.source().replace(_library.digest(), "0" * 12), replace=True)
+    raw.client_kill_filter(_type="normal", skipme=True)
+    assert producer.create_execution()
+
+
+@pytest.mark.usefixtures("prompt")
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_user_that_is_deleted_ends_its_workers_without_a_storm(guarded, kind, opener, busy):
+    server, raw = guarded
+    opener(as_user(server, "ff_deploy") + FEW)
+    begun = threading.Event()
+
+    def handler(task):
+        begun.set()
+        yield until(task, lambda: task.cancelled)
+
+    running = Worker(
+        kind, as_user(server, "ff_worker"), handler, concurrency=4, lease_ttl_ms=600
+    ).begin()
+    if busy:
+        opener(as_user(server, "ff_producer")).create_execution()
+        assert begun.wait(10)
+    raw.acl_log_reset()
+    raw.execute_command("ACL", "DELUSER", "ff_worker")
+    with pytest.raises(AuthenticationFailed):
+        running.result()
+    tries = sum(entry["count"] for entry in raw.acl_log() if entry["reason"] == "auth")
+    # Of four slots, of a renewal, and of the end.
+    assert 1 <= tries <= 12
 
 
 # -- readers --------------------------------------------------------------------------------------------------------------
