@@ -70,7 +70,7 @@ _MOST_CAUSES = 1_000
 """Most errors that are looked at in the groups and causes of a handler's exception."""
 
 _FIRST_PAUSE_S = 0.25
-_LONGEST_PAUSE_S = 30.0
+_LONGEST_PAUSE_S = 5.0
 
 _log = logging.getLogger("ff_fast")
 
@@ -377,8 +377,8 @@ def attend(backend: Backend, task: TaskState[Any, Any], mode: StreamMode | None)
     an error that every call of the worker would meet. Any other error fails the execution alone.
 
     Returns:
-        Whether the execution is over for this worker. If not, it comes back, when its lease lapses or at once, and the
-        worker should pause.
+        Whether the execution is over for this worker. If not, the server has refused each end, the execution comes back
+        when its lease lapses, and the worker should pause.
     """
     try:
         try:
@@ -407,8 +407,7 @@ def _not_started(backend: Backend, task: TaskState[Any, Any], error: FFError) ->
     if isinstance(error, _ENDS_WORKER):
         raise error
     if error.retryable:
-        yield from _hand_back(backend, task, error)
-        return False
+        return (yield from _hand_back(backend, task, error))
     yield from _fail(
         backend, task, failure_of(error)._replace(failure_class=FailureClass.PERMANENT)
     )
@@ -532,10 +531,10 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Ending
             return
 
 
-def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Ending:
-    """Make the execution claimable now, not when its lease lapses; it counts as a lost worker."""
+def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Actions:
+    """Make the execution claimable now, not when its lease lapses; it counts as a lost worker. Return whether it is."""
     if task._released or backend.closed:
-        return
+        return False
     with contextlib.suppress(FFError, TimeoutError):
         with contextlib.suppress(FFError):
             yield CloseWriter(HAND_BACK_S)
@@ -543,16 +542,20 @@ def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException
         yield Run(
             operations.fail(backend._deployment, task.handle, reason, FailureClass.INFRA_CRASH)
         )
+        return True
+    return False
 
 
 class Patience:
-    """The pauses of one worker slot. They double with each failure up to 30 s, and begin anew after a success."""
+    """The pauses of one worker slot."""
 
     def __init__(self) -> None:
         self._next_s = _FIRST_PAUSE_S
 
     def refused(self, error: FFError) -> float:
         """Return the seconds until the next claim after one that failed.
+
+        Data that cannot be read is met again only after the next sweep, so this pause need not grow.
 
         Raises:
             FFError: *error*, if the worker cannot claim at all. Stored data that cannot be read concerns one execution.
@@ -562,10 +565,13 @@ class Patience:
         if not isinstance(error, InternalFunctionError | ProtocolError | Corruption):
             raise error
         _log.error("A claim has failed and will be tried again: %s", error)
-        return self.attended(over=False)
+        return _FIRST_PAUSE_S
 
     def attended(self, *, over: bool) -> float:
-        """Return the seconds until the next claim after an execution; *over* is the value of :func:`attend`."""
+        """Return the seconds until the next claim after an execution; *over* is the value of :func:`attend`.
+
+        The pauses double up to 5 s while no execution is over, so that a worker that can end nothing calls few handlers.
+        """
         if over:
             self._next_s = _FIRST_PAUSE_S
             return 0.0

@@ -1,6 +1,7 @@
 """Work that is bad fails alone: its worker and the next execution are well."""
 
 import contextlib
+import itertools
 import re
 import threading
 
@@ -18,10 +19,12 @@ from ff_fast import (
 from ff_fast._core import worker as worker_core
 
 from ...key_table import TABLE
+from ...shells import WORKER
 from ...waiting import wait_until
 from ..workers import Worker, opened
 from .attempts import RETRY
 
+SUMMARY = StreamMode.durable_summary()
 OF_AN_EXECUTION = [name for name, row in TABLE.items() if "<eid>" in row.pattern]
 
 
@@ -107,6 +110,67 @@ def test_a_worker_outlives_executions_that_cannot_be_claimed(
         assert state(backend.create_execution(lane=lane)) == "completed"
 
 
+JUNK = (b"junk", b"", b"-1", b"9" * 30)
+
+
+def test_a_field_of_junk_harms_its_execution_alone(claimed_then, backend, raw, lane, state):
+    fields = set()
+    for name in ("core", "meta"):
+        # The fields of the first one are those of all.
+        claimed_then(
+            lambda eid, name=name: fields.update((name, f) for f in raw.hkeys(key_of(name, eid)))
+        )
+    assert len(fields) > 20
+    for (name, field), value in itertools.product(sorted(fields), JUNK):
+        claimed_then(lambda eid, at=(name, field, value): raw.hset(key_of(at[0], eid), *at[1:]))
+    assert state(backend.create_execution(lane=lane)) == "completed"
+
+
+def resumed(backend, lane):
+    """An execution that waits to be continued, with a summary."""
+    eid = backend.create_execution(lane=lane)
+    handle = backend.claim(lane=lane, **WORKER)
+    waitpoint = backend.create_waitpoint(handle)
+    with backend.open_writer(handle, mode=SUMMARY) as writer:
+        for _ in range(3):
+            writer.write(b'{"a":1}')
+        writer.write(b"x", mode=StreamMode.best_effort_live(50))
+    spec = WaitpointSpec(
+        kind=WaitpointKind.SIGNAL_NAME, matcher=b"go", hmac_token=waitpoint.hmac_token
+    )
+    backend.suspend(handle, spec)
+    backend.deliver_signal(eid, waitpoint, "go", payload=b"x")
+    return eid
+
+
+def test_a_field_of_junk_in_what_is_continued_harms_it_alone(
+    kind, server, backend, raw, lane, state
+):
+    probe = f"{lane[:40]}-probe"
+    eid = resumed(backend, probe)
+    fields = [
+        (name, field)
+        for name in ("core", "meta", "summary", "suspension", "attempt")
+        for field in raw.hkeys(key_of(name, eid))
+    ]
+    assert len(fields) > 40
+    partitions = set()
+    for number, ((name, field), value) in enumerate(itertools.product(fields, JUNK[::3])):
+        own = f"{probe}-{number}"
+        eid = resumed(backend, own)
+        partitions.add(keys.partition_index(eid))
+        raw.hset(key_of(name, eid), field, value)
+        # From here on it is work of the lane.
+        found = keys.eligible(keys.slot_tag_of(eid), own)
+        raw.zunionstore(keys.eligible(keys.slot_tag_of(eid), lane), [found])
+        raw.zadd(keys.ready(lane), {str(keys.partition_index(eid)): 0})
+    with Worker(kind, server.url, lambda task: b"well", lane=lane):
+        eid = keys.new_execution_id()
+        while keys.partition_index(eid) in partitions:
+            eid = keys.new_execution_id()
+        assert state(backend.create_execution(lane=lane, execution_id=eid)) == "completed"
+
+
 def test_an_execution_that_vanishes_in_part_harms_no_other(claimed_then, backend, raw, lane, state):
     for name in OF_AN_EXECUTION:
         claimed_then(lambda eid, name=name: raw.delete(key_of(name, eid)), payload=b"x")
@@ -153,8 +217,6 @@ def test_signals_that_cannot_be_read_fail_the_execution_that_waited_for_them(
 
 
 # -- what a handler is refused for good ---------------------------------------------------------------------------------
-
-SUMMARY = StreamMode.durable_summary()
 
 
 def too_large(task):
