@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 from ff_fast import keys
 from ff_fast._core.steps import Command, Step, Steps
 from ff_fast._hot.resp import pack_fcall
-from ff_fast.errors import Corruption, ProtocolError, for_code, from_server_error
+from ff_fast.errors import MAX_INT, Corruption, ProtocolError, for_code, from_server_error
 from ff_fast.types import (
     CancelFlowPolicy,
     CancelOutcome,
@@ -393,7 +393,11 @@ def open_writer(attempt: Attempt, writer: bytes) -> Op[Opened]:
 
     def parse(_: bytes, fields: list[object]) -> Opened:
         last_id, visible, estimator, summary_version = map(_text, fields)
-        return Opened(*entry_id(last_id), int(visible), estimator.encode(), int(summary_version))
+        opened = Opened(*entry_id(last_id), int(visible), estimator.encode(), int(summary_version))
+        # The writer counts on from these.
+        if not all(0 <= number <= MAX_INT for number in opened if isinstance(number, int)):
+            raise ValueError("no count")
+        return opened
 
     meta, _, _, summary = attempt.stream_keys
     core = keys.core(attempt.execution_id)
