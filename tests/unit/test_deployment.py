@@ -208,6 +208,23 @@ def test_the_count_of_the_first_connection_holds():
     assert on.partitions == 64
 
 
+def test_whoever_may_not_load_the_library_waits_for_it_once_it_was_there():
+    on = Deployment()
+    run(on.prepare(), [version()])
+    for replies, wanted in (
+        ([NO_LIBRARY, NOPERM], errors.FunctionMissing),
+        ([version(digest="other"), NOPERM], None),
+        ([version(CONTRACT - 1, "old"), NOPERM], errors.PermissionDenied),
+        ([NO_LIBRARY, OOM], errors.OutOfMemory),
+    ):
+        asked, value = run(on.prepare(), replies)
+        assert functions(asked) == ASKS + LOADS
+        assert value is None if wanted is None else type(value) is wanted
+    _, value = run(on.prepare(), [NO_LIBRARY, NOPERM])
+    assert value.retryable
+    assert "may not load" in str(value)
+
+
 def test_a_connection_that_fails_teaches_nothing():
     on = Deployment()
     _, value = run(on.prepare(), [errors.Unavailable()])

@@ -909,6 +909,12 @@ def test_a_half_understood_answer_is_none(subtests):
         ("ff_claim", b"NONE", [b"x", b""]),
         *(("ff_open_writer", b"OK", [bad, b"0", b"", b"0"]) for bad in NO_IDS),
         *(
+            ("ff_open_writer", b"OK", [*(bad if i == at else b"1" for i in range(4))])
+            for bad in (b"-1", b"9007199254740992")
+            for at in (1, 3)
+        ),
+        ("ff_open_writer", b"OK", [b"1-9007199254740992", b"0", b"", b"0"]),
+        *(
             ("ff_read_range", b"OK", [[], b"1-2", b"", [], b"1-3", b"", bad, b"0", b"", b""])
             for bad in NO_IDS
         ),
