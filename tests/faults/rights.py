@@ -60,7 +60,18 @@ _BEGINS = re.compile(
     r"|redis\.register_function\((?:'(?P<plain>\w+)'|\{\s*function_name = '(?P<flagged>\w+)'))",
     re.MULTILINE,
 )
-_CALLS = re.compile(r"\bp?call\(\s*(?:'([A-Z]+)'|([^'\s,)]+))")
+_CALLS = re.compile(
+    r"(?:(?<![\w.])call|\bredis\.p?call)\(\s*(?:'([A-Z]+)'(?:, '([A-Z]+)')?|([^'\s,)]+))"
+)
+
+WITH_SUBCOMMANDS = {"function", "xinfo", "config", "object", "memory"}
+"""Commands whose rights name a subcommand."""
+
+
+def right_to(command, subcommand):
+    """The right to a command, as it stands in an ACL line behind the plus."""
+    command = command.lower()
+    return f"{command}|{subcommand.lower()}" if command in WITH_SUBCOMMANDS else command
 
 
 @functools.cache
@@ -78,6 +89,16 @@ def _bodies():
 
 
 @functools.cache
+def _runners():
+    """Names of functions that run a command whose name they are given."""
+    return {
+        at[1]
+        for at, (_, text) in _bodies().items()
+        if any(call[2] for call in _CALLS.findall(text))
+    }
+
+
+@functools.cache
 def may_run(function):
     """The commands that a registered function may run, in lower case."""
     bodies, commands, seen = _bodies(), set(), set()
@@ -88,10 +109,16 @@ def may_run(function):
             continue
         seen.add(at)
         part, text = bodies[at]
-        for command, other in _CALLS.findall(text):
-            # A command whose name is computed would escape this reading.
-            assert command, f"{part}: the command {other} is no literal"
-            commands.add(command.lower())
+        for command, subcommand, computed in _CALLS.findall(text):
+            if command:
+                commands.add(right_to(command, subcommand))
+            else:
+                # The name is a parameter of the function, and stands where the function is called.
+                assert re.match(rf"[^)]*\b{computed}\b", text), (
+                    f"{part}: {computed} is no parameter"
+                )
+        for name in _runners():
+            commands |= {found.lower() for found in re.findall(rf"\b{name}\(\s*'([A-Z]+)'", text)}
         left += [
             ("ff", name) for name in re.findall(r"\bff\.(\w+)", text) if ("ff", name) in bodies
         ]
@@ -147,13 +174,17 @@ NOBODY = "nobody"
 
 
 class Ran(NamedTuple):
-    """What one user ran: functions, commands of its own, commands of its functions, and keys with what was done to them."""
+    """What one user ran: functions, commands of its own, commands of its functions, and keys with what was done to them.
+
+    A key is touched by a command that learns no more than its type or size.
+    """
 
     functions: set[str]
     own: set[str]
     inside: dict[str, set[str]]
     reads: set[str]
     writes: set[str]
+    touches: set[str]
 
 
 _ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?<=\{fp:)\d+(?=\})")
@@ -187,7 +218,7 @@ class Monitor:
 
     def users(self):
         self._raw.echo(_PART)
-        found = defaultdict(lambda: Ran(set(), set(), defaultdict(set), set(), set()))
+        found = defaultdict(lambda: Ran(set(), set(), defaultdict(set), set(), set(), set()))
         user = function = ""
         for line in self._lines:
             # <time> [<database> <client>] "<argument>"...
@@ -202,16 +233,14 @@ class Monitor:
             if user in ("", NOBODY):
                 continue
             ran = found[user]
+            right = right_to(command, arguments[1].decode("latin-1") if arguments[1:] else "")
             if heard[1] == b"lua":
-                ran.inside[function].add(command)
+                ran.inside[function].add(right)
             elif command.startswith("fcall"):
                 function = arguments[1].decode()
                 ran.functions.add(f"{command}|{function}")
             else:
-                subcommand = (
-                    f"|{arguments[1].decode().lower()}" if command in ("function", "xinfo") else ""
-                )
-                ran.own.add(command + subcommand)
+                ran.own.add(right)
             self._note_keys(ran, arguments)
         raise AssertionError("the server has closed MONITOR")
 
@@ -230,6 +259,7 @@ class Monitor:
                 ran.reads.add(key)
             if flags & {b"insert", b"update", b"delete"}:
                 ran.writes.add(key)
+            ran.touches.add(key)
 
 
 _ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b"}
@@ -582,7 +612,8 @@ def complaints(user, ran):
         f"{user} has +{right}, which no step of Life and no function that it calls needs"
         for right in sorted(line.commands - needed)
     ]
-    for keys_used, mode in ((ran.reads, "reads"), (ran.writes, "writes")):
+    only_touched = ran.touches - ran.reads - ran.writes
+    for keys_used, mode in ((ran.reads | only_touched, "reads"), (ran.writes, "writes")):
         patterns = [pattern for pattern in line.patterns if getattr(pattern, mode)]
         found += [
             f"{user} {mode} {key}, and no key pattern of its line allows it"
