@@ -89,6 +89,13 @@ def _bodies():
 
 
 @functools.cache
+def _asked_for():
+    """Commands that a function runs only if its caller has the right: it asks."""
+    texts = " ".join(text for _, text in _bodies().values())
+    return {found.lower() for found in re.findall(r"acl_check_cmd\('([A-Z]+)'", texts)}
+
+
+@functools.cache
 def _runners():
     """Names of functions that run a command whose name they are given."""
     return {
@@ -600,7 +607,7 @@ def commands_of(ran):
     for function in ran.functions:
         needed |= may_run(function.partition("|")[2])
     # These need no right.
-    return needed - {"hello", "auth", "reset", "quit"}
+    return needed - {"hello", "auth", "reset", "quit"} - _asked_for()
 
 
 def complaints(user, ran):
