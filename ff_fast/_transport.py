@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from ff_fast._core.steps import DEFAULT_REQUEST_TIMEOUT_S, Step
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
     import socket
 
 _BLOCK_MARGIN_S = 2.0
+
+MAX_IDLE = 64
+"""Most idle connections of a backend."""
+
+MAX_IDLE_OF_READERS = 8
+"""Number of idle connections from which on a reader closes its own: readers come in bursts, and stay long."""
+
+MAX_IDLE_S = 60.0
+"""How long a connection stays idle, in seconds; older ones are closed when the pool is used."""
 
 
 def config_of(target: str | BackendConfig) -> BackendConfig:
@@ -43,6 +53,14 @@ def request_timeout_s(config: BackendConfig) -> float:
 def wait_s(timeout: float, step: Step) -> float:
     """Return the longest wait for the replies to *step*, in seconds: request timeout, BLOCK time, and a margin."""
     return timeout + (step.block_s + _BLOCK_MARGIN_S if step.block_s else 0.0)
+
+
+def longest_try_s(until: float) -> float:
+    """Return how long one try of a call may take that is of no use after *until*, in monotonic time.
+
+    Half of the time that is left, so that another try may follow, but at least a second.
+    """
+    return max((until - time.monotonic()) / 2, 1.0)
 
 
 def connection_arguments(config: BackendConfig) -> dict[str, Any]:

@@ -124,6 +124,13 @@ class FFError(Exception):
 _classes[FFError.code] = FFError
 
 
+def make_unknown(error: FFError, why: str) -> None:
+    """Give *error* the outcome ``UNKNOWN``, and its message the sentence *why*, unless its outcome is unknown already."""
+    if error.outcome is Outcome.NOT_APPLIED:
+        error.outcome = Outcome.UNKNOWN
+        error.args = (f"{error} {why}", *error.args[1:])
+
+
 def _rebuild(cls: type[FFError], args: tuple[object, ...], state: dict[str, object]) -> FFError:
     # __init__ is not called: typed errors take other arguments than their message.
     error = cls.__new__(cls)
@@ -631,6 +638,8 @@ class DeadlineExceeded(_Connecting, TimeoutError):
     retryable = True
     outcome = Outcome.UNKNOWN
     _sentence = "No answer came in time; the call may have been applied."
+    # The connection had answered other calls before, and nothing came over it any more: it may have died in silence.
+    _on_silent_connection = False
 
 
 CredentialFault = Literal["missing", "refused", "not_configured"]

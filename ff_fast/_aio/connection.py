@@ -38,10 +38,16 @@ class Connection(asyncio.Protocol):
         # Set while the transport takes more, and after it is lost, so that no task waits for ever.
         self._can_write = asyncio.Event()
         self.receivers: deque[Receiver] = deque()
+        # When the oldest wait without a byte began, and when the last bytes came, in monotonic time.
         self.silent_since = 0.0
+        self.heard_at = time.monotonic()
+        # Set once it has answered the steps of connecting; a later answer shows that it works.
+        self.ready_at: float | None = None
         # on_can_write: called when more may be sent. on_lost: each called once, when the connection is lost.
+        # on_silent: called with the time since when nothing has come, before the connection is aborted for it.
         self.on_can_write: Callable[[], None] | None = None
         self.on_lost: list[Callable[[Connection], None]] = []
+        self.on_silent: Callable[[float], None] | None = None
 
     async def open(self, config: BackendConfig) -> None:
         """Connect as *config* says; redis-py opens the socket and shakes hands."""
@@ -103,7 +109,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
-        self.silent_since = time.monotonic()
+        self.heard_at = self.silent_since = time.monotonic()
         reader = self._reader
         reader.feed(data)
         while self._transport is not None:
@@ -146,6 +152,20 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
             self._fail_receivers()
 
+    def abort_silent(self, since: float) -> None:
+        """Abort the connection, over which nothing has come since then although replies were owed."""
+        if self.on_silent is not None and self._transport is not None:
+            self.on_silent(since)
+        self.abort()
+
+    def late(self, sent_at: float) -> DeadlineExceeded:
+        """Return the error of a request whose deadline has passed; abort the connection if nothing came meanwhile."""
+        error = DeadlineExceeded()
+        if self.heard_at <= sent_at:
+            error._on_silent_connection = self.ready_at is not None and self.heard_at > self.ready_at
+            self.abort_silent(sent_at)
+        return error
+
     def _fail_receivers(self) -> None:
         self._transport = None
         self._can_write.set()
@@ -171,7 +191,7 @@ class Connection(asyncio.Protocol):
         Raises:
             Unavailable: The connection was lost before; nothing was sent.
         """
-        replies = Replies(len(step.commands), time.monotonic() + _transport.wait_s(timeout, step))
+        replies = Replies(self, len(step.commands), _transport.wait_s(timeout, step))
         self.send(step.request, [replies] * len(step.commands))
         return replies
 
@@ -191,12 +211,14 @@ class Connection(asyncio.Protocol):
 class Replies:
     """The replies of one step. A wait for them may be cancelled, and another one started later."""
 
-    __slots__ = ("_due", "_failure", "_missing", "_replies", "_waiter")
+    __slots__ = ("_connection", "_due", "_failure", "_missing", "_replies", "_sent_at", "_waiter")
 
-    def __init__(self, count: int, due: float) -> None:
+    def __init__(self, connection: Connection, count: int, timeout: float) -> None:
+        self._connection = connection
         self._replies: list[object] = []
         self._missing = count
-        self._due = due
+        self._sent_at = time.monotonic()
+        self._due = self._sent_at + timeout
         self._failure: FFError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -205,7 +227,7 @@ class Replies:
         if reply is LOST:
             # A silent connection is aborted when its oldest request is due, perhaps just before that one's own timer.
             late = time.monotonic() >= self._due
-            self._failure = DeadlineExceeded() if late else OutcomeUnknown()
+            self._failure = self._connection.late(self._sent_at) if late else OutcomeUnknown()
             self._missing = 0
         else:
             self._replies.append(reply)
@@ -238,7 +260,7 @@ class Replies:
             return True
         # Only the timer can have woken it.
         if due == self._due:
-            raise DeadlineExceeded
+            raise self._connection.late(self._sent_at)
         return False
 
     def take(self) -> list[object]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ff_fast._core.operations import Call
     from ff_fast._core.tail import TailCore
     from ff_fast._core.writer import WriterState
-    from ff_fast.types import AppendFrameOutcome, BackendConfig
+    from ff_fast.types import AppendFrameOutcome, BackendConfig, LeaseRenewal
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -81,8 +81,8 @@ class Operations(Pool):
         self._sender.stop()
         self._frame_writers.clear()
 
-    async def _do(self, call: Call[T]) -> T:
-        value = await self._run(call)
+    async def _do(self, call: Call[T], *, until: float = float("inf")) -> T:
+        value = await self._run(call, until=until)
         self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value
 
@@ -136,9 +136,10 @@ class Operations(Pool):
             if request.on_lost is not None:
                 request.on_lost(error)
 
-        keeper = LeaseKeeper(
-            request.ttl_ms, lambda: self._do(request.renewal), lost, lambda: self._closed
-        )
+        def renew() -> Coroutine[Any, Any, LeaseRenewal]:
+            return self._do(request.renewal, until=keeper._clock.held_until)
+
+        keeper = LeaseKeeper(request.ttl_ms, renew, lost, lambda: self._closed)
         keeper._start(self._spawn)
         return keeper
 

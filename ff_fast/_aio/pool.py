@@ -7,6 +7,8 @@ import copy
 import os
 import threading
 import time
+from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
@@ -67,7 +69,7 @@ class SharedConnection:
         if connection is None or not connection.receivers:
             return
         if time.monotonic() - connection.silent_since >= self._timeout_s:
-            connection.abort()
+            connection.abort_silent(connection.silent_since)
         else:
             self.watch_soon()
 
@@ -109,8 +111,13 @@ class SharedConnection:
             self.on_can_write()
         return connection
 
-    async def request(self, step: Step) -> list[object]:
-        """Send the commands of *step* in turn with other callers, and return their replies, in order."""
+    async def request(self, step: Step, longest: float = float("inf")) -> list[object]:
+        """Send the commands of *step* in turn with other callers, and return their replies, in order.
+
+        Args:
+            step: The step.
+            longest: Longest time for the replies in seconds, where it is shorter than the request timeout.
+        """
         connection = await self.connected()
         try:
             async with asyncio.timeout(self._timeout_s) as waiting, self._turn:
@@ -118,7 +125,7 @@ class SharedConnection:
                 # The queueing deadline is met; the replies have a deadline of their own.
                 waiting.reschedule(None)
                 self.watch_soon()
-                return await connection.request(step, self._timeout_s)
+                return await connection.request(step, min(self._timeout_s, longest))
         except FFError:
             raise
         except TimeoutError:
@@ -144,7 +151,8 @@ class Pool:
         self._timeout_s = _transport.request_timeout_s(config)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._own: set[Connection] = set()
-        self._idle: list[Connection] = []
+        # The most recently used is at the right.
+        self._idle: deque[Connection] = deque()
         self._deployment = Deployment(config.partitions, config.max_payload_bytes)
         self._shared = SharedConnection(self._connect, self._spawn, self._timeout_s)
 
@@ -219,22 +227,30 @@ class Pool:
         await connection.open(self.config)
         self._own.add(connection)
         connection.on_lost.append(self._own.discard)
-        failure: FFError
+        connection.on_silent = self._on_silent
         try:
             await self._prepare(connection)
-        except FFError as error:
-            failure = _transport.connect_error(error, self.config)
         except BaseException:
             connection.abort()
             raise
-        else:
-            return connection
-        connection.abort()
-        raise failure
+        return connection
 
     async def _prepare(self, connection: Connection) -> None:
-        """Load the library if it is missing, and check the deployment."""
-        await run_steps(self._deployment.prepare(), self._requests_on(connection))
+        """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
+        try:
+            await run_steps(self._deployment.prepare(), self._requests_on(connection))
+        except FFError as error:
+            failure = _transport.connect_error(error, self.config)
+        else:
+            connection.ready_at = connection.heard_at
+            return
+        raise failure
+
+    def _on_silent(self, since: float) -> None:
+        """Close the connections that owe nothing and were last heard of before another one fell silent."""
+        for connection in list(self._own):
+            if not connection.receivers and connection.heard_at < since:
+                connection.abort()
 
     def _requests_on(self, connection: Connection) -> Callable[[Step], Awaitable[list[object]]]:
         return lambda step: connection.request(step, self._timeout_s)
@@ -250,16 +266,24 @@ class Pool:
     async def _acquire(self) -> Connection:
         return self._take_idle() or await self._connect()
 
-    def _release(self, connection: Connection) -> None:
-        """Give back a connection that owes no reply; one that does is dropped."""
-        if connection.closed or connection.receivers or self._closed:
+    def _release(self, connection: Connection, most: int = _transport.MAX_IDLE) -> None:
+        """Give back a connection; one that owes a reply, or finds *most* idle ones, is dropped."""
+        if (
+            connection.closed
+            or connection.receivers
+            or self._closed
+            or len(self._idle) >= most
+        ):
             connection.abort()
         else:
             self._idle.append(connection)
+        before = time.monotonic() - _transport.MAX_IDLE_S
+        while self._idle and (self._idle[0].closed or self._idle[0].heard_at < before):
+            self._idle.popleft().abort()
 
-    async def _run(self, call: Call[T]) -> T:
-        """Make a call; retry as the configuration and the call allow."""
-        retries = Retries(self.config.retry, repeatable=call.repeatable)
+    async def _run(self, call: Call[T], *, until: float = float("inf")) -> T:
+        """Make a call that is of no use after *until*, in monotonic time; retry as configuration and call allow."""
+        retries = Retries(self.config.retry, repeatable=call.repeatable, writes=call.writes)
         missing = False
         while True:
             self._check()
@@ -271,7 +295,9 @@ class Pool:
                 if missing:
                     await self._prepare(await self._shared.connected())
                 if not call.own_connection:
-                    return await run_steps(call.steps(), self._shared.request)
+                    longest = _transport.longest_try_s(until)
+                    request = partial(self._shared.request, longest=longest)
+                    return await run_steps(call.steps(), request)
                 connection = await self._acquire()
                 try:
                     return await run_steps(call.steps(), self._requests_on(connection))
@@ -280,6 +306,7 @@ class Pool:
             except FFError as error:
                 pause = None if self._closed else retries.pause(error)
                 if pause is None:
+                    retries.settle(error)
                     raise
                 missing = isinstance(error, FunctionMissing)
             await asyncio.sleep(pause)

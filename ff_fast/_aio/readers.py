@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from ff_fast._core import readers
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import AsyncItems
-from ff_fast._transport import closed_error
+from ff_fast._transport import MAX_IDLE_OF_READERS, closed_error
 from ff_fast.errors import FFError
 from ff_fast.types import CompletionPayload
 
@@ -199,11 +199,11 @@ def _give_back(
     pool: Pool, connection: Connection | None, connecting: asyncio.Task[Connection] | None
 ) -> None:
     if connection is not None:
-        pool._release(connection)
+        pool._release(connection, MAX_IDLE_OF_READERS)
     if connecting is None or connecting.cancel() or connecting.cancelled():
         return
     if connecting.exception() is None:
-        pool._release(connecting.result())
+        pool._release(connecting.result(), MAX_IDLE_OF_READERS)
 
 
 def _park(reader: weakref.ref[Reader[Any]]) -> None:

@@ -198,9 +198,7 @@ class Writer(SharedWriter):
     def _forked(self) -> None:
         """Fail in a forked child, without ``unstored``: the parent still stores the frames."""
         self._waiters.clear()
-        error = ForkedClient()
-        self._fail(error)
-        error.unstored = ()
+        self._fail(ForkedClient(), hand_back=False)
 
     def _on_progress(self) -> None:
         for waiter in self._waiters:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ff_fast import keys
 from ff_fast._core import ops
 from ff_fast._core.ready import with_hints
+from ff_fast._core.steps import applied_in_part
 from ff_fast.errors import DeadlineExceeded
 from ff_fast.types import CancelFlowOutcome, CancelFlowPolicy
 
@@ -33,14 +34,15 @@ def cancel_flow(
     if wait_s is None or held is CancelFlowPolicy.FLOW_ONLY:
         return CancelFlowOutcome(held, 0, still_open)
     deadline = time.monotonic() + wait_s
-    while True:
-        count, left = yield from with_hints(
-            ops.cancel_members(flow_id, slot_tag, MEMBERS_A_CALL), keys.index_of(slot_tag)
-        )
-        cancelled += count
-        if left == 0:
-            break
-        if time.monotonic() >= deadline:
-            raise DeadlineExceeded
-    describe = ops.describe_flow(flow_id, slot_tag)
-    return CancelFlowOutcome(held, cancelled, len((yield from ops.call(describe)).open_members))
+    with applied_in_part():
+        while True:
+            count, left = yield from with_hints(
+                ops.cancel_members(flow_id, slot_tag, MEMBERS_A_CALL), keys.index_of(slot_tag)
+            )
+            cancelled += count
+            if left == 0:
+                break
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded
+        described = yield from ops.call(ops.describe_flow(flow_id, slot_tag))
+    return CancelFlowOutcome(held, cancelled, len(described.open_members))

@@ -19,7 +19,14 @@ from ff_fast._core.completions import CompletionCore
 from ff_fast._core.steps import Step, Steps
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
-from ff_fast.errors import FFError, InvalidInput, InvalidType, PayloadTooLarge, check_int
+from ff_fast.errors import (
+    FFError,
+    InvalidInput,
+    InvalidType,
+    PayloadTooLarge,
+    check_int,
+    make_unknown,
+)
 from ff_fast.types import (
     CancelFlowOutcome,
     CancelFlowPolicy,
@@ -81,6 +88,7 @@ class Call(NamedTuple, Generic[T]):
     Attributes:
         steps: Makes the steps; called again for every attempt.
         repeatable: Sending the call again after a lost reply gives the same outcome.
+        writes: The call changes something on the server.
         own_connection: The call blocks on the server, or takes long, and needs a connection of its own.
         released_lease: Returns the id of the lease that the call has released, given its result; None if the lease
             continues. The shell then closes the writer that `append_frame` opened under it.
@@ -89,6 +97,7 @@ class Call(NamedTuple, Generic[T]):
 
     steps: Callable[[], Steps[T]]
     repeatable: bool = True
+    writes: bool = True
     own_connection: bool = False
     released_lease: Callable[[T], str | None] = lambda value: None
     extended_lease: tuple[str, float] | None = None
@@ -105,7 +114,7 @@ class StopEvent(Protocol):
 
 
 def _call(op: ops.Op[T]) -> Call[T]:
-    return Call(lambda: ops.call(op), op.repeatable)
+    return Call(lambda: ops.call(op), op.repeatable, writes=not op.read_only)
 
 
 def _hinted(
@@ -490,7 +499,7 @@ def find_reclaimable(on: Deployment, limit: int = 100) -> Call[list[ReclaimToken
         limit: Largest number of tokens to return, 1 to 10,000.
     """
     check_int("limit", limit, 1, 10_000)
-    return Call(lambda: supervision.find_reclaimable(on.partitions, limit))
+    return Call(lambda: supervision.find_reclaimable(on.partitions, limit), writes=False)
 
 
 def claim_from_reclaim(
@@ -710,8 +719,16 @@ def rotate_waitpoint_secret(
             for index in range(on.partitions)
         ]
         replies = yield Step([op.command() for op in calls])
+        refusals: list[FFError] = []
         for op, reply in zip(calls, replies, strict=True):
-            op.answer(reply)
+            try:
+                op.answer(reply)
+            except FFError as error:
+                refusals.append(error)
+        if refusals:
+            if len(refusals) < len(calls):
+                make_unknown(refusals[0], "Other partitions have the new key.")
+            raise refusals[0]
 
     return Call(steps)
 
@@ -915,7 +932,7 @@ def read_stream(
         return TailCore(execution_id, attempt_index, after, visibility, count)
 
     core()
-    return Call(lambda: read_page(core(), count, max_bytes))
+    return Call(lambda: read_page(core(), count, max_bytes), writes=False)
 
 
 def read_summary(
@@ -934,7 +951,7 @@ def read_summary(
     def steps() -> Steps[SummaryDocument | None]:
         return fold((yield from ops.call(op)))
 
-    return Call(steps)
+    return Call(steps, writes=False)
 
 
 def tail(

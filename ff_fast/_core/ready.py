@@ -3,15 +3,17 @@
 A ready queue is a sorted set of partitions, scored by the best execution of each. The executions themselves are in the
 partitions' eligible sets. A lost hint therefore delays work until the next sweep over the partitions, and a stale hint
 costs one empty claim. Lane and partition are in different slots, so a hint is a separate command after the call that
-made work claimable.
+made work claimable. The call is done by then, so a hint that is refused or lost never becomes the error of the call.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, TypeVar
 
 from ff_fast import keys
 from ff_fast._core.steps import Command, Step, Steps, checked, command
+from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
     from ff_fast._core import ops
@@ -33,14 +35,22 @@ def with_hints(op: ops.Op[tuple[T, ops.Hints]], partition: int) -> Steps[T]:
 
 
 def publish_hints(hints: ops.Hints, partition: int) -> Steps[None]:
-    """Publish to each lane the score of its best execution in *partition*."""
+    """Publish to each lane the score of its best execution in *partition*; a sweep finds what cannot be published."""
     if hints:
-        for reply in (yield Step([ready_hint(lane, partition, score) for lane, score in hints])):
+        yield from _publish([ready_hint(lane, partition, score) for lane, score in hints])
+
+
+def _publish(hints: list[Command]) -> Steps[bool]:
+    """Send hints; return whether all of them were taken."""
+    with contextlib.suppress(FFError):
+        for reply in (yield Step(hints)):
             checked(reply)
+        return True
+    return False
 
 
 def sweep(lane: str, partitions: int) -> Steps[bool]:
-    """Publish a hint for every partition that has work in *lane*; return whether any has."""
+    """Publish a hint for every partition that has work in *lane*; return whether there is a new hint."""
     heads = yield Step(
         [
             command(b"ZRANGE", keys.eligible(keys.slot_tag(index), lane), b"0", b"0", b"WITHSCORES")
@@ -50,6 +60,4 @@ def sweep(lane: str, partitions: int) -> Steps[bool]:
     hints = [
         ready_hint(lane, index, best[1]) for index, best in enumerate(map(checked, heads)) if best
     ]
-    if hints:
-        yield Step(hints)
-    return bool(hints)
+    return bool(hints) and (yield from _publish(hints))

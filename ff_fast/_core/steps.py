@@ -6,6 +6,7 @@ moves the bytes and waits; it decides nothing.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -19,6 +20,7 @@ from ff_fast.errors import (
     Outcome,
     ProtocolError,
     from_server_error,
+    make_unknown,
 )
 
 if TYPE_CHECKING:
@@ -119,24 +121,43 @@ def backoff(retry: BackendRetry) -> Iterator[float]:
 
 
 class Retries:
-    """Decides whether a failed call is retried, and after which pause.
+    """Decides whether a failed call is retried, and after which pause; knows whether a try may have been applied.
 
     Args:
         retry: Number and length of the pauses; 0 retries never.
         repeatable: Sending the call again gives the same outcome, so it may be retried when its outcome is unknown.
-        retry_timeouts: Also retry after ``DeadlineExceeded``. Off by default: the caller has used up its time.
+        writes: The call changes something, so a try may have been applied.
+        retry_timeouts: Also retry after ``DeadlineExceeded``. Off by default: the caller has used up its time, unless
+            the connection had died in silence, which a second try on a new connection finds out.
     """
 
-    __slots__ = ("_loaded", "_pauses", "_repeatable", "_retry", "_retry_timeouts")
+    __slots__ = (
+        "_doubtful",
+        "_loaded",
+        "_pauses",
+        "_repeatable",
+        "_retry",
+        "_retry_timeouts",
+        "_sent_again",
+        "_writes",
+    )
 
     def __init__(
-        self, retry: BackendRetry, *, repeatable: bool = True, retry_timeouts: bool = False
+        self,
+        retry: BackendRetry,
+        *,
+        repeatable: bool = True,
+        writes: bool = True,
+        retry_timeouts: bool = False,
     ) -> None:
         self._retry = retry
         self._repeatable = repeatable
+        self._writes = writes
         self._retry_timeouts = retry_timeouts
         self._pauses: Iterator[float] | None = None
         self._loaded = False
+        self._sent_again = False
+        self._doubtful = False
 
     def pause(self, error: FFError) -> float | None:
         """Return the seconds to wait before the next attempt; None if *error* is final.
@@ -146,20 +167,43 @@ class Retries:
         if isinstance(error, FunctionMissing) and not self._loaded:
             self._loaded = True
             return 0.0
-        if not error.retryable or (
-            isinstance(error, DeadlineExceeded) and not self._retry_timeouts
-        ):
+        if not error.retryable:
             return None
-        if error.outcome is Outcome.UNKNOWN and not self._repeatable:
-            return None
+        if error.outcome is Outcome.UNKNOWN:
+            if not self._repeatable:
+                return None
+            self._doubtful = self._writes
+        if isinstance(error, DeadlineExceeded) and not self._retry_timeouts:
+            if self._sent_again or not error._on_silent_connection:
+                return None
+            self._sent_again = True
         if self._pauses is None:
             self._pauses = backoff(self._retry)
         return next(self._pauses, None)
+
+    def settle(self, error: FFError) -> None:
+        """Give the final *error* the outcome of the whole call, which is the worst of all its tries.
+
+        Whatever refuses the last try, even the function itself, says nothing about an earlier one: its effects may have
+        been overtaken by somebody else's.
+        """
+        if self._doubtful:
+            make_unknown(error, "An earlier try of the call may have been applied.")
 
     def reset(self) -> None:
         """Start again with all retries, after a success."""
         self._pauses = None
         self._loaded = False
+
+
+@contextlib.contextmanager
+def applied_in_part() -> Iterator[None]:
+    """A part of the call was applied before this block, so the outcome of an error inside is unknown."""
+    try:
+        yield
+    except FFError as error:
+        make_unknown(error, "A part of the call was applied.")
+        raise
 
 
 def send_one(one: Command, block_s: float = 0.0) -> Steps[list[bytes]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ff_fast._core import ops
-from ff_fast.errors import FFError, Outcome
+from ff_fast._core.steps import applied_in_part
+from ff_fast.errors import FFError, Outcome, make_unknown
 from ff_fast.types import ReportUsageResult, UsageDimensions, UsageVerdict
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Steps[ReportUs
             charge = ops.charge_budget(budget_id, charge_key, usage, _DEDUP_TTL_MS)
             answer = yield from ops.call(charge)
             if answer.verdict is UsageVerdict.HARD_BREACH:
-                yield from _release(charged, charge_key)
+                with applied_in_part():
+                    yield from _release(charged, charge_key)
                 return answer
             charged.append(budget_id)
             if answer.verdict is UsageVerdict.SOFT_BREACH and result.verdict is UsageVerdict.OK:
@@ -43,7 +45,10 @@ def report_usage(attempt: ops.Attempt, usage: UsageDimensions) -> Steps[ReportUs
     except FFError as error:
         # After an unknown outcome the caller repeats the report, which completes it; a release would undo it.
         if error.outcome is Outcome.NOT_APPLIED and not error.retryable:
-            yield from _release(charged, charge_key)
+            with applied_in_part():
+                yield from _release(charged, charge_key)
+        elif charged:
+            make_unknown(error, "Some budgets were charged.")
         raise
     return result
 

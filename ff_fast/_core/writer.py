@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ff_fast._core import ops
+from ff_fast._core.steps import applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import SequenceGap, SummaryConflict, WriterClosed
@@ -89,7 +90,9 @@ def open_writer(attempt: ops.Attempt, options: WriterOptions) -> Steps[WriterSta
     """
     writer_id = ops.writer_id(attempt)
     opened = yield from ops.call(ops.open_writer(attempt, writer_id))
-    return (yield from continue_writer(attempt, writer_id, opened, options))
+    with applied_in_part():
+        # The writer before is superseded.
+        return (yield from continue_writer(attempt, writer_id, opened, options))
 
 
 def continue_writer(

@@ -59,6 +59,7 @@ from ff_fast.errors import (
     StreamClosed,
     for_code,
     from_server_error,
+    make_unknown,
 )
 from ff_fast.types import BestEffortLiveConfig, StreamMode
 
@@ -167,6 +168,8 @@ cdef class Batch:
     cdef Py_ssize_t live_count
     # It renews the expiry of the live window.
     cdef bint renews
+    # It was sent, and the answer was lost.
+    cdef bint doubtful
 
 
 # Consecutive frames of the open batch that share a shape.
@@ -933,6 +936,8 @@ cdef class WriterCore:
         """
         cdef int collecting = PyGC_Disable()
         try:
+            for batch in self._in_flight:
+                (<Batch>batch).doubtful = True
             self._unsent.extendleft((self._returned + self._in_flight)[::-1])
             self._returned.clear()
             self._in_flight.clear()
@@ -1027,7 +1032,8 @@ cdef class WriterCore:
             isinstance(reply, Exception)
             and error.retryable and error.outcome is Outcome.NOT_APPLIED
         ):
-            self._fail(error)
+            # Those behind it need its frames, so they are refused too.
+            self._end(error, False)
             return None
         # To keep the order, this batch and all behind it are sent again once all are answered.
         self._returned.append(batch)
@@ -1056,19 +1062,36 @@ cdef class WriterCore:
 
     # -- ends -----------------------------------------------------------------------------------
 
-    def _fail(self, error):
-        """Stop for good. Every later `write` raises a copy of *error*, whose ``unstored`` has the
-        frames that were not stored. Only the first call counts."""
+    def _fail(self, error, hand_back=True):
+        """Stop for good. Every later `write` raises a copy of *error*. Only the first call counts.
+
+        Args:
+            error: Its ``unstored`` gets the frames that were not acknowledged. If one of them may be
+                stored, its outcome becomes unknown.
+            hand_back: False in a forked child: the frames are the parent's.
+        """
+        self._end(error, True, hand_back)
+
+    cdef int _end(self, object error, bint answers_missing, bint hand_back=True) except -1:
+        cdef Batch batch
         if self._ending is not None:
-            return
+            return 0
         # First, because reading the frames back runs Python code: a frame that another thread wrote
         # meanwhile would be missed.
         self._ending = error
         try:
-            error.unstored = self._unstored_frames()
+            if hand_back:
+                error.unstored = self._unstored_frames()
+                for batches in (self._returned, self._in_flight, self._unsent):
+                    for batch in tuple(batches):
+                        if batch.frame_count and (
+                            batch.doubtful or (answers_missing and batches is self._in_flight)
+                        ):
+                            make_unknown(error, "Some of the unstored frames may be stored.")
         finally:
             self._error = error
             self._on_progress()
+        return 0
 
     def _unstored_frames(self):
         """Return the frames that the server has not acknowledged, oldest first, as ``StreamFrame``.

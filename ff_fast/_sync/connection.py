@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ff_fast import _transport
 from ff_fast._core.steps import Pause, Step, Steps
 from ff_fast._hot.resp import take_reply
-from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError
+from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,6 +61,13 @@ class Connection:
         self._broken_reply = hiredis.ProtocolError
         self._owed = 0
         self._due = 0.0
+        self._sent_at = 0.0
+        # When the last bytes came, in monotonic time.
+        self.heard_at = time.monotonic()
+        # Set once it has answered the steps of connecting; a later answer shows that it works.
+        self.ready_at: float | None = None
+        # Set when it missed a deadline: it had been silent since then.
+        self.silent_since: float | None = None
 
     @property
     def closed(self) -> bool:
@@ -75,19 +82,30 @@ class Connection:
         poll.register(self._socket, select.POLLIN)
         return not poll.poll(0)
 
-    def send(self, step: Step) -> None:
-        """Send the commands of *step*; :meth:`receive` returns their replies."""
+    def send(self, step: Step, longest: float = float("inf")) -> None:
+        """Send the commands of *step*; :meth:`receive` returns their replies.
+
+        Args:
+            step: The step.
+            longest: Longest time for the replies in seconds, where it is shorter than the request timeout.
+
+        Raises:
+            Unavailable: The connection was closed before; nothing was sent.
+            OutcomeUnknown, DeadlineExceeded: A part of the request may have been sent.
+        """
         if self._socket is None:
-            raise _transport.closed_error()
+            raise Unavailable
         failure: FFError
         try:
             # Counted first: an interrupt may strike after a part of the request was sent.
             self._owed += len(step.commands)
-            self._due = time.monotonic() + _transport.wait_s(self._timeout, step)
-            self._socket.settimeout(self._timeout)
+            self._sent_at = time.monotonic()
+            timeout = max(min(self._timeout, longest), 0.001)
+            self._due = self._sent_at + _transport.wait_s(timeout, step)
+            self._socket.settimeout(timeout)
             self._socket.sendall(step.request)
         except TimeoutError:
-            failure = DeadlineExceeded()
+            failure = self._late()
         except OSError:
             # A part of the request may have been sent.
             failure = OutcomeUnknown()
@@ -126,9 +144,10 @@ class Connection:
                     continue
                 if not data:
                     raise ConnectionResetError
+                self.heard_at = time.monotonic()
                 self._reader.feed(data)
         except TimeoutError:
-            failure = DeadlineExceeded()
+            failure = self._late()
         except OSError:
             failure = OutcomeUnknown()
         except self._broken_reply:
@@ -143,9 +162,17 @@ class Connection:
         self.close()
         raise failure
 
-    def request(self, step: Step) -> list[object]:
-        """Send the commands of *step* and return their replies, in order."""
-        self.send(step)
+    def _late(self) -> DeadlineExceeded:
+        """Return the error of a missed deadline; note whether nothing has come since the request was sent."""
+        late = DeadlineExceeded()
+        if self.heard_at <= self._sent_at:
+            self.silent_since = self._sent_at
+            late._on_silent_connection = self.ready_at is not None and self.heard_at > self.ready_at
+        return late
+
+    def request(self, step: Step, longest: float = float("inf")) -> list[object]:
+        """Send the commands of *step* and return their replies, in order; see :meth:`send`."""
+        self.send(step, longest)
         return [self.receive() for _ in step.commands]
 
     def abort(self) -> None:

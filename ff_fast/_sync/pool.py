@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import weakref
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from ff_fast import _process, _transport
@@ -30,7 +32,10 @@ class Pool:
         self._pid = os.getpid()
         self._closed = False
         # Single calls in C change both, so no lock is needed that an interrupt or a finaliser could leave locked.
+        # The most recently used is at the right.
         self._idle: deque[Connection] = deque()
+        # The latest time at which a connection fell silent. One that was heard of before may have died with it.
+        self._silence = 0.0
         self._busy: dict[int, weakref.ref[Connection]] = {}
         _process.watch_fork(self)
 
@@ -64,26 +69,36 @@ class Pool:
             # close() has already aborted the connections it knew, so it would never wake this thread.
             self._release(connection)
             raise _transport.closed_error()
-        failure: FFError
         try:
             self._prepare(connection)
-        except FFError as error:
-            failure = _transport.connect_error(error, self.config)
         except BaseException:
             self._discard(connection)
             raise
-        else:
-            return connection
-        self._discard(connection)
-        raise failure
+        return connection
 
     def _prepare(self, connection: Connection) -> None:
-        """Load the library if it is missing, and check the deployment."""
-        run_steps(self._deployment.prepare(), connection.request)
+        """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
+        try:
+            run_steps(self._deployment.prepare(), connection.request)
+        except FFError as error:
+            failure = _transport.connect_error(error, self.config)
+        else:
+            connection.ready_at = connection.heard_at
+            return
+        raise failure
 
     def _discard(self, connection: Connection) -> None:
         connection.close()
         self._busy.pop(id(connection), None)
+        self._note_silence(connection)
+
+    def _note_silence(self, connection: Connection) -> None:
+        if connection.silent_since is not None:
+            self._silence = max(self._silence, connection.silent_since)
+
+    def _trusts(self, connection: Connection) -> bool:
+        """Whether *connection*, which owes nothing, was heard of since another one fell silent."""
+        return connection.heard_at >= self._silence
 
     def _acquire(self) -> Connection:
         self._check()
@@ -92,7 +107,7 @@ class Pool:
                 connection = self._idle.pop()
             except IndexError:
                 break
-            if connection.reusable:
+            if self._trusts(connection) and connection.reusable:
                 self._busy[id(connection)] = weakref.ref(connection)
                 return connection
             connection.close()
@@ -104,26 +119,26 @@ class Pool:
         if self._closed:
             raise _transport.closed_error()
 
-    def _release(self, connection: Connection) -> None:
-        """Give a connection back; one that owes a reply is closed."""
+    def _release(self, connection: Connection, most: int = _transport.MAX_IDLE) -> None:
+        """Give a connection back; one that owes a reply, or finds *most* idle ones, is closed."""
         self._busy.pop(id(connection), None)
-        if connection.reusable:
+        self._note_silence(connection)
+        if len(self._idle) < most and connection.reusable:
             self._idle.append(connection)
         else:
             connection.close()
-        if self._closed:
-            self._close_idle()
+        self._close_idle(float("inf") if self._closed else time.monotonic() - _transport.MAX_IDLE_S)
 
-    def _close_idle(self) -> None:
-        while True:
-            try:
-                self._idle.pop().close()
-            except IndexError:
-                return
+    def _close_idle(self, before: float = float("inf")) -> None:
+        """Close the idle connections that were last heard of before a point in monotonic time."""
+        # Another thread may take what is looked at here.
+        with contextlib.suppress(IndexError):
+            while self._idle[0].heard_at < before:
+                self._idle.popleft().close()
 
     def _run(self, call: Call[T], *, until: float = float("inf")) -> T:
         """Make a call; retry as the configuration and the call allow, but not after *until*, in monotonic time."""
-        retries = Retries(self.config.retry, repeatable=call.repeatable)
+        retries = Retries(self.config.retry, repeatable=call.repeatable, writes=call.writes)
         missing = False
         while True:
             try:
@@ -131,12 +146,14 @@ class Pool:
                 try:
                     if missing:
                         self._prepare(connection)
-                    return run_steps(call.steps(), connection.request)
+                    longest = _transport.longest_try_s(until)
+                    return run_steps(call.steps(), partial(connection.request, longest=longest))
                 finally:
                     self._release(connection)
             except FFError as error:
                 pause = None if self._closed else retries.pause(error)
                 if pause is None or time.monotonic() + pause >= until:
+                    retries.settle(error)
                     raise
                 missing = isinstance(error, FunctionMissing)
             time.sleep(pause)

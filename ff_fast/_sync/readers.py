@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from ff_fast import _transport
 from ff_fast._core import readers
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import BlockingItems, Turn
@@ -117,6 +118,9 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
             connection = self._connection = self._pool._acquire()
         if connection is None or self.closed:
             raise readers.closed_error()
+        if self._steps is None and not self._pool._trusts(connection):
+            self._drop_connection()
+            connection = self._connection = self._pool._acquire()
         if self._library_missing:
             self._pool._prepare(connection)
             self._library_missing = False
@@ -142,7 +146,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         self._replies, self._missing = [], 0
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._pool._release(connection)
+            self._pool._release(connection, _transport.MAX_IDLE_OF_READERS)
 
     def close(self) -> None:
         """Stop reading, and release the connection. A waiting read raises an error."""

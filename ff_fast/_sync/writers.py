@@ -52,11 +52,13 @@ class Sender:
         connect: Callable[[], Connection],
         prepare: Callable[[Connection], None],
         discard: Callable[[Connection], None],
+        trusts: Callable[[Connection], bool],
         retry: BackendRetry,
     ) -> None:
         self._connect = connect
         self._prepare = prepare
         self._discard = discard
+        self._trusts = trusts
         # Ready writers, and the time at which each batch must be sent. One call in C puts an entry, so an interrupt
         # cannot leave half of one.
         self._inbox: SimpleQueue[tuple[float, Writer] | None] = SimpleQueue()
@@ -188,6 +190,8 @@ class Sender:
 
     def _connected(self) -> Connection | None:
         """Return the connection; connect again if it was lost. Out of retries, fail every waiting writer."""
+        if self._connection is not None and not self._trusts(self._connection):
+            self._drop()
         while self._connection is None and not self._closing.is_set():
             try:
                 self._connection = self._connect()
@@ -260,9 +264,7 @@ class Writer(SharedWriter):
 
     def _forked(self) -> None:
         """Fail in a forked child, without ``unstored``: the parent still stores the frames."""
-        error = ForkedClient()
-        self._fail(error)
-        error.unstored = ()
+        self._fail(ForkedClient(), hand_back=False)
 
     def _wait(self, wait: Wait[T]) -> T:
         if isinstance(self.error, ForkedClient):

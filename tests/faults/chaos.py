@@ -39,6 +39,7 @@ class ChaosProxy:
     """Listens on a free port of the loopback interface, and passes what comes to *target* until told otherwise.
 
     Attributes:
+        cut_before: Bytes of a request; the connection is cut, once, before it passes them on.
         chunk: Most bytes that are passed at once.
         delay: Seconds before each piece.
         accepted: How many connections there have been.
@@ -53,6 +54,7 @@ class ChaosProxy:
         self._plan = iter(())
         self._cut = None
         self._pairs = set()
+        self.cut_before = None
         self.chunk = 1 << 16
         self.delay = 0.0
         self.accepted = 0
@@ -111,6 +113,12 @@ class ChaosProxy:
             allowed, how = self._cut[1], self._cut[2]
             self._next_cut()
             return allowed, how
+
+    def swallow(self):
+        """Lose everything that the present connections send, both ways, without ever ending them; new ones work."""
+        with self._lock:
+            for pair in self._pairs:
+                pair.deaf = True
 
     def cut_all(self, how="rst"):
         with self._lock:
@@ -197,6 +205,7 @@ class _Pair(threading.Thread):
         self._server = None
         self._waker, self._woken = socket.socketpair()
         self.condemned = None
+        self.deaf = False
 
     def wake(self):
         with contextlib.suppress(OSError):
@@ -246,8 +255,15 @@ class _Pair(threading.Thread):
                 data = source.recv(self._proxy.chunk)
                 if not data:
                     return
+                if self.deaf:
+                    continue
                 if self._proxy.delay:
                     time.sleep(self._proxy.delay)
+                mark = self._proxy.cut_before
+                if mark is not None and direction == UP and mark in data:
+                    self._proxy.cut_before = None
+                    self._end("rst")
+                    return
                 allowed, how = self._proxy.spend(direction, len(data))
                 self._pass(routes[direction][1], data[:allowed])
                 if how is not None:

@@ -119,12 +119,18 @@ def test_a_flow_belongs_to_the_supervisor_of_its_namespace(replies, functions_, 
         ([b"text"], errors.ProtocolError),
         ([[member("lease")], hiredis.ReplyError("ERR Function not found")], errors.FunctionMissing),
         ([[member("lease")], errors.Unavailable()], errors.Unavailable),
-        ([[member("lease")], [*DONE, b"a", b"-1"], hiredis.ReplyError("OOM no")], errors.OutOfMemory),
     ],
 )  # fmt: skip
 def test_a_refusal_ends_the_round(replies, error):
     _, raised = one_round(*replies)
     assert type(raised) is error
+
+
+@pytest.mark.parametrize("reply", [hiredis.ReplyError("OOM no"), errors.OutcomeUnknown()])
+def test_a_hint_that_is_refused_or_lost_does_not_undo_what_was_fired(reply):
+    asked, fired = one_round([member("lease")], [*DONE, b"a", b"-1"], reply)
+    assert functions(asked)[-1] == "ZADD"
+    assert fired == 1
 
 
 # -- executions to be taken over -----------------------------------------------------------------------
