@@ -44,6 +44,7 @@ class ChaosProxy:
         delay: Seconds before each piece.
         accepted: How many connections there have been.
         cuts: How many of them were cut here.
+        swallowed: How many bytes were lost in silence.
     """
 
     def __init__(self, target, wrap=None):
@@ -59,6 +60,7 @@ class ChaosProxy:
         self.delay = 0.0
         self.accepted = 0
         self.cuts = 0
+        self.swallowed = 0
         self._port = 0
         self._listener = None
         self.listen()
@@ -256,6 +258,7 @@ class _Pair(threading.Thread):
                 if not data:
                     return
                 if self.deaf:
+                    self._proxy.swallowed += len(data)
                     continue
                 if self._proxy.delay:
                     time.sleep(self._proxy.delay)

@@ -2,16 +2,19 @@
 
 import asyncio
 import contextlib
+import threading
 
 import pytest
 
 import ff_fast
-from ff_fast import Frame, FrameKind, errors, keys
-from ff_fast.errors import FFError, Outcome, OutcomeUnknown, Unavailable
+from ff_fast import Frame, FrameKind, keys
+from ff_fast.embedded import EmbeddedServer
+from ff_fast.errors import ExecutionNotActive, FFError, Outcome, Unavailable
 from ff_fast.types import UsageDimensions
 
 from ..conftest import connect_raw
-from .chaos import DOWN, UP
+from ..waiting import wait_until
+from .chaos import DOWN
 from .stored import claimed, frames
 
 
@@ -76,17 +79,11 @@ async def test_no_try_that_was_sent_means_not_applied(shell, proxy, lane):
         with away(proxy):
             proxy.refuse()
             proxy.cut_all("fin")
-            await asyncio.to_thread(_until, lambda: proxy.connections == 0)
+            await asyncio.to_thread(wait_until, lambda: proxy.connections == 0)
             with pytest.raises(Unavailable) as caught:
                 await backend.progress(handle, 50)
         assert caught.value.outcome is Outcome.NOT_APPLIED
         assert "earlier" not in str(caught.value)
-
-
-def _until(condition):
-    from ..waiting import wait_until
-
-    wait_until(condition)
 
 
 async def test_a_read_has_nothing_that_an_earlier_try_may_have_applied(shell, proxy, lane):
@@ -102,29 +99,20 @@ async def test_a_read_has_nothing_that_an_earlier_try_may_have_applied(shell, pr
 async def test_a_refusal_by_the_function_says_nothing_about_the_try_before(
     shell, proxy, server, lane
 ):
-    """The first `fail` was applied; then another worker took it over, so the repeat finds a stale owner."""
     async with (
         await shell.connect(server.url) as beside,
-        await shell.connect(proxy.url, factor=300, base=1) as backend,
+        await shell.connect(proxy.url, factor=200, base=1) as backend,
     ):
-        eid = await beside.create_execution(lane=lane)
-        handle = await beside.claim(lane=lane)
+        eid, handle = await claimed(beside, lane)
         proxy.cut_after(DOWN, 1)
-        failing = asyncio.ensure_future(
-            backend.fail(handle, "broken", ff_fast.FailureClass.INFRA_CRASH)
-        )
-        await asyncio.wait_for(_next_attempt(beside, lane), 10)
-        with pytest.raises(FFError) as caught:
-            await failing
+        reporting = asyncio.ensure_future(backend.progress(handle, 50))
+        while (await beside.describe(eid)).progress_percent != 50:
+            await asyncio.sleep(0.002)
+        await beside.complete(handle)
+        with pytest.raises(ExecutionNotActive) as caught:
+            await reporting
         assert caught.value.outcome is Outcome.UNKNOWN
-        assert caught.value.code in ("stale_owner", "execution_not_active")
-        assert (await beside.describe(eid)).attempt_index == 1
-
-
-async def _next_attempt(backend, lane):
-    while (handle := await backend.claim(lane=lane)) is None:
-        await asyncio.sleep(0.005)
-    return handle
+        assert caught.value.terminal_outcome == "success"
 
 
 # -- writers -----------------------------------------------------------------------------------------------------------
@@ -161,7 +149,7 @@ async def test_a_writer_whose_frames_were_never_sent_says_not_applied(shell, pro
             await writer.flush(5)
             proxy.refuse()
             proxy.cut_all("fin")
-            await asyncio.to_thread(_until, lambda: proxy.connections == 0)
+            await asyncio.to_thread(wait_until, lambda: proxy.connections == 0)
             # The blocking shell learns of the end by the first batch that it sends into it.
             with contextlib.suppress(FFError):
                 writer.write(b"2")
@@ -178,9 +166,12 @@ async def test_closing_the_backend_amid_a_batch_leaves_its_frames_unknown(
     backend = await shell.connect(proxy.url)
     _, handle = await claimed(backend, lane)
     writer = await backend.open_writer(handle)
-    proxy.hold(DOWN)
+    # The blocking shell connects its writers with their first frame.
     writer.write(b"1")
-    await asyncio.to_thread(_until, lambda: proxy.waiting(DOWN))
+    await writer.flush(5)
+    proxy.hold(DOWN)
+    writer.write(b"2")
+    await asyncio.to_thread(wait_until, lambda: proxy.waiting(DOWN))
     await backend.close()
     proxy.release()
     assert writer.error.code == "writer_closed"
@@ -283,4 +274,45 @@ async def test_a_hint_that_is_lost_leaves_the_call_done(shell, name, proxy, serv
         proxy.cut_before = None
         # The next call has a connection of its own.
         await backend.describe(ids["parent"])
-        await done(await shell.connect(server.url), name, ids)
+        async with await shell.connect(server.url) as fresh:
+            await done(fresh, name, ids)
+
+
+@pytest.fixture(scope="module")
+def without_hints():
+    """A user who may do everything but touch the lanes' ready queues, and the server's own users."""
+    with EmbeddedServer() as running, connect_raw(running.url) as raw:
+        raw.execute_command(
+            "ACL", "SETUSER", "nohints", "on", ">secret", "~*{fp:*", "~ff:config:*", "&*", "+@all"
+        )
+        raw.acl_log_reset()
+        yield running.url, running.url.replace("unix://", "unix://nohints:secret@", 1)
+        denied = {entry["object"] for entry in raw.acl_log()}
+        assert denied
+        assert all(name.startswith("ff:lane:") for name in denied)
+
+
+@pytest.mark.parametrize("name", HINTED)
+async def test_a_hint_that_is_refused_leaves_the_call_done(shell, name, without_hints, lane):
+    url, restricted = without_hints
+    async with await shell.connect(url) as beside, await shell.connect(restricted) as backend:
+        ids = await hintable(beside, lane)
+        await HINTED[name](backend, ids)
+        async with await shell.connect(url) as fresh:
+            await done(fresh, name, ids)
+
+
+async def test_a_refused_hint_does_not_keep_a_supervisor_from_its_timers(
+    shell, without_hints, lane
+):
+    url, restricted = without_hints
+    async with await shell.connect(url) as beside, await shell.connect(restricted) as backend:
+        eids = [await beside.create_execution(lane=lane, delay=0.001) for _ in range(5)]
+        stop = threading.Event()
+        supervising = asyncio.ensure_future(backend.supervise(stop=stop, interval=0.01))
+        for eid in eids:
+            while (await beside.describe(eid)).state != "waiting":
+                assert not supervising.done()
+                await asyncio.sleep(0.005)
+        stop.set()
+        await supervising
