@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
 from ff_fast._core.steps import Pause, Step, Steps
-from ff_fast._hot.resp import take_reply
-from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, Unavailable
+from ff_fast._hot.resp import ReplyGuard, take_reply
+from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError, Unavailable
 
 if TYPE_CHECKING:
     from ff_fast.types import BackendConfig
@@ -23,6 +23,9 @@ Receiver = Callable[[object], None]
 LOST = object()
 """Passed to a receiver in place of a reply when the connection is lost."""
 
+BROKEN = object()
+"""Passed to a receiver in place of a reply that is no RESP, or announces more than any answer has."""
+
 
 class Connection(asyncio.Protocol):
     """One connection: sends requests, and passes each reply to the next receiver in order."""
@@ -31,7 +34,9 @@ class Connection(asyncio.Protocol):
         import hiredis
 
         self._reader = hiredis.Reader()
+        self._guard = ReplyGuard()
         self._broken_reply = hiredis.ProtocolError
+        self._pushed = hiredis.PushNotification
         self._transport: asyncio.Transport | None = None
         self._stream: asyncio.StreamWriter | None = None
         self._closed_transport: asyncio.Future[None] | None = None
@@ -110,13 +115,16 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self.silent_since = time.monotonic()
+        if not self._guard.accepts(data):
+            self._abort_broken()
+            return
         reader = self._reader
         reader.feed(data)
         while self._transport is not None:
             try:
-                reply = take_reply(reader.gets)
+                reply = take_reply(reader.gets, self._pushed)
             except self._broken_reply:
-                self.abort()
+                self._abort_broken()
                 return
             if reply is False:
                 break
@@ -151,6 +159,12 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
             self._fail_receivers()
+
+    def _abort_broken(self) -> None:
+        """Abort the connection; the receiver of the broken reply gets `BROKEN`, those after it `LOST`."""
+        if self._transport is not None and self.receivers:
+            self.receivers.popleft()(BROKEN)
+        self.abort()
 
     def abort_silent(self, since: float) -> None:
         """Abort the connection, over which nothing has come since then although replies were owed."""
@@ -224,7 +238,12 @@ class Replies:
 
     def __call__(self, reply: object) -> None:
         """Receive one reply."""
-        if reply is LOST:
+        if self._failure is not None:
+            return
+        if reply is BROKEN:
+            self._failure = ProtocolError()
+            self._missing = 0
+        elif reply is LOST:
             # A silent connection is aborted when its oldest request is due, perhaps just before that one's own timer.
             late = time.monotonic() >= self._due
             self._failure = self._connection.late(self._sent_at) if late else OutcomeUnknown()

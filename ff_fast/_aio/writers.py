@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from ff_fast import _process
-from ff_fast._aio.connection import LOST, Connection, Receiver
+from ff_fast._aio.connection import BROKEN, LOST, Connection, Receiver
 from ff_fast._aio.pool import CALLS_IN_FLIGHT, Pool, SharedConnection
 from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
@@ -98,7 +98,7 @@ class Sender:
             self._shared.watch_soon()
 
     def answered(self, writer: Writer, batch: Batch, reply: object) -> None:
-        if reply is LOST:
+        if reply is LOST or reply is BROKEN:
             writer._requeue()
             return
         error = writer._acknowledge(batch, reply)

@@ -1,5 +1,7 @@
-"""Packs RESP requests with one allocation each, and takes replies without a garbage collection."""
+"""Packs RESP requests with one allocation each, checks the sizes that replies announce, and takes
+replies without a garbage collection."""
 
+cimport cython
 from cpython.bytes cimport (
     PyBytes_AS_STRING,
     PyBytes_CheckExact,
@@ -88,8 +90,146 @@ def pack_fcall(
     return packed
 
 
-def take_reply(gets not None):
+cdef enum:
+    # Elements that the headers of one reply may announce and the server has not sent yet. hiredis
+    # allocates 8 bytes for each before the first one comes. The largest answer is a flow's members.
+    MAX_OWED = 1 << 20
+    # Bytes of a string. The largest is a result of 16 MiB.
+    MAX_BULK = 64 << 20
+    # Bytes of a line: a status, an error or a number.
+    MAX_LINE = 1 << 16
+    # Both limits above have fewer digits.
+    MAX_DIGITS = 9
+
+# What the next byte belongs to.
+cdef enum Place:
+    AT_TYPE = 0
+    IN_LENGTH = 1
+    IN_LINE = 2
+    IN_BULK = 3
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class ReplyGuard:
+    """Watches the replies of one connection for headers that announce more than any answer has.
+
+    It reads the same bytes as the parser, before the parser: types and lengths alone, and it skips
+    the strings. Each call costs a few ns for each element of a reply.
+    """
+
+    cdef Place _place
+    # Type of the value that is being read.
+    cdef char _type
+    # The number of a length so far, its digits, and whether it is negative.
+    cdef long long _number
+    cdef int _digits
+    cdef bint _negative
+    # The byte before was a carriage return.
+    cdef bint _returned
+    # Bytes of the line so far; bytes of the string that are still to come, with its line end.
+    cdef long long _line
+    cdef long long _rest
+    # Values of the reply that are still to come, the one that is being read included.
+    cdef long long _owed
+
+    def accepts(self, bytes data not None):
+        """Take the next bytes of the connection; return whether the parser may get them.
+
+        After False the connection is of no use.
+        """
+        cdef const char* at = PyBytes_AS_STRING(data)
+        cdef const char* end = at + PyBytes_GET_SIZE(data)
+        cdef const char* digit
+        cdef long long number
+        cdef char byte
+        while at < end:
+            if self._place == AT_TYPE:
+                byte = at[0]
+                at += 1
+                if self._owed == 0:
+                    self._owed = 1
+                if byte == c'$' or byte == c'*' or byte in (c'=', c'%', c'~', c'>'):
+                    # Most lengths are in one piece.
+                    if end - at > MAX_DIGITS + 1:
+                        number = 0
+                        digit = at
+                        while c'0' <= digit[0] <= c'9' and digit - at < MAX_DIGITS:
+                            number = number * 10 + (digit[0] - c'0')
+                            digit += 1
+                        if digit > at and digit[0] == c'\r' and digit[1] == c'\n':
+                            at = digit + 2
+                            if not self._announced(byte, number):
+                                return False
+                            continue
+                    self._place = IN_LENGTH
+                    self._type = byte
+                    self._number = 0
+                    self._digits = 0
+                    self._negative = False
+                elif byte in (c'+', c'-', c':', c'_', c'#', c',', c'('):
+                    self._place = IN_LINE
+                    self._line = 0
+                else:
+                    # Attributes too: the parser would take them for a reply.
+                    return False
+                self._returned = False
+            elif self._place == IN_BULK:
+                if self._rest > end - at:
+                    self._rest -= end - at
+                    return True
+                at += self._rest
+                self._place = AT_TYPE
+                self._owed -= 1
+            elif self._place == IN_LENGTH:
+                byte = at[0]
+                at += 1
+                if self._returned:
+                    if byte != c'\n':
+                        return False
+                    self._place = AT_TYPE
+                    if self._negative:
+                        # Nil.
+                        self._owed -= 1
+                    elif not self._announced(self._type, self._number):
+                        return False
+                elif c'0' <= byte <= c'9':
+                    self._digits += 1
+                    if self._digits > MAX_DIGITS:
+                        return False
+                    self._number = self._number * 10 + (byte - c'0')
+                elif byte == c'-' and not self._digits and not self._negative:
+                    self._negative = True
+                elif byte == c'\r' and self._digits:
+                    self._returned = True
+                else:
+                    return False
+            else:
+                byte = at[0]
+                at += 1
+                self._line += 1
+                if byte == c'\n' and self._returned:
+                    self._place = AT_TYPE
+                    self._owed -= 1
+                elif self._line > MAX_LINE:
+                    return False
+                self._returned = byte == c'\r'
+        return True
+
+    cdef inline bint _announced(self, char kind, long long number) noexcept:
+        """Take the length of a value; return whether it may be as large."""
+        if kind == c'$' or kind == c'=':
+            self._rest = number + 2
+            self._place = IN_BULK
+            return number <= MAX_BULK
+        self._owed += (number * 2 if kind == c'%' else number) - 1
+        return self._owed <= MAX_OWED
+
+
+def take_reply(gets not None, pushed=None):
     """Return the result of *gets*, the method of a ``hiredis.Reader``, without a collection.
+
+    Replies of type *pushed* are skipped: the server sent them unasked.
 
     A reply of a thousand entries creates two thousand lists. These would start three collections of
     young objects, and now and then one of all objects, which find nothing: the lists are in use. No
@@ -97,7 +237,10 @@ def take_reply(gets not None):
     """
     cdef int collecting = PyGC_Disable()
     try:
-        return gets()
+        reply = gets()
+        while type(reply) is pushed:
+            reply = gets()
+        return reply
     finally:
         if collecting:
             PyGC_Enable()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
 from ff_fast._core.steps import Pause, Step, Steps
-from ff_fast._hot.resp import take_reply
+from ff_fast._hot.resp import ReplyGuard, take_reply
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError, Unavailable
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ class Connection:
         self._timeout = _transport.request_timeout_s(config)
         self._socket = _transport.take_socket(connection)
         self._reader = hiredis.Reader()
+        self._guard = ReplyGuard()
         self._broken_reply = hiredis.ProtocolError
+        self._pushed = hiredis.PushNotification
         self._owed = 0
         self._due = 0.0
         self._sent_at = 0.0
@@ -127,7 +129,7 @@ class Connection:
         failure: FFError
         looked = False
         try:
-            while (reply := take_reply(self._reader.gets)) is False:
+            while (reply := take_reply(self._reader.gets, self._pushed)) is False:
                 now = time.monotonic()
                 # Once in any case, so that whoever only looks sees what has come.
                 if looked and until is not None and now >= until:
@@ -145,6 +147,8 @@ class Connection:
                 if not data:
                     raise ConnectionResetError
                 self.heard_at = time.monotonic()
+                if not self._guard.accepts(data):
+                    raise self._broken_reply
                 self._reader.feed(data)
         except TimeoutError:
             failure = self._late()

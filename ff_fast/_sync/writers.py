@@ -25,6 +25,7 @@ from ff_fast.errors import (
     FunctionMissing,
     NotPrimary,
     OutcomeUnknown,
+    ProtocolError,
     WriterClosed,
 )
 
@@ -161,7 +162,8 @@ class Sender:
                 if type(reply) is bytes:
                     self._retries.reset()
         except FFError as error:
-            failure = error
+            # After a broken reply too the batches are sent again: a repeat is harmless.
+            failure = OutcomeUnknown() if isinstance(error, ProtocolError) else error
             self._drop()
         finally:
             if self._connection is None:

@@ -40,6 +40,7 @@ class ChaosProxy:
 
     Attributes:
         cut_before: Bytes of a request; the connection is cut, once, before it passes them on.
+        rewrite: A function that changes what the server sends next; it is called once.
         chunk: Most bytes that are passed at once.
         delay: Seconds before each piece.
         accepted: How many connections there have been.
@@ -56,6 +57,7 @@ class ChaosProxy:
         self._cut = None
         self._pairs = set()
         self.cut_before = None
+        self.rewrite = None
         self.chunk = 1 << 16
         self.delay = 0.0
         self.accepted = 0
@@ -267,6 +269,9 @@ class _Pair(threading.Thread):
                     self._proxy.cut_before = None
                     self._end("rst")
                     return
+                if direction == DOWN:
+                    change, self._proxy.rewrite = self._proxy.rewrite, None
+                    data = change(data) if change else data
                 allowed, how = self._proxy.spend(direction, len(data))
                 self._pass(routes[direction][1], data[:allowed])
                 if how is not None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ff_fast._hot import resp
-from ff_fast._hot.resp import pack_command, pack_fcall, take_reply
+from ff_fast._hot.resp import ReplyGuard, pack_command, pack_fcall, take_reply
 
 from .. import reference_resp as reference
 
@@ -140,3 +140,118 @@ def test_the_collector_is_left_as_it_was_also_by_an_error(enabled):
         assert gc.isenabled() is enabled
     finally:
         gc.enable()
+
+
+# -- the sizes that replies announce ---------------------------------------------------------------------------------------
+
+
+def packed(value):
+    """A reply as a server sends it."""
+    match value:
+        case None:
+            return b"$-1\r\n"
+        case int():
+            return b":%d\r\n" % value
+        case str():
+            return b"+%b\r\n" % value.encode()
+        case bytes():
+            return b"$%d\r\n%b\r\n" % (len(value), value)
+        case dict():
+            pairs = [part for pair in value.items() for part in pair]
+            return b"%%%d\r\n" % len(value) + b"".join(map(packed, pairs))
+        case _:
+            return b"*%d\r\n" % len(value) + b"".join(map(packed, value))
+
+
+# Strings that look like headers must never be taken for one.
+hostile = [b"*2147483647\r\n", b"$9223372036854775807\r\n", b"\r\n*99999999\r\n", b"|1\r\n", b"\r", b"\n"]  # fmt: skip
+scalars = (
+    st.none()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.sampled_from(["OK", ""])
+    | st.binary(max_size=30)
+    | st.sampled_from(hostile)
+)
+replies = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.binary(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)  # fmt: skip
+
+
+def pieces(stream, cuts):
+    bounds = [0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]
+    return [stream[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+cuts = st.lists(st.integers(0, 10_000), max_size=8)
+
+
+@given(st.lists(replies, min_size=1, max_size=4), cuts)
+def test_what_a_server_sends_is_accepted_in_any_pieces(values, cuts):
+    guard = ReplyGuard()
+    assert all(guard.accepts(piece) for piece in pieces(b"".join(map(packed, values)), cuts))
+
+
+@given(st.lists(replies, min_size=1, max_size=3), cuts, st.integers(0, 10_000), st.sampled_from([b"", *hostile, b"9", b"*", b"x", b"-"]))  # fmt: skip
+def test_anything_else_is_judged_as_by_the_oracle(values, cuts, at, inserted):
+    stream = b"".join(map(packed, values))
+    at %= len(stream)
+    stream = stream[:at] + inserted + stream[at + len(inserted) :]
+    guard, oracle = ReplyGuard(), reference.ReplyGuard()
+    for piece in pieces(stream, cuts):
+        verdict = guard.accepts(piece)
+        assert verdict == oracle.accepts(piece)
+        if not verdict:
+            break
+
+
+def verdicts(stream):
+    """Whether the stream is accepted at once, and byte by byte."""
+    guard = ReplyGuard()
+    whole = ReplyGuard().accepts(stream)
+    assert whole == all(guard.accepts(stream[i : i + 1]) for i in range(len(stream)))
+    assert whole == reference.sizes_fit(stream)
+    return whole
+
+
+def test_the_limits_of_what_a_reply_may_announce(subtests):
+    half = reference.MAX_OWED // 2
+    for stream, fits in (
+        (b"*%d\r\n" % reference.MAX_OWED, True),
+        (b"*%d\r\n" % (reference.MAX_OWED + 1), False),
+        (b"*2147483647\r\n", False),
+        (b"~2147483647\r\n", False),
+        (b">2147483647\r\n", False),
+        (b"*999999999\r\n", False),
+        (b"*18446744073709551617\r\n", False),
+        (b"%%%d\r\n" % half, True),
+        (b"%%%d\r\n" % (half + 1), False),
+        # What nested replies announce counts together.
+        (b"*%d\r\n*%d\r\n" % (half, half), True),
+        (b"*%d\r\n*%d\r\n" % (half, half + 2), False),
+        (b"*2\r\n:1\r\n*2147483647\r\n", False),
+        # What has come is owed no longer.
+        ((b"*3\r\n$1\r\nx\r\n$-1\r\n*0\r\n") * 3 + b"*%d\r\n" % reference.MAX_OWED, True),
+        (b"$%d\r\n" % reference.MAX_BULK, True),
+        (b"$%d\r\n" % (reference.MAX_BULK + 1), False),
+        (b"=%d\r\n" % (reference.MAX_BULK + 1), False),
+        (b"$9223372036854775807\r\n", False),
+        (b"+" + b"x" * (reference.MAX_LINE - 1) + b"\r\n", True),
+        (b"-" + b"x" * reference.MAX_LINE + b"\r\n", False),
+        (b"|1\r\n", False),
+        (b"HTTP/1.1 400\r\n", False),
+        (b"$1x\r\n", False),
+        (b"$1\rx", False),
+        (b"$--1\r\n", False),
+        (b"$\r\n", False),
+    ):
+        with subtests.test(f"{stream!r:.40}"):
+            assert verdicts(stream) is fits
+
+
+def test_what_the_server_pushes_is_skipped():
+    reader = hiredis.Reader()
+    reader.feed(b">2\r\n+a\r\n+b\r\n>1\r\n+c\r\n+OK\r\n>1\r\n+d\r\n")
+    assert take_reply(reader.gets, hiredis.PushNotification) == b"OK"
+    assert take_reply(reader.gets, hiredis.PushNotification) is False
