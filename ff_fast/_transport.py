@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import TYPE_CHECKING, Any
 
 from ff_fast._core.steps import DEFAULT_REQUEST_TIMEOUT_S, Step
+from ff_fast._hot.resp import ReplyGuard
 from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
@@ -96,10 +98,41 @@ def connection_arguments(config: BackendConfig) -> dict[str, Any]:
     return arguments
 
 
+class _GuardedReader:
+    """A ``hiredis.Reader`` that takes nothing which a :class:`ReplyGuard` refuses."""
+
+    def __init__(self, reader: Any, refusal: type[Exception]) -> None:
+        self._reader = reader
+        self._guard = ReplyGuard()
+        self._refusal = refusal
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def feed(self, buffer: bytes | bytearray, start: int = 0, length: int | None = None) -> None:
+        data = bytes(buffer if length is None else buffer[start : start + length])
+        if not self._guard.accepts(data):
+            raise self._refusal(f'Protocol error, got "\\x{data[0]:02x}"')
+        self._reader.feed(data)
+
+
+@functools.cache
+def guarded_parser(module: Any) -> Any:
+    """Return the parser of redis-py's *module* of connections, with a guard: it reads the answers of the handshake."""
+    from redis.exceptions import InvalidResponse
+
+    class Parser(module.DefaultParser):  # type: ignore[misc, name-defined]
+        def on_connect(self, connection: Any) -> None:
+            super().on_connect(connection)
+            self._reader = _GuardedReader(self._reader, InvalidResponse)
+
+    return Parser
+
+
 def take_socket(connection: Any) -> socket.socket:
     """Detach the socket from redis-py's connected *connection*, and return it.
 
-    This function and :func:`take_stream` are the only users of redis-py's private names.
+    This function, :func:`guarded_parser` and :func:`take_stream` are the only users of redis-py's private names.
     """
     taken: socket.socket = connection._sock
     connection._sock = None

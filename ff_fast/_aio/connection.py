@@ -66,7 +66,11 @@ class Connection(asyncio.Protocol):
             kind = redis_connection.UnixDomainSocketConnection
         elif server.tls:
             kind = redis_connection.SSLConnection
-        connection = kind(**_transport.connection_arguments(config), retry=Retry(NoBackoff(), 0))
+        connection = kind(
+            **_transport.connection_arguments(config),
+            parser_class=_transport.guarded_parser(redis_connection),
+            retry=Retry(NoBackoff(), 0),
+        )
         failure: FFError | None = None
         try:
             await connection.connect()

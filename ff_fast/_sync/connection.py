@@ -42,7 +42,11 @@ class Connection:
             kind = redis_connection.UnixDomainSocketConnection
         elif server.tls:
             kind = redis_connection.SSLConnection
-        connection = kind(**_transport.connection_arguments(config), retry=Retry(NoBackoff(), 0))
+        connection = kind(
+            **_transport.connection_arguments(config),
+            parser_class=_transport.guarded_parser(redis_connection),
+            retry=Retry(NoBackoff(), 0),
+        )
         failure: FFError | None = None
         try:
             connection.connect()

@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 
 from ff_fast import StreamFrame, keys
-from ff_fast.errors import Outcome, ProtocolError
+from ff_fast.errors import FFError, Outcome, ProtocolError
 
 from ..conftest import connect_raw
 from .stored import claimed, stored_once
@@ -42,6 +42,20 @@ async def test_a_broken_reply_ends_its_connection(shell, name, proxy, lane):
         description = await backend.describe(eid)
         assert (description.execution_id, description.progress_percent) == (eid, 50)
         assert proxy.accepted == connections + 1
+
+
+@pytest.mark.parametrize("reply", [b"*2147483647\r\n", b"$9223372036854775807\r\n", b"+" + b"x" * 70_000])
+async def test_a_handshake_with_a_broken_reply_ends_in_time(shell, reply, proxy):
+    """redis-py reads the answers to AUTH and SELECT, before the library's own guard is there."""
+    url = proxy.url.replace("valkey://", "valkey://somebody:secret@")
+    tracemalloc.start()
+    proxy.rewrite = lambda _: reply
+    with pytest.raises(FFError) as caught:
+        await shell.connect(url, timeout=0.2, retries=0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 << 20
+    assert caught.value.outcome is Outcome.NOT_APPLIED
 
 
 async def test_calls_behind_a_broken_reply_are_sent_again(proxy, lane):

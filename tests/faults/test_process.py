@@ -561,7 +561,7 @@ async def test_writers_are_forgotten(shell, server, lane):
 
 
 def test_the_private_names_of_redis_py():
-    """The library takes the socket from redis-py by names that it does not promise: `_transport.take_*`."""
+    """The library takes socket and parser from redis-py by names that it does not promise: see `_transport`."""
     import redis
     from redis.asyncio.connection import Connection as AsyncConnection
     from redis.connection import Connection
