@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,6 +38,36 @@ def _tell_of_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_tell_of_fork)
+
+
+# -- exit ------------------------------------------------------------------------------------------------------------
+
+EXIT_S = 2.0
+"""How long the end of the interpreter waits for frames to be stored, in seconds, for all backends together."""
+
+
+class Exiting(Protocol):
+    """An object with work that the end of the interpreter would drop in silence."""
+
+    def _exiting(self, until: float) -> None:
+        """Finish the work until a point in monotonic time, and warn of what is left."""
+
+
+_ending: weakref.WeakSet[Exiting] = weakref.WeakSet()
+
+
+def watch_exit(client: Exiting) -> None:
+    """Call ``_exiting`` of *client* when the interpreter ends, if *client* is alive. Daemon threads still run then."""
+    _ending.add(client)
+
+
+def _tell_of_exit() -> None:
+    until = time.monotonic() + EXIT_S
+    for client in list(_ending):
+        client._exiting(until)
+
+
+atexit.register(_tell_of_exit)
 
 
 # -- stop signals ----------------------------------------------------------------------------------------------------

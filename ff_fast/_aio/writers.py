@@ -60,6 +60,7 @@ class Sender:
         shared.on_can_write = self._on_can_write
         shared.on_lost = self._on_lost
         _process.watch_fork(self)
+        _process.watch_exit(self)
 
     def enqueue(self, writer: Writer) -> None:
         self._queue.append(writer)
@@ -155,6 +156,11 @@ class Sender:
         """Fail every writer, since the backend is closed."""
         for writer in list(self.writers):
             writer._fail(WriterClosed())
+
+    def _exiting(self, until: float) -> None:  # noqa: ARG002
+        """Warn of what was not stored: the loop has ended, so nothing can be sent."""
+        for writer in list(self.writers):
+            writer._warn_of_losses()
 
     def _forked(self) -> None:
         """Fail every writer in a forked child."""

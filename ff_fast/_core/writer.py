@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ff_fast._core import ops
+from ff_fast._core.leases import is_lease_lost
 from ff_fast._core.steps import applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._hot.writer import WriterCore
@@ -144,6 +146,24 @@ class SharedWriter(WriterCore):
             summary_version=self.summary_version or None,
         )
 
+    def _warn_of_losses(self) -> None:
+        """Warn of frames that are lost with this writer, unless somebody has seen its error.
+
+        After a lost lease nobody wants them.
+        """
+        lost, why = self._tell_losses(), self._failure
+        if lost and not (why is not None and is_lease_lost(why)):
+            cause = "" if why is None else f" ({why.code})"
+            warnings.warn(
+                f"{lost} frames for attempt {self.attempt_index} of execution {self.execution_id} were not stored{cause};"
+                " close the writer before its backend is closed or the program ends.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def __del__(self) -> None:
+        self._warn_of_losses()
+
     def write_frame(self, frame: Frame) -> int | None:
         """Write a :class:`Frame`; return None if its ``seq`` is that of a frame this writer has written already.
 
@@ -280,7 +300,7 @@ def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
         FFError: The writer failed.
     """
     limit = timeout_s(timeout)
-    if isinstance(writer.error, WriterClosed):
+    if isinstance(writer._failure, WriterClosed):
         return Wait(_true, _nothing, limit)
     if writer.error is not None:
         raise copy.copy(writer.error)

@@ -290,6 +290,8 @@ cdef class WriterCore:
     # The error that ends the writer. It is set first and refuses all writes; `_error` follows once
     # the error carries the frames that were not stored.
     cdef object _ending
+    # Somebody has seen `_ending`, and with it the frames that were not stored.
+    cdef bint _told
     # The shell wants `_on_progress`.
     cdef public bint _has_waiters
     cdef object _mode
@@ -534,6 +536,7 @@ cdef class WriterCore:
         # No Python code runs from here until the frame is in the batch, so no other thread can end
         # the writer in between.
         if self._ending is not None:
+            self._told = True
             raise copy.copy(self._ending)
         if self._finishing:
             raise InvalidInput("The writer is closing; write before close().")
@@ -1135,7 +1138,24 @@ cdef class WriterCore:
     def error(self):
         """The ``FFError`` that stopped the writer; its ``unstored`` has the frames that were not
         stored. None while the writer runs. ``WriterClosed`` after `close`."""
+        if self._error is not None:
+            self._told = True
         return self._error
+
+    @property
+    def _failure(self):
+        """The same as `error`, for a look that tells nobody."""
+        return self._error
+
+    def _tell_losses(self):
+        """Return how many frames are lost if the writer goes now and nobody was told of; the caller
+        tells."""
+        if self._told:
+            return 0
+        self._told = True
+        if self._error is not None:
+            return len(self._error.unstored)
+        return self._sequence - self._acked_sequence
 
     @property
     def next_sequence(self):

@@ -103,7 +103,7 @@ class Operations(Pool):
         with self._opening:
             # One at a time: two concurrent openings would supersede each other.
             writer = self._writers.get(request.lease_id)
-            if writer is None or isinstance(writer.error, WriterClosed):
+            if writer is None or isinstance(writer._failure, WriterClosed):
                 opening = operations.open_writer(self._deployment, request.handle)
                 writer = self._open_writer(opening)
                 self._frame_writers.drop_lapsed()

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_EXIT_LOOK_S = 0.002
+
 
 class Sender:
     """The connection of all writers, and the only thread that uses it.
@@ -72,6 +74,7 @@ class Sender:
         self.writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         self.lock = threading.Lock()
         _process.watch_fork(self)
+        _process.watch_exit(self)
         self._thread = threading.Thread(target=self._main, name="ff_fast writers", daemon=True)
         self._thread.start()
 
@@ -99,6 +102,18 @@ class Sender:
         self.lock = threading.Lock()
         for writer in list(self.writers):
             writer._forked()
+
+    def _exiting(self, until: float) -> None:
+        """Store what was written, as far as there is time, and warn of the rest."""
+        with self.lock:
+            writers = list(self.writers)
+        for writer in writers:
+            writer._seal_soon()
+        for writer in writers:
+            while writer._failure is None and not writer._idle and time.monotonic() < until:
+                time.sleep(_EXIT_LOOK_S)
+        for writer in writers:
+            writer._warn_of_losses()
 
     # -- the thread ---------------------------------------------------------------------------------------------
 
