@@ -632,14 +632,17 @@ class OutcomeUnknown(FFError, ConnectionError):
 
 
 class DeadlineExceeded(_Connecting, TimeoutError):
-    """No answer arrived in time. The call may have been applied, unless ``outcome`` is ``NOT_APPLIED``."""
+    """No answer arrived in time. The call may have been applied, unless ``outcome`` is ``NOT_APPLIED``.
+
+    Attributes:
+        silent: Whether nothing came any more over a connection that had worked before: it may have died in silence.
+    """
 
     code = "deadline_exceeded"
+    silent: bool = False
     retryable = True
     outcome = Outcome.UNKNOWN
     _sentence = "No answer came in time; the call may have been applied."
-    # The connection had answered other calls before, and nothing came over it any more: it may have died in silence.
-    _on_silent_connection = False
 
 
 CredentialFault = Literal["missing", "refused", "not_configured"]

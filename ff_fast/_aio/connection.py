@@ -180,7 +180,7 @@ class Connection(asyncio.Protocol):
         """Return the error of a request whose deadline has passed; abort the connection if nothing came meanwhile."""
         error = DeadlineExceeded()
         if self.heard_at <= sent_at:
-            error._on_silent_connection = self.ready_at is not None and self.heard_at > self.ready_at
+            error.silent = self.ready_at is not None and self.heard_at > self.ready_at
             self.abort_silent(sent_at)
         return error
 

@@ -268,12 +268,7 @@ class Pool:
 
     def _release(self, connection: Connection, most: int = _transport.MAX_IDLE) -> None:
         """Give back a connection; one that owes a reply, or finds *most* idle ones, is dropped."""
-        if (
-            connection.closed
-            or connection.receivers
-            or self._closed
-            or len(self._idle) >= most
-        ):
+        if connection.closed or connection.receivers or self._closed or len(self._idle) >= most:
             connection.abort()
         else:
             self._idle.append(connection)

@@ -174,7 +174,7 @@ class Retries:
                 return None
             self._doubtful = self._writes
         if isinstance(error, DeadlineExceeded) and not self._retry_timeouts:
-            if self._sent_again or not error._on_silent_connection:
+            if self._sent_again or not error.silent:
                 return None
             self._sent_again = True
         if self._pauses is None:

@@ -155,7 +155,7 @@ class SharedWriter(WriterCore):
         if lost and not (why is not None and is_lease_lost(why)):
             cause = "" if why is None else f" ({why.code})"
             warnings.warn(
-                f"{lost} frames for attempt {self.attempt_index} of execution {self.execution_id} were not stored{cause};"
+                f"Frames of attempt {self.attempt_index} of execution {self.execution_id} were not stored{cause}: {lost};"
                 " close the writer before its backend is closed or the program ends.",
                 RuntimeWarning,
                 stacklevel=2,

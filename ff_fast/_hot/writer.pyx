@@ -1069,8 +1069,8 @@ cdef class WriterCore:
         """Stop for good. Every later `write` raises a copy of *error*. Only the first call counts.
 
         Args:
-            error: Its ``unstored`` gets the frames that were not acknowledged. If one of them may be
-                stored, its outcome becomes unknown.
+            error: Its ``unstored`` gets the frames that were not acknowledged. If one of them may
+                be stored, its outcome becomes unknown.
             hand_back: False in a forked child: the frames are the parent's.
         """
         self._end(error, True, hand_back)

@@ -175,7 +175,7 @@ class Connection:
         late = DeadlineExceeded()
         if self.heard_at <= self._sent_at:
             self.silent_since = self._sent_at
-            late._on_silent_connection = self.ready_at is not None and self.heard_at > self.ready_at
+            late.silent = self.ready_at is not None and self.heard_at > self.ready_at
         return late
 
     def request(self, step: Step, longest: float = float("inf")) -> list[object]:

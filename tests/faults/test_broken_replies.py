@@ -44,7 +44,9 @@ async def test_a_broken_reply_ends_its_connection(shell, name, proxy, lane):
         assert proxy.accepted == connections + 1
 
 
-@pytest.mark.parametrize("reply", [b"*2147483647\r\n", b"$9223372036854775807\r\n", b"+" + b"x" * 70_000])
+@pytest.mark.parametrize(
+    "reply", [b"*2147483647\r\n", b"$9223372036854775807\r\n", b"+" + b"x" * 70_000]
+)
 async def test_a_handshake_with_a_broken_reply_ends_in_time(shell, reply, proxy):
     """redis-py reads the answers to AUTH and SELECT, before the library's own guard is there."""
     url = proxy.url.replace("valkey://", "valkey://somebody:secret@")

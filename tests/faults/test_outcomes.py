@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+from functools import partial
 
 import pytest
 
@@ -13,7 +14,7 @@ from ff_fast.errors import ExecutionNotActive, FFError, Outcome, Unavailable
 from ff_fast.types import UsageDimensions
 
 from ..conftest import connect_raw
-from ..waiting import wait_until
+from ..waiting import wait_until, wait_until_async
 from .chaos import DOWN
 from .stored import claimed, frames
 
@@ -34,7 +35,9 @@ def away(proxy):
 
 
 CALLS = {
-    "create_execution": lambda b, ids: b.create_execution(execution_id=ids["new"], lane=ids["lane"]),
+    "create_execution": lambda b, ids: b.create_execution(
+        execution_id=ids["new"], lane=ids["lane"]
+    ),
     "progress": lambda b, ids: b.progress(ids["handle"], 50),
     "renew": lambda b, ids: b.renew(ids["handle"]),
     "fail": lambda b, ids: b.fail(ids["handle"], "broken"),
@@ -106,13 +109,24 @@ async def test_a_refusal_by_the_function_says_nothing_about_the_try_before(
         eid, handle = await claimed(beside, lane)
         proxy.cut_after(DOWN, 1)
         reporting = asyncio.ensure_future(backend.progress(handle, 50))
-        while (await beside.describe(eid)).progress_percent != 50:
-            await asyncio.sleep(0.002)
+        await wait_until_async(partial(_progressed, beside, eid))
         await beside.complete(handle)
         with pytest.raises(ExecutionNotActive) as caught:
             await reporting
         assert caught.value.outcome is Outcome.UNKNOWN
         assert caught.value.terminal_outcome == "success"
+
+
+async def _progressed(backend, eid):
+    return (await backend.describe(eid)).progress_percent == 50
+
+
+async def _has_two(backend, eid):
+    return len(await backend.read_stream(eid)) == 2
+
+
+async def _waits(backend, eid):
+    return (await backend.describe(eid)).state == "waiting"
 
 
 # -- writers -----------------------------------------------------------------------------------------------------------
@@ -205,8 +219,7 @@ async def test_a_fence_that_refuses_what_was_sent_before_leaves_it_unknown(
         await writer.flush(5)
         proxy.cut_after(DOWN, 1)
         writer.write(b"2")
-        while len(await beside.read_stream(eid)) < 2:
-            await asyncio.sleep(0.002)
+        await wait_until_async(partial(_has_two, beside, eid))
         await beside.complete(handle)
         with pytest.raises(FFError) as caught:
             await writer.flush(5)
@@ -224,9 +237,16 @@ HINTED = {
     "cancel": lambda b, ids: b.cancel(ids["child"]),
     "cancel_flow": lambda b, ids: b.cancel_flow(ids["flow"]),
     "deliver_signal": lambda b, ids: b.deliver_signal(ids["suspended"], ids["waitpoint"], "go"),
-    "create_execution": lambda b, ids: b.create_execution(lane=ids["lane"], execution_id=ids["new"]),
+    "create_execution": lambda b, ids: b.create_execution(
+        lane=ids["lane"], execution_id=ids["new"]
+    ),
 }
-DONE = {"complete": "completed", "fail": "failed", "cancel": "cancelled", "cancel_flow": "cancelled"}
+DONE = {
+    "complete": "completed",
+    "fail": "failed",
+    "cancel": "cancelled",
+    "cancel_flow": "cancelled",
+}
 
 
 async def hintable(backend, lane):
@@ -311,8 +331,7 @@ async def test_a_refused_hint_does_not_keep_a_supervisor_from_its_timers(
         stop = threading.Event()
         supervising = asyncio.ensure_future(backend.supervise(stop=stop, interval=0.01))
         for eid in eids:
-            while (await beside.describe(eid)).state != "waiting":
-                assert not supervising.done()
-                await asyncio.sleep(0.005)
+            await wait_until_async(partial(_waits, beside, eid))
+        assert not supervising.done()
         stop.set()
         await supervising

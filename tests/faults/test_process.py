@@ -475,6 +475,7 @@ def test_a_second_loop(server, lane):
 
     together(1, elsewhere)
     loop.run_until_complete(kept["backend"].close())
+    assert {frame.payload for frame in kept["writer"].error.unstored} == {b"x"}
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
 
@@ -653,6 +654,7 @@ async def turns(shell, url, lane, count):
         else:
             writer.write(b"never flushed")
         await backend.close()
+        assert isinstance(writer.error, WriterClosed)
 
 
 def own_threads():

@@ -2,6 +2,7 @@
 
 import doctest
 import gc
+import itertools
 
 import hiredis
 import pytest
@@ -181,7 +182,7 @@ replies = st.recursive(
 
 def pieces(stream, cuts):
     bounds = [0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]
-    return [stream[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [stream[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 cuts = st.lists(st.integers(0, 10_000), max_size=8)
