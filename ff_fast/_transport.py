@@ -121,12 +121,13 @@ def guarded_parser(module: Any) -> Any:
     """Return the parser of redis-py's *module* of connections, with a guard: it reads the answers of the handshake."""
     from redis.exceptions import InvalidResponse
 
-    class Parser(module.DefaultParser):  # type: ignore[misc, name-defined]
-        def on_connect(self, connection: Any) -> None:
-            super().on_connect(connection)
-            self._reader = _GuardedReader(self._reader, InvalidResponse)
+    parser: type[Any] = module.DefaultParser
 
-    return Parser
+    def on_connect(self: Any, connection: Any) -> None:
+        parser.on_connect(self, connection)
+        self._reader = _GuardedReader(self._reader, InvalidResponse)
+
+    return type("GuardedParser", (parser,), {"on_connect": on_connect})
 
 
 def take_socket(connection: Any) -> socket.socket:

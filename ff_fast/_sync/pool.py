@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 import weakref
@@ -131,10 +130,12 @@ class Pool:
 
     def _close_idle(self, before: float = float("inf")) -> None:
         """Close the idle connections that were last heard of before a point in monotonic time."""
-        # Another thread may take what is looked at here.
-        with contextlib.suppress(IndexError):
+        try:
             while self._idle[0].heard_at < before:
                 self._idle.popleft().close()
+        except IndexError:
+            # There is none left; another thread may have taken the one that was looked at.
+            return
 
     def _run(self, call: Call[T], *, until: float = float("inf")) -> T:
         """Make a call; retry as the configuration and the call allow, but not after *until*, in monotonic time."""

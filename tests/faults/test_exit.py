@@ -98,6 +98,7 @@ w = backend.open_writer(handle)
 w.write(b"stored")
 w.flush()
 input()
+ff_fast._process.EXIT_S = 0.2
 for i in range(7): w.write(sys.argv[3])
 """,
     "its backend is closed": OPENED

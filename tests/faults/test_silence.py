@@ -88,6 +88,24 @@ async def test_what_may_not_be_repeated_is_told_and_the_next_call_works(shell, p
         assert await backend.claim(lane=lane, policy=ClaimPolicy.with_max_wait(1)) is not None
 
 
+async def test_a_reply_that_is_lost_on_a_connection_that_works_on(shell, proxy, server, lane):
+    async with await shell.connect(proxy.url, timeout=TIMEOUT_S) as backend:
+        eid, handle = await claimed(backend, lane)
+        writer = await backend.open_writer(handle)
+        writer.write(b"1")
+        await writer.flush(5)
+        proxy.rewrite = lambda reply: b""
+        writer.write(b"2")
+        await writer.flush(5)
+        await writer.close()
+        # The blocking shell trusts no connection older than a silence, so it connects here.
+        await backend.renew(handle)
+        proxy.rewrite = lambda reply: b""
+        await backend.complete(handle, b"answer")
+        assert await backend.read_result(eid) == b"answer"
+    stored_once(server.url, eid, [b"1", b"2"])
+
+
 async def test_a_second_silence_is_the_last(shell, proxy, lane):
     """Within two request timeouts, whatever the number of retries."""
     async with await shell.connect(proxy.url, timeout=TIMEOUT_S) as backend:
