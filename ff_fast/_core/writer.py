@@ -241,7 +241,7 @@ class FrameWriters(dict[str, W]):
             if writer is None:
                 continue
             # Of a writer that waits for the server, the server's answer decides.
-            if writer.error is not None or (writer._idle and writer._lease_until < now):
+            if writer._failure is not None or (writer._idle and writer._lease_until < now):
                 self.pop(lease_id, None)
 
 
