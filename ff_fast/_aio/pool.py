@@ -290,8 +290,10 @@ class Pool:
                 if missing:
                     await self._prepare(await self._shared.connected())
                 if not call.own_connection:
-                    longest = _transport.longest_try_s(until)
-                    request = partial(self._shared.request, longest=longest)
+                    request: Callable[[Step], Awaitable[list[object]]] = self._shared.request
+                    if until != float("inf"):
+                        longest = _transport.longest_try_s(until)
+                        request = partial(self._shared.request, longest=longest)
                     return await run_steps(call.steps(), request)
                 connection = await self._acquire()
                 try:

@@ -106,7 +106,7 @@ class Connection:
             # Counted first: an interrupt may strike after a part of the request was sent.
             self._owed += len(step.commands)
             self._sent_at = time.monotonic()
-            timeout = max(min(self._timeout, longest), 0.001)
+            timeout = min(self._timeout, longest)
             self._due = self._sent_at + _transport.wait_s(timeout, step)
             self._socket.settimeout(timeout)
             self._socket.sendall(step.request)

@@ -16,7 +16,10 @@ from ff_fast._sync.connection import Connection, run_steps
 from ff_fast.errors import FFError, ForkedClient, FunctionMissing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ff_fast._core.operations import Call
+    from ff_fast._core.steps import Step
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")
@@ -121,12 +124,16 @@ class Pool:
     def _release(self, connection: Connection, most: int = _transport.MAX_IDLE) -> None:
         """Give a connection back; one that owes a reply, or finds *most* idle ones, is closed."""
         self._busy.pop(id(connection), None)
-        self._note_silence(connection)
+        if connection.silent_since is not None:
+            self._note_silence(connection)
         if len(self._idle) < most and connection.reusable:
             self._idle.append(connection)
         else:
             connection.close()
-        self._close_idle(float("inf") if self._closed else time.monotonic() - _transport.MAX_IDLE_S)
+        if self._closed:
+            self._close_idle()
+        elif len(self._idle) > 1:
+            self._close_idle(time.monotonic() - _transport.MAX_IDLE_S)
 
     def _close_idle(self, before: float = float("inf")) -> None:
         """Close the idle connections that were last heard of before a point in monotonic time."""
@@ -147,8 +154,11 @@ class Pool:
                 try:
                     if missing:
                         self._prepare(connection)
-                    longest = _transport.longest_try_s(until)
-                    return run_steps(call.steps(), partial(connection.request, longest=longest))
+                    request: Callable[[Step], list[object]] = connection.request
+                    if until != float("inf"):
+                        longest = _transport.longest_try_s(until)
+                        request = partial(connection.request, longest=longest)
+                    return run_steps(call.steps(), request)
                 finally:
                     self._release(connection)
             except FFError as error:
