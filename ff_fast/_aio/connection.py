@@ -166,12 +166,16 @@ class Connection(asyncio.Protocol):
 
         Args:
             step: The step.
-            timeout: Longest time for the replies in seconds, without the step's block time.
+            timeout: Longest time for the replies in seconds, without the step's block time; of large ones, the longest
+                silence.
 
         Raises:
             Unavailable: The connection was lost before; nothing was sent.
         """
-        replies = Replies(len(step.commands), time.monotonic() + _transport.wait_s(timeout, step))
+        due = time.monotonic() + _transport.wait_s(timeout, step)
+        replies = Replies(len(step.commands), due)
+        if step.large:
+            replies.extend = lambda: self.silent_since + timeout
         self.send(step.request, [replies] * len(step.commands))
         return replies
 
@@ -191,9 +195,11 @@ class Connection(asyncio.Protocol):
 class Replies:
     """The replies of one step. A wait for them may be cancelled, and another one started later."""
 
-    __slots__ = ("_due", "_failure", "_missing", "_replies", "_waiter")
+    __slots__ = ("_due", "_failure", "_missing", "_replies", "_waiter", "extend")
 
     def __init__(self, count: int, due: float) -> None:
+        # When the wait for large replies is over, seen from the last bytes that came.
+        self.extend: Callable[[], float] | None = None
         self._replies: list[object] = []
         self._missing = count
         self._due = due
@@ -223,23 +229,25 @@ class Replies:
         Raises:
             DeadlineExceeded: The deadline of the step passed.
         """
-        if self._missing <= 0:
-            return True
         loop = asyncio.get_running_loop()
-        due = self._due if until is None else min(self._due, until)
-        self._waiter = loop.create_future()
-        timer = loop.call_later(max(due - time.monotonic(), 0.0), self._wake)
-        try:
-            await self._waiter
-        finally:
-            timer.cancel()
-            self._waiter = None
-        if self._missing <= 0:
-            return True
-        # Only the timer can have woken it.
-        if due == self._due:
-            raise DeadlineExceeded
-        return False
+        while self._missing > 0:
+            due = self._due if until is None else min(self._due, until)
+            self._waiter = loop.create_future()
+            timer = loop.call_later(max(due - time.monotonic(), 0.0), self._wake)
+            try:
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+            if self._missing <= 0:
+                break
+            # Only the timer can have woken it.
+            if due != self._due:
+                return False
+            if self.extend is None or self.extend() <= due:
+                raise DeadlineExceeded
+            self._due = self.extend()
+        return True
 
     def take(self) -> list[object]:
         """Return the replies, in order.

@@ -901,7 +901,7 @@ def read_stream(
         attempt_index: Attempt, from 0.
         after: Id of a frame or a cursor, exclusive; None is the beginning.
         count: Largest number of frames, 1 to 10,000.
-        max_bytes: Approximate limit of payload bytes, 1 to 64 MiB.
+        max_bytes: Bytes of payload after which no further frame is read, 1 to 64 MiB; the last frame may exceed it.
         visibility: Whether best-effort frames are included.
 
     Raises:
@@ -912,7 +912,7 @@ def read_stream(
     check_int("max_bytes", max_bytes, 1, 64 << 20)
 
     def core() -> TailCore:
-        return TailCore(execution_id, attempt_index, after, visibility, count)
+        return TailCore(execution_id, attempt_index, after, visibility, count, max_bytes)
 
     core()
     return Call(lambda: read_page(core(), count, max_bytes))

@@ -418,6 +418,7 @@ class Range(NamedTuple):
     visible_sequence: int
     closed_reason: EndReason | None
     lease_left_ms: int | None
+    small: bool
 
 
 def read_range(
@@ -436,7 +437,7 @@ def read_range(
         log, log_to, log_more, live, live_to, live_more, *rest = fields
         if not isinstance(log, list) or not isinstance(live, list):
             raise TypeError
-        last_id, visible, reason, left = map(_text, rest)
+        last_id, visible, reason, left, small = map(_text, rest)
         return Range(
             log,
             _text(log_to).encode(),
@@ -448,6 +449,7 @@ def read_range(
             int(visible),
             cast("EndReason", reason) if reason else None,
             int(left) if left else None,
+            small == "1",
         )
 
     return Op(
@@ -645,7 +647,7 @@ def _pairs(flat: object) -> dict[bytes, bytes]:
 
 def call(op: Op[T]) -> Steps[T]:
     """Make one call, and return its answer."""
-    (reply,) = yield Step((op.command(),))
+    (reply,) = yield Step((op.command(),), large=op.read_only)
     return op.answer(reply)
 
 

@@ -61,6 +61,7 @@ class Connection:
         self._broken_reply = hiredis.ProtocolError
         self._owed = 0
         self._due = 0.0
+        self._large = False
 
     @property
     def closed(self) -> bool:
@@ -84,6 +85,7 @@ class Connection:
             # Counted first: an interrupt may strike after a part of the request was sent.
             self._owed += len(step.commands)
             self._due = time.monotonic() + _transport.wait_s(self._timeout, step)
+            self._large = step.large
             self._socket.settimeout(self._timeout)
             self._socket.sendall(step.request)
         except TimeoutError:
@@ -102,7 +104,8 @@ class Connection:
     def receive(self, until: float | None = None) -> object:
         """Return the next owed reply, or `PENDING` if it has not arrived by *until*, in monotonic time.
 
-        All replies of a step share its deadline. A connection that misses the deadline is closed.
+        All replies of a step share its deadline, which large ones extend as they come. A connection that misses the
+        deadline is closed.
         """
         if self._socket is None:
             raise OutcomeUnknown
@@ -116,7 +119,7 @@ class Connection:
                     return PENDING
                 looked = True
                 due = self._due if until is None else min(self._due, until)
-                # Bounds the whole reply, not each of its reads.
+                # Bounds the whole reply, not each of its reads; of a large one, the silence within it.
                 self._socket.settimeout(max(due - now, 1e-6))
                 try:
                     data = self._socket.recv(1 << 18)
@@ -127,6 +130,8 @@ class Connection:
                 if not data:
                     raise ConnectionResetError
                 self._reader.feed(data)
+                if self._large:
+                    self._due = max(self._due, time.monotonic() + self._timeout)
         except TimeoutError:
             failure = DeadlineExceeded()
         except OSError:
