@@ -67,8 +67,8 @@ end
 --   errors:  execution_not_found attempt_not_found invalid_input
 --
 -- Both streams, each after an id of its own, read at one moment up to `log_to` and `live_to`. `log_more` and
--- `live_more` are '1' where more entries may follow; where either is, both were read up to the lower one of the two ids
--- and no further. `max_bytes` bounds the values of each stream, but for a single larger entry. `small` is '1' where
+-- `live_more` are '1' where more entries may follow; where both are, both were read up to the lower one of the two ids,
+-- and where the log's alone is, the live window was read no further. `max_bytes` bounds the values of each stream, but for a single larger entry. `small` is '1' where
 -- every entry that follows, up to `last_id`, is small (ff.SMALL_LOG, ff.SMALL_LIVE), else ''. An attempt is closed by its end, or by the lapse of its lease:
 -- nothing can be appended under a lapsed lease, so every reader gets the same answer by server time. An unclaimed
 -- attempt reads as empty.
@@ -122,7 +122,7 @@ redis.register_function({
     if live_more == '1' then
       to = live_to
       while #log > 0 and is_before(to, log[#log][1]) do
-        log[#log] = nil
+        log[#log], log_to, log_more = nil, to, '1'
       end
     end
     local small = not (large_id and is_before(to, large_id))

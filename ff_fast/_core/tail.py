@@ -361,9 +361,15 @@ class TailCore:
 
     def _begin_small(self, page: ops.Range) -> None:
         to = page.last_ms, page.last_sequence
-        self._more = [page.small and _id(read) < to for read in self._position.read]
+        if not page.small:
+            return
+        small_to = _text(*to).encode()
+        if not page.log_more:
+            # It has nothing more up to there. Where the log was cut, the live window was not looked at behind the cut.
+            self._position.read[_LOG] = max(self._position.read[_LOG], small_to, key=_id)
+        self._more = [_id(read) < to for read in self._position.read]
         if any(self._more):
-            self._small_to = _text(*to).encode()
+            self._small_to = small_to
 
     def _caught_up(self, items: list[Item]) -> None:
         """Note that everything stored so far was read; *items* came last."""
@@ -476,7 +482,8 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
         some = [item for item in items if isinstance(item, StreamFrame)]
         missing = [item for item in items if isinstance(item, Gap)]
         room = count - len(frames)
-        if size + sum([len(frame.payload) for frame in some]) >= max_bytes:
+        more = sum([len(frame.payload) for frame in some])
+        if size + more >= max_bytes:
             room = min(room, _how_many(some, max_bytes - size))
         if len(some) >= room:
             # Frames read beyond the page, also those of a run, are read again for the next page.
@@ -487,7 +494,7 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
             return _page(frames, gaps, last.stream_id, core.end_reason if whole else None)
         frames += some
         gaps += missing
-        size += sum([len(frame.payload) for frame in some])
+        size += more
         if core.ended or core.caught_up():
             return _page(frames, gaps, core.cursor, core.end_reason)
 

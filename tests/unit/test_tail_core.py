@@ -96,7 +96,8 @@ class Server:
         live = self._taken(LIVE, live_after, to, *limits, visible=bool(visibility))
         if live[2]:
             to = entry_id(live[1])
-            log[0] = [entry for entry in log[0] if entry_id(entry[0]) <= to]
+            kept = [entry for entry in log[0] if entry_id(entry[0]) <= to]
+            log = log if len(kept) == len(log[0]) else [kept, live[1], b"1"]
         last_id = b"%d-%d" % (self.last_ms, self.last)
         rest = [last_id, b"%d" % self.visible, self.closed, b"1000", b"1" * self.small]
         return [1, b"OK", *log, *live, *rest]
