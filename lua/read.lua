@@ -15,7 +15,7 @@ local function is_before(id, other)
 end
 
 -- Entries of a stream after an id up to another one, until they hold `count` frames or `max_bytes` bytes; at least
--- one. An entry without a field of ours is left out. With `summary_only` best-effort entries are left out too; a
+-- one. An entry without a field of ours is left out, as is a run that is too large. With `summary_only` best-effort entries are left out too; a
 -- summary entry of the live window has a mode. Returns the entries, the id of the last entry that was looked at, and
 -- '1' where more may follow it, else ''.
 local function read_between(stream_key, after, to, page_size, count, max_bytes, summary_only)
@@ -34,7 +34,8 @@ local function read_between(stream_key, after, to, page_size, count, max_bytes, 
         if name == 'payload' or name == 'end' then
           ours = true
         elseif name == 'run' then
-          ours, held = true, ff.run_count(value)
+          held = ff.run_count(value)
+          ours = held <= ff.MAX_FRAMES and #value <= ff.MAX_RUN_BYTES
         elseif name == 'mode' then
           mode = true
         end

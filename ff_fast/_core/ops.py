@@ -69,6 +69,7 @@ class Op(NamedTuple, Generic[T]):
         parse: Makes the caller's value from the status and the fields of a success.
         read_only: The function is ``no-writes``, so a replica may answer.
         repeatable: Sending it again after a lost reply gives the same outcome.
+        large: The answer may be large (see `Step`).
     """
 
     function: bytes
@@ -77,6 +78,7 @@ class Op(NamedTuple, Generic[T]):
     parse: Callable[[bytes, list[object]], T]
     read_only: bool = False
     repeatable: bool = True
+    large: bool = False
 
     def command(self) -> Command:
         """Return the call as one command, for the node of its keys."""
@@ -485,6 +487,7 @@ def read_summary(execution_id: str, attempt_index: int) -> Op[dict[bytes, bytes]
         (),
         parse,
         read_only=True,
+        large=True,
     )
 
 
@@ -647,7 +650,7 @@ def _pairs(flat: object) -> dict[bytes, bytes]:
 
 def call(op: Op[T]) -> Steps[T]:
     """Make one call, and return its answer."""
-    (reply,) = yield Step((op.command(),), large=op.read_only)
+    (reply,) = yield Step((op.command(),), large=op.large)
     return op.answer(reply)
 
 
@@ -668,7 +671,7 @@ def _read_bytes(execution_id: str, key: bytes) -> Op[bytes]:
             raise TypeError
         return payload
 
-    return Op(b"ff_read_payload", (keys.core(execution_id), key), (), parse, read_only=True)
+    return Op(b"ff_read_payload", (keys.core(execution_id), key), (), parse, read_only=True, large=True)
 
 
 def claim_execution(
@@ -925,6 +928,7 @@ def observe_signals(attempt: Attempt) -> Op[tuple[ResumeSignal, ...]]:
         attempt.fence,
         parse,
         read_only=True,
+        large=True,
     )
 
 
@@ -1077,6 +1081,7 @@ def describe_flow(flow_id: str, slot_tag: str) -> Op[FlowDescription]:
         (),
         parse,
         read_only=True,
+        large=True,
     )
 
 
