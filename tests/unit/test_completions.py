@@ -215,7 +215,7 @@ def test_a_foreign_record_is_passed_over(subtests):
         entry(flow_id="x"),
         entry(payload_bytes="-1"),
         entry(payload_bytes="many"),
-        [b"10-1", [b"\xff", b"\xff"] + entry()[1][:-2]],
+        [b"10-1", [b"\xff", b"\xff", *entry()[1][:-2]]],
     ):
         with subtests.test(foreign=str(foreign)[:80]):
             running = core()
