@@ -26,8 +26,9 @@ ff.END_REASONS = {
   completed = 'attempt_success', failed = 'attempt_failure', cancelled = 'attempt_cancelled', expired = 'expired',
 }
 
--- Records of completions that a partition keeps, about: so many, and for a day. One has some 100 bytes, at most 600.
-local COMPLETION_MAXLEN, COMPLETION_MS = '4000', 86400000
+-- Records of completions that a partition keeps, about: so many, and for a day. A record takes some 130 bytes, at most
+-- 700, so 256 partitions of which each is full take 70 MB.
+local COMPLETION_MAXLEN, COMPLETION_MS = '2000', 86400000
 
 local KEYS = ff.KEYS
 

@@ -974,11 +974,14 @@ def subscribe_completions(
 
     Args:
         scope: Filter of the executions; None reads all.
-        after: ``cursor`` of an earlier completion, to continue without hole or repeat; ``start`` for all completions
-            that are kept (about 10,000 in each partition); None begins at the first read.
+        after: ``cursor`` of an earlier completion, to continue without hole or repeat, wherever the server's clock has
+            been meanwhile; ``start`` for all completions that are kept (those of a day, about 2,000 in each
+            partition); None begins at the first read. A cursor is text of about 16 bytes for each partition that has had
+            completions: 4 KiB for 256.
 
     Raises:
-        InvalidCursor: *after* is none of these, or completions after it were already trimmed.
+        InvalidCursor: *after* is none of these, completions after it were already trimmed, or the server has lost those
+            before it.
         Unavailable: The server cannot be reached within the retries of the configuration. Raised by a read.
     """
     return CompletionCore(on.partitions, after, _scope(scope))

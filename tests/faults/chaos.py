@@ -43,6 +43,7 @@ class ChaosProxy:
         delay: Seconds before each piece.
         accepted: How many connections there have been.
         cuts: How many of them were cut here.
+        passed: Bytes of replies that were passed.
     """
 
     def __init__(self, target, wrap=None):
@@ -57,6 +58,7 @@ class ChaosProxy:
         self.delay = 0.0
         self.accepted = 0
         self.cuts = 0
+        self.passed = 0
         self._port = 0
         self._listener = None
         self.listen()
@@ -250,6 +252,8 @@ class _Pair(threading.Thread):
                     time.sleep(self._proxy.delay)
                 allowed, how = self._proxy.spend(direction, len(data))
                 self._pass(routes[direction][1], data[:allowed])
+                if direction == DOWN:
+                    self._proxy.passed += allowed
                 if how is not None:
                     self._end(how)
                     return
