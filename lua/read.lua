@@ -14,10 +14,10 @@ local function is_before(id, other)
   return ms < other_ms or (ms == other_ms and sequence < other_sequence)
 end
 
--- Entries of a stream after an id up to another one, until they hold `count` frames or `max_bytes` bytes; at least
--- one. An entry without a field of ours is left out, as is a run that is too large. With `summary_only` best-effort entries are left out too; a
--- summary entry of the live window has a mode. Returns the entries, the id of the last entry that was looked at, and
--- '1' where more may follow it, else ''.
+-- Entries of a stream after an id up to another one, until they hold `count` frames or `max_bytes` bytes; at least one.
+-- An entry without a field of ours is left out, as is a run that is too large. With `summary_only` best-effort entries
+-- are left out too; a summary entry of the live window has a mode. Returns the entries, the id of the last entry that
+-- was looked at, and '1' where more may follow it, else ''.
 local function read_between(stream_key, after, to, page_size, count, max_bytes, summary_only)
   local entries, scanned, frames, bytes = {}, 0, 0, 0
   if after == LAST_ID then
@@ -69,10 +69,12 @@ end
 --
 -- Both streams, each after an id of its own, read at one moment up to `log_to` and `live_to`. `log_more` and
 -- `live_more` are '1' where more entries may follow; where both are, both were read up to the lower one of the two ids,
--- and where the log's alone is, the live window was read no further. `max_bytes` bounds the values of each stream, but for a single larger entry. `small` is '1' where
--- every entry that follows, up to `last_id`, is small (ff.SMALL_LOG, ff.SMALL_LIVE), else ''. An attempt is closed by its end, or by the lapse of its lease:
--- nothing can be appended under a lapsed lease, so every reader gets the same answer by server time. An unclaimed
--- attempt reads as empty.
+-- and where the log's alone is, the live window was read no further. `max_bytes` bounds the values of each stream, but
+-- for a single larger entry. `small` is '1' where every entry that follows, up to `last_id`, is small (ff.SMALL_LOG,
+-- ff.SMALL_LIVE), else ''.
+--
+-- An attempt is closed by its end, or by the lapse of its lease: nothing can be appended under a lapsed lease, so every
+-- reader gets the same answer by server time. An unclaimed attempt reads as empty.
 redis.register_function({
   function_name = 'ff_read_range',
   callback = function(keys, args)

@@ -42,7 +42,7 @@ _GROUP = 64
 _OUTCOMES = frozenset({"success", "failed", "cancelled", "expired"})
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _CURSOR = re.compile(
-    r"(\d{1,16})-(\d{1,16})((?:,[0-9a-z]{1,4}:[0-9a-z]{1,13}(?:-[0-9a-z]{1,13})?(?::[0-9a-z]{1,13})?)*)",
+    r"(\d{1,16})-(\d{1,16})((?:,[0-9a-z]{1,4}:[0-9a-z]{1,13}(?:-[0-9a-z]{1,13})?:[0-9a-z]{0,13})*)",
     re.ASCII,
 )
 
@@ -72,8 +72,8 @@ class _Place(NamedTuple):
     def text(self, index: int) -> str:
         """Return its part of a cursor, about 16 bytes."""
         sequence = f"-{_base36(self.sequence)}" if self.sequence else ""
-        stored = "" if self.stored is None else f":{_base36(self.stored)}"
-        return f",{_base36(index)}:{_base36(self.ms)}{sequence}{stored}"
+        stored = "" if self.stored is None else _base36(self.stored)
+        return f",{_base36(index)}:{_base36(self.ms)}{sequence}:{stored}"
 
 
 class _Record(NamedTuple):
@@ -138,12 +138,12 @@ class CompletionCore:
         self._base = _Place(ms, sequence, None if ms else 0)
         self._places, self._texts = {}, {}
         for part in found[3].split(",")[1:]:
-            index, identity, *count = part.split(":")
+            index, identity, stored = part.split(":")
             ms_text, _, sequence_text = identity.partition("-")
             place = _Place(
                 int(ms_text, 36),
                 int(sequence_text or "0", 36),
-                int(count[0], 36) if count else None,
+                int(stored, 36) if stored else None,
             )
             if max(place.ms, place.sequence) >= 1 << 64:
                 raise InvalidCursor("after is no cursor of a completion.")

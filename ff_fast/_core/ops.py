@@ -671,7 +671,9 @@ def _read_bytes(execution_id: str, key: bytes) -> Op[bytes]:
             raise TypeError
         return payload
 
-    return Op(b"ff_read_payload", (keys.core(execution_id), key), (), parse, read_only=True, large=True)
+    return Op(
+        b"ff_read_payload", (keys.core(execution_id), key), (), parse, read_only=True, large=True
+    )
 
 
 def claim_execution(
