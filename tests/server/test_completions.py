@@ -16,6 +16,7 @@ from ff_fast import (
     errors,
     keys,
 )
+from ff_fast.embedded import EmbeddedServer
 
 from ..clock import SteppedServer
 from ..conftest import ENGINES, PROMPT, ROOT, connect_raw, second_engine
@@ -441,3 +442,14 @@ def test_a_result_that_became_something_else_ends_no_subscription(kind, server, 
     raw.sadd(keys.result(broken), "no string")
     told = Subscription(kind, server.url, scope, cursor, 2).result()
     assert {c.execution_id: c.payload_bytes for c in told} == {broken: None, whole: b"r"}
+
+
+def test_a_server_that_comes_back_without_its_data_is_told(kind, lane):
+    with EmbeddedServer() as own:
+        with ff_fast.ValkeyBackend.connect(own.url) as backend, connect_raw(own.url) as raw:
+            backend.cancel(backend.create_execution(lane=lane))
+            subscription = Subscription(kind, own.url, None, "start")
+            wait_until(lambda: subscription.items and blocked(raw))
+        own.restart()
+        with pytest.raises(errors.InvalidCursor):
+            subscription.result()
