@@ -204,9 +204,9 @@ class TailCore:
     """
 
     __slots__ = (
-        "_asked", "_behind", "_block_ms", "_count", "_counts", "_exact", "_half_bytes", "_keys", "_look_frames",
-        "_more", "_paced", "_position", "_range_frames", "_ranged", "_reason", "_small_to", "_unwanted", "end_reason",
-        "start",
+        "_asked", "_behind", "_behind_frames", "_block_ms", "_count", "_counts", "_exact", "_half_bytes", "_keys",
+        "_look_frames", "_more", "_paced", "_position", "_range_frames", "_ranged", "_reason", "_small_to",
+        "_unwanted", "end_reason", "start",
     )  # fmt: skip
 
     def __init__(
@@ -222,6 +222,7 @@ class TailCore:
         # A small page is read by `ff_read_range` alone, which does not read past it.
         self._exact = small or max_bytes < _REPLY_BYTES
         self._look_frames = count if count is not None and small else _FIRST_FRAMES
+        self._behind_frames = self._look_frames if small else _RANGE_FRAMES
         self._half_bytes = max(min(max_bytes, _REPLY_BYTES) // 2, 1)
         self._position = _Position(execution_id, attempt_index, after, visibility)
         eid = self._position.execution_id
@@ -348,8 +349,8 @@ class TailCore:
         self._behind = page.log_more or page.live_more
         self._small_to = None
         if self._behind:
-            if not self._exact:
-                self._range_frames = _RANGE_FRAMES
+            self._range_frames = self._behind_frames
+            if page.small and not self._exact:
                 self._begin_small(page)
         else:
             self._range_frames = self._look_frames
@@ -361,8 +362,6 @@ class TailCore:
 
     def _begin_small(self, page: ops.Range) -> None:
         to = page.last_ms, page.last_sequence
-        if not page.small:
-            return
         small_to = _text(*to).encode()
         if not page.log_more:
             # It has nothing more up to there. Where the log was cut, the live window was not looked at behind the cut.

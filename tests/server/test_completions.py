@@ -391,48 +391,61 @@ FOREIGN = (
 )
 
 
-def test_what_others_put_there_harms_nobody(kind, server, scope, end, raw):
-    cursor = here(raw)
-    subscription = Subscription(kind, server.url, scope, cursor, count=6)
-    eids = [end(b"r") for _ in range(2)]
-    for index in range(0, 256, 5):
-        for fields in FOREIGN:
-            raw.xadd(keys.completions(keys.slot_tag(index)), fields)
-    eids += [end(b"r") for _ in range(2)]
-    # A key of another type in one partition, met by one that waits and by one that begins.
-    other = next(
-        key for index in range(256) if not raw.exists(key := keys.completions(keys.slot_tag(index)))
-    )
-    raw.set(other, "no stream")
-    try:
-        begins = Subscription(kind, server.url, scope, cursor, count=6)
-        eids += [end(b"r") for _ in range(2)]
+def test_what_others_put_there_harms_nobody(kind, lane):
+    with (
+        EmbeddedServer() as own,
+        ff_fast.ValkeyBackend.connect(own.url) as backend,
+        connect_raw(own.url) as raw,
+    ):
+        eids = []
+
+        flow = backend.create_flow()
+
+        def end(count):
+            for _ in range(count):
+                eids.append(backend.create_execution(lane=lane, flow_id=flow))
+                backend.complete(backend.claim(lane=lane, **WORKER), b"r")
+
+        subscription = Subscription(kind, own.url, None, "start", count=6)
+        end(2)
+        for index in range(0, 256, 5):
+            for fields in FOREIGN:
+                raw.xadd(keys.completions(keys.slot_tag(index)), fields)
+        end(2)
+        # A key of another type in one partition, met by one that waits and by one that begins.
+        indexes = range(256)
+        free = [i for i in indexes if not raw.exists(keys.completions(keys.slot_tag(i)))]
+        raw.set(keys.completions(keys.slot_tag(free[0])), "no stream")
+        begins = Subscription(kind, own.url, None, "start", count=6)
+        end(2)
         for each in (subscription, begins):
             told = each.result()
-            assert sorted(c.execution_id for c in told) == sorted(eids)
+            assert [c.execution_id for c in told] == eids
             assert {c.payload_bytes for c in told} == {b"r"}
-    finally:
-        raw.delete(other)
 
 
-def test_a_key_of_another_type_stops_no_execution_from_ending(server, backend, lane, raw):
-    flow = backend.create_flow()
-    completions = keys.completions(keys.flow_slot_tag(flow, 256))
-    for spoil in (
-        lambda: raw.set(completions, "no stream"),
-        lambda: raw.xadd(completions, {"a": "b"}, id=f"{2**64 - 1}-{2**64 - 1}"),
+def test_a_key_of_another_type_stops_no_execution_from_ending(lane):
+    with (
+        EmbeddedServer() as own,
+        ff_fast.ValkeyBackend.connect(own.url) as backend,
+        connect_raw(own.url) as raw,
     ):
+        flow = backend.create_flow()
+        completions = keys.completions(keys.flow_slot_tag(flow, 256))
+        for spoil in (
+            lambda: raw.set(completions, "no stream"),
+            lambda: raw.xadd(completions, {"a": "b"}, id=f"{2**64 - 1}-{2**64 - 1}"),
+        ):
+            raw.delete(completions)
+            spoil()
+            eid = backend.create_execution(lane=lane, flow_id=flow)
+            backend.complete(backend.claim(lane=lane, **WORKER), b"r")
+            assert backend.describe(eid).state == "completed"
+            assert raw.pttl(keys.core(eid)) > 0
         raw.delete(completions)
-        spoil()
-        eid = backend.create_execution(lane=lane, flow_id=flow)
-        backend.complete(backend.claim(lane=lane, **WORKER), b"r")
-        assert backend.describe(eid).state == "completed"
-        assert raw.pttl(keys.core(eid)) > 0
-    raw.delete(completions)
-    again = backend.create_execution(lane=lane, flow_id=flow)
-    backend.complete(backend.claim(lane=lane, **WORKER))
-    assert raw.xlen(completions) == 1
-    assert backend.describe(again).state == "completed"
+        backend.create_execution(lane=lane, flow_id=flow)
+        backend.complete(backend.claim(lane=lane, **WORKER))
+        assert raw.xlen(completions) == 1
 
 
 def test_a_result_that_became_something_else_ends_no_subscription(kind, server, scope, end, raw):
