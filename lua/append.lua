@@ -66,6 +66,7 @@ local HAS_FIELDS = { [BLOCK.LOG_FIELDS] = true, [BLOCK.LIVE_FIELDS] = true, [PAT
 local RETENTION_OF = { [BLOCK.TRIM_LOG] = 'log', [BLOCK.TRIM_LIVE] = 'live', [BLOCK.LIVE_TTL] = 'live' }
 local MAX_PAYLOAD, MAX_FRAMES, MAX_INTEGER, integer = ff.MAX_PAYLOAD, ff.MAX_FRAMES, ff.MAX_INTEGER, ff.integer
 local MAX_BATCH_BYTES = ff.MAX_RUN_BYTES
+local SMALL_LOG, SMALL_LIVE = ff.SMALL_LOG, ff.SMALL_LIVE
 
 -- A run is: varint count, then count varint payload lengths, count varint ages in ms, the payloads back to back.
 -- Returns the same run of `count` frames without its first `skip`, or nil where it is not a run of `count` frames.
@@ -254,9 +255,10 @@ local function bad_block()
 end
 
 -- Checks every block. Returns the number of frames, the document version before the first patches, the version of a
--- document, and whether the blocks are about both streams; or nil and the refusal.
+-- document, whether the blocks are about both streams, and whether an entry will be large; or nil and the refusal.
 local function check_blocks(args)
-  local total, bytes, patches, patches_base, document_version, stream, mixed = 0, 0, 0, nil, nil, nil, false
+  local total, bytes, patches, patches_base, document_version = 0, 0, 0, nil, nil
+  local stream, mixed, large = nil, false, false
   local at, last = 3, #args
   while at <= last do
     local letter = args[at]
@@ -283,11 +285,11 @@ local function check_blocks(args)
         end
         from = from + 1 + 2 * extras
       end
-      local limit = MAX_PAYLOAD
+      local limit, small = MAX_PAYLOAD, SMALL_LOG
       if frames_in == 'log' then
         at = from + count
       else
-        at = from + 1
+        at, small = from + 1, SMALL_LIVE
         if count > 1 then
           limit = ff.MAX_RUN_BYTES
         end
@@ -297,8 +299,11 @@ local function check_blocks(args)
       end
       for i = from, at - 1 do
         local size = #args[i]
-        if size > limit then
-          return nil, ff.err('payload_too_large', ff.text(limit), ff.text(size))
+        if size > small then
+          large = true
+          if size > limit then
+            return nil, ff.err('payload_too_large', ff.text(limit), ff.text(size))
+          end
         end
         bytes = bytes + size
       end
@@ -331,7 +336,7 @@ local function check_blocks(args)
   if total > MAX_FRAMES or bytes > MAX_BATCH_BYTES then
     return nil, ff.err('invalid_input', 'frames')
   end
-  return total, patches_base, document_version, mixed
+  return total, patches_base, document_version, mixed, large
 end
 
 -- Stores the payloads of a log block from `from` to before `after`, each with the block's fields, under the sequences
@@ -513,7 +518,7 @@ redis.register_function('ff_append', function(keys, args)
   then
     return append_refusal(meta_key, writer)
   end
-  local total, patches_base, document_version, mixed = check_blocks(args)
+  local total, patches_base, document_version, mixed, large = check_blocks(args)
   if not total then
     return patches_base
   end
@@ -566,7 +571,9 @@ redis.register_function('ff_append', function(keys, args)
     ms = now
   end
   local id = write_blocks(call, format, args, keys, now, ms, last_id, sequence, skip, first_applied)
-  if total > 0 then
+  if large then
+    call('HSET', meta_key, 'last_id', id, 'large_id', id)
+  elseif total > 0 then
     call('HSET', meta_key, 'last_id', id)
   end
   return position(id, now, expires_at, cancel_requested)

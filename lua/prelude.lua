@@ -15,6 +15,10 @@ ff.MAX_SIGNAL = 65536
 -- A call blocks the server until it returns: at about 1.5 us a frame, 1024 frames stay below 2 ms.
 ff.MAX_FRAMES = 1024
 ff.MAX_RUN_BYTES = 2097152
+-- The meta hash of an attempt names the last batch with a larger entry of the log or the live window. Behind that id,
+-- readers bound their answers by the number of entries.
+ff.SMALL_LOG = 1024
+ff.SMALL_LIVE = 16384
 -- The field list of a stream entry is unpacked onto the Lua stack; this bound is far below the stack's limit.
 ff.MAX_FIELDS = 32
 

@@ -1,17 +1,30 @@
 -- Reading. Every function here is `no-writes`, so a replica may serve it.
 
-local PAGE = 128
+-- Entries of one XRANGE: few where one may be large, so that a call reads little more than it answers.
+local PAGE, LARGE_PAGE = 128, 8
 -- A call looks at no more entries of a stream than this, at 2 us each.
 local SCAN_LIMIT = 1024
+-- The greatest id of a stream, which XRANGE does not take as an exclusive start.
+local LAST_ID = '18446744073709551615-18446744073709551615'
 
--- Entries of a stream after an id, until they hold `count` frames or `max_bytes` bytes. An entry without a field of
--- ours is left out. With `summary_only` best-effort entries are left out too; a summary entry of the live window has
--- a mode. Returns the entries, the id of the last entry that was looked at, and '1' where more may follow it, else
--- ''.
-local function read_after(stream_key, after, count, max_bytes, summary_only)
+local function is_before(id, other)
+  local ms, sequence = ff.split_id(id)
+  local other_ms, other_sequence = ff.split_id(other)
+  ms, other_ms = tonumber(ms), tonumber(other_ms)
+  return ms < other_ms or (ms == other_ms and sequence < other_sequence)
+end
+
+-- Entries of a stream after an id up to another one, until they hold `count` frames or `max_bytes` bytes; at least one.
+-- An entry without a field of ours is left out, as is a run that is too large. With `summary_only` best-effort entries
+-- are left out too; a summary entry of the live window has a mode. Returns the entries, the id of the last entry that
+-- was looked at, and '1' where more may follow it, else ''.
+local function read_between(stream_key, after, to, page_size, count, max_bytes, summary_only)
   local entries, scanned, frames, bytes = {}, 0, 0, 0
+  if after == LAST_ID then
+    return entries, after, ''
+  end
   while true do
-    local page = redis.call('XRANGE', stream_key, '(' .. after, '+', 'COUNT', PAGE)
+    local page = redis.call('XRANGE', stream_key, '(' .. after, to, 'COUNT', page_size)
     for _, entry in ipairs(page) do
       after = entry[1]
       scanned = scanned + 1
@@ -21,13 +34,18 @@ local function read_after(stream_key, after, count, max_bytes, summary_only)
         if name == 'payload' or name == 'end' then
           ours = true
         elseif name == 'run' then
-          ours, held = true, ff.run_count(value)
+          held = ff.run_count(value)
+          ours = held <= ff.MAX_FRAMES and #value <= ff.MAX_RUN_BYTES
         elseif name == 'mode' then
           mode = true
         end
         size = size + #value
       end
       if ours and (mode or not summary_only) then
+        -- The entry that would exceed the bound is left for the next call.
+        if bytes > 0 and bytes + size > max_bytes then
+          return entries, entries[#entries][1], '1'
+        end
         entries[#entries + 1] = entry
         frames = frames + held
         bytes = bytes + size
@@ -36,7 +54,7 @@ local function read_after(stream_key, after, count, max_bytes, summary_only)
         return entries, after, '1'
       end
     end
-    if #page < PAGE then
+    if #page < page_size then
       return entries, after, ''
     end
   end
@@ -46,13 +64,17 @@ end
 --   keys:    core log live meta
 --   args:    attempt_index log_after live_after count max_bytes visibility
 --   returns: log_entries log_to log_more live_entries live_to live_more last_id visible_sequence closed_reason
---            lease_left_ms
+--            lease_left_ms small
 --   errors:  execution_not_found attempt_not_found invalid_input
 --
 -- Both streams, each after an id of its own, read at one moment up to `log_to` and `live_to`. `log_more` and
--- `live_more` are '1' where more entries may follow. An attempt is closed by its end, or by the lapse of its lease:
--- nothing can be appended under a lapsed lease, so every reader gets the same answer by server time. An unclaimed
--- attempt reads as empty.
+-- `live_more` are '1' where more entries may follow; where both are, both were read up to the lower one of the two ids,
+-- and where the log's alone is, the live window was read no further. `max_bytes` bounds the values of each stream, but
+-- for a single larger entry. `small` is '1' where every entry that follows, up to `last_id`, is small (ff.SMALL_LOG,
+-- ff.SMALL_LIVE), else ''.
+--
+-- An attempt is closed by its end, or by the lapse of its lease: nothing can be appended under a lapsed lease, so every
+-- reader gets the same answer by server time. An unclaimed attempt reads as empty.
 redis.register_function({
   function_name = 'ff_read_range',
   callback = function(keys, args)
@@ -69,8 +91,8 @@ redis.register_function({
     if not state then
       return ff.err('execution_not_found')
     end
-    local last_id, visible_sequence, closed_reason, lease_expires_at = unpack(
-      redis.call('HMGET', meta_key, 'last_id', 'visible_sequence', 'closed_reason', 'lease_expires_at')
+    local last_id, visible_sequence, closed_reason, lease_expires_at, large_id = unpack(
+      redis.call('HMGET', meta_key, 'last_id', 'visible_sequence', 'closed_reason', 'lease_expires_at', 'large_id')
     )
     closed_reason = closed_reason or ''
     local lease_left = ''
@@ -88,15 +110,30 @@ redis.register_function({
         closed_reason = 'producer_lost'
       end
     end
-    local log, log_to, log_more = read_after(log_key, log_after, count, max_bytes, false)
-    local live, live_to, live_more = read_after(
-      live_key, live_after, count, max_bytes, visibility == 'exclude_best_effort'
+    local function page_size(after)
+      return large_id and is_before(after, large_id) and LARGE_PAGE or PAGE
+    end
+    local log, log_to, log_more = read_between(
+      log_key, log_after, '+', page_size(log_after), count, max_bytes, false
     )
+    -- A reader cannot place what stands past the id up to which both streams are known, and would ask for it again.
+    local live, live_to, live_more = read_between(
+      live_key, live_after, log_more == '1' and log_to or '+', page_size(live_after), count, max_bytes,
+      visibility == 'exclude_best_effort'
+    )
+    local to = log_to
+    if live_more == '1' then
+      to = live_to
+      while #log > 0 and is_before(to, log[#log][1]) do
+        log[#log], log_to, log_more = nil, to, '1'
+      end
+    end
+    local small = not (large_id and is_before(to, large_id))
     last_id = last_id or '0-0'
     local _, sequence = ff.split_id(last_id)
     return ff.ok(
       log, log_to, log_more, live, live_to, live_more, last_id, visible_sequence or ff.text(sequence), closed_reason,
-      lease_left
+      lease_left, small and '1' or ''
     )
   end,
   flags = { 'no-writes' },

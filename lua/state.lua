@@ -26,9 +26,9 @@ ff.END_REASONS = {
   completed = 'attempt_success', failed = 'attempt_failure', cancelled = 'attempt_cancelled', expired = 'expired',
 }
 
--- A larger result is left out of the completion record; a subscriber reads it from the execution.
-local COMPLETION_PAYLOAD = 65536
-local COMPLETION_MAXLEN = '10000'
+-- Records of completions that a partition keeps, about: so many, and for a day. A record takes some 130 bytes, at most
+-- 700, so 256 partitions of which each is full take 70 MB.
+local COMPLETION_MAXLEN, COMPLETION_MS = '2000', 86400000
 
 local KEYS = ff.KEYS
 
@@ -246,7 +246,9 @@ function ff.flow_verdict_of(execution, state)
   return ff.flow_verdict(flow[2] or 'flow_only', execution.fields.interrupted, state)
 end
 
--- The record of an ended execution, for subscribers of completions.
+-- The record of an ended execution, for subscribers of completions. It has no result: a subscriber reads that from the
+-- execution, which keeps it for its retention. Ids continue behind the last one wherever the clock goes, as long as the
+-- key exists; so it has no TTL, and a trim leaves it.
 local function publish_completion(execution)
   local fields, result = execution.fields, execution.result
   local record = {
@@ -260,12 +262,17 @@ local function publish_completion(execution)
   if result and #result > 0 then
     record[#record + 1] = 'payload_bytes'
     record[#record + 1] = ff.text(#result)
-    if #result <= COMPLETION_PAYLOAD then
-      record[#record + 1] = 'payload'
-      record[#record + 1] = result
-    end
   end
-  redis.call('XADD', ff.key('completions', execution.slot_tag), 'MAXLEN', '~', COMPLETION_MAXLEN, '*', unpack(record))
+  -- XADD trims by one bound; each has its turn.
+  local bound, value = 'MAXLEN', COMPLETION_MAXLEN
+  if execution.now % 2 == 0 then
+    bound, value = 'MINID', ff.text(execution.now - COMPLETION_MS)
+  end
+  local added = redis.pcall('XADD', ff.key('completions', execution.slot_tag), bound, '~', value, '*', unpack(record))
+  -- A key of another type, or a foreign entry that has used up the ids, must not leave the execution half ended.
+  if added.err and not string.find(added.err, 'WRONGTYPE') and not string.find(added.err, 'exhausted') then
+    error(added)
+  end
 end
 
 -- Takes an ended execution off the open members of its flow.

@@ -47,7 +47,7 @@ def pytest_sessionstart() -> None:
         spec = importlib.util.find_spec(name)
         if spec is None or not str(spec.origin).endswith(tuple(EXTENSION_SUFFIXES)):
             raise pytest.UsageError(f"{name} is not compiled: run `make build`")
-    if SECOND_ENGINE_REQUIRED and _second_engine() is None:
+    if SECOND_ENGINE_REQUIRED and second_engine() is None:
         raise pytest.UsageError("the second engine is required: install redis-server 7.0 or newer")
 
 
@@ -55,14 +55,14 @@ def pytest_report_header() -> list[str]:
     return [
         f"ff_fast: {len(EXTENSIONS)} compiled extensions, Lua library {_library.digest()}",
         f"server: {_version(embedded._bundled())}",
-        f"second engine: {_version(_second_engine())}",
+        f"second engine: {_version(second_engine())}",
     ]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items) -> None:
     """Without the second engine leave its tests out, all at once: hundreds of skips hide other skips."""
-    if _second_engine() is not None:
+    if second_engine() is not None:
         return
 
     def on_second_engine(item) -> bool:
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if _second_engine() is None:
+    if second_engine() is None:
         terminalreporter.write_line(
             "SECOND ENGINE NOT TESTED: there is no redis-server 7.0 or newer here; its tests were left out.",
             yellow=True,
@@ -92,7 +92,7 @@ def _version(executable: Path | None) -> str:
 
 
 @functools.cache
-def _second_engine() -> Path | None:
+def second_engine() -> Path | None:
     # Debian keeps servers out of a plain user's PATH on some systems.
     found = shutil.which("redis-server", path=f"{os.environ['PATH']}:/usr/bin:/usr/sbin")
     if found is None:
@@ -116,7 +116,7 @@ def server():
 @pytest.fixture(scope="session")
 def redis_server():
     """Debian's redis-server: an engine we do not ship, without which portability is untested."""
-    executable = _second_engine()
+    executable = second_engine()
     assert executable is not None, "a test on the second engine lacks its mark"
     with embedded.EmbeddedServer(executable=executable, debug_command=True, **PROMPT) as running:
         yield running

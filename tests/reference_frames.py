@@ -61,6 +61,14 @@ def run_of(payloads, ages=None):
     )
 
 
+MAX_FRAMES = 1024
+MAX_RUN_BYTES = 2 << 20
+
+
+class TooLargeError(ValueError):
+    """A run that ff_fast does not write."""
+
+
 def parse_run(run):
     """Payloads and ages of a run; ValueError where it is none."""
     at = 0
@@ -79,6 +87,8 @@ def parse_run(run):
         raise ValueError("a varint is too long")
 
     count = take()
+    if count > MAX_FRAMES or len(run) > MAX_RUN_BYTES:
+        raise TooLargeError
     if count < 1:
         raise ValueError("no frame")
     lengths = [take() for _ in range(count)]
@@ -145,7 +155,11 @@ def decode(entries, after=0, limit=None, exclude=False, live=False):
             kind = PatchKind(
                 fields[b"patch_kind"].decode(), None if pointer is None else pointer.decode()
             )
-        payloads, ages = ([payload], [0]) if run is None else parse_run(run)
+        try:
+            payloads, ages = ([payload], [0]) if run is None else parse_run(run)
+        except TooLargeError:
+            foreign += 1
+            continue
         version = number(fields[b"summary_version"]) if b"summary_version" in fields else 0
         previous = number(fields[b"prev"]) if b"prev" in fields else -1
         if len(payloads) > sequence:

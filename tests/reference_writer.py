@@ -13,6 +13,7 @@ from .reference_frames import parse_run
 
 LETTERS_AFTER_FRAMES = {b"T": 1, b"P": 1, b"K": 1, b"E": 1, b"H": 1, b"C": 3}
 # What a field that is left out stands for.
+RUN_BYTES = 65_536
 USUAL = {b"frame_type": b"token", b"encoding": b"utf8", b"source": b"worker"}
 
 
@@ -63,7 +64,11 @@ def runs_of(
     runs: list[tuple[list[Written], int | None]] = []
     for sequence, written in enumerate(batch, first_sequence):
         previous = visible if written.visible and visible != sequence - 1 else None
-        if previous is None and runs and runs[-1][0][0].shared == written.shared:
+        fits = runs and (
+            written.mode.wire == "durable"
+            or sum(len(one.payload) for one in [*runs[-1][0], written]) <= RUN_BYTES
+        )
+        if previous is None and fits and runs[-1][0][0].shared == written.shared:
             runs[-1][0].append(written)
         else:
             runs.append(([written], previous))

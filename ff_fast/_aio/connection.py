@@ -204,12 +204,14 @@ class Connection(asyncio.Protocol):
 
         Args:
             step: The step.
-            timeout: Longest time for the replies in seconds, without the step's block time.
+            timeout: Longest time for the replies in seconds, without the step's block time; of large ones, the longest
+                silence.
 
         Raises:
             Unavailable: The connection was lost before; nothing was sent.
         """
-        replies = Replies(self, len(step.commands), _transport.wait_s(timeout, step))
+        silence = timeout if step.large else None
+        replies = Replies(self, len(step.commands), _transport.wait_s(timeout, step), silence)
         self.send(step.request, [replies] * len(step.commands))
         return replies
 
@@ -229,10 +231,16 @@ class Connection(asyncio.Protocol):
 class Replies:
     """The replies of one step. A wait for them may be cancelled, and another one started later."""
 
-    __slots__ = ("_connection", "_due", "_failure", "_missing", "_replies", "_sent_at", "_waiter")
+    __slots__ = (
+        "_connection", "_due", "_failure", "_missing", "_replies", "_sent_at", "_silence", "_waiter",
+    )  # fmt: skip
 
-    def __init__(self, connection: Connection, count: int, timeout: float) -> None:
+    def __init__(
+        self, connection: Connection, count: int, timeout: float, silence: float | None = None
+    ) -> None:
         self._connection = connection
+        # Large replies are due when nothing has come for so long; the others have no such extension.
+        self._silence = silence
         self._replies: list[object] = []
         self._missing = count
         self._sent_at = time.monotonic()
@@ -268,23 +276,26 @@ class Replies:
         Raises:
             DeadlineExceeded: The deadline of the step passed.
         """
-        if self._missing <= 0:
-            return True
         loop = asyncio.get_running_loop()
-        due = self._due if until is None else min(self._due, until)
-        self._waiter = loop.create_future()
-        timer = loop.call_later(max(due - time.monotonic(), 0.0), self._wake)
-        try:
-            await self._waiter
-        finally:
-            timer.cancel()
-            self._waiter = None
-        if self._missing <= 0:
-            return True
-        # Only the timer can have woken it.
-        if due == self._due:
-            raise self._connection.late(self._sent_at)
-        return False
+        while self._missing > 0:
+            due = self._due if until is None else min(self._due, until)
+            self._waiter = loop.create_future()
+            timer = loop.call_later(max(due - time.monotonic(), 0.0), self._wake)
+            try:
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+            if self._missing <= 0:
+                break
+            # Only the timer can have woken it.
+            if due != self._due:
+                return False
+            extended = due if self._silence is None else self._connection.heard_at + self._silence
+            if extended <= due:
+                raise self._connection.late(self._sent_at)
+            self._due = extended
+        return True
 
     def take(self) -> list[object]:
         """Return the replies, in order.

@@ -1,33 +1,92 @@
-"""Subscriptions to ended executions, without I/O."""
+"""Subscriptions to ended executions, without I/O.
+
+The records of a partition are a stream. Its ids begin with a time, but nothing compares it with a clock: a subscription
+begins behind the last record of each partition, wherever the server's clock has been meanwhile.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Any, cast
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from ff_fast import keys
 from ff_fast._core import ops
-from ff_fast._core.steps import Command, Step, Steps, checked, server_ms
+from ff_fast._core.steps import Command, Step, Steps, checked
 from ff_fast._hot.resp import pack_command
-from ff_fast.errors import ExecutionNotFound, InvalidCursor
-from ff_fast.types import CompletionOutcome, CompletionPayload, ScannerFilter
+from ff_fast.errors import (
+    Corruption,
+    ExecutionNotFound,
+    FFError,
+    InvalidCursor,
+    ProtocolError,
+)
+from ff_fast.types import CompletionPayload, ScannerFilter
 
-_START = "0-0"
-_LAST_OF_A_MS = 10**16 - 1
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ff_fast.types import CompletionOutcome
+
+T = TypeVar("T")
 
 COMPLETION_BLOCK_MS = 5_000
 """Longest block of a subscription on the server, in ms."""
 
+# Records of one answer, of all partitions together; a record has at most some 600 bytes.
+_REPLY_RECORDS = 1_024
+# Bytes of results that are asked for at once, but for a single larger one, and executions whose tags are.
+_RESULT_BYTES = 1 << 20
+_GROUP = 64
 
-def _cursor(start: str, ids: dict[int, str]) -> str:
-    return ",".join([start, *(f"{index}:{identity}" for index, identity in ids.items())])
+_OUTCOMES = frozenset({"success", "failed", "cancelled", "expired"})
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_CURSOR = re.compile(
+    r"(\d{1,16})-(\d{1,16})((?:,[0-9a-z]{1,4}:[0-9a-z]{1,13}(?:-[0-9a-z]{1,13})?:[0-9a-z]{0,13})*)",
+    re.ASCII,
+)
+
+
+def _base36(number: int) -> str:
+    text = ""
+    while number >= 36:
+        number, digit = divmod(number, 36)
+        text = _DIGITS[digit] + text
+    return _DIGITS[number] + text
+
+
+class _Place(NamedTuple):
+    """Place in the completions of a partition: the id of the last record that was read, and how many were stored by then.
+
+    *stored* tells whether records behind it were trimmed; None where it is not known.
+    """
+
+    ms: int
+    sequence: int
+    stored: int | None
+
+    @property
+    def identity(self) -> bytes:
+        return b"%d-%d" % (self.ms, self.sequence)
+
+    def text(self, index: int) -> str:
+        """Return its part of a cursor, about 16 bytes."""
+        sequence = f"-{_base36(self.sequence)}" if self.sequence else ""
+        stored = "" if self.stored is None else _base36(self.stored)
+        return f",{_base36(index)}:{_base36(self.ms)}{sequence}:{stored}"
+
+
+class _Record(NamedTuple):
+    partition: int
+    identity: bytes
+    fields: list[bytes]
 
 
 class CompletionCore:
     """A subscription to ended executions: makes requests, and completions from the replies.
 
-    One read covers the completion streams of all partitions. The cursor holds the start of the subscription, by the
-    server's clock, and the newest id read from each partition since.
+    One read covers the completion streams of all partitions. The cursor has the place in each partition that has had
+    completions, and an id for all others; it has about 16 bytes a partition.
 
     Args:
         partitions: Number of partitions of the deployment.
@@ -35,126 +94,289 @@ class CompletionCore:
         scope: Filter of the executions.
     """
 
-    __slots__ = ("_check_trimmed", "_first", "_ids", "_partitions", "_scope", "_start")
+    __slots__ = (
+        "_base", "_behind", "_first", "_foreign", "_from", "_look_due", "_partitions", "_places", "_records", "_scope",
+        "_texts",
+    )  # fmt: skip
 
     ended = False
 
     def __init__(self, partitions: int, after: str | None, scope: ScannerFilter) -> None:
         self._partitions = partitions
         self._scope = scope
-        self._start: str | None = None
-        self._ids: dict[int, str] = {}
-        # Completions after the cursor may have been trimmed, so the next read checks.
-        self._check_trimmed = after is not None
-        if after is not None:
-            self._move(_START if after == "start" else after)
-        self._first = None if after is None else _cursor(str(self._start), self._ids)
+        self._base = _Place(0, 0, 0)
+        self._places: dict[int, _Place] = {}
+        self._texts: dict[int, str] = {}
+        # Records that were read and not passed yet; the partitions that may have more at once; those without a stream.
+        self._records: deque[_Record] = deque()
+        self._behind: list[int] = []
+        self._foreign: set[int] = set()
+        # Where the first look begins: "now", "start" or at a cursor.
+        self._from = "now" if after is None else "start" if after == "start" else "cursor"
+        self._look_due = True
+        self._first: str | None = None
+        if self._from == "cursor":
+            self._move(after)
+            self._first = self._cursor
+        elif self._from == "start":
+            self._first = "start"
+
+    @property
+    def _cursor(self) -> str:
+        return "".join([f"{self._base.ms}-{self._base.sequence}", *self._texts.values()])
 
     def _move(self, cursor: object) -> None:
-        found = None
-        if isinstance(cursor, str):
-            found = re.fullmatch(
-                r"(\d{1,16}-\d{1,16})((?:,\d{1,5}:\d{1,16}-\d{1,16})*)", cursor, re.ASCII
-            )
+        if cursor == "start":
+            self._from, self._places, self._texts = "start", {}, {}
+            return
+        found = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None
         if found is None:
             raise InvalidCursor("after must be a cursor of a completion, 'start' or None.")
-        ids = dict(part.split(":") for part in found[2].split(",")[1:])
-        self._start, self._ids = found[1], {int(index): identity for index, identity in ids.items()}
-        if any(index >= self._partitions for index in self._ids):
-            raise InvalidCursor("after is a cursor of a deployment with more partitions.")
+        self._from = "cursor"
+        ms, sequence = int(found[1]), int(found[2])
+        # Of an id that is no place of a partition the number is not known.
+        self._base = _Place(ms, sequence, None if ms else 0)
+        self._places, self._texts = {}, {}
+        for part in found[3].split(",")[1:]:
+            index, identity, stored = part.split(":")
+            ms_text, _, sequence_text = identity.partition("-")
+            place = _Place(
+                int(ms_text, 36),
+                int(sequence_text or "0", 36),
+                int(stored, 36) if stored else None,
+            )
+            if max(place.ms, place.sequence) >= 1 << 64:
+                raise InvalidCursor("after is no cursor of a completion.")
+            if int(index, 36) >= self._partitions:
+                raise InvalidCursor("after is a cursor of a deployment with more partitions.")
+            self._go(int(index, 36), place)
+
+    def _go(self, index: int, place: _Place) -> None:
+        self._places[index] = place
+        self._texts[index] = place.text(index)
 
     @property
     def start(self) -> str | None:
-        """Cursor of the beginning; None until the server's time is known."""
+        """Cursor of the beginning; None until the last record of each partition is known."""
         return self._first
 
     def restart(self, cursor: str | None = None) -> None:
         """Continue after *cursor*, or after the last read; completions there may have been trimmed meanwhile."""
         if cursor is not None:
             self._move(cursor)
-        self._check_trimmed = self._start is not None
+        self._records.clear()
+        self._behind = []
+        self._look_due = True
 
     def read(self) -> Steps[list[CompletionPayload]]:
         """Wait up to :data:`COMPLETION_BLOCK_MS`; return new completions, each with the cursor after it."""
-        if self._start is None:
-            now = yield from server_ms(keys.completions(keys.slot_tag(0)))
-            # The last id of the millisecond before, since completions of this millisecond may follow.
-            self._start = f"{now - 1}-{_LAST_OF_A_MS}"
-            self._first = self._start
-        indexes = range(self._partitions)
-        if self._check_trimmed:
-            yield from self._check_kept(self._start)
-            self._check_trimmed = False
-        names = [keys.completions(keys.slot_tag(index)) for index in indexes]
-        request = pack_command(
-            b"XREAD", b"COUNT", b"100", b"BLOCK", b"%d" % COMPLETION_BLOCK_MS, b"STREAMS",
-            *names,
-            *(self._ids.get(index, self._start).encode() for index in indexes),
-        )  # fmt: skip
-        (reply,) = yield Step((Command(names[0], request),), COMPLETION_BLOCK_MS / 1000)
-        streams = cast("list[tuple[bytes, list[tuple[bytes, list[bytes]]]]]", checked(reply))
-        ids = dict(self._ids)
-        found: list[CompletionPayload] = []
-        for name, entries in streams:
-            index = keys.index_of(name.decode())
-            for identity, flat in entries:
-                ids[index] = identity.decode()
-                cursor = _cursor(self._start, ids)
-                fields = {
-                    key.decode(): value for key, value in zip(flat[::2], flat[1::2], strict=True)
-                }
-                completion = yield from _completion_of(fields, cursor, self._scope)
-                if completion is not None:
-                    found.append(completion)
-        self._ids = ids
-        return found
+        if self._look_due:
+            yield from self._look()
+        if not self._records:
+            yield from self._fetch()
+        return (yield from self._take())
 
-    def _check_kept(self, base: str) -> Steps[None]:
-        """Raise ``InvalidCursor`` if completions after the cursor may have been trimmed."""
+    # -- where it stands -----------------------------------------------------------------------------------------------
+
+    def _look(self) -> Steps[None]:
+        """Look at the stream of each partition: where it ends, and whether records behind the cursor were trimmed.
+
+        Raises:
+            InvalidCursor: They may have been.
+        """
         names = [keys.completions(keys.slot_tag(index)) for index in range(self._partitions)]
         infos = [Command(name, pack_command(b"XINFO", b"STREAM", name)) for name in names]
-        for index, reply in enumerate((yield Step(infos))):
-            if isinstance(reply, Exception) and "no such key" in str(reply):
+        replies = yield Step(infos, large=True)
+        foreign: set[int] = set()
+        places: dict[int, _Place] = {}
+        for index, reply in enumerate(replies):
+            if isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE"):
+                foreign.add(index)
                 continue
-            flat = cast("list[Any]", checked(reply))
+            missing = isinstance(reply, Exception) and "no such key" in str(reply)
+            about = _Stream.of([] if missing else checked(reply))
+            place = self._place(index, about)
+            if place is not None:
+                places[index] = place
+        for index, place in places.items():
+            self._go(index, place)
+        self._from = "cursor"
+        if self._first is None:
+            self._first = self._cursor
+        self._foreign = foreign
+        # Whether it has become a stream is seen by looking again.
+        self._look_due = bool(foreign)
+
+    def _place(self, index: int, about: _Stream) -> _Place | None:
+        """Return the place where this partition goes on; None if it is the one that is known.
+
+        Raises:
+            InvalidCursor: Records behind the cursor may have been trimmed, or the stream ends before the cursor.
+        """
+        if self._from == "now":
+            return _Place(*about.last, about.added) if about.added else None
+        if self._from == "start":
+            return _Place(0, 0, about.added - about.length) if about.added else None
+        place = self._places.get(index)
+        here = place or self._base
+        at = here[:2]
+        if place is None and at != (0, 0) and about.last <= at:
+            return _Place(*about.last, about.added) if about.added else None
+        ahead = place is not None and about.last < at
+        missing = at < about.last and (not about.length or at < about.first)
+        if here.stored is None:
+            missing = missing and about.added > about.length
+        else:
+            missing = missing and about.added - here.stored > about.length
+        if ahead or missing:
+            raise InvalidCursor(
+                "Completions behind the cursor are not kept any more; begin with 'start' and compare with what you"
+                " have."
+            )
+        return None
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def _fetch(self) -> Steps[None]:
+        """Read records of all partitions, or more of those that had more."""
+        behind, self._behind = self._behind, []
+        indexes = behind or [i for i in range(self._partitions) if i not in self._foreign]
+        if not indexes:
+            raise Corruption(
+                "The completions of every partition are a key of another type; look for what wrote them."
+            )
+        count = max(_REPLY_RECORDS // len(indexes), 1)
+        names = [keys.completions(keys.slot_tag(index)) for index in indexes]
+        block = () if behind else (b"BLOCK", b"%d" % COMPLETION_BLOCK_MS)
+        places = [self._places.get(index, self._base).identity for index in indexes]
+        request = pack_command(
+            b"XREAD", b"COUNT", b"%d" % count, *block, b"STREAMS", *names, *places
+        )
+        block_s = 0 if behind else COMPLETION_BLOCK_MS / 1000
+        (reply,) = yield Step((Command(names[0], request),), block_s, large=True)
+        if isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE"):
+            self._look_due = True
+            return
+        streams = cast("list[tuple[bytes, list[tuple[bytes, list[bytes]]]]]", checked(reply))
+        for name, entries in streams:
+            index = keys.index_of(name.decode())
+            self._records.extend(_Record(index, identity, fields) for identity, fields in entries)
+            # In turn with all, so that one with a long backlog keeps nobody waiting.
+            if len(entries) >= count and not behind:
+                self._behind.append(index)
+
+    def _take(self) -> Steps[list[CompletionPayload]]:
+        """Pass on records, as many as have their results in one answer."""
+        taken: list[tuple[_Record, CompletionPayload | None, int]] = []
+        tag = self._scope.instance_tag
+        size = asked = 0
+        for record in self._records:
+            completion, result_bytes = _completion_of(record, self._scope)
+            if completion and (tag or result_bytes):
+                # The next read begins here, so that it has something to ask.
+                if asked and (asked == _GROUP or size + result_bytes > _RESULT_BYTES):
+                    break
+                asked += 1
+                size += result_bytes
+            taken.append((record, completion, result_bytes))
+        if tag is not None:
+            tags = yield from _ask(
+                (ops.read_tags(completion.execution_id) for _, completion, _ in taken if completion)
+            )
+            matches = iter([found is not None and found.get(tag[0]) == tag[1] for found in tags])
+            taken = [
+                (record, completion if completion and next(matches) else None, result_bytes)
+                for record, completion, result_bytes in taken
+            ]
+        results = yield from _ask(
+            ops.read_result(completion.execution_id)
+            for _, completion, result_bytes in taken
+            if completion and result_bytes
+        )
+        found: list[CompletionPayload] = []
+        kept = iter(results)
+        for record, completion, result_bytes in taken:
+            self._records.popleft()
+            stored = self._places.get(record.partition, self._base).stored
+            place = _Place(
+                *ops.entry_id(record.identity.decode()), None if stored is None else stored + 1
+            )
+            self._go(record.partition, place)
+            if completion is not None:
+                result = next(kept) or None if result_bytes else None
+                found.append(completion.replace(payload_bytes=result, cursor=self._cursor))
+        return found
+
+
+class _Stream(NamedTuple):
+    """What XINFO STREAM tells: the first id that is kept, the last id ever, how many records there are and have been."""
+
+    first: tuple[int, int]
+    last: tuple[int, int]
+    length: int
+    added: int
+
+    @classmethod
+    def of(cls, flat: list[Any]) -> _Stream:
+        if not flat:
+            return cls((0, 0), (0, 0), 0, 0)
+        try:
             about = dict(zip(flat[::2], flat[1::2], strict=True))
-            first = about[b"recorded-first-entry-id"].decode()
-            # The server does not report the last trimmed id, so any cursor before the first kept entry is refused.
-            trimmed = about[b"entries-added"] > about[b"length"]
-            here = self._ids.get(index, base)
-            if trimmed and here != _START and ops.entry_id(here) < ops.entry_id(first):
-                raise InvalidCursor(
-                    "Completions behind the cursor are not kept any more; begin with 'start' and"
-                    " compare with what you have."
-                )
+            return cls(
+                ops.entry_id(about[b"recorded-first-entry-id"].decode()),
+                ops.entry_id(about[b"last-generated-id"].decode()),
+                int(about[b"length"]),
+                int(about[b"entries-added"]),
+            )
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ProtocolError from None
 
 
-def _completion_of(
-    fields: dict[str, bytes], cursor: str, scope: ScannerFilter
-) -> Steps[CompletionPayload | None]:
-    """Return the completion of a record; None if the filter excludes it. A large result is read from the execution."""
-    execution_id = fields["execution_id"].decode()
-    if scope.namespace is not None and fields["namespace"].decode() != scope.namespace:
+def _ask(calls: Iterable[ops.Op[T]]) -> Steps[list[T | None]]:
+    """Make *calls* at once; a value is None where the execution is not kept any more, or a key of it is foreign."""
+    asked = list(calls)
+    if not asked:
+        return []
+    replies = yield Step([op.command() for op in asked], large=True)
+    return [_kept(op, reply) for op, reply in zip(asked, replies, strict=True)]
+
+
+def _kept(op: ops.Op[T], reply: object) -> T | None:
+    if isinstance(reply, Exception) and "WRONGTYPE" in str(reply):
         return None
     try:
-        if scope.instance_tag is not None:
-            tags = yield from ops.call(ops.read_tags(execution_id))
-            if tags.get(scope.instance_tag[0]) != scope.instance_tag[1]:
-                return None
-        payload = fields.get("payload")
-        if "payload_bytes" in fields and payload is None:
-            payload = yield from ops.call(ops.read_result(execution_id))
+        return op.answer(reply)
     except ExecutionNotFound:
-        # The execution's retention is over: only the record is left, and its tags cannot be compared.
-        if scope.instance_tag is not None:
-            return None
-        payload = None
-    flow_id = fields.get("flow_id")
-    return CompletionPayload(
-        execution_id=execution_id,
-        outcome=cast("CompletionOutcome", fields["outcome"].decode()),
-        payload_bytes=payload,
-        produced_at_ms=int(fields["produced_at_ms"]),
-        flow_id=None if flow_id is None else flow_id.decode(),
-        cursor=cursor,
-    )
+        return None
+
+
+def _completion_of(record: _Record, scope: ScannerFilter) -> tuple[CompletionPayload | None, int]:
+    """Return the completion of a record, without its result, and the size of the result.
+
+    The completion is None if the filter excludes it, or if another program wrote the record.
+    """
+    flat = record.fields
+    fields = dict(zip(flat[::2], flat[1::2], strict=False))
+    try:
+        execution_id = fields[b"execution_id"].decode()
+        outcome = fields[b"outcome"].decode()
+        flow_id = fields.get(b"flow_id")
+        completion = CompletionPayload(
+            execution_id=execution_id,
+            outcome=cast("CompletionOutcome", outcome),
+            produced_at_ms=int(fields[b"produced_at_ms"]),
+            flow_id=None if flow_id is None else flow_id.decode(),
+        )
+        result_bytes = int(fields.get(b"payload_bytes", b"0"))
+        namespace = fields[b"namespace"].decode()
+        if (
+            outcome not in _OUTCOMES
+            or keys.index_of(completion.execution_id) != record.partition
+            or result_bytes < 0
+        ):
+            return None, 0
+    except (FFError, ValueError, LookupError):
+        return None, 0
+    if scope.namespace is not None and namespace != scope.namespace:
+        return None, 0
+    return completion, result_bytes

@@ -918,7 +918,7 @@ def read_stream(
         attempt_index: Attempt, from 0.
         after: Id of a frame or a cursor, exclusive; None is the beginning.
         count: Largest number of frames, 1 to 10,000.
-        max_bytes: Approximate limit of payload bytes, 1 to 64 MiB.
+        max_bytes: Bytes of payload after which no further frame is read, 1 to 64 MiB; the last frame may exceed it.
         visibility: Whether best-effort frames are included.
 
     Raises:
@@ -929,7 +929,7 @@ def read_stream(
     check_int("max_bytes", max_bytes, 1, 64 << 20)
 
     def core() -> TailCore:
-        return TailCore(execution_id, attempt_index, after, visibility, count)
+        return TailCore(execution_id, attempt_index, after, visibility, count, max_bytes)
 
     core()
     return Call(lambda: read_page(core(), count, max_bytes), writes=False)
@@ -991,11 +991,14 @@ def subscribe_completions(
 
     Args:
         scope: Filter of the executions; None reads all.
-        after: ``cursor`` of an earlier completion, to continue without hole or repeat; ``start`` for all completions
-            that are kept (about 10,000 in each partition); None begins at the first read.
+        after: ``cursor`` of an earlier completion, to continue without hole or repeat, wherever the server's clock has
+            been meanwhile; ``start`` for all completions that are kept (those of a day, about 2,000 in each
+            partition); None begins at the first read. A cursor is text of about 16 bytes for each partition that has had
+            completions: 4 KiB for 256.
 
     Raises:
-        InvalidCursor: *after* is none of these, or completions after it were already trimmed.
+        InvalidCursor: *after* is none of these, completions after it were already trimmed, or the server has lost those
+            before it.
         Unavailable: The server cannot be reached within the retries of the configuration. Raised by a read.
     """
     return CompletionCore(on.partitions, after, _scope(scope))

@@ -69,6 +69,7 @@ class Op(NamedTuple, Generic[T]):
         parse: Makes the caller's value from the status and the fields of a success.
         read_only: The function is ``no-writes``, so a replica may answer.
         repeatable: Sending it again after a lost reply gives the same outcome.
+        large: The answer may be large (see `Step`).
     """
 
     function: bytes
@@ -77,6 +78,7 @@ class Op(NamedTuple, Generic[T]):
     parse: Callable[[bytes, list[object]], T]
     read_only: bool = False
     repeatable: bool = True
+    large: bool = False
 
     def command(self) -> Command:
         """Return the call as one command, for the node of its keys."""
@@ -418,6 +420,7 @@ class Range(NamedTuple):
     visible_sequence: int
     closed_reason: EndReason | None
     lease_left_ms: int | None
+    small: bool
 
 
 def read_range(
@@ -436,7 +439,7 @@ def read_range(
         log, log_to, log_more, live, live_to, live_more, *rest = fields
         if not isinstance(log, list) or not isinstance(live, list):
             raise TypeError
-        last_id, visible, reason, left = map(_text, rest)
+        last_id, visible, reason, left, small = map(_text, rest)
         return Range(
             log,
             _text(log_to).encode(),
@@ -448,6 +451,7 @@ def read_range(
             int(visible),
             cast("EndReason", reason) if reason else None,
             int(left) if left else None,
+            small == "1",
         )
 
     return Op(
@@ -483,6 +487,7 @@ def read_summary(execution_id: str, attempt_index: int) -> Op[dict[bytes, bytes]
         (),
         parse,
         read_only=True,
+        large=True,
     )
 
 
@@ -645,7 +650,7 @@ def _pairs(flat: object) -> dict[bytes, bytes]:
 
 def call(op: Op[T]) -> Steps[T]:
     """Make one call, and return its answer."""
-    (reply,) = yield Step((op.command(),))
+    (reply,) = yield Step((op.command(),), large=op.large)
     return op.answer(reply)
 
 
@@ -666,7 +671,9 @@ def _read_bytes(execution_id: str, key: bytes) -> Op[bytes]:
             raise TypeError
         return payload
 
-    return Op(b"ff_read_payload", (keys.core(execution_id), key), (), parse, read_only=True)
+    return Op(
+        b"ff_read_payload", (keys.core(execution_id), key), (), parse, read_only=True, large=True
+    )
 
 
 def claim_execution(
@@ -923,6 +930,7 @@ def observe_signals(attempt: Attempt) -> Op[tuple[ResumeSignal, ...]]:
         attempt.fence,
         parse,
         read_only=True,
+        large=True,
     )
 
 
@@ -1075,6 +1083,7 @@ def describe_flow(flow_id: str, slot_tag: str) -> Op[FlowDescription]:
         (),
         parse,
         read_only=True,
+        large=True,
     )
 
 

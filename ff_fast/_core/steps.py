@@ -57,10 +57,13 @@ class Step(NamedTuple):
     Attributes:
         commands: One or more commands.
         block_s: How long the server may block before it answers, in seconds.
+        large: The replies may be large: the request timeout is for the silence before a part of them, since all of them
+            may take longer on a slow link.
     """
 
     commands: Sequence[Command]
     block_s: float = 0.0
+    large: bool = False
 
     @property
     def request(self) -> bytes:

@@ -5,9 +5,13 @@ both are known completely. A stream that was not read to its end is known up to 
 received. Frames appended later have higher ids in either stream. So a sequence that is missing below
 the horizon is missing for good: a gap.
 
-`ff_read_range` reads both streams and the state of the attempt atomically, at the start of a tail
-and whenever a block time passes without an entry. XREAD reads and waits in between; an entry costs
-the server a sixth as much by XREAD.
+An answer holds at most about :data:`_REPLY_BYTES`, or one entry that is larger. Three requests share the work:
+
+- `ff_read_range` reads both streams and the state of the attempt atomically, and counts bytes: at the start of a tail,
+  whenever the reader is behind, and whenever a block time passes without an entry.
+- XRANGE reads on where the state says that only small entries follow. An entry costs the server a sixth as much by it,
+  but its only bound is a number of entries.
+- XREAD waits for a few entries, once all are read.
 """
 
 from __future__ import annotations
@@ -26,15 +30,19 @@ BLOCK_MS = 5_000
 MAX_COUNT = 10_000
 
 _PACE_MS = 5
-# Target size of one answer: decoding it occupies an event loop for a few milliseconds.
+# Most bytes of one answer. Decoding it occupies an event loop for a few milliseconds.
 _REPLY_BYTES = 1 << 20
 _REPLY_FRAMES = 4_096
+# Frames that `ff_read_range` answers: of a first look, and of a reader that is behind.
 _FIRST_FRAMES = 64
+_RANGE_FRAMES = 512
 _LARGEST_LOOK = 256
-# XREAD COUNT for log and live window: first value, upper bound. XREAD has no limit in bytes, and
-# entries differ in size: one of the live window may be a run of a thousand frames.
+# XRANGE COUNT for log and live window: first value, upper bound. The largest small entries (lua/prelude.lua) make
+# _REPLY_BYTES together; a run of the live window may hold a thousand frames.
 _FIRST_COUNTS = (512, 16)
 _LARGEST_COUNTS = (1024, 64)
+# XREAD COUNT of a reader that waits. What comes is of any size, so it is small; a reader that gets as many is behind.
+_WAKE_COUNT = 8
 
 Item = StreamFrame | Gap | End
 Id = tuple[int, int]
@@ -93,6 +101,11 @@ class _Position:
         here = self.cursor.encode()
         self.read = [here, here]
         self.held: list[list[list[object]]] = [[], []]
+
+    def fall_back(self, horizon: Id) -> None:
+        """Read again what was read beyond *horizon*; drop what is held."""
+        self.read = [min(_text(*horizon).encode(), to, key=_id) for to in self.read]
+        self.held = [[], []]
 
     def range_op(self, count: int, max_bytes: int) -> ops.Op[ops.Range]:
         return ops.read_range(
@@ -153,11 +166,8 @@ class _Position:
         newest_id = _text(page.last_ms, page.last_sequence).encode()
         self.read = [max(to, newest_id, key=_id) for to in (page.log_to, page.live_to)]
         if horizon is not None:
-            # Entries past the horizon are dropped and read again; a reply is bounded anyway.
-            for stream, more in enumerate((page.log_more, page.live_more)):
-                if more or self.held[stream]:
-                    self.read[stream] = _text(*horizon).encode()
-            self.held = [[], []]
+            # Entries past the horizon are dropped and read again.
+            self.fall_back(horizon)
             return items, ended
         if ended is not None:
             return items, ended
@@ -185,8 +195,8 @@ class TailCore:
         attempt_index: Attempt, from 0; the reader waits for one that is not claimed yet.
         after: Cursor, exclusive: an id of a frame, the cursor of a summary, or None for the start.
         visibility: Whether best-effort frames are delivered.
-        count: Number of frames in a page; None for a tail. ``ff_read_range`` alone reads a small page, XREAD the frames
-            of a larger one.
+        count: Number of frames in a page; None for a tail.
+        max_bytes: Bytes of payload in a page.
 
     Attributes:
         end_reason: Why the attempt ended; None until the end was delivered.
@@ -194,8 +204,9 @@ class TailCore:
     """
 
     __slots__ = (
-        "_asked", "_block_ms", "_count", "_counts", "_first_frames", "_keys", "_more", "_paced",
-        "_position", "_ranged", "_reason", "_unwanted", "end_reason", "start",
+        "_asked", "_behind", "_behind_frames", "_block_ms", "_count", "_counts", "_exact", "_half_bytes", "_keys",
+        "_look_frames", "_more", "_paced", "_position", "_range_frames", "_ranged", "_reason", "_small_to",
+        "_unwanted", "end_reason", "start",
     )  # fmt: skip
 
     def __init__(
@@ -205,9 +216,14 @@ class TailCore:
         after: object,
         visibility: TailVisibility,
         count: int | None = None,
+        max_bytes: int = _REPLY_BYTES,
     ) -> None:
         small = count is not None and count <= _LARGEST_LOOK
-        self._first_frames = count if count is not None and small else _FIRST_FRAMES
+        # A small page is read by `ff_read_range` alone, which does not read past it.
+        self._exact = small or max_bytes < _REPLY_BYTES
+        self._look_frames = count if count is not None and small else _FIRST_FRAMES
+        self._behind_frames = self._look_frames if small else _RANGE_FRAMES
+        self._half_bytes = max(min(max_bytes, _REPLY_BYTES) // 2, 1)
         self._position = _Position(execution_id, attempt_index, after, visibility)
         eid = self._position.execution_id
         self._keys = (keys.stream(eid, attempt_index), keys.live(eid, attempt_index))
@@ -228,8 +244,12 @@ class TailCore:
             self.end_reason = None
         self._position.rewind()
         self._ranged: ops.Op[ops.Range] | None = None
+        self._range_frames = self._look_frames
         self._asked: tuple[int, ...] = ()
         self._count = 0
+        # Whether entries may be left that were stored before the last answer, and the id up to which all are small.
+        self._behind = False
+        self._small_to: bytes | None = None
         self._more = [False, False]
         self._block_ms = 0
         self._paced = False
@@ -237,36 +257,39 @@ class TailCore:
 
     def step(self) -> Step:
         """Return the next request."""
-        held = self._position.held
-        block: int | None = None
-        if held[_LOG] or held[_LIVE]:
-            # Frames can be delivered only up to the shorter stream; read that one next.
-            self._asked = (_LIVE,) if held[_LOG] else (_LOG,)
-        elif self._more[_LOG] or self._more[_LIVE]:
-            # The reader is behind: read one stream at a time, so that one answer stays bounded.
-            self._asked = (_LOG,) if self._more[_LOG] else (_LIVE,)
-        elif self._block_ms == 0:
-            self._ranged = self._position.range_op(self._first_frames, _REPLY_BYTES)
-            return Step((self._ranged.command(),))
-        elif self._paced:
-            # The last answer held only best-effort frames, which this reader excludes. Wait on the log
-            # alone for a moment, so that they cause few wake-ups; durable frames and the end still do.
-            self._asked = (_LOG,)
-            block = _PACE_MS
-        else:
-            self._asked = (_LOG, _LIVE)
-            block = self._block_ms
         self._ranged = None
-        self._count = min(self._counts[stream] for stream in self._asked)
+        if self._small_to is not None:
+            return self._small_step(self._small_to)
+        if self._behind or self._block_ms == 0:
+            position = self._position
+            self._ranged = position.range_op(self._range_frames, self._half_bytes)
+            return Step((self._ranged.command(),), large=True)
+        # A reader that excludes best-effort frames and got only these waits on the log alone for a moment, so that they
+        # cause few wake-ups; durable frames and the end still do.
+        self._asked = (_LOG,) if self._paced else (_LOG, _LIVE)
+        block = _PACE_MS if self._paced else self._block_ms
+        self._count = min(_WAKE_COUNT, *(self._counts[stream] for stream in self._asked))
         request = pack_command(
             b"XREAD",
             *(b"COUNT", b"%d" % self._count),
-            *(() if block is None else (b"BLOCK", b"%d" % block)),
+            *(b"BLOCK", b"%d" % block),
             b"STREAMS",
             *(self._keys[stream] for stream in self._asked),
             *(self._position.read[stream] for stream in self._asked),
         )
-        return Step((Command(self._keys[_LOG], request),), (block or 0) / 1000)
+        return Step((Command(self._keys[_LOG], request),), block / 1000, large=True)
+
+    def _small_step(self, to: bytes) -> Step:
+        """Return the request for the next small entries of one stream."""
+        held = self._position.held
+        # Frames can be delivered only up to the shorter stream; read that one next.
+        stream = _LIVE if held[_LOG] or not self._more[_LOG] else _LOG
+        self._asked = (stream,)
+        self._count = self._counts[stream]
+        request = pack_command(
+            b"XRANGE", self._keys[stream], b"(" + self._position.read[stream], to, b"COUNT", b"%d" % self._count
+        )  # fmt: skip
+        return Step((Command(self._keys[_LOG], request),), large=True)
 
     @property
     def ended(self) -> bool:
@@ -279,8 +302,7 @@ class TailCore:
         After XREADs it is False once more, so that the state is read: only the state shows a lapsed lease, and frames
         that are missing at the end.
         """
-        held = self._position.held
-        if held[_LOG] or held[_LIVE] or any(self._more):
+        if self._behind:
             return False
         if self._ranged is None:
             self._block_ms = 0
@@ -309,26 +331,68 @@ class TailCore:
             raise from_server_error(str(reply))
         if reply is not None and not isinstance(reply, list):
             raise ProtocolError
-        held = self._position.held
-        if reply is None and not (held[_LOG] or held[_LIVE] or any(self._more)):
+        if self._small_to is not None:
+            return self._take_small(reply or [], self._small_to)
+        if not reply:
             if self._paced:
                 self._paced = False
             else:
                 self._block_ms = 0
             return []
-        return self._take_streams(reply or [])
+        return self._take_streams(reply)
 
     def _take_range(self, page: ops.Range) -> list[Item]:
         self._counts[_LIVE] = self._next_count(_LIVE, page.live)
         items, ended = self._position.take_range(page, self._reason)
         if ended is not None:
             return self._end(items, ended)
-        self._more = [page.log_more, page.live_more]
-        if not any(self._more):
-            self._reason = "fell_behind"
+        self._behind = page.log_more or page.live_more
+        self._small_to = None
+        if self._behind:
+            self._range_frames = self._behind_frames
+            if page.small and not self._exact:
+                self._begin_small(page)
+        else:
+            self._range_frames = self._look_frames
+            self._caught_up(items)
         # A lapsing lease writes no end entry; read the state again just after it lapses.
         left = BLOCK_MS if page.lease_left_ms is None else page.lease_left_ms + 1
         self._block_ms = max(min(BLOCK_MS, left), 1)
+        return items
+
+    def _begin_small(self, page: ops.Range) -> None:
+        to = page.last_ms, page.last_sequence
+        small_to = _text(*to).encode()
+        if not page.log_more:
+            # It has nothing more up to there. Where the log was cut, the live window was not looked at behind the cut.
+            self._position.read[_LOG] = max(self._position.read[_LOG], small_to, key=_id)
+        self._more = [_id(read) < to for read in self._position.read]
+        if any(self._more):
+            self._small_to = small_to
+
+    def _caught_up(self, items: list[Item]) -> None:
+        """Note that everything stored so far was read; *items* came last."""
+        self._behind = False
+        self._reason = "fell_behind"
+        self._paced = self._position.exclude and self._unwanted and not items and not self._paced
+        self._unwanted = False
+
+    def _take_small(self, entries: list[list[object]], to: bytes) -> list[Item]:
+        (stream,) = self._asked
+        position = self._position
+        if entries:
+            self._counts[stream] = self._next_count(stream, entries)
+            position.read[stream] = entries[-1][0]  # type: ignore[call-overload]
+            position.held[stream] = entries
+        self._more[stream] = len(entries) >= self._count
+        if not self._more[stream]:
+            position.read[stream] = max(position.read[stream], to, key=_id)
+        items, ended = self._merge(min(_id(known) for known in position.read))
+        if ended is not None:
+            return self._end(items, ended)
+        if not any(self._more):
+            self._small_to = None
+            self._caught_up(items)
         return items
 
     def _take_streams(self, reply: list[object]) -> list[Item]:
@@ -345,23 +409,23 @@ class TailCore:
                 self._counts[stream] = self._next_count(stream, found)
                 position.read[stream] = found[-1][0]  # type: ignore[call-overload]
                 position.held[stream] = found
-            if stream in self._asked:
-                self._more[stream] = found is not None and len(found) >= self._count
-            if self._more[stream] or stream not in self._asked:
+            if stream not in self._asked or (found is not None and len(found) >= self._count):
                 known = _id(position.read[stream])
                 horizon = known if horizon is None else min(horizon, known)
-        items, ended = position.merge(
-            position.held[_LOG], position.held[_LIVE], horizon, self._reason
-        )
+        items, ended = self._merge(horizon)
         if ended is not None:
             return self._end(items, ended)
         self._unwanted = not items and (self._unwanted or bool(fresh))
-        if position.held[_LOG] or position.held[_LIVE] or any(self._more):
-            return items
-        self._reason = "fell_behind"
-        self._paced = position.exclude and self._unwanted and not self._paced
-        self._unwanted = False
+        if horizon is None:
+            self._caught_up(items)
+        else:
+            position.fall_back(horizon)
+            self._behind = True
         return items
+
+    def _merge(self, horizon: Id | None) -> tuple[list[Item], EndReason | None]:
+        held = self._position.held
+        return self._position.merge(held[_LOG], held[_LIVE], horizon, self._reason)
 
     def _next_count(self, stream: int, entries: list[list[object]]) -> int:
         """Return the next XREAD COUNT of a stream, from the size of its last entries."""
@@ -402,7 +466,7 @@ class StreamPage(tuple[StreamFrame, ...]):  # noqa: SLOT001 - no room for slots 
 
 
 def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
-    """Read up to *count* frames, and about *max_bytes* of payload.
+    """Read up to *count* frames, until they have *max_bytes* of payload.
 
     Raises:
         ExecutionNotFound, AttemptNotFound: There is no such attempt.
@@ -417,6 +481,9 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
         some = [item for item in items if isinstance(item, StreamFrame)]
         missing = [item for item in items if isinstance(item, Gap)]
         room = count - len(frames)
+        more = sum([len(frame.payload) for frame in some])
+        if size + more >= max_bytes:
+            room = min(room, _how_many(some, max_bytes - size))
         if len(some) >= room:
             # Frames read beyond the page, also those of a run, are read again for the next page.
             last = some[room - 1]
@@ -426,9 +493,18 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
             return _page(frames, gaps, last.stream_id, core.end_reason if whole else None)
         frames += some
         gaps += missing
-        size += sum([len(frame.payload) for frame in some])
-        if core.ended or size >= max_bytes or core.caught_up():
+        size += more
+        if core.ended or core.caught_up():
             return _page(frames, gaps, core.cursor, core.end_reason)
+
+
+def _how_many(frames: list[StreamFrame], size: int) -> int:
+    """Return how many of *frames* have *size* bytes of payload together."""
+    for index, frame in enumerate(frames, 1):
+        size -= len(frame.payload)
+        if size <= 0:
+            return index
+    return len(frames)
 
 
 def _page(

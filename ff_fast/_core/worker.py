@@ -427,7 +427,7 @@ def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) ->
         commands = [reading.command(), opening.command()]
         if task.resumed:
             commands.append(observing.command())
-        replies = yield Step(commands)
+        replies = yield Step(commands, large=True)
         task.payload = reading.answer(replies[0])
         opened = opening.answer(replies[1])
         if task.resumed:

@@ -21,7 +21,8 @@ A run holds consecutive frames that share all these fields. It stores what diffe
     ages                     count varints, ms before the entry's ms at which each frame was written
     payloads                 back to back
 
-A varint is little-endian base 128; the high bit of a byte says that another byte follows. Frame i
+A run has at most 1,024 frames and 2 MiB; an entry with a larger value is foreign. A varint is
+little-endian base 128; the high bit of a byte says that another byte follows. Frame i
 of n, from 0, has the id ``<entry ms>-<entry sequence - n + 1 + i>``, so a cursor may be inside a
 run.
 """
@@ -47,6 +48,11 @@ cdef Py_ssize_t TEXT_LIMIT = 4096
 cdef Py_ssize_t TEXT_BYTES = 64
 cdef dict texts = {}
 cdef dict patch_kinds = {}
+
+cdef enum:
+    # The same limits as in lua/prelude.lua.
+    MAX_FRAMES = 1024
+    MAX_RUN_BYTES = 1 << 21
 
 # Stands for every larger half of an id.
 cdef long long LARGEST = <long long>1 << 62
@@ -277,6 +283,16 @@ cdef const unsigned char* take_varint(
         shift += 7
 
 
+cdef bint too_large(bytes run) except -1:
+    """Whether a run has more bytes, or says that it has more frames, than ff_fast writes."""
+    cdef const unsigned char* start = <const unsigned char*>PyBytes_AS_STRING(run)
+    cdef unsigned long long count = 0
+    if PyBytes_GET_SIZE(run) > MAX_RUN_BYTES:
+        return True
+    take_varint(start, start + PyBytes_GET_SIZE(run), &count)
+    return count > MAX_FRAMES
+
+
 cdef inline bytes checked_bytes(object part):
     if not PyBytes_CheckExact(part):
         bad_entry()
@@ -465,6 +481,10 @@ def decode_entries(
             continue
         if exclude_best_effort and frame.mode == BEST_EFFORT:
             continue
+        # Nothing that large is allocated for an entry that nobody of ours wrote.
+        if PyBytes_GET_SIZE(payload) > MAX_RUN_BYTES if run is None else too_large(run):
+            result.foreign += 1
+            continue
         if previous is not None:
             number_of(previous, &frame._previous)
         if version is not None:
@@ -507,7 +527,7 @@ def weigh_entries(list entries not None):
             value = checked_bytes(fields[at + 1])
             at += 2
             total += PyBytes_GET_SIZE(value)
-            # At most MAX_FRAMES (1,024) frames are in a run, so the count has at most two bytes.
+            # At most MAX_FRAMES are in a run, so the count has at most two bytes.
             if is_field(name, "run", 3) and PyBytes_GET_SIZE(value) > 2:
                 start = <const unsigned char*>PyBytes_AS_STRING(value)
                 count = start[0]
@@ -582,6 +602,8 @@ def decode_run(bytes run not None, long long count):
     cdef StreamFrame shared = StreamFrame.__new__(StreamFrame)
     cdef StreamFrame frame
     shared.sequence = count
+    if too_large(run):
+        bad_entry()
     if add_run(frames, run, shared, 0) != count:
         bad_entry()
     return [(<StreamFrame>frame).payload for frame in frames]

@@ -72,6 +72,8 @@ cdef enum:
     # The payloads of a batch, of which a single one may have as much. A run has at most 12 KB of
     # lengths and ages, and the server accepts 2 MiB.
     MAX_BATCH_BYTES = MAX_PAYLOAD
+    # A run has as much at most, or one frame, since readers that wait ask for entries by number.
+    RUN_BYTES = 1 << 16
     # A batch of this size is sent although earlier ones are in flight, so the server does not idle
     # between two batches. Smaller ones wait and grow with its load.
     EAGER_FRAMES = 256
@@ -552,6 +554,7 @@ cdef class WriterCore:
         if (
             shape is not self._shape or self._run_count == 0
             or (shape.kind != LIVE and self._visible != self._sequence)
+            or (shape.kind != LOG and self._runs[self._run_count - 1].size + size > RUN_BYTES)
         ):
             previous = -1
             if shape.kind != LIVE and self._visible != self._sequence:

@@ -67,6 +67,7 @@ class Connection:
         self._pushed = hiredis.PushNotification
         self._owed = 0
         self._due = 0.0
+        self._large = False
         self._sent_at = 0.0
         # When the last bytes came, in monotonic time.
         self.heard_at = time.monotonic()
@@ -108,6 +109,7 @@ class Connection:
             self._sent_at = time.monotonic()
             timeout = min(self._timeout, longest)
             self._due = self._sent_at + _transport.wait_s(timeout, step)
+            self._large = step.large
             self._socket.settimeout(timeout)
             self._socket.sendall(step.request)
         except TimeoutError:
@@ -126,7 +128,8 @@ class Connection:
     def receive(self, until: float | None = None) -> object:
         """Return the next owed reply, or `PENDING` if it has not arrived by *until*, in monotonic time.
 
-        All replies of a step share its deadline. A connection that misses the deadline is closed.
+        All replies of a step share its deadline, which large ones extend as they come. A connection that misses the
+        deadline is closed.
         """
         if self._socket is None:
             raise OutcomeUnknown
@@ -140,7 +143,7 @@ class Connection:
                     return PENDING
                 looked = True
                 due = self._due if until is None else min(self._due, until)
-                # Bounds the whole reply, not each of its reads.
+                # Bounds the whole reply, not each of its reads; of a large one, the silence within it.
                 self._socket.settimeout(max(due - now, 1e-6))
                 try:
                     data = self._socket.recv(1 << 18)
@@ -154,6 +157,8 @@ class Connection:
                 if not self._guard.accepts(data):
                     raise self._broken_reply
                 self._reader.feed(data)
+                if self._large:
+                    self._due = max(self._due, self.heard_at + self._timeout)
         except TimeoutError:
             failure = self._late()
         except OSError:

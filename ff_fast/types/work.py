@@ -321,7 +321,7 @@ class CompletionPayload(Value):
     Attributes:
         execution_id: Canonical execution id.
         outcome: How it ended.
-        payload_bytes: Its result; None without one.
+        payload_bytes: Its result; None without one, and where the execution's retention was over when it was read.
         produced_at_ms: When it ended, Unix milliseconds by the server's clock; 0 if unknown.
         flow_id: Its flow; None without one.
         cursor: ``after`` of a subscription that continues after it; None outside a subscription.

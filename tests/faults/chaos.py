@@ -46,6 +46,7 @@ class ChaosProxy:
         accepted: How many connections there have been.
         cuts: How many of them were cut here.
         swallowed: How many bytes were lost in silence.
+        passed: Bytes of replies that were passed.
     """
 
     def __init__(self, target, wrap=None):
@@ -63,6 +64,7 @@ class ChaosProxy:
         self.accepted = 0
         self.cuts = 0
         self.swallowed = 0
+        self.passed = 0
         self._port = 0
         self._listener = None
         self.listen()
@@ -274,6 +276,8 @@ class _Pair(threading.Thread):
                     data = change(data) if change else data
                 allowed, how = self._proxy.spend(direction, len(data))
                 self._pass(routes[direction][1], data[:allowed])
+                if direction == DOWN:
+                    self._proxy.passed += allowed
                 if how is not None:
                     self._end(how)
                     return

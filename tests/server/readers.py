@@ -123,16 +123,34 @@ class Stepper:
 
     def step(self):
         """Make one step; return what it brought."""
+        found = self.core.receive(self._ask(self.core.step()))
+        self.items += found
+        return found
+
+    def drive(self, steps):
+        """Run steps of one command each; return their value."""
+        reply = None
+        while True:
+            try:
+                step = steps.send(reply)
+            except StopIteration as stop:
+                return stop.value
+            reply = [self._ask(step)]
+
+    def _ask(self, step):
         pool = self._raw.connection_pool
         connection = pool.get_connection()
+        request = request_of(step)
         try:
-            connection.send_packed_command([request_of(self.core.step())])
+            connection.send_packed_command([request])
             reply = connection.read_response()
         finally:
             pool.release(connection)
-        found = self.core.receive(reply)
-        self.items += found
-        return found
+        self.received(request.split(b"\r\n", 3)[2], reply)
+        return reply
+
+    def received(self, command, reply):
+        """Called with the name of a command, and the reply to it."""
 
     def run(self):
         """Step to the end of the attempt; return everything."""

@@ -16,8 +16,10 @@ from ff_fast import (
     errors,
     keys,
 )
+from ff_fast.embedded import EmbeddedServer
 
-from ..conftest import ROOT
+from ..clock import SteppedServer
+from ..conftest import ENGINES, PROMPT, ROOT, connect_raw, second_engine
 from ..shells import KINDS, WORKER
 from ..waiting import wait_until
 from .streams import server_ms
@@ -153,7 +155,7 @@ def test_a_filter_by_tag_leaves_out_what_is_gone(kind, server, backend, scope, e
     # Without one, the record says what it can.
     told = Subscription(kind, server.url, scope, cursor, 3).result()
     assert {c.execution_id: c.payload_bytes for c in told} == {
-        gone: b"x",
+        gone: None,
         large_and_gone: None,
         kept: b"y",
     }
@@ -280,3 +282,187 @@ def test_a_cursor_whose_successors_are_trimmed_is_refused(
     for cursor, rest in (("start", eids[2:]), (found[2].cursor, eids[3:])):
         again = Subscription(kind, server.url, scope, cursor, count=len(rest)).result()
         assert [completion.execution_id for completion in again] == rest
+
+
+# -- clocks, retention and what others put there ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def stepped(request):
+    executable = second_engine() if request.param == "redis_server" else None
+    with SteppedServer(executable=executable, **PROMPT) as running:
+        yield running
+
+
+@pytest.mark.parametrize("step", [-1, -60, -100_000, 60])
+def test_a_step_of_the_servers_clock_loses_nothing(kind, stepped, step, lane, namespace, scope):
+    with ff_fast.ValkeyBackend.connect(stepped.url) as backend, connect_raw(stepped.url) as raw:
+
+        def end(count):
+            """End executions of several partitions, and of one."""
+            flow = backend.create_flow()
+            eids = []
+            for n in range(count):
+                options = {"flow_id": flow} if n % 2 else {}
+                eid = backend.create_execution(lane=lane, namespace=namespace, **options)
+                backend.complete(backend.claim(lane=lane, lease_ttl_ms=10**9, **WORKER), b"r")
+                eids.append(eid)
+            return eids
+
+        def told(count, after):
+            result = Subscription(kind, stepped.url, scope, after, count).result()
+            return [each.execution_id for each in result], result[-1].cursor
+
+        before = end(6)
+        _, cursor = told(6, "start")
+        waiting = Subscription(kind, stepped.url, scope, None, count=6)
+        wait_until(lambda: blocked(raw))
+        was = server_ms(raw)
+        stepped.step_clock(step)
+        wait_until(lambda: abs(server_ms(raw) - was - step * 1000) < 900)
+        after = end(6)
+        assert sorted(each.execution_id for each in waiting.result()) == sorted(after)
+        found, cursor = told(6, cursor)
+        assert sorted(found) == sorted(after)
+        new = Subscription(kind, stepped.url, scope, None, count=2)
+        wait_until(lambda: blocked(raw))
+        last = end(2)
+        assert sorted(each.execution_id for each in new.result()) == sorted(last)
+        assert sorted(told(2, cursor)[0]) == sorted(last)
+        assert sorted(told(14, "start")[0]) == sorted([*before, *after, *last])
+
+
+def test_records_keep_no_result(kind, server, scope, end, raw):
+    cursor = here(raw)
+    result = bytes(range(256)) * 200
+    gone = end(result, retention=0.001)
+    wait_until(lambda: not raw.exists(keys.core(gone)))
+    kept = end(result)
+    told = Subscription(kind, server.url, scope, cursor, 2).result()
+    assert {c.execution_id: c.payload_bytes for c in told} == {gone: None, kept: result}
+    for eid in (gone, kept):
+        stream = keys.completions(eid.split(":", 2)[0] + ":" + eid.split(":", 2)[1])
+        assert raw.memory_usage(stream) < 6_000 + 200 * raw.xlen(stream)
+
+
+def test_records_are_kept_for_a_day_and_by_number(server, lane):
+    with (
+        SteppedServer(**PROMPT) as own,
+        ff_fast.ValkeyBackend.connect(own.url) as backend,
+        connect_raw(own.url) as raw,
+    ):
+        flow = backend.create_flow()
+        stream = keys.completions(keys.flow_slot_tag(flow, 256))
+
+        def end(count):
+            for _ in range(count):
+                backend.cancel(backend.create_execution(lane=lane, flow_id=flow))
+
+        end(120)
+        first = raw.xinfo_stream(stream)["first-entry"][0]
+        subscription = backend.subscribe_completions(after="start")
+        told = []
+        while len(told) < 120:
+            told += subscription.next_batch()
+        own.step_clock(86_400 + 60)
+        wait_until(lambda: not raw.exists(keys.flow(keys.flow_slot_tag(flow, 256), flow)))
+        backend.create_flow(flow)
+        end(120)
+        assert raw.xinfo_stream(stream)["first-entry"][0] > first
+        assert raw.xlen(stream) < 200
+        # What was trimmed had been read, so a reader that comes back later goes on.
+        told += backend.subscribe_completions(after=told[-1].cursor).next_batch()
+        assert len({each.execution_id for each in told}) == len(told) > 120
+        with pytest.raises(errors.InvalidCursor):
+            backend.subscribe_completions(after=told[10].cursor).next_batch()
+        with raw.pipeline() as pipe:
+            for n in range(4_000):
+                pipe.xadd(stream, {"n": n})
+            pipe.execute()
+        end(30)
+        assert 2_000 <= raw.xlen(stream) < 2_300
+
+
+FOREIGN = (
+    {"a": "b"},
+    {"execution_id": "x", "outcome": "success", "namespace": "n", "produced_at_ms": "1"},
+    {"execution_id": b"\xff", "outcome": "success", "namespace": b"\xff", "produced_at_ms": "x"},
+    {"outcome": "success", "produced_at_ms": "1"},
+)
+
+
+def test_what_others_put_there_harms_nobody(kind, lane):
+    with (
+        EmbeddedServer() as own,
+        ff_fast.ValkeyBackend.connect(own.url) as backend,
+        connect_raw(own.url) as raw,
+    ):
+        eids = []
+
+        flow = backend.create_flow()
+
+        def end(count):
+            for _ in range(count):
+                eids.append(backend.create_execution(lane=lane, flow_id=flow))
+                backend.complete(backend.claim(lane=lane, **WORKER), b"r")
+
+        subscription = Subscription(kind, own.url, None, "start", count=6)
+        end(2)
+        for index in range(0, 256, 5):
+            for fields in FOREIGN:
+                raw.xadd(keys.completions(keys.slot_tag(index)), fields)
+        end(2)
+        # A key of another type in one partition, met by one that waits and by one that begins.
+        indexes = range(256)
+        free = [i for i in indexes if not raw.exists(keys.completions(keys.slot_tag(i)))]
+        raw.set(keys.completions(keys.slot_tag(free[0])), "no stream")
+        begins = Subscription(kind, own.url, None, "start", count=6)
+        end(2)
+        for each in (subscription, begins):
+            told = each.result()
+            assert [c.execution_id for c in told] == eids
+            assert {c.payload_bytes for c in told} == {b"r"}
+
+
+def test_a_key_of_another_type_stops_no_execution_from_ending(lane):
+    with (
+        EmbeddedServer() as own,
+        ff_fast.ValkeyBackend.connect(own.url) as backend,
+        connect_raw(own.url) as raw,
+    ):
+        flow = backend.create_flow()
+        completions = keys.completions(keys.flow_slot_tag(flow, 256))
+        for spoil in (
+            lambda: raw.set(completions, "no stream"),
+            lambda: raw.xadd(completions, {"a": "b"}, id=f"{2**64 - 1}-{2**64 - 1}"),
+        ):
+            raw.delete(completions)
+            spoil()
+            eid = backend.create_execution(lane=lane, flow_id=flow)
+            backend.complete(backend.claim(lane=lane, **WORKER), b"r")
+            assert backend.describe(eid).state == "completed"
+            assert raw.pttl(keys.core(eid)) > 0
+        raw.delete(completions)
+        backend.create_execution(lane=lane, flow_id=flow)
+        backend.complete(backend.claim(lane=lane, **WORKER))
+        assert raw.xlen(completions) == 1
+
+
+def test_a_result_that_became_something_else_ends_no_subscription(kind, server, scope, end, raw):
+    cursor = here(raw)
+    broken, whole = end(b"r"), end(b"r")
+    raw.delete(keys.result(broken))
+    raw.sadd(keys.result(broken), "no string")
+    told = Subscription(kind, server.url, scope, cursor, 2).result()
+    assert {c.execution_id: c.payload_bytes for c in told} == {broken: None, whole: b"r"}
+
+
+def test_a_server_that_comes_back_without_its_data_is_told(kind, lane):
+    with EmbeddedServer() as own:
+        with ff_fast.ValkeyBackend.connect(own.url) as backend, connect_raw(own.url) as raw:
+            backend.cancel(backend.create_execution(lane=lane))
+            subscription = Subscription(kind, own.url, None, "start")
+            wait_until(lambda: subscription.items and blocked(raw))
+        own.restart()
+        with pytest.raises(errors.InvalidCursor):
+            subscription.result()

@@ -623,17 +623,15 @@ def test_a_reader_of_an_attempt_that_nobody_claimed_sees_the_end(world, wait_unt
 # -- completions -------------------------------------------------------------------------------------
 
 
-def test_the_result_is_in_the_record_unless_it_is_large(world):
-    small, handle = world.owned()
-    world.backend.complete(handle, b"\x00r")
-    (record,) = world.completions(small)
-    assert (record[b"payload"], record[b"payload_bytes"], record[b"outcome"]) == (b"\x00r", b"2", b"success")  # fmt: skip
-    large, handle = world.owned()
-    world.backend.complete(handle, b"x" * 65_537)
-    (record,) = world.completions(large)
+@pytest.mark.parametrize("result", [b"", b"\x00r", b"x" * 65_537])
+def test_a_record_has_the_size_of_the_result_alone(world, result):
+    eid, handle = world.owned()
+    world.backend.complete(handle, result)
+    (record,) = world.completions(eid)
     assert b"payload" not in record
-    assert record[b"payload_bytes"] == b"65537"
-    assert len(world.backend.read_result(large)) == 65_537
+    assert record.get(b"payload_bytes") == (b"%d" % len(result) if result else None)
+    assert record[b"outcome"] == b"success"
+    assert world.backend.read_result(eid) == result
 
 
 def test_tags_set_after_the_end_end_with_the_execution(world):

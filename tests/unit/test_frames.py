@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -129,6 +130,53 @@ def test_every_prefix_and_every_changed_byte_of_a_run():
                 assert decode_run(changed, 3) == want
 
 
+@st.composite
+def around_the_bounds(draw):
+    """A run near the greatest number of frames, or near the greatest size, whole or with another count."""
+    count = draw(st.one_of(st.integers(1022, 1027), st.integers(1, 1100)))
+    payloads = [b"p" * draw(st.integers(0, 1))] * count
+    if draw(st.booleans()):
+        payloads[-1] = bytes(reference.MAX_RUN_BYTES - draw(st.integers(-20, 6_000)))
+    run = run_of(payloads)
+    if draw(st.booleans()):
+        claimed = draw(st.one_of(st.integers(1022, 1027), st.sampled_from([2**14, 2**31, 2**55])))
+        run = reference.varint(claimed) + run[len(reference.varint(count)) :]
+    return run
+
+
+@given(around_the_bounds())
+def test_a_run_larger_than_the_library_writes_is_foreign(run):
+    entry = [b"9-3000", [b"run", run]]
+    try:
+        want = reference.decode([entry], live=True)
+    except ValueError:
+        with pytest.raises(Corruption):
+            decode_entries([entry], 0, live=True)
+        return
+    got = decode_entries([entry], 0, live=True)
+    assert (got.foreign, plain_decoded(got)) == (want.foreign, plain_reference(want))
+
+
+def test_a_hostile_run_costs_nothing(subtests):
+    size = 16 << 20
+    for name, run in (
+        ("empty frames", reference.varint(size // 2) + bytes(size)),
+        ("few frames", reference.varint(2) + bytes(size)),
+        ("a count without frames", reference.varint(2**55)),
+    ):
+        with subtests.test(name):
+            tracemalloc.start()
+            try:
+                got = decode_entries([[b"9-%d" % (size), [b"run", run]]], 0, live=True)
+                with pytest.raises(Corruption):
+                    decode_run(run, size // 2)
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+            assert (got.foreign, got.frames) == (1, [])
+            assert peak < 100_000
+
+
 @pytest.mark.parametrize("varint", [b"\xff" * 8 + b"\x01", b"\x80" * 7 + b"\x80\x01", b"\x80" * 20])
 def test_a_varint_of_more_than_eight_bytes(varint):
     with pytest.raises(Corruption):
@@ -142,7 +190,7 @@ def test_lengths_that_would_overflow():
             decode_run(b"\x02" + lengths + b"\x00\x00" + b"x" * 10, 2)
     # A count that the id allows is still held to what is there.
     with pytest.raises(Corruption):
-        decode_entries([[b"1-%d" % (10**18 - 1), [b"run", huge + b"x" * 10]]], 0)
+        decode_entries([[b"1-%d" % (10**18 - 1), [b"run", reference.varint(1024) + b"x" * 10]]], 0)
 
 
 OURS = [b"frame_type", b"t"]
@@ -166,7 +214,7 @@ RUN = [b"run", run_of([b"a", b"b"], [0, 0])]
         [b"1-3", [*OURS, b"run", b"\3" + RUN[1][1:]]],
         [b"1-1", [*OURS, *RUN]],
         [b"1-2", [*OURS, b"run", b"\0"]],
-        [b"1-2", [*OURS, b"run", b"\xff" * 7 + b"\x7f"]],
+        [b"1-2", [*OURS, b"run", b"\xff" * 8 + b"\x7f"]],
         [b"1-2", [*OURS, b"summary_version", b"1", *RUN]],
         [b"1-2", [b"end", b"x", b"prev", b"y"]],
         [b"12", [*OURS, b"payload", b""]],

@@ -697,8 +697,8 @@ ANSWERS = {
     "ff_read_tags": ([[b"a.b", "ż".encode()]], {"a.b": "ż"}),
     "ff_open_writer": ([b"7-8", b"6", b"1.5", b"2"], ops.Opened(7, 8, 6, b"1.5", 2)),
     "ff_read_range": (
-        [[], b"1-2", b"1", [], b"1-3", b"", b"7-8", b"6", b"expired", b"50"],
-        ops.Range([], b"1-2", True, [], b"1-3", False, 7, 8, 6, "expired", 50),
+        [[], b"1-2", b"1", [], b"1-3", b"", b"7-8", b"6", b"expired", b"50", b"1"],
+        ops.Range([], b"1-2", True, [], b"1-3", False, 7, 8, 6, "expired", 50, small=True),
     ),
     "ff_read_summary": ([[b"version", b"1"]], {b"version": b"1"}),
     "ff_describe_execution": (
@@ -915,7 +915,7 @@ def test_a_half_understood_answer_is_none(subtests):
         ),
         ("ff_open_writer", b"OK", [b"1-9007199254740992", b"0", b"", b"0"]),
         *(
-            ("ff_read_range", b"OK", [[], b"1-2", b"", [], b"1-3", b"", bad, b"0", b"", b""])
+            ("ff_read_range", b"OK", [[], b"1-2", b"", [], b"1-3", b"", bad, b"0", b"", b"", b""])
             for bad in NO_IDS
         ),
         *(

@@ -43,6 +43,7 @@ class Server:
         )  # fmt: skip
         self.last = self.visible = self.last_ms = 0
         self.closed = b""
+        self.small = True
         self.commands = []
 
     def append(self, count):
@@ -61,40 +62,62 @@ class Server:
         reader.feed(request)
         command = reader.gets()
         self.commands.append(command)
-        return self._xread(command) if command[0] == b"XREAD" else self._range(command)
+        answers = {b"XREAD": self._xread, b"XRANGE": self._xrange, b"FCALL_RO": self._range}
+        return answers[command[0]](command)
 
-    def _after(self, key, raw):
-        return [entry for entry in self.streams[key] if entry_id(entry[0]) > entry_id(raw)]
+    def _between(self, key, raw, to=None):
+        return [
+            entry
+            for entry in self.streams[key]
+            if entry_id(entry[0]) > entry_id(raw) and (to is None or entry_id(entry[0]) <= to)
+        ]
 
     def _xread(self, command):
         count = int(command[command.index(b"COUNT") + 1])
         named = command[command.index(b"STREAMS") + 1 :]
         names, ids = named[: len(named) // 2], named[len(named) // 2 :]
-        found = [[key, self._after(key, raw)[:count]] for key, raw in zip(names, ids, strict=True)]
+        found = [
+            [key, self._between(key, raw)[:count]] for key, raw in zip(names, ids, strict=True)
+        ]
         return [part for part in found if part[1]] or None
+
+    def _xrange(self, command):
+        _, key, after, to, _, count = command
+        assert after[:1] == b"("
+        return self._between(key, after[1:], entry_id(to))[: int(count)]
 
     def _range(self, command):
         assert command[:3] == [b"FCALL_RO", b"ff_read_range", b"4"]
-        _, log_after, live_after, count, _, visibility = command[7:]
+        _, log_after, live_after, count, max_bytes, visibility = command[7:]
         assert visibility in (b"", b"exclude_best_effort")
-        reply = [1, b"OK"]
-        for key, after in ((LOG, log_after), (LIVE, live_after)):
-            taken, frames, to, more = [], 0, after, b""
-            for entry in self._after(key, after):
-                to = entry[0]
-                fields = entry[1]
-                if not is_ours(fields):
-                    continue
-                if visibility and key == LIVE and b"mode" not in fields[::2]:
-                    continue
-                taken.append(entry)
-                frames += count_of(fields)
-                if frames >= int(count):
-                    more = b"1"
-                    break
-            reply += [taken, to, more]
+        limits = int(count), int(max_bytes)
+        log = self._taken(LOG, log_after, None, *limits, visible=False)
+        to = entry_id(log[1]) if log[2] else None
+        live = self._taken(LIVE, live_after, to, *limits, visible=bool(visibility))
+        if live[2]:
+            to = entry_id(live[1])
+            kept = [entry for entry in log[0] if entry_id(entry[0]) <= to]
+            log = log if len(kept) == len(log[0]) else [kept, live[1], b"1"]
         last_id = b"%d-%d" % (self.last_ms, self.last)
-        return [*reply, last_id, b"%d" % self.visible, self.closed, b"1000"]
+        rest = [last_id, b"%d" % self.visible, self.closed, b"1000", b"1" * self.small]
+        return [1, b"OK", *log, *live, *rest]
+
+    def _taken(self, key, after, to, count, max_bytes, visible):
+        taken, frames, size, at = [], 0, 0, after
+        for entry in self._between(key, after, to):
+            at = entry[0]
+            fields = entry[1]
+            if not is_ours(fields) or (visible and b"mode" not in fields[::2]):
+                continue
+            more = sum(map(len, fields[1::2]))
+            if size and size + more > max_bytes:
+                return [taken, taken[-1][0], b"1"]
+            taken.append(entry)
+            frames += count_of(fields)
+            size += more
+            if frames >= count or size >= max_bytes:
+                return [taken, at, b"1"]
+        return [taken, at, b""]
 
 
 def step(core, server):
@@ -161,14 +184,20 @@ def frames_in(entries):
     st.integers(1, 4),
     st.integers(1, 3),
     st.integers(1, 5),
+    st.integers(1, 40),
+    st.booleans(),
 )
 def test_whatever_happens_between_two_steps_nothing_is_skipped(
-    plan, acts, visibility, log_count, live_count, first
+    plan, acts, visibility, log_count, live_count, first, reply_bytes, small
 ):
     modes = [frame.mode for batch in plan for frame in batch]
     server = Server(*lay_out(plan, end="attempt_success"))
+    server.small = small
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tail_core, "_FIRST_FRAMES", first)
+        patch.setattr(tail_core, "_RANGE_FRAMES", first + 1)
+        patch.setattr(tail_core, "_REPLY_BYTES", reply_bytes)
+        patch.setattr(tail_core, "_WAKE_COUNT", log_count)
         patch.setattr(tail_core, "_FIRST_COUNTS", (log_count, live_count))
         patch.setattr(tail_core, "_LARGEST_COUNTS", (log_count + 1, live_count + 1))
         core = tail_core.TailCore(EID, 0, None, visibility)
@@ -274,9 +303,15 @@ def test_it_reads_no_entry_twice(monkeypatch):
     seen = []
     while not core.ended:
         reply = server.answer(request_of(core.step()))
-        seen += [entry[0] for part in reply or [] for entry in part[1]]
+        asked = last(server)[0]
+        if asked == b"XRANGE":
+            seen += [entry[0] for entry in reply]
+        else:
+            parts = [reply[2], reply[5]] if asked == b"FCALL_RO" else [part[1] for part in reply]
+            seen += [entry[0] for part in parts for entry in part]
         core.receive(reply)
-    assert len(seen) == len(set(seen))
+    # All but the one that the first look has read.
+    assert len(seen) == len(set(seen)) == 65
 
 
 def test_how_much_it_asks_for_follows_what_came():
@@ -297,6 +332,19 @@ def test_how_much_it_asks_for_follows_what_came():
     assert len(server.commands) < 30
 
 
+def test_it_waits_for_few_entries_and_is_behind_when_it_gets_as_many():
+    core, server = started(*lay_out([[Written("durable", b"x" * 65_536)]] * 100), appended=0)
+    server.append(40)
+    assert len(step(core, server)) == tail_core._WAKE_COUNT
+    server.small = False
+    sizes = []
+    while not sizes or core._behind:
+        sizes.append(sum(len(frame.payload) for frame in step(core, server)))
+        assert last(server)[0] == b"FCALL_RO"
+    assert max(sizes) == tail_core._REPLY_BYTES // 2
+    assert core._position.sequence == 40
+
+
 def test_unwanted_frames_make_it_wait_for_the_log_alone():
     batches_ = [[Written("best_effort")]] * 10 + [[Written("durable")]]
     core, server = started(*lay_out(batches_), visibility=EXCLUDE, appended=0)
@@ -313,13 +361,9 @@ def test_unwanted_frames_make_it_wait_for_the_log_alone():
     server.append(2)
     assert step(core, server) == []
     assert streams_of(last(server)) == [LOG]
-    # The log had one; what the live window has before it is not known until it was read.
+    # The log had one; what the live window has before it is not known until both were read.
     (frame,) = step(core, server)
-    assert (streams_of(last(server)), b"BLOCK" in last(server), frame.sequence) == (
-        [LIVE],
-        False,
-        11,
-    )
+    assert (last(server)[:2], frame.sequence) == ([b"FCALL_RO", b"ff_read_range"], 11)
 
 
 def test_a_restart_reads_again_from_the_last_frame():

@@ -124,7 +124,9 @@ def patch_for(mode, number):
 def written(draw):
     mode = draw(st.sampled_from(MODES))
     if mode.patch_kind is None:
-        payload = draw(st.binary(max_size=6) | st.sampled_from([127, 128, 16_384]).map(bytes))
+        payload = draw(
+            st.binary(max_size=6) | st.sampled_from([127, 128, 16_384, 40_000]).map(bytes)
+        )
     else:
         payload = patch_for(mode, draw(st.integers(0, 99)))
     return Written(
