@@ -223,7 +223,7 @@ def test_a_wait_that_is_too_short_says_so_and_a_repeat_goes_on(world):
     eids = [world.create(flow_id=flow) for _ in range(250)]
     with pytest.raises(errors.DeadlineExceeded):
         world.backend.cancel_flow(flow, ALL, CancelFlowWait.wait_timeout(0))
-    assert len(world.backend.describe_flow(flow).open_members) == 150
+    assert 0 < len(world.backend.describe_flow(flow).open_members) < 250
     due(world, flow)
     world.round()
     outcome = world.backend.cancel_flow(flow, ALL, CancelFlowWait.wait_timeout(60))
