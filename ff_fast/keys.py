@@ -32,6 +32,7 @@ keys::
     ff:idx:{fp:N}:timers                     timers              zset    what is due at some time
     ff:part:{fp:N}:completions               completions         stream  executions that ended
     ff:sec:{fp:N}:waitpoint_hmac             waitpoint_secrets   hash    secrets that sign tokens
+    ff:part:{fp:N}:waitpoints                waitpoint_use       hash    how long secrets are needed
     ff:flow:{fp:N}:<flow>                    flow                hash    state of a flow
     ff:flow:{fp:N}:<flow>:members            flow_members        set     its executions
     ff:flow:{fp:N}:<flow>:open               flow_open           set     those that have not ended

@@ -47,6 +47,7 @@ ff.KEYS = {
   timers = { 'ff:idx:', ':timers' },
   completions = { 'ff:part:', ':completions' },
   waitpoint_secrets = { 'ff:sec:', ':waitpoint_hmac' },
+  waitpoint_use = { 'ff:part:', ':waitpoints' },
   flow = { 'ff:flow:', ':', '' },
   flow_members = { 'ff:flow:', ':', ':members' },
   flow_open = { 'ff:flow:', ':', ':open' },
@@ -67,7 +68,8 @@ ff.TYPES = {
   usage_recent = 'hash', history = 'stream', children = 'set', waitpoints = 'hash', tokens = 'hash',
   signals = 'hash', signals_buffered = 'zset', signals_dedup = 'hash', suspension = 'hash',
   suspension_signals = 'list', attempt = 'hash', summary = 'hash', stream = 'stream', live = 'stream', meta = 'hash',
-  eligible = 'zset', timers = 'zset', completions = 'stream', waitpoint_secrets = 'hash', flow = 'hash',
+  eligible = 'zset', timers = 'zset', completions = 'stream', waitpoint_secrets = 'hash',
+  waitpoint_use = 'hash', flow = 'hash',
   flow_members = 'set', flow_open = 'set',
 }
 

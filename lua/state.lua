@@ -344,7 +344,7 @@ function ff.check_move(execution)
   check_execution(execution)
   if execution.state == 'suspended' then
     ff.expect('suspension', ff.execution_key(execution, 'suspension'))
-    ff.expect('waitpoint_secrets', ff.key('waitpoint_secrets', slot_tag))
+    ff.expect('waitpoint_use', ff.key('waitpoint_use', slot_tag))
   end
   if parent_id then
     local children_key = ff.key('children', slot_tag, parent_id)

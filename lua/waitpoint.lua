@@ -77,24 +77,31 @@ end
 -- these two, so no token is ever looked for.
 local RING_MS = 86400000
 
--- Has the ring expire when it is needed no more. `until_ms` is the end of its newest use.
-local function expire_ring(ring_key, suspended, needed_until, now, until_ms)
+-- They have a key of their own, as whoever ends a suspended execution need not be able to read secrets.
+
+-- Has the ring expire when it is needed no more: reads how it is used, and returns what writes the use after a change of
+-- the number of suspended executions, and with `until_ms` as the end of a new use.
+local function ring_use(slot_tag, now)
   local call = redis.call
-  local last = math.max(needed_until or 0, until_ms or 0, now + RING_MS)
-  call('HSET', ring_key, 'needed_until', ff.text(last), 'suspended', ff.text(suspended))
-  if suspended > 0 then
-    call('PERSIST', ring_key)
-  else
-    call('PEXPIREAT', ring_key, ff.text(last))
+  local use_key, ring_key = ff.key('waitpoint_use', slot_tag), ff.key('waitpoint_secrets', slot_tag)
+  local stored = call('HMGET', use_key, 'suspended', 'needed_until')
+  return function(change, until_ms)
+    local suspended = math.max((ff.integer(stored[1]) or 0) + change, 0)
+    local last = math.max(ff.integer(stored[2]) or 0, until_ms or 0, now + RING_MS)
+    call('HSET', use_key, 'needed_until', ff.text(last), 'suspended', ff.text(suspended))
+    if suspended > 0 then
+      call('PERSIST', ring_key)
+      call('PERSIST', use_key)
+    else
+      call('PEXPIREAT', ring_key, ff.text(last))
+      call('PEXPIREAT', use_key, ff.text(last))
+    end
   end
 end
 
 -- Counts an execution of the partition that becomes suspended (1) or ceases to be (-1).
 function ff.count_suspended(execution, change)
-  local ring_key = ff.key('waitpoint_secrets', execution.slot_tag)
-  local suspended, needed_until = unpack(redis.call('HMGET', ring_key, 'suspended', 'needed_until'))
-  suspended = math.max((ff.integer(suspended) or 0) + change, 0)
-  expire_ring(ring_key, suspended, ff.integer(needed_until), execution.now)
+  ring_use(execution.slot_tag, execution.now)(change)
 end
 
 -- Whether a secret of the ring verifies tokens: the newest, and an earlier one until its grace is over.
@@ -152,7 +159,7 @@ redis.register_function('ff_rotate_waitpoint_secret', function(keys, args)
   if current == kid then
     return ff.ok(current)
   end
-  local kept = 0
+  local use, kept = ring_use(ff.slot_tag_of(ring_key), now), 0
   for field, expires_at in pairs(ring) do
     local earlier = string.match(field, '^expires_at:(.*)$')
     if earlier and (ff.integer(expires_at) or 0) >= now then
@@ -174,7 +181,7 @@ redis.register_function('ff_rotate_waitpoint_secret', function(keys, args)
   -- A secret that becomes current again has no end.
   call('HDEL', ring_key, 'expires_at:' .. kid)
   call('HSET', ring_key, 'current_kid', kid, 'secret:' .. kid, secret)
-  expire_ring(ring_key, ff.integer(ring.suspended) or 0, ff.integer(ring.needed_until), now, now + grace_ms)
+  use(0, now + grace_ms)
   return ff.ok(current or '')
 end)
 
@@ -206,7 +213,7 @@ redis.register_function('ff_create_waitpoint', function(keys, args)
   end
   ff.expect('tokens', tokens_key)
   local ring_key = ff.key('waitpoint_secrets', execution.slot_tag)
-  local current, suspended, needed_until = unpack(call('HMGET', ring_key, 'current_kid', 'suspended', 'needed_until'))
+  local current, use = call('HGET', ring_key, 'current_kid'), ring_use(execution.slot_tag, execution.now)
   local signing_kid, signing = current or kid, secret
   if current then
     signing = call('HGET', ring_key, 'secret:' .. current)
@@ -223,7 +230,7 @@ redis.register_function('ff_create_waitpoint', function(keys, args)
     }
     call('HSET', waitpoints_key, waitpoint_id, waitpoint_text(waitpoint))
   end
-  expire_ring(ring_key, ff.integer(suspended) or 0, ff.integer(needed_until), execution.now, waitpoint.expires_at)
+  use(0, waitpoint.expires_at)
   local message = token_message(execution.id, waitpoint_id, waitpoint.created_at)
   local token = signing_kid .. ':' .. hmac_sha1(signing, message)
   -- A condition names the waitpoint by its token.
@@ -580,6 +587,7 @@ redis.register_function('ff_suspend_execution', function(keys, args)
   end
   ff.expect('signals_buffered', ff.execution_key(execution, 'signals_buffered'))
   ff.expect('suspension_signals', refs_key)
+  ff.expect('waitpoint_use', ff.key('waitpoint_use', execution.slot_tag))
 
   local goes_on = earlier == suspension_id
   local tree, flat, seen = new_tree(key, not goes_on), {}, {}
