@@ -68,7 +68,8 @@ local function grant_lease(execution, worker_id, worker_instance_id, lease_id, l
   if resumed then
     call('HSET', meta_key, 'lease_expires_at', expires_at)
   else
-    call('HSET', meta_key, 'lease_expires_at', expires_at, 'last_id', ff.text(now) .. '-0', 'created_at', ff.text(now))
+    call('HSET', meta_key, 'lease_expires_at', expires_at, 'last_id', ff.text(now) .. '-0',
+      'created_at', ff.text(now))
   end
   if fields.cancel_requested then
     call('HSET', meta_key, 'cancel_requested', '1')
