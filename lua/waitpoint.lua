@@ -79,7 +79,7 @@ local RING_MS = 86400000
 
 -- They have a key of their own, as whoever ends a suspended execution need not be able to read secrets.
 
--- Has the ring expire when it is needed no more. Reads how it is used, and returns what writes the use: after a change of
+-- Has the ring expire when it is needed no more. Reads its use, and returns what writes the use: after a change of
 -- the number of suspended executions, and with `until_ms` as the end of a new use.
 local function ring_use(slot_tag, now)
   local call = redis.call

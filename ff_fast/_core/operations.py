@@ -700,7 +700,7 @@ def observe_signals(on: Deployment, handle: Handle) -> Call[tuple[ResumeSignal, 
         signals, following = yield from ops.call(ops.observe_signals(attempt))
         return signals + (yield from ops.further_signals(attempt, following))
 
-    return Call(steps)
+    return Call(steps, writes=False)
 
 
 def rotate_waitpoint_secret(
@@ -864,7 +864,7 @@ def describe_flow(on: Deployment, flow_id: str) -> Call[FlowDescription]:
     """
     identity = keys.canonical_uuid("flow_id", flow_id)
     slot_tag = keys.flow_slot_tag(identity, on.partitions)
-    return Call(lambda: flows.describe_flow(identity, slot_tag))
+    return Call(lambda: flows.describe_flow(identity, slot_tag), writes=False)
 
 
 def set_tags(on: Deployment, execution_id: str, tags: Mapping[str, str]) -> Call[int]:
