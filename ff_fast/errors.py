@@ -544,10 +544,10 @@ class FlowAlreadyTerminal(FFError):
 
 
 class WaitpointConflict(FFError):
-    """The waitpoint id belongs to another execution or attempt."""
+    """The waitpoint id belongs to another attempt of the execution."""
 
     code = "waitpoint_conflict"
-    _sentence = "The waitpoint id belongs to another execution; use a fresh one."
+    _sentence = "The waitpoint id belongs to another attempt of the execution; use a fresh one."
 
 
 class WaitpointClosed(FFError):
@@ -572,10 +572,13 @@ class SignalLimitExceeded(FFError):
 
 
 class RotationConflict(FFError):
-    """The key id is in use with another secret."""
+    """The key id is in use with another secret, or 64 earlier secrets are still in their grace."""
 
     code = "rotation_conflict"
-    _sentence = "This kid has another secret already; rotate to a fresh kid."
+    _sentence = (
+        "This kid has another secret already, or 64 earlier secrets are still valid;"
+        " rotate to a fresh kid, or wait until a grace is over."
+    )
 
 
 class BudgetNotFound(FFError, LookupError):
@@ -586,8 +589,15 @@ class BudgetNotFound(FFError, LookupError):
 
 
 class Corruption(FFError):
-    """Stored data cannot be read; another program wrote to the library's keys."""
+    """Stored data cannot be used; another program wrote to the library's keys. Nothing was changed.
 
+    Attributes:
+        function: Lua function of the call; None without one.
+        location: Line at which it met the data, as ``lua/append.lua:123``; None if the server did not tell.
+    """
+
+    function: str | None = None
+    location: str | None = None
     code = "corruption"
     _sentence = "Stored data cannot be read; look for another program that writes to these keys."
 
@@ -860,6 +870,8 @@ _BY_FIRST_WORD: dict[str, type[FFError]] = {
     "READONLY": NotPrimary,
     "BUSY": ServerBusy,
     "NOREPLICAS": NotEnoughReplicas,
+    "WRONGTYPE": Corruption,
+    "CORRUPT": Corruption,
 }
 
 _BY_TEXT: tuple[tuple[str, type[FFError]], ...] = (
@@ -869,6 +881,9 @@ _BY_TEXT: tuple[tuple[str, type[FFError]], ...] = (
     ("AUTH <password> called without any password configured", AuthenticationFailed),
     ("max number of clients reached", Unavailable),
     ("SELECT is not allowed in cluster mode", ClusterModeRequired),
+    # Somebody else's entry has an id at or after that of the next frame; or the last id that there is.
+    ("The ID specified in XADD is equal or smaller", Corruption),
+    ("The stream has exhausted the last possible ID", Corruption),
 )
 """Error texts without a code word of their own, compared as prefixes."""
 
@@ -903,6 +918,9 @@ def from_server_error(message: str, function: str | None = None) -> FFError:
         error: FFError = _denied(message, function)
     elif cls is InternalFunctionError:
         error = _stopped(message, function)
+    elif cls is Corruption:
+        # Functions ask for foreign data before their first write.
+        return _corrupt(message, function)
     else:
         error = cls()
     if "@user_function" in message or "ACL failure in script" in message:
@@ -994,6 +1012,24 @@ def _stopped(text: str, function: str | None) -> InternalFunctionError:
     error = InternalFunctionError(
         f"The server function {function or 'that was called'} stopped with an error{at};"
         " the call may have been applied in part."
+    )
+    error.function, error.location = function, location
+    return error
+
+
+_CORRUPT_KEY = re.compile(r"CORRUPT ([a-z_]{1,40})\b")
+
+
+def _corrupt(text: str, function: str | None) -> Corruption:
+    location = _location(text)
+    named = _CORRUPT_KEY.match(text)
+    if function is None and location is None:
+        return Corruption()
+    what = f"a key of the kind {named[1]}" if named else "one of its keys"
+    at = f" ({location})" if location else ""
+    error = Corruption(
+        f"The server function {function or 'that was called'} found foreign data in {what}{at} and changed nothing;"
+        " look for another program that writes to these keys."
     )
     error.function, error.location = function, location
     return error

@@ -12,13 +12,14 @@ keys::
     ff:exec:{fp:N}:<eid>:result              result              string  the output
     ff:exec:{fp:N}:<eid>:tags                tags                hash    user tags
     ff:exec:{fp:N}:<eid>:usage               usage               hash    dimension to amount
-    ff:exec:{fp:N}:<eid>:usage:dedup         usage_dedup         hash    reports that were added
+    ff:exec:{fp:N}:<eid>:usage:dedup         usage_dedup         hash    the last reports with a key
+    ff:exec:{fp:N}:<eid>:usage:recent        usage_recent        hash    the last reports without one
     ff:exec:{fp:N}:<eid>:history             history             stream  transitions
     ff:exec:{fp:N}:<eid>:children            children            set     children that have not ended
-    ff:exec:{fp:N}:<eid>:waitpoints          waitpoints          set     ids of its waitpoints
+    ff:exec:{fp:N}:<eid>:waitpoints          waitpoints          hash    state of each waitpoint
     ff:exec:{fp:N}:<eid>:tokens              tokens              hash    SHA-1 of a token to waitpoint
-    ff:exec:{fp:N}:<eid>:signals             signals             list    every signal, <waitpoint>:<id>
-    ff:exec:{fp:N}:<eid>:signals:buffered    signals_buffered    list    signals before a suspension
+    ff:exec:{fp:N}:<eid>:signals             signals             hash    every signal, by <waitpoint>:<id>
+    ff:exec:{fp:N}:<eid>:signals:buffered    signals_buffered    zset    signals before a suspension
     ff:exec:{fp:N}:<eid>:signals:dedup       signals_dedup       hash    idempotency key to signal
     ff:exec:{fp:N}:<eid>:suspension:current  suspension          hash    the last suspension
     ff:exec:{fp:N}:<eid>:suspension:signals  suspension_signals  list    signals that contributed to it
@@ -27,23 +28,21 @@ keys::
     ff:stream:{fp:N}:<eid>:<i>               stream              stream  the log
     ff:stream:{fp:N}:<eid>:<i>:live          live                stream  the live window
     ff:stream:{fp:N}:<eid>:<i>:meta          meta                hash    last id, writer, lease, end
-    ff:wp:{fp:N}:<waitpoint>                 waitpoint           hash    state of a waitpoint
-    ff:signal:{fp:N}:<signal>                signal              hash    one delivered signal
     ff:idx:{fp:N}:lane:<lane>:eligible       eligible            zset    executions that can be claimed
     ff:idx:{fp:N}:timers                     timers              zset    what is due at some time
     ff:part:{fp:N}:completions               completions         stream  executions that ended
     ff:sec:{fp:N}:waitpoint_hmac             waitpoint_secrets   hash    secrets that sign tokens
+    ff:part:{fp:N}:waitpoints                waitpoint_use       hash    how long secrets are needed
     ff:flow:{fp:N}:<flow>                    flow                hash    state of a flow
     ff:flow:{fp:N}:<flow>:members            flow_members        set     its executions
     ff:flow:{fp:N}:<flow>:open               flow_open           set     those that have not ended
     ff:budget:{b:<budget>}:limits            budget_limits       hash    hard and soft limits
     ff:budget:{b:<budget>}:usage             budget_usage        hash    dimension to amount
-    ff:budget:{b:<budget>}:charge:<charge>   budget_charge       hash    what one report added
+    ff:budget:{b:<budget>}:charges:<eid>     budget_charges      hash    the last reports of an execution
     ff:lane:{<lane>}:ready                   ready               zset    partitions with work
     ff:config:partitions                     PARTITIONS_CONFIG   string  the partition count
 
-``<eid>`` is the execution id and contains the slot tag as well; ``<i>`` is the attempt index; a
-``<signal>`` is ``<waitpoint>:<signal id>``.  The second column is the name of a function here, of a row
+``<eid>`` is the execution id and contains the slot tag as well; ``<i>`` is the attempt index.  The second column is the name of a function here, of a row
 of ``ff.KEYS`` in ``lua/prelude.lua``, or of both: a key has one name.  A budget, a lane and the
 configuration have slots of their own, because executions of all partitions use them.
 
@@ -404,9 +403,9 @@ def budget_usage(budget_id: str) -> bytes:
     return f"ff:budget:{{b:{budget_id}}}:usage".encode("ascii")
 
 
-def budget_charge(budget_id: str, charge: str) -> bytes:
-    """Hash: what one report added to a budget, so that it can be taken back."""
-    return f"ff:budget:{{b:{budget_id}}}:charge:{charge}".encode()
+def budget_charges(budget_id: str, eid: str) -> bytes:
+    """Hash: what the last reports of an execution added to a budget, so that they can be taken back."""
+    return f"ff:budget:{{b:{budget_id}}}:charges:{eid}".encode("ascii")
 
 
 def ready(lane: str) -> bytes:

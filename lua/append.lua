@@ -26,6 +26,10 @@
 --        the batch ends with best-effort frames, and the last visible frame is this one, 0 for none; or '': the last
 --        frame is visible from here on. Sent when it changes
 --
+-- The first write of a call should be an entry of the first block's stream: where somebody else's entry has an id at or
+-- after its own, or the key is no stream, the server refuses that write, and the call with it, with nothing written. So
+-- blocks of frames stand first, and a stream that such a write does not prove is asked before.
+--
 -- A frame is visible when a reader that excludes best-effort frames gets it: frames of L, X and S are. The first
 -- visible frame after best-effort frames carries `prev`, the sequence of the visible frame before it, so such a
 -- reader can tell a hole from frames that it does not want.
@@ -255,10 +259,11 @@ local function bad_block()
 end
 
 -- Checks every block. Returns the number of frames, the document version before the first patches, the version of a
--- document, whether the blocks are about both streams, and whether an entry will be large; or nil and the refusal.
+-- document, whether the blocks are about both streams, whether an entry will be large, and the streams that the first
+-- write does not prove: `log`, `live`, `both`, or nil; or nil and the refusal.
 local function check_blocks(args)
   local total, bytes, patches, patches_base, document_version = 0, 0, 0, nil, nil
-  local stream, mixed, large = nil, false, false
+  local stream, mixed, large, frames_ended, unproven = nil, false, false, false, nil
   local at, last = 3, #args
   while at <= last do
     local letter = args[at]
@@ -269,10 +274,15 @@ local function check_blocks(args)
     local frames_in = FRAMES_IN[letter]
     local about = frames_in or RETENTION_OF[letter]
     if about then
-      mixed = mixed or (stream and stream ~= about)
-      stream = about
+      stream = stream or about
+      if stream ~= about then
+        mixed, unproven = true, unproven or about
+      end
     end
     if frames_in then
+      if frames_ended then
+        unproven = 'both'
+      end
       local count, from = args[at + 1], at + 2
       count = count == '1' and 1 or integer(count)
       if not count or count < 1 then
@@ -318,6 +328,7 @@ local function check_blocks(args)
       end
       total = total + count
     else
+      frames_ended = true
       local value = args[at + 1]
       if letter == DOCUMENT then
         document_version = integer(value)
@@ -336,7 +347,29 @@ local function check_blocks(args)
   if total > MAX_FRAMES or bytes > MAX_BATCH_BYTES then
     return nil, ff.err('invalid_input', 'frames')
   end
-  return total, patches_base, document_version, mixed, large
+  return total, patches_base, document_version, mixed, large, total == 0 and 'both' or unproven
+end
+
+-- Refuses the call where a stream would refuse an entry: where the key is no stream, or has had the id `ms-sequence` or
+-- a later one, which is somebody else's.
+local function check_stream(stream_key, ms, sequence)
+  local info = redis.pcall('XINFO', 'STREAM', stream_key)
+  if info.err then
+    if string.find(info.err, 'no such key', 1, true) then
+      return
+    end
+    error(info)
+  end
+  for i = 1, #info, 2 do
+    if info[i] == 'last-generated-id' then
+      -- A part of an id has up to 20 digits, more than a number holds: ids are compared as texts of one length.
+      local last_ms, last_sequence = string.match(info[i + 1], '^(%d+)-(%d+)$')
+      local last = string.rep('0', 20 - #last_ms) .. last_ms .. string.rep('0', 20 - #last_sequence) .. last_sequence
+      if last >= string.rep('0', 20 - #ms) .. ms .. string.format('%020d', sequence) then
+        ff.corrupt(string.find(stream_key, ':live$') and 'live' or 'stream')
+      end
+    end
+  end
 end
 
 -- Stores the payloads of a log block from `from` to before `after`, each with the block's fields, under the sequences
@@ -518,7 +551,7 @@ redis.register_function('ff_append', function(keys, args)
   then
     return append_refusal(meta_key, writer)
   end
-  local total, patches_base, document_version, mixed, large = check_blocks(args)
+  local total, patches_base, document_version, mixed, large, unproven = check_blocks(args)
   if not total then
     return patches_base
   end
@@ -541,7 +574,10 @@ redis.register_function('ff_append', function(keys, args)
     if skip < 0 or sequence + 1 < tonumber(call('HGET', meta_key, 'writer_base')) then
       return ff.err('sequence_gap', ff.text(stored + 1), ff.text(sequence + 1))
     end
-    if skip >= total then
+    if skip == total then
+      -- The repeat of the last batch, as after a lost reply.
+      return position(last_id, now, expires_at, cancel_requested)
+    elseif skip > total then
       local slot_tag, _, attempt = split_meta_key(meta_key)
       local log_key, window_key = ff.key('stream', slot_tag, attempt), ff.key('live', slot_tag, attempt)
       return position(stored_id(log_key, window_key, sequence + total), now, expires_at, cancel_requested)
@@ -565,11 +601,19 @@ redis.register_function('ff_append', function(keys, args)
     end
     first_applied = summary[2]
   end
-
   local ms = sub(last_id, 1, 13)
   if now > ms then
     ms = now
   end
+  if unproven then
+    if unproven ~= 'live' then
+      check_stream(stream_key, ms, sequence + skip + 1)
+    end
+    if live_key and unproven ~= 'log' then
+      check_stream(live_key, ms, sequence + skip + 1)
+    end
+  end
+
   local id = write_blocks(call, format, args, keys, now, ms, last_id, sequence, skip, first_applied)
   if large then
     call('HSET', meta_key, 'last_id', id, 'large_id', id)

@@ -28,6 +28,21 @@ local function offered_by(args, first)
   return offered
 end
 
+-- Refuses the claim where foreign data would stop it behind its first write. With `take_over` the execution is active,
+-- and its next attempt is claimed.
+local function check_claim(execution, take_over)
+  local fields = execution.fields
+  local resumed = not take_over and fields.interrupted == '1'
+  ff.check_move(execution)
+  ff.core_number(execution, 'current_lease_epoch')
+  ff.core_number(execution, 'total_attempt_count')
+  local index = resumed and fields.current_attempt_index or fields.total_attempt_count
+  ff.expect('attempt', ff.attempt_key(execution, 'attempt', index))
+  if take_over then
+    ff.expect('meta', ff.attempt_key(execution, 'meta', index))
+  end
+end
+
 -- Puts a waiting execution under a lease. An interrupted attempt continues its stream; else a new attempt begins.
 -- Returns execution_id attempt_index attempt_id lease_epoch expires_at_ms kind.
 local function grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, new_attempt_id)
@@ -36,7 +51,8 @@ local function grant_lease(execution, worker_id, worker_instance_id, lease_id, l
   local resumed = fields.interrupted == '1'
   local index = resumed and fields.current_attempt_index or fields.total_attempt_count
   local attempt_id = resumed and fields.current_attempt_id or new_attempt_id
-  local epoch = ff.text(tonumber(fields.current_lease_epoch) + 1)
+  local epoch = ff.text(ff.core_number(execution, 'current_lease_epoch') + 1)
+  local attempts = ff.core_number(execution, 'total_attempt_count')
   local expires_at = ff.text(now + tonumber(lease_ttl_ms))
   ff.move(execution, 'active')
   ff.set(
@@ -44,14 +60,16 @@ local function grant_lease(execution, worker_id, worker_instance_id, lease_id, l
     'current_lease_digest', ff.lease_digest(lease_id), 'current_lease_epoch', epoch, 'lease_ttl_ms', lease_ttl_ms,
     'current_worker_id', worker_id, 'current_worker_instance_id', worker_instance_id,
     'started_at', fields.started_at or ff.text(now),
-    'total_attempt_count', resumed and fields.total_attempt_count or ff.text(tonumber(index) + 1), 'interrupted', ''
+    'total_attempt_count', ff.text(resumed and attempts or attempts + 1), 'interrupted', ''
   )
   local meta_key = ff.attempt_key(execution, 'meta', index)
   call('HSET', ff.attempt_key(execution, 'attempt', index), 'attempt_id', attempt_id, 'attempt_index', index,
     'lease_epoch', epoch, 'worker_id', worker_id, 'worker_instance_id', worker_instance_id, 'started_at', ff.text(now))
-  call('HSET', meta_key, 'lease_expires_at', expires_at)
-  if not resumed then
-    call('HSET', meta_key, 'last_id', ff.text(now) .. '-0', 'created_at', ff.text(now))
+  if resumed then
+    call('HSET', meta_key, 'lease_expires_at', expires_at)
+  else
+    call('HSET', meta_key, 'lease_expires_at', expires_at, 'last_id', ff.text(now) .. '-0',
+      'created_at', ff.text(now))
   end
   if fields.cancel_requested then
     call('HSET', meta_key, 'cancel_requested', '1')
@@ -101,7 +119,10 @@ redis.register_function('ff_claim', function(keys, args)
         offset = offset + 1
       else
         local execution = ff.load(core_key)
-        if ff.flow_verdict_of(execution, 'waiting') == 'run' then
+        if not ff.guarded(check_claim, execution) then
+          -- Foreign data keeps an execution from being claimed, and must not keep those after it.
+          offset = offset + 1
+        elseif ff.flow_verdict_of(execution, 'waiting') == 'run' then
           local granted = grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)
           granted[#granted + 1] = head_score(eligible_key)
           return ff.ok(unpack(granted))
@@ -144,6 +165,7 @@ redis.register_function('ff_claim_execution', function(keys, args)
   if ff.flow_verdict_of(execution, 'waiting') ~= 'run' or not (take_over or execution.state == 'waiting') then
     return ff.err('execution_not_claimable', execution.state)
   end
+  check_claim(execution, take_over)
   if take_over then
     ff.lapse(execution)
     if execution.state ~= 'waiting' then

@@ -1,5 +1,8 @@
 -- Creation, description, tags.
 
+-- Most tags of an execution.
+local MAX_TAGS = 256
+
 -- The numbers among the arguments of ff_create_execution that must be at most 2^53-1 and whole.
 local function all_integers(...)
   for i = 1, select('#', ...) do
@@ -30,6 +33,7 @@ redis.register_function('ff_create_execution', function(keys, args)
     not all_integers(priority, retention_ms, delay_ms, deadline_ms, retry_max, retry_delay_ms,
       retry_multiplier_percent, retry_max_delay_ms, retry_jitter_percent, max_reclaims, attempt_timeout_ms)
     or tonumber(priority) > 9000 or tonumber(retention_ms) < 1 or (#args - 20) % 2 ~= 0
+    or (#args - 20) / 2 > MAX_TAGS
   then
     return ff.err('invalid_input', 'argument')
   end
@@ -58,8 +62,25 @@ redis.register_function('ff_create_execution', function(keys, args)
     end
   end
 
-  local now = ff.now_ms()
   local delayed = tonumber(delay_ms) > 0
+  if not delayed then
+    ff.expect('eligible', eligible_key)
+  end
+  if delayed or tonumber(deadline_ms) > 0 then
+    ff.expect('timers', ff.key('timers', slot_tag))
+  end
+  if #args > 20 then
+    ff.expect('tags', tags_key)
+  end
+  if #flow_id > 0 then
+    ff.expect('flow_members', ff.key('flow_members', slot_tag, flow_id))
+    ff.expect('flow_open', ff.key('flow_open', slot_tag, flow_id))
+  end
+  if #parent_id > 0 then
+    ff.expect('children', ff.key('children', slot_tag, parent_id))
+  end
+
+  local now = ff.now_ms()
   call('HSET', core_key, 'execution_id', execution_id, 'namespace', namespace, 'lane_id', lane_id,
     'priority', priority, 'required_capabilities', required_capabilities, 'retention_ms', retention_ms,
     'created_at', ff.text(now), 'last_transition_at', ff.text(now), 'total_attempt_count', '0',
@@ -89,7 +110,7 @@ redis.register_function('ff_create_execution', function(keys, args)
   if #parent_id > 0 then
     call('SADD', ff.key('children', slot_tag, parent_id), execution_id)
   end
-  local execution = ff.load(core_key, now)
+  local execution = { id = execution_id, timers_key = ff.key('timers', slot_tag) }
   if tonumber(deadline_ms) > 0 then
     ff.set_timer(execution, 'deadline', now + deadline_ms)
   end
@@ -135,7 +156,7 @@ redis.register_function({
     return ff.ok(
       core, call('HGETALL', tags_key), call('HGETALL', usage_key),
       call('XREVRANGE', history_key, '+', '-', 'COUNT', '100'), due,
-      call('HGETALL', ff.execution_key(execution, 'suspension'))
+      execution.state == 'suspended' and ff.describe_suspension(execution) or {}
     )
   end,
   flags = { 'no-writes' },
@@ -196,15 +217,20 @@ redis.register_function({
 redis.register_function('ff_set_tags', function(keys, args)
   local call = redis.call
   local core_key, tags_key = unpack(keys, 1, 2)
-  if #args == 0 or #args % 2 ~= 0 then
+  if #args == 0 or #args % 2 ~= 0 or #args / 2 > MAX_TAGS then
     return ff.err('invalid_input', 'tags')
   end
   if call('EXISTS', core_key) == 0 then
     return ff.err('execution_not_found')
   end
+  local new = 0
   for i = 1, #args, 2 do
-    call('HSET', tags_key, args[i], args[i + 1])
+    new = new + 1 - call('HEXISTS', tags_key, args[i])
   end
+  if call('HLEN', tags_key) + new > MAX_TAGS then
+    return ff.err('invalid_input', 'tags')
+  end
+  ff.write_list('HSET', tags_key, args)
   local left = call('PTTL', core_key)
   if left > 0 then
     call('PEXPIRE', tags_key, left)

@@ -22,37 +22,39 @@ redis.register_function('ff_complete_execution', function(keys, args)
 end)
 
 -- How long the next retry waits: fixed, or growing by a factor, at most retry_max_delay_ms; less a random share.
-local function retry_delay(fields)
-  local delay = tonumber(fields.retry_delay_ms)
-  if fields.retry_backoff == 'exponential' then
+local function retry_delay(execution)
+  local number = ff.core_number
+  local delay = number(execution, 'retry_delay_ms')
+  if execution.fields.retry_backoff == 'exponential' then
+    local factor = number(execution, 'retry_multiplier_percent') / 100
     -- The growth is bounded: 0 times infinity would be NaN.
-    delay = delay * math.min((tonumber(fields.retry_multiplier_percent) / 100) ^ tonumber(fields.retry_count), 2 ^ 53)
+    delay = delay * math.min(factor ^ number(execution, 'retry_count'), 2 ^ 53)
   end
-  delay = math.min(delay, tonumber(fields.retry_max_delay_ms))
-  return math.floor(delay * (1 - math.random() * tonumber(fields.retry_jitter_percent) / 100))
+  delay = math.min(delay, number(execution, 'retry_max_delay_ms'))
+  return math.floor(delay * (1 - math.random() * number(execution, 'retry_jitter_percent') / 100))
 end
 
 -- Ends the attempt of an active execution as failed. The class decides: permanent and cancelled failures never retry,
 -- a crash counts as a lost producer, the others retry while retries are left; else the execution moves to `last`.
--- Returns the words of the answer.
-function ff.fail_attempt(execution, class, last, reason)
-  local fields = execution.fields
+-- `...` are fields of the core that say why. Returns the words of the answer.
+function ff.fail_attempt(execution, class, last, reason, ...)
   if class == 'infra_crash' then
-    ff.lapse(execution, true)
+    ff.lapse(execution, ...)
     if execution.state == 'waiting' then
       return 'retry_scheduled', ff.text(execution.now)
     end
     return 'terminal_failed', '0'
   end
-  local retries = tonumber(fields.retry_count)
-  if class ~= 'permanent' and class ~= 'cancelled' and retries < tonumber(fields.retry_max) then
-    local due = execution.now + retry_delay(fields)
+  local retries, most = ff.core_number(execution, 'retry_count'), ff.core_number(execution, 'retry_max')
+  if class ~= 'permanent' and class ~= 'cancelled' and retries < most then
+    local due = execution.now + retry_delay(execution)
+    ff.set(execution, 'retry_count', ff.text(retries + 1), ...)
     ff.end_attempt(execution, reason)
-    ff.set(execution, 'retry_count', ff.text(retries + 1))
     ff.move(execution, 'delayed', reason)
     ff.set_timer(execution, 'delay', due)
     return 'retry_scheduled', ff.text(due)
   end
+  ff.set(execution, ...)
   ff.move(execution, last, reason)
   return 'terminal_failed', '0'
 end
@@ -69,8 +71,8 @@ redis.register_function('ff_fail_execution', function(keys, args)
   if not execution then
     return reply
   end
-  ff.set(execution, 'failure_reason', message, 'failure_class', failure_class, 'failure_detail', detail)
-  local outcome, due = ff.fail_attempt(execution, failure_class, 'failed', 'attempt_failure')
+  local outcome, due = ff.fail_attempt(execution, failure_class, 'failed', 'attempt_failure',
+    'failure_reason', message, 'failure_class', failure_class, 'failure_detail', detail)
   ff.save_reply(execution, 'failed', outcome, due)
   return ff.with_hints(ff.ok('failed', outcome, due), execution.hints)
 end)
@@ -115,10 +117,11 @@ redis.register_function('ff_wait_children', function(keys, args)
   if not execution then
     return reply
   end
+  local children = redis.call('SCARD', ff.execution_key(execution, 'children'))
   ff.interrupt_attempt(execution)
   ff.save_reply(execution, 'waiting_children')
   ff.move(execution, 'waiting_children')
-  if redis.call('SCARD', ff.execution_key(execution, 'children')) == 0 then
+  if children == 0 then
     ff.move(execution, 'waiting')
   end
   return ff.with_hints(ff.ok('waiting_children'), execution.hints)
@@ -151,6 +154,7 @@ redis.register_function('ff_cancel_execution', function(keys, args)
   if ff.OUTCOMES[from] then
     return ff.err('execution_not_active', from, fields.outcome)
   end
+  ff.check_move(execution)
   if from == 'active' and grace_ms > 0 then
     local meta_key = ff.attempt_key(execution, 'meta', fields.current_attempt_index)
     redis.call('HSET', meta_key, 'cancel_requested', '1')

@@ -24,7 +24,7 @@ end)
 --   keys:    flow members open timers
 --   args:    reason policy backlog_ms
 --   returns: policy open_members
---   errors:  flow_not_found
+--   errors:  flow_not_found invalid_input
 --
 -- No member is claimed afterwards. The members themselves are cancelled in pages, by the caller or, from backlog_ms on,
 -- by a supervisor. Cancelling again answers the policy of the first time.
@@ -36,50 +36,86 @@ redis.register_function('ff_cancel_flow', function(keys, args)
   if not state then
     return ff.err('flow_not_found')
   end
+  local open = call('SCARD', open_key)
+  backlog_ms = ff.integer(backlog_ms)
+  if not backlog_ms then
+    return ff.err('invalid_input', 'backlog_ms')
+  end
+  if not flow_id then
+    ff.corrupt('flow')
+  end
   if state == 'open' then
     local now = ff.now_ms()
+    ff.expect('timers', timers_key)
     call('HSET', flow_key, 'state', 'cancelled', 'cancel_policy', policy, 'cancel_reason', reason, 'cancelled_at',
       ff.text(now))
-    if policy ~= 'flow_only' and call('SCARD', open_key) > 0 then
+    if policy ~= 'flow_only' and open > 0 then
       call('ZADD', timers_key, ff.text(now + backlog_ms), 'flow:' .. flow_id)
     end
   end
-  return ff.ok(first_policy or policy, ff.text(call('SCARD', open_key)))
+  return ff.ok(first_policy or policy, ff.text(open))
 end)
+
+-- Cancels one member as the policy says. Returns its hints; nil where it is not cancelled.
+local function cancel_member(core_key, open_key, member, policy, reason, now)
+  local execution = ff.load(core_key, now)
+  if not execution or ff.OUTCOMES[execution.state] then
+    redis.call('SREM', open_key, member)
+    return nil
+  end
+  if ff.flow_verdict(policy, execution.fields.interrupted, execution.state) ~= 'cancel' then
+    return nil
+  end
+  ff.check_move(execution)
+  ff.set(execution, 'cancellation_reason', reason, 'cancelled_from', execution.state)
+  ff.move(execution, 'cancelled')
+  return execution.hints
+end
 
 -- ff_cancel_members
 --   keys:    flow open timers
 --   args:    count
 --   returns: cancelled left (lane_id eligible_score)...
---   errors:
+--   errors:  invalid_input
 --
 -- Cancels up to `count` open members of a cancelled flow, as its policy says. `left` is 1 where more are to be
 -- cancelled, else 0. Members that the policy lets run are not counted. A flow that is gone has no members.
+--
+-- The flow keeps the cursor of one walk through its open members, so the calls of all who cancel them look at each
+-- member once: a flow that is cancelled gets no further ones, and a member that runs is cancelled where it would wait
+-- again. A member with foreign data in its keys stays as it is.
 redis.register_function('ff_cancel_members', function(keys, args)
   local call = redis.call
   local flow_key, open_key, timers_key = unpack(keys, 1, 3)
   local count = args[1]
-  local flow_state, policy, reason = unpack(call('HMGET', flow_key, 'state', 'cancel_policy', 'cancel_reason'))
+  local limit = ff.integer(count)
+  if not limit or limit < 1 then
+    return ff.err('invalid_input', 'count')
+  end
+  local flow_state, policy, reason, cursor = unpack(
+    call('HMGET', flow_key, 'state', 'cancel_policy', 'cancel_reason', 'cancel_cursor')
+  )
   local slot_tag, flow_id = string.match(flow_key, '^ff:flow:(%b{}):(.*)$')
-  local limit, cancelled, left, hints = tonumber(count), 0, 0, {}
-  if flow_state == 'cancelled' and policy ~= 'flow_only' then
+  local cancelled, left, hints = 0, 0, {}
+  ff.expect('timers', timers_key)
+  if flow_state == 'cancelled' and policy ~= 'flow_only' and cursor ~= 'end' then
     local now = ff.now_ms()
-    for _, member in ipairs(call('SMEMBERS', open_key)) do
-      local core_key = ff.key('core', slot_tag, member)
-      local state, interrupted = unpack(call('HMGET', core_key, 'state', 'interrupted'))
-      if not state or ff.OUTCOMES[state] then
-        call('SREM', open_key, member)
-      elseif ff.flow_verdict(policy, interrupted, state) == 'cancel' then
-        if cancelled == limit then
-          left = 1
-          break
-        end
-        local execution = ff.load(core_key, now)
-        ff.set(execution, 'cancellation_reason', reason, 'cancelled_from', state)
-        ff.move(execution, 'cancelled')
-        cancelled = cancelled + 1
-        ff.with_hints(hints, execution.hints)
+    local page = call('SSCAN', open_key, string.match(cursor or '', '^%d+$') or '0', 'COUNT', limit)
+    for _, member in ipairs(page[2]) do
+      if cancelled == limit then
+        left = 1
+        break
       end
+      local core_key = ff.key('core', slot_tag, member)
+      local intact, told = ff.guarded(cancel_member, core_key, open_key, member, policy, reason, now)
+      if intact and told then
+        cancelled = cancelled + 1
+        ff.with_hints(hints, told)
+      end
+    end
+    if left == 0 then
+      left = page[1] == '0' and 0 or 1
+      call('HSET', flow_key, 'cancel_cursor', left == 1 and page[1] or 'end')
     end
   end
   if left == 0 then
@@ -91,18 +127,20 @@ end)
 -- ff_describe_flow
 --   keys:    flow members open
 --   args:
---   returns: flow members open
+--   returns: state member_count open_count
 --   errors:  flow_not_found
+--
+-- The members themselves are read in pages, by SSCAN.
 redis.register_function({
   function_name = 'ff_describe_flow',
   callback = function(keys)
     local call = redis.call
     local flow_key, members_key, open_key = unpack(keys, 1, 3)
-    local flow = call('HGETALL', flow_key)
-    if #flow == 0 then
+    local state = call('HGET', flow_key, 'state')
+    if not state then
       return ff.err('flow_not_found')
     end
-    return ff.ok(flow, call('SMEMBERS', members_key), call('SMEMBERS', open_key))
+    return ff.ok(state, ff.text(call('SCARD', members_key)), ff.text(call('SCARD', open_key)))
   end,
   flags = { 'no-writes' },
 })

@@ -20,9 +20,9 @@ redis.register_function('ff_renew_lease', function(keys, args)
     return refusal
   end
   local expires_at = execution.now + lease_ttl_ms
+  local due = redis.call('ZSCORE', execution.timers_key, 'lease:' .. execution.id)
   redis.call('HSET', ff.attempt_key(execution, 'meta', attempt_index), 'lease_expires_at', ff.text(expires_at))
   -- A shorter lease than before must be found when it ends, not when the old one would have ended.
-  local due = redis.call('ZSCORE', execution.timers_key, 'lease:' .. execution.id)
   if not due or tonumber(due) > expires_at then
     ff.set_timer(execution, 'lease', expires_at)
   end
@@ -57,13 +57,13 @@ redis.register_function('ff_report_progress', function(keys, args)
 end)
 
 -- Handles the lapse of an active execution's lease: its producer is lost. The attempt ends, and the execution waits for
--- another worker, unless that has happened too often. With `reported` the worker itself has said why, and its reason
--- is kept.
-function ff.lapse(execution, reported)
-  local count = tonumber(execution.fields.reclaim_count) + 1
-  ff.set(execution, 'reclaim_count', ff.text(count))
-  if count > tonumber(execution.fields.max_reclaims) then
-    if not reported then
+-- another worker, unless that has happened too often. `...` are fields of the core in which the worker itself has said
+-- why.
+function ff.lapse(execution, ...)
+  local count, most = ff.core_number(execution, 'reclaim_count') + 1, ff.core_number(execution, 'max_reclaims')
+  ff.set(execution, 'reclaim_count', ff.text(count), ...)
+  if count > most then
+    if not ... then
       ff.set(execution, 'failure_reason', 'max_reclaims_exceeded', 'failure_class', 'infra_crash')
     end
     ff.move(execution, 'failed', 'producer_lost')

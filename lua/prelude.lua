@@ -23,8 +23,8 @@ ff.SMALL_LIVE = 16384
 ff.MAX_FIELDS = 32
 
 -- Every key that Lua code spells, in the parts around its slot tag, `{fp:N}`, and its owner: an execution, an attempt
--- as `<execution id>:<index>`, a waitpoint, a signal, a lane or a flow. The table in ff_fast/keys.py says what each
--- key holds. Parts are joined at half the price of string.format, and the end of an execution needs some 40 keys.
+-- as `<execution id>:<index>`, a lane or a flow. The table in ff_fast/keys.py says what each key holds, and of which
+-- type it is. Parts are joined at half the price of string.format, and the end of an execution needs some 30 keys.
 ff.KEYS = {
   core = { 'ff:exec:', ':', ':core' },
   payload = { 'ff:exec:', ':', ':payload' },
@@ -32,6 +32,7 @@ ff.KEYS = {
   tags = { 'ff:exec:', ':', ':tags' },
   usage = { 'ff:exec:', ':', ':usage' },
   usage_dedup = { 'ff:exec:', ':', ':usage:dedup' },
+  usage_recent = { 'ff:exec:', ':', ':usage:recent' },
   history = { 'ff:exec:', ':', ':history' },
   children = { 'ff:exec:', ':', ':children' },
   waitpoints = { 'ff:exec:', ':', ':waitpoints' },
@@ -46,12 +47,11 @@ ff.KEYS = {
   stream = { 'ff:stream:', ':', '' },
   live = { 'ff:stream:', ':', ':live' },
   meta = { 'ff:stream:', ':', ':meta' },
-  waitpoint = { 'ff:wp:', ':', '' },
-  signal = { 'ff:signal:', ':', '' },
   eligible = { 'ff:idx:', ':lane:', ':eligible' },
   timers = { 'ff:idx:', ':timers' },
   completions = { 'ff:part:', ':completions' },
   waitpoint_secrets = { 'ff:sec:', ':waitpoint_hmac' },
+  waitpoint_use = { 'ff:part:', ':waitpoints' },
   flow = { 'ff:flow:', ':', '' },
   flow_members = { 'ff:flow:', ':', ':members' },
   flow_open = { 'ff:flow:', ':', ':open' },
@@ -64,6 +64,45 @@ function ff.key(name, slot_tag, owner)
     return parts[1] .. slot_tag .. parts[2] .. owner .. parts[3]
   end
   return parts[1] .. slot_tag .. parts[2]
+end
+
+-- Their types.
+ff.TYPES = {
+  core = 'hash', payload = 'string', result = 'string', tags = 'hash', usage = 'hash', usage_dedup = 'hash',
+  usage_recent = 'hash', history = 'stream', children = 'set', waitpoints = 'hash', tokens = 'hash',
+  signals = 'hash', signals_buffered = 'zset', signals_dedup = 'hash', suspension = 'hash',
+  suspension_signals = 'list', attempt = 'hash', summary = 'hash', stream = 'stream', live = 'stream', meta = 'hash',
+  eligible = 'zset', timers = 'zset', completions = 'stream', waitpoint_secrets = 'hash',
+  waitpoint_use = 'hash', flow = 'hash',
+  flow_members = 'set', flow_open = 'set',
+}
+
+-- Refuses the call because of foreign data, before its first write: `name` is the name of the key in ff.KEYS.
+function ff.corrupt(name)
+  error({ err = 'CORRUPT ' .. name })
+end
+
+-- Refuses the call where the key exists and is of another type than its name in ff.KEYS says. A command that meets a
+-- key of another type fails, and must not fail behind the first write: a key that the call has not read is asked here.
+function ff.expect(name, key)
+  local kind = redis.call('TYPE', key).ok
+  if kind ~= ff.TYPES[name] and kind ~= 'none' then
+    ff.corrupt(name)
+  end
+end
+
+-- Calls a function that may meet foreign data before its first write. Returns whether it met none, and its values; any
+-- other error is raised again.
+function ff.guarded(part, ...)
+  local results = { pcall(part, ...) }
+  local fault = results[2]
+  if not results[1] then
+    fault = type(fault) == 'table' and fault.err or tostring(fault)
+    if not (string.find(fault, '^CORRUPT ') or string.find(fault, '^WRONGTYPE ')) then
+      error({ err = fault })
+    end
+  end
+  return unpack(results, 1, 4)
 end
 
 -- The slot tag of a key, `{fp:N}`. All keys of one call share it.
@@ -106,6 +145,28 @@ function ff.hash(key)
     fields[flat[i]] = flat[i + 1]
   end
   return fields
+end
+
+-- A list whose size a caller chooses is never unpacked whole: the Lua stack has an end.
+local PIECE = 128
+
+-- Some fields of a hash, as a table.
+function ff.hash_fields(key, names)
+  local fields = {}
+  for first = 1, #names, PIECE do
+    local values = redis.call('HMGET', key, unpack(names, first, math.min(first + PIECE - 1, #names)))
+    for i, value in ipairs(values) do
+      fields[names[first + i - 1]] = value or nil
+    end
+  end
+  return fields
+end
+
+-- Runs a command that takes any number of values behind its key: HSET with `name value` pairs, RPUSH.
+function ff.write_list(command, key, values)
+  for first = 1, #values, PIECE do
+    redis.call(command, key, unpack(values, first, math.min(first + PIECE - 1, #values)))
+  end
 end
 
 -- A non-negative integer, or nil. tonumber alone accepts '1e3', '0x10', ' 5 ' and 'inf'.

@@ -32,10 +32,12 @@ local COMPLETION_MAXLEN, COMPLETION_MS = '2000', 86400000
 
 local KEYS = ff.KEYS
 
--- Keys that expire together after the execution has ended.
+-- Keys that expire together after the execution has ended; those of the second list exist only beside a waitpoint.
 local EXECUTION_KEYS = {
-  'core', 'payload', 'result', 'tags', 'usage', 'usage_dedup', 'waitpoints', 'tokens', 'signals', 'signals_buffered',
-  'signals_dedup', 'suspension', 'suspension_signals', 'children', 'history',
+  'core', 'payload', 'result', 'tags', 'usage', 'usage_dedup', 'usage_recent', 'children', 'history',
+}
+local WAITPOINT_KEYS = {
+  'waitpoints', 'tokens', 'signals', 'signals_buffered', 'signals_dedup', 'suspension', 'suspension_signals',
 }
 local ATTEMPT_KEYS = { 'stream', 'live', 'meta', 'attempt', 'summary' }
 
@@ -82,17 +84,13 @@ function ff.attempt_key(execution, name, index)
   return ff.key(name, execution.slot_tag, execution.id .. ':' .. index)
 end
 
-function ff.waitpoint_key(execution, waitpoint_id)
-  return ff.key('waitpoint', execution.slot_tag, waitpoint_id)
-end
-
--- `signal` is `<waitpoint id>:<signal id>`: a signal that goes to two waitpoints is stored twice.
-function ff.signal_key(execution, signal)
-  return ff.key('signal', execution.slot_tag, signal)
-end
-
 local function eligible_key(execution)
-  return ff.key('eligible', execution.slot_tag, lane_in_key(execution.fields.lane_id))
+  local key = execution.eligible_key
+  if not key then
+    key = ff.key('eligible', execution.slot_tag, lane_in_key(execution.fields.lane_id))
+    execution.eligible_key = key
+  end
+  return key
 end
 
 -- Sets fields of the core, in the table and on the server: `...` is name value name value.
@@ -112,17 +110,31 @@ function ff.clear_timer(execution, kind)
   redis.call('ZREM', execution.timers_key, kind .. ':' .. execution.id)
 end
 
--- The timer of a pending waitpoint, as it stands in the timer set.
-function ff.waitpoint_timer(execution, waitpoint_id)
-  return 'waitpoint:' .. execution.id .. ':' .. waitpoint_id
-end
-
 -- Appends a lane and a score to the reply for each hint: executions of that lane may wait for a worker now.
 function ff.with_hints(reply, hints)
   for _, hint in ipairs(hints) do
     reply[#reply + 1] = hint
   end
   return reply
+end
+
+-- Adds the end entry to a log, behind what somebody else may have put there: an entry at or after the place of the end
+-- refuses it, and blocked readers would sleep on. The end keeps its sequence, in a millisecond after that entry. A log
+-- that takes no entry at all, being full to the last id or of another type, stays without; meta has the end anyway.
+local function add_end(log_key, ms, sequence, reason, visible)
+  local pcall = redis.pcall
+  local added = pcall('XADD', log_key, string.format('%d-%d', ms, sequence), 'end', reason, 'prev', visible)
+  if type(added) == 'table' and added.err then
+    local info = pcall('XINFO', 'STREAM', log_key)
+    for i = 1, #info, 2 do
+      if info[i] == 'last-generated-id' then
+        local last_ms = ff.integer(string.match(info[i + 1], '^%d+'))
+        if last_ms then
+          pcall('XADD', log_key, string.format('%d-%d', last_ms + 1, sequence), 'end', reason, 'prev', visible)
+        end
+      end
+    end
+  end
 end
 
 -- Ends the stream of an attempt: the canonical word in meta, its echo at the end of the log (which wakes every blocked
@@ -135,13 +147,16 @@ function ff.end_stream(execution, index, reason)
   if meta[2] then
     return
   end
-  local last_id = meta[1] or ff.text(now) .. '-0'
-  local last_ms, sequence = ff.split_id(last_id)
-  local ms = math.max(now, tonumber(last_ms))
+  local last_ms, sequence = string.match(meta[1] or '', '^(%d+)-(%d+)$')
+  last_ms, sequence = ff.integer(last_ms), ff.integer(sequence)
+  local last_id = meta[1]
+  if not last_ms or not sequence then
+    last_id, last_ms, sequence = ff.text(now) .. '-0', now, 0
+  end
   call('HDEL', meta_key, 'writer')
   call('HSET', meta_key, 'closed_at', ff.text(now), 'closed_reason', reason, 'last_id', last_id)
-  call('XADD', ff.attempt_key(execution, 'stream', index), string.format('%d-%d', ms, sequence + 1), 'end', reason,
-    'prev', meta[3] or ff.text(sequence))
+  add_end(ff.attempt_key(execution, 'stream', index), math.max(now, last_ms), sequence + 1, reason,
+    meta[3] or ff.text(sequence))
   for _, name in ipairs(ATTEMPT_KEYS) do
     call('PEXPIRE', ff.attempt_key(execution, name, index), execution.fields.retention_ms)
   end
@@ -156,51 +171,11 @@ local function open_attempt(execution)
   return fields.total_attempt_count
 end
 
--- Closes a waitpoint that is pending or active. Its token resumes nothing afterwards.
-function ff.close_waitpoint(execution, waitpoint_id, why)
-  local key = ff.waitpoint_key(execution, waitpoint_id)
-  local state = redis.call('HGET', key, 'state')
-  if state == 'pending' or state == 'active' then
-    redis.call('HSET', key, 'state', 'closed', 'closed_at', ff.text(execution.now), 'close_reason', why)
-    redis.call('ZREM', execution.timers_key, ff.waitpoint_timer(execution, waitpoint_id))
-  end
-end
-
--- Closes the open suspension and its waitpoints. Pending waitpoints stay open for a later suspension.
+-- Closes the open suspension, and with it its waitpoints. Pending waitpoints stay open for a later suspension of the
+-- attempt.
 function ff.close_suspension(execution, why)
-  local call = redis.call
   local key = ff.execution_key(execution, 'suspension')
-  local suspension_id, closed_at, leaf_count = unpack(call('HMGET', key, 'suspension_id', 'closed_at', 'leaf_count'))
-  if not suspension_id or closed_at then
-    return
-  end
-  call('HSET', key, 'closed_at', ff.text(execution.now), 'close_reason', why)
-  for j = 0, tonumber(leaf_count) - 1 do
-    ff.close_waitpoint(execution, string.match(call('HGET', key, 'leaf:' .. j), '^%d+ (%S+)'), why)
-  end
-end
-
--- Closes every waitpoint of the attempt that ends, and its suspension.
-local function close_waitpoints(execution, why)
-  ff.close_suspension(execution, why)
-  for _, waitpoint_id in ipairs(redis.call('SMEMBERS', ff.execution_key(execution, 'waitpoints'))) do
-    ff.close_waitpoint(execution, waitpoint_id, why)
-  end
-end
-
--- Takes an ended execution off the children of its parent. The last child wakes a parent that waits for its children.
-local function wake_parent(execution)
-  local slot_tag, parent_id = execution.slot_tag, execution.fields.parent_id
-  if not parent_id then
-    return
-  end
-  local children_key = ff.key('children', slot_tag, parent_id)
-  redis.call('SREM', children_key, execution.id)
-  local parent = ff.load(ff.key('core', slot_tag, parent_id), execution.now)
-  if parent and parent.state == 'waiting_children' and redis.call('SCARD', children_key) == 0 then
-    ff.move(parent, 'waiting')
-    ff.with_hints(execution.hints, parent.hints)
-  end
+  redis.call('HSET', key, 'closed_at', ff.text(execution.now), 'close_reason', why)
 end
 
 local FLOW_MS = 86400000
@@ -246,6 +221,26 @@ function ff.flow_verdict_of(execution, state)
   return ff.flow_verdict(flow[2] or 'flow_only', execution.fields.interrupted, state)
 end
 
+-- Takes an ended execution off the children of its parent. The last child wakes a parent that waits for its children.
+-- A parent whose flow is cancelled gets a timer that cancels it, since its own parent may wait as well, and so on.
+local function wake_parent(execution)
+  local parent = execution.parent
+  if not parent then
+    return
+  end
+  redis.call('SREM', parent.children_key, execution.id)
+  if parent.state ~= 'waiting_children' or redis.call('SCARD', parent.children_key) > 0 then
+    return
+  end
+  if ff.flow_verdict_of(parent, 'waiting') == 'cancel' then
+    ff.set(parent, 'cancellation_reason', 'flow cancelled')
+    ff.set_timer(parent, 'cancel', execution.now)
+  else
+    ff.move(parent, 'waiting')
+    ff.with_hints(execution.hints, parent.hints)
+  end
+end
+
 -- The record of an ended execution, for subscribers of completions. It has no result: a subscriber reads that from the
 -- execution, which keeps it for its retention. Ids continue behind the last one wherever the clock goes, as long as the
 -- key exists; so it has no TTL, and a trim leaves it.
@@ -268,11 +263,8 @@ local function publish_completion(execution)
   if execution.now % 2 == 0 then
     bound, value = 'MINID', ff.text(execution.now - COMPLETION_MS)
   end
-  local added = redis.pcall('XADD', ff.key('completions', execution.slot_tag), bound, '~', value, '*', unpack(record))
-  -- A key of another type, or a foreign entry that has used up the ids, must not leave the execution half ended.
-  if added.err and not string.find(added.err, 'WRONGTYPE') and not string.find(added.err, 'exhausted') then
-    error(added)
-  end
+  -- The state in core is the word that counts. A stream that somebody else has made unusable keeps no execution open.
+  redis.pcall('XADD', ff.key('completions', execution.slot_tag), bound, '~', value, '*', unpack(record))
 end
 
 -- Takes an ended execution off the open members of its flow.
@@ -292,14 +284,13 @@ end
 local function expire_keys(execution)
   local call = redis.call
   local retention_ms = execution.fields.retention_ms
-  for _, waitpoint_id in ipairs(call('SMEMBERS', ff.execution_key(execution, 'waitpoints'))) do
-    call('PEXPIRE', ff.waitpoint_key(execution, waitpoint_id), retention_ms)
-  end
-  for _, signal in ipairs(call('LRANGE', ff.execution_key(execution, 'signals'), 0, -1)) do
-    call('PEXPIRE', ff.signal_key(execution, signal), retention_ms)
-  end
   for _, name in ipairs(EXECUTION_KEYS) do
     call('PEXPIRE', ff.execution_key(execution, name), retention_ms)
+  end
+  if call('EXISTS', ff.execution_key(execution, 'waitpoints')) == 1 then
+    for _, name in ipairs(WAITPOINT_KEYS) do
+      call('PEXPIRE', ff.execution_key(execution, name), retention_ms)
+    end
   end
 end
 
@@ -308,7 +299,6 @@ local function conclude(execution, attempt, reason)
   ff.end_stream(execution, attempt, reason)
   ff.clear_timer(execution, 'deadline')
   ff.clear_timer(execution, 'cancel')
-  close_waitpoints(execution, execution.state)
   ff.set(execution, 'completed_at', ff.text(execution.now), 'outcome', ff.OUTCOMES[execution.state])
   leave_flow(execution)
   publish_completion(execution)
@@ -316,8 +306,69 @@ local function conclude(execution, attempt, reason)
   wake_parent(execution)
 end
 
--- Moves an execution to another state. Every caller has checked its arguments before; a transition that the table does
--- not know is a bug of the caller. `reason` says why the stream of the attempt ends, where it does.
+-- A number among the fields of a core. Anything else refuses the call.
+function ff.core_number(execution, name)
+  return ff.integer(execution.fields[name]) or ff.corrupt('core')
+end
+
+-- What check_move asks of any execution: the keys and fields that each transition needs.
+local function check_execution(execution)
+  local fields = execution.fields
+  local attempt = ff.TRANSITIONS[execution.state] and open_attempt(execution)
+  local retention_ms, priority, created_at = fields.retention_ms, fields.priority, fields.created_at
+  -- One match for all numbers: each alone would cost as much as a key.
+  if
+    not (attempt and retention_ms and priority and created_at and fields.lane_id)
+    or #retention_ms > 16 or #priority > 16 or #created_at > 16 or #attempt > 16
+    or not string.find(retention_ms .. ' ' .. priority .. ' ' .. created_at .. ' ' .. attempt, '^%d+ %d+ %d+ %d+$')
+  then
+    ff.corrupt('core')
+  end
+  ff.expect('timers', execution.timers_key)
+  ff.expect('eligible', eligible_key(execution))
+  ff.expect('meta', ff.attempt_key(execution, 'meta', attempt))
+  local flow_id = fields.flow_id
+  if flow_id then
+    ff.expect('flow', ff.key('flow', execution.slot_tag, flow_id))
+    ff.expect('flow_open', ff.key('flow_open', execution.slot_tag, flow_id))
+    -- In a cancelled flow an attempt that is lost is followed by the end of the execution, and of the next stream.
+    ff.expect('meta', ff.attempt_key(execution, 'meta', ff.core_number(execution, 'total_attempt_count')))
+  end
+end
+
+-- Refuses the call where ff.move would meet foreign data behind its first write: keys of another type, and fields of
+-- the core that are no numbers. Called before the first write of every call that may move the execution.
+--
+-- Foreign data in the execution's own streams, the log and the history, and in the stream of completions refuses
+-- nothing: these are echoes of what core and meta say, and an execution must be able to end. Nor does foreign data in
+-- the keys of its parent: such a parent is not woken.
+function ff.check_move(execution)
+  local slot_tag, parent_id = execution.slot_tag, execution.fields.parent_id
+  check_execution(execution)
+  if execution.state == 'suspended' then
+    ff.expect('suspension', ff.execution_key(execution, 'suspension'))
+    ff.expect('waitpoint_use', ff.key('waitpoint_use', slot_tag))
+  end
+  if parent_id then
+    local children_key = ff.key('children', slot_tag, parent_id)
+    local intact, parent = ff.guarded(function()
+      ff.expect('children', children_key)
+      local found = ff.load(ff.key('core', slot_tag, parent_id), execution.now)
+      if found and found.state == 'waiting_children' then
+        check_execution(found)
+      end
+      return found or { state = '' }
+    end)
+    if intact then
+      parent.children_key = children_key
+      execution.parent = parent
+    end
+  end
+end
+
+-- Moves an execution to another state. Every caller has checked its arguments before, and has called ff.check_move; a
+-- transition that the table does not know is a bug of the caller. `reason` says why the stream of the attempt ends,
+-- where it does.
 function ff.move(execution, to, reason)
   local call = redis.call
   local from, fields = execution.state, execution.fields
@@ -336,10 +387,17 @@ function ff.move(execution, to, reason)
     call('HDEL', ff.attempt_key(execution, 'meta', attempt), 'writer')
   elseif from == 'suspended' then
     ff.clear_timer(execution, 'suspension')
+    ff.count_suspended(execution, -1)
+    if to ~= 'waiting' then
+      ff.close_suspension(execution, to)
+    end
+  end
+  if to == 'suspended' then
+    ff.count_suspended(execution, 1)
   end
   execution.state = to
   ff.set(execution, 'state', to, 'last_transition_at', ff.text(execution.now))
-  call('XADD', ff.execution_key(execution, 'history'), 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to,
+  redis.pcall('XADD', ff.execution_key(execution, 'history'), 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to,
     'attempt', attempt, 'reason', reason or '')
   if to == 'waiting' and ff.flow_verdict_of(execution, to) == 'cancel' then
     -- It leaves the index, since it must not be claimed any more.
@@ -357,7 +415,6 @@ end
 -- Ends the attempt without ending the execution: the next claim begins a new one.
 function ff.end_attempt(execution, reason)
   ff.end_stream(execution, execution.fields.current_attempt_index, reason)
-  close_waitpoints(execution, reason)
   ff.set(execution, 'interrupted', '')
 end
 
@@ -418,6 +475,7 @@ end
 function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind)
   local execution, refusal, found = ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
   if execution then
+    ff.check_move(execution)
     return execution
   end
   local words = found and saved_reply(found)

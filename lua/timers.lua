@@ -1,5 +1,5 @@
--- Timers: one set per partition, member `<kind>:<execution id>[:<more>]`, score the time at which it is due. A
--- supervisor reads the due timers and fires each by a call that checks again, so any number of supervisors may run. A
+-- Timers: one set per partition, member `<kind>:<execution id>` or `flow:<flow id>`, score the time at which it is due.
+-- A supervisor reads the due timers and fires each by a call that checks again, so any number of supervisors may run. A
 -- timer with nothing to do is removed, and an early one is moved: none stays due.
 
 -- Whether the filter of a supervisor lets the execution pass.
@@ -33,8 +33,8 @@ end
 
 function FIRE.attempt(execution)
   if execution.state == 'active' then
-    ff.set(execution, 'failure_reason', 'attempt_timeout', 'failure_class', 'timeout')
-    ff.fail_attempt(execution, 'timeout', 'expired', 'attempt_timeout')
+    ff.fail_attempt(execution, 'timeout', 'expired', 'attempt_timeout', 'failure_reason', 'attempt_timeout',
+      'failure_class', 'timeout')
   end
   return 'done'
 end
@@ -63,44 +63,54 @@ function FIRE.cancel(execution)
   return 'done'
 end
 
-function FIRE.waitpoint(execution, waitpoint_id)
-  if redis.call('HGET', ff.waitpoint_key(execution, waitpoint_id), 'state') == 'pending' then
-    ff.close_waitpoint(execution, waitpoint_id, 'never_committed')
+-- Fires a timer of an execution, or raises an error before the first write. Returns what was done, the next due time of
+-- a timer that stays, and the execution.
+local function fire(core_key, kind, due, namespace, tag_name, tag_value)
+  local execution = ff.load(core_key)
+  if not execution or not FIRE[kind] then
+    return 'done'
   end
-  return 'done'
+  if due > execution.now then
+    return 'later', due
+  end
+  if not wanted(execution, namespace, tag_name, tag_value) then
+    return 'skipped'
+  end
+  ff.check_move(execution)
+  local what, later = FIRE[kind](execution)
+  return what, later, execution
 end
+
+-- A timer that foreign data keeps from being fired is tried again after this time, and not in every round.
+local DEFER_MS = 60000
 
 -- ff_fire_timer
 --   keys:    timers core
---   args:    member kind more namespace tag_name tag_value
+--   args:    member kind namespace tag_name tag_value
 --   returns: what (lane_id eligible_score)...
 --   errors:
 --
--- what: `done`, `later`, or `skipped` where the filter leaves the execution to another supervisor.
+-- what: `done`, `later`, `skipped` where the filter leaves the execution to another supervisor, or `deferred` where
+-- foreign data in the execution's keys keeps the timer from being fired: nothing was done, and the timer is due again
+-- in a minute.
 redis.register_function('ff_fire_timer', function(keys, args)
   local call = redis.call
   local timers_key, core_key = unpack(keys, 1, 2)
-  local member, kind, more, namespace, tag_name, tag_value = unpack(args, 1, 6)
+  local member, kind, namespace, tag_name, tag_value = unpack(args, 1, 5)
   local due = call('ZSCORE', timers_key, member)
   if not due then
     return ff.ok('done')
   end
-  local execution = ff.load(core_key)
-  if not execution or not FIRE[kind] then
+  local intact, what, later, execution = ff.guarded(
+    fire, core_key, kind, tonumber(due), namespace, tag_name, tag_value
+  )
+  if not intact then
+    what, later, execution = 'deferred', ff.now_ms() + DEFER_MS, nil
+  end
+  if what == 'done' then
     call('ZREM', timers_key, member)
-    return ff.ok('done')
-  end
-  if tonumber(due) > execution.now then
-    return ff.ok('later')
-  end
-  if not wanted(execution, namespace, tag_name, tag_value) then
-    return ff.ok('skipped')
-  end
-  local what, later = FIRE[kind](execution, more)
-  if what == 'later' then
+  elseif later and later ~= tonumber(due) then
     call('ZADD', timers_key, ff.text(later), member)
-  else
-    call('ZREM', timers_key, member)
   end
-  return ff.with_hints(ff.ok(what), execution.hints)
+  return ff.with_hints(ff.ok(what), execution and execution.hints or {})
 end)

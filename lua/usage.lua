@@ -1,13 +1,19 @@
 -- Usage: the ledger of an execution, fenced and in its slot; budgets, each in a slot of its own. Counts stay at or
 -- below 2^53-1. A report is applied completely or not at all.
 
+-- Most dimensions of a ledger, a budget or a report.
+local MAX_DIMENSIONS = 256
+-- How many reports are remembered, so that a repeat of one is not added again. A report without a key of the caller's
+-- has an id for its own retries alone, which come within seconds.
+local KEYED_REPORTS, OTHER_REPORTS, CHARGES = 1000, 100, 200
+
 -- The amounts of args from `first` on by dimension, and the dimensions in their order; or nil where an amount is no
--- count or a dimension stands twice.
+-- count, a dimension stands twice, or there are too many.
 local function amounts_of(args, first)
   local amounts, order = {}, {}
   for i = first, #args, 2 do
     local amount = ff.integer(args[i + 1])
-    if not amount or amounts[args[i]] then
+    if not amount or amounts[args[i]] or #order == MAX_DIMENSIONS then
       return nil
     end
     amounts[args[i]] = amount
@@ -16,43 +22,84 @@ local function amounts_of(args, first)
   return amounts, order
 end
 
+-- The totals of a ledger after a report; or nil where one is no number or too large, or where there are too many.
+local function totals_of(usage_key, amounts, order)
+  local used, totals, new = ff.hash_fields(usage_key, order), {}, 0
+  for _, name in ipairs(order) do
+    local before = ff.integer(used[name] or '0')
+    if not before then
+      ff.corrupt('usage')
+    end
+    new = new + (used[name] and 0 or 1)
+    totals[name] = before + amounts[name]
+    if totals[name] > ff.MAX_INTEGER then
+      return nil
+    end
+  end
+  if new > 0 and redis.call('HLEN', usage_key) + new > MAX_DIMENSIONS then
+    return nil
+  end
+  return totals, used
+end
+
+local function write_totals(usage_key, totals, order)
+  local flat = {}
+  for _, name in ipairs(order) do
+    flat[#flat + 1], flat[#flat + 2] = name, ff.text(totals[name])
+  end
+  ff.write_list('HSET', usage_key, flat)
+end
+
+-- A window of the last reports, as one hash: `id:<id>` holds what is remembered of a report, `at:<place>` the id in
+-- that place, `next` the place of the next one. The newest takes the place of the oldest, so the hash has an end.
+local function recall(window_key, id)
+  return redis.call('HGET', window_key, 'id:' .. id)
+end
+
+local function remember(window_key, id, value, size)
+  local call = redis.call
+  local place = ff.integer(call('HGET', window_key, 'next')) or 0
+  local oldest = call('HGET', window_key, 'at:' .. place)
+  if oldest then
+    call('HDEL', window_key, 'id:' .. oldest)
+  end
+  call('HSET', window_key, 'id:' .. id, value, 'at:' .. place, id, 'next', ff.text((place + 1) % size))
+end
+
 -- ff_report_usage
 --   keys:    core
---   args:    attempt_index lease_id lease_epoch phase dedup_key (dimension amount)...
+--   args:    attempt_index lease_id lease_epoch phase kind report_id (dimension amount)...
 --   returns: budget_ids
 --   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired invalid_input
 --
 -- Phase `check` asks whether the report may be made, and to which budgets; `apply` adds it to the ledger. The status is
--- ALREADY_APPLIED where a report with this dedup key was added before.
+-- ALREADY_APPLIED where a report with this id was added before, as far as the ledger remembers: it knows the last
+-- KEYED_REPORTS reports of kind `keyed`, whose id is the caller's key, and the last OTHER_REPORTS of kind `once`.
 redis.register_function('ff_report_usage', function(keys, args)
-  local call = redis.call
   local core_key = keys[1]
-  local attempt_index, lease_id, lease_epoch, phase, dedup_key = unpack(args, 1, 5)
-  local amounts, order = amounts_of(args, 6)
-  if not amounts or #dedup_key == 0 then
+  local attempt_index, lease_id, lease_epoch, phase, kind, report_id = unpack(args, 1, 6)
+  local amounts, order = amounts_of(args, 7)
+  if not amounts or #report_id == 0 then
     return ff.err('invalid_input', 'usage')
   end
   local execution, refusal = ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
   if not execution then
     return refusal
   end
-  local usage_key, applied_key = ff.execution_key(execution, 'usage'), ff.execution_key(execution, 'usage_dedup')
+  local keyed = kind == 'keyed'
+  local usage_key = ff.execution_key(execution, 'usage')
+  local window_key = ff.execution_key(execution, keyed and 'usage_dedup' or 'usage_recent')
   local budget_ids = execution.fields.budget_ids or ''
-  if call('HEXISTS', applied_key, dedup_key) == 1 then
+  if recall(window_key, report_id) then
     return ff.reply('ALREADY_APPLIED', budget_ids)
   end
-  local totals = {}
-  for _, name in ipairs(order) do
-    totals[name] = tonumber(call('HGET', usage_key, name) or '0') + amounts[name]
-    if totals[name] > ff.MAX_INTEGER then
-      return ff.err('invalid_input', 'usage')
-    end
+  local totals = totals_of(usage_key, amounts, order)
+  if not totals then
+    return ff.err('invalid_input', 'usage')
   end
   if phase == 'apply' then
-    for _, name in ipairs(order) do
-      call('HSET', usage_key, name, ff.text(totals[name]))
-    end
-    call('HSET', applied_key, dedup_key, ff.text(execution.now))
+    write_totals(usage_key, totals, order)
+    remember(window_key, report_id, '', keyed and KEYED_REPORTS or OTHER_REPORTS)
   end
   return ff.ok(budget_ids)
 end)
@@ -78,71 +125,81 @@ redis.register_function('ff_create_budget', function(keys, args)
 end)
 
 -- ff_charge_budget
---   keys:    limits usage charge
---   args:    dedup_ttl_ms (dimension amount)...
+--   keys:    limits usage charges
+--   args:    charge_id window_ms (dimension amount)...
 --   returns: dimension current limit
 --   errors:  budget_not_found invalid_input
 --
 -- The status is HARD_BREACH where nothing was added, SOFT_BREACH where the report was added and a soft limit passed,
--- ALREADY_APPLIED where the charge was there.
+-- ALREADY_APPLIED where the charge was there. `charges` is of one execution: the budget remembers the last CHARGES
+-- reports of each, and forgets them window_ms after the last.
 redis.register_function('ff_charge_budget', function(keys, args)
   local call = redis.call
-  local limits_key, usage_key, charge_key = unpack(keys, 1, 3)
-  local dedup_ttl_ms = args[1]
-  local amounts, order = amounts_of(args, 2)
-  if (ff.integer(dedup_ttl_ms) or 0) < 1 or not amounts then
+  local limits_key, usage_key, charges_key = unpack(keys, 1, 3)
+  local charge_id, window_ms = unpack(args, 1, 2)
+  local amounts, order = amounts_of(args, 3)
+  if (ff.integer(window_ms) or 0) < 1 or not amounts then
     return ff.err('invalid_input', 'usage')
   end
   if call('EXISTS', limits_key) == 0 then
     return ff.err('budget_not_found')
   end
-  if call('EXISTS', charge_key) == 1 then
+  if recall(charges_key, charge_id) then
     return ff.reply('ALREADY_APPLIED', '', '0', '0')
   end
-  local totals, soft_breach = {}, nil
+  local names = {}
+  for i, name in ipairs(order) do
+    names[2 * i - 1], names[2 * i] = 'hard:' .. name, 'soft:' .. name
+  end
+  local limits = ff.hash_fields(limits_key, names)
+  local totals, used = totals_of(usage_key, amounts, order)
+  if not totals then
+    return ff.err('invalid_input', 'usage')
+  end
+  local soft_breach
   for _, name in ipairs(order) do
-    local used = tonumber(call('HGET', usage_key, name) or '0')
-    local hard = tonumber(call('HGET', limits_key, 'hard:' .. name))
-    totals[name] = used + amounts[name]
-    if totals[name] > ff.MAX_INTEGER then
-      return ff.err('invalid_input', 'usage')
-    end
+    local hard, soft = ff.integer(limits['hard:' .. name]), ff.integer(limits['soft:' .. name])
     if hard and totals[name] > hard then
-      return ff.reply('HARD_BREACH', name, ff.text(used), ff.text(hard))
+      return ff.reply('HARD_BREACH', name, used[name] or '0', ff.text(hard))
     end
-    local soft = tonumber(call('HGET', limits_key, 'soft:' .. name))
     if soft and totals[name] > soft and not soft_breach then
       soft_breach = ff.reply('SOFT_BREACH', name, ff.text(totals[name]), ff.text(soft))
     end
   end
+  write_totals(usage_key, totals, order)
+  -- The charge keeps its amounts, so that it can be taken back.
+  local charged = {}
   for _, name in ipairs(order) do
-    call('HSET', usage_key, name, ff.text(totals[name]))
+    charged[#charged + 1], charged[#charged + 2] = name, ff.text(amounts[name])
   end
-  -- The charge keeps its amounts, so that it can be taken back. The field '' makes a charge of nothing exist too.
-  call('HSET', charge_key, '', '0')
-  for _, name in ipairs(order) do
-    call('HSET', charge_key, name, ff.text(amounts[name]))
-  end
-  call('PEXPIRE', charge_key, dedup_ttl_ms)
+  remember(charges_key, charge_id, cmsgpack.pack(charged), CHARGES)
+  call('PEXPIRE', charges_key, window_ms)
   return soft_breach or ff.ok('', '0', '0')
 end)
 
 -- ff_release_charge
---   keys:    limits usage charge
---   args:
+--   keys:    limits usage charges
+--   args:    charge_id
 --   returns:
 --   errors:
 --
 -- Takes back a charge whose report was refused by another budget; without such a charge it does nothing.
-redis.register_function('ff_release_charge', function(keys)
-  local call = redis.call
-  local _, usage_key, charge_key = unpack(keys, 1, 3)
-  for name, amount in pairs(ff.hash(charge_key) or {}) do
-    if name ~= '' then
-      local used = tonumber(call('HGET', usage_key, name) or '0')
-      call('HSET', usage_key, name, ff.text(math.max(used - tonumber(amount), 0)))
-    end
+redis.register_function('ff_release_charge', function(keys, args)
+  local _, usage_key, charges_key = unpack(keys, 1, 3)
+  local charge_id = args[1]
+  local intact, charged = pcall(cmsgpack.unpack, recall(charges_key, charge_id) or '')
+  if not intact or type(charged) ~= 'table' then
+    return ff.ok()
   end
-  call('DEL', charge_key)
+  local order, totals = {}, {}
+  for i = 1, #charged, 2 do
+    order[#order + 1] = charged[i]
+  end
+  local used = ff.hash_fields(usage_key, order)
+  for i = 1, #charged, 2 do
+    totals[charged[i]] = math.max((ff.integer(used[charged[i]]) or 0) - tonumber(charged[i + 1]), 0)
+  end
+  write_totals(usage_key, totals, order)
+  redis.call('HDEL', charges_key, 'id:' .. charge_id)
   return ff.ok()
 end)

@@ -1,13 +1,33 @@
 -- Waitpoints, their tokens, suspension and signals.
 --
--- A waitpoint belongs to one attempt. It is pending until a suspension names it, then active, then closed for good.
+-- A waitpoint belongs to one attempt, and is open to one suspension. All waitpoints of an execution are fields of one
+-- hash, `<attempt index> <created_at> <expires_at> <signal count> <suspension id, or ->`; whether one is open follows
+-- from the state of the execution, so the end of an attempt or a suspension writes to none of them.
 -- Its token is `<kid>:<HMAC-SHA1 hex>`, where kid is the id of a secret on the partition's ring. The digest covers
 -- execution, waitpoint and creation time, each with its length before it. The newest secret signs; earlier ones
 -- verify until their grace is over.
 
--- Most signals of one waitpoint; each is a key of its own.
+-- Most signals of one waitpoint.
 local MAX_SIGNALS = 10000
 local MAX_NODES, MAX_LEAVES = 256, 256
+local MAX_SECRETS = 64
+local PAGE = 256
+-- A call takes no more steps than this over buffered signals, at about 5 us each.
+local MAX_STEPS = 200
+
+local function parse_waitpoint(text)
+  local attempt_index, created_at, expires_at, count, suspension_id =
+    string.match(text or '', '^(%d+) (%d+) (%d+) (%d+) (%S+)$')
+  return attempt_index and {
+    attempt_index = attempt_index, created_at = created_at, expires_at = tonumber(expires_at),
+    signal_count = tonumber(count), suspension_id = suspension_id,
+  }
+end
+
+local function waitpoint_text(waitpoint)
+  return string.format('%s %s %d %d %s', waitpoint.attempt_index, waitpoint.created_at, waitpoint.expires_at,
+    waitpoint.signal_count, waitpoint.suspension_id)
+end
 
 -- A kid has the form that ff_fast/keys.py calls an opaque id.
 local function is_kid(text)
@@ -52,38 +72,66 @@ local function token_message(execution_id, waitpoint_id, created_at)
   })
 end
 
--- The kid and the secret that sign. An empty ring takes the caller's.
-local function signing_secret(execution, kid, secret)
-  local ring_key = ff.key('waitpoint_secrets', execution.slot_tag)
-  local current = redis.call('HGET', ring_key, 'current_kid')
-  if not current then
-    redis.call('HSET', ring_key, 'current_kid', kid, 'secret:' .. kid, secret)
-    return kid, secret
+-- The ring of a partition expires a day after its last use, and not while a token of it may be needed: until the latest
+-- end of a pending waitpoint, and while an execution of the partition is suspended. `needed_until` and `suspended` keep
+-- these two, so no token is ever looked for.
+local RING_MS = 86400000
+
+-- They have a key of their own, as whoever ends a suspended execution need not be able to read secrets.
+
+-- Has the ring expire when it is needed no more. Reads its use, and returns what writes the use: after a change of
+-- the number of suspended executions, and with `until_ms` as the end of a new use.
+local function ring_use(slot_tag, now)
+  local call = redis.call
+  local use_key, ring_key = ff.key('waitpoint_use', slot_tag), ff.key('waitpoint_secrets', slot_tag)
+  local stored = call('HMGET', use_key, 'suspended', 'needed_until')
+  return function(change, until_ms)
+    local suspended = math.max((ff.integer(stored[1]) or 0) + change, 0)
+    local last = math.max(ff.integer(stored[2]) or 0, until_ms or 0, now + RING_MS)
+    call('HSET', use_key, 'needed_until', ff.text(last), 'suspended', ff.text(suspended))
+    if suspended > 0 then
+      call('PERSIST', ring_key)
+      call('PERSIST', use_key)
+    else
+      call('PEXPIREAT', ring_key, ff.text(last))
+      call('PEXPIREAT', use_key, ff.text(last))
+    end
   end
-  return current, redis.call('HGET', ring_key, 'secret:' .. current)
 end
 
--- Whether `token` is the token of a waitpoint; `waitpoint` is its hash, or nil.
+-- Counts an execution of the partition that becomes suspended (1) or ceases to be (-1).
+function ff.count_suspended(execution, change)
+  ring_use(execution.slot_tag, execution.now)(change)
+end
+
+-- Whether a secret of the ring verifies tokens: the newest, and an earlier one until its grace is over.
+local function usable_kid(execution, kid)
+  local ring_key = ff.key('waitpoint_secrets', execution.slot_tag)
+  local current, expires_at, secret = unpack(
+    redis.call('HMGET', ring_key, 'current_kid', 'expires_at:' .. kid, 'secret:' .. kid)
+  )
+  return secret and (kid == current or (ff.integer(expires_at) or 0) >= execution.now), secret
+end
+
+-- Whether `token` is the token of a waitpoint, which may be nil.
 local function token_is_valid(execution, waitpoint_id, waitpoint, token)
   local kid, digest = string.match(token, '^([^:]+):(%x+)$')
   if not kid or #digest ~= 40 then
     return false
   end
-  local ring_key = ff.key('waitpoint_secrets', execution.slot_tag)
-  local current, secret, expires_at = unpack(
-    redis.call('HMGET', ring_key, 'current_kid', 'secret:' .. kid, 'expires_at:' .. kid)
-  )
   -- Every path computes a digest, so the time of a refusal does not tell which kids and waitpoints exist.
+  local usable, secret = usable_kid(execution, kid)
   local message = token_message(execution.id, waitpoint_id, waitpoint and waitpoint.created_at or '0')
   local expected = hmac_sha1(secret or string.rep('0', 64), message)
-  local usable = secret and waitpoint and waitpoint.execution_id == execution.id
-    and (kid == current or (expires_at and tonumber(expires_at) >= execution.now))
-  return same_digest(expected, digest) and usable and true or false
+  return same_digest(expected, digest) and usable and waitpoint and true or false
 end
 
--- Whether a waitpoint still takes signals for a suspension to come, by the server's clock.
+-- Whether a waitpoint still takes signals for a suspension to come, by the server's clock: its attempt goes on.
 local function is_pending(execution, waitpoint)
-  return waitpoint.state == 'pending' and tonumber(waitpoint.expires_at) > execution.now
+  local state, fields = execution.state, execution.fields
+  return waitpoint.suspension_id == '-' and waitpoint.expires_at > execution.now
+    and waitpoint.attempt_index == fields.current_attempt_index and not ff.OUTCOMES[state]
+    and (state == 'active' or state == 'suspended' or fields.interrupted == '1')
 end
 
 -- ff_rotate_waitpoint_secret
@@ -92,7 +140,8 @@ end
 --   returns: previous_kid
 --   errors:  rotation_conflict invalid_input
 --
--- Tokens of the previous secret stay valid for the grace. The same kid with the same secret changes nothing.
+-- Tokens of the previous secret stay valid for the grace. The same kid with the same secret changes nothing. The ring
+-- holds at most MAX_SECRETS earlier secrets whose grace is not over; more are a rotation_conflict.
 redis.register_function('ff_rotate_waitpoint_secret', function(keys, args)
   local call = redis.call
   local ring_key = keys[1]
@@ -102,16 +151,27 @@ redis.register_function('ff_rotate_waitpoint_secret', function(keys, args)
     return ff.err('invalid_input', 'key')
   end
   local now = ff.now_ms()
-  local current, known = unpack(call('HMGET', ring_key, 'current_kid', 'secret:' .. kid))
+  local ring = ff.hash(ring_key) or {}
+  local current, known = ring.current_kid, ring['secret:' .. kid]
   if known and known ~= secret then
     return ff.err('rotation_conflict')
   end
   if current == kid then
     return ff.ok(current)
   end
-  for _, field in ipairs(call('HKEYS', ring_key)) do
+  local use, kept = ring_use(ff.slot_tag_of(ring_key), now), 0
+  for field, expires_at in pairs(ring) do
     local earlier = string.match(field, '^expires_at:(.*)$')
-    if earlier and tonumber(call('HGET', ring_key, field)) < now then
+    if earlier and (ff.integer(expires_at) or 0) >= now then
+      kept = kept + 1
+    end
+  end
+  if kept >= MAX_SECRETS then
+    return ff.err('rotation_conflict')
+  end
+  for field, expires_at in pairs(ring) do
+    local earlier = string.match(field, '^expires_at:(.*)$')
+    if earlier and (ff.integer(expires_at) or 0) < now then
       call('HDEL', ring_key, field, 'secret:' .. earlier)
     end
   end
@@ -121,6 +181,7 @@ redis.register_function('ff_rotate_waitpoint_secret', function(keys, args)
   -- A secret that becomes current again has no end.
   call('HDEL', ring_key, 'expires_at:' .. kid)
   call('HSET', ring_key, 'current_kid', kid, 'secret:' .. kid, secret)
+  use(0, now + grace_ms)
   return ff.ok(current or '')
 end)
 
@@ -145,23 +206,35 @@ redis.register_function('ff_create_waitpoint', function(keys, args)
   if not execution then
     return refusal
   end
-  local key = ff.waitpoint_key(execution, waitpoint_id)
-  local existing = ff.hash(key)
-  if existing and (existing.execution_id ~= execution.id or existing.attempt_index ~= attempt_index) then
+  local waitpoints_key, tokens_key = ff.execution_key(execution, 'waitpoints'), ff.execution_key(execution, 'tokens')
+  local waitpoint = parse_waitpoint(call('HGET', waitpoints_key, waitpoint_id))
+  if waitpoint and waitpoint.attempt_index ~= attempt_index then
     return ff.err('waitpoint_conflict')
   end
-  local created_at = existing and existing.created_at or ff.text(execution.now)
-  local signing_kid, signing = signing_secret(execution, kid, secret)
-  local token = signing_kid .. ':' .. hmac_sha1(signing, token_message(execution.id, waitpoint_id, created_at))
-  if not existing then
-    local expires_at = ff.text(execution.now + expires_ms)
-    call('HSET', key, 'waitpoint_id', waitpoint_id, 'execution_id', execution.id, 'attempt_index', attempt_index,
-      'state', 'pending', 'created_at', created_at, 'expires_at', expires_at)
-    call('SADD', ff.execution_key(execution, 'waitpoints'), waitpoint_id)
-    call('ZADD', execution.timers_key, expires_at, ff.waitpoint_timer(execution, waitpoint_id))
+  ff.expect('tokens', tokens_key)
+  local ring_key = ff.key('waitpoint_secrets', execution.slot_tag)
+  local current, use = call('HGET', ring_key, 'current_kid'), ring_use(execution.slot_tag, execution.now)
+  local signing_kid, signing = current or kid, secret
+  if current then
+    signing = call('HGET', ring_key, 'secret:' .. current)
+    if not signing or not is_secret(signing) then
+      ff.corrupt('waitpoint_secrets')
+    end
+  else
+    call('HSET', ring_key, 'current_kid', kid, 'secret:' .. kid, secret)
   end
+  if not waitpoint then
+    waitpoint = {
+      attempt_index = attempt_index, created_at = ff.text(execution.now), expires_at = execution.now + expires_ms,
+      signal_count = 0, suspension_id = '-',
+    }
+    call('HSET', waitpoints_key, waitpoint_id, waitpoint_text(waitpoint))
+  end
+  use(0, waitpoint.expires_at)
+  local message = token_message(execution.id, waitpoint_id, waitpoint.created_at)
+  local token = signing_kid .. ':' .. hmac_sha1(signing, message)
   -- A condition names the waitpoint by its token.
-  call('HSET', ff.execution_key(execution, 'tokens'), redis.sha1hex(token), waitpoint_id)
+  call('HSET', tokens_key, redis.sha1hex(token), waitpoint_id)
   return ff.ok(token)
 end)
 
@@ -169,37 +242,96 @@ end)
 --   node:<i>    parent needed distinct     node 0 is the root, parent -1
 --   leaf:<j>    node waitpoint_id kind matcher
 --   have:<i>:<what>   the signal that contributed; counted in got:<i>
+--   seen:<waitpoint_id>   how many of its buffered signals were applied
 -- A node is met when it has as many distinct contributions as it needs. Its rule of distinctness is `waitpoint`,
 -- `signal`, `source`, or `leaf` (each leaf once). A met node contributes once to its parent.
+--
+-- A call reads the tree, applies signals to it in memory, and writes what is new at its end. The leaves stand in groups
+-- by what they match, so a signal meets only those that it matches. In a group a rule of `leaf` or `waitpoint` takes
+-- the first signal alone, and other rules take a signal once for each node.
 
-local function matches(kind, matcher, signal)
-  if kind == 'signal_name' then
-    return signal.signal_name == matcher
-  elseif kind == 'correlation_id' then
-    return signal.correlation_id == matcher
+local RULES = { leaf = true, waitpoint = true, signal = true, source = true }
+local KINDS = { signal_name = true, correlation_id = true, external = true }
+
+-- The tree of a condition. `is_new` says that nothing has contributed yet.
+local function new_tree(key, is_new)
+  return {
+    key = key, is_new = is_new, nodes = {}, groups = {}, writes = {}, order = {}, got = {}, refs = {}, steps = 0,
+  }
+end
+
+local function add_node(tree, index, parent, needed, rule)
+  tree.nodes[index] = { index = index, parent = tonumber(parent), needed = tonumber(needed), rule = rule }
+end
+
+local function add_leaf(tree, index, node_index, waitpoint_id, kind, matcher)
+  local name = kind == 'external' and kind or kind .. ' ' .. matcher
+  local groups = tree.groups[waitpoint_id] or {}
+  local group = groups[name] or { once = {}, each = {}, nodes = {} }
+  tree.groups[waitpoint_id], groups[name] = groups, group
+  local node = tree.nodes[node_index]
+  if node.rule == 'leaf' or node.rule == 'waitpoint' then
+    group.once[#group.once + 1] = { node = node, index = index }
+  elseif not group.nodes[node] then
+    group.nodes[node] = true
+    group.each[#group.each + 1] = { node = node, index = index }
   end
-  return true
+end
+
+-- The tree of an open suspension; nil where its hash is no suspension.
+local function load_tree(key, node_count, leaf_count)
+  local tree, names = new_tree(key, false), {}
+  for i = 0, node_count - 1 do
+    names[#names + 1] = 'node:' .. i
+  end
+  for j = 0, leaf_count - 1 do
+    names[#names + 1] = 'leaf:' .. j
+  end
+  local fields = ff.hash_fields(key, names)
+  for i = 0, node_count - 1 do
+    local parent, needed, rule = string.match(fields['node:' .. i] or '', '^(%-?%d+) (%d+) (%S+)$')
+    if not parent then
+      return nil
+    end
+    add_node(tree, i, parent, needed, rule)
+  end
+  for j = 0, leaf_count - 1 do
+    local node, waitpoint_id, kind, matcher = string.match(fields['leaf:' .. j] or '', '^(%d+) (%S+) (%S+) (.*)$')
+    node = tonumber(node)
+    if not tree.nodes[node] then
+      return nil
+    end
+    add_leaf(tree, j, node, waitpoint_id, kind, matcher)
+  end
+  return tree
 end
 
 -- Gives one contribution to a node, and on to its parents. Returns whether it was new, and whether the root is met.
-local function contribute(key, node, what, signal_id)
-  local call = redis.call
-  if call('HSETNX', key, 'have:' .. node .. ':' .. what, signal_id) == 0 then
+local function contribute(tree, node, what, signal_id)
+  local field = 'have:' .. node.index .. ':' .. what
+  tree.steps = tree.steps + 1
+  if tree.writes[field] or (not tree.is_new and redis.call('HEXISTS', tree.key, field) == 1) then
     return false, false
   end
-  local parent, needed = string.match(call('HGET', key, 'node:' .. node), '^(%-?%d+) (%d+)')
-  local got = call('HINCRBY', key, 'got:' .. node, 1)
-  if got ~= tonumber(needed) then
+  tree.writes[field] = signal_id
+  tree.order[#tree.order + 1] = field
+  local got = tree.got[node]
+  if not got then
+    got = not tree.is_new and ff.integer(redis.call('HGET', tree.key, 'got:' .. node.index)) or 0
+  end
+  tree.got[node] = got + 1
+  if got + 1 ~= node.needed then
     return true, false
   end
-  if parent == '-1' then
+  local parent = tree.nodes[node.parent]
+  if not parent then
     return true, true
   end
-  local _, met = contribute(key, parent, 'node ' .. node, signal_id)
+  local _, met = contribute(tree, parent, 'node ' .. node.index, signal_id)
   return true, met
 end
 
--- The key under which the contribution of a signal at a leaf is distinct, by the rule of the leaf's node.
+-- What makes the contribution of a signal at a leaf distinct, by the rule of the leaf's node.
 local function distinct_part(rule, leaf_index, signal)
   if rule == 'waitpoint' then
     return 'waitpoint ' .. signal.waitpoint_id
@@ -212,38 +344,106 @@ local function distinct_part(rule, leaf_index, signal)
   return 'leaf ' .. leaf_index
 end
 
--- Applies a signal to the open suspension; `ref` is the argument of ff.signal_key. Returns the effect of the signal.
-local function apply_signal(execution, ref, signal)
-  local call = redis.call
-  local key = ff.execution_key(execution, 'suspension')
-  local leaves = tonumber(call('HGET', key, 'leaf_count'))
-  local named, matched, new = false, false, false
-  for j = 0, leaves - 1 do
-    local leaf = call('HGET', key, 'leaf:' .. j)
-    local node, waitpoint_id, kind, matcher = string.match(leaf, '^(%d+) (%S+) (%S+) (.*)$')
-    if waitpoint_id == signal.waitpoint_id then
-      named = true
-      if matches(kind, matcher, signal) then
-        matched = true
-        local rule = string.match(call('HGET', key, 'node:' .. node), '(%S+)$')
-        local added, met = contribute(key, node, distinct_part(rule, j, signal), signal.signal_id)
-        new = new or added
-        if met then
-          call('RPUSH', ff.execution_key(execution, 'suspension_signals'), ref)
-          return 'resume_condition_satisfied'
-        end
+-- Applies a signal to the tree. Returns its effect.
+local function apply_signal(tree, signal)
+  tree.steps = tree.steps + 1
+  local groups, matched, new, met = tree.groups[signal.waitpoint_id], false, false, false
+  if not groups then
+    return 'signal_ignored_not_in_condition'
+  end
+  local function take(leaves)
+    for _, leaf in ipairs(leaves) do
+      local added
+      added, met = contribute(tree, leaf.node, distinct_part(leaf.node.rule, leaf.index, signal), signal.signal_id)
+      new = new or added
+      if met then
+        return
+      end
+    end
+  end
+  local names = { 'signal_name ' .. signal.signal_name, 'correlation_id ' .. signal.correlation_id, 'external' }
+  for _, name in ipairs(names) do
+    local group = groups[name]
+    if group and not met then
+      matched = true
+      take(group.once)
+      group.once = {}
+      if not met then
+        take(group.each)
       end
     end
   end
   if new then
-    call('RPUSH', ff.execution_key(execution, 'suspension_signals'), ref)
+    tree.refs[#tree.refs + 1] = signal.waitpoint_id .. ':' .. signal.signal_id
+  end
+  if met then
+    return 'resume_condition_satisfied'
+  elseif new then
     return 'appended_to_waitpoint'
   elseif matched then
     return 'appended_to_waitpoint_duplicate'
-  elseif named then
-    return 'signal_ignored_matcher_failed'
   end
-  return 'signal_ignored_not_in_condition'
+  return 'signal_ignored_matcher_failed'
+end
+
+-- Stores what was applied to the tree.
+local function save_tree(execution, tree)
+  local flat = {}
+  for _, field in ipairs(tree.order) do
+    flat[#flat + 1], flat[#flat + 2] = field, tree.writes[field]
+  end
+  for node, got in pairs(tree.got) do
+    flat[#flat + 1], flat[#flat + 2] = 'got:' .. node.index, ff.text(got)
+  end
+  ff.write_list('HSET', tree.key, flat)
+  ff.write_list('RPUSH', ff.execution_key(execution, 'suspension_signals'), tree.refs)
+end
+
+-- A signal to a pending waitpoint is buffered: a member of a sorted set whose scores are all 0, so it is ordered as
+-- text, `<waitpoint id>:<number of the signal, 16 digits>:<what conditions look at>`.
+local function buffered_place(waitpoint_id, number)
+  return string.format('%s:%016d', waitpoint_id, number)
+end
+
+-- Applies buffered signals of waitpoints to the tree, those of each in the order of their arrival, as far as one call
+-- may. `seen` has the number of each waitpoint's signals that were applied, and is advanced. Returns whether they met
+-- the condition, and whether all were applied.
+local function apply_buffered(execution, tree, waitpoints, seen)
+  local buffered_key = ff.execution_key(execution, 'signals_buffered')
+  for _, waitpoint in ipairs(waitpoints) do
+    local waitpoint_id = waitpoint.id
+    while seen[waitpoint_id] < waitpoint.signal_count do
+      local left = MAX_STEPS - tree.steps
+      if left <= 0 then
+        return false, false
+      end
+      -- `;` follows `:`, so the range ends with the waitpoint.
+      local page = redis.call('ZRANGEBYLEX', buffered_key, '[' .. buffered_place(waitpoint_id, seen[waitpoint_id] + 1),
+        '(' .. waitpoint_id .. ';', 'LIMIT', 0, math.min(left, 64))
+      tree.steps = tree.steps + 1
+      if #page == 0 then
+        seen[waitpoint_id] = waitpoint.signal_count
+      end
+      for _, member in ipairs(page) do
+        local number, packed = string.match(member, '^[^:]+:(%d+):(.*)$')
+        local intact, fields = pcall(cmsgpack.unpack, packed or '')
+        seen[waitpoint_id] = tonumber(number) or waitpoint.signal_count
+        if intact and type(fields) == 'table' and fields[1] then
+          local signal = {
+            waitpoint_id = waitpoint_id, signal_id = fields[1], signal_name = fields[2], correlation_id = fields[3],
+            source_type = fields[4], source_identity = fields[5],
+          }
+          if apply_signal(tree, signal) == 'resume_condition_satisfied' then
+            return true, true
+          end
+        end
+        if tree.steps >= MAX_STEPS then
+          return false, false
+        end
+      end
+    end
+  end
+  return false, true
 end
 
 -- Whether args from `first` on are a condition of `node_count` nodes. Returns the place of its first leaf and the
@@ -251,8 +451,10 @@ end
 local function check_condition(args, first, node_count)
   local at = first
   for i = 0, node_count - 1 do
-    local parent, needed = tonumber(args[at]), ff.integer(args[at + 1])
-    if not parent or not needed or needed < 1 or parent >= i or (i == 0) ~= (parent < 0) or parent < -1 then
+    local parent, needed = args[at] == '-1' and -1 or ff.integer(args[at]), ff.integer(args[at + 1])
+    if
+      not parent or not needed or needed < 1 or parent >= i or (i == 0) ~= (parent < 0) or not RULES[args[at + 2]]
+    then
       return nil
     end
     at = at + 3
@@ -261,59 +463,86 @@ local function check_condition(args, first, node_count)
   if not leaf_count or leaf_count < 1 or leaf_count > MAX_LEAVES or #args ~= at + 4 * leaf_count then
     return nil
   end
+  for leaf = at + 1, #args, 4 do
+    local node = ff.integer(args[leaf])
+    if not node or node >= node_count or not KINDS[args[leaf + 2]] then
+      return nil
+    end
+  end
   return at + 1, leaf_count
 end
 
--- The waitpoints that the leaves of a condition name by their tokens: one for each leaf, from 0, and all as a set. Or
--- nil and the refusal.
-local function find_waitpoints(execution, args, first_leaf, leaf_count, node_count)
-  local tokens_key = ff.execution_key(execution, 'tokens')
-  local of_leaf, involved = {}, {}
+-- The waitpoints that the leaves of a condition name by their tokens: the id for each leaf, from 0, and a list of all,
+-- each with its id. Or nil and the refusal.
+local function find_waitpoints(execution, args, first_leaf, leaf_count)
+  local digests, kids = {}, {}
   for j = 0, leaf_count - 1 do
     local at = first_leaf + 4 * j
-    local node, token = ff.integer(args[at]), args[at + 1]
-    if not node or node >= node_count then
-      return nil, ff.err('invalid_input', 'condition')
+    local token = args[at + 1]
+    local kid = string.match(token, '^[^:]+') or ''
+    if kids[kid] == nil then
+      kids[kid] = usable_kid(execution, kid) and true or false
     end
-    local waitpoint_id = redis.call('HGET', tokens_key, redis.sha1hex(token))
+    if not kids[kid] then
+      return nil, ff.err('invalid_token')
+    end
+    digests[j + 1] = redis.sha1hex(token)
+  end
+  -- Only a token that ff_create_waitpoint has made is known here.
+  local named = ff.hash_fields(ff.execution_key(execution, 'tokens'), digests)
+  local of_leaf, ids, is_listed = {}, {}, {}
+  for j = 0, leaf_count - 1 do
+    local waitpoint_id = named[digests[j + 1]]
     if not waitpoint_id then
       return nil, ff.err('invalid_token')
     end
     of_leaf[j] = waitpoint_id
-    if not involved[waitpoint_id] then
-      local attempt_index = execution.fields.current_attempt_index
-      local waitpoint = ff.hash(ff.waitpoint_key(execution, waitpoint_id))
-      if not waitpoint or not token_is_valid(execution, waitpoint_id, waitpoint, token) then
-        return nil, ff.err('invalid_token')
-      end
-      if waitpoint.attempt_index ~= attempt_index or not is_pending(execution, waitpoint) then
-        return nil, ff.err('waitpoint_closed')
-      end
-      involved[waitpoint_id] = true
+    if not is_listed[waitpoint_id] then
+      is_listed[waitpoint_id] = true
+      ids[#ids + 1] = waitpoint_id
     end
   end
-  return of_leaf, involved
+  local texts = ff.hash_fields(ff.execution_key(execution, 'waitpoints'), ids)
+  local waitpoints = {}
+  for i, waitpoint_id in ipairs(ids) do
+    local waitpoint = parse_waitpoint(texts[waitpoint_id])
+    if not waitpoint then
+      return nil, ff.err('invalid_token')
+    end
+    if not is_pending(execution, waitpoint) then
+      return nil, ff.err('waitpoint_closed')
+    end
+    waitpoint.id = waitpoint_id
+    waitpoints[i] = waitpoint
+  end
+  return of_leaf, waitpoints
 end
 
--- Applies the buffered signals of all involved waitpoints, in the order of their arrival. Signals of other pending
--- waitpoints stay. Returns whether they met the condition.
-local function apply_buffered(execution, involved)
-  local call = redis.call
-  local buffered_key = ff.execution_key(execution, 'signals_buffered')
-  local buffered, satisfied = call('LRANGE', buffered_key, 0, -1), false
-  call('DEL', buffered_key)
-  for _, ref in ipairs(buffered) do
-    local waitpoint_id = string.match(ref, '^[^:]+')
-    if not involved[waitpoint_id] then
-      if call('HGET', ff.waitpoint_key(execution, waitpoint_id), 'state') == 'pending' then
-        call('RPUSH', buffered_key, ref)
-      end
-    elseif not satisfied then
-      local signal = ff.hash(ff.signal_key(execution, ref))
-      satisfied = signal and apply_signal(execution, ref, signal) == 'resume_condition_satisfied'
-    end
+-- Gives waitpoints to a suspension: they take no other, and are closed with it.
+local function take_waitpoints(execution, waitpoints, suspension_id)
+  local flat = {}
+  for _, waitpoint in ipairs(waitpoints) do
+    waitpoint.suspension_id = suspension_id
+    flat[#flat + 1], flat[#flat + 2] = waitpoint.id, waitpoint_text(waitpoint)
   end
-  return satisfied
+  ff.write_list('HSET', ff.execution_key(execution, 'waitpoints'), flat)
+end
+
+-- The open suspension as a field list: what it waits for, without what has contributed to it.
+function ff.describe_suspension(execution)
+  local key = ff.execution_key(execution, 'suspension')
+  local names = {
+    'suspension_id', 'attempt_index', 'created_at', 'timeout_behavior', 'reason', 'leaf_count',
+  }
+  local leaf_count = ff.integer(redis.call('HGET', key, 'leaf_count')) or 0
+  for j = 0, math.min(leaf_count, MAX_LEAVES) - 1 do
+    names[#names + 1] = 'leaf:' .. j
+  end
+  local flat = {}
+  for name, value in pairs(ff.hash_fields(key, names)) do
+    flat[#flat + 1], flat[#flat + 2] = name, value
+  end
+  return flat
 end
 
 -- ff_suspend_execution
@@ -327,7 +556,8 @@ end
 -- The condition: for each node `parent needed distinct`, then leaf_count, then for each leaf `node token kind
 -- matcher`. Signals that came before the suspension count. Where they already meet the condition the status is
 -- ALREADY_SATISFIED, the waitpoints are closed, and the lease is kept; the same suspension_id again answers the same.
--- timeout_ms 0 is none.
+-- The status is MORE where there are more of these signals than one call may apply: the execution is still active, and
+-- the same call again goes on. timeout_ms 0 is none.
 redis.register_function('ff_suspend_execution', function(keys, args)
   local call = redis.call
   local core_key = keys[1]
@@ -346,31 +576,61 @@ redis.register_function('ff_suspend_execution', function(keys, args)
   if not execution then
     return reply
   end
-  local key = ff.execution_key(execution, 'suspension')
-  if call('HGET', key, 'suspension_id') == suspension_id then
+  local key, refs_key = ff.execution_key(execution, 'suspension'), ff.execution_key(execution, 'suspension_signals')
+  local earlier, closed_at = unpack(call('HMGET', key, 'suspension_id', 'closed_at'))
+  if earlier == suspension_id and closed_at then
     return ff.reply('ALREADY_SATISFIED', 'suspended', suspension_id)
   end
-  local of_leaf, involved = find_waitpoints(execution, args, first_leaf, leaf_count, node_count)
+  local of_leaf, waitpoints = find_waitpoints(execution, args, first_leaf, leaf_count)
   if not of_leaf then
-    return involved
+    return waitpoints
   end
+  ff.expect('signals_buffered', ff.execution_key(execution, 'signals_buffered'))
+  ff.expect('suspension_signals', refs_key)
+  ff.expect('waitpoint_use', ff.key('waitpoint_use', execution.slot_tag))
 
-  call('DEL', key, ff.execution_key(execution, 'suspension_signals'))
-  call('HSET', key, 'suspension_id', suspension_id, 'attempt_index', attempt_index, 'created_at',
-    ff.text(execution.now), 'timeout_behavior', timeout_behavior, 'reason', reason, 'leaf_count', ff.text(leaf_count))
+  local goes_on = earlier == suspension_id
+  local tree, flat, seen = new_tree(key, not goes_on), {}, {}
   for i = 0, node_count - 1 do
     local at = first_node + 3 * i
-    call('HSET', key, 'node:' .. i, args[at] .. ' ' .. args[at + 1] .. ' ' .. args[at + 2])
+    add_node(tree, i, args[at], args[at + 1], args[at + 2])
+    flat[#flat + 1], flat[#flat + 2] = 'node:' .. i, args[at] .. ' ' .. args[at + 1] .. ' ' .. args[at + 2]
   end
   for j = 0, leaf_count - 1 do
     local at = first_leaf + 4 * j
-    call('HSET', key, 'leaf:' .. j, args[at] .. ' ' .. of_leaf[j] .. ' ' .. args[at + 2] .. ' ' .. args[at + 3])
+    add_leaf(tree, j, tonumber(args[at]), of_leaf[j], args[at + 2], args[at + 3])
+    flat[#flat + 1] = 'leaf:' .. j
+    flat[#flat + 1] = args[at] .. ' ' .. of_leaf[j] .. ' ' .. args[at + 2] .. ' ' .. args[at + 3]
   end
-  for waitpoint_id in pairs(involved) do
-    call('HSET', ff.waitpoint_key(execution, waitpoint_id), 'state', 'active', 'suspension_id', suspension_id)
-    call('ZREM', execution.timers_key, ff.waitpoint_timer(execution, waitpoint_id))
+  local seen_names = {}
+  for i, waitpoint in ipairs(waitpoints) do
+    seen_names[i] = 'seen:' .. waitpoint.id
   end
-  if apply_buffered(execution, involved) then
+  local stored = goes_on and ff.hash_fields(key, seen_names) or {}
+  for i, waitpoint in ipairs(waitpoints) do
+    seen[waitpoint.id] = ff.integer(stored[seen_names[i]]) or 0
+  end
+  local met, all = apply_buffered(execution, tree, waitpoints, seen)
+
+  if not goes_on then
+    -- An earlier suspension may have had 10,000 signals: UNLINK frees them outside of the call.
+    call('UNLINK', key, refs_key)
+    call('HSET', key, 'suspension_id', suspension_id, 'attempt_index', attempt_index, 'created_at',
+      ff.text(execution.now), 'timeout_behavior', timeout_behavior, 'reason', reason, 'leaf_count',
+      ff.text(leaf_count), 'node_count', ff.text(node_count))
+    ff.write_list('HSET', key, flat)
+  end
+  save_tree(execution, tree)
+  if not all then
+    local places = {}
+    for i, waitpoint in ipairs(waitpoints) do
+      places[2 * i - 1], places[2 * i] = seen_names[i], ff.text(seen[waitpoint.id])
+    end
+    ff.write_list('HSET', key, places)
+    return ff.reply('MORE', 'suspended', suspension_id)
+  end
+  take_waitpoints(execution, waitpoints, suspension_id)
+  if met then
     ff.close_suspension(execution, 'resumed')
     return ff.reply('ALREADY_SATISFIED', 'suspended', suspension_id)
   end
@@ -382,6 +642,20 @@ redis.register_function('ff_suspend_execution', function(keys, args)
   end
   return ff.ok('suspended', suspension_id)
 end)
+
+-- The fields of a signal, in the order in which ff_deliver_signal stores them.
+local SIGNAL_FIELDS = {
+  'signal_id', 'waitpoint_id', 'signal_name', 'signal_category', 'source_type', 'source_identity', 'correlation_id',
+  'accepted_at', 'effect', 'payload',
+}
+
+-- The values of a stored signal, `<waitpoint id>:<signal id>`; nil without one. A signal that goes to two waitpoints is
+-- stored twice.
+local function stored_signal(execution, ref)
+  local packed = redis.call('HGET', ff.execution_key(execution, 'signals'), ref)
+  local intact, values = pcall(cmsgpack.unpack, packed or '')
+  return packed and intact and type(values) == 'table' and values or nil
+end
 
 -- ff_deliver_signal
 --   keys:    core
@@ -405,82 +679,114 @@ redis.register_function('ff_deliver_signal', function(keys, args)
   if not execution then
     return ff.err('execution_not_found')
   end
-  local waitpoint_key = ff.waitpoint_key(execution, waitpoint_id)
-  local waitpoint = ff.hash(waitpoint_key)
+  local waitpoints_key = ff.execution_key(execution, 'waitpoints')
+  local waitpoint = parse_waitpoint(call('HGET', waitpoints_key, waitpoint_id))
   if not token_is_valid(execution, waitpoint_id, waitpoint, token) then
     return ff.err('invalid_token')
   end
   local ref = waitpoint_id .. ':' .. signal_id
   local dedup_key = ff.execution_key(execution, 'signals_dedup')
   local dedup_field = #idempotency_key > 0 and waitpoint_id .. ' ' .. idempotency_key or nil
-  local earlier = dedup_field and call('HGET', dedup_key, dedup_field) or ref
-  local effect = call('HGET', ff.signal_key(execution, earlier), 'effect')
-  if effect then
-    return ff.reply('DUPLICATE', string.match(earlier, '[^:]+$'), effect)
+  local earlier = stored_signal(execution, dedup_field and call('HGET', dedup_key, dedup_field) or ref)
+  if earlier then
+    return ff.reply('DUPLICATE', earlier[1], earlier[9])
   end
-  local suspension = ff.hash(ff.execution_key(execution, 'suspension'))
-  local open = execution.state == 'suspended' and waitpoint.state == 'active' and suspension
-    and suspension.suspension_id == waitpoint.suspension_id
-  if not open and not (is_pending(execution, waitpoint) and not ff.OUTCOMES[execution.state]) then
+  local key = ff.execution_key(execution, 'suspension')
+  local suspension = ff.hash_fields(key, { 'suspension_id', 'node_count', 'leaf_count' })
+  local open = execution.state == 'suspended' and suspension.suspension_id == waitpoint.suspension_id
+  if not open and not is_pending(execution, waitpoint) then
     return ff.err('waitpoint_closed')
   end
-  if (tonumber(waitpoint.signal_count) or 0) >= MAX_SIGNALS then
+  if waitpoint.signal_count >= MAX_SIGNALS then
     return ff.err('signal_limit_exceeded')
   end
   local signal = {
     signal_id = signal_id, waitpoint_id = waitpoint_id, signal_name = signal_name, source_type = source_type,
     source_identity = source_identity, correlation_id = correlation_id,
   }
-  local signal_key = ff.signal_key(execution, ref)
-  call('HSET', signal_key, 'signal_id', signal_id, 'waitpoint_id', waitpoint_id, 'signal_name', signal_name,
-    'signal_category', signal_category, 'source_type', source_type, 'source_identity', source_identity,
-    'correlation_id', correlation_id, 'accepted_at', ff.text(execution.now))
-  if has_payload == '1' then
-    call('HSET', signal_key, 'payload', payload)
+  local effect, tree = 'buffered_for_pending_waitpoint', nil
+  local buffered_key = ff.execution_key(execution, 'signals_buffered')
+  if open then
+    tree = load_tree(key, tonumber(suspension.node_count) or 0, tonumber(suspension.leaf_count) or 0)
+    if not tree then
+      ff.corrupt('suspension')
+    end
+    effect = apply_signal(tree, signal)
+    ff.expect('suspension_signals', ff.execution_key(execution, 'suspension_signals'))
+    if effect == 'resume_condition_satisfied' then
+      ff.check_move(execution)
+    end
+  else
+    ff.expect('signals_buffered', buffered_key)
   end
-  call('RPUSH', ff.execution_key(execution, 'signals'), ref)
-  call('HINCRBY', waitpoint_key, 'signal_count', 1)
+
+  waitpoint.signal_count = waitpoint.signal_count + 1
+  call('HSET', waitpoints_key, waitpoint_id, waitpoint_text(waitpoint))
+  local values = {
+    signal_id, waitpoint_id, signal_name, signal_category, source_type, source_identity, correlation_id,
+    ff.text(execution.now), effect, has_payload == '1' and payload or nil,
+  }
+  call('HSET', ff.execution_key(execution, 'signals'), ref, cmsgpack.pack(values))
   if dedup_field then
     call('HSET', dedup_key, dedup_field, ref)
   end
-  effect = 'buffered_for_pending_waitpoint'
-  if not open then
-    call('RPUSH', ff.execution_key(execution, 'signals_buffered'), ref)
+  if tree then
+    save_tree(execution, tree)
   else
-    effect = apply_signal(execution, ref, signal)
-    if effect == 'resume_condition_satisfied' then
-      ff.close_suspension(execution, 'resumed')
-      ff.move(execution, 'waiting', 'resumed')
-    end
+    local looked_at = cmsgpack.pack({ signal_id, signal_name, correlation_id, source_type, source_identity })
+    call('ZADD', buffered_key, 0, buffered_place(waitpoint_id, waitpoint.signal_count) .. ':' .. looked_at)
   end
-  call('HSET', signal_key, 'effect', effect)
+  if effect == 'resume_condition_satisfied' then
+    ff.close_suspension(execution, 'resumed')
+    ff.move(execution, 'waiting', 'resumed')
+  end
   return ff.with_hints(ff.ok(signal_id, effect), execution.hints)
 end)
 
 -- ff_observe_signals
 --   keys:    core
---   args:    attempt_index lease_id lease_epoch
---   returns: signals
---   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired
+--   args:    attempt_index lease_id lease_epoch offset max_bytes
+--   returns: signals next_offset
+--   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired invalid_input
 --
--- The signals, as field lists, that met the condition of the suspension after which this lease was granted.
+-- The signals, as field lists, that met the condition of the suspension after which this lease was granted: from
+-- `offset` on, until they hold max_bytes. next_offset is '' after the last.
 redis.register_function({
   function_name = 'ff_observe_signals',
   callback = function(keys, args)
     local core_key = keys[1]
-    local attempt_index, lease_id, lease_epoch = unpack(args, 1, 3)
+    local attempt_index, lease_id, lease_epoch, offset, max_bytes = unpack(args, 1, 5)
+    offset, max_bytes = ff.integer(offset), ff.integer(max_bytes)
+    if not offset or not max_bytes then
+      return ff.err('invalid_input', 'offset')
+    end
     local execution, refusal = ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
     if not execution then
       return refusal
     end
-    local suspension = ff.hash(ff.execution_key(execution, 'suspension')) or {}
-    local signals = {}
-    if suspension.attempt_index == attempt_index and suspension.close_reason == 'resumed' then
-      for _, signal in ipairs(redis.call('LRANGE', ff.execution_key(execution, 'suspension_signals'), 0, -1)) do
-        signals[#signals + 1] = redis.call('HGETALL', ff.signal_key(execution, signal))
+    local suspension = ff.hash_fields(ff.execution_key(execution, 'suspension'), { 'attempt_index', 'close_reason' })
+    local signals, bytes = {}, 0
+    if suspension.attempt_index ~= attempt_index or suspension.close_reason ~= 'resumed' then
+      return ff.ok(signals, '')
+    end
+    local refs = redis.call('LRANGE', ff.execution_key(execution, 'suspension_signals'), offset, offset + PAGE - 1)
+    for i, ref in ipairs(refs) do
+      local values, flat = stored_signal(execution, ref), {}
+      if not values then
+        ff.corrupt('signals')
+      end
+      for j, name in ipairs(SIGNAL_FIELDS) do
+        if values[j] then
+          flat[#flat + 1], flat[#flat + 2] = name, values[j]
+          bytes = bytes + #values[j]
+        end
+      end
+      signals[#signals + 1] = flat
+      if bytes >= max_bytes and i < #refs then
+        return ff.ok(signals, ff.text(offset + i))
       end
     end
-    return ff.ok(signals)
+    return ff.ok(signals, #refs == PAGE and ff.text(offset + PAGE) or '')
   end,
   flags = { 'no-writes' },
 })

@@ -10,12 +10,9 @@ _PLACES = {
     "{fp:N}": r"\{fp:\d+\}",
     "<eid>": r"\{fp:\d+\}:[0-9a-f-]{36}",
     "<i>": r"\d+",
-    "<waitpoint>": r"[0-9a-f-]{36}",
-    "<signal>": r"[0-9a-f-]{36}:[0-9a-f-]{36}",
     "<flow>": r"[0-9a-f-]{36}",
     "<lane>": r"[A-Za-z0-9._~%-]+",
     "<budget>": r"[A-Za-z0-9_-]+",
-    "<charge>": r".+",
 }
 _PLACE = re.compile(r"\{fp:N\}|<\w+>")
 

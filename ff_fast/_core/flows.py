@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 from ff_fast import keys
 from ff_fast._core import ops
 from ff_fast._core.ready import with_hints
-from ff_fast._core.steps import applied_in_part
+from ff_fast._core.steps import applied_in_part, command, send_one
 from ff_fast.errors import DeadlineExceeded
-from ff_fast.types import CancelFlowOutcome, CancelFlowPolicy
+from ff_fast.types import CancelFlowOutcome, CancelFlowPolicy, FlowDescription
 
 if TYPE_CHECKING:
     from ff_fast._core.steps import Steps
 
-MEMBERS_A_CALL = 100
+# Cancelling a member takes the server about 50 us.
+MEMBERS_A_CALL = 16
+_PAGE = b"1000"
 # After this long a supervisor cancels the members that are left.
 _BACKLOG_MS = 2_000
 
@@ -45,4 +47,23 @@ def cancel_flow(
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded
         described = yield from ops.call(ops.describe_flow(flow_id, slot_tag))
-    return CancelFlowOutcome(held, cancelled, len(described.open_members))
+    return CancelFlowOutcome(held, cancelled, described.open_count)
+
+
+def describe_flow(flow_id: str, slot_tag: str) -> Steps[FlowDescription]:
+    """Read a flow and its members, in pages: a flow may have any number of them."""
+    counts = yield from ops.call(ops.describe_flow(flow_id, slot_tag))
+    members = yield from _members(keys.flow_members(slot_tag, flow_id))
+    still_open = yield from _members(keys.flow_open(slot_tag, flow_id))
+    return FlowDescription(flow_id, counts.state, members, still_open)
+
+
+def _members(key: bytes) -> Steps[tuple[str, ...]]:
+    found: set[str] = set()
+    cursor = b"0"
+    while True:
+        page = yield from send_one(command(b"SSCAN", key, cursor, b"COUNT", _PAGE))
+        cursor, members = ops.scan_page(page)
+        found.update(members)
+        if cursor == b"0":
+            return tuple(sorted(found))

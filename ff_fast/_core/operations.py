@@ -77,6 +77,7 @@ MAX_DOCUMENT = 16 << 20
 """Greatest payload of an execution and of its result, in bytes."""
 
 MAX_SIGNAL = 65_536
+MAX_TAGS = 256
 """Greatest payload of a signal, in bytes."""
 
 MAX_TTL_MS = 2**48
@@ -163,6 +164,8 @@ def _bounded(what: str, data: bytes, limit: int) -> bytes:
 def _tags(tags: object) -> dict[str, str]:
     if not isinstance(tags, Mapping):
         raise InvalidType(f"tags must be a mapping of str to str, not {type(tags).__name__}.")
+    if len(tags) > MAX_TAGS:
+        raise InvalidInput(f"An execution has at most {MAX_TAGS} tags.")
     return {keys.tag_key(name): keys.free_text("tag value", value) for name, value in tags.items()}
 
 
@@ -558,7 +561,7 @@ def create_waitpoint(
         expires: Time after which an unused waitpoint closes, in seconds or as a ``timedelta``.
 
     Raises:
-        WaitpointConflict: The id belongs to another execution or attempt.
+        WaitpointConflict: The id belongs to another attempt of the execution.
         LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
     """
     expires_ms = _positive_ms("expires", expires)
@@ -617,6 +620,8 @@ def suspend(
 
     def steps() -> Steps[SuspendOutcome]:
         satisfied, first_id = yield from ops.call(op)
+        while satisfied is None:
+            satisfied, first_id = yield from ops.call(op)
         return SuspendOutcome(first_id, handle if satisfied else suspended, satisfied)
 
     return Call(
@@ -689,7 +694,13 @@ def observe_signals(on: Deployment, handle: Handle) -> Call[tuple[ResumeSignal, 
     Raises:
         LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
     """
-    return _call(ops.observe_signals(_attempt(handle)))
+    attempt = _attempt(handle)
+
+    def steps() -> Steps[tuple[ResumeSignal, ...]]:
+        signals, following = yield from ops.call(ops.observe_signals(attempt))
+        return signals + (yield from ops.further_signals(attempt, following))
+
+    return Call(steps, writes=False)
 
 
 def rotate_waitpoint_secret(
@@ -739,7 +750,9 @@ def rotate_waitpoint_secret(
 def report_usage(on: Deployment, handle: Handle, usage: UsageDimensions) -> Call[ReportUsageResult]:
     """Report usage to the budgets of the execution and to its own ledger, completely or not at all.
 
-    Reports with the same ``usage.dedup_key`` count once; budgets remember a key for a day.
+    Reports with the same ``usage.dedup_key`` count once: an execution remembers the last 1,000 keys, and a budget the
+    last 200 reports of each execution, until an hour after the last. A report without a key is retried safely after a
+    lost reply, and leaves nothing behind that grows. An execution and a budget have at most 256 dimensions.
 
     Args:
         handle: The lease.
@@ -751,8 +764,8 @@ def report_usage(on: Deployment, handle: Handle, usage: UsageDimensions) -> Call
     """
     given = _checked("usage", usage, UsageDimensions)
     attempt = _attempt(handle)
-    keyed = given if given.dedup_key else given.with_dedup_key(keys.new_uuid())
-    return Call(lambda: usage_steps.report_usage(attempt, keyed))
+    report_id = given.dedup_key or keys.new_uuid()
+    return Call(lambda: usage_steps.report_usage(attempt, given, report_id))
 
 
 def create_budget(
@@ -850,14 +863,15 @@ def describe_flow(on: Deployment, flow_id: str) -> Call[FlowDescription]:
         FlowNotFound: There is no such flow.
     """
     identity = keys.canonical_uuid("flow_id", flow_id)
-    return _call(ops.describe_flow(identity, keys.flow_slot_tag(identity, on.partitions)))
+    slot_tag = keys.flow_slot_tag(identity, on.partitions)
+    return Call(lambda: flows.describe_flow(identity, slot_tag), writes=False)
 
 
 def set_tags(on: Deployment, execution_id: str, tags: Mapping[str, str]) -> Call[int]:
     """Add tags (``namespace.name`` to text), or replace their values; return how many tags the execution has.
 
     Raises:
-        InvalidInput: *tags* is empty, or one is not of this form.
+        InvalidInput: *tags* is empty, one is not of this form, or the execution would have more than 256.
         ExecutionNotFound: There is no such execution.
     """
     checked = _tags(tags)

@@ -22,7 +22,6 @@ from ff_fast.types import (
     FailOutcome,
     FailureClass,
     FailureReason,
-    FlowDescription,
     Handle,
     HandleFields,
     HandleKind,
@@ -813,10 +812,11 @@ def suspend_execution(
     timeout_ms: int,
     behavior: TimeoutBehavior,
     reason: str,
-) -> Op[tuple[bool, str]]:
+) -> Op[tuple[bool | None, str]]:
     """Suspend on a condition; answers whether it was met already, and the id of the suspension.
 
-    If the condition was met, the lease continues. A repeat answers the id of the first call.
+    If the condition was met, the lease continues. A repeat answers the id of the first call. None says that there are
+    more early signals than one call applies: send it again.
     """
     nodes: list[bytes] = []
     leaves: list[bytes] = []
@@ -855,7 +855,10 @@ def suspend_execution(
             number(len(leaves) // 4),
             *leaves,
         ),
-        lambda status, fields: (status == b"ALREADY_SATISFIED", _text(fields[1])),
+        lambda status, fields: (
+            None if status == b"MORE" else status == b"ALREADY_SATISFIED",
+            _text(fields[1]),
+        ),
     )
 
 
@@ -899,10 +902,15 @@ def deliver_signal(
     )
 
 
-def observe_signals(attempt: Attempt) -> Op[tuple[ResumeSignal, ...]]:
-    """Read the signals that ended the suspension before this lease."""
+_SIGNAL_BYTES = 1 << 20
 
-    def parse(_: bytes, fields: list[object]) -> tuple[ResumeSignal, ...]:
+
+def observe_signals(
+    attempt: Attempt, offset: int = 0
+) -> Op[tuple[tuple[ResumeSignal, ...], int | None]]:
+    """Read signals that ended the suspension before this lease; answers also the offset of the next page."""
+
+    def parse(_: bytes, fields: list[object]) -> tuple[tuple[ResumeSignal, ...], int | None]:
         found = []
         for flat in _list(fields[0]):
             pairs = _pairs(flat)
@@ -922,16 +930,26 @@ def observe_signals(attempt: Attempt) -> Op[tuple[ResumeSignal, ...]]:
                     **texts, accepted_at=int(pairs[b"accepted_at"]), payload=pairs.get(b"payload")
                 )
             )
-        return tuple(found)
+        following = _text(fields[1])
+        return tuple(found), int(following) if following else None
 
     return Op(
         b"ff_observe_signals",
         (keys.core(attempt.execution_id),),
-        attempt.fence,
+        (*attempt.fence, number(offset), number(_SIGNAL_BYTES)),
         parse,
         read_only=True,
         large=True,
     )
+
+
+def further_signals(attempt: Attempt, offset: int | None) -> Steps[tuple[ResumeSignal, ...]]:
+    """Read the pages of `observe_signals` from *offset* on; None is the end."""
+    found: tuple[ResumeSignal, ...] = ()
+    while offset is not None:
+        some, offset = yield from call(observe_signals(attempt, offset))
+        found += some
+    return found
 
 
 def _amounts(usage: UsageDimensions) -> list[bytes]:
@@ -955,9 +973,10 @@ class UsageCheck(NamedTuple):
 
 
 def report_usage(
-    attempt: Attempt, usage: UsageDimensions, dedup_key: str, *, apply: bool
+    attempt: Attempt, usage: UsageDimensions, report_id: str, *, apply: bool
 ) -> Op[UsageCheck]:
     """Check a report against the fence, or add it to the execution's ledger."""
+    kind = b"keyed" if usage.dedup_key else b"once"
 
     def parse(status: bytes, fields: list[object]) -> UsageCheck:
         return UsageCheck(status == b"ALREADY_APPLIED", tuple(_text(fields[0]).split()))
@@ -965,7 +984,13 @@ def report_usage(
     return Op(
         b"ff_report_usage",
         (keys.core(attempt.execution_id),),
-        (*attempt.fence, b"apply" if apply else b"check", dedup_key.encode(), *_amounts(usage)),
+        (
+            *attempt.fence,
+            b"apply" if apply else b"check",
+            kind,
+            report_id.encode(),
+            *_amounts(usage),
+        ),
         parse,
     )
 
@@ -987,9 +1012,9 @@ def create_budget(budget_id: str, hard: Mapping[str, int], soft: Mapping[str, in
 
 
 def charge_budget(
-    budget_id: str, charge_key: str, usage: UsageDimensions, dedup_ttl_ms: int
+    budget_id: str, execution_id: str, report_id: str, usage: UsageDimensions, window_ms: int
 ) -> Op[ReportUsageResult]:
-    """Add a report to a budget, completely or not at all, once for each *charge_key*."""
+    """Add a report of an execution to a budget, completely or not at all, once for each *report_id*."""
 
     def parse(status: bytes, fields: list[object]) -> ReportUsageResult:
         verdict = UsageVerdict(status.decode().lower())
@@ -1001,27 +1026,27 @@ def charge_budget(
 
     return Op(
         b"ff_charge_budget",
-        _budget_keys(budget_id, charge_key),
-        (number(dedup_ttl_ms), *_amounts(usage)),
+        _budget_keys(budget_id, execution_id),
+        (report_id.encode(), number(window_ms), *_amounts(usage)),
         parse,
     )
 
 
-def release_charge(budget_id: str, charge_key: str) -> Op[None]:
-    """Release a charge."""
+def release_charge(budget_id: str, execution_id: str, report_id: str) -> Op[None]:
+    """Release what a report of an execution has charged."""
     return Op(
         b"ff_release_charge",
-        _budget_keys(budget_id, charge_key),
-        (),
+        _budget_keys(budget_id, execution_id),
+        (report_id.encode(),),
         lambda status, fields: None,
     )
 
 
-def _budget_keys(budget_id: str, charge_key: str) -> tuple[bytes, ...]:
+def _budget_keys(budget_id: str, execution_id: str) -> tuple[bytes, ...]:
     return (
         keys.budget_limits(budget_id),
         keys.budget_usage(budget_id),
-        keys.budget_charge(budget_id, charge_key),
+        keys.budget_charges(budget_id, execution_id),
     )
 
 
@@ -1062,16 +1087,20 @@ def cancel_members(flow_id: str, slot_tag: str, count: int) -> Op[tuple[tuple[in
     )
 
 
-def describe_flow(flow_id: str, slot_tag: str) -> Op[FlowDescription]:
-    """Read a flow and its members."""
+class FlowCounts(NamedTuple):
+    """State of a flow, and its numbers of members."""
 
-    def parse(_: bytes, fields: list[object]) -> FlowDescription:
-        flow = _pairs(fields[0])
-        members, still_open = (
-            tuple(sorted(_text(member) for member in _list(group))) for group in fields[1:3]
-        )
-        state = cast("FlowState", _text(flow[b"state"]))
-        return FlowDescription(flow_id, state, members, still_open)
+    state: FlowState
+    member_count: int
+    open_count: int
+
+
+def describe_flow(flow_id: str, slot_tag: str) -> Op[FlowCounts]:
+    """Read the state of a flow, and how many members it has."""
+
+    def parse(_: bytes, fields: list[object]) -> FlowCounts:
+        state = cast("FlowState", _text(fields[0]))
+        return FlowCounts(state, _int(fields[1]), _int(fields[2]))
 
     return Op(
         b"ff_describe_flow",
@@ -1085,6 +1114,17 @@ def describe_flow(flow_id: str, slot_tag: str) -> Op[FlowDescription]:
         read_only=True,
         large=True,
     )
+
+
+def scan_page(page: Sequence[object]) -> tuple[bytes, list[str]]:
+    """Return the next cursor and the members of an answer to SSCAN.
+
+    Raises:
+        ProtocolError: It has another form.
+    """
+    if len(page) == 2 and isinstance(page[0], bytes) and isinstance(page[1], list):
+        return page[0], [_text(member) for member in page[1]]
+    raise ProtocolError
 
 
 def set_tags(execution_id: str, tags: Mapping[str, str]) -> Op[int]:
@@ -1113,9 +1153,9 @@ def read_tags(execution_id: str) -> Op[dict[str, str]]:
 
 
 def fire_timer(
-    slot_tag: str, member: bytes, kind: str, execution_id: str, more: str, scope: ScannerFilter
+    slot_tag: str, member: bytes, kind: str, execution_id: str, scope: ScannerFilter
 ) -> Op[tuple[str, Hints]]:
-    """Fire one due timer; answers ``done``, ``later`` or ``skipped``."""
+    """Fire one due timer; answers ``done``, ``later``, ``skipped`` or ``deferred``."""
     tag_name, tag_value = scope.instance_tag or ("", "")
     return Op(
         b"ff_fire_timer",
@@ -1123,7 +1163,6 @@ def fire_timer(
         (
             member,
             kind.encode(),
-            more.encode(),
             (scope.namespace or "").encode(),
             tag_name.encode(),
             tag_value.encode(),

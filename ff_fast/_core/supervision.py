@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from ff_fast._core import ops
 from ff_fast._core.flows import MEMBERS_A_CALL
 from ff_fast._core.ready import publish_hints, with_hints
 from ff_fast._core.steps import Command, Step, Steps, checked, command, server_ms
-from ff_fast.errors import ExecutionNotFound, InternalFunctionError
+from ff_fast.errors import Corruption, ExecutionNotFound, InternalFunctionError, ProtocolError
 from ff_fast.types import ReclaimGrant, ReclaimToken, ScannerFilter
 
 if TYPE_CHECKING:
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 _DUE_A_CALL = 100
 _GRANT_MS = 60_000
+_DEFER_MS = 60_000
+# A flow of any size takes this share of a round, so that other timers fire meanwhile.
+_CALLS_A_FLOW = 64
+_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+
+_log = logging.getLogger("ff_fast")
 
 
 def _due(partition: int, now: bytes, offset: int) -> Command:
@@ -35,24 +42,37 @@ class Supervision:
         scope: Filter of the executions.
     """
 
-    __slots__ = ("_on", "_scope")
+    __slots__ = ("_on", "_scope", "_unreadable")
 
     def __init__(self, on: Deployment, scope: ScannerFilter) -> None:
         self._on = on
         self._scope = scope
+        self._unreadable: set[int] = set()
 
     def round(self) -> Steps[int]:
-        """Fire every due timer; return how many took effect."""
-        now = b"%d" % (yield from server_ms(keys.timers(keys.slot_tag(0))))
+        """Fire every due timer; return how many took effect.
+
+        Foreign data stops the timers that it concerns and no others: a timer that cannot be fired is put off by the
+        server, and a partition whose timers cannot be read is left out of the round. Both are logged.
+        """
+        now_ms = yield from server_ms(keys.timers(keys.slot_tag(0)))
+        now = b"%d" % now_ms
         offsets = dict.fromkeys(range(self._on.partitions), 0)
         fired = 0
         while offsets:
             pages = yield Step([_due(index, now, offset) for index, offset in offsets.items()])
             following: dict[int, int] = {}
             for (index, offset), page in zip(offsets.items(), pages, strict=True):
-                members = checked(page)
+                try:
+                    members = checked(page)
+                except Corruption:
+                    if index not in self._unreadable:
+                        _log.warning("Partition %d is not supervised: foreign timers.", index)
+                    self._unreadable.add(index)
+                    continue
+                self._unreadable.discard(index)
                 if members:
-                    stayed, done = yield from self._fire(index, members)
+                    stayed, done = yield from self._fire(index, members, now_ms)
                     fired += done
                     if len(members) == _DUE_A_CALL:
                         # Skipped and early timers stay in the set; continue after them.
@@ -60,27 +80,27 @@ class Supervision:
             offsets = following
         return fired
 
-    def _fire(self, partition: int, members: list[bytes]) -> Steps[tuple[int, int]]:
+    def _fire(self, partition: int, members: list[bytes], now_ms: int) -> Steps[tuple[int, int]]:
         slot_tag = keys.slot_tag(partition)
-        stayed = done = 0
+        stayed = done = deferred = 0
         hints: ops.Hints = []
         timers = []
         for member in members:
             kind, _, rest = member.decode("utf-8", "replace").partition(":")
-            if kind == "flow" and re.fullmatch(r"[0-9a-f-]{36}", rest):
+            if kind == "flow" and re.fullmatch(_UUID, rest):
                 try:
                     left = yield from self._cancel_members(rest, partition)
-                except InternalFunctionError:
-                    left = None
+                except (Corruption, InternalFunctionError):
+                    yield from self._defer(slot_tag, member, now_ms)
+                    deferred += 1
+                    continue
                 stayed += left != 0
                 done += left is not None
                 continue
-            found = re.fullmatch(r"(\{fp:\d+\}:[0-9a-f-]{36})(?::(.*))?", rest)
             # The call drops a member that names no execution of this partition.
-            execution_id, more = f"{slot_tag}:", ""
-            if found and found[1].startswith(f"{slot_tag}:"):
-                execution_id, more = found[1], found[2] or ""
-            timers.append(ops.fire_timer(slot_tag, member, kind, execution_id, more, self._scope))
+            found = re.fullmatch(rf"{re.escape(slot_tag)}:{_UUID}", rest)
+            execution_id = rest if found else f"{slot_tag}:"
+            timers.append(ops.fire_timer(slot_tag, member, kind, execution_id, self._scope))
         replies: list[object] = []
         if timers:
             replies = yield Step([op.command() for op in timers])
@@ -88,14 +108,27 @@ class Supervision:
             try:
                 what, told = op.answer(reply)
             except InternalFunctionError:
-                # Foreign data in the execution's keys: its timer stays, and must not hold back those after it.
-                stayed += 1
+                yield from self._defer(slot_tag, op.argv[0], now_ms)
+                deferred += 1
                 continue
             hints += told
             stayed += what == "skipped" or what == "later"
             done += what == "done"
+            deferred += what == "deferred"
+        if deferred:
+            _log.warning(
+                "%d timers of partition %d cannot be fired: their keys hold foreign data. They are tried again in a"
+                " minute.",
+                deferred,
+                partition,
+            )
         yield from publish_hints(hints, partition)
         return stayed, done
+
+    def _defer(self, slot_tag: str, member: bytes, now_ms: int) -> Steps[None]:
+        """Put off a timer whose call failed: it must not hold back those after it, nor be tried in every round."""
+        timers = keys.timers(slot_tag)
+        yield Step((command(b"ZADD", timers, b"XX", b"%d" % (now_ms + _DEFER_MS), member),))
 
     def _cancel_members(self, flow_id: str, partition: int) -> Steps[int | None]:
         """Cancel members of a cancelled flow; 0 if none is left, None for a flow outside the filter."""
@@ -104,10 +137,22 @@ class Supervision:
             (reply,) = yield Step((command(b"HGET", keys.flow(slot_tag, flow_id), b"namespace"),))
             if isinstance(reply, bytes) and reply != self._scope.namespace.encode():
                 return None
-        _, left = yield from with_hints(
-            ops.cancel_members(flow_id, slot_tag, MEMBERS_A_CALL), partition
-        )
+        left = 1
+        for _ in range(_CALLS_A_FLOW):
+            _, left = yield from with_hints(
+                ops.cancel_members(flow_id, slot_tag, MEMBERS_A_CALL), partition
+            )
+            if left == 0:
+                break
         return left
+
+
+def _members(page: object) -> list[bytes]:
+    """Return the due timers of a partition; none if its timers are a key of another type."""
+    try:
+        return checked(page)
+    except Corruption:
+        return []
 
 
 def find_reclaimable(partitions: int, limit: int) -> Steps[list[ReclaimToken]]:
@@ -118,16 +163,17 @@ def find_reclaimable(partitions: int, limit: int) -> Steps[list[ReclaimToken]]:
     indexes, offset = list(range(partitions)), 0
     while indexes:
         due = [_due(index, now, offset) for index in indexes]
-        pages = [checked(page) for page in (yield Step(due))]
+        pages = [_members(page) for page in (yield Step(due))]
         for member in [member for page in pages for member in page]:
             kind, _, execution_id = member.decode("utf-8", "replace").partition(":")
-            if kind != "lease":
+            if kind != "lease" or not re.fullmatch(rf"\{{fp:\d+\}}:{_UUID}", execution_id):
                 continue
             try:
                 found = yield from ops.call(ops.describe_execution(execution_id))
                 attempt = found.attempt_index or 0
                 stream = yield from ops.call(ops.describe_attempt(execution_id, attempt))
-            except ExecutionNotFound:
+            except (ExecutionNotFound, Corruption, InternalFunctionError, ProtocolError):
+                # Gone meanwhile, or foreign data in its keys.
                 continue
             if found.state == "active" and stream.lease_left == 0:
                 tokens.append(reclaim_token(execution_id, found.lane, now_ms))

@@ -431,7 +431,8 @@ def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) ->
         task.payload = reading.answer(replies[0])
         opened = opening.answer(replies[1])
         if task.resumed:
-            task.signals = observing.answer(replies[2])
+            signals, following = observing.answer(replies[2])
+            task.signals = signals + (yield from ops.further_signals(attempt, following))
         return (yield from continue_writer(attempt, writer_id, opened, request.options))
 
     yield UseWriter((yield Run(operations.Call(steps))))

@@ -106,11 +106,17 @@ class World:
         return [fields for _, fields in records if fields[b"execution_id"] == eid.encode()]
 
     def keys_of(self, eid):
-        """Every key that names the execution, a waitpoint of it or a signal of that."""
-        found = set(self.raw.keys(f"*{eid[-36:]}*"))
-        for waitpoint in self.raw.smembers(f"ff:exec:{keys.slot_tag_of(eid)}:{eid}:waitpoints"):
-            found |= set(self.raw.keys(f"*{waitpoint.decode()}*"))
-        return found
+        """Every key that names the execution."""
+        return set(self.raw.keys(f"*{eid[-36:]}*"))
+
+    def waitpoint(self, eid, point, **changes):
+        """The stored fields of a waitpoint, after *changes*."""
+        key = f"ff:exec:{keys.slot_tag_of(eid)}:{eid}:waitpoints"
+        names = ("attempt_index", "created_at", "expires_at", "signal_count", "suspension_id")
+        stored = self.raw.hget(key, point.waitpoint_id).decode().split(" ")
+        fields = dict(zip(names, stored, strict=True)) | changes
+        self.raw.hset(key, point.waitpoint_id, " ".join(map(str, fields.values())))
+        return fields
 
     def check(self, eid, *, suspension_timer=None, attempt_timer=None):
         """The execution is in exactly the index that its state names; returns what was seen."""

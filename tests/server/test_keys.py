@@ -47,6 +47,7 @@ def test_every_key_of_a_full_lifecycle_is_in_the_table(world):
         writer.write(b"live", mode=StreamMode.best_effort_live(5_000))
         writer.write(b'{"a":1}', mode=StreamMode.durable_summary())
     backend.report_usage(handle, UsageDimensions(1, 2, dedup_key="report-1"))
+    backend.report_usage(handle, UsageDimensions(1, 2))
     point = backend.create_waitpoint(handle)
     backend.deliver_signal(eid, point, "early", idempotency_key="once", payload=b"p")
     look()

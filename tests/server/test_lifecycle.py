@@ -684,8 +684,9 @@ def test_a_function_that_fails_is_named_with_its_place(create, backend, raw):
     eid = create()
     raw.delete(keys.core(eid))
     raw.set(keys.core(eid), "s3cr3t-canary")
-    with pytest.raises(errors.InternalFunctionError) as caught:
+    with pytest.raises(errors.Corruption) as caught:
         backend.describe(eid)
+    assert caught.value.outcome is errors.Outcome.NOT_APPLIED
     assert caught.value.function == "ff_describe_execution"
     assert re.fullmatch(r"lua/execution\.lua:\d+", caught.value.location)
     assert caught.value.location in str(caught.value)

@@ -249,3 +249,89 @@ def test_an_embedded_server_brings_its_own(kind, lane):
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
         asyncio.run(main())
+
+
+# -- foreign data ----------------------------------------------------------------------------------------
+
+
+def in_partition(index):
+    return f"{{fp:{index}}}:{keys.new_uuid()}"
+
+
+def lost(backend, lane, raw, eid):
+    """An execution whose worker is gone."""
+    backend.create_execution(lane=lane, execution_id=eid)
+    handle = backend.claim(lane=lane, **WORKER)
+    assert handle.fields().execution_id == eid
+    raw.hset(keys.meta(eid, 0), "lease_expires_at", 1)
+    return eid
+
+
+def damaged(raw, key):
+    """Put another type in the place of a key; returns what puts it back."""
+    stored = raw.dump(key)
+    raw.delete(key)
+    raw.set(key, "junk")
+
+    def repair():
+        raw.delete(key)
+        if stored is not None:
+            raw.restore(key, 0, stored)
+
+    return repair
+
+
+def test_timers_of_another_type_stop_their_partition_alone(supervisor, backend, lane, raw):
+    first, second = (lost(backend, lane, raw, in_partition(index)) for index in (3, 4))
+    repair = damaged(raw, keys.timers("{fp:3}"))
+    due_now(raw, second)
+    wait_until(lambda: backend.describe(second).state == "waiting")
+    repair()
+    due_now(raw, first)
+    wait_until(lambda: backend.describe(first).state == "waiting")
+
+
+@pytest.mark.parametrize("name", ["core", "meta", "tags", "eligible", "flow"])
+def test_a_timer_that_foreign_data_stops_stops_no_other(kind, server, backend, lane, raw, name):
+    ill, well = (lost(backend, lane, raw, in_partition(5)) for _ in range(2))
+    other = f"{lane[:50]}-other"
+    raw.hset(keys.core(well), "lane_id", other)
+    flow = backend.create_flow()
+    raw.hset(keys.core(ill), "flow_id", flow)
+    key = {
+        "core": keys.core(ill), "meta": keys.meta(ill, 0), "tags": keys.tags(ill),
+        "eligible": keys.eligible("{fp:5}", lane), "flow": keys.flow("{fp:5}", flow),
+    }[name]  # fmt: skip
+    raw.hset(keys.core(ill), "namespace", "n")
+    raw.hset(keys.core(well), "namespace", "n")
+    raw.hset(keys.tags(well), "a.b", "c")
+    raw.hset(keys.tags(ill), "a.b", "c")
+    repair = damaged(raw, key)
+    timers = keys.timers("{fp:5}")
+    raw.zadd(
+        timers,
+        {"lease": 1, "junk:\xff": 1, f"lease:{{fp:5}}:{keys.new_uuid()}": 1, f"flow:{flow}": 1},
+    )
+    raw.zadd(timers, {f"lease:{ill}": 2, f"lease:{well}": 3})
+    scope = ScannerFilter(namespace="n").with_instance_tag("a.b", "c")
+    with Supervisor(kind, server.url, scope=scope, interval=0.001):
+        wait_until(lambda: raw.hget(keys.core(well), "state") == b"waiting")
+        # It is put off, so that no round is spent on it.
+        wait_until(lambda: raw.zscore(timers, f"lease:{ill}") > server_ms(raw) + 30_000)
+        wait_until(lambda: raw.zcount(timers, "-inf", server_ms(raw)) == 0)
+        repair()
+        raw.zadd(timers, {f"lease:{ill}": 2})
+        wait_until(lambda: raw.hget(keys.core(ill), "state") == b"waiting")
+
+
+def test_lost_executions_are_found_beside_foreign_data(backend, lane, raw):
+    ill, well = (lost(backend, lane, raw, in_partition(6)) for _ in range(2))
+    due_now(raw, ill, well)
+    repairs = [damaged(raw, keys.core(ill)), damaged(raw, keys.timers("{fp:7}"))]
+    raw.zadd(keys.timers("{fp:6}"), {"lease:junk": 1})
+    found = [token.grant.execution_id for token in backend.find_reclaimable(limit=100)]
+    for repair in repairs:
+        repair()
+    raw.zrem(keys.timers("{fp:6}"), "lease:junk")
+    assert well in found
+    assert ill not in found

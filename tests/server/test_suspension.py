@@ -398,20 +398,34 @@ def test_the_token_is_the_hmac_that_the_design_says(world):
     tag = keys.slot_tag_of(eid)
     ring = world.raw.hgetall(keys.waitpoint_secrets(tag))
     kid, _, digest = point.hmac_token.reveal().partition(":")
-    created = world.raw.hget(f"ff:wp:{tag}:{point.waitpoint_id}", "created_at").decode()
+    created = world.waitpoint(eid, point)["created_at"]
     message = "".join(f"{len(part)}:{part}" for part in (eid, point.waitpoint_id, created))
     secret = bytes.fromhex(ring[f"secret:{kid}".encode()].decode())
     assert digest == hmac.new(secret, message.encode(), hashlib.sha1).hexdigest()
     assert world.backend.create_waitpoint(handle, waitpoint_id=point.waitpoint_id) == point
 
 
-def test_a_waitpoint_id_of_another_execution_is_a_conflict(world):
+def test_a_waitpoint_id_of_another_attempt_is_a_conflict(world):
     eid, handle = world.owned()
     point = world.backend.create_waitpoint(handle)
-    world.create(execution_id=beside(eid))
-    other = world.claim()
+    world.fire(eid, "lease")
+    again = world.claim()
     with pytest.raises(errors.WaitpointConflict):
-        world.backend.create_waitpoint(other, waitpoint_id=point.waitpoint_id)
+        world.backend.create_waitpoint(again, waitpoint_id=point.waitpoint_id)
+
+
+def test_the_same_waitpoint_id_of_another_execution_is_another_waitpoint(world):
+    first, handle = world.owned()
+    point = world.backend.create_waitpoint(handle)
+    second = world.create(execution_id=beside(first))
+    other = world.claim()
+    twin = world.backend.create_waitpoint(other, waitpoint_id=point.waitpoint_id)
+    with pytest.raises(errors.InvalidToken):
+        signal(world, second, point)
+    world.backend.suspend(other, spec(twin))
+    assert signal(world, first, point) == BUFFERED
+    assert world.state(second) == "suspended"
+    assert signal(world, second, twin) == MET
 
 
 def test_a_worker_without_its_lease_gets_no_waitpoint(world):
@@ -509,6 +523,83 @@ def test_the_secret_of_every_partition_rotates(world):
         assert signal(world, eid, point) == BUFFERED
 
 
+# -- the end of secrets ------------------------------------------------------------------------------
+
+DAY_MS = 86_400_000
+
+
+def ring_left(world, eid):
+    return world.raw.pttl(keys.waitpoint_secrets(keys.slot_tag_of(eid)))
+
+
+def test_secrets_end_a_day_after_the_last_waitpoint_was_open(world, ring):
+    eid, handle, _ = ring
+    point = world.backend.create_waitpoint(handle, expires=60)
+    assert 0 < ring_left(world, eid) <= DAY_MS
+    late = world.backend.create_waitpoint(handle, expires=3 * 86_400)
+    assert 2 * DAY_MS < ring_left(world, eid) <= 3 * DAY_MS
+    # An earlier end of another one takes nothing from it.
+    world.backend.create_waitpoint(handle, expires=60)
+    assert 2 * DAY_MS < ring_left(world, eid) <= 3 * DAY_MS
+    world.backend.suspend(handle, spec(late))
+    # Nobody knows how long a suspension lasts.
+    assert ring_left(world, eid) == -1
+    assert signal(world, eid, late) == MET
+    assert 2 * DAY_MS < ring_left(world, eid) <= 3 * DAY_MS
+    with pytest.raises(errors.WaitpointClosed):
+        signal(world, eid, late)
+    assert signal(world, eid, point) == BUFFERED
+
+
+@pytest.mark.parametrize("how", ["resumed", "cancelled", "timed out", "continued"])
+def test_secrets_stay_while_any_execution_is_suspended(world, ring, how):
+    eid, handle, rotate = ring
+    other = world.create(execution_id=beside(eid))
+    world.backend.suspend(handle, spec(world.backend.create_waitpoint(handle)), timeout=60,
+        on_timeout=TimeoutBehavior.AUTO_RESUME if how == "continued" else TimeoutBehavior.FAIL)  # fmt: skip
+    second = world.claim()
+    point = world.backend.create_waitpoint(second)
+    world.backend.suspend(second, spec(point))
+    rotate("fresh", os.urandom(32))
+    if how == "cancelled":
+        world.backend.cancel(eid)
+    elif how != "resumed":
+        world.fire(eid, "suspension")
+    assert ring_left(world, eid) == -1
+    assert signal(world, other, point) == MET
+    if how == "resumed":
+        assert ring_left(world, eid) == -1
+        world.backend.cancel(eid)
+    assert DAY_MS / 2 < ring_left(world, eid) <= DAY_MS
+
+
+def test_a_rotation_keeps_the_old_secret_for_its_grace(world, ring):
+    eid, handle, rotate = ring
+    rotate("A", os.urandom(32))
+    point = world.backend.create_waitpoint(handle)
+    rotate("B", os.urandom(32), 5 * DAY_MS)
+    assert 4 * DAY_MS < ring_left(world, eid) <= 5 * DAY_MS
+    assert signal(world, eid, point) == BUFFERED
+
+
+def test_a_partition_whose_secrets_have_ended_makes_new_ones(world, ring):
+    eid, handle, _ = ring
+    old = world.backend.create_waitpoint(handle)
+    world.raw.delete(keys.waitpoint_secrets(keys.slot_tag_of(eid)))
+    new = world.backend.create_waitpoint(handle)
+    with pytest.raises(errors.InvalidToken):
+        signal(world, eid, old)
+    assert signal(world, eid, new) == BUFFERED
+
+
+def test_a_ring_holds_so_many_secrets_and_no_more(world, ring):
+    _, _, rotate = ring
+    for number in range(65):
+        rotate(f"k{number}", os.urandom(32))
+    with pytest.raises(errors.RotationConflict):
+        rotate("more", os.urandom(32))
+
+
 # -- idempotency -------------------------------------------------------------------------------------
 
 
@@ -544,7 +635,7 @@ def test_an_early_signal_is_buffered_once(world):
 
 def test_the_limit_of_signals_is_of_one_waitpoint(world, suspended):
     eid, (a, b, *_) = suspended(lambda a, b, *_: all_of(spec(a, "x"), spec(b)))
-    world.raw.hset(f"ff:wp:{keys.slot_tag_of(eid)}:{a.waitpoint_id}", "signal_count", 9_999)
+    world.waitpoint(eid, a, signal_count=9_999)
     assert signal(world, eid, a) == NO_MATCH
     with pytest.raises(errors.SignalLimitExceeded):
         signal(world, eid, a)
@@ -713,24 +804,22 @@ def test_a_timeout_that_comes_too_late_does_nothing(world, suspended):
     world.check(eid)
 
 
-def test_a_pending_waitpoint_expires(world):
-    """Its own time is checked again, so one that a suspension has just made active is left alone."""
+def test_a_pending_waitpoint_expires_and_one_that_a_suspension_waits_for_does_not(world):
     eid, handle = world.owned()
     a, b = (world.backend.create_waitpoint(handle, expires=60) for _ in range(2))
     world.backend.suspend(handle, spec(a))
-    tag = keys.slot_tag_of(eid)
-    world.raw.zadd(keys.timers(tag), {f"waitpoint:{eid}:{a.waitpoint_id}": 1})
-    world.fire(eid, "waitpoint")
+    for point in (a, b):
+        world.waitpoint(eid, point, expires_at=1)
     assert world.timers(eid) == {}
     with pytest.raises(errors.WaitpointClosed):
         signal(world, eid, b)
     assert signal(world, eid, a) == MET
 
 
-def test_a_waitpoint_has_expired_by_the_servers_clock_also_before_a_supervisor_comes(world):
+def test_a_waitpoint_has_expired_by_the_servers_clock_without_a_supervisor(world):
     eid, handle = world.owned()
     point = world.backend.create_waitpoint(handle)
-    world.raw.hset(f"ff:wp:{keys.slot_tag_of(eid)}:{point.waitpoint_id}", "expires_at", 1)
+    world.waitpoint(eid, point, expires_at=1)
     with pytest.raises(errors.WaitpointClosed):
         signal(world, eid, point)
     with pytest.raises(errors.WaitpointClosed):
@@ -756,7 +845,7 @@ def test_the_keys_of_waitpoints_and_signals_end_with_the_execution(world, how):
         world.fire(eid, "deadline")
     world.check(eid)
     kinds = {key.split(b":")[1] for key in world.keys_of(eid)}
-    assert {b"wp", b"signal", b"exec", b"stream", b"attempt"} == kinds
+    assert {b"exec", b"stream", b"attempt"} == kinds
     with pytest.raises(errors.WaitpointClosed):
         signal(world, eid, points[2])
 

@@ -22,7 +22,7 @@ from ff_fast import (
 )
 from ff_fast._core import tail as tail_core
 from ff_fast.embedded import EmbeddedServer
-from ff_fast.errors import AttemptNotFound, FFError, InternalFunctionError
+from ff_fast.errors import AttemptNotFound, Corruption, FFError
 
 from ..conftest import connect_raw
 from ..waiting import wait_until
@@ -372,7 +372,7 @@ def test_a_key_that_became_something_else(kind, backend, server, raw, attempt, m
     reader = Reader(kind, server.url, attempt.eid)
     wait_blocked(raw)
     raw.set(attempt.log, "no stream")
-    with pytest.raises(InternalFunctionError):
+    with pytest.raises(Corruption):
         reader.result()
 
 

@@ -35,11 +35,10 @@ def armed(world, kind, **options):
         eid = world.create(delay=60 if kind == "delay" else None, deadline=60, **options)
     else:
         eid, handle = world.owned(attempt_timeout=60, **options)
-        if kind in ("suspension", "waitpoint"):
+        if kind == "suspension":
             point = world.backend.create_waitpoint(handle)
             spec = WaitpointSpec(WaitpointKind.EXTERNAL, b"", point.hmac_token)
-            if kind == "suspension":
-                world.backend.suspend(handle, spec, timeout=60, on_timeout=TimeoutBehavior.EXPIRE)
+            world.backend.suspend(handle, spec, timeout=60, on_timeout=TimeoutBehavior.EXPIRE)
         elif kind == "cancel":
             world.backend.cancel(eid, grace=60)
     assert kind in world.timers(eid)
@@ -49,7 +48,7 @@ def armed(world, kind, **options):
 
 KINDS = {
     "lease": "waiting", "delay": "waiting", "attempt": "expired", "deadline": "expired",
-    "suspension": "expired", "cancel": "cancelled", "waitpoint": "active",
+    "suspension": "expired", "cancel": "cancelled",
 }  # fmt: skip
 
 
@@ -61,7 +60,7 @@ def test_each_kind_fires_once(world, kind):
     assert world.state(eid) == KINDS[kind]
     assert kind not in world.timers(eid)
     world.check(eid)
-    assert len(world.backend.describe(eid).history) == before + (kind != "waitpoint")
+    assert len(world.backend.describe(eid).history) == before + 1
 
 
 def test_what_fires_into_waiting_is_heard_of_at_once(world):
@@ -80,8 +79,7 @@ def test_a_timer_that_is_not_due_is_left(world, kind):
     world.raw.zadd(timers, {name: world.now() + 60_000})
     state = world.state(eid)
     assert world.round() == 0
-    more = name.decode().removeprefix(f"{kind}:{eid}").lstrip(":")
-    op = ops.fire_timer(keys.slot_tag_of(eid), name, kind, eid, more, ScannerFilter.NOOP)
+    op = ops.fire_timer(keys.slot_tag_of(eid), name, kind, eid, ScannerFilter.NOOP)
     assert world.call(op) == ("later", [])
     assert world.state(eid) == state
     assert kind in world.timers(eid)
@@ -116,7 +114,7 @@ def test_the_timer_of_a_renewed_lease_moves_to_its_end(world):
 
 def test_several_supervisors_at_once_do_no_harm(world):
     # The claims of the others must find nothing that waits.
-    kinds = [kind for kind in KINDS if kind not in ("waitpoint", "deadline")] + ["deadline"]
+    kinds = [kind for kind in KINDS if kind != "deadline"] + ["deadline"]
     eids = {kind: [armed(world, kind) for _ in range(8)] for kind in kinds}
     histories = {
         eid: len(world.backend.describe(eid).history) for group in eids.values() for eid in group

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from ff_fast import ReportUsageResult, UsageDimensions, UsageVerdict, errors, keys
-from ff_fast._core import ops
+from ff_fast._core import operations, ops
 from ff_fast._core import usage as usage_core
 from ff_fast._core.operations import Call
 
@@ -100,7 +100,7 @@ def test_a_dimension_stands_once_in_a_report(world, budget):
     attempt = ops.Attempt.of(handle)
     usage = UsageDimensions(custom={"calls": 60}, dedup_key="k")
     for op in (
-        ops.charge_budget(b, "k", usage, 1000),
+        ops.charge_budget(b, eid, "k", usage, 1000),
         ops.report_usage(attempt, usage, "k", apply=True),
     ):
         doubled = op._replace(argv=(*op.argv, b"calls", b"60"))
@@ -132,7 +132,7 @@ def test_only_counts_are_accepted_before_anything_is_written(world, budget, bad)
     eid, handle = world.owned(budgets=[b])
     usage = UsageDimensions(input_tokens=1, custom={"calls": 7}, dedup_key="k")
     for op in (
-        ops.charge_budget(b, "k", usage, 1000),
+        ops.charge_budget(b, eid, "k", usage, 1000),
         ops.report_usage(ops.Attempt.of(handle), usage, "k", apply=True),
     ):
         assert op.argv[-1] == b"7"
@@ -185,8 +185,8 @@ def test_taking_a_charge_back_takes_back_what_was_charged(world, budget):
     eid, handle = world.owned(budgets=[first, second])
     # The first report died after its first charge.
     usage = UsageDimensions(custom={"calls": 3}, dedup_key="k")
-    world.call(ops.charge_budget(first, f"{eid}:k", usage, 60_000))
-    world.call(ops.charge_budget(first, "other", usage, 60_000))
+    world.call(ops.charge_budget(first, eid, "k", usage, 60_000))
+    world.call(ops.charge_budget(first, eid, "other", usage, 60_000))
     assert report(world, handle, "k", calls=6).verdict is HARD
     assert used(world, first) == {"calls": 3}
 
@@ -195,7 +195,7 @@ def test_a_report_that_lost_its_reply_is_completed_by_its_repeat(world, budget):
     b, c = budget(hard={"calls": 100}), budget(hard={"calls": 100})
     eid, handle = world.owned(budgets=[b, c])
     usage = UsageDimensions(custom={"calls": 3}, dedup_key="k")
-    world.call(ops.charge_budget(b, f"{eid}:k", usage, 60_000))
+    world.call(ops.charge_budget(b, eid, "k", usage, 60_000))
     for verdict in (OK, AGAIN, AGAIN):
         assert report(world, handle, "k", calls=3).verdict is verdict
     assert ledger(world, eid) == used(world, b) == used(world, c) == {"calls": 3}
@@ -251,7 +251,7 @@ def test_a_lease_that_is_lost_in_the_middle_takes_the_charges_back(world, budget
     usage = UsageDimensions(custom={"calls": 3}, dedup_key="k")
 
     def cut():
-        flow = usage_core.report_usage(ops.Attempt.of(handle), usage)
+        flow = usage_core.report_usage(ops.Attempt.of(handle), usage, "k")
         step = next(flow)
         charges = 0
         while True:
@@ -296,3 +296,70 @@ def test_usage_survives_the_attempt_and_ends_with_the_execution(world):
     world.backend.complete(successor)
     assert ledger(world, eid) == {"calls": 2}
     world.check(eid)
+
+
+# -- what is remembered has an end -------------------------------------------------------------------------
+
+
+def test_reports_leave_nothing_behind_that_grows(world, budget):
+    """The reports that are remembered, by an execution and by a budget, are those of a window."""
+    b = budget(hard={"calls": 10_000})
+    eid, handle = world.owned(budgets=[b])
+    charges = keys.budget_charges(b, eid)
+    fields = []
+    for number in (250, 50):
+        for _ in range(number):
+            assert report(world, handle, calls=1).verdict is OK
+        fields.append((world.raw.hlen(window(eid, "recent")), world.raw.hlen(charges)))
+    assert fields == [(2 * 100 + 1, 2 * 200 + 1)] * 2
+    assert ledger(world, eid) == used(world, b) == {"calls": 300}
+    assert world.raw.hlen(window(eid, "dedup")) == 0
+    assert 0 < world.raw.pttl(charges) <= 3_600_000
+
+
+def window(eid, name):
+    return f"ff:exec:{keys.slot_tag_of(eid)}:{eid}:usage:{name}"
+
+
+def test_the_last_thousand_keys_count_once_and_older_ones_are_forgotten(world):
+    eid, handle = world.owned()
+    attempt = ops.Attempt.of(handle)
+
+    def reported(*numbers):
+        with world.raw.pipeline(transaction=False) as pipeline:
+            for n in numbers:
+                usage = UsageDimensions(custom={"calls": 1}, dedup_key=f"k{n}")
+                op = ops.report_usage(attempt, usage, f"k{n}", apply=True)
+                pipeline.fcall(op.function, len(op.keys), *op.keys, *op.argv)
+            return [op.answer(reply).already_applied for reply in pipeline.execute()]
+
+    assert not any(reported(*range(1_001)))
+    assert all(reported(*range(1, 1_001)))
+    assert reported(0) == [False]
+    assert ledger(world, eid) == {"calls": 1_002}
+    assert world.raw.hlen(window(eid, "dedup")) == 2 * 1_000 + 1
+
+
+@pytest.mark.parametrize("lost", range(4))
+def test_a_report_without_a_key_that_loses_a_reply_counts_once(world, budget, lost):
+    """The same call sends the same id again, whichever of its replies was lost."""
+    b = budget(hard={"calls": 100})
+    eid, handle = world.owned(budgets=[b])
+    request = operations.report_usage(
+        world.backend._deployment, handle, UsageDimensions(custom={"calls": 1})
+    )
+    assert request.repeatable
+
+    def cut():
+        steps = request.steps()
+        step = next(steps)
+        for _ in range(lost):
+            replies = yield step
+            try:
+                step = steps.send(replies)
+            except StopIteration:
+                return
+
+    world.backend._run(Call(cut))
+    assert world.backend._run(Call(request.steps)).verdict in (OK, AGAIN)
+    assert ledger(world, eid) == used(world, b) == {"calls": 1}

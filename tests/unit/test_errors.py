@@ -296,7 +296,9 @@ def test_server_errors_by_their_first_word(subtests):
         ("BUSY Valkey is busy running a script.", errors.ServerBusy),
         ("NOREPLICAS Not enough good replicas to write.", errors.NotEnoughReplicas),
         ("ERR Function not found", errors.FunctionMissing),
-        ("WRONGTYPE Operation against a key", errors.InternalFunctionError),
+        ("WRONGTYPE Operation against a key", errors.Corruption),
+        ("ERR The ID specified in XADD is equal or smaller than the target", errors.Corruption),
+        ("ERR The stream has exhausted the last possible ID, unable", errors.Corruption),
         ("ERR user_function:3: boom script: on @user_function:3.", errors.InternalFunctionError),
         ("ERR not: Function not found", errors.InternalFunctionError),
         ("OOMPH", errors.InternalFunctionError),
@@ -410,7 +412,6 @@ def line_in(part):
     [
         "ERR user_function:{n}: boom {canary} script: on @user_function:{n}.",
         "ERR user_function:{n}: boom {canary} script: ff_append, on @user_function:{n}.",
-        "WRONGTYPE {canary} @user_function:3 script: on @user_function:{n}.",
         "ERR {canary} script: ff_append, on user_function:{n}",
     ],
 )
@@ -420,6 +421,25 @@ def test_a_failure_inside_a_function_names_the_place(text):
     assert type(error) is errors.InternalFunctionError
     assert (error.function, error.location) == ("ff_append", where)
     assert f"ff_append stopped with an error at {where};" in str(error)
+    assert CANARY not in f"{error} {error!r} {vars(error)}"
+
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("WRONGTYPE {canary} @user_function:3 script: on @user_function:{n}.", "one of its keys"),
+        ("CORRUPT timers script: ff_append, on @user_function:{n}.", "a key of the kind timers"),
+        ("CORRUPT {canary} script: on @user_function:{n}.", "one of its keys"),
+        ("ERR The ID specified in XADD is equal or smaller {canary} script: on @user_function:{n}.", "one of its keys"),
+    ],
+)  # fmt: skip
+def test_foreign_data_that_a_function_meets_names_the_place_and_was_not_changed(text, kind):
+    number, where = line_in("append")
+    error = errors.from_server_error(text.format(n=number, canary=CANARY), "ff_append")
+    assert type(error) is errors.Corruption
+    assert (error.function, error.location) == ("ff_append", where)
+    assert (error.outcome, error.retryable) == (errors.Outcome.NOT_APPLIED, False)
+    assert f"ff_append found foreign data in {kind} ({where})" in str(error)
     assert CANARY not in f"{error} {error!r} {vars(error)}"
 
 

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from ff_fast import CancelFlowOutcome, CancelFlowPolicy, errors, keys
+from ff_fast import CancelFlowOutcome, CancelFlowPolicy, FlowDescription, errors, keys
 from ff_fast._core import flows
 
 from .script import functions, run
@@ -24,7 +24,7 @@ def members(count, left, *hints):
 
 
 def described(*still_open):
-    return [1, b"OK", [b"state", b"cancelled"], [b"a", b"b"], list(still_open)]
+    return [1, b"OK", b"cancelled", b"2", b"%d" % len(still_open)]
 
 
 def cancel(*replies, policy=ALL, wait_s=10.0):
@@ -74,3 +74,22 @@ def test_a_wait_that_is_over_leaves_the_rest_to_a_supervisor(monkeypatch):
 )
 def test_a_refusal_ends_it(replies, error):
     assert type(cancel(*replies)[1]) is error
+
+
+def test_members_are_described_in_pages_and_each_once():
+    asked, told = run(
+        flows.describe_flow(FLOW, TAG),
+        [described(b"a"), [b"7", [b"b", b"a"]], [b"0", [b"a"]], [b"0", [b"a"]]],
+    )
+    assert asked[1:] == [
+        [b"SSCAN", keys.flow_members(TAG, FLOW), b"0", b"COUNT", b"1000"],
+        [b"SSCAN", keys.flow_members(TAG, FLOW), b"7", b"COUNT", b"1000"],
+        [b"SSCAN", keys.flow_open(TAG, FLOW), b"0", b"COUNT", b"1000"],
+    ]
+    assert told == FlowDescription(FLOW, "cancelled", ("a", "b"), ("a",))
+
+
+@pytest.mark.parametrize("page", [[], [b"0"], [b"0", b"a"], [0, []], [b"0", [7]], None])
+def test_a_page_of_members_that_is_not_understood_is_none(page):
+    _, error = run(flows.describe_flow(FLOW, TAG), [described(), page])
+    assert isinstance(error, (errors.ProtocolError, errors.Corruption))

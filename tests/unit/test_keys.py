@@ -55,7 +55,7 @@ def test_spelling():
     ]
     assert keys.budget_limits("b-1") == b"ff:budget:{b:b-1}:limits"
     assert keys.budget_usage("b-1") == b"ff:budget:{b:b-1}:usage"
-    assert keys.budget_charge("b-1", "x:y") == b"ff:budget:{b:b-1}:charge:x:y"
+    assert keys.budget_charges("b-1", EID) == b"ff:budget:{b:b-1}:charges:" + EID.encode()
     assert keys.ready("llm-7b.eu_west~2") == b"ff:lane:{llm-7b.eu_west~2}:ready"
     assert keys.ready("a{b}:c %") == b"ff:lane:{a%7Bb%7D%3Ac%20%25}:ready"
     assert keys.PARTITIONS_CONFIG == b"ff:config:partitions"
@@ -213,10 +213,10 @@ def test_a_text_without_a_partition_is_refused(text):
         keys.index_of(text)
 
 
-@given(st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True), st.text(max_size=20))
-def test_a_budget_has_a_slot_of_its_own(budget, charge):
+@given(st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True))
+def test_a_budget_has_a_slot_of_its_own(budget):
     made = [keys.budget_limits(budget), keys.budget_usage(budget)]
-    made.append(keys.budget_charge(budget, charge.encode("utf-8", "replace").decode()))
+    made.append(keys.budget_charges(budget, EID))
     assert len(set(made)) == 3
     assert {keys.key_slot(key) for key in made} == {crc_hqx(f"b:{budget}".encode(), 0) % keys.SLOTS}
 
@@ -335,6 +335,17 @@ def test_lua_spells_a_key_as_the_table_does(subtests):
             assert PLACES.split(TABLE[name].pattern) == parts
 
 
+def test_lua_knows_the_type_of_each_key_that_it_spells():
+    types = re.search(
+        r"^ff\.TYPES = \{\n(.*?)^\}",
+        _library._read_parts()["prelude"],
+        re.MULTILINE | re.DOTALL,
+    )[1]
+    assert dict(re.findall(r"(\w+) = '(\w+)'", types)) == {
+        name: TABLE[name].type for name in LUA_KEYS
+    }
+
+
 SAMPLES = {
     "eid": EID,
     "index": 3,
@@ -342,7 +353,6 @@ SAMPLES = {
     "lane": "lane",
     "flow_id": UUID,
     "budget_id": "b-1",
-    "charge": "c-1",
 }
 
 

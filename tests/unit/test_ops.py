@@ -20,7 +20,6 @@ from ff_fast.types import (
     FailOutcome,
     FailureClass,
     FailureReason,
-    FlowDescription,
     Handle,
     HandleKind,
     LeaseRenewal,
@@ -102,7 +101,7 @@ KEYS = {
     "members": keys.flow_members("{fp:86}", FLOW),
     "open": keys.flow_open("{fp:86}", FLOW),
     "limits": keys.budget_limits("b-1"),
-    "charge": keys.budget_charge("b-1", f"{EID}:report-1"),
+    "charges": keys.budget_charges("b-1", EID),
     "partitions": keys.PARTITIONS_CONFIG,
     "probe": keys.CLUSTER_PROBE,
 }
@@ -305,10 +304,14 @@ CALLS = {
         },
         [],
     ),
-    "ff_observe_signals": (ops.observe_signals(ATTEMPT), FENCE, []),
+    "ff_observe_signals": (
+        ops.observe_signals(ATTEMPT, 7),
+        {**FENCE, "offset": b"7", "max_bytes": b"1048576"},
+        [],
+    ),
     "ff_report_usage": (
-        ops.report_usage(ATTEMPT, USAGE, "report-1", apply=True),
-        {**FENCE, "phase": b"apply", "dedup_key": b"report-1"},
+        ops.report_usage(ATTEMPT, USAGE.with_dedup_key("report-1"), "report-1", apply=True),
+        {**FENCE, "phase": b"apply", "kind": b"keyed", "report_id": b"report-1"},
         AMOUNTS,
     ),
     "ff_create_budget": (
@@ -317,11 +320,15 @@ CALLS = {
         [b"hard:input_tokens", b"5", b"soft:calls", b"0"],
     ),
     "ff_charge_budget": (
-        ops.charge_budget("b-1", f"{EID}:report-1", USAGE, 60),
-        {"dedup_ttl_ms": b"60"},
+        ops.charge_budget("b-1", EID, "report-1", USAGE, 60),
+        {"charge_id": b"report-1", "window_ms": b"60"},
         AMOUNTS,
     ),
-    "ff_release_charge": (ops.release_charge("b-1", f"{EID}:report-1"), {}, []),
+    "ff_release_charge": (
+        ops.release_charge("b-1", EID, "report-1"),
+        {"charge_id": b"report-1"},
+        [],
+    ),
     "ff_create_flow": (
         ops.create_flow(FLOW, "{fp:86}", "tenant"),
         {"flow_id": FLOW.encode(), "namespace": b"tenant"},
@@ -335,11 +342,10 @@ CALLS = {
     "ff_cancel_members": (ops.cancel_members(FLOW, "{fp:86}", 100), {"count": b"100"}, []),
     "ff_describe_flow": (ops.describe_flow(FLOW, "{fp:86}"), {}, []),
     "ff_fire_timer": (
-        ops.fire_timer("{fp:86}", b"waitpoint:x", "waitpoint", EID, WAITPOINT, SCOPE),
+        ops.fire_timer("{fp:86}", b"lease:x", "lease", EID, SCOPE),
         {
-            "member": b"waitpoint:x",
-            "kind": b"waitpoint",
-            "more": WAITPOINT.encode(),
+            "member": b"lease:x",
+            "kind": b"lease",
             "namespace": b"tenant",
             "tag_name": b"a.b",
             "tag_value": b"c",
@@ -398,8 +404,8 @@ FURTHER_ARGUMENTS = [
         9,
         b"1",
     ),
-    (ops.fire_timer("{fp:86}", b"m", "lease", EID, "", ScannerFilter.NOOP), 3, b""),
-    (ops.fire_timer("{fp:86}", b"m", "lease", EID, "", ScannerFilter.NOOP), 4, b""),
+    (ops.fire_timer("{fp:86}", b"m", "lease", EID, ScannerFilter.NOOP), 2, b""),
+    (ops.fire_timer("{fp:86}", b"m", "lease", EID, ScannerFilter.NOOP), 3, b""),
 ]
 
 
@@ -445,7 +451,7 @@ def test_the_version_of_another_contract_can_be_read(fields, version):
 
 def test_a_report_without_an_amount_names_none():
     usage = UsageDimensions(0, 0, 0, {"calls": 0})
-    assert ops.report_usage(ATTEMPT, usage, "k", apply=True).argv[5:] == ()
+    assert ops.report_usage(ATTEMPT, usage, "k", apply=True).argv[4:] == (b"once", b"k")
 
 
 def test_a_writer_id_is_the_fence_and_a_text_of_its_own():
@@ -680,7 +686,7 @@ ANSWERS = {
         [SIGNAL_ID.encode(), b"appended_to_waitpoint", *HINTS],
         (SignalOutcome(SIGNAL_ID, "appended_to_waitpoint"), HINTED),
     ),
-    "ff_observe_signals": ([[STORED_SIGNAL]], (SIGNAL.replace(accepted_at=5),)),
+    "ff_observe_signals": ([[STORED_SIGNAL], b"3"], ((SIGNAL.replace(accepted_at=5),), 3)),
     "ff_report_usage": ([b"b-1 b-2"], ops.UsageCheck(False, ("b-1", "b-2"))),
     "ff_create_budget": ([], None),
     "ff_charge_budget": ([b"", b"0", b"0"], ReportUsageResult(UsageVerdict.OK)),
@@ -688,10 +694,7 @@ ANSWERS = {
     "ff_create_flow": ([b"open"], "open"),
     "ff_cancel_flow": ([b"cancel_all", b"3"], (CancelFlowPolicy.CANCEL_ALL, 3)),
     "ff_cancel_members": ([b"2", b"1", *HINTS], ((2, 1), HINTED)),
-    "ff_describe_flow": (
-        [[b"state", b"open"], [b"b", b"a"], [b"a"]],
-        FlowDescription(FLOW, "open", ("a", "b"), ("a",)),
-    ),
+    "ff_describe_flow": ([b"open", b"2", b"1"], ops.FlowCounts("open", 2, 1)),
     "ff_fire_timer": ([b"done", *HINTS], ("done", HINTED)),
     "ff_set_tags": ([b"2"], 2),
     "ff_read_tags": ([[b"a.b", "ż".encode()]], {"a.b": "ż"}),
@@ -838,7 +841,8 @@ def test_further_answers(subtests):
             [b"s", b"appended_to_waitpoint"],
             (SignalOutcome("s", "appended_to_waitpoint", duplicate=True), []),
         ),
-        ("ff_observe_signals", b"OK", [[]], ()),
+        ("ff_observe_signals", b"OK", [[], b""], ((), None)),
+        ("ff_suspend_execution", b"MORE", [b"suspended", b"s-1"], (None, "s-1")),
         ("ff_rotate_waitpoint_secret", b"OK", [b""], ""),
         ("ff_report_usage", b"ALREADY_APPLIED", [b""], ops.UsageCheck(True, ())),
         (
@@ -860,12 +864,6 @@ def test_further_answers(subtests):
             ReportUsageResult(UsageVerdict.ALREADY_APPLIED),
         ),
         ("ff_create_flow", b"DUPLICATE", [b"cancelled"], "cancelled"),
-        (
-            "ff_describe_flow",
-            b"OK",
-            [[b"state", b"open"], [], []],
-            FlowDescription(FLOW, "open", (), ()),
-        ),
         (
             "ff_describe_attempt",
             b"OK",
@@ -903,9 +901,10 @@ def test_a_half_understood_answer_is_none(subtests):
         ("ff_describe_execution", b"OK", [[], [], [], []]),
         ("ff_describe_execution", b"OK", [[b"state", b"x"], [], [], [[b"1-1"]]]),
         ("ff_describe_execution", b"OK", [[b"state", b"x"], [], [b"calls", b"many"], []]),
-        ("ff_describe_flow", b"OK", [[], [], []]),
-        ("ff_describe_flow", b"OK", [[b"state", b"open"], None, []]),
-        ("ff_observe_signals", b"OK", [[[b"signal_id", b"x"]]]),
+        ("ff_describe_flow", b"OK", [b"open", b"x", b"0"]),
+        ("ff_describe_flow", b"OK", [b"open", b"1"]),
+        ("ff_observe_signals", b"OK", [[[b"signal_id", b"x"]], b""]),
+        ("ff_observe_signals", b"OK", [[], b"x"]),
         ("ff_claim", b"NONE", [b"x", b""]),
         *(("ff_open_writer", b"OK", [bad, b"0", b"", b"0"]) for bad in NO_IDS),
         *(

@@ -1,5 +1,7 @@
 """Supervision step by step: which timers are fired, and what stays for later."""
 
+import logging
+
 import hiredis
 import pytest
 
@@ -16,7 +18,9 @@ TIME = [b"1700000000", b"5999"]
 NOW = b"1700000000005"
 BROKEN = hiredis.ReplyError("ERR x script: f, on @user_function:1.")
 EVERYTHING = ScannerFilter()
-DONE, LATER, SKIPPED = [[1, b"OK", what] for what in (b"done", b"later", b"skipped")]
+DONE, LATER, SKIPPED, DEFERRED = [
+    [1, b"OK", what] for what in (b"done", b"later", b"skipped", b"deferred")
+]
 
 
 def member(kind, n=0):
@@ -38,13 +42,13 @@ def test_a_round_asks_every_partition_for_what_is_due_by_the_servers_clock():
     assert fired == 0
 
 
-@pytest.mark.parametrize("answer, fired", [(DONE, 1), (LATER, 0), (SKIPPED, 0)])
+@pytest.mark.parametrize("answer, fired", [(DONE, 1), (LATER, 0), (SKIPPED, 0), (DEFERRED, 0)])
 def test_what_is_due_is_fired(answer, fired):
     asked, count = one_round([member("lease")], answer)
     assert asked[2][:3] == [b"FCALL", b"ff_fire_timer", b"2"]
     assert asked[2][3:] == [
         keys.timers("{fp:0}"), keys.core(f"{{fp:0}}:{UUID[:-4]}0000"),
-        member("lease"), b"lease", b"", b"", b"", b"",
+        member("lease"), b"lease", b"", b"", b"",
     ]  # fmt: skip
     assert count == fired
 
@@ -60,10 +64,10 @@ def test_lanes_hear_of_what_was_fired():
     ]
 
 
-def test_a_timer_names_its_waitpoint_and_the_call_its_scope():
+def test_a_call_names_its_scope():
     scope = ScannerFilter().with_namespace("tenant").with_instance_tag("a.b", "c")
-    asked, _ = one_round([b"waitpoint:" + EID.encode() + b":point"], DONE, scope=scope)
-    assert asked[2][6:] == [b"waitpoint", b"point", b"tenant", b"a.b", b"c"]
+    asked, _ = one_round([b"lease:" + EID.encode()], DONE, scope=scope)
+    assert asked[2][6:] == [b"lease", b"tenant", b"a.b", b"c"]
 
 
 @pytest.mark.parametrize(
@@ -81,11 +85,29 @@ def test_behind_a_full_page_comes_the_next_one_after_what_stayed():
     assert fired == 99
 
 
-def test_a_timer_that_cannot_be_fired_does_not_stop_the_others():
+def test_a_timer_that_cannot_be_fired_does_not_stop_the_others(caplog):
     full = [member("lease", n) for n in range(100)]
-    asked, fired = one_round(full, BROKEN, *[DONE] * 99, [])
-    assert asked[-1] == page(0, 1)
-    assert fired == 99
+    asked, fired = one_round(full, BROKEN, *[DONE] * 98, DEFERRED, 1, [])
+    later = b"%d" % (int(NOW) + 60_000)
+    assert asked[-2:] == [
+        [b"ZADD", keys.timers("{fp:0}"), b"XX", later, full[0]],
+        page(0, 0),
+    ]
+    assert fired == 98
+    ((_, level, text),) = caplog.record_tuples
+    assert level == logging.WARNING
+    assert text.startswith("2 timers of partition 0 cannot be fired")
+
+
+def test_a_partition_whose_timers_are_another_type_is_left_out_and_logged_once(caplog):
+    wrong = hiredis.ReplyError("WRONGTYPE Operation against a key")
+    supervisor = supervision.Supervision(Deployment(2), EVERYTHING)
+    for _ in range(2):
+        _, fired = run(
+            supervisor.round(), [TIME, wrong, [member("lease").replace(b":0", b":1")], DONE]
+        )
+        assert fired == 1
+    assert len(caplog.record_tuples) == 1
 
 
 def test_members_of_a_cancelled_flow_are_cancelled():
@@ -101,7 +123,7 @@ def test_members_of_a_cancelled_flow_are_cancelled():
         ([b"tenant", [1, b"OK", b"7", b"0"]], ["HGET", "ff_cancel_members"], 1),
         ([None, [1, b"OK", b"0", b"0"]], ["HGET", "ff_cancel_members"], 1),
         ([b"another"], ["HGET"], 0),
-        ([b"tenant", BROKEN], ["HGET", "ff_cancel_members"], 0),
+        ([b"tenant", BROKEN, 1], ["HGET", "ff_cancel_members", "ZADD"], 0),
     ],
     ids=["ours", "gone", "another's", "damaged"],
 )
@@ -184,8 +206,10 @@ def test_an_active_execution_with_a_lapsed_lease_is_found():
         [described(b"waiting"), attempt()],
         [[0, b"execution_not_found"]],
         [described(), [0, b"execution_not_found"]],
+        [hiredis.ReplyError("WRONGTYPE Operation against a key")],
+        [described(), BROKEN],
     ],
-    ids=["renewed", "waiting", "gone", "gone between"],
+    ids=["renewed", "waiting", "gone", "gone between", "another type", "damaged"],
 )
 def test_others_are_not(replies):
     assert find([member("lease")], *replies)[1] == []

@@ -26,7 +26,7 @@ BOTH_RELEASED = ["ff_release_charge"] * 2
 
 
 def report(*replies):
-    return run(usage.report_usage(ATTEMPT, USAGE), replies)
+    return run(usage.report_usage(ATTEMPT, USAGE, "report-1"), replies)
 
 
 def budgets(asked, function):
@@ -39,11 +39,11 @@ def test_every_budget_is_charged_then_the_ledger():
     assert functions(asked) == [
         *("ff_report_usage", "ff_charge_budget", "ff_charge_budget", "ff_report_usage"),
     ]  # fmt: skip
-    assert asked[0][4:] == [*ATTEMPT.fence, b"check", b"report-1", b"input_tokens", b"10"]
+    assert asked[0][4:] == [*ATTEMPT.fence, b"check", b"keyed", b"report-1", b"input_tokens", b"10"]
     assert asked[1][3:6] == [
-        keys.budget_limits("b-1"), keys.budget_usage("b-1"), keys.budget_charge("b-1", f"{EID}:report-1"),
+        keys.budget_limits("b-1"), keys.budget_usage("b-1"), keys.budget_charges("b-1", EID),
     ]  # fmt: skip
-    assert asked[3][4:] == [*ATTEMPT.fence, b"apply", b"report-1", b"input_tokens", b"10"]
+    assert asked[3][4:] == [*ATTEMPT.fence, b"apply", b"keyed", b"report-1", b"input_tokens", b"10"]
     assert result == ReportUsageResult(UsageVerdict.OK)
 
 

@@ -339,7 +339,7 @@ def test_it_reads_the_payload_and_opens_the_writer_in_one_round_trip():
 
 
 def test_one_that_goes_on_reads_its_signals_too():
-    asked, _, task = loading([[*OK, b""], OPENED, [*OK, [STORED_SIGNAL]]], HandleKind.RESUMED)
+    asked, _, task = loading([[*OK, b""], OPENED, [*OK, [STORED_SIGNAL], b""]], HandleKind.RESUMED)
     assert asked == [LOAD, "ff_open_writer", "ff_observe_signals"]
     assert task.resumed
     assert [each.signal_name for each in task.signals] == ["go"]

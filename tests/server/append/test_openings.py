@@ -80,7 +80,7 @@ def _fire(stream, kind):
     timers = keys.timers(tag)
     member = f"{kind}:{stream.eid}"
     stream.raw.zadd(timers, {member: 1})
-    args = (member, kind, "", "", "", "")
+    args = (member, kind, "", "", "")
     assert stream.call("ff_fire_timer", (timers, stream.core), *args)[:3] == [1, b"OK", b"done"]
     assert stream.raw.zscore(timers, member) is None
 
@@ -190,7 +190,7 @@ def test_a_timer_that_is_early_takes_nothing(stream):
     timers = keys.timers(tag)
     # Renewed since: the timer moves to the end that the lease has now.
     stream.raw.zadd(timers, {member: 1})
-    reply = stream.call("ff_fire_timer", (timers, stream.core), member, "lease", "", "", "", "")
+    reply = stream.call("ff_fire_timer", (timers, stream.core), member, "lease", "", "", "")
     assert reply == [1, b"OK", b"later"]
     expires_at = int(stream.raw.hget(stream.meta, "lease_expires_at"))
     assert stream.raw.zscore(timers, member) == expires_at

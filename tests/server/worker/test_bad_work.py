@@ -97,7 +97,7 @@ def test_a_key_of_another_type_harms_its_execution_alone(claimed_then, backend, 
             assert state(eid) == "failed"
             told = backend.describe(eid)
             assert told.failure_class is FailureClass.PERMANENT
-            assert told.failure_reason.startswith("InternalFunctionError: The server function ff_")
+            assert told.failure_reason.startswith("Corruption: The server function ff_")
             assert told.attempt_count == 1
 
 
@@ -208,7 +208,7 @@ def test_signals_that_cannot_be_read_fail_the_execution_that_waited_for_them(
     state(eid, "suspended")
     signal_id = "00000000-0000-4000-8000-000000000000"
     ref = f"{waiting[0].waitpoint_id}:{signal_id}"
-    raw.set(f"ff:signal:{keys.slot_tag_of(eid)}:{ref}", "foreign")
+    raw.hset(key_of("signals", eid), ref, "foreign")
     raw.rpush(key_of("suspension_signals", eid), ref)
     backend.deliver_signal(eid, waiting[0], "go")
     assert state(eid) == "failed"
