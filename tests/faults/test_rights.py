@@ -41,7 +41,7 @@ ENGINES = [
 @pytest.fixture(scope="module")
 def running(request):
     """A server with the users of ACL, which this module alone uses."""
-    executable = suite._second_engine() if getattr(request, "param", False) else None
+    executable = suite.second_engine() if getattr(request, "param", False) else None
     with (
         EmbeddedServer(executable=executable, **suite.PROMPT) as server,
         connect_raw(server.url) as raw,

@@ -31,7 +31,7 @@ from ff_fast import (
 from ff_fast._core import ops
 from ff_fast.embedded import EmbeddedServer
 
-from ..conftest import second_engine, connect_raw
+from ..conftest import connect_raw, second_engine
 from . import streams
 from .executions import beside
 
