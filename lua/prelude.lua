@@ -24,7 +24,8 @@ ff.MAX_FIELDS = 32
 
 -- Every key that Lua code spells, in the parts around its slot tag, `{fp:N}`, and its owner: an execution, an attempt
 -- as `<execution id>:<index>`, a waitpoint, a signal, a lane or a flow. The table in ff_fast/keys.py says what each
--- key holds. Parts are joined at half the price of string.format, and the end of an execution needs some 40 keys.
+-- key holds. A key in a lane's own slot has the lane as its slot tag. Parts are joined at half the price of
+-- string.format, and the end of an execution needs some 40 keys.
 ff.KEYS = {
   core = { 'ff:exec:', ':', ':core' },
   payload = { 'ff:exec:', ':', ':payload' },
@@ -49,12 +50,15 @@ ff.KEYS = {
   waitpoint = { 'ff:wp:', ':', '' },
   signal = { 'ff:signal:', ':', '' },
   eligible = { 'ff:idx:', ':lane:', ':eligible' },
+  needs = { 'ff:idx:', ':lane:', ':needs' },
+  leases = { 'ff:idx:', ':leases' },
   timers = { 'ff:idx:', ':timers' },
   completions = { 'ff:part:', ':completions' },
   waitpoint_secrets = { 'ff:sec:', ':waitpoint_hmac' },
   flow = { 'ff:flow:', ':', '' },
   flow_members = { 'ff:flow:', ':', ':members' },
   flow_open = { 'ff:flow:', ':', ':open' },
+  lane_news = { 'ff:lane:', ':news:', '' },
 }
 
 -- The key of that name in ff.KEYS. A key of the partition itself has no owner.

@@ -73,7 +73,7 @@ end
 -- ff_fire_timer
 --   keys:    timers core
 --   args:    member kind more namespace tag_name tag_value
---   returns: what (lane_id eligible_score)...
+--   returns: what (lane_id required_capabilities eligible_score)...
 --   errors:
 --
 -- what: `done`, `later`, or `skipped` where the filter leaves the execution to another supervisor.

@@ -51,12 +51,23 @@ def test_what_is_due_is_fired(answer, fired):
 
 def test_lanes_hear_of_what_was_fired():
     asked, _ = one_round(
-        [member("delay"), member("lease", 1)], [*DONE, b"a", b"-1"], [*DONE, b"b", b"-2"], 1, 1
-    )
-    assert functions(asked)[2:] == ["ff_fire_timer", "ff_fire_timer", "ZADD", "ZADD"]
-    assert asked[4:] == [
-        [b"ZADD", keys.ready("a"), b"LT", b"-1", b"0"],
-        [b"ZADD", keys.ready("b"), b"LT", b"-2", b"0"],
+        [member("delay"), member("lease", 1)],
+        [*DONE, b"a", b"", b"-1"], [*DONE, b"b", b"gpu", b"-2"],
+        1, 1, 1, [1, b"OK"],
+    )  # fmt: skip
+    assert functions(asked)[2:] == [
+        "ff_fire_timer",
+        "ff_fire_timer",
+        "ZADD",
+        "HSET",
+        "PEXPIRE",
+        "ff_hint",
+    ]
+    assert asked[4] == [b"ZADD", keys.ready("a"), b"LT", b"-1", b"0"]
+    assert asked[5][:3] == [b"HSET", keys.hinted("a"), b"0"]
+    assert asked[7][3:9] == [
+        *(keys.lane_needs("b"), keys.ready("b", "gpu"), keys.hinted("b", "gpu")),
+        *(b"gpu", b"-2", b"0"),
     ]
 
 
@@ -89,8 +100,10 @@ def test_a_timer_that_cannot_be_fired_does_not_stop_the_others():
 
 
 def test_members_of_a_cancelled_flow_are_cancelled():
-    asked, fired = one_round([f"flow:{UUID}".encode()], [1, b"OK", b"7", b"0", b"lane", b"-1"], 1)
-    assert functions(asked)[2:] == ["ff_cancel_members", "ZADD"]
+    asked, fired = one_round(
+        [f"flow:{UUID}".encode()], [1, b"OK", b"7", b"0", b"lane", b"", b"-1"], 1, 1, 1
+    )
+    assert functions(asked)[2:] == ["ff_cancel_members", "ZADD", "HSET", "PEXPIRE"]
     assert asked[2][3] == keys.flow("{fp:0}", UUID)
     assert fired == 1
 
