@@ -86,14 +86,14 @@ class Operations(Pool):
         self._frame_writers.clear()
 
     async def _do(self, call: Call[T], *, until: float = float("inf")) -> T:
+        if call.claim is not None:
+            return await self._claim(call, call.claim)
         value = await self._run(call, until=until)
         self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value
 
-    async def _claim(self, call: Call[T]) -> T:
+    async def _claim(self, call: Call[T], claim: Claim) -> T:
         """Make a claim; what it has taken is given back, unless the caller gets it."""
-        claim = call.claim
-        assert claim is not None
         self._claims.add(claim)
         try:
             value = await self._run(call)
@@ -200,7 +200,7 @@ class Operations(Pool):
 
     create_execution = method(operations.create_execution)
     describe = method(operations.describe)
-    claim = awaited(operations.claim, _claim)
+    claim = method(operations.claim)
     read_payload = method(operations.read_payload)
     renew = method(operations.renew)
     complete = method(operations.complete)
@@ -210,7 +210,7 @@ class Operations(Pool):
     delay = method(operations.delay)
     wait_children = method(operations.wait_children)
     find_reclaimable = method(operations.find_reclaimable)
-    claim_from_reclaim = awaited(operations.claim_from_reclaim, _claim)
+    claim_from_reclaim = method(operations.claim_from_reclaim)
     create_waitpoint = method(operations.create_waitpoint)
     suspend = method(operations.suspend)
     deliver_signal = method(operations.deliver_signal)

@@ -140,10 +140,7 @@ def publish_hints(hints: ops.Hints, partition: int) -> Steps[None]:
 def _publish(hints: list[Command]) -> Steps[bool]:
     """Send hints; return whether all of them were taken."""
     with contextlib.suppress(FFError):
-        for reply in (yield Step(hints)):
-            if isinstance(reply, Exception):
-                return False
-        return True
+        return not any(isinstance(reply, Exception) for reply in (yield Step(hints)))
     return False
 
 

@@ -106,14 +106,14 @@ class Operations(Pool):
             return self._sender
 
     def _do(self, call: Call[T], *, until: float = float("inf")) -> T:
+        if call.claim is not None:
+            return self._claim(call, call.claim)
         value = self._run(call, until=until)
         self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value
 
-    def _claim(self, call: Call[T]) -> T:
+    def _claim(self, call: Call[T], claim: Claim) -> T:
         """Make a claim; what it has taken is given back, unless the caller gets it."""
-        claim = call.claim
-        assert claim is not None
         for _ in range(len(self._left)):
             with contextlib.suppress(IndexError):
                 # Another thread may have taken the last one.
@@ -219,7 +219,7 @@ class Operations(Pool):
 
     create_execution = method(operations.create_execution)
     describe = method(operations.describe)
-    claim = bind(operations.claim, _claim)
+    claim = method(operations.claim)
     read_payload = method(operations.read_payload)
     renew = method(operations.renew)
     complete = method(operations.complete)
@@ -229,7 +229,7 @@ class Operations(Pool):
     delay = method(operations.delay)
     wait_children = method(operations.wait_children)
     find_reclaimable = method(operations.find_reclaimable)
-    claim_from_reclaim = bind(operations.claim_from_reclaim, _claim)
+    claim_from_reclaim = method(operations.claim_from_reclaim)
     create_waitpoint = method(operations.create_waitpoint)
     suspend = method(operations.suspend)
     deliver_signal = method(operations.deliver_signal)
