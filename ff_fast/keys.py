@@ -28,7 +28,9 @@ keys::
     ff:stream:{fp:N}:<eid>:<i>               stream              stream  the log
     ff:stream:{fp:N}:<eid>:<i>:live          live                stream  the live window
     ff:stream:{fp:N}:<eid>:<i>:meta          meta                hash    last id, writer, lease, end
-    ff:idx:{fp:N}:lane:<lane>:eligible       eligible            zset    executions that can be claimed
+    ff:idx:{fp:N}:lane:<lane><needs>:eligible  eligible          zset    executions that can be claimed
+    ff:idx:{fp:N}:lane:<lane>:needs          needs               set     what executions there require
+    ff:idx:{fp:N}:leases                     leases              hash    lease digest to execution
     ff:idx:{fp:N}:timers                     timers              zset    what is due at some time
     ff:part:{fp:N}:completions               completions         stream  executions that ended
     ff:sec:{fp:N}:waitpoint_hmac             waitpoint_secrets   hash    secrets that sign tokens
@@ -39,14 +41,19 @@ keys::
     ff:budget:{b:<budget>}:limits            budget_limits       hash    hard and soft limits
     ff:budget:{b:<budget>}:usage             budget_usage        hash    dimension to amount
     ff:budget:{b:<budget>}:charges:<eid>     budget_charges      hash    the last reports of an execution
-    ff:lane:{<lane>}:ready                   ready               zset    partitions with work
+    ff:lane:{<lane>}<needs>:ready            ready               zset    partitions with work
+    ff:lane:{<lane>}<needs>:hinted           hinted              hash    partition to its last hint
+    ff:lane:{<lane>}:needs                   lane_needs          zset    what executions require
+    ff:lane:{<lane>}:news:<seen>             lane_news           zset    wakes who knows no newer entry
     ff:config:partitions                     PARTITIONS_CONFIG   string  the partition count
 
-``<eid>`` is the execution id and contains the slot tag as well; ``<i>`` is the attempt index.  The second column is the name of a function here, of a row
+``<eid>`` is the execution id and contains the slot tag as well; ``<i>`` is the attempt index; ``<needs>`` is empty
+for executions that require no capabilities, else a colon and the required ones, in one text with commas; ``<seen>`` is
+a score in ``lane_needs``.  The second column is the name of a function here, of a row
 of ``ff.KEYS`` in ``lua/prelude.lua``, or of both: a key has one name.  A budget, a lane and the
 configuration have slots of their own, because executions of all partitions use them.
 
-A lane's name may hold any printable character.  In a key everything but ``A-Z a-z 0-9 . _ ~ -`` is
+A lane's name and a capability may hold any printable character.  In a key everything but ``A-Z a-z 0-9 . _ ~ -`` is
 percent-encoded, so that no lane closes the braces, adds a part to the key, or acts as a wildcard in
 an ACL rule.
 """
@@ -56,6 +63,7 @@ from __future__ import annotations
 import os
 import re
 from binascii import crc_hqx
+from functools import lru_cache
 
 from .errors import InvalidId, InvalidInput, InvalidType, check_int
 
@@ -358,9 +366,19 @@ def _attempt(family: str, eid: str, index: int, suffix: str = "") -> bytes:
 # -- keys of a partition, of a budget and of a lane ------------------------------------------------
 
 
-def eligible(slot_tag: str, lane: str) -> bytes:
-    """Sorted set: executions of a lane in one partition that can be claimed."""
-    return f"ff:idx:{slot_tag}:lane:{_lane_in_key(lane)}:eligible".encode("ascii")
+def eligible(slot_tag: str, lane: str, needs: str = "") -> bytes:
+    """Sorted set: executions of a lane in one partition that can be claimed, and require *needs*."""
+    return f"ff:idx:{slot_tag}:lane:{_in_key(lane)}{_part(needs)}:eligible".encode("ascii")
+
+
+def needs(slot_tag: str, lane: str) -> bytes:
+    """Set: what waiting executions of a lane in one partition require."""
+    return f"ff:idx:{slot_tag}:lane:{_in_key(lane)}:needs".encode("ascii")
+
+
+def leases(slot_tag: str) -> bytes:
+    """Hash: digests of the leases of one partition, and the executions that are under them."""
+    return f"ff:idx:{slot_tag}:leases".encode("ascii")
 
 
 def timers(slot_tag: str) -> bytes:
@@ -408,13 +426,36 @@ def budget_charges(budget_id: str, eid: str) -> bytes:
     return f"ff:budget:{{b:{budget_id}}}:charges:{eid}".encode("ascii")
 
 
-def ready(lane: str) -> bytes:
-    """Sorted set: the ready queue of a lane, partitions with work by their best score."""
-    return f"ff:lane:{{{_lane_in_key(lane)}}}:ready".encode("ascii")
+def ready(lane: str, needs: str = "") -> bytes:
+    """Sorted set: a ready queue of a lane, partitions with work that requires *needs* by their best score."""
+    return f"ff:lane:{{{_in_key(lane)}}}{_part(needs)}:ready".encode("ascii")
 
 
-def _lane_in_key(lane: str) -> str:
-    return re.sub(_NOT_PLAIN, lambda found: f"%{ord(found[0]):02X}", lane)
+def hinted(lane: str, needs: str = "") -> bytes:
+    """Hash: the partitions that may have such work, also while their hint is taken, with a mark of their last hint."""
+    return f"ff:lane:{{{_in_key(lane)}}}{_part(needs)}:hinted".encode("ascii")
+
+
+def lane_needs(lane: str) -> bytes:
+    """Sorted set: what executions of a lane require, in the order in which it was registered."""
+    return f"ff:lane:{{{_in_key(lane)}}}:needs".encode("ascii")
+
+
+def lane_news(lane: str, seen: int) -> bytes:
+    """Sorted set with one member once `lane_needs` has an entry after the one with the score *seen*."""
+    return f"ff:lane:{{{_in_key(lane)}}}:news:{seen}".encode("ascii")
+
+
+def _part(needs: str) -> str:
+    return f":{_in_key(needs)}" if needs else ""
+
+
+@lru_cache(maxsize=1024)
+def _in_key(text: str) -> str:
+    if not text.isascii():
+        # Each byte as a character, so that bytes are encoded.
+        text = text.encode("utf-8").decode("latin-1")
+    return re.sub(_NOT_PLAIN, lambda found: f"%{ord(found[0]):02X}", text)
 
 
 # -- slots -----------------------------------------------------------------------------------------

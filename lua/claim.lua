@@ -1,8 +1,13 @@
--- Claim: one call picks the best execution of one lane and partition that the worker's capabilities cover.
+-- Claim: one call picks the best execution of one lane and partition that requires certain capabilities. The client
+-- asks for those that its worker has. The hints that lead to such a call are in the slot of the lane.
 
 local PAGE = 64
--- A call looks at no more executions than this, at about 1 us each; the caller continues from where it stopped.
-local SCAN_LIMIT = 2048
+-- A call takes no more members out of an index than this, at about 4 us each.
+local DROP_LIMIT = 256
+-- Sets of required capabilities that a lane remembers. A forgotten one is registered again with its next hint.
+local NEEDS_LIMIT = 1024
+-- Workers that wait look at the registry once in this time by themselves.
+local NEWS_MS = '60000'
 
 -- The tokens of `required`, a comma-separated list, that are not in the set `offered`; comma-separated.
 local function missing(offered, required)
@@ -43,6 +48,17 @@ local function check_claim(execution, take_over)
   end
 end
 
+-- The answer about a lease that is held.
+local function grant_of(execution, expires_at)
+  local fields = execution.fields
+  local index = fields.current_attempt_index
+  local resumed = fields.lease_continues == '1' or fields.reclaimed == index
+  return {
+    execution.id, index, fields.current_attempt_id, fields.current_lease_epoch, expires_at,
+    resumed and 'resumed' or 'fresh',
+  }
+end
+
 -- Puts a waiting execution under a lease. An interrupted attempt continues its stream; else a new attempt begins.
 -- Returns execution_id attempt_index attempt_id lease_epoch expires_at_ms kind.
 local function grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, new_attempt_id)
@@ -54,87 +70,114 @@ local function grant_lease(execution, worker_id, worker_instance_id, lease_id, l
   local epoch = ff.text(ff.core_number(execution, 'current_lease_epoch') + 1)
   local attempts = ff.core_number(execution, 'total_attempt_count')
   local expires_at = ff.text(now + tonumber(lease_ttl_ms))
+  local meta_key = ff.attempt_key(execution, 'meta', index)
+  ff.set_timer(execution, 'lease', expires_at)
+  call('HSET', ff.attempt_key(execution, 'attempt', index), 'attempt_id', attempt_id, 'attempt_index', index,
+    'lease_epoch', epoch, 'worker_id', worker_id, 'worker_instance_id', worker_instance_id, 'started_at', ff.text(now))
+  if resumed then
+    call('HSET', meta_key, 'lease_expires_at', expires_at)
+  else
+    call('HSET', meta_key, 'lease_expires_at', expires_at, 'last_id', ff.text(now) .. '-0', 'created_at', ff.text(now))
+  end
+  if fields.cancel_requested then
+    call('HSET', meta_key, 'cancel_requested', '1')
+  end
   ff.move(execution, 'active')
   ff.set(
     execution, 'current_attempt_index', index, 'current_attempt_id', attempt_id,
     'current_lease_digest', ff.lease_digest(lease_id), 'current_lease_epoch', epoch, 'lease_ttl_ms', lease_ttl_ms,
     'current_worker_id', worker_id, 'current_worker_instance_id', worker_instance_id,
     'started_at', fields.started_at or ff.text(now),
-    'total_attempt_count', ff.text(resumed and attempts or attempts + 1), 'interrupted', ''
+    'total_attempt_count', ff.text(resumed and attempts or attempts + 1), 'interrupted', '',
+    'lease_continues', resumed and '1' or ''
   )
-  local meta_key = ff.attempt_key(execution, 'meta', index)
-  call('HSET', ff.attempt_key(execution, 'attempt', index), 'attempt_id', attempt_id, 'attempt_index', index,
-    'lease_epoch', epoch, 'worker_id', worker_id, 'worker_instance_id', worker_instance_id, 'started_at', ff.text(now))
-  if resumed then
-    call('HSET', meta_key, 'lease_expires_at', expires_at)
-  else
-    call('HSET', meta_key, 'lease_expires_at', expires_at, 'last_id', ff.text(now) .. '-0',
-      'created_at', ff.text(now))
-  end
-  if fields.cancel_requested then
-    call('HSET', meta_key, 'cancel_requested', '1')
-  end
-  ff.set_timer(execution, 'lease', expires_at)
+  call('HSET', ff.key('leases', execution.slot_tag), ff.lease_digest(lease_id), execution.id)
   local limit = tonumber(resumed and fields.attempt_left_ms or fields.attempt_timeout_ms) or 0
   if limit > 0 then
     ff.set_timer(execution, 'attempt', now + limit)
   end
-  local reclaimed = fields.reclaimed == '1'
-  if reclaimed then
-    ff.set(execution, 'reclaimed', '')
+  return grant_of(execution, expires_at)
+end
+
+-- The active execution of a partition that is under this lease; nil if there is none.
+local function held_under(leases_key, lease_id)
+  local lease_digest = ff.lease_digest(lease_id)
+  local id = redis.call('HGET', leases_key, lease_digest)
+  local execution = id and ff.load(ff.key('core', ff.slot_tag_of(leases_key), id))
+  if execution and execution.state == 'active' and execution.fields.current_lease_digest == lease_digest then
+    return execution
   end
-  return { execution.id, index, attempt_id, epoch, expires_at, (resumed or reclaimed) and 'resumed' or 'fresh' }
+  return nil
+end
+
+-- The lease of a call that is made again after a lost reply, with its end; nil where it is not held.
+local function granted_before(execution)
+  local expires_at = execution and ff.lease_expires_at(execution)
+  if expires_at and expires_at > execution.now then
+    return grant_of(execution, ff.text(expires_at))
+  end
+  return nil
+end
+
+-- The execution that a member of an index names; nil where it names none that waits there and may run. Foreign data in
+-- the execution's keys raises an error.
+local function member(core_key, needs)
+  local execution = ff.load(core_key)
+  if execution and execution.state == 'waiting' and execution.fields.required_capabilities == needs then
+    check_claim(execution)
+    return ff.flow_verdict_of(execution, 'waiting') == 'run' and execution or nil
+  end
+  return nil
 end
 
 -- ff_claim
---   keys:    eligible
---   args:    worker_id worker_instance_id lease_id lease_ttl_ms attempt_id offset capability...
+--   keys:    eligible needs leases timers
+--   args:    worker_id worker_instance_id lease_id lease_ttl_ms attempt_id required_capabilities
 --   returns: execution_id attempt_index attempt_id lease_epoch expires_at_ms kind next_score
 --   errors:  invalid_input
 --
--- With status NONE nothing matched, and the values are `next_offset next_score`; next_offset is '' at the end of the
--- index. next_score is the score of the best execution that stays, '' without one. A member whose execution is gone or
--- not waiting is removed from the index.
+-- next_score is the score of the best execution that stays, '' without one. With status NONE it is the only value: the
+-- members looked at could not be claimed and were removed from the index, and where a score says that others stay, the
+-- call is made again. A call whose lease is held grants it again: it may be repeated.
 redis.register_function('ff_claim', function(keys, args)
   local call = redis.call
-  local eligible_key = keys[1]
-  local worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id, offset = unpack(args, 1, 6)
+  local eligible_key, needs_key, leases_key, timers_key = unpack(keys, 1, 4)
+  local worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id, required_capabilities = unpack(args, 1, 6)
   if (ff.integer(lease_ttl_ms) or 0) < 1 then
     return ff.err('invalid_input', 'lease_ttl_ms')
   end
-  offset = ff.integer(offset)
-  if not offset then
-    return ff.err('invalid_input', 'offset')
+  local granted = granted_before(held_under(leases_key, lease_id))
+  if granted then
+    granted[#granted + 1] = head_score(eligible_key)
+    return ff.ok(unpack(granted))
   end
-  local offered = offered_by(args, 7)
-  local slot_tag, scanned = ff.slot_tag_of(eligible_key), 0
-  while true do
-    local page = call('ZRANGE', eligible_key, offset, offset + PAGE - 1)
-    for _, candidate in ipairs(page) do
-      local core_key = ff.key('core', slot_tag, candidate)
-      local core = call('HMGET', core_key, 'state', 'required_capabilities')
-      if core[1] ~= 'waiting' then
-        call('ZREM', eligible_key, candidate)
-      elseif missing(offered, core[2]) ~= '' then
-        offset = offset + 1
-      else
-        local execution = ff.load(core_key)
-        if not ff.guarded(check_claim, execution) then
-          -- Foreign data keeps an execution from being claimed, and must not keep those after it.
-          offset = offset + 1
-        elseif ff.flow_verdict_of(execution, 'waiting') == 'run' then
-          local granted = grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)
-          granted[#granted + 1] = head_score(eligible_key)
-          return ff.ok(unpack(granted))
-        end
-        offset = offset + 1
+  -- Of another type, a key of the whole partition would make every member one that cannot be claimed.
+  ff.expect('timers', timers_key)
+  ff.expect('leases', leases_key)
+  ff.expect('needs', needs_key)
+  local slot_tag, dropped, last = ff.slot_tag_of(eligible_key), 0, 1
+  while dropped < DROP_LIMIT do
+    -- Most often the first may be claimed, and the second says what stays.
+    local page = call('ZRANGE', eligible_key, 0, last, 'WITHSCORES')
+    for i = 1, #page, 2 do
+      local intact, execution = ff.guarded(member, ff.key('core', slot_tag, page[i]), required_capabilities)
+      if intact and execution then
+        granted = grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)
+        granted[#granted + 1] = page[i + 3] or head_score(eligible_key)
+        return ff.ok(unpack(granted))
       end
+      call('ZREM', eligible_key, page[i])
     end
-    scanned = scanned + #page
-    if #page < PAGE or scanned >= SCAN_LIMIT then
-      return ff.reply('NONE', #page == PAGE and ff.text(offset) or '', head_score(eligible_key))
+    if #page == 0 then
+      break
     end
+    dropped, last = dropped + #page / 2, PAGE - 1
   end
+  local next_score = head_score(eligible_key)
+  if next_score == '' and required_capabilities ~= '' then
+    call('SREM', needs_key, required_capabilities)
+  end
+  return ff.reply('NONE', next_score)
 end)
 
 -- ff_claim_execution
@@ -144,7 +187,7 @@ end)
 --   errors:  execution_not_found execution_not_claimable capability_mismatch invalid_input
 --
 -- Claims one execution by its id. With reclaim '1' an active execution whose lease has lapsed is taken over as well:
--- its old attempt ends as producer_lost, and a new one begins.
+-- its old attempt ends as producer_lost, and a new one begins. A call whose lease is held grants it again.
 redis.register_function('ff_claim_execution', function(keys, args)
   local core_key = keys[1]
   local worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id, reclaim = unpack(args, 1, 6)
@@ -154,6 +197,12 @@ redis.register_function('ff_claim_execution', function(keys, args)
   local execution = ff.load(core_key)
   if not execution then
     return ff.err('execution_not_found')
+  end
+  if execution.state == 'active' and execution.fields.current_lease_digest == ff.lease_digest(lease_id) then
+    local granted = granted_before(execution)
+    if granted then
+      return ff.ok(unpack(granted))
+    end
   end
   local lacking = missing(offered_by(args, 7), execution.fields.required_capabilities)
   if lacking ~= '' then
@@ -173,4 +222,105 @@ redis.register_function('ff_claim_execution', function(keys, args)
     end
   end
   return ff.ok(unpack(grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)))
+end)
+
+-- ff_give_back
+--   keys:    leases
+--   args:    lease_id
+--   returns: given_back (lane_id required_capabilities eligible_score)...
+--   errors:
+--
+-- Undoes a claim whose lease never reached a worker; given_back is 0 where no such lease is held. The execution waits
+-- again, as if it had not been claimed: no worker counts as lost, and its next attempt takes the same index.
+redis.register_function({
+  function_name = 'ff_give_back',
+  callback = function(keys, args)
+    local call = redis.call
+    local leases_key = keys[1]
+    local lease_id = args[1]
+    local execution = held_under(leases_key, lease_id)
+    if not execution then
+      return ff.ok('0')
+    end
+    ff.check_move(execution)
+    local fields = execution.fields
+    local index = fields.current_attempt_index
+    local meta_key = ff.attempt_key(execution, 'meta', index)
+    local _, sequence = ff.split_id(call('HGET', meta_key, 'last_id') or '0-0')
+    if not sequence then
+      ff.corrupt('meta')
+    end
+    local begun = fields.lease_continues == '1' or sequence > 0
+    call('HDEL', meta_key, 'lease_expires_at')
+    if begun then
+      ff.interrupt_attempt(execution)
+    else
+      ff.set(execution, 'total_attempt_count', index)
+    end
+    ff.move(execution, 'waiting', 'given_back')
+    if not begun and execution.state == 'waiting' then
+      if index == '0' then
+        call('HDEL', execution.core_key, 'current_attempt_index', 'current_attempt_id', 'started_at')
+      else
+        ff.set(execution, 'current_attempt_index', ff.text(tonumber(index) - 1))
+      end
+    end
+    return ff.with_hints(ff.ok('1'), execution.hints)
+  end,
+  -- It frees what a worker should have, and takes hardly any memory.
+  flags = { 'allow-oom' },
+})
+
+-- ff_hint
+--   keys:    lane_needs ready hinted
+--   args:    required_capabilities eligible_score partition mark kept_ms
+--   returns:
+--   errors:
+--
+-- Publishes a hint about executions that require capabilities, and registers these with the lane. Where they are new,
+-- the workers that wait are woken to learn of them: each waits on the key that is named after the newest entry that it
+-- knows.
+redis.register_function('ff_hint', function(keys, args)
+  local call = redis.call
+  local lane_needs_key, ready_key, hinted_key = unpack(keys, 1, 3)
+  local required_capabilities, eligible_score, partition, mark, kept_ms = unpack(args, 1, 5)
+  -- A key of another type fails before the first write.
+  local known = call('ZSCORE', lane_needs_key, required_capabilities)
+  call('ZCARD', ready_key)
+  call('HLEN', hinted_key)
+  -- A score beyond the last exact integer is none of ours.
+  local last = call('ZREVRANGEBYSCORE', lane_needs_key, ff.text(ff.MAX_INTEGER), 0, 'WITHSCORES', 'LIMIT', 0, 1)
+  local newest = tonumber(last[2] or '0')
+  local news_key = ff.key('lane_news', ff.slot_tag_of(lane_needs_key), ff.text(newest))
+  ff.expect('lane_news', news_key)
+  call('ZADD', ready_key, 'LT', eligible_score, partition)
+  call('HSET', hinted_key, partition, mark)
+  call('PEXPIRE', hinted_key, kept_ms)
+  if known then
+    return ff.ok()
+  end
+  -- Later than every entry before, also where the registry was lost.
+  call('ZADD', lane_needs_key, ff.text(math.max(newest + 1, ff.now_ms())), required_capabilities)
+  call('ZREMRANGEBYRANK', lane_needs_key, 0, -NEEDS_LIMIT - 1)
+  call('ZADD', news_key, '0', 'news')
+  call('PEXPIRE', news_key, NEWS_MS)
+  return ff.ok()
+end)
+
+-- ff_forget_hints
+--   keys:    hinted
+--   args:    (partition mark)...
+--   returns:
+--   errors:
+--
+-- Forgets that there was work in partitions in which the caller found none. A partition with another mark has had a
+-- hint meanwhile, and stays.
+redis.register_function('ff_forget_hints', function(keys, args)
+  local hinted_key = keys[1]
+  for i = 1, #args, 2 do
+    if redis.call('HGET', hinted_key, args[i]) == args[i + 1] then
+      redis.call('HDEL', hinted_key, args[i])
+    end
+  end
+  return ff.ok()
 end)

@@ -14,18 +14,18 @@ local function all_integers(...)
 end
 
 -- ff_create_execution
---   keys:    core payload tags eligible flow
+--   keys:    core payload tags flow
 --   args:    execution_id namespace lane_id priority required_capabilities retention_ms delay_ms deadline_ms
 --            flow_id parent_id budget_ids retry_max retry_backoff retry_delay_ms retry_multiplier_percent
 --            retry_max_delay_ms retry_jitter_percent max_reclaims attempt_timeout_ms payload (tag value)...
---   returns: (lane_id eligible_score)...
+--   returns: (lane_id required_capabilities eligible_score)...
 --   errors:  invalid_input flow_not_found flow_already_terminal execution_not_found
 --
 -- The status is DUPLICATE, and nothing is changed, where the execution exists: a caller that lost the reply asks again,
 -- and gets the hint again. `flow` is any key of the slot where flow_id is ''.
 redis.register_function('ff_create_execution', function(keys, args)
   local call = redis.call
-  local core_key, payload_key, tags_key, eligible_key, flow_key = unpack(keys, 1, 5)
+  local core_key, payload_key, tags_key, flow_key = unpack(keys, 1, 4)
   local execution_id, namespace, lane_id, priority, required_capabilities, retention_ms, delay_ms, deadline_ms,
     flow_id, parent_id, budget_ids, retry_max, retry_backoff, retry_delay_ms, retry_multiplier_percent,
     retry_max_delay_ms, retry_jitter_percent, max_reclaims, attempt_timeout_ms, payload = unpack(args, 1, 20)
@@ -41,7 +41,8 @@ redis.register_function('ff_create_execution', function(keys, args)
   if existing then
     local fields, hints = existing.fields, {}
     if existing.state == 'waiting' then
-      hints = { fields.lane_id, ff.eligible_score(tonumber(fields.priority), tonumber(fields.created_at)) }
+      local score = ff.eligible_score(tonumber(fields.priority), tonumber(fields.created_at))
+      hints = { fields.lane_id, fields.required_capabilities, score }
     end
     return ff.with_hints(ff.reply('DUPLICATE'), hints)
   end
@@ -62,12 +63,17 @@ redis.register_function('ff_create_execution', function(keys, args)
     end
   end
 
+  local now = ff.now_ms()
+  -- The fields that timers and indexes need.
+  local execution = ff.execution_of(core_key, {
+    lane_id = lane_id, required_capabilities = required_capabilities, priority = priority, created_at = ff.text(now),
+  }, now)
   local delayed = tonumber(delay_ms) > 0
   if not delayed then
-    ff.expect('eligible', eligible_key)
+    ff.expect_index(execution)
   end
   if delayed or tonumber(deadline_ms) > 0 then
-    ff.expect('timers', ff.key('timers', slot_tag))
+    ff.expect('timers', execution.timers_key)
   end
   if #args > 20 then
     ff.expect('tags', tags_key)
@@ -80,7 +86,6 @@ redis.register_function('ff_create_execution', function(keys, args)
     ff.expect('children', ff.key('children', slot_tag, parent_id))
   end
 
-  local now = ff.now_ms()
   call('HSET', core_key, 'execution_id', execution_id, 'namespace', namespace, 'lane_id', lane_id,
     'priority', priority, 'required_capabilities', required_capabilities, 'retention_ms', retention_ms,
     'created_at', ff.text(now), 'last_transition_at', ff.text(now), 'total_attempt_count', '0',
@@ -110,7 +115,6 @@ redis.register_function('ff_create_execution', function(keys, args)
   if #parent_id > 0 then
     call('SADD', ff.key('children', slot_tag, parent_id), execution_id)
   end
-  local execution = { id = execution_id, timers_key = ff.key('timers', slot_tag) }
   if tonumber(deadline_ms) > 0 then
     ff.set_timer(execution, 'deadline', now + deadline_ms)
   end
@@ -118,9 +122,8 @@ redis.register_function('ff_create_execution', function(keys, args)
     ff.set_timer(execution, 'delay', now + delay_ms)
     return ff.ok()
   end
-  local score = ff.eligible_score(tonumber(priority), now)
-  call('ZADD', eligible_key, score, execution_id)
-  return ff.ok(lane_id, score)
+  ff.enqueue(execution)
+  return ff.with_hints(ff.ok(), execution.hints)
 end)
 
 -- ff_describe_execution

@@ -3,7 +3,7 @@
 -- ff_complete_execution
 --   keys:    core
 --   args:    attempt_index lease_id lease_epoch payload
---   returns: state (lane_id eligible_score)...
+--   returns: state (lane_id required_capabilities eligible_score)...
 --   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired
 redis.register_function('ff_complete_execution', function(keys, args)
   local core_key = keys[1]
@@ -62,7 +62,7 @@ end
 -- ff_fail_execution
 --   keys:    core
 --   args:    attempt_index lease_id lease_epoch message failure_class detail
---   returns: kind outcome delay_until_ms (lane_id eligible_score)...
+--   returns: kind outcome delay_until_ms (lane_id required_capabilities eligible_score)...
 --   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired
 redis.register_function('ff_fail_execution', function(keys, args)
   local core_key = keys[1]
@@ -106,7 +106,7 @@ end)
 -- ff_wait_children
 --   keys:    core
 --   args:    attempt_index lease_id lease_epoch
---   returns: kind (lane_id eligible_score)...
+--   returns: kind (lane_id required_capabilities eligible_score)...
 --   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired
 --
 -- The same attempt continues when the last child has ended; at once if none is open.
@@ -130,7 +130,7 @@ end)
 -- ff_cancel_execution
 --   keys:    core
 --   args:    reason grace_ms
---   returns: state previous_state (lane_id eligible_score)...
+--   returns: state previous_state (lane_id required_capabilities eligible_score)...
 --   errors:  execution_not_found execution_not_active invalid_input
 --
 -- With a grace, the status for an active execution is REQUESTED: the answer to the next append or renewal notifies its

@@ -75,7 +75,7 @@ end
 -- ff_cancel_members
 --   keys:    flow open timers
 --   args:    count
---   returns: cancelled left (lane_id eligible_score)...
+--   returns: cancelled left (lane_id required_capabilities eligible_score)...
 --   errors:  invalid_input
 --
 -- Cancels up to `count` open members of a cancelled flow, as its policy says. `left` is 1 where more are to be

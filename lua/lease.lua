@@ -69,7 +69,8 @@ function ff.lapse(execution, ...)
     ff.move(execution, 'failed', 'producer_lost')
   else
     ff.end_attempt(execution, 'producer_lost')
-    ff.set(execution, 'reclaimed', '1')
+    -- The index of the attempt that replaces the lost one.
+    ff.set(execution, 'reclaimed', execution.fields.total_attempt_count)
     ff.move(execution, 'waiting', 'producer_lost')
   end
 end

@@ -24,7 +24,8 @@ ff.MAX_FIELDS = 32
 
 -- Every key that Lua code spells, in the parts around its slot tag, `{fp:N}`, and its owner: an execution, an attempt
 -- as `<execution id>:<index>`, a lane or a flow. The table in ff_fast/keys.py says what each key holds, and of which
--- type it is. Parts are joined at half the price of string.format, and the end of an execution needs some 30 keys.
+-- type it is. A key in a lane's own slot has the lane as its slot tag. Parts are joined at half the price of
+-- string.format, and the end of an execution needs some 30 keys.
 ff.KEYS = {
   core = { 'ff:exec:', ':', ':core' },
   payload = { 'ff:exec:', ':', ':payload' },
@@ -48,6 +49,8 @@ ff.KEYS = {
   live = { 'ff:stream:', ':', ':live' },
   meta = { 'ff:stream:', ':', ':meta' },
   eligible = { 'ff:idx:', ':lane:', ':eligible' },
+  needs = { 'ff:idx:', ':lane:', ':needs' },
+  leases = { 'ff:idx:', ':leases' },
   timers = { 'ff:idx:', ':timers' },
   completions = { 'ff:part:', ':completions' },
   waitpoint_secrets = { 'ff:sec:', ':waitpoint_hmac' },
@@ -55,6 +58,7 @@ ff.KEYS = {
   flow = { 'ff:flow:', ':', '' },
   flow_members = { 'ff:flow:', ':', ':members' },
   flow_open = { 'ff:flow:', ':', ':open' },
+  lane_news = { 'ff:lane:', ':news:', '' },
 }
 
 -- The key of that name in ff.KEYS. A key of the partition itself has no owner.
@@ -72,9 +76,9 @@ ff.TYPES = {
   usage_recent = 'hash', history = 'stream', children = 'set', waitpoints = 'hash', tokens = 'hash',
   signals = 'hash', signals_buffered = 'zset', signals_dedup = 'hash', suspension = 'hash',
   suspension_signals = 'list', attempt = 'hash', summary = 'hash', stream = 'stream', live = 'stream', meta = 'hash',
-  eligible = 'zset', timers = 'zset', completions = 'stream', waitpoint_secrets = 'hash',
-  waitpoint_use = 'hash', flow = 'hash',
-  flow_members = 'set', flow_open = 'set',
+  eligible = 'zset', needs = 'set', leases = 'hash', timers = 'zset', completions = 'stream',
+  waitpoint_secrets = 'hash', waitpoint_use = 'hash', flow = 'hash', flow_members = 'set', flow_open = 'set',
+  lane_news = 'zset',
 }
 
 -- Refuses the call because of foreign data, before its first write: `name` is the name of the key in ff.KEYS.

@@ -46,20 +46,16 @@ function ff.eligible_score(priority, created_ms)
   return ff.text(created_ms - priority * 1000000000000)
 end
 
--- A lane as it stands in a key.
-local function lane_in_key(lane)
-  return (string.gsub(lane, '[^%w%._~%-]', function(char)
+-- A lane, or required capabilities, as they stand in a key.
+local function in_key(text)
+  return (string.gsub(text, '[^%w%._~%-]', function(char)
     return string.format('%%%02X', string.byte(char))
   end))
 end
 
 -- An execution: the fields of its core, the parts of its keys, the time of the call, and the hints for its lane (and
--- its parent's lane). nil if it does not exist.
-function ff.load(core_key, now)
-  local fields = ff.hash(core_key)
-  if not fields then
-    return nil
-  end
+-- its parent's lane).
+function ff.execution_of(core_key, fields, now)
   local slot_tag, id = string.match(core_key, '^ff:exec:(%b{}):(.*):core$')
   return {
     core_key = core_key,
@@ -67,10 +63,16 @@ function ff.load(core_key, now)
     id = id,
     fields = fields,
     state = fields.state,
-    now = now or ff.now_ms(),
+    now = now,
     timers_key = ff.key('timers', slot_tag),
     hints = {},
   }
+end
+
+-- The execution with this core; nil if it does not exist.
+function ff.load(core_key, now)
+  local fields = ff.hash(core_key)
+  return fields and ff.execution_of(core_key, fields, now or ff.now_ms())
 end
 
 -- A key of the execution, by its name in ff.KEYS.
@@ -84,13 +86,51 @@ function ff.attempt_key(execution, name, index)
   return ff.key(name, execution.slot_tag, execution.id .. ':' .. index)
 end
 
+-- Executions of a lane that require the same capabilities wait in one set of their partition: a worker looks at no
+-- execution that it may not have. Returns its key.
 local function eligible_key(execution)
   local key = execution.eligible_key
   if not key then
-    key = ff.key('eligible', execution.slot_tag, lane_in_key(execution.fields.lane_id))
+    local lane, needs = in_key(execution.fields.lane_id), execution.fields.required_capabilities
+    if needs ~= '' then
+      lane = lane .. ':' .. in_key(needs)
+    end
+    key = ff.key('eligible', execution.slot_tag, lane)
     execution.eligible_key = key
   end
   return key
+end
+
+local function needs_key(execution)
+  return ff.key('needs', execution.slot_tag, in_key(execution.fields.lane_id))
+end
+
+-- Refuses the call where the indexes of an execution that waits are foreign data.
+function ff.expect_index(execution)
+  ff.expect('eligible', eligible_key(execution))
+  if execution.fields.required_capabilities ~= '' then
+    ff.expect('needs', needs_key(execution))
+  end
+end
+
+-- Lets workers find an execution that waits, and adds the hint for its lane.
+function ff.enqueue(execution)
+  local fields = execution.fields
+  local needs = fields.required_capabilities
+  local score = ff.eligible_score(tonumber(fields.priority), tonumber(fields.created_at))
+  redis.call('ZADD', eligible_key(execution), score, execution.id)
+  if needs ~= '' then
+    redis.call('SADD', needs_key(execution), needs)
+  end
+  ff.with_hints(execution.hints, { fields.lane_id, needs, score })
+end
+
+local function dequeue(execution)
+  local key, needs = eligible_key(execution), execution.fields.required_capabilities
+  redis.call('ZREM', key, execution.id)
+  if needs ~= '' and redis.call('EXISTS', key) == 0 then
+    redis.call('SREM', needs_key(execution), needs)
+  end
 end
 
 -- Sets fields of the core, in the table and on the server: `...` is name value name value.
@@ -110,7 +150,7 @@ function ff.clear_timer(execution, kind)
   redis.call('ZREM', execution.timers_key, kind .. ':' .. execution.id)
 end
 
--- Appends a lane and a score to the reply for each hint: executions of that lane may wait for a worker now.
+-- Appends to the reply a lane, required capabilities and a score for each hint: such executions may wait for a worker.
 function ff.with_hints(reply, hints)
   for _, hint in ipairs(hints) do
     reply[#reply + 1] = hint
@@ -318,14 +358,15 @@ local function check_execution(execution)
   local retention_ms, priority, created_at = fields.retention_ms, fields.priority, fields.created_at
   -- One match for all numbers: each alone would cost as much as a key.
   if
-    not (attempt and retention_ms and priority and created_at and fields.lane_id)
+    not (attempt and retention_ms and priority and created_at and fields.lane_id and fields.required_capabilities)
     or #retention_ms > 16 or #priority > 16 or #created_at > 16 or #attempt > 16
     or not string.find(retention_ms .. ' ' .. priority .. ' ' .. created_at .. ' ' .. attempt, '^%d+ %d+ %d+ %d+$')
   then
     ff.corrupt('core')
   end
   ff.expect('timers', execution.timers_key)
-  ff.expect('eligible', eligible_key(execution))
+  ff.expect_index(execution)
+  ff.expect('leases', ff.key('leases', execution.slot_tag))
   ff.expect('meta', ff.attempt_key(execution, 'meta', attempt))
   local flow_id = fields.flow_id
   if flow_id then
@@ -377,7 +418,7 @@ function ff.move(execution, to, reason)
   end
   local attempt = open_attempt(execution)
   if from == 'waiting' then
-    call('ZREM', eligible_key(execution), execution.id)
+    dequeue(execution)
   elseif from == 'delayed' then
     ff.clear_timer(execution, 'delay')
   elseif from == 'active' then
@@ -385,6 +426,7 @@ function ff.move(execution, to, reason)
     ff.clear_timer(execution, 'attempt')
     -- An append checks its writer and no other part of the fence, so the writer goes with the lease.
     call('HDEL', ff.attempt_key(execution, 'meta', attempt), 'writer')
+    call('HDEL', ff.key('leases', execution.slot_tag), fields.current_lease_digest or '')
   elseif from == 'suspended' then
     ff.clear_timer(execution, 'suspension')
     ff.count_suspended(execution, -1)
@@ -399,14 +441,15 @@ function ff.move(execution, to, reason)
   ff.set(execution, 'state', to, 'last_transition_at', ff.text(execution.now))
   redis.pcall('XADD', ff.execution_key(execution, 'history'), 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to,
     'attempt', attempt, 'reason', reason or '')
-  if to == 'waiting' and ff.flow_verdict_of(execution, to) == 'cancel' then
-    -- It leaves the index, since it must not be claimed any more.
-    ff.set(execution, 'cancellation_reason', 'flow cancelled', 'cancelled_from', from)
-    ff.move(execution, 'cancelled')
-  elseif to == 'waiting' then
-    local score = ff.eligible_score(tonumber(fields.priority), tonumber(fields.created_at))
-    call('ZADD', eligible_key(execution), score, execution.id)
-    ff.with_hints(execution.hints, { fields.lane_id, score })
+  if to == 'waiting' then
+    -- What a cancelled flow holds waits in no index: no worker will ever have it.
+    local verdict = ff.flow_verdict_of(execution, to)
+    if verdict == 'run' then
+      ff.enqueue(execution)
+    elseif verdict == 'cancel' then
+      ff.set(execution, 'cancellation_reason', 'flow cancelled', 'cancelled_from', from)
+      ff.move(execution, 'cancelled')
+    end
   elseif ff.OUTCOMES[to] then
     conclude(execution, attempt, reason or ff.END_REASONS[to])
   end

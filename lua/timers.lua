@@ -87,7 +87,7 @@ local DEFER_MS = 60000
 -- ff_fire_timer
 --   keys:    timers core
 --   args:    member kind namespace tag_name tag_value
---   returns: what (lane_id eligible_score)...
+--   returns: what (lane_id required_capabilities eligible_score)...
 --   errors:
 --
 -- what: `done`, `later`, `skipped` where the filter leaves the execution to another supervisor, or `deferred` where

@@ -661,7 +661,7 @@ end
 --   keys:    core
 --   args:    waitpoint_id token signal_id signal_name signal_category source_type source_identity correlation_id
 --            idempotency_key has_payload payload
---   returns: signal_id effect (lane_id eligible_score)...
+--   returns: signal_id effect (lane_id required_capabilities eligible_score)...
 --   errors:  payload_too_large execution_not_found invalid_token waitpoint_closed signal_limit_exceeded
 --
 -- The token is checked before the call answers anything about the waitpoint. A signal with the idempotency key of an

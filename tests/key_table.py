@@ -12,6 +12,8 @@ _PLACES = {
     "<i>": r"\d+",
     "<flow>": r"[0-9a-f-]{36}",
     "<lane>": r"[A-Za-z0-9._~%-]+",
+    "<needs>": r"(?::[A-Za-z0-9._~%-]+)?",
+    "<seen>": r"\d+",
     "<budget>": r"[A-Za-z0-9_-]+",
 }
 _PLACE = re.compile(r"\{fp:N\}|<\w+>")

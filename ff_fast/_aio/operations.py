@@ -8,12 +8,13 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from ff_fast import _transport
 from ff_fast._aio.leases import LeaseKeeper
 from ff_fast._aio.opening import Opening
 from ff_fast._aio.pool import Pool
 from ff_fast._aio.readers import Completions, Tail
 from ff_fast._aio.writers import Sender, Writer
-from ff_fast._core import operations
+from ff_fast._core import claiming, operations
 from ff_fast._core.binding import HANDLER, H, R, S, bind, dressed
 from ff_fast._core.writer import FrameWriters
 from ff_fast.errors import FFError, WriterClosed
@@ -21,9 +22,11 @@ from ff_fast.errors import FFError, WriterClosed
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from ff_fast._core.claiming import Claim
     from ff_fast._core.completions import CompletionCore
     from ff_fast._core.deployment import Deployment
     from ff_fast._core.operations import Call
+    from ff_fast._core.steps import Steps
     from ff_fast._core.tail import TailCore
     from ff_fast._core.writer import WriterState
     from ff_fast.types import AppendFrameOutcome, BackendConfig, LeaseRenewal
@@ -32,6 +35,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _STOP_LOOK_S = 0.05
+_GIVE_BACK_EVERY_S = 0.25
 
 
 def awaited(
@@ -82,9 +86,44 @@ class Operations(Pool):
         self._frame_writers.clear()
 
     async def _do(self, call: Call[T], *, until: float = float("inf")) -> T:
+        if call.claim is not None:
+            return await self._claim(call, call.claim)
         value = await self._run(call, until=until)
         self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value
+
+    async def _claim(self, call: Call[T], claim: Claim) -> T:
+        """Make a claim; what it has taken is given back, unless the caller gets it."""
+        self._claims.add(claim)
+        try:
+            value = await self._run(call)
+            if claim.abandoned:
+                raise _transport.closed_error()
+        except BaseException:
+            if claim.unsettled:
+                claim.abandoned = True
+                task = self._spawn(self._give_back(claim))
+                self._giving_back.add(task)
+                task.add_done_callback(self._giving_back.discard)
+            raise
+        finally:
+            self._claims.discard(claim)
+        return value
+
+    async def _give_back(self, claim: Claim) -> None:
+        def steps() -> Steps[None]:
+            return claiming.give_back(self._deployment, claim)
+
+        lapses = time.monotonic() + claim.request.lease_ttl_ms / 1000
+        while time.monotonic() < lapses:
+            try:
+                await self._run(operations.Call(steps, when_closed=True))
+            except FFError as error:
+                if self._closed or not error.retryable:
+                    return
+            else:
+                return
+            await asyncio.sleep(_GIVE_BACK_EVERY_S)
 
     def _tail(self, source: TailCore) -> Tail:
         return Tail(self, source)

@@ -20,10 +20,16 @@ from ff_fast.errors import FFError, ForkedClient, FunctionMissing, Unavailable, 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
+    from ff_fast._core.claiming import Claim
     from ff_fast._core.operations import Call
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")
+
+SETTLE_S = 0.5
+"""Longest time, in seconds, that a closing backend waits until work that nobody will get is given back."""
+
+_SETTLE_LOOK_S = 0.002
 
 # Bound of the requests in flight on the shared connection; beyond it calls queue, and open batches grow.
 CALLS_IN_FLIGHT = 256
@@ -153,6 +159,9 @@ class Pool:
         self._own: set[Connection] = set()
         # The most recently used is at the right.
         self._idle: deque[Connection] = deque()
+        # Claims under way, and the tasks that give back what others have left.
+        self._claims: set[Claim] = set()
+        self._giving_back: set[asyncio.Task[None]] = set()
         self._deployment = Deployment(config.partitions, config.max_payload_bytes)
         self._shared = SharedConnection(self._connect, self._spawn, self._timeout_s)
 
@@ -168,7 +177,23 @@ class Pool:
             # The parent still uses the sockets and the loop's selector, which a fork shares.
             return
         self._check_loop()
-        # Everything is aborted before the first await, in which the caller may be cancelled.
+        try:
+            await self._settle()
+        finally:
+            # Everything is aborted before the next await, in which the caller may be cancelled.
+            await self._abort()
+
+    async def _settle(self) -> None:
+        """Wait for a short time until every claim that is under way has given back what it took."""
+        for claim in self._claims:
+            claim.abandoned = True
+        until = time.monotonic() + SETTLE_S
+        while time.monotonic() < until and (  # noqa: ASYNC110 - there is no one event
+            self._giving_back or any(each.unsettled and not each.blocked for each in self._claims)
+        ):
+            await asyncio.sleep(_SETTLE_LOOK_S)
+
+    async def _abort(self) -> None:
         tasks, connections = list(self._tasks), list(self._own)
         self._stop()
         for task in tasks:
@@ -276,12 +301,25 @@ class Pool:
         while self._idle and (self._idle[0].closed or self._idle[0].heard_at < before):
             self._idle.popleft().abort()
 
+    async def _request(self, step: Step) -> list[object]:
+        """Send a step on the shared connection; one that lets the server block, on a connection of its own."""
+        if not step.block_s:
+            return await self._shared.request(step)
+        connection = await self._acquire()
+        try:
+            return await connection.request(step, self._timeout_s)
+        finally:
+            self._release(connection)
+
     async def _run(self, call: Call[T], *, until: float = float("inf")) -> T:
         """Make a call that is of no use after *until*, in monotonic time; retry as configuration and call allow."""
         retries = Retries(self.config.retry, repeatable=call.repeatable, writes=call.writes)
         missing = False
         while True:
-            self._check()
+            if call.when_closed:
+                self._check_loop()
+            else:
+                self._check()
             if not call.repeatable:
                 # Yield twice so that a pending EOF is seen before a call that must not be repeated is sent.
                 await asyncio.sleep(0)
@@ -295,6 +333,9 @@ class Pool:
                         longest = _transport.longest_try_s(until)
                         request = partial(self._shared.request, longest=longest)
                     return await run_steps(call.steps(), request)
+                if call.claim is not None:
+                    # What it takes back is sent behind what it sent before, on the same connection.
+                    return await run_steps(call.steps(), self._request)
                 connection = await self._acquire()
                 try:
                     return await run_steps(call.steps(), self._requests_on(connection))

@@ -159,7 +159,7 @@ class WorkerLoop:
         try:
             while not self._stopping:
                 try:
-                    handle = await self._backend._do(self._options.claim)
+                    handle = await self._backend._do(self._options.claim())
                 except FFError as error:
                     if self._backend.closed:
                         return

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+from typing import TYPE_CHECKING
 
 from ff_fast import _library, keys
 from ff_fast._core import ops
+from ff_fast._core.ready import Offer
 from ff_fast._core.steps import Command, Step, Steps, command
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
@@ -22,13 +24,17 @@ from ff_fast.errors import (
 )
 from ff_fast.types import DEFAULT_PAYLOAD_LIMIT
 
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
 _BUSY_SWEEP_S = 30.0
 _LANES = 1_024
+"""Lanes, and kinds of workers on them, that are remembered."""
 _NOT_MINE_TO_LOAD = "The server has lost the function library and this user may not load it; connect as one that may."
 
 
 class Deployment:
-    """The partition count of a deployment, and the times of this backend's last sweeps.
+    """The partition count of a deployment, and what this backend's workers know of their lanes.
 
     Attributes:
         partitions: Number of partitions: the stored one from the first connection on, before it the configured one or
@@ -36,19 +42,30 @@ class Deployment:
         max_payload_bytes: Largest payload that writers of this backend accept.
     """
 
-    __slots__ = ("_configured", "_known", "_sweeps", "max_payload_bytes", "partitions")
+    __slots__ = ("_configured", "_known", "_offers", "_sweeps", "max_payload_bytes", "partitions")
 
     def __init__(
         self, partitions: int | None = None, max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
     ) -> None:
         self._configured = partitions
         self._known = False
-        # Lane -> times of its first claim and its last sweep. Bounded, since there may be a lane for each user.
-        self._sweeps: dict[str, tuple[float, float]] = {}
+        # Lane and capabilities -> times of the first claim and the last sweep. Bounded, since there may be a lane for
+        # each user.
+        self._sweeps: dict[Hashable, tuple[float, float]] = {}
+        self._offers: dict[tuple[str, tuple[str, ...]], Offer] = {}
         self.partitions = keys.DEFAULT_PARTITIONS if partitions is None else partitions
         self.max_payload_bytes = max_payload_bytes
 
-    def sweep_due(self, lane: str, every_s: float) -> bool:
+    def offer(self, lane: str, tokens: tuple[str, ...]) -> Offer:
+        """Return what workers with these capabilities know of a lane."""
+        found = self._offers.get((lane, tokens))
+        if found is None:
+            if len(self._offers) >= _LANES:
+                del self._offers[next(iter(self._offers))]
+            found = self._offers[lane, tokens] = Offer(lane, tokens)
+        return found
+
+    def sweep_due(self, lane: Hashable, every_s: float) -> bool:
         """Return whether a sweep of an empty lane is due, and if so note it as made. The first is always due."""
         now = time.monotonic()
         seen, swept = self._sweeps.get(lane, (now, float("-inf")))
@@ -56,7 +73,7 @@ class Deployment:
         self._note(lane, seen, now if due else swept)
         return due
 
-    def sweep_overdue(self, lane: str) -> bool:
+    def sweep_overdue(self, lane: Hashable) -> bool:
         """Return whether a sweep of a lane that is never empty is due; without one its lost hints are never found."""
         now = time.monotonic()
         seen, _ = self._sweeps.get(lane, (now, 0.0))
@@ -66,7 +83,7 @@ class Deployment:
             self._note(lane, now, float("-inf"))
         return False
 
-    def _note(self, lane: str, seen: float, swept: float) -> None:
+    def _note(self, lane: Hashable, seen: float, swept: float) -> None:
         if lane not in self._sweeps and len(self._sweeps) >= _LANES:
             # An evicted lane is swept again at its next claim, which costs one round trip.
             del self._sweeps[next(iter(self._sweeps))]

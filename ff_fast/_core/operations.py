@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from ff_fast import keys
@@ -94,6 +95,8 @@ class Call(NamedTuple, Generic[T]):
         released_lease: Returns the id of the lease that the call has released, given its result; None if the lease
             continues. The shell then closes the writer that `append_frame` opened under it.
         extended_lease: The id of the lease that the call extends, and its length from then on, in seconds.
+        claim: What a claim has taken and not yet passed to its caller.
+        when_closed: The call may be made while the backend closes.
     """
 
     steps: Callable[[], Steps[T]]
@@ -102,6 +105,8 @@ class Call(NamedTuple, Generic[T]):
     own_connection: bool = False
     released_lease: Callable[[T], str | None] = lambda value: None
     extended_lease: tuple[str, float] | None = None
+    claim: claiming.Claim | None = None
+    when_closed: bool = False
 
 
 class StopEvent(Protocol):
@@ -300,16 +305,16 @@ def claim(
         worker_instance_id: Name of its process, free text; None takes host name and process id.
         lease_ttl_ms: Length of the lease, in ms or as a ``timedelta``. Renew it before it lapses.
         capabilities: Capabilities that this worker offers.
-        policy: How long to wait for work; None answers at once. The server wakes a waiting worker; if the only work
-            needs other capabilities, the worker polls every 50 ms.
+        policy: How long to wait for work; None answers at once. The server wakes a waiting worker.
 
     Returns:
-        The handle, or None if there is no work.
+        The handle, or None if there is no work. Work whose claim is abandoned, because the caller was cancelled or
+        interrupted or the backend closed, is given back at once and waits as before.
 
     Raises:
         InvalidInput: An argument is not accepted.
-        OutcomeUnknown: The reply was lost. Calling again is safe: if the lost call claimed an execution, a supervisor
-            makes it claimable again after its lease has lapsed.
+        OutcomeUnknown: The server could not be reached again after a lost reply. Calling again is safe: an execution
+            that the lost call claimed is given back by this backend, or after its lease has lapsed by a supervisor.
     """
     wait = _checked("policy", policy, ClaimPolicy, ClaimPolicy.immediate())
     request = claiming.ClaimRequest(
@@ -317,11 +322,8 @@ def claim(
         *_claimer(worker_id, worker_instance_id, lease_ttl_ms, capabilities),
         max_wait_s=wait.max_wait,
     )
-    return Call(
-        lambda: claiming.claim(on, request),
-        repeatable=False,
-        own_connection=wait.max_wait is not None,
-    )
+    state = claiming.Claim(request)
+    return Call(lambda: claiming.claim(on, state), own_connection=state.waits, claim=state)
 
 
 def _claimer(
@@ -525,22 +527,22 @@ def claim_from_reclaim(
         ExecutionNotFound: There is no such execution.
     """
     grant = _checked("token", token, ReclaimToken).grant
-    worker, instance, ttl_ms, offered = _claimer(
-        worker_id, worker_instance_id, lease_ttl_ms, capabilities
+    claimer = _claimer(worker_id, worker_instance_id, lease_ttl_ms, capabilities)
+    request = claiming.ClaimRequest(keys.lane_id(grant.lane_id), *claimer, max_wait_s=None)
+    eid, lease_id = keys.canonical_execution_id(grant.execution_id), keys.new_uuid()
+    op = ops.claim_execution(
+        eid,
+        lane=request.lane,
+        worker_id=request.worker_id,
+        worker_instance_id=request.worker_instance_id,
+        lease_id=lease_id,
+        lease_ttl_ms=request.lease_ttl_ms,
+        attempt_id=keys.new_uuid(),
+        reclaim=True,
+        capabilities=request.capabilities.tokens,
     )
-    return _call(
-        ops.claim_execution(
-            grant.execution_id,
-            lane=keys.lane_id(grant.lane_id),
-            worker_id=worker,
-            worker_instance_id=instance,
-            lease_id=keys.new_uuid(),
-            lease_ttl_ms=ttl_ms,
-            attempt_id=keys.new_uuid(),
-            reclaim=True,
-            capabilities=offered.tokens,
-        )
-    )
+    state = claiming.Claim(request)
+    return Call(lambda: claiming.take_over(on, state, op, eid, lease_id), claim=state)
 
 
 # -- suspension and signals --------------------------------------------------------------------------------------------
@@ -1166,7 +1168,7 @@ def supervise(
 class WorkerOptions(NamedTuple):
     """Checked options of a worker."""
 
-    claim: Call[Handle | None]
+    claim: Callable[[], Call[Handle | None]]
     mode: StreamMode | None
     concurrency: int
     stop: StopEvent | None
@@ -1218,7 +1220,8 @@ def run_worker(
     check_int("concurrency", concurrency, 1, 10_000)
     if mode is not None:
         _checked("mode", mode, StreamMode)
-    call = claim(
+    next_claim = partial(
+        claim,
         on,
         lane=lane,
         worker_id=worker_id,
@@ -1227,4 +1230,6 @@ def run_worker(
         capabilities=capabilities,
         policy=ClaimPolicy.with_max_wait(CLAIM_WAIT_S),
     )
-    return WorkerOptions(call, mode, concurrency, stop)
+    # Checks the arguments.
+    next_claim()
+    return WorkerOptions(next_claim, mode, concurrency, stop)

@@ -202,13 +202,14 @@ def version() -> Op[Version]:
     )
 
 
-Hints = list[tuple[str, bytes]]
-"""Lanes with claimable work, each with the score of its best execution in the partition of the call."""
+Hints = list[tuple[str, str, bytes]]
+"""Claimable work in the partition of the call: a lane, required capabilities, and the score of an execution."""
 
 
 def _hints(fields: list[object], first: int) -> Hints:
     words = [_text(field) for field in fields[first:]]
-    return [(lane, score.encode()) for lane, score in zip(words[::2], words[1::2], strict=True)]
+    told = zip(words[::3], words[1::3], words[2::3], strict=True)
+    return [(lane, needs, score.encode()) for lane, needs, score in told]
 
 
 def create_execution(
@@ -238,7 +239,6 @@ def create_execution(
             keys.core(execution_id),
             keys.payload(execution_id),
             keys.tags(execution_id),
-            keys.eligible(slot_tag, lane),
             keys.flow(slot_tag, flow_id),
         ),
         (
@@ -269,10 +269,9 @@ def create_execution(
 
 
 class Claimed(NamedTuple):
-    """Answer of a claim. If nothing matched, ``handle`` is None and the next call continues at ``next_offset``."""
+    """Answer of a claim, and the score of what stays; without a handle, the next call may find it."""
 
     handle: Handle | None
-    next_offset: int | None
     next_score: bytes | None
 
 
@@ -280,39 +279,68 @@ def claim(
     partition: int,
     *,
     lane: str,
+    needs: str,
     worker_id: str,
     worker_instance_id: str,
     lease_id: str,
     lease_ttl_ms: int,
     attempt_id: str,
-    capabilities: tuple[str, ...],
-    offset: int = 0,
 ) -> Op[Claimed]:
-    """Claim the best execution of a lane in one partition that *capabilities* cover."""
+    """Claim the best execution of a lane in one partition among those that require *needs*."""
 
     def parse(status: bytes, fields: list[object]) -> Claimed:
         if status == b"NONE":
-            offset, score = _text(fields[0]), _text(fields[1])
-            return Claimed(None, int(offset) if offset else None, score.encode() or None)
+            return Claimed(None, _text(fields[0]).encode() or None)
         handle = _claimed_handle(fields, lease_id, lease_ttl_ms, lane, worker_instance_id)
-        return Claimed(handle, None, _text(fields[6]).encode() or None)
+        return Claimed(handle, _text(fields[6]).encode() or None)
 
     slot_tag = keys.slot_tag(partition)
     return Op(
         b"ff_claim",
-        (keys.eligible(slot_tag, lane),),
+        (
+            keys.eligible(slot_tag, lane, needs),
+            keys.needs(slot_tag, lane),
+            keys.leases(slot_tag),
+            keys.timers(slot_tag),
+        ),
         (
             worker_id.encode(),
             worker_instance_id.encode(),
             lease_id.encode(),
             number(lease_ttl_ms),
             attempt_id.encode(),
-            number(offset),
-            *(token.encode() for token in capabilities),
+            needs.encode(),
         ),
         parse,
-        # A repeat would claim a second execution; the first becomes claimable when its lease lapses.
-        repeatable=False,
+    )
+
+
+def give_back(partition: int, lease_id: str) -> Op[tuple[bool, Hints]]:
+    """Undo a claim whose lease has reached no worker; answers whether it was held."""
+    return Op(
+        b"ff_give_back",
+        (keys.leases(keys.slot_tag(partition)),),
+        (lease_id.encode(),),
+        lambda status, fields: (_text(fields[0]) == "1", _hints(fields, 1)),
+    )
+
+
+def hint(
+    lane: str, needs: str, score: bytes, partition: int, mark: bytes, kept_ms: bytes
+) -> Op[None]:
+    """Publish a hint about executions that require *needs*, which are not empty; register these with the lane."""
+    return Op(
+        b"ff_hint",
+        (keys.lane_needs(lane), keys.ready(lane, needs), keys.hinted(lane, needs)),
+        (needs.encode(), score, number(partition), mark, kept_ms),
+        lambda status, fields: None,
+    )
+
+
+def forget_hints(lane: str, needs: str, pairs: Sequence[bytes]) -> Op[None]:
+    """Forget hinted partitions, given with their marks, in which there is no work."""
+    return Op(
+        b"ff_forget_hints", (keys.hinted(lane, needs),), tuple(pairs), lambda status, fields: None
     )
 
 
@@ -705,7 +733,6 @@ def claim_execution(
             *(token.encode() for token in capabilities),
         ),
         parse,
-        repeatable=False,
     )
 
 

@@ -1,33 +1,130 @@
-"""The ready queue of a lane: hints which partitions have work.
+"""The ready queues of a lane: hints which partitions have work.
 
-A ready queue is a sorted set of partitions, scored by the best execution of each. The executions themselves are in the
-partitions' eligible sets. A lost hint therefore delays work until the next sweep over the partitions, and a stale hint
-costs one empty claim. Lane and partition are in different slots, so a hint is a separate command after the call that
-made work claimable. The call is done by then, so a hint that is refused or lost never becomes the error of the call.
+A ready queue is a sorted set of partitions, scored by the best execution of each. A lane has one for executions that
+require no capabilities, and one for each set of required capabilities, so that a worker pops no hint that it cannot use.
+The executions themselves are in the partitions' eligible sets. A lost hint therefore delays work until the next look,
+and a stale hint costs one empty claim. Lane and partition are in different slots, so a hint is a separate command after
+the call that made work claimable. That call is done by then, so a hint that is refused or lost never becomes its error.
+
+Beside each queue is a record of the partitions that were hinted and not found empty since: whoever finds the queue empty
+looks there, because somebody else may have taken a hint and not claimed yet.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, TypeVar
+import random
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ff_fast import keys
+from ff_fast._core import ops
 from ff_fast._core.steps import Command, Step, Steps, checked, command
 from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
-    from ff_fast._core import ops
+    from collections.abc import Iterable
 
 T = TypeVar("T")
 
+_NEEDS_OF_A_PARTITION = 64
+"""A sweep reads at most so many sets of required capabilities of a partition, at random where there are more."""
 
-def ready_hint(lane: str, partition: int, score: bytes) -> Command:
-    """Return the command that adds a partition to the ready queue of *lane*; its best score wins."""
-    return command(b"ZADD", keys.ready(lane), b"LT", score, b"%d" % partition)
+_HEADS_A_STEP = 4096
+
+_KEPT_MS = b"86400000"
+"""Time for which a lane keeps the record of hinted partitions, if there is no claim and no hint meanwhile."""
+
+_NEEDS_LIMIT = 1024
+"""Sets of required capabilities that a worker asks for; a lane's registry holds as many."""
+
+
+class Offer:
+    """What a kind of worker may take from a lane.
+
+    Attributes:
+        lane: The lane.
+        tokens: The capabilities that the worker offers.
+        needs: The registered sets of required capabilities that they cover, as comma-separated text. The first is the
+            empty one.
+        seen: Score of the newest entry of the lane's registry that was read.
+        idle: Whether the last claim found nothing.
+        empty: The records of hinted partitions that were found empty, with the mark that they had before: while a
+            record has this mark, its partition needs no second look.
+    """
+
+    __slots__ = ("empty", "idle", "lane", "needs", "seen", "tokens")
+
+    def __init__(self, lane: str, tokens: Iterable[str]) -> None:
+        self.lane = lane
+        self.tokens = frozenset(tokens)
+        self.needs = [""]
+        self.seen = 0
+        self.idle = False
+        self.empty: dict[tuple[str, bytes], bytes] = {}
+
+    def read(self, told: list[bytes]) -> bool:
+        """Take note of new entries of the registry, with their scores; return whether one is covered."""
+        known = len(self.needs)
+        for required, score in zip(told[::2], told[1::2], strict=True):
+            self.learn(required)
+            self.seen = max(self.seen, int(float(score)))
+        return len(self.needs) > known
+
+    def learn(self, required: bytes) -> None:
+        """Take note of a set of required capabilities, if the offered ones cover it."""
+        needs = required.decode("utf-8", "replace")
+        if needs not in self.needs and self.tokens.issuperset(needs.split(",")):
+            if len(self.needs) > _NEEDS_LIMIT:
+                # It is learned anew with the next work that requires it.
+                del self.needs[1]
+            self.needs.append(needs)
+
+
+class Head(NamedTuple):
+    """The best execution of a partition among those with the same requirements."""
+
+    score: float
+    needs: str
+    partition: int
+
+
+def is_foreign(reply: object) -> bool:
+    """Return whether a command found a key of another type, which is none of ours."""
+    return isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE")
+
+
+def listed(reply: object) -> list[bytes]:
+    """Return the answer to a plain command; an empty list where the key is of another type."""
+    return [] if is_foreign(reply) else checked(reply)
+
+
+def partition_of(member: bytes) -> int | None:
+    """Return the partition that a hint names; None for a foreign record."""
+    if member.isdigit() and len(member) <= 5 and int(member) <= keys.MAX_PARTITIONS:
+        return int(member)
+    return None
+
+
+def hint(lane: str, needs: str, score: bytes, partition: int) -> list[Command]:
+    """Return the commands that publish a hint; the best score of a partition wins."""
+    mark = b"%x" % random.getrandbits(48)
+    if needs:
+        return [ops.hint(lane, needs, score, partition, mark, _KEPT_MS).command()]
+    member, record = b"%d" % partition, keys.hinted(lane)
+    return [
+        command(b"ZADD", keys.ready(lane), b"LT", score, member),
+        command(b"HSET", record, member, mark),
+        command(b"PEXPIRE", record, _KEPT_MS),
+    ]
+
+
+def requeue(lane: str, needs: str, score: bytes, partition: int) -> Command:
+    """Return the command that puts a popped hint back; the record has kept its partition."""
+    return command(b"ZADD", keys.ready(lane, needs), b"LT", score, b"%d" % partition)
 
 
 def with_hints(op: ops.Op[tuple[T, ops.Hints]], partition: int) -> Steps[T]:
-    """Make a call that may make executions of *partition* claimable, then publish a hint per lane."""
+    """Make a call that may make executions of *partition* claimable, then publish their hints."""
     (reply,) = yield Step((op.command(),))
     value, hints = op.answer(reply)
     yield from publish_hints(hints, partition)
@@ -35,29 +132,111 @@ def with_hints(op: ops.Op[tuple[T, ops.Hints]], partition: int) -> Steps[T]:
 
 
 def publish_hints(hints: ops.Hints, partition: int) -> Steps[None]:
-    """Publish to each lane the score of its best execution in *partition*; a sweep finds what cannot be published."""
+    """Publish the scores of the best executions in *partition*; a look finds what cannot be published."""
     if hints:
-        yield from _publish([ready_hint(lane, partition, score) for lane, score in hints])
+        yield from _publish([each for told in hints for each in hint(*told, partition)])
 
 
 def _publish(hints: list[Command]) -> Steps[bool]:
     """Send hints; return whether all of them were taken."""
     with contextlib.suppress(FFError):
-        for reply in (yield Step(hints)):
-            checked(reply)
-        return True
+        return not any(isinstance(reply, Exception) for reply in (yield Step(hints)))
     return False
 
 
-def sweep(lane: str, partitions: int) -> Steps[bool]:
-    """Publish a hint for every partition that has work in *lane*; return whether there is a new hint."""
-    heads = yield Step(
-        [
-            command(b"ZRANGE", keys.eligible(keys.slot_tag(index), lane), b"0", b"0", b"WITHSCORES")
-            for index in range(partitions)
-        ]
-    )
-    hints = [
-        ready_hint(lane, index, best[1]) for index, best in enumerate(map(checked, heads)) if best
+def heads_of(lane: str, places: list[tuple[str, int]]) -> Steps[list[Head | None]]:
+    """Return the best execution of each place, which is a requirement and a partition; None where there is none."""
+    found: list[Head | None] = []
+    for start in range(0, len(places), _HEADS_A_STEP):
+        part = places[start : start + _HEADS_A_STEP]
+        replies = yield Step(
+            [
+                command(
+                    b"ZRANGE",
+                    keys.eligible(keys.slot_tag(partition), lane, needs),
+                    *(b"0", b"0", b"WITHSCORES"),
+                )
+                for needs, partition in part
+            ]
+        )
+        for (needs, partition), best in zip(part, map(listed, replies), strict=True):
+            found.append(Head(float(best[1]), needs, partition) if best else None)
+    return found
+
+
+def sweep(offer: Offer, partitions: int) -> Steps[bool]:
+    """Publish a hint for every partition with work for *offer*; return whether any has."""
+    lane = offer.lane
+    places = [("", index) for index in range(partitions)]
+    if offer.tokens:
+        limit = b"%d" % _NEEDS_OF_A_PARTITION
+        replies = yield Step(
+            [
+                command(b"SRANDMEMBER", keys.needs(keys.slot_tag(index), lane), limit)
+                for index in range(partitions)
+            ]
+        )
+        for index, required in enumerate(map(listed, replies)):
+            for each in required:
+                offer.learn(each)
+                needs = each.decode("utf-8", "replace")
+                if needs in offer.needs:
+                    places.append((needs, index))
+    heads = [head for head in (yield from heads_of(lane, places)) if head is not None]
+    yield from publish_heads(lane, heads)
+    return bool(heads)
+
+
+def publish_heads(lane: str, heads: list[Head]) -> Steps[None]:
+    """Publish a hint for each of *heads*; one that is refused is left to the next look."""
+    commands = [
+        each
+        for head in heads
+        for each in hint(lane, head.needs, b"%.0f" % head.score, head.partition)
     ]
-    return bool(hints) and (yield from _publish(hints))
+    if commands:
+        yield Step(commands)
+
+
+def hinted_records(lane: str, required: list[str]) -> list[Command]:
+    """Return the commands that read the records of the hinted partitions, one for each requirement."""
+    return [command(b"HGETALL", keys.hinted(lane, needs)) for needs in required]
+
+
+def hinted_heads(offer: Offer, records: list[tuple[str, object]]) -> Steps[list[Head]]:
+    """Return those of the hinted partitions that have work, best first; forget those that have none.
+
+    Args:
+        offer: Whose records they are.
+        records: Each requirement, with the reply to its command of :func:`hinted_records`.
+    """
+    places: list[tuple[str, int]] = []
+    read: list[tuple[str, bytes, bytes]] = []
+    forget: dict[str, list[bytes]] = {}
+    known: dict[tuple[str, bytes], bytes] = {}
+    for needs, reply in records:
+        record = listed(reply)
+        for member, mark in zip(record[::2], record[1::2], strict=True):
+            partition = partition_of(member)
+            if offer.empty.get((needs, member)) == mark:
+                known[needs, member] = mark
+            elif partition is None:
+                forget.setdefault(needs, []).extend((member, mark))
+            else:
+                places.append((needs, partition))
+                read.append((needs, member, mark))
+    # What is in no record any more is forgotten here too.
+    offer.empty = known
+    heads = yield from heads_of(offer.lane, places)
+    for (needs, member, mark), head in zip(read, heads, strict=True):
+        if head is None:
+            offer.empty[needs, member] = mark
+            forget.setdefault(needs, []).extend((member, mark))
+    if forget:
+        yield Step(
+            [
+                ops.forget_hints(offer.lane, needs, pairs).command()
+                for needs, pairs in forget.items()
+            ]
+        )
+    return sorted(head for head in heads if head is not None)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import time
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from ff_fast import _transport
-from ff_fast._core import operations
+from ff_fast._core import claiming, operations
 from ff_fast._core.binding import bind
 from ff_fast._core.writer import FrameWriters
 from ff_fast._sync.leases import LeaseKeeper
@@ -21,9 +23,11 @@ from ff_fast.errors import FFError, WriterClosed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ff_fast._core.claiming import Claim
     from ff_fast._core.completions import CompletionCore
     from ff_fast._core.deployment import Deployment
     from ff_fast._core.operations import Call
+    from ff_fast._core.steps import Steps
     from ff_fast._core.tail import TailCore
     from ff_fast._core.writer import WriterState
     from ff_fast.types import AppendFrameOutcome, BackendConfig, LeaseRenewal
@@ -32,6 +36,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _STOP_LOOK_S = 0.05
+
+SETTLE_S = 0.5
+"""Longest time, in seconds, to wait until work that nobody will get is given back."""
+
+_SETTLE_LOOK_S = 0.002
+_LEFT = 1_024
 
 
 def method(
@@ -51,9 +61,13 @@ class Operations(Pool):
         self._sender: Sender | None = None
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
+        # Claims under way, with their threads; and those that have left something on the server.
+        self._claims: dict[Claim, int] = {}
+        self._left: deque[Claim] = deque(maxlen=_LEFT)
         self._keepers: weakref.WeakSet[LeaseKeeper] = weakref.WeakSet()
 
     def _stop(self) -> None:
+        self._settle()
         super()._stop()
         for keeper in list(self._keepers):
             keeper._abandon(_transport.closed_error())
@@ -62,6 +76,19 @@ class Operations(Pool):
         if sender is not None:
             sender.close()
         self._frame_writers.clear()
+
+    def _settle(self) -> None:
+        """Wait for a short time until every claim that another thread makes has given back what it took."""
+        others = [
+            claim for claim, thread in list(self._claims.items()) if thread != threading.get_ident()
+        ]
+        for claim in others:
+            claim.abandoned = True
+        until = time.monotonic() + SETTLE_S
+        while time.monotonic() < until and any(
+            each in self._claims and each.unsettled and not each.blocked for each in others
+        ):
+            time.sleep(_SETTLE_LOOK_S)
 
     def _forked(self) -> None:
         super()._forked()
@@ -79,9 +106,47 @@ class Operations(Pool):
             return self._sender
 
     def _do(self, call: Call[T], *, until: float = float("inf")) -> T:
+        if call.claim is not None:
+            return self._claim(call, call.claim)
         value = self._run(call, until=until)
         self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value
+
+    def _claim(self, call: Call[T], claim: Claim) -> T:
+        """Make a claim; what it has taken is given back, unless the caller gets it."""
+        for _ in range(len(self._left)):
+            with contextlib.suppress(IndexError):
+                # Another thread may have taken the last one.
+                self._give_back(self._left.popleft())
+        self._claims[claim] = threading.get_ident()
+        try:
+            value = self._run(call)
+            if claim.abandoned:
+                raise _transport.closed_error()
+            # An interrupt that strikes after this line is the caller's.
+            claim.lease = None
+        except BaseException:
+            self._give_back(claim)
+            raise
+        finally:
+            self._claims.pop(claim, None)
+        return value
+
+    def _give_back(self, claim: Claim) -> None:
+        """Give back what a claim has taken; keep it for the next claim where the server does not answer."""
+        if not claim.unsettled:
+            return
+        claim.abandoned = True
+
+        def steps() -> Steps[None]:
+            return claiming.give_back(self._deployment, claim)
+
+        try:
+            self._run(operations.Call(steps), until=time.monotonic() + SETTLE_S)
+        except FFError:
+            # A lease that is never given back lapses.
+            if not self._closed:
+                self._left.append(claim)
 
     def _tail(self, source: TailCore) -> Tail:
         return Tail(self, source)

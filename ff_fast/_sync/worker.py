@@ -182,7 +182,7 @@ class WorkerLoop:
         try:
             while not self._stopping:
                 try:
-                    handle = self._backend._do(self._options.claim)
+                    handle = self._backend._do(self._options.claim())
                 except FFError as error:
                     if self._backend.closed:
                         return

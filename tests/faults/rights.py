@@ -37,12 +37,14 @@ from ff_fast import (
     _library,
     keys,
 )
+from ff_fast._core import claiming
 from ff_fast._core import supervision as supervision_core
 from ff_fast._core.operations import Call
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 ACL = dict(re.findall(r"^ACL SETUSER (\S+) (.*)$", README, re.MULTILINE))
 PASSWORD = "s3cret-canary"
+GPU = CapabilitySet({"gpu"})
 
 
 def allow(raw, name, rules):
@@ -333,10 +335,14 @@ class Life:
 
     def claimed(self, lane, **options):
         worker = self.by("ff_worker")
-        options = {"policy": ClaimPolicy.immediate(), **options}
+        options = {"policy": ClaimPolicy.immediate(), "capabilities": GPU, **options}
         handle = worker.claim(lane=lane, worker_id="w", worker_instance_id="w-1", **options)
         assert handle is not None
         return worker, handle
+
+    def created(self, **options):
+        """An execution that requires capabilities, so that its hints register these."""
+        return self.by("ff_producer").create_execution(required_capabilities=GPU, **options)
 
     # -- the parts ------------------------------------------------------------------------------------
 
@@ -345,6 +351,7 @@ class Life:
         eid = self.streams()
         self.reads(eid)
         self.refuses_and_waits()
+        self.gives_back()
         self.budgets()
         self.suspends()
         for number in range(3):
@@ -403,7 +410,7 @@ class Life:
         assert tailer.get_tags(eid) == {"app.x": "1", "app.y": "2", "app.z": "3"}
         assert tailer.read_result(eid) == b"answer"
         # One that runs: its lease and its timers.
-        running = self.by("ff_producer").create_execution(lane="b", deadline=60, attempt_timeout=60)
+        running = self.created(lane="b", deadline=60, attempt_timeout=60)
         _, handle = self.claimed("b")
         tail = self.by("ff_tailer").tail(running, 0)
         assert not tail.next_batch(0.01)
@@ -415,9 +422,8 @@ class Life:
     def refuses_and_waits(self):
         """What a claim passes over, and hints that are stale or missing."""
         producer = self.by("ff_producer")
-        gpu = CapabilitySet({"gpu"})
         for _ in range(8):
-            producer.create_execution(lane="c", required_capabilities=gpu, priority=9)
+            producer.create_execution(lane="c", required_capabilities=GPU, priority=9)
         producer.create_execution(lane="c")
         worker, handle = self.claimed("c")
         worker.complete(handle)
@@ -425,18 +431,30 @@ class Life:
         self._raw.delete(keys.ready("c"))
         with contextlib.suppress(AssertionError):
             self.claimed("c")
-        late = self.by("ff_producer").create_execution(lane="late", delay=60)
-        assert self.by("ff_worker").claim(lane="late", **WAITING) is None
+        late = self.created(lane="late", delay=60)
+        assert self.by("ff_worker").claim(lane="late", capabilities=GPU, **WAITING) is None
         self.supervised(late, "delay", scope=ScannerFilter(instance_tag=("app.none", "x")))
         self.supervised(late, "delay", scope=ScannerFilter(namespace="default"))
         _, handle = self.claimed("late")
         worker.fail(handle, "broken", FailureClass.TRANSIENT)
 
+    def gives_back(self):
+        """A claim whose caller has gone."""
+        self.created(lane="back")
+        worker, handle = self.claimed("back")
+        state = claiming.Claim(claiming.ClaimRequest("back", "w", "w-1", 1000, GPU, None))
+        claimed = handle.fields()
+        state.lease = keys.partition_index(claimed.execution_id), claimed.lease_id
+        state.hint_taken = True
+        worker._do(Call(lambda: claiming.give_back(worker._deployment, state)))
+        _, handle = self.claimed("back")
+        worker.complete(handle)
+
     def budgets(self):
         operator = self.by("ff_operator")
         operator.create_budget("b-1", hard={"input_tokens": 100}, soft={"input_tokens": 5})
         operator.create_budget("b-2", hard={"input_tokens": 10})
-        eid = self.by("ff_producer").create_execution(lane="d", budgets=["b-1", "b-2"])
+        eid = self.created(lane="d", budgets=["b-1", "b-2"])
         worker, handle = self.claimed("d")
         for amount in (3, 6, 50):
             worker.report_usage(handle, UsageDimensions(amount, dedup_key=f"k{amount}"))
@@ -446,7 +464,7 @@ class Life:
 
     def suspended(self, lane, on_timeout=TimeoutBehavior.FAIL, **options):
         """An execution that waits for a signal, and its waitpoint."""
-        eid = self.by("ff_producer").create_execution(lane=lane, **options)
+        eid = self.created(lane=lane, **options)
         worker, handle = self.claimed(lane)
         waitpoint = worker.create_waitpoint(handle)
         other = worker.create_waitpoint(handle)
@@ -464,7 +482,7 @@ class Life:
         return eid, waitpoint
 
     def suspends(self):
-        eid = self.by("ff_producer").create_execution(lane="e")
+        eid = self.created(lane="e")
         worker, handle = self.claimed("e")
         waitpoint = worker.create_waitpoint(handle)
         self.by("ff_signaller").deliver_signal(eid, waitpoint, "go")
@@ -498,12 +516,17 @@ class Life:
 
     def children(self):
         flow_id = self.by("ff_producer").create_flow()
-        parent = self.by("ff_producer").create_execution(lane="f", flow_id=flow_id)
+        parent = self.created(lane="f", flow_id=flow_id)
         worker, handle = self.claimed("f")
         child = worker.create_execution(
-            lane="f", flow_id=flow_id, parent_id=parent, payload=b"part", tags={"app.of": "f"}
+            required_capabilities=GPU,
+            lane="f",
+            flow_id=flow_id,
+            parent_id=parent,
+            payload=b"part",
+            tags={"app.of": "f"},
         )
-        self.by("ff_producer").create_execution(lane="f", parent_id=parent)
+        self.created(lane="f", parent_id=parent)
         self.by("ff_worker").wait_children(handle)
         for _ in range(2):
             worker, handle = self.claimed("f")
@@ -513,7 +536,7 @@ class Life:
         worker.complete(handle)
 
     def cancels(self):
-        eid = self.by("ff_producer").create_execution(lane="g")
+        eid = self.created(lane="g")
         worker, handle = self.claimed("g")
         worker.create_waitpoint(handle)
         self.by("ff_operator").cancel(eid, reason="too expensive", grace=60)
@@ -522,16 +545,16 @@ class Life:
         worker.describe(eid)
         worker.cancel(eid, reason="too expensive")
         for grace in (0, 60):
-            eid = self.by("ff_producer").create_execution(lane="g")
+            eid = self.created(lane="g")
             worker, handle = self.claimed("g")
             self.by("ff_operator").cancel(eid, grace=grace)
             if grace:
                 self.supervised(eid, "cancel")
         eid, _ = self.suspended("g")
         self.by("ff_operator").cancel(eid)
-        parent = self.by("ff_producer").create_execution(lane="g")
+        parent = self.created(lane="g")
         worker, handle = self.claimed("g")
-        child = worker.create_execution(lane="g", parent_id=parent)
+        child = worker.create_execution(required_capabilities=GPU, lane="g", parent_id=parent)
         worker.wait_children(handle)
         self.by("ff_operator").cancel(child)
         self.claimed("g")
@@ -545,9 +568,9 @@ class Life:
             flow_id = self.by("ff_producer").create_flow()
             options = {"lane": f"h-{policy.value}", "flow_id": flow_id}
             waiting, waitpoint = self.suspended(options["lane"], flow_id=flow_id)
-            self.by("ff_producer").create_execution(**options)
+            self.created(**options)
             _, handle = self.claimed(options["lane"])
-            delayed = self.by("ff_producer").create_execution(delay=60, **options)
+            delayed = self.created(delay=60, **options)
             assert len(self.by("ff_tailer").describe_flow(flow_id).open_members) == 3
             self.by("ff_operator").cancel_flow(flow_id, policy, wait)
             if wait is CancelFlowWait.NO_WAIT:
@@ -561,7 +584,7 @@ class Life:
 
     def loses(self):
         """Leases that lapse, and attempts that take too long."""
-        eid = self.by("ff_producer").create_execution(lane="i", retry=RetryPolicy(max_retries=1))
+        eid = self.created(lane="i", retry=RetryPolicy(max_retries=1))
         self.claimed("i")
         self.supervised(eid, "lease")
         _, handle = self.claimed("i")
@@ -570,13 +593,11 @@ class Life:
         with contextlib.suppress(FFError):
             worker.renew(handle)
         (token,) = [t for t in worker.find_reclaimable() if t.grant.execution_id == eid]
-        handle = worker.claim_from_reclaim(token)
+        handle = worker.claim_from_reclaim(token, capabilities=GPU)
         worker.fail(handle, "again", FailureClass.TRANSIENT)
         self.supervised(eid, "delay")
         for kind in ("attempt", "deadline"):
-            eid = self.by("ff_producer").create_execution(
-                lane=f"i-{kind}", deadline=60, attempt_timeout=60
-            )
+            eid = self.created(lane=f"i-{kind}", deadline=60, attempt_timeout=60)
             self.claimed(f"i-{kind}")
             self.supervised(eid, kind)
 

@@ -177,18 +177,18 @@ async def test_a_lost_reply_is_asked_for_again(shell, proxy, server, lane):
         assert raw.zcard(ff_fast.keys.eligible(ff_fast.keys.slot_tag_of(ids["new"]), lane)) == 1
 
 
-async def test_a_lost_reply_to_a_claim_is_told(shell, proxy, lane):
-    """A repeat could take a second execution, so the worker hears of it; the lease brings the first one back."""
+async def test_a_claim_whose_reply_is_lost_gives_its_execution_to_the_caller(shell, proxy, lane):
+    """A repeat of the claim call names the same lease."""
     async with await shell.connect(proxy.url) as backend:
-        eid = await backend.create_execution(lane=lane)
+        eids = {await backend.create_execution(lane=lane) for _ in range(2)}
         # The hint's reply passes (`*2`, a partition and a score), the claim's does not.
         proxy.cut_after(DOWN, 42)
-        with pytest.raises(OutcomeUnknown) as caught:
-            await backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
-        assert caught.value.outcome is Outcome.UNKNOWN
-        assert caught.value.retryable
-        assert (await backend.describe(eid)).state == "active"
-        assert await backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1") is None
+        handle = await backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
+        assert proxy.cuts == 1
+        states = {eid: (await backend.describe(eid)).state for eid in eids}
+        assert states.pop(handle.fields().execution_id) == "active"
+        assert list(states.values()) == ["waiting"]
+        await backend.complete(handle)
 
 
 @pytest.mark.parametrize("cut", range(1, 400, 23))
@@ -196,12 +196,11 @@ async def test_claim_at_every_stage_of_a_cut(shell, cut, proxy, lane):
     async with await shell.connect(proxy.url) as backend:
         eid = await backend.create_execution(lane=lane)
         proxy.cut_after(UP, cut)
-        handle = None
-        with contextlib.suppress(OutcomeUnknown):
-            handle = await backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
+        handle = await backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
         proxy.cut_by(())
-        state = (await backend.describe(eid)).state
-        assert state == "active" if handle is not None else state in ("active", "waiting")
+        assert handle.fields().execution_id == eid
+        assert (await backend.describe(eid)).state == "active"
+        await backend.complete(handle)
 
 
 async def test_no_retries_means_none(shell, proxy, lane):

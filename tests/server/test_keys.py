@@ -3,6 +3,7 @@
 import pytest
 
 from ff_fast import (
+    CapabilitySet,
     FailureClass,
     ResumeCondition,
     StreamMode,
@@ -64,6 +65,10 @@ def test_every_key_of_a_full_lifecycle_is_in_the_table(world):
     look()
     backend.fail(world.claim(), "broken", FailureClass.PERMANENT)
     backend.complete(world.claim(), b"out")
+    gpu = CapabilitySet(["gpu"])
+    needy = world.create(required_capabilities=gpu)
+    look()
+    backend.complete(backend.claim(lane=world.lane, capabilities=gpu))
     waiting = world.create(flow_id=flow)
     look()
     backend.cancel_flow(flow)
@@ -71,6 +76,7 @@ def test_every_key_of_a_full_lifecycle_is_in_the_table(world):
     world.raw.set(keys.PARTITIONS_CONFIG, 256)
     look()
 
+    assert world.state(needy) == "completed"
     assert {world.state(each) for each in (eid, child, waiting)} == {
         "completed", "failed", "cancelled",
     }  # fmt: skip

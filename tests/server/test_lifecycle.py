@@ -250,7 +250,7 @@ def test_fitting_work_is_found_among_thousands_that_do_not_fit(server, lane, raw
     claimed = [backend.claim(lane=lane, **WORKER).fields().execution_id for _ in fit]
     assert claimed == [made[i] for i in fit]
     assert backend.claim(lane=lane, **WORKER) is None
-    index = keys.eligible(keys.slot_tag_of(made[0]), lane)
+    index = keys.eligible(keys.slot_tag_of(made[0]), lane, "gpu")
     assert raw.zcard(index) == len(made) - len(fit)
     opener.close()
 
@@ -376,7 +376,7 @@ def test_a_stale_hint_leads_nowhere_and_hides_nothing(create, claim, raw, lane):
     assert raw.zcard(keys.ready(lane)) == 0
 
 
-def test_stale_hints_do_not_pile_up_behind_work_that_nobody_can_do(create, claim, raw, lane):
+def test_stale_hints_do_not_pile_up_beside_work_that_nobody_can_do(create, claim, raw, lane):
     waiting = keys.partition_index(
         create(priority=9000, required_capabilities=CapabilitySet(["gpu"]))
     )
@@ -385,7 +385,8 @@ def test_stale_hints_do_not_pile_up_behind_work_that_nobody_can_do(create, claim
     for _ in range(5):
         assert claim() is not None
     assert claim() is None
-    assert [int(each) for each in raw.zrange(keys.ready(lane), 0, -1)] == [waiting]
+    assert raw.exists(keys.ready(lane), keys.hinted(lane)) == 0
+    assert [int(each) for each in raw.zrange(keys.ready(lane, "gpu"), 0, -1)] == [waiting]
 
 
 def test_a_hint_goes_back_for_what_stays(create, claim, raw, lane):
@@ -433,7 +434,7 @@ def test_a_claim_waits_no_longer_for_work_that_it_cannot_do(create, claim, raw, 
     create(required_capabilities=CapabilitySet(["gpu"]))
     assert claim(policy=ClaimPolicy.with_max_wait(0.2)) is None
     # It is there for whoever can.
-    assert raw.zcard(keys.ready(lane)) == 1
+    assert raw.zcard(keys.ready(lane, "gpu")) == 1
     assert claim(capabilities=CapabilitySet(["gpu"])) is not None
 
 

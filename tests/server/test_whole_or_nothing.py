@@ -13,6 +13,7 @@ import pytest
 import ff_fast
 from ff_fast import (
     CancelFlowPolicy,
+    CapabilitySet,
     CountKind,
     FailureClass,
     FailureReason,
@@ -133,8 +134,19 @@ class Scene:
     def claiming(self):
         return {
             "lane": LANE, **WORKER, "lease_id": keys.new_uuid(), "lease_ttl_ms": 1000,
-            "attempt_id": keys.new_uuid(), "capabilities": (),
+            "attempt_id": keys.new_uuid(),
         }  # fmt: skip
+
+    def untouched(self):
+        """A claim of an execution that needs a capability, given back before anything was written."""
+        needy = CapabilitySet({"gpu"})
+        self.create(execution_id=beside(self.parent), required_capabilities=needy, priority=9)
+        handle = self.backend.claim(lane=LANE, capabilities=needy, **WORKER)
+        return ops.give_back(keys.index_of(self.tag), handle.fields().lease_id)
+
+    def forgetting(self):
+        self.raw.hset(keys.hinted(LANE, "gpu"), "0", "m")
+        return ops.forget_hints(LANE, "gpu", [b"0", b"m"])
 
     def failing(self, class_):
         return ops.fail_execution(self.attempt, FailureReason("no"), class_)
@@ -160,11 +172,19 @@ CALLS = {
         lambda s: s.creation(delay_ms=600_000),
     ],
     "ff_set_tags": [lambda s: ops.set_tags(s.child, {"c.d": "e"})],
-    "ff_claim": [lambda s: ops.claim(keys.index_of(s.tag), **s.claiming())],
+    "ff_claim": [lambda s: ops.claim(keys.index_of(s.tag), needs="", **s.claiming())],
     "ff_claim_execution": [
-        lambda s: ops.claim_execution(s.waiting, reclaim=False, **s.claiming()),
-        lambda s: ops.claim_execution(s.lapsed().child, reclaim=True, **s.claiming()),
+        lambda s: ops.claim_execution(s.waiting, reclaim=False, capabilities=(), **s.claiming()),
+        lambda s: ops.claim_execution(
+            s.lapsed().child, reclaim=True, capabilities=(), **s.claiming()
+        ),
     ],
+    "ff_give_back": [
+        lambda s: ops.give_back(keys.index_of(s.tag), s.handle.fields().lease_id),
+        lambda s: s.untouched(),
+    ],
+    "ff_hint": [lambda s: ops.hint(LANE, "gpu", b"1", 0, b"m", b"1000")],
+    "ff_forget_hints": [lambda s: s.forgetting()],
     "ff_open_writer": [lambda s: ops.open_writer(s.attempt, ops.writer_id(s.attempt))],
     "ff_append": [
         lambda s: s.append(S.log(b"a", b"b"), [b"K", b"100"], [b"E", b"1.5"]),
@@ -388,7 +408,7 @@ def test_a_call_has_its_whole_effect_or_none(own_server, make):
 
 @pytest.mark.second_engine
 @pytest.mark.parametrize("make", SECOND)
-def test_so_it_has_on_thesecond_engine(own_redis, make):
+def test_so_it_has_on_the_second_engine(own_redis, make):
     check_every_damage(*own_redis, make)
 
 
@@ -410,9 +430,13 @@ def check_every_damage(backend, raw, url, make):
         for how, commands in list(damages(raw, name)):
             reply, changed = attempted(scene, op, commands)
             where = f"{how}: {name.decode()}: {reply!r:.80}"
-            refused = reply is None or b"NONE" in reply
+            refused = reply is None
             if refused:
                 assert not changed, where
+            elif b"NONE" in reply:
+                # What cannot be claimed leaves the index.
+                put_back(raw, before, {name, keys.eligible(scene.tag, LANE)})
+                assert raw.execute_command("DEBUG", "DIGEST") == digest, where
             elif b"deferred" in reply:
                 put_back(raw, before, {name, keys.timers(scene.tag)})
                 assert raw.execute_command("DEBUG", "DIGEST") == digest, where

@@ -14,9 +14,13 @@ from .script import functions, run
 
 EID = "{fp:1}:550e8400-e29b-41d4-a716-446655440000"
 READY = keys.ready("lane")
+HINTED = keys.hinted("lane")
 POP = [b"ZPOPMIN", READY]
+LOOK = [b"HGETALL", HINTED]
 MISSING = hiredis.ReplyError("ERR Function not found")
 NOPERM = hiredis.ReplyError("NOPERM User u has no permissions to run the 'zpopmin' command")
+FOREIGN = hiredis.ReplyError("WRONGTYPE Operation against a key holding the wrong kind of value")
+OOM = hiredis.ReplyError("OOM command not allowed when used memory > 'maxmemory'.")
 
 
 def claimed(score=b""):
@@ -24,9 +28,16 @@ def claimed(score=b""):
     return [1, b"OK", EID.encode(), b"0", b"attempt", b"1", b"99", b"fresh", score]
 
 
-def none(offset=b"", score=b""):
-    """The answer where nothing fits: where to go on, and the score of the best execution there."""
-    return [1, b"NONE", offset, score]
+def none(score=b""):
+    """The answer where nothing could be claimed, with the score of what is still to be looked at."""
+    return [1, b"NONE", score]
+
+
+def given_back(*hint):
+    return [1, b"OK", b"1", *hint]
+
+
+NOT_HELD = [1, b"OK", b"0"]
 
 
 @pytest.fixture
@@ -45,17 +56,26 @@ def clock(monkeypatch):
     return running
 
 
+def swept(*tokens):
+    """A deployment of two partitions that a worker with these capabilities has looked at already."""
+    on = Deployment(2)
+    assert on.sweep_due(("lane", frozenset(tokens)), 0)
+    return on
+
+
+def claim_of(*tokens, max_wait_s=None):
+    request = claiming.ClaimRequest("lane", "w", "w-1", 30_000, CapabilitySet(tokens), max_wait_s)
+    return claiming.Claim(request)
+
+
 @pytest.fixture
 def claim(clock):
     """``claim(*replies, max_wait_s=None)`` of a backend that has looked at its two partitions already."""
-    swept = Deployment(2)
-    assert swept.sweep_due("lane", 0)
+    known = swept()
 
-    def call(*replies, max_wait_s=None, on=swept):
-        request = claiming.ClaimRequest(
-            "lane", "w", "w-1", 30_000, CapabilitySet(["gpu"]), max_wait_s
-        )
-        return run(claiming.claim(on, request), replies, clock.pass_)
+    def call(*replies, max_wait_s=None, on=known, state=None):
+        state = claim_of(max_wait_s=max_wait_s) if state is None else state
+        return run(claiming.claim(on, state), replies, clock.pass_)
 
     return call
 
@@ -65,11 +85,11 @@ def test_a_hint_leads_to_the_execution(claim):
     assert functions(asked) == ["ZPOPMIN", "ff_claim"]
     assert asked[0] == POP
     assert asked[1][3] == keys.eligible("{fp:1}", "lane")
-    assert asked[1][4:6] == [b"w", b"w-1"]
-    assert asked[1][7] == b"30000"
-    assert asked[1][9:] == [b"0", b"gpu"]
+    assert asked[1][7:9] == [b"w", b"w-1"]
+    assert asked[1][10] == b"30000"
+    assert asked[1][12:] == [b""]
     fields = handle.fields()
-    assert (fields.execution_id, fields.lease_id.encode()) == (EID, asked[1][6])
+    assert (fields.execution_id, fields.lease_id.encode()) == (EID, asked[1][9])
 
 
 def test_a_hint_goes_back_for_what_stays(claim):
@@ -78,29 +98,99 @@ def test_a_hint_goes_back_for_what_stays(claim):
     assert handle is not None
 
 
-def test_no_hint_is_no_work_until_the_next_look(claim, clock):
-    assert claim([]) == ([POP], None)
+@pytest.mark.parametrize("failure", [OOM, NOPERM, errors.OutcomeUnknown(), errors.Unavailable()])
+def test_a_hint_that_does_not_go_back_costs_no_handle(claim, failure):
+    _, handle = claim([b"1", b"-5"], claimed(b"-3"), failure)
+    assert handle.fields().execution_id == EID
+
+
+def test_an_empty_lane_takes_one_round_trip_once_it_is_known_to_be_empty(claim, clock):
+    state = claim_of()
+    assert claim([], []) == ([POP, LOOK], None)
+    steps = claiming.claim(swept(), state)
+    assert len(next(steps).commands) == 1
+    on = swept()
+    claim([], [], on=on)
+    assert len(next(claiming.claim(on, state)).commands) == 2
     clock.now += 1
-    asked, handle = claim([], [], [])
+    asked, handle = claim([], [], [], [])
     assert handle is None
-    assert asked[1:] == [
+    assert asked[2:] == [
         [b"ZRANGE", keys.eligible(tag, "lane"), b"0", b"0", b"WITHSCORES"]
         for tag in ("{fp:0}", "{fp:1}")
     ]
 
 
+def test_work_whose_hint_somebody_else_has_taken_is_found(claim):
+    replies = [[], [b"0", b"m0", b"1", b"m1"], [], [b"x", b"-7"], [1, b"OK"], claimed()]
+    asked, handle = claim(*replies)
+    assert functions(asked) == [
+        *("ZPOPMIN", "HGETALL", "ZRANGE", "ZRANGE"), "ff_forget_hints", "ff_claim",
+    ]  # fmt: skip
+    # Only the partition without work is forgotten, if no hint has come meanwhile.
+    assert asked[4][3:] == [HINTED, b"0", b"m0"]
+    assert handle is not None
+
+
+def test_the_best_of_the_taken_work_is_claimed_first(claim):
+    heads = ([b"x", b"-7"], [b"y", b"-9"])
+    asked, _ = claim([], [b"0", b"m0", b"1", b"m1"], *heads, none(), claimed())
+    assert [each[3] for each in asked[4:]] == [
+        keys.eligible("{fp:1}", "lane"), keys.eligible("{fp:0}", "lane"),
+    ]  # fmt: skip
+
+
+def test_foreign_records_of_hints_are_removed(claim):
+    asked, handle = claim([b"junk", b"-9"], [b"70000", b"-9"], [b"1", b"-5"], claimed())
+    assert functions(asked) == ["ZPOPMIN", "ZPOPMIN", "ZPOPMIN", "ff_claim"]
+    assert handle is not None
+    asked, handle = claim([], [b"junk", b"m", b"-1", b"m"], [1, b"OK"])
+    assert asked[2][3:] == [HINTED, b"junk", b"m", b"-1", b"m"]
+    assert handle is None
+
+
+def test_a_queue_of_another_type_hides_no_work(claim):
+    asked, handle = claim(FOREIGN, [b"1", b"m"], [b"x", b"-7"], claimed())
+    assert functions(asked) == ["ZPOPMIN", "HGETALL", "ZRANGE", "ff_claim"]
+    assert handle is not None
+    assert claim(FOREIGN, FOREIGN)[1] is None
+    asked, handle = claim(FOREIGN, FOREIGN, [], max_wait_s=0.05)
+    assert [each.seconds for each in asked if isinstance(each, Pause)] == [pytest.approx(0.05)]
+    assert handle is None
+
+
+def test_a_partition_whose_index_is_of_another_type_has_no_work(claim):
+    wrong = hiredis.ReplyError(
+        "WRONGTYPE Operation against a key holding the wrong kind of value script: ff_claim, "
+        "on @user_function:1."
+    )
+    asked, handle = claim([b"0", b"-9"], wrong, [b"1", b"-5"], claimed())
+    assert functions(asked) == ["ZPOPMIN", "ff_claim", "ZPOPMIN", "ff_claim"]
+    assert handle is not None
+
+
 def test_a_look_puts_the_hints_that_are_missing(claim):
     found = [[b"a", b"-7"], [b"b", b"-9"]]
-    replies = [[], *found, 1, 1, [b"1", b"-9"], claimed()]
+    replies = [[], *found, 1, 1, 1, 1, 1, 1, [b"1", b"-9"], claimed()]
     asked, handle = claim(*replies, on=Deployment(2))
     assert functions(asked) == [
-        *("ZPOPMIN", "ZRANGE", "ZRANGE", "ZADD", "ZADD", "ZPOPMIN"),
+        *(
+            "ZPOPMIN",
+            "ZRANGE",
+            "ZRANGE",
+            "ZADD",
+            "HSET",
+            "PEXPIRE",
+            "ZADD",
+            "HSET",
+            "PEXPIRE",
+            "ZPOPMIN",
+        ),
         "ff_claim",
     ]
-    assert asked[3:5] == [
-        [b"ZADD", READY, b"LT", b"-7", b"0"],
-        [b"ZADD", READY, b"LT", b"-9", b"1"],
-    ]
+    assert asked[3] == [b"ZADD", READY, b"LT", b"-7", b"0"]
+    assert asked[4][:3] == [b"HSET", HINTED, b"0"]
+    assert asked[6] == [b"ZADD", READY, b"LT", b"-9", b"1"]
     assert handle is not None
 
 
@@ -118,64 +208,123 @@ def test_a_stale_hint_costs_one_claim(claim):
     assert handle is not None
 
 
-def test_a_partition_is_claimed_from_page_by_page(claim):
-    asked, handle = claim([b"1", b"-5"], none(b"64", b"-9"), none(b"128", b"-9"), claimed())
-    assert [each[9] for each in asked[1:]] == [b"0", b"64", b"128"]
+def test_a_claim_is_made_again_where_an_index_held_much_that_was_no_work(claim):
+    asked, handle = claim([b"1", b"-5"], none(b"-9"), none(b"-9"), claimed())
+    assert asked[1] == asked[2] == asked[3]
     assert handle is not None
 
 
-def test_work_that_does_not_fit_stays_and_other_work_is_looked_for(claim):
-    asked, handle = claim(
-        [b"0", b"-9"], none(score=b"-9"), 1, [b"0", b"1"], 1, claimed(),
-    )  # fmt: skip
-    assert functions(asked) == ["ZPOPMIN", "ff_claim", "ZADD", "ZRANGE", "ZREM", "ff_claim"]
-    assert asked[2] == [b"ZADD", READY, b"LT", b"-9", b"0"]
-    assert asked[4] == [b"ZREM", READY, b"1"]
-    assert handle is not None
-
-
-def test_a_hint_that_somebody_else_has_taken_is_theirs(claim):
-    asked, handle = claim([b"0", b"-9"], none(score=b"-9"), 1, [b"0", b"1"], 0)
-    assert functions(asked) == ["ZPOPMIN", "ff_claim", "ZADD", "ZRANGE", "ZREM"]
-    assert handle is None
-
-
-def test_a_wait_for_work_that_does_not_fit_pauses(claim):
-    misfit = ([b"0", b"-9"], none(score=b"-9"), 1, [b"0"])
-    asked, handle = claim(*misfit, *misfit, *misfit, max_wait_s=0.07)
-    assert handle is None
-    pauses = [each.seconds for each in asked if isinstance(each, Pause)]
-    assert pauses == [pytest.approx(0.05), pytest.approx(0.02)]
-
-
-@pytest.mark.parametrize("max_wait_s, block", [(2.5, b"2.500"), (60, b"5.000")])
+@pytest.mark.parametrize("max_wait_s, block", [(0.5, b"0.500"), (60, b"1.000")])
 def test_a_wait_blocks_on_the_server(claim, max_wait_s, block):
     asked, handle = claim([], [READY, b"1", b"-5"], claimed(), max_wait_s=max_wait_s)
     assert asked[1] == [b"BZPOPMIN", READY, block]
     assert handle is not None
 
 
-def test_a_wait_looks_before_it_blocks_again(claim, clock):
-    def nothing(seconds):
-        clock.now += seconds
-
-    on = Deployment(2)
-    request = claiming.ClaimRequest("lane", "w", "w-1", 1, CapabilitySet(), 7.0)
-    steps = claiming.claim(on, request)
+def test_a_wait_in_vain_looks_at_taken_work_before_it_goes_on(claim, clock):
+    state = claim_of(max_wait_s=1.5)
 
     def replies():
-        yield from ([], [], [])  # the first look
         yield []
-        clock.now += 5
+        clock.now += 1
         yield None  # BZPOPMIN in vain
-        yield from ([], [], [])
         yield []
-        clock.now += 2
+        yield []
+        clock.now += 0.5
         yield None
+        yield []
 
-    asked, handle = run(steps, replies(), nothing)
+    asked, handle = run(claiming.claim(swept(), state), replies(), clock.pass_)
     assert handle is None
-    assert [each[2] for each in asked if each[0] == b"BZPOPMIN"] == [b"5.000", b"2.000"]
+    assert functions(asked) == ["ZPOPMIN", "BZPOPMIN", "HGETALL"] * 2
+    assert [each[2] for each in asked if each[0] == b"BZPOPMIN"] == [b"1.000", b"0.500"]
+
+
+def test_the_wait_of_a_claim_begins_with_its_first_try(claim, clock):
+    state = claim_of(max_wait_s=2)
+    assert isinstance(claim(errors.Unavailable(), state=state)[1], errors.Unavailable)
+    clock.now += 1.5
+    steps = claiming.claim(swept(), state)
+    next(steps)
+    assert words_of(steps.send([[]])) == [b"BZPOPMIN", READY, b"0.500"]
+
+
+def words_of(step):
+    reader = hiredis.Reader()
+    reader.feed(step.request)
+    return reader.gets()
+
+
+# -- capabilities ------------------------------------------------------------------------------------
+
+
+def test_a_worker_asks_only_for_what_it_covers(clock):
+    on = swept("gpu", "x")
+    told = [b"gpu", b"5", b"fpga", b"6", b"gpu,x", b"7", b"gpu,y", b"8"]
+    replies = [
+        *(told, []),
+        # Asked again with what is new.
+        *([], [b"0", b"-1"], [], [b"1", b"-2"]),
+        *([b"1", b"-2"], claimed(b"-1"), 1),
+    ]
+    asked, handle = run(claiming.claim(on, claim_of("gpu", "x")), replies)
+    assert handle is not None
+    assert asked[0] == [
+        b"ZRANGEBYSCORE",
+        keys.lane_needs("lane"),
+        b"(0",
+        b"9007199254740991",
+        b"WITHSCORES",
+    ]
+    assert asked[2][2] == b"(8"
+    assert [each[1] for each in asked[3:6]] == [
+        keys.ready("lane", needs) for needs in ("", "gpu", "gpu,x")
+    ]
+    # The best of the heads.
+    assert asked[6] == [b"ZPOPMIN", keys.ready("lane", "gpu,x")]
+    assert asked[7][3] == keys.eligible("{fp:1}", "lane", "gpu,x")
+    assert asked[7][-1] == b"gpu,x"
+    assert asked[8] == [b"ZADD", keys.ready("lane", "gpu,x"), b"LT", b"-1", b"1"]
+
+
+def test_a_worker_waits_for_what_it_covers_and_for_news(clock):
+    on = swept("gpu")
+    replies = [
+        *([b"gpu", b"5"], [], [], [], []),
+        [keys.lane_news("lane", 5), b"news", b"0"],
+        *(1, 1, [], []),
+        *([b"gpu", b"9"], [], [], [keys.ready("lane", "gpu"), b"1", b"-5"], claimed()),
+    ]
+    asked, handle = run(claiming.claim(on, claim_of("gpu", max_wait_s=9)), replies)
+    waits = [each for each in asked if each[0] == b"BZPOPMIN"]
+    queues = [keys.ready("lane"), keys.ready("lane", "gpu")]
+    assert waits[0] == [b"BZPOPMIN", *queues, keys.lane_news("lane", 5), b"1.000"]
+    assert waits[1][3] == keys.lane_news("lane", 9)
+    # It wakes the next one who waits.
+    at = asked.index(waits[0])
+    assert asked[at + 1] == [b"ZADD", keys.lane_news("lane", 5), b"0", b"news"]
+    assert asked[at + 2][:2] == [b"PEXPIRE", keys.lane_news("lane", 5)]
+    assert handle is not None
+
+
+def test_a_look_finds_what_no_hint_and_no_registry_tells(clock):
+    replies = [[b"gpu", b"fpga"], [], [], [], [b"x", b"-5"], [1, b"OK"]]
+    offer = ready.Offer("lane", ["gpu"])
+    asked, found = run(ready.sweep(offer, 2), replies)
+    assert found
+    assert functions(asked) == [
+        "SRANDMEMBER",
+        "SRANDMEMBER",
+        "ZRANGE",
+        "ZRANGE",
+        "ZRANGE",
+        "ff_hint",
+    ]
+    assert asked[4][1] == keys.eligible("{fp:0}", "lane", "gpu")
+    assert offer.needs == ["", "gpu"]
+
+
+# -- refusals, lost replies, callers that go away ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,13 +332,11 @@ def test_a_wait_looks_before_it_blocks_again(claim, clock):
     [
         ([NOPERM], errors.PermissionDenied),
         ([b"text"], errors.ProtocolError),
-        ([[b"1", b"-5"], [0, b"invalid_input", b"offset"]], errors.InvalidInput),
-        ([[b"1", b"-5"], MISSING, 1], errors.FunctionMissing),
+        ([[b"1", b"-5"], [0, b"invalid_input", b"lease_ttl_ms"], 1, 1, 1], errors.InvalidInput),
+        ([[b"1", b"-5"], MISSING, 1, 1, 1], errors.FunctionMissing),
+        ([[b"1", b"-5"], OOM, OOM, OOM, 0], errors.OutOfMemory),
         ([[b"1", b"-5"], [1, b"OK"]], errors.ProtocolError),
         ([[b"1", b"-5"], errors.OutcomeUnknown()], errors.OutcomeUnknown),
-        ([[b"1", b"-5"], claimed(b"-3"), NOPERM], errors.PermissionDenied),
-        ([[b"0", b"-9"], none(score=b"-9"), 1, NOPERM], errors.PermissionDenied),
-        ([[b"0", b"-9"], none(score=b"-9"), 1, [b"1"], NOPERM], errors.PermissionDenied),
     ],
 )  # fmt: skip
 def test_a_refusal_ends_the_claim(claim, replies, error):
@@ -198,9 +345,103 @@ def test_a_refusal_ends_the_claim(claim, replies, error):
     assert len(asked) == len(replies)
 
 
-def test_a_missing_library_leaves_the_hint_for_the_next_try(claim):
-    asked, _ = claim([b"1", b"-5"], MISSING, 1)
-    assert asked[-1] == [b"ZADD", keys.ready("lane"), b"LT", b"-5", b"1"]
+def test_a_connection_that_is_lost_before_the_claim_leaves_the_hint_to_be_put_back(claim):
+    state = claim_of()
+    _, raised = claim([b"1", b"-5"], errors.Unavailable(), errors.Unavailable(), state=state)
+    assert type(raised) is errors.Unavailable
+    assert state.lease is None
+    assert state.hint_taken
+
+
+def test_a_refused_claim_leaves_the_hint_for_the_next_try(claim):
+    asked, _ = claim([b"1", b"-5"], MISSING, 1, 1, 1)
+    assert asked[2] == [b"ZADD", READY, b"LT", b"-5", b"1"]
+
+
+def test_a_claim_whose_reply_is_lost_is_made_again_under_the_same_lease(claim):
+    state = claim_of()
+    first, _ = claim([b"1", b"-5"], errors.OutcomeUnknown(), state=state)
+    again, handle = claim(claimed(), state=state)
+    assert again == [first[1]]
+    assert handle.fields().lease_id.encode() == first[1][9]
+
+
+def test_a_lost_claim_that_granted_nothing_is_followed_by_another(claim):
+    state = claim_of()
+    claim([b"1", b"-5"], errors.OutcomeUnknown(), state=state)
+    asked, handle = claim(none(), [b"0", b"-5"], claimed(), state=state)
+    assert functions(asked) == ["ff_claim", "ZPOPMIN", "ff_claim"]
+    assert asked[0][9] != asked[2][9]
+    assert handle is not None
+
+
+def test_what_a_caller_leaves_behind_is_given_back_with_its_hint(claim):
+    state = claim_of()
+    lost, _ = claim([b"1", b"-5"], errors.OutcomeUnknown(), state=state)
+    assert state.unsettled
+    replies = [given_back(b"lane", b"", b"-5"), 1, 1, 1, [b"0", b"m"], [b"x", b"-7"], 1, 1, 1]
+    asked, _ = run(claiming.give_back(swept(), state), replies)
+    assert functions(asked) == [
+        "ff_give_back",
+        "ZADD",
+        "HSET",
+        "PEXPIRE",
+        "HGETALL",
+        "ZRANGE",
+        "ZADD",
+        "HSET",
+        "PEXPIRE",
+    ]
+    assert asked[0][3:] == [keys.leases("{fp:1}"), lost[1][9]]
+    assert not state.unsettled
+
+
+def test_a_lease_that_is_not_there_yet_is_asked_for_again(claim, clock):
+    state = claim_of()
+    claim([b"1", b"-5"], errors.OutcomeUnknown(), state=state)
+    steps = claiming.give_back(swept(), state)
+    asked, _ = run(steps, [NOT_HELD, NOT_HELD, given_back(), []], clock.pass_)
+    assert functions(asked)[:5] == [
+        "ff_give_back",
+        "pause",
+        "ff_give_back",
+        "pause",
+        "ff_give_back",
+    ]
+
+
+def test_a_claim_that_is_abandoned_while_it_pops_puts_the_hint_back(clock):
+    state = claim_of()
+
+    def replies():
+        state.abandoned = True
+        yield from ([b"1", b"-5"], [b"1", b"m"], [b"x", b"-5"], 1, 1, 1)
+
+    asked, handle = run(claiming.claim(swept(), state), replies())
+    assert handle is None
+    assert functions(asked) == ["ZPOPMIN", "HGETALL", "ZRANGE", "ZADD", "HSET", "PEXPIRE"]
+    assert not state.unsettled
+
+
+def test_a_claim_that_is_abandoned_while_it_claims_gives_back(clock):
+    state = claim_of()
+
+    def replies():
+        yield [b"1", b"-5"]
+        state.abandoned = True
+        yield from (claimed(), given_back(b"lane", b"", b"-5"), 1, 1, 1)
+
+    asked, handle = run(claiming.claim(swept(), state), replies())
+    assert handle is None
+    assert functions(asked) == ["ZPOPMIN", "ff_claim", "ff_give_back", "ZADD", "HSET", "PEXPIRE"]
+
+
+def test_a_caller_that_has_nothing_leaves_nothing(claim):
+    state = claim_of()
+    claim([], [], state=state)
+    assert not state.unsettled
+    claim([b"1", b"-5"], [], none(), [], [], state=state)
+    assert not state.unsettled
 
 
 # -- hints -------------------------------------------------------------------------------------------
@@ -212,10 +453,16 @@ def completed():
 
 @pytest.mark.parametrize("lanes", [[], ["a"], ["a", "b"]])
 def test_a_call_that_makes_work_claimable_tells_its_lanes(lanes):
-    told = [part for lane in lanes for part in (lane.encode(), b"-5")]
-    asked, value = run(ready.with_hints(completed(), 3), [[1, b"OK", *told], *[1] * len(lanes)])
+    told = [part for lane in lanes for part in (lane.encode(), b"", b"-5")]
+    asked, value = run(
+        ready.with_hints(completed(), 3), [[1, b"OK", *told], *[1, 1, 1] * len(lanes)]
+    )
     assert value == "value"
-    assert asked[1:] == [[b"ZADD", keys.ready(lane), b"LT", b"-5", b"3"] for lane in lanes]
+    assert asked[1::3] == [[b"ZADD", keys.ready(lane), b"LT", b"-5", b"3"] for lane in lanes]
+    assert [each[:3] for each in asked[2::3]] == [
+        [b"HSET", keys.hinted(lane), b"3"] for lane in lanes
+    ]
+    assert len({each[3] for each in asked[2::3]}) == len(lanes)
 
 
 def test_a_refused_call_tells_no_lane():
@@ -227,11 +474,11 @@ def test_a_refused_call_tells_no_lane():
 def test_a_created_execution_is_told_to_its_lane_also_by_a_repeat():
     for _ in range(2):
         call = operations.create_execution(Deployment(2), lane="lane", execution_id=EID)
-        asked, value = run(call.steps(), [[1, b"OK", b"lane", b"-5"], 0])
+        asked, value = run(call.steps(), [[1, b"OK", b"lane", b"", b"-5"], 0, 1, 1])
         assert value == EID
         assert asked[1] == [b"ZADD", READY, b"LT", b"-5", b"1"]
 
 
 def test_a_look_at_partitions_that_the_server_refuses():
-    _, error = run(ready.sweep("lane", 2), [[], NOPERM])
+    _, error = run(ready.sweep(ready.Offer("lane", ()), 2), [[], NOPERM])
     assert type(error) is errors.PermissionDenied

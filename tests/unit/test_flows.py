@@ -46,10 +46,10 @@ def test_the_policy_of_the_first_call_holds():
 
 def test_members_are_cancelled_until_none_is_left():
     asked, outcome = cancel(
-        cancelled(), members(100, 1), members(3, 0, b"lane", b"-1"), 1, described(b"b")
+        cancelled(), members(100, 1), members(3, 0, b"lane", b"", b"-1"), 1, 1, 1, described(b"b")
     )
     assert functions(asked) == [
-        *("ff_cancel_flow", "ff_cancel_members", "ff_cancel_members", "ZADD", "ff_describe_flow"),
+        *("ff_cancel_flow", "ff_cancel_members", "ff_cancel_members", "ZADD", "HSET", "PEXPIRE", "ff_describe_flow"),
     ]  # fmt: skip
     assert asked[3] == [b"ZADD", keys.ready("lane"), b"LT", b"-1", b"3"]
     assert outcome == CancelFlowOutcome(ALL, 103, 1)

@@ -57,6 +57,12 @@ def test_spelling():
     assert keys.budget_usage("b-1") == b"ff:budget:{b:b-1}:usage"
     assert keys.budget_charges("b-1", EID) == b"ff:budget:{b:b-1}:charges:" + EID.encode()
     assert keys.ready("llm-7b.eu_west~2") == b"ff:lane:{llm-7b.eu_west~2}:ready"
+    assert (
+        keys.eligible("{fp:7}", "a", "gpu,\u017c") == b"ff:idx:{fp:7}:lane:a:gpu%2C%C5%BC:eligible"
+    )
+    assert keys.ready("a", "gpu") == b"ff:lane:{a}:gpu:ready"
+    assert keys.hinted("a") == b"ff:lane:{a}:hinted"
+    assert keys.lane_news("a", 0) == b"ff:lane:{a}:news:0"
     assert keys.ready("a{b}:c %") == b"ff:lane:{a%7Bb%7D%3Ac%20%25}:ready"
     assert keys.PARTITIONS_CONFIG == b"ff:config:partitions"
     assert keys.key_slot(keys.CLUSTER_PROBE) != keys.key_slot(keys.PARTITIONS_CONFIG)
@@ -314,7 +320,7 @@ LUA_KEYS = {
         re.MULTILINE,
     )
 }
-PLACES = re.compile(r"\{fp:N\}|<eid>:<i>|<\w+>")
+PLACES = re.compile(r"\{fp:N\}|<eid>:<i>|<lane><needs>|\{<lane>\}|<\w+>")
 
 
 def test_the_table_is_complete_and_names_each_key_once():
@@ -353,6 +359,8 @@ SAMPLES = {
     "lane": "lane",
     "flow_id": UUID,
     "budget_id": "b-1",
+    "needs": "gpu",
+    "seen": 7,
 }
 
 

@@ -520,20 +520,20 @@ def test_an_id_that_is_made_is_in_the_right_partition(arguments, slot_tag):
 # -- what the shell is told about a call ------------------------------------------------------------------------------------
 
 
-def test_only_claims_may_not_be_sent_again():
+def test_every_call_may_be_sent_again():
     once = [
         name
         for name, (good, _) in REFUSALS.items()
         if not getattr(getattr(operations, name)(ON, **good), "repeatable", True)
     ]
-    assert once == ["claim", "claim_from_reclaim"]
+    assert once == []
 
 
 def test_what_blocks_or_takes_long_has_a_connection_of_its_own():
     assert not operations.claim(ON).own_connection
     assert operations.claim(ON, policy=ClaimPolicy.with_max_wait(0)).own_connection
     assert operations.supervise(ON).round.own_connection
-    assert operations.run_worker(ON).claim.own_connection
+    assert operations.run_worker(ON).claim().own_connection
 
 
 @pytest.mark.parametrize(
@@ -572,9 +572,9 @@ OK = [1, b"OK"]
 
 def test_a_creation_tells_the_lane_and_answers_its_id():
     call = operations.create_execution(ON, execution_id=EID, lane="lane")
-    asked, value = run(call.steps(), [[*OK, b"lane", b"-5"], 1])
+    asked, value = run(call.steps(), [[*OK, b"lane", b"", b"-5"], 1, 1, 1])
     assert value == EID
-    assert functions(asked) == ["ff_create_execution", "ZADD"]
+    assert functions(asked) == ["ff_create_execution", "ZADD", "HSET", "PEXPIRE"]
 
 
 def test_a_retry_of_a_creation_sends_the_same():

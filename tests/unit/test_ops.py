@@ -92,7 +92,12 @@ KEYS = {
     "meta": keys.meta(EID, INDEX),
     "summary": keys.summary(EID, INDEX),
     "attempt": keys.attempt(EID, INDEX),
-    "eligible": keys.eligible("{fp:86}", "lane 1"),
+    "eligible": keys.eligible("{fp:86}", "lane 1", "a,b"),
+    "needs": keys.needs("{fp:86}", "lane 1"),
+    "leases": keys.leases("{fp:86}"),
+    "lane_needs": keys.lane_needs("lane 1"),
+    "ready": keys.ready("lane 1", "a,b"),
+    "hinted": keys.hinted("lane 1", "a,b"),
     "usage": keys.usage(EID),
     "history": keys.history(EID),
     "timers": keys.timers("{fp:86}"),
@@ -185,13 +190,12 @@ CALLS = {
         ops.claim(
             86,
             lane="lane 1",
+            needs="a,b",
             worker_id="w",
             worker_instance_id="worker-1",
             lease_id=LEASE,
             lease_ttl_ms=30_000,
             attempt_id="attempt-1",
-            capabilities=("a", "b"),
-            offset=9,
         ),
         {
             "worker_id": b"w",
@@ -199,9 +203,26 @@ CALLS = {
             "lease_id": LEASE.encode(),
             "lease_ttl_ms": b"30000",
             "attempt_id": b"attempt-1",
-            "offset": b"9",
+            "required_capabilities": b"a,b",
         },
-        [b"a", b"b"],
+        [],
+    ),
+    "ff_give_back": (ops.give_back(86, LEASE), {"lease_id": LEASE.encode()}, []),
+    "ff_hint": (
+        ops.hint("lane 1", "a,b", b"-5", 86, b"mark", b"60"),
+        {
+            "required_capabilities": b"a,b",
+            "eligible_score": b"-5",
+            "partition": b"86",
+            "mark": b"mark",
+            "kept_ms": b"60",
+        },
+        [],
+    ),
+    "ff_forget_hints": (
+        ops.forget_hints("lane 1", "a,b", [b"86", b"mark"]),
+        {},
+        [b"86", b"mark"],
     ),
     "ff_claim_execution": (
         ops.claim_execution(
@@ -498,11 +519,8 @@ def test_the_request_is_the_call(subtests):
             assert rest == [*op.keys, *op.argv]
 
 
-def test_only_a_claim_may_not_be_repeated():
-    assert [name for name, (op, _, _) in CALLS.items() if not op.repeatable] == [
-        "ff_claim",
-        "ff_claim_execution",
-    ]
+def test_every_call_may_be_repeated():
+    assert [name for name, (op, _, _) in CALLS.items() if not op.repeatable] == []
 
 
 @pytest.mark.parametrize(
@@ -619,8 +637,8 @@ def test_keys_and_arguments_have_the_names_of_the_header(subtests):
 
 # -- answers -----------------------------------------------------------------------------------------
 
-HINTS = [b"lane 1", b"-5", b"other", b"7"]
-HINTED = [("lane 1", b"-5"), ("other", b"7")]
+HINTS = [b"lane 1", b"", b"-5", b"other", "gpu,ż".encode(), b"7"]
+HINTED = [("lane 1", "", b"-5"), ("other", "gpu,ż", b"7")]
 DESCRIBED = [
     [
         *(b"execution_id", EID.encode(), b"state", b"suspended", b"priority", b"7"),
@@ -658,12 +676,15 @@ STORED_SIGNAL = [
 ]
 ANSWERS = {
     "ff_version": ([b"1", b"abc", b"256", b"noeviction"], (1, "abc", 256, "noeviction")),
-    "ff_create_execution": ([b"lane 1", b"-5"], (None, [("lane 1", b"-5")])),
+    "ff_create_execution": ([b"lane 1", b"", b"-5"], (None, [("lane 1", "", b"-5")])),
     "ff_claim_execution": (
         [EID.encode(), b"3", b"attempt-1", b"4", b"99", b"resumed"],
         HANDLE.replace(kind=HandleKind.RESUMED),
     ),
     "ff_renew_lease": ([b"99", b"4", b"1"], LeaseRenewal(99, 4, cancel_requested=True)),
+    "ff_give_back": ([b"1", *HINTS], (True, HINTED)),
+    "ff_hint": ([], None),
+    "ff_forget_hints": ([], None),
     "ff_report_progress": ([], None),
     "ff_complete_execution": ([b"completed", *HINTS], (None, HINTED)),
     "ff_fail_execution": (
@@ -757,6 +778,8 @@ ANSWERS = {
 }
 # Those that answer with nothing that is read.
 NOTHING_TO_READ = (
+    "ff_hint",
+    "ff_forget_hints",
     "ff_report_progress",
     "ff_create_budget",
     "ff_charge_budget",
@@ -820,7 +843,7 @@ def test_even_an_answer_without_a_field_has_its_form(name, reply):
 def test_further_answers(subtests):
     for name, status, fields, value in (
         ("ff_create_execution", b"OK", [], (None, [])),
-        ("ff_create_execution", b"DUPLICATE", [b"l", b"1"], (None, [("l", b"1")])),
+        ("ff_create_execution", b"DUPLICATE", [b"l", b"gpu", b"1"], (None, [("l", "gpu", b"1")])),
         ("ff_complete_execution", b"OK", [b"completed"], (None, [])),
         (
             "ff_fail_execution",
@@ -905,7 +928,8 @@ def test_a_half_understood_answer_is_none(subtests):
         ("ff_describe_flow", b"OK", [b"open", b"1"]),
         ("ff_observe_signals", b"OK", [[[b"signal_id", b"x"]], b""]),
         ("ff_observe_signals", b"OK", [[], b"x"]),
-        ("ff_claim", b"NONE", [b"x", b""]),
+        ("ff_claim", b"NONE", []),
+        ("ff_give_back", b"OK", [b"1", b"lane", b"-5"]),
         *(("ff_open_writer", b"OK", [bad, b"0", b"", b"0"]) for bad in NO_IDS),
         *(
             ("ff_open_writer", b"OK", [*(bad if i == at else b"1" for i in range(4))])
@@ -939,12 +963,12 @@ def test_of_a_suspension_that_is_over_nothing_is_described():
     assert described.retries_left == 2
 
 
-def test_a_claim_answers_with_a_handle_or_with_where_to_go_on():
+def test_a_claim_answers_with_a_handle_and_what_stays():
     op = CALLS["ff_claim"][0]
     fields = [EID.encode(), b"3", b"attempt-1", b"4", b"99", b"fresh", b"-7"]
     assert HEADERS["ff_claim"].accepts("returns", len(fields))
     answer = op.answer([1, b"OK", *fields])
-    assert answer == (HANDLE, None, b"-7")
+    assert answer == (HANDLE, b"-7")
     assert answer.handle.kind is HandleKind.FRESH
     assert op.answer([1, b"OK", *fields[:6], b""]).next_score is None
     resumed = op.answer([1, b"OK", *fields[:5], b"resumed", b""]).handle
@@ -957,8 +981,8 @@ def test_a_claim_answers_with_a_handle_or_with_where_to_go_on():
         for bad in (None, 5):
             with pytest.raises((ProtocolError, Corruption)):
                 op.answer([1, b"OK", *fields[:at], bad, *fields[at + 1 :]])
-    assert op.answer([1, b"NONE", b"64", b"-7"]) == (None, 64, b"-7")
-    assert op.answer([1, b"NONE", b"", b""]) == (None, None, None)
+    assert op.answer([1, b"NONE", b"-7"]) == (None, b"-7")
+    assert op.answer([1, b"NONE", b""]) == (None, None)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -55,12 +55,23 @@ def test_what_is_due_is_fired(answer, fired):
 
 def test_lanes_hear_of_what_was_fired():
     asked, _ = one_round(
-        [member("delay"), member("lease", 1)], [*DONE, b"a", b"-1"], [*DONE, b"b", b"-2"], 1, 1
-    )
-    assert functions(asked)[2:] == ["ff_fire_timer", "ff_fire_timer", "ZADD", "ZADD"]
-    assert asked[4:] == [
-        [b"ZADD", keys.ready("a"), b"LT", b"-1", b"0"],
-        [b"ZADD", keys.ready("b"), b"LT", b"-2", b"0"],
+        [member("delay"), member("lease", 1)],
+        [*DONE, b"a", b"", b"-1"], [*DONE, b"b", b"gpu", b"-2"],
+        1, 1, 1, [1, b"OK"],
+    )  # fmt: skip
+    assert functions(asked)[2:] == [
+        "ff_fire_timer",
+        "ff_fire_timer",
+        "ZADD",
+        "HSET",
+        "PEXPIRE",
+        "ff_hint",
+    ]
+    assert asked[4] == [b"ZADD", keys.ready("a"), b"LT", b"-1", b"0"]
+    assert asked[5][:3] == [b"HSET", keys.hinted("a"), b"0"]
+    assert asked[7][3:9] == [
+        *(keys.lane_needs("b"), keys.ready("b", "gpu"), keys.hinted("b", "gpu")),
+        *(b"gpu", b"-2", b"0"),
     ]
 
 
@@ -111,8 +122,10 @@ def test_a_partition_whose_timers_are_another_type_is_left_out_and_logged_once(c
 
 
 def test_members_of_a_cancelled_flow_are_cancelled():
-    asked, fired = one_round([f"flow:{UUID}".encode()], [1, b"OK", b"7", b"0", b"lane", b"-1"], 1)
-    assert functions(asked)[2:] == ["ff_cancel_members", "ZADD"]
+    asked, fired = one_round(
+        [f"flow:{UUID}".encode()], [1, b"OK", b"7", b"0", b"lane", b"", b"-1"], 1, 1, 1
+    )
+    assert functions(asked)[2:] == ["ff_cancel_members", "ZADD", "HSET", "PEXPIRE"]
     assert asked[2][3] == keys.flow("{fp:0}", UUID)
     assert fired == 1
 
@@ -148,10 +161,12 @@ def test_a_refusal_ends_the_round(replies, error):
     assert type(raised) is error
 
 
-@pytest.mark.parametrize("reply", [hiredis.ReplyError("OOM no"), errors.OutcomeUnknown()])
-def test_a_hint_that_is_refused_or_lost_does_not_undo_what_was_fired(reply):
-    asked, fired = one_round([member("lease")], [*DONE, b"a", b"-1"], reply)
-    assert functions(asked)[-1] == "ZADD"
+@pytest.mark.parametrize(
+    "replies", [[hiredis.ReplyError("OOM no"), 1, 1], [errors.OutcomeUnknown()]]
+)
+def test_a_hint_that_is_refused_or_lost_does_not_undo_what_was_fired(replies):
+    asked, fired = one_round([member("lease")], [*DONE, b"a", b"", b"-1"], *replies)
+    assert functions(asked)[3:] == ["ZADD", "HSET", "PEXPIRE"]
     assert fired == 1
 
 
