@@ -8,6 +8,7 @@ import warnings
 
 from ff_fast import _library, keys
 from ff_fast._core import ops
+from ff_fast._core.places import Places
 from ff_fast._core.steps import Command, Step, Steps, command
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
@@ -34,9 +35,10 @@ class Deployment:
         partitions: Number of partitions: the stored one from the first connection on, before it the configured one or
             256.
         max_payload_bytes: Largest payload that writers of this backend accept.
+        places: What this backend knows to be stored.
     """
 
-    __slots__ = ("_configured", "_known", "_sweeps", "max_payload_bytes", "partitions")
+    __slots__ = ("_configured", "_known", "_sweeps", "max_payload_bytes", "partitions", "places")
 
     def __init__(
         self, partitions: int | None = None, max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
@@ -47,6 +49,7 @@ class Deployment:
         self._sweeps: dict[str, tuple[float, float]] = {}
         self.partitions = keys.DEFAULT_PARTITIONS if partitions is None else partitions
         self.max_payload_bytes = max_payload_bytes
+        self.places = Places()
 
     def sweep_due(self, lane: str, every_s: float) -> bool:
         """Return whether a sweep of an empty lane is due, and if so note it as made. The first is always due."""
