@@ -367,7 +367,7 @@ class ExecutionNotFound(FFError, LookupError):
     """No execution with this id exists on this server."""
 
     code = "execution_not_found"
-    _sentence = "No execution with this id exists here; it may have been removed after it ended."
+    _sentence = "No execution with this id exists here; it was removed after its end, or the server has lost it."
 
 
 class StaleOwner(FFError):
@@ -375,6 +375,19 @@ class StaleOwner(FFError):
 
     code = "stale_owner"
     _sentence = "Another worker owns this execution now; drop the work."
+
+
+class StateLost(FFError):
+    """The server has lost the claim or the writer that it had acknowledged, for instance in a failover.
+
+    Nobody else has taken the execution: it is as it was before the claim, or before the writer was opened.
+    """
+
+    code = "state_lost"
+    _sentence = (
+        "The server has lost a claim or writer that it had acknowledged, as after a failover;"
+        " drop the work, and claim the execution again."
+    )
 
 
 class ExecutionSuspended(FFError):
@@ -406,19 +419,19 @@ class WriterSuperseded(FFError):
 
 
 class SequenceGap(FFError):
-    """The sequence of a frame is not the next one of the stream.
+    """Frames are missing before the next one: the caller's, or acknowledged ones that the server has lost.
 
     Args:
-        expected: Next sequence of the stream.
-        got: Sequence of the frame.
+        expected: Next sequence of the stream; where the newest frame is another one, the sequence of that frame.
+        got: Next sequence of the caller.
     """
 
     code = "sequence_gap"
 
     def __init__(self, expected: int, got: int) -> None:
         super().__init__(
-            f"The stream expects sequence {expected} and got {got};"
-            f" send the missing frames from {expected} on first."
+            f"The stream expects sequence {expected} and got {got}; the frames from {expected} on were not sent, or"
+            " the server has lost them, as after a failover."
         )
         self.expected = expected
         self.got = got

@@ -217,7 +217,8 @@ local function split_meta_key(meta_key)
   return slot_tag or '', string.match(attempt, '^(.*):') or '', attempt
 end
 
--- Why an append with this writer is refused, in the order of the reasons.
+-- Why an append with this writer is refused, in the order of the reasons. The detail of writer_superseded is the number
+-- of openings that this server knows, 0 where no writer is open: a writer that was opened later than that is lost.
 local function refusal(core_key, meta_key, writer)
   local index, lease_digest, epoch = string.match(writer, '^(%d+):(%x+):(%d+):.')
   if not index or #lease_digest ~= 40 then
@@ -230,12 +231,14 @@ local function refusal(core_key, meta_key, writer)
     return ff.err('execution_not_found')
   end
   if current_index ~= index or current_lease_digest ~= lease_digest or current_epoch ~= epoch then
-    return ff.err('stale_owner')
+    return ff.lost_ownership(epoch, current_epoch)
   end
   if state == 'suspended' then
     return ff.err('suspended')
   end
-  local closed_at, expires_at = unpack(redis.call('HMGET', meta_key, 'closed_at', 'lease_expires_at'))
+  local closed_at, expires_at, current, openings = unpack(
+    redis.call('HMGET', meta_key, 'closed_at', 'lease_expires_at', 'writer', 'writer_openings')
+  )
   if ff.OUTCOMES[state] or closed_at then
     return ff.err('stream_closed')
   end
@@ -245,7 +248,7 @@ local function refusal(core_key, meta_key, writer)
   if (tonumber(expires_at) or 0) <= ff.now_ms() then
     return ff.err('lease_expired')
   end
-  return ff.err('writer_superseded')
+  return ff.err('writer_superseded', current and openings or '0')
 end
 
 -- The same for ff_append, which is not given the core key.
@@ -518,8 +521,8 @@ end
 --   keys:    meta stream live summary
 --   args:    writer previous_sequence block...
 --   returns: position
---   errors:  execution_not_found stale_owner suspended stream_closed lease_expired writer_superseded sequence_gap
---            summary_conflict payload_too_large invalid_input
+--   errors:  execution_not_found stale_owner state_lost suspended stream_closed lease_expired writer_superseded
+--            sequence_gap summary_conflict payload_too_large invalid_input
 --
 -- Each key costs the server time, so a batch names the ones that it needs: two, three or four. With two, all its
 -- blocks go to one stream, which is `stream`, log or live window; with more, `stream` is the log. A refusal reads the
@@ -626,11 +629,12 @@ end)
 -- ff_open_writer
 --   keys:    core meta summary
 --   args:    writer lease_id
---   returns: last_id visible_sequence estimator summary_version
---   errors:  execution_not_found stale_owner suspended stream_closed lease_expired invalid_input
+--   returns: last_id visible_sequence estimator summary_version opening
+--   errors:  execution_not_found stale_owner state_lost suspended stream_closed lease_expired invalid_input
 --
 -- Opening again with the same writer id changes nothing, so the call may be repeated after a lost reply. An earlier
--- writer of the attempt is superseded. lease_id proves the lease that the writer id names by its digest.
+-- writer of the attempt is superseded. lease_id proves the lease that the writer id names by its digest. `opening`
+-- counts the writers of the attempt, from 1.
 redis.register_function('ff_open_writer', function(keys, args)
   local call = redis.call
   local core_key, meta_key, summary_key = unpack(keys, 1, 3)
@@ -645,13 +649,14 @@ redis.register_function('ff_open_writer', function(keys, args)
   if refused[2] ~= 'writer_superseded' then
     return refused
   end
-  local last_id, visible_sequence, estimator, current = unpack(
-    call('HMGET', meta_key, 'last_id', 'visible_sequence', 'estimator', 'writer')
+  local last_id, visible_sequence, estimator, current, openings = unpack(
+    call('HMGET', meta_key, 'last_id', 'visible_sequence', 'estimator', 'writer', 'writer_openings')
   )
   local version = call('HGET', summary_key, 'version') or '0'
   local _, sequence = ff.split_id(last_id)
   if current ~= writer then
-    call('HSET', meta_key, 'writer', writer, 'writer_base', ff.text(sequence + 1))
+    openings = ff.text((tonumber(openings or '0') or 0) + 1)
+    call('HSET', meta_key, 'writer', writer, 'writer_base', ff.text(sequence + 1), 'writer_openings', openings)
   end
-  return ff.ok(last_id, visible_sequence or ff.text(sequence), estimator or '', version)
+  return ff.ok(last_id, visible_sequence or ff.text(sequence), estimator or '', version, openings)
 end)

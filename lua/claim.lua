@@ -45,6 +45,8 @@ local function check_claim(execution, take_over)
   ff.expect('attempt', ff.attempt_key(execution, 'attempt', index))
   if take_over then
     ff.expect('meta', ff.attempt_key(execution, 'meta', index))
+  elseif index ~= '0' then
+    ff.expect('meta', ff.attempt_key(execution, 'meta', ff.text(tonumber(index) - 1)))
   end
 end
 
@@ -77,7 +79,16 @@ local function grant_lease(execution, worker_id, worker_instance_id, lease_id, l
   if resumed then
     call('HSET', meta_key, 'lease_expires_at', expires_at)
   else
-    call('HSET', meta_key, 'lease_expires_at', expires_at, 'last_id', ff.text(now) .. '-0', 'created_at', ff.text(now))
+    -- Ids of an execution never repeat: each attempt begins in a later millisecond than the last one ended in.
+    local began = now
+    if index ~= '0' then
+      local previous_key = ff.attempt_key(execution, 'meta', ff.text(tonumber(index) - 1))
+      local previous = call('HMGET', previous_key, 'last_id', 'closed_at')
+      local ended = tonumber((ff.split_id(previous[1] or '0-0'))) or 0
+      began = math.max(now, ended + 1, (tonumber(previous[2] or '0') or 0) + 1)
+    end
+    call('HSET', meta_key, 'lease_expires_at', expires_at, 'last_id', ff.text(began) .. '-0',
+      'created_at', ff.text(began))
   end
   if fields.cancel_requested then
     call('HSET', meta_key, 'cancel_requested', '1')

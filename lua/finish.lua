@@ -1,14 +1,18 @@
 -- Calls that release the lease. Each saves its answer under the lease, and answers a repeat with it.
+--
+-- Those that say that the attempt went well, or goes on, carry `last_id`: the last frame that the caller knows to be
+-- stored, '' for none. A stream that has lost it, as after a failover, is refused with sequence_gap.
 
 -- ff_complete_execution
 --   keys:    core
---   args:    attempt_index lease_id lease_epoch payload
+--   args:    attempt_index lease_id lease_epoch last_id payload
 --   returns: state (lane_id required_capabilities eligible_score)...
---   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired
+--   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired sequence_gap
+--            invalid_input
 redis.register_function('ff_complete_execution', function(keys, args)
   local core_key = keys[1]
-  local attempt_index, lease_id, lease_epoch, payload = unpack(args, 1, 4)
-  local execution, reply = ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, 'completed')
+  local attempt_index, lease_id, lease_epoch, last_id, payload = unpack(args, 1, 5)
+  local execution, reply = ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, 'completed', last_id)
   if not execution then
     return reply
   end
@@ -63,7 +67,7 @@ end
 --   keys:    core
 --   args:    attempt_index lease_id lease_epoch message failure_class detail
 --   returns: kind outcome delay_until_ms (lane_id required_capabilities eligible_score)...
---   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired
+--   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired
 redis.register_function('ff_fail_execution', function(keys, args)
   local core_key = keys[1]
   local attempt_index, lease_id, lease_epoch, message, failure_class, detail = unpack(args, 1, 6)
@@ -79,19 +83,20 @@ end)
 
 -- ff_delay_execution
 --   keys:    core
---   args:    attempt_index lease_id lease_epoch delay_ms
+--   args:    attempt_index lease_id lease_epoch last_id delay_ms
 --   returns: kind delay_until_ms
---   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired invalid_input
+--   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired sequence_gap
+--            invalid_input
 --
 -- The same attempt, with its stream, continues after the delay.
 redis.register_function('ff_delay_execution', function(keys, args)
   local core_key = keys[1]
-  local attempt_index, lease_id, lease_epoch, delay_ms = unpack(args, 1, 4)
+  local attempt_index, lease_id, lease_epoch, last_id, delay_ms = unpack(args, 1, 5)
   delay_ms = ff.integer(delay_ms)
   if not delay_ms then
     return ff.err('invalid_input', 'delay_ms')
   end
-  local execution, reply = ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, 'delayed')
+  local execution, reply = ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, 'delayed', last_id)
   if not execution then
     return reply
   end
@@ -105,15 +110,18 @@ end)
 
 -- ff_wait_children
 --   keys:    core
---   args:    attempt_index lease_id lease_epoch
+--   args:    attempt_index lease_id lease_epoch last_id
 --   returns: kind (lane_id required_capabilities eligible_score)...
---   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired
+--   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired sequence_gap
+--            invalid_input
 --
 -- The same attempt continues when the last child has ended; at once if none is open.
 redis.register_function('ff_wait_children', function(keys, args)
   local core_key = keys[1]
-  local attempt_index, lease_id, lease_epoch = unpack(args, 1, 3)
-  local execution, reply = ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, 'waiting_children')
+  local attempt_index, lease_id, lease_epoch, last_id = unpack(args, 1, 4)
+  local execution, reply = ff.load_releasable(
+    core_key, attempt_index, lease_id, lease_epoch, 'waiting_children', last_id
+  )
   if not execution then
     return reply
   end

@@ -4,7 +4,7 @@
 --   keys:    core
 --   args:    attempt_index lease_id lease_epoch lease_ttl_ms
 --   returns: expires_at_ms lease_epoch cancel_requested
---   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired invalid_input
+--   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired invalid_input
 --
 -- A lapsed lease cannot be renewed: by then another worker may own the execution. The timer of the lease stays where
 -- it is; when it fires it finds the new end and moves there.
@@ -33,7 +33,7 @@ end)
 --   keys:    core
 --   args:    attempt_index lease_id lease_epoch percent message
 --   returns:
---   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired invalid_input
+--   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired invalid_input
 --
 -- '' leaves percent or message as it is.
 redis.register_function('ff_report_progress', function(keys, args)

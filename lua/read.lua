@@ -60,11 +60,65 @@ local function read_between(stream_key, after, to, page_size, count, max_bytes, 
   end
 end
 
+-- Entries of other programs among which the next one of ours is looked for.
+local NEIGHBOURS = 4
+
+-- The entry of ours that stands next to an id, among the first few; nil where there is none. An entry that another
+-- program wrote says nothing about places.
+local function neighbour(entries)
+  for _, entry in ipairs(entries) do
+    local frames = 1
+    for i = 1, #entry[2], 2 do
+      local name = entry[2][i]
+      if name == 'run' then
+        frames = ff.run_count(entry[2][i + 1])
+      end
+      if name == 'payload' or name == 'run' or name == 'end' then
+        local ms, last = ff.split_id(entry[1])
+        return { id = entry[1], ms = ms, first = last - frames + 1, last = last }
+      end
+    end
+  end
+end
+
+-- Looks for the frame with the id `cursor` in an attempt that began at `created_at`. Returns '' where it is stored, or
+-- was and has left, or would stand before the next frame. Else the stream is not the one in which the cursor was taken:
+-- returns the id of the last frame before that place, or '0-0' where ids say nothing about their order.
+local function other_place(log_key, live_key, cursor, created_at)
+  local call = redis.call
+  local ms, sequence = ff.split_id(cursor)
+  if not ms or tonumber(ms) == 0 then
+    return ''
+  end
+  local other = created_at and tonumber(ms) < (tonumber(created_at) or 0)
+  local before, restart = '0-0', other
+  local before_ms, before_last = 0, 0
+  for _, key in ipairs({ log_key, live_key }) do
+    local following = neighbour(call('XRANGE', key, cursor, '+', 'COUNT', NEIGHBOURS))
+    if following and following.ms == ms and following.first <= sequence + 1 then
+      return ''
+    end
+    other = other or (following and following.first <= sequence)
+    local preceding = neighbour(call('XREVRANGE', key, '(' .. cursor, '-', 'COUNT', NEIGHBOURS))
+    if preceding then
+      restart = restart or preceding.last >= sequence
+      local its_ms = tonumber(preceding.ms)
+      if its_ms > before_ms or (its_ms == before_ms and preceding.last > before_last) then
+        before, before_ms, before_last = preceding.id, its_ms, preceding.last
+      end
+    end
+  end
+  if restart then
+    return '0-0'
+  end
+  return other and before or ''
+end
+
 -- ff_read_range
 --   keys:    core log live meta
---   args:    attempt_index log_after live_after count max_bytes visibility
+--   args:    attempt_index log_after live_after count max_bytes visibility cursor
 --   returns: log_entries log_to log_more live_entries live_to live_more last_id visible_sequence closed_reason
---            lease_left_ms small
+--            lease_left_ms small place
 --   errors:  execution_not_found attempt_not_found invalid_input
 --
 -- Both streams, each after an id of its own, read at one moment up to `log_to` and `live_to`. `log_more` and
@@ -75,11 +129,14 @@ end
 --
 -- An attempt is closed by its end, or by the lapse of its lease: nothing can be appended under a lapsed lease, so every
 -- reader gets the same answer by server time. An unclaimed attempt reads as empty.
+--
+-- `cursor` is the id of the frame that the reader had last, or ''. Where another stream stands in its place, as after a
+-- failover, `place` is the id after which the reader continues, and both streams are read after it; else it is ''.
 redis.register_function({
   function_name = 'ff_read_range',
   callback = function(keys, args)
     local core_key, log_key, live_key, meta_key = unpack(keys, 1, 4)
-    local attempt_index, log_after, live_after, count, max_bytes, visibility = unpack(args, 1, 6)
+    local attempt_index, log_after, live_after, count, max_bytes, visibility, cursor = unpack(args, 1, 7)
     local index = ff.integer(attempt_index)
     count, max_bytes = ff.integer(count), ff.integer(max_bytes)
     if not index or not count or count < 1 or not max_bytes then
@@ -91,9 +148,9 @@ redis.register_function({
     if not state then
       return ff.err('execution_not_found')
     end
-    local last_id, visible_sequence, closed_reason, lease_expires_at, large_id = unpack(
-      redis.call('HMGET', meta_key, 'last_id', 'visible_sequence', 'closed_reason', 'lease_expires_at', 'large_id')
-    )
+    local last_id, visible_sequence, closed_reason, lease_expires_at, large_id, created_at = unpack(redis.call(
+      'HMGET', meta_key, 'last_id', 'visible_sequence', 'closed_reason', 'lease_expires_at', 'large_id', 'created_at'
+    ))
     closed_reason = closed_reason or ''
     local lease_left = ''
     if not last_id then
@@ -108,6 +165,13 @@ redis.register_function({
       lease_left = ff.text(left)
       if left <= 0 then
         closed_reason = 'producer_lost'
+      end
+    end
+    local place = ''
+    if last_id and cursor and cursor ~= last_id then
+      place = other_place(log_key, live_key, cursor, created_at)
+      if place ~= '' then
+        log_after, live_after = place, place
       end
     end
     local function page_size(after)
@@ -133,7 +197,7 @@ redis.register_function({
     local _, sequence = ff.split_id(last_id)
     return ff.ok(
       log, log_to, log_more, live, live_to, live_more, last_id, visible_sequence or ff.text(sequence), closed_reason,
-      lease_left, small and '1' or ''
+      lease_left, small and '1' or '', place
     )
   end,
   flags = { 'no-writes' },

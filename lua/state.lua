@@ -468,6 +468,15 @@ function ff.interrupt_attempt(execution)
   ff.set(execution, 'interrupted', '1', 'attempt_left_ms', left)
 end
 
+-- Why a lease that is not the current one is refused. Each grant has the next epoch, and the caller's was granted here.
+-- So an epoch before the caller's means that this server has lost the claim.
+function ff.lost_ownership(epoch, current_epoch)
+  if (tonumber(current_epoch) or 0) < (tonumber(epoch) or 0) then
+    return ff.err('state_lost')
+  end
+  return ff.err('stale_owner')
+end
+
 -- The execution of a call that needs a live lease. `lease`, the caller's fence, is kept with it for ff.save_reply.
 -- Returns the execution, or nil, the refusal, and the execution where there is one.
 function ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
@@ -482,7 +491,7 @@ function ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
     fields.current_attempt_index ~= attempt_index or fields.current_lease_digest ~= lease_digest
     or fields.current_lease_epoch ~= lease_epoch
   then
-    return nil, ff.err('stale_owner'), execution
+    return nil, ff.lost_ownership(lease_epoch, fields.current_lease_epoch), execution
   end
   if execution.state == 'suspended' then
     return nil, ff.err('suspended'), execution
@@ -513,11 +522,36 @@ local function saved_reply(execution)
   return words
 end
 
+-- The refusal where the stream of the attempt is shorter than the caller knows it to be, or ends with another frame:
+-- frames that were acknowledged are lost. `known` is the id of the last frame, or '' for none; time 0 is any time.
+local function lost_frames(execution, known)
+  if known == '' or known == execution.last_id then
+    return nil
+  end
+  local ms, sequence = ff.split_id(known)
+  if not ms then
+    return ff.err('invalid_input', 'last_id')
+  end
+  local _, stored = ff.split_id(execution.last_id or '0-0')
+  if stored < sequence then
+    return ff.err('sequence_gap', ff.text(stored + 1), ff.text(sequence + 1))
+  end
+  if stored == sequence and sequence > 0 and tonumber(ms) > 0 then
+    return ff.err('sequence_gap', ff.text(stored), ff.text(sequence + 1))
+  end
+  return nil
+end
+
 -- The owned execution of a call that releases the lease; or nil and the reply. The reply is the saved one where a call
--- of the same kind has released this lease, and the refusal else.
-function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind)
+-- of the same kind has released this lease, and the refusal else. `known` is the last frame that the caller knows to be
+-- stored; without it nothing is said about the stream.
+function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind, known)
   local execution, refusal, found = ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
   if execution then
+    local lost = lost_frames(execution, known or '')
+    if lost then
+      return nil, lost
+    end
     ff.check_move(execution)
     return execution
   end
@@ -528,8 +562,11 @@ function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind
   return nil, refusal
 end
 
--- The lease ends at the time that the meta hash of its attempt names; appends read it there.
+-- The lease ends at the time that the meta hash of its attempt names; appends read it there. The id of the attempt's
+-- last frame is read with it.
 function ff.lease_expires_at(execution)
   local meta_key = ff.attempt_key(execution, 'meta', execution.fields.current_attempt_index)
-  return tonumber(redis.call('HGET', meta_key, 'lease_expires_at') or '0') or 0
+  local meta = redis.call('HMGET', meta_key, 'lease_expires_at', 'last_id')
+  execution.last_id = meta[2]
+  return tonumber(meta[1] or '0') or 0
 end

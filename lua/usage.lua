@@ -70,7 +70,7 @@ end
 --   keys:    core
 --   args:    attempt_index lease_id lease_epoch phase kind report_id (dimension amount)...
 --   returns: budget_ids
---   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired invalid_input
+--   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired invalid_input
 --
 -- Phase `check` asks whether the report may be made, and to which budgets; `apply` adds it to the ledger. The status is
 -- ALREADY_APPLIED where a report with this id was added before, as far as the ledger remembers: it knows the last

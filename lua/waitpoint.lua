@@ -189,7 +189,7 @@ end)
 --   keys:    core
 --   args:    attempt_index lease_id lease_epoch waitpoint_id expires_ms kid secret
 --   returns: token
---   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired waitpoint_conflict
+--   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired waitpoint_conflict
 --            invalid_input
 --
 -- Repeating an id answers the same token. expires_ms is the longest time that it may stay pending. kid and secret
@@ -547,11 +547,11 @@ end
 
 -- ff_suspend_execution
 --   keys:    core
---   args:    attempt_index lease_id lease_epoch suspension_id timeout_ms timeout_behavior reason node_count
+--   args:    attempt_index lease_id lease_epoch last_id suspension_id timeout_ms timeout_behavior reason node_count
 --            condition...
 --   returns: kind suspension_id
---   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired waitpoint_closed
---            invalid_token invalid_input
+--   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired sequence_gap
+--            waitpoint_closed invalid_token invalid_input
 --
 -- The condition: for each node `parent needed distinct`, then leaf_count, then for each leaf `node token kind
 -- matcher`. Signals that came before the suspension count. Where they already meet the condition the status is
@@ -561,9 +561,9 @@ end
 redis.register_function('ff_suspend_execution', function(keys, args)
   local call = redis.call
   local core_key = keys[1]
-  local attempt_index, lease_id, lease_epoch, suspension_id, timeout_ms, timeout_behavior, reason,
-    node_count = unpack(args, 1, 8)
-  local first_node = 9
+  local attempt_index, lease_id, lease_epoch, last_id, suspension_id, timeout_ms, timeout_behavior, reason,
+    node_count = unpack(args, 1, 9)
+  local first_node = 10
   timeout_ms, node_count = ff.integer(timeout_ms), ff.integer(node_count)
   if not timeout_ms or not node_count or node_count < 1 or node_count > MAX_NODES then
     return ff.err('invalid_input', 'suspension')
@@ -572,7 +572,7 @@ redis.register_function('ff_suspend_execution', function(keys, args)
   if not first_leaf then
     return ff.err('invalid_input', 'condition')
   end
-  local execution, reply = ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, 'suspended')
+  local execution, reply = ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, 'suspended', last_id)
   if not execution then
     return reply
   end
@@ -747,7 +747,8 @@ end)
 --   keys:    core
 --   args:    attempt_index lease_id lease_epoch offset max_bytes
 --   returns: signals next_offset
---   errors:  execution_not_found stale_owner suspended execution_not_active lease_expired invalid_input
+--   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired
+--            invalid_input
 --
 -- The signals, as field lists, that met the condition of the suspension after which this lease was granted: from
 -- `offset` on, until they hold max_bytes. next_offset is '' after the last.

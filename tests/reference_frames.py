@@ -122,6 +122,7 @@ class Decoded(NamedTuple):
     end: tuple | None  # ms, sequence, previous, reason
     taken: int
     foreign: int
+    rewound: bool
 
 
 def count_of(fields):
@@ -130,9 +131,9 @@ def count_of(fields):
     return len(parse_run(values[names.index(b"run")])[0]) if b"run" in names else 1
 
 
-def decode(entries, after=0, limit=None, exclude=False, live=False):
+def decode(entries, after=0, limit=None, exclude=False, live=False, after_ms=0):
     """Decode entries of the log, or of the live window; ValueError where one is damaged."""
-    frames, end, taken, foreign = [], None, 0, 0
+    frames, end, taken, foreign, rewound = [], None, 0, 0, False
     for raw, parts in entries:
         ms, sequence = entry_id(raw)
         if limit is not None and (ms, sequence) > limit:
@@ -141,6 +142,7 @@ def decode(entries, after=0, limit=None, exclude=False, live=False):
         fields = dict(zip(parts[::2], parts[1::2], strict=False))
         payload, run = fields.get(b"payload"), fields.get(b"run")
         if b"end" in fields and b"prev" in fields and payload is None and run is None:
+            rewound |= 0 < after_ms < ms and sequence <= after
             end = (ms, sequence, number(fields[b"prev"]), text(fields[b"end"]))
             continue
         if (payload is None) == (run is None) or sequence == 0:
@@ -186,7 +188,8 @@ def decode(entries, after=0, limit=None, exclude=False, live=False):
                     previous if i == 0 and previous >= 0 else mine - 1,
                 )
             )
-    return Decoded(frames, end, taken, foreign)
+        rewound |= 0 < after_ms < ms and sequence - len(payloads) + 1 <= after
+    return Decoded(frames, end, taken, foreign, rewound)
 
 
 def merge(log, live, ms, sequence, exclude, reason):

@@ -151,8 +151,7 @@ class Operations(Pool):
             # One at a time: two concurrent openings would supersede each other.
             writer = self._writers.get(request.lease_id)
             if writer is None or isinstance(writer._failure, WriterClosed):
-                opening = operations.open_writer(self._deployment, request.handle)
-                writer = await self._open_writer(opening)
+                writer = await self._open_writer(request.opening())
                 self._frame_writers.drop_lapsed()
                 self._frame_writers[request.lease_id] = writer
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ff_fast import _library, keys
 from ff_fast._core import ops
+from ff_fast._core.places import Places
 from ff_fast._core.ready import Offer
 from ff_fast._core.steps import Command, Step, Steps, command
 from ff_fast._hot.resp import pack_command
@@ -40,9 +41,12 @@ class Deployment:
         partitions: Number of partitions: the stored one from the first connection on, before it the configured one or
             256.
         max_payload_bytes: Largest payload that writers of this backend accept.
+        places: What this backend knows to be stored.
     """
 
-    __slots__ = ("_configured", "_known", "_offers", "_sweeps", "max_payload_bytes", "partitions")
+    __slots__ = (
+        "_configured", "_known", "_offers", "_sweeps", "max_payload_bytes", "partitions", "places",
+    )  # fmt: skip
 
     def __init__(
         self, partitions: int | None = None, max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
@@ -55,6 +59,7 @@ class Deployment:
         self._offers: dict[tuple[str, tuple[str, ...]], Offer] = {}
         self.partitions = keys.DEFAULT_PARTITIONS if partitions is None else partitions
         self.max_payload_bytes = max_payload_bytes
+        self.places = Places()
 
     def offer(self, lane: str, tokens: tuple[str, ...]) -> Offer:
         """Return what workers with these capabilities know of a lane."""

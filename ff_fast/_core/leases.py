@@ -13,9 +13,10 @@ _LONGEST_PERIOD_S = 3_600.0
 
 
 def is_lease_lost(error: FFError) -> bool:
-    """Return whether an error means that another worker owns the execution, or that it has ended."""
+    """Return whether an error means that another worker owns the execution, that it has ended, or that the claim is lost."""
     return error.code in (
         "stale_owner",
+        "state_lost",
         "lease_expired",
         "execution_not_active",
         "execution_not_found",

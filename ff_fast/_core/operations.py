@@ -17,14 +17,17 @@ from ff_fast._core import claiming, flows, ops, ready, supervision
 from ff_fast._core import usage as usage_steps
 from ff_fast._core import writer as writers
 from ff_fast._core.completions import CompletionCore
+from ff_fast._core.leases import is_lease_lost
 from ff_fast._core.steps import Step, Steps
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
 from ff_fast.errors import (
+    MAX_INT,
     FFError,
     InvalidInput,
     InvalidType,
     PayloadTooLarge,
+    SequenceGap,
     check_int,
     make_unknown,
 )
@@ -123,20 +126,42 @@ def _call(op: ops.Op[T]) -> Call[T]:
     return Call(lambda: ops.call(op), op.repeatable, writes=not op.read_only)
 
 
-def _hinted(
-    op: ops.Op[tuple[T, ops.Hints]],
-    execution_id: str,
-    released_lease: Callable[[T], str | None] = lambda value: None,
-) -> Call[T]:
+def _hinted(op: ops.Op[tuple[T, ops.Hints]], execution_id: str) -> Call[T]:
     """Return a call that may make executions claimable, with the hints that it publishes."""
     partition = keys.partition_index(execution_id)
-    return Call(
-        lambda: ready.with_hints(op, partition), op.repeatable, released_lease=released_lease
-    )
+    return Call(lambda: ready.with_hints(op, partition), op.repeatable)
 
 
-def _always(lease_id: str) -> Callable[[object], str]:
-    return lambda value: lease_id
+def _releasing(
+    on: Deployment,
+    attempt: ops.Attempt,
+    steps: Callable[[bytes], Steps[T]],
+    *,
+    last_sequence: int | None = None,
+    releases: Callable[[T], bool] = lambda value: True,
+) -> Call[T]:
+    """Return a call that releases a lease, unless its result says otherwise.
+
+    *steps* gets the id of the last frame that is known to be stored, by this backend's writers or, with
+    *last_sequence*, by the caller. It is looked up when the call is sent, as a writer may be closed until then.
+    """
+    lease_id = attempt.fields.lease_id
+
+    def releasing() -> Steps[T]:
+        try:
+            value = yield from steps(on.places.last_id(lease_id, last_sequence))
+        except FFError as error:
+            if is_lease_lost(error):
+                on.places.forget(lease_id)
+            elif isinstance(error, SequenceGap):
+                on.places.tell(lease_id)
+            raise
+        on.places.confirm(lease_id)
+        if releases(value):
+            on.places.forget(lease_id)
+        return value
+
+    return Call(releasing, released_lease=lambda value: lease_id if releases(value) else None)
 
 
 def _checked(name: str, value: object, kind: type[V], default: V | None = None) -> V:
@@ -360,7 +385,8 @@ def renew(
         lease_ttl_ms: Its new length, in ms or as a ``timedelta``; None takes the length of the claim.
 
     Raises:
-        LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
+            gone.
     """
     attempt = _attempt(handle)
     ttl = attempt.fields.lease_ttl_ms if lease_ttl_ms is None else lease_ttl_ms
@@ -369,21 +395,39 @@ def renew(
     return call._replace(extended_lease=(attempt.fields.lease_id, ttl_ms / 1000))
 
 
-def complete(on: Deployment, handle: Handle, payload: bytes | str = b"") -> Call[None]:
+def complete(
+    on: Deployment,
+    handle: Handle,
+    payload: bytes | str = b"",
+    *,
+    last_sequence: int | None = None,
+) -> Call[None]:
     """End the execution as completed, with *payload* as its result; its stream ends with it.
 
-    Calling it again is safe. Flush or close writers first: frames that are not stored yet are refused.
+    Calling it again is safe. Flush or close writers first: frames that are not stored yet are refused. A stream that has
+    lost frames which this backend's writers know to be stored cannot end as a success; `fail` can end it.
 
     Args:
         handle: The lease.
         payload: Result, at most 16 MiB.
+        last_sequence: Sequence of the last frame, where a writer of another backend or process has written it.
 
     Raises:
-        LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        SequenceGap: The stream is shorter than that, or ends with another frame, as after a failover.
+        LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
+            gone.
     """
     attempt = _attempt(handle)
-    op = ops.complete_execution(attempt, _document("result", payload))
-    return _hinted(op, attempt.execution_id, _always(attempt.fields.lease_id))
+    result = _document("result", payload)
+    if last_sequence is not None:
+        check_int("last_sequence", last_sequence, 0, MAX_INT)
+    partition = keys.partition_index(attempt.execution_id)
+
+    def steps(last_id: bytes) -> Steps[None]:
+        op = ops.complete_execution(attempt, result, last_id)
+        return (yield from ready.with_hints(op, partition))
+
+    return _releasing(on, attempt, steps, last_sequence=last_sequence)
 
 
 def fail(
@@ -406,7 +450,8 @@ def fail(
         Whether a retry is scheduled, and its time.
 
     Raises:
-        LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
+            gone.
     """
     attempt = _attempt(handle)
     why = FailureReason(message=reason) if isinstance(reason, str) else reason
@@ -415,7 +460,8 @@ def fail(
         _checked("reason", why, FailureReason),
         _checked("failure_class", failure_class, FailureClass),
     )
-    return _hinted(op, attempt.execution_id, _always(attempt.fields.lease_id))
+    partition = keys.partition_index(attempt.execution_id)
+    return _releasing(on, attempt, lambda last_id: ready.with_hints(op, partition))
 
 
 def cancel(
@@ -458,7 +504,8 @@ def progress(
         message: At most 4096 bytes of text.
 
     Raises:
-        LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
+            gone.
     """
     if percent is not None:
         check_int("percent", percent, 0, 100)
@@ -477,11 +524,15 @@ def delay(on: Deployment, handle: Handle, delay: float | timedelta) -> Call[int]
         Time at which it can be claimed again, in ms since the epoch by the server's clock.
 
     Raises:
-        LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        SequenceGap: The stream has lost frames which this backend knows to be stored, as after a failover.
+        LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
+            gone.
     """
     attempt = _attempt(handle)
-    op = ops.delay_execution(attempt, duration_ms("delay", delay))
-    return _call(op)._replace(released_lease=_always(attempt.fields.lease_id))
+    delay_ms = duration_ms("delay", delay)
+    return _releasing(
+        on, attempt, lambda last_id: ops.call(ops.delay_execution(attempt, delay_ms, last_id))
+    )
 
 
 def wait_children(on: Deployment, handle: Handle) -> Call[None]:
@@ -490,11 +541,17 @@ def wait_children(on: Deployment, handle: Handle) -> Call[None]:
     The same attempt continues afterwards; at once if no child is open.
 
     Raises:
-        LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        SequenceGap: The stream has lost frames which this backend knows to be stored, as after a failover.
+        LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
+            gone.
     """
     attempt = _attempt(handle)
-    op = ops.wait_children(attempt)
-    return _hinted(op, attempt.execution_id, _always(attempt.fields.lease_id))
+    partition = keys.partition_index(attempt.execution_id)
+    return _releasing(
+        on,
+        attempt,
+        lambda last_id: ready.with_hints(ops.wait_children(attempt, last_id), partition),
+    )
 
 
 def find_reclaimable(on: Deployment, limit: int = 100) -> Call[list[ReclaimToken]]:
@@ -564,7 +621,8 @@ def create_waitpoint(
 
     Raises:
         WaitpointConflict: The id belongs to another attempt of the execution.
-        LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
+            gone.
     """
     expires_ms = _positive_ms("expires", expires)
     identity = (
@@ -600,7 +658,9 @@ def suspend(
 
     Raises:
         InvalidToken, WaitpointClosed: A waitpoint of the condition has another token, or is closed.
-        LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        SequenceGap: The stream has lost frames which this backend knows to be stored, as after a failover.
+        LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
+            gone.
     """
     if isinstance(condition, WaitpointSpec):
         condition = ResumeCondition.any(condition)
@@ -609,7 +669,7 @@ def suspend(
     if not isinstance(condition, ResumeCondition):
         raise InvalidType("condition must be a ResumeCondition, a WaitpointSpec or several.")
     attempt = _attempt(handle)
-    op = ops.suspend_execution(
+    given = (
         attempt,
         keys.new_uuid(),
         condition,
@@ -618,17 +678,15 @@ def suspend(
         _line("reason", reason),
     )
     suspended = handle.replace(kind=HandleKind.SUSPENDED)
-    lease_id = attempt.fields.lease_id
 
-    def steps() -> Steps[SuspendOutcome]:
+    def steps(last_id: bytes) -> Steps[SuspendOutcome]:
+        op = ops.suspend_execution(*given, last_id)
         satisfied, first_id = yield from ops.call(op)
         while satisfied is None:
             satisfied, first_id = yield from ops.call(op)
         return SuspendOutcome(first_id, handle if satisfied else suspended, satisfied)
 
-    return Call(
-        steps, released_lease=lambda outcome: None if outcome.already_satisfied else lease_id
-    )
+    return _releasing(on, attempt, steps, releases=lambda outcome: not outcome.already_satisfied)
 
 
 def deliver_signal(
@@ -694,7 +752,8 @@ def observe_signals(on: Deployment, handle: Handle) -> Call[tuple[ResumeSignal, 
     """Return the signals that ended the suspension before this lease.
 
     Raises:
-        LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
+            gone.
     """
     attempt = _attempt(handle)
 
@@ -762,7 +821,8 @@ def report_usage(on: Deployment, handle: Handle, usage: UsageDimensions) -> Call
 
     Raises:
         BudgetNotFound: A budget of the execution does not exist.
-        LeaseExpired, StaleOwner, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is gone.
+        LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
+            gone.
     """
     given = _checked("usage", usage, UsageDimensions)
     attempt = _attempt(handle)
@@ -1052,7 +1112,8 @@ def open_writer(
         linger: Longest wait of a batch for more frames, 0 to 1 s; in seconds or as a ``timedelta``.
 
     Raises:
-        ExecutionNotFound, StaleOwner, ExecutionSuspended, StreamClosed, LeaseExpired: The handle may not write.
+        ExecutionNotFound, StaleOwner, StateLost, ExecutionSuspended, StreamClosed, LeaseExpired: The handle may not
+            write.
     """
     attempt = _attempt(handle)
     linger_s = seconds("linger", linger, zero=True)
@@ -1070,14 +1131,26 @@ def open_writer(
         linger_ms=linger_s * 1000,
         max_payload_bytes=on.max_payload_bytes,
     )
-    call = Call(lambda: writers.open_writer(attempt, options))
+    call = Call(lambda: writers.open_writer(attempt, options, on.places))
     return WriterRequest(attempt.fields.lease_id, options, call)
 
 
-class FrameRequest(NamedTuple):
-    """Checked arguments of `append_frame`; *timeout* is in seconds."""
+def _implicit_writer(on: Deployment, handle: Handle) -> WriterRequest:
+    """Open the writer behind `append_frame`, whose caller does not see where it begins.
 
-    handle: Handle
+    Raises:
+        SequenceGap: The stream has lost frames which this backend knows to be stored, as after a failover.
+    """
+    request = open_writer(on, handle)
+    attempt = _attempt(handle)
+    steps = partial(writers.open_writer, attempt, request.options, on.places, complete=True)
+    return request._replace(call=Call(steps))
+
+
+class FrameRequest(NamedTuple):
+    """Checked arguments of `append_frame`, and what opens its writer; *timeout* is in seconds."""
+
+    opening: Callable[[], WriterRequest]
     lease_id: str
     frame: Frame
     timeout: float | None
@@ -1104,8 +1177,9 @@ def append_frame(
         FFError: As `Writer.write` and `Writer.flush`.
     """
     lease_id = _attempt(handle).fields.lease_id
+    opening = partial(_implicit_writer, on, handle)
     return FrameRequest(
-        handle, lease_id, _checked("frame", frame, Frame), writers.timeout_s(timeout)
+        opening, lease_id, _checked("frame", frame, Frame), writers.timeout_s(timeout)
     )
 
 

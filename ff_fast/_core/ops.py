@@ -362,12 +362,17 @@ def renew_lease(attempt: Attempt, lease_ttl_ms: int) -> Op[LeaseRenewal]:
     )
 
 
-def complete_execution(attempt: Attempt, payload: bytes) -> Op[tuple[None, Hints]]:
-    """End the execution as completed, with *payload* as its result."""
+def complete_execution(
+    attempt: Attempt, payload: bytes, last_id: bytes = b""
+) -> Op[tuple[None, Hints]]:
+    """End the execution as completed, with *payload* as its result.
+
+    *last_id* of this and other calls that release the lease: the last frame that the caller knows to be stored.
+    """
     return Op(
         b"ff_complete_execution",
         (keys.core(attempt.execution_id),),
-        (*attempt.fence, payload),
+        (*attempt.fence, last_id, payload),
         lambda status, fields: (None, _hints(fields, 1)),
     )
 
@@ -398,13 +403,14 @@ def fail_execution(
 
 
 class Opened(NamedTuple):
-    """State of the attempt from which a writer continues."""
+    """State of the attempt from which a writer continues; *opening* counts the writers of the attempt, from 1."""
 
     last_ms: int
     last_sequence: int
     visible_sequence: int
     estimator: bytes
     summary_version: int
+    opening: int = 0
 
 
 def writer_id(attempt: Attempt) -> bytes:
@@ -421,8 +427,14 @@ def open_writer(attempt: Attempt, writer: bytes) -> Op[Opened]:
     """Make *writer* the writer of the attempt, in place of the one before it."""
 
     def parse(_: bytes, fields: list[object]) -> Opened:
-        last_id, visible, estimator, summary_version = map(_text, fields)
-        opened = Opened(*entry_id(last_id), int(visible), estimator.encode(), int(summary_version))
+        last_id, visible, estimator, summary_version, opening = map(_text, fields)
+        opened = Opened(
+            *entry_id(last_id),
+            int(visible),
+            estimator.encode(),
+            int(summary_version),
+            int(opening),
+        )
         # The writer counts on from these.
         if not all(0 <= number <= MAX_INT for number in opened if isinstance(number, int)):
             raise ValueError("no count")
@@ -434,7 +446,10 @@ def open_writer(attempt: Attempt, writer: bytes) -> Op[Opened]:
 
 
 class Range(NamedTuple):
-    """Both streams of an attempt, each after an id, read atomically (lua/read.lua, ``ff_read_range``)."""
+    """Both streams of an attempt, each after an id, read atomically (lua/read.lua, ``ff_read_range``).
+
+    *place* is None unless another stream stands where the cursor was taken: then both were read after it.
+    """
 
     log: list[list[object]]
     log_to: bytes
@@ -448,6 +463,7 @@ class Range(NamedTuple):
     closed_reason: EndReason | None
     lease_left_ms: int | None
     small: bool
+    place: tuple[int, int] | None = None
 
 
 def read_range(
@@ -459,14 +475,15 @@ def read_range(
     count: int,
     max_bytes: int,
     visibility: str,
+    cursor: bytes = b"",
 ) -> Op[Range]:
-    """Read both streams, each after an id of its own."""
+    """Read both streams, each after an id of its own; *cursor* is the id of the frame that the reader had last."""
 
     def parse(_: bytes, fields: list[object]) -> Range:
         log, log_to, log_more, live, live_to, live_more, *rest = fields
         if not isinstance(log, list) or not isinstance(live, list):
             raise TypeError
-        last_id, visible, reason, left, small = map(_text, rest)
+        last_id, visible, reason, left, small, place = map(_text, rest)
         return Range(
             log,
             _text(log_to).encode(),
@@ -479,6 +496,7 @@ def read_range(
             cast("EndReason", reason) if reason else None,
             int(left) if left else None,
             small == "1",
+            entry_id(place) if place else None,
         )
 
     return Op(
@@ -496,6 +514,7 @@ def read_range(
             number(count),
             number(max_bytes),
             visibility.encode(),
+            cursor,
         ),
         parse,
         read_only=True,
@@ -762,22 +781,22 @@ def report_progress(attempt: Attempt, percent: int | None, message: str) -> Op[N
     )
 
 
-def delay_execution(attempt: Attempt, delay_ms: int) -> Op[int]:
+def delay_execution(attempt: Attempt, delay_ms: int, last_id: bytes = b"") -> Op[int]:
     """Release the lease; the same attempt continues after *delay_ms*. Answers that time, in ms since the epoch."""
     return Op(
         b"ff_delay_execution",
         (keys.core(attempt.execution_id),),
-        (*attempt.fence, number(delay_ms)),
+        (*attempt.fence, last_id, number(delay_ms)),
         lambda status, fields: _int(fields[1]),
     )
 
 
-def wait_children(attempt: Attempt) -> Op[tuple[None, Hints]]:
+def wait_children(attempt: Attempt, last_id: bytes = b"") -> Op[tuple[None, Hints]]:
     """Release the lease; the same attempt continues when the last child has ended."""
     return Op(
         b"ff_wait_children",
         (keys.core(attempt.execution_id),),
-        attempt.fence,
+        (*attempt.fence, last_id),
         lambda status, fields: (None, _hints(fields, 1)),
     )
 
@@ -839,6 +858,7 @@ def suspend_execution(
     timeout_ms: int,
     behavior: TimeoutBehavior,
     reason: str,
+    last_id: bytes = b"",
 ) -> Op[tuple[bool | None, str]]:
     """Suspend on a condition; answers whether it was met already, and the id of the suspension.
 
@@ -873,6 +893,7 @@ def suspend_execution(
         (keys.core(attempt.execution_id),),
         (
             *attempt.fence,
+            last_id,
             suspension_id.encode(),
             number(timeout_ms),
             behavior.value.encode(),

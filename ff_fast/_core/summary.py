@@ -7,7 +7,7 @@ from typing import cast
 from ff_fast._hot.frames import StreamFrame, decode_run
 from ff_fast._hot.merge import Document
 from ff_fast.errors import Corruption, InvalidType, SummaryConflict
-from ff_fast.types import PatchFormat, PatchKind, SummaryDocument
+from ff_fast.types import PatchFormat, PatchKind, SummaryDocument, parse_cursor
 
 
 def fold(fields: dict[bytes, bytes]) -> SummaryDocument | None:
@@ -71,35 +71,45 @@ class SummaryView:
     """The summary document of an attempt, kept current from the frames of a tail.
 
     Start it from `read_summary` and tail from the document's cursor, or start it empty and tail from
-    the beginning. Pass every frame to :meth:`apply`; it ignores frames that are not patches.
+    the beginning. Pass every frame to :meth:`apply`; it ignores frames that are not patches. A patch is in
+    the document only if its id is: another one of the same version, as after a failover or of another
+    attempt, raises.
 
     Args:
         document: Document to start from; None is the empty document, version 0.
     """
 
-    __slots__ = ("_document", "version")
+    __slots__ = ("_document", "_place", "version")
 
     def __init__(self, document: SummaryDocument | None = None) -> None:
         self._document = Document(b"{}" if document is None else document.document_json)
         self.version: int = 0 if document is None else document.version
+        # Id of the newest patch in the document; a document that was not read from a server has none.
+        self._place: tuple[int, int] = parse_cursor(None if document is None else document.cursor)
 
     def apply(self, frame: StreamFrame) -> bool:
         """Fold *frame* into the document; return False if it is no patch, or is in the document already.
 
         Raises:
-            SummaryConflict: Patches are missing between the document and the frame: read the
-                summary again.
+            SummaryConflict: Patches are missing between the document and the frame, or the frame belongs to
+                another document: read the summary again.
         """
         if not isinstance(frame, StreamFrame):
             raise InvalidType(f"apply() takes a StreamFrame, not {type(frame).__name__}.")
         if frame.patch_kind is None or frame.summary_version is None:
             return False
-        if frame.summary_version <= self.version:
+        place = int(frame.stream_id.partition("-")[0]), frame.sequence
+        # Ids grow with versions, and the newest version has the newest id. Otherwise the frame has another history.
+        version = frame.summary_version
+        if version < self.version and (place < self._place or not self._place[0]):
             return False
-        if frame.summary_version != self.version + 1:
-            raise SummaryConflict(self.version + 1, frame.summary_version)
+        if version == self.version and (place == self._place or not self._place[0]):
+            return False
+        if version != self.version + 1 or place <= self._place:
+            raise SummaryConflict(self.version + 1, version)
         _apply(self._document, frame.patch_kind, frame.payload)
         self.version = frame.summary_version
+        self._place = place
         return True
 
     @property

@@ -50,6 +50,10 @@ Id = tuple[int, int]
 _LOG, _LIVE = 0, 1
 
 
+class _Rewritten(Exception):  # noqa: N818 - an event inside this module
+    """Entries after the last frame begin before it by their sequence."""
+
+
 def _text(ms: int, sequence: int) -> str:
     return f"{ms}-{sequence}"
 
@@ -116,6 +120,7 @@ class _Position:
             count=count,
             max_bytes=max_bytes,
             visibility=self.visibility.wire_str(),
+            cursor=self.cursor.encode(),
         )
 
     def merge(
@@ -125,12 +130,23 @@ class _Position:
         horizon: Id | None,
         reason: GapReason,
     ) -> tuple[list[Item], EndReason | None]:
-        """Return the items up to *horizon* and, if it was reached, the reason of the end; hold later entries."""
+        """Return the items up to *horizon* and, if it was reached, the reason of the end; hold later entries.
+
+        Raises:
+            _Rewritten: The entries belong to another stream than the last frame.
+        """
         decoded = []
         for stream, entries in enumerate((log, live)):
             some = decode_entries(
-                entries, self.sequence, horizon, self.exclude, live=stream == _LIVE
+                entries,
+                self.sequence,
+                horizon,
+                self.exclude,
+                live=stream == _LIVE,
+                after_ms=self.ms,
             )
+            if some.rewound:
+                raise _Rewritten
             self.held[stream] = entries[some.taken :]
             decoded.append(some)
         items: list[Item] = []
@@ -139,8 +155,25 @@ class _Position:
         )
         return items, ended
 
+    def go_back(self, place: Id) -> Gap:
+        """Continue after *place*, since the last frame is not in this stream; return the gap that says so."""
+        first_missing = self.sequence + 1
+        self.ms, self.sequence = place
+        self.rewind()
+        return Gap(
+            first_missing=first_missing,
+            next_sequence=self.sequence + 1,
+            reason="rewritten",
+            cursor=self.cursor,
+        )
+
     def take_range(self, page: ops.Range, reason: GapReason) -> tuple[list[Item], EndReason | None]:
         """Return the items of a range read and, if everything was read, the reason why the attempt ended."""
+        if page.place is not None:
+            # The frame of the cursor is not in this stream. Go on where the server did.
+            gap = self.go_back(page.place)
+            items, ended = self.take_range(page._replace(place=None), reason)
+            return [gap, *items], ended
         # The end entry has the sequence after the last frame, so a cursor behind the end is not ahead.
         end = page.last_sequence + bool(page.closed_reason)
         if self.sequence > end:
@@ -325,6 +358,14 @@ class TailCore:
         Raises:
             FFError: The server refused the request.
         """
+        try:
+            return self._take(reply)
+        except _Rewritten:
+            # The server was replaced under the connection. Its state tells where to continue.
+            self.restart()
+            return []
+
+    def _take(self, reply: object) -> list[Item]:
         if self._ranged is not None:
             return self._take_range(self._ranged.answer(reply))
         if isinstance(reply, Exception):
@@ -343,7 +384,13 @@ class TailCore:
 
     def _take_range(self, page: ops.Range) -> list[Item]:
         self._counts[_LIVE] = self._next_count(_LIVE, page.live)
-        items, ended = self._position.take_range(page, self._reason)
+        try:
+            items, ended = self._position.take_range(page, self._reason)
+        except _Rewritten:
+            # Entries of another program hide the place from the server.
+            gap = self._position.go_back((0, 0))
+            self.restart()
+            return [gap]
         if ended is not None:
             return self._end(items, ended)
         self._behind = page.log_more or page.live_more
@@ -479,7 +526,6 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
         (reply,) = yield core.step()
         items = core.receive(reply)
         some = [item for item in items if isinstance(item, StreamFrame)]
-        missing = [item for item in items if isinstance(item, Gap)]
         room = count - len(frames)
         more = sum([len(frame.payload) for frame in some])
         if size + more >= max_bytes:
@@ -488,11 +534,12 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
             # Frames read beyond the page, also those of a run, are read again for the next page.
             last = some[room - 1]
             frames += some[:room]
-            gaps += [gap for gap in missing if gap.first_missing < last.sequence]
+            cut = next(at for at, item in enumerate(items) if item is last)
+            gaps += [item for item in items[:cut] if isinstance(item, Gap)]
             whole = last is (items[-2] if core.ended else items[-1])
             return _page(frames, gaps, last.stream_id, core.end_reason if whole else None)
         frames += some
-        gaps += missing
+        gaps += [item for item in items if isinstance(item, Gap)]
         size += more
         if core.ended or core.caught_up():
             return _page(frames, gaps, core.cursor, core.end_reason)

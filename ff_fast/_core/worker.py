@@ -433,7 +433,7 @@ def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) ->
         if task.resumed:
             signals, following = observing.answer(replies[2])
             task.signals = signals + (yield from ops.further_signals(attempt, following))
-        return (yield from continue_writer(attempt, writer_id, opened, request.options))
+        return (yield from continue_writer(attempt, writer_id, opened, request.options, on.places))
 
     yield UseWriter((yield Run(operations.Call(steps))))
 

@@ -12,7 +12,7 @@ from ff_fast._core.leases import is_lease_lost
 from ff_fast._core.steps import applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._hot.writer import WriterCore
-from ff_fast.errors import SequenceGap, SummaryConflict, WriterClosed
+from ff_fast.errors import SequenceGap, StateLost, SummaryConflict, WriterClosed, WriterSuperseded
 from ff_fast.types import (
     DEFAULT_PAYLOAD_LIMIT,
     AppendFrameOutcome,
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
     from datetime import timedelta
 
+    from ff_fast._core.places import Places
     from ff_fast._core.steps import Steps
+    from ff_fast.errors import FFError
 
 T = TypeVar("T")
 W = TypeVar("W", bound="SharedWriter")
@@ -82,23 +84,43 @@ class WriterState(NamedTuple):
     opened: ops.Opened
     document: bytes | None
     options: WriterOptions
+    places: Places
 
 
-def open_writer(attempt: ops.Attempt, options: WriterOptions) -> Steps[WriterState]:
+def open_writer(
+    attempt: ops.Attempt, options: WriterOptions, places: Places, *, complete: bool = False
+) -> Steps[WriterState]:
     """Supersede the writer of the attempt, and read the summary that it continues.
 
+    Args:
+        attempt: The attempt.
+        options: Options of the writer.
+        places: What this backend knows to be stored.
+        complete: Refuse a stream that has lost frames which this backend knows to be stored.
+
     Raises:
-        ExecutionNotFound, StaleOwner, ExecutionSuspended, StreamClosed, LeaseExpired: The handle may not write.
+        ExecutionNotFound, StaleOwner, StateLost, ExecutionSuspended, StreamClosed, LeaseExpired: The handle may not
+            write.
+        SequenceGap: The stream is not *complete*.
     """
     writer_id = ops.writer_id(attempt)
     opened = yield from ops.call(ops.open_writer(attempt, writer_id))
     with applied_in_part():
         # The writer before is superseded.
-        return (yield from continue_writer(attempt, writer_id, opened, options))
+        if complete:
+            known = places.open(attempt.fields.lease_id).sequence
+            if opened.last_sequence < known:
+                places.tell(attempt.fields.lease_id)
+                raise SequenceGap(opened.last_sequence + 1, known + 1)
+        return (yield from continue_writer(attempt, writer_id, opened, options, places))
 
 
 def continue_writer(
-    attempt: ops.Attempt, writer_id: bytes, opened: ops.Opened, options: WriterOptions
+    attempt: ops.Attempt,
+    writer_id: bytes,
+    opened: ops.Opened,
+    options: WriterOptions,
+    places: Places,
 ) -> Steps[WriterState]:
     """Return the state of an opened writer; read its summary if the attempt has one."""
     document = None
@@ -109,25 +131,27 @@ def continue_writer(
         if summary is None or version != opened.summary_version:
             raise SummaryConflict(opened.summary_version, version)
         document = summary.document_json
-    return WriterState(attempt, writer_id, opened, document, options)
+    return WriterState(attempt, writer_id, opened, document, options, places)
 
 
 class SharedWriter(WriterCore):
     """A writer core made from its state."""
 
     def __init__(self, state: WriterState) -> None:
+        self._places = state.places
+        self._lease_id = state.attempt.fields.lease_id
         super().__init__(
             keys=state.attempt.stream_keys,
             writer=state.writer_id,
             mode=state.options.mode,
             opened=tuple(state.opened),
+            place=self._places.open(self._lease_id),
             document=state.document,
             retention_maxlen=state.options.retention_maxlen,
             max_unacknowledged_bytes=state.options.max_unacknowledged_bytes,
             linger_ms=state.options.linger_ms,
             max_payload_bytes=state.options.max_payload_bytes,
         )
-        self._lease_id = state.attempt.fields.lease_id
         # When the lease lapses as far as this process knows, in monotonic time.
         self._lease_until = time.monotonic() + state.attempt.fields.lease_ttl_ms / 1000
         self.execution_id = state.attempt.execution_id
@@ -137,6 +161,13 @@ class SharedWriter(WriterCore):
             HIGH_WATER_BYTES,
             state.options.max_unacknowledged_bytes - state.options.max_payload_bytes,
         )
+
+    def _on_end(self, error: FFError) -> None:
+        if isinstance(error, SequenceGap):
+            self._places.tell(self._lease_id)
+        # A writer may be superseded, or its opening lost, under a lease that is still held.
+        if is_lease_lost(error) and not isinstance(error, (WriterSuperseded, StateLost)):
+            self._places.forget(self._lease_id)
 
     def outcome(self) -> AppendFrameOutcome:
         """The frames and patches stored so far."""
@@ -273,6 +304,8 @@ def flush(
 ) -> Wait[AppendFrameOutcome]:
     """Wait until every frame written so far is stored.
 
+    If all were acknowledged before, the server is asked once whether it still has them.
+
     Args:
         timeout: How long to wait, in seconds or as a ``timedelta``; None waits until the writer succeeds or fails.
 
@@ -281,22 +314,31 @@ def flush(
 
     Raises:
         DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
+        SequenceGap: The server has lost acknowledged frames, as after a failover.
         FFError: The writer failed; the error's ``unstored`` has the frames that were not stored.
     """
     limit = timeout_s(timeout)
     last = writer.next_sequence - 1
     writer._seal_soon()
-    return Wait(lambda: writer.last_sequence >= last, writer.outcome, limit)
+    checked = last if writer._check_soon() else 0
+    return Wait(
+        lambda: writer.last_sequence >= last and writer._checked_sequence >= checked,
+        writer.outcome,
+        limit,
+    )
 
 
 def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wait[None]:
     """Flush, store the state that a later writer and late readers continue from, and stop. Closing again does nothing.
+
+    If all frames were acknowledged before, the server is asked whether it still has them.
 
     Args:
         timeout: How long to wait, in seconds or as a ``timedelta``; None waits until the writer succeeds or fails.
 
     Raises:
         DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
+        SequenceGap: The server has lost acknowledged frames, as after a failover.
         FFError: The writer failed.
     """
     limit = timeout_s(timeout)

@@ -321,12 +321,15 @@ cdef class Entries:
         end_reason: Why the attempt ended; None if the end entry is not among the entries.
         taken: How many entries were decoded; the next one is beyond the limit.
         foreign: How many of these another program wrote; they are left out.
+        rewound: Whether one is later than the cursor and has no later sequence: the stream is not
+            the one in which the cursor was taken.
     """
 
     cdef readonly list frames
     cdef readonly str end_reason
     cdef readonly Py_ssize_t taken
     cdef readonly Py_ssize_t foreign
+    cdef readonly bint rewound
     cdef long long _end_ms
     cdef long long _end_sequence
     cdef long long _end_previous
@@ -392,7 +395,7 @@ cdef long long add_run(
 
 def decode_entries(
     list entries not None, long long after, tuple limit=None, bint exclude_best_effort=False, *,
-    bint live=False,
+    bint live=False, long long after_ms=0,
 ):
     """Return the :class:`Entries` of one stream.
 
@@ -403,6 +406,7 @@ def decode_entries(
         limit: ``(ms, sequence)`` of the last id to decode; None decodes all entries.
         exclude_best_effort: Leave best-effort frames out.
         live: The stream is the live window, not the log.
+        after_ms: ms of the cursor; 0 if it is not known.
 
     Raises:
         Corruption: An entry that has ff_fast's fields does not have their form.
@@ -421,6 +425,8 @@ def decode_entries(
         limit_ms = min(limit[0], LARGEST)
         limit_sequence = min(limit[1], LARGEST)
     result.frames = []
+    if after_ms == 0:
+        after_ms = LARGEST
     for item in entries:
         fields = fields_of(item)
         parse_entry_id(checked_bytes((<list>item)[0]), &ms, &sequence)
@@ -471,6 +477,8 @@ def decode_entries(
             result.end_reason = text_of(end_reason)
             result._end_ms = ms
             result._end_sequence = sequence
+            if sequence <= after and ms > after_ms:
+                result.rewound = True
             continue
         # Another program wrote this entry. Its values are not read.
         if (
@@ -492,13 +500,15 @@ def decode_entries(
         if frame.patch_kind is not None:
             frame.patch_kind = patch_kind_of(frame.patch_kind, pointer)
         if run is not None:
-            add_run(result.frames, run, frame, after)
+            sequence -= add_run(result.frames, run, frame, after) - 1
         elif sequence > after:
             frame.payload = payload
             frame.ts_ms = ms
             if frame._previous < 0:
                 frame._previous = sequence - 1
             result.frames.append(frame)
+        if sequence <= after and ms > after_ms:
+            result.rewound = True
     return result
 
 
@@ -576,19 +586,20 @@ def assemble(
         if frame.sequence <= sequence:
             continue
         if (frame._previous if exclude_best_effort else frame.sequence - 1) > sequence:
-            items.append(gap_before(ms, sequence, frame.sequence, reason))
+            items.append(gap_before(frame._ms, sequence, frame.sequence, reason))
         ms = frame._ms
         sequence = frame.sequence
         items.append(frame)
     if log.end_reason is None:
         return items, ms, sequence, None
     if (log._end_previous if exclude_best_effort else log._end_sequence - 1) > sequence:
-        items.append(gap_before(ms, sequence, log._end_sequence, reason))
+        items.append(gap_before(log._end_ms, sequence, log._end_sequence, reason))
     return items, log._end_ms, log._end_sequence, log.end_reason
 
 
 cdef object gap_before(long long ms, long long sequence, long long following, str reason):
-    """Name what is missing behind *sequence*. Its cursor has the old ms, as ids never go back."""
+    """Name what is missing behind *sequence* and before the frame *following*, which has *ms*. So
+    has the cursor: it stands right before that frame."""
     return Gap(sequence + 1, following, reason, f"{ms}-{following - 1}")
 
 

@@ -56,7 +56,10 @@ from ff_fast.errors import (
     Overloaded,
     PayloadTooLarge,
     ProtocolError,
+    SequenceGap,
+    StateLost,
     StreamClosed,
+    WriterSuperseded,
     for_code,
     from_server_error,
     make_unknown,
@@ -274,12 +277,14 @@ cdef class WriterCore:
         writer: Writer id of `ff_open_writer`, which is the fence of every append.
         mode: Mode of frames that name none.
         opened: Answer of `ff_open_writer`: ms and sequence of the last id, last visible sequence,
-            stored rate, summary version.
+            stored rate, summary version, and the number of the opening if it is known.
         document: The summary at that version; None for version 0.
         retention_maxlen: Least number of durable frames that the log keeps, from 1.
         max_unacknowledged_bytes: `write` raises ``Overloaded`` instead of keeping more, from 1.
         linger_ms: How long a batch waits for more frames, 0 to 1000 ms; 0 sends at once.
         max_payload_bytes: Largest payload that `write` accepts, 1 byte to 1 MiB.
+        place: The newest frame of the attempt that is known to be stored, which acknowledgements
+            move (`ff_fast._core.places.Place`); None for a writer on its own.
 
     Raises:
         InvalidInput: A number is out of range.
@@ -338,8 +343,13 @@ cdef class WriterCore:
     cdef long long _acked_sequence
     cdef long long _acked_ms
     cdef long long _acked_at_us
-    # Sequence of the first frame of this writer.
+    # Up to which sequence a batch without frames has shown that the server still has all of them.
+    cdef readonly long long _checked_sequence
+    # What the writers of the lease share of it.
+    cdef object _place
+    # Sequence of the first frame of this writer, and the number of its opening.
     cdef readonly long long _first_sequence
+    cdef long long _opening
     # Payloads of the open batch and requests of the sealed ones.
     cdef Py_ssize_t _unacknowledged_bytes
     cdef Py_ssize_t _max_unacknowledged
@@ -388,7 +398,7 @@ cdef class WriterCore:
         self, *, tuple keys not None, bytes writer not None, mode, tuple opened not None,
         bytes document=None, long long retention_maxlen=10_000,
         Py_ssize_t max_unacknowledged_bytes=32 << 20, double linger_ms=0.0,
-        Py_ssize_t max_payload_bytes=65536,
+        Py_ssize_t max_payload_bytes=65536, place=None,
     ):
         cdef Py_ssize_t end = 0
         cdef Py_ssize_t i
@@ -406,9 +416,16 @@ cdef class WriterCore:
             end += bulk_size(len(keys[i]))
             self._key_ends[i] = end
         self._mode = mode
-        self._acked_ms, self._sequence, self._visible, estimator, self._summary_version = opened
+        (
+            self._acked_ms, self._sequence, self._visible, estimator, self._summary_version, *rest
+        ) = opened
+        self._opening = rest[0] if rest else 0
         self._sent_visible = -1 if self._visible == self._sequence else self._visible
         self._acked_sequence = self._sequence
+        self._checked_sequence = self._sequence
+        self._place = place
+        if place is not None:
+            place.opened(self._acked_ms, self._acked_sequence)
         self._first_sequence = self._sequence + 1
         self._acked_at_us = now_us()
         self._max_unacknowledged = max_unacknowledged_bytes
@@ -908,15 +925,44 @@ cdef class WriterCore:
             self._due = True
         self._notify()
 
+    cdef bint _unchecked(self, long long checked):
+        """Whether all frames are acknowledged, and those after sequence *checked* not confirmed
+        since then: a failover may have lost them."""
+        return (
+            self._acked_sequence == self._sequence and self._acked_sequence > checked
+            and (
+                self._place is None or self._acked_sequence > <long long>self._place.checked
+            )
+        )
+
+    def _check_soon(self):
+        """Ask the server whether it still has every frame, by a batch without frames.
+
+        Returns:
+            Whether that is needed: wait until `_checked_sequence` is that of the last frame. It is
+            not where frames wait for the server, whose acknowledgement shows the same.
+        """
+        if self._ending is not None or not self._unchecked(self._checked_sequence):
+            return False
+        # A batch that is on its way has no frames either.
+        if self._idle:
+            self._seal()
+            self._notify()
+        return True
+
     def _seal_last(self):
         """Queue the last batch, after which `write` refuses.
 
         It has the open frames, and what a later writer or reader continues from: rate and document.
+        A batch with nothing asks whether the server still has every frame.
         """
         if self._ending is not None or self._finishing:
             return
         self._finishing = True
-        if self._count or self._pending_bytes or self._window is not None:
+        if (
+            self._count or self._pending_bytes or self._window is not None
+            or (self._idle and self._unchecked(self._first_sequence - 1))
+        ):
             try:
                 self._seal()
             except BaseException:
@@ -990,6 +1036,16 @@ cdef class WriterCore:
             self._acked_sequence = acked
             self._acked_ms = max(self._acked_ms, values[0])
             self._acked_at_us = now
+            place = self._place
+            if place is not None and acked >= <long long>place.sequence:
+                place.ms = self._acked_ms
+                place.sequence = acked
+        elif values[0] != self._acked_ms:
+            # Another frame has the sequence of the last one.
+            self._end(SequenceGap(acked, acked + 1), False)
+            return None
+        else:
+            self._checked_sequence = acked
         if batch.live_count:
             self._window.mark(self._acked_ms, self._acked_sequence, batch.renews, now)
         if self._count == 0 and not self._in_flight and not self._unsent:
@@ -1017,6 +1073,11 @@ cdef class WriterCore:
             and PyBytes_CheckExact(reply[1])
         ):
             error = for_code(reply[1].decode("ascii", "replace"), reply[2:])
+            if isinstance(error, WriterSuperseded) and len(reply) > 2 and self._opening:
+                if PyBytes_CheckExact(reply[2]) and reply[2].isdigit():
+                    if int(reply[2]) <= self._opening:
+                        # The server knows no later opening than this one's: it has lost this one.
+                        error = StateLost()
         else:
             error = ProtocolError()
         if self._returned:
@@ -1024,9 +1085,10 @@ cdef class WriterCore:
             error = None
         elif batch.frame_count == 0 and isinstance(error, StreamClosed):
             # Retention work only, and the attempt has ended: its keys already have their TTL.
-            # Drop it.
+            # Drop it. The call that ended the attempt has compared the last frame.
             self._in_flight.pop(0)
             self._stored(batch)
+            self._checked_sequence = self._acked_sequence
             try:
                 self._notify()
             finally:
@@ -1096,7 +1158,10 @@ cdef class WriterCore:
                             make_unknown(error, "Some of the unstored frames may be stored.")
         finally:
             self._error = error
-            self._on_progress()
+            try:
+                self._on_end(error)
+            finally:
+                self._on_progress()
         return 0
 
     def _unstored_frames(self):
@@ -1128,6 +1193,9 @@ cdef class WriterCore:
 
     def _on_linger(self):
         """Called when a batch begins to linger. The shell calls `_seal_soon` after `_linger_us`."""
+
+    def _on_end(self, error):
+        """Called once, with the error that stops the writer."""
 
     def _on_progress(self):
         """Called after an acknowledgement if `_has_waiters` is set, and when the writer fails."""

@@ -38,12 +38,16 @@ FrameMode = Literal["durable", "summary", "best_effort"]
 PatchFormat = Literal["json-merge-patch", "string-append"]
 """Wire token of a patch kind."""
 
-GapReason = Literal["trimmed", "fell_behind", "expired", "cursor_ahead"]
+GapReason = Literal["trimmed", "fell_behind", "expired", "cursor_ahead", "rewritten"]
 """Why frames are missing.
 
 ``trimmed``: they left the stream before the reader began. ``fell_behind``: they left it while the reader was too slow
 or disconnected. ``expired``: they were the newest ones, and their key expired. ``cursor_ahead``: they do not exist; the
-cursor is beyond the end of the stream, for instance after a failover.
+cursor is beyond the end of the stream, for instance after a failover. ``rewritten``: the frame of the cursor is not in
+the stream, and other frames stand in its place. The server has lost frames in a failover, and a worker has written
+others, or the cursor belongs to another attempt or execution. The reader continues at ``next_sequence`` with the frames
+that are later than the cursor, at the beginning if the times of the frames do not tell. A document that was folded from
+the earlier frames is void: read the summary again.
 """
 
 EndReason = Literal[

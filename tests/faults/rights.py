@@ -431,6 +431,7 @@ class Life:
         self._raw.delete(keys.ready("c"))
         with contextlib.suppress(AssertionError):
             self.claimed("c")
+        assert self.by("ff_worker").claim(lane="c") is None
         late = self.created(lane="late", delay=60)
         assert self.by("ff_worker").claim(lane="late", capabilities=GPU, **WAITING) is None
         self.supervised(late, "delay", scope=ScannerFilter(instance_tag=("app.none", "x")))

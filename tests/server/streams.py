@@ -152,6 +152,11 @@ def _gone(stream):
     stream.raw.delete(*stream.everything())
 
 
+def _claim_lost(stream):
+    stream.raw.hset(stream.core, "current_lease_epoch", "0")
+    stream.raw.hdel(stream.meta, "writer")
+
+
 def _other_lease(stream, call):
     call["fence"] = (stream.fence[0], b"00000000-0000-4000-8000-000000000000", stream.fence[2])
 
@@ -176,6 +181,7 @@ def _superseded(stream):
 
 REFUSALS = [
     ("execution_not_found", _gone, None, errors.ExecutionNotFound),
+    ("state_lost", _claim_lost, None, errors.StateLost),
     ("stale_owner", None, _other_lease, errors.StaleOwner),
     ("suspended", _suspended, None, errors.ExecutionSuspended),
     ("stream_closed", _closed, None, errors.StreamClosed),

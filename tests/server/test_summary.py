@@ -377,8 +377,27 @@ def test_a_view_applies_what_comes_next_and_nothing_else():
     assert repr(view) == "SummaryView(version=2, document_json=<15 bytes>)"
 
 
+def test_a_view_takes_no_patch_of_another_history(subtests):
+    for stream_id, version in [
+        ("9-8", 6),  # later than the document, with a version that it has
+        ("4-6", 6),  # earlier, and not the patch that it has last
+        ("9-5", 5),
+        ("4-7", 7),  # the next version, but earlier
+    ]:
+        view = SummaryView(SummaryDocument(b"{}", 6, PatchKind.JSON_MERGE_PATCH, 1, 1, "5-6"))
+        other = patch_frame(version)
+        frame = StreamFrame(
+            stream_id=stream_id, frame_type="t", payload=b"{}", ts_ms=1, mode="summary",
+            summary_version=version, patch_kind=other.patch_kind,
+        )  # fmt: skip
+        with subtests.test(stream_id):
+            with pytest.raises(SummaryConflict):
+                view.apply(frame)
+            assert (view.version, view.document_json) == (6, b"{}")
+
+
 def test_a_view_starts_from_a_summary():
-    start = SummaryDocument(b'{"a":{"b":1}}', 6, PatchKind.JSON_MERGE_PATCH, 1, 1, "1-9")
+    start = SummaryDocument(b'{"a":{"b":1}}', 6, PatchKind.JSON_MERGE_PATCH, 1, 1, "1-6")
     view = SummaryView(start)
     assert view.apply(patch_frame(7, b'{"a":{"b":null,"c":2}}'))
     assert view.document_json == b'{"a":{"c":2}}'

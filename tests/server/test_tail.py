@@ -120,10 +120,7 @@ def test_late_and_repeated_readers_get_the_same_end(kind, backend, server, attem
     assert collect(kind, server.url, attempt.eid) == first
     # From the last frame, and from behind the end entry itself.
     assert collect(kind, server.url, attempt.eid, after=first[2].stream_id) == [DONE]
-    ms, sequence = first[2].stream_id.split("-")
-    assert collect(
-        kind, server.url, attempt.eid, after=f"{int(ms) + 10**6}-{int(sequence) + 1}"
-    ) == [DONE]
+    assert collect(kind, server.url, attempt.eid, after=first[-1].cursor) == [DONE]
 
 
 def test_an_end_entry_that_was_trimmed_is_known_from_the_state(kind, backend, server, raw, attempt):
@@ -284,7 +281,7 @@ def test_frames_lost_before_the_end(kind, backend, server, raw, attempt):
     assert late[3:] == [Gap(4, 6, "trimmed"), DONE]
 
 
-@pytest.mark.parametrize("ms", ["1", "9999999999999"])
+@pytest.mark.parametrize("ms", ["0", "9999999999999"])
 def test_a_cursor_ahead_of_the_log(kind, ms, backend, server, attempt):
     write(backend, attempt, 3)
     reader = Reader(kind, server.url, attempt.eid, after=f"{ms}-50")

@@ -30,6 +30,7 @@ NOT_APPLIED = {
     "missing_dependency": errors.MissingDependency,
     "execution_not_found": errors.ExecutionNotFound,
     "stale_owner": errors.StaleOwner,
+    "state_lost": errors.StateLost,
     "suspended": errors.ExecutionSuspended,
     "stream_closed": errors.StreamClosed,
     "lease_expired": errors.LeaseExpired,

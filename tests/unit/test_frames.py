@@ -56,20 +56,23 @@ def plain_reference(decoded):
     return [tuple(frame)[:-1] for frame in decoded.frames]
 
 
-@given(streams(), st.integers(0, 40), st.booleans(), st.integers(0, 60))
-def test_decodes_and_merges_as_the_reference_does(both, after, exclude, cut):
+@given(streams(), st.integers(0, 40), st.integers(0, 1_020), st.booleans(), st.integers(0, 60))
+def test_decodes_and_merges_as_the_reference_does(both, after, after_ms, exclude, cut):
     log, live = both
     ids = sorted(reference.entry_id(raw) for raw, _ in log + live)
     limit = ids[cut] if cut < len(ids) else None
     real = [
-        decode_entries(entries, after, limit, exclude, live=entries is live) for entries in both
+        decode_entries(entries, after, limit, exclude, live=entries is live, after_ms=after_ms)
+        for entries in both
     ]
     want = [
-        reference.decode(entries, after, limit, exclude, live=entries is live) for entries in both
+        reference.decode(entries, after, limit, exclude, live=entries is live, after_ms=after_ms)
+        for entries in both
     ]
     for got, expected in zip(real, want, strict=True):
         assert plain_decoded(got) == plain_reference(expected)
         assert (got.taken, got.foreign) == (expected.taken, expected.foreign)
+        assert got.rewound == expected.rewound
         assert got.end_reason == (expected.end[3] if expected.end else None)
     got_items, *got_rest = assemble(*real, 7, after, exclude, "trimmed")
     want_items, *want_rest = reference.merge(*want, 7, after, exclude, "trimmed")

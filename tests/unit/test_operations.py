@@ -194,7 +194,11 @@ REFUSALS = {
     "renew": ({"handle": HANDLE}, {"handle": FOREIGN, "lease_ttl_ms": TTLS}),
     "complete": (
         {"handle": HANDLE},
-        {"handle": FOREIGN, "payload": [*DOCUMENTS, (None, InvalidType)]},
+        {
+            "handle": FOREIGN,
+            "payload": [*DOCUMENTS, (None, InvalidType)],
+            "last_sequence": [(-1, InvalidInput), (2**53, InvalidInput), (1.5, InvalidType)],
+        },
     ),
     "fail": (
         {"handle": HANDLE, "reason": "why"},

@@ -248,8 +248,8 @@ CALLS = {
     ),
     "ff_renew_lease": (ops.renew_lease(ATTEMPT, 500), {**FENCE, "lease_ttl_ms": b"500"}, []),
     "ff_complete_execution": (
-        ops.complete_execution(ATTEMPT, b"r\x00"),
-        {**FENCE, "payload": b"r\x00"},
+        ops.complete_execution(ATTEMPT, b"r\x00", b"7-8"),
+        {**FENCE, "last_id": b"7-8", "payload": b"r\x00"},
         [],
     ),
     "ff_fail_execution": (
@@ -263,11 +263,11 @@ CALLS = {
         [],
     ),
     "ff_delay_execution": (
-        ops.delay_execution(ATTEMPT, 500),
-        {**FENCE, "delay_ms": b"500"},
+        ops.delay_execution(ATTEMPT, 500, b"7-8"),
+        {**FENCE, "last_id": b"7-8", "delay_ms": b"500"},
         [],
     ),
-    "ff_wait_children": (ops.wait_children(ATTEMPT), FENCE, []),
+    "ff_wait_children": (ops.wait_children(ATTEMPT), {**FENCE, "last_id": b""}, []),
     "ff_cancel_execution": (
         ops.cancel_execution(EID, "why ż", 700),
         {"reason": "why ż".encode(), "grace_ms": b"700"},
@@ -293,6 +293,7 @@ CALLS = {
         ops.suspend_execution(ATTEMPT, "s-1", CONDITION, 800, TimeoutBehavior.ESCALATE, "why"),
         {
             **FENCE,
+            "last_id": b"",
             "suspension_id": b"s-1",
             "timeout_ms": b"800",
             "timeout_behavior": b"escalate",
@@ -393,6 +394,7 @@ CALLS = {
             count=10,
             max_bytes=20,
             visibility="exclude_best_effort",
+            cursor=b"1-1",
         ),
         {
             "attempt_index": b"3",
@@ -401,6 +403,7 @@ CALLS = {
             "count": b"10",
             "max_bytes": b"20",
             "visibility": b"exclude_best_effort",
+            "cursor": b"1-1",
         },
         [],
     ),
@@ -719,10 +722,12 @@ ANSWERS = {
     "ff_fire_timer": ([b"done", *HINTS], ("done", HINTED)),
     "ff_set_tags": ([b"2"], 2),
     "ff_read_tags": ([[b"a.b", "ż".encode()]], {"a.b": "ż"}),
-    "ff_open_writer": ([b"7-8", b"6", b"1.5", b"2"], ops.Opened(7, 8, 6, b"1.5", 2)),
+    "ff_open_writer": ([b"7-8", b"6", b"1.5", b"2", b"3"], ops.Opened(7, 8, 6, b"1.5", 2, 3)),
     "ff_read_range": (
-        [[], b"1-2", b"1", [], b"1-3", b"", b"7-8", b"6", b"expired", b"50", b"1"],
-        ops.Range([], b"1-2", True, [], b"1-3", False, 7, 8, 6, "expired", 50, small=True),
+        [[], b"1-2", b"1", [], b"1-3", b"", b"7-8", b"6", b"expired", b"50", b"1", b"4-5"],
+        ops.Range(
+            [], b"1-2", True, [], b"1-3", False, 7, 8, 6, "expired", 50, small=True, place=(4, 5)
+        ),
     ),
     "ff_read_summary": ([[b"version", b"1"]], {b"version": b"1"}),
     "ff_describe_execution": (
@@ -930,13 +935,13 @@ def test_a_half_understood_answer_is_none(subtests):
         ("ff_observe_signals", b"OK", [[], b"x"]),
         ("ff_claim", b"NONE", []),
         ("ff_give_back", b"OK", [b"1", b"lane", b"-5"]),
-        *(("ff_open_writer", b"OK", [bad, b"0", b"", b"0"]) for bad in NO_IDS),
+        *(("ff_open_writer", b"OK", [bad, b"0", b"", b"0", b"1"]) for bad in NO_IDS),
         *(
-            ("ff_open_writer", b"OK", [*(bad if i == at else b"1" for i in range(4))])
+            ("ff_open_writer", b"OK", [*(bad if i == at else b"1" for i in range(4)), b"1"])
             for bad in (b"-1", b"9007199254740992")
             for at in (1, 3)
         ),
-        ("ff_open_writer", b"OK", [b"1-9007199254740992", b"0", b"", b"0"]),
+        ("ff_open_writer", b"OK", [b"1-9007199254740992", b"0", b"", b"0", b"1"]),
         *(
             ("ff_read_range", b"OK", [[], b"1-2", b"", [], b"1-3", b"", bad, b"0", b"", b"", b""])
             for bad in NO_IDS

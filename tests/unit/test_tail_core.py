@@ -88,7 +88,7 @@ class Server:
 
     def _range(self, command):
         assert command[:3] == [b"FCALL_RO", b"ff_read_range", b"4"]
-        _, log_after, live_after, count, max_bytes, visibility = command[7:]
+        _, log_after, live_after, count, max_bytes, visibility, _ = command[7:]
         assert visibility in (b"", b"exclude_best_effort")
         limits = int(count), int(max_bytes)
         log = self._taken(LOG, log_after, None, *limits, visible=False)
@@ -99,7 +99,7 @@ class Server:
             kept = [entry for entry in log[0] if entry_id(entry[0]) <= to]
             log = log if len(kept) == len(log[0]) else [kept, live[1], b"1"]
         last_id = b"%d-%d" % (self.last_ms, self.last)
-        rest = [last_id, b"%d" % self.visible, self.closed, b"1000", b"1" * self.small]
+        rest = [last_id, b"%d" % self.visible, self.closed, b"1000", b"1" * self.small, b""]
         return [1, b"OK", *log, *live, *rest]
 
     def _taken(self, key, after, to, count, max_bytes, visible):

@@ -48,7 +48,7 @@ HANDLE = Handle.encode(
 )
 OK = [1, b"OK"]
 NO_HINTS = [*OK, b"completed"]
-OPENED = [*OK, b"0-0", b"0", b"", b"0"]
+OPENED = [*OK, b"0-0", b"0", b"", b"0", b"1"]
 
 LOAD = "ff_read_payload"
 START = [LOAD, "use writer", "handler"]
@@ -251,7 +251,7 @@ def test_an_interrupt_hands_back_and_is_raised(interrupt):
 
 def test_the_result_is_sent_with_the_fence_of_the_handle():
     (_, complete) = Attended({"handler": [Returned("é")]}).calls
-    assert complete[4:] == [b"2", b"11111111-2222-4333-8444-555555555555", b"4", "é".encode()]
+    assert complete[4:] == [b"2", b"11111111-2222-4333-8444-555555555555", b"4", b"", "é".encode()]
 
 
 def test_the_failure_is_sent_with_its_reason_and_detail():

@@ -72,7 +72,7 @@ def test_an_entry_has_only_what_is_unusual(stream):
     modes = ["durable"] * 2 + ["best_effort"] * 3 + ["summary"] * 3
     assert [(f.mode, f.frame_type) for f in stream.frames()] == [(mode, "token") for mode in modes]
     assert stream.raw.hgetall(stream.meta).keys() == {
-        b"created_at", b"last_id", b"lease_expires_at", b"writer", b"writer_base",
+        b"created_at", b"last_id", b"lease_expires_at", b"writer", b"writer_base", b"writer_openings",
     }  # fmt: skip
 
 

@@ -14,13 +14,13 @@ from ..streams import CODES, REFUSALS, Stream, _lapsed, live, log, patches, spoi
 def test_opening_tells_where_to_go_on(unopened):
     claimed = unopened.raw.hget(unopened.meta, "created_at") + b"-0"
     assert unopened.raw.hget(unopened.meta, "last_id") == claimed
-    assert unopened.open() == [1, b"OK", claimed, b"0", b"", b"0"]
+    assert unopened.open() == [1, b"OK", claimed, b"0", b"", b"0", b"1"]
     ms, _ = unopened.append(
         log(b"1"), patches(b"{}", base=0), live(b"3"), [b"H", b"2"], [b"E", b"99.5"]
     )
-    assert unopened.open(b"writer-2") == [1, b"OK", b"%d-3" % ms, b"2", b"99.5", b"1"]
+    assert unopened.open(b"writer-2") == [1, b"OK", b"%d-3" % ms, b"2", b"99.5", b"1", b"2"]
     ms, _ = unopened.append(log(b"4"), [b"H", b""], first=4, writer=b"writer-2")
-    assert unopened.open(b"writer-3") == [1, b"OK", b"%d-4" % ms, b"4", b"99.5", b"1"]
+    assert unopened.open(b"writer-3") == [1, b"OK", b"%d-4" % ms, b"4", b"99.5", b"1", b"3"]
 
 
 def test_opening_again_with_the_same_id_changes_nothing(stream):

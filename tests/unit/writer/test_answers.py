@@ -5,6 +5,7 @@ import time
 import hiredis
 import pytest
 
+from ff_fast._core.places import Place
 from ff_fast._core.summary import fold
 from ff_fast._hot.frames import StreamFrame
 from ff_fast._hot.writer import arguments_of
@@ -17,6 +18,7 @@ from ff_fast.errors import (
     PermissionDenied,
     ProtocolError,
     SequenceGap,
+    StateLost,
     StreamClosed,
     SummaryConflict,
     Unavailable,
@@ -369,3 +371,103 @@ class TestEnds:
         assert writer._next_batch() is None
         assert len(writer._unstored_frames()) == 256
         assert all(isinstance(frame, StreamFrame) for frame in writer.error.unstored)
+
+
+class TestChecks:
+    """A batch without frames asks whether the server still has those that it has acknowledged."""
+
+    def test_asked_once_after_acknowledgements(self):
+        writer = Shell()
+        assert not writer._check_soon()
+        writer.write(b"x")
+        # The acknowledgement shows the same.
+        assert not writer._check_soon()
+        batch = writer.take()
+        assert not writer._check_soon()
+        writer._acknowledge(batch, position(batch))
+        assert writer._checked_sequence == 0
+        assert writer._check_soon()
+        check = writer.take()
+        assert (check.frame_count, keys_of(check)) == (0, keys_named("meta log"))
+        # Who asks meanwhile waits for the same answer.
+        assert writer._check_soon()
+        assert writer._next_batch() is None
+        assert writer._acknowledge(check, position(check)) is None
+        assert writer._checked_sequence == 1
+        assert not writer._check_soon()
+
+    def test_a_writer_that_wrote_nothing_does_not_ask(self):
+        writer = Shell(opened=(NOW_MS, 7, 7, b"", 0))
+        assert not writer._check_soon()
+        writer._seal_last()
+        assert writer._idle
+
+    @pytest.mark.parametrize("flushed", [False, True])
+    def test_the_last_batch_asks_in_any_case(self, flushed):
+        writer = Shell()
+        writer.write(b"x")
+        stored(writer)
+        if flushed:
+            assert writer._check_soon()
+            stored(writer)
+        writer._seal_last()
+        check = writer.take()
+        writer._acknowledge(check, [0, b"sequence_gap", b"1", b"2"])
+        assert type(writer.error) is SequenceGap
+        assert (writer.error.expected, writer.error.got, writer.error.unstored) == (1, 2, ())
+
+    def test_another_frame_under_the_sequence_of_the_last_one(self):
+        writer = Shell()
+        writer.write(b"x")
+        stored(writer)
+        assert writer._check_soon()
+        check = writer.take()
+        writer._acknowledge(check, position(check, NOW_MS + 1))
+        assert (writer.error.expected, writer.error.got) == (1, 2)
+
+    def test_an_ended_attempt_has_compared_it(self):
+        writer = Shell()
+        writer.write(b"x")
+        stored(writer)
+        assert writer._check_soon()
+        assert writer._acknowledge(writer.take(), [0, b"stream_closed"]) is None
+        assert (writer.error, writer._checked_sequence) == (None, 1)
+
+    def test_what_a_release_has_confirmed_is_not_asked_for(self):
+        place = Place()
+        writer = Shell(place=place)
+        writer.write(b"x")
+        stored(writer)
+        assert (place.ms, place.sequence) == (NOW_MS, 1)
+        place.checked = 1
+        assert not writer._check_soon()
+
+    def test_a_place_never_goes_back(self):
+        place = Place()
+        place.opened(NOW_MS, 7)
+        writer = Shell(place=place)
+        for _ in range(7):
+            assert place.sequence == 7
+            writer.write(b"x")
+            stored(writer, NOW_MS + 1)
+        assert (place.ms, place.sequence) == (NOW_MS + 1, 7)
+
+    @pytest.mark.parametrize(
+        "opening, known, error",
+        [
+            (1, b"2", WriterSuperseded),
+            (2, b"2", StateLost),
+            (2, b"1", StateLost),
+            (2, b"0", StateLost),
+            (2, b"x", WriterSuperseded),
+            (0, b"0", WriterSuperseded),
+        ],
+    )
+    def test_a_writer_that_was_opened_later_than_the_server_knows_is_lost(
+        self, opening, known, error
+    ):
+        writer = Shell(opened=(NOW_MS, 0, 0, b"", 0, opening))
+        writer.write(b"x")
+        writer._acknowledge(writer.take(), [0, b"writer_superseded", known])
+        assert type(writer.error) is error
+        assert len(writer.error.unstored) == 1

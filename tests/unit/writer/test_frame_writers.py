@@ -6,6 +6,7 @@ import pytest
 
 from ff_fast._core import writer as writer_core
 from ff_fast._core.ops import Attempt, Opened
+from ff_fast._core.places import Places
 from ff_fast._core.writer import FrameWriters, SharedWriter, WriterOptions, WriterState
 from ff_fast.errors import StaleOwner, WriterClosed
 from ff_fast.types import Handle
@@ -31,7 +32,8 @@ def opened(lease, ttl_ms=30_000):
         lane_id="lane",
         worker_instance_id="w-1",
     )
-    state = WriterState(Attempt.of(handle), WRITER, Opened(*NEW), None, WriterOptions(mode=DURABLE))
+    options = WriterOptions(mode=DURABLE)
+    state = WriterState(Attempt.of(handle), WRITER, Opened(*NEW), None, options, Places())
     return SharedWriter(state)
 
 

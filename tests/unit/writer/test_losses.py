@@ -6,6 +6,7 @@ import pytest
 
 from ff_fast import Handle, HandleKind, keys
 from ff_fast._core import ops
+from ff_fast._core.places import Places
 from ff_fast._core.writer import SharedWriter, WriterOptions, WriterState
 from ff_fast.errors import ForkedClient, LeaseExpired, StaleOwner, Unavailable, WriterClosed
 from ff_fast.types import StreamMode
@@ -20,7 +21,7 @@ def opened():
     attempt = ops.Attempt.of(handle)
     return SharedWriter(
         WriterState(
-            attempt, b"writer", ops.Opened(0, 0, 0, b"", 0), None, WriterOptions(StreamMode.durable())
+            attempt, b"writer", ops.Opened(0, 0, 0, b"", 0), None, WriterOptions(StreamMode.durable()), Places()
         )
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import ff_fast
 import ff_fast.aio
 from ff_fast._core.ops import Attempt, Opened
+from ff_fast._core.places import Places
 from ff_fast._core.summary import fold
 from ff_fast._core.writer import SharedWriter, WriterOptions, WriterState
 from ff_fast._hot.writer import WriterCore, arguments_of
@@ -573,7 +574,7 @@ class TestOffered:
             worker_instance_id="worker",
         )
         state = WriterState(
-            Attempt.of(handle), WRITER, Opened(*NEW), None, WriterOptions(mode=DURABLE)
+            Attempt.of(handle), WRITER, Opened(*NEW), None, WriterOptions(mode=DURABLE), Places()
         )
         writer = SharedWriter(state)
         assert public(dir(writer)) == OFFERED - {"drain", "flush", "close"}
