@@ -20,14 +20,13 @@ def main(argv=None):
     parser.add_argument(
         "--every", type=float, default=0.7, help="seconds between two faults on average"
     )
-    parser.add_argument("--no-sizes", action="store_true", help="do not wait for the retention")
+    parser.add_argument("--no-sizes", action="store_true", help="do not compare sizes")
     given = parser.parse_args(argv)
     settings = Settings(
         seconds=given.seconds,
         seed=secrets.randbelow(1 << 32) if given.seed is None else given.seed,
         kinds=None if given.only is None else tuple(given.only),
         every=given.every,
-        retention=min(180.0, max(20.0, given.seconds)),
         sizes=not given.no_sizes,
     )
     report = run(settings, lambda text: print(text, flush=True))

@@ -169,11 +169,6 @@ def completions(account):
         for eid, found in got.items():
             if len(found) != 1:
                 yield f"{name} was told {len(found)} times of {eid}"
-            if eid not in account.executions:
-                # A child whose worker was killed before it told of it.
-                continue
-            if account.executions[eid].created == NOT_APPLIED:
-                yield f"{name} was told of {eid}, whose creation was not applied"
     for eid, known in account.executions.items():
         if known.created == DONE and eid not in told:
             yield f"no subscriber was told of {eid}"

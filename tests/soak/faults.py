@@ -139,6 +139,17 @@ async def memory_limited(site, dice):
         raw.config_set("maxmemory", 0)
 
 
+@fault(3, "server")
+async def the_clock_stepped(site, dice):
+    """Forward or back, and later to where it was."""
+    step = dice.choice((-60, -5, -1, 1, 5, 20))
+    site.server.step_clock(step)
+    try:
+        await asyncio.sleep(dice.uniform(0.2, 3))
+    finally:
+        site.server.step_clock(-step)
+
+
 @fault(2, "server")
 async def no_replica_in_reach(site, dice):
     with site.raw() as raw:

@@ -7,7 +7,6 @@ is stored.
 
 import asyncio
 import contextlib
-import functools
 import random
 import uuid
 from typing import NamedTuple
@@ -35,6 +34,7 @@ from ff_fast.errors import (
 from ff_fast.types import CancelFlowWait
 
 from ..shells import KINDS, Shell
+from ..waiting import wait_until_async
 from .account import DONE, UNKNOWN, outcome_of
 from .child import LEASE_MS, PATIENT, RETENTION_S
 from .job import draw
@@ -75,22 +75,29 @@ class Load:
     # -- its life ------------------------------------------------------------------------------------------------
 
     async def start(self):
-        for kind in KINDS:
+        reading = [await self._open(kind, "reads", timeout=2.0) for kind in KINDS]
+        for backend in reading:
+            for after in (None, "start"):
+                name = f"subscriber {backend.kind} from {after}"
+                self.account.completions[name] = {}
+                dice = self._own_dice(backend.kind, str(after))
+                self._spawn(name, self._subscribe, backend, name, after, dice)
+        # Nothing has ended before their first reads, so all of them are told of everything.
+        await wait_until_async(self._subscribers_wait)
+        for backend, kind in zip(reading, KINDS, strict=True):
+            self._spawn(f"readers {kind}", self._read_some, backend, self._own_dice(kind, "read"))
             patient = await self._open(kind, "calls")
-            for i, what in enumerate((self._produce, self._cancel, self._signal)):
-                self._spawn(f"{what.__name__} {kind}", what, patient, self._own_dice(kind, i))
+            for what in (self._produce, self._cancel, self._signal):
+                name = f"{what.__name__} {kind}"
+                self._spawn(name, what, patient, self._own_dice(kind, what.__name__))
             hasty = await self._open(kind, "calls", timeout=1.0, retries=2, factor=20)
             for i in range(3):
-                self._spawn(
-                    f"caller {kind}", self._call_by_hand, hasty, self._own_dice(kind, 10 + i)
-                )
-            reading = await self._open(kind, "reads", timeout=2.0)
-            self._spawn(f"readers {kind}", self._read_some, reading, self._own_dice(kind, 20))
-            for how in ("one", "reopened"):
-                name = f"subscriber {kind} {how}"
-                self.account.completions[name] = {}
-                dice = self._own_dice(kind, 21 + len(how))
-                self._spawn(name, functools.partial(self._subscribe, name, how), reading, dice)
+                self._spawn(f"caller {kind}", self._call_by_hand, hasty, self._own_dice(kind, i))
+
+    async def _subscribers_wait(self):
+        with self.site.raw() as raw:
+            waiting = [c for c in raw.client_list() if "b" in c["flags"] and c["cmd"] == "xread"]
+        return len(waiting) == len(self.account.completions)
 
     def _own_dice(self, kind, number):
         return random.Random(f"{self._seed}/{kind}/{number}")
@@ -147,10 +154,9 @@ class Load:
             flow = None
             if dice.random() < 0.1:
                 flow = await self._create_flow(backend)
-            for _ in range(1 if flow is None else 3):
-                await self._create(backend, dice, flow)
+            members = [await self._create(backend, dice, flow) for _ in range(3 if flow else 1)]
             if flow is not None and dice.random() < 0.5:
-                await self._cancel_flow(backend, flow)
+                await self._cancel_flow(backend, flow, members)
             await asyncio.sleep(dice.uniform(0.05, 0.5))
 
     async def _create_flow(self, backend):
@@ -174,13 +180,13 @@ class Load:
             "flow_id": flow,
         }
         await self._created(backend, eid, LANES[0], job, **options)
-        self.account.executions[eid].may_be_cancelled = options["deadline"] is not None
+        return eid
 
     async def _created(self, backend, eid, lane, job, **options):
         """Create an execution and note what was said about it."""
         self.account.created(eid, job, UNKNOWN)
         execution = self.account.executions[eid]
-        execution.lane = lane
+        execution.may_be_cancelled = options.get("deadline") is not None
         options |= {"retry": PATIENT, "retention": self.retention, "execution_id": eid}
         payload = b"" if job is None else job.dump()
         try:
@@ -194,11 +200,9 @@ class Load:
             execution.created = DONE
         self.account.counts[f"create {execution.created}"] += 1
 
-    async def _cancel_flow(self, backend, flow):
-        for execution in self.account.executions.values():
-            execution.may_be_cancelled |= keys.slot_tag_of(execution.eid) == keys.flow_slot_tag(
-                flow, PARTITIONS
-            )
+    async def _cancel_flow(self, backend, flow, members):
+        for eid in members:
+            self.account.executions[eid].may_be_cancelled = True
         with contextlib.suppress(FFError):
             await backend.cancel_flow(flow, wait=CancelFlowWait.NO_WAIT)
 
@@ -237,19 +241,18 @@ class Load:
 
     # -- readers -------------------------------------------------------------------------------------------------
 
-    async def _subscribe(self, name, how, backend, dice):
-        cursor = "start"
+    async def _subscribe(self, backend, name, after, dice):
+        """Take completions; now and then another reader goes on from the cursor of this one."""
+        completions = backend.wrapped.subscribe_completions(after=after)
         while not self.over:
-            completions = backend.wrapped.subscribe_completions(after=cursor)
-            turns = dice.randrange(2, 20) if how == "reopened" else 1 << 60
-            while turns and not self.over:
-                turns -= 1
-                for each in await self._next_batch(backend, completions, dice):
-                    self.account.completed(name, each)
-                    if each.execution_id in self.account.executions:
-                        self.account.executions[each.execution_id].ended = True
-                cursor = completions.cursor or cursor
-            await _close(backend, completions)
+            for each in await self._next_batch(backend, completions, dice):
+                self.account.completed(name, each)
+                if each.execution_id in self.account.executions:
+                    self.account.executions[each.execution_id].ended = True
+            if completions.cursor is not None and dice.random() < 0.1:
+                await _close(backend, completions)
+                completions = backend.wrapped.subscribe_completions(after=completions.cursor)
+        await _close(backend, completions)
 
     async def _next_batch(self, backend, reader, dice):
         """What comes next; an empty list if nothing came in time, or the read was cancelled."""

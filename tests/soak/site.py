@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from ff_fast import ValkeyBackend
-from ff_fast.embedded import EmbeddedServer
 
+from ..clock import SteppedServer
 from ..conftest import ROOT, connect_raw
 from ..faults.chaos import ChaosProxy
 from ..waiting import wait_until
@@ -77,7 +77,7 @@ class Site:
     def __init__(self, folder, account, *, workers=4, supervisors=2):
         self.folder = folder
         self.account = account
-        self.server = EmbeddedServer(appendonly=True, appendfsync="always", hz=100)
+        self.server = SteppedServer(appendonly=True, appendfsync="always", hz=100)
         with ValkeyBackend.connect(f"{self.server.url}?partitions={PARTITIONS}"):
             pass
         self.proxies = {name: ChaosProxy(self.server.url) for name in ("work", "calls", "reads")}
