@@ -46,8 +46,8 @@ class Execution:
         """What its readers brought: `tests.soak.load.Read`."""
         self.busy = 0
         """Number of calls and readers of it that are under way."""
-        self.ended = False
-        """Whether a subscriber got its completion."""
+        self.told = set()
+        """Pairs of outcome and result that subscribers got; empty before the first one."""
         self.verified = False
 
 
@@ -58,7 +58,9 @@ class Account:
         self.folder = folder
         self.executions = {}
         self.completions = {}
-        """Subscriber to execution to the completions that it got."""
+        """Subscriber to how often it was told of each execution."""
+        self.refused_claims = {}
+        """Worker instance of a claim that got nothing to what was said."""
         self.violations = []
         self.counts = collections.Counter()
         self.injected = collections.Counter()
@@ -96,7 +98,10 @@ class Account:
             self.event(f"{what} of {eid[-36:]} {outcome}: {code}")
 
     def completed(self, subscriber, completion):
-        self.completions[subscriber].setdefault(completion.execution_id, []).append(completion)
+        eid = completion.execution_id
+        self.completions[subscriber][eid] += 1
+        if eid in self.executions:
+            self.executions[eid].told.add((completion.outcome, completion.payload_bytes or b""))
 
     # -- files of the processes -------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from .site import LANES, PARTITIONS
 PAGE = 10_000
 
 
-async def execution(backend, account, known):
+async def execution(site, backend, account, known):
     """Hold one ended execution against all that was said about it."""
     try:
         found = await backend.describe(known.eid)
@@ -29,9 +29,12 @@ async def execution(backend, account, known):
             f"it has not ended: {found.state}, attempt {found.attempt_index}, worker {found.worker_id}"
         ]
     result = await backend.read_result(known.eid)
+    if known.told - {(found.outcome, result)}:
+        wrong.append(f"subscribers were told of another end than {found.outcome}")
     streams = [await _stream(backend, known.eid, i) for i in range(found.attempt_count)]
     if known.job is None:
         wrong += _marks(found, result, streams, known.said)
+        wrong += _claims(site, account, known.eid, found.attempt_count)
     else:
         wrong += _end(known, found, result)
         for attempt, (frames, gaps, reason) in enumerate(streams):
@@ -99,6 +102,15 @@ def _frames(known, attempt, frames, gaps, reason):
     return wrong
 
 
+def _claims(site, account, eid, attempts):
+    """No attempt is of a claim that was told that it got nothing."""
+    with site.raw() as raw:
+        for attempt in range(attempts):
+            instance = raw.hget(keys.attempt(eid, attempt), "worker_instance_id") or b""
+            if said := account.refused_claims.get(instance.decode()):
+                yield f"attempt {attempt} is of a claim that was told {said}"
+
+
 def _read(known, read, streams):
     """A reader got every frame once and in order, or a gap; then one end."""
     frames, _, _ = streams[read.attempt] if read.attempt < len(streams) else ([], [], None)
@@ -110,20 +122,28 @@ def _read(known, read, streams):
     payloads = {each.sequence: each.payload for each in frames}
     for item in read.items[:-1]:
         if isinstance(item, Gap):
-            if at is not None and item.first_missing != at + 1:
+            if at is not None and not _follows(known, read, at, item.first_missing):
                 wrong.append(f"{name} got a gap from {item.first_missing} after {at}")
             at = item.next_sequence - 1
         elif isinstance(item, StreamFrame):
-            if at is not None and item.sequence != at + 1:
+            if at is not None and not _follows(known, read, at, item.sequence):
                 wrong.append(f"{name} got {item.sequence} after {at}")
             at = item.sequence
             if payloads.get(at, item.payload) != item.payload:
                 wrong.append(f"{name} got another frame {at} than is stored")
         else:
             wrong.append(f"{name} got {item!r} before the end")
-    if frames and at is not None and at < frames[-1].sequence:
+    if frames and at is not None and not _follows(known, read, at, frames[-1].sequence + 1):
         wrong.append(f"{name} ended at {at}; {frames[-1].sequence} is stored")
     return wrong
+
+
+def _follows(known, read, at, sequence):
+    """Whether nothing that the reader wanted is between two sequences."""
+    if not read.hidden or known.job is None:
+        return sequence == at + 1
+    between = range(at + 1, sequence)
+    return sequence > at and all(known.job.burst_of(each).mode == "best_effort" for each in between)
 
 
 # -- marks of calls -------------------------------------------------------------------------------------------------
@@ -166,9 +186,9 @@ def completions(account):
     for name, got in account.completions.items():
         for eid in told - set(got):
             yield f"{name} was not told of {eid}"
-        for eid, found in got.items():
-            if len(found) != 1:
-                yield f"{name} was told {len(found)} times of {eid}"
+        for eid, times in got.items():
+            if times != 1:
+                yield f"{name} was told {times} times of {eid}"
     for eid, known in account.executions.items():
         if known.created == DONE and eid not in told:
             yield f"no subscriber was told of {eid}"
@@ -197,7 +217,7 @@ def sizes(name, before, after, slack):
 async def ended(backend, account):
     """Executions that have not ended; those that nobody created are struck off."""
     left = []
-    for known in [each for each in account.executions.values() if not each.ended]:
+    for known in [each for each in account.executions.values() if not each.told]:
         try:
             found = await backend.describe(known.eid)
         except ExecutionNotFound:

@@ -94,8 +94,15 @@ def work(kind, url, lane, teller):
         return
 
     async def main():
+        """SIGUSR1 cancels the worker, and another one begins."""
+        loop = asyncio.get_running_loop()
         async with aio.ValkeyBackend.connect(config(url, timeout=2.0)) as handler.backend:
-            await handler.backend.run_worker(run, **options)
+            while True:
+                worker = asyncio.create_task(handler.backend.run_worker(run, **options))
+                loop.add_signal_handler(signal.SIGUSR1, worker.cancel)
+                await asyncio.wait({worker})
+                if not worker.cancelled():
+                    return worker.result()
 
     asyncio.run(main())
 

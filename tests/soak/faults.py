@@ -227,6 +227,12 @@ async def a_worker_asked_to_end(site, dice):
 
 
 @fault(3, "processes")
+async def an_asyncio_worker_cancelled(site, dice):
+    # The first one has been there for long enough to listen for the signal.
+    site.of("worker")[1].signal(signal.SIGUSR1)
+
+
+@fault(3, "processes")
 async def a_worker_paused_past_its_lease(site, dice):
     process = dice.choice(site.of("worker"))
     process.signal(signal.SIGSTOP)

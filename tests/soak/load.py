@@ -6,6 +6,7 @@ is stored.
 """
 
 import asyncio
+import collections
 import contextlib
 import random
 import uuid
@@ -19,6 +20,7 @@ from ff_fast import (
     PendingWaitpoint,
     StreamFrame,
     SummaryView,
+    TailVisibility,
     UsageDimensions,
     WaitpointHmac,
     keys,
@@ -35,21 +37,31 @@ from ff_fast.types import CancelFlowWait
 
 from ..shells import KINDS, Shell
 from ..waiting import wait_until_async
-from .account import DONE, UNKNOWN, outcome_of
+from .account import DONE, NOT_APPLIED, UNKNOWN, outcome_of
 from .child import LEASE_MS, PATIENT, RETENTION_S
 from .job import draw
 from .site import LANES, PARTITIONS
 
 TERMINAL = ("completed", "failed", "cancelled", "expired")
+LONG_LEASE_MS = 3_600_000
 READERS = 12
 """Most tails at a time."""
 
 
 class Read(NamedTuple):
-    """What a reader brought of one attempt, and the document that it folded unless it began late or met a gap."""
+    """What a reader brought of one attempt.
+
+    Attributes:
+        attempt: The attempt.
+        whole: Whether it began at the beginning.
+        hidden: Whether it left out best-effort frames.
+        items: All that it got.
+        document: The document that it folded; None if it met a gap.
+    """
 
     attempt: int
     whole: bool
+    hidden: bool
     items: list
     document: bytes | None
 
@@ -69,7 +81,8 @@ class Load:
         self.stopping = False
         """No new executions; those that are there go on."""
         self.draining = False
-        """The callers of the lane ``hand`` end all that is left there."""
+        """Nothing is broken any more. The callers of the lane ``hand`` end all that is left there, under leases that would
+        outlive the soak if a cancelled claim kept one."""
         self.over = False
 
     # -- its life ------------------------------------------------------------------------------------------------
@@ -79,7 +92,7 @@ class Load:
         for backend in reading:
             for after in (None, "start"):
                 name = f"subscriber {backend.kind} from {after}"
-                self.account.completions[name] = {}
+                self.account.completions[name] = collections.Counter()
                 dice = self._own_dice(backend.kind, str(after))
                 self._spawn(name, self._subscribe, backend, name, after, dice)
         # Nothing has ended before their first reads, so all of them are told of everything.
@@ -210,7 +223,7 @@ class Load:
         while not self.stopping:
             await asyncio.sleep(dice.uniform(0.5, 3))
             running = [
-                e for e in self.account.executions.values() if not e.ended and e.job is not None
+                e for e in self.account.executions.values() if not e.told and e.job is not None
             ]
             if running:
                 execution = dice.choice(running)
@@ -247,8 +260,6 @@ class Load:
         while not self.over:
             for each in await self._next_batch(backend, completions, dice):
                 self.account.completed(name, each)
-                if each.execution_id in self.account.executions:
-                    self.account.executions[each.execution_id].ended = True
             if completions.cursor is not None and dice.random() < 0.1:
                 await _close(backend, completions)
                 completions = backend.wrapped.subscribe_completions(after=completions.cursor)
@@ -313,9 +324,11 @@ class Load:
         if dice.random() < 0.3:
             document = await self._repeated(lambda: backend.read_summary(eid, attempt))
         view = SummaryView(document)
+        hidden = dice.random() < 0.2
+        options = {"visibility": TailVisibility.EXCLUDE_BEST_EFFORT} if hidden else {}
         items, cursor = [], None if document is None else document.cursor
         while not self.over:
-            tail = backend.wrapped.tail(eid, attempt, after=cursor)
+            tail = backend.wrapped.tail(eid, attempt, after=cursor, **options)
             turns = dice.choice((3, 10, 1 << 60))
             while turns and not tail.ended and not self.over:
                 turns -= 1
@@ -327,7 +340,8 @@ class Load:
             await _close(backend, tail)
             if ended:
                 break
-        return Read(attempt, document is None, items, None if view is None else view.document_json)
+        folded = None if view is None else view.document_json
+        return Read(attempt, document is None, hidden, items, folded)
 
     # -- callers -------------------------------------------------------------------------------------------------
 
@@ -347,7 +361,7 @@ class Load:
 
     async def _perhaps_cancelled(self, backend, dice, call):
         """Await a call; in asyncio sometimes only for a moment."""
-        if backend.kind == "sync" or self.draining or dice.random() < 0.6:
+        if backend.kind == "sync" or dice.random() < 0.6:
             return await call
         self.account.injected["calls cancelled"] += 1
         return await asyncio.wait_for(call, dice.uniform(0, 0.01))
@@ -358,17 +372,33 @@ class Load:
                 await asyncio.sleep(dice.uniform(0.05, 0.3))
                 eid = keys.new_execution_id(PARTITIONS)
                 await self._created(backend, eid, LANES[1], None)
-            claim = backend.claim(lane=LANES[1], worker_id="hand", lease_ttl_ms=LEASE_MS)
-            try:
-                handle = await self._perhaps_cancelled(backend, dice, claim)
-            except (FFError, TimeoutError) as error:
-                self.account.counts[f"claim {outcome_of(error)}"] += 1
-                handle = None
+            handle = await self._claim(backend, dice)
             if handle is None:
                 await asyncio.sleep(dice.uniform(0.05, 0.3))
-                continue
+            else:
+                await self._attend(backend, dice, handle)
+
+    async def _claim(self, backend, dice):
+        """Claim an execution. Nobody may hold one by a claim that said that there was none, or that failed for sure."""
+        instance = keys.new_uuid()
+        claim = backend.claim(
+            lane=LANES[1],
+            worker_instance_id=instance,
+            lease_ttl_ms=LONG_LEASE_MS if self.draining else LEASE_MS,
+        )
+        try:
+            handle = await self._perhaps_cancelled(backend, dice, claim)
+        except (FFError, TimeoutError) as error:
+            outcome = outcome_of(error)
+            self.account.counts[f"claim {outcome}"] += 1
+            if outcome == NOT_APPLIED:
+                self.account.refused_claims[instance] = error.code
+            return None
+        if handle is None:
+            self.account.refused_claims[instance] = "no work"
+        else:
             self.account.counts["claim done"] += 1
-            await self._attend(backend, dice, handle)
+        return handle
 
     async def _attend(self, backend, dice, handle):
         """Work on a claimed execution as somebody who gives up easily."""

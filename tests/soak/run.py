@@ -103,7 +103,7 @@ class _Soak:
         loop.set_exception_handler(
             lambda _, context: self.account.violation(f"the loop: {context}")
         )
-        site = Site(self.account.folder, self.account)
+        self.site = site = Site(self.account.folder, self.account)
         try:
             # Past every proxy: what it sees is what is stored.
             async with await self._connected(site) as self.looking:
@@ -180,9 +180,10 @@ class _Soak:
 
     async def _verify(self, known):
         known.verified = True
-        for text in await check.execution(self.looking, self.account, known):
+        for text in await check.execution(self.site, self.looking, self.account, known):
             self.account.violation(f"{known.eid}: {text}")
         known.reads.clear()
+        known.said.clear()
 
     async def _verify_ended(self):
         """Verify executions soon after their end, since they are kept for a while only."""
@@ -191,7 +192,7 @@ class _Soak:
             await asyncio.sleep(0.5)
             now = time.monotonic()
             for known in list(self.account.executions.values()):
-                if known.verified or not known.ended:
+                if known.verified or not known.told:
                     continue
                 since = ended_at.setdefault(known.eid, now)
                 if now - since > SETTLED_S and not known.busy:
