@@ -126,6 +126,11 @@ class ChaosProxy:
             for pair in self._pairs:
                 pair.deaf = True
 
+    def lead_to(self, target):
+        """Pass new connections to *target*, and cut those to the old one."""
+        self._target = target
+        self.cut_all()
+
     def cut_all(self, how="rst"):
         with self._lock:
             pairs = list(self._pairs)

@@ -15,6 +15,7 @@ from ff_fast.embedded import EmbeddedServer
 from .. import waiting
 from ..shells import KINDS, Shell
 from .chaos import ChaosProxy
+from .failover import Failover
 
 
 def descriptors():
@@ -72,6 +73,13 @@ def own_server():
 @pytest.fixture
 def proxy(server):
     with ChaosProxy(server.url) as running:
+        yield running
+
+
+@pytest.fixture
+def pair():
+    """A primary with a replica, and an address that moves to it."""
+    with Failover() as running:
         yield running
 
 
