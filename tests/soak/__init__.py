@@ -6,6 +6,7 @@
 - ``job`` is what an execution has to do, and every byte that it must leave behind.
 - ``child`` is the program of the workers and supervisors.
 - ``load`` creates executions, signals, cancels, reads, subscribes, and calls with limits that faults exceed.
+- ``failover`` is the one fault with servers of its own.
 - ``account`` keeps what was said: every call with its outcome, every acknowledged frame, every completion.
 - ``check`` holds what is stored against the account.
 """

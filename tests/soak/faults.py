@@ -16,6 +16,8 @@ import redis
 from ff_fast import _library
 
 from ..faults.chaos import DOWN, UP
+from ..shells import KINDS
+from . import failover
 from .child import LEASE_MS
 
 
@@ -198,6 +200,12 @@ async def the_library_replaced(site, dice):
     with site.raw() as raw:
         text = f"{_library.source()}\n-- {dice.random()}\n"
         raw.function_load(text, replace=True)
+
+
+@fault(2, "pair")
+async def a_failover(site, dice):
+    """Of a primary and a replica of its own, with a stream that goes on through it."""
+    await failover.run(site.account, dice, dice.choice(KINDS))
 
 
 # -- processes ----------------------------------------------------------------------------------------------------

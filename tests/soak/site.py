@@ -81,7 +81,9 @@ class Site:
         with ValkeyBackend.connect(f"{self.server.url}?partitions={PARTITIONS}"):
             pass
         self.proxies = {name: ChaosProxy(self.server.url) for name in ("work", "calls", "reads")}
-        self.turns = {name: asyncio.Lock() for name in ("server", *self.proxies, "processes")}
+        self.turns = {
+            name: asyncio.Lock() for name in ("server", *self.proxies, "processes", "pair")
+        }
         self.processes = []
         for role, count in (("worker", workers), ("supervisor", supervisors)):
             for i in range(count):
