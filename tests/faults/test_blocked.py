@@ -1,7 +1,5 @@
 """Whoever waits on the server when an administrator, a failover or a limit of the server breaks the wait."""
 
-import threading
-
 import pytest
 
 import ff_fast
@@ -12,7 +10,7 @@ from ff_fast.embedded import EmbeddedServer
 from ..conftest import PROMPT, connect_raw
 from ..server.readers import DURABLE, Reader, begin, sequences
 from ..server.workers import Subscription, Worker
-from ..shells import KINDS, config
+from ..shells import KINDS
 from ..waiting import wait_until
 from .chaos import DOWN, ChaosProxy
 
@@ -112,49 +110,6 @@ def test_an_idle_worker_goes_on(kind, how, own, raw, backend, lane, monkeypatch)
             eids.append(backend.create_execution(lane=lane))
             wait_until(lambda: len(ran) == len(eids))
     assert ran == eids
-
-
-def test_a_wait_may_be_longer_than_the_time_limit_of_calls(kind, own, raw, lane):
-    """The connections that wait are those that were opened first."""
-    with (
-        ChaosProxy(own.url) as proxy,
-        ff_fast.ValkeyBackend.connect(config(proxy.url, timeout=0.2)) as backend,
-    ):
-        attempt = begin(backend, lane)
-        reader = Reader(kind, config(proxy.url, timeout=0.2), attempt.eid)
-        tail = wait_blocked(raw, "xread")
-        wait = ff_fast.ClaimPolicy.with_max_wait(0.5)
-        assert backend.claim(lane=lane, policy=wait) is None
-        accepted = proxy.accepted
-        assert wait_blocked(raw, "xread")["id"] == tail["id"]
-        backend.complete(attempt.handle)
-        assert [item.reason for item in reader.result()] == ["attempt_success"]
-        assert proxy.accepted == accepted
-
-
-def test_a_slow_consumer_is_sent_no_more_than_it_takes(kind, own, raw, backend, lane):
-    """Of 24 MB it takes one frame; what the server has sent by then is one answer."""
-    attempt = begin(backend, lane)
-    with backend.open_writer(attempt.handle) as writer:
-        for _ in range(400):
-            writer.write(b"x" * 60_000, mode=DURABLE)
-            writer.drain()
-    taken, go = threading.Event(), threading.Event()
-
-    class Slow(Reader):
-        def take(self, item):
-            taken.set()
-            assert go.wait(10)
-            return super().take(item)
-
-    before = raw.info("stats")["total_net_output_bytes"]
-    reader = Slow(kind, own.url, attempt.eid)
-    assert taken.wait(10)
-    held = sum(int(client["omem"]) for client in raw.client_list())
-    assert raw.info("stats")["total_net_output_bytes"] - before + held < 4 << 20
-    go.set()
-    backend.complete(attempt.handle)
-    assert sequences(reader.result()) == list(range(1, 401))
 
 
 def test_a_reader_that_the_server_cuts_off_for_its_slowness_loses_nothing(kind, lane):
