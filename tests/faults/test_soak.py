@@ -4,21 +4,30 @@ import random
 
 import pytest
 
-from ..soak import job, plan
+from ..soak import job, plan, run
 from ..soak.__main__ import main
 from ..soak.faults import FAULTS
 
 WEIGHTS = {name: fault.weight for name, fault in FAULTS.items()}
 
 
+KINDS = ("all_connections_cut", "a_worker_killed", "functions_flushed")
+
+
 @pytest.mark.timeout(120)
-def test_a_short_soak_finds_nothing(capsys):
-    kinds = ("all_connections_cut", "a_worker_killed", "functions_flushed")
-    code = main(["--seconds", "1.5", "--seed", "5", "--every", "0.5", "--only", *kinds])
-    said = capsys.readouterr().out
-    assert code == 0, said
-    assert said.endswith("0 violations\n")
-    assert "calls cancelled" in said
+def test_a_short_soak_finds_nothing(monkeypatch):
+    monkeypatch.setattr(run, "WARM_S", 0.2)
+    monkeypatch.setattr(run, "SETTLED_S", 0.5)
+    settings = run.Settings(seconds=1.2, seed=5, kinds=KINDS, every=0.4, workers=3)
+    report = run.run(settings)
+    assert report.text().endswith("\n0 violations"), report.text()
+    assert report.account.injected.keys() == {*KINDS, "calls cancelled"}
+
+
+def test_a_command_that_names_no_kind_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--only", "luck"])
+    assert "luck" in capsys.readouterr().err
 
 
 def test_a_seed_repeats_the_schedule_and_every_kind_is_drawn():

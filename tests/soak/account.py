@@ -65,6 +65,8 @@ class Account:
         self.counts = collections.Counter()
         self.injected = collections.Counter()
         self.waitpoints = collections.deque()
+        self.began = set()
+        """Names of the processes that work."""
         self._began = time.monotonic()
         self._log = (folder / "events.log").open("w", buffering=1)
         self._read = {}
@@ -124,6 +126,8 @@ class Account:
         if what == "stored":
             known = self.executions[eid].acknowledged
             known[line["attempt"]] = max(known[line["attempt"]], line["sequence"])
+        elif what == "began":
+            self.began.add(process)
         elif what == "waitpoint":
             self.waitpoints.append(line)
         elif what == "complaint":

@@ -90,6 +90,7 @@ def work(kind, url, lane, teller):
     run = handler_for(kind, handler)
     if kind == "sync":
         with ff_fast.ValkeyBackend.connect(config(url, timeout=2.0)) as handler.backend:
+            teller.say("began")
             handler.backend.run_worker(run, **options)
         return
 
@@ -100,6 +101,7 @@ def work(kind, url, lane, teller):
             while True:
                 worker = asyncio.create_task(handler.backend.run_worker(run, **options))
                 loop.add_signal_handler(signal.SIGUSR1, worker.cancel)
+                teller.say("began")
                 await asyncio.wait({worker})
                 if not worker.cancelled():
                     return worker.result()
@@ -107,11 +109,12 @@ def work(kind, url, lane, teller):
     asyncio.run(main())
 
 
-def supervise(kind, url):
+def supervise(kind, url, teller):
     if kind == "sync":
         stop = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
         with ff_fast.ValkeyBackend.connect(config(url, timeout=2.0)) as backend:
+            teller.say("began")
             backend.supervise(interval=0.1, stop=stop)
         return
 
@@ -119,6 +122,7 @@ def supervise(kind, url):
         stop = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
         async with aio.ValkeyBackend.connect(config(url, timeout=2.0)) as backend:
+            teller.say("began")
             await backend.supervise(interval=0.1, stop=stop)
 
     asyncio.run(main())
@@ -131,7 +135,7 @@ def main(role, kind, url, lane, file):
             if role == "worker":
                 work(kind, url, lane, teller)
             else:
-                supervise(kind, url)
+                supervise(kind, url, teller)
         except FFError as error:
             # As a service manager does: a server that cannot be reached for long ends a process, which is started again.
             if not error.retryable:

@@ -44,6 +44,7 @@ class Settings(NamedTuple):
         kinds: Kinds of faults; None for all.
         every: Seconds between two faults on average.
         retention: Seconds that an ended execution is kept.
+        workers: Number of worker processes, at least three; the first of each shell is never killed.
         sizes: Whether to let everything expire and compare sizes.
     """
 
@@ -52,6 +53,7 @@ class Settings(NamedTuple):
     kinds: tuple[str, ...] | None = None
     every: float = 0.7
     retention: float = 180.0
+    workers: int = 4
     sizes: bool = True
 
 
@@ -103,7 +105,7 @@ class _Soak:
         loop.set_exception_handler(
             lambda _, context: self.account.violation(f"the loop: {context}")
         )
-        self.site = site = Site(self.account.folder, self.account)
+        self.site = site = Site(self.account.folder, self.account, workers=self.settings.workers)
         try:
             # Past every proxy: what it sees is what is stored.
             async with await self._connected(site) as self.looking:
@@ -119,6 +121,7 @@ class _Soak:
         own = _own_size()
         load = Load(site, account, settings.seed, settings.retention)
         await load.start()
+        await wait_until_async(self._processes_work, 60)
         await asyncio.sleep(min(WARM_S, settings.seconds))
         before = self._sizes(site)
         account.event(f"sizes {before}")
@@ -146,6 +149,9 @@ class _Soak:
         gc.collect()
         for text in check.sizes("this process", own, _own_size(), {"descriptors": 8, "tasks": 2}):
             account.violation(text)
+
+    async def _processes_work(self):
+        return self.account.began == {process.name for process in self.site.processes}
 
     # -- faults -------------------------------------------------------------------------------------------------
 

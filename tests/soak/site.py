@@ -74,7 +74,7 @@ class Site:
         turns: Locks by name. A fault holds that of what it breaks, so that two of them do not heal each other.
     """
 
-    def __init__(self, folder, account, *, workers=4, supervisors=2):
+    def __init__(self, folder, account, *, workers, supervisors=2):
         self.folder = folder
         self.account = account
         self.server = SteppedServer(appendonly=True, appendfsync="always", hz=100)
