@@ -85,6 +85,11 @@ class Account:
         self.injected[kind] += 1
         self.event(f"fault {kind} {detail}")
 
+    def warned(self, process, text):
+        """A process was warned, for instance that frames are lost whose error nobody has seen."""
+        self.counts["warnings"] += 1
+        self.event(f"{process} was warned: {text}")
+
     # -- executions -----------------------------------------------------------------------------------------
 
     def created(self, eid, job, outcome=DONE):
@@ -130,6 +135,8 @@ class Account:
             self.began.add(process)
         elif what == "waitpoint":
             self.waitpoints.append(line)
+        elif what == "warned":
+            self.warned(process, line["text"])
         elif what == "complaint":
             self.violation(f"{process}: {line['text']}")
 

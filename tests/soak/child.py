@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 
 import ff_fast
 from ff_fast import RetryPolicy, WaitpointKind, WaitpointSpec, aio
@@ -130,6 +131,7 @@ def supervise(kind, url, teller):
 
 def main(role, kind, url, lane, file):
     teller = Teller(file)
+    warnings.showwarning = lambda warning, *_: teller.say("warned", text=str(warning))
     while True:
         try:
             if role == "worker":

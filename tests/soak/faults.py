@@ -76,6 +76,12 @@ async def a_black_hole(site, dice, proxy):
         proxy.release()
 
 
+@fault(4, "proxy")
+async def connections_dead_in_silence(site, dice, proxy):
+    """What the present connections send is lost both ways, and they never end; new ones work."""
+    proxy.swallow()
+
+
 @fault(3, "proxy")
 async def a_slow_link(site, dice, proxy):
     proxy.chunk, proxy.delay = dice.choice(((64, 0.001), (1_000, 0.005), (1 << 16, 0.03)))

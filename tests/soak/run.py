@@ -8,6 +8,7 @@ import random
 import tempfile
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +87,10 @@ def run(settings, say=lambda text: None):
     account.event(f"{settings}")
     say(f"seed {settings.seed}, {settings.seconds:g} s; event log: {folder}/events.log")
     try:
-        asyncio.run(_Soak(settings, account, say).run())
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", RuntimeWarning)
+            warnings.showwarning = lambda warning, *_: account.warned("this process", warning)
+            asyncio.run(_Soak(settings, account, say).run())
     finally:
         account.close()
     return Report(settings, account, folder)
