@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import random
 import re
 import signal
 import threading
@@ -102,31 +101,6 @@ async def test_killed_by_force_with_a_log_loses_nothing(shell, lane):
             await writer.flush(20)
             await writer.close()
         stored_once(server.url, eid, [b"%d" % i for i in range(400)])
-
-
-async def test_of_a_call_in_the_torn_end_of_the_log_nothing_is_left(shell, lane, seed):
-    dice = random.Random(seed)
-    with EmbeddedServer(appendonly=True, appendfsync="always") as server:
-        (log,) = server.directory.glob("appendonlydir/*.incr.aof")
-        async with await shell.connect(server.url) as backend:
-            for share in (0.0, dice.random(), 1.0):
-                eid, handle = await claimed(backend, lane)
-                await backend.append_frame(handle, ff_fast.Frame(b"1", ff_fast.FrameKind.EVENT))
-                before = log.stat().st_size
-                # Two of its effects: the end of the stream, and that of the execution.
-                await backend.complete(handle, b"lost")
-                after = log.stat().st_size
-                os.kill(server.pid, signal.SIGKILL)
-                # At least one byte is there, and at least one is not.
-                os.truncate(log, before + 1 + int(share * (after - before - 2)))
-                await asyncio.to_thread(server.restart)
-                assert (await backend.describe(eid)).state == "active"
-                stream = await backend.describe_stream(eid)
-                assert (stream.frame_count, stream.closed_reason) == (1, None)
-                # The worker's repeat ends it, as if it had never been called.
-                await backend.complete(handle, b"answer")
-                assert await backend.read_result(eid) == b"answer"
-        stored_once(server.url, eid, [b"1"])
 
 
 async def test_a_restart_without_a_log_is_never_a_silent_start_from_the_beginning(
