@@ -7,7 +7,7 @@ import re
 from ff_fast import End, Gap, StreamFrame, keys
 from ff_fast.errors import AttemptNotFound, ExecutionNotFound
 
-from .account import DONE, NOT_APPLIED, UNKNOWN
+from .account import DONE, NOT_APPLIED
 from .job import frame
 from .load import TERMINAL
 from .site import LANES, PARTITIONS
@@ -229,6 +229,3 @@ async def ended(backend, account):
             left.append((known, f"{said}, {found.worker_instance_id}: {found.failure_reason}"))
         await asyncio.sleep(0)
     return left
-
-
-__all__ = ["UNKNOWN", "completions", "ended", "execution", "indexes", "sizes"]

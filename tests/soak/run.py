@@ -6,12 +6,13 @@ import gc
 import os
 import random
 import tempfile
-import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+import redis
 
 from ff_fast import aio
 from ff_fast.errors import FFError
@@ -101,7 +102,6 @@ class _Soak:
         self.settings = settings
         self.account = account
         self.say = say
-        self.threads = threading.active_count()
 
     async def run(self):
         loop = asyncio.get_running_loop()
@@ -112,13 +112,10 @@ class _Soak:
         self.site = site = Site(self.account.folder, self.account, workers=self.settings.workers)
         try:
             # Past every proxy: what it sees is what is stored.
-            async with await self._connected(site) as self.looking:
+            async with aio.ValkeyBackend.connect(site.server.url) as self.looking:
                 await self._soak(site)
         finally:
             site.close()
-
-    async def _connected(self, site):
-        return await aio.ValkeyBackend.connect(site.server.url)
 
     async def _soak(self, site):
         settings, account = self.settings, self.account
@@ -138,7 +135,8 @@ class _Soak:
         await self._drain(load)
         account.event("drained")
         verifying.cancel()
-        await asyncio.gather(verifying, return_exceptions=True)
+        with contextlib.suppress(asyncio.CancelledError):
+            await verifying
         for known in list(account.executions.values()):
             if not known.verified:
                 await self._verify(known)
@@ -189,8 +187,9 @@ class _Soak:
     # -- what is stored -------------------------------------------------------------------------------------------
 
     async def _verify(self, known):
+        wrong = await check.execution(self.site, self.looking, self.account, known)
         known.verified = True
-        for text in await check.execution(self.site, self.looking, self.account, known):
+        for text in wrong:
             self.account.violation(f"{known.eid}: {text}")
         known.reads.clear()
         known.said.clear()
@@ -206,11 +205,9 @@ class _Soak:
                     continue
                 since = ended_at.setdefault(known.eid, now)
                 if now - since > SETTLED_S and not known.busy:
-                    try:
+                    # A fault may be in the way; then it is looked at again.
+                    with contextlib.suppress(FFError, redis.RedisError):
                         await self._verify(known)
-                    except FFError:
-                        known.verified = False
-                    else:
                         del ended_at[known.eid]
 
     async def _drain(self, load):
