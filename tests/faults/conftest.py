@@ -89,12 +89,3 @@ def seed(request):
     chosen = int(os.environ.get("FF_FAST_SEED", "0")) or int.from_bytes(os.urandom(4), "big")
     print(f"FF_FAST_SEED={chosen}")
     return chosen
-
-
-def pytest_collection_modifyitems(config, items):
-    """Soak tests run when they are asked for."""
-    if "soak" not in config.option.markexpr:
-        soaking = [item for item in items if item.get_closest_marker("soak")]
-        if soaking:
-            config.hook.pytest_deselected(items=soaking)
-            items[:] = [item for item in items if not item.get_closest_marker("soak")]

@@ -294,9 +294,37 @@ async def test_a_busy_server(shell, own_server, broken, lane):
     stored_once(own_server.url, eid, [b"1"])
 
 
-def _run_for_ever(client):
+async def test_a_script_that_cannot_be_killed_ends_with_its_server(shell, lane):
+    """It has written, so only an end of the server ends it. Ours are bounded; this one is a stranger's."""
+    with EmbeddedServer(appendonly=True, appendfsync="always", busy_reply_threshold=20) as server:
+        async with (
+            await shell.connect(server.url, retries=2, factor=1) as hasty,
+            await shell.connect(server.url) as backend,
+        ):
+            eid, handle = await claimed(backend, lane)
+            writer = await backend.open_writer(handle)
+            with connect_raw(server.url) as raw, connect_raw(server.url) as blocked:
+                program = "redis.call('set', KEYS[1], 1) while true do end"
+                running = threading.Thread(target=_run_for_ever, args=(blocked, program, 1, "own"))
+                running.start()
+                await wait_until_async(lambda: _true(_is_busy(raw)))
+                with pytest.raises(redis.ResponseError, match="UNKILLABLE"):
+                    raw.script_kill()
+                with pytest.raises(ServerBusy) as caught:
+                    await hasty.renew(handle)
+                assert caught.value.outcome is Outcome.NOT_APPLIED
+                writer.write(b"1")
+                os.kill(server.pid, signal.SIGKILL)
+                running.join()
+            await asyncio.to_thread(server.restart)
+            await writer.flush(10)
+            await writer.close()
+        stored_once(server.url, eid, [b"1"])
+
+
+def _run_for_ever(client, program="while true do end", *keys):
     with contextlib.suppress(Exception):
-        client.eval("while true do end", 0)
+        client.eval(program, *(keys or (0,)))
 
 
 def _is_busy(client):

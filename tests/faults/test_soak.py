@@ -1,57 +1,49 @@
-"""Minutes of everything at once, with a seed: ``pytest -m soak tests/faults``."""
+"""The soak itself: a few seconds of it, and what its parts decide without a server."""
 
-import asyncio
-import os
 import random
-import signal
-import time
 
 import pytest
 
-from ff_fast.embedded import EmbeddedServer
+from ..soak import job, plan, run
+from ..soak.__main__ import main
+from ..soak.faults import FAULTS
 
-from .chaos import DOWN, UP, ChaosProxy
-from .stored import claimed, stored_once
-from .test_cuts import MODES, payloads_of
-
-SECONDS = float(os.environ.get("FF_FAST_SOAK_SECONDS", "120"))
+WEIGHTS = {name: fault.weight for name, fault in FAULTS.items()}
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(SECONDS * 3 + 60)
-async def test_streams_through_cuts_holds_and_killed_servers(shell, lane, seed):
-    dice = random.Random(seed)
-    with (
-        EmbeddedServer(appendonly=True, appendfsync="always") as server,
-        ChaosProxy(server.url) as proxy,
-    ):
-        async with await shell.connect(proxy.url) as backend:
-            until = time.monotonic() + SECONDS
-            while time.monotonic() < until:
-                proxy.cut_by(())
-                streams = []
-                for name, mode in MODES.items():
-                    eid, handle = await claimed(backend, f"{lane}-{name}")
-                    writer = await backend.open_writer(handle, retention_maxlen=20_000)
-                    streams.append((eid, mode, payloads_of(name, 3_000), writer))
-                for i in range(0, 3_000, 50):
-                    for _, mode, payloads, writer in streams:
-                        for payload in payloads[i : i + 50]:
-                            writer.write(payload, mode=mode)
-                    what = dice.randrange(20)
-                    if what < 4:
-                        proxy.cut_after(dice.choice([UP, DOWN]), dice.randrange(1, 5_000))
-                    elif what < 6:
-                        proxy.cut_all(dice.choice(["rst", "fin"]))
-                    elif what == 6:
-                        os.kill(server.pid, signal.SIGKILL)
-                        await asyncio.to_thread(server.restart)
-                    elif what == 7:
-                        proxy.hold(dice.choice([UP, DOWN]))
-                        await asyncio.sleep(dice.random() / 5)
-                        proxy.release()
-                    await asyncio.sleep(0)
-                for eid, _, payloads, writer in streams:
-                    await writer.flush(60)
-                    await writer.close()
-                    stored_once(server.url, eid, payloads)
+KINDS = ("all_connections_cut", "a_worker_killed", "functions_flushed")
+
+
+@pytest.mark.timeout(240)
+def test_a_short_soak_finds_nothing(monkeypatch):
+    monkeypatch.setattr(run, "WARM_S", 0.2)
+    monkeypatch.setattr(run, "SETTLED_S", 0.5)
+    settings = run.Settings(seconds=1.2, seed=19, kinds=KINDS, every=0.4, workers=3)
+    report = run.run(settings)
+    assert report.text().endswith("\n0 violations"), report.text()
+    assert report.account.injected.keys() == {*KINDS, "calls cancelled"}
+
+
+def test_a_command_that_names_no_kind_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--only", "luck"])
+    assert "luck" in capsys.readouterr().err
+
+
+def test_a_seed_repeats_the_schedule_and_every_kind_is_drawn():
+    first = plan.schedule(7, 3_600, WEIGHTS)
+    assert first == plan.schedule(7, 3_600, WEIGHTS)
+    assert first != plan.schedule(8, 3_600, WEIGHTS)
+    assert {planned.kind for planned in first} == FAULTS.keys()
+    assert all(0 < planned.at < 3_600 for planned in first)
+
+
+def test_a_job_is_its_payload_and_names_every_frame():
+    dice = random.Random(1)
+    for _ in range(200):
+        drawn = job.draw(dice)
+        assert job.Job.load(drawn.dump()) == drawn
+        assert drawn.length == sum(burst.frames for burst in drawn.bursts)
+        assert drawn.burst_of(1) == drawn.bursts[0]
+        assert drawn.burst_of(drawn.length) == drawn.bursts[-1]
+        assert drawn.burst_of(drawn.length + 1) is None
