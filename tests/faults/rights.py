@@ -393,6 +393,9 @@ class Life:
         worker.progress(handle, 40, "reading")
         worker.complete(handle, b"answer")
         worker.complete(handle, b"answer")
+        # The first finds a partition that had work, and forgets it.
+        assert worker.claim(lane="a") is None
+        assert worker.claim(lane="a") is None
         # Of an ended execution: its tags expire with it.
         self.by("ff_producer").set_tags(eid, {"app.z": "3"})
         return eid
@@ -431,7 +434,6 @@ class Life:
         self._raw.delete(keys.ready("c"))
         with contextlib.suppress(AssertionError):
             self.claimed("c")
-        assert self.by("ff_worker").claim(lane="c") is None
         late = self.created(lane="late", delay=60)
         assert self.by("ff_worker").claim(lane="late", capabilities=GPU, **WAITING) is None
         self.supervised(late, "delay", scope=ScannerFilter(instance_tag=("app.none", "x")))
