@@ -313,17 +313,13 @@ class Pool:
 
     async def _run(self, call: Call[T], *, until: float = float("inf")) -> T:
         """Make a call that is of no use after *until*, in monotonic time; retry as configuration and call allow."""
-        retries = Retries(self.config.retry, repeatable=call.repeatable, writes=call.writes)
+        retries = Retries(self.config.retry, writes=call.writes)
         missing = False
         while True:
             if call.when_closed:
                 self._check_loop()
             else:
                 self._check()
-            if not call.repeatable:
-                # Yield twice so that a pending EOF is seen before a call that must not be repeated is sent.
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
             try:
                 if missing:
                     await self._prepare(await self._shared.connected())

@@ -92,7 +92,6 @@ class Call(NamedTuple, Generic[T]):
 
     Attributes:
         steps: Makes the steps; called again for every attempt.
-        repeatable: Sending the call again after a lost reply gives the same outcome.
         writes: The call changes something on the server.
         own_connection: The call blocks on the server, or takes long, and needs a connection of its own.
         released_lease: Returns the id of the lease that the call has released, given its result; None if the lease
@@ -103,7 +102,6 @@ class Call(NamedTuple, Generic[T]):
     """
 
     steps: Callable[[], Steps[T]]
-    repeatable: bool = True
     writes: bool = True
     own_connection: bool = False
     released_lease: Callable[[T], str | None] = lambda value: None
@@ -123,13 +121,13 @@ class StopEvent(Protocol):
 
 
 def _call(op: ops.Op[T]) -> Call[T]:
-    return Call(lambda: ops.call(op), op.repeatable, writes=not op.read_only)
+    return Call(lambda: ops.call(op), writes=not op.read_only)
 
 
 def _hinted(op: ops.Op[tuple[T, ops.Hints]], execution_id: str) -> Call[T]:
     """Return a call that may make executions claimable, with the hints that it publishes."""
     partition = keys.partition_index(execution_id)
-    return Call(lambda: ready.with_hints(op, partition), op.repeatable)
+    return Call(lambda: ready.with_hints(op, partition))
 
 
 def _releasing(

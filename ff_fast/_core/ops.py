@@ -67,7 +67,6 @@ class Op(NamedTuple, Generic[T]):
         argv: Its arguments.
         parse: Makes the caller's value from the status and the fields of a success.
         read_only: The function is ``no-writes``, so a replica may answer.
-        repeatable: Sending it again after a lost reply gives the same outcome.
         large: The answer may be large (see `Step`).
     """
 
@@ -76,7 +75,6 @@ class Op(NamedTuple, Generic[T]):
     argv: tuple[bytes, ...]
     parse: Callable[[bytes, list[object]], T]
     read_only: bool = False
-    repeatable: bool = True
     large: bool = False
 
     def command(self) -> Command:

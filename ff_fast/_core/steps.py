@@ -126,9 +126,10 @@ def backoff(retry: BackendRetry) -> Iterator[float]:
 class Retries:
     """Decides whether a failed call is retried, and after which pause; knows whether a try may have been applied.
 
+    Every call may be sent again when its outcome is unknown: a repeat gives the same outcome.
+
     Args:
         retry: Number and length of the pauses; 0 retries never.
-        repeatable: Sending the call again gives the same outcome, so it may be retried when its outcome is unknown.
         writes: The call changes something, so a try may have been applied.
         retry_timeouts: Also retry after ``DeadlineExceeded``. Off by default: the caller has used up its time, unless
             the connection had died in silence, which a second try on a new connection finds out.
@@ -138,7 +139,6 @@ class Retries:
         "_doubtful",
         "_loaded",
         "_pauses",
-        "_repeatable",
         "_retry",
         "_retry_timeouts",
         "_sent_again",
@@ -149,12 +149,10 @@ class Retries:
         self,
         retry: BackendRetry,
         *,
-        repeatable: bool = True,
         writes: bool = True,
         retry_timeouts: bool = False,
     ) -> None:
         self._retry = retry
-        self._repeatable = repeatable
         self._writes = writes
         self._retry_timeouts = retry_timeouts
         self._pauses: Iterator[float] | None = None
@@ -173,8 +171,6 @@ class Retries:
         if not error.retryable:
             return None
         if error.outcome is Outcome.UNKNOWN:
-            if not self._repeatable:
-                return None
             self._doubtful = self._writes
         if isinstance(error, DeadlineExceeded) and not self._retry_timeouts:
             if self._sent_again or not error.silent:

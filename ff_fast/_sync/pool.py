@@ -146,7 +146,7 @@ class Pool:
 
     def _run(self, call: Call[T], *, until: float = float("inf")) -> T:
         """Make a call; retry as the configuration and the call allow, but not after *until*, in monotonic time."""
-        retries = Retries(self.config.retry, repeatable=call.repeatable, writes=call.writes)
+        retries = Retries(self.config.retry, writes=call.writes)
         missing = False
         while True:
             try:

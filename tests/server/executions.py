@@ -175,7 +175,7 @@ class World:
 
     def call(self, op):
         """Send one call of a Lua function, past the checks of the public operation."""
-        return self.backend._run(Call(lambda: ops.call(op), op.repeatable))
+        return self.backend._run(Call(lambda: ops.call(op)))
 
     def round(self, scope=None):
         """One round of a supervisor; of one that looks after this world alone, if no scope is named."""

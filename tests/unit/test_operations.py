@@ -524,15 +524,6 @@ def test_an_id_that_is_made_is_in_the_right_partition(arguments, slot_tag):
 # -- what the shell is told about a call ------------------------------------------------------------------------------------
 
 
-def test_every_call_may_be_sent_again():
-    once = [
-        name
-        for name, (good, _) in REFUSALS.items()
-        if not getattr(getattr(operations, name)(ON, **good), "repeatable", True)
-    ]
-    assert once == []
-
-
 def test_what_blocks_or_takes_long_has_a_connection_of_its_own():
     assert not operations.claim(ON).own_connection
     assert operations.claim(ON, policy=ClaimPolicy.with_max_wait(0)).own_connection

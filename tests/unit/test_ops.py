@@ -522,10 +522,6 @@ def test_the_request_is_the_call(subtests):
             assert rest == [*op.keys, *op.argv]
 
 
-def test_every_call_may_be_repeated():
-    assert [name for name, (op, _, _) in CALLS.items() if not op.repeatable] == []
-
-
 @pytest.mark.parametrize(
     "mode, names, letter",
     [

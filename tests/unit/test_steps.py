@@ -71,8 +71,6 @@ RETRIED = {
     "as often as it is configured": ({}, [AWAY] * 4, [10, 20, 40, None]),
     "nothing that is refused": ({}, [REFUSED], [None]),
     "what may have been applied": ({}, [UNKNOWN], [10]),
-    "what may have been applied, if once is too often": ({"repeatable": False}, [UNKNOWN], [None]),
-    "what was not applied, if once is too often": ({"repeatable": False}, [AWAY], [10]),
     "no caller that has used up its time": ({}, [LATE], [None]),
     "a reader that has a time of its own": ({"retry_timeouts": True}, [LATE, AWAY], [10, 20]),
     "at once behind a library that was loaded": ({}, [MISSING, AWAY], [0, 10]),
