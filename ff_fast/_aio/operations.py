@@ -152,8 +152,7 @@ class Operations(Pool):
             writer = self._writers.get(request.lease_id)
             if writer is None or isinstance(writer._failure, WriterClosed):
                 writer = await self._open_writer(request.opening())
-                self._frame_writers.drop_lapsed()
-                self._frame_writers[request.lease_id] = writer
+                self._frame_writers.opened(writer, request.lease_s)
         try:
             writer.write_frame(request.frame)
             outcome = await writer.flush(request.timeout)

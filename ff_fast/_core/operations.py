@@ -1146,10 +1146,11 @@ def _implicit_writer(on: Deployment, handle: Handle) -> WriterRequest:
 
 
 class FrameRequest(NamedTuple):
-    """Checked arguments of `append_frame`, and what opens its writer; *timeout* is in seconds."""
+    """Checked arguments of `append_frame`, and what opens its writer; *lease_s* and *timeout* are in seconds."""
 
     opening: Callable[[], WriterRequest]
     lease_id: str
+    lease_s: float
     frame: Frame
     timeout: float | None
 
@@ -1174,10 +1175,14 @@ def append_frame(
         SequenceGap: ``frame.seq`` is beyond the next sequence, or before this writer's first.
         FFError: As `Writer.write` and `Writer.flush`.
     """
-    lease_id = _attempt(handle).fields.lease_id
+    lease = _attempt(handle).fields
     opening = partial(_implicit_writer, on, handle)
     return FrameRequest(
-        opening, lease_id, _checked("frame", frame, Frame), writers.timeout_s(timeout)
+        opening,
+        lease.lease_id,
+        lease.lease_ttl_ms / 1000,
+        _checked("frame", frame, Frame),
+        writers.timeout_s(timeout),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import contextlib
 
 MAX_PLACES = 16_384
 """Leases that a backend remembers at most; for one that was forgotten, an end is sent without the last frame."""
@@ -42,7 +42,7 @@ class Places:
 
     def __init__(self) -> None:
         # Single calls in C change it, so threads need no lock.
-        self._places: OrderedDict[str, Place] = OrderedDict()
+        self._places: dict[str, Place] = {}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -51,7 +51,9 @@ class Places:
         """Return the place of a lease that a writer is opened under."""
         place = self._places.setdefault(lease_id, Place())
         if len(self._places) > MAX_PLACES:
-            self._places.popitem(last=False)
+            # Another thread may change it meanwhile, and forgets the oldest then.
+            with contextlib.suppress(RuntimeError):
+                self._places.pop(next(iter(self._places)), None)
         return place
 
     def last_id(self, lease_id: str, last_sequence: int | None = None) -> bytes:

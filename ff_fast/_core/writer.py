@@ -137,6 +137,9 @@ def continue_writer(
 class SharedWriter(WriterCore):
     """A writer core made from its state."""
 
+    # When the lease lapses as far as this process knows, in monotonic time: set for writers behind `append_frame`.
+    _lease_until = 0.0
+
     def __init__(self, state: WriterState) -> None:
         self._places = state.places
         self._lease_id = state.attempt.fields.lease_id
@@ -152,8 +155,6 @@ class SharedWriter(WriterCore):
             linger_ms=state.options.linger_ms,
             max_payload_bytes=state.options.max_payload_bytes,
         )
-        # When the lease lapses as far as this process knows, in monotonic time.
-        self._lease_until = time.monotonic() + state.attempt.fields.lease_ttl_ms / 1000
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
         # After drain() one frame of maximum size always fits.
@@ -234,6 +235,12 @@ class FrameWriters(dict[str, W]):
         super().__init__()
         self._open_writers = open_writers
         self._look_at = 0.0
+
+    def opened(self, writer: W, lease_s: float) -> None:
+        """Keep a writer that was opened for a frame, under a lease of that length."""
+        self.drop_lapsed()
+        writer._lease_until = time.monotonic() + lease_s
+        self[writer._lease_id] = writer
 
     def failed(self, writer: W) -> None:
         """Drop a failed writer, so that the next frame opens another, or learns why it cannot."""

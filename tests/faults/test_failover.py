@@ -75,7 +75,7 @@ async def ended(backend, eid, handle, outcome="attempt_failure"):
     return [item for item in items if isinstance(item, StreamFrame)]
 
 
-# -- F3: what was acknowledged and is lost is never a success ----------------------------------------------------------
+# -- what was acknowledged and is lost is never a success ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["durable", "best_effort"])
@@ -314,7 +314,7 @@ def test_the_attempt_of_a_worker_fails_where_its_frames_are_lost(kind, server, r
         assert backend.describe(eid).failure_reason.startswith("SequenceGap: ")
 
 
-# -- F4: a reader whose frames were replaced is told, and gets the others ----------------------------------------------
+# -- a reader whose frames were replaced is told, and gets the others ----------------------------------------------
 
 
 async def rewrite(pair, backend, lane, mode, between=None):
@@ -475,7 +475,7 @@ async def test_entries_of_another_program_hide_no_rewrite(shell, server, raw, la
         assert [frame.sequence for frame in page] == list(range(1, 13))
 
 
-# -- C1: a cursor of another attempt, or of another execution ----------------------------------------------------------
+# -- a cursor of another attempt, or of another execution ----------------------------------------------------------
 
 
 async def two_attempts(backend, lane, mode, old=10, new=4):
@@ -562,7 +562,7 @@ async def test_a_view_is_told_that_its_document_is_another_one(how, shell, serve
         assert view.document_json == stored.document_json
 
 
-# -- F11: who has lost the claim is told so ----------------------------------------------------------------------------
+# -- who has lost the claim is told so ----------------------------------------------------------------------------
 
 
 async def test_a_lost_claim_is_no_other_worker(shell, server, raw, lane):

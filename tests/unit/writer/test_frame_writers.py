@@ -21,14 +21,14 @@ def clock(monkeypatch):
     return now
 
 
-def opened(lease, ttl_ms=30_000):
+def opened(lease):
     handle = Handle.encode(
         execution_id="{fp:1}:550e8400-e29b-41d4-a716-446655440000",
         attempt_index=0,
         attempt_id="attempt-1",
         lease_id=lease,
         lease_epoch=1,
-        lease_ttl_ms=ttl_ms,
+        lease_ttl_ms=30_000,
         lane_id="lane",
         worker_instance_id="w-1",
     )
@@ -37,10 +37,11 @@ def opened(lease, ttl_ms=30_000):
     return SharedWriter(state)
 
 
-def kept(*writers):
-    open_writers = {writer._lease_id: writer for writer in writers}
-    found = FrameWriters(open_writers)
-    found.update(open_writers)
+def kept(*writers, lease_s=(30, 30)):
+    found = FrameWriters({writer._lease_id: writer for writer in writers})
+    for writer, each in zip(writers, lease_s, strict=False):
+        found.opened(writer, each)
+    found._look_at = 0.0
     return found
 
 
@@ -48,7 +49,7 @@ A, B = "550e8400-e29b-41d4-a716-44665544000a", "550e8400-e29b-41d4-a716-44665544
 
 
 def test_a_writer_goes_when_its_lease_has_lapsed_and_not_before(clock):
-    writers = kept(opened(A, 30_000), opened(B, 90_000))
+    writers = kept(opened(A), opened(B), lease_s=(30, 90))
     clock.s += 30
     writers.drop_lapsed()
     assert set(writers) == {A, B}
@@ -71,7 +72,7 @@ def test_a_renewed_lease_keeps_its_writer(clock):
 
 
 def test_a_stored_frame_says_how_long_the_lease_lasts(clock):
-    writer = opened(A, 1_000)
+    writer = opened(A)
     writers = kept(writer)
     writer.write(b"x")
     batch = writer._next_batch()
@@ -90,7 +91,7 @@ def test_a_stored_frame_says_how_long_the_lease_lasts(clock):
 
 
 def test_writers_are_looked_at_once_a_second(clock):
-    writers = kept(opened(A, 100), opened(B, 1_500))
+    writers = kept(opened(A), opened(B), lease_s=(0.1, 1.5))
     clock.s += 1
     writers.drop_lapsed()
     assert set(writers) == {B}
