@@ -37,7 +37,7 @@ keys::
     ff:part:{fp:N}:waitpoints                waitpoint_use       hash    how long secrets are needed
     ff:flow:{fp:N}:<flow>                    flow                hash    state of a flow
     ff:flow:{fp:N}:<flow>:members            flow_members        set     its executions
-    ff:flow:{fp:N}:<flow>:open               flow_open           set     those that have not ended
+    ff:flow:{fp:N}:<flow>:open               flow_open           zset    those that have not ended
     ff:budget:{b:<budget>}:limits            budget_limits       hash    hard and soft limits
     ff:budget:{b:<budget>}:usage             budget_usage        hash    dimension to amount
     ff:budget:{b:<budget>}:charges:<eid>     budget_charges      hash    the last reports of an execution
@@ -407,7 +407,7 @@ def flow_members(slot_tag: str, flow_id: str) -> bytes:
 
 
 def flow_open(slot_tag: str, flow_id: str) -> bytes:
-    """Set: executions of a flow that have not ended."""
+    """Sorted set: executions of a flow that have not ended, all with score 0."""
     return flow(slot_tag, flow_id) + b":open"
 
 

@@ -198,7 +198,9 @@ end)
 --   errors:  execution_not_found execution_not_claimable capability_mismatch invalid_input
 --
 -- Claims one execution by its id. With reclaim '1' an active execution whose lease has lapsed is taken over as well:
--- its old attempt ends as producer_lost, and a new one begins. A call whose lease is held grants it again.
+-- its old attempt ends as producer_lost, and a new one begins. Where that lapse was one too many, the status is ENDED, and
+-- the answer has the hints `(lane_id required_capabilities eligible_score)...` alone. A call whose lease is held grants
+-- it again.
 redis.register_function('ff_claim_execution', function(keys, args)
   local core_key = keys[1]
   local worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id, reclaim = unpack(args, 1, 6)
@@ -229,7 +231,7 @@ redis.register_function('ff_claim_execution', function(keys, args)
   if take_over then
     ff.lapse(execution)
     if execution.state ~= 'waiting' then
-      return ff.err('execution_not_claimable', execution.state)
+      return ff.with_hints(ff.reply('ENDED'), execution.hints)
     end
   end
   return ff.ok(unpack(grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)))

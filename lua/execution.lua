@@ -108,7 +108,7 @@ redis.register_function('ff_create_execution', function(keys, args)
   if #flow_id > 0 then
     local members_key = ff.key('flow_members', slot_tag, flow_id)
     call('SADD', members_key, execution_id)
-    call('SADD', ff.key('flow_open', slot_tag, flow_id), execution_id)
+    call('ZADD', ff.key('flow_open', slot_tag, flow_id), '0', execution_id)
     call('PERSIST', flow_key)
     call('PERSIST', members_key)
   end

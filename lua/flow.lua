@@ -36,7 +36,7 @@ redis.register_function('ff_cancel_flow', function(keys, args)
   if not state then
     return ff.err('flow_not_found')
   end
-  local open = call('SCARD', open_key)
+  local open = call('ZCARD', open_key)
   backlog_ms = ff.integer(backlog_ms)
   if not backlog_ms then
     return ff.err('invalid_input', 'backlog_ms')
@@ -60,7 +60,7 @@ end)
 local function cancel_member(core_key, open_key, member, policy, reason, now)
   local execution = ff.load(core_key, now)
   if not execution or ff.OUTCOMES[execution.state] then
-    redis.call('SREM', open_key, member)
+    redis.call('ZREM', open_key, member)
     return nil
   end
   if ff.flow_verdict(policy, execution.fields.interrupted, execution.state) ~= 'cancel' then
@@ -81,9 +81,10 @@ end
 -- Cancels up to `count` open members of a cancelled flow, as its policy says. `left` is 1 where more are to be
 -- cancelled, else 0. Members that the policy lets run are not counted. A flow that is gone has no members.
 --
--- The flow keeps the cursor of one walk through its open members, so the calls of all who cancel them look at each
+-- The flow keeps the place of one walk through its open members, so the calls of all who cancel them look at each
 -- member once: a flow that is cancelled gets no further ones, and a member that runs is cancelled where it would wait
--- again. A member with foreign data in its keys stays as it is.
+-- again. The place is a member, in the order of their ids: a cursor of SSCAN is of one process, and after a restart or a
+-- failover it would pass over others. A member with foreign data in its keys stays as it is.
 redis.register_function('ff_cancel_members', function(keys, args)
   local call = redis.call
   local flow_key, open_key, timers_key = unpack(keys, 1, 3)
@@ -92,20 +93,16 @@ redis.register_function('ff_cancel_members', function(keys, args)
   if not limit or limit < 1 then
     return ff.err('invalid_input', 'count')
   end
-  local flow_state, policy, reason, cursor = unpack(
-    call('HMGET', flow_key, 'state', 'cancel_policy', 'cancel_reason', 'cancel_cursor')
+  local flow_state, policy, reason, last = unpack(
+    call('HMGET', flow_key, 'state', 'cancel_policy', 'cancel_reason', 'last_looked_at')
   )
   local slot_tag, flow_id = string.match(flow_key, '^ff:flow:(%b{}):(.*)$')
   local cancelled, left, hints = 0, 0, {}
   ff.expect('timers', timers_key)
-  if flow_state == 'cancelled' and policy ~= 'flow_only' and cursor ~= 'end' then
+  if flow_state == 'cancelled' and policy ~= 'flow_only' then
     local now = ff.now_ms()
-    local page = call('SSCAN', open_key, string.match(cursor or '', '^%d+$') or '0', 'COUNT', limit)
-    for _, member in ipairs(page[2]) do
-      if cancelled == limit then
-        left = 1
-        break
-      end
+    local page = call('ZRANGEBYLEX', open_key, last and '(' .. last or '-', '+', 'LIMIT', 0, limit)
+    for _, member in ipairs(page) do
       local core_key = ff.key('core', slot_tag, member)
       local intact, told = ff.guarded(cancel_member, core_key, open_key, member, policy, reason, now)
       if intact and told then
@@ -113,9 +110,9 @@ redis.register_function('ff_cancel_members', function(keys, args)
         ff.with_hints(hints, told)
       end
     end
-    if left == 0 then
-      left = page[1] == '0' and 0 or 1
-      call('HSET', flow_key, 'cancel_cursor', left == 1 and page[1] or 'end')
+    if #page == limit then
+      left = 1
+      call('HSET', flow_key, 'last_looked_at', page[limit])
     end
   end
   if left == 0 then
@@ -130,7 +127,7 @@ end)
 --   returns: state member_count open_count
 --   errors:  flow_not_found
 --
--- The members themselves are read in pages, by SSCAN.
+-- The members themselves are read in pages.
 redis.register_function({
   function_name = 'ff_describe_flow',
   callback = function(keys)
@@ -140,7 +137,7 @@ redis.register_function({
     if not state then
       return ff.err('flow_not_found')
     end
-    return ff.ok(state, ff.text(call('SCARD', members_key)), ff.text(call('SCARD', open_key)))
+    return ff.ok(state, ff.text(call('SCARD', members_key)), ff.text(call('ZCARD', open_key)))
   end,
   flags = { 'no-writes' },
 })

@@ -77,7 +77,7 @@ ff.TYPES = {
   signals = 'hash', signals_buffered = 'zset', signals_dedup = 'hash', suspension = 'hash',
   suspension_signals = 'list', attempt = 'hash', summary = 'hash', stream = 'stream', live = 'stream', meta = 'hash',
   eligible = 'zset', needs = 'set', leases = 'hash', timers = 'zset', completions = 'stream',
-  waitpoint_secrets = 'hash', waitpoint_use = 'hash', flow = 'hash', flow_members = 'set', flow_open = 'set',
+  waitpoint_secrets = 'hash', waitpoint_use = 'hash', flow = 'hash', flow_members = 'set', flow_open = 'zset',
   lane_news = 'zset',
 }
 

@@ -314,8 +314,8 @@ local function leave_flow(execution)
     return
   end
   local open_key = ff.key('flow_open', execution.slot_tag, flow_id)
-  redis.call('SREM', open_key, execution.id)
-  if redis.call('SCARD', open_key) == 0 then
+  redis.call('ZREM', open_key, execution.id)
+  if redis.call('ZCARD', open_key) == 0 then
     ff.expire_flow_later(execution.slot_tag, flow_id, execution.fields.retention_ms)
   end
 end

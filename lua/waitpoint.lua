@@ -238,10 +238,10 @@ redis.register_function('ff_create_waitpoint', function(keys, args)
   return ff.ok(token)
 end)
 
--- The suspension hash holds its condition as a tree in flat form.
---   node:<i>    parent needed distinct     node 0 is the root, parent -1
---   leaf:<j>    node waitpoint_id kind matcher
---   have:<i>:<what>   the signal that contributed; counted in got:<i>
+-- The suspension hash holds what it waits for and what has contributed:
+--   condition    a tree as one packed list: for each node `parent needed distinct`, where node 0 is the root and has
+--                parent -1; then for each leaf `node waitpoint_id kind matcher`
+--   have:<i>:<what>   the signal that contributed to node i; counted in got:<i>
 --   seen:<waitpoint_id>   how many of its buffered signals were applied
 -- A node is met when it has as many distinct contributions as it needs. Its rule of distinctness is `waitpoint`,
 -- `signal`, `source`, or `leaf` (each leaf once). A met node contributes once to its parent.
@@ -253,23 +253,11 @@ end)
 local RULES = { leaf = true, waitpoint = true, signal = true, source = true }
 local KINDS = { signal_name = true, correlation_id = true, external = true }
 
--- The tree of a condition. `is_new` says that nothing has contributed yet.
-local function new_tree(key, is_new)
-  return {
-    key = key, is_new = is_new, nodes = {}, groups = {}, writes = {}, order = {}, got = {}, refs = {}, steps = 0,
-  }
-end
-
-local function add_node(tree, index, parent, needed, rule)
-  tree.nodes[index] = { index = index, parent = tonumber(parent), needed = tonumber(needed), rule = rule }
-end
-
-local function add_leaf(tree, index, node_index, waitpoint_id, kind, matcher)
+local function add_leaf(tree, index, node, waitpoint_id, kind, matcher)
   local name = kind == 'external' and kind or kind .. ' ' .. matcher
   local groups = tree.groups[waitpoint_id] or {}
   local group = groups[name] or { once = {}, each = {}, nodes = {} }
   tree.groups[waitpoint_id], groups[name] = groups, group
-  local node = tree.nodes[node_index]
   if node.rule == 'leaf' or node.rule == 'waitpoint' then
     group.once[#group.once + 1] = { node = node, index = index }
   elseif not group.nodes[node] then
@@ -278,32 +266,45 @@ local function add_leaf(tree, index, node_index, waitpoint_id, kind, matcher)
   end
 end
 
--- The tree of an open suspension; nil where its hash is no suspension.
-local function load_tree(key, node_count, leaf_count)
-  local tree, names = new_tree(key, false), {}
+-- The tree of a condition, of which `is_new` says that nothing has contributed yet; nil where the list is no condition
+-- of `node_count` nodes.
+local function tree_of(key, condition, node_count, is_new)
+  local nodes = {}
+  local tree = {
+    key = key, is_new = is_new, nodes = nodes, groups = {}, writes = {}, order = {}, got = {}, refs = {}, steps = 0,
+  }
   for i = 0, node_count - 1 do
-    names[#names + 1] = 'node:' .. i
-  end
-  for j = 0, leaf_count - 1 do
-    names[#names + 1] = 'leaf:' .. j
-  end
-  local fields = ff.hash_fields(key, names)
-  for i = 0, node_count - 1 do
-    local parent, needed, rule = string.match(fields['node:' .. i] or '', '^(%-?%d+) (%d+) (%S+)$')
-    if not parent then
+    local at = 3 * i
+    local parent, needed, rule = condition[at + 1], ff.integer(condition[at + 2]), condition[at + 3]
+    parent = parent == '-1' and -1 or ff.integer(parent)
+    if not parent or parent >= i or (i == 0) ~= (parent < 0) or not needed or needed < 1 or not RULES[rule] then
       return nil
     end
-    add_node(tree, i, parent, needed, rule)
+    nodes[i] = { index = i, parent = parent, needed = needed, rule = rule }
   end
-  for j = 0, leaf_count - 1 do
-    local node, waitpoint_id, kind, matcher = string.match(fields['leaf:' .. j] or '', '^(%d+) (%S+) (%S+) (.*)$')
-    node = tonumber(node)
-    if not tree.nodes[node] then
+  for at = 3 * node_count, #condition - 1, 4 do
+    local node, waitpoint_id, kind, matcher = unpack(condition, at + 1, at + 4)
+    node = nodes[ff.integer(node)]
+    if not node or not KINDS[kind] or not matcher then
       return nil
     end
-    add_leaf(tree, j, node, waitpoint_id, kind, matcher)
+    add_leaf(tree, (at - 3 * node_count) / 4, node, waitpoint_id, kind, matcher)
   end
   return tree
+end
+
+-- The condition of an open suspension.
+local function stored_condition(packed)
+  local intact, condition = pcall(cmsgpack.unpack, packed or '')
+  if not intact or type(condition) ~= 'table' then
+    ff.corrupt('suspension')
+  end
+  for _, part in ipairs(condition) do
+    if type(part) ~= 'string' then
+      ff.corrupt('suspension')
+    end
+  end
+  return condition
 end
 
 -- Gives one contribution to a node, and on to its parents. Returns whether it was new, and whether the root is met.
@@ -446,39 +447,12 @@ local function apply_buffered(execution, tree, waitpoints, seen)
   return false, true
 end
 
--- Whether args from `first` on are a condition of `node_count` nodes. Returns the place of its first leaf and the
--- number of leaves, or nil.
-local function check_condition(args, first, node_count)
-  local at = first
-  for i = 0, node_count - 1 do
-    local parent, needed = args[at] == '-1' and -1 or ff.integer(args[at]), ff.integer(args[at + 1])
-    if
-      not parent or not needed or needed < 1 or parent >= i or (i == 0) ~= (parent < 0) or not RULES[args[at + 2]]
-    then
-      return nil
-    end
-    at = at + 3
-  end
-  local leaf_count = ff.integer(args[at])
-  if not leaf_count or leaf_count < 1 or leaf_count > MAX_LEAVES or #args ~= at + 4 * leaf_count then
-    return nil
-  end
-  for leaf = at + 1, #args, 4 do
-    local node = ff.integer(args[leaf])
-    if not node or node >= node_count or not KINDS[args[leaf + 2]] then
-      return nil
-    end
-  end
-  return at + 1, leaf_count
-end
-
--- The waitpoints that the leaves of a condition name by their tokens: the id for each leaf, from 0, and a list of all,
--- each with its id. Or nil and the refusal.
-local function find_waitpoints(execution, args, first_leaf, leaf_count)
+-- The waitpoints of a condition whose leaves name them by their tokens, a list in which each has its id. Or nil and the
+-- refusal. In the condition the ids take the places of the tokens.
+local function find_waitpoints(execution, condition, first_leaf)
   local digests, kids = {}, {}
-  for j = 0, leaf_count - 1 do
-    local at = first_leaf + 4 * j
-    local token = args[at + 1]
+  for at = first_leaf, #condition, 4 do
+    local token = condition[at + 1]
     local kid = string.match(token, '^[^:]+') or ''
     if kids[kid] == nil then
       kids[kid] = usable_kid(execution, kid) and true or false
@@ -486,17 +460,17 @@ local function find_waitpoints(execution, args, first_leaf, leaf_count)
     if not kids[kid] then
       return nil, ff.err('invalid_token')
     end
-    digests[j + 1] = redis.sha1hex(token)
+    digests[#digests + 1] = redis.sha1hex(token)
   end
   -- Only a token that ff_create_waitpoint has made is known here.
   local named = ff.hash_fields(ff.execution_key(execution, 'tokens'), digests)
-  local of_leaf, ids, is_listed = {}, {}, {}
-  for j = 0, leaf_count - 1 do
-    local waitpoint_id = named[digests[j + 1]]
+  local ids, is_listed = {}, {}
+  for j, digest in ipairs(digests) do
+    local waitpoint_id = named[digest]
     if not waitpoint_id then
       return nil, ff.err('invalid_token')
     end
-    of_leaf[j] = waitpoint_id
+    condition[first_leaf + 4 * j - 3] = waitpoint_id
     if not is_listed[waitpoint_id] then
       is_listed[waitpoint_id] = true
       ids[#ids + 1] = waitpoint_id
@@ -515,7 +489,7 @@ local function find_waitpoints(execution, args, first_leaf, leaf_count)
     waitpoint.id = waitpoint_id
     waitpoints[i] = waitpoint
   end
-  return of_leaf, waitpoints
+  return waitpoints
 end
 
 -- Gives waitpoints to a suspension: they take no other, and are closed with it.
@@ -531,17 +505,17 @@ end
 -- The open suspension as a field list: what it waits for, without what has contributed to it.
 function ff.describe_suspension(execution)
   local key = ff.execution_key(execution, 'suspension')
-  local names = {
-    'suspension_id', 'attempt_index', 'created_at', 'timeout_behavior', 'reason', 'leaf_count',
-  }
-  local leaf_count = ff.integer(redis.call('HGET', key, 'leaf_count')) or 0
-  for j = 0, math.min(leaf_count, MAX_LEAVES) - 1 do
-    names[#names + 1] = 'leaf:' .. j
-  end
-  local flat = {}
+  local names = { 'suspension_id', 'attempt_index', 'created_at', 'timeout_behavior', 'reason' }
+  local flat, ids = {}, {}
   for name, value in pairs(ff.hash_fields(key, names)) do
     flat[#flat + 1], flat[#flat + 2] = name, value
   end
+  local packed, node_count = unpack(redis.call('HMGET', key, 'condition', 'node_count'))
+  local condition = stored_condition(packed)
+  for at = 3 * (ff.integer(node_count) or 0) + 1, #condition, 4 do
+    ids[#ids + 1] = condition[at + 1]
+  end
+  flat[#flat + 1], flat[#flat + 2] = 'waitpoint_ids', table.concat(ids, ' ')
   return flat
 end
 
@@ -553,23 +527,26 @@ end
 --   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired sequence_gap
 --            waitpoint_closed invalid_token invalid_input
 --
--- The condition: for each node `parent needed distinct`, then leaf_count, then for each leaf `node token kind
--- matcher`. Signals that came before the suspension count. Where they already meet the condition the status is
--- ALREADY_SATISFIED, the waitpoints are closed, and the lease is kept; the same suspension_id again answers the same.
--- The status is MORE where there are more of these signals than one call may apply: the execution is still active, and
--- the same call again goes on. timeout_ms 0 is none.
+-- The condition: for each node `parent needed distinct`, then for each leaf `node token kind matcher`. Signals that came
+-- before the suspension count. Where they already meet the condition the status is ALREADY_SATISFIED, the waitpoints are
+-- closed, and the lease is kept; the same suspension_id again answers the same. The status is MORE where there are more
+-- of these signals than one call may apply: the execution is still active, and the same call again goes on. timeout_ms 0
+-- is none.
 redis.register_function('ff_suspend_execution', function(keys, args)
   local call = redis.call
   local core_key = keys[1]
   local attempt_index, lease_id, lease_epoch, last_id, suspension_id, timeout_ms, timeout_behavior, reason,
     node_count = unpack(args, 1, 9)
-  local first_node = 10
   timeout_ms, node_count = ff.integer(timeout_ms), ff.integer(node_count)
   if not timeout_ms or not node_count or node_count < 1 or node_count > MAX_NODES then
     return ff.err('invalid_input', 'suspension')
   end
-  local first_leaf, leaf_count = check_condition(args, first_node, node_count)
-  if not first_leaf then
+  local condition, first_leaf = {}, 3 * node_count + 1
+  for i = 10, #args do
+    condition[i - 9] = args[i]
+  end
+  local leaf_count = (#condition - first_leaf + 1) / 4
+  if leaf_count < 1 or leaf_count > MAX_LEAVES or leaf_count % 1 ~= 0 then
     return ff.err('invalid_input', 'condition')
   end
   local execution, reply = ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, 'suspended', last_id)
@@ -581,26 +558,18 @@ redis.register_function('ff_suspend_execution', function(keys, args)
   if earlier == suspension_id and closed_at then
     return ff.reply('ALREADY_SATISFIED', 'suspended', suspension_id)
   end
-  local of_leaf, waitpoints = find_waitpoints(execution, args, first_leaf, leaf_count)
-  if not of_leaf then
-    return waitpoints
+  local waitpoints, refusal = find_waitpoints(execution, condition, first_leaf)
+  if not waitpoints then
+    return refusal
   end
   ff.expect('signals_buffered', ff.execution_key(execution, 'signals_buffered'))
   ff.expect('suspension_signals', refs_key)
   ff.expect('waitpoint_use', ff.key('waitpoint_use', execution.slot_tag))
 
   local goes_on = earlier == suspension_id
-  local tree, flat, seen = new_tree(key, not goes_on), {}, {}
-  for i = 0, node_count - 1 do
-    local at = first_node + 3 * i
-    add_node(tree, i, args[at], args[at + 1], args[at + 2])
-    flat[#flat + 1], flat[#flat + 2] = 'node:' .. i, args[at] .. ' ' .. args[at + 1] .. ' ' .. args[at + 2]
-  end
-  for j = 0, leaf_count - 1 do
-    local at = first_leaf + 4 * j
-    add_leaf(tree, j, tonumber(args[at]), of_leaf[j], args[at + 2], args[at + 3])
-    flat[#flat + 1] = 'leaf:' .. j
-    flat[#flat + 1] = args[at] .. ' ' .. of_leaf[j] .. ' ' .. args[at + 2] .. ' ' .. args[at + 3]
+  local tree, seen = tree_of(key, condition, node_count, not goes_on), {}
+  if not tree then
+    return ff.err('invalid_input', 'condition')
   end
   local seen_names = {}
   for i, waitpoint in ipairs(waitpoints) do
@@ -616,9 +585,8 @@ redis.register_function('ff_suspend_execution', function(keys, args)
     -- An earlier suspension may have had 10,000 signals: UNLINK frees them outside of the call.
     call('UNLINK', key, refs_key)
     call('HSET', key, 'suspension_id', suspension_id, 'attempt_index', attempt_index, 'created_at',
-      ff.text(execution.now), 'timeout_behavior', timeout_behavior, 'reason', reason, 'leaf_count',
-      ff.text(leaf_count), 'node_count', ff.text(node_count))
-    ff.write_list('HSET', key, flat)
+      ff.text(execution.now), 'timeout_behavior', timeout_behavior, 'reason', reason, 'node_count',
+      ff.text(node_count), 'condition', cmsgpack.pack(condition))
   end
   save_tree(execution, tree)
   if not all then
@@ -692,7 +660,7 @@ redis.register_function('ff_deliver_signal', function(keys, args)
     return ff.reply('DUPLICATE', earlier[1], earlier[9])
   end
   local key = ff.execution_key(execution, 'suspension')
-  local suspension = ff.hash_fields(key, { 'suspension_id', 'node_count', 'leaf_count' })
+  local suspension = ff.hash_fields(key, { 'suspension_id', 'node_count', 'condition' })
   local open = execution.state == 'suspended' and suspension.suspension_id == waitpoint.suspension_id
   if not open and not is_pending(execution, waitpoint) then
     return ff.err('waitpoint_closed')
@@ -707,7 +675,7 @@ redis.register_function('ff_deliver_signal', function(keys, args)
   local effect, tree = 'buffered_for_pending_waitpoint', nil
   local buffered_key = ff.execution_key(execution, 'signals_buffered')
   if open then
-    tree = load_tree(key, tonumber(suspension.node_count) or 0, tonumber(suspension.leaf_count) or 0)
+    tree = tree_of(key, stored_condition(suspension.condition), ff.integer(suspension.node_count) or 0, false)
     if not tree then
       ff.corrupt('suspension')
     end

@@ -14,7 +14,7 @@ from ff_fast import keys
 from ff_fast._core import ops, ready
 from ff_fast._core.ready import Head, Offer, listed
 from ff_fast._core.steps import Command, Pause, Step, Steps, checked, command
-from ff_fast.errors import Corruption, FFError, Outcome
+from ff_fast.errors import Corruption, ExecutionNotClaimable, FFError, Outcome
 
 if TYPE_CHECKING:
     from ff_fast._core.deployment import Deployment
@@ -279,12 +279,20 @@ def _make(state: Claim, op: ops.Op[ops.Claimed], head: Head) -> Steps[Handle | N
 
 
 def take_over(
-    on: Deployment, state: Claim, op: ops.Op[Handle], execution_id: str, lease_id: str
+    on: Deployment,
+    state: Claim,
+    op: ops.Op[tuple[Handle | None, ops.Hints]],
+    execution_id: str,
+    lease_id: str,
 ) -> Steps[Handle]:
     """Claim one execution by its id."""
-    state.lease = keys.partition_index(execution_id), lease_id
+    partition = keys.partition_index(execution_id)
+    state.lease = partition, lease_id
     try:
-        handle = yield from ops.call(op)
+        handle, hints = yield from ops.call(op)
+        if handle is None:
+            yield from ready.publish_hints(hints, partition)
+            raise ExecutionNotClaimable
     except FFError as error:
         if error.outcome is not Outcome.UNKNOWN:
             state.lease = None

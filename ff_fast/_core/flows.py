@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Cancelling a member takes the server about 50 us.
 MEMBERS_A_CALL = 16
-_PAGE = b"1000"
+_PAGE = 1_000
 # After this long a supervisor cancels the members that are left.
 _BACKLOG_MS = 2_000
 
@@ -54,7 +54,7 @@ def describe_flow(flow_id: str, slot_tag: str) -> Steps[FlowDescription]:
     """Read a flow and its members, in pages: a flow may have any number of them."""
     counts = yield from ops.call(ops.describe_flow(flow_id, slot_tag))
     members = yield from _members(keys.flow_members(slot_tag, flow_id))
-    still_open = yield from _members(keys.flow_open(slot_tag, flow_id))
+    still_open = yield from _open_members(keys.flow_open(slot_tag, flow_id))
     return FlowDescription(flow_id, counts.state, members, still_open)
 
 
@@ -62,8 +62,22 @@ def _members(key: bytes) -> Steps[tuple[str, ...]]:
     found: set[str] = set()
     cursor = b"0"
     while True:
-        page = yield from send_one(command(b"SSCAN", key, cursor, b"COUNT", _PAGE))
+        page = yield from send_one(command(b"SSCAN", key, cursor, b"COUNT", b"%d" % _PAGE))
         cursor, members = ops.scan_page(page)
         found.update(members)
         if cursor == b"0":
             return tuple(sorted(found))
+
+
+def _open_members(key: bytes) -> Steps[tuple[str, ...]]:
+    found: list[str] = []
+    after = b"-"
+    while True:
+        page = yield from send_one(
+            command(b"ZRANGEBYLEX", key, after, b"+", b"LIMIT", b"0", b"%d" % _PAGE)
+        )
+        members = ops.texts(page)
+        found += members
+        if len(members) < _PAGE:
+            return tuple(sorted(found))
+        after = b"(" + page[-1]

@@ -767,7 +767,8 @@ def rotate_waitpoint_secret(
 ) -> Call[None]:
     """Sign waitpoint tokens with a new key from now on, in every partition.
 
-    Calling it again completes a partial change.
+    Calling it again completes a partial change. A partition forgets its keys a day after its last waitpoint was open,
+    and not before *grace* is over; the next waitpoint there is signed with a random key.
 
     Args:
         kid: Id of the new key, 1 to 64 of ``A-Z a-z 0-9 _ -``.

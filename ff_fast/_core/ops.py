@@ -623,8 +623,6 @@ def _listed(text: str) -> tuple[str, ...]:
 
 
 def _suspension(fields: Mapping[str, str], timeout_at_ms: int | None) -> SuspensionDescription:
-    # A leaf is `node waitpoint kind matcher`.
-    leaves = (fields[f"leaf:{index}"] for index in range(int(fields["leaf_count"])))
     return SuspensionDescription(
         fields["suspension_id"],
         int(fields["attempt_index"]),
@@ -632,7 +630,7 @@ def _suspension(fields: Mapping[str, str], timeout_at_ms: int | None) -> Suspens
         int(fields["created_at"]),
         timeout_at_ms,
         TimeoutBehavior(fields["timeout_behavior"]),
-        tuple(dict.fromkeys(leaf.split(" ", 2)[1] for leaf in leaves)),
+        tuple(dict.fromkeys(fields["waitpoint_ids"].split())),
     )
 
 
@@ -731,11 +729,16 @@ def claim_execution(
     attempt_id: str,
     reclaim: bool,
     capabilities: tuple[str, ...],
-) -> Op[Handle]:
-    """Claim one execution by its id; with *reclaim*, take it over from a worker whose lease has lapsed."""
+) -> Op[tuple[Handle | None, Hints]]:
+    """Claim one execution by its id; with *reclaim*, take it over from a worker whose lease has lapsed.
 
-    def parse(_: bytes, fields: list[object]) -> Handle:
-        return _claimed_handle(fields, lease_id, lease_ttl_ms, lane, worker_instance_id)
+    Answers no handle where the lapse was one too many, which has ended the execution.
+    """
+
+    def parse(status: bytes, fields: list[object]) -> tuple[Handle | None, Hints]:
+        if status == b"ENDED":
+            return None, _hints(fields, 0)
+        return _claimed_handle(fields, lease_id, lease_ttl_ms, lane, worker_instance_id), []
 
     return Op(
         b"ff_claim_execution",
@@ -898,7 +901,6 @@ def suspend_execution(
             reason.encode(),
             number(count),
             *nodes,
-            number(len(leaves) // 4),
             *leaves,
         ),
         lambda status, fields: (
@@ -1158,7 +1160,6 @@ def describe_flow(flow_id: str, slot_tag: str) -> Op[FlowCounts]:
         (),
         parse,
         read_only=True,
-        large=True,
     )
 
 
@@ -1169,8 +1170,13 @@ def scan_page(page: Sequence[object]) -> tuple[bytes, list[str]]:
         ProtocolError: It has another form.
     """
     if len(page) == 2 and isinstance(page[0], bytes) and isinstance(page[1], list):
-        return page[0], [_text(member) for member in page[1]]
+        return page[0], texts(page[1])
     raise ProtocolError
+
+
+def texts(page: Sequence[object]) -> list[str]:
+    """Return the members in the answer to a plain command."""
+    return [_text(member) for member in page]
 
 
 def set_tags(execution_id: str, tags: Mapping[str, str]) -> Op[int]:

@@ -107,7 +107,7 @@ class Supervision:
         for op, reply in zip(timers, replies, strict=True):
             try:
                 what, told = op.answer(reply)
-            except InternalFunctionError:
+            except (Corruption, InternalFunctionError):
                 yield from self._defer(slot_tag, op.argv[0], now_ms)
                 deferred += 1
                 continue

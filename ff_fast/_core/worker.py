@@ -33,15 +33,20 @@ from ff_fast.errors import (
     ClusterModeRequired,
     Corruption,
     DeploymentMismatch,
+    ExecutionSuspended,
     FFError,
     ForkedClient,
     InternalFunctionError,
     InvalidType,
+    LeaseExpired,
     LibraryMismatch,
     Outcome,
     ProtocolError,
     SequenceGap,
+    StaleOwner,
+    StateLost,
     TlsFailed,
+    WriterSuperseded,
     WrongLoop,
 )
 from ff_fast.types import (
@@ -173,17 +178,28 @@ _ENDS_WORKER = (
 )
 
 
+# Another attempt has another lease and another stream.
+_OF_ATTEMPT = (
+    StaleOwner,
+    StateLost,
+    LeaseExpired,
+    ExecutionSuspended,
+    WriterSuperseded,
+    SequenceGap,
+)
+
+
 def is_for_good(error: FFError) -> bool:
     """Return whether the same call, made again by another attempt, would be refused again.
 
-    Not so: what ends a worker, since another worker may pass; a lost lease; a stream that lost frames, since a new
-    attempt has a stream of its own; and an answer that is malformed, since what was done is unknown.
+    Not so: what ends a worker, since another worker may pass; a lost lease, or a stream that lost frames, since a new
+    attempt has its own; and an answer that is malformed, since what was done is unknown. That an execution is not there
+    or has ended is for good: it is another one, as the server would refuse to end the handler's own.
     """
     return not (
         error.retryable
         or type(error).outcome is Outcome.UNKNOWN
-        or isinstance(error, (SequenceGap, *_ENDS_WORKER))
-        or is_lease_lost(error)
+        or isinstance(error, (*_OF_ATTEMPT, *_ENDS_WORKER))
     )
 
 

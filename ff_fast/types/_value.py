@@ -117,11 +117,14 @@ def payload_bytes(payload: object, name: str = "payload") -> bytes:
     Accepts ``bytes``, ``bytearray``, ``memoryview`` and ``str`` (encoded as UTF-8).
 
     Raises:
-        InvalidPayload: Text that cannot be encoded (a lone surrogate).
+        InvalidPayload: Text that cannot be encoded (a lone surrogate), or a released ``memoryview``.
         InvalidType: Anything else.
     """
     if isinstance(payload, (bytes, bytearray, memoryview)):
-        return bytes(payload)
+        try:
+            return bytes(payload)
+        except ValueError:
+            raise InvalidPayload(f"{name} is a memoryview that was released.") from None
     if not isinstance(payload, str):
         raise InvalidType(
             f"{name} must be bytes, bytearray, memoryview or str, not {type(payload).__name__}."

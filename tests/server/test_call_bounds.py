@@ -213,7 +213,7 @@ def test_cancelling_a_flow_looks_at_each_member_once(world, policy):
                     pipeline.hset(
                         keys.core(each), mapping={"state": "active", "current_attempt_index": 0}
                     )
-                pipeline.sadd(keys.flow_open(tag, flow), each)
+                pipeline.zadd(keys.flow_open(tag, flow), {each: 0})
             pipeline.execute()
         counts, _ = inside(world.raw, lambda flow=flow: world.backend.cancel_flow(flow, policy))
         assert max(counts) < MOST_COMMANDS

@@ -334,14 +334,19 @@ def test_a_crash_counts_as_a_lost_worker_and_max_reclaims_ends_it(world):
         world.backend.complete(handle)
 
 
-def test_claim_from_reclaim_beyond_max_reclaims_ends_it_too(world):
-    eid, _ = world.owned(retry=RetryPolicy(max_reclaims=0))
+def test_claim_from_reclaim_beyond_max_reclaims_ends_it_and_wakes_its_parent(world):
+    parent, handle = world.owned()
+    eid = world.create(parent_id=parent, retry=RetryPolicy(max_reclaims=0))
+    world.backend.wait_children(handle)
+    world.claim()
     world.due(eid, "lease")
     (token,) = [t for t in world.backend.find_reclaimable(10_000) if t.grant.execution_id == eid]
     with pytest.raises(errors.ExecutionNotClaimable):
         world.backend.claim_from_reclaim(token, worker_id="w", worker_instance_id="w-2")
     assert world.state(eid) == "failed"
     world.check(eid)
+    assert world.raw.zcard(keys.ready(world.lane)) == 1
+    assert world.claim().fields().execution_id == parent
 
 
 def test_claim_from_reclaim_makes_a_new_attempt(world):

@@ -553,7 +553,7 @@ class Lifecycle(RuleBasedStateMachine):
             assert int(core["total_attempt_count"]) == x.attempts
             if x.flow:
                 key = keys.flow_open("{fp:0}", x.flow)
-                assert bool(self.world.raw.sismember(key, x.eid)) == alive
+                assert (self.world.raw.zscore(key, x.eid) is not None) == alive
 
 
 # -- conditions: trees of (needed, kind, members), a leaf is (waitpoint, name or None) ------------------

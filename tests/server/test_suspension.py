@@ -236,7 +236,7 @@ def test_a_condition_has_no_version_that_could_be_unknown(world):
         attempt, keys.new_uuid(), any_of(spec(point)), 0, TimeoutBehavior.FAIL, "r"
     )
     good = list(op.argv)
-    for at, bad in [(8, b"0"), (8, b"257"), (8, b"x"), (9, b"0"), (9, b"-2"), (10, b"0"), (10, b"1e3"), (12, b"9"), (13, b"1")]:  # fmt: skip
+    for at, bad in [(8, b"0"), (8, b"257"), (8, b"x"), (9, b"0"), (9, b"-2"), (10, b"0"), (10, b"1e3"), (12, b"9"), (14, b"x")]:  # fmt: skip
         argv = [*good[:at], bad, *good[at + 1 :]]
         with pytest.raises(errors.InvalidInput):
             world.call(op._replace(argv=tuple(argv)))

@@ -76,17 +76,19 @@ def test_a_refusal_ends_it(replies, error):
     assert type(cancel(*replies)[1]) is error
 
 
-def test_members_are_described_in_pages_and_each_once():
+def test_members_are_described_in_pages_and_each_once(monkeypatch):
+    monkeypatch.setattr(flows, "_PAGE", 2)
     asked, told = run(
         flows.describe_flow(FLOW, TAG),
-        [described(b"a"), [b"7", [b"b", b"a"]], [b"0", [b"a"]], [b"0", [b"a"]]],
+        [described(b"a"), [b"7", [b"b", b"a"]], [b"0", [b"a"]], [b"a", b"b"], [b"c"]],
     )
     assert asked[1:] == [
-        [b"SSCAN", keys.flow_members(TAG, FLOW), b"0", b"COUNT", b"1000"],
-        [b"SSCAN", keys.flow_members(TAG, FLOW), b"7", b"COUNT", b"1000"],
-        [b"SSCAN", keys.flow_open(TAG, FLOW), b"0", b"COUNT", b"1000"],
+        [b"SSCAN", keys.flow_members(TAG, FLOW), b"0", b"COUNT", b"2"],
+        [b"SSCAN", keys.flow_members(TAG, FLOW), b"7", b"COUNT", b"2"],
+        [b"ZRANGEBYLEX", keys.flow_open(TAG, FLOW), b"-", b"+", b"LIMIT", b"0", b"2"],
+        [b"ZRANGEBYLEX", keys.flow_open(TAG, FLOW), b"(b", b"+", b"LIMIT", b"0", b"2"],
     ]
-    assert told == FlowDescription(FLOW, "cancelled", ("a", "b"), ("a",))
+    assert told == FlowDescription(FLOW, "cancelled", ("a", "b"), ("a", "b", "c"))
 
 
 @pytest.mark.parametrize("page", [[], [b"0"], [b"0", b"a"], [0, []], [b"0", [7]], None])

@@ -303,7 +303,6 @@ CALLS = {
         [
             *(b"-1", b"2", b"leaf"),
             *(b"0", b"1", b"source"),
-            b"3",
             *(b"0", TOKENS[0].encode(), b"signal_name", b"m0"),
             *(b"1", TOKENS[1].encode(), b"correlation_id", b"m1"),
             *(b"1", TOKENS[2].encode(), b"external", b"m2"),
@@ -664,8 +663,7 @@ DESCRIBED = [
     [b"deadline", b"70", b"suspension", b"90"],
     [
         *(b"suspension_id", b"s", b"attempt_index", b"1", b"created_at", b"30", b"reason"),
-        *(b"approval", b"timeout_behavior", b"fail", b"leaf_count", b"3"),
-        *(b"leaf:0", b"0 w1 external m", b"leaf:1", b"0 w2 external m 2", b"leaf:2", b"1 w1 x y"),
+        *(b"approval", b"timeout_behavior", b"fail", b"waitpoint_ids", b"w1 w2 w1"),
     ],
 ]
 STORED_SIGNAL = [
@@ -678,7 +676,7 @@ ANSWERS = {
     "ff_create_execution": ([b"lane 1", b"", b"-5"], (None, [("lane 1", "", b"-5")])),
     "ff_claim_execution": (
         [EID.encode(), b"3", b"attempt-1", b"4", b"99", b"resumed"],
-        HANDLE.replace(kind=HandleKind.RESUMED),
+        (HANDLE.replace(kind=HandleKind.RESUMED), []),
     ),
     "ff_renew_lease": ([b"99", b"4", b"1"], LeaseRenewal(99, 4, cancel_requested=True)),
     "ff_give_back": ([b"1", *HINTS], (True, HINTED)),

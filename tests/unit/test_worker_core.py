@@ -217,7 +217,7 @@ ENDS = {
     ),
     "raises an error of another execution": (
         Raised(errors.ExecutionNotFound()),
-        ["close", "fail transient"],
+        ["close", "fail permanent"],
     ),
     "releases": (released, []),
     "releases in tasks of its own": (released_in_tasks, []),
@@ -629,6 +629,9 @@ CLASSES = {
     "a budget that is not there": (errors.BudgetNotFound(), PERMANENT),
     "a waitpoint that is closed": (errors.WaitpointClosed(), PERMANENT),
     "data that cannot be read": (errors.Corruption(), PERMANENT),
+    "another execution that is not there": (errors.ExecutionNotFound(), PERMANENT),
+    "another execution that has ended": (errors.ExecutionNotActive("failed"), PERMANENT),
+    "another execution that is suspended": (errors.ExecutionSuspended(), TRANSIENT),
     "in a group": (ExceptionGroup("", [ValueError(), ExceptionGroup("", [FOR_GOOD])]), PERMANENT),
     "in a group with a failure that was told": (ExceptionGroup("", [TOLD, FOR_GOOD]), PERMANENT),
     "as a cause": (caused(ValueError(), caused(KeyError(), FOR_GOOD)), PERMANENT),
