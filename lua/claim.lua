@@ -149,7 +149,7 @@ end
 --
 -- next_score is the score of the best execution that stays, '' without one. With status NONE it is the only value: the
 -- members looked at could not be claimed and were removed from the index, and where a score says that others stay, the
--- call is made again. A call whose lease is held grants it again: it may be repeated.
+-- call is made again. One with foreign data in its keys comes back with a timer, as it may have been mended. A call whose lease is held grants it again: it may be repeated.
 redis.register_function('ff_claim', function(keys, args)
   local call = redis.call
   local eligible_key, needs_key, leases_key, timers_key = unpack(keys, 1, 4)
@@ -178,6 +178,9 @@ redis.register_function('ff_claim', function(keys, args)
         return ff.ok(unpack(granted))
       end
       call('ZREM', eligible_key, page[i])
+      if not intact then
+        call('ZADD', timers_key, ff.text(ff.now_ms() + ff.DEFER_MS), 'eligible:' .. page[i])
+      end
     end
     if #page == 0 then
       break

@@ -95,6 +95,9 @@ function ff.expect(name, key)
   end
 end
 
+-- What foreign data keeps from being done is tried again after this time, and not in every round.
+ff.DEFER_MS = 60000
+
 -- Calls a function that may meet foreign data before its first write. Returns whether it met none, and its values; any
 -- other error is raised again.
 function ff.guarded(part, ...)

@@ -63,6 +63,14 @@ function FIRE.cancel(execution)
   return 'done'
 end
 
+function FIRE.eligible(execution)
+  -- A claim has met foreign data in its keys, and may meet it again.
+  if execution.state == 'waiting' then
+    ff.enqueue(execution)
+  end
+  return 'done'
+end
+
 -- Fires a timer of an execution, or raises an error before the first write. Returns what was done, the next due time of
 -- a timer that stays, and the execution.
 local function fire(core_key, kind, due, namespace, tag_name, tag_value)
@@ -80,9 +88,6 @@ local function fire(core_key, kind, due, namespace, tag_name, tag_value)
   local what, later = FIRE[kind](execution)
   return what, later, execution
 end
-
--- A timer that foreign data keeps from being fired is tried again after this time, and not in every round.
-local DEFER_MS = 60000
 
 -- ff_fire_timer
 --   keys:    timers core
@@ -105,7 +110,7 @@ redis.register_function('ff_fire_timer', function(keys, args)
     fire, core_key, kind, tonumber(due), namespace, tag_name, tag_value
   )
   if not intact then
-    what, later, execution = 'deferred', ff.now_ms() + DEFER_MS, nil
+    what, later, execution = 'deferred', ff.now_ms() + ff.DEFER_MS, nil
   end
   if what == 'done' then
     call('ZREM', timers_key, member)

@@ -11,6 +11,7 @@ import pytest
 
 import ff_fast
 from ff_fast import (
+    CancelFlowWait,
     End,
     FrameKind,
     Gap,
@@ -22,9 +23,11 @@ from ff_fast import (
     WaitpointSpec,
     keys,
 )
-from ff_fast._core import places
+from ff_fast._core import ops, places
+from ff_fast._core.operations import Call
 from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import (
+    DeadlineExceeded,
     ExecutionNotFound,
     SequenceGap,
     StaleOwner,
@@ -672,3 +675,24 @@ async def test_a_server_that_comes_back_older_or_empty_says_what_it_has_lost(she
             ):
                 with pytest.raises(ExecutionNotFound, match="the server has lost it"):
                     await call()
+
+
+# -- what several calls do together --------------------------------------------------------------------------------------
+
+
+def test_members_of_a_flow_are_cancelled_whichever_server_goes_on_with_it(pair):
+    """The members are more than one packed list holds, so their order in memory is of one process."""
+    with ff_fast.ValkeyBackend.connect(pair.url) as backend:
+        flow = backend.create_flow()
+        first = backend.create_execution(flow_id=flow)
+        for _ in range(199):
+            backend.create_execution(flow_id=flow)
+        with pytest.raises(DeadlineExceeded):
+            backend.cancel_flow(flow, wait=CancelFlowWait.wait_timeout(0))
+        for _ in range(5):
+            op = ops.cancel_members(flow, keys.slot_tag_of(first), 16)
+            backend._run(Call(lambda op=op: ops.call(op)))
+        pair.replicate()
+        pair.promote()
+        outcome = backend.cancel_flow(flow)
+        assert (outcome.cancelled_members, outcome.open_members) == (200 - 6 * 16, 0)
