@@ -434,8 +434,9 @@ def check_every_damage(backend, raw, url, make):
             if refused:
                 assert not changed, where
             elif b"NONE" in reply:
-                # What cannot be claimed leaves the index.
-                put_back(raw, before, {name, keys.eligible(scene.tag, LANE)})
+                # What cannot be claimed leaves the index, and comes back with a timer.
+                index = {keys.eligible(scene.tag, LANE), keys.timers(scene.tag)}
+                put_back(raw, before, {name, *index})
                 assert raw.execute_command("DEBUG", "DIGEST") == digest, where
             elif b"deferred" in reply:
                 put_back(raw, before, {name, keys.timers(scene.tag)})
