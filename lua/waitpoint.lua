@@ -12,7 +12,7 @@ local MAX_SIGNALS = 10000
 local MAX_NODES, MAX_LEAVES = 256, 256
 local MAX_SECRETS = 64
 local PAGE = 256
--- A call takes no more steps than this over buffered signals, at about 5 us each.
+-- A call takes no more steps than this over a condition and its buffered signals, at about 5 us each.
 local MAX_STEPS = 200
 
 local function parse_waitpoint(text)
@@ -271,7 +271,9 @@ end
 local function tree_of(key, condition, node_count, is_new)
   local nodes = {}
   local tree = {
-    key = key, is_new = is_new, nodes = nodes, groups = {}, writes = {}, order = {}, got = {}, refs = {}, steps = 0,
+    key = key, is_new = is_new, nodes = nodes, groups = {}, writes = {}, order = {}, got = {}, refs = {},
+    -- The largest condition, of 256 nodes and 256 leaves, leaves some steps for its signals.
+    steps = math.floor(#condition / 10),
   }
   for i = 0, node_count - 1 do
     local at = 3 * i
