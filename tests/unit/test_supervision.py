@@ -33,7 +33,7 @@ def one_round(*replies, partitions=1, scope=EVERYTHING):
 
 def page(index, offset=0, now=NOW):
     timers = keys.timers(keys.slot_tag(index))
-    return [b"ZRANGEBYSCORE", timers, b"-inf", now, b"LIMIT", b"%d" % offset, b"100"]
+    return [b"ZRANGEBYSCORE", timers, b"-inf", now, b"LIMIT", b"%d" % offset, b"32"]
 
 
 def test_a_round_asks_every_partition_for_what_is_due_by_the_servers_clock():
@@ -90,21 +90,21 @@ def test_what_names_nothing_of_its_partition_is_left_to_the_call(name):
 
 
 def test_behind_a_full_page_comes_the_next_one_after_what_stayed():
-    full = [member("lease", n) for n in range(100)]
-    asked, fired = one_round(full, *[DONE] * 98, LATER, SKIPPED, [member("lease", 100)], DONE)
+    full = [member("lease", n) for n in range(32)]
+    asked, fired = one_round(full, *[DONE] * 30, LATER, SKIPPED, [member("lease", 32)], DONE)
     assert [each for each in asked if each[0] == b"ZRANGEBYSCORE"] == [page(0), page(0, 2)]
-    assert fired == 99
+    assert fired == 31
 
 
 def test_a_timer_that_cannot_be_fired_does_not_stop_the_others(caplog):
-    full = [member("lease", n) for n in range(100)]
-    asked, fired = one_round(full, BROKEN, *[DONE] * 98, DEFERRED, 1, [])
+    full = [member("lease", n) for n in range(32)]
+    asked, fired = one_round(full, BROKEN, *[DONE] * 30, DEFERRED, 1, [])
     later = b"%d" % (int(NOW) + 60_000)
     assert asked[-2:] == [
         [b"ZADD", keys.timers("{fp:0}"), b"XX", later, full[0]],
         page(0, 0),
     ]
-    assert fired == 98
+    assert fired == 30
     ((_, level, text),) = caplog.record_tuples
     assert level == logging.WARNING
     assert text.startswith("2 timers of partition 0 cannot be fired")
@@ -237,7 +237,7 @@ def test_no_more_are_found_than_are_asked_for():
 
 
 def test_timers_of_other_kinds_stand_before_them():
-    other = [member("delay", n) for n in range(100)]
+    other = [member("delay", n) for n in range(32)]
     asked, tokens = find(other, [], [member("lease")], described(), attempt(), partitions=2)
-    assert asked[1:4] == [page(0), page(1), page(0, 100)]
+    assert asked[1:4] == [page(0), page(1), page(0, 32)]
     assert len(tokens) == 1
