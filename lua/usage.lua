@@ -51,13 +51,19 @@ local function write_totals(usage_key, totals, order)
 end
 
 -- A window of the last reports, as one hash: `id:<id>` holds what is remembered of a report, `at:<place>` the id in
--- that place, `next` the place of the next one. The newest takes the place of the oldest, so the hash has an end.
+-- that place, `next` the place of the next one. The newest takes the place of the oldest, so the hash has an end. A
+-- report that was taken back keeps its place with an empty value, which it fills again when it is repeated.
 local function recall(window_key, id)
-  return redis.call('HGET', window_key, 'id:' .. id)
+  local value = redis.call('HGET', window_key, 'id:' .. id)
+  return value ~= '' and value
 end
 
 local function remember(window_key, id, value, size)
   local call = redis.call
+  if call('HEXISTS', window_key, 'id:' .. id) == 1 then
+    call('HSET', window_key, 'id:' .. id, value)
+    return
+  end
   local place = ff.integer(call('HGET', window_key, 'next')) or 0
   local oldest = call('HGET', window_key, 'at:' .. place)
   if oldest then
@@ -99,7 +105,7 @@ redis.register_function('ff_report_usage', function(keys, args)
   end
   if phase == 'apply' then
     write_totals(usage_key, totals, order)
-    remember(window_key, report_id, '', keyed and KEYED_REPORTS or OTHER_REPORTS)
+    remember(window_key, report_id, '1', keyed and KEYED_REPORTS or OTHER_REPORTS)
   end
   return ff.ok(budget_ids)
 end)
@@ -200,6 +206,6 @@ redis.register_function('ff_release_charge', function(keys, args)
     totals[charged[i]] = math.max((ff.integer(used[charged[i]]) or 0) - tonumber(charged[i + 1]), 0)
   end
   write_totals(usage_key, totals, order)
-  redis.call('HDEL', charges_key, 'id:' .. charge_id)
+  redis.call('HSET', charges_key, 'id:' .. charge_id, '')
   return ff.ok()
 end)

@@ -317,6 +317,25 @@ def test_reports_leave_nothing_behind_that_grows(world, budget):
     assert 0 < world.raw.pttl(charges) <= 3_600_000
 
 
+def test_a_report_that_was_taken_back_is_remembered_when_it_is_made_again(world, budget):
+    b = budget(hard={"calls": 10_000})
+    eid, _ = world.owned(budgets=[b])
+    once = UsageDimensions(custom={"calls": 1})
+
+    def charged(name):
+        return world.call(ops.charge_budget(b, eid, name, once, 60_000)).verdict
+
+    for _ in range(3):
+        assert charged("k") is OK
+        world.call(ops.release_charge(b, eid, "k"))
+        world.call(ops.release_charge(b, eid, "k"))
+    assert charged("k") is OK
+    for n in range(199):
+        assert charged(f"other {n}") is OK
+    assert charged("k") is AGAIN
+    assert used(world, b) == {"calls": 200}
+
+
 def window(eid, name):
     return f"ff:exec:{keys.slot_tag_of(eid)}:{eid}:usage:{name}"
 
