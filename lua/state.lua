@@ -262,7 +262,8 @@ function ff.flow_verdict_of(execution, state)
 end
 
 -- Takes an ended execution off the children of its parent. The last child wakes a parent that waits for its children.
--- A parent whose flow is cancelled gets a timer that cancels it, since its own parent may wait as well, and so on.
+-- A parent that its cancelled flow takes along gets a timer that cancels it, since its own parent may wait as well, and
+-- so on. It is asked for as one that waits for its children, so it does not matter which of them is cancelled first.
 local function wake_parent(execution)
   local parent = execution.parent
   if not parent then
@@ -272,7 +273,7 @@ local function wake_parent(execution)
   if parent.state ~= 'waiting_children' or redis.call('SCARD', parent.children_key) > 0 then
     return
   end
-  if ff.flow_verdict_of(parent, 'waiting') == 'cancel' then
+  if ff.flow_verdict_of(parent, parent.state) == 'cancel' then
     ff.set(parent, 'cancellation_reason', 'flow cancelled')
     ff.set_timer(parent, 'cancel', execution.now)
   else

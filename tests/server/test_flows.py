@@ -145,6 +145,22 @@ def test_cancel_pending_lets_run_what_runs(world, family):
         world.check(eid)
 
 
+@pytest.mark.parametrize("first", ["parent", "child"])
+def test_a_parent_that_waits_is_cancelled_whichever_of_the_two_comes_first(world, first):
+    flow = world.create_flow()
+    tag = keys.flow_slot_tag(flow, 256)
+    ids = sorted((f"{tag}:{keys.new_uuid()}" for _ in range(2)), reverse=first == "child")
+    parent, child = (world.create(flow_id=flow, execution_id=ids[0]), ids[1])
+    handle = world.claim()
+    world.create(flow_id=flow, execution_id=child, parent_id=parent, delay=60)
+    world.backend.wait_children(handle)
+    outcome = world.backend.cancel_flow(flow, PENDING)
+    assert (outcome.cancelled_members, outcome.open_members) == (2, 0)
+    for eid in (parent, child):
+        assert world.state(eid) == "cancelled"
+        world.check(eid)
+
+
 def test_cancel_pending_spares_what_waits_to_go_on(world, family):
     """A member that is resumed before a supervisor cancels the rest goes on, as it does afterwards."""
     flow, eids, handles = family
