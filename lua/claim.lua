@@ -149,7 +149,8 @@ end
 --
 -- next_score is the score of the best execution that stays, '' without one. With status NONE it is the only value: the
 -- members looked at could not be claimed and were removed from the index, and where a score says that others stay, the
--- call is made again. One with foreign data in its keys comes back with a timer, as it may have been mended. A call whose lease is held grants it again: it may be repeated.
+-- call is made again. One with foreign data in its keys comes back with a timer, as it may have been mended. A call
+-- whose lease is held grants it again: it may be repeated.
 redis.register_function('ff_claim', function(keys, args)
   local call = redis.call
   local eligible_key, needs_key, leases_key, timers_key = unpack(keys, 1, 4)
@@ -201,9 +202,9 @@ end)
 --   errors:  execution_not_found execution_not_claimable capability_mismatch invalid_input
 --
 -- Claims one execution by its id. With reclaim '1' an active execution whose lease has lapsed is taken over as well:
--- its old attempt ends as producer_lost, and a new one begins. Where that lapse was one too many, the status is ENDED, and
--- the answer has the hints `(lane_id required_capabilities eligible_score)...` alone. A call whose lease is held grants
--- it again.
+-- its old attempt ends as producer_lost, and a new one begins. Where that lapse was one too many, the status is ENDED,
+-- and the answer has the hints `(lane_id required_capabilities eligible_score)...` alone. A call whose lease is held
+-- grants it again.
 redis.register_function('ff_claim_execution', function(keys, args)
   local core_key = keys[1]
   local worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id, reclaim = unpack(args, 1, 6)

@@ -83,8 +83,8 @@ end
 --
 -- The flow keeps the place of one walk through its open members, so the calls of all who cancel them look at each
 -- member once: a flow that is cancelled gets no further ones, and a member that runs is cancelled where it would wait
--- again. The place is a member, in the order of their ids: a cursor of SSCAN is of one process, and after a restart or a
--- failover it would pass over others. A member with foreign data in its keys stays as it is.
+-- again. The place is a member, in the order of their ids: a cursor of SSCAN is of one process, and after a restart or
+-- a failover it would pass over others. A member with foreign data in its keys stays as it is.
 redis.register_function('ff_cancel_members', function(keys, args)
   local call = redis.call
   local flow_key, open_key, timers_key = unpack(keys, 1, 3)

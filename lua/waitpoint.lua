@@ -529,11 +529,11 @@ end
 --   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired sequence_gap
 --            waitpoint_closed invalid_token invalid_input
 --
--- The condition: for each node `parent needed distinct`, then for each leaf `node token kind matcher`. Signals that came
--- before the suspension count. Where they already meet the condition the status is ALREADY_SATISFIED, the waitpoints are
--- closed, and the lease is kept; the same suspension_id again answers the same. The status is MORE where there are more
--- of these signals than one call may apply: the execution is still active, and the same call again goes on. timeout_ms 0
--- is none.
+-- The condition: for each node `parent needed distinct`, then for each leaf `node token kind matcher`. Signals that
+-- came before the suspension count. Where they already meet the condition the status is ALREADY_SATISFIED, the
+-- waitpoints are closed, and the lease is kept; the same suspension_id again answers the same. The status is MORE where
+-- there are more of these signals than one call may apply: the execution is still active, and the same call again goes
+-- on. timeout_ms 0 is none.
 redis.register_function('ff_suspend_execution', function(keys, args)
   local call = redis.call
   local core_key = keys[1]
