@@ -37,10 +37,6 @@ T = TypeVar("T")
 
 _STOP_LOOK_S = 0.05
 
-SETTLE_S = 0.5
-"""Longest time, in seconds, to wait until work that nobody will get is given back."""
-
-_SETTLE_LOOK_S = 0.002
 _LEFT = 1_024
 
 
@@ -84,11 +80,11 @@ class Operations(Pool):
         ]
         for claim in others:
             claim.abandoned = True
-        until = time.monotonic() + SETTLE_S
+        until = time.monotonic() + claiming.SETTLE_S
         while time.monotonic() < until and any(
             each in self._claims and each.unsettled and not each.blocked for each in others
         ):
-            time.sleep(_SETTLE_LOOK_S)
+            time.sleep(claiming.SETTLE_LOOK_S)
 
     def _forked(self) -> None:
         super()._forked()
@@ -142,11 +138,13 @@ class Operations(Pool):
             return claiming.give_back(self._deployment, claim)
 
         try:
-            self._run(operations.Call(steps), until=time.monotonic() + SETTLE_S)
-        except FFError:
+            self._run(operations.Call(steps), until=time.monotonic() + claiming.SETTLE_S)
+        except BaseException as error:
             # A lease that is never given back lapses.
             if not self._closed:
                 self._left.append(claim)
+            if not isinstance(error, FFError):
+                raise
 
     def _tail(self, source: TailCore) -> Tail:
         return Tail(self, source)

@@ -524,11 +524,8 @@ def test_an_id_that_is_made_is_in_the_right_partition(arguments, slot_tag):
 # -- what the shell is told about a call ------------------------------------------------------------------------------------
 
 
-def test_what_blocks_or_takes_long_has_a_connection_of_its_own():
-    assert not operations.claim(ON).own_connection
-    assert operations.claim(ON, policy=ClaimPolicy.with_max_wait(0)).own_connection
+def test_what_takes_long_has_a_connection_of_its_own():
     assert operations.supervise(ON).round.own_connection
-    assert operations.run_worker(ON).claim().own_connection
 
 
 @pytest.mark.parametrize(
