@@ -177,9 +177,15 @@ class Pool:
             # The parent still uses the sockets and the loop's selector, which a fork shares.
             return
         self._check_loop()
+        settling = self._loop.create_task(self._settle())
         try:
-            await self._settle()
+            await asyncio.shield(settling)
+        except asyncio.CancelledError:
+            # What a short wait does not give back waits until its lease lapses.
+            await asyncio.wait({settling})
+            raise
         finally:
+            settling.cancel()
             # Everything is aborted before the next await, in which the caller may be cancelled.
             await self._abort()
 

@@ -114,19 +114,20 @@ class Operations(Pool):
             with contextlib.suppress(IndexError):
                 # Another thread may have taken the last one.
                 self._give_back(self._left.popleft())
-        self._claims[claim] = threading.get_ident()
         try:
+            self._claims[claim] = threading.get_ident()
             value = self._run(call)
             if claim.abandoned:
                 raise _transport.closed_error()
-            # An interrupt that strikes after this line is the caller's.
-            claim.lease = None
-        except BaseException:
-            self._give_back(claim)
-            raise
-        finally:
             self._claims.pop(claim, None)
-        return value
+            # An interrupt that strikes behind this line is the caller's.
+            return value
+        except BaseException:
+            try:
+                self._give_back(claim)
+            finally:
+                self._claims.pop(claim, None)
+            raise
 
     def _give_back(self, claim: Claim) -> None:
         """Give back what a claim has taken; keep it for the next claim where the server does not answer."""
