@@ -21,6 +21,7 @@ from ff_fast.errors import (
     InvalidType,
     Outcome,
     PayloadTooLarge,
+    Unavailable,
 )
 from ff_fast.types import (
     BackendTag,
@@ -581,6 +582,12 @@ def test_a_suspension_answers_which_handle_goes_on(status, satisfied):
     _, outcome = run(call.steps(), [[1, status, b"suspended", b"s-1"]])
     assert (outcome.suspension_id, outcome.already_satisfied) == ("s-1", satisfied)
     assert outcome.handle.kind is (HandleKind.FRESH if satisfied else HandleKind.SUSPENDED)
+
+
+def test_a_suspension_that_ends_between_two_pages_of_signals_is_unknown():
+    replies = [[1, b"MORE", b"suspended", b"s-1"], Unavailable()]
+    _, error = run(operations.suspend(ON, HANDLE, SPEC).steps(), replies)
+    assert (error.code, error.outcome) == ("unavailable", Outcome.UNKNOWN)
 
 
 def test_a_key_of_waitpoints_goes_to_every_partition():

@@ -72,6 +72,14 @@ def test_losses_that_somebody_knows_of_are_not(error, look):
         del writer
 
 
+def test_frames_behind_a_look_that_found_none_are_told():
+    writer = opened()
+    assert writer._tell_losses() == 0
+    writer.write(b"x")
+    assert writer._tell_losses() == 1
+    assert writer._tell_losses() == 0
+
+
 def test_frames_of_a_parent_are_no_loss_of_the_forked_child():
     writer = opened()
     writer.write(b"x")
