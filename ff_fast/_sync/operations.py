@@ -120,8 +120,7 @@ class Operations(Pool):
             if claim.abandoned:
                 raise _transport.closed_error()
             self._claims.pop(claim, None)
-            # An interrupt that strikes behind this line is the caller's.
-            return value
+            return value  # noqa: TRY300 - only an interrupt that strikes behind this line is the caller's
         except BaseException:
             try:
                 self._give_back(claim)

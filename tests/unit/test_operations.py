@@ -25,7 +25,6 @@ from ff_fast.errors import (
 )
 from ff_fast.types import (
     BackendTag,
-    ClaimPolicy,
     FailureClass,
     Frame,
     FrameKind,
