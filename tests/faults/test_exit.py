@@ -152,7 +152,7 @@ def test_a_program_that_loses_frames_says_how_many(name, proxy, server, lane):
     proxy.hold(UP, DOWN)
     said = ended(child)
     assert re.search(
-        rf"RuntimeWarning: Frames of attempt 0 of execution {re.escape(eid)} were not stored.*: 7;",
+        rf"RuntimeWarning: Frames of attempt 0 of execution {re.escape(eid)} were not acknowledged.*: 7;",
         said,
     )
     assert said.count("RuntimeWarning") == 1

@@ -47,7 +47,9 @@ def test_frames_that_nobody_knows_of_are_warned_of(error):
     writer._next_batch()
     if error is not None:
         writer._fail(error())
-    with pytest.warns(RuntimeWarning, match="were not stored.*: 3; close the writer") as caught:
+    with pytest.warns(
+        RuntimeWarning, match="were not acknowledged.*: 3; close the writer"
+    ) as caught:
         del writer
     assert "secret" not in str(caught[0].message)
 
