@@ -92,7 +92,7 @@ def pack_fcall(
 
 cdef enum:
     # Elements that the headers of one reply may announce and the server has not sent yet. hiredis
-    # allocates 8 bytes for each before the first one comes. The largest answers are pages of members.
+    # allocates 8 bytes for each before the first one comes. The most are pages of members.
     MAX_OWED = 1 << 20
     # Bytes of a string. The largest is a result of 16 MiB.
     MAX_BULK = 64 << 20
