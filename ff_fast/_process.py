@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -45,26 +46,48 @@ os.register_at_fork(after_in_child=_tell_of_fork)
 EXIT_S = 2.0
 """How long the end of the interpreter waits for frames to be stored, in seconds, for all backends together."""
 
+_EXIT_LOOK_S = 0.002
+
 
 class Exiting(Protocol):
     """An object with work that the end of the interpreter would drop in silence."""
 
-    def _exiting(self, until: float) -> None:
-        """Finish the work until a point in monotonic time, and warn of what is left."""
+    def _finish_soon(self) -> None:
+        """Begin to finish the work, without waiting."""
+
+    def _finished(self) -> bool:
+        """Return whether the work is finished, or can never be."""
+
+    def _warn_of_losses(self) -> None:
+        """Warn of the work that is lost."""
 
 
 _ending: weakref.WeakSet[Exiting] = weakref.WeakSet()
+# The process whose end as a child of multiprocessing is watched.
+_child: int | None = None
 
 
 def watch_exit(client: Exiting) -> None:
-    """Call ``_exiting`` of *client* when the interpreter ends, if *client* is alive. Daemon threads still run then."""
+    """Let *client*, if it is alive, finish its work when the interpreter ends. Daemon threads still run then."""
+    global _child  # noqa: PLW0603 - it belongs to the process
     _ending.add(client)
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None and _child != os.getpid():
+        _child = os.getpid()
+        if sys.modules["multiprocessing.process"].parent_process() is not None:
+            # A forked child of multiprocessing ends without the functions of atexit.
+            util.Finalize(None, _tell_of_exit, exitpriority=0)
 
 
 def _tell_of_exit() -> None:
+    clients = list(_ending)
+    for client in clients:
+        client._finish_soon()
     until = time.monotonic() + EXIT_S
-    for client in list(_ending):
-        client._exiting(until)
+    while time.monotonic() < until and not all(client._finished() for client in clients):
+        time.sleep(_EXIT_LOOK_S)
+    for client in clients:
+        client._warn_of_losses()
 
 
 atexit.register(_tell_of_exit)

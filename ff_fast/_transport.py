@@ -157,7 +157,7 @@ def connect_error(error: BaseException, config: BackendConfig) -> FFError:
     return _connect_errors.connect_error(error, config, request_timeout_s(config))
 
 
-def not_sent_in_time() -> FFError:
+def not_sent_in_time() -> DeadlineExceeded:
     """Return the error of a call whose deadline passed while it was queued."""
     late = DeadlineExceeded("There was no answer in time; the call was not sent.")
     late.outcome = Outcome.NOT_APPLIED

@@ -18,6 +18,8 @@ def pack_fcall(
 MAX_OWED = 1 << 20
 MAX_BULK = 64 << 20
 MAX_LINE = 1 << 16
+MAX_REPLY = 256 << 20
+VALUE_BYTES = 64
 
 
 class ReplyGuard:
@@ -33,9 +35,13 @@ class ReplyGuard:
 
 def sizes_fit(stream: bytes) -> bool:
     """Whether a prefix of a stream of replies announces no more than an answer may have."""
-    at = owed = 0
+    at = owed = taken = 0
     while at < len(stream):
-        owed = owed or 1
+        if owed == 0:
+            owed, taken = 1, 0
+        taken += VALUE_BYTES
+        if taken > MAX_REPLY:
+            return False
         kind = stream[at : at + 1]
         at += 1
         if kind in (b"$", b"=", b"*", b"%", b"~", b">"):
@@ -52,6 +58,7 @@ def sizes_fit(stream: bytes) -> bool:
                 if len(stream) < at + count + 2:
                     return True
                 at += count + 2
+                taken += count
                 owed -= 1
             else:
                 owed += count * (2 if kind == b"%" else 1) - 1
@@ -63,6 +70,7 @@ def sizes_fit(stream: bytes) -> bool:
                 return False
             if end < 0:
                 return True
+            taken += end + 2 - at
             at = end + 2
             owed -= 1
         else:

@@ -46,8 +46,8 @@ class Connection(asyncio.Protocol):
         # When the oldest wait without a byte began, and when the last bytes came, in monotonic time.
         self.silent_since = 0.0
         self.heard_at = time.monotonic()
-        # Set once it has answered the steps of connecting; a later answer shows that it works.
-        self.ready_at: float | None = None
+        # Set once it has answered the steps of connecting.
+        self.ready = False
         # on_can_write: called when more may be sent. on_lost: each called once, when the connection is lost.
         # on_silent: called with the time since when nothing has come, before the connection is aborted for it.
         self.on_can_write: Callable[[], None] | None = None
@@ -180,7 +180,7 @@ class Connection(asyncio.Protocol):
         """Return the error of a request whose deadline has passed; abort the connection if nothing came meanwhile."""
         error = DeadlineExceeded()
         if self.heard_at <= sent_at:
-            error.silent = self.ready_at is not None and self.heard_at > self.ready_at
+            error.silent = self.ready
             self.abort_silent(sent_at)
         return error
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
 from ff_fast._aio.connection import Connection, run_steps
+from ff_fast._core import claiming
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.steps import Retries, Step
 from ff_fast.errors import FFError, ForkedClient, FunctionMissing, Unavailable, WrongLoop
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")
-
-SETTLE_S = 0.5
-"""Longest time, in seconds, that a closing backend waits until work that nobody will get is given back."""
-
-_SETTLE_LOOK_S = 0.002
 
 # Bound of the requests in flight on the shared connection; beyond it calls queue, and open batches grow.
 CALLS_IN_FLIGHT = 256
@@ -125,6 +121,7 @@ class SharedConnection:
             longest: Longest time for the replies in seconds, where it is shorter than the request timeout.
         """
         connection = await self.connected()
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s) as waiting, self._turn:
                 await connection.wait_writable()
@@ -135,7 +132,10 @@ class SharedConnection:
         except FFError:
             raise
         except TimeoutError:
-            raise _transport.not_sent_in_time() from None
+            late = _transport.not_sent_in_time()
+            # Those before it wait for a connection that may have died.
+            late.silent = connection.heard_at <= began
+        raise late
 
     def stop(self) -> None:
         self.closing = True
@@ -177,9 +177,15 @@ class Pool:
             # The parent still uses the sockets and the loop's selector, which a fork shares.
             return
         self._check_loop()
+        settling = self._loop.create_task(self._settle())
         try:
-            await self._settle()
+            await asyncio.shield(settling)
+        except asyncio.CancelledError:
+            # What a short wait does not give back waits until its lease lapses.
+            await asyncio.wait({settling})
+            raise
         finally:
+            settling.cancel()
             # Everything is aborted before the next await, in which the caller may be cancelled.
             await self._abort()
 
@@ -187,11 +193,11 @@ class Pool:
         """Wait for a short time until every claim that is under way has given back what it took."""
         for claim in self._claims:
             claim.abandoned = True
-        until = time.monotonic() + SETTLE_S
+        until = time.monotonic() + claiming.SETTLE_S
         while time.monotonic() < until and (  # noqa: ASYNC110 - there is no one event
             self._giving_back or any(each.unsettled and not each.blocked for each in self._claims)
         ):
-            await asyncio.sleep(_SETTLE_LOOK_S)
+            await asyncio.sleep(claiming.SETTLE_LOOK_S)
 
     async def _abort(self) -> None:
         tasks, connections = list(self._tasks), list(self._own)
@@ -267,7 +273,7 @@ class Pool:
         except FFError as error:
             failure = _transport.connect_error(error, self.config)
         else:
-            connection.ready_at = connection.heard_at
+            connection.ready = True
             return
         raise failure
 
@@ -323,20 +329,20 @@ class Pool:
             try:
                 if missing:
                     await self._prepare(await self._shared.connected())
-                if not call.own_connection:
-                    request: Callable[[Step], Awaitable[list[object]]] = self._shared.request
-                    if until != float("inf"):
-                        longest = _transport.longest_try_s(until)
-                        request = partial(self._shared.request, longest=longest)
-                    return await run_steps(call.steps(), request)
+                if call.own_connection:
+                    connection = await self._acquire()
+                    try:
+                        return await run_steps(call.steps(), self._requests_on(connection))
+                    finally:
+                        self._release(connection)
+                request: Callable[[Step], Awaitable[list[object]]] = self._shared.request
                 if call.claim is not None:
-                    # What it takes back is sent behind what it sent before, on the same connection.
-                    return await run_steps(call.steps(), self._request)
-                connection = await self._acquire()
-                try:
-                    return await run_steps(call.steps(), self._requests_on(connection))
-                finally:
-                    self._release(connection)
+                    # What it gives back is sent behind what it sent before, on the same connection.
+                    request = self._request
+                elif until != float("inf"):
+                    longest = _transport.longest_try_s(until)
+                    request = partial(self._shared.request, longest=longest)
+                return await run_steps(call.steps(), request)
             except FFError as error:
                 pause = None if self._closed else retries.pause(error)
                 if pause is None:

@@ -157,8 +157,13 @@ class Sender:
         for writer in list(self.writers):
             writer._fail(WriterClosed())
 
-    def _exiting(self, until: float) -> None:  # noqa: ARG002
-        """Warn of what was not stored: the loop has ended, so nothing can be sent."""
+    def _finish_soon(self) -> None:
+        """Do nothing at the end of the interpreter: the loop has ended, so nothing can be sent."""
+
+    def _finished(self) -> bool:
+        return True
+
+    def _warn_of_losses(self) -> None:
         for writer in list(self.writers):
             writer._warn_of_losses()
 

@@ -26,6 +26,11 @@ SWEEP_EVERY_S = 5.0
 LOOK_EVERY_S = 1.0
 """Longest time for which a waiting claim relies on hints alone."""
 
+SETTLE_S = 0.5
+"""Longest time, in seconds, to wait until work that nobody will get is given back."""
+
+SETTLE_LOOK_S = 0.002
+
 _SWEEP_IMMEDIATE_S = 1.0
 _FOREIGN_PAUSE_S = 0.05
 # Another connection's bytes may reach the server before those of one that was closed.
@@ -94,6 +99,8 @@ def claim(on: Deployment, state: Claim) -> Steps[Handle | None]:
     hint goes back if more work stays there. Lane and partition are in different slots, so no single call can do it.
     """
     offer = on.offer(state.request.lane, state.request.capabilities.tokens)
+    # An earlier try may have been cut off while the server held back its reply.
+    state.blocked = False
     handle = None
     if state.call is not None and state.lease is not None:
         # The reply of an earlier try was lost.
@@ -201,9 +208,10 @@ def _head_of(state: Claim, needs: str, popped: list[bytes]) -> Head | None:
 
 def _wait(state: Claim, offer: Offer, block_s: float) -> Steps[Head | None]:
     """Wait for a hint; None where none came, or new requirements are to be read."""
-    lane = offer.lane
+    # What another thread learns meanwhile is news.
+    lane, seen = offer.lane, offer.seen
     queues = {keys.ready(lane, needs): needs for needs in offer.needs}
-    watched = [*queues, keys.lane_news(lane, offer.seen)] if offer.tokens else [*queues]
+    watched = [*queues, keys.lane_news(lane, seen)] if offer.tokens else [*queues]
     state.hint_taken = state.blocked = True
     (reply,) = yield Step((command(b"BZPOPMIN", *watched, b"%.3f" % block_s),), block_s)
     state.blocked = False

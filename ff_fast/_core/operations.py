@@ -18,7 +18,7 @@ from ff_fast._core import usage as usage_steps
 from ff_fast._core import writer as writers
 from ff_fast._core.completions import CompletionCore
 from ff_fast._core.leases import is_lease_lost
-from ff_fast._core.steps import Step, Steps
+from ff_fast._core.steps import Step, Steps, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
 from ff_fast.errors import (
@@ -26,6 +26,7 @@ from ff_fast.errors import (
     FFError,
     InvalidInput,
     InvalidType,
+    Outcome,
     PayloadTooLarge,
     SequenceGap,
     check_int,
@@ -81,8 +82,9 @@ MAX_DOCUMENT = 16 << 20
 """Greatest payload of an execution and of its result, in bytes."""
 
 MAX_SIGNAL = 65_536
-MAX_TAGS = 256
 """Greatest payload of a signal, in bytes."""
+
+MAX_TAGS = 256
 
 MAX_TTL_MS = 2**48
 
@@ -93,7 +95,7 @@ class Call(NamedTuple, Generic[T]):
     Attributes:
         steps: Makes the steps; called again for every attempt.
         writes: The call changes something on the server.
-        own_connection: The call blocks on the server, or takes long, and needs a connection of its own.
+        own_connection: The call takes long, and needs a connection of its own.
         released_lease: Returns the id of the lease that the call has released, given its result; None if the lease
             continues. The shell then closes the writer that `append_frame` opened under it.
         extended_lease: The id of the lease that the call extends, and its length from then on, in seconds.
@@ -346,7 +348,7 @@ def claim(
         max_wait_s=wait.max_wait,
     )
     state = claiming.Claim(request)
-    return Call(lambda: claiming.claim(on, state), own_connection=state.waits, claim=state)
+    return Call(lambda: claiming.claim(on, state), claim=state)
 
 
 def _claimer(
@@ -680,8 +682,9 @@ def suspend(
     def steps(last_id: bytes) -> Steps[SuspendOutcome]:
         op = ops.suspend_execution(*given, last_id)
         satisfied, first_id = yield from ops.call(op)
-        while satisfied is None:
-            satisfied, first_id = yield from ops.call(op)
+        with applied_in_part():
+            while satisfied is None:
+                satisfied, first_id = yield from ops.call(op)
         return SuspendOutcome(first_id, handle if satisfied else suspended, satisfied)
 
     return _releasing(on, attempt, steps, releases=lambda outcome: not outcome.already_satisfied)
@@ -797,8 +800,10 @@ def rotate_waitpoint_secret(
             except FFError as error:
                 refusals.append(error)
         if refusals:
-            if len(refusals) < len(calls):
-                make_unknown(refusals[0], "Other partitions have the new key.")
+            if len(refusals) < len(calls) or any(
+                each.outcome is Outcome.UNKNOWN for each in refusals
+            ):
+                make_unknown(refusals[0], "Other partitions may have the new key.")
             raise refusals[0]
 
     return Call(steps)

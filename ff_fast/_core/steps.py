@@ -165,13 +165,13 @@ class Retries:
 
         The shell loads a missing library, so the next attempt follows at once and is not counted.
         """
+        if error.outcome is Outcome.UNKNOWN:
+            self._doubtful = self._writes
         if isinstance(error, FunctionMissing) and not self._loaded:
             self._loaded = True
             return 0.0
         if not error.retryable:
             return None
-        if error.outcome is Outcome.UNKNOWN:
-            self._doubtful = self._writes
         if isinstance(error, DeadlineExceeded) and not self._retry_timeouts:
             if self._sent_again or not error.silent:
                 return None

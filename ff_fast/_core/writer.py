@@ -187,7 +187,7 @@ class SharedWriter(WriterCore):
         if lost and not (why is not None and is_lease_lost(why)):
             cause = "" if why is None else f" ({why.code})"
             warnings.warn(
-                f"Frames of attempt {self.attempt_index} of execution {self.execution_id} were not stored{cause}: {lost};"
+                f"Frames of attempt {self.attempt_index} of execution {self.execution_id} were not acknowledged{cause}: {lost};"
                 " close the writer before its backend is closed or the program ends.",
                 RuntimeWarning,
                 stacklevel=2,

@@ -92,7 +92,7 @@ def pack_fcall(
 
 cdef enum:
     # Elements that the headers of one reply may announce and the server has not sent yet. hiredis
-    # allocates 8 bytes for each before the first one comes. The largest answer is a flow's members.
+    # allocates 8 bytes for each before the first one comes. The most are pages of members.
     MAX_OWED = 1 << 20
     # Bytes of a string. The largest is a result of 16 MiB.
     MAX_BULK = 64 << 20
@@ -100,6 +100,9 @@ cdef enum:
     MAX_LINE = 1 << 16
     # Both limits above have fewer digits.
     MAX_DIGITS = 9
+    # Bytes of one reply, where each value counts as VALUE_BYTES more: what its object takes.
+    MAX_REPLY = 256 << 20
+    VALUE_BYTES = 64
 
 # What the next byte belongs to.
 cdef enum Place:
@@ -132,6 +135,8 @@ cdef class ReplyGuard:
     cdef long long _rest
     # Values of the reply that are still to come, the one that is being read included.
     cdef long long _owed
+    # Bytes of the reply so far.
+    cdef long long _taken
 
     def accepts(self, bytes data not None):
         """Take the next bytes of the connection; return whether the parser may get them.
@@ -149,6 +154,10 @@ cdef class ReplyGuard:
                 at += 1
                 if self._owed == 0:
                     self._owed = 1
+                    self._taken = 0
+                self._taken += VALUE_BYTES
+                if self._taken > MAX_REPLY:
+                    return False
                 if byte == c'$' or byte == c'*' or byte in (c'=', c'%', c'~', c'>'):
                     # Most lengths are in one piece.
                     if end - at > MAX_DIGITS + 1:
@@ -211,6 +220,7 @@ cdef class ReplyGuard:
                 if byte == c'\n' and self._returned:
                     self._place = AT_TYPE
                     self._owed -= 1
+                    self._taken += self._line
                 elif self._line > MAX_LINE:
                     return False
                 self._returned = byte == c'\r'
@@ -221,6 +231,7 @@ cdef class ReplyGuard:
         if kind == c'$' or kind == c'=':
             self._rest = number + 2
             self._place = IN_BULK
+            self._taken += number
             return number <= MAX_BULK
         self._owed += (number * 2 if kind == c'%' else number) - 1
         return self._owed <= MAX_OWED

@@ -1223,10 +1223,12 @@ cdef class WriterCore:
         tells."""
         if self._told:
             return 0
-        self._told = True
         if self._error is not None:
-            return len(self._error.unstored)
-        return self._sequence - self._acked_sequence
+            lost = len(self._error.unstored)
+        else:
+            lost = self._sequence - self._acked_sequence
+        self._told = lost > 0
+        return lost
 
     @property
     def next_sequence(self):

@@ -71,8 +71,8 @@ class Connection:
         self._sent_at = 0.0
         # When the last bytes came, in monotonic time.
         self.heard_at = time.monotonic()
-        # Set once it has answered the steps of connecting; a later answer shows that it works.
-        self.ready_at: float | None = None
+        # Set once it has answered the steps of connecting.
+        self.ready = False
         # Set when it missed a deadline: it had been silent since then.
         self.silent_since: float | None = None
 
@@ -180,7 +180,7 @@ class Connection:
         late = DeadlineExceeded()
         if self.heard_at <= self._sent_at:
             self.silent_since = self._sent_at
-            late.silent = self.ready_at is not None and self.heard_at > self.ready_at
+            late.silent = self.ready
         return late
 
     def request(self, step: Step, longest: float = float("inf")) -> list[object]:

@@ -37,10 +37,6 @@ T = TypeVar("T")
 
 _STOP_LOOK_S = 0.05
 
-SETTLE_S = 0.5
-"""Longest time, in seconds, to wait until work that nobody will get is given back."""
-
-_SETTLE_LOOK_S = 0.002
 _LEFT = 1_024
 
 
@@ -84,11 +80,11 @@ class Operations(Pool):
         ]
         for claim in others:
             claim.abandoned = True
-        until = time.monotonic() + SETTLE_S
+        until = time.monotonic() + claiming.SETTLE_S
         while time.monotonic() < until and any(
             each in self._claims and each.unsettled and not each.blocked for each in others
         ):
-            time.sleep(_SETTLE_LOOK_S)
+            time.sleep(claiming.SETTLE_LOOK_S)
 
     def _forked(self) -> None:
         super()._forked()
@@ -118,19 +114,19 @@ class Operations(Pool):
             with contextlib.suppress(IndexError):
                 # Another thread may have taken the last one.
                 self._give_back(self._left.popleft())
-        self._claims[claim] = threading.get_ident()
         try:
+            self._claims[claim] = threading.get_ident()
             value = self._run(call)
             if claim.abandoned:
                 raise _transport.closed_error()
-            # An interrupt that strikes after this line is the caller's.
-            claim.lease = None
-        except BaseException:
-            self._give_back(claim)
-            raise
-        finally:
             self._claims.pop(claim, None)
-        return value
+            return value  # noqa: TRY300 - only an interrupt that strikes behind this line is the caller's
+        except BaseException:
+            try:
+                self._give_back(claim)
+            finally:
+                self._claims.pop(claim, None)
+            raise
 
     def _give_back(self, claim: Claim) -> None:
         """Give back what a claim has taken; keep it for the next claim where the server does not answer."""
@@ -142,11 +138,13 @@ class Operations(Pool):
             return claiming.give_back(self._deployment, claim)
 
         try:
-            self._run(operations.Call(steps), until=time.monotonic() + SETTLE_S)
-        except FFError:
+            self._run(operations.Call(steps), until=time.monotonic() + claiming.SETTLE_S)
+        except BaseException as error:
             # A lease that is never given back lapses.
             if not self._closed:
                 self._left.append(claim)
+            if not isinstance(error, FFError):
+                raise
 
     def _tail(self, source: TailCore) -> Tail:
         return Tail(self, source)

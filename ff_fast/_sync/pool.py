@@ -85,7 +85,7 @@ class Pool:
         except FFError as error:
             failure = _transport.connect_error(error, self.config)
         else:
-            connection.ready_at = connection.heard_at
+            connection.ready = True
             return
         raise failure
 

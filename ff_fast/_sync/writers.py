@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_EXIT_LOOK_S = 0.002
-
 
 class Sender:
     """The connection of all writers, and the only thread that uses it.
@@ -92,9 +90,7 @@ class Sender:
         self.fail_all(WriterClosed())
 
     def fail_all(self, error: FFError) -> None:
-        with self.lock:
-            writers = list(self.writers)
-        for writer in writers:
+        for writer in self._all():
             writer._fail(copy.copy(error))
 
     def _forked(self) -> None:
@@ -103,17 +99,20 @@ class Sender:
         for writer in list(self.writers):
             writer._forked()
 
-    def _exiting(self, until: float) -> None:
-        """Store what was written, as far as there is time, and warn of the rest."""
-        with self.lock:
-            writers = list(self.writers)
-        for writer in writers:
+    def _finish_soon(self) -> None:
+        for writer in self._all():
             writer._seal_soon()
-        for writer in writers:
-            while writer._failure is None and not writer._idle and time.monotonic() < until:
-                time.sleep(_EXIT_LOOK_S)
-        for writer in writers:
+
+    def _finished(self) -> bool:
+        return all(writer._failure is not None or writer._idle for writer in self._all())
+
+    def _warn_of_losses(self) -> None:
+        for writer in self._all():
             writer._warn_of_losses()
+
+    def _all(self) -> list[Writer]:
+        with self.lock:
+            return list(self.writers)
 
     # -- the thread ---------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import signal
+import sys
 import threading
 import time
 
@@ -217,6 +218,23 @@ async def test_closing_a_backend_gives_back_what_a_claim_has_just_taken(
     assert waits_unclaimed(raw, eid)
 
 
+async def test_a_close_that_is_cancelled_gives_back_all_the_same(proxy, held, raw, lane):
+    backend = await aio.ValkeyBackend.connect(proxy.url)
+    eid = await backend.create_execution(lane=lane)
+    held()
+    claim = asyncio.ensure_future(backend.claim(lane=lane, **WORKER))
+    await wait_until_async(lambda: _now(lambda: core_of(raw, eid)["state"] == "active"))
+    closing = asyncio.ensure_future(backend.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    proxy.release()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    with pytest.raises(FFError):
+        await claim
+    assert waits_unclaimed(raw, eid)
+
+
 async def test_a_claim_past_its_deadline_is_given_back(shell, proxy, held, raw, lane):
     async with await shell.connect(proxy.url, timeout=0.2, retries=0) as backend:
         eid = await backend.create_execution(lane=lane)
@@ -251,6 +269,45 @@ def test_an_interrupted_claim_is_given_back(proxy, held, raw, lane):
         interrupter.join()
         assert waits_unclaimed(raw, eid)
         assert backend.claim(lane=lane, **WORKER).fields().execution_id == eid
+
+
+class _Interrupt:
+    """A trace function that interrupts the library at the lines with these numbers, counted from 1."""
+
+    def __init__(self, *at):
+        self._at = list(at)
+        self._line = 0
+
+    def __call__(self, frame, event, _):
+        if "/ff_fast/" not in frame.f_code.co_filename:
+            return None
+        self._line += event == "line"
+        if self._at and self._line == self._at[0]:
+            self._at.pop(0)
+            raise KeyboardInterrupt
+        return self
+
+
+def test_a_claim_that_is_interrupted_at_any_line_is_given_back(server, raw, lane):
+    tracing = sys.gettrace()
+    with ff_fast.ValkeyBackend.connect(server.url) as backend:
+        backend.create_execution(lane=lane)
+        # Half of them are interrupted again, perhaps while they give back.
+        for first in itertools.count(1, 31):
+            sys.settrace(_Interrupt(first, first + 60 if first % 2 else 0))
+            try:
+                handle = backend.claim(lane=lane, **WORKER)
+            except KeyboardInterrupt:
+                handle = None
+            finally:
+                sys.settrace(tracing)
+            if handle is not None:
+                break
+            handle = backend.claim(lane=lane, **WORKER)
+            assert handle.fields().attempt_index == 0
+            backend.complete(handle)
+            backend.create_execution(lane=lane)
+    assert first > 200
 
 
 def lapsed(raw, eid):

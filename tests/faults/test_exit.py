@@ -75,7 +75,21 @@ LINGERING = """
 w = backend.open_writer(handle, linger=1)
 for i in range(3): w.write(b"%d" % i)
 """
+CHILD = """
+import multiprocessing
+
+def work():
+    global backend
+    backend = ff_fast.ValkeyBackend.connect(sys.argv[1])
+    w = backend.open_writer(handle, linger=1)
+    for i in range(3): w.write(b"%d" % i)
+
+process = multiprocessing.get_context("fork").Process(target=work)
+process.start()
+process.join()
+"""
 PROGRAMS = {
+    "a forked child of multiprocessing": (CHILD, 3),
     "many frames": (MANY, 20_000),
     "frames that linger": (LINGERING, 3),
     "a writer that nobody holds": ('backend.open_writer(handle).write(b"0")', 1),
@@ -138,7 +152,7 @@ def test_a_program_that_loses_frames_says_how_many(name, proxy, server, lane):
     proxy.hold(UP, DOWN)
     said = ended(child)
     assert re.search(
-        rf"RuntimeWarning: Frames of attempt 0 of execution {re.escape(eid)} were not stored.*: 7;",
+        rf"RuntimeWarning: Frames of attempt 0 of execution {re.escape(eid)} were not acknowledged.*: 7;",
         said,
     )
     assert said.count("RuntimeWarning") == 1

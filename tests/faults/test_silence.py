@@ -59,11 +59,18 @@ async def test_calls_outlive_every_dead_connection_after_one_wait(shell, proxy, 
         assert loop.time() - began < 4 * TIMEOUT_S
 
 
+async def test_the_first_call_outlives_a_connection_that_died_unused(shell, proxy, lane):
+    async with await shell.connect(proxy.url, timeout=TIMEOUT_S) as backend:
+        proxy.swallow()
+        assert await backend.create_execution(lane=lane)
+
+
 async def test_calls_of_many_at_once_outlive_the_shared_connection(proxy, lane):
+    """Also those that were never sent, since so many others wait for their replies."""
     backend = await aio.ValkeyBackend.connect(config(proxy.url, timeout=TIMEOUT_S))
     eid = await backend.create_execution(lane=lane)
     proxy.swallow()
-    calls = [backend.describe(eid) for _ in range(50)]
+    calls = [backend.describe(eid) for _ in range(600)]
     # These are due later than the first ones.
     later = asyncio.ensure_future(_after(TIMEOUT_S / 2, backend.describe(eid)))
     found = await asyncio.gather(*calls, later)

@@ -21,10 +21,10 @@ from ff_fast.errors import (
     InvalidType,
     Outcome,
     PayloadTooLarge,
+    Unavailable,
 )
 from ff_fast.types import (
     BackendTag,
-    ClaimPolicy,
     FailureClass,
     Frame,
     FrameKind,
@@ -524,11 +524,8 @@ def test_an_id_that_is_made_is_in_the_right_partition(arguments, slot_tag):
 # -- what the shell is told about a call ------------------------------------------------------------------------------------
 
 
-def test_what_blocks_or_takes_long_has_a_connection_of_its_own():
-    assert not operations.claim(ON).own_connection
-    assert operations.claim(ON, policy=ClaimPolicy.with_max_wait(0)).own_connection
+def test_what_takes_long_has_a_connection_of_its_own():
     assert operations.supervise(ON).round.own_connection
-    assert operations.run_worker(ON).claim().own_connection
 
 
 @pytest.mark.parametrize(
@@ -584,6 +581,12 @@ def test_a_suspension_answers_which_handle_goes_on(status, satisfied):
     _, outcome = run(call.steps(), [[1, status, b"suspended", b"s-1"]])
     assert (outcome.suspension_id, outcome.already_satisfied) == ("s-1", satisfied)
     assert outcome.handle.kind is (HandleKind.FRESH if satisfied else HandleKind.SUSPENDED)
+
+
+def test_a_suspension_that_ends_between_two_pages_of_signals_is_unknown():
+    replies = [[1, b"MORE", b"suspended", b"s-1"], Unavailable()]
+    _, error = run(operations.suspend(ON, HANDLE, SPEC).steps(), replies)
+    assert (error.code, error.outcome) == ("unavailable", Outcome.UNKNOWN)
 
 
 def test_a_key_of_waitpoints_goes_to_every_partition():

@@ -251,6 +251,29 @@ def test_the_limits_of_what_a_reply_may_announce(subtests):
             assert verdicts(stream) is fits
 
 
+MIB = b"$1048576\r\n" + bytes(1 << 20) + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    "piece, taken",
+    [
+        (MIB, (1 << 20) + reference.VALUE_BYTES),
+        ((b"*15\r\n" + b"*0\r\n" * 15) * 4_096, 16 * 4_096 * reference.VALUE_BYTES),
+    ],
+    ids=["large strings", "small values"],
+)
+def test_a_reply_that_does_not_end_is_broken_off(piece, taken):
+    guard = ReplyGuard()
+    for _ in range(2):
+        # What came before a reply does not count.
+        assert guard.accepts(b"*200\r\n" + MIB * 2)
+        assert all(guard.accepts(MIB) for _ in range(198))
+    assert guard.accepts(b"*1000000\r\n")
+    enough = reference.MAX_REPLY // taken
+    assert all(guard.accepts(piece) for _ in range(enough - 1))
+    assert not all(guard.accepts(piece) for _ in range(3))
+
+
 def test_what_the_server_pushes_is_skipped():
     reader = hiredis.Reader()
     reader.feed(b">2\r\n+a\r\n+b\r\n>1\r\n+c\r\n+OK\r\n>1\r\n+d\r\n")

@@ -88,6 +88,14 @@ def test_with_no_retries_a_missing_library_is_loaded_all_the_same():
     assert pauses(Retries(THREE.replace(number_of_retries=0)), MISSING, AWAY) == [0, None]
 
 
+def test_a_library_that_is_missing_behind_an_applied_part_leaves_the_call_unknown():
+    retries, missing, refused = Retries(THREE), errors.FunctionMissing(), errors.Unavailable()
+    errors.make_unknown(missing, "A part of the call was applied.")
+    assert pauses(retries, missing) == [0]
+    retries.settle(refused)
+    assert refused.outcome is errors.Outcome.UNKNOWN
+
+
 def test_after_a_success_everything_counts_from_the_beginning():
     retries = Retries(THREE)
     assert pauses(retries, MISSING, AWAY, AWAY) == [0, 10, 20]

@@ -56,12 +56,12 @@ def claimed_then(kind, server, backend, lane):
     carry_out, meanwhile, claimed = running.backend._do, [], [True]
 
     def do(call):
-        # A claim has a connection of its own; the call after it loads what the handler starts from. The first claim may
-        # have begun before this was put in its place.
-        if claimed[0] and not call.own_connection and meanwhile:
+        # The call after a claim loads what the handler starts from. The first claim may have begun before this was put
+        # in its place.
+        if claimed[0] and call.claim is None and meanwhile:
             meanwhile[0]()
             meanwhile.clear()
-        claimed[0] = call.own_connection
+        claimed[0] = call.claim is not None
         return carry_out(call)
 
     running.backend._do = do

@@ -364,9 +364,9 @@ def test_a_handler_that_could_not_start(kind, server, backend, lane, error, end,
     carry_out, claims = running.backend._do, [True]
 
     def refuse(call):
-        # A claim has a connection of its own; the call after it loads what the handler starts from.
-        claims.append(call.own_connection)
-        if claims[-2] and not call.own_connection:
+        # The call after a claim loads what the handler starts from.
+        claims.append(call.claim is not None)
+        if claims[-2] and call.claim is None:
             running.ask()
             raise error
         return carry_out(call)
@@ -386,7 +386,7 @@ def test_an_end_is_tried_again_while_the_lease_is_held(kind, server, backend, la
     loaded = []
 
     def flaky(call):
-        if not call.own_connection:
+        if call.claim is None:
             if loaded and failures:
                 raise failures.pop()
             loaded.append(call)
@@ -405,7 +405,7 @@ def test_what_was_claimed_runs_also_when_it_is_time_to_stop(kind, server, backen
     carry_out = running.backend._do
 
     def stopping(call):
-        if call.own_connection:
+        if call.claim is not None:
             running.ask()
         return carry_out(call)
 

@@ -47,7 +47,9 @@ def test_frames_that_nobody_knows_of_are_warned_of(error):
     writer._next_batch()
     if error is not None:
         writer._fail(error())
-    with pytest.warns(RuntimeWarning, match="were not stored.*: 3; close the writer") as caught:
+    with pytest.warns(
+        RuntimeWarning, match="were not acknowledged.*: 3; close the writer"
+    ) as caught:
         del writer
     assert "secret" not in str(caught[0].message)
 
@@ -70,6 +72,14 @@ def test_losses_that_somebody_knows_of_are_not(error, look):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         del writer
+
+
+def test_frames_behind_a_look_that_found_none_are_told():
+    writer = opened()
+    assert writer._tell_losses() == 0
+    writer.write(b"x")
+    assert writer._tell_losses() == 1
+    assert writer._tell_losses() == 0
 
 
 def test_frames_of_a_parent_are_no_loss_of_the_forked_child():
