@@ -81,8 +81,10 @@ MAX_DOCUMENT = 16 << 20
 """Greatest payload of an execution and of its result, in bytes."""
 
 MAX_SIGNAL = 65_536
-MAX_TAGS = 256
 """Greatest payload of a signal, in bytes."""
+
+MAX_TAGS = 256
+"""Most tags of an execution."""
 
 MAX_TTL_MS = 2**48
 
