@@ -35,7 +35,7 @@ COMPLETION_BLOCK_MS = 5_000
 
 # Records of one answer, of all partitions together; a record has at most some 600 bytes.
 _REPLY_RECORDS = 1_024
-# Bytes of results that are asked for at once, but for a single larger one, and executions whose tags are.
+# Bytes of results that are asked for at once, but for a single larger one, and executions of which something is.
 _RESULT_BYTES = 1 << 20
 _GROUP = 64
 
@@ -301,7 +301,9 @@ class CompletionCore:
             taken.append((record, completion, result_bytes))
         if tag is not None:
             tags = yield from _ask(
-                (ops.read_tags(completion.execution_id) for _, completion, _ in taken if completion)
+                ops.read_tags(completion.execution_id, tag[0])
+                for _, completion, _ in taken
+                if completion
             )
             matches = iter([found is not None and found.get(tag[0]) == tag[1] for found in tags])
             taken = [

@@ -1190,8 +1190,8 @@ def set_tags(execution_id: str, tags: Mapping[str, str]) -> Op[int]:
     )
 
 
-def read_tags(execution_id: str) -> Op[dict[str, str]]:
-    """Read the tags of an execution."""
+def read_tags(execution_id: str, name: str = "") -> Op[dict[str, str]]:
+    """Read the tags of an execution, or the one of that *name*."""
 
     def parse(_: bytes, fields: list[object]) -> dict[str, str]:
         return {_text(name): _text(value) for name, value in _pairs(fields[0]).items()}
@@ -1199,7 +1199,7 @@ def read_tags(execution_id: str) -> Op[dict[str, str]]:
     return Op(
         b"ff_read_tags",
         (keys.core(execution_id), keys.tags(execution_id)),
-        (),
+        (name.encode(),),
         parse,
         read_only=True,
     )

@@ -407,8 +407,8 @@ def decode_entries(
         exclude_best_effort: Leave best-effort frames out.
         live: The stream is the live window, not the log.
         after_ms: ms of the cursor; 0 if it is not known.
-        newest: ``(ms, sequence)`` of the newest frame of the attempt, if it is known: a payload that
-            another program put behind it is no frame.
+        newest: ``(ms, sequence)`` of the newest frame of the attempt, if it is known: a payload
+            that another program put behind it is no frame.
 
     Raises:
         Corruption: An entry that has ff_fast's fields does not have their form.

@@ -100,7 +100,15 @@ class Server:
             kept = [entry for entry in log[0] if entry_id(entry[0]) <= to]
             log = log if len(kept) == len(log[0]) else [kept, live[1], b"1"]
         last_id = b"%d-%d" % (self.last_ms, self.last)
-        rest = [last_id, b"%d" % self.visible, self.closed, b"1000", b"1" * self.small, b"", b"%d" % self.payload_limit]
+        rest = [
+            last_id,
+            b"%d" % self.visible,
+            self.closed,
+            b"1000",
+            b"1" * self.small,
+            b"",
+            b"%d" % self.payload_limit,
+        ]
         return [1, b"OK", *log, *live, *rest]
 
     def _taken(self, key, after, to, count, max_bytes, visible):
