@@ -633,9 +633,9 @@ end)
 --   errors:  execution_not_found stale_owner state_lost suspended stream_closed lease_expired invalid_input
 --
 -- Opening again with the same writer id changes nothing, so the call may be repeated after a lost reply. An earlier
--- writer of the attempt is superseded. lease_id proves the lease that the writer id names by its digest. `payload_limit`
--- is the largest payload that the writer sends; readers that wait ask for as few entries at once. `opening` counts the
--- writers of the attempt, from 1.
+-- writer of the attempt is superseded. lease_id proves the lease that the writer id names by its digest. No payload of
+-- the writer is larger than `payload_limit`, from which readers take how many entries they ask for at once. `opening`
+-- counts the writers of the attempt, from 1.
 redis.register_function('ff_open_writer', function(keys, args)
   local call = redis.call
   local core_key, meta_key, summary_key = unpack(keys, 1, 3)

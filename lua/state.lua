@@ -576,9 +576,9 @@ function ff.other_place(log_key, live_key, cursor, created_at)
   return other and before or ''
 end
 
--- The refusal where an attempt has lost the frame `known`, which its caller knows to be stored: its stream is shorter, or
--- has other frames there. `known` is an id, '' for none; time 0 is any time. `last_id` and `created_at` are fields of
--- the attempt's meta hash. nil where nothing is lost.
+-- The refusal where an attempt has lost the frame `known`, which its caller knows to be stored: its stream is shorter,
+-- or has other frames there; nil where nothing is lost. `known` is an id, '' for none; time 0 is any time. `last_id`
+-- and `created_at` are fields of the attempt's meta hash.
 function ff.lost_frames(slot_tag, attempt, last_id, created_at, known)
   if known == '' or known == last_id then
     return nil
@@ -606,7 +606,9 @@ function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind
   local execution, refusal, found = ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
   if execution then
     local attempt = execution.id .. ':' .. attempt_index
-    local lost = ff.lost_frames(execution.slot_tag, attempt, execution.last_id, execution.created_at, known or '')
+    local lost = ff.lost_frames(
+      execution.slot_tag, attempt, execution.last_id, execution.created_at, known or ''
+    )
     if lost then
       return nil, lost
     end
