@@ -26,8 +26,10 @@ local function read_between(stream_key, after, to, page_size, count, max_bytes, 
   if after == LAST_ID then
     return entries, after, ''
   end
+  -- Where an entry may be large, the first one may be all that the answer holds.
+  local asked = page_size < PAGE and 1 or page_size
   while true do
-    local page = redis.call('XRANGE', stream_key, '(' .. after, to, 'COUNT', page_size)
+    local page = redis.call('XRANGE', stream_key, '(' .. after, to, 'COUNT', asked)
     for _, entry in ipairs(page) do
       after = entry[1]
       scanned = scanned + 1
@@ -57,9 +59,10 @@ local function read_between(stream_key, after, to, page_size, count, max_bytes, 
         return entries, after, '1'
       end
     end
-    if #page < page_size then
+    if #page < asked then
       return entries, after, ''
     end
+    asked = page_size
   end
 end
 
