@@ -628,17 +628,18 @@ end)
 
 -- ff_open_writer
 --   keys:    core meta summary
---   args:    writer lease_id
+--   args:    writer lease_id payload_limit
 --   returns: last_id visible_sequence estimator summary_version opening
 --   errors:  execution_not_found stale_owner state_lost suspended stream_closed lease_expired invalid_input
 --
 -- Opening again with the same writer id changes nothing, so the call may be repeated after a lost reply. An earlier
--- writer of the attempt is superseded. lease_id proves the lease that the writer id names by its digest. `opening`
+-- writer of the attempt is superseded. lease_id proves the lease that the writer id names by its digest. No payload of
+-- the writer is larger than `payload_limit`, from which readers take how many entries they ask for at once. `opening`
 -- counts the writers of the attempt, from 1.
 redis.register_function('ff_open_writer', function(keys, args)
   local call = redis.call
   local core_key, meta_key, summary_key = unpack(keys, 1, 3)
-  local writer, lease_id = unpack(args, 1, 2)
+  local writer, lease_id, payload_limit = unpack(args, 1, 3)
   local refused = refusal(core_key, meta_key, writer or '')
   if refused[2] ~= 'execution_not_found' and refused[2] ~= 'invalid_input'
     and string.match(writer, '^%d+:(%x+)') ~= ff.lease_digest(lease_id or '')
@@ -649,14 +650,17 @@ redis.register_function('ff_open_writer', function(keys, args)
   if refused[2] ~= 'writer_superseded' then
     return refused
   end
-  local last_id, visible_sequence, estimator, current, openings = unpack(
-    call('HMGET', meta_key, 'last_id', 'visible_sequence', 'estimator', 'writer', 'writer_openings')
-  )
+  local last_id, visible_sequence, estimator, current, openings, limit_before = unpack(call(
+    'HMGET', meta_key, 'last_id', 'visible_sequence', 'estimator', 'writer', 'writer_openings', 'payload_limit'
+  ))
   local version = call('HGET', summary_key, 'version') or '0'
   local _, sequence = ff.split_id(last_id)
   if current ~= writer then
     openings = ff.text((tonumber(openings or '0') or 0) + 1)
     call('HSET', meta_key, 'writer', writer, 'writer_base', ff.text(sequence + 1), 'writer_openings', openings)
+    if (integer(payload_limit) or 0) > (integer(limit_before) or ff.USUAL_PAYLOAD) then
+      call('HSET', meta_key, 'payload_limit', payload_limit)
+    end
   end
   return ff.ok(last_id, visible_sequence or ff.text(sequence), estimator or '', version, openings)
 end)

@@ -243,17 +243,22 @@ end)
 
 -- ff_read_tags
 --   keys:    core tags
---   args:
+--   args:    tag_name
 --   returns: tags
 --   errors:  execution_not_found
 --
--- One field list.
+-- One field list, with that tag alone, or with all where the name is ''.
 redis.register_function({
   function_name = 'ff_read_tags',
-  callback = function(keys)
+  callback = function(keys, args)
     local core_key, tags_key = unpack(keys, 1, 2)
+    local tag_name = unpack(args, 1, 1)
     if redis.call('EXISTS', core_key) == 0 then
       return ff.err('execution_not_found')
+    end
+    if tag_name and tag_name ~= '' then
+      local value = redis.call('HGET', tags_key, tag_name)
+      return ff.ok(value and { tag_name, value } or {})
     end
     return ff.ok(redis.call('HGETALL', tags_key))
   end,

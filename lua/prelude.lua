@@ -10,6 +10,7 @@ local ff = {}
 ff.MAX_INTEGER = 9007199254740991
 -- Of a frame. Each backend has a limit of its own up to this one.
 ff.MAX_PAYLOAD = 1048576
+ff.USUAL_PAYLOAD = 65536
 -- Of a signal. A waitpoint keeps up to 10,000.
 ff.MAX_SIGNAL = 65536
 -- A call blocks the server until it returns: at about 1.5 us a frame, 1024 frames stay below 2 ms.

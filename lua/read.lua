@@ -1,7 +1,10 @@
 -- Reading. Every function here is `no-writes`, so a replica may serve it.
 
--- Entries of one XRANGE: few where one may be large, so that a call reads little more than it answers.
-local PAGE, LARGE_PAGE = 128, 8
+-- Entries of one XRANGE.
+local PAGE = 128
+-- Where an entry may be large they are few, so that a call reads little more than it answers: as many as have this size
+-- together if each is as large as the writers may make it, within bounds.
+local PAGE_BYTES, LEAST_PAGE, LARGE_PAGE = 524288, 2, 8
 -- A call looks at no more entries of a stream than this, at 2 us each.
 local SCAN_LIMIT = 1024
 -- The greatest id of a stream, which XRANGE does not take as an exclusive start.
@@ -23,8 +26,10 @@ local function read_between(stream_key, after, to, page_size, count, max_bytes, 
   if after == LAST_ID then
     return entries, after, ''
   end
+  -- Where an entry may be large, the first one may be all that the answer holds.
+  local asked = page_size < PAGE and 1 or page_size
   while true do
-    local page = redis.call('XRANGE', stream_key, '(' .. after, to, 'COUNT', page_size)
+    local page = redis.call('XRANGE', stream_key, '(' .. after, to, 'COUNT', asked)
     for _, entry in ipairs(page) do
       after = entry[1]
       scanned = scanned + 1
@@ -54,71 +59,18 @@ local function read_between(stream_key, after, to, page_size, count, max_bytes, 
         return entries, after, '1'
       end
     end
-    if #page < page_size then
+    if #page < asked then
       return entries, after, ''
     end
+    asked = page_size
   end
-end
-
--- Entries of other programs among which the next one of ours is looked for.
-local NEIGHBOURS = 4
-
--- The entry of ours that stands next to an id, among the first few; nil where there is none. An entry that another
--- program wrote says nothing about places.
-local function neighbour(entries)
-  for _, entry in ipairs(entries) do
-    local frames = 1
-    for i = 1, #entry[2], 2 do
-      local name = entry[2][i]
-      if name == 'run' then
-        frames = ff.run_count(entry[2][i + 1])
-      end
-      if name == 'payload' or name == 'run' or name == 'end' then
-        local ms, last = ff.split_id(entry[1])
-        return { id = entry[1], ms = ms, first = last - frames + 1, last = last }
-      end
-    end
-  end
-end
-
--- Looks for the frame with the id `cursor` in an attempt that began at `created_at`. Returns '' where it is stored, or
--- was and has left, or would stand before the next frame. Else the stream is not the one in which the cursor was taken:
--- returns the id of the last frame before that place, or '0-0' where ids say nothing about their order.
-local function other_place(log_key, live_key, cursor, created_at)
-  local call = redis.call
-  local ms, sequence = ff.split_id(cursor)
-  if not ms or tonumber(ms) == 0 then
-    return ''
-  end
-  local other = created_at and tonumber(ms) < (tonumber(created_at) or 0)
-  local before, restart = '0-0', other
-  local before_ms, before_last = 0, 0
-  for _, key in ipairs({ log_key, live_key }) do
-    local following = neighbour(call('XRANGE', key, cursor, '+', 'COUNT', NEIGHBOURS))
-    if following and following.ms == ms and following.first <= sequence + 1 then
-      return ''
-    end
-    other = other or (following and following.first <= sequence)
-    local preceding = neighbour(call('XREVRANGE', key, '(' .. cursor, '-', 'COUNT', NEIGHBOURS))
-    if preceding then
-      restart = restart or preceding.last >= sequence
-      local its_ms = tonumber(preceding.ms)
-      if its_ms > before_ms or (its_ms == before_ms and preceding.last > before_last) then
-        before, before_ms, before_last = preceding.id, its_ms, preceding.last
-      end
-    end
-  end
-  if restart then
-    return '0-0'
-  end
-  return other and before or ''
 end
 
 -- ff_read_range
 --   keys:    core log live meta
 --   args:    attempt_index log_after live_after count max_bytes visibility cursor
 --   returns: log_entries log_to log_more live_entries live_to live_more last_id visible_sequence closed_reason
---            lease_left_ms small place
+--            lease_left_ms small place payload_limit
 --   errors:  execution_not_found attempt_not_found invalid_input
 --
 -- Both streams, each after an id of its own, read at one moment up to `log_to` and `live_to`. `log_more` and
@@ -132,6 +84,8 @@ end
 --
 -- `cursor` is the id of the frame that the reader had last, or ''. Where another stream stands in its place, as after a
 -- failover, `place` is the id after which the reader continues, and both streams are read after it; else it is ''.
+--
+-- No payload of the writers so far is larger than `payload_limit`.
 redis.register_function({
   function_name = 'ff_read_range',
   callback = function(keys, args)
@@ -148,9 +102,11 @@ redis.register_function({
     if not state then
       return ff.err('execution_not_found')
     end
-    local last_id, visible_sequence, closed_reason, lease_expires_at, large_id, created_at = unpack(redis.call(
-      'HMGET', meta_key, 'last_id', 'visible_sequence', 'closed_reason', 'lease_expires_at', 'large_id', 'created_at'
-    ))
+    local last_id, visible_sequence, closed_reason, lease_expires_at, large_id, created_at, openings, payload_limit =
+      unpack(redis.call(
+        'HMGET', meta_key, 'last_id', 'visible_sequence', 'closed_reason', 'lease_expires_at', 'large_id', 'created_at',
+        'writer_openings', 'payload_limit'
+      ))
     closed_reason = closed_reason or ''
     local lease_left = ''
     if not last_id then
@@ -169,13 +125,15 @@ redis.register_function({
     end
     local place = ''
     if last_id and cursor and cursor ~= last_id then
-      place = other_place(log_key, live_key, cursor, created_at)
+      place = ff.other_place(log_key, live_key, cursor, created_at)
       if place ~= '' then
         log_after, live_after = place, place
       end
     end
+    payload_limit = ff.integer(payload_limit) or (openings and ff.USUAL_PAYLOAD or ff.MAX_PAYLOAD)
+    local large_page = math.max(LEAST_PAGE, math.min(LARGE_PAGE, math.floor(PAGE_BYTES / math.max(payload_limit, 1))))
     local function page_size(after)
-      return large_id and is_before(after, large_id) and LARGE_PAGE or PAGE
+      return large_id and is_before(after, large_id) and large_page or PAGE
     end
     local log, log_to, log_more = read_between(
       log_key, log_after, '+', page_size(log_after), count, max_bytes, false
@@ -197,7 +155,7 @@ redis.register_function({
     local _, sequence = ff.split_id(last_id)
     return ff.ok(
       log, log_to, log_more, live, live_to, live_more, last_id, visible_sequence or ff.text(sequence), closed_reason,
-      lease_left, small and '1' or '', place
+      lease_left, small and '1' or '', place, ff.text(payload_limit)
     )
   end,
   flags = { 'no-writes' },

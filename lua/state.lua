@@ -523,22 +523,79 @@ local function saved_reply(execution)
   return words
 end
 
--- The refusal where the stream of the attempt is shorter than the caller knows it to be, or ends with another frame:
--- frames that were acknowledged are lost. `known` is the id of the last frame, or '' for none; time 0 is any time.
-local function lost_frames(execution, known)
-  if known == '' or known == execution.last_id then
+-- Entries of other programs among which the next one of ours is looked for.
+local NEIGHBOURS = 4
+
+-- The entry of ours that stands next to an id, among the first few; nil where there is none. An entry that another
+-- program wrote says nothing about places.
+local function neighbour(entries)
+  for _, entry in ipairs(entries) do
+    local frames = 1
+    for i = 1, #entry[2], 2 do
+      local name = entry[2][i]
+      if name == 'run' then
+        frames = ff.run_count(entry[2][i + 1])
+      end
+      if name == 'payload' or name == 'run' or name == 'end' then
+        local ms, last = ff.split_id(entry[1])
+        return { id = entry[1], ms = ms, first = last - frames + 1, last = last }
+      end
+    end
+  end
+end
+
+-- Looks for the frame with the id `cursor` in an attempt that began at `created_at`. Returns '' where it is stored, or
+-- was and has left, or would stand before the next frame. Else the stream is not the one in which the cursor was taken:
+-- returns the id of the last frame before that place, or '0-0' where ids say nothing about their order.
+function ff.other_place(log_key, live_key, cursor, created_at)
+  local call = redis.call
+  local ms, sequence = ff.split_id(cursor)
+  if not ms or tonumber(ms) == 0 then
+    return ''
+  end
+  local other = created_at and tonumber(ms) < (tonumber(created_at) or 0)
+  local before, restart = '0-0', other
+  local before_ms, before_last = 0, 0
+  for _, key in ipairs({ log_key, live_key }) do
+    local following = neighbour(call('XRANGE', key, cursor, '+', 'COUNT', NEIGHBOURS))
+    if following and following.ms == ms and following.first <= sequence + 1 then
+      return ''
+    end
+    other = other or (following and following.first <= sequence)
+    local preceding = neighbour(call('XREVRANGE', key, '(' .. cursor, '-', 'COUNT', NEIGHBOURS))
+    if preceding then
+      restart = restart or preceding.last >= sequence
+      local its_ms = tonumber(preceding.ms)
+      if its_ms > before_ms or (its_ms == before_ms and preceding.last > before_last) then
+        before, before_ms, before_last = preceding.id, its_ms, preceding.last
+      end
+    end
+  end
+  if restart then
+    return '0-0'
+  end
+  return other and before or ''
+end
+
+-- The refusal where an attempt has lost the frame `known`, which its caller knows to be stored: its stream is shorter,
+-- or has other frames there; nil where nothing is lost. `known` is an id, '' for none; time 0 is any time. `last_id`
+-- and `created_at` are fields of the attempt's meta hash.
+function ff.lost_frames(slot_tag, attempt, last_id, created_at, known)
+  if known == '' or known == last_id then
     return nil
   end
   local ms, sequence = ff.split_id(known)
   if not ms then
     return ff.err('invalid_input', 'last_id')
   end
-  local _, stored = ff.split_id(execution.last_id or '0-0')
+  local _, stored = ff.split_id(last_id or '0-0')
   if stored < sequence then
     return ff.err('sequence_gap', ff.text(stored + 1), ff.text(sequence + 1))
   end
-  if stored == sequence and sequence > 0 and tonumber(ms) > 0 then
-    return ff.err('sequence_gap', ff.text(stored), ff.text(sequence + 1))
+  local log_key, live_key = ff.key('stream', slot_tag, attempt), ff.key('live', slot_tag, attempt)
+  local other = stored == sequence and tonumber(ms) > 0
+  if sequence > 0 and (other or ff.other_place(log_key, live_key, known, created_at) ~= '') then
+    return ff.err('sequence_gap', ff.text(sequence), ff.text(sequence + 1))
   end
   return nil
 end
@@ -549,7 +606,10 @@ end
 function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind, known)
   local execution, refusal, found = ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
   if execution then
-    local lost = lost_frames(execution, known or '')
+    local attempt = execution.id .. ':' .. attempt_index
+    local lost = ff.lost_frames(
+      execution.slot_tag, attempt, execution.last_id, execution.created_at, known or ''
+    )
     if lost then
       return nil, lost
     end
@@ -563,11 +623,11 @@ function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind
   return nil, refusal
 end
 
--- The lease ends at the time that the meta hash of its attempt names; appends read it there. The id of the attempt's
--- last frame is read with it.
+-- The lease ends at the time that the meta hash of its attempt names; appends read it there. When the attempt began,
+-- and the id of its last frame, are read with it.
 function ff.lease_expires_at(execution)
   local meta_key = ff.attempt_key(execution, 'meta', execution.fields.current_attempt_index)
-  local meta = redis.call('HMGET', meta_key, 'lease_expires_at', 'last_id')
-  execution.last_id = meta[2]
+  local meta = redis.call('HMGET', meta_key, 'lease_expires_at', 'last_id', 'created_at')
+  execution.last_id, execution.created_at = meta[2], meta[3]
   return tonumber(meta[1] or '0') or 0
 end

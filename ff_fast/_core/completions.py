@@ -35,7 +35,7 @@ COMPLETION_BLOCK_MS = 5_000
 
 # Records of one answer, of all partitions together; a record has at most some 600 bytes.
 _REPLY_RECORDS = 1_024
-# Bytes of results that are asked for at once, but for a single larger one, and executions whose tags are.
+# Bytes of results that are asked for at once, but for a single larger one, and executions of which something is.
 _RESULT_BYTES = 1 << 20
 _GROUP = 64
 
@@ -186,16 +186,30 @@ class CompletionCore:
         """
         names = [keys.completions(keys.slot_tag(index)) for index in range(self._partitions)]
         infos = [Command(name, pack_command(b"XINFO", b"STREAM", name)) for name in names]
-        replies = yield Step(infos, large=True)
+        passed = [
+            (index, names[index], place.identity)
+            for index, place in self._places.items()
+            if place.ms
+        ]
+        records = [
+            Command(name, pack_command(b"XRANGE", name, identity, identity))
+            for _, name, identity in passed
+        ]
+        replies = yield Step(infos + records, large=True)
+        there = {
+            index
+            for (index, _, _), found in zip(passed, replies[len(infos) :], strict=True)
+            if not _is_foreign(found) and checked(found)
+        }
         foreign: set[int] = set()
         places: dict[int, _Place] = {}
-        for index, reply in enumerate(replies):
-            if isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE"):
+        for index, reply in enumerate(replies[: len(infos)]):
+            if _is_foreign(reply):
                 foreign.add(index)
                 continue
             missing = isinstance(reply, Exception) and "no such key" in str(reply)
             about = _Stream.of([] if missing else checked(reply))
-            place = self._place(index, about)
+            place = self._place(index, about, there=index in there)
             if place is not None:
                 places[index] = place
         for index, place in places.items():
@@ -207,11 +221,16 @@ class CompletionCore:
         # Whether it has become a stream is seen by looking again.
         self._look_due = bool(foreign)
 
-    def _place(self, index: int, about: _Stream) -> _Place | None:
+    def _place(self, index: int, about: _Stream, *, there: bool) -> _Place | None:
         """Return the place where this partition goes on; None if it is the one that is known.
 
+        Args:
+            index: The partition.
+            about: Its stream.
+            there: Whether the record of the place is in it.
+
         Raises:
-            InvalidCursor: Records behind the cursor may have been trimmed, or the stream ends before the cursor.
+            InvalidCursor: Records behind the cursor may have been trimmed, or the stream has lost that of the cursor.
         """
         if self._from == "now":
             return _Place(*about.last, about.added) if about.added else None
@@ -222,13 +241,14 @@ class CompletionCore:
         at = here[:2]
         if place is None and at != (0, 0) and about.last <= at:
             return _Place(*about.last, about.added) if about.added else None
-        ahead = place is not None and about.last < at
+        kept = about.length and about.first <= at and about.deleted < at
+        lost = place is not None and (about.last < at or (kept and not there))
         missing = at < about.last and (not about.length or at < about.first)
         if here.stored is None:
             missing = missing and about.added > about.length
         else:
             missing = missing and about.added - here.stored > about.length
-        if ahead or missing:
+        if lost or missing:
             raise InvalidCursor(
                 "Completions behind the cursor are not kept any more; begin with 'start' and compare with what you"
                 " have."
@@ -254,7 +274,7 @@ class CompletionCore:
         )
         block_s = 0 if behind else COMPLETION_BLOCK_MS / 1000
         (reply,) = yield Step((Command(names[0], request),), block_s, large=True)
-        if isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE"):
+        if _is_foreign(reply):
             self._look_due = True
             return
         streams = cast("list[tuple[bytes, list[tuple[bytes, list[bytes]]]]]", checked(reply))
@@ -281,7 +301,9 @@ class CompletionCore:
             taken.append((record, completion, result_bytes))
         if tag is not None:
             tags = yield from _ask(
-                (ops.read_tags(completion.execution_id) for _, completion, _ in taken if completion)
+                ops.read_tags(completion.execution_id, tag[0])
+                for _, completion, _ in taken
+                if completion
             )
             matches = iter([found is not None and found.get(tag[0]) == tag[1] for found in tags])
             taken = [
@@ -308,23 +330,31 @@ class CompletionCore:
         return found
 
 
+def _is_foreign(reply: object) -> bool:
+    """Whether a reply says that the key is no stream."""
+    return isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE")
+
+
 class _Stream(NamedTuple):
-    """What XINFO STREAM tells: the first id that is kept, the last id ever, how many records there are and have been."""
+    """What XINFO STREAM tells: the first id that is kept, the last id ever and the last one that somebody deleted, how
+    many records there are and have been."""
 
     first: tuple[int, int]
     last: tuple[int, int]
+    deleted: tuple[int, int]
     length: int
     added: int
 
     @classmethod
     def of(cls, flat: list[Any]) -> _Stream:
         if not flat:
-            return cls((0, 0), (0, 0), 0, 0)
+            return cls((0, 0), (0, 0), (0, 0), 0, 0)
         try:
             about = dict(zip(flat[::2], flat[1::2], strict=True))
             return cls(
                 ops.entry_id(about[b"recorded-first-entry-id"].decode()),
                 ops.entry_id(about[b"last-generated-id"].decode()),
+                ops.entry_id(about[b"max-deleted-entry-id"].decode()),
                 int(about[b"length"]),
                 int(about[b"entries-added"]),
             )

@@ -85,6 +85,7 @@ MAX_SIGNAL = 65_536
 """Greatest payload of a signal, in bytes."""
 
 MAX_TAGS = 256
+"""Most tags of an execution."""
 
 MAX_TTL_MS = 2**48
 

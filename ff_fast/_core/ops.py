@@ -15,6 +15,7 @@ from ff_fast._core.steps import Command, Step, Steps
 from ff_fast._hot.resp import pack_fcall
 from ff_fast.errors import MAX_INT, Corruption, ProtocolError, for_code, from_server_error
 from ff_fast.types import (
+    DEFAULT_PAYLOAD_LIMIT,
     CancelFlowPolicy,
     CancelOutcome,
     CapabilitySet,
@@ -421,8 +422,10 @@ def writer_id(attempt: Attempt) -> bytes:
     return b":".join((index, digest, epoch, keys.new_uuid()[:13].encode()))
 
 
-def open_writer(attempt: Attempt, writer: bytes) -> Op[Opened]:
-    """Make *writer* the writer of the attempt, in place of the one before it."""
+def open_writer(
+    attempt: Attempt, writer: bytes, max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
+) -> Op[Opened]:
+    """Make *writer*, which sends no larger payload, the writer of the attempt, in place of the one before it."""
 
     def parse(_: bytes, fields: list[object]) -> Opened:
         last_id, visible, estimator, summary_version, opening = map(_text, fields)
@@ -440,13 +443,15 @@ def open_writer(attempt: Attempt, writer: bytes) -> Op[Opened]:
 
     meta, _, _, summary = attempt.stream_keys
     core = keys.core(attempt.execution_id)
-    return Op(b"ff_open_writer", (core, meta, summary), (writer, attempt.fence[1]), parse)
+    given = (writer, attempt.fence[1], number(max_payload_bytes))
+    return Op(b"ff_open_writer", (core, meta, summary), given, parse)
 
 
 class Range(NamedTuple):
     """Both streams of an attempt, each after an id, read atomically (lua/read.lua, ``ff_read_range``).
 
-    *place* is None unless another stream stands where the cursor was taken: then both were read after it.
+    *place* is None unless another stream stands where the cursor was taken: then both were read after it. No payload of
+    the writers so far is larger than *payload_limit*.
     """
 
     log: list[list[object]]
@@ -461,7 +466,8 @@ class Range(NamedTuple):
     closed_reason: EndReason | None
     lease_left_ms: int | None
     small: bool
-    place: tuple[int, int] | None = None
+    place: tuple[int, int] | None
+    payload_limit: int
 
 
 def read_range(
@@ -481,7 +487,7 @@ def read_range(
         log, log_to, log_more, live, live_to, live_more, *rest = fields
         if not isinstance(log, list) or not isinstance(live, list):
             raise TypeError
-        last_id, visible, reason, left, small, place = map(_text, rest)
+        last_id, visible, reason, left, small, place, payload_limit = map(_text, rest)
         return Range(
             log,
             _text(log_to).encode(),
@@ -495,6 +501,7 @@ def read_range(
             int(left) if left else None,
             small == "1",
             entry_id(place) if place else None,
+            int(payload_limit),
         )
 
     return Op(
@@ -1189,8 +1196,8 @@ def set_tags(execution_id: str, tags: Mapping[str, str]) -> Op[int]:
     )
 
 
-def read_tags(execution_id: str) -> Op[dict[str, str]]:
-    """Read the tags of an execution."""
+def read_tags(execution_id: str, name: str = "") -> Op[dict[str, str]]:
+    """Read the tags of an execution, or the one of that *name*."""
 
     def parse(_: bytes, fields: list[object]) -> dict[str, str]:
         return {_text(name): _text(value) for name, value in _pairs(fields[0]).items()}
@@ -1198,7 +1205,7 @@ def read_tags(execution_id: str) -> Op[dict[str, str]]:
     return Op(
         b"ff_read_tags",
         (keys.core(execution_id), keys.tags(execution_id)),
-        (),
+        (name.encode(),),
         parse,
         read_only=True,
     )

@@ -41,8 +41,9 @@ _LARGEST_LOOK = 256
 # _REPLY_BYTES together; a run of the live window may hold a thousand frames.
 _FIRST_COUNTS = (512, 16)
 _LARGEST_COUNTS = (1024, 64)
-# XREAD COUNT of a reader that waits. What comes is of any size, so it is small; a reader that gets as many is behind.
-_WAKE_COUNT = 8
+# XREAD COUNT of a reader that waits: as many entries of either stream as make _REPLY_BYTES together if all are as large
+# as the writer may make them, within these bounds. A reader that gets as many is behind.
+_WAKE_COUNTS = (2, 8)
 
 Item = StreamFrame | Gap | End
 Id = tuple[int, int]
@@ -129,8 +130,11 @@ class _Position:
         live: list[list[object]],
         horizon: Id | None,
         reason: GapReason,
+        newest: Id | None = None,
     ) -> tuple[list[Item], EndReason | None]:
         """Return the items up to *horizon* and, if it was reached, the reason of the end; hold later entries.
+
+        *newest* is the id of the newest frame, if it is known: what stands behind it is not ours.
 
         Raises:
             _Rewritten: The entries belong to another stream than the last frame.
@@ -144,6 +148,7 @@ class _Position:
                 self.exclude,
                 live=stream == _LIVE,
                 after_ms=self.ms,
+                newest=newest,
             )
             if some.rewound:
                 raise _Rewritten
@@ -155,17 +160,17 @@ class _Position:
         )
         return items, ended
 
-    def go_back(self, place: Id) -> Gap:
+    def go_back(self, place: Id, reason: GapReason = "rewritten") -> Gap:
         """Continue after *place*, since the last frame is not in this stream; return the gap that says so."""
+        gap = self._go_on(place, reason)
+        self.rewind()
+        return gap
+
+    def _go_on(self, place: Id, reason: GapReason) -> Gap:
+        """Continue after *place*; return the gap from the last frame to there."""
         first_missing = self.sequence + 1
         self.ms, self.sequence = place
-        self.rewind()
-        return Gap(
-            first_missing=first_missing,
-            next_sequence=self.sequence + 1,
-            reason="rewritten",
-            cursor=self.cursor,
-        )
+        return Gap(first_missing, self.sequence + 1, reason, self.cursor)
 
     def take_range(self, page: ops.Range, reason: GapReason) -> tuple[list[Item], EndReason | None]:
         """Return the items of a range read and, if everything was read, the reason why the attempt ended."""
@@ -177,26 +182,19 @@ class _Position:
         # The end entry has the sequence after the last frame, so a cursor behind the end is not ahead.
         end = page.last_sequence + bool(page.closed_reason)
         if self.sequence > end:
-            first_missing = self.sequence + 1
-            self.ms, self.sequence = page.last_ms, page.last_sequence
-            self.rewind()
-            gap = Gap(
-                first_missing=first_missing,
-                next_sequence=page.last_sequence + 1,
-                reason="cursor_ahead",
-                cursor=self.cursor,
-            )
-            return [gap], page.closed_reason or None
+            gap = self.go_back((page.last_ms, page.last_sequence), "cursor_ahead")
+            return [gap], page.closed_reason
         cut = [
             _id(to)
             for to, more in ((page.log_to, page.log_more), (page.live_to, page.live_more))
             if more
         ]
         horizon = min(cut) if cut else None
-        items, ended = self.merge(page.log, page.live, horizon, reason)
+        newest_frame = page.last_ms, page.last_sequence
+        items, ended = self.merge(page.log, page.live, horizon, reason, newest_frame)
         # A stream that was read to its end has nothing more up to the newest id of both streams:
         # entries appended later have higher ids.
-        newest_id = _text(page.last_ms, page.last_sequence).encode()
+        newest_id = _text(*newest_frame).encode()
         self.read = [max(to, newest_id, key=_id) for to in (page.log_to, page.live_to)]
         if horizon is not None:
             # Entries past the horizon are dropped and read again.
@@ -205,19 +203,12 @@ class _Position:
         if ended is not None:
             return items, ended
         newest = page.visible_sequence if self.exclude else page.last_sequence
-        first_missing = self.sequence + 1
+        wanted = newest > self.sequence
         if page.last_sequence > self.sequence:
-            self.ms, self.sequence = page.last_ms, page.last_sequence
-        if newest >= first_missing:
-            items.append(
-                Gap(
-                    first_missing=first_missing,
-                    next_sequence=page.last_sequence + 1,
-                    reason="expired",
-                    cursor=self.cursor,
-                )
-            )
-        return items, page.closed_reason or None
+            gap = self._go_on(newest_frame, "expired")
+            if wanted:
+                items.append(gap)
+        return items, page.closed_reason
 
 
 class TailCore:
@@ -239,7 +230,7 @@ class TailCore:
     __slots__ = (
         "_asked", "_behind", "_behind_frames", "_block_ms", "_count", "_counts", "_exact", "_half_bytes", "_keys",
         "_look_frames", "_more", "_paced", "_position", "_range_frames", "_ranged", "_reason", "_small_to",
-        "_unwanted", "end_reason", "start",
+        "_unwanted", "_wake_count", "end_reason", "start",
     )  # fmt: skip
 
     def __init__(
@@ -263,6 +254,7 @@ class TailCore:
         self.start = self._position.cursor
         self._reason: GapReason = "trimmed"
         self._counts = list(_FIRST_COUNTS)
+        self._wake_count = _WAKE_COUNTS[0]
         self.end_reason: EndReason | None = None
         self.restart()
 
@@ -301,7 +293,7 @@ class TailCore:
         # cause few wake-ups; durable frames and the end still do.
         self._asked = (_LOG,) if self._paced else (_LOG, _LIVE)
         block = _PACE_MS if self._paced else self._block_ms
-        self._count = min(_WAKE_COUNT, *(self._counts[stream] for stream in self._asked))
+        self._count = min(self._wake_count, *(self._counts[stream] for stream in self._asked))
         request = pack_command(
             b"XREAD",
             *(b"COUNT", b"%d" % self._count),
@@ -384,6 +376,8 @@ class TailCore:
 
     def _take_range(self, page: ops.Range) -> list[Item]:
         self._counts[_LIVE] = self._next_count(_LIVE, page.live)
+        least, most = _WAKE_COUNTS
+        self._wake_count = max(min(_REPLY_BYTES // 2 // max(page.payload_limit, 1), most), least)
         try:
             items, ended = self._position.take_range(page, self._reason)
         except _Rewritten:
@@ -396,7 +390,9 @@ class TailCore:
         self._behind = page.log_more or page.live_more
         self._small_to = None
         if self._behind:
-            self._range_frames = self._behind_frames
+            # Entries of another program count as frames until they are decoded, and must not take a call each.
+            more = min(2 * self._range_frames, _RANGE_FRAMES)
+            self._range_frames = self._behind_frames if items else more
             if page.small and not self._exact:
                 self._begin_small(page)
         else:

@@ -435,7 +435,9 @@ def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) ->
     request = operations.open_writer(on, task.handle, mode=mode)
     attempt = ops.Attempt.of(task.handle)
     writer_id = ops.writer_id(attempt)
-    opening = ops.open_writer(attempt, writer_id)
+    opening = ops.open_writer(
+        attempt, writer_id, max_payload_bytes=request.options.max_payload_bytes
+    )
     reading = ops.read_payload(task.execution_id)
     observing = ops.observe_signals(attempt)
 

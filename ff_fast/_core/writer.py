@@ -104,7 +104,7 @@ def open_writer(
         SequenceGap: The stream is not *complete*.
     """
     writer_id = ops.writer_id(attempt)
-    opened = yield from ops.call(ops.open_writer(attempt, writer_id))
+    opened = yield from ops.call(ops.open_writer(attempt, writer_id, options.max_payload_bytes))
     with applied_in_part():
         # The writer before is superseded.
         if complete:

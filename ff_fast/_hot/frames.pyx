@@ -395,7 +395,7 @@ cdef long long add_run(
 
 def decode_entries(
     list entries not None, long long after, tuple limit=None, bint exclude_best_effort=False, *,
-    bint live=False, long long after_ms=0,
+    bint live=False, long long after_ms=0, tuple newest=None,
 ):
     """Return the :class:`Entries` of one stream.
 
@@ -407,6 +407,8 @@ def decode_entries(
         exclude_best_effort: Leave best-effort frames out.
         live: The stream is the live window, not the log.
         after_ms: ms of the cursor; 0 if it is not known.
+        newest: ``(ms, sequence)`` of the newest frame of the attempt, if it is known: a payload
+            that another program put behind it is no frame.
 
     Raises:
         Corruption: An entry that has ff_fast's fields does not have their form.
@@ -421,6 +423,11 @@ def decode_entries(
     cdef long long sequence = 0
     cdef long long limit_ms = LARGEST
     cdef long long limit_sequence = LARGEST
+    cdef long long newest_ms = LARGEST
+    cdef long long newest_sequence = LARGEST
+    if newest is not None:
+        newest_ms = min(newest[0], LARGEST)
+        newest_sequence = min(newest[1], LARGEST)
     if limit is not None:
         limit_ms = min(limit[0], LARGEST)
         limit_sequence = min(limit[1], LARGEST)
@@ -484,6 +491,10 @@ def decode_entries(
         if (
             (run is None) == (payload is None)
             or sequence == 0 or ms == LARGEST or sequence == LARGEST
+            or (
+                run is None
+                and (ms > newest_ms or (ms == newest_ms and sequence > newest_sequence))
+            )
         ):
             result.foreign += 1
             continue

@@ -238,14 +238,17 @@ async def test_append_frame_does_not_go_on_behind_a_loss(shell, server, raw, lan
         await backend.complete(handle)
 
 
-async def test_other_frames_under_the_same_sequences_are_a_loss_too(shell, server, raw, lane):
+@pytest.mark.parametrize("stored", [10, 15])
+async def test_other_frames_under_the_same_sequences_are_a_loss_too(
+    shell, server, raw, lane, stored
+):
     async with await shell.connect(server.url) as backend, await shell.connect(server.url) as other:
         eid, handle = await claimed(backend, lane)
         past, writer = await written_by_open(backend, handle, raw, eid)
         past.come()
         newer = await other.open_writer(handle)
         await next_ms(raw)
-        await put(newer, 6, 10, "new")
+        await put(newer, 6, stored, "new")
         with pytest.raises(SequenceGap) as lost:
             await backend.complete(handle)
         assert (lost.value.expected, lost.value.got) == (10, 11)

@@ -117,6 +117,34 @@ def test_a_reader_that_waited_while_frames_grew_gets_few_at_once(backend, raw, a
     assert len(reading.sizes[b"XREAD"]) < 10
 
 
+def test_a_reader_that_waited_gets_few_of_the_largest_frames_at_once(server, raw, lane):
+    """However the writers and what they send follow one another."""
+    huge = bytes(1 << 20)
+    with (
+        ff_fast.ValkeyBackend.connect(server.url) as usual,
+        ff_fast.ValkeyBackend.connect(f"{server.url}?max_payload_bytes={1 << 20}") as large,
+    ):
+        attempt = begin(usual, lane)
+        early = Weighing(raw, tail_core.TailCore(attempt.eid, 0, None, ALL))
+        assert early.step() == []
+        with usual.open_writer(attempt.handle) as writer:
+            written(writer, [(20, SMALL, DURABLE)])
+        late = Weighing(raw, tail_core.TailCore(attempt.eid, 0, None, ALL))
+        with large.open_writer(attempt.handle) as writer:
+            written(writer, [(10, SMALL, DURABLE)])
+            late.step()
+            while len(early.items) < 30:
+                early.step()
+            written(writer, [(6, huge, DURABLE), (6, huge, BEST_EFFORT)])
+        large.complete(attempt.handle)
+        for reading in (early, late):
+            reading.run()
+            assert sequences(reading.items) == list(range(1, 43))
+            # Two of each stream, and no more than one where entries are counted by bytes.
+            assert reading.largest <= 4 * len(huge) + 128 * KIB
+            assert max(reading.sizes[b"FCALL_RO"]) <= 2 * len(huge) + 128 * KIB
+
+
 @pytest.mark.parametrize("max_bytes", [1, 100_000, 2 << 20])
 def test_a_page_has_its_bytes_and_at_most_one_frame_more(max_bytes, backend, raw, attempt):
     with backend.open_writer(attempt.handle) as writer:

@@ -143,3 +143,33 @@ def test_a_stream_that_takes_no_end_is_ended_by_its_state(backend, world, how):
         with pytest.raises(errors.Corruption):
             backend.read_stream(eid, 0)
     assert backend.describe(eid).state == "completed"
+
+
+def test_entries_in_the_form_of_ours_behind_the_last_frame_are_no_frames(backend, world, server):
+    """As XADD with `*` makes them: the second one of a millisecond has the sequence of the first frame."""
+    eid, handle = world.owned()
+    with world.backend.open_writer(handle, mode=StreamMode.durable()) as writer:
+        for _ in range(9):
+            writer.write(b"ours")
+    with world.raw.pipeline(transaction=True) as pipe:
+        for key in (keys.stream(eid, 0), keys.live(eid, 0)):
+            for _ in range(4):
+                pipe.xadd(key, {"payload": "foreign"})
+        pipe.execute()
+    for outcome in (None, "attempt_success"):
+        pages, after = [], None
+        while len(pages) < 5:
+            pages.append(backend.read_stream(eid, after=after, count=4))
+            after = pages[-1].cursor
+        assert [frame.sequence for page in pages for frame in page] == list(range(1, 10))
+        assert {frame.payload for page in pages for frame in page} == {b"ours"}
+        assert [page.gaps for page in pages] == [()] * 5
+        assert pages[-1].end_reason == outcome
+        tail = backend.tail(eid, after=pages[0].cursor)
+        if outcome is None:
+            assert len(tail.next_batch(timeout=5)) == 5
+            assert tail.next_batch(timeout=0) == []
+            world.backend.complete(handle)
+        else:
+            assert [type(item) for item in tail.next_batch(timeout=5)[5:]] == [End]
+        tail.close()

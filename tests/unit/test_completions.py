@@ -52,11 +52,20 @@ def record(index=1, identity=b"10-1", **more):
     return [STREAMS[index], [entry(identity, index, **more)]]
 
 
-def kept(first=b"5-0", length=3, added=3, last=b"7-0"):
+def kept(first=b"5-0", length=3, added=3, last=b"7-0", deleted=b"0-0"):
     return [
         *(b"length", length, b"entries-added", added),
         *(b"recorded-first-entry-id", first, b"last-generated-id", last),
+        *(b"max-deleted-entry-id", deleted),
     ]
+
+
+THERE = [[b"7-0", []]]
+
+
+def passed(index, identity):
+    """The question whether the record of a place is there."""
+    return [b"XRANGE", STREAMS[index], identity, identity]
 
 
 def test_a_new_subscription_begins_behind_the_last_record_of_each_partition():
@@ -79,8 +88,9 @@ def test_a_cursor_goes_on_in_each_partition_behind_what_it_brought():
     running = core("0-0,0:4:1,1:7-1:3")
     assert running.start == "0-0,0:4:1,1:7-1:3"
     records = [record(0, b"8-1"), record(1, b"90-1", flow_id=UUID)]
-    asked, found = read(running, kept(added=1, last=b"4-0"), kept(last=b"7-1"), records)
-    assert asked[2] == xread(b"4-0", b"7-1")
+    abouts = kept(b"4-0", 1, 1, b"4-0"), kept(last=b"7-1")
+    asked, found = read(running, *abouts, THERE, THERE, records)
+    assert asked == [*LOOK, passed(0, b"4-0"), passed(1, b"7-1"), xread(b"4-0", b"7-1")]
     assert [each.cursor for each in found] == ["0-0,0:8-1:2,1:7-1:3", "0-0,0:8-1:2,1:2i-1:4"]
     assert found[1].flow_id == UUID
     assert read(running, None)[0] == [xread(b"8-1", b"90-1")]
@@ -116,13 +126,18 @@ def test_a_cursor_before_what_is_kept_is_refused(subtests):
         # The stream is not the one that was read, or is gone.
         ("0-0,0:8-0:3", kept(), True),
         ("0-0,0:8-0:3", NO_KEY, True),
+        # Its record is not among those that are kept; if somebody deleted records up to there, that says nothing.
+        ("0-0,0:6-0:2", kept(), True),
+        ("0-0,0:6-0:2", kept(deleted=b"6-0"), False),
+        ("0-0,0:7-0:3", kept(deleted=b"7-0"), False),
     ):
         with subtests.test(after=after, about=about):
             running = core(after)
+            there = [[]] * len(running._places)
             if lost:
-                assert type(read(running, about, NO_KEY)[1]) is errors.InvalidCursor
+                assert type(read(running, about, NO_KEY, *there)[1]) is errors.InvalidCursor
             else:
-                assert read(running, about, NO_KEY, None)[1] == []
+                assert read(running, about, NO_KEY, *there, None)[1] == []
 
 
 def test_a_bad_cursor_is_refused(subtests):
@@ -229,11 +244,12 @@ def test_a_key_of_another_type_takes_one_partition_out_until_it_is_gone():
     read(running, kept(), kept(), None)
     # Seen by a read, which looks again.
     assert read(running, WRONGTYPE) == ([xread(b"7-0", b"7-0")], [])
-    asked, found = read(running, kept(), WRONGTYPE, [record(0, b"8-0")])
-    assert asked == [*LOOK, xread(b"7-0", streams=[0])]
+    asked, found = read(running, kept(), WRONGTYPE, THERE, WRONGTYPE, [record(0, b"8-0")])
+    places = passed(0, b"7-0"), passed(1, b"7-0")
+    assert asked == [*LOOK, *places, xread(b"7-0", streams=[0])]
     assert len(found) == 1
-    asked, _ = read(running, kept(last=b"8-0"), kept(), None)
-    assert asked == [*LOOK, xread(b"8-0", b"7-0")]
+    asked, _ = read(running, kept(last=b"8-0"), kept(), THERE, THERE, None)
+    assert asked == [*LOOK, passed(0, b"8-0"), passed(1, b"7-0"), xread(b"8-0", b"7-0")]
     assert read(running, None)[0] == [xread(b"8-0", b"7-0")]
     error = read(core(None), WRONGTYPE, WRONGTYPE)[1]
     assert type(error) is errors.Corruption

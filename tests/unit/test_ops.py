@@ -378,10 +378,10 @@ CALLS = {
         {},
         [b"a.b", b"c", b"d.e", "ż".encode()],
     ),
-    "ff_read_tags": (ops.read_tags(EID), {}, []),
+    "ff_read_tags": (ops.read_tags(EID, "a.b"), {"tag_name": b"a.b"}, []),
     "ff_open_writer": (
-        ops.open_writer(ATTEMPT, WRITER),
-        {"writer": WRITER, "lease_id": LEASE.encode()},
+        ops.open_writer(ATTEMPT, WRITER, 70_000),
+        {"writer": WRITER, "lease_id": LEASE.encode(), "payload_limit": b"70000"},
         [],
     ),
     "ff_read_range": (
@@ -718,9 +718,22 @@ ANSWERS = {
     "ff_read_tags": ([[b"a.b", "ż".encode()]], {"a.b": "ż"}),
     "ff_open_writer": ([b"7-8", b"6", b"1.5", b"2", b"3"], ops.Opened(7, 8, 6, b"1.5", 2, 3)),
     "ff_read_range": (
-        [[], b"1-2", b"1", [], b"1-3", b"", b"7-8", b"6", b"expired", b"50", b"1", b"4-5"],
+        [[], b"1-2", b"1", [], b"1-3", b"", b"7-8", b"6", b"expired", b"50", b"1", b"4-5", b"9"],
         ops.Range(
-            [], b"1-2", True, [], b"1-3", False, 7, 8, 6, "expired", 50, small=True, place=(4, 5)
+            [],
+            b"1-2",
+            True,
+            [],
+            b"1-3",
+            False,
+            7,
+            8,
+            6,
+            "expired",
+            50,
+            small=True,
+            place=(4, 5),
+            payload_limit=9,
         ),
     ),
     "ff_read_summary": ([[b"version", b"1"]], {b"version": b"1"}),
@@ -937,7 +950,11 @@ def test_a_half_understood_answer_is_none(subtests):
         ),
         ("ff_open_writer", b"OK", [b"1-9007199254740992", b"0", b"", b"0", b"1"]),
         *(
-            ("ff_read_range", b"OK", [[], b"1-2", b"", [], b"1-3", b"", bad, b"0", b"", b"", b""])
+            (
+                "ff_read_range",
+                b"OK",
+                [[], b"1-2", b"", [], b"1-3", b"", bad, b"0", b"", b"", b"", b"9"],
+            )
             for bad in NO_IDS
         ),
         *(

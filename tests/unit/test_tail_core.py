@@ -44,6 +44,7 @@ class Server:
         self.last = self.visible = self.last_ms = 0
         self.closed = b""
         self.small = True
+        self.payload_limit = 65_536
         self.commands = []
 
     def append(self, count):
@@ -99,7 +100,15 @@ class Server:
             kept = [entry for entry in log[0] if entry_id(entry[0]) <= to]
             log = log if len(kept) == len(log[0]) else [kept, live[1], b"1"]
         last_id = b"%d-%d" % (self.last_ms, self.last)
-        rest = [last_id, b"%d" % self.visible, self.closed, b"1000", b"1" * self.small, b""]
+        rest = [
+            last_id,
+            b"%d" % self.visible,
+            self.closed,
+            b"1000",
+            b"1" * self.small,
+            b"",
+            b"%d" % self.payload_limit,
+        ]
         return [1, b"OK", *log, *live, *rest]
 
     def _taken(self, key, after, to, count, max_bytes, visible):
@@ -197,7 +206,7 @@ def test_whatever_happens_between_two_steps_nothing_is_skipped(
         patch.setattr(tail_core, "_FIRST_FRAMES", first)
         patch.setattr(tail_core, "_RANGE_FRAMES", first + 1)
         patch.setattr(tail_core, "_REPLY_BYTES", reply_bytes)
-        patch.setattr(tail_core, "_WAKE_COUNT", log_count)
+        patch.setattr(tail_core, "_WAKE_COUNTS", (log_count, log_count))
         patch.setattr(tail_core, "_FIRST_COUNTS", (log_count, live_count))
         patch.setattr(tail_core, "_LARGEST_COUNTS", (log_count + 1, live_count + 1))
         core = tail_core.TailCore(EID, 0, None, visibility)
@@ -332,10 +341,16 @@ def test_how_much_it_asks_for_follows_what_came():
     assert len(server.commands) < 30
 
 
-def test_it_waits_for_few_entries_and_is_behind_when_it_gets_as_many():
+@pytest.mark.parametrize(
+    "payload_limit, count", [(1_000, 8), (65_536, 8), (65_537, 7), (200_000, 2), (1 << 20, 2)]
+)
+def test_it_waits_for_few_entries_and_is_behind_when_it_gets_as_many(payload_limit, count):
     core, server = started(*lay_out([[Written("durable", b"x" * 65_536)]] * 100), appended=0)
+    server.payload_limit = payload_limit
+    core.restart()
+    assert step(core, server) == []
     server.append(40)
-    assert len(step(core, server)) == tail_core._WAKE_COUNT
+    assert len(step(core, server)) == count
     server.small = False
     sizes = []
     while not sizes or core._behind:
