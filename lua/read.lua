@@ -41,6 +41,8 @@ local function read_between(stream_key, after, to, page_size, count, max_bytes, 
         elseif name == 'run' then
           held = ff.run_count(value)
           ours = held <= ff.MAX_FRAMES and #value <= ff.MAX_RUN_BYTES
+          -- Each frame takes a byte or more, so a false count is worth no more than its bytes.
+          held = math.min(held, #value)
         elseif name == 'mode' then
           mode = true
         end
