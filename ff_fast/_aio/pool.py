@@ -177,6 +177,14 @@ class Pool:
             # The parent still uses the sockets and the loop's selector, which a fork shares.
             return
         self._check_loop()
+        try:
+            if self._claims or self._giving_back:
+                await self._give_all_back()
+        finally:
+            # Everything is aborted before the next await, in which the caller may be cancelled.
+            await self._abort()
+
+    async def _give_all_back(self) -> None:
         settling = self._loop.create_task(self._settle())
         try:
             await asyncio.shield(settling)
@@ -186,8 +194,6 @@ class Pool:
             raise
         finally:
             settling.cancel()
-            # Everything is aborted before the next await, in which the caller may be cancelled.
-            await self._abort()
 
     async def _settle(self) -> None:
         """Wait for a short time until every claim that is under way has given back what it took."""

@@ -122,10 +122,11 @@ def test_a_reader_that_the_server_cuts_off_for_its_slowness_loses_nothing(kind, 
         connect_raw(server.url) as raw,
     ):
         attempt = begin(backend, lane)
-        reader = Reader(kind, proxy.url, attempt.eid)
-        wait_blocked(raw, "xread")
-        proxy.hold(DOWN)
+        # The reader learns from an open writer how large frames may be, and asks for eight of them.
         with backend.open_writer(attempt.handle) as writer:
+            reader = Reader(kind, proxy.url, attempt.eid)
+            wait_blocked(raw, "xread")
+            proxy.hold(DOWN)
             for count in range(60):
                 writer.write(b"%d " % count + b"x" * 60_000, mode=DURABLE)
         backend.complete(attempt.handle)

@@ -101,7 +101,7 @@ def _cancel_with_its_flow(stream):
     flow = keys.new_uuid()
     names = [key(tag, flow) for key in (keys.flow, keys.flow_members, keys.flow_open)]
     stream.call("ff_create_flow", names[:1], flow, "default")
-    stream.raw.sadd(names[2], stream.eid)
+    stream.raw.zadd(names[2], {stream.eid: 0})
     reply = stream.call("ff_cancel_flow", (*names, keys.timers(tag)), "stop", "cancel_all", 0)
     assert reply[1] == b"OK"
     reply = stream.call("ff_cancel_members", (names[0], names[2], keys.timers(tag)), 10)
