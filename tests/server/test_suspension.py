@@ -445,14 +445,16 @@ def ring(world):
     """One partition whose keys a test rotates: ``ring(kid, secret, grace_ms)``."""
     eid, handle = world.owned()
     partition = keys.partition_index(eid)
-    world.raw.delete(keys.waitpoint_secrets(keys.slot_tag(partition)))
+    slot_tag = keys.slot_tag(partition)
+    # Executions that earlier tests left suspended in the partition would keep its secrets.
+    world.raw.delete(keys.waitpoint_secrets(slot_tag), f"ff:part:{slot_tag}:waitpoints")
 
     def rotate(kid, secret, grace_ms=60_000):
         op = ops.rotate_waitpoint_secret(partition, kid, secret.hex(), grace_ms)
         return world.call(op)
 
     yield eid, handle, rotate
-    world.raw.delete(keys.waitpoint_secrets(keys.slot_tag(partition)))
+    world.raw.delete(keys.waitpoint_secrets(slot_tag))
 
 
 @pytest.mark.parametrize("kid", ["", "k.1", "k:1", "k 1", "é", "k" * 65])
