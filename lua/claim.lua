@@ -65,7 +65,7 @@ end
 -- Returns execution_id attempt_index attempt_id lease_epoch expires_at_ms kind.
 local function grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, new_attempt_id)
   local call = redis.call
-  local fields, now = execution.fields, execution.now
+  local fields, now, lease_digest = execution.fields, execution.now, ff.lease_digest(lease_id)
   local resumed = fields.interrupted == '1'
   local index = resumed and fields.current_attempt_index or fields.total_attempt_count
   local attempt_id = resumed and fields.current_attempt_id or new_attempt_id
@@ -96,13 +96,13 @@ local function grant_lease(execution, worker_id, worker_instance_id, lease_id, l
   ff.move(execution, 'active')
   ff.set(
     execution, 'current_attempt_index', index, 'current_attempt_id', attempt_id,
-    'current_lease_digest', ff.lease_digest(lease_id), 'current_lease_epoch', epoch, 'lease_ttl_ms', lease_ttl_ms,
+    'current_lease_digest', lease_digest, 'current_lease_epoch', epoch, 'lease_ttl_ms', lease_ttl_ms,
     'current_worker_id', worker_id, 'current_worker_instance_id', worker_instance_id,
     'started_at', fields.started_at or ff.text(now),
     'total_attempt_count', ff.text(resumed and attempts or attempts + 1), 'interrupted', '',
     'lease_continues', resumed and '1' or ''
   )
-  call('HSET', ff.key('leases', execution.slot_tag), ff.lease_digest(lease_id), execution.id)
+  call('HSET', ff.key('leases', execution.slot_tag), lease_digest, execution.id)
   local limit = tonumber(resumed and fields.attempt_left_ms or fields.attempt_timeout_ms) or 0
   if limit > 0 then
     ff.set_timer(execution, 'attempt', now + limit)

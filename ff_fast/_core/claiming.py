@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ff_fast import keys
 from ff_fast._core import ops, ready
 from ff_fast._core.ready import Head, Offer, listed
-from ff_fast._core.steps import Command, Pause, Step, Steps, checked, command
+from ff_fast._core.steps import Command, Pause, Step, Steps, checked, command, is_foreign
 from ff_fast.errors import Corruption, ExecutionNotClaimable, FFError, Outcome
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _wait(state: Claim, offer: Offer, block_s: float) -> Steps[Head | None]:
     state.hint_taken = state.blocked = True
     (reply,) = yield Step((command(b"BZPOPMIN", *watched, b"%.3f" % block_s),), block_s)
     state.blocked = False
-    if ready.is_foreign(reply):
+    if is_foreign(reply):
         # One of the queues is a key of another type, which blocks nobody.
         state.hint_taken = False
         yield Pause(min(block_s, _FOREIGN_PAUSE_S))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from ff_fast import keys
 from ff_fast._core import ops
-from ff_fast._core.steps import Command, Step, Steps, checked
+from ff_fast._core.steps import Command, Step, Steps, checked, is_foreign
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
     Corruption,
@@ -199,12 +199,12 @@ class CompletionCore:
         there = {
             index
             for (index, _, _), found in zip(passed, replies[len(infos) :], strict=True)
-            if not _is_foreign(found) and checked(found)
+            if not is_foreign(found) and checked(found)
         }
         foreign: set[int] = set()
         places: dict[int, _Place] = {}
         for index, reply in enumerate(replies[: len(infos)]):
-            if _is_foreign(reply):
+            if is_foreign(reply):
                 foreign.add(index)
                 continue
             missing = isinstance(reply, Exception) and "no such key" in str(reply)
@@ -274,7 +274,7 @@ class CompletionCore:
         )
         block_s = 0 if behind else COMPLETION_BLOCK_MS / 1000
         (reply,) = yield Step((Command(names[0], request),), block_s, large=True)
-        if _is_foreign(reply):
+        if is_foreign(reply):
             self._look_due = True
             return
         streams = cast("list[tuple[bytes, list[tuple[bytes, list[bytes]]]]]", checked(reply))
@@ -328,11 +328,6 @@ class CompletionCore:
                 result = next(kept) or None if result_bytes else None
                 found.append(completion.replace(payload_bytes=result, cursor=self._cursor))
         return found
-
-
-def _is_foreign(reply: object) -> bool:
-    """Whether a reply says that the key is no stream."""
-    return isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE")
 
 
 class _Stream(NamedTuple):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ff_fast import keys
 from ff_fast._core import ops
-from ff_fast._core.steps import Command, Step, Steps, checked, command
+from ff_fast._core.steps import Command, Step, Steps, checked, command, is_foreign
 from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
@@ -86,11 +86,6 @@ class Head(NamedTuple):
     score: float
     needs: str
     partition: int
-
-
-def is_foreign(reply: object) -> bool:
-    """Return whether a command found a key of another type, which is none of ours."""
-    return isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE")
 
 
 def listed(reply: object) -> list[bytes]:

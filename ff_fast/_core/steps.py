@@ -217,6 +217,11 @@ def server_ms(key: bytes) -> Steps[int]:
     return int(seconds) * 1000 + int(micros) // 1000
 
 
+def is_foreign(reply: object) -> bool:
+    """Return whether a command found a key of another type, which is none of ours."""
+    return isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE")
+
+
 def checked(reply: object) -> list[bytes]:
     """Return the list in the reply to a plain command; empty for a number or nil.
 
