@@ -559,8 +559,10 @@ local function append_part(call, format, sub, keys, args, key, key_count, at, la
     stream_key = keys[key + 1]
     live_key, summary_key = key_count > 2 and keys[key + 2] or nil, key_count > 3 and keys[key + 3] or nil
   end
-  if first > last + 1 or (key_count == 1 and first <= last) then
+  if first > last + 1 then
     return ff.err('invalid_input', 'arguments')
+  elseif key_count == 1 and first <= last then
+    return ff.err('invalid_input', 'keys')
   end
   local meta = call('HMGET', meta_key, 'writer', 'lease_expires_at', 'cancel_requested', 'last_id')
   local expires_at, cancel_requested, last_id = meta[2], meta[3], meta[4]
