@@ -823,11 +823,12 @@ redis.register_function('ff_open_writer', function(keys, args)
   local version = call('HGET', summary_key, 'version') or '0'
   local _, sequence = ff.split_id(last_id)
   if current ~= writer then
-    -- Frames that the writer before has pushed and not stored are lost: readers look. It comes before the first write,
+    local base = ff.text(sequence + 1)
+    openings = ff.text((tonumber(openings or '0') or 0) + 1)
+    -- Frames that the writer before has pushed and not stored are lost: readers look. This comes before the first write,
     -- so that a user who may not publish learns it here, and not from readers that are late.
     call('SPUBLISH', meta_key, PUSH.CHANGED)
-    openings = ff.text((tonumber(openings or '0') or 0) + 1)
-    call('HSET', meta_key, 'writer', writer, 'writer_base', ff.text(sequence + 1), 'writer_openings', openings)
+    call('HSET', meta_key, 'writer', writer, 'writer_base', base, 'writer_openings', openings)
     if (integer(payload_limit) or 0) > (integer(limit_before) or ff.USUAL_PAYLOAD) then
       call('HSET', meta_key, 'payload_limit', payload_limit)
     end
