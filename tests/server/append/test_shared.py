@@ -44,8 +44,7 @@ def test_a_refusal_touches_no_neighbour(raw, streams, listen, refusal, place):
     good = [stream for stream in all_three if stream is not spoiled]
     assert [stream.payloads() for stream in good] == [[b"x"], [b"x"]]
     assert listener.heard() == [
-        (stream.meta, b"F%d-%d" % answer + BODY)
-        for stream, answer in zip(good, told, strict=True)
+        (stream.meta, b"F%d-%d" % answer + BODY) for stream, answer in zip(good, told, strict=True)
     ]
 
 
@@ -172,9 +171,7 @@ BAD_HEADS = [
 def test_a_call_whose_parts_do_not_add_up_is_refused_whole(raw, streams, listen, at, subtests):
     both = streams(2)
     names = ("meta", "log")
-    parts = [
-        stream.part(log(b"x"), push=BODY, names=" ".join(names)) for stream in both
-    ]
+    parts = [stream.part(log(b"x"), push=BODY, names=" ".join(names)) for stream in both]
     head = part_of(*[parts[at][0], *parts[at][1]])[0]
     assert head == b"62"
     listener = listen(*(stream.meta for stream in both))
