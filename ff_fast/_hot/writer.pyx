@@ -1292,7 +1292,7 @@ cdef class WriterCore:
         self._notify()
 
     def _acknowledge(
-        self, _Part part not None, reply, long long now_ms, bint shared=False
+        self, _Part part not None, reply, long long now_ms=0, bint shared=False
     ):
         """Take the server's answer to *part*.
 
@@ -1960,6 +1960,8 @@ cdef class Outbox:
         """
         cdef list writers = []
         cdef list parts = []
+        # The server refuses a second part of an attempt, as of a writer that was superseded.
+        cdef set attempts = set()
         cdef Py_ssize_t last = len(self._ready)
         cdef Py_ssize_t frames = 0
         cdef Py_ssize_t size = 0
@@ -1973,7 +1975,8 @@ cdef class Outbox:
             while self._at < last and count < CALL_PARTS:
                 writer = <WriterCore>self._ready[self._at]
                 if count and (
-                    writer._next_is_alone()
+                    writer._keys in attempts
+                    or writer._next_is_alone()
                     or frames + writer._next_frames() > CALL_FRAMES
                     or size + writer._next_bytes() > CALL_BYTES
                 ):
@@ -1991,6 +1994,7 @@ cdef class Outbox:
                     continue
                 writers.append(writer)
                 parts.append(part)
+                attempts.add(writer._keys)
                 count += 1
                 size += PyBytes_GET_SIZE(part.arguments)
                 if type(part) is Push:
