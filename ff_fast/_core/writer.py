@@ -144,7 +144,7 @@ class SharedWriter(WriterCore):
     # When the lease lapses as far as this process knows, in monotonic time: set for writers behind `append_frame`.
     _lease_until = 0.0
 
-    def __init__(self, state: WriterState, outbox: Outbox) -> None:
+    def __init__(self, state: WriterState, outbox: Outbox | None = None) -> None:
         self._places = state.places
         self._lease_id = state.attempt.fields.lease_id
         super().__init__(
