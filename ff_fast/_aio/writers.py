@@ -84,7 +84,7 @@ class Sender(Outbox):
         self._event_loop.call_later(writer._linger_us / 1e6, writer._seal_soon)
 
     def _pump(self) -> None:
-        """Send the calls that are due, in one write."""
+        """Send the calls that are due."""
         self._pump_scheduled = False
         if not self.ready or self._shared.closing or self._recovering is not None:
             return
@@ -94,23 +94,16 @@ class Sender(Outbox):
             return
         if not connection.writable:
             return
-        calls: list[Call] = []
-        size = 0
-        room = CALLS_IN_FLIGHT - len(connection.receivers)
         while (
             (wait_s := self.wait_s()) == 0.0
-            and len(calls) < room
             and self._calls_in_flight < writer_core.CALLS_IN_FLIGHT
-            and size < writer_core.ROUND_BYTES
+            and len(connection.receivers) < CALLS_IN_FLIGHT
+            and connection.writable
         ):
             call = self.next_call()
             if call is not None:
-                calls.append(call)
-                size += len(call.message)
-        if calls:
-            messages = [call.message for call in calls]
-            connection.send(messages[0] if len(messages) == 1 else b"".join(messages), calls)
-            self._shared.watch_soon()
+                connection.send(call.take(), [call])
+                self._shared.watch_soon()
         if wait_s > 0.0 and self._timer is None:
             self._timer = self._event_loop.call_later(wait_s, self._on_timer)
 

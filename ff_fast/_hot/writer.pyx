@@ -1750,7 +1750,7 @@ cdef class Call:
     """One call of ff_append with the parts of several writers; as a function, it takes the reply.
 
     Attributes:
-        message: The request as it goes on the wire.
+        message: The request as it goes on the wire; None once it was taken.
         accepted: Whether the server has applied a part.
         error: The last error of a part that is sent again; None for none.
     """
@@ -1764,6 +1764,11 @@ cdef class Call:
 
     def __len__(self):
         return len(self._parts)
+
+    def take(self):
+        """Return the request, and keep it no longer: its batches have all that is sent again."""
+        message, self.message = self.message, None
+        return message
 
     def __call__(self, reply):
         """Give each writer its part of *reply*; a mark of the outbox's `lost` says that there is none.

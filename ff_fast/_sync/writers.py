@@ -166,20 +166,19 @@ class Sender(Outbox):
         assert connection is not None
         calls: list[Call] = []
         size = 0
-        while (
-            self.wait_s() == 0.0
-            and len(calls) < writer_core.CALLS_IN_FLIGHT
-            and size < writer_core.ROUND_BYTES
-        ):
-            call = self.next_call()
-            if call is not None:
-                calls.append(call)
-                size += len(call.message)
-        if not calls:
-            return
         self._failure = None
         try:
-            connection.send(Step([Command(b"", call.message) for call in calls]))
+            while (
+                self.wait_s() == 0.0
+                and len(calls) < writer_core.CALLS_IN_FLIGHT
+                and size < writer_core.ROUND_BYTES
+            ):
+                call = self.next_call()
+                if call is not None:
+                    calls.append(call)
+                    request = call.take()
+                    size += len(request)
+                    connection.send(Step([Command(b"", request)]))
             for call in calls:
                 call(connection.receive())
         except FFError as error:

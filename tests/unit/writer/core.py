@@ -41,6 +41,9 @@ class Shell(WriterCore):
         self.progress += 1
 
     def _acknowledge(self, batch, reply, now_ms=NOW_MS, shared=False):
+        if isinstance(reply, bytes) and b"-" in reply[:14]:
+            # The server's clock is not behind the id.
+            now_ms = max(now_ms, int(reply.split(b"-")[0] or 0))
         return super()._acknowledge(batch, reply, now_ms, shared)
 
     def take(self):
