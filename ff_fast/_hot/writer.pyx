@@ -470,6 +470,8 @@ cdef class WriterCore:
     # The open batch is stored with the next call. The next batch is a call of its own.
     cdef bint _store_due
     cdef bint _alone
+    # Frames may be stored later than readers are told of them.
+    cdef public bint _holds_back
     # Batches that are not acknowledged and have frames under an ms that the server chooses, and the
     # newest ms that was fixed.
     cdef Py_ssize_t _unfixed
@@ -582,6 +584,7 @@ cdef class WriterCore:
         # An earlier writer may have stopped just before a trim.
         self._durable_since_trim = TRIM_EVERY if self._sequence else 0
         self._linger_us = <long long>(linger_ms * 1000.0)
+        self._holds_back = outbox is not None and not self._linger_us
         self._restored_rate = parse_rate(estimator)
         if document is not None:
             self._document = Document(document)
@@ -1188,7 +1191,7 @@ cdef class WriterCore:
         """
         cdef _Shape shape
         if (
-            self._run_count != 1 or self._store_due or self._linger_us or self._outbox is None
+            self._run_count != 1 or self._store_due or not self._holds_back
             or self._finishing or self._unfixed
             or self._count - self._pushed_to >= HOLD_FRAMES
             or self._size - self._pushed_to_bytes > HOLD_BYTES
@@ -1711,6 +1714,11 @@ cdef class WriterCore:
     def window_frames(self):
         """K, how many frames the live window keeps at least; 0 before the first one."""
         return 0 if self._window is None else self._window.frames
+
+    @property
+    def _holds(self):
+        """Whether readers were told of frames that are to be stored later."""
+        return self._group_ms != 0
 
     @property
     def _idle(self):
