@@ -480,7 +480,9 @@ def test_any_grouping_stores_each_frame_once_under_the_id_that_was_pushed(seed):
     rng = random.Random(seed)
     site = Site(rng.choice([1, 3, 8]))
     written = {writer: [] for writer in site.writers}
-    modes = rng.choice([[LIVE], [LIVE, LIVE, LIVE, DURABLE], [LIVE, DURABLE, TEXT, live(15_000, 8)]])
+    modes = rng.choice(
+        [[LIVE], [LIVE, LIVE, LIVE, DURABLE], [LIVE, DURABLE, TEXT, live(15_000, 8)]]
+    )
     refusals = [OOM, hiredis.ReplyError("NOPERM x"), hiredis.ReplyError("LOADING x")]
     pushes = 0
     for _ in range(600):
