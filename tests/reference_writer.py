@@ -7,10 +7,14 @@ server.
 
 from dataclasses import dataclass, field
 
+import hiredis
+
 from ff_fast.types import StreamMode
 
 from .reference_frames import parse_run
 
+PUSH_BYTES = 8192
+PUSH_FRAMES = 256
 LETTERS_AFTER_FRAMES = {b"T": 1, b"P": 1, b"K": 1, b"E": 1, b"H": 1, b"C": 3}
 # What a field that is left out stands for.
 RUN_BYTES = 65_536
@@ -148,6 +152,11 @@ class Request:
     frame_arguments: list[bytes | Run] = field(default_factory=list)
     ages: list[int] = field(default_factory=list)
     letters: set[bytes] = field(default_factory=set)
+    # None where nothing is pushed; no blocks where the push has the id alone.
+    push: list["Pushed"] | None = None
+    # The ms under which the first frames were pushed before; None where they were not.
+    pushed_ms: int | None = None
+    first_block_frames: int = 0
 
     @property
     def key_names(self) -> tuple[str, ...]:
@@ -160,11 +169,96 @@ class Request:
         return ("meta", "live") if live else ("meta", "log")
 
 
+@dataclass
+class Pushed:
+    """A block of a push."""
+
+    stream: bytes
+    fields: dict[bytes, bytes]
+    payloads: list[bytes]
+    times: list[int]
+
+
+def take_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = place = 0
+    while True:
+        value |= (data[at] & 127) << place
+        if data[at] < 128:
+            return value, at + 1
+        at, place = at + 1, place + 7
+
+
+def parse_push(body: bytes) -> list[Pushed]:
+    """The blocks of a push."""
+    found, at = [], 0
+
+    def text() -> bytes:
+        nonlocal at
+        size, at = take_varint(body, at)
+        at += size
+        return body[at - size : at]
+
+    while at < len(body):
+        stream = body[at : at + 1]
+        assert stream in (b"L", b"V")
+        count, at = take_varint(body, at + 1)
+        fields = {text(): text() for _ in range(count)}
+        payloads, times = parse_run(text())
+        found.append(Pushed(stream, fields, payloads, times))
+    return found
+
+
+def split_push(message: bytes) -> tuple[bytes, tuple[int, int], bytes]:
+    """Kind, id and body of a message on the channel of an attempt."""
+    head, _, body = message.partition(b" ")
+    ms, sequence = head[1:].split(b"-")
+    return head[:1], (int(ms), int(sequence)), body
+
+
+def check_push(request: Request) -> None:
+    """A push tells the last frames of its batch as their entries do."""
+    if not request.push:
+        return
+    told = [
+        (block.stream, block.fields, payload)
+        for block in request.push
+        for payload in block.payloads
+    ]
+    for frame, (stream, fields, payload) in zip(request.frames[-len(told) :], told, strict=True):
+        assert payload == frame.payload
+        assert stream == (b"L" if frame.mode == b"durable" else b"V")
+        shared = dict(fields)
+        assert shared.pop(b"mode", frame.mode) == frame.mode
+        assert {*shared} - {b"prev", b"summary_version"} == {*frame.fields}
+        assert {name: shared[name] for name in frame.fields} == frame.fields
+    at = 0
+    for block in request.push:
+        frames = request.frames[len(request.frames) - len(told) + at :][: len(block.payloads)]
+        at += len(frames)
+        assert block.fields.get(b"prev") == (
+            None if frames[0].previous is None else b"%d" % frames[0].previous
+        )
+        assert all(frame.previous is None for frame in frames[1:])
+        version = frames[-1].summary_version
+        assert block.fields.get(b"summary_version") == (
+            None if version is None else b"%d" % version
+        )
+        if block.stream == b"L":
+            assert not any(block.times)
+
+
 def parse(argv: list[bytes]) -> Request:
-    """Take an append apart, and check the grammar of ``lua/append.lua``."""
+    """Take a part apart, and check the grammar of ``lua/append.lua``."""
+    head, argv = argv[0], argv[1:]
+    assert int(head[:-1]) == len(argv)
     request = Request(int(argv[1]) + 1)
+    push = argv[2]
     sequence = request.first_sequence - 1
-    at = 2
+    at = 3
+    if argv[at : at + 1] == [b"I"]:
+        request.pushed_ms = int(argv[at + 1])
+        at += 2
+        assert argv[at] in (b"V", b"W")
     while at < len(argv):
         letter = argv[at]
         request.letters.add(letter)
@@ -179,6 +273,7 @@ def parse(argv: list[bytes]) -> Request:
         start = at
         count = int(argv[at + 1])
         assert count >= 1
+        request.first_block_frames = request.first_block_frames or count
         at += 2
         fields = {}
         if letter in (b"X", b"W", b"S"):
@@ -234,7 +329,38 @@ def parse(argv: list[bytes]) -> Request:
             request.patches.append((argv[at], value, count, int(argv[at + 1])))
             request.frame_arguments += argv[at : at + 2]
             at += 2
+    assert b"%d" % len(request.key_names) == head[-1:]
+    if push:
+        assert push[:1] == b" "
+        assert len(push) <= 1 + PUSH_BYTES
+        request.push = parse_push(push[1:])
+        check_push(request)
+    assert bool(push) == bool(request.frames) or request.pushed_ms
     return request
+
+
+def called(message: bytes, attempts: dict[bytes, "Server"]) -> object:
+    """The reply of servers, by the meta key of their attempt, to one call of ``ff_append``."""
+    reader = hiredis.Reader()
+    reader.feed(message)
+    name, function, count, *rest = reader.gets()
+    assert (name, function) == (b"FCALL", b"ff_append")
+    keys, argv = rest[: int(count)], rest[int(count) :]
+    answers: list[object] = []
+    seen: set[bytes] = set()
+    while argv:
+        size, key_count = int(argv[0][:-1]) + 1, int(argv[0][-1:])
+        server = attempts[keys[0]]
+        assert keys[0] not in seen
+        seen.add(keys[0])
+        answers.append(server.push(argv[:size]) if key_count == 1 else server.append(argv[:size]))
+        keys, argv = keys[key_count:], argv[size:]
+    assert not keys
+    assert 1 <= len(answers) <= 128
+    now = b"%d" % max(attempts[key].now_ms for key in seen)
+    if len(answers) > 1:
+        return [now, *answers]
+    return b"%b %b" % (now, answers[0]) if isinstance(answers[0], bytes) else answers[0]
 
 
 class Server:
@@ -251,6 +377,8 @@ class Server:
         # The claim's, and then the ms of the id of each frame.
         self.id_ms = [self.now_ms]
         self.applied = 0
+        # What was published of a frame, by its sequence: ms and payload, as often as it was.
+        self.published: dict[int, list[tuple[int, bytes]]] = {}
 
     def append(self, argv: list[bytes]) -> bytes | list[object]:
         """The reply to one append: a position, or a refusal."""
@@ -299,14 +427,42 @@ class Server:
         self.frames += request.frames
         visible = [frame.sequence for frame in self.frames if frame.mode != b"best_effort"]
         self.check_told((visible or [0])[-1])
-        self.id_ms += [self.now_ms] * total
+        ms = max(self.now_ms, self.id_ms[-1])
+        if request.pushed_ms is not None:
+            group = request.first_block_frames
+            self.id_ms += [max(request.pushed_ms, self.id_ms[-1])] * group
+            total -= group
+            ms = max(ms, self.id_ms[-1])
+        self.id_ms += [ms] * total
         self.applied += 1
+        if request.push:
+            self.publish(self.id_ms[-1], last, request.push)
         return self.position(last)
 
+    def publish(self, ms: int, last: int, blocks: list[Pushed]) -> None:
+        payloads = [payload for block in blocks for payload in block.payloads]
+        for sequence, payload in enumerate(payloads, last - len(payloads) + 1):
+            self.published.setdefault(sequence, []).append((ms, payload))
+
+    def push(self, argv: list[bytes]) -> bytes:
+        """The answer to a part that stores nothing."""
+        self.now_ms += 1
+        _, _, message = argv
+        kind, (ms, last), body = split_push(message)
+        assert kind == b"f"
+        assert ms >= self.id_ms[-1]
+        self.publish(ms, last, parse_push(body))
+        return b"%d 0" % (self.now_ms + 30_000)
+
+    def check_published(self) -> None:
+        """Whatever readers were told of a frame is what is stored, under the same id."""
+        for sequence, told in self.published.items():
+            stored = self.id_ms[sequence], self.frames[sequence - 1].payload
+            assert set(told) == {stored}, f"frame {sequence}"
+
     def position(self, sequence: int) -> bytes:
-        """The id of a frame, the time, the end of the lease, and that no cancel was requested."""
-        expires_ms = self.now_ms + 30_000
-        return b"%d-%d %d %d 0" % (self.id_ms[sequence], sequence, self.now_ms, expires_ms)
+        """The id of a frame, the end of the lease, and that no cancel was requested."""
+        return b"%d-%d %d 0" % (self.id_ms[sequence], sequence, self.now_ms + 30_000)
 
     def check_told(self, visible: int) -> None:
         """Meta tells the last visible frame: by a field of its own where it is not the last one."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ff_fast._core import ops
 from ff_fast._core.leases import is_lease_lost
-from ff_fast._core.steps import applied_in_part
+from ff_fast._core.steps import Pause, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import SequenceGap, StateLost, SummaryConflict, WriterClosed, WriterSuperseded
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ff_fast._core.places import Places
     from ff_fast._core.steps import Steps
+    from ff_fast._hot.writer import Outbox
     from ff_fast.errors import FFError
 
 T = TypeVar("T")
@@ -40,7 +41,13 @@ MAX_UNACKNOWLEDGED_BYTES = 32 << 20
 RETENTION_MAXLEN = 10_000
 
 ROUND_BYTES = 4 << 20
-"""Most bytes of batches in one send, give or take a batch; more writers wait for the next send."""
+"""Most bytes of calls in one send, give or take a call; more writers wait for the next send."""
+
+OTHER_MS_S = 0.002
+"""A wait after which the server's clock shows another millisecond."""
+
+CALLS_IN_FLIGHT = 16
+"""Most calls with frames that wait for an answer. Full ones alone do not wait for the one before."""
 
 
 class Wait(NamedTuple, Generic[T]):
@@ -123,6 +130,10 @@ def continue_writer(
     places: Places,
 ) -> Steps[WriterState]:
     """Return the state of an opened writer; read its summary if the attempt has one."""
+    if opened.opening > 1:
+        # The writer before may have pushed frames that are never stored, under ids of this very millisecond. None of
+        # this writer's frames may have the same.
+        yield Pause(OTHER_MS_S)
     document = None
     if opened.summary_version:
         read = ops.read_summary(attempt.execution_id, attempt.attempt_index)
@@ -140,7 +151,7 @@ class SharedWriter(WriterCore):
     # When the lease lapses as far as this process knows, in monotonic time: set for writers behind `append_frame`.
     _lease_until = 0.0
 
-    def __init__(self, state: WriterState) -> None:
+    def __init__(self, state: WriterState, outbox: Outbox | None = None) -> None:
         self._places = state.places
         self._lease_id = state.attempt.fields.lease_id
         super().__init__(
@@ -154,6 +165,7 @@ class SharedWriter(WriterCore):
             max_unacknowledged_bytes=state.options.max_unacknowledged_bytes,
             linger_ms=state.options.linger_ms,
             max_payload_bytes=state.options.max_payload_bytes,
+            outbox=outbox,
         )
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
@@ -239,6 +251,8 @@ class FrameWriters(dict[str, W]):
     def opened(self, writer: W, lease_s: float) -> None:
         """Keep a writer that was opened for a frame, under a lease of that length."""
         self.drop_lapsed()
+        # Each frame is waited for.
+        writer._holds_back = False
         writer._lease_until = time.monotonic() + lease_s
         self[writer._lease_id] = writer
 
@@ -302,6 +316,9 @@ def drain(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
 
     def done() -> bool:
         return writer.unacknowledged_bytes <= writer._high_water_bytes
+
+    if not done():
+        writer._seal_soon()
 
     return Wait(done, _nothing, limit)
 
