@@ -754,6 +754,13 @@ class ClusterModeRequired(_Connecting):
     )
 
 
+class UnsupportedServer(FFError):
+    """The server, or a proxy in front of it, lacks a command that the library needs."""
+
+    code = "unsupported_server"
+    _sentence = "The server lacks a command that the library needs; use Valkey 7.2, Redis 7.0 or newer."
+
+
 class ServerBusy(FFError):
     """The server is running a long script and answers nothing else."""
 
