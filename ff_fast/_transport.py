@@ -140,7 +140,7 @@ def take_socket(connection: Any) -> socket.socket:
     return taken
 
 
-def wants_read(tls: bool) -> type[OSError]:  # noqa: FBT001
+def wants_read(tls: bool) -> type[OSError]:
     """Return the error of a socket that has nothing to read for the time being."""
     if not tls:
         return BlockingIOError

@@ -758,7 +758,9 @@ class UnsupportedServer(FFError):
     """The server, or a proxy in front of it, lacks a command that the library needs."""
 
     code = "unsupported_server"
-    _sentence = "The server lacks a command that the library needs; use Valkey 7.2, Redis 7.0 or newer."
+    _sentence = (
+        "The server lacks a command that the library needs; use Valkey 7.2, Redis 7.0 or newer."
+    )
 
 
 class ServerBusy(FFError):

@@ -6,20 +6,19 @@ import asyncio
 import copy
 import time
 from collections import deque
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ff_fast import _transport
 from ff_fast._aio.connection import BROKEN, LOST
-from ff_fast._core.hub import HELLO, PING, Asked, HubCore, Listener, subscription_error
+from ff_fast._core.hub import HELLO, PING, HubCore, Listener, subscription_error
 from ff_fast._core.steps import Retries, Step
 from ff_fast.errors import FFError, OutcomeUnknown, ProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from ff_fast._aio.connection import Connection, Receiver
-    from ff_fast._aio.pool import Pool
+    from ff_fast.types import BackendRetry
 
 READS_IN_FLIGHT = 8
 """Bound of the reads in flight, each of about 1 MiB at most: pushes wait behind their answers, and the server counts these
@@ -89,11 +88,22 @@ class Read:
 class Hub:
     """All channels and reads of a backend's readers, on one connection that speaks RESP3."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._loop = pool._loop
+    def __init__(
+        self,
+        connect: Callable[[str], Awaitable[Connection]],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        request: Callable[[Step], Awaitable[list[object]]],
+        timeout_s: float,
+        retry: BackendRetry,
+    ) -> None:
+        self._connect_one = connect
+        self._spawn = spawn
+        # Sends a step on the connection of the calls.
+        self._request = request
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
         self._core = HubCore()
-        self._retries = Retries(pool.config.retry, retry_timeouts=True)
+        self._retries = Retries(retry, retry_timeouts=True)
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._queue: deque[Read] = deque()
@@ -171,13 +181,13 @@ class Hub:
         connection = self._connection
         if connection is None:
             if self._connecting is None and (self._queue or self._core.waiting):
-                self._connecting = self._pool._spawn(self._connect())
+                self._connecting = self._spawn(self._connect())
             return
         if not connection.writable:
             # It calls again when it takes more.
             return
         for asked in self._core.requests(time.monotonic()):
-            connection.send(asked.request, [partial(self._refused, asked)])
+            connection.send(asked.request, [self._refused])
         while self._queue and self._in_flight < READS_IN_FLIGHT and connection.writable:
             read = self._queue.popleft()
             self._in_flight += 1
@@ -211,9 +221,9 @@ class Hub:
             self._soon()
 
     async def _open(self) -> None:
-        connection = await self._pool._connect("readers")
+        connection = await self._connect_one("readers")
         try:
-            (reply,) = await connection.request(HELLO, self._pool._timeout_s)
+            (reply,) = await connection.request(HELLO, self._timeout_s)
             if isinstance(reply, Exception):
                 raise subscription_error(str(reply))
             if connection.closed:
@@ -236,8 +246,8 @@ class Hub:
                 # Every earlier reply has come, so its place is the first.
                 connection.receivers.popleft()
 
-    def _refused(self, asked: Asked, reply: object) -> None:
-        """Take what came in place of the pushes that answer *asked*: an error, or the loss of the connection."""
+    def _refused(self, reply: object) -> None:
+        """Take what came in place of the pushes that answer a request: an error, or the loss of the connection."""
         if reply is LOST or reply is BROKEN:
             return
         failure = self._core.refused(reply) if isinstance(reply, Exception) else ProtocolError()
@@ -270,11 +280,11 @@ class Hub:
         if self._closing:
             read.fail(_transport.closed_error())
         else:
-            self._pool._spawn(self._elsewhere(read))
+            _ = self._spawn(self._elsewhere(read))
 
     async def _elsewhere(self, read: Read) -> None:
         try:
-            replies = await self._pool._shared.request(read.step)
+            replies = await self._request(read.step)
         except FFError as error:
             read.fail(error)
         except asyncio.CancelledError:
@@ -295,7 +305,7 @@ class Hub:
         if connection is None:
             return
         now = time.monotonic()
-        timeout_s = self._pool._timeout_s
+        timeout_s = self._timeout_s
         if connection.receivers:
             if now - connection.silent_since >= timeout_s:
                 connection.abort_silent(connection.silent_since)

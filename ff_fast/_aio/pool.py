@@ -165,7 +165,9 @@ class Pool:
         self._giving_back: set[asyncio.Task[None]] = set()
         self._deployment = Deployment(config.partitions, config.max_payload_bytes)
         self._shared = SharedConnection(self._connect, self._spawn, self._timeout_s)
-        self._hub = Hub(self)
+        self._hub = Hub(
+            self._connect, self._spawn, self._shared.request, self._timeout_s, config.retry
+        )
 
     @property
     def closed(self) -> bool:

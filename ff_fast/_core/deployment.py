@@ -167,12 +167,10 @@ def _names(role: str | None) -> tuple[Command, ...]:
     """Return the commands that tell the server who connects."""
     if role is None:
         return ()
-    from ff_fast import __version__  # noqa: PLC0415 - the package imports this module
-
     return (
         Command(b"", pack_command(b"CLIENT", b"SETNAME", b"ff_fast:" + role.encode())),
         Command(b"", pack_command(b"CLIENT", b"SETINFO", b"LIB-NAME", b"ff_fast")),
-        Command(b"", pack_command(b"CLIENT", b"SETINFO", b"LIB-VER", __version__.encode())),
+        Command(b"", pack_command(b"CLIENT", b"SETINFO", b"LIB-VER", _library.VERSION.encode())),
     )
 
 

@@ -46,7 +46,7 @@ class Listener(Protocol):
     def told(self, message: bytes, /) -> None:
         """Take a push; pushes come in order."""
 
-    def doubt(self, subscribed: bool, /) -> None:  # noqa: FBT001
+    def doubt(self, subscribed: bool, /) -> None:
         """Hear that pushes may have been missed.
 
         Args:
@@ -125,7 +125,7 @@ class HubCore:
         if not found.wanted:
             self._pending[channel] = None
         elif found.confirmed:
-            listener.doubt(True)  # noqa: FBT003
+            listener.doubt(True)
 
     def unlisten(self, channel: bytes, listener: Listener, now: float) -> None:
         """Pass nothing more to *listener*; a channel without listeners is unsubscribed soon."""
@@ -203,9 +203,12 @@ class HubCore:
         """Take a push; return the request that it answers completely."""
         kind = push[0]
         if kind == b"smessage":
-            route = self.routes.get(push[1])  # type: ignore[call-overload]
+            _, channel, message = push
+            assert isinstance(channel, bytes)
+            assert isinstance(message, bytes)
+            route = self.routes.get(channel)
             if route is not None:
-                route(push[2])  # type: ignore[arg-type]
+                route(message)
             return None
         if kind not in (b"ssubscribe", b"sunsubscribe") or not isinstance(push[1], bytes):
             return None
@@ -229,7 +232,7 @@ class HubCore:
             return
         if found.wanted:
             for listener in tuple(found.listeners):
-                listener.doubt(True)  # noqa: FBT003
+                listener.doubt(True)
         elif not found.listeners:
             del self._channels[channel]
 
@@ -244,7 +247,7 @@ class HubCore:
             return
         self._pending[channel] = None
         for listener in tuple(found.listeners):
-            listener.doubt(False)  # noqa: FBT003
+            listener.doubt(False)
 
     def refused(self, reply: object) -> FFError | None:
         """Take an error reply to the oldest request that is not answered completely.
@@ -291,7 +294,7 @@ class HubCore:
             else:
                 del self._channels[channel]
         for listener in doubtful:
-            listener.doubt(False)  # noqa: FBT003
+            listener.doubt(False)
 
     def fail(self, error: FFError) -> None:
         """Forget every channel; its listeners get a copy of *error*."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ff_fast._sync.connection import Connection
-    from ff_fast._sync.pool import Pool
+    from ff_fast.types import BackendRetry
 
 _LONGEST_WAIT_S = 1.0
 
@@ -29,8 +29,19 @@ class Hub:
     Other threads only put orders: single calls in C, so that no interrupt leaves half of one or a lock that is taken.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(
+        self,
+        connect: Callable[[str], Connection],
+        discard: Callable[[Connection], None],
+        trusts: Callable[[Connection], bool],
+        timeout_s: float,
+        retry: BackendRetry,
+    ) -> None:
+        self._connect = connect
+        self._discard = discard
+        self._trusts = trusts
+        self._timeout_s = timeout_s
+        self._retry = retry
         self._core = HubCore()
         # At most one thread; the first who puts it here has made it.
         self._threads: dict[str, _Thread] = {}
@@ -70,9 +81,8 @@ class _Thread:
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._core = hub._core
-        self._pool = hub._pool
-        self._retries = Retries(hub._pool.config.retry, retry_timeouts=True)
-        self._timeout_s = _transport.request_timeout_s(hub._pool.config)
+        self._retries = Retries(hub._retry, retry_timeouts=True)
+        self._timeout_s = hub._timeout_s
         self._connection: Connection | None = None
         # Requests whose replies have not come; None stands for a PING.
         self._receivers: deque[Asked | None] = deque()
@@ -80,8 +90,8 @@ class _Thread:
         # Since when no channel needs the connection.
         self._idle_since: float | None = None
         self._woken, self._waking = socket.socketpair()
-        self._woken.setblocking(False)  # noqa: FBT003
-        self._waking.setblocking(False)  # noqa: FBT003
+        self._woken.setblocking(False)
+        self._waking.setblocking(False)
         self._runs: dict[str, int] = {}
         self._thread = threading.Thread(target=self._main, name="ff_fast readers", daemon=True)
 
@@ -141,7 +151,7 @@ class _Thread:
             else:
                 self._pause(now + 3600.0)
             return
-        if not self._pool._trusts(self._connection):
+        if not self._hub._trusts(self._connection):
             raise DeadlineExceeded
         for asked in self._core.requests(now):
             self._send(asked.request, asked, now)
@@ -198,13 +208,13 @@ class _Thread:
             self._core.lost()
 
     def _open(self) -> None:
-        connection = self._pool._connect("readers")
+        connection = self._hub._connect("readers")
         try:
             (reply,) = connection.request(HELLO)
             if isinstance(reply, Exception):
                 raise subscription_error(str(reply))
         except BaseException:
-            self._pool._discard(connection)
+            self._hub._discard(connection)
             raise
         self._connection = connection
         self._idle_since = None
@@ -238,4 +248,4 @@ class _Thread:
         self._receivers.clear()
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._pool._discard(connection)
+            self._hub._discard(connection)

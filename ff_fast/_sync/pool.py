@@ -40,7 +40,7 @@ class Pool:
         # The latest time at which a connection fell silent. One that was heard of before may have died with it.
         self._silence = 0.0
         self._busy: dict[int, weakref.ref[Connection]] = {}
-        self._hub = Hub(self)
+        self._hub = self._make_hub()
         _process.watch_fork(self)
 
     @property
@@ -66,7 +66,11 @@ class Pool:
 
     def _forked(self) -> None:
         """Reset the state in a forked child."""
-        self._hub = Hub(self)
+        self._hub = self._make_hub()
+
+    def _make_hub(self) -> Hub:
+        timeout_s = _transport.request_timeout_s(self.config)
+        return Hub(self._connect, self._discard, self._trusts, timeout_s, self.config.retry)
 
     def _connect(self, role: str = "calls") -> Connection:
         connection = Connection(self.config)
