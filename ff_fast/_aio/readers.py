@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 import weakref
 from math import inf
@@ -104,7 +105,7 @@ class PushReader(readers.PushState[T], Readable[T]):
             return True
         self._reading = True
         try:
-            while self._empty and not self._source.ended:
+            while not (self._rest or self._source.ended):
                 try:
                     if not await self._advance(until):
                         break
@@ -212,7 +213,7 @@ class PushReader(readers.PushState[T], Readable[T]):
     def __del__(self) -> None:
         # A loop over the reader was left in the middle. The collector may run on any thread.
         attached = self.__dict__.get("_attached")
-        if attached is not None and not self._pool.closed:
+        if attached is not None and self._pool._pid == os.getpid():
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._hub.detach, attached)
 
