@@ -150,10 +150,14 @@ class TailCore(Inbox):
         self._half_bytes = max(min(max_bytes, _REPLY_BYTES) // 2, 1)
         self._reason: GapReason = "trimmed"
         self._counts = list(_FIRST_COUNTS)
-        self._failure: FFError | None = None
         self.restart()
         self.due = self._pages
         self.look_at = monotonic() + _SUBSCRIBE_S
+
+    @property
+    def part(self) -> TailCore:
+        """The listener of the channel that is read: this reader reads one attempt."""
+        return self
 
     # -- place -------------------------------------------------------------------------------------
 
@@ -235,6 +239,7 @@ class TailCore(Inbox):
         self._hole_since: float | None = None
         self._hole_s = 0.0
         self._looked = False
+        self._failure: FFError | None = None
         self.reading = False
         self.due = True
 
