@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ff_fast._core import readers
 from ff_fast._core.tail import Item
-from ff_fast._hot.feed import Bell
+from ff_fast._hot.feed import Bell, Inbox
 from ff_fast._hot.items import AsyncItems
 from ff_fast._transport import MAX_IDLE_OF_READERS, closed_error
 from ff_fast.errors import FFError
@@ -91,9 +91,8 @@ class PushReader(readers.PushState[T], Readable[T]):
         self._ring = Bell(pool._loop)
         self._sent: Read | None = None
         self._reading = False
+        # Rings the bell at `_looks_at`.
         self._look: asyncio.TimerHandle | None = None
-        # When the timer rings the bell, in monotonic time.
-        self._looks_at = inf
 
     async def _read(self, until: float | None) -> bool:
         """Read the next items; return whether there are any, in time and before the end."""
@@ -169,9 +168,8 @@ class PushReader(readers.PushState[T], Readable[T]):
             return False
         if until is not None and until < look_at:
             look_at = until
-        future = self._ring.future()
         self._look_by(look_at)
-        await future
+        await self._ring
         return True
 
     def _look_by(self, look_at: float) -> None:
@@ -192,13 +190,18 @@ class PushReader(readers.PushState[T], Readable[T]):
         if part is self._attached:
             return
         self._leave()
-        part.on_wake = self._ring
+        if part is self._source and isinstance(part, Inbox):
+            # Iteration takes its pushes in C.
+            self._attach(part, self._ring)
+        else:
+            part.on_wake = self._ring
         self._attached = part
         self._hub.attach(part)
 
     def _leave(self) -> None:
         attached, self._attached = self._attached, None
         if attached is not None:
+            self._detach()
             self._hub.detach(attached)
 
     async def aclose(self) -> None:

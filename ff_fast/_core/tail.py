@@ -167,11 +167,6 @@ class TailCore(Inbox):
         return make_cursor(self.attempt_index, self.ms, self.sequence)
 
     @property
-    def part(self) -> TailCore:
-        """What listens to the channel: the reader itself."""
-        return self
-
-    @property
     def ended(self) -> bool:
         """Whether the end was delivered."""
         return self.end_reason is not None

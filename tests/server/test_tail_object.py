@@ -17,7 +17,7 @@ from ff_fast.embedded import EmbeddedServer
 from ..conftest import connect_raw
 from ..shells import Opener
 from ..waiting import wait_until
-from .readers import begin, sequences, wait_listening
+from .readers import begin, listening, sequences, wait_listening
 
 
 @pytest.fixture(params=["sync", "asyncio"])
