@@ -247,7 +247,6 @@ def _block(offer: Offer, until: float) -> Steps[list[Head] | None]:
         # With a look in the middle of its wait, no claim has to look for itself at the end.
         left /= 2
     block_s = max(min(left, LOOK_EVERY_S), _SHORTEST_BLOCK_S)
-    line.leads_for(block_s)
     # What another thread learns meanwhile is news.
     lane, seen = offer.lane, offer.seen
     queues = {keys.ready(lane, needs): needs for needs in offer.needs}

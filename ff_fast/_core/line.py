@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ff_fast._core.claiming import Claim
     from ff_fast._core.ready import Head
 
-_LEAD_MARGIN_S = 1.0
+# A leader connects, waits, looks and hands out within this time.
+_LEAD_S = 11.0
 
 
 class Line:
@@ -87,17 +88,14 @@ class Line:
     def lead(self, claim: Claim) -> bool:
         """Return whether *claim* is the one whose thread waits on the server for all."""
         leader = self._seat.setdefault("leader", claim)
-        if leader is claim:
-            return True
-        if leader.left_line or time.monotonic() > self._lead_until:
+        now = time.monotonic()
+        if leader is not claim:
+            if not (leader.left_line or leader.abandoned or now > self._lead_until):
+                return False
             # An interrupt has kept it from resigning.
             self._seat["leader"] = claim
-            return True
-        return False
-
-    def leads_for(self, seconds: float) -> None:
-        """Note for how long the leader lets the server block."""
-        self._lead_until = time.monotonic() + seconds + _LEAD_MARGIN_S
+        self._lead_until = now + _LEAD_S
+        return True
 
     def resign(self, claim: Claim) -> None:
         """Let the claim that has waited longest lead, if *claim* was the leader or there is none."""
