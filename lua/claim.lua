@@ -34,18 +34,21 @@ local function offered_by(args, first)
 end
 
 -- Refuses the claim where foreign data would stop it behind its first write. With `take_over` the execution is active,
--- and its next attempt is claimed.
-local function check_claim(execution, take_over)
+-- and its next attempt is claimed. `known` as in ff.check_move.
+local function check_claim(execution, known, take_over)
   local fields = execution.fields
   local resumed = not take_over and fields.interrupted == '1'
-  ff.check_move(execution)
+  ff.check_move(execution, known)
   ff.core_number(execution, 'current_lease_epoch')
   ff.core_number(execution, 'total_attempt_count')
   local index = resumed and fields.current_attempt_index or fields.total_attempt_count
-  ff.expect('attempt', ff.attempt_key(execution, 'attempt', index))
-  if take_over then
-    ff.expect('meta', ff.attempt_key(execution, 'meta', index))
-  elseif index ~= '0' then
+  local attempt_key, meta_key = ff.attempt_key(execution, 'attempt', index), ff.attempt_key(execution, 'meta', index)
+  -- A new attempt has neither.
+  if redis.call('EXISTS', attempt_key, meta_key) > 0 then
+    ff.expect('attempt', attempt_key)
+    ff.expect('meta', meta_key)
+  end
+  if not take_over and index ~= '0' then
     ff.expect('meta', ff.attempt_key(execution, 'meta', ff.text(tonumber(index) - 1)))
   end
 end
@@ -132,10 +135,13 @@ end
 
 -- The execution that a member of an index names; nil where it names none that waits there and may run. Foreign data in
 -- the execution's keys raises an error.
-local function member(core_key, needs)
+local function member(core_key, needs, eligible_key)
   local execution = ff.load(core_key)
   if execution and execution.state == 'waiting' and execution.fields.required_capabilities == needs then
-    check_claim(execution)
+    -- The index and the leases were read; the first write of a grant is to the timers.
+    local known = { timers = true, leases = true, meta = true }
+    known.eligible = execution.fields.lane_id and ff.eligible_key(execution) == eligible_key
+    check_claim(execution, known)
     return ff.flow_verdict_of(execution, 'waiting') == 'run' and execution or nil
   end
   return nil
@@ -163,20 +169,23 @@ redis.register_function('ff_claim', function(keys, args)
     granted[#granted + 1] = head_score(eligible_key)
     return ff.ok(unpack(granted))
   end
-  -- Of another type, a key of the whole partition would make every member one that cannot be claimed.
-  ff.expect('timers', timers_key)
-  ff.expect('leases', leases_key)
-  ff.expect('needs', needs_key)
+  if required_capabilities ~= '' then
+    -- Of another type, it would make every member one that cannot be claimed.
+    ff.expect('needs', needs_key)
+  end
   local slot_tag, dropped, last = ff.slot_tag_of(eligible_key), 0, 1
   while dropped < DROP_LIMIT do
     -- Most often the first may be claimed, and the second says what stays.
     local page = call('ZRANGE', eligible_key, 0, last, 'WITHSCORES')
     for i = 1, #page, 2 do
-      local intact, execution = ff.guarded(member, ff.key('core', slot_tag, page[i]), required_capabilities)
+      local intact, execution = ff.guarded(member, ff.key('core', slot_tag, page[i]), required_capabilities, eligible_key)
       if intact and execution then
         granted = grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)
         granted[#granted + 1] = page[i + 3] or head_score(eligible_key)
         return ff.ok(unpack(granted))
+      end
+      if dropped == 0 and i == 1 then
+        ff.expect('timers', timers_key)
       end
       call('ZREM', eligible_key, page[i])
       if not intact then
@@ -231,7 +240,7 @@ redis.register_function('ff_claim_execution', function(keys, args)
   if ff.flow_verdict_of(execution, 'waiting') ~= 'run' or not (take_over or execution.state == 'waiting') then
     return ff.err('execution_not_claimable', execution.state)
   end
-  check_claim(execution, take_over)
+  check_claim(execution, nil, take_over)
   if take_over then
     ff.lapse(execution)
     if execution.state ~= 'waiting' then

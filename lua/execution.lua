@@ -69,7 +69,7 @@ redis.register_function('ff_create_execution', function(keys, args)
     lane_id = lane_id, required_capabilities = required_capabilities, priority = priority, created_at = ff.text(now),
   }, now)
   local delayed = tonumber(delay_ms) > 0
-  if not delayed then
+  if not delayed and required_capabilities ~= '' then
     ff.expect_index(execution)
   end
   if delayed or tonumber(deadline_ms) > 0 then
@@ -86,6 +86,10 @@ redis.register_function('ff_create_execution', function(keys, args)
     ff.expect('children', ff.key('children', slot_tag, parent_id))
   end
 
+  if not delayed then
+    -- The first write: it fails where the index is foreign data.
+    ff.enqueue(execution)
+  end
   call('HSET', core_key, 'execution_id', execution_id, 'namespace', namespace, 'lane_id', lane_id,
     'priority', priority, 'required_capabilities', required_capabilities, 'retention_ms', retention_ms,
     'created_at', ff.text(now), 'last_transition_at', ff.text(now), 'total_attempt_count', '0',
@@ -120,9 +124,7 @@ redis.register_function('ff_create_execution', function(keys, args)
   end
   if delayed then
     ff.set_timer(execution, 'delay', now + delay_ms)
-    return ff.ok()
   end
-  ff.enqueue(execution)
   return ff.with_hints(ff.ok(), execution.hints)
 end)
 

@@ -32,12 +32,12 @@ local COMPLETION_MAXLEN, COMPLETION_MS = '2000', 86400000
 
 local KEYS, PUSH = ff.KEYS, ff.PUSH
 
--- Keys that expire together after the execution has ended; those of the second list exist only beside a waitpoint.
-local EXECUTION_KEYS = {
-  'core', 'payload', 'result', 'tags', 'usage', 'usage_dedup', 'usage_recent', 'children', 'history',
-}
+-- Keys that expire together after the execution has ended. Most executions have none of the second list, and those of
+-- the third exist only beside a waitpoint.
+local EXECUTION_KEYS = { 'core', 'payload', 'result', 'history' }
+local RARE_KEYS = { 'waitpoints', 'tags', 'usage', 'usage_dedup', 'usage_recent', 'children' }
 local WAITPOINT_KEYS = {
-  'waitpoints', 'tokens', 'signals', 'signals_buffered', 'signals_dedup', 'suspension', 'suspension_signals',
+  'tokens', 'signals', 'signals_buffered', 'signals_dedup', 'suspension', 'suspension_signals',
 }
 local ATTEMPT_KEYS = { 'stream', 'live', 'meta', 'attempt', 'summary' }
 
@@ -88,7 +88,7 @@ end
 
 -- Executions of a lane that require the same capabilities wait in one set of their partition: a worker looks at no
 -- execution that it may not have. Returns its key.
-local function eligible_key(execution)
+function ff.eligible_key(execution)
   local key = execution.eligible_key
   if not key then
     local lane, needs = in_key(execution.fields.lane_id), execution.fields.required_capabilities
@@ -107,7 +107,7 @@ end
 
 -- Refuses the call where the indexes of an execution that waits are foreign data.
 function ff.expect_index(execution)
-  ff.expect('eligible', eligible_key(execution))
+  ff.expect('eligible', ff.eligible_key(execution))
   if execution.fields.required_capabilities ~= '' then
     ff.expect('needs', needs_key(execution))
   end
@@ -118,7 +118,7 @@ function ff.enqueue(execution)
   local fields = execution.fields
   local needs = fields.required_capabilities
   local score = ff.eligible_score(tonumber(fields.priority), tonumber(fields.created_at))
-  redis.call('ZADD', eligible_key(execution), score, execution.id)
+  redis.call('ZADD', ff.eligible_key(execution), score, execution.id)
   if needs ~= '' then
     redis.call('SADD', needs_key(execution), needs)
   end
@@ -126,7 +126,7 @@ function ff.enqueue(execution)
 end
 
 local function dequeue(execution)
-  local key, needs = eligible_key(execution), execution.fields.required_capabilities
+  local key, needs = ff.eligible_key(execution), execution.fields.required_capabilities
   redis.call('ZREM', key, execution.id)
   if needs ~= '' and redis.call('EXISTS', key) == 0 then
     redis.call('SREM', needs_key(execution), needs)
@@ -331,12 +331,20 @@ end
 local function expire_keys(execution)
   local call = redis.call
   local retention_ms = execution.fields.retention_ms
-  for _, name in ipairs(EXECUTION_KEYS) do
-    call('PEXPIRE', ff.execution_key(execution, name), retention_ms)
-  end
-  if call('EXISTS', ff.execution_key(execution, 'waitpoints')) == 1 then
-    for _, name in ipairs(WAITPOINT_KEYS) do
+  local function expire(names)
+    for _, name in ipairs(names) do
       call('PEXPIRE', ff.execution_key(execution, name), retention_ms)
+    end
+  end
+  expire(EXECUTION_KEYS)
+  local rare = {}
+  for i, name in ipairs(RARE_KEYS) do
+    rare[i] = ff.execution_key(execution, name)
+  end
+  if call('EXISTS', unpack(rare)) > 0 then
+    expire(RARE_KEYS)
+    if call('EXISTS', rare[1]) == 1 then
+      expire(WAITPOINT_KEYS)
     end
   end
 end
@@ -363,8 +371,10 @@ function ff.core_number(execution, name)
   return ff.integer(execution.fields[name]) or ff.corrupt('core')
 end
 
+local NOTHING = {}
+
 -- What check_move asks of any execution: the keys and fields that each transition needs.
-local function check_execution(execution)
+local function check_execution(execution, known)
   local fields = execution.fields
   local attempt = ff.TRANSITIONS[execution.state] and open_attempt(execution)
   local retention_ms, priority, created_at = fields.retention_ms, fields.priority, fields.created_at
@@ -376,10 +386,18 @@ local function check_execution(execution)
   then
     ff.corrupt('core')
   end
-  ff.expect('timers', execution.timers_key)
-  ff.expect_index(execution)
-  ff.expect('leases', ff.key('leases', execution.slot_tag))
-  ff.expect('meta', ff.attempt_key(execution, 'meta', attempt))
+  if not known.timers then
+    ff.expect('timers', execution.timers_key)
+  end
+  if not known.eligible then
+    ff.expect_index(execution)
+  end
+  if not known.leases then
+    ff.expect('leases', ff.key('leases', execution.slot_tag))
+  end
+  if not known.meta then
+    ff.expect('meta', ff.attempt_key(execution, 'meta', attempt))
+  end
   local flow_id = fields.flow_id
   if flow_id then
     ff.expect('flow', ff.key('flow', execution.slot_tag, flow_id))
@@ -395,9 +413,12 @@ end
 -- Foreign data in the execution's own streams, the log and the history, and in the stream of completions refuses
 -- nothing: these are echoes of what core and meta say, and an execution must be able to end. Nor does foreign data in
 -- the keys of its parent: such a parent is not woken.
-function ff.check_move(execution)
+--
+-- `known` names keys that are not asked for, as a set: `timers`, `eligible` (with `needs`), `leases` and `meta`. The call
+-- has read them, or its move does not touch them, or its first write is to one, and fails before anything is changed.
+function ff.check_move(execution, known)
   local slot_tag, parent_id = execution.slot_tag, execution.fields.parent_id
-  check_execution(execution)
+  check_execution(execution, known or NOTHING)
   if execution.state == 'suspended' then
     ff.expect('suspension', ff.execution_key(execution, 'suspension'))
     ff.expect('waitpoint_use', ff.key('waitpoint_use', slot_tag))
@@ -408,7 +429,7 @@ function ff.check_move(execution)
       ff.expect('children', children_key)
       local found = ff.load(ff.key('core', slot_tag, parent_id), execution.now)
       if found and found.state == 'waiting_children' then
-        check_execution(found)
+        check_execution(found, NOTHING)
       end
       return found or { state = '' }
     end)
@@ -629,7 +650,8 @@ function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind
     if lost then
       return nil, lost
     end
-    ff.check_move(execution)
+    -- The end of the lease was read from meta. What is completed waits for no worker; a parent may.
+    ff.check_move(execution, { meta = true, eligible = kind == 'completed' and not execution.fields.parent_id })
     return execution
   end
   local words = found and saved_reply(found)

@@ -12,11 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
+from ff_fast._aio.claims import Waits
 from ff_fast._aio.connection import Connection, run_steps
 from ff_fast._aio.hub import Hub
 from ff_fast._core import claiming
 from ff_fast._core.deployment import Deployment
-from ff_fast._core.steps import Retries, Step
+from ff_fast._core.steps import Retries
 from ff_fast.errors import FFError, ForkedClient, FunctionMissing, Unavailable, WrongLoop
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from ff_fast._core.claiming import Claim
     from ff_fast._core.operations import Call
+    from ff_fast._core.steps import Step
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")
@@ -169,6 +171,7 @@ class Pool:
         self._hub = Hub(
             self._connect, self._spawn, self._shared.request, self._timeout_s, config.retry
         )
+        self._waits = Waits(self)
 
     @property
     def closed(self) -> bool:
@@ -204,9 +207,10 @@ class Pool:
         """Wait for a short time until every claim that is under way has given back what it took."""
         for claim in self._claims:
             claim.abandoned = True
+            claim.wake()
         until = time.monotonic() + claiming.SETTLE_S
         while time.monotonic() < until and (  # noqa: ASYNC110 - there is no one event
-            self._giving_back or any(each.unsettled and not each.blocked for each in self._claims)
+            self._giving_back or any(each.unsettled for each in self._claims)
         ):
             await asyncio.sleep(claiming.SETTLE_LOOK_S)
 
@@ -337,16 +341,6 @@ class Pool:
         while self._idle and (self._idle[0].closed or self._idle[0].heard_at < before):
             self._idle.popleft().abort()
 
-    async def _request(self, step: Step) -> list[object]:
-        """Send a step on the shared connection; one that lets the server block, on a connection of its own."""
-        if not step.block_s:
-            return await self._shared.request(step)
-        connection = await self._acquire()
-        try:
-            return await connection.request(step, self._timeout_s)
-        finally:
-            self._release(connection)
-
     async def _run(self, call: Call[T], *, until: float = float("inf")) -> T:
         """Make a call that is of no use after *until*, in monotonic time; retry as configuration and call allow."""
         retries = Retries(self.config.retry, writes=call.writes)
@@ -366,13 +360,11 @@ class Pool:
                     finally:
                         self._release(connection)
                 request: Callable[[Step], Awaitable[list[object]]] = self._shared.request
-                if call.claim is not None:
-                    # What it gives back is sent behind what it sent before, on the same connection.
-                    request = self._request
-                elif until != float("inf"):
+                if until != float("inf"):
                     longest = _transport.longest_try_s(until)
                     request = partial(self._shared.request, longest=longest)
-                return await run_steps(call.steps(), request)
+                # What a claim gives back is sent behind what it sent before, on the same connection.
+                return await run_steps(call.steps(), request, self._waits.wait)
             except FFError as error:
                 pause = None if self._closed else retries.pause(error)
                 if pause is None:

@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ff_fast import keys
 from ff_fast._core import ops, ready
 from ff_fast._core.ready import Head, Offer, listed
-from ff_fast._core.steps import Command, Pause, Step, Steps, checked, command, is_foreign
+from ff_fast._core.steps import (
+    AwaitHint,
+    Command,
+    Pause,
+    Step,
+    Steps,
+    checked,
+    command,
+    is_foreign,
+)
+from ff_fast._hot.resp import pack_command
 from ff_fast.errors import Corruption, ExecutionNotClaimable, FFError, Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ff_fast._core.deployment import Deployment
     from ff_fast.types import CapabilitySet, Handle
 
@@ -33,6 +46,8 @@ SETTLE_LOOK_S = 0.002
 
 _SWEEP_IMMEDIATE_S = 1.0
 _FOREIGN_PAUSE_S = 0.05
+# The server takes 0 for a wait without end.
+_SHORTEST_BLOCK_S = 0.001
 # Another connection's bytes may reach the server before those of one that was closed.
 _GIVE_BACK_AGAIN_S = (0.01, 0.1)
 _NEWS_MS = b"60000"
@@ -58,12 +73,21 @@ class Claim:
         lease: Partition and lease id of a claim call that was sent; None again once its reply has shown that it granted
             nothing, or the caller has the handle.
         hint_taken: A hint was popped, or may have been, and nothing has come of it yet.
-        blocked: The server holds back its reply until there is a hint.
+        blocked: The server holds back a reply until there is a hint.
         abandoned: Nobody waits for the result any more.
         call: The claim call under the lease, and the hint that led to it.
+        given: A hint from the line in which the claim waits.
+        failure: The error that ended the wait of the whole line.
+        left_line: The claim takes nothing from its line any more.
+        wake: Wakes the caller, in the way of its shell. It may be called at any time, and from any thread.
+        until: When the wait ends, in monotonic time; it begins with the first try.
+        joined_at: When the claim joined its line, in monotonic time.
     """
 
-    __slots__ = ("_deadline", "abandoned", "blocked", "call", "hint_taken", "lease", "request")
+    __slots__ = (
+        "abandoned", "blocked", "call", "failure", "given", "hint_taken", "joined_at", "lease", "left_line", "request",
+        "until", "wake",
+    )  # fmt: skip
 
     def __init__(self, request: ClaimRequest) -> None:
         self.request = request
@@ -72,11 +96,16 @@ class Claim:
         self.blocked = False
         self.abandoned = False
         self.call: tuple[ops.Op[ops.Claimed], Head] | None = None
-        self._deadline: float | None = None
+        self.given: Head | None = None
+        self.failure: FFError | None = None
+        self.left_line = True
+        self.wake: Callable[[], None] = _nobody
+        self.until = 0.0
+        self.joined_at = 0.0
 
     @property
     def waits(self) -> bool:
-        """Whether the claim may block on the server."""
+        """Whether the claim may wait for a hint."""
         return self.request.max_wait_s is not None
 
     @property
@@ -87,9 +116,24 @@ class Claim:
     def left(self) -> float:
         """Return the seconds until the wait ends; it begins with the first try."""
         now = time.monotonic()
-        if self._deadline is None:
-            self._deadline = now + (self.request.max_wait_s or 0.0)
-        return self._deadline - now
+        if not self.until:
+            self.until = now + (self.request.max_wait_s or 0.0)
+        return self.until - now
+
+    def joins(self) -> None:
+        """Note that the claim joins its line."""
+        self.joined_at = time.monotonic()
+        self.given = self.failure = None
+        self.left_line = False
+
+    @property
+    def told(self) -> bool:
+        """Whether the wait in the line is over, be it for a hint, an error, or because nobody waits any more."""
+        return self.given is not None or self.failure is not None or self.abandoned
+
+
+def _nobody() -> None:
+    """Wake nobody: the claim does not wait."""
 
 
 def claim(on: Deployment, state: Claim) -> Steps[Handle | None]:
@@ -121,28 +165,110 @@ def _claim(on: Deployment, state: Claim, offer: Offer) -> Steps[Handle | None]:
     if on.sweep_overdue(key):
         yield from ready.sweep(offer, on.partitions)
     while not state.abandoned:
-        # A claim that found nothing is often followed by one that finds nothing: it asks for all in one round trip.
-        found, records = yield from _pop(state, offer, with_records=offer.idle and not waits)
-        if found is None:
-            every = SWEEP_EVERY_S if waits else _SWEEP_IMMEDIATE_S
-            if on.sweep_due(key, every) and (yield from ready.sweep(offer, on.partitions)):
+        if state.left() > 0:
+            yield AwaitHint(state, offer)
+            found, state.given = state.given, None
+            if found is None:
+                if state.left() <= 0 and offer.line.looked_at >= state.joined_at:
+                    # The line has found nothing since the claim joined it.
+                    return None
                 continue
-            if (left := state.left()) > 0:
-                found = yield from _wait(state, offer, min(left, LOOK_EVERY_S))
+            records = None
+        else:
+            # A claim that found nothing is often followed by one that finds nothing: it asks for all in one round trip.
+            found, records = yield from _pop(state, offer, with_records=offer.idle or waits)
         if found is not None:
             handle = yield from _claim_partition(state, found)
             if handle is not None:
                 return handle
             # The hint was stale; the pop has removed it.
             continue
+        every = SWEEP_EVERY_S if waits else _SWEEP_IMMEDIATE_S
+        if on.sweep_due(key, every) and (yield from ready.sweep(offer, on.partitions)):
+            continue
         # Somebody else may have taken a hint and not claimed yet.
         for head in (yield from ready.hinted_heads(offer, records or (yield from _records(offer)))):
             handle = yield from _claim_partition(state, head)
             if handle is not None:
                 return handle
-        if state.left() <= 0:
-            return None
+        return None
     return None
+
+
+def serve(on: Deployment, offer: Offer, leader: Claim | None = None) -> Steps[None]:
+    """Wait once for hints, at most :data:`LOOK_EVERY_S`, and hand them out to the claims in the line of *offer*.
+
+    Args:
+        on: The deployment.
+        offer: Whose line it is.
+        leader: The claim whose caller runs these steps; they last no longer than it waits.
+    """
+    line = offer.line
+    if not line.waiting:
+        return
+    if on.sweep_due((offer.lane, offer.tokens), SWEEP_EVERY_S):
+        yield from ready.sweep(offer, on.partitions)
+    if leader is not None:
+        # An interrupt may strike before everything is handed out.
+        leader.hint_taken = leader.blocked = True
+    heads: list[Head] | None = []
+    if offer.tokens:
+        # A block takes from the first queue that has a hint; this takes the best of all.
+        heads, _ = yield from _pop_best(offer, len(line.waiting))
+    if not heads:
+        until = line.until if leader is None else leader.until
+        heads = yield from _block(offer, until)
+    if heads:
+        over = [head for head in heads if not line.give(head)]
+        if over:
+            yield Step([ready.requeue(offer.lane, head) for head in over])
+    elif heads is not None:
+        # Somebody else may have taken a hint and not claimed yet.
+        began = time.monotonic()
+        for head in (yield from ready.hinted_heads(offer, (yield from _records(offer)))):
+            if not line.give(head):
+                break
+        line.looked_at = began
+    if leader is not None:
+        leader.blocked = False
+        leader.hint_taken = leader.given is not None
+
+
+def _block(offer: Offer, until: float) -> Steps[list[Head] | None]:
+    """Let the server block until there are hints; None where something else has come than hints or the end."""
+    line = offer.line
+    waiting = line.waiting
+    try:
+        oldest = waiting[0].joined_at
+    except IndexError:
+        return None
+    left = until - time.monotonic()
+    if line.looked_at < oldest:
+        # With a look in the middle of its wait, no claim has to look for itself at the end.
+        left /= 2
+    block_s = max(min(left, LOOK_EVERY_S), _SHORTEST_BLOCK_S)
+    # What another thread learns meanwhile is news.
+    lane, seen = offer.lane, offer.seen
+    queues = {keys.ready(lane, needs): needs for needs in offer.needs}
+    watched = [*queues, keys.lane_news(lane, seen)] if offer.tokens else [*queues]
+    pop = pack_command(
+        b"BZMPOP", b"%.3f" % block_s, b"%d" % len(watched), *watched, b"MIN", b"COUNT",
+        b"%d" % max(len(waiting), 1),
+    )  # fmt: skip
+    (reply,) = yield Step((Command(watched[0], pop),), block_s)
+    if is_foreign(reply):
+        # One of the queues is a key of another type, which blocks nobody.
+        yield Pause(min(block_s, _FOREIGN_PAUSE_S))
+        return []
+    popped = checked(reply)
+    if not popped:
+        return []
+    queue, members = popped[0], cast("list[list[bytes]]", popped[1])
+    if queue not in queues:
+        # For the next one who waits; this one will watch another key.
+        yield Step([command(b"ZADD", queue, b"0", b"news"), command(b"PEXPIRE", queue, _NEWS_MS)])
+        return None
+    return _heads(queues[queue], [each for member in members for each in member]) or None
 
 
 def _records(offer: Offer) -> Steps[list[tuple[str, object]]]:
@@ -155,80 +281,71 @@ def _pop(
     state: Claim, offer: Offer, *, with_records: bool
 ) -> Steps[tuple[Head | None, list[tuple[str, object]] | None]]:
     """Pop the best hint; with it come the records of the hinted partitions, if they are asked for."""
-    lane, required = offer.lane, list(offer.needs)
-    asked = ready.hinted_records(lane, required) if with_records else []
+    state.hint_taken = True
     if offer.tokens:
+        heads, records = yield from _pop_best(offer, 1, with_records=with_records)
+    else:
+        asked = ready.hinted_records(offer.lane, [""]) if with_records else []
+        reply, *found = yield Step([_pop_command(offer.lane, ""), *asked])
+        popped = listed(reply)
+        while popped and not (heads := _heads("", popped)):
+            popped = listed(*(yield Step((_pop_command(offer.lane, ""),))))
+        heads = heads if popped else []
+        records = [("", each) for each in found]
+    state.hint_taken = bool(heads)
+    return heads[0] if heads else None, records if with_records else None
+
+
+def _pop_best(
+    offer: Offer, count: int, *, with_records: bool = False
+) -> Steps[tuple[list[Head], list[tuple[str, object]]]]:
+    """Pop up to *count* of the best hints in all queues, best first."""
+    lane = offer.lane
+    while True:
+        required = list(offer.needs)
         news = command(
             b"ZRANGEBYSCORE", keys.lane_needs(lane), b"(%d" % offer.seen, _NEWEST, b"WITHSCORES"
         )
-        heads = [
-            command(b"ZRANGE", keys.ready(lane, needs), b"0", b"0", b"WITHSCORES")
+        last = b"%d" % (count - 1)
+        looks = [
+            command(b"ZRANGE", keys.ready(lane, needs), b"0", last, b"WITHSCORES")
             for needs in required
         ]
-        told, *replies = yield Step([news, *heads, *asked])
+        asked = ready.hinted_records(lane, required) if with_records else []
+        told, *replies = yield Step([news, *looks, *asked])
         if offer.read(listed(told)):
-            return (yield from _pop(state, offer, with_records=with_records))
-        best = [
-            (float(head[1]), needs)
-            for needs, head in zip(required, map(listed, replies), strict=False)
-            if head
-        ]
-        records = replies[len(required) :]
-        found = (yield from _pop_from(state, lane, min(best)[1])) if best else None
-    else:
-        state.hint_taken = True
-        popped, *records = yield Step([_pop_command(lane, ""), *asked])
-        found = _head_of(state, "", listed(popped))
-        if found is None and state.hint_taken:
-            found = yield from _pop_from(state, lane, "")
-    return found, list(zip(required, records, strict=True)) if with_records else None
-
-
-def _pop_command(lane: str, needs: str) -> Command:
-    return command(b"ZPOPMIN", keys.ready(lane, needs))
-
-
-def _pop_from(state: Claim, lane: str, needs: str) -> Steps[Head | None]:
-    found = None
-    state.hint_taken = True
-    while found is None and state.hint_taken:
-        found = _head_of(state, needs, listed(*(yield Step((_pop_command(lane, needs),)))))
-    return found
-
-
-def _head_of(state: Claim, needs: str, popped: list[bytes]) -> Head | None:
-    """Return a hint that was popped; None, and no hint is taken, where the queue was empty."""
-    if not popped:
-        state.hint_taken = False
-        return None
-    partition = ready.partition_of(popped[0])
-    # The pop has removed a foreign record.
-    return None if partition is None else Head(float(popped[1]), needs, partition)
-
-
-def _wait(state: Claim, offer: Offer, block_s: float) -> Steps[Head | None]:
-    """Wait for a hint; None where none came, or new requirements are to be read."""
-    # What another thread learns meanwhile is news.
-    lane, seen = offer.lane, offer.seen
-    queues = {keys.ready(lane, needs): needs for needs in offer.needs}
-    watched = [*queues, keys.lane_news(lane, seen)] if offer.tokens else [*queues]
-    state.hint_taken = state.blocked = True
-    (reply,) = yield Step((command(b"BZPOPMIN", *watched, b"%.3f" % block_s),), block_s)
-    state.blocked = False
-    if is_foreign(reply):
-        # One of the queues is a key of another type, which blocks nobody.
-        state.hint_taken = False
-        yield Pause(min(block_s, _FOREIGN_PAUSE_S))
-        return None
-    popped = checked(reply)
-    if popped and popped[0] not in queues:
-        state.hint_taken = False
-        # For the next one who waits; this one will watch another key.
-        yield Step(
-            [command(b"ZADD", popped[0], b"0", b"news"), command(b"PEXPIRE", popped[0], _NEWS_MS)]
+            # Asked again with what is new.
+            continue
+        records = list(zip(required, replies[len(required) :], strict=False))
+        scored = sorted(
+            (float(score), needs)
+            for needs, best in zip(required, map(listed, replies), strict=False)
+            for score in best[1::2]
         )
-        return None
-    return _head_of(state, queues[popped[0]] if popped else "", popped[1:])
+        if not scored:
+            return [], records
+        counts = Counter(needs for _, needs in scored[:count])
+        popped = yield Step([_pop_command(lane, needs, counts[needs]) for needs in counts])
+        heads = sorted(
+            head
+            for needs, reply in zip(counts, popped, strict=True)
+            for head in _heads(needs, listed(reply))
+        )
+        if heads:
+            return heads, records
+
+
+def _pop_command(lane: str, needs: str, count: int = 1) -> Command:
+    return command(b"ZPOPMIN", keys.ready(lane, needs), *([b"%d" % count] if count > 1 else []))
+
+
+def _heads(needs: str, popped: list[bytes]) -> list[Head]:
+    """Return the hints among what was popped from a queue; the pop has removed the foreign records."""
+    return [
+        Head(float(score), needs, partition)
+        for member, score in zip(popped[::2], popped[1::2], strict=True)
+        if (partition := ready.partition_of(member)) is not None
+    ]
 
 
 def _claim_partition(state: Claim, head: Head) -> Steps[Handle | None]:
@@ -281,7 +398,7 @@ def _make(state: Claim, op: ops.Op[ops.Claimed], head: Head) -> Steps[Handle | N
     elif answer.next_score is not None:
         # The handle counts, whatever becomes of the hint.
         with contextlib.suppress(FFError):
-            yield Step((ready.requeue(lane, head.needs, answer.next_score, head.partition),))
+            yield Step((ready.requeue(lane, head, answer.next_score),))
     state.hint_taken = False
     return answer.handle
 

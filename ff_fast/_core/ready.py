@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ff_fast import keys
 from ff_fast._core import ops
+from ff_fast._core.line import Line
 from ff_fast._core.steps import Command, Step, Steps, checked, command, is_foreign
 from ff_fast.errors import FFError
 
@@ -48,11 +49,12 @@ class Offer:
             empty one.
         seen: Score of the newest entry of the lane's registry that was read.
         idle: Whether the last claim found nothing.
+        line: The claims of such workers that wait.
         empty: The records of hinted partitions that were found empty, with the mark that they had before: while a
             record has this mark, its partition needs no second look.
     """
 
-    __slots__ = ("empty", "idle", "lane", "needs", "seen", "tokens")
+    __slots__ = ("empty", "idle", "lane", "line", "needs", "seen", "tokens")
 
     def __init__(self, lane: str, tokens: Iterable[str]) -> None:
         self.lane = lane
@@ -60,6 +62,7 @@ class Offer:
         self.needs = [""]
         self.seen = 0
         self.idle = False
+        self.line = Line()
         self.empty: dict[tuple[str, bytes], bytes] = {}
 
     def read(self, told: list[bytes]) -> bool:
@@ -113,9 +116,10 @@ def hint(lane: str, needs: str, score: bytes, partition: int) -> list[Command]:
     ]
 
 
-def requeue(lane: str, needs: str, score: bytes, partition: int) -> Command:
-    """Return the command that puts a popped hint back; the record has kept its partition."""
-    return command(b"ZADD", keys.ready(lane, needs), b"LT", score, b"%d" % partition)
+def requeue(lane: str, head: Head, score: bytes | None = None) -> Command:
+    """Return the command that puts a popped hint back, perhaps with another score; the record has its partition still."""
+    best = b"%.0f" % head.score if score is None else score
+    return command(b"ZADD", keys.ready(lane, head.needs), b"LT", best, b"%d" % head.partition)
 
 
 def with_hints(op: ops.Op[tuple[T, ops.Hints]], partition: int) -> Steps[T]:

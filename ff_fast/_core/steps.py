@@ -1,6 +1,6 @@
 """Steps: an operation is a generator, and a shell drives it.
 
-The generator yields a :class:`Step` or a :class:`Pause`, is resumed with the replies, and returns its value. A shell
+The generator yields a :class:`Step`, a :class:`Pause` or an :class:`AwaitHint`, is resumed with the replies, and returns its value. A shell
 moves the bytes and waits; it decides nothing.
 """
 
@@ -24,6 +24,8 @@ from ff_fast.errors import (
 )
 
 if TYPE_CHECKING:
+    from ff_fast._core.claiming import Claim
+    from ff_fast._core.ready import Offer
     from ff_fast.types import BackendRetry
 
 T = TypeVar("T")
@@ -77,7 +79,18 @@ class Pause(NamedTuple):
     seconds: float
 
 
-Steps = Generator[Step | Pause, list[object], T]
+class AwaitHint(NamedTuple):
+    """Wait in the line of *offer* until *claim* is told something, or its time is up; then resume with an empty list.
+
+    As long as claims wait in a line, the shell runs :func:`ff_fast._core.claiming.serve` for them. An error of that is
+    raised for each of them.
+    """
+
+    claim: Claim
+    offer: Offer
+
+
+Steps = Generator[Step | Pause | AwaitHint, list[object], T]
 
 
 class Source(Protocol[T]):

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
-from ff_fast._core.steps import Pause, Step, Steps
+from ff_fast._core.steps import AwaitHint, Pause, Step, Steps
 from ff_fast._hot.resp import ReplyGuard, take_reply
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError, Unavailable
 
@@ -285,17 +285,30 @@ class Connection:
         self.close()
 
 
-def run_steps(steps: Steps[T], request: Callable[[Step], list[object]]) -> T:
-    """Run the steps of an operation, and return its value; *request* sends a step and returns its replies."""
+def run_steps(
+    steps: Steps[T],
+    request: Callable[[Step], list[object]],
+    wait: Callable[[AwaitHint], None] | None = None,
+) -> T:
+    """Run the steps of an operation, and return its value.
+
+    Args:
+        steps: The steps.
+        request: Sends a step and returns its replies.
+        wait: Waits for a hint, in the steps of a claim.
+    """
     try:
         step = next(steps)
         while True:
             try:
                 replies: list[object] = []
-                if isinstance(step, Pause):
+                if isinstance(step, Step):
+                    replies = request(step)
+                elif isinstance(step, Pause):
                     time.sleep(step.seconds)
                 else:
-                    replies = request(step)
+                    assert wait is not None
+                    wait(step)
             except FFError as error:
                 step = steps.throw(error)
             else:

@@ -80,6 +80,7 @@ class Operations(Pool):
         ]
         for claim in others:
             claim.abandoned = True
+            claim.wake()
         until = time.monotonic() + claiming.SETTLE_S
         while time.monotonic() < until and any(
             each in self._claims and each.unsettled and not each.blocked for each in others

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ff_fast import _process, _transport
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.steps import Retries
+from ff_fast._sync.claims import Claiming
 from ff_fast._sync.connection import Connection, run_steps
 from ff_fast._sync.hub import Hub
 from ff_fast.errors import FFError, ForkedClient, FunctionMissing
@@ -158,6 +159,11 @@ class Pool:
         missing = False
         while True:
             try:
+                if call.claim is not None:
+                    with Claiming(self) as claiming:
+                        if missing:
+                            self._prepare(claiming.connection())
+                        return run_steps(call.steps(), claiming.request, claiming.wait)
                 connection = self._acquire()
                 try:
                     if missing:

@@ -106,7 +106,7 @@ def test_an_idle_worker_goes_on(kind, how, own, raw, backend, lane, monkeypatch)
     with Worker(kind, own.url, handler, lane=lane):
         eids = []
         for _ in range(2):
-            how(raw, wait_blocked(raw, "bzpopmin"))
+            how(raw, wait_blocked(raw, "bzmpop"))
             eids.append(backend.create_execution(lane=lane))
             wait_until(lambda: len(ran) == len(eids))
     assert ran == eids

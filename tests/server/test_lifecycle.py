@@ -165,7 +165,7 @@ def sent(raw):
 
     def count():
         stats = raw.info("commandstats")
-        names = ("fcall", "fcall_ro", "zadd", "zpopmin", "bzpopmin", "zrange")
+        names = ("fcall", "fcall_ro", "zadd", "zpopmin", "bzmpop", "zrange")
         return [stats.get(f"cmdstat_{name}", {}).get("calls") for name in names]
 
     return count
@@ -413,12 +413,12 @@ def test_a_waiting_claim_blocks_on_the_server_and_wakes(engine, raw, claim, lane
         target=lambda: got.append(claim(policy=ClaimPolicy.with_max_wait(30)))
     )
     worker.start()
-    wait_until(lambda: blocked_in(raw, "bzpopmin"))
+    wait_until(lambda: blocked_in(raw, "bzmpop"))
     other = Opener("sync")
     eid = other(engine.url).create_execution(lane=lane)
     worker.join(timeout=10)
     assert got[0].fields().execution_id == eid
-    assert not blocked_in(raw, "bzpopmin")
+    assert not blocked_in(raw, "bzmpop")
     other.close()
 
 

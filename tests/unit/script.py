@@ -8,7 +8,7 @@ import hiredis
 from ff_fast._core.steps import Pause
 from ff_fast.errors import FFError
 
-BLOCKING = (b"BZPOPMIN", b"BLOCK")
+BLOCKING = (b"BZMPOP", b"BLOCK")
 
 
 def request_of(step):

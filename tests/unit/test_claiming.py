@@ -6,9 +6,10 @@ import hiredis
 import pytest
 
 from ff_fast import CapabilitySet, errors, keys
-from ff_fast._core import claiming, deployment, operations, ops, ready
+from ff_fast._core import claiming, deployment, line, operations, ops, ready
 from ff_fast._core.deployment import Deployment
-from ff_fast._core.steps import Pause
+from ff_fast._core.ready import Head
+from ff_fast._core.steps import AwaitHint, Pause
 
 from .script import functions, run
 
@@ -51,7 +52,7 @@ def clock(monkeypatch):
             self.now += seconds
 
     running = Clock()
-    for module in (claiming, deployment):
+    for module in (claiming, deployment, line):
         monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: running.now))
     return running
 
@@ -68,6 +69,36 @@ def claim_of(*tokens, max_wait_s=None):
     return claiming.Claim(request)
 
 
+def led(on, state):
+    """The steps of a claim whose caller waits on the server for its line."""
+    steps, replies, failure = claiming.claim(on, state), None, None
+    try:
+        while True:
+            step = steps.send(replies) if failure is None else steps.throw(failure)
+            failure = None
+            try:
+                if isinstance(step, AwaitHint):
+                    replies = []
+                    step.offer.line.join(state)
+                    try:
+                        while not state.told and state.left() > 0:
+                            yield from claiming.serve(on, step.offer, state)
+                    finally:
+                        step.offer.line.leave(state)
+                else:
+                    replies = yield step
+            except errors.FFError as error:
+                failure = error
+    except StopIteration as stop:
+        return stop.value
+
+
+def bzmpop(block, *queues, count=1):
+    return [
+        b"BZMPOP", block, b"%d" % len(queues), *queues, b"MIN", b"COUNT", b"%d" % count,
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def claim(clock):
     """``claim(*replies, max_wait_s=None)`` of a backend that has looked at its two partitions already."""
@@ -75,7 +106,7 @@ def claim(clock):
 
     def call(*replies, max_wait_s=None, on=known, state=None):
         state = claim_of(max_wait_s=max_wait_s) if state is None else state
-        return run(claiming.claim(on, state), replies, clock.pass_)
+        return run(led(on, state), replies, clock.pass_)
 
     return call
 
@@ -154,8 +185,9 @@ def test_a_queue_of_another_type_hides_no_work(claim):
     assert functions(asked) == ["ZPOPMIN", "HGETALL", "ZRANGE", "ff_claim"]
     assert handle is not None
     assert claim(FOREIGN, FOREIGN)[1] is None
-    asked, handle = claim(FOREIGN, FOREIGN, [], max_wait_s=0.05)
-    assert [each.seconds for each in asked if isinstance(each, Pause)] == [pytest.approx(0.05)]
+    asked, handle = claim(FOREIGN, [], FOREIGN, [], max_wait_s=0.05)
+    # A look in the middle of the wait, and one at its end.
+    assert [each.seconds for each in asked if isinstance(each, Pause)] == [pytest.approx(0.025)] * 2
     assert handle is None
 
 
@@ -214,10 +246,10 @@ def test_a_claim_is_made_again_where_an_index_held_much_that_was_no_work(claim):
     assert handle is not None
 
 
-@pytest.mark.parametrize("max_wait_s, block", [(0.5, b"0.500"), (60, b"1.000")])
+@pytest.mark.parametrize("max_wait_s, block", [(0.5, b"0.250"), (60, b"1.000")])
 def test_a_wait_blocks_on_the_server(claim, max_wait_s, block):
-    asked, handle = claim([], [READY, b"1", b"-5"], claimed(), max_wait_s=max_wait_s)
-    assert asked[1] == [b"BZPOPMIN", READY, block]
+    asked, handle = claim([READY, [[b"1", b"-5"]]], claimed(), max_wait_s=max_wait_s)
+    assert asked[0] == bzmpop(block, READY)
     assert handle is not None
 
 
@@ -225,28 +257,143 @@ def test_a_wait_in_vain_looks_at_taken_work_before_it_goes_on(claim, clock):
     state = claim_of(max_wait_s=1.5)
 
     def replies():
-        yield []
-        clock.now += 1
-        yield None  # BZPOPMIN in vain
-        yield []
-        yield []
-        clock.now += 0.5
-        yield None
-        yield []
+        for seconds in (0.75, 0.75):
+            clock.now += seconds
+            yield None  # BZMPOP in vain
+            yield []
 
-    asked, handle = run(claiming.claim(swept(), state), replies(), clock.pass_)
+    asked, handle = run(led(swept(), state), replies(), clock.pass_)
     assert handle is None
-    assert functions(asked) == ["ZPOPMIN", "BZPOPMIN", "HGETALL"] * 2
-    assert [each[2] for each in asked if each[0] == b"BZPOPMIN"] == [b"1.000", b"0.500"]
+    assert functions(asked) == ["BZMPOP", "HGETALL"] * 2
+    assert [each[1] for each in asked if each[0] == b"BZMPOP"] == [b"0.750"] * 2
+
+
+def test_a_wait_that_has_seen_no_look_ends_with_its_own(claim, clock):
+    state = claim_of(max_wait_s=0.1)
+    steps = claiming.claim(swept(), state)
+    assert isinstance(next(steps), AwaitHint)
+    clock.now += 0.1
+    assert steps.send([]).commands == [ready.command(*each) for each in (POP, LOOK)]
 
 
 def test_the_wait_of_a_claim_begins_with_its_first_try(claim, clock):
     state = claim_of(max_wait_s=2)
     assert isinstance(claim(errors.Unavailable(), state=state)[1], errors.Unavailable)
     clock.now += 1.5
-    steps = claiming.claim(swept(), state)
-    next(steps)
-    assert words_of(steps.send([[]])) == [b"BZPOPMIN", READY, b"0.500"]
+    asked, _ = claim([READY, [[b"1", b"-5"]]], claimed(), state=state)
+    assert asked[0] == bzmpop(b"0.250", READY)
+
+
+# -- the line ----------------------------------------------------------------------------------------
+
+
+def in_line(on, count, tokens=()):
+    """Claims that wait in one line."""
+    claims = [claim_of(*tokens, max_wait_s=10) for _ in range(count)]
+    waits = [next(claiming.claim(on, each)) for each in claims]
+    for claim, offer in waits:
+        offer.line.join(claim)
+    return offer, claims
+
+
+def test_one_pop_serves_as_many_claims_as_there_are_hints_in_their_order(clock):
+    on = swept()
+    offer, claims = in_line(on, 3)
+    hints = [[b"7", b"-9"], [b"junk", b"-8"], [b"3", b"-5"]]
+    asked, _ = run(claiming.serve(on, offer), [[READY, hints]])
+    assert asked == [bzmpop(b"1.000", READY, count=3)]
+    assert [each.given for each in claims] == [Head(-9.0, "", 7), Head(-5.0, "", 3), None]
+    assert [each.unsettled for each in claims] == [True, True, False]
+    assert list(offer.line.waiting) == claims[2:]
+
+
+def test_what_no_claim_waits_for_any_more_goes_back_to_its_queue(clock):
+    on = swept()
+    offer, claims = in_line(on, 3)
+
+    def replies():
+        for each in claims[:2]:
+            offer.line.leave(each)
+        yield [READY, [[b"7", b"-9"], [b"3", b"-5"]]]
+        yield 1
+
+    asked, _ = run(claiming.serve(on, offer), replies())
+    assert asked[1:] == [[b"ZADD", READY, b"LT", b"-5", b"3"]]
+    assert [each.given for each in claims] == [None, None, Head(-9.0, "", 7)]
+
+
+def test_a_hint_for_a_claim_that_leaves_meanwhile_goes_to_the_next(clock):
+    on = swept()
+    offer, (first, second) = in_line(on, 2)
+    first.wake = lambda: offer.line.leave(first)
+    assert offer.line.give(Head(-9.0, "", 7))
+    assert second.given == Head(-9.0, "", 7)
+
+
+def test_a_look_serves_the_whole_line(clock):
+    on = swept()
+    offer, claims = in_line(on, 3)
+    replies = [None, [b"0", b"m", b"1", b"n"], [b"x", b"-7"], [b"y", b"-9"]]
+    asked, _ = run(claiming.serve(on, offer), replies)
+    assert functions(asked) == ["BZMPOP", "HGETALL", "ZRANGE", "ZRANGE"]
+    assert [each.given for each in claims] == [Head(-9.0, "", 1), Head(-7.0, "", 0), None]
+
+
+def test_the_best_hints_of_all_queues_come_first(clock):
+    on = swept("gpu")
+    offer, claims = in_line(on, 3, tokens=("gpu",))
+    offer.learn(b"gpu")
+    gpu = keys.ready("lane", "gpu")
+    looks = [[b"1", b"-9", b"2", b"-5"], [b"3", b"-7", b"4", b"-6"]]
+    popped = [[b"1", b"-9"], [b"3", b"-7", b"4", b"-6"]]
+    asked, _ = run(claiming.serve(on, offer), [[], *looks, *popped])
+    assert asked[1][2:4] == [b"0", b"2"]
+    assert asked[3:] == [[b"ZPOPMIN", READY], [b"ZPOPMIN", gpu, b"2"]]
+    assert [each.given.partition for each in claims] == [1, 3, 4]
+
+
+def test_a_claim_whose_hint_led_to_nothing_is_the_first_again(clock):
+    offer, claims = in_line(swept(), 3)
+    assert offer.line.give(Head(-9.0, "", 7))
+    offer.line.join(claims[0])
+    assert list(offer.line.waiting) == claims
+
+
+def test_an_error_ends_the_wait_of_each_claim(clock):
+    offer, claims = in_line(swept(), 3)
+    offer.line.fail(errors.OutcomeUnknown())
+    assert [type(each.failure) for each in claims] == [errors.OutcomeUnknown] * 3
+    assert len({id(each.failure) for each in claims}) == 3
+    # The server may have taken hints out of their queue.
+    assert all(each.unsettled for each in claims)
+
+
+def test_one_claim_leads_its_line_until_it_resigns(clock):
+    offer, (first, second, third) = in_line(swept(), 3)
+    lines, woken = offer.line, []
+    for each in (second, third):
+        each.wake = lambda each=each: woken.append(each)
+    assert [lines.lead(each) for each in (first, second, first)] == [True, False, True]
+    lines.leave(third)
+    lines.resign(third)
+    assert not woken
+    lines.leave(first)
+    lines.resign(first)
+    assert woken == [second]
+    assert lines.lead(second)
+
+
+@pytest.mark.parametrize("how", ["gone", "late"])
+def test_a_leader_that_could_not_resign_is_replaced(how, clock):
+    offer, (first, second) = in_line(swept(), 2)
+    assert offer.line.lead(first)
+    assert not offer.line.lead(second)
+    if how == "gone":
+        offer.line.leave(first)
+    else:
+        clock.now += 12
+    assert offer.line.lead(second)
+    assert not offer.line.lead(first)
 
 
 def words_of(step):
@@ -291,15 +438,15 @@ def test_a_worker_waits_for_what_it_covers_and_for_news(clock):
     on = swept("gpu")
     replies = [
         *([b"gpu", b"5"], [], [], [], []),
-        [keys.lane_news("lane", 5), b"news", b"0"],
-        *(1, 1, [], []),
-        *([b"gpu", b"9"], [], [], [keys.ready("lane", "gpu"), b"1", b"-5"], claimed()),
+        [keys.lane_news("lane", 5), [[b"news", b"0"]]],
+        *(1, 1),
+        *([b"gpu", b"9"], [], [], [keys.ready("lane", "gpu"), [[b"1", b"-5"]]], claimed()),
     ]
-    asked, handle = run(claiming.claim(on, claim_of("gpu", max_wait_s=9)), replies)
-    waits = [each for each in asked if each[0] == b"BZPOPMIN"]
+    asked, handle = run(led(on, claim_of("gpu", max_wait_s=9)), replies)
+    waits = [each for each in asked if each[0] == b"BZMPOP"]
     queues = [keys.ready("lane"), keys.ready("lane", "gpu")]
-    assert waits[0] == [b"BZPOPMIN", *queues, keys.lane_news("lane", 5), b"1.000"]
-    assert waits[1][3] == keys.lane_news("lane", 9)
+    assert waits[0] == bzmpop(b"1.000", *queues, keys.lane_news("lane", 5))
+    assert waits[1][5] == keys.lane_news("lane", 9)
     # It wakes the next one who waits.
     at = asked.index(waits[0])
     assert asked[at + 1] == [b"ZADD", keys.lane_news("lane", 5), b"0", b"news"]

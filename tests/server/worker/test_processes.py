@@ -68,18 +68,18 @@ def test_a_worker_wakes_within_milliseconds(kind, server, backend, lane, raw):
 
 
 def waits_for_work(raw):
-    return [c for c in raw.client_list() if "b" in c["flags"] and c["cmd"] == "bzpopmin"]
+    return [c for c in raw.client_list() if "b" in c["flags"] and c["cmd"] == "bzmpop"]
 
 
 def test_a_worker_that_waits_does_not_poll(kind, server, raw, lane, monkeypatch):
     monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.4)
     with Worker(kind, server.url, lambda task: None, lane=lane):
         wait_until(lambda: waits_for_work(raw))
-        names = ("bzpopmin", "zpopmin", "fcall", "fcall_ro", "zrange", "zadd", "xread")
+        names = ("bzmpop", "zpopmin", "fcall", "fcall_ro", "zrange", "zadd", "xread")
         with counted(raw, *names) as calls:
             # What is measured: as long as one claim waits, and idle.
             threading.Event().wait(0.4)
-    assert calls["bzpopmin"] <= 2
+    assert calls["bzmpop"] <= 2
     assert calls["zpopmin"] <= 2
     assert sum(calls[name] for name in names[2:]) == 0
 
