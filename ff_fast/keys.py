@@ -381,6 +381,11 @@ def leases(slot_tag: str) -> bytes:
     return f"ff:idx:{slot_tag}:leases".encode("ascii")
 
 
+def leases_channel(slot_tag: str) -> bytes:
+    """Channel: what befalls the leases of one partition, for the workers that hold them."""
+    return f"ff:part:{slot_tag}:leases".encode("ascii")
+
+
 def timers(slot_tag: str) -> bytes:
     """Sorted set: timers of one partition, by the time at which they are due."""
     return f"ff:idx:{slot_tag}:timers".encode("ascii")

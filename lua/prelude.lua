@@ -71,6 +71,17 @@ function ff.key(name, slot_tag, owner)
   return parts[1] .. slot_tag .. parts[2]
 end
 
+-- What is published, on channels of sharded pub/sub.
+ff.CHANNELS = {
+  leases = { 'ff:part:', ':leases' },
+}
+
+-- Publishes a message. A push is never the truth: a user who may not publish changes as much as any other, and readers
+-- hear of it later.
+function ff.publish(channel, message)
+  redis.pcall('SPUBLISH', channel, message)
+end
+
 -- Their types.
 ff.TYPES = {
   core = 'hash', payload = 'string', result = 'string', tags = 'hash', usage = 'hash', usage_dedup = 'hash',
