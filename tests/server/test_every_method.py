@@ -228,7 +228,7 @@ def works(backend, kind, lane):
         yield task.progress(1)
         yield task.report_usage(UsageDimensions(input_tokens=1))
         assert not task.cancelled
-        assert not task.cancel_requested
+        assert not task.lost
         waitpoint = yield task.create_waitpoint()
         yield backend.deliver_signal(given.execution_id, waitpoint, "go")
         assert len((yield task.suspend(spec(waitpoint)))) == 1
