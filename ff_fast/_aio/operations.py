@@ -84,8 +84,9 @@ class Operations(Pool):
         self._kept: KeptLeases[LeaseKeeper] = KeptLeases(lambda: self._hub, self._loop.call_later)
 
     def _stop(self) -> None:
+        keepers = self._kept.close()
         super()._stop()
-        for keeper in self._kept.close():
+        for keeper in keepers:
             try:
                 keeper._lost(_transport.closed_error())
             except Exception as error:  # noqa: BLE001 - a callback of the caller

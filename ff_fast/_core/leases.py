@@ -18,7 +18,10 @@ RENEW_AT = 1 / 3
 
 KEEP_CHANNEL_S = 60.0
 """How long a backend listens on after it has kept its last lease of a partition, in seconds, so that short executions do
-not subscribe one by one. So long also does it wait after a subscription that failed."""
+not subscribe one by one. So long also does it wait after a refused subscription."""
+
+LISTEN_AGAIN_S = 5.0
+"""Pause, in seconds, after which a backend listens again if the server could not be reached."""
 
 _LONGEST_PERIOD_S = 3_600.0
 
@@ -173,7 +176,9 @@ class KeptLeases(Generic[K]):
         self._lock = threading.RLock()
         self._partitions: dict[bytes, _Partition] = {}
         self._timer: _Timer | None = None
+        self._timer_at = 0.0
         self._deaf_until = 0.0
+        self._closed = False
 
     def add(self, channel: bytes, lease: bytes, keeper: K) -> None:
         """Let *keeper* hear the pushes about *lease*: ``<execution id> <attempt index>``."""
@@ -200,11 +205,12 @@ class KeptLeases(Generic[K]):
             found.keepers.pop(lease, None)
             if not found.keepers:
                 found.idle_since = time.monotonic()
-                self._look_later()
+                self._look_later(KEEP_CHANNEL_S)
 
     def close(self) -> list[Keeper]:
         """Forget all, without a word to the hub, and return the keepers."""
         with self._lock:
+            self._closed = True
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
@@ -215,7 +221,7 @@ class KeptLeases(Generic[K]):
         ]
 
     def _listen(self, found: _Partition) -> None:
-        if time.monotonic() >= self._deaf_until:
+        if time.monotonic() >= self._deaf_until and not self._closed:
             # Set before, since the hub may fail it within.
             found.listening = True
             self._hub().listen(found.channel, found)
@@ -223,19 +229,27 @@ class KeptLeases(Generic[K]):
     def _failed(self, found: _Partition, error: FFError) -> None:
         with self._lock:
             found.listening = False
+            if self._closed:
+                return
+            pause_s = LISTEN_AGAIN_S if error.retryable else KEEP_CHANNEL_S
             now = time.monotonic()
             if now >= self._deaf_until:
-                self._deaf_until = now + KEEP_CHANNEL_S
+                # It fails for all partitions at once.
+                self._deaf_until = now + pause_s
                 _log.warning(
                     "Workers hear of cancellations and lost leases with their next renewal only: %s",
                     error,
                 )
-            if self._partitions:
-                self._look_later()
+            self._look_later(pause_s)
 
-    def _look_later(self) -> None:
-        if self._timer is None:
-            self._timer = self._later(KEEP_CHANNEL_S, self._look)
+    def _look_later(self, seconds: float) -> None:
+        at = time.monotonic() + seconds
+        if self._timer is not None:
+            if self._timer_at <= at:
+                return
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = self._later(seconds, self._look)
 
     def _look(self) -> None:
         """Leave the channels that were not needed for a while, and try those again that failed."""
@@ -250,4 +264,4 @@ class KeptLeases(Generic[K]):
                 elif not found.listening:
                     self._listen(found)
             if not all(each.keepers and each.listening for each in self._partitions.values()):
-                self._look_later()
+                self._look_later(KEEP_CHANNEL_S)

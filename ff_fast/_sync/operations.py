@@ -75,8 +75,9 @@ class Operations(Pool):
 
     def _stop(self) -> None:
         self._settle()
+        keepers = self._kept.close()
         super()._stop()
-        for keeper in self._kept.close():
+        for keeper in keepers:
             keeper._abandon(_transport.closed_error())
         with self._starting:
             sender = self._sender
