@@ -10,6 +10,7 @@ import ff_fast
 from ff_fast import (
     ClaimPolicy,
     HandleKind,
+    OnCancel,
     aio,
     errors,
     keys,
@@ -47,7 +48,7 @@ def test_a_lease_that_is_lost_in_the_middle(worker, backend, lane, state, superv
         over.set()
         return b"not mine any more"
 
-    running = worker(handler, lease_ttl_ms=300)
+    running = worker(handler, lease_ttl_ms=300, on_cancel=OnCancel.TELL)
     eid = backend.create_execution(lane=lane, retry=RETRY)
     assert lost.wait(10)
     lapse(raw, eid)
