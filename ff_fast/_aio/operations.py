@@ -80,7 +80,9 @@ class Operations(Pool):
         self._opening = asyncio.Lock()
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
-        self._sender = Sender(self._shared, self._prepare, self._spawn, config.retry)
+        self._sender = Sender(
+            self._shared, self._prepare, self._spawn, self._check_thread, config
+        )
         self._kept: KeptLeases[LeaseKeeper] = KeptLeases(lambda: self._hub, self._loop.call_later)
 
     def _stop(self) -> None:
