@@ -1789,13 +1789,15 @@ cdef class Call:
             if reply is mark:
                 self._lose(outbox)
                 return
-        each = type(reply) is list and len(<list>reply) == count + 1
-        if each:
-            elements = <list>reply
-            each = (
-                PyBytes_CheckExact(elements[0])
-                and parse_numbers(<bytes>elements[0], "", 1, &now_ms)
-            )
+        # The server's time and the answers: a list, or one text for one answer.
+        if count == 1:
+            elements = list((<bytes>reply).split(b" ", 1)) if PyBytes_CheckExact(reply) else []
+        else:
+            elements = <list>reply if type(reply) is list else []
+        each = (
+            len(elements) == count + 1 and PyBytes_CheckExact(elements[0])
+            and parse_numbers(<bytes>elements[0], "", 1, &now_ms)
+        )
         if each:
             outbox._heard(now_ms)
         failure = None
@@ -1965,8 +1967,6 @@ cdef class Outbox:
         """
         cdef list writers = []
         cdef list parts = []
-        # The server refuses a second part of an attempt, as of a writer that was superseded.
-        cdef set attempts = set()
         cdef Py_ssize_t last = len(self._ready)
         cdef Py_ssize_t frames = 0
         cdef Py_ssize_t size = 0
@@ -1980,8 +1980,7 @@ cdef class Outbox:
             while self._at < last and count < CALL_PARTS:
                 writer = <WriterCore>self._ready[self._at]
                 if count and (
-                    writer._keys in attempts
-                    or writer._next_is_alone()
+                    writer._next_is_alone()
                     or frames + writer._next_frames() > CALL_FRAMES
                     or size + writer._next_bytes() > CALL_BYTES
                 ):
@@ -1999,7 +1998,6 @@ cdef class Outbox:
                     continue
                 writers.append(writer)
                 parts.append(part)
-                attempts.add(writer._keys)
                 count += 1
                 size += PyBytes_GET_SIZE(part.arguments)
                 if type(part) is Push:
