@@ -7,7 +7,6 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any, Self
 
-from ff_fast._core.leases import LeaseClock
 from ff_fast._core.writer import timeout_s
 from ff_fast.errors import DeadlineExceeded, FFError
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from types import TracebackType
 
+    from ff_fast._core.leases import LeaseClock
     from ff_fast.types import LeaseRenewal
 
 
@@ -123,6 +123,14 @@ class LeaseKeeper:
             self._over.set()
             self._tell()
             self._on_lost(error)
+
+    def _abandon(self, error: FFError) -> None:
+        try:
+            self._lost(error)
+        except Exception as failure:  # noqa: BLE001 - the caller's callback must not keep the backend from closing
+            self._loop.call_exception_handler(
+                {"message": "A callback for a lost lease has failed.", "exception": failure}
+            )
 
     def _tell(self) -> None:
         self._told.set()

@@ -80,21 +80,14 @@ class Operations(Pool):
         self._opening = asyncio.Lock()
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
-        self._sender = Sender(
-            self._shared, self._prepare, self._spawn, self._check_thread, config
-        )
-        self._kept: KeptLeases[LeaseKeeper] = KeptLeases(lambda: self._hub, self._loop.call_later)
+        self._sender = Sender(self._shared, self._prepare, self._spawn, self._check_thread, config)
+        self._kept = KeptLeases(lambda: self._hub, self._loop.call_later)
 
     def _stop(self) -> None:
         keepers = self._kept.close()
         super()._stop()
         for keeper in keepers:
-            try:
-                keeper._lost(_transport.closed_error())
-            except Exception as error:  # noqa: BLE001 - a callback of the caller
-                self._loop.call_exception_handler(
-                    {"message": "A callback for a lost lease failed.", "exception": error}
-                )
+            keeper._abandon(_transport.closed_error())
         self._sender.stop()
         self._frame_writers.clear()
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from ff_fast.errors import FFError, LeaseExpired
 
@@ -88,13 +88,16 @@ class LeaseClock:
 
 
 class Keeper(Protocol):
-    """A keeper of one lease, as far as pushes concern it. Both methods return at once."""
+    """A keeper of one lease. Its methods return at once."""
 
     def _ask_to_stop(self) -> None:
         """Note that a cancellation is requested."""
 
     def _renew_soon(self) -> None:
         """Renew the lease now: the answer says whether it is lost, and whether a cancellation is requested."""
+
+    def _abandon(self, error: FFError) -> None:
+        """Lose the lease with *error*, since the backend is closed."""
 
 
 class _Channels(Protocol):
@@ -106,9 +109,6 @@ class _Channels(Protocol):
 
 class _Timer(Protocol):
     def cancel(self) -> None: ...
-
-
-K = TypeVar("K", bound=Keeper)
 
 
 class _Partition:
@@ -144,7 +144,7 @@ class _Partition:
             else:
                 keeper._renew_soon()
 
-    def doubt(self, subscribed: bool, /) -> None:  # noqa: FBT001 - the hub's interface
+    def doubt(self, subscribed: bool, /) -> None:
         if subscribed:
             for keepers in list(self.keepers.values()):
                 for keeper in keepers:
@@ -154,7 +154,7 @@ class _Partition:
         self.on_failed(self, error)
 
 
-class KeptLeases(Generic[K]):
+class KeptLeases:
     """The leases that a backend keeps, and the channels on which it hears what befalls them.
 
     Renewals tell the same later, so nothing depends on a push: one that was lost delays, and a false one costs a
@@ -180,7 +180,7 @@ class KeptLeases(Generic[K]):
         self._deaf_until = 0.0
         self._closed = False
 
-    def add(self, channel: bytes, lease: bytes, keeper: K) -> None:
+    def add(self, channel: bytes, lease: bytes, keeper: Keeper) -> None:
         """Let *keeper* hear the pushes about *lease*: ``<execution id> <attempt index>``."""
         with self._lock:
             found = self._partitions.get(channel)
@@ -192,7 +192,7 @@ class KeptLeases(Generic[K]):
             elif lease in found.unknown:
                 keeper._renew_soon()
 
-    def remove(self, channel: bytes, lease: bytes, keeper: K) -> None:
+    def remove(self, channel: bytes, lease: bytes, keeper: Keeper) -> None:
         """Forget *keeper*; doing so again changes nothing."""
         with self._lock:
             found = self._partitions.get(channel)
@@ -208,7 +208,7 @@ class KeptLeases(Generic[K]):
                 self._look_later(KEEP_CHANNEL_S)
 
     def close(self) -> list[Keeper]:
-        """Forget all, without a word to the hub, and return the keepers."""
+        """Listen no more, and return the keepers, which the shell abandons when its connections are closed."""
         with self._lock:
             self._closed = True
             if self._timer is not None:

@@ -482,9 +482,7 @@ def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) ->
     yield UseWriter((yield Run(operations.Call(steps))))
 
 
-def _handle(
-    backend: Backend, task: TaskState[Any, Any], cancel_after_s: float | None
-) -> Ending:
+def _handle(backend: Backend, task: TaskState[Any, Any], cancel_after_s: float | None) -> Ending:
     end: Returned | Raised | Stopped = yield CallHandler(cancel_after_s)
     if isinstance(end, Stopped):
         # Where the server may still accept an end, it gets the reason.

@@ -1,6 +1,7 @@
 """The leases that a backend keeps, and what it hears of them: no server, no thread, no time that passes."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,8 @@ DENIED = errors.PermissionDenied()
 
 
 class Keeper:
+    """Notes what it is told."""
+
     def __init__(self):
         self.told = []
 
@@ -60,12 +63,7 @@ class Kept:
     def _later(self, seconds, call):
         timer = [self.now + seconds, call]
         self.timers.append(timer)
-
-        class Handle:
-            def cancel(_):
-                self.timers.remove(timer)
-
-        return Handle()
+        return SimpleNamespace(cancel=lambda: self.timers.remove(timer))
 
     def keep(self, lease=LEASE, channel=CHANNEL):
         keeper = Keeper()

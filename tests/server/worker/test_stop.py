@@ -75,9 +75,7 @@ def heard(raw):
 def by_take_over(world, eid, handle):
     lapse(world.raw, eid)
     (token,) = [
-        token
-        for token in world.backend.find_reclaimable(10_000)
-        if token.grant.execution_id == eid
+        token for token in world.backend.find_reclaimable(10_000) if token.grant.execution_id == eid
     ]
     world.backend.claim_from_reclaim(token, **WORKER)
 
@@ -514,7 +512,9 @@ def test_a_handler_whose_lease_is_lost_is_cancelled_at_once_and_ends_nothing(
     assert read(backend, eid, 0) == ([b"written"], "producer_lost")
 
 
-def test_the_end_of_the_callers_grace_ends_that_of_the_worker(held, backend, lane, state, supervisor):
+def test_the_end_of_the_callers_grace_ends_that_of_the_worker(
+    held, backend, lane, state, supervisor
+):
     handler = Held()
     held(handler, cancel_grace=600)
     eid = begun(handler, backend, lane)
@@ -530,8 +530,7 @@ def test_a_handler_that_is_only_told_is_never_cancelled(held, backend, lane, sta
             assert await task.wait_cancelled()
             assert not task.lost
             backend.cancel(task.execution_id)
-            while not task.lost:
-                await asyncio.sleep(0.001)
+            await until(task, lambda: task.lost)
             await asyncio.sleep(0.01)
             self.seen.append("in order")
 
