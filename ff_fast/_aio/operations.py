@@ -81,7 +81,7 @@ class Operations(Pool):
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
         self._sender = Sender(self._shared, self._prepare, self._spawn, self._check_thread, config)
-        self._kept = KeptLeases(lambda: self._hub, self._loop.call_later)
+        self._kept = KeptLeases(self._hub, self._loop.call_later)
 
     def _stop(self) -> None:
         keepers = self._kept.close()

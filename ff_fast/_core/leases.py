@@ -161,13 +161,13 @@ class KeptLeases:
     renewal at most.
 
     Args:
-        hub: Returns the hub of the shell.
+        hub: The hub of the shell.
         later: Calls a function after some seconds, from anywhere.
     """
 
     def __init__(
         self,
-        hub: Callable[[], _Channels],
+        hub: _Channels,
         later: Callable[[float, Callable[[], None]], _Timer],
     ) -> None:
         self._hub = hub
@@ -224,7 +224,7 @@ class KeptLeases:
         if time.monotonic() >= self._deaf_until and not self._closed:
             # Set before, since the hub may fail it within.
             found.listening = True
-            self._hub().listen(found.channel, found)
+            self._hub.listen(found.channel, found)
 
     def _failed(self, found: _Partition, error: FFError) -> None:
         with self._lock:
@@ -260,7 +260,7 @@ class KeptLeases:
                 if not found.keepers and found.idle_since <= before:
                     del self._partitions[found.channel]
                     if found.listening:
-                        self._hub().unlisten(found.channel, found)
+                        self._hub.unlisten(found.channel, found)
                 elif not found.listening:
                     self._listen(found)
             if not all(each.keepers and each.listening for each in self._partitions.values()):

@@ -71,7 +71,7 @@ class Operations(Pool):
         # Claims under way, with their threads; and those that have left something on the server.
         self._claims: dict[Claim, int] = {}
         self._left: deque[Claim] = deque(maxlen=_LEFT)
-        self._kept = KeptLeases(lambda: self._hub, _later)
+        self._kept = KeptLeases(self._hub, _later)
 
     def _stop(self) -> None:
         self._settle()
@@ -102,7 +102,7 @@ class Operations(Pool):
         super()._forked()
         self._opening = threading.Lock()
         self._starting = threading.Lock()
-        self._kept = KeptLeases(lambda: self._hub, _later)
+        self._kept = KeptLeases(self._hub, _later)
 
     def _running_sender(self) -> Sender:
         with self._starting:

@@ -58,7 +58,7 @@ class Kept:
         self.now = 1000.0
         self.timers = []
         monkeypatch.setattr(leases.time, "monotonic", lambda: self.now)
-        self.leases = KeptLeases(lambda: self.hub, self._later)
+        self.leases = KeptLeases(self.hub, self._later)
 
     def _later(self, seconds, call):
         timer = [self.now + seconds, call]
