@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ff_fast import _transport
 from ff_fast._aio.connection import BROKEN, LOST
-from ff_fast._core.hub import HELLO, PING, HubCore, Listener, subscription_error
+from ff_fast._core.hub import HELLO, PING, HubCore, Listener, Part, subscription_error
 from ff_fast._core.steps import Retries, Step
 from ff_fast.errors import FFError, OutcomeUnknown, ProtocolError
 
@@ -31,10 +31,21 @@ class Read:
     Attributes:
         step: The commands.
         error: Why it failed; None as long as it has not.
+        final: The error came after all retries.
         done: Whether the replies, or an error, are there.
     """
 
-    __slots__ = ("_finished", "_hub", "_on_done", "_replies", "_sent", "done", "error", "step")
+    __slots__ = (
+        "_finished",
+        "_hub",
+        "_on_done",
+        "_replies",
+        "_sent",
+        "done",
+        "error",
+        "final",
+        "step",
+    )
 
     def __init__(self, hub: Hub, step: Step, on_done: Callable[[], None]) -> None:
         self._hub = hub
@@ -43,6 +54,7 @@ class Read:
         self._sent = False
         self.step = step
         self.error: FFError | None = None
+        self.final = False
         self.done = False
 
     def __call__(self, reply: object) -> None:
@@ -125,6 +137,15 @@ class Hub:
     def unlisten(self, channel: bytes, listener: Listener) -> None:
         """Pass nothing more to *listener*."""
         self._core.unlisten(channel, listener, time.monotonic())
+
+    def attach(self, part: Part) -> None:
+        """Let *part* of a reader hear its channel."""
+        self._core.attach(part)
+        self._soon()
+
+    def detach(self, part: Part) -> None:
+        """Let *part* go; does nothing if it is not attached."""
+        self._core.detach(part, time.monotonic())
 
     def confirmed(self, channel: bytes) -> bool:
         """Return whether the server has confirmed the subscription on the connection that is open."""
@@ -297,6 +318,7 @@ class Hub:
         queue, self._queue = self._queue, deque()
         self._core.fail(error)
         for read in queue:
+            read.final = True
             read.fail(copy.copy(error))
 
     def _tick(self) -> None:

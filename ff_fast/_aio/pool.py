@@ -163,6 +163,7 @@ class Pool:
         # Claims under way, and the tasks that give back what others have left.
         self._claims: set[Claim] = set()
         self._giving_back: set[asyncio.Task[None]] = set()
+        self._loading: asyncio.Task[None] | None = None
         self._deployment = Deployment(config.partitions, config.max_payload_bytes)
         self._shared = SharedConnection(self._connect, self._spawn, self._timeout_s)
         self._hub = Hub(
@@ -287,6 +288,24 @@ class Pool:
             connection.ready = True
             return
         raise failure
+
+    async def _load_library(self) -> None:
+        """Load the library, which a reader has found missing; concurrent callers share one attempt."""
+        if self._loading is None:
+            self._loading = self._spawn(self._load_once())
+        task = self._loading
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise _transport.closed_error()
+        error = task.exception()
+        if error is not None:
+            raise copy.copy(error)
+
+    async def _load_once(self) -> None:
+        try:
+            await self._prepare(await self._shared.connected())
+        finally:
+            self._loading = None
 
     def _on_silent(self, since: float) -> None:
         """Close the connections that owe nothing and were last heard of before another one fell silent."""

@@ -13,6 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from ff_fast._core.steps import Command, Step
+from ff_fast._hot.feed import Feed, Inbox
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
     FFError,
@@ -56,6 +57,16 @@ class Listener(Protocol):
 
     def failed(self, error: FFError, /) -> None:
         """Hear that no subscription can be had. The channel is forgotten."""
+
+
+class Part(Protocol):
+    """What a reader attaches to a channel: an inbox of an attempt, or a listener of its own."""
+
+    on_wake: Callable[[], None] | None
+
+    @property
+    def channel(self) -> bytes:
+        """The channel that it listens to."""
 
 
 class Asked:
@@ -113,6 +124,31 @@ class HubCore:
         # Without listeners, and when the subscription ends.
         self._left: dict[bytes, float] = {}
         self._asked: deque[Asked] = deque()
+        # One for each attempt that has readers: what is pushed is decoded once.
+        self._feeds: dict[bytes, Feed] = {}
+
+    def attach(self, part: Part) -> None:
+        """Let *part* of a reader hear its channel; inboxes of one channel share a feed."""
+        channel = part.channel
+        if not isinstance(part, Inbox):
+            self.listen(channel, part)  # type: ignore[arg-type]
+            return
+        feed = self._feeds.get(channel)
+        if feed is None:
+            feed = self._feeds[channel] = Feed(channel)
+            self.listen(channel, feed)
+        feed.add(part)
+
+    def detach(self, part: Part, now: float) -> None:
+        """Let *part* go; does nothing if it is not attached."""
+        channel = part.channel
+        if not isinstance(part, Inbox):
+            self.unlisten(channel, part, now)  # type: ignore[arg-type]
+            return
+        feed = self._feeds.get(channel)
+        if feed is not None and feed.remove(part):
+            del self._feeds[channel]
+            self.unlisten(channel, feed, now)
 
     def listen(self, channel: bytes, listener: Listener) -> None:
         """Pass pushes of *channel* to *listener*; it hears first that the server has confirmed the subscription."""
@@ -309,6 +345,7 @@ class HubCore:
         found = self._channels.pop(channel, None)
         self._left.pop(channel, None)
         self.routes.pop(channel, None)
+        self._feeds.pop(channel, None)
         for listener in () if found is None else found.listeners:
             listener.failed(copy.copy(error))
 

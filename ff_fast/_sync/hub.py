@@ -10,7 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from ff_fast import _transport
-from ff_fast._core.hub import HELLO, PING, Asked, HubCore, Listener, subscription_error
+from ff_fast._core.hub import HELLO, PING, Asked, HubCore, Listener, Part, subscription_error
 from ff_fast._core.steps import Retries
 from ff_fast.errors import DeadlineExceeded, FFError, ProtocolError
 
@@ -55,6 +55,15 @@ class Hub:
     def unlisten(self, channel: bytes, listener: Listener) -> None:
         """Pass nothing more to *listener*."""
         self._order(lambda: self._core.unlisten(channel, listener, time.monotonic()))
+
+    def attach(self, part: Part) -> None:
+        """Let *part* of a reader hear its channel."""
+        self._order(lambda: self._core.attach(part))
+
+    def detach(self, part: Part) -> None:
+        """Let *part* go; does nothing if it is not attached."""
+        if self._threads:
+            self._order(lambda: self._core.detach(part, time.monotonic()))
 
     def confirmed(self, channel: bytes) -> bool:
         """Return whether the server has confirmed the subscription on the connection that is open."""
