@@ -66,6 +66,7 @@ class Sender(Outbox):
         # Whether the pump runs in this turn of the loop, and the timer that runs it later.
         self._pump_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
+        self._hold_scheduled = False
         self.writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         shared.on_can_write = self._on_can_write
         shared.on_lost = self._on_lost
@@ -106,10 +107,19 @@ class Sender(Outbox):
                 self._shared.watch_soon()
         if wait_s > 0.0 and self._timer is None:
             self._timer = self._event_loop.call_later(wait_s, self._on_timer)
+        if self.holds and not self._hold_scheduled:
+            self._store_held()
 
     def _on_timer(self) -> None:
         self._timer = None
         self._pump()
+
+    def _store_held(self) -> None:
+        """Store the frames that were pushed some time ago, and come again for the others."""
+        hold_s = self.hold_s()
+        self._hold_scheduled = hold_s > 0.0 and not self._shared.closing
+        if self._hold_scheduled:
+            self._event_loop.call_later(hold_s, self._store_held)
 
     def _on_answer(self, call: Call) -> None:
         if call.error is not None:
@@ -164,6 +174,7 @@ class Sender(Outbox):
         """Fail every writer, since the backend is closed."""
         for writer in list(self.writers):
             writer._fail(WriterClosed())
+        self.forget()
 
     def _finish_soon(self) -> None:
         """Do nothing at the end of the interpreter: the loop has ended, so nothing can be sent."""

@@ -308,6 +308,9 @@ def drain(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
     def done() -> bool:
         return writer.unacknowledged_bytes <= writer._high_water_bytes
 
+    if not done():
+        writer._seal_soon()
+
     return Wait(done, _nothing, limit)
 
 
