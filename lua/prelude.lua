@@ -87,6 +87,8 @@ ff.CHANNELS = {
 --   R                                        something else changed
 -- and on the channel of an execution
 --   S<state>                                 it has moved to the state
+-- On the channel of a partition's leases a message has words: `<what> <execution id> <attempt index>`, from
+-- ff.tell_holder.
 -- Only a writer makes bodies and reads none: ff_fast/_hot/frames.pyx has their form.
 ff.PUSH = { STORED = 'F', PUSHED = 'f', END = 'E', LEASE = 'L', CHANGED = 'R', STATE = 'S' }
 

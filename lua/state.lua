@@ -440,6 +440,14 @@ function ff.check_move(execution, known)
   end
 end
 
+-- Tells the worker that holds an active execution to stop, on the channel of the leases of its partition. `what` is
+-- 'cancel' where it is asked to, and 'lost' where its attempt is taken from it. A renewal tells it the same later.
+function ff.tell_holder(execution, what)
+  local parts = ff.CHANNELS.leases
+  ff.publish(parts[1] .. execution.slot_tag .. parts[2],
+    what .. ' ' .. execution.id .. ' ' .. execution.fields.current_attempt_index)
+end
+
 -- Moves an execution to another state. Every caller has checked its arguments before, and has called ff.check_move; a
 -- transition that the table does not know is a bug of the caller. `reason` says why the stream of the attempt ends,
 -- where it does.
@@ -490,6 +498,10 @@ function ff.move(execution, to, reason)
     end
   elseif ff.OUTCOMES[to] then
     conclude(execution, attempt, reason or ff.END_REASONS[to])
+  end
+  if from == 'active' and not execution.lease then
+    -- Not by a call of the holder, which would name its lease.
+    ff.tell_holder(execution, 'lost')
   end
 end
 
