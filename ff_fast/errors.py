@@ -240,10 +240,12 @@ class InvalidPatch(InvalidPayload):
 
 
 class InvalidCursor(InvalidInput):
-    """A stream cursor is neither the start nor an entry id."""
+    """A cursor of a stream has another form, or belongs to another attempt."""
 
     code = "invalid_cursor"
-    _sentence = "A cursor must be None, 'start', '0-0' or an entry id '<milliseconds>-<sequence>'."
+    _sentence = (
+        "A cursor must be None, 'start', '0-0', the cursor of an item or an entry id '<milliseconds>-<sequence>'."
+    )
 
 
 class InvalidCapabilities(InvalidInput):

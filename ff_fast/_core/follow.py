@@ -8,7 +8,6 @@ so.
 
 from __future__ import annotations
 
-import re
 import time
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -23,7 +22,6 @@ from ff_fast.errors import (
     ExecutionCancelled,
     ExecutionExpired,
     ExecutionFailed,
-    FFError,
     InvalidCursor,
 )
 from ff_fast.types import (
@@ -31,9 +29,12 @@ from ff_fast.types import (
     End,
     Gap,
     Snapshot,
+    StreamCursor,
     SummaryDocument,
     TailVisibility,
+    make_cursor,
     parse_cursor,
+    split_cursor,
 )
 
 if TYPE_CHECKING:
@@ -45,25 +46,21 @@ LOOK_S = 30.0
 Item = TailItem | Snapshot | AttemptStarted
 
 _START = "start"
-_BEGINNING = "0-0"
-_CURSOR = re.compile(r"([0-9]{1,10})\.([0-9]{1,20}-[0-9]{1,16})")
+_BEGINNING = StreamCursor(0, 0)
 
 
-def parse_follow_cursor(value: object) -> tuple[int, str] | None:
-    """Return the attempt and the place of a cursor, ``<attempt>.<milliseconds>-<sequence>``; None for the beginning.
+def follow_place(after: object) -> tuple[int, StreamCursor] | None:
+    """Return the attempt and the place that the cursor *after* names; None for the beginning.
 
     Raises:
-        InvalidCursor: *value* is something else.
+        InvalidCursor: It names neither.
     """
-    if value is None or value == _START:
-        return None
-    found = _CURSOR.fullmatch(value) if isinstance(value, str) else None
-    if found is None:
-        raise InvalidCursor(
-            "A cursor of follow() is None, 'start' or the cursor of an item that it gave."
-        )
-    parse_cursor(found[2])
-    return keys.attempt_index(int(found[1])), found[2]
+    attempt, place = split_cursor(after)
+    if attempt is not None:
+        return attempt, place
+    if place != _BEGINNING:
+        raise InvalidCursor("The id of a frame names no attempt; pass the cursor of the item.")
+    return None
 
 
 class StateWatch:
@@ -145,14 +142,14 @@ class FollowCore:
         self._visibility = visibility
         self._snapshot = snapshot
         self._watch = StateWatch(self._execution_id)
-        place = parse_follow_cursor(after)
-        self.start = _START if place is None else f"{place[0]}.{place[1]}"
+        place = follow_place(after)
+        self.start = _START if place is None else make_cursor(place[0], *place[1])
         self._move(self.start)
         self.restart()
 
     def _move(self, cursor: str) -> None:
         """Go on after *cursor*."""
-        place = parse_follow_cursor(cursor)
+        place = follow_place(cursor)
         self._snapshot_due = self._snapshot and cursor == self.start
         if place is not None:
             self._go_to(*place, started=True)
@@ -163,7 +160,7 @@ class FollowCore:
         self.ended = False
 
     def _go_to(
-        self, attempt: int | None, place: str = _BEGINNING, *, started: bool = False
+        self, attempt: int | None, place: StreamCursor = _BEGINNING, *, started: bool = False
     ) -> None:
         # None is the newest attempt, which the state tells. Nothing is known about attempts after this one.
         self._attempt = attempt
@@ -255,7 +252,7 @@ class FollowCore:
         items: list[Item] = []
         if document is not None:
             # No patch stands between the document and a cursor behind it.
-            self._place = max(_place(document.cursor), self._place, key=parse_cursor)
+            self._place = max(parse_cursor(document.cursor), self._place)
             items = [
                 Snapshot(document.document_json, document.version, self._attempt, self._cursor)
             ]
@@ -281,13 +278,13 @@ class FollowCore:
     def _leave(self) -> None:
         """Read the attempt no further, and look at the state."""
         assert self._tail is not None
-        self._place = _place(self._tail.cursor)
+        self._place = parse_cursor(self._tail.cursor)
         self._tail = None
         self._watch.look()
 
     @property
     def _cursor(self) -> str:
-        return f"{self._attempt or 0}.{self._place}"
+        return make_cursor(self._attempt or 0, *self._place)
 
     # -- the execution -------------------------------------------------------------------------------------------------
 
@@ -343,16 +340,11 @@ class FollowCore:
         """Return what stands for the frames of an attempt that are not kept any more."""
         self._missing = False
         self._over = self._sure = True
-        return Gap(parse_cursor(self._place).sequence + 1, 1, "expired", self._cursor)
+        return Gap(self._place.sequence + 1, 1, "expired", self._cursor)
 
 
 def _says_other_stream(item: object) -> bool:
     return isinstance(item, Gap) and item.reason in ("cursor_ahead", "rewritten")
-
-
-def _place(cursor: str) -> str:
-    """Return the place of a cursor, without its attempt."""
-    return cursor.rpartition(".")[2]
 
 
 class Ended(NamedTuple):

@@ -1027,10 +1027,11 @@ def read_summary(
         ExecutionNotFound: There is no such execution.
     """
     eid = keys.canonical_execution_id(execution_id)
-    op = ops.read_summary(eid, keys.attempt_index(attempt_index))
+    index = keys.attempt_index(attempt_index)
+    op = ops.read_summary(eid, index)
 
     def steps() -> Steps[SummaryDocument | None]:
-        return fold((yield from ops.call(op)))
+        return fold((yield from ops.call(op)), index)
 
     return Call(steps, writes=False)
 

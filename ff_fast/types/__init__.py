@@ -61,7 +61,9 @@ from .stream import (
     StreamMode,
     SummaryDocument,
     TailVisibility,
+    make_cursor,
     parse_cursor,
+    split_cursor,
 )
 from .waitpoint import (
     CountKind,
@@ -118,7 +120,9 @@ __all__ = [  # noqa: RUF022 - by topic
     "AppendFrameOutcome",
     "SummaryDocument",
     "StreamCursor",
+    "make_cursor",
     "parse_cursor",
+    "split_cursor",
     "GapReason",
     "Gap",
     "EndReason",
