@@ -85,7 +85,7 @@ class StateWatch:
         """Read the state with the next step."""
         self._due = True
 
-    def doubt(self, subscribed: bool) -> None:  # noqa: FBT001
+    def doubt(self, subscribed: bool) -> None:
         """Read the state, since moves may have been missed; without a subscription that tells of them, later."""
         if subscribed:
             self.offer(None)
@@ -225,7 +225,7 @@ class FollowCore:
                 self._leave()
             return items
         if self._snapshot_op is not None:
-            return self._begin(fold(self._snapshot_op.answer(reply)))
+            return self._begin(fold(self._snapshot_op.answer(reply), self._attempt or 0))
         return self._decide(self._watch.receive(reply))
 
     def take(self) -> list[Item]:
@@ -240,9 +240,7 @@ class FollowCore:
         if self._snapshot_due:
             self._snapshot_op = ops.read_summary(self._execution_id, self._attempt)
         else:
-            self._tail = TailCore(
-                self._execution_id, self._attempt, self._place, self._visibility
-            )
+            self._tail = TailCore(self._execution_id, self._attempt, self._place, self._visibility)
 
     def _begin(self, document: SummaryDocument | None) -> list[Item]:
         """Take the document of the attempt, which the reader begins with."""
