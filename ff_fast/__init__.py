@@ -15,7 +15,7 @@ from ff_fast._core.tail import StreamPage
 from ff_fast._core.worker import TaskFailed, TaskReleased
 from ff_fast._hot.frames import StreamFrame
 from ff_fast._text import TextDecoder
-from ff_fast.client import Completions, LeaseKeeper, Tail, Task, ValkeyBackend, Writer
+from ff_fast.client import Completions, Follow, LeaseKeeper, Tail, Task, ValkeyBackend, Writer
 from ff_fast.errors import (
     AttemptNotFound,
     AuthenticationFailed,
@@ -206,6 +206,7 @@ __all__ = [
     "FlowDescription",
     "FlowNotFound",
     "FlowState",
+    "Follow",
     "ForkedClient",
     "Frame",
     "FrameKind",

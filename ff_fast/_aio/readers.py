@@ -9,6 +9,8 @@ import weakref
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ff_fast._core import readers
+from ff_fast._core.follow import Ended
+from ff_fast._core.follow import Item as FollowItem
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import AsyncItems
 from ff_fast._transport import MAX_IDLE_OF_READERS, closed_error
@@ -214,6 +216,14 @@ def _park(reader: weakref.ref[Reader[Any]]) -> None:
 
 class Tail(Reader[Item]):
     __doc__ = readers.TAIL
+
+
+class Follow(Reader[FollowItem]):
+    __doc__ = readers.FOLLOW
+
+
+class Waiting(Reader[Ended]):
+    """Waits for the end of an execution."""
 
 
 class Completions(Reader[CompletionPayload]):

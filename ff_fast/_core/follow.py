@@ -219,8 +219,9 @@ class FollowCore:
                 self._missing = True
                 return []
             self._missing = False
+            lost = any(map(_says_other_stream, found))
             items = self._tailed(found)
-            if self._tail is not None and any(map(_says_other_stream, found)):
+            if lost:
                 # The server has lost frames, and maybe the attempt with them.
                 self._leave()
             return items
@@ -275,9 +276,9 @@ class FollowCore:
 
     def _leave(self) -> None:
         """Read the attempt no further, and look at the state."""
-        assert self._tail is not None
-        self._place = parse_cursor(self._tail.cursor)
-        self._tail = None
+        if self._tail is not None:
+            self._place = parse_cursor(self._tail.cursor)
+            self._tail = None
         self._watch.look()
 
     @property
