@@ -98,7 +98,7 @@ class Operations(Pool):
                 raise _transport.closed_error()
             if self._sender is None or not self._sender.running:
                 self._sender = Sender(
-                    self._connect, self._prepare, self._discard, self._trusts, self.config.retry
+                    self._connect, self._prepare, self._discard, self._trusts, self.config
                 )
             return self._sender
 
