@@ -8,7 +8,7 @@ so.
 
 from __future__ import annotations
 
-import time
+from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ff_fast import keys
@@ -17,6 +17,7 @@ from ff_fast._core.steps import Step
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import Item as TailItem
 from ff_fast._core.tail import TailCore
+from ff_fast._hot.feed import Inbox
 from ff_fast.errors import (
     AttemptNotFound,
     ExecutionCancelled,
@@ -38,10 +39,12 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from ff_fast.errors import FFError
 
 LOOK_S = 30.0
 """How often the state is read although nothing was pushed, in seconds."""
+
+_UNSUBSCRIBED_S = 1.0
 
 Item = TailItem | Snapshot | AttemptStarted
 
@@ -63,51 +66,47 @@ def follow_place(after: object) -> tuple[int, StreamCursor] | None:
     return None
 
 
-class StateWatch:
-    """Reads the state of an execution whenever it may have changed.
+class StateWatch(Inbox):
+    """Reads the state of an execution whenever it may have changed: a reader of the execution's channel.
 
     Attributes:
         channel: Where the server tells that the execution has moved.
-        wake_at: When the state is to be read although nothing was pushed, in monotonic time.
-        on_wake: Called when there is something to be read.
     """
 
-    __slots__ = ("_due", "_op", "channel", "on_wake", "wake_at")
+    __slots__ = ("_failure", "_op", "channel")
 
     def __init__(self, execution_id: str) -> None:
         self._op = ops.read_state(execution_id)
+        self._failure: FFError | None = None
         self.channel = keys.execution_channel(execution_id)
-        self.on_wake: Callable[[], None] | None = None
-        self.wake_at = 0.0
-        self._due = True
+        self.look()
 
     def look(self) -> None:
         """Read the state with the next step."""
-        self._due = True
+        self.reading = False
+        self.due = True
 
-    def doubt(self, subscribed: bool) -> None:
-        """Read the state, since moves may have been missed; without a subscription that tells of them, later."""
-        if subscribed:
-            self.offer(None)
-
-    def offer(self, pushed: object) -> None:  # noqa: ARG002 - the state is read, whatever was pushed
-        """Read the state, since the execution has moved."""
-        self._due = True
-        if self.on_wake is not None:
-            self.on_wake()
+    def failed(self, error: FFError) -> None:
+        """Note that there is no subscription to be had; the next step raises *error*."""
+        self._failure = error
+        self.doubt(False)
 
     def step(self) -> Step | None:
         """Return the request for the state; None if it need not be read yet."""
-        now = time.monotonic()
-        if not self._due and now < self.wake_at:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        now = monotonic()
+        if not self.due and now < self.wake_at:
             return None
         # A push from here on may tell of what this answer does not know.
-        self._due = False
-        self.wake_at = now + LOOK_S
+        self._begin_reading()
+        self.look_at = now + (LOOK_S if self.confirmed else _UNSUBSCRIBED_S)
         return Step((self._op.command(),))
 
     def receive(self, reply: object) -> ops.State:
         """Return the state in the reply to the last step."""
+        self.reading = False
         return self._op.answer(reply)
 
 
@@ -122,12 +121,13 @@ class FollowCore:
 
     Attributes:
         start: Cursor of the beginning.
+        part: What listens: to the execution between attempts, to the attempt while it streams.
         ended: Whether the end was delivered.
     """
 
     __slots__ = (
         "_attempt", "_execution_id", "_final", "_missing", "_over", "_place", "_snapshot", "_snapshot_due",
-        "_snapshot_op", "_started", "_sure", "_tail", "_visibility", "_watch", "ended", "start",
+        "_snapshot_op", "_started", "_sure", "_tail", "_visibility", "_watch", "ended", "part", "start",
     )  # fmt: skip
 
     def __init__(
@@ -141,7 +141,6 @@ class FollowCore:
         self._execution_id = keys.canonical_execution_id(execution_id)
         self._visibility = visibility
         self._snapshot = snapshot
-        self._watch = StateWatch(self._execution_id)
         place = follow_place(after)
         self.start = _START if place is None else make_cursor(place[0], *place[1])
         self._move(self.start)
@@ -181,19 +180,19 @@ class FollowCore:
         self._tail: TailCore | None = None
         self._final: ops.State | None = None
         self._snapshot_op: ops.Op[dict[bytes, bytes]] | None = None
-        self._watch.look()
+        self._look()
         if self._started and not self._over:
             self._read_attempt()
 
-    @property
-    def part(self) -> StateWatch | TailCore:
-        """What listens: to the execution between attempts, to the attempt while it streams."""
-        return self._watch if self._tail is None else self._tail
+    def _look(self) -> None:
+        """Read the state of the execution with the next step, and whenever it moves."""
+        self._watch = StateWatch(self._execution_id)
+        self.part: StateWatch | TailCore = self._watch
 
     @property
     def wake_at(self) -> float:
         """When to ask for a step although nothing was pushed, in monotonic time."""
-        return self.part.wake_at
+        return (self._tail or self._watch).wake_at
 
     def step(self) -> Step | None:
         """Return the next request; None if there is nothing to be asked."""
@@ -235,13 +234,25 @@ class FollowCore:
 
     # -- the attempt that is read --------------------------------------------------------------------------------------
 
-    def _read_attempt(self) -> None:
-        """Read the attempt from where this stands; first its document where that is due."""
+    def _read_attempt(self, *, closed: bool = False) -> None:
+        """Read the attempt from where this stands; first its document where that is due.
+
+        Args:
+            closed: It has ended, so nothing more is published about it.
+        """
         assert self._attempt is not None
+        self._sure = closed
         if self._snapshot_due:
             self._snapshot_op = ops.read_summary(self._execution_id, self._attempt)
         else:
-            self._tail = TailCore(self._execution_id, self._attempt, self._place, self._visibility)
+            tail = TailCore(self._execution_id, self._attempt, self._place, self._visibility)
+            # What follows the end of an attempt is decided here.
+            tail.reads_end = True
+            self._tail = tail
+            if closed:
+                tail.due = True
+            else:
+                self.part = tail
 
     def _begin(self, document: SummaryDocument | None) -> list[Item]:
         """Take the document of the attempt, which the reader begins with."""
@@ -258,7 +269,7 @@ class FollowCore:
         elif not self._started:
             items = [AttemptStarted(self._attempt, self._cursor)]
         self._started = True
-        self._read_attempt()
+        self._read_attempt(closed=self._final is not None)
         return items
 
     def _tailed(self, found: list[TailItem]) -> list[Item]:
@@ -279,7 +290,10 @@ class FollowCore:
         if self._tail is not None:
             self._place = parse_cursor(self._tail.cursor)
             self._tail = None
-        self._watch.look()
+        if self.part is self._watch:
+            self._watch.look()
+        else:
+            self._look()
 
     @property
     def _cursor(self) -> str:
@@ -303,6 +317,7 @@ class FollowCore:
             self._go_to(index)
         while True:
             claimed = self._attempt < index or state.claimed
+            closed = self._attempt < index or state.outcome is not None
             if not claimed:
                 self._missing = False
                 return items + self._wait(state)
@@ -310,17 +325,15 @@ class FollowCore:
                 if not self._snapshot_due:
                     items.append(AttemptStarted(self._attempt, self._cursor))
                     self._started = True
-                self._read_attempt()
+                self._read_attempt(closed=closed)
                 return items
-            closed = self._attempt < index or state.outcome is not None
             if self._missing and closed:
                 items.append(self._expired())
             # Behind the lapse of a lease there may be frames of the same attempt, where its claim was given back.
             goes_on = not self._sure and (closed or not state.lapsed)
             if not self._over or goes_on:
-                self._sure = closed
                 self._over = False
-                self._read_attempt()
+                self._read_attempt(closed=closed)
                 return items
             if self._attempt == index:
                 return items + self._wait(state)

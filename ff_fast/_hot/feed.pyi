@@ -36,6 +36,7 @@ class Inbox:
     reading: bool
     confirmed: bool
     settling: bool
+    reads_end: bool
     end_reason: EndReason | None
     lease_at: float
     look_at: float

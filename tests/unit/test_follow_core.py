@@ -19,6 +19,7 @@ from ff_fast import (
 from ff_fast._core import follow
 from ff_fast._core.follow import Ended, FollowCore, StateWatch, WaitCore
 from ff_fast._core.ops import State
+from ff_fast._hot.feed import Feed
 
 from .script import words
 
@@ -45,6 +46,7 @@ class Tail:
         self.after = after
         self.visibility = visibility
         self.cursor = f"{attempt_index}.{after}"
+        self.due = self.reads_end = False
         self.pushed = []
         self.made.append(self)
 
@@ -98,7 +100,9 @@ def asked(core):
     if step is None:
         return None
     if isinstance(step, Tail):
-        assert core.part is step
+        # Who reads an attempt that has ended listens to nothing of it, and asks at once.
+        assert (core.part is step) != step.due
+        assert step.reads_end
         return step.attempt, str(step.after)
     ((name, function, *_),) = words(step.request)
     assert name == b"FCALL_RO"
@@ -116,7 +120,9 @@ def play(core, *script):
 
 def moved(core):
     """The execution has moved."""
-    core.part.offer(None)
+    feed = Feed(core.part.channel)
+    feed.add(core.part)
+    feed.told(b"Swaiting")
 
 
 LOOK = "ff_read_state"
@@ -153,6 +159,8 @@ def test_before_the_first_claim_it_listens_to_the_execution_and_asks_only_when_i
     woken = []
     core.part.on_wake = lambda: woken.append(1)
     assert core.part.channel == keys.execution_channel(EID)
+    core.part.doubt(True)
+    woken.clear()
     assert play(core, (LOOK, reply("waiting", claimed=False))) == []
     assert asked(core) is None
     assert 25 < core.wake_at - time.monotonic() <= 30
@@ -167,7 +175,16 @@ def test_a_subscription_that_was_made_leads_to_a_look_and_a_lost_one_waits_for_i
     play(core, (LOOK, reply("waiting", claimed=False)))
     core.part.doubt(False)
     assert asked(core) is None
+    assert core.wake_at - time.monotonic() <= 1
     core.part.doubt(True)
+    assert asked(core) == LOOK
+
+
+def test_a_subscription_that_is_refused_is_an_error_of_the_next_step():
+    core = FollowCore(EID, None)
+    core.part.failed(errors.PermissionDenied())
+    with pytest.raises(errors.PermissionDenied):
+        core.step()
     assert asked(core) == LOOK
 
 
@@ -181,11 +198,12 @@ def test_a_move_while_the_state_is_being_read_leads_to_another_look():
 
 def test_without_a_push_the_state_is_read_after_half_a_minute(monkeypatch):
     core = FollowCore(EID, None)
+    core.part.doubt(True)
     play(core, (LOOK, reply("delayed", claimed=False)))
     at = core.wake_at
-    monkeypatch.setattr(time, "monotonic", lambda: at - 0.001)
+    monkeypatch.setattr(follow, "monotonic", lambda: at - 0.001)
     assert asked(core) is None
-    monkeypatch.setattr(time, "monotonic", lambda: at)
+    monkeypatch.setattr(follow, "monotonic", lambda: at)
     assert asked(core) == LOOK
 
 
