@@ -141,6 +141,7 @@ class FollowCore:
         self._execution_id = keys.canonical_execution_id(execution_id)
         self._visibility = visibility
         self._snapshot = snapshot
+        self._tail: TailCore | None = None
         place = follow_place(after)
         self.start = _START if place is None else make_cursor(place[0], *place[1])
         self._move(self.start)
@@ -177,7 +178,9 @@ class FollowCore:
         """Continue after *cursor*, or after the last read; items after it were not delivered."""
         if cursor is not None:
             self._move(cursor)
-        self._tail: TailCore | None = None
+        elif self._tail is not None:
+            self._place = parse_cursor(self._tail.cursor)
+        self._tail = None
         self._final: ops.State | None = None
         self._snapshot_op: ops.Op[dict[bytes, bytes]] | None = None
         self._look()

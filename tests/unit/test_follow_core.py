@@ -331,6 +331,8 @@ class TestCursors:
     def test_reading_again_begins_behind_what_was_delivered(self):
         core = FollowCore(EID, None)
         play(core, (LOOK, reply("active")), ((0, "0-0"), [Frame("0.5-1"), Frame("0.5-2")]))
+        core.restart()
+        assert asked(core) == (0, "5-2")
         core.restart("0.5-1")
         assert asked(core) == (0, "5-1")
         core.restart("start")
