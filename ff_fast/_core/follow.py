@@ -241,21 +241,21 @@ class FollowCore:
         """Read the attempt from where this stands; first its document where that is due.
 
         Args:
-            closed: It has ended, so nothing more is published about it.
+            closed: It has ended, so nothing more will be published about it.
         """
         assert self._attempt is not None
         self._sure = closed
         if self._snapshot_due:
             self._snapshot_op = ops.read_summary(self._execution_id, self._attempt)
+            # So that the reader is asked for its next step.
+            self._watch.look()
         else:
             tail = TailCore(self._execution_id, self._attempt, self._place, self._visibility)
             # What follows the end of an attempt is decided here.
             tail.reads_end = True
-            self._tail = tail
-            if closed:
-                tail.due = True
-            else:
-                self.part = tail
+            # What has ended is read at once; else the subscription comes first.
+            tail.due = closed
+            self._tail = self.part = tail
 
     def _begin(self, document: SummaryDocument | None) -> list[Item]:
         """Take the document of the attempt, which the reader begins with."""
@@ -293,10 +293,7 @@ class FollowCore:
         if self._tail is not None:
             self._place = parse_cursor(self._tail.cursor)
             self._tail = None
-        if self.part is self._watch:
-            self._watch.look()
-        else:
-            self._look()
+        self._look()
 
     @property
     def _cursor(self) -> str:
@@ -446,6 +443,8 @@ class WaitCore:
                 return []
             if state.outcome == "success":
                 self._ended_as = state
+                # So that the reader is asked for its next step.
+                self.part.look()
                 return []
         self.ended = True
         return [Ended(state, result)]

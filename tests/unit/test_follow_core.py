@@ -1,5 +1,6 @@
 """How an execution is followed across its attempts, and waited for: without a server, the tails are scripted."""
 
+import math
 import time
 from typing import ClassVar
 
@@ -47,6 +48,7 @@ class Tail:
         self.visibility = visibility
         self.cursor = f"{attempt_index}.{after}"
         self.due = self.reads_end = False
+        self.wake_at = math.inf
         self.pushed = []
         self.made.append(self)
 
@@ -96,14 +98,16 @@ def document(version, cursor):
 
 def asked(core):
     """What the next step asks for: an attempt and the place behind which it is read, or a function."""
+    due = core.part.due or core.wake_at <= follow.monotonic()
     step = core.step()
     if step is None:
         return None
     if isinstance(step, Tail):
-        # Who reads an attempt that has ended listens to nothing of it, and asks at once.
-        assert (core.part is step) != step.due
+        assert core.part is step
         assert step.reads_end
         return step.attempt, str(step.after)
+    # Whoever iterates is asked only then.
+    assert due
     ((name, function, *_),) = words(step.request)
     assert name == b"FCALL_RO"
     return function.decode()
