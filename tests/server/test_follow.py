@@ -343,7 +343,12 @@ def story(world):
 def test_from_every_item_on_a_fresh_backend_reads_the_rest(world, connect, visibility):
     eid = story(world)
     whole = followed(connect(), eid, visibility=visibility)
-    assert [item.attempt_index for item in whole if isinstance(item, AttemptStarted)] == [0, 1, 2, 3]
+    assert [item.attempt_index for item in whole if isinstance(item, AttemptStarted)] == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert not [item for item in whole if isinstance(item, Gap)]
     assert [isinstance(item, End) for item in whole].index(True) == len(whole) - 1
     frames = [item for item in whole if isinstance(item, StreamFrame)]
