@@ -14,7 +14,6 @@ import orjson
 from ff_fast import (
     AttemptNotFound,
     AttemptStarted,
-    End,
     Gap,
     Snapshot,
     StreamFrame,
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ff_fast import ExecutionDescription
-    from ff_fast._core.follow import Item
     from ff_fast._cli.shared import Commands
+    from ff_fast._core.follow import Item
 
 
 def _add_execution(parser: argparse.ArgumentParser, *, json: str, attempt: bool = True) -> None:

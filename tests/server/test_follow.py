@@ -25,9 +25,10 @@ from ff_fast import (
     errors,
     keys,
 )
+from ff_fast._core import ops
 
 from ..shells import KINDS, Opener, Shell
-from ..waiting import wait_until_async
+from ..waiting import wait_until, wait_until_async
 from .executions import WORKER, World
 
 SOON = 10
@@ -214,10 +215,7 @@ def test_a_claim_that_is_given_back_starts_no_second_attempt(world, shell):
 
 
 def give_back(handle):
-    from ff_fast._core import ops  # noqa: PLC0415
-
-    partition = keys.partition_index(handle.execution_id)
-    return ops.give_back(partition, handle.fields().lease_id)
+    return ops.give_back(keys.partition_index(handle.execution_id), handle.fields().lease_id)
 
 
 # -- ends ---------------------------------------------------------------------------------------------------------------
@@ -476,9 +474,7 @@ def test_an_attempt_that_is_not_kept_any_more_is_told_as_a_gap(world, shell):
     write(world, handle, "a", "b")
     fail(world, handle)
     world.claim()
-    cut = take(shell.follow(eid), 2)[1].cursor if False else None
-    reader = shell.follow(eid)
-    cut = take(reader, 4)[1].cursor
+    cut = take(shell.follow(eid), 4)[1].cursor
     for key in (keys.stream(eid, 0), keys.live(eid, 0), keys.meta(eid, 0), keys.summary(eid, 0)):
         world.raw.delete(key)
     again = shell.follow(eid)
@@ -578,7 +574,7 @@ def test_a_cancelled_read_is_continued_by_the_next_one(world, server):
 
             async def read_on():
                 async for item in reader:
-                    items.append(item)
+                    items.append(item)  # noqa: PERF401 - what came before a cancellation is kept
 
             async def cancelled(ready):
                 task = asyncio.create_task(read_on())
@@ -708,14 +704,7 @@ def test_closing_the_backend_ends_the_waits_of_its_threads(world, server):
         thread = threading.Thread(target=wait)
         thread.start()
         channel = keys.execution_channel(eid)
-        world_sees = world.raw.pubsub_shardnumsub
-        ff_fast_waits(lambda: dict(world_sees(channel)).get(channel))
+        wait_until(lambda: dict(world.raw.pubsub_shardnumsub(channel)).get(channel))
     thread.join(SOON)
     assert not thread.is_alive()
     assert [type(error) for error in caught] == [errors.Unavailable]
-
-
-def ff_fast_waits(condition):
-    from ..waiting import wait_until  # noqa: PLC0415
-
-    return wait_until(condition)
