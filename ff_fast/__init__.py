@@ -10,6 +10,7 @@ This module is the blocking interface; :mod:`ff_fast.aio` has the same names, aw
 
 from typing import TYPE_CHECKING
 
+from ff_fast import _library
 from ff_fast._core.summary import SummaryView
 from ff_fast._core.tail import StreamPage
 from ff_fast._core.worker import TaskFailed, TaskReleased
@@ -78,6 +79,7 @@ from ff_fast.errors import (
     TlsFailed,
     TlsFault,
     Unavailable,
+    UnsupportedServer,
     WaitpointClosed,
     WaitpointConflict,
     WriterClosed,
@@ -155,7 +157,8 @@ from ff_fast.types import (
 if TYPE_CHECKING:
     from ff_fast import aio as aio
 
-__version__ = "0.1.0"
+
+__version__ = _library.VERSION
 
 __all__ = [
     "SUMMARY_NULL_SENTINEL",
@@ -289,6 +292,7 @@ __all__ = [
     "TlsFailed",
     "TlsFault",
     "Unavailable",
+    "UnsupportedServer",
     "UsageDimensions",
     "UsageVerdict",
     "ValkeyBackend",

@@ -163,6 +163,11 @@ class TailCore(Inbox):
         return make_cursor(self.attempt_index, self.ms, self.sequence)
 
     @property
+    def part(self) -> TailCore:
+        """What listens to the channel: the reader itself."""
+        return self
+
+    @property
     def ended(self) -> bool:
         """Whether the end was delivered."""
         return self.end_reason is not None
@@ -506,6 +511,7 @@ class TailCore(Inbox):
     def failed(self, error: FFError) -> None:
         """Note that there is no subscription to be had; the next step raises *error*."""
         self._failure = error
+        self.due = True
         self.doubt(False)
 
     def _wait_for_hole(self) -> None:
