@@ -384,11 +384,11 @@ class Tail(PushReader[Item]):
     __doc__ = readers.TAIL
 
 
-class Follow(Reader[FollowItem]):
+class Follow(PushReader[FollowItem]):
     __doc__ = readers.FOLLOW
 
 
-class Waiting(Reader[Ended]):
+class Waiting(PushReader[Ended]):
     """Waits for the end of an execution."""
 
 
