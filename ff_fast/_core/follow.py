@@ -233,7 +233,8 @@ class FollowCore:
 
     def take(self) -> list[Item]:
         """Return the items of pushes that follow what was delivered."""
-        return [] if self._tail is None else self._tailed(self._tail.take())
+        # A watch has none, and is woken again only after it was asked.
+        return self._tailed(self.part.take())
 
     # -- the attempt that is read --------------------------------------------------------------------------------------
 
@@ -451,4 +452,5 @@ class WaitCore:
 
     def take(self) -> list[Ended]:
         """Return nothing: what is pushed says only that there is something to be read."""
+        self.part.take()
         return []

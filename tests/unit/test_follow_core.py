@@ -177,11 +177,15 @@ def test_before_the_first_claim_it_listens_to_the_execution_and_asks_only_when_i
 def test_a_subscription_that_was_made_leads_to_a_look_and_a_lost_one_waits_for_it():
     core = FollowCore(EID, None)
     play(core, (LOOK, reply("waiting", claimed=False)))
+    woken = []
+    core.part.on_wake = lambda: woken.append(1)
     core.part.doubt(False)
+    assert core.take() == []
     assert asked(core) is None
     assert core.wake_at - time.monotonic() <= 1
     core.part.doubt(True)
     assert asked(core) == LOOK
+    assert woken == [1, 1]
 
 
 def test_a_subscription_that_is_refused_is_an_error_of_the_next_step():
