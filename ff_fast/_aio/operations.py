@@ -79,9 +79,7 @@ class Operations(Pool):
         self._opening = asyncio.Lock()
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
-        self._sender = Sender(
-            self._shared, self._prepare, self._spawn, self._check_thread, config
-        )
+        self._sender = Sender(self._shared, self._prepare, self._spawn, self._check_thread, config)
 
     def _stop(self) -> None:
         super()._stop()

@@ -66,6 +66,7 @@ class Sender(Outbox):
         # Whether the pump runs in this turn of the loop, and the timer that runs it later.
         self._pump_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
+        self._hold_scheduled = False
         self.writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         shared.on_can_write = self._on_can_write
         shared.on_lost = self._on_lost
@@ -84,7 +85,7 @@ class Sender(Outbox):
         self._event_loop.call_later(writer._linger_us / 1e6, writer._seal_soon)
 
     def _pump(self) -> None:
-        """Send the calls that are due, in one write."""
+        """Send the calls that are due."""
         self._pump_scheduled = False
         if not self.ready or self._shared.closing or self._recovering is not None:
             return
@@ -94,29 +95,31 @@ class Sender(Outbox):
             return
         if not connection.writable:
             return
-        calls: list[Call] = []
-        size = 0
-        room = CALLS_IN_FLIGHT - len(connection.receivers)
         while (
             (wait_s := self.wait_s()) == 0.0
-            and len(calls) < room
             and self._calls_in_flight < writer_core.CALLS_IN_FLIGHT
-            and size < writer_core.ROUND_BYTES
+            and len(connection.receivers) < CALLS_IN_FLIGHT
+            and connection.writable
         ):
             call = self.next_call()
             if call is not None:
-                calls.append(call)
-                size += len(call.message)
-        if calls:
-            messages = [call.message for call in calls]
-            connection.send(messages[0] if len(messages) == 1 else b"".join(messages), calls)
-            self._shared.watch_soon()
+                connection.send(call.take(), [call])
+                self._shared.watch_soon()
         if wait_s > 0.0 and self._timer is None:
             self._timer = self._event_loop.call_later(wait_s, self._on_timer)
+        if self.holds and not self._hold_scheduled:
+            self._store_held()
 
     def _on_timer(self) -> None:
         self._timer = None
         self._pump()
+
+    def _store_held(self) -> None:
+        """Store the frames that were pushed some time ago, and come again for the others."""
+        hold_s = self.hold_s()
+        self._hold_scheduled = hold_s > 0.0 and not self._shared.closing
+        if self._hold_scheduled:
+            self._event_loop.call_later(hold_s, self._store_held)
 
     def _on_answer(self, call: Call) -> None:
         if call.error is not None:
@@ -171,6 +174,7 @@ class Sender(Outbox):
         """Fail every writer, since the backend is closed."""
         for writer in list(self.writers):
             writer._fail(WriterClosed())
+        self.forget()
 
     def _finish_soon(self) -> None:
         """Do nothing at the end of the interpreter: the loop has ended, so nothing can be sent."""

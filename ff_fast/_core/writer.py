@@ -144,7 +144,7 @@ class SharedWriter(WriterCore):
     # When the lease lapses as far as this process knows, in monotonic time: set for writers behind `append_frame`.
     _lease_until = 0.0
 
-    def __init__(self, state: WriterState, outbox: Outbox) -> None:
+    def __init__(self, state: WriterState, outbox: Outbox | None = None) -> None:
         self._places = state.places
         self._lease_id = state.attempt.fields.lease_id
         super().__init__(
@@ -307,6 +307,9 @@ def drain(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
 
     def done() -> bool:
         return writer.unacknowledged_bytes <= writer._high_water_bytes
+
+    if not done():
+        writer._seal_soon()
 
     return Wait(done, _nothing, limit)
 

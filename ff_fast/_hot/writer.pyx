@@ -83,6 +83,18 @@ cdef enum:
     # A longer push says that there are frames, and readers read them.
     PUSH_BYTES = 8192
     PUSH_FRAMES = 256
+    # A group is stored so long after its first frame, or with the first batch of so many frames
+    # that were not pushed: where those gather, the server is busy, and a push in front would cost
+    # it more.
+    HOLD_US = 100_000
+    HOLD_FRAMES = 8
+    HOLD_BYTES = 4096
+    # Looks at the groups that are due are so far apart.
+    HOLD_LOOK_US = 5_000
+    # Frames that live for a shorter time are not held back.
+    HOLD_TTL_MS = 1_000
+    # For so long after an answer the server's time is known.
+    KNOWN_US = 10_000_000
     # The same limits as in lua/prelude.lua.
     MAX_PAYLOAD = 1 << 20
     MAX_FRAMES = 1024
@@ -696,6 +708,8 @@ cdef class WriterCore:
         if self._finishing:
             raise InvalidInput("The writer is closing; write before close().")
         if self._unacknowledged_bytes + size > self._max_unacknowledged:
+            if self._group_ms:
+                self._seal_soon()
             raise Overloaded(
                 f"{self._unacknowledged_bytes} bytes wait for the server; drain() and write again."
             )
@@ -1162,7 +1176,83 @@ cdef class WriterCore:
             return True
         if not self._due and self._linger_us:
             return False
+        if self._may_hold():
+            return self._pushing is None and self._count > self._pushed_to
         return flying == 0
+
+    cdef bint _may_hold(self):
+        """Whether the open batch is a group, or can be one: readers are told of its frames at once,
+        and the frames are stored later.
+
+        The ms of a group is fixed by its first push. So every id before it must be fixed.
+        """
+        cdef _Shape shape
+        if (
+            self._run_count != 1 or self._store_due or self._linger_us or self._outbox is None
+            or self._finishing or self._unfixed
+            or self._count - self._pushed_to >= HOLD_FRAMES
+            or self._size - self._pushed_to_bytes > HOLD_BYTES
+            or self._full() or 2 * self._unacknowledged_bytes > self._max_unacknowledged
+        ):
+            return False
+        shape = <_Shape>self._shapes[0]
+        if shape.kind != LIVE or shape.ttl_ms < HOLD_TTL_MS:
+            return False
+        return self._group_ms or self._outbox._now_ms(now_us()) != 0
+
+    cdef Push _push(self):
+        """Return a push of the frames of the group that no push has; begin the group with the first
+        one."""
+        cdef Push push = Push.__new__(Push)
+        cdef long long now = now_us()
+        cdef Py_ssize_t size, total
+        cdef char* start
+        cdef char* out
+        cdef bint first = self._group_ms == 0
+        if first:
+            self._group_ms = max(self._outbox._now_ms(now), self._acked_ms, self._fixed_ms)
+        try:
+            size = self._put_body(NULL, self._pushed_to, self._pushed_to_bytes, now)
+            # `f`, the id and a space.
+            size += 1 + digits(self._group_ms) + 1 + digits(self._sequence) + 1
+            total = number_size(21) + PyBytes_GET_SIZE(self._writer) + bulk_size(size)
+            push.arguments = PyBytes_FromStringAndSize(NULL, total)
+            if first:
+                self._outbox._hold(self, self._group)
+        except BaseException:
+            if first:
+                self._group_ms = 0
+            raise
+        # Two arguments behind the head, and one key.
+        start = PyBytes_AS_STRING(push.arguments)
+        out = put_number(start, 21)
+        out = put_raw(out, PyBytes_AS_STRING(self._writer), PyBytes_GET_SIZE(self._writer))
+        out = put_length(out, c'$', size)
+        out[0] = c'f'
+        out = put_digits(out + 1, self._group_ms)
+        out[0] = c'-'
+        out = put_digits(out + 1, self._sequence)
+        out[0] = c' '
+        out += 1
+        out += self._put_body(out, self._pushed_to, self._pushed_to_bytes, now)
+        out = put_raw(out, "\r\n", 2)
+        assert out - start == total, "sizing pass and writing pass disagree"
+        push.argument_count = 3
+        push.keys = self._keys
+        push.key_count = 1
+        push.meta_end = push.keys_start = push.keys_end = self._key_ends[0]
+        push.group = self._group
+        push.upto = self._pushed_to = self._count
+        push.upto_bytes = self._pushed_to_bytes = self._size
+        self._pushing = push
+        return push
+
+    cdef int _store_group(self, long long group) except -1:
+        """Store the open batch if it is that group still."""
+        if self._group_ms and self._group == group:
+            self._store_due = True
+            self._notify()
+        return 0
 
     cdef object _next_part(self):
         """Return what to send now, or None. It is in flight from here on."""
@@ -1172,6 +1262,8 @@ cdef class WriterCore:
         if not self._sendable():
             return None
         if not self._unsent:
+            if self._may_hold():
+                return self._push()
             self._seal()
         batch = <Batch>self._unsent[0]
         self._in_flight.append(batch)
@@ -1189,7 +1281,9 @@ cdef class WriterCore:
 
     cdef Py_ssize_t _next_frames(self):
         """Return how many frames are sent next."""
-        return (<Batch>self._unsent[0]).frame_count if self._unsent else self._count
+        if self._unsent:
+            return (<Batch>self._unsent[0]).frame_count
+        return self._count if self._store_due else self._count - self._pushed_to
 
     cdef Py_ssize_t _next_bytes(self):
         """Return about how many bytes are sent next."""
@@ -1198,9 +1292,11 @@ cdef class WriterCore:
         return self._size
 
     def _seal_soon(self):
-        """End the linger of the open batch: it is sealed as soon as nothing is in flight."""
+        """End the linger of the open batch, or the hold of its frames: it is sealed as soon as
+        nothing is in flight."""
         if self._count:
             self._due = True
+            self._store_due = True
         self._notify()
 
     cdef bint _unchecked(self, long long checked):
@@ -1750,7 +1846,7 @@ cdef class Call:
     """One call of ff_append with the parts of several writers; as a function, it takes the reply.
 
     Attributes:
-        message: The request as it goes on the wire.
+        message: The request as it goes on the wire; None once it was taken.
         accepted: Whether the server has applied a part.
         error: The last error of a part that is sent again; None for none.
     """
@@ -1764,6 +1860,11 @@ cdef class Call:
 
     def __len__(self):
         return len(self._parts)
+
+    def take(self):
+        """Return the request, and keep it no longer: its batches have all that is sent again."""
+        message, self.message = self.message, None
+        return message
 
     def __call__(self, reply):
         """Give each writer its part of *reply*; a mark of the outbox's `lost` says that there is none.
@@ -1784,13 +1885,15 @@ cdef class Call:
             if reply is mark:
                 self._lose(outbox)
                 return
-        each = type(reply) is list and len(<list>reply) == count + 1
-        if each:
-            elements = <list>reply
-            each = (
-                PyBytes_CheckExact(elements[0])
-                and parse_numbers(<bytes>elements[0], "", 1, &now_ms)
-            )
+        # The server's time and the answers: a list, or one text for one answer.
+        if count == 1:
+            elements = list((<bytes>reply).split(b" ", 1)) if PyBytes_CheckExact(reply) else []
+        else:
+            elements = <list>reply if type(reply) is list else []
+        each = (
+            len(elements) == count + 1 and PyBytes_CheckExact(elements[0])
+            and parse_numbers(<bytes>elements[0], "", 1, &now_ms)
+        )
         if each:
             outbox._heard(now_ms)
         failure = None
@@ -1868,6 +1971,8 @@ cdef class Outbox:
     # A moving average of the parts of a call.
     cdef double _usual_parts
     cdef readonly Py_ssize_t _calls_in_flight
+    # Groups that are to be stored later, oldest first: when in µs, the writer, and which group.
+    cdef object _held
     # The server's time in ms as of an answer on this connection, 0 for none, and when it came.
     cdef long long _server_ms
     cdef long long _server_at_us
@@ -1875,6 +1980,7 @@ cdef class Outbox:
     def __init__(self, double linger_ms=0.0, tuple lost=(), unsigned long thread=0, running=None,
                  loop=None):
         self._ready = []
+        self._held = deque()
         self._linger_us = <long long>(linger_ms * 1000.0)
         self._lost = lost
         self._thread = thread
@@ -1896,9 +2002,9 @@ cdef class Outbox:
         return len(self._ready) - self._at
 
     @property
-    def full(self):
-        """Whether what is ready does not wait for more."""
-        return self._is_full()
+    def holds(self):
+        """Whether frames are held that are to be stored later."""
+        return len(self._held) != 0
 
     cdef bint _is_full(self) noexcept:
         return self._hurried > 0 or len(self._ready) - self._at >= FULL_PARTS
@@ -1941,6 +2047,29 @@ cdef class Outbox:
         self._server_ms = now_ms
         self._server_at_us = now_us()
 
+    cdef long long _now_ms(self, long long now) noexcept:
+        """Return the earliest time that the server's clock can show, in ms; 0 if it is unknown."""
+        if self._server_ms == 0 or now - self._server_at_us > KNOWN_US:
+            return 0
+        return self._server_ms + (now - self._server_at_us) // 1000
+
+    cdef int _hold(self, WriterCore writer, long long group) except -1:
+        self._held.append((now_us() + HOLD_US, writer, group))
+        return 0
+
+    def hold_s(self):
+        """Register the writers whose group is due to be stored; return in how many seconds others
+        are, -1 if none is held."""
+        cdef long long now = now_us()
+        cdef long long due, group
+        while self._held:
+            due, writer, group = self._held[0]
+            if due > now:
+                return max(due - now, HOLD_LOOK_US) / 1e6
+            self._held.popleft()
+            (<WriterCore>writer)._store_group(group)
+        return -1.0
+
     def wait_s(self):
         """Return in how many seconds the next call is due, 0 for now; -1 if nothing is ready."""
         cdef long long due
@@ -1960,8 +2089,6 @@ cdef class Outbox:
         """
         cdef list writers = []
         cdef list parts = []
-        # The server refuses a second part of an attempt, as of a writer that was superseded.
-        cdef set attempts = set()
         cdef Py_ssize_t last = len(self._ready)
         cdef Py_ssize_t frames = 0
         cdef Py_ssize_t size = 0
@@ -1975,8 +2102,7 @@ cdef class Outbox:
             while self._at < last and count < CALL_PARTS:
                 writer = <WriterCore>self._ready[self._at]
                 if count and (
-                    writer._keys in attempts
-                    or writer._next_is_alone()
+                    writer._next_is_alone()
                     or frames + writer._next_frames() > CALL_FRAMES
                     or size + writer._next_bytes() > CALL_BYTES
                 ):
@@ -1994,7 +2120,6 @@ cdef class Outbox:
                     continue
                 writers.append(writer)
                 parts.append(part)
-                attempts.add(writer._keys)
                 count += 1
                 size += PyBytes_GET_SIZE(part.arguments)
                 if type(part) is Push:
@@ -2029,6 +2154,11 @@ cdef class Outbox:
         finally:
             if collecting:
                 PyGC_Enable()
+
+    def forget(self):
+        """Drop what is ready and held: the writers have failed."""
+        self.take_ready()
+        self._held.clear()
 
     def take_ready(self):
         """Return the writers that are ready; they register again with their next frame."""

@@ -89,6 +89,7 @@ class Sender(Outbox):
         self._inbox.put(None)
         self._thread.join()
         self.fail_all(WriterClosed())
+        self.forget()
 
     def fail_all(self, error: FFError) -> None:
         for writer in self._all():
@@ -139,12 +140,13 @@ class Sender(Outbox):
         """Wait until a call is due."""
         while not self._closing.is_set():
             self._seal_lingering()
+            hold = self.hold_s()
             wait = self.wait_s()
             if wait == 0.0:
                 while not self._inbox.empty():
                     self._take(self._inbox.get())
                 return
-            waits = [wait] if wait > 0.0 else []
+            waits = [each for each in (wait, hold) if each > 0.0]
             if self._lingering:
                 waits.append(max(self._lingering[0][0] - time.monotonic(), 0.0))
             with contextlib.suppress(Empty):
@@ -166,20 +168,19 @@ class Sender(Outbox):
         assert connection is not None
         calls: list[Call] = []
         size = 0
-        while (
-            self.wait_s() == 0.0
-            and len(calls) < writer_core.CALLS_IN_FLIGHT
-            and size < writer_core.ROUND_BYTES
-        ):
-            call = self.next_call()
-            if call is not None:
-                calls.append(call)
-                size += len(call.message)
-        if not calls:
-            return
         self._failure = None
         try:
-            connection.send(Step([Command(b"", call.message) for call in calls]))
+            while (
+                self.wait_s() == 0.0
+                and len(calls) < writer_core.CALLS_IN_FLIGHT
+                and size < writer_core.ROUND_BYTES
+            ):
+                call = self.next_call()
+                if call is not None:
+                    calls.append(call)
+                    request = call.take()
+                    size += len(request)
+                    connection.send(Step([Command(b"", request)]))
             for call in calls:
                 call(connection.receive())
         except FFError as error:

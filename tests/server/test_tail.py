@@ -34,11 +34,11 @@ from .readers import (
     Reader,
     Stepper,
     begin,
-    blocked,
     collect,
     counted,
+    listening,
     sequences,
-    wait_blocked,
+    wait_listening,
 )
 
 EXCLUDE = TailVisibility.EXCLUDE_BEST_EFFORT
@@ -90,14 +90,14 @@ def test_an_idle_reader_sees_the_end_at_once(kind, how, state, backend, server, 
         eid = backend.create_execution(lane=lane)
         if state == "not claimed":
             reader = Reader(kind, server.url, eid)
-            wait_blocked(raw)
+            wait_listening(raw)
         handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
         if state == "some frames":
             with backend.open_writer(handle) as writer:
                 writer.write(b"x")
         if state != "not claimed":
             reader = Reader(kind, server.url, eid)
-            wait_blocked(raw)
+            wait_listening(raw)
         began = time.monotonic()
         if how == "complete":
             backend.complete(handle)
@@ -154,7 +154,7 @@ def test_a_producer_that_dies_without_a_frame(kind, backend, server, raw, lane, 
     monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
     eid = backend.create_execution(lane=lane)
     reader = Reader(kind, server.url, eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1", lease_ttl_ms=200)
     assert reader.result() == [LOST]
 
@@ -163,9 +163,9 @@ def test_a_renewed_lease_does_not_end_a_tail(kind, backend, server, raw, lane):
     attempt = begin(backend, lane, lease_ttl_ms=1500)
     first_expiry = expiry(raw, attempt)
     reader = Reader(kind, server.url, attempt.eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     backend.renew(attempt.handle, 30_000)
-    wait_until(lambda: server_ms(raw) > first_expiry + 20 and blocked(raw))
+    wait_until(lambda: server_ms(raw) > first_expiry + 20 and listening(raw))
     assert reader.items == []
     backend.complete(attempt.handle)
     assert reader.result() == [DONE]
@@ -174,7 +174,7 @@ def test_a_renewed_lease_does_not_end_a_tail(kind, backend, server, raw, lane):
 def test_a_lease_that_is_renewed_and_lapses_later(kind, backend, server, raw, lane):
     attempt = begin(backend, lane, lease_ttl_ms=1500)
     reader = Reader(kind, server.url, attempt.eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     backend.renew(attempt.handle, 1_700)
     assert reader.result() == [LOST]
     assert server_ms(raw) >= expiry(raw, attempt)
@@ -185,7 +185,7 @@ def test_a_reader_of_an_attempt_that_will_never_come_hears_so(
 ):
     monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
     reader = Reader(kind, server.url, attempt.eid, attempt_index=1)
-    wait_blocked(raw)
+    wait_listening(raw)
     backend.complete(attempt.handle)
     with pytest.raises(AttemptNotFound):
         reader.result()
@@ -343,7 +343,7 @@ def test_a_stream_deleted_while_a_reader_is_blocked(
     write(backend, attempt, 3)
     reader = Reader(kind, server.url, attempt.eid)
     reader.wait_for(3)
-    wait_blocked(raw)
+    wait_listening(raw)
     raw.delete(attempt.log, attempt.live)
     write(backend, attempt, 2)
     reader.wait_for(5)
@@ -358,7 +358,7 @@ def test_an_execution_deleted_while_a_reader_is_blocked(
 ):
     monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
     reader = Reader(kind, server.url, attempt.eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     raw.delete(*raw.keys(f"*{attempt.eid}*"))
     with pytest.raises(ExecutionNotFound):
         reader.result()
@@ -367,7 +367,7 @@ def test_an_execution_deleted_while_a_reader_is_blocked(
 def test_a_key_that_became_something_else(kind, backend, server, raw, attempt, monkeypatch):
     monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
     reader = Reader(kind, server.url, attempt.eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     raw.set(attempt.log, "no stream")
     with pytest.raises(Corruption):
         reader.result()
@@ -380,7 +380,7 @@ def test_a_server_that_comes_back_without_its_data(kind, lane):
         reader = Reader(kind, own.url, attempt.eid)
         reader.wait_for(2)
         with connect_raw(own.url) as raw:
-            wait_blocked(raw)
+            wait_listening(raw)
         own.restart()
         with pytest.raises(ExecutionNotFound, match="No execution"):
             reader.result()
@@ -392,7 +392,7 @@ def test_a_tail_goes_on_after_an_interruption(kind, how, backend, server, raw, a
     reader = Reader(kind, server.url, attempt.eid)
     reader.wait_for(2)
     for round_ in range(3):
-        (client,) = wait_blocked(raw)
+        (client,) = wait_listening(raw)
         if how == "kill":
             assert raw.client_kill_filter(_id=client["id"]) == 1
             wait_until(lambda gone=client: all(c["id"] != gone["id"] for c in raw.client_list()))
@@ -414,7 +414,7 @@ def test_functions_that_are_gone_are_loaded_again(kind, lane):
     ):
         attempt = begin(backend, lane, lease_ttl_ms=1500)
         reader = Reader(kind, own.url, attempt.eid)
-        wait_blocked(raw)
+        wait_listening(raw)
         raw.function_flush()
         assert reader.result() == [LOST]
 
@@ -438,7 +438,7 @@ def test_foreign_entries_neither_stall_nor_stop_a_reader(
     monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
     reader = Reader(kind, server.url, attempt.eid)
     excluding = Reader(kind, server.url, attempt.eid, visibility=EXCLUDE)
-    wait_blocked(raw, 2)
+    wait_listening(raw, 2)
     written = 0
     for _ in range(3):
         with raw.pipeline(transaction=True) as pipe:
@@ -475,7 +475,7 @@ def test_a_lost_producer_behind_foreign_entries(kind, backend, server, raw, lane
 @pytest.mark.parametrize("live", [False, True])
 def test_corrupt_entries_are_an_error(kind, live, backend, server, raw, attempt):
     reader = Reader(kind, server.url, attempt.eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     raw.xadd(
         attempt.live if live else attempt.log,
         {"run": b"\x02\xff"},
@@ -558,17 +558,17 @@ def test_asyncio_tails_closed_or_cancelled_leave_no_socket(server, raw, backend,
             for _ in range(5):
                 seen = []
                 task = asyncio.create_task(read(own, seen))
-                await asyncio.to_thread(wait_blocked, raw)
+                await asyncio.to_thread(wait_listening, raw)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
                 assert sequences(seen) == [1, 2, 3]
-                await asyncio.to_thread(wait_until, lambda: not blocked(raw))
+                await asyncio.to_thread(wait_until, lambda: not listening(raw))
             assert len(await own.read_stream(attempt.eid)) == 3
             assert len(own._own) <= 2
             # A hundred at a time.
             tasks = [asyncio.create_task(read(own, [])) for _ in range(100)]
-            await asyncio.to_thread(wait_blocked, raw, 100)
+            await asyncio.to_thread(wait_listening, raw, 100)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -593,7 +593,7 @@ def test_a_cancelled_tail_can_be_taken_up_where_it_stopped(server, raw, backend,
         async with aio.ValkeyBackend.connect(server.url) as own:
             for _ in range(3):
                 task = asyncio.create_task(read())
-                await asyncio.to_thread(wait_blocked, raw)
+                await asyncio.to_thread(wait_listening, raw)
                 await asyncio.to_thread(write, backend, attempt, 3)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)

@@ -17,7 +17,7 @@ from ff_fast.embedded import EmbeddedServer
 from ..conftest import connect_raw
 from ..shells import Opener
 from ..waiting import wait_until
-from .readers import begin, blocked, sequences, wait_blocked
+from .readers import begin, listening, sequences, wait_listening
 
 
 @pytest.fixture(params=["sync", "asyncio"])
@@ -279,7 +279,7 @@ def test_a_second_reader_of_one_tail_is_refused(server, backend, attempt, raw):
     tail = backend.tail(attempt.eid)
     reading = threading.Thread(target=tail.next_batch, args=(1,))
     reading.start()
-    wait_blocked(raw)
+    wait_listening(raw)
     with pytest.raises(errors.InvalidInput, match="for each"):
         tail.next_batch(0)
     reading.join()
@@ -328,7 +328,7 @@ def test_closing_ends_a_read_of_another_thread(backend, attempt, raw):
 
     reading = threading.Thread(target=read)
     reading.start()
-    wait_blocked(raw)
+    wait_listening(raw)
     tail.close()
     reading.join(10)
     assert [type(error) for error in caught] in ([errors.Unavailable], [errors.OutcomeUnknown])
@@ -339,7 +339,7 @@ def test_closing_ends_a_read_of_another_task(server, backend, attempt, raw):
         async with aio.ValkeyBackend.connect(server.url) as own:
             tail = own.tail(attempt.eid)
             reading = asyncio.create_task(tail.next_batch())
-            await asyncio.to_thread(wait_blocked, raw)
+            await asyncio.to_thread(wait_listening, raw)
             await tail.aclose()
             with pytest.raises(errors.FFError):
                 await asyncio.wait_for(reading, 10)
@@ -352,11 +352,11 @@ def test_a_cancelled_tail_gives_its_connection_up_after_a_while(server, backend,
         async with aio.ValkeyBackend.connect(server.url) as own:
             tail = own.tail(attempt.eid)
             task = asyncio.create_task(tail.next_batch())
-            await asyncio.to_thread(wait_blocked, raw)
+            await asyncio.to_thread(wait_listening, raw)
             task.cancel()
             await asyncio.wait({task})
             # Somebody may go on at once; nobody does.
-            await asyncio.to_thread(wait_until, lambda: not blocked(raw))
+            await asyncio.to_thread(wait_until, lambda: not listening(raw))
             assert await tail.next_batch(0.05) == []
 
     asyncio.run(main())
