@@ -383,7 +383,8 @@ class TailCore(Inbox):
         items, ended = self._merge(self.held[_LOG], self.held[_LIVE], horizon)
         if ended is not None:
             return self._end(items, ended)
-        self.stored = self.sequence
+        if items:
+            self.stored = self.sequence
         if not any(self._more):
             # Only the state shows a lapsed lease, and frames that are missing at the end.
             self._small_to = None

@@ -59,8 +59,10 @@ from cpython.list cimport PyList_CheckExact
 from cpython.object cimport Py_EQ, Py_NE, PyObject
 from libc.string cimport memcmp
 
+from typing import get_args
+
 from ff_fast.errors import Corruption
-from ff_fast.types import Gap, PatchKind
+from ff_fast.types import EndReason, Gap, PatchKind
 
 # Texts such as frame types recur, so they are kept: up to this many, of up to this many bytes. A
 # full table is cleared.
@@ -78,6 +80,7 @@ cdef enum:
 cdef long long LARGEST = <long long>1 << 62
 
 cdef list NO_FRAMES = []
+cdef frozenset END_REASONS = frozenset(get_args(EndReason))
 
 cdef str DURABLE = "durable"
 cdef str BEST_EFFORT = "best_effort"
@@ -729,9 +732,9 @@ cdef int parse_push(Pushed pushed, bytes message, unsigned int attempt_index) ex
     if kind == c'E':
         space = find_space(at, end)
         parse_number(at, space, &pushed.previous)
-        if pushed.previous >= pushed.last or space + 1 == end:
-            bad_entry()
         pushed.end_reason = text_of(PyBytes_FromStringAndSize(space + 1, end - space - 1))
+        if pushed.previous >= pushed.last or pushed.end_reason not in END_REASONS:
+            bad_entry()
         pushed._kind = PUSHED_END
         return 0
     pushed.deferred = kind == c'f'
