@@ -16,7 +16,7 @@ from ff_fast._core.tail import StreamPage
 from ff_fast._core.worker import TaskFailed, TaskReleased
 from ff_fast._hot.frames import StreamFrame
 from ff_fast._text import TextDecoder
-from ff_fast.client import Completions, LeaseKeeper, Tail, Task, ValkeyBackend, Writer
+from ff_fast.client import Completions, Follow, LeaseKeeper, Tail, Task, ValkeyBackend, Writer
 from ff_fast.errors import (
     AttemptNotFound,
     AuthenticationFailed,
@@ -29,6 +29,9 @@ from ff_fast.errors import (
     DeadlineExceeded,
     DeniedKind,
     DeploymentMismatch,
+    ExecutionCancelled,
+    ExecutionExpired,
+    ExecutionFailed,
     ExecutionNotActive,
     ExecutionNotClaimable,
     ExecutionNotFound,
@@ -86,6 +89,7 @@ from ff_fast.errors import (
 from ff_fast.types import (
     SUMMARY_NULL_SENTINEL,
     AppendFrameOutcome,
+    AttemptStarted,
     BackendConfig,
     BackendConnection,
     BackendRetry,
@@ -133,6 +137,7 @@ from ff_fast.types import (
     ScannerFilter,
     SignalEffect,
     SignalOutcome,
+    Snapshot,
     StateTransition,
     StreamCursor,
     StreamDescription,
@@ -160,6 +165,7 @@ __all__ = [
     "SUMMARY_NULL_SENTINEL",
     "AppendFrameOutcome",
     "AttemptNotFound",
+    "AttemptStarted",
     "AuthenticationFailed",
     "BackendConfig",
     "BackendConnection",
@@ -187,7 +193,10 @@ __all__ = [
     "DeploymentMismatch",
     "End",
     "EndReason",
+    "ExecutionCancelled",
     "ExecutionDescription",
+    "ExecutionExpired",
+    "ExecutionFailed",
     "ExecutionNotActive",
     "ExecutionNotClaimable",
     "ExecutionNotFound",
@@ -201,6 +210,7 @@ __all__ = [
     "FlowDescription",
     "FlowNotFound",
     "FlowState",
+    "Follow",
     "ForkedClient",
     "Frame",
     "FrameKind",
@@ -258,6 +268,7 @@ __all__ = [
     "SignalEffect",
     "SignalLimitExceeded",
     "SignalOutcome",
+    "Snapshot",
     "StaleOwner",
     "StateLost",
     "StateTransition",

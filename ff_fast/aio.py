@@ -15,7 +15,7 @@ from ff_fast import _transport
 from ff_fast._aio.leases import LeaseKeeper
 from ff_fast._aio.opening import Opening
 from ff_fast._aio.operations import Operations, of_handler
-from ff_fast._aio.readers import Completions, Tail
+from ff_fast._aio.readers import Completions, Follow, Tail
 from ff_fast._aio.worker import Handler, Task, WorkerLoop
 from ff_fast._aio.writers import Writer
 from ff_fast._core import operations
@@ -125,4 +125,4 @@ class ValkeyBackend(Operations):
     run_worker = of_handler(operations.run_worker, _run_worker)
 
 
-__all__ = ["Completions", "LeaseKeeper", "Tail", "Task", "ValkeyBackend", "Writer"]
+__all__ = ["Completions", "Follow", "LeaseKeeper", "Tail", "Task", "ValkeyBackend", "Writer"]

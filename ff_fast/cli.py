@@ -71,6 +71,7 @@ def _parser() -> Parser:
     commands = Commands(parser)
     # --help lists them in this order.
     demo.add_demo(commands)
+    read.add_follow(commands)
     read.add_tail(commands)
     read.add_summary(commands)
     read.add_info(commands)

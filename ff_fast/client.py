@@ -10,7 +10,7 @@ from ff_fast._core import operations
 from ff_fast._core.binding import of_handler
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.operations import Operations
-from ff_fast._sync.readers import Completions, Tail
+from ff_fast._sync.readers import Completions, Follow, Tail
 from ff_fast._sync.worker import Handler, Task, WorkerLoop
 from ff_fast._sync.writers import Writer
 
@@ -123,4 +123,4 @@ class ValkeyBackend(Operations):
     run_worker = of_handler(operations.run_worker, _run_worker)
 
 
-__all__ = ["Completions", "LeaseKeeper", "Tail", "Task", "ValkeyBackend", "Writer"]
+__all__ = ["Completions", "Follow", "LeaseKeeper", "Tail", "Task", "ValkeyBackend", "Writer"]

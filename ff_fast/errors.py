@@ -505,6 +505,83 @@ def _word(text: str) -> str:
     return text if re.fullmatch(r"[a-z][a-z0-9_]{0,63}", text) else ""
 
 
+_SHOWN_CHARACTERS = 200
+
+
+class _Ended(FFError):
+    """An execution that somebody waits for has ended without a result.
+
+    Args:
+        reason: Why it ended, in the words of whoever ended it; None if nobody said.
+
+    Attributes:
+        reason: The same text, whole; the message shows its beginning.
+    """
+
+    _event = "The execution has ended without a result"
+
+    def __init__(self, reason: str | None = None) -> None:
+        super().__init__(f"{self._event}{_shown(reason)}; describe() and its history tell more.")
+        self.reason = reason
+
+
+def _shown(reason: str | None) -> str:
+    """Return the beginning of *reason* on one line, in brackets."""
+    if not reason:
+        return ""
+    line = " ".join(reason[: _SHOWN_CHARACTERS + 1].split())
+    text = "".join(char if char.isprintable() else "?" for char in line)
+    return f" ({text[:_SHOWN_CHARACTERS]}{'...' if len(reason) > _SHOWN_CHARACTERS else ''})"
+
+
+class ExecutionFailed(_Ended):
+    """The execution has failed, and is not retried.
+
+    Args:
+        reason: Message of its last failure; None if it had none.
+        failure_class: Class of the failure, as ``permanent``; None if it is not known.
+
+    Attributes:
+        reason: The same text, whole; the message shows its beginning.
+        failure_class: The same word.
+    """
+
+    code = "execution_failed"
+    _event = "The execution has failed"
+
+    def __init__(self, reason: str | None = None, failure_class: str | None = None) -> None:
+        super().__init__(reason)
+        self.failure_class = failure_class
+
+
+class ExecutionCancelled(_Ended):
+    """The execution was cancelled.
+
+    Args:
+        reason: Reason of the cancellation; None if it had none.
+
+    Attributes:
+        reason: The same text, whole; the message shows its beginning.
+    """
+
+    code = "execution_cancelled"
+    _event = "The execution was cancelled"
+
+
+class ExecutionExpired(_Ended):
+    """The execution ran out of time: of its deadline, of its last attempt's limit, or of its suspension's.
+
+    Args:
+        reason: ``execution_deadline``, ``attempt_timeout`` or ``suspension_timeout``.
+
+    Attributes:
+        reason: The same word.
+    """
+
+    code = "execution_expired"
+    _event = "The execution has run out of time"
+
+
 class AttemptNotFound(FFError, LookupError):
     """The execution has no attempt with this index."""
 

@@ -181,3 +181,53 @@ redis.register_function({
   end,
   flags = { 'no-writes' },
 })
+
+-- What ended an execution, for its reader; '' after a success. A failure that was retried before says nothing about
+-- the end of a suspension.
+local function end_error(state, fields, reason)
+  if state == 'completed' then
+    return ''
+  end
+  if reason == 'suspension_timeout' then
+    return reason
+  end
+  return (state == 'cancelled' and fields.cancellation_reason or fields.failure_reason) or ''
+end
+
+-- ff_read_state
+--   keys:    core
+--   args:
+--   returns: state attempt_index claimed lapsed closed_reason outcome error failure_class
+--   errors:  execution_not_found
+--
+-- `attempt_index` is the attempt that is open or comes next; where the execution has ended, the one that ended with it.
+-- `claimed` is '1' where a worker has claimed that attempt, else ''. `lapsed` is '1' where its lease has lapsed, and
+-- nobody has ended it yet. The last four are '' while the execution goes on; `failure_class` is that of a failure.
+redis.register_function({
+  function_name = 'ff_read_state',
+  callback = function(keys)
+    local execution = ff.load(keys[1])
+    if not execution then
+      return ff.err('execution_not_found')
+    end
+    local state, fields = execution.state, execution.fields
+    local attempts = ff.core_number(execution, 'total_attempt_count')
+    local ended = ff.END_REASONS[state]
+    if not ended then
+      local current = state == 'active' or state == 'suspended' or fields.interrupted == '1'
+      local lapsed = state == 'active' and ff.lease_expires_at(execution) <= execution.now
+      local index = current and fields.current_attempt_index or ff.text(attempts)
+      return ff.ok(state, index, current and '1' or '', lapsed and '1' or '', '', '', '', '')
+    end
+    -- The end of an execution ends the stream of the next attempt where none was open.
+    local reason = redis.call('HGET', ff.attempt_key(execution, 'meta', ff.text(attempts)), 'closed_reason')
+    local claimed = not reason and attempts > 0
+    local index = ff.text(claimed and attempts - 1 or attempts)
+    reason = reason or redis.call('HGET', ff.attempt_key(execution, 'meta', index), 'closed_reason') or ended
+    return ff.ok(
+      state, index, claimed and '1' or '', '', reason, ff.OUTCOMES[state], end_error(state, fields, reason),
+      state == 'failed' and fields.failure_class or ''
+    )
+  end,
+  flags = { 'no-writes' },
+})

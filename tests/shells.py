@@ -27,7 +27,8 @@ WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 # -- the blocking face --------------------------------------------------------------------------------------------------
 
 
-_WRAPPED = (aio.Writer, aio.Tail, aio.Completions)
+_READERS = (aio.Tail, aio.Follow, aio.Completions)
+_WRAPPED = (aio.Writer, *_READERS)
 
 
 class _Blocking:
@@ -38,7 +39,7 @@ class _Blocking:
         self._loop = loop
 
     def __getattr__(self, name):
-        if name == "close" and isinstance(self._target, aio.Tail | aio.Completions):
+        if name == "close" and isinstance(self._target, _READERS):
             name = "aclose"
         value = getattr(self._target, name)
         return self._call(value) if callable(value) else value

@@ -14,7 +14,7 @@ from ff_fast import _transport
 from ff_fast._aio.leases import LeaseKeeper
 from ff_fast._aio.opening import Opening
 from ff_fast._aio.pool import Pool
-from ff_fast._aio.readers import Completions, Tail
+from ff_fast._aio.readers import Completions, Follow, Tail, Waiting
 from ff_fast._aio.writers import Sender, Writer
 from ff_fast._core import claiming, operations
 from ff_fast._core.binding import HANDLER, H, R, S, bind, dressed
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ff_fast._core.claiming import Claim
     from ff_fast._core.completions import CompletionCore
     from ff_fast._core.deployment import Deployment
+    from ff_fast._core.follow import FollowCore
     from ff_fast._core.operations import Call
     from ff_fast._core.steps import Steps
     from ff_fast._core.tail import TailCore
@@ -140,6 +141,13 @@ class Operations(Pool):
     def _tail(self, source: TailCore) -> Tail:
         return Tail(self, source)
 
+    def _follow(self, source: FollowCore) -> Follow:
+        return Follow(self, source)
+
+    async def _wait(self, request: operations.WaitRequest) -> bytes:
+        async with Waiting(self, request.source) as waiting:
+            return request.value(await waiting.next_batch(request.timeout_s))
+
     def _subscribe(self, source: CompletionCore) -> Completions:
         return Completions(self, source)
 
@@ -240,6 +248,8 @@ class Operations(Pool):
     read_stream = method(operations.read_stream)
     read_summary = method(operations.read_summary)
     tail = bind(operations.tail, _tail, "Tail")
+    follow = bind(operations.follow, _follow, "Follow")
+    wait = awaited(operations.wait, _wait, "bytes")
     subscribe_completions = bind(operations.subscribe_completions, _subscribe, "Completions")
     open_writer = bind(operations.open_writer, _open_writer, "Opening[Writer]")
     append_frame = awaited(operations.append_frame, _append_frame, "AppendFrameOutcome")

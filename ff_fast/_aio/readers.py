@@ -11,6 +11,8 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ff_fast._core import readers
+from ff_fast._core.follow import Ended
+from ff_fast._core.follow import Item as FollowItem
 from ff_fast._core.tail import Item
 from ff_fast._hot.feed import Bell, Inbox
 from ff_fast._hot.items import AsyncItems
@@ -384,6 +386,14 @@ def _park(reader: weakref.ref[Reader[Any]]) -> None:
 
 class Tail(PushReader[Item]):
     __doc__ = readers.TAIL
+
+
+class Follow(PushReader[FollowItem]):
+    __doc__ = readers.FOLLOW
+
+
+class Waiting(PushReader[Ended]):
+    """Waits for the end of an execution."""
 
 
 class Completions(Reader[CompletionPayload]):

@@ -1,4 +1,4 @@
-"""``ff-fast tail``, ``summary``, ``info`` and ``inspect``: commands that read an execution."""
+"""``ff-fast follow``, ``tail``, ``summary``, ``info`` and ``inspect``: commands that read an execution."""
 
 from __future__ import annotations
 
@@ -6,27 +6,51 @@ import base64
 import dataclasses
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import orjson
 
-from ff_fast import AttemptNotFound, End, Gap, StreamFrame, TailVisibility, ValkeyBackend
+from ff_fast import (
+    AttemptNotFound,
+    AttemptStarted,
+    Gap,
+    Snapshot,
+    StreamFrame,
+    TailVisibility,
+    ValkeyBackend,
+)
 from ff_fast._cli.shared import DONE, FAILED, add_url, complain, connect, whole
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterable
 
     from ff_fast import ExecutionDescription
     from ff_fast._cli.shared import Commands
+    from ff_fast._core.follow import Item
 
 
-def _add_execution(parser: argparse.ArgumentParser, *, json: str) -> None:
+def _add_execution(parser: argparse.ArgumentParser, *, json: str, attempt: bool = True) -> None:
     parser.add_argument("execution_id", metavar="EXECUTION_ID", help="such as {fp:19}:134f58e2-...")
-    parser.add_argument(
-        "--attempt", type=whole, metavar="N", help="attempt, from 0 (default: the newest)"
-    )
+    if attempt:
+        parser.add_argument(
+            "--attempt", type=whole, metavar="N", help="attempt, from 0 (default: the newest)"
+        )
     add_url(parser)
     parser.add_argument("--json", action="store_true", help=json)
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--exclude-best-effort", action="store_true", help="durable and summary frames only"
+    )
+    parser.add_argument(
+        "--type",
+        action="append",
+        metavar="TYPE",
+        help="only frames of this type, as in --type token; may be repeated",
+    )
 
 
 def _attempt(backend: ValkeyBackend, arguments: argparse.Namespace) -> int:
@@ -46,7 +70,36 @@ def _write_json(value: object, option: int = 0) -> None:
     out.flush()
 
 
-# -- tail ------------------------------------------------------------------------------------------
+# -- follow and tail -------------------------------------------------------------------------------
+
+
+def add_follow(commands: Commands) -> None:
+    parser = commands.add(
+        follow,
+        help_text="print what an execution streams in all its attempts, live, until it ends",
+        description=(
+            "Writes the payloads of an execution's frames to stdout, byte for byte. Starts of attempts,"
+            " gaps and the end go to stderr."
+        ),
+    )
+    _add_execution(parser, json="one JSON object a line for each item", attempt=False)
+    parser.add_argument("--after", metavar="CURSOR", help="start after the item with this cursor")
+    parser.add_argument(
+        "--snapshot", action="store_true", help="begin with the newest summary document"
+    )
+    _add_choice(parser)
+
+
+def follow(arguments: argparse.Namespace) -> int:
+    with connect(arguments) as backend:
+        items = backend.follow(
+            arguments.execution_id,
+            arguments.after,
+            snapshot=arguments.snapshot,
+            visibility=_visibility(arguments),
+        )
+        _show(items, arguments, cursors=True)
+    return DONE
 
 
 def add_tail(commands: Commands) -> None:
@@ -62,43 +115,53 @@ def add_tail(commands: Commands) -> None:
     parser.add_argument(
         "--after", metavar="CURSOR", help="start after this frame id or summary cursor"
     )
-    parser.add_argument(
-        "--exclude-best-effort", action="store_true", help="durable and summary frames only"
-    )
-    parser.add_argument(
-        "--type",
-        action="append",
-        metavar="TYPE",
-        help="only frames of this type, as in --type token; may be repeated",
-    )
+    _add_choice(parser)
 
 
 def tail(arguments: argparse.Namespace) -> int:
-    only = None if arguments.type is None else frozenset(arguments.type)
-    visibility = (
-        TailVisibility.EXCLUDE_BEST_EFFORT if arguments.exclude_best_effort else TailVisibility.ALL
-    )
-    show = _show_json if arguments.json else _show_text
     with connect(arguments) as backend:
         attempt = _attempt(backend, arguments)
         items = backend.tail(
-            arguments.execution_id, attempt, after=arguments.after, visibility=visibility
+            arguments.execution_id,
+            attempt,
+            after=arguments.after,
+            visibility=_visibility(arguments),
         )
-        for item in items:
-            if only is None or not isinstance(item, StreamFrame) or item.frame_type in only:
-                show(item)
+        _show(items, arguments)
     return DONE
 
 
-def _show_text(item: StreamFrame | Gap | End) -> None:
+def _visibility(arguments: argparse.Namespace) -> TailVisibility:
+    if arguments.exclude_best_effort:
+        return TailVisibility.EXCLUDE_BEST_EFFORT
+    return TailVisibility.ALL
+
+
+def _show(
+    items: Iterable[Item], arguments: argparse.Namespace, *, cursors: bool = False
+) -> None:
+    only = None if arguments.type is None else frozenset(arguments.type)
+    show = partial(_show_json, cursor=cursors) if arguments.json else _show_text
+    for item in items:
+        if only is None or not isinstance(item, StreamFrame) or item.frame_type in only:
+            show(item)
+
+
+def _show_text(item: Item) -> None:
     if isinstance(item, StreamFrame):
         out = sys.stdout.buffer
         out.write(item.payload)
         out.flush()
     elif isinstance(item, Gap):
         complain(f"gap: {_missing(item)} ({item.reason})")
+    elif isinstance(item, AttemptStarted):
+        complain(f"attempt: {item.attempt_index}")
+    elif isinstance(item, Snapshot):
+        sys.stdout.buffer.write(item.document_json + b"\n")
+        complain(f"snapshot: version {item.version} of attempt {item.attempt_index}")
     else:
-        complain(f"end: {item.reason}")
+        error = "" if item.error is None else f" ({_one_line(item.error)})"
+        complain(f"end: {item.reason}{error}")
 
 
 def _missing(gap: Gap) -> str:
@@ -108,7 +171,7 @@ def _missing(gap: Gap) -> str:
     return f"{gap.first_missing} to {gap.next_sequence - 1} are missing"
 
 
-def _show_json(item: StreamFrame | Gap | End) -> None:
+def _show_json(item: Item, *, cursor: bool) -> None:
     line: dict[str, object]
     if isinstance(item, StreamFrame):
         line = _frame_fields(item)
@@ -118,8 +181,20 @@ def _show_json(item: StreamFrame | Gap | End) -> None:
             "first_missing": item.first_missing,
             "next_sequence": item.next_sequence,
         }
+    elif isinstance(item, AttemptStarted):
+        line = {"attempt": item.attempt_index}
+    elif isinstance(item, Snapshot):
+        line = {
+            "snapshot": orjson.Fragment(item.document_json),
+            "version": item.version,
+            "attempt": item.attempt_index,
+        }
     else:
         line = {"end": item.reason}
+        if item.outcome is not None:
+            line |= {"outcome": item.outcome, "error": item.error}
+    if cursor:
+        line["cursor"] = item.cursor
     _write_json(line)
 
 

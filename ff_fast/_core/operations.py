@@ -17,12 +17,14 @@ from ff_fast._core import claiming, flows, ops, ready, supervision
 from ff_fast._core import usage as usage_steps
 from ff_fast._core import writer as writers
 from ff_fast._core.completions import CompletionCore
+from ff_fast._core.follow import Ended, FollowCore, WaitCore
 from ff_fast._core.leases import LeaseClock, is_lease_lost
 from ff_fast._core.steps import Step, Steps, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
 from ff_fast.errors import (
     MAX_INT,
+    DeadlineExceeded,
     FFError,
     InvalidInput,
     InvalidType,
@@ -1069,6 +1071,92 @@ def tail(
             read tries again.
     """
     return TailCore(execution_id, attempt_index, after, visibility)
+
+
+def follow(
+    on: Deployment,
+    execution_id: str,
+    after: str | None = None,
+    *,
+    snapshot: bool = False,
+    visibility: TailVisibility = TailVisibility.ALL,
+) -> FollowCore:
+    """Follow an execution to its end, live, across all its attempts.
+
+    It waits for the first claim, and for the next one after a retry, a delay, a suspension or a lost worker. Iterating
+    yields, in order:
+
+    - ``Snapshot``: with *snapshot*, once, in place of the frames that its document already holds.
+    - ``AttemptStarted``: a worker has claimed an attempt. What earlier attempts have streamed does not count any more.
+      An attempt that continues after a delay or a suspension does not start again. A snapshot stands for the start of
+      its attempt.
+    - ``StreamFrame`` in sequence order, and a ``Gap`` wherever frames are missing. An attempt whose frames are not kept
+      any more has a gap with the reason ``expired`` in their place.
+    - ``End``, once: how the execution ended, with ``outcome`` and ``error``.
+
+    A timeout or a cancellation of one read loses nothing: the next read continues. Any process can continue after any
+    item, at any time, by its ``cursor``.
+
+    Args:
+        execution_id: Id of the execution.
+        after: ``cursor`` of an item, of a page or of a summary, exclusive. None is the beginning: the first attempt, so
+            that every reader gets the same; with *snapshot* the newest one, for a reader that joins late.
+        snapshot: Begin with the summary document of the attempt, if it has one.
+        visibility: Whether best-effort frames are included.
+
+    Raises:
+        InvalidInput: An argument is not accepted.
+        ExecutionNotFound: There is no such execution, or it was removed after its end. Raised by a read.
+        Unavailable: The server cannot be reached within the retries of the configuration. Raised by a read; the next
+            read tries again.
+    """
+    if type(snapshot) is not bool:
+        raise InvalidType(f"snapshot must be bool, not {type(snapshot).__name__}.")
+    _checked("visibility", visibility, TailVisibility)
+    return FollowCore(execution_id, after, snapshot=snapshot, visibility=visibility)
+
+
+class WaitRequest(NamedTuple):
+    """What reads the end of an execution, and the longest wait for it, in seconds; None has no limit."""
+
+    source: WaitCore
+    timeout_s: float | None
+
+    def value(self, ends: Sequence[Ended]) -> bytes:
+        """Return the result of the execution that has ended.
+
+        Args:
+            ends: What was read in time.
+
+        Raises:
+            DeadlineExceeded: Nothing was.
+        """
+        for end in ends:
+            return end.value()
+        late = DeadlineExceeded(
+            "The execution had not ended when the time of the wait was over; it goes on, and can be waited for again."
+        )
+        late.outcome = Outcome.NOT_APPLIED
+        raise late
+
+
+def wait(
+    on: Deployment, execution_id: str, timeout: float | timedelta | None = None
+) -> WaitRequest:
+    """Wait for the end of an execution, and return its result: what `complete` was given, empty if that was nothing.
+
+    Args:
+        execution_id: Id of the execution.
+        timeout: Longest wait, in seconds or as a ``timedelta``; None has no limit.
+
+    Raises:
+        ExecutionFailed, ExecutionCancelled, ExecutionExpired: It has ended without a result; ``reason`` says why.
+        DeadlineExceeded: It had not ended in time. Nothing was changed, and it goes on.
+        ExecutionNotFound: There is no such execution, or it was removed after its end.
+        Unavailable: The server cannot be reached within the retries of the configuration.
+    """
+    timeout_s = None if timeout is None else seconds("timeout", timeout, zero=True)
+    return WaitRequest(WaitCore(execution_id), timeout_s)
 
 
 def subscribe_completions(

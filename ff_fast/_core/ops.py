@@ -542,6 +542,51 @@ def read_summary(execution_id: str, attempt_index: int) -> Op[dict[bytes, bytes]
     )
 
 
+class State(NamedTuple):
+    """Where an execution stands, for those who follow it (lua/read.lua, ``ff_read_state``).
+
+    Attributes:
+        state: Its state.
+        attempt_index: Attempt that is open or comes next; of an ended execution, the one that ended with it.
+        claimed: A worker has claimed that attempt.
+        lapsed: Its lease has lapsed, and nobody has ended it yet.
+        closed_reason: Why the stream of the attempt ended; None while the execution goes on, as the next three.
+        outcome: How the execution ended.
+        error: What ended it; None after a success as well.
+        failure_class: Class of the failure that ended it; None for any other end.
+    """
+
+    state: ExecutionState
+    attempt_index: int
+    claimed: bool
+    lapsed: bool
+    closed_reason: EndReason | None
+    outcome: CompletionOutcome | None
+    error: str | None
+    failure_class: FailureClass | None
+
+
+def read_state(execution_id: str) -> Op[State]:
+    """Read where an execution stands."""
+
+    def parse(_: bytes, fields: list[object]) -> State:
+        state, index, claimed, lapsed, reason, outcome, error, failure_class = map(_text, fields)
+        if bool(reason) != bool(outcome):
+            raise ValueError
+        return State(
+            cast("ExecutionState", state),
+            keys.attempt_index(int(index)),
+            claimed == "1",
+            lapsed == "1",
+            cast("EndReason", reason) if reason else None,
+            cast("CompletionOutcome", outcome) if outcome else None,
+            error or None,
+            FailureClass(failure_class) if failure_class else None,
+        )
+
+    return Op(b"ff_read_state", (keys.core(execution_id),), (), parse, read_only=True)
+
+
 def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
     """Read the state of an execution; the server leaves lease ids out."""
 

@@ -33,6 +33,13 @@ TAIL = """Reads one attempt, live. Made by ``backend.tail``; see there for the i
     garbage-collected.
     """
 
+FOLLOW = """Follows one execution across its attempts, live. Made by ``backend.follow``; see there for the items.
+
+    Iterate it, or take all items of one answer at a time with :meth:`next_batch`. A timeout or a cancellation loses
+    nothing: the next read continues. It stops listening at the end, when it is closed, and when it is
+    garbage-collected.
+    """
+
 COMPLETIONS = """Reads executions that end. Made by ``backend.subscribe_completions``; it never ends by itself.
 
     Iterate it, or take all items of one answer at a time with :meth:`next_batch`. A timeout or a cancellation loses

@@ -7,7 +7,14 @@ from typing import cast
 from ff_fast._hot.frames import StreamFrame, decode_run
 from ff_fast._hot.merge import Document
 from ff_fast.errors import Corruption, InvalidType, SummaryConflict
-from ff_fast.types import PatchFormat, PatchKind, SummaryDocument, make_cursor, parse_cursor
+from ff_fast.types import (
+    PatchFormat,
+    PatchKind,
+    Snapshot,
+    SummaryDocument,
+    make_cursor,
+    parse_cursor,
+)
 
 
 def fold(fields: dict[bytes, bytes], attempt_index: int = 0) -> SummaryDocument | None:
@@ -70,8 +77,8 @@ def _apply(document: Document, kind: PatchKind, patch: bytes) -> None:
 class SummaryView:
     """The summary document of an attempt, kept current from the frames of a tail.
 
-    Start it from `read_summary` and tail from the document's cursor, or start it empty and tail from
-    the beginning. Pass every frame to :meth:`apply`; it ignores frames that are not patches. A patch is in
+    Start it from `read_summary` and tail from the document's cursor, from the ``Snapshot`` of `follow`, or empty at the
+    beginning of an attempt. Pass every frame to :meth:`apply`; it ignores frames that are not patches. A patch is in
     the document only if its id is: another one of the same version, as after a failover or of another
     attempt, raises.
 
@@ -81,7 +88,7 @@ class SummaryView:
 
     __slots__ = ("_document", "_place", "version")
 
-    def __init__(self, document: SummaryDocument | None = None) -> None:
+    def __init__(self, document: SummaryDocument | Snapshot | None = None) -> None:
         self._document = Document(b"{}" if document is None else document.document_json)
         self.version: int = 0 if document is None else document.version
         # Id of the newest patch in the document; a document that was not read from a server has none.

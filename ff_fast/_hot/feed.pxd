@@ -47,6 +47,7 @@ cdef class Inbox:
     cdef public bint doubted
     cdef public bint confirmed
     cdef public bint settling
+    cdef public bint reads_end
     cdef public str end_reason
     cdef public double lease_at
     cdef public double look_at

@@ -59,6 +59,7 @@ class Inbox:
     doubted: bool
     confirmed: bool
     settling: bool
+    reads_end: bool
     end_reason: EndReason | None
     lease_at: float
     look_at: float

@@ -165,6 +165,7 @@ cdef class Inbox:
         doubted: A push has contradicted the place; none is taken until a read has found it in storage.
         confirmed: The server has confirmed the subscription, and it was not lost since.
         settling: Frames may be on their way to storage that were pushed before the subscription.
+        reads_end: A push that tells of the end makes a read due, which delivers it.
         end_reason: Why the attempt ended; None until the end was delivered.
         lease_at, look_at: Monotonic times at which a read is due although nothing was pushed.
         on_wake: Called, on the thread of the feed, when there may be something to take or to ask.
@@ -401,7 +402,7 @@ cdef class Inbox:
         cdef long long before = pushed.previous if self.exclude else pushed.last - 1
         # Where frames were pushed and never known to be stored, storage has the last word.
         if (
-            self.sequence < before or self.sequence >= pushed.last or self.ms > pushed.ms
+            self.reads_end or self.sequence < before or self.sequence >= pushed.last or self.ms > pushed.ms
             or self.stored != self.sequence
         ):
             return CONTRADICTS

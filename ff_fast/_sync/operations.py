@@ -18,7 +18,7 @@ from ff_fast._core.leases import KeptLeases
 from ff_fast._core.writer import FrameWriters
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.pool import Pool
-from ff_fast._sync.readers import Completions, Tail
+from ff_fast._sync.readers import Completions, Follow, Tail, Waiting
 from ff_fast._sync.writers import Sender, Writer
 from ff_fast.errors import FFError, WriterClosed
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ff_fast._core.claiming import Claim
     from ff_fast._core.completions import CompletionCore
     from ff_fast._core.deployment import Deployment
+    from ff_fast._core.follow import FollowCore
     from ff_fast._core.operations import Call
     from ff_fast._core.steps import Steps
     from ff_fast._core.tail import TailCore
@@ -168,6 +169,13 @@ class Operations(Pool):
     def _tail(self, source: TailCore) -> Tail:
         return Tail(self, source)
 
+    def _follow(self, source: FollowCore) -> Follow:
+        return Follow(self, source)
+
+    def _wait(self, request: operations.WaitRequest) -> bytes:
+        with Waiting(self, request.source) as waiting:
+            return request.value(waiting.next_batch(request.timeout_s))
+
     def _subscribe(self, source: CompletionCore) -> Completions:
         return Completions(self, source)
 
@@ -263,6 +271,8 @@ class Operations(Pool):
     read_stream = method(operations.read_stream)
     read_summary = method(operations.read_summary)
     tail = bind(operations.tail, _tail, "Tail")
+    follow = bind(operations.follow, _follow, "Follow")
+    wait = bind(operations.wait, _wait, "bytes")
     subscribe_completions = bind(operations.subscribe_completions, _subscribe, "Completions")
     open_writer = bind(operations.open_writer, _open_writer, "Writer")
     append_frame = bind(operations.append_frame, _append_frame, "AppendFrameOutcome")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from ff_fast import _transport
 from ff_fast._core import readers
+from ff_fast._core.follow import Ended
+from ff_fast._core.follow import Item as FollowItem
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import BlockingItems, Turn
 from ff_fast._sync.connection import PENDING
@@ -310,6 +312,14 @@ class Reader(readers.AnswerState[T], Readable[T]):
 
 class Tail(PushReader[Item]):
     __doc__ = readers.TAIL
+
+
+class Follow(PushReader[FollowItem]):
+    __doc__ = readers.FOLLOW
+
+
+class Waiting(PushReader[Ended]):
+    """Waits for the end of an execution."""
 
 
 class Completions(Reader[CompletionPayload]):

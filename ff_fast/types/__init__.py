@@ -44,6 +44,7 @@ from .handle import (
 from .stream import (
     SUMMARY_NULL_SENTINEL,
     AppendFrameOutcome,
+    AttemptStarted,
     BestEffortLiveConfig,
     End,
     EndReason,
@@ -54,6 +55,7 @@ from .stream import (
     GapReason,
     PatchFormat,
     PatchKind,
+    Snapshot,
     StreamCursor,
     StreamDescription,
     StreamMode,
@@ -126,6 +128,8 @@ __all__ = [  # noqa: RUF022 - by topic
     "Gap",
     "EndReason",
     "End",
+    "AttemptStarted",
+    "Snapshot",
     "StreamDescription",
     # handles
     "BackendTag",

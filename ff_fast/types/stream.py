@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from ff_fast import keys
 from ff_fast.errors import (
     MAX_INT,
+    CompletionOutcome,
     InvalidCursor,
     InvalidInput,
     InvalidSequence,
@@ -473,20 +474,75 @@ class Gap(Value):
 
 
 class End(Value):
-    """The stream has ended; nothing follows.
+    """The stream has ended, or the execution that was followed; nothing follows.
 
     Attributes:
-        reason: Why it ended; see :data:`EndReason`.
+        reason: Why it ended; see :data:`EndReason`. Of an execution: why its last attempt did.
         cursor: ``after`` of a reader that gets the end again. Not compared by ``==``.
+        outcome: How the execution ended, where it was followed; None from a tail, which reads one attempt.
+        error: What ended the execution: the message of its failure, the reason of its cancellation, or which time ran
+            out. None after a success, and from a tail.
     """
 
     reason: EndReason
     cursor: str = "0-0"
+    outcome: CompletionOutcome | None = None
+    error: str | None = None
 
     _uncompared: ClassVar[tuple[str, ...]] = ("cursor",)
 
     def __post_init__(self) -> None:
         check_type("reason", self.reason, str)
+        parse_cursor(check_type("cursor", self.cursor, str))
+        if self.outcome is not None:
+            check_type("outcome", self.outcome, str)
+        if self.error is not None:
+            check_type("error", self.error, str)
+
+
+class AttemptStarted(Value):
+    """An attempt of the execution that is followed: a worker has claimed it, and the frames that follow are its own.
+
+    What earlier attempts have streamed does not count any more.
+
+    Attributes:
+        attempt_index: The attempt, from 0.
+        cursor: ``after`` of a reader that continues with the first frame of the attempt. Not compared by ``==``.
+    """
+
+    attempt_index: int
+    cursor: str = "0-0"
+
+    _uncompared: ClassVar[tuple[str, ...]] = ("cursor",)
+
+    def __post_init__(self) -> None:
+        keys.attempt_index(self.attempt_index)
+        parse_cursor(check_type("cursor", self.cursor, str))
+
+
+class Snapshot(Value):
+    """The summary document with which following begins; the frames after it continue it without hole or repeat.
+
+    Pass it to :class:`ff_fast.SummaryView` to keep it current.
+
+    Attributes:
+        document_json: The document, JSON in UTF-8, exact; it never contains the null sentinel.
+        version: Number of patches folded in, from 1.
+        attempt_index: The attempt that the document belongs to, as the frames that follow.
+        cursor: ``after`` of a reader that continues here. Not compared by ``==``.
+    """
+
+    document_json: bytes
+    version: int
+    attempt_index: int
+    cursor: str = "0-0"
+
+    _uncompared: ClassVar[tuple[str, ...]] = ("cursor",)
+
+    def __post_init__(self) -> None:
+        check_type("document_json", self.document_json, bytes)
+        check_int("version", self.version, 1, MAX_INT)
+        keys.attempt_index(self.attempt_index)
         parse_cursor(check_type("cursor", self.cursor, str))
 
 

@@ -416,6 +416,11 @@ class Life:
         while (items := tail.next_batch(5)) and not isinstance(items[-1], End):
             pass
         tail.close()
+        following = tailer.follow(eid, snapshot=True)
+        while (items := following.next_batch(5)) and not isinstance(items[-1], End):
+            pass
+        following.close()
+        assert tailer.wait(eid, 5) == b"answer"
         assert tailer.read_summary(eid, 0).version == FRAMES
         assert tailer.describe(eid).state == "completed"
         assert tailer.describe_stream(eid, 0).closed_reason == "attempt_success"

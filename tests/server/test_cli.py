@@ -64,6 +64,16 @@ def run(server, monkeypatch, capfdbinary):
     return run
 
 
+class Once:
+    """A stop event that lets a loop run one round."""
+
+    asked = False
+
+    def is_set(self):
+        asked, self.asked = self.asked, True
+        return asked
+
+
 def start(*argv: str, **options) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
     return subprocess.Popen(
@@ -254,6 +264,40 @@ def test_tail_reports_a_gap(run, finished, raw):
     assert orjson.loads(out.splitlines()[0])["first_missing"] == 1
 
 
+def test_follow_writes_what_every_attempt_streams(run, backend, lane):
+    policy = ff_fast.RetryPolicy(1, delay=0)
+    eid = backend.create_execution(lane=lane, namespace=lane, retry=policy)
+    claim = {"lane": lane, "worker_id": "w", "policy": ff_fast.ClaimPolicy.with_max_wait(5)}
+    handle = backend.claim(**claim)
+    backend.append_frame(handle, Frame("one", FrameKind.STDOUT))
+    backend.fail(handle, "no luck", ff_fast.FailureClass.TRANSIENT)
+    backend.supervise(ff_fast.ScannerFilter(namespace=lane), stop=Once())
+    handle = backend.claim(**claim)
+    patch = StreamMode.durable_summary()
+    backend.append_frame(handle, Frame('{"a":1}', FrameKind.STDOUT, mode=patch))
+    backend.fail(handle, "no luck")
+
+    code, out, err = run("follow", eid)
+    assert (code, out) == (0, b'one{"a":1}')
+    assert err == (
+        "ff-fast: attempt: 0\nff-fast: attempt: 1\nff-fast: end: attempt_failure (no luck)\n"
+    )
+    code, out, err = run("follow", eid, "--json")
+    lines = [orjson.loads(line) for line in out.splitlines()]
+    assert [line.get("attempt", line.get("payload")) for line in lines[:4]] == [
+        0,
+        "one",
+        1,
+        '{"a":1}',
+    ]
+    end = {"end": "attempt_failure", "outcome": "failed", "error": "no luck"}
+    assert lines[4].items() > end.items()
+    _, out, _ = run("follow", eid, "--json", "--after", lines[2]["cursor"])
+    assert [orjson.loads(line) for line in out.splitlines()] == lines[3:]
+    _, out, _ = run("follow", eid, "--json", "--snapshot")
+    assert orjson.loads(out.splitlines()[0])["snapshot"] == {"a": 1}
+
+
 def test_tail_ends_in_silence_on_ctrl_c_and_on_a_closed_pipe(backend, claimed, server):
     eid, handle = claimed
     for how in ("interrupt", "close"):
@@ -421,7 +465,7 @@ def test_submit_takes_the_payload_from_stdin(server, backend, lane):
 # -- errors ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["tail", "summary", "info"])
+@pytest.mark.parametrize("command", ["follow", "tail", "summary", "info"])
 def test_unknown_and_malformed_executions(run, command):
     code, out, err = run(command, UNKNOWN)
     assert (code, out, err) == (1, b"", f"ff-fast: {ff_fast.ExecutionNotFound()}\n")
@@ -436,6 +480,7 @@ def test_unknown_and_malformed_executions(run, command):
         ["info", UNKNOWN, "--url", "http://127.0.0.1"],
         ["info", UNKNOWN, "--attempt", "-1"],
         ["tail", UNKNOWN, "--after", "now"],
+        ["follow", UNKNOWN, "--after", "now"],
         ["demo", "--rate", "0"],
         ["demo", "--rate", "nan"],
         ["demo", "--rate", "100000", "--seconds", "3600"],
@@ -445,7 +490,7 @@ def test_unknown_and_malformed_executions(run, command):
 )
 def test_wrong_usage(run, argv):
     # --attempt 0: without it the execution is looked up first.
-    more = ["--attempt", "0"] if "--after" in argv else []
+    more = ["--attempt", "0"] if argv[0] == "tail" else []
     code, out, err = run(*argv, *more)
     assert (code, out) == (2, b"")
     assert re.fullmatch(r"ff-fast: [^\n]+\n", err)
@@ -476,7 +521,7 @@ def test_a_server_that_is_not_there_is_not_waited_for(run):
 @pytest.mark.parametrize(
     "command",
     [
-        *("", "demo", "tail", "summary", "info", "inspect"),
+        *("", "demo", "follow", "tail", "summary", "info", "inspect"),
         *("submit", "signal", "cancel", "supervise"),
     ],
 )

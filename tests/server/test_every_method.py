@@ -185,6 +185,16 @@ def reads(backend, lane):
     yield tail.close()
     assert tail.closed
 
+    following = backend.of(backend.follow(eid))
+    batch = []
+    while not following.ended:
+        batch += yield following.next_batch(5)
+    assert [item.cursor for item in batch] == ["0.0-0", page[0].cursor, following.last.cursor]
+    assert following.cursor == following.last.cursor
+    yield following.close()
+    assert following.closed
+    assert (yield backend.wait(eid, 5)) == b""
+
     # It began a millisecond ago: what ended just before may be told too.
     while done.last is None or done.last.execution_id != eid:
         batch = yield done.next_batch(5)

@@ -42,6 +42,12 @@ def blocking(backend: ff_fast.ValkeyBackend, handle: Handle, spec: WaitpointSpec
         reveal_type(tail.next_batch(0.5))  # -> list[StreamFrame | Gap | End]
         reveal_type(tail.cursor)  # -> str | None
         reveal_type(tail.last)  # -> StreamFrame | Gap | End | None
+    with backend.follow("id", "0.0-0", snapshot=True) as following:
+        reveal_type(following)  # -> Follow
+        reveal_type(next(following))  # -> StreamFrame | Gap | End | Snapshot | AttemptStarted
+        reveal_type(following.next_batch(0.5))  # -> list[StreamFrame | Gap | End | Snapshot | AttemptStarted]
+        reveal_type(following.cursor)  # -> str | None
+    reveal_type(backend.wait("id", timedelta(minutes=1)))  # -> bytes
     for completion in backend.subscribe_completions():
         reveal_type(completion)  # -> CompletionPayload
     with backend.keep_lease(handle) as keeper:
@@ -84,6 +90,11 @@ async def asynchronous(backend: aio.ValkeyBackend, handle: Handle, spec: Waitpoi
         reveal_type(await tail.next_batch())  # -> list[StreamFrame | Gap | End]
         async for item in tail:
             reveal_type(item.cursor)  # -> str
+    async with backend.follow("id") as following:
+        async for each_item in following:
+            reveal_type(each_item)  # -> StreamFrame | Gap | End | Snapshot | AttemptStarted
+            reveal_type(each_item.cursor)  # -> str
+    reveal_type(await backend.wait("id", 5))  # -> bytes
     found: list[CompletionPayload] = [each async for each in backend.subscribe_completions()]
     reveal_type(found[0].cursor)  # -> str | None
     async with backend.keep_lease(handle) as keeper:

@@ -8,6 +8,7 @@ from typing import reveal_type
 
 import ff_fast
 from ff_fast import (
+    AttemptStarted,
     BestEffortLiveConfig,
     CancelOutcome,
     ClaimPolicy,
@@ -21,6 +22,7 @@ from ff_fast import (
     PatchKind,
     RetryPolicy,
     SignalOutcome,
+    Snapshot,
     StreamDescription,
     StreamFrame,
     StreamMode,
@@ -42,6 +44,22 @@ def frames(item: StreamFrame | Gap | End) -> None:
             reveal_type(reason)  # -> GapReason
         case End(reason=why):
             reveal_type(why)  # -> EndReason
+
+
+def followed(item: StreamFrame | Gap | End | Snapshot | AttemptStarted) -> None:
+    match item:
+        case Snapshot(document_json=document, version=version):
+            reveal_type(document)  # -> bytes
+            reveal_type(version)  # -> int
+        case AttemptStarted(index):
+            reveal_type(index)  # -> int
+        case StreamFrame(payload=payload):
+            reveal_type(payload)  # -> bytes
+        case End(outcome=outcome, error=error):
+            reveal_type(outcome)  # -> CompletionOutcome | None
+            reveal_type(error)  # -> str | None
+        case Gap():
+            reveal_type(item.reason)  # -> GapReason
 
 
 def modes() -> None:
@@ -97,6 +115,9 @@ def failures() -> None:
     except ExecutionNotActive as error:
         reveal_type(error.state)  # -> ExecutionState | None
         reveal_type(error.terminal_outcome)  # -> CompletionOutcome | None
+    except ff_fast.ExecutionFailed as error:
+        reveal_type(error.reason)  # -> str | None
+        reveal_type(error.failure_class)  # -> str | None
     except ff_fast.Unavailable as error:
         reveal_type(error.host)  # -> str | None
         reveal_type(error.port)  # -> int | None

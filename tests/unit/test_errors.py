@@ -37,6 +37,9 @@ NOT_APPLIED = {
     "writer_superseded": errors.WriterSuperseded,
     "sequence_gap": errors.SequenceGap,
     "execution_not_active": errors.ExecutionNotActive,
+    "execution_failed": errors.ExecutionFailed,
+    "execution_cancelled": errors.ExecutionCancelled,
+    "execution_expired": errors.ExecutionExpired,
     "attempt_not_found": errors.AttemptNotFound,
     "execution_not_claimable": errors.ExecutionNotClaimable,
     "capability_mismatch": errors.CapabilityMismatch,
@@ -98,6 +101,9 @@ def make(cls):
         errors.DeploymentMismatch: ((256, 64), {}),
         errors.ExecutionNotActive: (("completed", "success"), {}),
         errors.CapabilityMismatch: ((("a100", "gpu"),), {}),
+        errors.ExecutionFailed: (("The model is overloaded", "permanent"), {}),
+        errors.ExecutionCancelled: (("nobody reads it any more",), {}),
+        errors.ExecutionExpired: (("execution_deadline",), {}),
         errors.Redirected: ((), {"ask": True, "slot": 7, "address": "h:1"}),
     }
     args, kwargs = arguments.get(cls, ((), {}))
@@ -182,6 +188,16 @@ def test_builtin_families(subtests):
             with pytest.raises(builtin) as caught:
                 raise make(cls)
             assert type(caught.value) is cls
+
+
+def test_an_end_without_a_result_shows_the_beginning_of_its_reason_on_one_line():
+    reason = "no\nroom\x00 " + "x" * 1000
+    error = errors.ExecutionFailed(reason, "permanent")
+    assert "(no room? xxx" in str(error)
+    assert len(str(error)) < 300
+    assert (error.reason, error.failure_class) == (reason, "permanent")
+    assert "(" not in str(errors.ExecutionCancelled()).partition(";")[0]
+    assert errors.ExecutionCancelled().reason is None
 
 
 def test_what_was_not_found_is_not_a_missing_key():

@@ -360,6 +360,16 @@ REFUSALS = {
             "visibility": [("all", InvalidInput), (None, InvalidInput)],
         },
     ),
+    "follow": (
+        {"execution_id": EID},
+        {
+            "execution_id": IDS,
+            "after": [("1-1", InvalidCursor), (b"0.1-1", InvalidCursor), ("x.1-1", InvalidCursor)],
+            "snapshot": [(1, InvalidType), (None, InvalidType)],
+            "visibility": [("all", InvalidType), (None, InvalidType)],
+        },
+    ),
+    "wait": ({"execution_id": EID}, {"execution_id": IDS, "timeout": DURATIONS}),
     "subscribe_completions": (
         {},
         {

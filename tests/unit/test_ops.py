@@ -407,6 +407,7 @@ CALLS = {
         [],
     ),
     "ff_read_summary": (ops.read_summary(EID, INDEX), {}, []),
+    "ff_read_state": (ops.read_state(EID), {}, []),
     "ff_describe_execution": (ops.describe_execution(EID), {}, []),
     "ff_describe_attempt": (ops.describe_attempt(EID, INDEX), {"attempt_index": b"3"}, []),
     "ff_read_payload": (ops.read_payload(EID), {}, []),
@@ -737,6 +738,12 @@ ANSWERS = {
         ),
     ),
     "ff_read_summary": ([[b"version", b"1"]], {b"version": b"1"}),
+    "ff_read_state": (
+        [b"failed", b"2", b"1", b"", b"attempt_failure", b"failed", b"no", b"permanent"],
+        ops.State(
+            *("failed", 2, True, False, "attempt_failure", "failed", "no"), FailureClass.PERMANENT
+        ),
+    ),
     "ff_describe_execution": (
         DESCRIBED,
         ExecutionDescription(

@@ -2,6 +2,7 @@
 
 from ff_fast.types import (
     AppendFrameOutcome,
+    AttemptStarted,
     BackendConfig,
     BestEffortLiveConfig,
     CancelFlowOutcome,
@@ -34,6 +35,7 @@ from ff_fast.types import (
     RetryPolicy,
     ScannerFilter,
     SignalOutcome,
+    Snapshot,
     StateTransition,
     StreamCursor,
     StreamDescription,
@@ -91,6 +93,9 @@ VALUES = [
     StreamMode.best_effort_live(5),
     Gap(1, 3, "trimmed"),
     End("success"),
+    End("attempt_failure", "1.5-2", "failed", "no room"),
+    AttemptStarted(1, "1.0-0"),
+    Snapshot(b"{}", 3, 1, "1.5-2"),
     Handle.encode(**HANDLE),
     CapabilitySet(["gpu", "cuda"]),
     ClaimPolicy.with_max_wait(2),
