@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 RATE = 60
 MANY, SOME, FEW = 1_000, 600, 300
 ROUNDS = 2
+# What a client sends for its frames, by contender; functions do not call them.
+APPEND = {True: "fcall", False: "xadd"}
 # Readers that have their first frame need a moment until they wait for the next.
 SETTLE_S = 0.3
 XADD = "redis-py asyncio: awaited XADD"
@@ -53,7 +55,7 @@ def turn(stage: Stage, job: Job, mode: str | None) -> Metrics:
         gateway.stage()
         metrics["reader_connections"] = stage.wire.connections() - connections
     time.sleep(SETTLE_S)
-    cpu = stage.wire.server_cpu()
+    cpu, calls = stage.wire.server_cpu(), stage.wire.calls(APPEND[mode is not None])
     if job.readers:
         gateway.go_on()
     worker.go_on()
@@ -65,7 +67,9 @@ def turn(stage: Stage, job: Job, mode: str | None) -> Metrics:
         metrics |= cast("Metrics", read["metrics"])
         check(read["counts"] == counts * job.readers, "a reader has missed frames of its stream")
     # Each stream has one mark more, behind its frames.
-    metrics["server_us"] = (stage.wire.server_cpu() - cpu) / (sum(counts) + job.streams) * 1e6
+    frames = sum(counts) + job.streams
+    metrics["server_us"] = (stage.wire.server_cpu() - cpu) / frames * 1e6
+    metrics["frames_per_call"] = frames / (stage.wire.calls(APPEND[mode is not None]) - calls)
     worker.finish()
     if job.readers:
         gateway.finish()
@@ -176,6 +180,8 @@ def one_stream(stage: Stage) -> Report:
             XREAD: (job, None),
         },
     )
+    ping = "PING at the same pace"
+    report.figures[ping] = {"server_us": Figure.of([lone_ping(stage, job)])}
     for name in MODES:
         ours, rival = report.figures[f"ff_fast {name}"], report.figures[XREAD]
         what = f"one stream at {job.rate} Hz, {readers:,} readers in one process, {name}"
@@ -187,7 +193,24 @@ def one_stream(stage: Stage) -> Report:
                 ("write to reader, p99", "ms", "p99_ms", None),
             )
         ]
+        report.rows.append(
+            Row(
+                "P17", f"{what}: server CPU per append", "us", ours["server_us"],
+                ping, report.figures[ping]["server_us"],
+            )
+        )  # fmt: skip
     return report
+
+
+def lone_ping(stage: Stage, job: Job) -> float:
+    """Return the server CPU of a PING at the pace of *job*: what a request costs that wakes an idle server."""
+    count = int(job.rate * job.seconds)
+    with Stage(quick=stage.quick, executable=stage.executable, tcp=True) as tcp:
+        before = tcp.wire.server_cpu()
+        for _ in range(count):
+            time.sleep(1 / job.rate)
+            tcp.wire.command("PING")
+        return (tcp.wire.server_cpu() - before) / count * 1e6
 
 
 def measured(stage: Stage, jobs: dict[str, tuple[Job, str | None]]) -> Report:
