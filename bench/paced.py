@@ -151,22 +151,24 @@ async def write(
         writers = [await backend.open_writer(handle, mode=mode_of(mode)) for handle in handles]
         for writer in writers:
             writer.write(FIRST)
-        for writer in writers:
-            await writer.flush()
+        await flush(writers)
         pacing_us = await pacing_cost(pace)
         yield {"streams": [handle.fields().execution_id for handle in handles]}
         cpu = time.process_time()
         written = await pace.keep([writer.write for writer in writers])
-        for writer in writers:
-            await writer.flush()
+        await flush(writers)
         cpu = time.process_time() - cpu
         for writer in writers:
             writer.write(LAST)
-        for writer in writers:
-            await writer.flush()
+        await flush(writers)
         yield written.answer(cpu, pacing_us)
         for writer in writers:
             await writer.close()
+
+
+async def flush(writers: Sequence[aio.Writer]) -> None:
+    """Flush all at once, as the tasks of a worker would."""
+    await asyncio.gather(*(writer.flush() for writer in writers))
 
 
 async def redis_write(
