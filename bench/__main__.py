@@ -42,13 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, quantities in report.figures.items()
         },
         "series": report.series,
+        "costs": report.costs,
     }
     if not options.only:
         result["micro"] = micro(quick=options.quick)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "latest.json"
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    made = pictures.draw(report.series, options.out, note(result))
+    made = pictures.draw(report, options.out, note(result))
     print(aligned([row.to_json() for row in rows]))
     print(note(result))
     print("written:", *(shown.relative_to(Path.cwd()) if shown.is_relative_to(Path.cwd()) else shown
@@ -94,9 +95,7 @@ def measure(stage: Stage, wanted: Sequence[Group]) -> Report:
         start = time.monotonic()
         found = group.run(stage)
         print(f"{time.monotonic() - start:.1f} s", file=sys.stderr)
-        whole.rows += found.rows
-        whole.figures |= {f"{name}: {key}": value for key, value in found.figures.items()}
-        whole.series |= found.series
+        whole.include(found, name)
     whole.rows.sort(key=order_of)
     return whole
 

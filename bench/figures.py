@@ -133,14 +133,27 @@ class Report:
         rows: Lines of the table.
         figures: All measured figures, by contender and quantity.
         series: Points of the pictures: picture, line, ``[x, y]`` pairs.
+        costs: Microseconds of CPU for a frame, by core and contender: the model of cost (:mod:`bench.capacity`).
     """
 
     rows: list[Row] = field(default_factory=list)
     figures: dict[str, dict[str, Figure]] = field(default_factory=dict)
     series: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def figure(self, contender: str, quantity: str) -> Figure:
         return self.figures[contender][quantity]
+
+    def add_cost(self, core: str, contender: str, cost: Figure) -> None:
+        self.costs.setdefault(core, {})[contender] = cost.median
+
+    def include(self, other: Report, prefix: str) -> None:
+        """Add another report; its contenders get a *prefix*."""
+        self.rows += other.rows
+        self.figures |= {f"{prefix}: {name}": figures for name, figures in other.figures.items()}
+        self.series |= other.series
+        for core, costs in other.costs.items():
+            self.costs.setdefault(core, {}).update(costs)
 
 
 def number(value: float, significant: int = 3) -> str:

@@ -13,7 +13,7 @@ import time
 import urllib.parse
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import hiredis
 
@@ -27,6 +27,8 @@ from ff_fast.embedded import EmbeddedServer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,10 +57,13 @@ def check(holds: object, what: str) -> None:
 class Wire:
     """A blocking connection without a client library: requests are bytes, replies are parsed by hiredis."""
 
-    def __init__(self, path: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
+    def __init__(self, path: str = "", *, port: int = 0) -> None:
+        """Connect to the Unix socket at *path*, or to *port* of the loopback interface."""
+        self._socket = socket.socket(socket.AF_INET if port else socket.AF_UNIX)
         self._socket.settimeout(60)
-        self._socket.connect(path)
+        self._socket.connect(("127.0.0.1", port) if port else path)
+        if port:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._reader = hiredis.Reader()
 
     def send(self, request: bytes) -> None:
@@ -97,6 +102,16 @@ class Wire:
         assert isinstance(reply, bytes)
         lines = reply.decode().splitlines()
         return dict(line.split(":", 1) for line in lines if ":" in line)
+
+    def calls(self, *commands: str) -> int:
+        """Return how often clients have sent *commands*."""
+        found = self.info("commandstats")
+        texts = [found.get(f"cmdstat_{name}", "calls=0,") for name in commands]
+        return sum(int(text.split(",")[0].removeprefix("calls=")) for text in texts)
+
+    def connections(self) -> int:
+        """Return how many clients are connected, this one not counted."""
+        return int(self.info("clients")["connected_clients"]) - 1
 
     def server_cpu(self) -> float:
         """Return the CPU time of the server's main thread in seconds."""
@@ -179,6 +194,21 @@ class Worker:
         self.start(job, **args)
         return self.result(timeout)
 
+    def go_on(self) -> None:
+        """Begin the next stage of the job that waits behind an answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+
+    def stage(self, timeout: float = 120.0) -> dict[str, object]:
+        """Return the answer of the stage that runs."""
+        return dict(self.result(timeout))
+
+    def finish(self) -> None:
+        """Let the job end behind its last answer."""
+        self.go_on()
+        check(self.result() is None, "the job has another stage")
+
     def close(self) -> None:
         """End the process and wait for it."""
         assert self._process.stdin is not None
@@ -196,12 +226,14 @@ class Worker:
 class Stage:
     """The surroundings of every benchmark: a server, a connection to it, a backend, and worker processes."""
 
-    def __init__(self, *, quick: bool, executable: str | None = None) -> None:
+    def __init__(self, *, quick: bool, executable: str | None = None, tcp: bool = False) -> None:
         self.quick = quick
-        self.server = EmbeddedServer(executable=executable)
+        self.executable = executable
+        self.server = EmbeddedServer(executable=executable, tcp=tcp)
         self.url = self.server.url
-        self.path = urllib.parse.unquote(self.url.removeprefix("unix://"))
-        self.wire = Wire(self.path)
+        address = urllib.parse.urlsplit(self.url)
+        self.path = urllib.parse.unquote(address.path)
+        self.wire = Wire(self.path, port=address.port or 0)
         self.backend = ff_fast.ValkeyBackend.connect(self.url)
         self._workers: dict[str, Worker] = {}
 
@@ -332,8 +364,8 @@ class Core(WriterCore):
         return batch.message
 
 
-def batches(frames: Sequence[bytes], size: int) -> list[Sequence[bytes]]:
-    return [frames[i : i + size] for i in range(0, len(frames), size)]
+def batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def per_frame_cpu(wire: Wire, count: int, work: Callable[[], object]) -> float:

@@ -1,50 +1,67 @@
-"""Put the table of the last complete run into README.md: ``python -m bench.readme``."""
+"""Put the tables of the last complete run into README.md and bench/README.md: ``python -m bench.readme``."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
+from bench import capacity
 from bench.figures import RowJson, markdown, note
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "latest.json"
-BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
+NOT_MEASURED = "Run `make bench`."
+
+Result = dict[str, Any]
 
 
-def numbers(result: dict[str, object]) -> str:
-    """Return the text between the two markers."""
+def numbers(result: Result) -> str:
+    """Return the table of all rows."""
     rows = cast("list[RowJson]", result["rows"])
     return f"{markdown(rows)}\n\nRatios are ours over the rival's, in one run of `make bench`. {note(result)}."
 
 
-def replaced(readme: str, text: str) -> str:
-    """Return *readme* with *text* between its markers.
+def carried(result: Result) -> str:
+    """Return the model of cost."""
+    costs = cast("capacity.Costs", result.get("costs") or {})
+    return f"{capacity.table(costs)}\n\n{note(result)}." if costs else NOT_MEASURED
+
+
+# What stands between the two markers of a name, in which file.
+PARTS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "numbers": ("README.md", numbers),
+    "capacity": ("bench/README.md", carried),
+}
+
+
+def replaced(text: str, name: str, part: str) -> str:
+    """Return *text* with *part* between the markers of *name*.
 
     Raises:
         ValueError: A marker is missing or repeated, or the two are in the wrong order.
     """
-    if (
-        readme.count(BEGIN) != 1
-        or readme.count(END) != 1
-        or readme.index(BEGIN) > readme.index(END)
-    ):
-        raise ValueError(f"README.md must have {BEGIN} and {END}, once each, in this order")
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the text must have {begin} and {end}, once each, in this order")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{part}\n{end}{after}"
 
 
 def main() -> int:
-    """Rewrite README.md."""
+    """Rewrite the files."""
     result = json.loads(RESULTS.read_text("utf-8"))
     if result["quick"] or result["only"]:
         print("The last run was not a complete one: run `make bench`.", file=sys.stderr)
         return 1
-    readme = ROOT / "README.md"
-    readme.write_text(replaced(readme.read_text("utf-8"), numbers(result)), "utf-8")
+    for name, (file, part) in PARTS.items():
+        path = ROOT / file
+        path.write_text(replaced(path.read_text("utf-8"), name, part(result)), "utf-8")
     return 0
 
 

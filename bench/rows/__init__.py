@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from bench.rows import (
+    crowd,
     growth,
     imports,
     latency,
     lifecycle,
     many_streams,
     memory,
+    own_pace,
     reading,
     server_cost,
     summary,
@@ -45,5 +47,11 @@ GROUPS = (
     Group(("P12",), imports.run),
     Group(("P13",), lifecycle.run),
     Group(("P14",), lifecycle.latency),
+    Group(("P15",), own_pace.appends),
+    Group(("P16",), own_pace.with_readers),
+    Group(("P17",), own_pace.one_stream),
+    Group(("P18",), crowd.tails),
+    Group(("P19",), crowd.writers),
+    Group(("P20",), crowd.cancellation),
     Group(("growth",), growth.run),
 )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import readme
+from bench import capacity, readme
 from bench.figures import (
     Figure,
     Report,
@@ -19,7 +19,6 @@ from bench.figures import (
 )
 
 RESULTS = json.loads(readme.RESULTS.read_text("utf-8")) if readme.RESULTS.exists() else None
-NOT_MEASURED = "Run `make bench`."
 
 
 def figure(*values):
@@ -161,27 +160,70 @@ def test_a_report_finds_its_figures():
     assert report.figure("ours", "us").median == 1
 
 
-def test_the_readme_gets_the_table_and_keeps_the_rest():
+def test_reports_are_joined_under_the_name_of_their_group():
+    whole = Report()
+    for core, group in (("worker", "P15"), ("Valkey", "P16"), ("worker", "P16")):
+        part = Report(rows=[row()], figures={"ours": {"us": figure(1)}})
+        part.add_cost(core, f"of {group}", figure(3, 1, 2))
+        whole.include(part, group)
+    assert len(whole.rows) == 3
+    assert whole.figures.keys() == {"P15: ours", "P16: ours"}
+    assert whole.costs == {"worker": {"of P15": 2, "of P16": 2}, "Valkey": {"of P16": 2}}
+
+
+COSTS = {
+    "Valkey": {"ff_fast, durable": 5.0, "redis-py asyncio": 50.0},
+    "worker": {"ff_fast, durable": 4.0},
+}
+
+
+def test_a_core_carries_as_many_streams_as_their_frames_fill_it():
+    assert capacity.streams(5.0, 200) == 1_000
+    assert capacity.table(COSTS).splitlines()[2:] == [
+        "| Valkey | stores a frame and delivers it to its reader | ff_fast, durable | 5 | 6,700 | 3,300 | 1,000 |",
+        "| Valkey | stores a frame and delivers it to its reader | redis-py asyncio | 50 | 670 | 330 | 100 |",
+        "| worker | writes a frame, beyond its own schedule | ff_fast, durable | 4 | 8,300 | 4,200 | 1,200 |",
+    ]
+
+
+def test_the_picture_has_a_bar_for_each_core_of_a_contender():
+    bars = capacity.bars(COSTS)
+    assert [core for core, _ in bars["ff_fast, durable"]] == ["Valkey", "worker"]
+    assert [round(streams) for _, streams in bars["redis-py asyncio"]] == [333]
+
+
+def test_the_model_of_cost_is_told_of_its_run():
+    assert readme.carried(a_result()) == readme.NOT_MEASURED
+    said = readme.carried({**a_result(), "costs": COSTS})
+    for part in (capacity.table(COSTS), "A CPU", "0123456789"):
+        assert part in said
+
+
+@pytest.mark.parametrize("name", readme.PARTS)
+def test_a_text_gets_its_part_and_keeps_the_rest(name):
+    before = f"# Title\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\nrest\n"
+    after = readme.replaced(before, name, "new")
+    assert after == f"# Title\n<!-- {name}:begin -->\nnew\n<!-- {name}:end -->\nrest\n"
+    assert readme.replaced(after, name, "new") == after
+
+
+def test_the_table_is_told_of_its_run():
     text = readme.numbers(a_result(row()))
-    before = f"# Title\n{readme.BEGIN}\nold\n{readme.END}\nrest\n"
-    after = readme.replaced(before, text)
-    assert after == f"# Title\n{readme.BEGIN}\n{text}\n{readme.END}\nrest\n"
-    assert readme.replaced(after, text) == after
     for said in ("| P0 |", "valkey 9.1.2", "allocator libc", "A CPU", "0123456789", "2026-11-24"):
         assert said in text
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", readme.BEGIN, f"{readme.END}{readme.BEGIN}", f"{readme.BEGIN}{readme.BEGIN}{readme.END}"],
-)
-def test_a_readme_without_its_markers_is_refused(text):
+BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
+def test_a_text_without_its_markers_is_refused(text):
     with pytest.raises(ValueError, match="must have"):
-        readme.replaced(text, "table")
+        readme.replaced(text, "numbers", "table")
 
 
 @pytest.mark.parametrize("change", [{"quick": True}, {"only": ["P1a"]}])
-def test_only_a_complete_run_reaches_the_readme(tmp_path, monkeypatch, capsys, change):
+def test_only_a_complete_run_is_copied(tmp_path, monkeypatch, capsys, change):
     path = tmp_path / "latest.json"
     path.write_text(json.dumps({**a_result(row()), **change}))
     monkeypatch.setattr(readme, "RESULTS", path)
@@ -190,7 +232,9 @@ def test_only_a_complete_run_reaches_the_readme(tmp_path, monkeypatch, capsys, c
     assert "make bench" in capsys.readouterr().err
 
 
-def test_the_readme_shows_the_results_that_are_in_the_repository():
-    text = (readme.ROOT / "README.md").read_text("utf-8")
-    expected = NOT_MEASURED if RESULTS is None else readme.numbers(RESULTS)
-    assert readme.replaced(text, expected) == text, "run `python -m bench.readme`"
+@pytest.mark.parametrize("name", readme.PARTS)
+def test_a_file_shows_the_results_that_are_in_the_repository(name):
+    file, part = readme.PARTS[name]
+    text = (readme.ROOT / file).read_text("utf-8")
+    expected = readme.NOT_MEASURED if RESULTS is None else part(RESULTS)
+    assert readme.replaced(text, name, expected) == text, "run `python -m bench.readme`"
