@@ -1428,7 +1428,7 @@ cdef class WriterCore:
         return self._batch_answered(<Batch>part, reply, now_ms, shared)
 
     cdef object _batch_answered(self, Batch batch, object reply, long long now_ms, bint shared):
-        # Ms and sequence of the last id, the end of the lease in ms, and 1 if a cancel is requested.
+        # Ms and sequence of the last id, when the lease ends in ms, and 1 if a cancel is requested.
         cdef long long values[4]
         cdef long long acked, now
         if not self._in_flight or self._in_flight[0] is not batch:
@@ -1885,7 +1885,7 @@ cdef class Call:
         return message
 
     def __call__(self, reply):
-        """Give each writer its part of *reply*; a mark of the outbox's `lost` says that there is none.
+        """Give each writer its part of *reply*; a mark of the outbox's `lost` stands for none.
 
         An exception of a hook passes through once every writer has its part.
         """
