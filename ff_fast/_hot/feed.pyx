@@ -162,7 +162,7 @@ cdef class Inbox:
         stored: Sequence up to which the reader knows that what it got is stored; pushes may have run ahead.
         due: A read must be made, since something may have been missed.
         reading: A read is under way; no push is taken meanwhile.
-        doubted: A push has contradicted the place; none is taken until a read has found it in storage.
+        doubted: The place may not be in storage; no push is taken until a read has found it there.
         confirmed: The server has confirmed the subscription, and it was not lost since.
         settling: Frames may be on their way to storage that were pushed before the subscription.
         end_reason: Why the attempt ended; None until the end was delivered.
@@ -203,7 +203,8 @@ cdef class Inbox:
         """Note that the server has confirmed the subscription, or that it is lost. What was pushed before may be missed."""
         self.confirmed = subscribed
         if subscribed:
-            self.due = True
+            # The server may be another one, and what follows may not follow what the reader had.
+            self.due = self.doubted = True
             self.settling = True
         else:
             # Storage is asked now and then until the subscription is back.
@@ -254,6 +255,7 @@ cdef class Inbox:
         """Note that a read begins: what was pushed so far need not be followed by another one."""
         self._woken = False
         self._dropping = False
+        self.check_place()
         self.due = False
         self.reading = True
 
@@ -269,6 +271,12 @@ cdef class Inbox:
         """Whether the reader has to be asked for its next step before it waits."""
         return self.due or self.reading or self.end_reason is not None
 
+    cdef int check_place(self) noexcept:
+        """Doubt a place that storage may never get to, where something may have been missed."""
+        if self.due and self.stored < self.sequence:
+            self.doubted = True
+        return 0
+
     def take(self):
         """Return the items of the pushes that follow the place, in order."""
         return self.taken()
@@ -282,6 +290,7 @@ cdef class Inbox:
         cdef int what
         cdef bint again = True
         self._woken = False
+        self.check_place()
         if self.reading or self.doubted or not self._queue:
             return items
         queue = self._queue
