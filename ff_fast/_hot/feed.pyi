@@ -17,7 +17,7 @@ class Bell:
     def __call__(self) -> None:
         """Wake the task that waits, if one does."""
 
-    def __await__(self) -> Generator[Any, None, None]:
+    def __await__(self) -> Generator[Any]:
         """Wait for the next ring. One task at a time may wait."""
 
     @property

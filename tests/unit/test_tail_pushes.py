@@ -69,7 +69,9 @@ class Attempt:
 
     def end(self, reason=b"attempt_success"):
         ms = max(self.now_ms(), self.ms)
-        self.log.append([b"%d-%d" % (ms, self.last + 1), [b"end", reason, b"prev", b"%d" % self.visible]])
+        self.log.append(
+            [b"%d-%d" % (ms, self.last + 1), [b"end", reason, b"prev", b"%d" % self.visible]]
+        )
         self.reason = reason
         return b"E%d-%d %d %s" % (ms, self.last + 1, self.visible, reason)
 
@@ -96,7 +98,19 @@ class Attempt:
             parts.append(found)
         to = b"%d-%d" % (self.ms, self.last)
         return [
-            *(1, b"OK", parts[0], to, b"", parts[1], to, b"", to, b"%d" % self.visible, self.reason),
+            *(
+                1,
+                b"OK",
+                parts[0],
+                to,
+                b"",
+                parts[1],
+                to,
+                b"",
+                to,
+                b"%d" % self.visible,
+                self.reason,
+            ),
             *(b"%d" % self.lease_ms if self.lease_ms else b"", b"1", place, b"65536"),
         ]
 
@@ -337,7 +351,9 @@ def test_a_hole_that_is_not_stored_yet_is_asked_for_again_and_filled(feed, attem
     assert reader.core.wake_at > clock.now + 1
 
 
-def test_a_hole_that_nothing_fills_does_not_keep_what_is_stored_from_the_reader(feed, attempt, clock):
+def test_a_hole_that_nothing_fills_does_not_keep_what_is_stored_from_the_reader(
+    feed, attempt, clock
+):
     reader = live_reader(feed, attempt)
     feed.told(push_of(b"f", attempt.now_ms(), 99, [block_of(b"V", [], [b"nobody's"])]))
     for n in range(20):
@@ -350,7 +366,9 @@ def test_a_hole_that_nothing_fills_does_not_keep_what_is_stored_from_the_reader(
     assert (reader.told(), attempt.reads) == ([b"x"], 0)
 
 
-def test_frames_that_were_pushed_before_the_subscription_are_read_when_they_are_stored(feed, attempt, clock):
+def test_frames_that_were_pushed_before_the_subscription_are_read_when_they_are_stored(
+    feed, attempt, clock
+):
     feed.doubt(True)
     reader = Reader(feed, attempt)
     assert reader.told() == []
@@ -508,7 +526,12 @@ def test_a_cursor_of_a_frame_that_is_not_stored_yet(feed, attempt, clock):
 
 
 def test_a_push_names_its_frames():
-    message = push_of(b"F", 50, 9, [block_of(b"L", [b"frame_type", b"t"], [b"a"]), block_of(b"V", [], [b"b", b"c"], [-1, 2])])
+    message = push_of(
+        b"F",
+        50,
+        9,
+        [block_of(b"L", [b"frame_type", b"t"], [b"a"]), block_of(b"V", [], [b"b", b"c"], [-1, 2])],
+    )
     pushed = decode_push(message, 3)
     assert (pushed.kind, pushed.deferred, pushed.first, pushed.last) == ("frames", False, 7, 9)
     assert [(f.cursor, f.frame_type, f.mode, f.ts_ms) for f in pushed.frames] == [
