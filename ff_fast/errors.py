@@ -243,9 +243,7 @@ class InvalidCursor(InvalidInput):
     """A cursor of a stream has another form, or belongs to another attempt."""
 
     code = "invalid_cursor"
-    _sentence = (
-        "A cursor must be None, 'start', '0-0', the cursor of an item or an entry id '<milliseconds>-<sequence>'."
-    )
+    _sentence = "A cursor must be None, 'start', '0-0', the cursor of an item or an entry id '<milliseconds>-<sequence>'."
 
 
 class InvalidCapabilities(InvalidInput):
