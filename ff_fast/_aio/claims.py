@@ -1,4 +1,7 @@
-"""Claims of the asyncio shell that wait: for each kind of work one task waits on the server, for all of them."""
+"""Claims of the asyncio shell: for each kind of work one task waits on the server, for all that wait.
+
+Claims that do not wait ask together as well, where several do at the same time.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Waits:
-    """The lines of a backend in which claims wait. A line has a task and a connection as long as it is not empty."""
+    """The lines of a backend in which claims wait. Each has a task as long as it is not empty."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -27,8 +30,7 @@ class Waits:
 
     async def wait(self, step: AwaitHint) -> None:
         """Wait in line."""
-        claim, offer = step
-        line = offer.line
+        claim, offer, line = step
         waiter = self._loop.create_future()
 
         def wake() -> None:
@@ -39,21 +41,29 @@ class Waits:
         line.join(claim)
         if line not in self._served:
             self._served.add(line)
-            _ = self._pool._spawn(self._serve(offer))
-        timer = self._loop.call_later(max(claim.left(), 0.0), wake)
+            _ = self._pool._spawn(self._serve(offer, line))
+        timer = None
+        if line is offer.line:
+            timer = self._loop.call_later(max(claim.left(), 0.0), wake)
         try:
             if not claim.told:
                 await waiter
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
             line.leave(claim)
         if claim.failure is not None:
             raise claim.failure
 
-    async def _serve(self, offer: Offer) -> None:
-        line, pool = offer.line, self._pool
+    async def _serve(self, offer: Offer, line: Line) -> None:
+        pool = self._pool
         connection = None
         try:
+            if line is offer.rush:
+                while line.waiting:
+                    steps = claiming.serve_at_once(pool._deployment, offer)
+                    await run_steps(steps, pool._shared.request)
+                return
             connection = await pool._acquire()
             request = pool._requests_on(connection)
             while line.waiting:

@@ -60,6 +60,13 @@ class Line:
         with contextlib.suppress(ValueError):
             self.waiting.remove(claim)
 
+    def dismiss(self, claim: Claim) -> None:
+        """Tell *claim*, if it is still in the line, that there is nothing for it."""
+        with contextlib.suppress(ValueError):
+            self.waiting.remove(claim)
+            claim.dismissed = True
+            claim.wake()
+
     def give(self, head: Head) -> bool:
         """Give a hint to the claim that has waited longest; return False if none waits."""
         while True:

@@ -25,6 +25,7 @@ from ff_fast.errors import (
 
 if TYPE_CHECKING:
     from ff_fast._core.claiming import Claim
+    from ff_fast._core.line import Line
     from ff_fast._core.ready import Offer
     from ff_fast.types import BackendRetry
 
@@ -80,14 +81,16 @@ class Pause(NamedTuple):
 
 
 class AwaitHint(NamedTuple):
-    """Wait in the line of *offer* until *claim* is told something, or its time is up; then resume with an empty list.
+    """Wait in *line*, one of *offer*, until *claim* is told something, or its time is up; then resume with an empty list.
 
-    As long as claims wait in a line, the shell runs :func:`ff_fast._core.claiming.serve` for them. An error of that is
-    raised for each of them.
+    As long as there are claims in a line, the shell serves it: ``offer.line`` by :func:`ff_fast._core.claiming.serve`,
+    ``offer.rush`` by :func:`ff_fast._core.claiming.serve_at_once`, in which no time is ever up. An error of that is
+    raised for each claim.
     """
 
     claim: Claim
     offer: Offer
+    line: Line
 
 
 Steps = Generator[Step | Pause | AwaitHint, list[object], T]

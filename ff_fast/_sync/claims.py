@@ -46,8 +46,7 @@ class Claiming:
 
     def wait(self, step: AwaitHint) -> None:
         """Wait in line, and on the server for the whole line where nobody else does."""
-        claim, offer = step
-        line = offer.line
+        claim, _, line = step
         bell = threading.Lock()
         bell.acquire()
 
@@ -73,11 +72,11 @@ class Claiming:
             raise claim.failure
 
     def _serve(self, step: AwaitHint) -> None:
-        claim, offer = step
+        claim, offer, line = step
         try:
             steps = claiming.serve(self._pool._deployment, offer, claim)
             run_steps(steps, self.connection().request)
         except FFError as error:
-            offer.line.leave(claim)
-            offer.line.fail(error)
+            line.leave(claim)
+            line.fail(error)
             raise

@@ -76,7 +76,9 @@ def test_an_idle_worker_has_few_connections_whatever_its_concurrency(kind, own_s
         raw.ping()
         maker.create_execution(lane=f"{lane}-other")
         before = len(raw.client_list())
-        with Worker(kind, own_server.url, lambda task: ran.append(task), lane=lane, concurrency=100):
+        with Worker(
+            kind, own_server.url, lambda task: ran.append(None), lane=lane, concurrency=100
+        ):
             wait_until(lambda: blocked(raw))
             for _ in range(3):
                 assert len(blocked(raw)) <= 1

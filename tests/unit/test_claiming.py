@@ -291,9 +291,9 @@ def in_line(on, count, tokens=()):
     """Claims that wait in one line."""
     claims = [claim_of(*tokens, max_wait_s=10) for _ in range(count)]
     waits = [next(claiming.claim(on, each)) for each in claims]
-    for claim, offer in waits:
-        offer.line.join(claim)
-    return offer, claims
+    for step in waits:
+        step.line.join(step.claim)
+    return waits[0].offer, claims
 
 
 def test_one_pop_serves_as_many_claims_as_there_are_hints_in_their_order(clock):
