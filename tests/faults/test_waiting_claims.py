@@ -224,6 +224,50 @@ async def test_a_close_ends_every_wait(shell, server, raw, lane, no_looks):
     await reached(lambda: not blocked(raw))
 
 
+async def test_claims_that_ask_together_and_are_cancelled_lose_nothing(server, raw, lane):
+    dice = random.Random(3)
+    async with aio.ValkeyBackend.connect(server.url) as backend:
+        made = {await backend.create_execution(lane=lane) for _ in range(60)}
+        taken = set()
+
+        async def caller():
+            while (handle := await backend.claim(lane=lane, **WORKER)) is not None:
+                fields = handle.fields()
+                assert fields.attempt_index == 0
+                taken.add(fields.execution_id)
+                await backend.complete(handle)
+
+        for _ in range(12):
+            callers = [asyncio.ensure_future(backend.claim(lane=lane, **WORKER)) for _ in range(12)]
+            for _ in range(dice.randrange(30)):
+                await asyncio.sleep(0)
+            for each in callers[::2]:
+                each.cancel()
+            for each in callers:
+                with contextlib.suppress(asyncio.CancelledError):
+                    handle = await each
+                    if handle is not None:
+                        taken.add(handle.fields().execution_id)
+                        await backend.complete(handle)
+            if len(taken) > 40:
+                break
+        await reached(lambda: not backend._giving_back)
+        await asyncio.gather(*(caller() for _ in range(12)))
+        assert taken == made
+        assert all(core_of(raw, eid)["reclaim_count"] == "0" for eid in made)
+
+
+async def test_each_claim_that_asks_together_hears_of_a_refusal(server, lane):
+    async with aio.ValkeyBackend.connect(server.url) as backend:
+        await backend.create_execution(lane=lane)
+        with connect_raw(server.url) as breaker:
+            breaker.execute_command("FUNCTION", "DELETE", "ff_fast")
+        claims = [backend.claim(lane=lane, **WORKER) for _ in range(8)]
+        # The library is loaded again, and one has the work.
+        found = await asyncio.gather(*claims)
+        assert len([each for each in found if each is not None]) == 1
+
+
 def test_who_is_interrupted_while_it_waits_for_all_hands_over(server, raw, lane, no_looks):
     with (
         ff_fast.ValkeyBackend.connect(server.url) as backend,

@@ -352,6 +352,60 @@ def test_the_best_hints_of_all_queues_come_first(clock):
     assert [each.given.partition for each in claims] == [1, 3, 4]
 
 
+def in_rush(on, count, tokens=()):
+    """Claims that do not wait, and ask while another one does."""
+    claims = [claim_of(*tokens) for _ in range(count)]
+    offer = on.offer("lane", tokens)
+    offer.asking += 1
+    for each in claims:
+        each.shares = True
+        step = next(claiming.claim(on, each))
+        assert step.line is offer.rush
+        offer.rush.join(each)
+    return offer, claims
+
+
+def test_claims_that_come_together_ask_together(clock):
+    on = swept()
+    offer, claims = in_rush(on, 4)
+    pop = [[b"7", b"-9", b"3", b"-5"], [b"0", b"m", b"1", b"n"], [b"x", b"-7"], []]
+    asked, _ = run(claiming.serve_at_once(on, offer), [*pop, [1, b"OK"]])
+    assert functions(asked) == [
+        "ZPOPMIN", "pause", "HGETALL", "ZRANGE", "ZRANGE", "ff_forget_hints",
+    ]  # fmt: skip
+    assert asked[0] == [b"ZPOPMIN", READY, b"4"]
+    assert [each.given and each.given.partition for each in claims] == [7, 3, 0, None]
+    assert [each.dismissed for each in claims] == [False, False, False, True]
+    assert not offer.rush.waiting
+
+
+@pytest.mark.parametrize("popped", [[b"7", b"-9", b"junk", b"-5"], [b"junk", b"-9", b"x", b"-5"]])
+def test_foreign_hints_end_nobodys_claim(popped, clock):
+    on = swept()
+    offer, claims = in_rush(on, 2)
+    run(claiming.serve_at_once(on, offer), [popped])
+    assert not any(each.dismissed for each in claims)
+    assert len(offer.rush.waiting) == (1 if b"7" in popped else 2)
+
+
+def test_a_claim_with_capabilities_asks_together_for_the_best_of_all_queues(clock):
+    on = swept("gpu")
+    offer, claims = in_rush(on, 2, tokens=("gpu",))
+    offer.learn(b"gpu")
+    looks = [[b"1", b"-5"], [b"3", b"-7", b"4", b"-6"]]
+    asked, _ = run(claiming.serve_at_once(on, offer), [[], *looks, [b"3", b"-7", b"4", b"-6"]])
+    assert asked[-1] == [b"ZPOPMIN", keys.ready("lane", "gpu"), b"2"]
+    assert [each.given.partition for each in claims] == [3, 4]
+
+
+def test_a_claim_that_asks_alone_asks_itself(claim):
+    on = swept()
+    state = claim_of()
+    state.shares = True
+    assert claim([b"1", b"-5"], claimed(), on=on, state=state)[1] is not None
+    assert on.offer("lane", ()).asking == 0
+
+
 def test_a_claim_whose_hint_led_to_nothing_is_the_first_again(clock):
     offer, claims = in_line(swept(), 3)
     assert offer.line.give(Head(-9.0, "", 7))
