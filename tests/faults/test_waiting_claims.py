@@ -11,7 +11,7 @@ import threading
 import pytest
 
 import ff_fast
-from ff_fast import CapabilitySet, ClaimPolicy, aio, keys
+from ff_fast import CapabilitySet, ClaimPolicy, _transport, aio, keys
 from ff_fast._core import claiming
 from ff_fast.errors import FFError
 
@@ -111,6 +111,18 @@ async def test_each_kind_of_claim_has_a_wait_of_its_own(shell, own_server, lane,
                 await backend.create_execution(lane=lane)
             await asyncio.wait_for(asyncio.gather(*plain), 20)
             await reached(lambda: not blocked(raw))
+
+
+async def test_the_connection_of_waits_that_have_ended_is_closed(own_server, lane, monkeypatch):
+    monkeypatch.setattr(_transport, "MAX_IDLE_S", 0.1)
+    with connect_raw(own_server.url) as raw:
+        async with aio.ValkeyBackend.connect(own_server.url) as backend:
+            claims = await waiting(backend, lane, MANY)
+            await reached(lambda: blocked(raw))
+            for each in claims:
+                await backend.create_execution(lane=lane)
+                await asyncio.wait_for(each, 20)
+            await reached(lambda: len(raw.client_list()) == 2)
 
 
 # -- order -------------------------------------------------------------------------------------------
