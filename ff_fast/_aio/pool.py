@@ -167,7 +167,7 @@ class Pool:
         self._giving_back: set[asyncio.Task[None]] = set()
         self._deployment = Deployment(config.partitions, config.max_payload_bytes)
         self._shared = SharedConnection(self._connect, self._spawn, self._timeout_s)
-        self._waits = Waits(self)
+        self._waits = Waits(self, self._shared.request)
 
     @property
     def closed(self) -> bool:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ff_fast import keys
 from ff_fast._core import ops, ready
-from ff_fast._core.ready import Head, Offer, listed
+from ff_fast._core.line import Head, Waiter
+from ff_fast._core.ready import Offer, listed
 from ff_fast._core.steps import (
     AwaitHint,
     Command,
@@ -172,7 +174,7 @@ def _claim(on: Deployment, state: Claim, offer: Offer) -> Steps[Handle | None]:
     while not state.abandoned:
         popped = True
         if state.left() > 0:
-            yield AwaitHint(state, offer, offer.line)
+            yield AwaitHint(state, offer.line, partial(serve, on, offer), blocks=True)
             found, state.given = state.given, None
             if found is None:
                 if state.left() <= 0 and offer.line.looked_at >= state.joined_at:
@@ -181,7 +183,7 @@ def _claim(on: Deployment, state: Claim, offer: Offer) -> Steps[Handle | None]:
                 continue
             heads = [found]
         elif state.shares and offer.asking:
-            yield AwaitHint(state, offer, offer.rush)
+            yield AwaitHint(state, offer.rush, partial(serve_at_once, on, offer), blocks=False)
             found, state.given = state.given, None
             if found is None:
                 return None
@@ -218,7 +220,7 @@ def _find(on: Deployment, state: Claim, offer: Offer) -> Steps[tuple[list[Head],
         offer.asking -= 1
 
 
-def serve_at_once(on: Deployment, offer: Offer) -> Steps[None]:
+def serve_at_once(on: Deployment, offer: Offer, _: Waiter | None = None) -> Steps[None]:
     """Ask once for all claims of *offer* that do not wait, and tell each of them what came, or that there is nothing."""
     line = offer.rush
     asking = list(line.waiting)
@@ -257,7 +259,7 @@ def _hand_out(line: Line, offer: Offer, heads: list[Head]) -> Steps[None]:
         yield Step([ready.requeue(offer.lane, head) for head in over])
 
 
-def serve(on: Deployment, offer: Offer, leader: Claim | None = None) -> Steps[None]:
+def serve(on: Deployment, offer: Offer, leader: Waiter | None = None) -> Steps[None]:
     """Wait once for hints, at most :data:`LOOK_EVERY_S`, and hand them out to the claims in the line of *offer*.
 
     Args:

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import random
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ff_fast import keys
 from ff_fast._core import ops
-from ff_fast._core.line import Line
+from ff_fast._core.line import Head, Line
 from ff_fast._core.steps import Command, Step, Steps, checked, command, is_foreign
 from ff_fast.errors import FFError
 
@@ -85,14 +85,6 @@ class Offer:
                 # It is learned anew with the next work that requires it.
                 del self.needs[1]
             self.needs.append(needs)
-
-
-class Head(NamedTuple):
-    """The best execution of a partition among those with the same requirements."""
-
-    score: float
-    needs: str
-    partition: int
 
 
 def listed(reply: object) -> list[bytes]:

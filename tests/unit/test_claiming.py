@@ -8,7 +8,7 @@ import pytest
 from ff_fast import CapabilitySet, errors, keys
 from ff_fast._core import claiming, deployment, line, operations, ops, ready
 from ff_fast._core.deployment import Deployment
-from ff_fast._core.ready import Head
+from ff_fast._core.line import Head
 from ff_fast._core.steps import AwaitHint, Pause
 
 from .script import functions, run
@@ -79,12 +79,12 @@ def led(on, state):
             try:
                 if isinstance(step, AwaitHint):
                     replies = []
-                    step.offer.line.join(state)
+                    step.line.join(state)
                     try:
                         while not state.told and state.left() > 0:
-                            yield from claiming.serve(on, step.offer, state)
+                            yield from step.serve(state)
                     finally:
-                        step.offer.line.leave(state)
+                        step.line.leave(state)
                 else:
                     replies = yield step
             except errors.FFError as error:
@@ -293,7 +293,7 @@ def in_line(on, count, tokens=()):
     waits = [next(claiming.claim(on, each)) for each in claims]
     for step in waits:
         step.line.join(step.claim)
-    return waits[0].offer, claims
+    return on.offer("lane", tokens), claims
 
 
 def test_one_pop_serves_as_many_claims_as_there_are_hints_in_their_order(clock):
