@@ -707,7 +707,7 @@ local function fault(met)
     local _, place = pcall(error, '', level)
     local line = string.match(place, ':(%d+): $')
     if line then
-      return { err = text .. ' script: ff_append, on @user_function:' .. line .. '.' }
+      return { err = text .. ' script: on @user_function:' .. line .. '.' }
     end
   end
   return { err = text }
@@ -825,8 +825,8 @@ redis.register_function('ff_open_writer', function(keys, args)
   if current ~= writer then
     local base = ff.text(sequence + 1)
     openings = ff.text((tonumber(openings or '0') or 0) + 1)
-    -- Frames that the writer before has pushed and not stored are lost: readers look. This comes before the first write,
-    -- so that a user who may not publish learns it here, and not from readers that are late.
+    -- Frames that the writer before has pushed and not stored are lost: readers look. This comes before the first
+    -- write, so that a user who may not publish learns it here, and not from readers that are late.
     call('SPUBLISH', meta_key, PUSH.CHANGED)
     call('HSET', meta_key, 'writer', writer, 'writer_base', base, 'writer_openings', openings)
     if (integer(payload_limit) or 0) > (integer(limit_before) or ff.USUAL_PAYLOAD) then

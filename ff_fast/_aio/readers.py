@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 import weakref
 from math import inf
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ff_fast._core import readers
 from ff_fast._core.tail import Item
-from ff_fast._hot.feed import Bell
+from ff_fast._hot.feed import Bell, Inbox
 from ff_fast._hot.items import AsyncItems
 from ff_fast._transport import MAX_IDLE_OF_READERS, closed_error
 from ff_fast.errors import FFError
@@ -90,9 +91,8 @@ class PushReader(readers.PushState[T], Readable[T]):
         self._ring = Bell(pool._loop)
         self._sent: Read | None = None
         self._reading = False
+        # Rings the bell at `_looks_at`.
         self._look: asyncio.TimerHandle | None = None
-        # When the timer rings the bell, in monotonic time.
-        self._looks_at = inf
 
     async def _read(self, until: float | None) -> bool:
         """Read the next items; return whether there are any, in time and before the end."""
@@ -104,7 +104,7 @@ class PushReader(readers.PushState[T], Readable[T]):
             return True
         self._reading = True
         try:
-            while self._empty and not self._source.ended:
+            while not (self._rest or self._source.ended):
                 try:
                     if not await self._advance(until):
                         break
@@ -168,9 +168,8 @@ class PushReader(readers.PushState[T], Readable[T]):
             return False
         if until is not None and until < look_at:
             look_at = until
-        future = self._ring.future()
         self._look_by(look_at)
-        await future
+        await self._ring
         return True
 
     def _look_by(self, look_at: float) -> None:
@@ -191,13 +190,18 @@ class PushReader(readers.PushState[T], Readable[T]):
         if part is self._attached:
             return
         self._leave()
-        part.on_wake = self._ring
+        if part is self._source and isinstance(part, Inbox):
+            # Iteration takes its pushes in C.
+            self._attach(part, self._ring)
+        else:
+            part.on_wake = self._ring
         self._attached = part
         self._hub.attach(part)
 
     def _leave(self) -> None:
         attached, self._attached = self._attached, None
         if attached is not None:
+            self._detach()
             self._hub.detach(attached)
 
     async def aclose(self) -> None:
@@ -212,7 +216,7 @@ class PushReader(readers.PushState[T], Readable[T]):
     def __del__(self) -> None:
         # A loop over the reader was left in the middle. The collector may run on any thread.
         attached = self.__dict__.get("_attached")
-        if attached is not None and not self._pool.closed:
+        if attached is not None and self._pool._pid == os.getpid():
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._hub.detach, attached)
 

@@ -150,10 +150,14 @@ class TailCore(Inbox):
         self._half_bytes = max(min(max_bytes, _REPLY_BYTES) // 2, 1)
         self._reason: GapReason = "trimmed"
         self._counts = list(_FIRST_COUNTS)
-        self._failure: FFError | None = None
         self.restart()
         self.due = self._pages
         self.look_at = monotonic() + _SUBSCRIBE_S
+
+    @property
+    def part(self) -> TailCore:
+        """The listener of the channel that is read: this reader reads one attempt."""
+        return self
 
     # -- place -------------------------------------------------------------------------------------
 
@@ -161,11 +165,6 @@ class TailCore(Inbox):
     def cursor(self) -> str:
         """Cursor of the last frame that was delivered or reported missing."""
         return make_cursor(self.attempt_index, self.ms, self.sequence)
-
-    @property
-    def part(self) -> TailCore:
-        """What listens to the channel: the reader itself."""
-        return self
 
     @property
     def ended(self) -> bool:
@@ -235,6 +234,7 @@ class TailCore(Inbox):
         self._hole_since: float | None = None
         self._hole_s = 0.0
         self._looked = False
+        self._failure: FFError | None = None
         self.reading = False
         self.due = True
 

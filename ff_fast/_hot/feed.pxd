@@ -1,3 +1,5 @@
+cimport cython
+
 from ff_fast._hot.frames cimport Pushed
 
 
@@ -6,12 +8,32 @@ cdef enum:
     REMEMBERED = 16
 
 
-cdef class Bell:
-    cdef object _future
+cdef class Bell
+
+
+@cython.final
+cdef class Ringer:
     cdef object _loop
+    cdef list _rung
+
+    cdef int add(self, Bell bell) except -1
+
+
+@cython.final
+cdef class Bell:
+    cdef public bint _asyncio_future_blocking
+    cdef Ringer _ringer
+    cdef object _loop
+    cdef object _callback
+    cdef object _context
+    cdef object _message
+    cdef bint _waiting
+    cdef bint _rung
+    cdef bint _cancelled
 
     cdef int ring(self) except -1
-    cdef object wait(self)
+    cdef int begin(self) except -1
+    cdef int resume(self) except -1
 
 
 cdef class Inbox:
@@ -44,6 +66,7 @@ cdef class Inbox:
     cdef int drop(self) noexcept
     cdef list taken(self)
     cdef bint must_ask(self) noexcept
+    cdef double next_look(self) noexcept
     cdef int follow(self, Pushed pushed, list items) except -1
     cdef int add_all(self, Pushed pushed, list items) except -1
     cdef int add_visible(self, Pushed pushed, list items) except -1

@@ -1,6 +1,7 @@
-from asyncio import AbstractEventLoop, Future
-from collections.abc import Callable
-from typing import final
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Generator
+from contextvars import Context
+from typing import Any, final
 
 from typing_extensions import disjoint_base
 
@@ -10,18 +11,39 @@ from ff_fast.types import End, EndReason, Gap
 
 @final
 class Bell:
-    """Wakes one asyncio task that waits for a reader."""
+    """Wakes one asyncio task that waits for a reader, any number of times."""
 
     def __init__(self, loop: AbstractEventLoop) -> None: ...
     def __call__(self) -> None:
         """Wake the task that waits, if one does."""
 
-    def future(self) -> Future[None]:
-        """Return a future that the next ring ends. One task at a time may wait."""
+    def __await__(self) -> Generator[Any]:
+        """Wait for the next ring. One task at a time may wait."""
 
     @property
     def waiting(self) -> bool:
         """Whether a task waits."""
+    _asyncio_future_blocking: bool
+    def get_loop(self) -> AbstractEventLoop:
+        """Return the loop of the tasks that wait."""
+
+    def add_done_callback(
+        self, callback: Callable[[Bell], object], *, context: Context | None = None
+    ) -> None:
+        """Call *callback* at the ring."""
+
+    def cancel(self, msg: object = None) -> bool:
+        """End the wait of a task that was cancelled."""
+
+    def result(self) -> None:
+        """Return None, or raise ``CancelledError`` where the wait was cancelled."""
+
+@final
+class Ringer:
+    """Resumes the tasks whose bells were rung, all of them in one call of the loop."""
+
+    def __init__(self, loop: AbstractEventLoop) -> None: ...
+    def __call__(self) -> None: ...
 
 @disjoint_base
 class Inbox:

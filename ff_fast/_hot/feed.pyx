@@ -9,8 +9,10 @@ cimport cython
 from cpython.list cimport PyList_GET_SIZE
 from libc.math cimport INFINITY
 
-import asyncio
+from asyncio import CancelledError
+from contextvars import copy_context
 from time import monotonic
+from weakref import WeakKeyDictionary, ref
 
 from ff_fast._hot.frames cimport (
     PUSHED_END,
@@ -22,8 +24,6 @@ from ff_fast._hot.frames cimport (
 )
 
 from ff_fast.types import End
-
-cdef object Future = asyncio.Future
 
 cdef enum:
     # What a reader's queue holds at most; a single push may have more.
@@ -38,14 +38,52 @@ cdef enum:
 cdef double LONGEST_S = 30.0
 
 
-@cython.final
-cdef class Bell:
-    """Wakes one asyncio task that waits for a reader.
+# Of each event loop, what wakes its tasks.
+cdef object ringers = WeakKeyDictionary()
 
-    A feed refers to it, and it refers to no reader, so a reader that nobody holds can go.
+
+cdef class Ringer:
+    """Resumes the tasks whose bells were rung, all of them in one call of the loop."""
+
+    def __init__(self, loop):
+        # `ringers` must not keep the loop.
+        self._loop = ref(loop)
+        self._rung = []
+
+    cdef int add(self, Bell bell) except -1:
+        if not self._rung:
+            self._loop().call_soon(self)
+        self._rung.append(bell)
+        return 0
+
+    def __call__(self):
+        cdef list rung = self._rung
+        cdef Py_ssize_t done = 0
+        self._rung = []
+        try:
+            while done < PyList_GET_SIZE(rung):
+                done += 1
+                (<Bell>rung[done - 1]).resume()
+        finally:
+            # An exit or an interrupt in a task leaves the others waiting.
+            if done < PyList_GET_SIZE(rung):
+                if not self._rung:
+                    self._loop().call_soon(self)
+                self._rung = rung[done:] + self._rung
+
+
+cdef class Bell:
+    """Wakes one asyncio task that waits for a reader, any number of times.
+
+    It is what a task awaits, in place of a future for each wait: a task asks only for the methods below. A feed refers
+    to it, and it refers to no reader but by a task that waits.
     """
 
     def __init__(self, loop):
+        cdef object ringer = ringers.get(loop)
+        if ringer is None:
+            ringer = ringers[loop] = Ringer(loop)
+        self._ringer = ringer
         self._loop = loop
 
     def __call__(self):
@@ -53,26 +91,64 @@ cdef class Bell:
         self.ring()
 
     cdef int ring(self) except -1:
-        cdef object future = self._future
-        if future is not None:
-            self._future = None
-            if not future.done():
-                future.set_result(None)
+        if self._waiting and not self._rung:
+            self._rung = True
+            self._ringer.add(self)
         return 0
 
-    cdef object wait(self):
-        """Return a future that the next ring ends."""
-        self._future = Future(loop=self._loop)
-        return self._future
+    cdef int begin(self) except -1:
+        """Let the task wait that is given this bell."""
+        self._waiting = True
+        self._rung = self._cancelled = False
+        self._asyncio_future_blocking = True
+        return 0
 
-    def future(self):
-        """Return a future that the next ring ends. One task at a time may wait."""
-        return self.wait()
+    cdef int resume(self) except -1:
+        cdef object callback = self._callback
+        cdef object context = self._context
+        self._waiting = False
+        self._callback = self._context = None
+        if callback is not None:
+            context.run(callback, self)
+        return 0
+
+    def __await__(self):
+        """Wait for the next ring. One task at a time may wait."""
+        self.begin()
+        yield self
+        self.result()
 
     @property
     def waiting(self):
         """Whether a task waits."""
-        return self._future is not None and not self._future.done()
+        return self._waiting
+
+    # What asyncio asks of a future.
+
+    def get_loop(self):
+        """Return the loop of the tasks that wait."""
+        return self._loop
+
+    def add_done_callback(self, callback, *, context=None):
+        """Call *callback* at the ring."""
+        self._callback = callback
+        self._context = copy_context() if context is None else context
+
+    def cancel(self, msg=None):
+        """End the wait of a task that was cancelled."""
+        if not self._waiting or self._rung:
+            return False
+        self._rung = self._cancelled = True
+        self._message = msg
+        self._ringer.add(self)
+        return True
+
+    def result(self):
+        """Return None, or raise ``CancelledError`` where the wait was cancelled."""
+        if self._cancelled:
+            self._cancelled = False
+            message, self._message = self._message, None
+            raise CancelledError() if message is None else CancelledError(message)
 
 
 cdef class Inbox:
@@ -113,6 +189,9 @@ cdef class Inbox:
     @property
     def wake_at(self):
         """Monotonic time at which a read is due although nothing was pushed."""
+        return self.next_look()
+
+    cdef double next_look(self) noexcept:
         return self.lease_at if self.lease_at < self.look_at else self.look_at
 
     def offer(self, Pushed pushed not None):

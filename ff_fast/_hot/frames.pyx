@@ -77,6 +77,8 @@ cdef enum:
 # Stands for every larger half of an id.
 cdef long long LARGEST = <long long>1 << 62
 
+cdef list NO_FRAMES = []
+
 cdef str DURABLE = "durable"
 cdef str BEST_EFFORT = "best_effort"
 cdef str TOKEN = "token"
@@ -290,6 +292,10 @@ cdef const unsigned char* take_varint(
         shift += 7
 
 
+cdef inline long long unzigzag(unsigned long long value) noexcept:
+    return <long long>(value >> 1) ^ -<long long>(value & 1)
+
+
 cdef bint too_large(bytes run) except -1:
     """Whether a run has more bytes, or says that it has more frames, than ff_fast writes."""
     cdef const unsigned char* start = <const unsigned char*>PyBytes_AS_STRING(run)
@@ -383,7 +389,7 @@ cdef long long add_run(
             frame.sequence = sequence
             frame.frame_type = shared.frame_type
             frame.payload = PyBytes_FromStringAndSize(<const char*>payload, <Py_ssize_t>value)
-            frame.ts_ms = shared._ms + (<long long>(time >> 1) ^ -<long long>(time & 1))
+            frame.ts_ms = shared._ms + unzigzag(time)
             frame.mode = shared.mode
             frame.encoding = shared.encoding
             frame.source = shared.source
@@ -758,8 +764,9 @@ cdef int add_blocks(
     cdef Py_ssize_t size = 0
     cdef unsigned long long value = 0
     cdef long long total = 0
-    cdef bint hidden = False
-    cdef StreamFrame frame
+    cdef Py_ssize_t hidden = 0
+    cdef Py_ssize_t blocks = 0
+    cdef list frames
     while at < end:
         at = take_varint(at + 1, end, &value)
         while value:
@@ -776,17 +783,20 @@ cdef int add_blocks(
         bad_entry()
     pushed.first = pushed.last - total + 1
     total = pushed.first - 1
-    pushed.frames = []
+    pushed.frames = frames = []
     at = start
     while at < end:
-        at = add_block(pushed.frames, at, end, pushed.ms, &total, attempt_index)
-    pushed.visible = pushed.frames
-    for frame in pushed.frames:
-        if frame.mode == BEST_EFFORT:
-            hidden = True
-            break
-    if hidden:
-        pushed.visible = [frame for frame in pushed.frames if (<StreamFrame>frame).mode != BEST_EFFORT]
+        at = add_block(frames, at, end, pushed.ms, &total, attempt_index)
+        # All frames of a block share their mode.
+        if (<StreamFrame>frames[len(frames) - 1]).mode == BEST_EFFORT:
+            hidden += 1
+        blocks += 1
+    if hidden == 0:
+        pushed.visible = frames
+    elif hidden == blocks:
+        pushed.visible = NO_FRAMES
+    else:
+        pushed.visible = [frame for frame in frames if (<StreamFrame>frame).mode != BEST_EFFORT]
     return 0
 
 
@@ -798,6 +808,7 @@ cdef const unsigned char* add_block(
     cdef StreamFrame shared = StreamFrame.__new__(StreamFrame)
     cdef const unsigned char* name = NULL
     cdef const unsigned char* value = NULL
+    cdef const unsigned char* payload
     cdef Py_ssize_t name_size = 0
     cdef Py_ssize_t size = 0
     cdef unsigned long long fields = 0
@@ -839,10 +850,22 @@ cdef const unsigned char* add_block(
     if kind is not None:
         shared.patch_kind = patch_kind_of(kind, pointer)
     at = take_text(at, end, &value, &size)
-    take_varint(value, at, &count)
+    payload = take_varint(value, at, &count)
     sequence[0] += <long long>count
     shared.sequence = sequence[0]
-    add_run(frames, value, at, shared, 0)
+    if count != 1:
+        add_run(frames, value, at, shared, 0)
+        return at
+    # A frame by itself, as a stream at a model's pace pushes them, needs no copy of what it would share.
+    payload = take_varint(payload, at, &count)
+    payload = take_varint(payload, at, &fields)
+    if <unsigned long long>(at - payload) != count:
+        bad_entry()
+    shared.payload = PyBytes_FromStringAndSize(<const char*>payload, <Py_ssize_t>count)
+    shared.ts_ms = ms + unzigzag(fields)
+    if shared._previous < 0:
+        shared._previous = shared.sequence - 1
+    frames.append(shared)
     return at
 
 

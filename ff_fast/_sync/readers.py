@@ -116,7 +116,6 @@ class PushReader(readers.PushState[T], Readable[T]):
     def __init__(self, pool: Pool, source: readers.PushSource[T]) -> None:
         super().__init__(source, pool.config.retry)
         self._pool = pool
-        self._hub = pool._hub
         # The hub knows the bell, and not the reader, so a reader that was left can go.
         self._bell = _Bell()
         # On which a reply is owed.
@@ -176,12 +175,12 @@ class PushReader(readers.PushState[T], Readable[T]):
         self._leave()
         part.on_wake = self._bell
         self._attached = part
-        self._hub.attach(part)
+        self._pool._hub.attach(part)
 
     def _leave(self) -> None:
         attached, self._attached = self._attached, None
         if attached is not None:
-            self._hub.detach(attached)
+            self._pool._hub.detach(attached)
 
     def _let_go(self) -> None:
         """Listen no more, and close the connection if a reply is owed."""

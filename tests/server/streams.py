@@ -10,6 +10,7 @@ from ..reference_frames import run_of
 
 MAX_PAYLOAD = 1 << 20
 WRITER = b"writer-1"
+MARK = b"the test's own mark"
 
 
 def number(value):
@@ -67,6 +68,35 @@ def appended(raw, *parts):
         return [reply], server_ms(raw)
     now, _, answer = reply.partition(b" ")
     return [answer], int(now)
+
+
+class Listener:
+    """Subscribes to channels; `heard` tells what was published since."""
+
+    def __init__(self, raw, *channels):
+        self._raw = raw
+        self._channels = channels
+        self._pubsub = raw.pubsub(ignore_subscribe_messages=True)
+        self._pubsub.ssubscribe(*channels)
+        self.heard()
+
+    def heard(self):
+        """The messages in their order, each with its channel where there are several."""
+        # One connection hears what was published in its order, so nothing is behind the mark.
+        while not self._raw.execute_command("SPUBLISH", self._channels[0], MARK):
+            pass
+        found = []
+        while True:
+            message = self._pubsub.get_message(timeout=10)
+            if message is None:
+                continue
+            if message["data"] == MARK:
+                return found
+            several = len(self._channels) > 1
+            found.append((message["channel"], message["data"]) if several else message["data"])
+
+    def close(self):
+        self._pubsub.close()
 
 
 class Stream:

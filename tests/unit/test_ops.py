@@ -621,7 +621,8 @@ def unpacked(name):
 
 
 def test_keys_and_arguments_have_the_names_of_the_header(subtests):
-    for name in HEADERS:
+    # Where the parts of an append begin is computed.
+    for name in HEADERS.keys() - {"ff_append"}:
         with subtests.test(f"{name!r:.60}"):
             header, names = HEADERS[name], unpacked(name)
             assert names["args"] == header.args
