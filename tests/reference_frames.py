@@ -1,9 +1,10 @@
 """The layout of stream entries, as plainly as it can be said: the oracle of ``ff_fast._hot.frames``."""
 
 import re
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from ff_fast import Gap, PatchKind
+from ff_fast.types import EndReason
 
 
 class F(NamedTuple):
@@ -283,7 +284,7 @@ def parse_push(message, attempt):
         return LOOK
     if kind == b"E":
         previous, _, reason = rest.partition(b" ")
-        if not reason or number(previous) >= last:
+        if text(reason) not in get_args(EndReason) or number(previous) >= last:
             return LOOK
         return Push("end", False, ms, 0, last, None, number(previous), text(reason))
     if not rest:

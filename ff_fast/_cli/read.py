@@ -60,7 +60,7 @@ def add_tail(commands: Commands) -> None:
     )
     _add_execution(parser, json="one JSON object a line for each frame, gap and end")
     parser.add_argument(
-        "--after", metavar="CURSOR", help="start after this frame id or summary cursor"
+        "--after", metavar="CURSOR", help="start after this cursor or frame id"
     )
     parser.add_argument(
         "--exclude-best-effort", action="store_true", help="durable and summary frames only"
@@ -117,15 +117,17 @@ def _show_json(item: StreamFrame | Gap | End) -> None:
             "gap": item.reason,
             "first_missing": item.first_missing,
             "next_sequence": item.next_sequence,
+            "cursor": item.cursor,
         }
     else:
-        line = {"end": item.reason}
+        line = {"end": item.reason, "cursor": item.cursor}
     _write_json(line)
 
 
 def _frame_fields(frame: StreamFrame) -> dict[str, object]:
     """Return a frame for JSON, with ``payload`` if it is UTF-8, else with ``payload_base64``."""
     line: dict[str, object] = {
+        "cursor": frame.cursor,
         "stream_id": frame.stream_id,
         "sequence": frame.sequence,
         "mode": frame.mode,

@@ -1,8 +1,8 @@
-"""Pushes on their way to the readers of an attempt: each is decoded once, and queued at every reader.
+"""Pushes on their way to the readers of an attempt: decoded once, and queued at every reader.
 
-A feed and its readers may be on different threads. `Feed` and `Inbox.accept` run on the hub's, `Inbox.taken` on the
-reader's. None of them releases the GIL between two steps that rely on each other, so there is no lock that an interrupt
-could leave locked.
+A feed and its readers may be on different threads. `Feed` and `Inbox.accept` run on the hub's,
+`Inbox.taken` on the reader's. None of them releases the GIL between two steps that rely on each
+other, so there is no lock that an interrupt could leave locked.
 """
 
 cimport cython
@@ -29,7 +29,8 @@ cdef enum:
     # What a reader's queue holds at most; a single push may have more.
     QUEUE_FRAMES = 4096
     QUEUE_BYTES = 1 << 20
-    # What became of a push: the reader took it or had it, it begins behind the reader's place, or it contradicts it.
+    # What became of a push: the reader took it or had it, it begins behind the reader's place, or
+    # it contradicts it.
     TAKEN = 0
     AHEAD = 1
     CONTRADICTS = 2
@@ -75,8 +76,8 @@ cdef class Ringer:
 cdef class Bell:
     """Wakes one asyncio task that waits for a reader, any number of times.
 
-    It is what a task awaits, in place of a future for each wait: a task asks only for the methods below. A feed refers
-    to it, and it refers to no reader but by a task that waits.
+    It is what a task awaits, in place of a future for each wait: a task asks only for the methods
+    below. A feed refers to it, and it refers to no reader but by a task that waits.
     """
 
     def __init__(self, loop):
@@ -154,14 +155,16 @@ cdef class Bell:
 cdef class Inbox:
     """Place of a reader in an attempt, and the pushes that it has not taken yet.
 
-    A push is taken if its frames follow the place, and says so by ids: what overlaps must have the ids that the reader
-    knows. Everything else makes a read due. The queue has a bound; beyond it all is dropped, and a read is due.
+    A push is taken if its frames follow the place, by their ids: what overlaps must have the ids
+    that the reader knows. Everything else makes a read due. The queue has a bound; beyond it all is
+    dropped, and a read is due.
 
     Attributes:
         ms, sequence: Id of the last frame that was delivered or reported missing.
-        stored: Sequence up to which the reader knows that what it got is stored; pushes may have run ahead.
+        stored: Sequence up to which what the reader got is known to be stored.
         due: A read must be made, since something may have been missed.
         reading: A read is under way; no push is taken meanwhile.
+        doubted: The place may not be in storage; no push is taken until a read has found it there.
         confirmed: The server has confirmed the subscription, and it was not lost since.
         settling: Frames may be on their way to storage that were pushed before the subscription.
         end_reason: Why the attempt ended; None until the end was delivered.
@@ -199,10 +202,11 @@ cdef class Inbox:
         self.accept(pushed)
 
     def doubt(self, bint subscribed):
-        """Note that the server has confirmed the subscription, or that it is lost. What was pushed before may be missed."""
+        """Note that the subscription was confirmed, or is lost: pushes may have been missed."""
         self.confirmed = subscribed
         if subscribed:
-            self.due = True
+            # The server may be another one, and what follows may not follow what the reader had.
+            self.due = self.doubted = True
             self.settling = True
         else:
             # Storage is asked now and then until the subscription is back.
@@ -216,7 +220,8 @@ cdef class Inbox:
             return 0
         if pushed._kind == PUSHED_FRAMES:
             frames = PyList_GET_SIZE(pushed.visible if self.exclude else pushed.frames)
-            # Frames that the reader does not want neither wake it nor are a hole: those it wants name the one before.
+            # Frames that the reader does not want neither wake it nor are a hole: those it wants
+            # name the one before.
             if frames == 0 or self._dropping:
                 return 0
             if self._queue and (
@@ -253,6 +258,7 @@ cdef class Inbox:
         """Note that a read begins: what was pushed so far need not be followed by another one."""
         self._woken = False
         self._dropping = False
+        self.check_place()
         self.due = False
         self.reading = True
 
@@ -268,6 +274,12 @@ cdef class Inbox:
         """Whether the reader has to be asked for its next step before it waits."""
         return self.due or self.reading or self.end_reason is not None
 
+    cdef int check_place(self) noexcept:
+        """Doubt a place that storage may never get to, where something may have been missed."""
+        if self.due and self.stored < self.sequence:
+            self.doubted = True
+        return 0
+
     def take(self):
         """Return the items of the pushes that follow the place, in order."""
         return self.taken()
@@ -277,20 +289,23 @@ cdef class Inbox:
         cdef list queue
         cdef list ahead = None
         cdef Pushed pushed
+        cdef Py_ssize_t i
         cdef int what
         cdef bint again = True
         self._woken = False
-        if self.reading or not self._queue:
+        self.check_place()
+        if self.reading or self.doubted or not self._queue:
             return items
         queue = self._queue
         self.drop()
         while again:
             again = False
             ahead = None
-            for pushed in queue:
+            for i in range(PyList_GET_SIZE(queue)):
+                pushed = <Pushed>queue[i]
+                what = self.follow(pushed, items)
                 if self.end_reason is not None:
                     return items
-                what = self.follow(pushed, items)
                 if what == TAKEN:
                     # One that came out of order may follow now.
                     again = ahead is not None
@@ -299,15 +314,14 @@ cdef class Inbox:
                         ahead = []
                     ahead.append(pushed)
                 else:
-                    self.due = True
+                    # What follows may belong to another history than the place. Storage decides.
+                    self.due = self.doubted = True
+                    self.put_back(ahead, queue[i + 1:])
+                    return items
             if again:
                 queue = ahead
         if ahead is not None:
-            for pushed in ahead:
-                self._frames += PyList_GET_SIZE(pushed.visible if self.exclude else pushed.frames)
-                self._bytes += pushed.size
-            ahead.extend(self._queue)
-            self._queue = ahead
+            self.put_back(ahead, None)
             self._blocked = True
             self._wait_for_hole()
         elif items:
@@ -319,6 +333,21 @@ cdef class Inbox:
                 self.settling = False
                 self.look_at = INFINITY
         return items
+
+    cdef int put_back(self, list ahead, list rest) except -1:
+        """Queue *ahead* and *rest* again, before what has come meanwhile."""
+        cdef Pushed pushed
+        if ahead is None:
+            ahead = []
+        if rest is not None:
+            ahead.extend(rest)
+        for pushed in ahead:
+            if pushed._kind == PUSHED_FRAMES:
+                self._frames += PyList_GET_SIZE(pushed.visible if self.exclude else pushed.frames)
+                self._bytes += pushed.size
+        ahead.extend(self._queue)
+        self._queue = ahead
+        return 0
 
     def _wait_for_hole(self):
         """Frames are missing before those that are queued."""
@@ -397,7 +426,7 @@ cdef class Inbox:
         return TAKEN
 
     cdef bint agrees(self, Pushed pushed) noexcept:
-        """Whether the last frame of a push has the id under which the reader got it, as far as that is known."""
+        """Whether the last frame of a push has the id under which the reader got it, if known."""
         cdef int i
         if pushed.last == self.sequence:
             return self.ms == 0 or pushed.ms == self.ms
