@@ -59,9 +59,7 @@ def add_tail(commands: Commands) -> None:
         ),
     )
     _add_execution(parser, json="one JSON object a line for each frame, gap and end")
-    parser.add_argument(
-        "--after", metavar="CURSOR", help="start after this cursor or frame id"
-    )
+    parser.add_argument("--after", metavar="CURSOR", help="start after this cursor or frame id")
     parser.add_argument(
         "--exclude-best-effort", action="store_true", help="durable and summary frames only"
     )
