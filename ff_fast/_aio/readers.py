@@ -192,7 +192,8 @@ class PushReader(readers.PushState[T], Readable[T]):
         if part is self._attached:
             return
         self._leave()
-        if part is self._source and isinstance(part, Inbox):
+        source: object = self._source
+        if part is source and isinstance(part, Inbox):
             # Iteration takes its pushes in C.
             self._attach(part, self._ring)
         else:
