@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ff_fast import _transport
 from ff_fast._aio.connection import BROKEN, LOST
+from ff_fast._core import hub
 from ff_fast._core.hub import HELLO, PING, HubCore, Listener, Part, subscription_error
 from ff_fast._core.steps import Retries, Step
 from ff_fast.errors import FFError, OutcomeUnknown, ProtocolError
@@ -47,8 +48,8 @@ class Read:
         "step",
     )
 
-    def __init__(self, hub: Hub, step: Step, on_done: Callable[[], None]) -> None:
-        self._hub = hub
+    def __init__(self, owner: Hub, step: Step, on_done: Callable[[], None]) -> None:
+        self._hub = owner
         self._on_done = on_done
         self._replies: list[object] = []
         self._sent = False
@@ -342,7 +343,7 @@ class Hub:
             connection.abort()
             return
         self._go()
-        self._watch = self._loop.call_later(min(timeout_s / 2, 1.0), self._tick)
+        self._watch = self._loop.call_later(min(timeout_s / 2, hub.LINGER_S), self._tick)
 
     def _ponged(self, reply: object) -> None:
         """Take the answer to a PING."""

@@ -10,6 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from ff_fast import _transport
+from ff_fast._core import hub
 from ff_fast._core.hub import HELLO, PING, Asked, HubCore, Listener, Part, subscription_error
 from ff_fast._core.steps import Retries
 from ff_fast.errors import DeadlineExceeded, FFError, ProtocolError
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from ff_fast._sync.connection import Connection
     from ff_fast.types import BackendRetry
-
-_LONGEST_WAIT_S = 1.0
 
 
 class Hub:
@@ -87,11 +86,11 @@ class Hub:
 class _Thread:
     """The thread of a hub."""
 
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
-        self._core = hub._core
-        self._retries = Retries(hub._retry, retry_timeouts=True)
-        self._timeout_s = hub._timeout_s
+    def __init__(self, owner: Hub) -> None:
+        self._hub = owner
+        self._core = owner._core
+        self._retries = Retries(owner._retry, retry_timeouts=True)
+        self._timeout_s = owner._timeout_s
         self._connection: Connection | None = None
         # Requests whose replies have not come; None stands for a PING.
         self._receivers: deque[Asked | None] = deque()
@@ -168,7 +167,7 @@ class _Thread:
         connection = self._connection
         if connection is None:
             return
-        timeout_s = min(_LONGEST_WAIT_S, self._timeout_s / 2)
+        timeout_s = min(hub.LINGER_S, self._timeout_s / 2)
         for reply in connection.listen(self._woken, now + timeout_s):
             if connection.is_push(reply):
                 if self._core.received(reply) is not None:

@@ -37,6 +37,10 @@ class Attempt(NamedTuple):
         return keys.live(self.eid, 0)
 
     @property
+    def channel(self):
+        return keys.attempt_channel(self.eid, 0)
+
+    @property
     def core(self):
         return keys.core(self.eid)
 

@@ -96,7 +96,10 @@ def test_thousands_of_channels_take_one_connection_and_few_commands(connect, raw
             published(backend, client, name, listener, b"hello")
 
 
-def test_a_channel_is_unsubscribed_soon_after_its_last_listener_left(connect, server, raw):
+def test_a_channel_is_unsubscribed_soon_after_its_last_listener_left(
+    connect, server, raw, monkeypatch
+):
+    monkeypatch.setattr(hub_core, "LINGER_S", 0.2)
     backend = connect(server.url)
     name = channel()
     first, second = listened(backend, name), listened(backend, name)
