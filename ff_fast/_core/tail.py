@@ -232,7 +232,7 @@ class TailCore(Inbox):
         self._small_to: bytes | None = None
         self._more = [False, False]
         self._hole_since: float | None = None
-        self._hole_s = 0.0
+        self._hole_s = _HOLE_S
         self._looked = False
         self._failure: FFError | None = None
         self.reading = False
@@ -361,7 +361,9 @@ class TailCore(Inbox):
         # A lapsing lease writes no end entry; read the state again just after it lapses.
         self.lease_at = now + min(max(left, 0.001), _LONGEST_S)
         self.look_at = inf
-        if self._ahead_since is not None:
+        if self.doubted:
+            self.look_at = now + self._pause()
+        elif self._ahead_since is not None:
             self.look_at = now + _HOLE_S
         elif not self.confirmed:
             self.look_at = now + _UNSUBSCRIBED_S
@@ -403,6 +405,9 @@ class TailCore(Inbox):
         newest_frame = page.last_ms, page.last_sequence
         ahead = self.sequence > page.last_sequence
         self._ahead_since = None
+        if self.doubted and not self.due:
+            self.doubted = False
+            self._hole_filled()
         # The end entry has the sequence after the last frame, so a cursor behind the end is not ahead.
         end = page.last_sequence + bool(page.closed_reason)
         if ahead and (self.sequence > end or self.stored < self.sequence):
@@ -520,7 +525,6 @@ class TailCore(Inbox):
         now = monotonic()
         if self._hole_since is None:
             self._hole_since = now
-            self._hole_s = _HOLE_S
             self._looked = False
             self.due = True
         elif now - self._hole_since > _GIVE_UP_S:
@@ -529,11 +533,16 @@ class TailCore(Inbox):
             self.due = True
         elif self._looked:
             self._looked = False
-            self.look_at = min(self.look_at, now + self._hole_s)
-            self._hole_s = min(2 * self._hole_s, _LONGEST_HOLE_S)
+            self.look_at = min(self.look_at, now + self._pause())
+
+    def _pause(self) -> float:
+        """Return the pause before the next read of what storage does not have yet."""
+        pause, self._hole_s = self._hole_s, min(2 * self._hole_s, _LONGEST_HOLE_S)
+        return pause
 
     def _hole_filled(self) -> None:
         self._hole_since = None
+        self._hole_s = _HOLE_S
 
 
 class StreamPage(tuple[StreamFrame, ...]):  # noqa: SLOT001 - no room for slots in a tuple

@@ -44,6 +44,7 @@ cdef class Inbox:
     cdef public bint exclude
     cdef public bint due
     cdef public bint reading
+    cdef public bint doubted
     cdef public bint confirmed
     cdef public bint settling
     cdef public bint reads_end
@@ -66,6 +67,8 @@ cdef class Inbox:
     cdef int accept(self, Pushed pushed) except -1
     cdef int drop(self) noexcept
     cdef list taken(self)
+    cdef int put_back(self, list ahead, list rest) except -1
+    cdef int check_place(self) noexcept
     cdef bint must_ask(self) noexcept
     cdef double next_look(self) noexcept
     cdef int follow(self, Pushed pushed, list items) except -1

@@ -56,6 +56,7 @@ class Inbox:
     exclude: bool
     due: bool
     reading: bool
+    doubted: bool
     confirmed: bool
     settling: bool
     reads_end: bool

@@ -162,6 +162,7 @@ cdef class Inbox:
         stored: Sequence up to which the reader knows that what it got is stored; pushes may have run ahead.
         due: A read must be made, since something may have been missed.
         reading: A read is under way; no push is taken meanwhile.
+        doubted: The place may not be in storage; no push is taken until a read has found it there.
         confirmed: The server has confirmed the subscription, and it was not lost since.
         settling: Frames may be on their way to storage that were pushed before the subscription.
         reads_end: A push that tells of the end makes a read due, which delivers it.
@@ -203,7 +204,8 @@ cdef class Inbox:
         """Note that the server has confirmed the subscription, or that it is lost. What was pushed before may be missed."""
         self.confirmed = subscribed
         if subscribed:
-            self.due = True
+            # The server may be another one, and what follows may not follow what the reader had.
+            self.due = self.doubted = True
             self.settling = True
         else:
             # Storage is asked now and then until the subscription is back.
@@ -254,6 +256,7 @@ cdef class Inbox:
         """Note that a read begins: what was pushed so far need not be followed by another one."""
         self._woken = False
         self._dropping = False
+        self.check_place()
         self.due = False
         self.reading = True
 
@@ -269,6 +272,12 @@ cdef class Inbox:
         """Whether the reader has to be asked for its next step before it waits."""
         return self.due or self.reading or self.end_reason is not None
 
+    cdef int check_place(self) noexcept:
+        """Doubt a place that storage may never get to, where something may have been missed."""
+        if self.due and self.stored < self.sequence:
+            self.doubted = True
+        return 0
+
     def take(self):
         """Return the items of the pushes that follow the place, in order."""
         return self.taken()
@@ -278,20 +287,23 @@ cdef class Inbox:
         cdef list queue
         cdef list ahead = None
         cdef Pushed pushed
+        cdef Py_ssize_t i
         cdef int what
         cdef bint again = True
         self._woken = False
-        if self.reading or not self._queue:
+        self.check_place()
+        if self.reading or self.doubted or not self._queue:
             return items
         queue = self._queue
         self.drop()
         while again:
             again = False
             ahead = None
-            for pushed in queue:
+            for i in range(PyList_GET_SIZE(queue)):
+                pushed = <Pushed>queue[i]
+                what = self.follow(pushed, items)
                 if self.end_reason is not None:
                     return items
-                what = self.follow(pushed, items)
                 if what == TAKEN:
                     # One that came out of order may follow now.
                     again = ahead is not None
@@ -300,15 +312,14 @@ cdef class Inbox:
                         ahead = []
                     ahead.append(pushed)
                 else:
-                    self.due = True
+                    # What follows may belong to another history than the place. Storage decides.
+                    self.due = self.doubted = True
+                    self.put_back(ahead, queue[i + 1:])
+                    return items
             if again:
                 queue = ahead
         if ahead is not None:
-            for pushed in ahead:
-                self._frames += PyList_GET_SIZE(pushed.visible if self.exclude else pushed.frames)
-                self._bytes += pushed.size
-            ahead.extend(self._queue)
-            self._queue = ahead
+            self.put_back(ahead, None)
             self._blocked = True
             self._wait_for_hole()
         elif items:
@@ -320,6 +331,21 @@ cdef class Inbox:
                 self.settling = False
                 self.look_at = INFINITY
         return items
+
+    cdef int put_back(self, list ahead, list rest) except -1:
+        """Queue again, before what has come meanwhile, pushes that were looked at and pushes behind them."""
+        cdef Pushed pushed
+        if ahead is None:
+            ahead = []
+        if rest is not None:
+            ahead.extend(rest)
+        for pushed in ahead:
+            if pushed._kind == PUSHED_FRAMES:
+                self._frames += PyList_GET_SIZE(pushed.visible if self.exclude else pushed.frames)
+                self._bytes += pushed.size
+        ahead.extend(self._queue)
+        self._queue = ahead
+        return 0
 
     def _wait_for_hole(self):
         """Frames are missing before those that are queued."""
