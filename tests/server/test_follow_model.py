@@ -14,6 +14,7 @@ from ff_fast import (
     ResumeCondition,
     RetryPolicy,
     StreamFrame,
+    StreamMode,
     WaitpointKind,
     WaitpointSpec,
     keys,
@@ -24,7 +25,7 @@ from ff_fast.errors import LeaseExpired
 
 from ..shells import KINDS, Reading
 from .executions import World
-from .readers import Stepper
+from .readers import BEST_EFFORT, Stepper
 
 LIVES = 48
 
@@ -73,7 +74,8 @@ class Life:
             self.wanted.append(handle.attempt_index)
 
     def write(self):
-        with self.world.backend.open_writer(self.handle) as writer:
+        mode = self.chance.choice((StreamMode.durable(), BEST_EFFORT))
+        with self.world.backend.open_writer(self.handle, mode=mode) as writer:
             for _ in range(self.chance.randint(1, 4)):
                 self.written += 1
                 writer.write(f"frame {self.written}")
