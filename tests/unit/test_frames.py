@@ -226,7 +226,9 @@ def pushes(draw):
             if draw(st.integers(0, 5)) == 0:
                 fields += [name, draw(st.sampled_from(values))]
         times = [draw(st.integers(-300, 300)) for _ in payloads]
-        blocks.append(reference.block_of(draw(st.sampled_from([b"L", b"V"])), fields, payloads, times))
+        blocks.append(
+            reference.block_of(draw(st.sampled_from([b"L", b"V"])), fields, payloads, times)
+        )
         total += len(payloads)
     last = total + draw(st.integers(-1, 3))
     push = reference.push_of(draw(st.sampled_from([b"F", b"f"])), 1_000, max(last, 0), blocks)
