@@ -111,9 +111,7 @@ def add_tail(commands: Commands) -> None:
         ),
     )
     _add_execution(parser, json="one JSON object a line for each frame, gap and end")
-    parser.add_argument(
-        "--after", metavar="CURSOR", help="start after this cursor or frame id"
-    )
+    parser.add_argument("--after", metavar="CURSOR", help="start after this cursor or frame id")
     _add_choice(parser)
 
 
@@ -197,7 +195,6 @@ def _show_json(item: Item) -> None:
 def _frame_fields(frame: StreamFrame) -> dict[str, object]:
     """Return a frame for JSON, with ``payload`` if it is UTF-8, else with ``payload_base64``."""
     line: dict[str, object] = {
-        "cursor": frame.cursor,
         "stream_id": frame.stream_id,
         "sequence": frame.sequence,
         "mode": frame.mode,

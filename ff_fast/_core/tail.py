@@ -445,7 +445,8 @@ class TailCore(Inbox):
             return False
         if self.stored < self.sequence:
             return self.stored <= page.last_sequence
-        if self.sequence != self._given:
+        if self.sequence != self._given or self.ms == 0:
+            # A frame that was pushed has a time.
             return False
         now = monotonic()
         if self._ahead_since is None:

@@ -9,7 +9,6 @@ cimport cython
 from cpython.list cimport PyList_GET_SIZE
 from libc.math cimport INFINITY
 
-from asyncio import CancelledError
 from contextvars import copy_context
 from time import monotonic
 from weakref import WeakKeyDictionary, ref
@@ -147,6 +146,8 @@ cdef class Bell:
     def result(self):
         """Return None, or raise ``CancelledError`` where the wait was cancelled."""
         if self._cancelled:
+            from asyncio import CancelledError
+
             self._cancelled = False
             message, self._message = self._message, None
             raise CancelledError() if message is None else CancelledError(message)

@@ -13,8 +13,6 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 
 from libc.math cimport INFINITY
 
-from asyncio import _get_running_loop
-
 from ff_fast._hot.feed cimport Bell, Inbox
 
 
@@ -135,11 +133,16 @@ cdef class BlockingItems(Items):
         return self.take()
 
 
+# asyncio's function of this name. The blocking shell does not load asyncio.
+cdef object get_running_loop = None
+
+
 cdef class AsyncItems(Items):
     """An asynchronous iterator. ``_next_item()`` of the subclass is awaited if nothing is left.
 
     With an inbox, what is pushed is taken and waited for without it: it is awaited where a read is
-    due or under way, where the timer of the shell would be late, on another loop, and behind the end.
+    due or under way, where the timer of the shell would be late, on another loop, and behind the
+    end.
     """
 
     cdef Inbox _inbox
@@ -152,6 +155,9 @@ cdef class AsyncItems(Items):
 
     def _attach(self, Inbox inbox not None, Bell bell not None):
         """Take pushes from *inbox* from here on; *bell* becomes its ``on_wake``."""
+        global get_running_loop
+        if get_running_loop is None:
+            from asyncio import _get_running_loop as get_running_loop
         inbox.on_wake = bell
         self._inbox = inbox
         self._bell = bell
@@ -176,7 +182,7 @@ cdef class AsyncItems(Items):
         return (
             self._inbox is not None and not self._inbox.must_ask() and not self._bell._waiting
             and self._inbox.next_look() >= self._looks_at
-            and _get_running_loop() is self._bell._loop
+            and get_running_loop() is self._bell._loop
         )
 
     def __aiter__(self):
