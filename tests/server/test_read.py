@@ -491,8 +491,9 @@ def test_reads_are_fcall_ro_and_the_functions_carry_no_writes(backend, raw, atte
     (library,) = raw.function_list(library="ff_fast")
     described = [_pairs(function) for function in _pairs(library)[b"functions"]]
     flags = {function[b"name"]: function[b"flags"] for function in described}
-    for name in (b"ff_read_range", b"ff_read_summary", b"ff_describe_execution", b"ff_version"):
-        assert b"no-writes" in flags[name]
+    read_only = "read_range", "read_state", "read_summary", "describe_execution", "version"
+    for name in read_only:
+        assert b"no-writes" in flags[f"ff_{name}".encode()]
     assert b"no-writes" not in flags[b"ff_append"]
 
 
