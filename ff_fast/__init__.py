@@ -10,6 +10,7 @@ This module is the blocking interface; :mod:`ff_fast.aio` has the same names, aw
 
 from typing import TYPE_CHECKING
 
+from ff_fast import _library
 from ff_fast._core.summary import SummaryView
 from ff_fast._core.tail import StreamPage
 from ff_fast._core.worker import TaskFailed, TaskReleased
@@ -75,6 +76,7 @@ from ff_fast.errors import (
     TlsFailed,
     TlsFault,
     Unavailable,
+    UnsupportedServer,
     WaitpointClosed,
     WaitpointConflict,
     WriterClosed,
@@ -117,6 +119,7 @@ from ff_fast.types import (
     HandleOpaque,
     LeaseRenewal,
     Namespace,
+    OnCancel,
     PatchFormat,
     PatchKind,
     PendingWaitpoint,
@@ -150,7 +153,8 @@ from ff_fast.types import (
 if TYPE_CHECKING:
     from ff_fast import aio as aio
 
-__version__ = "0.1.0"
+
+__version__ = _library.VERSION
 
 __all__ = [
     "SUMMARY_NULL_SENTINEL",
@@ -228,6 +232,7 @@ __all__ = [
     "Namespace",
     "NotEnoughReplicas",
     "NotPrimary",
+    "OnCancel",
     "OutOfMemory",
     "Outcome",
     "OutcomeUnknown",
@@ -278,6 +283,7 @@ __all__ = [
     "TlsFailed",
     "TlsFault",
     "Unavailable",
+    "UnsupportedServer",
     "UsageDimensions",
     "UsageVerdict",
     "ValkeyBackend",

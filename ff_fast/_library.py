@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from importlib.resources.abc import Traversable
 
+VERSION = "0.1.0"
+"""Version of the Python package."""
+
 NAME = "ff_fast"
 """The library's name on the server."""
 

@@ -140,6 +140,15 @@ def take_socket(connection: Any) -> socket.socket:
     return taken
 
 
+def wants_read(tls: bool) -> type[OSError]:
+    """Return the error of a socket that has nothing to read for the time being."""
+    if not tls:
+        return BlockingIOError
+    import ssl  # takes milliseconds to import
+
+    return ssl.SSLWantReadError
+
+
 def take_stream(connection: Any) -> asyncio.StreamWriter:
     """Detach the stream from redis-py's connected asyncio *connection*, and return it.
 

@@ -240,10 +240,10 @@ class InvalidPatch(InvalidPayload):
 
 
 class InvalidCursor(InvalidInput):
-    """A stream cursor is neither the start nor an entry id."""
+    """A cursor of a stream has another form, or belongs to another attempt."""
 
     code = "invalid_cursor"
-    _sentence = "A cursor must be None, 'start', '0-0' or an entry id '<milliseconds>-<sequence>'."
+    _sentence = "A cursor must be None, 'start', '0-0', the cursor of an item or an entry id '<milliseconds>-<sequence>'."
 
 
 class InvalidCapabilities(InvalidInput):
@@ -751,6 +751,15 @@ class ClusterModeRequired(_Connecting):
     _sentence = (
         "The server is a node of a cluster and cluster=true is not set; clusters are not supported yet,"
         " so connect to a standalone server."
+    )
+
+
+class UnsupportedServer(FFError):
+    """The server, or a proxy in front of it, lacks a command that the library needs."""
+
+    code = "unsupported_server"
+    _sentence = (
+        "The server lacks a command that the library needs; use Valkey 7.2, Redis 7.0 or newer."
     )
 
 

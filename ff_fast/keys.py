@@ -53,6 +53,15 @@ a score in ``lane_needs``.  The second column is the name of a function here, of
 of ``ff.KEYS`` in ``lua/prelude.lua``, or of both: a key has one name.  A budget, a lane and the
 configuration have slots of their own, because executions of all partitions use them.
 
+What is published is on channels of sharded pub/sub, each in the slot of what it is about.  A push is never the truth:
+it says what was stored, or that there is something to read::
+
+    ff:stream:{fp:N}:<eid>:<i>:meta          attempt_channel     frames, the end, changes of the lease
+    ff:exec:{fp:N}:<eid>:core                execution_channel   moves of the execution
+    ff:part:{fp:N}:leases                    leases_channel      what the holders of its leases have to know
+
+Their messages are in ``lua/prelude.lua``.
+
 A lane's name and a capability may hold any printable character.  In a key everything but ``A-Z a-z 0-9 . _ ~ -`` is
 percent-encoded, so that no lane closes the braces, adds a part to the key, or acts as a wildcard in
 an ACL rule.
@@ -353,6 +362,24 @@ def live(eid: str, index: int) -> bytes:
 def meta(eid: str, index: int) -> bytes:
     """Hash: last id, writer, lease and end of an attempt's stream."""
     return _attempt("stream", eid, index, ":meta")
+
+
+# -- channels --------------------------------------------------------------------------------------
+
+
+def attempt_channel(eid: str, index: int) -> bytes:
+    """What happens to an attempt's stream. It has the text of the meta key."""
+    return meta(eid, index)
+
+
+def execution_channel(eid: str) -> bytes:
+    """What becomes of an execution. It has the text of the core key."""
+    return core(eid)
+
+
+def leases_channel(slot_tag: str) -> bytes:
+    """What the workers that hold leases of one partition have to know."""
+    return f"ff:part:{slot_tag}:leases".encode("ascii")
 
 
 def _execution(eid: str, name: str) -> bytes:

@@ -1,6 +1,9 @@
--- Frames of one attempt. A batch carries the writer, the sequence of the frame before it, and blocks. A block begins
--- with its letter:
+-- Frames of attempts. A call has a part for each attempt that it is about, and a part carries a batch: the writer, the
+-- sequence of the frame before it, and blocks. A block begins with its letter:
 --
+--   I  PUSHED_MS    ms
+--        only before the first block, which is one of V or W: its frames were pushed under ids of that time, and are
+--        stored under it
 --   L  LOG          count payload*count
 --        log frames: one entry a frame
 --   X  LOG_FIELDS   count extra_count (field value)*extra_count payload*count
@@ -40,6 +43,7 @@
 -- reads the core, to say why.
 
 ff.BLOCK = {
+  PUSHED_MS = 'I',
   LOG = 'L',
   LOG_FIELDS = 'X',
   LIVE = 'V',
@@ -54,7 +58,7 @@ ff.BLOCK = {
 }
 
 local BLOCK = ff.BLOCK
-local PATCHES, DOCUMENT = BLOCK.PATCHES, BLOCK.DOCUMENT
+local PATCHES, DOCUMENT, PUSHED_MS = BLOCK.PATCHES, BLOCK.DOCUMENT, BLOCK.PUSHED_MS
 -- The fewest arguments of a block behind its letter.
 local FIXED_ARGS = {
   [BLOCK.LOG] = 2, [BLOCK.LOG_FIELDS] = 3, [BLOCK.LIVE] = 2, [BLOCK.LIVE_FIELDS] = 3, [PATCHES] = 5, [DOCUMENT] = 3,
@@ -65,14 +69,21 @@ local FRAMES_IN = {
   [BLOCK.LOG] = 'log', [BLOCK.LOG_FIELDS] = 'log',
   [BLOCK.LIVE] = 'live', [BLOCK.LIVE_FIELDS] = 'live', [PATCHES] = 'live',
 }
+local LONE = { [BLOCK.LOG] = true, [BLOCK.LIVE] = true }
 local HAS_FIELDS = { [BLOCK.LOG_FIELDS] = true, [BLOCK.LIVE_FIELDS] = true, [PATCHES] = true }
 -- The stream that a block without frames is about.
 local RETENTION_OF = { [BLOCK.TRIM_LOG] = 'log', [BLOCK.TRIM_LIVE] = 'live', [BLOCK.LIVE_TTL] = 'live' }
 local MAX_PAYLOAD, MAX_FRAMES, MAX_INTEGER, integer = ff.MAX_PAYLOAD, ff.MAX_FRAMES, ff.MAX_INTEGER, ff.integer
 local MAX_BATCH_BYTES = ff.MAX_RUN_BYTES
+-- Of a call. Its parts have as many entries and bytes together as one of them may have alone.
+local MAX_PARTS = 128
+-- A client estimates the server's time from its last answer, and the server's clock may be put back.
+local MAX_PUSHED_AHEAD_MS = 86400000
+-- The kinds of messages on the channel of an attempt.
+local PUSH = ff.PUSH
 local SMALL_LOG, SMALL_LIVE = ff.SMALL_LOG, ff.SMALL_LIVE
 
--- A run is: varint count, then count varint payload lengths, count varint ages in ms, the payloads back to back.
+-- A run is: varint count, then count varint payload lengths, count varint times in ms, the payloads back to back.
 -- Returns the same run of `count` frames without its first `skip`, or nil where it is not a run of `count` frames.
 local function run_suffix(run, count, skip)
   local at = 1
@@ -108,17 +119,17 @@ local function run_suffix(run, count, skip)
     end
   end
   local lengths = string.sub(run, lengths_from, at - 1)
-  local ages_from = at
+  local times_from = at
   for i = 1, count do
     varint()
     if i == skip then
-      ages_from = at
+      times_from = at
     end
   end
   if at - 1 + size ~= #run then
     return nil
   end
-  return put(count - skip) .. lengths .. string.sub(run, ages_from, at - 1) .. string.sub(run, at + skipped)
+  return put(count - skip) .. lengths .. string.sub(run, times_from, at - 1) .. string.sub(run, at + skipped)
 end
 
 -- Reads the head of a block of frames that was checked: its letter, its count, the place of its first field, the place
@@ -133,10 +144,10 @@ local function block_at(args, at)
   return letter, count, at + 3, from, letter == PATCHES and after + 2 or after
 end
 
--- The number of summary patches among the first `skip` frames of a batch that holds more frames; nil where a run that
--- has to be cut does not hold as many frames as its block says.
-local function skipped_patches(args, skip)
-  local at, patches = 3, 0
+-- The number of summary patches among the first `skip` frames of a batch that holds more frames and whose blocks begin
+-- at `at`; nil where a run that has to be cut does not hold as many frames as its block says.
+local function skipped_patches(args, at, skip)
+  local patches = 0
   while skip > 0 do
     local letter = args[at]
     if FRAMES_IN[letter] then
@@ -261,13 +272,13 @@ local function bad_block()
   return nil, ff.err('invalid_input', 'block')
 end
 
--- Checks every block. Returns the number of frames, the document version before the first patches, the version of a
--- document, whether the blocks are about both streams, whether an entry will be large, and the streams that the first
--- write does not prove: `log`, `live`, `both`, or nil; or nil and the refusal.
-local function check_blocks(args)
-  local total, bytes, patches, patches_base, document_version = 0, 0, 0, nil, nil
+-- Checks every block from `at` to `last`. Returns the number of frames, the document version before the first patches,
+-- the version of a document, whether the blocks are about both streams, whether an entry will be large, the streams
+-- that the first write does not prove (`log`, `live`, `both`, or nil), and the numbers of entries and of bytes; or nil
+-- and the refusal.
+local function check_blocks(args, at, last)
+  local total, entries, bytes, patches, patches_base, document_version = 0, 0, 0, 0, nil, nil
   local stream, mixed, large, frames_ended, unproven = nil, false, false, false, nil
-  local at, last = 3, #args
   while at <= last do
     local letter = args[at]
     local fixed = FIXED_ARGS[letter]
@@ -320,6 +331,7 @@ local function check_blocks(args)
         end
         bytes = bytes + size
       end
+      entries = entries + (at - from)
       if letter == PATCHES then
         local base = at + 1 <= last and integer(args[at + 1])
         patches_base = patches_base or base
@@ -350,7 +362,7 @@ local function check_blocks(args)
   if total > MAX_FRAMES or bytes > MAX_BATCH_BYTES then
     return nil, ff.err('invalid_input', 'frames')
   end
-  return total, patches_base, document_version, mixed, large, total == 0 and 'both' or unproven
+  return total, patches_base, document_version, mixed, large, total == 0 and 'both' or unproven, entries, bytes
 end
 
 -- Refuses the call where a stream would refuse an entry: where the key is no stream, or has had the id `ms-sequence` or
@@ -452,11 +464,13 @@ local function write_value(letter, value, meta_key, log_key, live_key)
   end
 end
 
--- Stores every block of a checked batch, less its first `skip` frames, whose sequences begin after `sequence`; `id`
--- is the id of the last stored frame. Returns the id of the last frame.
-local function write_blocks(call, format, args, keys, now, ms, id, sequence, skip, first_applied)
-  local meta_key, log_key, live_key, summary_key = keys[1], keys[2], keys[3] or keys[2], keys[4]
-  local at, last = 3, #args
+-- Stores the blocks from `at` to `last` of a checked batch, less their first `skip` frames, whose sequences begin after
+-- `sequence`; `id` is the id of the last stored frame. The frames of the first block have the time `ms`, those of the
+-- others `later_ms`. Returns the id of the last frame.
+local function write_blocks(
+  call, format, args, at, last, meta_key, log_key, live_key, summary_key, now, ms, later_ms, id, sequence, skip,
+  first_applied
+)
   while at <= last do
     local letter = args[at]
     local frames_in = FRAMES_IN[letter]
@@ -501,6 +515,7 @@ local function write_blocks(call, format, args, keys, now, ms, id, sequence, ski
           at = at + 2
         end
       end
+      ms = later_ms
     elseif letter == DOCUMENT then
       write_document(summary_key, args, at + 1)
       at = at + 4
@@ -512,51 +527,86 @@ local function write_blocks(call, format, args, keys, now, ms, id, sequence, ski
   return id
 end
 
--- The answer of ff_append.
-local function position(id, now, expires_at, cancel_requested)
-  return id .. ' ' .. now .. ' ' .. expires_at .. (cancel_requested and ' 1' or ' 0')
+-- The answer to a part that stores: the id of the last frame, when the lease ends in ms, and 1 where a cancel was
+-- requested, else 0.
+local function position(id, expires_at, cancel_requested)
+  return id .. ' ' .. expires_at .. (cancel_requested and ' 1' or ' 0')
 end
 
--- ff_append
---   keys:    meta stream live summary
---   args:    writer previous_sequence block...
---   returns: position
---   errors:  execution_not_found stale_owner state_lost suspended stream_closed lease_expired writer_superseded
---            sequence_gap summary_conflict payload_too_large invalid_input
+-- The id time of pushed frames. Returns the text, or nil where it is none that a frame may have.
+local function pushed_time(ms, now)
+  if ms and #ms == 13 and integer(ms) and ms + 0 <= now + MAX_PUSHED_AHEAD_MS then
+    return ms
+  end
+  return nil
+end
+
+-- Checks one part of a call, and applies it: its keys are `key_count` ones from `key` on, its arguments those from `at`
+-- to `last`. The other parts of the call have left `room` for entries and `bytes_left` for their bytes. Returns the
+-- answer to the part, its entries and its bytes; or the refusal alone.
 --
--- Each key costs the server time, so a batch names the ones that it needs: two, three or four. With two, all its
--- blocks go to one stream, which is `stream`, log or live window; with more, `stream` is the log. A refusal reads the
--- core, and the repeat of a stored batch reads both streams: those keys are spelled from the meta key, and share its
--- slot.
---
--- position is one string: the id of the last frame, server time in ms, when the lease ends in ms, and 1 where a cancel
--- was requested, else 0. One string costs the server less than a list of four.
---
--- Times in ms have 13 digits from 2001 to 2286, so as texts they compare as they do as numbers, and the sequence of an
--- id begins at its 15th byte: each conversion between text and number costs as much as a field.
-redis.register_function('ff_append', function(keys, args)
-  local call, format, sub = redis.call, string.format, string.sub
-  local meta_key, stream_key, live_key, summary_key = keys[1], keys[2], keys[3], keys[4]
-  local writer, previous_sequence = args[1], args[2]
-  if not stream_key then
+-- The caller passes functions of the server, as each look-up of a global costs as much as a function call. Times in ms
+-- have 13 digits from 2001 to 2286, so as texts they compare as they do as numbers, and the sequence of an id begins at
+-- its 15th byte: each conversion between text and number costs as much as a field.
+local function append_part(call, format, sub, keys, args, key, key_count, at, last, now, room, bytes_left)
+  local meta_key, stream_key, live_key, summary_key = keys[key], nil, nil, nil
+  local writer, previous_sequence, push = args[at], args[at + 1], args[at + 2]
+  local first = at + 3
+  if key_count == 1 then
+    push, previous_sequence = previous_sequence, nil
+    first = at + 2
+  else
+    stream_key = keys[key + 1]
+    live_key, summary_key = key_count > 2 and keys[key + 2] or nil, key_count > 3 and keys[key + 3] or nil
+  end
+  if first > last + 1 then
+    return ff.err('invalid_input', 'arguments')
+  elseif key_count == 1 and first <= last then
     return ff.err('invalid_input', 'keys')
   end
-  local meta = call('HMGET', meta_key, 'writer', 'last_id', 'lease_expires_at', 'cancel_requested')
-  local last_id, expires_at, cancel_requested = meta[2], meta[3], meta[4]
+  local meta = call('HMGET', meta_key, 'writer', 'lease_expires_at', 'cancel_requested', 'last_id')
+  local expires_at, cancel_requested, last_id = meta[2], meta[3], meta[4]
   if not meta[1] or meta[1] ~= writer then
     return append_refusal(meta_key, writer)
   end
-  local time = call('TIME')
-  local now = format('%d', time[1] * 1000 + time[2] / 1000)
   if
     not expires_at or (#expires_at == 13 and now >= expires_at)
     or (#expires_at ~= 13 and (tonumber(expires_at) or 0) <= now + 0)
   then
     return append_refusal(meta_key, writer)
   end
-  local total, patches_base, document_version, mixed, large, unproven = check_blocks(args)
-  if not total then
-    return patches_base
+  if #push > MAX_BATCH_BYTES then
+    return ff.err('invalid_input', 'push')
+  end
+  if key_count == 1 then
+    if #push > bytes_left then
+      return ff.err('invalid_input', 'parts')
+    end
+    call('SPUBLISH', meta_key, push)
+    return expires_at .. (cancel_requested and ' 1' or ' 0'), 0, #push
+  end
+
+  local pushed_ms
+  if args[first] == PUSHED_MS and first < last then
+    pushed_ms = pushed_time(args[first + 1], now)
+    first = first + 2
+    if not pushed_ms or args[first] == PATCHES or FRAMES_IN[args[first]] ~= 'live' then
+      return ff.err('invalid_input', 'pushed_ms')
+    end
+  end
+  -- Most batches of a stream at a model's pace are one small frame with no fields: its checks are these.
+  local lone = last == first + 2 and args[first + 1] == '1' and LONE[args[first]] and #args[last] <= SMALL_LOG
+  local total, patches_base, document_version, mixed, large, unproven, entries, bytes
+  if lone then
+    total, entries, bytes = 1, 1, #args[last]
+  else
+    total, patches_base, document_version, mixed, large, unproven, entries, bytes = check_blocks(args, first, last)
+    if not total then
+      return patches_base
+    end
+  end
+  if entries > room or bytes > bytes_left then
+    return ff.err('invalid_input', 'parts')
   end
   local needs_summary = patches_base or document_version
   if (needs_summary and not summary_key) or (mixed and not live_key) then
@@ -579,13 +629,13 @@ redis.register_function('ff_append', function(keys, args)
     end
     if skip == total then
       -- The repeat of the last batch, as after a lost reply.
-      return position(last_id, now, expires_at, cancel_requested)
+      return position(last_id, expires_at, cancel_requested), 0, 0
     elseif skip > total then
       local slot_tag, _, attempt = split_meta_key(meta_key)
       local log_key, window_key = ff.key('stream', slot_tag, attempt), ff.key('live', slot_tag, attempt)
-      return position(stored_id(log_key, window_key, sequence + total), now, expires_at, cancel_requested)
+      return position(stored_id(log_key, window_key, sequence + total), expires_at, cancel_requested), 0, 0
     end
-    skipped = skipped_patches(args, skip)
+    skipped = skipped_patches(args, first, skip)
     if not skipped then
       return ff.err('invalid_input', 'block')
     end
@@ -604,26 +654,143 @@ redis.register_function('ff_append', function(keys, args)
     end
     first_applied = summary[2]
   end
+  -- The times of the first block, and of those behind it.
   local ms = sub(last_id, 1, 13)
-  if now > ms then
-    ms = now
+  local later_ms = ms
+  if pushed_ms then
+    ms = pushed_ms > ms and pushed_ms or ms
+    later_ms = now > ms and now or ms
+  elseif now > ms then
+    ms, later_ms = now, now
   end
   if unproven then
     if unproven ~= 'live' then
-      check_stream(stream_key, ms, sequence + skip + 1)
+      check_stream(stream_key, live_key and later_ms or ms, sequence + skip + 1)
     end
     if live_key and unproven ~= 'log' then
       check_stream(live_key, ms, sequence + skip + 1)
     end
   end
 
-  local id = write_blocks(call, format, args, keys, now, ms, last_id, sequence, skip, first_applied)
+  local id
+  if lone then
+    id = format('%s-%d', ms, sequence + 1)
+    call('XADD', live_key and args[first] == BLOCK.LIVE and live_key or stream_key, id, 'payload', args[last])
+  else
+    id = write_blocks(
+      call, format, args, first, last, meta_key, stream_key, live_key or stream_key, summary_key, now, ms, later_ms,
+      last_id, sequence, skip, first_applied
+    )
+  end
   if large then
     call('HSET', meta_key, 'last_id', id, 'large_id', id)
   elseif total > 0 then
     call('HSET', meta_key, 'last_id', id)
   end
-  return position(id, now, expires_at, cancel_requested)
+  if push ~= '' and total > 0 then
+    -- A push says one time for all its frames. Frames of others, as of those that a repeat leaves out, are read.
+    if skip > 0 or (pushed_ms and sub(id, 1, 13) ~= ms) then
+      push = ' '
+    end
+    -- What is stored stays stored where its user may not publish.
+    redis.pcall('SPUBLISH', meta_key, PUSH.STORED .. id .. push)
+  end
+  return position(id, expires_at, cancel_requested), entries, bytes
+end
+
+-- The error that a part met, as the server would answer it for a whole call: its text, and the place.
+local function fault(met)
+  local text = type(met) == 'table' and met.err or 'ERR ' .. tostring(met)
+  -- Lua names the place of a caller as a text alone. Levels 1 and 2 are pcall and this function; the next one is the
+  -- function that raised the error, which has no place where the server brings it.
+  for level = 3, 4 do
+    local _, place = pcall(error, '', level)
+    local line = string.match(place, ':(%d+): $')
+    if line then
+      return { err = text .. ' script: on @user_function:' .. line .. '.' }
+    end
+  end
+  return { err = text }
+end
+
+-- Looks through the heads of the parts of a call, and turns each into a number. Returns the number of parts; nil where
+-- the heads do not agree with the numbers of keys and arguments, or the parts are too many.
+local function count_parts(keys, args)
+  local tonumber, parts, key_total, at, last = tonumber, 0, 0, 1, #args
+  while at <= last do
+    local head = tonumber(args[at])
+    if not head or head < 1 then
+      return nil
+    end
+    local key_count = head % 10
+    if key_count ~= 2 and key_count ~= 1 and key_count ~= 3 and key_count ~= 4 then
+      return nil
+    end
+    args[at] = head
+    parts, key_total, at = parts + 1, key_total + key_count, at + 1 + (head - key_count) / 10
+  end
+  return at == last + 1 and key_total == #keys and parts <= MAX_PARTS and parts or nil
+end
+
+-- ff_append
+--   keys:    meta stream live summary
+--   args:    head writer previous_sequence push block...
+--   returns: now_ms answer...
+--   errors:  execution_not_found stale_owner state_lost suspended stream_closed lease_expired writer_superseded
+--            sequence_gap summary_conflict payload_too_large invalid_input
+--
+-- A call has 1 to 128 parts, each about one attempt; the keys of all parts follow one another, and so do their
+-- arguments. A part is checked, stored and answered on its own, one after the other: what one is refused changes
+-- nothing for another. `head` is a number whose last digit is the number of keys of the part; the digits before are the
+-- number of arguments behind the head. Where the heads do not add up, the whole call is refused.
+--
+-- Each key costs the server time, so a batch names the ones that it needs: two, three or four. With two, all its
+-- blocks go to one stream, which is `stream`, log or live window; with more, `stream` is the log. A refusal reads the
+-- core, and the repeat of a stored batch reads both streams: those keys are spelled from the meta key, and share its
+-- slot.
+--
+-- `push` is '', or what is published on the channel of the attempt, behind `F` and the id of the last frame, once the
+-- frames are stored. A part with the meta key alone stores nothing: its arguments are `writer push`, its fence is that
+-- of a batch, and `push` is published as it is. ff_fast/keys.py has the table of the channels.
+--
+-- The answer to a part is one string: the id of the last frame where it stores, when the lease ends in ms, and 1 where
+-- a cancel was requested, else 0. A refused part is answered by the refusal, and one that met an error of the server by
+-- that error. A call of one part has no list: it returns one string, `now_ms` and the answer, or the refusal, or fails
+-- with the error. To make a reply of a Lua table costs the server as much as two commands.
+redis.register_function('ff_append', function(keys, args)
+  local call, format, sub = redis.call, string.format, string.sub
+  local key_total, last = #keys, #args
+  local time = call('TIME')
+  local now = format('%d', time[1] * 1000 + time[2] / 1000)
+  if tonumber(args[1]) == 10 * (last - 1) + key_total and key_total >= 1 and key_total <= 4 then
+    local answer, entries = append_part(
+      call, format, sub, keys, args, 1, key_total, 2, last, now, MAX_FRAMES, MAX_BATCH_BYTES
+    )
+    return entries and now .. ' ' .. answer or answer
+  end
+  local parts = count_parts(keys, args)
+  if not parts or parts == 0 then
+    return ff.err('invalid_input', 'parts')
+  end
+  local xpcall, answers, key, at, till, key_count = xpcall, { now }, 1, 1, 0, 0
+  local room, bytes_left = MAX_FRAMES, MAX_BATCH_BYTES
+  local function part()
+    return append_part(
+      call, format, sub, keys, args, key, key_count, at + 1, till, now, room, bytes_left
+    )
+  end
+  for i = 2, parts + 1 do
+    local head = args[at]
+    key_count = head % 10
+    till = at + (head - key_count) / 10
+    local _, answer, entries, bytes = xpcall(part, fault)
+    answers[i] = answer
+    if entries then
+      room, bytes_left = room - entries, bytes_left - bytes
+    end
+    key, at = key + key_count, till + 1
+  end
+  return answers
 end)
 
 -- ff_open_writer
@@ -656,8 +823,12 @@ redis.register_function('ff_open_writer', function(keys, args)
   local version = call('HGET', summary_key, 'version') or '0'
   local _, sequence = ff.split_id(last_id)
   if current ~= writer then
+    local base = ff.text(sequence + 1)
     openings = ff.text((tonumber(openings or '0') or 0) + 1)
-    call('HSET', meta_key, 'writer', writer, 'writer_base', ff.text(sequence + 1), 'writer_openings', openings)
+    -- Frames that the writer before has pushed and not stored are lost: readers look. This comes before the first
+    -- write, so that a user who may not publish learns it here, and not from readers that are late.
+    call('SPUBLISH', meta_key, PUSH.CHANGED)
+    call('HSET', meta_key, 'writer', writer, 'writer_base', base, 'writer_openings', openings)
     if (integer(payload_limit) or 0) > (integer(limit_before) or ff.USUAL_PAYLOAD) then
       call('HSET', meta_key, 'payload_limit', payload_limit)
     end

@@ -141,9 +141,9 @@ end)
 --   returns: state previous_state (lane_id required_capabilities eligible_score)...
 --   errors:  execution_not_found execution_not_active invalid_input
 --
--- With a grace, the status for an active execution is REQUESTED: the answer to the next append or renewal notifies its
--- worker, and a timer forces the cancellation after the grace. Cancelling a cancelled execution again gives the first
--- answer.
+-- With a grace, the status for an active execution is REQUESTED: a push, and the answer to the next append or renewal,
+-- notify its worker, and a timer forces the cancellation after the grace. Cancelling a cancelled execution again gives
+-- the first answer.
 redis.register_function('ff_cancel_execution', function(keys, args)
   local core_key = keys[1]
   local reason, grace_ms = unpack(args, 1, 2)
@@ -169,6 +169,7 @@ redis.register_function('ff_cancel_execution', function(keys, args)
     ff.set(execution, 'cancel_requested', '1', 'cancellation_reason', reason)
     -- A second request does not extend the grace.
     redis.call('ZADD', execution.timers_key, 'LT', ff.text(execution.now + grace_ms), 'cancel:' .. execution.id)
+    ff.tell_holder(execution, 'cancel')
     return ff.reply('REQUESTED', from, from)
   end
   ff.set(execution, 'cancellation_reason', reason, 'cancelled_from', from)

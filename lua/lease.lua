@@ -21,11 +21,13 @@ redis.register_function('ff_renew_lease', function(keys, args)
   end
   local expires_at = execution.now + lease_ttl_ms
   local due = redis.call('ZSCORE', execution.timers_key, 'lease:' .. execution.id)
-  redis.call('HSET', ff.attempt_key(execution, 'meta', attempt_index), 'lease_expires_at', ff.text(expires_at))
+  local meta_key = ff.attempt_key(execution, 'meta', attempt_index)
+  redis.call('HSET', meta_key, 'lease_expires_at', ff.text(expires_at))
   -- A shorter lease than before must be found when it ends, not when the old one would have ended.
   if not due or tonumber(due) > expires_at then
     ff.set_timer(execution, 'lease', expires_at)
   end
+  ff.publish(meta_key, ff.PUSH.LEASE .. ff.text(lease_ttl_ms))
   return ff.ok(ff.text(expires_at), lease_epoch, execution.fields.cancel_requested == '1' and '1' or '0')
 end)
 

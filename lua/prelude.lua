@@ -71,7 +71,34 @@ function ff.key(name, slot_tag, owner)
   return parts[1] .. slot_tag .. parts[2]
 end
 
--- Their types.
+-- What is published, on channels of sharded pub/sub. Most of them have the text of a key: the meta key of an attempt,
+-- the core key of an execution. The table in ff_fast/keys.py has them all.
+ff.CHANNELS = {
+  attempt = ff.KEYS.meta,
+  execution = ff.KEYS.core,
+  leases = { 'ff:part:', ':leases' },
+}
+
+-- The kinds of messages, which are the first byte of each: on the channel of an attempt
+--   F<id of the last frame> <body>           frames that are stored; without a body they are read
+--   f<id of the last frame> <body>           frames that will be stored under these ids
+--   E<id> <last visible sequence> <reason>   the end, with the id of its entry
+--   L<ms>                                    the lease was renewed, and ends in so many ms
+--   R                                        something else changed
+-- and on the channel of an execution
+--   S<state>                                 it has moved to the state
+-- On the channel of a partition's leases a message has words: `<what> <execution id> <attempt index>`, from
+-- ff.tell_holder.
+-- Only a writer makes bodies and reads none: ff_fast/_hot/frames.pyx has their form.
+ff.PUSH = { STORED = 'F', PUSHED = 'f', END = 'E', LEASE = 'L', CHANGED = 'R', STATE = 'S' }
+
+-- Publishes a message. A push is never the truth: a user who may not publish changes as much as any other, and readers
+-- hear of it later.
+function ff.publish(channel, message)
+  redis.pcall('SPUBLISH', channel, message)
+end
+
+-- The types of the keys.
 ff.TYPES = {
   core = 'hash', payload = 'string', result = 'string', tags = 'hash', usage = 'hash', usage_dedup = 'hash',
   usage_recent = 'hash', history = 'stream', children = 'set', waitpoints = 'hash', tokens = 'hash',

@@ -30,7 +30,7 @@ ff.END_REASONS = {
 -- 700, so 256 partitions of which each is full take 70 MB.
 local COMPLETION_MAXLEN, COMPLETION_MS = '2000', 86400000
 
-local KEYS = ff.KEYS
+local KEYS, PUSH = ff.KEYS, ff.PUSH
 
 -- Keys that expire together after the execution has ended; those of the second list exist only beside a waitpoint.
 local EXECUTION_KEYS = {
@@ -161,24 +161,27 @@ end
 -- Adds the end entry to a log, behind what somebody else may have put there: an entry at or after the place of the end
 -- refuses it, and blocked readers would sleep on. The end keeps its sequence, in a millisecond after that entry. A log
 -- that takes no entry at all, being full to the last id or of another type, stays without; meta has the end anyway.
+-- Returns the id of the entry.
 local function add_end(log_key, ms, sequence, reason, visible)
-  local pcall = redis.pcall
-  local added = pcall('XADD', log_key, string.format('%d-%d', ms, sequence), 'end', reason, 'prev', visible)
+  local pcall, id = redis.pcall, string.format('%d-%d', ms, sequence)
+  local added = pcall('XADD', log_key, id, 'end', reason, 'prev', visible)
   if type(added) == 'table' and added.err then
     local info = pcall('XINFO', 'STREAM', log_key)
     for i = 1, #info, 2 do
       if info[i] == 'last-generated-id' then
         local last_ms = ff.integer(string.match(info[i + 1], '^%d+'))
         if last_ms then
-          pcall('XADD', log_key, string.format('%d-%d', last_ms + 1, sequence), 'end', reason, 'prev', visible)
+          id = string.format('%d-%d', last_ms + 1, sequence)
+          pcall('XADD', log_key, id, 'end', reason, 'prev', visible)
         end
       end
     end
   end
+  return id
 end
 
--- Ends the stream of an attempt: the canonical word in meta, its echo at the end of the log (which wakes every blocked
--- reader), and the retention of every key of the attempt. An attempt that never wrote a frame, or was never claimed,
+-- Ends the stream of an attempt: the canonical word in meta, its echo at the end of the log and on the channel of the
+-- attempt, and the retention of every key of the attempt. An attempt that never wrote a frame, or was never claimed,
 -- ends the same way. The end entry takes the sequence after the last frame.
 function ff.end_stream(execution, index, reason)
   local call = redis.call
@@ -195,8 +198,11 @@ function ff.end_stream(execution, index, reason)
   end
   call('HDEL', meta_key, 'writer')
   call('HSET', meta_key, 'closed_at', ff.text(now), 'closed_reason', reason, 'last_id', last_id)
-  add_end(ff.attempt_key(execution, 'stream', index), math.max(now, last_ms), sequence + 1, reason,
-    meta[3] or ff.text(sequence))
+  local visible = meta[3] or ff.text(sequence)
+  local id = add_end(
+    ff.attempt_key(execution, 'stream', index), math.max(now, last_ms), sequence + 1, reason, visible
+  )
+  ff.publish(meta_key, PUSH.END .. id .. ' ' .. visible .. ' ' .. reason)
   for _, name in ipairs(ATTEMPT_KEYS) do
     call('PEXPIRE', ff.attempt_key(execution, name, index), execution.fields.retention_ms)
   end
@@ -338,6 +344,11 @@ end
 -- The writes that come with a terminal state.
 local function conclude(execution, attempt, reason)
   ff.end_stream(execution, attempt, reason)
+  local following = execution.fields.total_attempt_count
+  if following ~= attempt then
+    -- Who waits for the next attempt learns that none comes.
+    ff.publish(ff.attempt_key(execution, 'meta', following), PUSH.CHANGED)
+  end
   ff.clear_timer(execution, 'deadline')
   ff.clear_timer(execution, 'cancel')
   ff.set(execution, 'completed_at', ff.text(execution.now), 'outcome', ff.OUTCOMES[execution.state])
@@ -408,6 +419,14 @@ function ff.check_move(execution)
   end
 end
 
+-- Tells the worker that holds an active execution to stop, on the channel of the leases of its partition. `what` is
+-- 'cancel' where it is asked to, and 'lost' where its attempt is taken from it. A renewal tells it the same later.
+function ff.tell_holder(execution, what)
+  local parts = ff.CHANNELS.leases
+  ff.publish(parts[1] .. execution.slot_tag .. parts[2],
+    what .. ' ' .. execution.id .. ' ' .. execution.fields.current_attempt_index)
+end
+
 -- Moves an execution to another state. Every caller has checked its arguments before, and has called ff.check_move; a
 -- transition that the table does not know is a bug of the caller. `reason` says why the stream of the attempt ends,
 -- where it does.
@@ -442,6 +461,11 @@ function ff.move(execution, to, reason)
   ff.set(execution, 'state', to, 'last_transition_at', ff.text(execution.now))
   redis.pcall('XADD', ff.execution_key(execution, 'history'), 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to,
     'attempt', attempt, 'reason', reason or '')
+  ff.publish(execution.core_key, PUSH.STATE .. to)
+  if to == 'active' or (from == 'active' and not ff.OUTCOMES[to]) then
+    -- A lease begins, or no longer ends.
+    ff.publish(ff.attempt_key(execution, 'meta', attempt), PUSH.CHANGED)
+  end
   if to == 'waiting' then
     -- What a cancelled flow holds waits in no index: no worker will ever have it.
     local verdict = ff.flow_verdict_of(execution, to)
@@ -453,6 +477,10 @@ function ff.move(execution, to, reason)
     end
   elseif ff.OUTCOMES[to] then
     conclude(execution, attempt, reason or ff.END_REASONS[to])
+  end
+  if from == 'active' and not execution.lease then
+    -- Not by a call of the holder, which would name its lease.
+    ff.tell_holder(execution, 'lost')
   end
 end
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ff_fast import keys
 
 _ROW = re.compile(r"^    (ff:\S+) +(\w+) +(string|hash|list|set|zset|stream) +\S.*$", re.MULTILINE)
+_CHANNEL = re.compile(r"^    (ff:\S+) +(\w+)_channel +\S.*$", re.MULTILINE)
 _PLACES = {
     "{fp:N}": r"\{fp:\d+\}",
     "<eid>": r"\{fp:\d+\}:[0-9a-f-]{36}",
@@ -31,6 +32,9 @@ class Row(NamedTuple):
 
 
 TABLE = {name: Row(pattern, kind) for pattern, name, kind in _ROW.findall(keys.__doc__)}
+
+CHANNELS = {name: Row(pattern, "channel") for pattern, name in _CHANNEL.findall(keys.__doc__)}
+"""The channels in the same docstring, by their names in ``ff.CHANNELS``."""
 
 
 def row_of(key: str) -> Row:

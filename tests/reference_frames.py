@@ -20,6 +20,7 @@ class F(NamedTuple):
     correlation_id: str | None
     summary_version: int | None
     patch_kind: PatchKind | None
+    attempt_index: int
     previous: int
 
 
@@ -37,6 +38,7 @@ def plain(frame):
         frame.correlation_id,
         frame.summary_version,
         frame.patch_kind,
+        frame.attempt_index,
     )
 
 
@@ -48,14 +50,22 @@ def varint(value):
     return bytes([*out, value])
 
 
-def run_of(payloads, ages=None):
+def zigzag(value):
+    return 2 * value if value >= 0 else -2 * value - 1
+
+
+def unzigzag(value):
+    return value // 2 if value % 2 == 0 else -(value + 1) // 2
+
+
+def run_of(payloads, times=None):
     """A run, from its description in ff_fast/_hot/frames.pyx."""
-    ages = ages or [0] * len(payloads)
+    times = times or [0] * len(payloads)
     return b"".join(
         [
             varint(len(payloads)),
             *(varint(len(payload)) for payload in payloads),
-            *(varint(age) for age in ages),
+            *(varint(zigzag(time)) for time in times),
             *payloads,
         ]
     )
@@ -70,7 +80,7 @@ class TooLargeError(ValueError):
 
 
 def parse_run(run):
-    """Payloads and ages of a run; ValueError where it is none."""
+    """Payloads and times of a run; ValueError where it is none."""
     at = 0
 
     def take():
@@ -92,14 +102,14 @@ def parse_run(run):
     if count < 1:
         raise ValueError("no frame")
     lengths = [take() for _ in range(count)]
-    ages = [take() for _ in range(count)]
+    times = [unzigzag(take()) for _ in range(count)]
     if at + sum(lengths) != len(run):
         raise ValueError("another size")
     payloads = []
     for length in lengths:
         payloads.append(run[at : at + length])
         at += length
-    return payloads, ages
+    return payloads, times
 
 
 def entry_id(raw):
@@ -131,7 +141,7 @@ def count_of(fields):
     return len(parse_run(values[names.index(b"run")])[0]) if b"run" in names else 1
 
 
-def decode(entries, after=0, limit=None, exclude=False, live=False, after_ms=0):
+def decode(entries, after=0, limit=None, exclude=False, live=False, after_ms=0, attempt=0):
     """Decode entries of the log, or of the live window; ValueError where one is damaged."""
     frames, end, taken, foreign, rewound = [], None, 0, 0, False
     for raw, parts in entries:
@@ -158,7 +168,7 @@ def decode(entries, after=0, limit=None, exclude=False, live=False, after_ms=0):
                 fields[b"patch_kind"].decode(), None if pointer is None else pointer.decode()
             )
         try:
-            payloads, ages = ([payload], [0]) if run is None else parse_run(run)
+            payloads, times = ([payload], [0]) if run is None else parse_run(run)
         except TooLargeError:
             foreign += 1
             continue
@@ -168,7 +178,7 @@ def decode(entries, after=0, limit=None, exclude=False, live=False, after_ms=0):
             raise ValueError("the run begins before the stream")
         if 0 < version < len(payloads):
             raise ValueError("the run begins before the document")
-        for i, (payload, age) in enumerate(zip(payloads, ages, strict=True)):
+        for i, (payload, time) in enumerate(zip(payloads, times, strict=True)):
             mine = sequence - len(payloads) + 1 + i
             if mine <= after:
                 continue
@@ -178,13 +188,14 @@ def decode(entries, after=0, limit=None, exclude=False, live=False, after_ms=0):
                     mine,
                     text(fields.get(b"frame_type", b"token")),
                     payload,
-                    ms - age,
+                    ms + time,
                     mode,
                     text(fields.get(b"encoding", b"utf8")),
                     text(fields.get(b"source", b"worker")),
                     text(fields[b"correlation_id"]) if b"correlation_id" in fields else None,
                     version - len(payloads) + 1 + i if version else None,
                     kind,
+                    attempt,
                     previous if i == 0 and previous >= 0 else mine - 1,
                 )
             )
@@ -209,6 +220,121 @@ def merge(log, live, ms, sequence, exclude, reason):
     if (previous if exclude else end_sequence - 1) > sequence:
         items.append(Gap(sequence + 1, end_sequence, reason))
     return items, end_ms, end_sequence, why
+
+
+# -- pushes ----------------------------------------------------------------------------------------
+
+
+def block_of(stream, fields, payloads, times=None):
+    """A block of a push, from its description in ff_fast/_hot/frames.pyx."""
+    run = run_of(payloads, times)
+    pairs = list(zip(fields[::2], fields[1::2], strict=True))
+    return b"".join(
+        [
+            stream,
+            varint(len(pairs)),
+            *(varint(len(text)) + text for pair in pairs for text in pair),
+            varint(len(run)),
+            run,
+        ]
+    )
+
+
+def push_of(kind, ms, last, blocks=()):
+    """A push of frames, ``F`` or ``f``, up to an id."""
+    return b"%c%d-%d " % (kind, ms, last) + b"".join(blocks)
+
+
+class Push(NamedTuple):
+    """What a push says: kind ``frames``, ``end``, ``lease`` or ``look``."""
+
+    kind: str
+    deferred: bool = False
+    ms: int = 0
+    first: int = 0
+    last: int = 0
+    frames: list | None = None
+    previous: int = 0
+    end_reason: str | None = None
+    lease_ms: int = 0
+
+
+LOOK = Push("look")
+
+
+def decode_push(message, attempt=0):
+    """Decode a push; one that is damaged says: look."""
+    try:
+        return parse_push(message, attempt)
+    except ValueError:
+        return LOOK
+
+
+def parse_push(message, attempt):
+    kind, rest = message[:1], message[1:]
+    if kind == b"L":
+        return Push("lease", lease_ms=number(rest))
+    if kind not in (b"F", b"f", b"E") or b" " not in rest:
+        return LOOK
+    place, _, rest = rest.partition(b" ")
+    ms, _, last = place.partition(b"-")
+    ms, last = number(ms), number(last)
+    if last < 1:
+        return LOOK
+    if kind == b"E":
+        previous, _, reason = rest.partition(b" ")
+        if not reason or number(previous) >= last:
+            return LOOK
+        return Push("end", False, ms, 0, last, None, number(previous), text(reason))
+    if not rest:
+        return LOOK
+    blocks = list(blocks_in(rest))
+    total = sum(len(parse_run(run)[0]) for _, _, run in blocks)
+    if total > MAX_FRAMES:
+        return LOOK
+    frames, sequence = [], last - total
+    for stream, fields, run in blocks:
+        sequence += len(parse_run(run)[0])
+        entry = [b"%d-%d" % (ms, sequence), [*fields, b"run", run]]
+        frames += decode([entry], 0, live=stream == b"V", attempt=attempt).frames
+    if last - total < 0:
+        return LOOK
+    return Push("frames", kind == b"f", ms, last - total + 1, last, frames)
+
+
+def blocks_in(body):
+    at = 0
+
+    def take():
+        nonlocal at
+        value = 0
+        for place in range(8):
+            if at >= len(body):
+                raise ValueError("ends within a varint")
+            byte = body[at]
+            at += 1
+            value += (byte % 128) * 128**place
+            if byte < 128:
+                return value
+        raise ValueError("a varint is too long")
+
+    def take_text():
+        nonlocal at
+        size = take()
+        if size > len(body) - at:
+            raise ValueError("ends within a text")
+        at += size
+        return body[at - size : at]
+
+    while at < len(body):
+        stream = body[at : at + 1]
+        at += 1
+        if stream not in (b"L", b"V"):
+            raise ValueError("no stream")
+        fields = []
+        for _ in range(take()):
+            fields += [take_text(), take_text()]
+        yield stream, fields, take_text()
 
 
 class Written(NamedTuple):
@@ -239,8 +365,8 @@ def lay_out(batches, end=None, start_ms=1_000):
             if len(payloads) == 1:
                 fields = [b"payload", payloads[0]]
             else:
-                ages = [(len(payloads) - i) * 3 for i in range(len(payloads))]
-                fields = [b"run", run_of(payloads, ages)]
+                times = [(i - len(payloads) // 2) * 3 for i in range(len(payloads))]
+                fields = [b"run", run_of(payloads, times)]
             if kind.mode == "summary":
                 fields += [b"mode", b"summary"]
             if kind.frame_type != "token":

@@ -11,6 +11,8 @@ from ff_fast.types import StreamMode
 
 from .reference_frames import parse_run
 
+PUSH_BYTES = 8192
+PUSH_FRAMES = 256
 LETTERS_AFTER_FRAMES = {b"T": 1, b"P": 1, b"K": 1, b"E": 1, b"H": 1, b"C": 3}
 # What a field that is left out stands for.
 RUN_BYTES = 65_536
@@ -148,6 +150,10 @@ class Request:
     frame_arguments: list[bytes | Run] = field(default_factory=list)
     ages: list[int] = field(default_factory=list)
     letters: set[bytes] = field(default_factory=set)
+    # None where nothing is pushed; no blocks where the push has the id alone.
+    push: list["Pushed"] | None = None
+    # The ms under which the first frames were pushed before; None where they were not.
+    pushed_ms: int | None = None
 
     @property
     def key_names(self) -> tuple[str, ...]:
@@ -160,11 +166,89 @@ class Request:
         return ("meta", "live") if live else ("meta", "log")
 
 
+@dataclass
+class Pushed:
+    """A block of a push."""
+
+    stream: bytes
+    fields: dict[bytes, bytes]
+    payloads: list[bytes]
+    times: list[int]
+
+
+def take_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = place = 0
+    while True:
+        value |= (data[at] & 127) << place
+        if data[at] < 128:
+            return value, at + 1
+        at, place = at + 1, place + 7
+
+
+def parse_push(body: bytes) -> list[Pushed]:
+    """The blocks of a push."""
+    found, at = [], 0
+
+    def text() -> bytes:
+        nonlocal at
+        size, at = take_varint(body, at)
+        at += size
+        return body[at - size : at]
+
+    while at < len(body):
+        stream = body[at : at + 1]
+        assert stream in (b"L", b"V")
+        count, at = take_varint(body, at + 1)
+        fields = {text(): text() for _ in range(count)}
+        payloads, times = parse_run(text())
+        found.append(Pushed(stream, fields, payloads, times))
+    return found
+
+
+def check_push(request: Request) -> None:
+    """A push tells the last frames of its batch as their entries do."""
+    if not request.push:
+        return
+    told = [
+        (block.stream, block.fields, payload)
+        for block in request.push
+        for payload in block.payloads
+    ]
+    for frame, (stream, fields, payload) in zip(request.frames[-len(told) :], told, strict=True):
+        assert payload == frame.payload
+        assert stream == (b"L" if frame.mode == b"durable" else b"V")
+        shared = dict(fields)
+        assert shared.pop(b"mode", frame.mode) == frame.mode
+        assert {*shared} - {b"prev", b"summary_version"} == {*frame.fields}
+        assert {name: shared[name] for name in frame.fields} == frame.fields
+    at = 0
+    for block in request.push:
+        frames = request.frames[len(request.frames) - len(told) + at :][: len(block.payloads)]
+        at += len(frames)
+        assert block.fields.get(b"prev") == (
+            None if frames[0].previous is None else b"%d" % frames[0].previous
+        )
+        assert all(frame.previous is None for frame in frames[1:])
+        version = frames[-1].summary_version
+        assert block.fields.get(b"summary_version") == (
+            None if version is None else b"%d" % version
+        )
+        if block.stream == b"L":
+            assert not any(block.times)
+
+
 def parse(argv: list[bytes]) -> Request:
-    """Take an append apart, and check the grammar of ``lua/append.lua``."""
+    """Take a part apart, and check the grammar of ``lua/append.lua``."""
+    head, argv = argv[0], argv[1:]
+    assert int(head[:-1]) == len(argv)
     request = Request(int(argv[1]) + 1)
+    push = argv[2]
     sequence = request.first_sequence - 1
-    at = 2
+    at = 3
+    if argv[at : at + 1] == [b"I"]:
+        request.pushed_ms = int(argv[at + 1])
+        at += 2
+        assert argv[at] in (b"V", b"W")
     while at < len(argv):
         letter = argv[at]
         request.letters.add(letter)
@@ -234,6 +318,13 @@ def parse(argv: list[bytes]) -> Request:
             request.patches.append((argv[at], value, count, int(argv[at + 1])))
             request.frame_arguments += argv[at : at + 2]
             at += 2
+    assert b"%d" % len(request.key_names) == head[-1:]
+    if push:
+        assert push[:1] == b" "
+        assert len(push) <= 1 + PUSH_BYTES
+        request.push = parse_push(push[1:])
+        check_push(request)
+    assert bool(push) == bool(request.frames) or request.pushed_ms
     return request
 
 
@@ -304,9 +395,8 @@ class Server:
         return self.position(last)
 
     def position(self, sequence: int) -> bytes:
-        """The id of a frame, the time, the end of the lease, and that no cancel was requested."""
-        expires_ms = self.now_ms + 30_000
-        return b"%d-%d %d %d 0" % (self.id_ms[sequence], sequence, self.now_ms, expires_ms)
+        """The id of a frame, the end of the lease, and that no cancel was requested."""
+        return b"%d-%d %d 0" % (self.id_ms[sequence], sequence, self.now_ms + 30_000)
 
     def check_told(self, visible: int) -> None:
         """Meta tells the last visible frame: by a field of its own where it is not the last one."""

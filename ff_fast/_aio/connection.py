@@ -46,6 +46,8 @@ class Connection(asyncio.Protocol):
         # When the oldest wait without a byte began, and when the last bytes came, in monotonic time.
         self.silent_since = 0.0
         self.heard_at = time.monotonic()
+        # Number of bytes that have come.
+        self.received = 0
         # Set once it has answered the steps of connecting.
         self.ready = False
         # on_can_write: called when more may be sent. on_lost: each called once, when the connection is lost.
@@ -53,6 +55,8 @@ class Connection(asyncio.Protocol):
         self.on_can_write: Callable[[], None] | None = None
         self.on_lost: list[Callable[[Connection], None]] = []
         self.on_silent: Callable[[float], None] | None = None
+        # Takes what the server sends unasked; None drops it.
+        self.on_push: Callable[[list[Any]], None] | None = None
 
     async def open(self, config: BackendConfig) -> None:
         """Connect as *config* says; redis-py opens the socket and shakes hands."""
@@ -119,19 +123,25 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self.silent_since = time.monotonic()
+        self.received += len(data)
         if not self._guard.accepts(data):
             self._abort_broken()
             return
         reader = self._reader
         reader.feed(data)
+        pushed, on_push = self._pushed, self.on_push
+        skipped = pushed if on_push is None else None
         while self._transport is not None:
             try:
-                reply = take_reply(reader.gets, self._pushed)
+                reply = take_reply(reader.gets, skipped)
             except self._broken_reply:
                 self._abort_broken()
                 return
             if reply is False:
                 break
+            if on_push is not None and type(reply) is pushed:
+                on_push(reply)
+                continue
             if not self.receivers:
                 # A reply without a request: replies can no longer be matched to requests.
                 self.abort()

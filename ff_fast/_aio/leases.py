@@ -7,48 +7,53 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any, Self
 
-from ff_fast import _transport
-from ff_fast._core.leases import LeaseClock
+from ff_fast._core.writer import timeout_s
 from ff_fast.errors import DeadlineExceeded, FFError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
+    from datetime import timedelta
     from types import TracebackType
 
+    from ff_fast._core.leases import LeaseClock
     from ff_fast.types import LeaseRenewal
 
 
 class LeaseKeeper:
-    """Renews a lease in a task of its own until it is stopped or lost: ``async with backend.keep_lease(handle)``.
+    """Renews a lease in the background until it is stopped or lost: ``async with backend.keep_lease(handle)``.
 
     Made by :meth:`ff_fast.aio.ValkeyBackend.keep_lease`. Closing the backend stops it too.
 
     Attributes:
         error: Error with which the lease was lost; None while it is held.
-        cancel_requested: Whether the worker is asked to stop, as of the newest renewal.
+        cancel_requested: Whether the worker is asked to stop; a push or a renewal says so.
     """
 
     def __init__(
         self,
-        lease_ttl_ms: int,
+        clock: LeaseClock,
         renew: Callable[[], Awaitable[LeaseRenewal]],
         on_lost: Callable[[FFError], None],
-        closed: Callable[[], bool],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        leave: Callable[[LeaseKeeper], None],
     ) -> None:
         self.error: FFError | None = None
         self.cancel_requested = False
         self._renew = renew
         self._on_lost = on_lost
-        self._closed = closed
+        self._spawn = spawn
+        self._leave = leave
         self._stopped = False
-        self._clock = LeaseClock(lease_ttl_ms)
+        self._clock = clock
         self._over = asyncio.Event()
+        self._told = asyncio.Event()
+        # Called when a cancellation is requested and when the lease is lost.
+        self._on_told: Callable[[], None] | None = None
+        # The renewal under way, and whether a push has come meanwhile, which it may have missed.
         self._task: asyncio.Task[None] | None = None
-
-    def _start(self, spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
-        self._task = spawn(self._main())
-        # A callback also runs for a task that is cancelled before its first step.
-        self._task.add_done_callback(self._ended)
+        self._again = False
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(clock.wait_s, self._renew_soon)
 
     @property
     def held(self) -> bool:
@@ -57,42 +62,88 @@ class LeaseKeeper:
 
     async def wait_lost(self, seconds: float) -> bool:
         """Wait at most *seconds* until the lease is lost or the keeper is stopped; return whether it is lost."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._over.wait()
-        return self._over.is_set() or not self.held
+        await _set_within(self._over, seconds)
+        return not self.held
 
-    async def _main(self) -> None:
+    async def wait_cancelled(self, timeout: float | timedelta | None = None) -> bool:
+        """Wait until a cancellation is requested, or the lease is lost, or the keeper is stopped.
+
+        Args:
+            timeout: Longest wait, in seconds or as a ``timedelta``; None has no limit.
+
+        Returns:
+            Whether the worker should stop: a cancellation is requested, or the lease is lost.
+        """
+        await _set_within(self._told, timeout_s(timeout))
+        return self.cancel_requested or not self.held
+
+    def _renew_soon(self) -> None:
+        """Renew now."""
+        self._timer.cancel()
+        if self._task is not None:
+            self._again = True
+        elif self.error is None and not self._stopped:
+            self._again = False
+            self._task = self._spawn(self._renewal())
+            # A callback also runs for a task that is cancelled before its first step.
+            self._task.add_done_callback(self._renewed)
+
+    async def _renewal(self) -> None:
         clock = self._clock
-        while self.error is None:
-            await asyncio.sleep(clock.wait_s)
-            clock.sending()
-            try:
-                async with asyncio.timeout(max(clock.held_until - time.monotonic(), 0.0)):
-                    renewal = await self._renew()
-            except FFError as error:
-                self._lost(clock.failed(error))
-            except TimeoutError:
-                self._lost(clock.failed(DeadlineExceeded()))
-            else:
-                clock.renewed()
-                self.cancel_requested = renewal.cancel_requested
+        clock.sending()
+        try:
+            async with asyncio.timeout(max(clock.held_until - time.monotonic(), 0.0)):
+                renewal = await self._renew()
+        except FFError as error:
+            self._lost(clock.failed(error))
+        except TimeoutError:
+            self._lost(clock.failed(DeadlineExceeded()))
+        else:
+            clock.renewed()
+            if renewal.cancel_requested:
+                self._ask_to_stop()
 
-    def _ended(self, _: object) -> None:
-        self._over.set()
-        if self._closed():
-            self._lost(_transport.closed_error())
+    def _renewed(self, _: object) -> None:
+        self._task = None
+        if self.error is None and not self._stopped:
+            wait_s = 0.0 if self._again else self._clock.wait_s
+            self._timer = self._loop.call_later(wait_s, self._renew_soon)
+
+    def _ask_to_stop(self) -> None:
+        if not (self.cancel_requested or self._stopped):
+            self.cancel_requested = True
+            self._tell()
 
     def _lost(self, error: FFError | None) -> None:
         # A renewal that fails after stop() is no loss: the execution has usually ended.
         if error is not None and self.error is None and not self._stopped:
             self.error = error
+            self._timer.cancel()
+            self._leave(self)
             self._over.set()
+            self._tell()
             self._on_lost(error)
+
+    def _abandon(self, error: FFError) -> None:
+        try:
+            self._lost(error)
+        except Exception as failure:  # noqa: BLE001 - the caller's callback must not keep the backend from closing
+            self._loop.call_exception_handler(
+                {"message": "A callback for a lost lease has failed.", "exception": failure}
+            )
+
+    def _tell(self) -> None:
+        self._told.set()
+        if self._on_told is not None:
+            self._on_told()
 
     async def stop(self) -> None:
         """Stop renewing; the lease lapses by itself unless the execution ends first."""
         self._stopped = True
+        self._timer.cancel()
+        self._leave(self)
+        self._over.set()
+        self._told.set()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -107,3 +158,10 @@ class LeaseKeeper:
         where: TracebackType | None,
     ) -> None:
         await self.stop()
+
+
+async def _set_within(event: asyncio.Event, seconds: float | None) -> None:
+    """Wait until an event is set, at most *seconds*."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

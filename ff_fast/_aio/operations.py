@@ -6,6 +6,7 @@ import asyncio
 import copy
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from ff_fast import _transport
@@ -16,6 +17,7 @@ from ff_fast._aio.readers import Completions, Tail
 from ff_fast._aio.writers import Sender, Writer
 from ff_fast._core import claiming, operations
 from ff_fast._core.binding import HANDLER, H, R, S, bind, dressed
+from ff_fast._core.leases import KeptLeases
 from ff_fast._core.writer import FrameWriters
 from ff_fast.errors import FFError, WriterClosed
 
@@ -78,10 +80,14 @@ class Operations(Pool):
         self._opening = asyncio.Lock()
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
-        self._sender = Sender(self._shared, self._prepare, self._spawn, config.retry)
+        self._sender = Sender(self._shared, self._prepare, self._spawn, self._check_thread, config)
+        self._kept = KeptLeases(self._hub, self._loop.call_later)
 
     def _stop(self) -> None:
+        keepers = self._kept.close()
         super()._stop()
+        for keeper in keepers:
+            keeper._abandon(_transport.closed_error())
         self._sender.stop()
         self._frame_writers.clear()
 
@@ -174,10 +180,12 @@ class Operations(Pool):
                 request.on_lost(error)
 
         def renew() -> Coroutine[Any, Any, LeaseRenewal]:
-            return self._do(request.renewal, until=keeper._clock.held_until)
+            return self._do(request.renewal, until=clock.held_until)
 
-        keeper = LeaseKeeper(request.ttl_ms, renew, lost, lambda: self._closed)
-        keeper._start(self._spawn)
+        clock = request.clock()
+        leave = partial(self._kept.remove, request.channel, request.name)
+        keeper = LeaseKeeper(clock, renew, lost, self._spawn, leave)
+        self._kept.add(request.channel, request.name, keeper)
         return keeper
 
     async def _supervise(self, request: operations.SupervisionRequest) -> None:

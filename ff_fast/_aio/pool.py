@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
 from ff_fast._aio.connection import Connection, run_steps
+from ff_fast._aio.hub import Hub
 from ff_fast._core import claiming
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.steps import Retries, Step
@@ -162,8 +163,12 @@ class Pool:
         # Claims under way, and the tasks that give back what others have left.
         self._claims: set[Claim] = set()
         self._giving_back: set[asyncio.Task[None]] = set()
+        self._loading: asyncio.Task[None] | None = None
         self._deployment = Deployment(config.partitions, config.max_payload_bytes)
         self._shared = SharedConnection(self._connect, self._spawn, self._timeout_s)
+        self._hub = Hub(
+            self._connect, self._spawn, self._shared.request, self._timeout_s, config.retry
+        )
 
     @property
     def closed(self) -> bool:
@@ -218,8 +223,9 @@ class Pool:
             await connection.wait_closed()
 
     def _stop(self) -> None:
-        """Abort the shared connection, without waiting."""
+        """Abort the connections of calls and readers, without waiting."""
         self._shared.stop()
+        self._hub.stop()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = self._loop.create_task(coroutine)
@@ -259,29 +265,47 @@ class Pool:
         if self._closed:
             raise _transport.closed_error()
 
-    async def _connect(self) -> Connection:
+    async def _connect(self, role: str = "calls") -> Connection:
         connection = Connection()
         await connection.open(self.config)
         self._own.add(connection)
         connection.on_lost.append(self._own.discard)
         connection.on_silent = self._on_silent
         try:
-            await self._prepare(connection)
+            await self._prepare(connection, role)
         except BaseException:
             connection.abort()
             raise
         return connection
 
-    async def _prepare(self, connection: Connection) -> None:
+    async def _prepare(self, connection: Connection, role: str | None = None) -> None:
         """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
         try:
-            await run_steps(self._deployment.prepare(), self._requests_on(connection))
+            await run_steps(self._deployment.prepare(role), self._requests_on(connection))
         except FFError as error:
             failure = _transport.connect_error(error, self.config)
         else:
             connection.ready = True
             return
         raise failure
+
+    async def _load_library(self) -> None:
+        """Load the library, which a reader has found missing; concurrent callers share one attempt."""
+        if self._loading is None:
+            self._loading = self._spawn(self._load_once())
+        task = self._loading
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise _transport.closed_error()
+        error = task.exception()
+        if error is not None:
+            raise copy.copy(error)
+
+    async def _load_once(self) -> None:
+        try:
+            await self._prepare(await self._shared.connected())
+        finally:
+            self._loading = None
 
     def _on_silent(self, since: float) -> None:
         """Close the connections that owe nothing and were last heard of before another one fell silent."""

@@ -1,15 +1,18 @@
-"""Readers: tails and subscriptions, each on a connection of its own."""
+"""Readers: tails, which share the connection of the hub, and subscriptions, each on a connection of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 import weakref
+from math import inf
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ff_fast._core import readers
 from ff_fast._core.tail import Item
+from ff_fast._hot.feed import Bell, Inbox
 from ff_fast._hot.items import AsyncItems
 from ff_fast._transport import MAX_IDLE_OF_READERS, closed_error
 from ff_fast.errors import FFError
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from ff_fast._aio.connection import Connection, Replies
+    from ff_fast._aio.hub import Read
     from ff_fast._aio.pool import Pool
     from ff_fast._core.steps import Source
 
@@ -28,24 +32,17 @@ PARK_S = 1.0
 """How long a reader whose read was cancelled keeps its connection for the next one."""
 
 
-class Reader(readers.ReaderState[T], AsyncItems[T]):
-    """Base of tails and subscriptions: an asynchronous iterator and context manager.
+class Readable(AsyncItems[T]):
+    """What all readers have: one task at a time reads, by iterating or by :meth:`next_batch`."""
 
-    One task at a time reads. Between two reads at most one answer of the server is in flight. The object holds all
-    state of a read, so the read after a cancelled one continues it.
-    """
+    if TYPE_CHECKING:
+        _reading: bool
 
-    def __init__(self, pool: Pool, source: Source[T]) -> None:
-        super().__init__(source, pool.config.retry)
-        self._pool = pool
-        self._loop = pool._loop
-        self._connection: Connection | None = None
-        # A task, so that connecting continues after a read that was cancelled or ran out of time.
-        self._connecting: asyncio.Task[Connection] | None = None
-        # Replies to the step in flight.
-        self._replies: Replies | None = None
-        self._reading = False
-        self._parking: asyncio.TimerHandle | None = None
+        async def _read(self, until: float | None) -> bool:
+            """Read the next items; return whether there are any, in time and before the end."""
+
+        async def aclose(self) -> None:
+            """Stop reading."""
 
     async def next_batch(self, timeout: float | timedelta | None = None) -> list[T]:
         """Return all items of the server's next answer, or the items left of the last one.
@@ -71,6 +68,185 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         if not await self._read(None):
             raise StopAsyncIteration
         return self._pop()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+class PushReader(readers.PushState[T], Readable[T]):
+    """Base of the readers that take what is pushed: an asynchronous iterator and context manager.
+
+    One task at a time reads. The object holds all state of a read, so the read after a cancelled one continues it.
+    """
+
+    def __init__(self, pool: Pool, source: readers.PushSource[T]) -> None:
+        super().__init__(source, pool.config.retry)
+        self._pool = pool
+        self._hub = pool._hub
+        self._loop = pool._loop
+        # The hub knows the bell, and not the reader, so a reader that was left can go.
+        self._ring = Bell(pool._loop)
+        self._sent: Read | None = None
+        self._reading = False
+        # Rings the bell at `_looks_at`.
+        self._look: asyncio.TimerHandle | None = None
+
+    async def _read(self, until: float | None) -> bool:
+        """Read the next items; return whether there are any, in time and before the end."""
+        self._pool._check_loop()
+        if self._reading:
+            raise readers.busy_error()
+        if not self._empty:
+            # Another task has read them before this one began.
+            return True
+        self._reading = True
+        try:
+            while not (self._rest or self._source.ended):
+                try:
+                    if not await self._advance(until):
+                        break
+                except FFError as error:
+                    self._sent = None
+                    self._leave()
+                    self._failed(error, closed=self._pool.closed)
+            if self._source.ended:
+                self._leave()
+        except (asyncio.CancelledError, FFError):
+            raise
+        except BaseException:
+            # An interrupt broke off a read, so items read by it may not have been delivered.
+            if not (self._rest or self.ended):
+                self._sent = None
+                self._restart(self.cursor)
+            raise
+        finally:
+            self._reading = False
+        return not self._empty
+
+    async def _advance(self, until: float | None) -> bool:
+        """Take what has come, or ask, or wait; return False where *until* has passed."""
+        if self.closed:
+            raise readers.closed_error()
+        self._pool._check()
+        read = self._sent
+        if read is not None:
+            if not read.done:
+                return await self._wait(until)
+            self._sent = None
+            if read.final:
+                self._retries.give_up()
+            (reply,) = read.take()
+            self._put_received(reply)
+            self._attach_part()
+            return True
+        if self._resume_at > time.monotonic():
+            return await self._wait(until, self._resume_at)
+        if self._library_missing:
+            await self._pool._load_library()
+            self._library_missing = False
+        self._attach_part()
+        if self._put_pushed():
+            self._attach_part()
+            return True
+        try:
+            step = self._source.step()
+        except FFError:
+            # The hub has used up all retries.
+            self._retries.give_up()
+            raise
+        if step is None:
+            return await self._wait(until, self._source.wake_at)
+        self._sent = self._hub.read(step, self._ring)
+        return True
+
+    async def _wait(self, until: float | None, look_at: float = inf) -> bool:
+        """Wait until the bell rings, or *look_at* has come; return False where *until* has passed."""
+        if until is not None and time.monotonic() >= until:
+            return False
+        if until is not None and until < look_at:
+            look_at = until
+        self._look_by(look_at)
+        await self._ring
+        return True
+
+    def _look_by(self, look_at: float) -> None:
+        """See to it that the bell rings at *look_at*, in monotonic time, or before."""
+        if self._looks_at <= look_at != inf:
+            return
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+        self._looks_at = look_at
+        if look_at != inf:
+            left = max(look_at - time.monotonic(), 0.0)
+            self._look = self._loop.call_later(left, _ring, weakref.ref(self))
+
+    def _attach_part(self) -> None:
+        """Let the hub know what this reader listens with."""
+        part = self._source.part
+        if part is self._attached:
+            return
+        self._leave()
+        if part is self._source and isinstance(part, Inbox):
+            # Iteration takes its pushes in C.
+            self._attach(part, self._ring)
+        else:
+            part.on_wake = self._ring
+        self._attached = part
+        self._hub.attach(part)
+
+    def _leave(self) -> None:
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            self._detach()
+            self._hub.detach(attached)
+
+    async def aclose(self) -> None:
+        """Stop reading. A waiting read raises an error."""
+        self._closed = True
+        self._leave()
+        self._look_by(inf)
+        if self._sent is not None:
+            self._hub.drop(self._sent)
+        self._ring()
+
+    def __del__(self) -> None:
+        # A loop over the reader was left in the middle. The collector may run on any thread.
+        attached = self.__dict__.get("_attached")
+        if attached is not None and self._pool._pid == os.getpid():
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._hub.detach, attached)
+
+
+def _ring(reader: weakref.ref[PushReader[Any]]) -> None:
+    found = reader()
+    if found is not None:
+        found._look = None
+        found._looks_at = inf
+        found._ring()
+
+
+class Reader(readers.AnswerState[T], Readable[T]):
+    """Base of the readers that wait on a connection of their own.
+
+    One task at a time reads. Between two reads at most one answer of the server is in flight. The object holds all
+    state of a read, so the read after a cancelled one continues it.
+    """
+
+    def __init__(self, pool: Pool, source: Source[T]) -> None:
+        super().__init__(source, pool.config.retry)
+        self._pool = pool
+        self._loop = pool._loop
+        self._connection: Connection | None = None
+        # A task, so that connecting continues after a read that was cancelled or ran out of time.
+        self._connecting: asyncio.Task[Connection] | None = None
+        # Replies to the step in flight.
+        self._replies: Replies | None = None
+        self._reading = False
+        self._parking: asyncio.TimerHandle | None = None
 
     async def _read(self, until: float | None) -> bool:
         """Read the next items; return whether there are any, in time and before the end."""
@@ -181,12 +357,6 @@ class Reader(readers.ReaderState[T], AsyncItems[T]):
         elif self._connecting is not None:
             self._connecting.cancel()
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
     def __del__(self) -> None:
         # A loop over the reader was left in the middle. The collector may run on any thread.
         connection, connecting = map(self.__dict__.get, ("_connection", "_connecting"))
@@ -212,7 +382,7 @@ def _park(reader: weakref.ref[Reader[Any]]) -> None:
         found._park()
 
 
-class Tail(Reader[Item]):
+class Tail(PushReader[Item]):
     __doc__ = readers.TAIL
 
 

@@ -23,6 +23,7 @@ from ff_fast._core.worker import (
     Raised,
     Returned,
     Run,
+    Stopped,
     TaskReleased,
     TaskState,
     UseWriter,
@@ -31,8 +32,11 @@ from ff_fast._core.worker import (
     is_handlers_own,
 )
 from ff_fast.errors import FFError, InvalidType
+from ff_fast.types import OnCancel
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from ff_fast._aio.operations import Operations
     from ff_fast._core.deployment import Deployment
     from ff_fast._core.operations import Call, WorkerOptions
@@ -106,15 +110,76 @@ class Task(TaskState[Writer, LeaseKeeper]):
     delay = releasing(operations.delay)
     wait_children = releasing(operations.wait_children)
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether the handler should stop: a cancellation is requested, the lease is lost, or the backend is closed."""
-        return self.cancel_requested or self._backend.closed or not self._holds_lease
+    async def wait_cancelled(self, timeout: float | timedelta | None = None) -> bool:
+        """Wait until the handler should stop; see `cancelled`.
+
+        Args:
+            timeout: Longest wait, in seconds or as a ``timedelta``; None has no limit.
+
+        Returns:
+            Whether it should stop; False after *timeout*.
+        """
+        assert self._keeper is not None
+        return self.cancelled or await self._keeper.wait_cancelled(timeout)
 
     async def _close(self, timeout_s: float | None) -> None:
         """Store all written frames, and close the writer."""
         if self._current_writer is not None:
             await self._current_writer.close(timeout_s)
+
+
+class _Interrupt:
+    """Cancels a handler that has to stop, and takes its cancellations back at the end, as ``asyncio.timeout`` does.
+
+    Attributes:
+        sent: Number of cancellations: at most one for the request and one for the loss of the lease.
+    """
+
+    def __init__(
+        self, running: asyncio.Task[Any], keeper: LeaseKeeper, after_s: float | None
+    ) -> None:
+        self.sent = 0
+        self._running = running
+        # A task group whose member failed may leave a cancellation behind, for every handler that follows.
+        self._before = running.cancelling()
+        self._keeper = keeper
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.Handle | None = None
+        self._lost = False
+        if after_s is not None:
+            self._after_s = after_s
+            keeper._on_told = self._told
+            self._told()
+
+    def _told(self) -> None:
+        if self._keeper.error is not None:
+            if not self._lost:
+                self._lost = True
+                if self._timer is not None:
+                    self._timer.cancel()
+                # Not here: a task that runs may leave the handler first, and would meet it behind.
+                self._timer = self._loop.call_soon(self._cancel)
+        elif self._keeper.cancel_requested and self._timer is None:
+            self._timer = self._loop.call_later(self._after_s, self._cancel)
+
+    def _cancel(self) -> None:
+        self.sent += 1
+        self._running.cancel()
+
+    @property
+    def outside(self) -> bool:
+        """Whether somebody else has cancelled the task."""
+        return self._running.cancelling() - self.sent > self._before
+
+    def end(self) -> None:
+        """Cancel no more; only what others have cancelled stays."""
+        self._keeper._on_told = None
+        if self._timer is not None:
+            self._timer.cancel()
+        for _ in range(self.sent):
+            # The handler may have taken one back itself.
+            if self._running.cancelling() > self._before:
+                self._running.uncancel()
 
 
 class WorkerLoop:
@@ -129,6 +194,9 @@ class WorkerLoop:
         # The caller's event may be shared with other workers, so this loop never sets it.
         self._halt = asyncio.Event()
         self._error: BaseException | None = None
+        self._cancel_after_s = (
+            None if options.on_cancel is OnCancel.TELL else options.cancel_grace_s
+        )
 
     async def run(self) -> None:
         """Run until the caller's event, SIGTERM or SIGINT (in the main thread), or the backend's close."""
@@ -186,7 +254,9 @@ class WorkerLoop:
         """Run the handler for one claimed execution, and end the execution; return whether it is over for this worker."""
         task = Task(self._backend, handle, self._options.mode)
         async with self._backend.keep_lease(handle, task._lose) as task._keeper:
-            actions = worker_core.attend(self._backend, task, self._options.mode)
+            actions = worker_core.attend(
+                self._backend, task, self._options.mode, self._cancel_after_s
+            )
             return await self._drive(task, actions)
 
     async def _drive(self, task: Task, actions: Actions) -> bool:
@@ -214,8 +284,8 @@ class WorkerLoop:
                 return await self._backend._do(call)
             case UseWriter(state):
                 task._current_writer = self._backend._use_writer(state)
-            case CallHandler():
-                return await self._call(task)
+            case CallHandler(cancel_after_s):
+                return await self._call(task, cancel_after_s)
             case CloseWriter(timeout_s):
                 await task._close(timeout_s)
             case WaitLost(seconds):
@@ -223,25 +293,27 @@ class WorkerLoop:
                 await task._keeper.wait_lost(seconds)
         return None
 
-    async def _call(self, task: Task) -> Returned | Raised:
-        current = asyncio.current_task()
+    async def _call(self, task: Task, cancel_after_s: float | None) -> Returned | Raised | Stopped:
+        current, keeper = asyncio.current_task(), task._keeper
         assert current is not None
-        # A task group whose member failed may leave a cancellation behind, for every handler that follows.
-        before = current.cancelling()
+        assert keeper is not None
+        interrupt = _Interrupt(current, keeper, cancel_after_s)
         try:
             returned: object = self._handler(task)
             if not inspect.isawaitable(returned):
                 raise worker_core.TaskFailed("The handler is not a coroutine function.")
             return Returned(await returned)
         except asyncio.CancelledError as error:
-            if current.cancelling() > before:
+            if interrupt.outside:
                 raise
-            # The worker itself is not cancelled: the handler awaited a cancelled task.
-            return Raised(error)
+            # The worker itself is not cancelled. Else the handler awaited a cancelled task.
+            return Stopped() if interrupt.sent else Raised(error)
         except BaseException as error:
             if not is_handlers_own(error):
                 raise
             return Raised(error)
+        finally:
+            interrupt.end()
 
 
 def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

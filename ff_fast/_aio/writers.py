@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import threading
 import weakref
-from collections import deque
-from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from ff_fast import _process
-from ff_fast._aio.connection import BROKEN, LOST, Connection, Receiver
+from ff_fast._aio.connection import BROKEN, LOST, Connection
 from ff_fast._aio.pool import CALLS_IN_FLIGHT, Pool, SharedConnection
 from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
 from ff_fast._core.steps import Retries
 from ff_fast._core.writer import SharedWriter, Wait
+from ff_fast._hot.writer import Outbox
 from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
@@ -31,51 +31,63 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
     from types import TracebackType
 
-    from ff_fast._hot.writer import Batch
-    from ff_fast.types import BackendRetry
+    from ff_fast._hot.writer import Call
+    from ff_fast.types import BackendConfig
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Sender:
-    """Sends the batches of all writers on the shared connection, many in one write."""
+class Sender(Outbox):
+    """Sends what the writers have, many of them in one call, on the shared connection."""
 
     def __init__(
         self,
         shared: SharedConnection,
         prepare: Callable[[Connection], Awaitable[None]],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
-        retry: BackendRetry,
+        check_thread: Callable[[], None],
+        config: BackendConfig,
     ) -> None:
         self._shared = shared
         self._prepare = prepare
         self._spawn = spawn
-        self._loop = asyncio.get_running_loop()
-        self._queue: deque[Writer] = deque()
+        self._check_thread = check_thread
+        self._event_loop = asyncio.get_running_loop()
+        super().__init__(
+            linger_ms=config.linger_ms,
+            lost=(LOST, BROKEN),
+            thread=threading.get_ident(),
+            running=asyncio._get_running_loop,
+            loop=self._event_loop,
+        )
         self._recovering: asyncio.Task[None] | None = None
-        self._retries = Retries(retry, retry_timeouts=True)
+        self._retries = Retries(config.retry, retry_timeouts=True)
+        # Whether the pump runs in this turn of the loop, and the timer that runs it later.
         self._pump_scheduled = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._hold_scheduled = False
         self.writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         shared.on_can_write = self._on_can_write
         shared.on_lost = self._on_lost
         _process.watch_fork(self)
         _process.watch_exit(self)
 
-    def enqueue(self, writer: Writer) -> None:
-        self._queue.append(writer)
+    def _on_wrong_thread(self) -> None:
+        self._check_thread()
+
+    def _on_ready(self) -> None:
         if not self._pump_scheduled:
             self._pump_scheduled = True
-            self._loop.call_soon(self._pump)
+            self._event_loop.call_soon(self._pump)
 
     def linger(self, writer: Writer) -> None:
-        self._loop.call_later(writer._linger_us / 1e6, writer._seal_soon)
+        self._event_loop.call_later(writer._linger_us / 1e6, writer._seal_soon)
 
     def _pump(self) -> None:
-        """Send the batches of the ready writers in one write."""
+        """Send the calls that are due."""
         self._pump_scheduled = False
-        queue = self._queue
-        if not queue or self._shared.closing or self._recovering is not None:
+        if not self.ready or self._shared.closing or self._recovering is not None:
             return
         connection = self._shared.connection
         if connection is None or connection.closed:
@@ -83,29 +95,36 @@ class Sender:
             return
         if not connection.writable:
             return
-        messages: list[bytes] = []
-        receivers: list[Receiver] = []
-        size = 0
-        room = CALLS_IN_FLIGHT - len(connection.receivers)
-        while queue and len(receivers) < room and size < writer_core.ROUND_BYTES:
-            writer = queue.popleft()
-            batch = writer._next_batch()
-            if batch is not None:
-                messages.append(batch.message)
-                size += len(batch.message)
-                receivers.append(partial(self.answered, writer, batch))
-        if messages:
-            connection.send(messages[0] if len(messages) == 1 else b"".join(messages), receivers)
-            self._shared.watch_soon()
+        while (
+            (wait_s := self.wait_s()) == 0.0
+            and self._calls_in_flight < writer_core.CALLS_IN_FLIGHT
+            and len(connection.receivers) < CALLS_IN_FLIGHT
+            and connection.writable
+        ):
+            call = self.next_call()
+            if call is not None:
+                connection.send(call.take(), [call])
+                self._shared.watch_soon()
+        if wait_s > 0.0 and self._timer is None:
+            self._timer = self._event_loop.call_later(wait_s, self._on_timer)
+        if self.holds and not self._hold_scheduled:
+            self._store_held()
 
-    def answered(self, writer: Writer, batch: Batch, reply: object) -> None:
-        if reply is LOST or reply is BROKEN:
-            writer._requeue()
-            return
-        error = writer._acknowledge(batch, reply)
-        if error is not None:
-            self._recover_soon(error)
-        elif type(reply) is bytes:
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._pump()
+
+    def _store_held(self) -> None:
+        """Store the frames that were pushed some time ago, and come again for the others."""
+        hold_s = self.hold_s()
+        self._hold_scheduled = hold_s > 0.0 and not self._shared.closing
+        if self._hold_scheduled:
+            self._event_loop.call_later(hold_s, self._store_held)
+
+    def _on_answer(self, call: Call) -> None:
+        if call.error is not None:
+            self._recover_soon(call.error)
+        elif call.accepted:
             self._retries.reset()
 
     def _recover_soon(self, error: FFError | None) -> None:
@@ -140,22 +159,22 @@ class Sender:
     def _fail_waiting(self, error: FFError) -> None:
         # The next writer starts with all retries.
         self._retries.reset()
-        waiting, self._queue = self._queue, deque()
-        for writer in waiting:
+        for writer in self.take_ready():
             writer._fail(copy.copy(error))
 
     def _on_can_write(self) -> None:
-        if self._queue and not self._pump_scheduled:
+        if self.ready and not self._pump_scheduled:
             self._pump()
 
     def _on_lost(self) -> None:
-        if self._queue:
+        if self.ready:
             self._recover_soon(OutcomeUnknown())
 
     def stop(self) -> None:
         """Fail every writer, since the backend is closed."""
         for writer in list(self.writers):
             writer._fail(WriterClosed())
+        self.forget()
 
     def _finish_soon(self) -> None:
         """Do nothing at the end of the interpreter: the loop has ended, so nothing can be sent."""
@@ -195,12 +214,8 @@ class Writer(SharedWriter):
         self._sender = sender
         self._pool = pool
         self._waiters: list[asyncio.Future[None]] = []
-        super().__init__(state)
+        super().__init__(state, sender)
         self._sender.writers.add(self)
-
-    def _on_ready(self) -> None:
-        self._pool._check_thread()
-        self._sender.enqueue(self)
 
     def _on_linger(self) -> None:
         self._pool._check_thread()

@@ -94,8 +94,11 @@ class Deployment:
             del self._sweeps[next(iter(self._sweeps))]
         self._sweeps[lane] = (seen, swept)
 
-    def prepare(self) -> Steps[None]:
+    def prepare(self, role: str | None = None) -> Steps[None]:
         """Check a new connection: load the library if it is missing or different, and compare the partition count.
+
+        Args:
+            role: What the connection is for: CLIENT LIST shows it in its name. None leaves the name as it is.
 
         Warns (``RuntimeWarning``), on the first connection, of a server that evicts any key when its memory is full.
 
@@ -106,7 +109,8 @@ class Deployment:
             FFError: The server refused a command.
         """
         version = ops.version()
-        (reply,) = yield Step((version.command(),))
+        # Servers that do not know these commands, and users without the right, go on without a name.
+        *_, reply = yield Step((*_names(role), version.command()))
         if isinstance(reply, Exception) and shows_cluster(str(reply)):
             raise ClusterModeRequired
         held: ops.Version | None = None
@@ -157,6 +161,17 @@ class Deployment:
         if not isinstance(stored, bytes) or not stored.isdigit():
             raise _unreadable()
         return int(stored)
+
+
+def _names(role: str | None) -> tuple[Command, ...]:
+    """Return the commands that tell the server who connects."""
+    if role is None:
+        return ()
+    return (
+        Command(b"", pack_command(b"CLIENT", b"SETNAME", b"ff_fast:" + role.encode())),
+        Command(b"", pack_command(b"CLIENT", b"SETINFO", b"LIB-NAME", b"ff_fast")),
+        Command(b"", pack_command(b"CLIENT", b"SETINFO", b"LIB-VER", _library.VERSION.encode())),
+    )
 
 
 def _evicts(policy: str) -> str:

@@ -17,7 +17,7 @@ from ff_fast._core import claiming, flows, ops, ready, supervision
 from ff_fast._core import usage as usage_steps
 from ff_fast._core import writer as writers
 from ff_fast._core.completions import CompletionCore
-from ff_fast._core.leases import is_lease_lost
+from ff_fast._core.leases import LeaseClock, is_lease_lost
 from ff_fast._core.steps import Step, Steps, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
@@ -48,6 +48,7 @@ from ff_fast.types import (
     Handle,
     HandleKind,
     LeaseRenewal,
+    OnCancel,
     PendingWaitpoint,
     ReclaimToken,
     ReportUsageResult,
@@ -477,9 +478,9 @@ def cancel(
     Args:
         target: A handle or an execution id.
         reason: Text of at most 4096 bytes.
-        grace: Time for a running worker to stop by itself, in seconds or as a ``timedelta``. Its next append
-            (``writer.cancel_requested``) or renewal notifies it; after the grace a supervisor forces the cancellation.
-            None cancels at once.
+        grace: Time for a running worker to stop by itself, in seconds or as a ``timedelta``. It is notified at once
+            (``task.cancelled``), or by the answer to its next append or renewal; after the grace a supervisor forces the
+            cancellation. None cancels at once, and the worker loses its lease.
 
     Raises:
         ExecutionNotFound: There is no such execution.
@@ -1027,10 +1028,11 @@ def read_summary(
         ExecutionNotFound: There is no such execution.
     """
     eid = keys.canonical_execution_id(execution_id)
-    op = ops.read_summary(eid, keys.attempt_index(attempt_index))
+    index = keys.attempt_index(attempt_index)
+    op = ops.read_summary(eid, index)
 
     def steps() -> Steps[SummaryDocument | None]:
-        return fold((yield from ops.call(op)))
+        return fold((yield from ops.call(op)), index)
 
     return Call(steps, writes=False)
 
@@ -1197,10 +1199,21 @@ def append_frame(
 
 
 class LeaseRequest(NamedTuple):
-    """A lease to keep: its id, its length, the call that renews it, and the callback for its loss."""
+    """A lease to keep.
+
+    Attributes:
+        lease_id: Its id.
+        name: Its execution and attempt, as pushes name it.
+        channel: Channel of those pushes.
+        clock: Makes the times of its renewals.
+        renewal: The call that renews it.
+        on_lost: Callback for its loss.
+    """
 
     lease_id: str
-    ttl_ms: int
+    name: bytes
+    channel: bytes
+    clock: Callable[[], LeaseClock]
     renewal: Call[LeaseRenewal]
     on_lost: Callable[[FFError], None] | None
 
@@ -1210,13 +1223,26 @@ def keep_lease(
 ) -> LeaseRequest:
     """Renew a lease in the background until the keeper is stopped; a context manager.
 
+    The keeper hears at once of a requested cancellation, and of a lease that is lost: see `LeaseKeeper.wait_cancelled`.
+    Where pushes do not reach it, the next renewal tells it.
+
     Args:
         handle: The lease.
         on_lost: Called with the error when the lease is gone, or could not be renewed before it lapsed; on a thread of
             the library, or on the backend's loop. The writers of the handle have failed with the error by then.
     """
     fields = _attempt(handle).fields
-    return LeaseRequest(fields.lease_id, fields.lease_ttl_ms, renew(on, handle), on_lost)
+    eid = fields.execution_id
+    # A cancellation that was requested of an earlier lease still holds; no push tells this one of it.
+    soon = handle.kind is HandleKind.RESUMED or fields.attempt_index > 0
+    return LeaseRequest(
+        fields.lease_id,
+        f"{eid} {fields.attempt_index}".encode("ascii"),
+        keys.leases_channel(keys.slot_tag_of(eid)),
+        partial(LeaseClock, fields.lease_ttl_ms, soon=soon),
+        renew(on, handle),
+        on_lost,
+    )
 
 
 class SupervisionRequest(NamedTuple):
@@ -1250,12 +1276,23 @@ def supervise(
 
 
 class WorkerOptions(NamedTuple):
-    """Checked options of a worker."""
+    """Checked options of a worker.
+
+    Attributes:
+        claim: Makes the next claim.
+        mode: Mode of frames that name none.
+        concurrency: Number of handlers that run at once.
+        stop: The caller's event.
+        on_cancel: What befalls a handler that shall stop; None is the shell's default.
+        cancel_grace_s: Seconds until a handler is cancelled.
+    """
 
     claim: Callable[[], Call[Handle | None]]
     mode: StreamMode | None
     concurrency: int
     stop: StopEvent | None
+    on_cancel: OnCancel | None
+    cancel_grace_s: float
 
 
 CLAIM_WAIT_S = 1.0
@@ -1273,13 +1310,21 @@ def run_worker(
     mode: StreamMode | None = None,
     concurrency: int = 1,
     stop: StopEvent | None = None,
+    on_cancel: OnCancel | None = None,
+    cancel_grace: float | timedelta = 2.0,
 ) -> WorkerOptions:
     """Claim executions of a lane and call *handler* with a `Task` for each, until stopped.
 
     The lease is renewed in the background. The handler's result is the execution's result. An exception fails the
     attempt as transient, a ``TaskFailed`` with its own class, and an ``FFError`` that is a refusal for good, such as
-    ``PayloadTooLarge``, as permanent; also in an exception group, and as the cause of another exception. If the lease is
-    lost, writes fail, ``task.cancelled`` is true, and the handler's result or exception is discarded.
+    ``PayloadTooLarge``, as permanent; also in an exception group, and as the cause of another exception.
+
+    A handler hears at once that a cancellation is requested: ``task.cancelled`` is true, and ``task.wait_cancelled``
+    returns. The attempt then ends as cancelled, whatever the handler returns or raises. It hears likewise that its lease
+    is lost: ``task.lost`` is true as well, writes fail, and its result or exception is discarded. In asyncio the handler
+    is also cancelled, at its next ``await``: *cancel_grace* after the request, and at once when the lease is lost or the
+    backend closed. Each happens once; a handler that catches ``asyncio.CancelledError`` and goes on is not cancelled
+    again. A thread cannot be interrupted, so the handlers of blocking workers must look.
 
     An execution that cannot be loaded, or not be ended as its handler ended, fails with the reason, and the worker goes
     on. A worker ends with an error that all its calls would meet: wrong credentials, another library or partition count,
@@ -1300,8 +1345,18 @@ def run_worker(
         mode: Mode of frames that name none; None is durable.
         concurrency: Number of handlers that run at once, 1 to 10,000.
         stop: Set it to stop.
+        on_cancel: Whether a handler that shall stop is cancelled or only told. None is ``CANCEL`` in
+            :mod:`ff_fast.aio` and ``TELL`` in blocking workers, which accept no other.
+        cancel_grace: Time that a handler has to stop by itself before it is cancelled, in seconds or as a ``timedelta``.
+            The grace of whoever cancels ends it too: the lease is lost then.
+
+    Raises:
+        InvalidInput: An argument is not accepted.
     """
     check_int("concurrency", concurrency, 1, 10_000)
+    if on_cancel is not None:
+        _checked("on_cancel", on_cancel, OnCancel)
+    grace_s = seconds("cancel_grace", cancel_grace, zero=True)
     if mode is not None:
         _checked("mode", mode, StreamMode)
     next_claim = partial(
@@ -1316,4 +1371,4 @@ def run_worker(
     )
     # Checks the arguments.
     next_claim()
-    return WorkerOptions(next_claim, mode, concurrency, stop)
+    return WorkerOptions(next_claim, mode, concurrency, stop, on_cancel, grace_s)

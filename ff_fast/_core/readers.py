@@ -12,6 +12,7 @@ from ff_fast.types import End, seconds
 if TYPE_CHECKING:
     from datetime import timedelta
 
+    from ff_fast._core.hub import Part
     from ff_fast._core.steps import Source, Steps
     from ff_fast.types import BackendRetry
 
@@ -28,7 +29,7 @@ T = TypeVar("T", bound=HasCursor)
 TAIL = """Reads one attempt, live. Made by ``backend.tail``; see there for the items.
 
     Iterate it, or take all items of one answer at a time with :meth:`next_batch`. A timeout or a cancellation loses
-    nothing: the next read continues. The tail releases its connection at its end, when it is closed, and when it is
+    nothing: the next read continues. The tail stops listening at its end, when it is closed, and when it is
     garbage-collected.
     """
 
@@ -37,6 +38,49 @@ COMPLETIONS = """Reads executions that end. Made by ``backend.subscribe_completi
     Iterate it, or take all items of one answer at a time with :meth:`next_batch`. A timeout or a cancellation loses
     nothing: the next read continues.
     """
+
+
+class Place(Protocol):
+    """What every source of items knows about its place."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last item was read."""
+
+    @property
+    def start(self) -> str | None:
+        """Cursor of the beginning; None until the server's time is known."""
+
+    def restart(self, cursor: str | None = None) -> None:
+        """Continue after *cursor*: items read after it were not delivered. None continues after the last read."""
+
+
+class PushSource(Place, Protocol[T]):
+    """A stream of items that takes what is pushed, and reads where something may have been missed.
+
+    `take` and `step` may change `part`; a shell attaches what it is after each of them.
+    """
+
+    @property
+    def part(self) -> Part:
+        """What listens to a channel of the hub for this source."""
+
+    @property
+    def wake_at(self) -> float:
+        """When there is something to ask although nothing was pushed, in monotonic time."""
+
+    def take(self) -> list[T]:
+        """Return the items of what was pushed."""
+
+    def step(self) -> Step | None:
+        """Return the next request, of one command; None if there is nothing to ask.
+
+        Raises:
+            FFError: There is no subscription to be had.
+        """
+
+    def receive(self, reply: object) -> list[T]:
+        """Return the items in the reply to the last step."""
 
 
 class ReaderState(Generic[T]):
@@ -49,15 +93,60 @@ class ReaderState(Generic[T]):
 
         def _put(self, items: list[T]) -> None: ...
 
-    def __init__(self, source: Source[T], retry: BackendRetry) -> None:
+    def __init__(self, source: Place, retry: BackendRetry) -> None:
         self._source = source
         self._retries = Retries(retry, retry_timeouts=True)
         self._closed = False
-        # The read that is under way; None between two reads.
-        self._steps: Steps[list[T]] | None = None
         # When the server may be asked again after a failure, in monotonic time.
         self._resume_at = 0.0
         self._library_missing = False
+
+    def _failed(self, error: FFError, *, closed: bool) -> None:
+        """Decide what follows a failed read: raise the error, or note when and how the next one may begin."""
+        self._restart()
+        if self._closed:
+            raise closed_error() from None
+        pause = None if closed else self._retries.pause(error)
+        if pause is None:
+            raise error
+        self._library_missing = isinstance(error, FunctionMissing)
+        self._resume_at = time.monotonic() + pause
+
+    def _restart(self, cursor: str | None = None) -> None:
+        """Give up the read that is under way; the next one goes on behind *cursor*, or behind the items read so far."""
+        self._source.restart(cursor)
+
+    @property
+    def cursor(self) -> str | None:
+        """The ``after`` of a reader that continues here: after the last item taken, or the start.
+
+        None for a subscription that began without a cursor and has not read yet.
+        """
+        return self._source.start if self.last is None else self.last.cursor
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last item was taken; no other follows."""
+        return isinstance(self.last, End)
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(cursor={self.cursor!r}, ended={self.ended})"
+
+
+class AnswerState(ReaderState[T]):
+    """State of a reader that reads one answer after the other, each by the steps of its source."""
+
+    _source: Source[T]
+
+    def __init__(self, source: Source[T], retry: BackendRetry) -> None:
+        super().__init__(source, retry)
+        # The read that is under way; None between two reads.
+        self._steps: Steps[list[T]] | None = None
 
     def _begin(self) -> Step:
         """Begin a read; return the step to be sent."""
@@ -85,42 +174,33 @@ class ReaderState(Generic[T]):
         assert isinstance(step, Step)
         return step
 
-    def _failed(self, error: FFError, *, closed: bool) -> None:
-        """Decide what follows a failed read: raise the error, or note when and how the next one may begin."""
-        self._restart()
-        if self._closed:
-            raise closed_error() from None
-        pause = None if closed else self._retries.pause(error)
-        if pause is None:
-            raise error
-        self._library_missing = isinstance(error, FunctionMissing)
-        self._resume_at = time.monotonic() + pause
-
     def _restart(self, cursor: str | None = None) -> None:
-        """Give up the read that is under way; the next one goes on behind *cursor*, or behind the items read so far."""
         self._steps = None
-        self._source.restart(cursor)
+        super()._restart(cursor)
 
-    @property
-    def cursor(self) -> str | None:
-        """The ``after`` of a reader that continues here: after the last item taken, or the start.
 
-        None for a subscription that began without a cursor and has not read yet.
-        """
-        return self._source.start if self.last is None else self.last.cursor
+class PushState(ReaderState[T]):
+    """State of a reader that takes what is pushed."""
 
-    @property
-    def ended(self) -> bool:
-        """Whether the last item was taken; no other follows."""
-        return isinstance(self.last, End)
+    _source: PushSource[T]
 
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._closed
+    def __init__(self, source: PushSource[T], retry: BackendRetry) -> None:
+        super().__init__(source, retry)
+        # What the hub knows of this reader; None before the first read, and after the last.
+        self._attached: Part | None = None
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(cursor={self.cursor!r}, ended={self.ended})"
+    def _put_received(self, reply: object) -> None:
+        """Put the items in the reply to the last step."""
+        items = self._source.receive(reply)
+        self._retries.reset()
+        self._put(items)
+
+    def _put_pushed(self) -> bool:
+        """Put the items of what was pushed; return whether there are any."""
+        items = self._source.take()
+        if items:
+            self._put(items)
+        return bool(items)
 
 
 def deadline(timeout: float | timedelta | None) -> float | None:

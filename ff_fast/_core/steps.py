@@ -189,6 +189,10 @@ class Retries:
         if self._doubtful:
             make_unknown(error, "An earlier try of the call may have been applied.")
 
+    def give_up(self) -> None:
+        """Retry no more until the next success: another one has used up the retries."""
+        self._pauses = iter(())
+
     def reset(self) -> None:
         """Start again with all retries, after a success."""
         self._pauses = None

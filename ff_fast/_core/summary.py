@@ -7,11 +7,11 @@ from typing import cast
 from ff_fast._hot.frames import StreamFrame, decode_run
 from ff_fast._hot.merge import Document
 from ff_fast.errors import Corruption, InvalidType, SummaryConflict
-from ff_fast.types import PatchFormat, PatchKind, SummaryDocument, parse_cursor
+from ff_fast.types import PatchFormat, PatchKind, SummaryDocument, make_cursor, parse_cursor
 
 
-def fold(fields: dict[bytes, bytes]) -> SummaryDocument | None:
-    """Return the document stored in the hash *fields* of a summary; None if they hold none.
+def fold(fields: dict[bytes, bytes], attempt_index: int = 0) -> SummaryDocument | None:
+    """Return the document stored in the hash *fields* of the summary of an attempt; None if they hold none.
 
     Raises:
         Corruption: `ff_append` did not write these fields.
@@ -45,7 +45,7 @@ def fold(fields: dict[bytes, bytes]) -> SummaryDocument | None:
             patch_kind=kind,
             last_updated_ms=int(fields[b"last_updated_ms"]),
             first_applied_ms=int(fields[b"first_applied_ms"]),
-            cursor=fields[b"cursor"].decode(),
+            cursor=make_cursor(attempt_index, *parse_cursor(fields[b"cursor"].decode())),
         )
     except (ValueError, KeyError):
         raise Corruption(

@@ -5,31 +5,42 @@ both are known completely. A stream that was not read to its end is known up to 
 received. Frames appended later have higher ids in either stream. So a sequence that is missing below
 the horizon is missing for good: a gap.
 
-An answer holds at most about :data:`_REPLY_BYTES`, or one entry that is larger. Three requests share the work:
+An answer holds at most about :data:`_REPLY_BYTES`, or one entry that is larger. Two requests share the work:
 
 - `ff_read_range` reads both streams and the state of the attempt atomically, and counts bytes: at the start of a tail,
-  whenever the reader is behind, and whenever a block time passes without an entry.
+  whenever the reader is behind, and whenever something may have been missed.
 - XRANGE reads on where the state says that only small entries follow. An entry costs the server a sixth as much by it,
   but its only bound is a number of entries.
-- XREAD waits for a few entries, once all are read.
+
+A tail that has read all takes what is pushed (:class:`ff_fast._hot.feed.Inbox`) as long as it follows in sequence. A
+push is never the truth: a hole, a contradiction or a doubt about the subscription leads to a read. Frames may be pushed
+a moment before they are stored, so a place may be ahead of storage, and a hole may be filled later.
 """
 
 from __future__ import annotations
 
+from math import inf
+from time import monotonic
+
 from ff_fast import keys
 from ff_fast._core import ops
-from ff_fast._core.steps import Command, Step, Steps
+from ff_fast._core.steps import Command, Pause, Step, Steps
+from ff_fast._hot.feed import Inbox
 from ff_fast._hot.frames import StreamFrame, assemble, decode_entries, weigh_entries
 from ff_fast._hot.resp import pack_command
-from ff_fast.errors import InvalidInput, ProtocolError, from_server_error
-from ff_fast.types import End, EndReason, Gap, GapReason, TailVisibility, parse_cursor
-
-BLOCK_MS = 5_000
-"""Longest block of a tail on the server, in ms; after it the tail reads the state of the attempt."""
+from ff_fast.errors import MAX_INT, FFError, InvalidInput, ProtocolError, from_server_error
+from ff_fast.types import (
+    End,
+    EndReason,
+    Gap,
+    GapReason,
+    TailVisibility,
+    make_cursor,
+    parse_cursor,
+)
 
 MAX_COUNT = 10_000
 
-_PACE_MS = 5
 # Most bytes of one answer. Decoding it occupies an event loop for a few milliseconds.
 _REPLY_BYTES = 1 << 20
 _REPLY_FRAMES = 4_096
@@ -41,9 +52,21 @@ _LARGEST_LOOK = 256
 # _REPLY_BYTES together; a run of the live window may hold a thousand frames.
 _FIRST_COUNTS = (512, 16)
 _LARGEST_COUNTS = (1024, 64)
-# XREAD COUNT of a reader that waits: as many entries of either stream as make _REPLY_BYTES together if all are as large
-# as the writer may make them, within these bounds. A reader that gets as many is behind.
-_WAKE_COUNTS = (2, 8)
+
+# Times in seconds. Longest wait of a tail that nothing is pushed to.
+_LONGEST_S = 30.0
+# How long the first read waits for the subscription, and how often storage is asked without one.
+_SUBSCRIBE_S = 0.1
+_UNSUBSCRIBED_S = 1.0
+# Frames are stored within a tenth of a second of their push. What was pushed before the subscription is read after this.
+_SETTLE_S = 0.2
+# Pauses between reads while frames are missing that may be on their way to storage: first and largest. What is queued
+# behind a hole is dropped after the time.
+_HOLE_S = 0.03
+_LONGEST_HOLE_S = 0.5
+_GIVE_UP_S = 2.0
+# How long a cursor that is ahead of storage may belong to frames that are on their way there.
+_AHEAD_S = 0.25
 
 Item = StreamFrame | Gap | End
 Id = tuple[int, int]
@@ -67,69 +90,367 @@ def _id(raw: object) -> Id:
     raise ProtocolError
 
 
-class _Position:
-    """Position of a reader in an attempt.
+class TailCore(Inbox):
+    """A live reader of one attempt: makes requests, and items from the replies and from what is pushed.
+
+    A shell asks for the next `step` and passes the reply to `receive`; where there is none, it waits until `on_wake` is
+    called or `wake_at` has come, and calls `take`, then `step` again. `offer`, `doubt` and `failed` may be called on
+    another thread than everything else.
+
+    Args:
+        execution_id: Id of the execution.
+        attempt_index: Attempt, from 0; the reader waits for one that is not claimed yet.
+        after: Cursor, exclusive: of an item, a page or a summary, the id of a frame, or None for the start.
+        visibility: Whether best-effort frames are delivered.
+        count: Number of frames in a page; None for a tail.
+        max_bytes: Bytes of payload in a page.
 
     Attributes:
-        ms, sequence: Id of the last frame that was delivered or reported missing.
-        read: For each stream, the id up to which its entries were read.
+        channel: Where what happens to the attempt is published.
+        end_reason: Why the attempt ended; None until the end was delivered.
+        start: Cursor of the beginning.
+        execution_id, visibility: As given.
+        read_to: For each stream, the id up to which its entries were read.
         held: For each stream, the entries read beyond the horizon; one of the two is always empty.
     """
 
     __slots__ = (
-        "attempt_index", "exclude", "execution_id", "held", "ms", "read", "sequence", "visibility",
+        "_ahead_since", "_asked", "_behind", "_behind_frames", "_count", "_counts", "_exact", "_failure", "_given",
+        "_half_bytes",
+        "_hole_s", "_hole_since", "_keys", "_look_frames", "_looked", "_more", "_pages", "_range_frames", "_ranged",
+        "_reason", "_small_to", "channel", "execution_id", "held", "read_to", "start", "visibility",
     )  # fmt: skip
 
     def __init__(
-        self, execution_id: str, attempt_index: int, after: object, visibility: TailVisibility
+        self,
+        execution_id: str,
+        attempt_index: int,
+        after: object,
+        visibility: TailVisibility,
+        count: int | None = None,
+        max_bytes: int = _REPLY_BYTES,
     ) -> None:
         if not isinstance(visibility, TailVisibility):
             raise InvalidInput("visibility must be TailVisibility.ALL or EXCLUDE_BEST_EFFORT.")
-        self.execution_id = keys.canonical_execution_id(execution_id)
+        self.execution_id = eid = keys.canonical_execution_id(execution_id)
         self.attempt_index = keys.attempt_index(attempt_index)
-        self.move(after)
         self.visibility = visibility
         self.exclude = visibility is TailVisibility.EXCLUDE_BEST_EFFORT
-        self.rewind()
+        self.stored = MAX_INT
+        self._move(after)
+        self.channel = keys.attempt_channel(eid, attempt_index)
+        self._keys = (keys.stream(eid, attempt_index), keys.live(eid, attempt_index))
+        self.start = self.cursor
+        small = count is not None and count <= _LARGEST_LOOK
+        # A small page is read by `ff_read_range` alone, which does not read past it.
+        self._exact = small or max_bytes < _REPLY_BYTES
+        self._pages = count is not None
+        self._look_frames = count if count is not None and small else _FIRST_FRAMES
+        self._behind_frames = self._look_frames if small else _RANGE_FRAMES
+        self._half_bytes = max(min(max_bytes, _REPLY_BYTES) // 2, 1)
+        self._reason: GapReason = "trimmed"
+        self._counts = list(_FIRST_COUNTS)
+        self.restart()
+        self.due = self._pages
+        self.look_at = monotonic() + _SUBSCRIBE_S
+
+    @property
+    def part(self) -> TailCore:
+        """The listener of the channel that is read: this reader reads one attempt."""
+        return self
+
+    # -- place -------------------------------------------------------------------------------------
 
     @property
     def cursor(self) -> str:
-        """Id of the last frame that was delivered or reported missing."""
-        return _text(self.ms, self.sequence)
+        """Cursor of the last frame that was delivered or reported missing."""
+        return make_cursor(self.attempt_index, self.ms, self.sequence)
 
-    def move(self, cursor: object) -> None:
+    @property
+    def ended(self) -> bool:
+        """Whether the end was delivered."""
+        return self.end_reason is not None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the place is ahead of storage, and the frames up to there may come."""
+        return self._ahead_since is not None
+
+    def _move(self, cursor: object) -> None:
         """Continue after the frame of *cursor*."""
-        self.ms, self.sequence = parse_cursor(cursor)
+        self.ms, self.sequence = parse_cursor(cursor, self.attempt_index)
+        self.stored = min(self.stored, self.sequence)
+        # A cursor does not say whether its frame was only pushed.
+        self._given = self.sequence
+        self._ahead_since: float | None = None
+        self._forget()
 
-    def rewind(self) -> None:
+    def _here(self) -> bytes:
+        return b"%d-%d" % (self.ms, self.sequence)
+
+    def _rewind(self) -> None:
         """Read both streams again from the last frame that was delivered."""
-        here = self.cursor.encode()
-        self.read = [here, here]
+        here = self._here()
+        self.read_to = [here, here]
         self.held: list[list[list[object]]] = [[], []]
 
-    def fall_back(self, horizon: Id) -> None:
+    def _fall_back(self, horizon: Id) -> None:
         """Read again what was read beyond *horizon*; drop what is held."""
-        self.read = [min(_text(*horizon).encode(), to, key=_id) for to in self.read]
+        self.read_to = [min(_text(*horizon).encode(), to, key=_id) for to in self.read_to]
         self.held = [[], []]
 
-    def range_op(self, count: int, max_bytes: int) -> ops.Op[ops.Range]:
-        return ops.read_range(
+    def _go_back(self, place: Id, reason: GapReason = "rewritten") -> Gap:
+        """Continue after *place*, since the last frame is not in this stream; return the gap that says so."""
+        gap = self._go_on(place, reason)
+        self._rewind()
+        return gap
+
+    def _go_on(self, place: Id, reason: GapReason) -> Gap:
+        """Continue after *place*; return the gap from the last frame to there."""
+        first_missing = self.sequence + 1
+        self.ms, self.sequence = place
+        self.stored = self.sequence
+        self._forget()
+        return Gap(first_missing, self.sequence + 1, reason, self.cursor)
+
+    def restart(self, cursor: str | None = None) -> None:
+        """Read the state again, since the connection was lost or the server may be another one.
+
+        Args:
+            cursor: Place to continue from if items behind it were not delivered.
+        """
+        if cursor is not None:
+            self._move(cursor)
+            self.end_reason = None
+        self._rewind()
+        self._ranged: ops.Op[ops.Range] | None = None
+        self._range_frames = self._look_frames
+        self._asked: tuple[int, ...] = ()
+        self._count = 0
+        # Whether entries may be left that were stored before the last answer, and the id up to which all are small.
+        self._behind = False
+        self._small_to: bytes | None = None
+        self._more = [False, False]
+        self._hole_since: float | None = None
+        self._hole_s = 0.0
+        self._looked = False
+        self._failure: FFError | None = None
+        self.reading = False
+        self.due = True
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def step(self) -> Step | None:
+        """Return the next request; None if there is nothing to ask before something is pushed or `wake_at` has come.
+
+        Raises:
+            FFError: The subscription has failed; the next call goes on without it.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        self._ranged = None
+        if self._small_to is not None:
+            self.reading = True
+            return self._small_step(self._small_to)
+        if not (self.due or self._behind or monotonic() >= self.wake_at):
+            return None
+        self._begin_reading()
+        if not self._behind:
+            self._rewind()
+        self._ranged = ops.read_range(
             self.execution_id,
             self.attempt_index,
-            log_after=self.read[_LOG],
-            live_after=self.read[_LIVE],
-            count=count,
-            max_bytes=max_bytes,
+            log_after=self.read_to[_LOG],
+            live_after=self.read_to[_LIVE],
+            count=self._range_frames,
+            max_bytes=self._half_bytes,
             visibility=self.visibility.wire_str(),
-            cursor=self.cursor.encode(),
+            cursor=self._here(),
         )
+        return Step((self._ranged.command(),), large=True)
 
-    def merge(
+    def _small_step(self, to: bytes) -> Step:
+        """Return the request for the next small entries of one stream."""
+        # Frames can be delivered only up to the shorter stream; read that one next.
+        stream = _LIVE if self.held[_LOG] or not self._more[_LOG] else _LOG
+        self._asked = (stream,)
+        self._count = self._counts[stream]
+        request = pack_command(
+            b"XRANGE", self._keys[stream], b"(" + self.read_to[stream], to, b"COUNT", b"%d" % self._count
+        )  # fmt: skip
+        return Step((Command(self._keys[_LOG], request),), large=True)
+
+    def caught_up(self) -> bool:
+        """Return whether every stored frame was read, and nothing is due.
+
+        After XRANGEs it is False once more, so that the state is read: only the state shows a lapsed lease, and frames
+        that are missing at the end.
+        """
+        return not (self._behind or self.due or self.reading)
+
+    # -- replies -----------------------------------------------------------------------------------
+
+    def receive(self, reply: object) -> list[Item]:
+        """Take the reply to the last step, and return its items.
+
+        Raises:
+            FFError: The server refused the request.
+        """
+        self.reading = False
+        try:
+            return self._read(reply)
+        except _Rewritten:
+            # The server was replaced under the connection. Its state tells where to continue.
+            self.restart()
+            return []
+
+    def _read(self, reply: object) -> list[Item]:
+        if self._ranged is not None:
+            return self._read_range(self._ranged.answer(reply))
+        if isinstance(reply, Exception):
+            raise from_server_error(str(reply))
+        if not isinstance(reply, list) or self._small_to is None:
+            raise ProtocolError
+        return self._read_small(reply, self._small_to)
+
+    def _read_range(self, page: ops.Range) -> list[Item]:
+        if page.place is None and self.sequence > page.last_sequence and self._may_follow(page):
+            self._behind = False
+            self._caught_up(page.lease_left_ms)
+            return []
+        self._counts[_LIVE] = self._next_count(_LIVE, page.live)
+        try:
+            items, ended = self._take_range(page)
+        except _Rewritten:
+            # Entries of another program hide the place from the server.
+            gap = self._go_back((0, 0))
+            self.restart()
+            return [gap]
+        if ended is not None:
+            return self._end(items, ended)
+        self._behind = page.log_more or page.live_more
+        self._small_to = None
+        if self._behind:
+            # Entries of another program count as frames until they are decoded, and must not take a call each.
+            more = min(2 * self._range_frames, _RANGE_FRAMES)
+            self._range_frames = self._behind_frames if items else more
+            if page.small and not self._exact:
+                self._begin_small(page)
+        else:
+            self._range_frames = self._look_frames
+            self._caught_up(page.lease_left_ms)
+        return items
+
+    def _begin_small(self, page: ops.Range) -> None:
+        to = page.last_ms, page.last_sequence
+        small_to = _text(*to).encode()
+        if not page.log_more:
+            # It has nothing more up to there. Where the log was cut, the live window was not looked at behind the cut.
+            self.read_to[_LOG] = max(self.read_to[_LOG], small_to, key=_id)
+        self._more = [_id(read) < to for read in self.read_to]
+        if any(self._more):
+            self._small_to = small_to
+
+    def _caught_up(self, lease_left_ms: int | None) -> None:
+        """Note that everything stored so far was read, and when to look again."""
+        self._reason = "fell_behind"
+        self._looked = True
+        now = monotonic()
+        left = _LONGEST_S if lease_left_ms is None else (lease_left_ms + 1) / 1000
+        # A lapsing lease writes no end entry; read the state again just after it lapses.
+        self.lease_at = now + min(max(left, 0.001), _LONGEST_S)
+        self.look_at = inf
+        if self._ahead_since is not None:
+            self.look_at = now + _HOLE_S
+        elif not self.confirmed:
+            self.look_at = now + _UNSUBSCRIBED_S
+        elif self.settling:
+            self.settling = False
+            if lease_left_ms is not None and not self.exclude:
+                self.look_at = now + _SETTLE_S
+
+    def _read_small(self, entries: list[list[object]], to: bytes) -> list[Item]:
+        (stream,) = self._asked
+        if entries:
+            self._counts[stream] = self._next_count(stream, entries)
+            self.read_to[stream] = entries[-1][0]  # type: ignore[call-overload]
+            self.held[stream] = entries
+        self._more[stream] = len(entries) >= self._count
+        if not self._more[stream]:
+            self.read_to[stream] = max(self.read_to[stream], to, key=_id)
+        horizon = min(_id(known) for known in self.read_to)
+        items, ended = self._merge(self.held[_LOG], self.held[_LIVE], horizon)
+        if ended is not None:
+            return self._end(items, ended)
+        self.stored = self.sequence
+        if not any(self._more):
+            # Only the state shows a lapsed lease, and frames that are missing at the end.
+            self._small_to = None
+            self._behind = False
+            self._reason = "fell_behind"
+            self.due = True
+        return items
+
+    def _take_range(self, page: ops.Range) -> tuple[list[Item], EndReason | None]:
+        """Return the items of a range read and, if everything was read, the reason why the attempt ended."""
+        if page.place is not None:
+            # The frame of the cursor is not in this stream. Go on where the server did.
+            gap = self._go_back(page.place)
+            items, ended = self._take_range(page._replace(place=None))
+            return [gap, *items], ended
+        newest_frame = page.last_ms, page.last_sequence
+        ahead = self.sequence > page.last_sequence
+        self._ahead_since = None
+        # The end entry has the sequence after the last frame, so a cursor behind the end is not ahead.
+        end = page.last_sequence + bool(page.closed_reason)
+        if ahead and (self.sequence > end or self.stored < self.sequence):
+            gap = self._go_back(newest_frame, "cursor_ahead")
+            return [gap], page.closed_reason
+        cut = [
+            _id(to)
+            for to, more in ((page.log_to, page.log_more), (page.live_to, page.live_more))
+            if more
+        ]
+        horizon = min(cut) if cut else None
+        items, ended = self._merge(page.log, page.live, horizon, newest_frame)
+        # A stream that was read to its end has nothing more up to the newest id of both streams:
+        # entries appended later have higher ids.
+        newest_id = _text(*newest_frame).encode()
+        self.read_to = [max(to, newest_id, key=_id) for to in (page.log_to, page.live_to)]
+        if horizon is not None:
+            # Entries past the horizon are dropped and read again.
+            self._fall_back(horizon)
+        if horizon is None and ended is None:
+            newest = page.visible_sequence if self.exclude else page.last_sequence
+            wanted = newest > self.sequence
+            if page.last_sequence > self.sequence:
+                gap = self._go_on(newest_frame, "expired")
+                if wanted:
+                    items.append(gap)
+            ended = page.closed_reason
+        self.stored = self.sequence
+        return items, ended
+
+    def _may_follow(self, page: ops.Range) -> bool:
+        """Return whether the place, which is ahead of storage, may be that of frames on their way there."""
+        if page.closed_reason or page.lease_left_ms is None:
+            # Nobody can store them any more.
+            return False
+        if self.stored < self.sequence:
+            return self.stored <= page.last_sequence
+        if self.sequence != self._given:
+            return False
+        now = monotonic()
+        if self._ahead_since is None:
+            self._ahead_since = now
+        return now - self._ahead_since < _AHEAD_S
+
+    def _merge(
         self,
         log: list[list[object]],
         live: list[list[object]],
         horizon: Id | None,
-        reason: GapReason,
         newest: Id | None = None,
     ) -> tuple[list[Item], EndReason | None]:
         """Return the items up to *horizon* and, if it was reached, the reason of the end; hold later entries.
@@ -149,6 +470,7 @@ class _Position:
                 live=stream == _LIVE,
                 after_ms=self.ms,
                 newest=newest,
+                attempt_index=self.attempt_index,
             )
             if some.rewound:
                 raise _Rewritten
@@ -156,322 +478,18 @@ class _Position:
             decoded.append(some)
         items: list[Item] = []
         items, self.ms, self.sequence, ended = assemble(  # type: ignore[assignment]
-            decoded[_LOG], decoded[_LIVE], self.ms, self.sequence, self.exclude, reason
+            decoded[_LOG],
+            decoded[_LIVE],
+            self.ms,
+            self.sequence,
+            self.exclude,
+            self._reason,
+            self.attempt_index,
         )
         return items, ended
 
-    def go_back(self, place: Id, reason: GapReason = "rewritten") -> Gap:
-        """Continue after *place*, since the last frame is not in this stream; return the gap that says so."""
-        gap = self._go_on(place, reason)
-        self.rewind()
-        return gap
-
-    def _go_on(self, place: Id, reason: GapReason) -> Gap:
-        """Continue after *place*; return the gap from the last frame to there."""
-        first_missing = self.sequence + 1
-        self.ms, self.sequence = place
-        return Gap(first_missing, self.sequence + 1, reason, self.cursor)
-
-    def take_range(self, page: ops.Range, reason: GapReason) -> tuple[list[Item], EndReason | None]:
-        """Return the items of a range read and, if everything was read, the reason why the attempt ended."""
-        if page.place is not None:
-            # The frame of the cursor is not in this stream. Go on where the server did.
-            gap = self.go_back(page.place)
-            items, ended = self.take_range(page._replace(place=None), reason)
-            return [gap, *items], ended
-        # The end entry has the sequence after the last frame, so a cursor behind the end is not ahead.
-        end = page.last_sequence + bool(page.closed_reason)
-        if self.sequence > end:
-            gap = self.go_back((page.last_ms, page.last_sequence), "cursor_ahead")
-            return [gap], page.closed_reason
-        cut = [
-            _id(to)
-            for to, more in ((page.log_to, page.log_more), (page.live_to, page.live_more))
-            if more
-        ]
-        horizon = min(cut) if cut else None
-        newest_frame = page.last_ms, page.last_sequence
-        items, ended = self.merge(page.log, page.live, horizon, reason, newest_frame)
-        # A stream that was read to its end has nothing more up to the newest id of both streams:
-        # entries appended later have higher ids.
-        newest_id = _text(*newest_frame).encode()
-        self.read = [max(to, newest_id, key=_id) for to in (page.log_to, page.live_to)]
-        if horizon is not None:
-            # Entries past the horizon are dropped and read again.
-            self.fall_back(horizon)
-            return items, ended
-        if ended is not None:
-            return items, ended
-        newest = page.visible_sequence if self.exclude else page.last_sequence
-        wanted = newest > self.sequence
-        if page.last_sequence > self.sequence:
-            gap = self._go_on(newest_frame, "expired")
-            if wanted:
-                items.append(gap)
-        return items, page.closed_reason
-
-
-class TailCore:
-    """A live reader of one attempt: makes requests, and items from the replies.
-
-    Args:
-        execution_id: Id of the execution.
-        attempt_index: Attempt, from 0; the reader waits for one that is not claimed yet.
-        after: Cursor, exclusive: an id of a frame, the cursor of a summary, or None for the start.
-        visibility: Whether best-effort frames are delivered.
-        count: Number of frames in a page; None for a tail.
-        max_bytes: Bytes of payload in a page.
-
-    Attributes:
-        end_reason: Why the attempt ended; None until the end was delivered.
-        start: Cursor of the beginning.
-    """
-
-    __slots__ = (
-        "_asked", "_behind", "_behind_frames", "_block_ms", "_count", "_counts", "_exact", "_half_bytes", "_keys",
-        "_look_frames", "_more", "_paced", "_position", "_range_frames", "_ranged", "_reason", "_small_to",
-        "_unwanted", "_wake_count", "end_reason", "start",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        execution_id: str,
-        attempt_index: int,
-        after: object,
-        visibility: TailVisibility,
-        count: int | None = None,
-        max_bytes: int = _REPLY_BYTES,
-    ) -> None:
-        small = count is not None and count <= _LARGEST_LOOK
-        # A small page is read by `ff_read_range` alone, which does not read past it.
-        self._exact = small or max_bytes < _REPLY_BYTES
-        self._look_frames = count if count is not None and small else _FIRST_FRAMES
-        self._behind_frames = self._look_frames if small else _RANGE_FRAMES
-        self._half_bytes = max(min(max_bytes, _REPLY_BYTES) // 2, 1)
-        self._position = _Position(execution_id, attempt_index, after, visibility)
-        eid = self._position.execution_id
-        self._keys = (keys.stream(eid, attempt_index), keys.live(eid, attempt_index))
-        self.start = self._position.cursor
-        self._reason: GapReason = "trimmed"
-        self._counts = list(_FIRST_COUNTS)
-        self._wake_count = _WAKE_COUNTS[0]
-        self.end_reason: EndReason | None = None
-        self.restart()
-
-    def restart(self, cursor: str | None = None) -> None:
-        """Read the state again before blocking, since the connection was lost or the server may be another one.
-
-        Args:
-            cursor: Position to continue from if items read after it were not delivered.
-        """
-        if cursor is not None:
-            self._position.move(cursor)
-            self.end_reason = None
-        self._position.rewind()
-        self._ranged: ops.Op[ops.Range] | None = None
-        self._range_frames = self._look_frames
-        self._asked: tuple[int, ...] = ()
-        self._count = 0
-        # Whether entries may be left that were stored before the last answer, and the id up to which all are small.
-        self._behind = False
-        self._small_to: bytes | None = None
-        self._more = [False, False]
-        self._block_ms = 0
-        self._paced = False
-        self._unwanted = False
-
-    def step(self) -> Step:
-        """Return the next request."""
-        self._ranged = None
-        if self._small_to is not None:
-            return self._small_step(self._small_to)
-        if self._behind or self._block_ms == 0:
-            position = self._position
-            self._ranged = position.range_op(self._range_frames, self._half_bytes)
-            return Step((self._ranged.command(),), large=True)
-        # A reader that excludes best-effort frames and got only these waits on the log alone for a moment, so that they
-        # cause few wake-ups; durable frames and the end still do.
-        self._asked = (_LOG,) if self._paced else (_LOG, _LIVE)
-        block = _PACE_MS if self._paced else self._block_ms
-        self._count = min(self._wake_count, *(self._counts[stream] for stream in self._asked))
-        request = pack_command(
-            b"XREAD",
-            *(b"COUNT", b"%d" % self._count),
-            *(b"BLOCK", b"%d" % block),
-            b"STREAMS",
-            *(self._keys[stream] for stream in self._asked),
-            *(self._position.read[stream] for stream in self._asked),
-        )
-        return Step((Command(self._keys[_LOG], request),), block / 1000, large=True)
-
-    def _small_step(self, to: bytes) -> Step:
-        """Return the request for the next small entries of one stream."""
-        held = self._position.held
-        # Frames can be delivered only up to the shorter stream; read that one next.
-        stream = _LIVE if held[_LOG] or not self._more[_LOG] else _LOG
-        self._asked = (stream,)
-        self._count = self._counts[stream]
-        request = pack_command(
-            b"XRANGE", self._keys[stream], b"(" + self._position.read[stream], to, b"COUNT", b"%d" % self._count
-        )  # fmt: skip
-        return Step((Command(self._keys[_LOG], request),), large=True)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the end was delivered."""
-        return self.end_reason is not None
-
-    def caught_up(self) -> bool:
-        """Return whether every stored frame was read.
-
-        After XREADs it is False once more, so that the state is read: only the state shows a lapsed lease, and frames
-        that are missing at the end.
-        """
-        if self._behind:
-            return False
-        if self._ranged is None:
-            self._block_ms = 0
-            return False
-        return True
-
-    @property
-    def cursor(self) -> str:
-        """Id of the last frame that was delivered or reported missing."""
-        return self._position.cursor
-
-    def read(self) -> Steps[list[Item]]:
-        """Send one request; return the items of its answer."""
-        (reply,) = yield self.step()
-        return self.receive(reply)
-
-    def receive(self, reply: object) -> list[Item]:
-        """Take the reply to the last step, and return its items.
-
-        Raises:
-            FFError: The server refused the request.
-        """
-        try:
-            return self._take(reply)
-        except _Rewritten:
-            # The server was replaced under the connection. Its state tells where to continue.
-            self.restart()
-            return []
-
-    def _take(self, reply: object) -> list[Item]:
-        if self._ranged is not None:
-            return self._take_range(self._ranged.answer(reply))
-        if isinstance(reply, Exception):
-            raise from_server_error(str(reply))
-        if reply is not None and not isinstance(reply, list):
-            raise ProtocolError
-        if self._small_to is not None:
-            return self._take_small(reply or [], self._small_to)
-        if not reply:
-            if self._paced:
-                self._paced = False
-            else:
-                self._block_ms = 0
-            return []
-        return self._take_streams(reply)
-
-    def _take_range(self, page: ops.Range) -> list[Item]:
-        self._counts[_LIVE] = self._next_count(_LIVE, page.live)
-        least, most = _WAKE_COUNTS
-        self._wake_count = max(min(_REPLY_BYTES // 2 // max(page.payload_limit, 1), most), least)
-        try:
-            items, ended = self._position.take_range(page, self._reason)
-        except _Rewritten:
-            # Entries of another program hide the place from the server.
-            gap = self._position.go_back((0, 0))
-            self.restart()
-            return [gap]
-        if ended is not None:
-            return self._end(items, ended)
-        self._behind = page.log_more or page.live_more
-        self._small_to = None
-        if self._behind:
-            # Entries of another program count as frames until they are decoded, and must not take a call each.
-            more = min(2 * self._range_frames, _RANGE_FRAMES)
-            self._range_frames = self._behind_frames if items else more
-            if page.small and not self._exact:
-                self._begin_small(page)
-        else:
-            self._range_frames = self._look_frames
-            self._caught_up(items)
-        # A lapsing lease writes no end entry; read the state again just after it lapses.
-        left = BLOCK_MS if page.lease_left_ms is None else page.lease_left_ms + 1
-        self._block_ms = max(min(BLOCK_MS, left), 1)
-        return items
-
-    def _begin_small(self, page: ops.Range) -> None:
-        to = page.last_ms, page.last_sequence
-        small_to = _text(*to).encode()
-        if not page.log_more:
-            # It has nothing more up to there. Where the log was cut, the live window was not looked at behind the cut.
-            self._position.read[_LOG] = max(self._position.read[_LOG], small_to, key=_id)
-        self._more = [_id(read) < to for read in self._position.read]
-        if any(self._more):
-            self._small_to = small_to
-
-    def _caught_up(self, items: list[Item]) -> None:
-        """Note that everything stored so far was read; *items* came last."""
-        self._behind = False
-        self._reason = "fell_behind"
-        self._paced = self._position.exclude and self._unwanted and not items and not self._paced
-        self._unwanted = False
-
-    def _take_small(self, entries: list[list[object]], to: bytes) -> list[Item]:
-        (stream,) = self._asked
-        position = self._position
-        if entries:
-            self._counts[stream] = self._next_count(stream, entries)
-            position.read[stream] = entries[-1][0]  # type: ignore[call-overload]
-            position.held[stream] = entries
-        self._more[stream] = len(entries) >= self._count
-        if not self._more[stream]:
-            position.read[stream] = max(position.read[stream], to, key=_id)
-        items, ended = self._merge(min(_id(known) for known in position.read))
-        if ended is not None:
-            return self._end(items, ended)
-        if not any(self._more):
-            self._small_to = None
-            self._caught_up(items)
-        return items
-
-    def _take_streams(self, reply: list[object]) -> list[Item]:
-        fresh: dict[object, list[list[object]]] = {}
-        for part in reply:
-            if not isinstance(part, list) or len(part) != 2 or not isinstance(part[1], list):
-                raise ProtocolError
-            fresh[part[0]] = part[1]
-        position = self._position
-        horizon: Id | None = None
-        for stream, key in enumerate(self._keys):
-            found = fresh.get(key)
-            if found:
-                self._counts[stream] = self._next_count(stream, found)
-                position.read[stream] = found[-1][0]  # type: ignore[call-overload]
-                position.held[stream] = found
-            if stream not in self._asked or (found is not None and len(found) >= self._count):
-                known = _id(position.read[stream])
-                horizon = known if horizon is None else min(horizon, known)
-        items, ended = self._merge(horizon)
-        if ended is not None:
-            return self._end(items, ended)
-        self._unwanted = not items and (self._unwanted or bool(fresh))
-        if horizon is None:
-            self._caught_up(items)
-        else:
-            position.fall_back(horizon)
-            self._behind = True
-        return items
-
-    def _merge(self, horizon: Id | None) -> tuple[list[Item], EndReason | None]:
-        held = self._position.held
-        return self._position.merge(held[_LOG], held[_LIVE], horizon, self._reason)
-
     def _next_count(self, stream: int, entries: list[list[object]]) -> int:
-        """Return the next XREAD COUNT of a stream, from the size of its last entries."""
+        """Return the next XRANGE COUNT of a stream, from the size of its last entries."""
         if not entries:
             return self._counts[stream]
         frames, size = weigh_entries(entries)
@@ -485,7 +503,36 @@ class TailCore:
 
     def _end(self, items: list[Item], reason: EndReason) -> list[Item]:
         self.end_reason = reason
+        self._drop_pushes()
         return [*items, End(reason=reason, cursor=self.cursor)]
+
+    # -- pushes ------------------------------------------------------------------------------------
+
+    def failed(self, error: FFError) -> None:
+        """Note that there is no subscription to be had; the next step raises *error*."""
+        self._failure = error
+        self.due = True
+        self.doubt(False)
+
+    def _wait_for_hole(self) -> None:
+        """Read what is missing before the pushes that are queued: at once, then after growing pauses."""
+        now = monotonic()
+        if self._hole_since is None:
+            self._hole_since = now
+            self._hole_s = _HOLE_S
+            self._looked = False
+            self.due = True
+        elif now - self._hole_since > _GIVE_UP_S:
+            self._drop_pushes()
+            self._hole_filled()
+            self.due = True
+        elif self._looked:
+            self._looked = False
+            self.look_at = min(self.look_at, now + self._hole_s)
+            self._hole_s = min(2 * self._hole_s, _LONGEST_HOLE_S)
+
+    def _hole_filled(self) -> None:
+        self._hole_since = None
 
 
 class StreamPage(tuple[StreamFrame, ...]):  # noqa: SLOT001 - no room for slots in a tuple
@@ -519,8 +566,15 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
     size = 0
     while True:
         # Held until the next reply has come: were its lists freed before, those of the next would start a collection.
-        (reply,) = yield core.step()
+        step = core.step()
+        assert step is not None
+        (reply,) = yield step
         items = core.receive(reply)
+        if core.ahead:
+            # The frame of the cursor may be on its way to storage.
+            yield Pause(_HOLE_S)
+            core.due = True
+            continue
         some = [item for item in items if isinstance(item, StreamFrame)]
         room = count - len(frames)
         more = sum([len(frame.payload) for frame in some])
@@ -533,7 +587,7 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
             cut = next(at for at, item in enumerate(items) if item is last)
             gaps += [item for item in items[:cut] if isinstance(item, Gap)]
             whole = last is (items[-2] if core.ended else items[-1])
-            return _page(frames, gaps, last.stream_id, core.end_reason if whole else None)
+            return _page(frames, gaps, last.cursor, core.end_reason if whole else None)
         frames += some
         gaps += [item for item in items if isinstance(item, Gap)]
         size += more

@@ -321,8 +321,18 @@ class TaskState(Generic[W, K]):
     write = forwarded(WriterCore.write)
 
     @property
-    def cancel_requested(self) -> bool:
-        """Whether the worker is asked to stop; updated by every append and renewal."""
+    def cancelled(self) -> bool:
+        """Whether the handler should stop: a cancellation is requested, the lease is lost, or the backend is closed."""
+        return self._cancel_requested or not self._holds_lease
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lease is lost, or the backend is closed: nothing can be written, and the result is discarded."""
+        return not self._holds_lease and not self._released
+
+    @property
+    def _cancel_requested(self) -> bool:
+        """Whether a cancellation is requested; every push, append and renewal may say so."""
         return (self._current_writer is not None and self._current_writer.cancel_requested) or (
             self._keeper is not None and self._keeper.cancel_requested
         )
@@ -344,7 +354,14 @@ class UseWriter(NamedTuple):
 
 
 class CallHandler(NamedTuple):
-    """Call the handler, and resume with :class:`Returned` or :class:`Raised`."""
+    """Call the handler, and resume with :class:`Returned`, :class:`Raised` or :class:`Stopped`.
+
+    Attributes:
+        cancel_after_s: Cancel the handler so many seconds after a cancellation was requested, and at once when the lease
+            is lost; each once. None leaves it alone.
+    """
+
+    cancel_after_s: float | None = None
 
 
 class CloseWriter(NamedTuple):
@@ -371,6 +388,10 @@ class Raised(NamedTuple):
     error: BaseException
 
 
+class Stopped(NamedTuple):
+    """The handler was cancelled, as its :class:`CallHandler` says, and has ended with that."""
+
+
 Action = Run | UseWriter | CallHandler | CloseWriter | WaitLost
 Actions = Generator[Action, Any, bool]
 Ending = Generator[Action, Any, None]
@@ -386,7 +407,12 @@ class Backend(Protocol):
     def _deployment(self) -> Deployment: ...
 
 
-def attend(backend: Backend, task: TaskState[Any, Any], mode: StreamMode | None) -> Actions:
+def attend(
+    backend: Backend,
+    task: TaskState[Any, Any],
+    mode: StreamMode | None,
+    cancel_after_s: float | None = None,
+) -> Actions:
     """Call the handler for one claimed execution, and end the execution by the handler's result or exception.
 
     After an interrupt, an exit or a defect the execution is handed back to other workers, and the error is raised. So is
@@ -401,7 +427,7 @@ def attend(backend: Backend, task: TaskState[Any, Any], mode: StreamMode | None)
             yield from _load(backend._deployment, task, mode)
         except FFError as error:
             return (yield from _not_started(backend, task, error))
-        yield from _handle(backend, task)
+        yield from _handle(backend, task, cancel_after_s)
     except _NotEnded:
         return False
     except GeneratorExit:
@@ -456,8 +482,11 @@ def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) ->
     yield UseWriter((yield Run(operations.Call(steps))))
 
 
-def _handle(backend: Backend, task: TaskState[Any, Any]) -> Ending:
-    end: Returned | Raised = yield CallHandler()
+def _handle(backend: Backend, task: TaskState[Any, Any], cancel_after_s: float | None) -> Ending:
+    end: Returned | Raised | Stopped = yield CallHandler(cancel_after_s)
+    if isinstance(end, Stopped):
+        # Where the server may still accept an end, it gets the reason.
+        end = Raised(task._lost or TaskFailed(CANCEL_REASON, FailureClass.CANCELLED))
     if isinstance(end, Raised):
         if not (task._released and is_release(end.error)):
             yield from _failed(backend, task, end.error)
@@ -468,7 +497,7 @@ def _handle(backend: Backend, task: TaskState[Any, Any]) -> Ending:
     except Exception as error:  # noqa: BLE001 - the attempt ends with it
         yield from _failed(backend, task, error)
         return
-    if task.cancel_requested:
+    if task._cancel_requested:
         yield from _cancel(backend, task)
         return
     try:
@@ -485,7 +514,7 @@ def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -
     # An error of the writer must not replace the handler's own failure.
     with contextlib.suppress(FFError):
         yield CloseWriter()
-    if task.cancel_requested:
+    if task._cancel_requested:
         # The handler failed because it was asked to stop: cancel, so that no retry follows.
         yield from _cancel(backend, task)
     else:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ff_fast._core.places import Places
     from ff_fast._core.steps import Steps
+    from ff_fast._hot.writer import Outbox
     from ff_fast.errors import FFError
 
 T = TypeVar("T")
@@ -40,7 +41,10 @@ MAX_UNACKNOWLEDGED_BYTES = 32 << 20
 RETENTION_MAXLEN = 10_000
 
 ROUND_BYTES = 4 << 20
-"""Most bytes of batches in one send, give or take a batch; more writers wait for the next send."""
+"""Most bytes of calls in one send, give or take a call; more writers wait for the next send."""
+
+CALLS_IN_FLIGHT = 16
+"""Most calls with frames that wait for an answer. Full ones alone do not wait for the one before."""
 
 
 class Wait(NamedTuple, Generic[T]):
@@ -140,7 +144,7 @@ class SharedWriter(WriterCore):
     # When the lease lapses as far as this process knows, in monotonic time: set for writers behind `append_frame`.
     _lease_until = 0.0
 
-    def __init__(self, state: WriterState) -> None:
+    def __init__(self, state: WriterState, outbox: Outbox | None = None) -> None:
         self._places = state.places
         self._lease_id = state.attempt.fields.lease_id
         super().__init__(
@@ -154,6 +158,7 @@ class SharedWriter(WriterCore):
             max_unacknowledged_bytes=state.options.max_unacknowledged_bytes,
             linger_ms=state.options.linger_ms,
             max_payload_bytes=state.options.max_payload_bytes,
+            outbox=outbox,
         )
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
@@ -302,6 +307,9 @@ def drain(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
 
     def done() -> bool:
         return writer.unacknowledged_bytes <= writer._high_water_bytes
+
+    if not done():
+        writer._seal_soon()
 
     return Wait(done, _nothing, limit)
 

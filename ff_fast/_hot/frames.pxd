@@ -1,3 +1,49 @@
+cimport cython
+
+
+cdef enum:
+    PUSHED_LOOK
+    PUSHED_FRAMES
+    PUSHED_END
+    PUSHED_LEASE
+
+
+@cython.final
+cdef class StreamFrame:
+    cdef long long _ms
+    cdef readonly long long sequence
+    cdef readonly str frame_type
+    cdef readonly bytes payload
+    cdef readonly long long ts_ms
+    cdef readonly str mode
+    cdef readonly str encoding
+    cdef readonly str source
+    cdef readonly str correlation_id
+    cdef long long _summary_version
+    cdef readonly object patch_kind
+    # Sequence of the visible frame before this one; 0 for none.
+    cdef long long _previous
+    cdef readonly unsigned int attempt_index
+
+
+@cython.final
+cdef class Pushed:
+    cdef int _kind
+    cdef readonly bint deferred
+    cdef readonly long long ms
+    cdef readonly long long first
+    cdef readonly long long last
+    cdef readonly list frames
+    cdef readonly list visible
+    cdef readonly Py_ssize_t size
+    cdef readonly long long previous
+    cdef readonly str end_reason
+    cdef readonly long long lease_ms
+
+
+cdef Pushed read_push(bytes message, unsigned int attempt_index)
+
+
 cdef inline Py_ssize_t varint_size(unsigned long long value) noexcept nogil:
     cdef Py_ssize_t size = 1
     while value >= 128:

@@ -1,4 +1,4 @@
-"""Decodes stream entries to :class:`StreamFrame`, and merges the two streams of an attempt.
+"""Decodes stream entries and pushes to :class:`StreamFrame`, and merges the two streams of an attempt.
 
 An entry id is ``<ms>-<sequence>``: server time, and the sequence of the entry's last frame. Entries
 are field lists:
@@ -18,13 +18,33 @@ A run holds consecutive frames that share all these fields. It stores what diffe
 
     count                    varint
     payload lengths          count varints, in bytes
-    ages                     count varints, ms before the entry's ms at which each frame was written
+    times                    count zigzag varints: ms from the entry's ms to when each frame was written
     payloads                 back to back
 
 A run has at most 1,024 frames and 2 MiB; an entry with a larger value is foreign. A varint is
 little-endian base 128; the high bit of a byte says that another byte follows. Frame i
 of n, from 0, has the id ``<entry ms>-<entry sequence - n + 1 + i>``, so a cursor may be inside a
-run.
+run. A zigzag varint is 2 t for a time t from 0 on, and -2 t - 1 for one below: a frame is mostly written before its
+entry gets its ms, and behind it where the ms was fixed with the first frame of a run.
+
+What is published on the channel of an attempt (``keys.attempt_channel``), by its first byte:
+
+    F<ms>-<sequence> [blocks]                    frames that are stored, up to this id
+    f<ms>-<sequence> [blocks]                    frames that will be stored under these ids
+    E<ms>-<sequence> <previous visible> <reason> the end, under the id of its entry
+    L<ms>                                        the lease ends in so many ms
+    anything else                                something to read
+
+No blocks behind the space: the frames are too large to be pushed. A block holds consecutive frames of one stream that
+share their fields:
+
+    stream                   L for the log, V for the live window
+    number of fields         varint
+    fields                   each: varint length, name, varint length, value; those of an entry, but payload and run
+    size of the run          varint
+    run                      as above, also for one frame
+
+All frames of a push have the ms of its id. ``prev`` belongs to the first frame of a block.
 """
 
 cimport cython
@@ -56,6 +76,8 @@ cdef enum:
 
 # Stands for every larger half of an id.
 cdef long long LARGEST = <long long>1 << 62
+
+cdef list NO_FRAMES = []
 
 cdef str DURABLE = "durable"
 cdef str BEST_EFFORT = "best_effort"
@@ -94,16 +116,15 @@ cdef object patch_kind_of(bytes wire, bytes pointer):
 
 
 # no_gc: a frame cannot be part of a cycle, and readers hold many, which the collector would walk.
-@cython.final
 @cython.no_gc
 @cython.freelist(256)
 cdef class StreamFrame:
     """One frame of a stream, as a reader gets it. Immutable.
 
     Attributes:
-        stream_id: ``<server ms>-<sequence>``, the cursor from which a reader continues after this
-            frame.
-        cursor: Equal to ``stream_id``; ``Gap`` and ``End`` have one too.
+        stream_id: ``<server ms>-<sequence>``, its id in the stream of the attempt.
+        cursor: Where a reader goes on behind this frame; opaque, and safe in a URL. ``Gap`` and ``End`` have one too.
+        attempt_index: The attempt, from 0.
         sequence: Position in the attempt, dense, from 1.
         frame_type: Classifier that the worker chose; ``token`` by default.
         payload: The bytes that were written, 0 to 65,536.
@@ -122,25 +143,11 @@ cdef class StreamFrame:
         TypeError: An argument has the wrong type.
     """
 
-    cdef long long _ms
-    cdef readonly long long sequence
-    cdef readonly str frame_type
-    cdef readonly bytes payload
-    cdef readonly long long ts_ms
-    cdef readonly str mode
-    cdef readonly str encoding
-    cdef readonly str source
-    cdef readonly str correlation_id
-    cdef long long _summary_version
-    cdef readonly object patch_kind
-    # Sequence of the visible frame before this one; 0 for none.
-    cdef long long _previous
-
     def __init__(
         self, *, str stream_id not None, str frame_type not None, bytes payload not None,
         long long ts_ms, str mode="durable", str encoding="utf8", str source="worker",
         str correlation_id=None,
-        summary_version=None, patch_kind=None,
+        summary_version=None, patch_kind=None, unsigned int attempt_index=0,
     ):
         cdef bytes raw = stream_id.encode()
         parse_id(raw, &self._ms, &self.sequence)
@@ -154,6 +161,7 @@ cdef class StreamFrame:
         self._summary_version = 0 if summary_version is None else summary_version
         self.patch_kind = patch_kind
         self._previous = self.sequence - 1
+        self.attempt_index = attempt_index
 
     @property
     def stream_id(self):
@@ -161,8 +169,8 @@ cdef class StreamFrame:
 
     @property
     def cursor(self):
-        """Where reading goes on behind this frame: its ``stream_id``."""
-        return self.stream_id
+        """Where reading goes on behind this frame."""
+        return f"{self.attempt_index}.{self._ms}-{self.sequence}"
 
     @property
     def summary_version(self):
@@ -172,6 +180,7 @@ cdef class StreamFrame:
         return (
             self.stream_id, self.frame_type, self.payload, self.ts_ms, self.mode, self.encoding,
             self.source, self.correlation_id, self.summary_version, self.patch_kind,
+            self.attempt_index,
         )
 
     def __richcmp__(self, other, int op):
@@ -195,12 +204,12 @@ cdef class StreamFrame:
 
 def _rebuild(
     stream_id, frame_type, payload, ts_ms, mode, encoding, source, correlation_id, summary_version,
-    patch_kind,
+    patch_kind, attempt_index,
 ):
     return StreamFrame(
         stream_id=stream_id, frame_type=frame_type, payload=payload, ts_ms=ts_ms, mode=mode,
         encoding=encoding, source=source, correlation_id=correlation_id,
-        summary_version=summary_version, patch_kind=patch_kind,
+        summary_version=summary_version, patch_kind=patch_kind, attempt_index=attempt_index,
     )
 
 
@@ -283,6 +292,10 @@ cdef const unsigned char* take_varint(
         shift += 7
 
 
+cdef inline long long unzigzag(unsigned long long value) noexcept:
+    return <long long>(value >> 1) ^ -<long long>(value & 1)
+
+
 cdef bint too_large(bytes run) except -1:
     """Whether a run has more bytes, or says that it has more frames, than ff_fast writes."""
     cdef const unsigned char* start = <const unsigned char*>PyBytes_AS_STRING(run)
@@ -336,19 +349,17 @@ cdef class Entries:
 
 
 cdef long long add_run(
-    list frames, bytes run, StreamFrame shared, long long after
+    list frames, const unsigned char* start, const unsigned char* end, StreamFrame shared, long long after
 ) except -1:
     """Append the frames of a run after sequence *after* to *frames*; return how many the run holds.
 
     *shared* has the fields of the entry, and the id of the last frame.
     """
-    cdef const unsigned char* start = <const unsigned char*>PyBytes_AS_STRING(run)
-    cdef const unsigned char* end = start + PyBytes_GET_SIZE(run)
     cdef const unsigned char* lengths
-    cdef const unsigned char* ages
+    cdef const unsigned char* times
     cdef const unsigned char* payload
     cdef unsigned long long value = 0
-    cdef unsigned long long age = 0
+    cdef unsigned long long time = 0
     cdef long long i, _, count, sequence, version
     cdef StreamFrame frame
     lengths = take_varint(start, end, &value)
@@ -359,15 +370,15 @@ cdef long long add_run(
         bad_entry()
     if shared._summary_version and version < 0:
         bad_entry()
-    ages = lengths
+    times = lengths
     for _ in range(count):
-        ages = take_varint(ages, end, &value)
-    payload = ages
+        times = take_varint(times, end, &value)
+    payload = times
     for _ in range(count):
         payload = take_varint(payload, end, &value)
     for i in range(count):
         lengths = take_varint(lengths, end, &value)
-        ages = take_varint(ages, end, &age)
+        times = take_varint(times, end, &time)
         if <unsigned long long>(end - payload) < value:
             bad_entry()
         sequence += 1
@@ -378,13 +389,14 @@ cdef long long add_run(
             frame.sequence = sequence
             frame.frame_type = shared.frame_type
             frame.payload = PyBytes_FromStringAndSize(<const char*>payload, <Py_ssize_t>value)
-            frame.ts_ms = shared._ms - <long long>age
+            frame.ts_ms = shared._ms + unzigzag(time)
             frame.mode = shared.mode
             frame.encoding = shared.encoding
             frame.source = shared.source
             frame.correlation_id = shared.correlation_id
             frame._summary_version = version if shared._summary_version else 0
             frame.patch_kind = shared.patch_kind
+            frame.attempt_index = shared.attempt_index
             frame._previous = shared._previous if i == 0 and shared._previous >= 0 else sequence - 1
             frames.append(frame)
         payload += value
@@ -395,7 +407,7 @@ cdef long long add_run(
 
 def decode_entries(
     list entries not None, long long after, tuple limit=None, bint exclude_best_effort=False, *,
-    bint live=False, long long after_ms=0, tuple newest=None,
+    bint live=False, long long after_ms=0, tuple newest=None, unsigned int attempt_index=0,
 ):
     """Return the :class:`Entries` of one stream.
 
@@ -409,6 +421,7 @@ def decode_entries(
         after_ms: ms of the cursor; 0 if it is not known.
         newest: ``(ms, sequence)`` of the newest frame of the attempt, if it is known: a payload
             that another program put behind it is no frame.
+        attempt_index: The attempt of the stream.
 
     Raises:
         Corruption: An entry that has ff_fast's fields does not have their form.
@@ -418,6 +431,7 @@ def decode_entries(
     cdef list fields
     cdef bytes name, value, payload, run, previous, version, pointer, end_reason
     cdef str usual_mode = BEST_EFFORT if live else DURABLE
+    cdef const unsigned char* start
     cdef Py_ssize_t at, size
     cdef long long ms = 0
     cdef long long sequence = 0
@@ -443,6 +457,7 @@ def decode_entries(
         frame = StreamFrame.__new__(StreamFrame)
         frame._ms = ms
         frame.sequence = sequence
+        frame.attempt_index = attempt_index
         frame.frame_type = TOKEN
         frame.mode = usual_mode
         frame.encoding = UTF8
@@ -511,7 +526,8 @@ def decode_entries(
         if frame.patch_kind is not None:
             frame.patch_kind = patch_kind_of(frame.patch_kind, pointer)
         if run is not None:
-            sequence -= add_run(result.frames, run, frame, after) - 1
+            start = <const unsigned char*>PyBytes_AS_STRING(run)
+            sequence -= add_run(result.frames, start, start + PyBytes_GET_SIZE(run), frame, after) - 1
         elif sequence > after:
             frame.payload = payload
             frame.ts_ms = ms
@@ -560,7 +576,7 @@ def weigh_entries(list entries not None):
 
 def assemble(
     Entries log not None, Entries live not None, long long ms, long long sequence,
-    bint exclude_best_effort, str reason not None,
+    bint exclude_best_effort, str reason not None, unsigned int attempt_index=0,
 ):
     """Merge the entries of both streams up to one id, with a gap wherever frames are missing.
 
@@ -571,6 +587,7 @@ def assemble(
         sequence: and sequence.
         exclude_best_effort: Missing best-effort frames are no gap.
         reason: Reason of all gaps found here.
+        attempt_index: The attempt of the stream.
 
     Returns:
         ``(items, ms, sequence, end_reason)``. *items* are ``StreamFrame`` and ``Gap`` in sequence
@@ -597,21 +614,23 @@ def assemble(
         if frame.sequence <= sequence:
             continue
         if (frame._previous if exclude_best_effort else frame.sequence - 1) > sequence:
-            items.append(gap_before(frame._ms, sequence, frame.sequence, reason))
+            items.append(gap_before(attempt_index, frame._ms, sequence, frame.sequence, reason))
         ms = frame._ms
         sequence = frame.sequence
         items.append(frame)
     if log.end_reason is None:
         return items, ms, sequence, None
     if (log._end_previous if exclude_best_effort else log._end_sequence - 1) > sequence:
-        items.append(gap_before(log._end_ms, sequence, log._end_sequence, reason))
+        items.append(gap_before(attempt_index, log._end_ms, sequence, log._end_sequence, reason))
     return items, log._end_ms, log._end_sequence, log.end_reason
 
 
-cdef object gap_before(long long ms, long long sequence, long long following, str reason):
+cdef object gap_before(
+    unsigned int attempt_index, long long ms, long long sequence, long long following, str reason
+):
     """Name what is missing behind *sequence* and before the frame *following*, which has *ms*. So
     has the cursor: it stands right before that frame."""
-    return Gap(sequence + 1, following, reason, f"{ms}-{following - 1}")
+    return Gap(sequence + 1, following, reason, f"{attempt_index}.{ms}-{following - 1}")
 
 
 def decode_run(bytes run not None, long long count):
@@ -623,9 +642,232 @@ def decode_run(bytes run not None, long long count):
     cdef list frames = []
     cdef StreamFrame shared = StreamFrame.__new__(StreamFrame)
     cdef StreamFrame frame
+    cdef const unsigned char* start = <const unsigned char*>PyBytes_AS_STRING(run)
     shared.sequence = count
     if too_large(run):
         bad_entry()
-    if add_run(frames, run, shared, 0) != count:
+    if add_run(frames, start, start + PyBytes_GET_SIZE(run), shared, 0) != count:
         bad_entry()
     return [(<StreamFrame>frame).payload for frame in frames]
+
+
+@cython.freelist(64)
+@cython.no_gc
+cdef class Pushed:
+    """What a message on the channel of an attempt says; see the top of this file. All readers of the attempt share it.
+
+    Attributes:
+        kind: ``frames``, ``end``, ``lease``, or ``look`` for everything else.
+        deferred: The frames are not stored yet.
+        ms, last: Id of the last frame, or of the end.
+        first: Sequence of the first frame.
+        frames: The frames. Readers copy from the list and never change it.
+        visible: Those that a reader gets that excludes best-effort frames.
+        size: Bytes of the message.
+        previous: Sequence of the last visible frame before the end.
+        end_reason: Why the attempt ended.
+        lease_ms: When the lease ends, in ms from here.
+    """
+
+    @property
+    def kind(self):
+        return ("look", "frames", "end", "lease")[self._kind]
+
+
+def decode_push(bytes message not None, unsigned int attempt_index=0):
+    """Return the :class:`Pushed` of a message on the channel of an attempt. A message that is damaged says: look."""
+    return read_push(message, attempt_index)
+
+
+cdef Pushed read_push(bytes message, unsigned int attempt_index):
+    cdef Pushed pushed = Pushed.__new__(Pushed)
+    pushed.size = PyBytes_GET_SIZE(message)
+    try:
+        parse_push(pushed, message, attempt_index)
+    except Corruption:
+        pushed._kind = PUSHED_LOOK
+        pushed.frames = pushed.visible = None
+    return pushed
+
+
+cdef const char* find_space(const char* at, const char* end) except NULL:
+    while at < end and at[0] != c' ':
+        at += 1
+    if at == end:
+        bad_entry()
+    return at
+
+
+cdef int parse_push(Pushed pushed, bytes message, unsigned int attempt_index) except -1:
+    cdef const char* at = PyBytes_AS_STRING(message)
+    cdef const char* end = at + PyBytes_GET_SIZE(message)
+    cdef const char* space
+    cdef const char* dash
+    cdef char kind
+    pushed._kind = PUSHED_LOOK
+    if at == end:
+        return 0
+    kind = at[0]
+    at += 1
+    if kind == c'L':
+        parse_number(at, end, &pushed.lease_ms)
+        pushed._kind = PUSHED_LEASE
+        return 0
+    if kind != c'F' and kind != c'f' and kind != c'E':
+        return 0
+    space = find_space(at, end)
+    dash = at
+    while dash < space and dash[0] != c'-':
+        dash += 1
+    if dash == space:
+        bad_entry()
+    parse_number(at, dash, &pushed.ms)
+    parse_number(dash + 1, space, &pushed.last)
+    if pushed.last < 1:
+        bad_entry()
+    at = space + 1
+    if kind == c'E':
+        space = find_space(at, end)
+        parse_number(at, space, &pushed.previous)
+        if pushed.previous >= pushed.last or space + 1 == end:
+            bad_entry()
+        pushed.end_reason = text_of(PyBytes_FromStringAndSize(space + 1, end - space - 1))
+        pushed._kind = PUSHED_END
+        return 0
+    pushed.deferred = kind == c'f'
+    # Without blocks the frames are to be read.
+    if at < end:
+        add_blocks(pushed, <const unsigned char*>at, <const unsigned char*>end, attempt_index)
+        pushed._kind = PUSHED_FRAMES
+    return 0
+
+
+cdef const unsigned char* take_text(
+    const unsigned char* at, const unsigned char* end, const unsigned char** text, Py_ssize_t* size
+) except NULL:
+    """Read a length and the bytes that it counts."""
+    cdef unsigned long long value = 0
+    at = take_varint(at, end, &value)
+    if <unsigned long long>(end - at) < value:
+        bad_entry()
+    text[0] = at
+    size[0] = <Py_ssize_t>value
+    return at + value
+
+
+cdef int add_blocks(
+    Pushed pushed, const unsigned char* start, const unsigned char* end, unsigned int attempt_index
+) except -1:
+    """Decode the blocks of a push. Its id is that of the last frame, so the frames are counted first."""
+    cdef const unsigned char* at = start
+    cdef const unsigned char* text = NULL
+    cdef Py_ssize_t size = 0
+    cdef unsigned long long value = 0
+    cdef long long total = 0
+    cdef Py_ssize_t hidden = 0
+    cdef Py_ssize_t blocks = 0
+    cdef list frames
+    while at < end:
+        at = take_varint(at + 1, end, &value)
+        while value:
+            at = take_text(at, end, &text, &size)
+            at = take_text(at, end, &text, &size)
+            value -= 1
+        at = take_text(at, end, &text, &size)
+        take_varint(text, at, &value)
+        if value > MAX_FRAMES or size > MAX_RUN_BYTES:
+            bad_entry()
+        total += <long long>value
+    # The most frames of one call.
+    if total > MAX_FRAMES or total > pushed.last:
+        bad_entry()
+    pushed.first = pushed.last - total + 1
+    total = pushed.first - 1
+    pushed.frames = frames = []
+    at = start
+    while at < end:
+        at = add_block(frames, at, end, pushed.ms, &total, attempt_index)
+        # All frames of a block share their mode.
+        if (<StreamFrame>frames[len(frames) - 1]).mode == BEST_EFFORT:
+            hidden += 1
+        blocks += 1
+    if hidden == 0:
+        pushed.visible = frames
+    elif hidden == blocks:
+        pushed.visible = NO_FRAMES
+    else:
+        pushed.visible = [frame for frame in frames if (<StreamFrame>frame).mode != BEST_EFFORT]
+    return 0
+
+
+cdef const unsigned char* add_block(
+    list frames, const unsigned char* at, const unsigned char* end, long long ms, long long* sequence,
+    unsigned int attempt_index,
+) except NULL:
+    """Decode one block behind *sequence*, which becomes that of its last frame; return what follows it."""
+    cdef StreamFrame shared = StreamFrame.__new__(StreamFrame)
+    cdef const unsigned char* name = NULL
+    cdef const unsigned char* value = NULL
+    cdef const unsigned char* payload
+    cdef Py_ssize_t name_size = 0
+    cdef Py_ssize_t size = 0
+    cdef unsigned long long fields = 0
+    cdef unsigned long long count = 0
+    cdef bytes kind = None
+    cdef bytes pointer = None
+    if at[0] != c'L' and at[0] != c'V':
+        bad_entry()
+    shared._ms = ms
+    shared.attempt_index = attempt_index
+    shared.frame_type = TOKEN
+    shared.mode = BEST_EFFORT if at[0] == c'V' else DURABLE
+    shared.encoding = UTF8
+    shared.source = WORKER
+    shared._previous = -1
+    at = take_varint(at + 1, end, &fields)
+    while fields:
+        fields -= 1
+        at = take_text(at, end, &name, &name_size)
+        at = take_text(at, end, &value, &size)
+        if named(name, name_size, "frame_type", 10):
+            shared.frame_type = text_of(PyBytes_FromStringAndSize(<const char*>value, size))
+        elif named(name, name_size, "mode", 4):
+            shared.mode = text_of(PyBytes_FromStringAndSize(<const char*>value, size))
+        elif named(name, name_size, "prev", 4):
+            parse_number(<const char*>value, <const char*>value + size, &shared._previous)
+        elif named(name, name_size, "summary_version", 15):
+            parse_number(<const char*>value, <const char*>value + size, &shared._summary_version)
+        elif named(name, name_size, "correlation_id", 14):
+            shared.correlation_id = text_of(PyBytes_FromStringAndSize(<const char*>value, size))
+        elif named(name, name_size, "patch_kind", 10):
+            kind = PyBytes_FromStringAndSize(<const char*>value, size)
+        elif named(name, name_size, "pointer", 7):
+            pointer = PyBytes_FromStringAndSize(<const char*>value, size)
+        elif named(name, name_size, "encoding", 8):
+            shared.encoding = text_of(PyBytes_FromStringAndSize(<const char*>value, size))
+        elif named(name, name_size, "source", 6):
+            shared.source = text_of(PyBytes_FromStringAndSize(<const char*>value, size))
+    if kind is not None:
+        shared.patch_kind = patch_kind_of(kind, pointer)
+    at = take_text(at, end, &value, &size)
+    payload = take_varint(value, at, &count)
+    sequence[0] += <long long>count
+    shared.sequence = sequence[0]
+    if count != 1:
+        add_run(frames, value, at, shared, 0)
+        return at
+    # A frame by itself, as a stream at a model's pace pushes them, needs no copy of what it would share.
+    payload = take_varint(payload, at, &count)
+    payload = take_varint(payload, at, &fields)
+    if <unsigned long long>(at - payload) != count:
+        bad_entry()
+    shared.payload = PyBytes_FromStringAndSize(<const char*>payload, <Py_ssize_t>count)
+    shared.ts_ms = ms + unzigzag(fields)
+    if shared._previous < 0:
+        shared._previous = shared.sequence - 1
+    frames.append(shared)
+    return at
+
+
+cdef inline bint named(const unsigned char* name, Py_ssize_t size, const char* wanted, Py_ssize_t wanted_size) noexcept:
+    return size == wanted_size and memcmp(name, wanted, <size_t>size) == 0

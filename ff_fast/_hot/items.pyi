@@ -3,6 +3,8 @@ from typing import Any, Generic, Self, TypeVar, final
 
 from typing_extensions import disjoint_base
 
+from ff_fast._hot.feed import Bell, Inbox
+
 _T = TypeVar("_T")
 
 @disjoint_base
@@ -41,10 +43,17 @@ class BlockingItems(Items[_T]):
     def __next__(self) -> _T: ...
 
 class AsyncItems(Items[_T]):
+    _looks_at: float
     def __aiter__(self) -> Self: ...
     def __anext__(self) -> Coroutine[Any, Any, _T]: ...
     def _pop(self) -> _T:
         """Return the next item. There must be one."""
+
+    def _attach(self, inbox: Inbox, bell: Bell) -> None:
+        """Take pushes from *inbox* from here on; *bell*, its ``on_wake``, says when there are any."""
+
+    def _detach(self) -> None:
+        """Take no pushes any more, and wake the task that waits for one."""
 
 @final
 class NextItem(Generic[_T]):

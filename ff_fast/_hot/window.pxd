@@ -2,11 +2,13 @@ from ff_fast._hot.rate cimport RateEstimator
 
 
 # Where the window stood after an acknowledged batch: how many live frames this writer had stored,
-# and the last id.
+# the last id, and when.
 cdef struct Mark:
     long long count
     long long ms
     long long sequence
+    # When the frames up to it were stored, at the latest: the server's time, in ms.
+    long long stored_ms
 
 
 cdef double parse_rate(bytes stored) except -1.0
@@ -48,7 +50,8 @@ cdef class LiveWindow:
     cpdef void sealed(self, Py_ssize_t count, bint renews, long long now_us) noexcept
     cpdef void stored(self, Py_ssize_t count) noexcept
     cpdef void mark(
-        self, long long ms, long long sequence, bint renewed, long long now_us
+        self, long long ms, long long sequence, bint renewed, long long now_us,
+        long long stored_ms=*
     ) noexcept
     cpdef double rate_hz(self, long long now_us) noexcept
 

@@ -34,6 +34,8 @@ cdef enum:
     FIRST_MARKS = 8
     MAX_MARKS = 32
     STORE_RATE_EVERY_US = 1_000_000
+    # Frames under an id that a push has fixed were written so long after its ms, at most.
+    GROUP_MS = 1000
 
 # Beyond every rate that can be; keeps the stored estimate short.
 cdef double MAX_RATE_HZ = 1e12
@@ -104,6 +106,7 @@ cdef class LiveWindow:
             self._marks[0].count = 0
             self._marks[0].ms = ms
             self._marks[0].sequence = sequence
+            self._marks[0].stored_ms = ms + GROUP_MS
             self._mark_count = 1
 
     cpdef int widen(
@@ -155,7 +158,7 @@ cdef class LiveWindow:
         cdef long long remaining = self._sealed_count + count - mark.count
         if remaining >= self.ceiling:
             return True
-        return remaining >= self.frames and server_ms - mark.ms >= self.ttl_ms
+        return remaining >= self.frames and server_ms - mark.stored_ms >= self.ttl_ms
 
     cpdef bint renew_due(self, bint has_frames, long long now_us) noexcept:
         """Whether a batch that is sealed now, with live frames or without, renews the expiry."""
@@ -185,7 +188,8 @@ cdef class LiveWindow:
         self._stored_count += count
 
     cpdef void mark(
-        self, long long ms, long long sequence, bint renewed, long long now_us
+        self, long long ms, long long sequence, bint renewed, long long now_us,
+        long long stored_ms=0
     ) noexcept:
         """Add a mark if the last stored id is a step after the previous mark.
 
@@ -194,10 +198,13 @@ cdef class LiveWindow:
             sequence: and sequence, each not below that of any mark.
             renewed: Whether the batch that was acknowledged renewed the expiry.
             now_us: The time, in µs.
+            stored_ms: The server's time when it was stored, at the latest: no frame up to it is
+                younger. A frame may be younger than its id, whose ms a push has fixed.
         """
         cdef Mark* mark
         cdef void* moved
         cdef long long frames, passed_ms
+        stored_ms = max(ms, stored_ms)
         if not renewed and now_us > self._renewed_us + self.ttl_ms * 1000:
             # The batch took so long that the key may have expired on its way, and the batch then
             # made a new one, without an expiry.
@@ -205,7 +212,7 @@ cdef class LiveWindow:
         if self._mark_count:
             mark = &self._marks[self._mark_count - 1]
             frames = self._stored_count - mark.count
-            passed_ms = ms - mark.ms
+            passed_ms = stored_ms - mark.stored_ms
             if frames < self.ceiling // STEPS and (
                 passed_ms < self.ttl_ms // STEPS or frames < self.floor // STEPS
             ):
@@ -223,6 +230,7 @@ cdef class LiveWindow:
         mark.count = self._stored_count
         mark.ms = ms
         mark.sequence = sequence
+        mark.stored_ms = stored_ms
         self._mark_count += 1
 
     cdef void _forget_mark(self) noexcept:

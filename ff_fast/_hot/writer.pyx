@@ -25,6 +25,7 @@ from cpython.bytes cimport (
     PyBytes_GET_SIZE,
 )
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
+from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.unicode cimport PyUnicode_AsUTF8String
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
@@ -42,6 +43,7 @@ from ff_fast._hot.resp cimport (
     digits,
     number_size,
     put_bulk,
+    put_digits,
     put_length,
     put_number,
     put_raw,
@@ -69,6 +71,30 @@ from ff_fast.types import BestEffortLiveConfig, StreamMode
 cdef enum:
     # "FCALL" and "ff_append" as bulk strings.
     HEAD_SIZE = 11 + 15
+    # Bounds of a call, which keep the server's work on it below 2 ms. A batch alone may have more.
+    CALL_PARTS = 128
+    CALL_FRAMES = 1024
+    CALL_BYTES = 1 << 20
+    # So many parts are sent without waiting for more.
+    FULL_PARTS = 64
+    # While calls carry the parts of several writers, this is between two of them: a call costs the
+    # server as much as four of its parts, and readers take it for no delay.
+    PACE_US = 2000
+    # A longer push says that there are frames, and readers read them.
+    PUSH_BYTES = 8192
+    PUSH_FRAMES = 256
+    # A group is stored so long after its first frame, or with the first batch of so many frames
+    # that were not pushed: where those gather, the server is busy, and a push in front would cost
+    # it more.
+    HOLD_US = 100_000
+    HOLD_FRAMES = 8
+    HOLD_BYTES = 4096
+    # Looks at the groups that are due are so far apart.
+    HOLD_LOOK_US = 5_000
+    # Frames that live for a shorter time are not held back.
+    HOLD_TTL_MS = 1_000
+    # For so long after an answer the server's time is known.
+    KNOWN_US = 10_000_000
     # The same limits as in lua/prelude.lua.
     MAX_PAYLOAD = 1 << 20
     MAX_FRAMES = 1024
@@ -117,6 +143,7 @@ cdef bytes BLOCK_LIVE_TTL = b"P"
 cdef bytes BLOCK_TRIM_LOG = b"K"
 cdef bytes BLOCK_ESTIMATOR = b"E"
 cdef bytes BLOCK_VISIBLE = b"H"
+cdef bytes BLOCK_PUSHED_MS = b"I"
 cdef tuple FRAME_BLOCKS = (
     BLOCK_LOG, BLOCK_LOG_FIELDS, BLOCK_LIVE, BLOCK_LIVE_FIELDS, BLOCK_PATCHES
 )
@@ -148,26 +175,48 @@ cdef class _Shape:
     cdef long long floor
     cdef long long ceiling
     cdef double alpha
-    # Fields that differ from their defaults, RESP-encoded, and their number.
+    # Fields that differ from their defaults, RESP-encoded and as a push has them, and their number.
     cdef bytes fields
+    cdef bytes pushed_fields
     cdef Py_ssize_t field_count
     # Summary frames only: ``<kind>:<pointer>`` as in the summary's field names, and the pointer.
     cdef bytes patch_name
     cdef bytes pointer
 
 
+@cython.auto_pickle(False)
+cdef class _Part:
+    """What a call says of one attempt."""
+
+    # The arguments as bulk strings, and how many: the head, and what it announces.
+    cdef readonly bytes arguments
+    cdef Py_ssize_t argument_count
+    # The keys: the first of `keys` ends at `meta_end`, and the others are from `keys_start` to
+    # `keys_end`.
+    cdef bytes keys
+    cdef Py_ssize_t meta_end
+    cdef Py_ssize_t keys_start
+    cdef Py_ssize_t keys_end
+    cdef Py_ssize_t key_count
+
+    @property
+    def message(self):
+        """The call that has this part alone, as it goes on the wire."""
+        return packed_call([self])
+
+
 @cython.final
 @cython.auto_pickle(False)
-cdef class Batch:
+cdef class Batch(_Part):
     """A sealed batch, kept until it is acknowledged.
 
     Attributes:
-        message: The request as it goes on the wire.
+        arguments: Its part of a call, as it goes on the wire.
+        message: The call that has it alone.
         first_sequence: Sequence of its first frame.
         frame_count: How many frames it has; 0 for retention work alone.
     """
 
-    cdef readonly bytes message
     cdef readonly long long first_sequence
     cdef readonly Py_ssize_t frame_count
     cdef Py_ssize_t live_count
@@ -175,6 +224,61 @@ cdef class Batch:
     cdef bint renews
     # It was sent, and the answer was lost.
     cdef bint doubtful
+    # The call that had it with others was refused as a whole.
+    cdef bint alone
+    # The ms of all its ids, where a push has fixed it; 0 where the server chooses.
+    cdef long long fixed_ms
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Push(_Part):
+    """Frames that are pushed to readers before they are stored."""
+
+    # The open batch whose frames these are, and how many of them are pushed with this.
+    cdef long long group
+    cdef Py_ssize_t upto
+    cdef Py_ssize_t upto_bytes
+
+
+cdef Py_ssize_t call_head(list parts, Py_ssize_t* keys, Py_ssize_t* arguments) noexcept:
+    """Return the size of the call of *parts*; count its keys and arguments."""
+    cdef Py_ssize_t total = HEAD_SIZE
+    cdef _Part part
+    keys[0] = 0
+    arguments[0] = 3
+    for item in parts:
+        part = <_Part>item
+        keys[0] += part.key_count
+        arguments[0] += part.argument_count
+        total += part.meta_end + part.keys_end - part.keys_start
+        total += PyBytes_GET_SIZE(part.arguments)
+    arguments[0] += keys[0]
+    return total + 1 + digits(arguments[0]) + 2 + number_size(keys[0])
+
+
+cdef bytes packed_call(list parts):
+    """Return the call of ff_append that has *parts*, with one allocation."""
+    cdef Py_ssize_t keys, arguments
+    cdef Py_ssize_t total = call_head(parts, &keys, &arguments)
+    cdef bytes packed = PyBytes_FromStringAndSize(NULL, total)
+    cdef char* start = PyBytes_AS_STRING(packed)
+    cdef char* out = put_length(start, c'*', arguments)
+    cdef const char* names
+    cdef _Part part
+    out = put_bulk(out, "FCALL", 5)
+    out = put_bulk(out, "ff_append", 9)
+    out = put_number(out, keys)
+    for item in parts:
+        part = <_Part>item
+        names = PyBytes_AS_STRING(part.keys)
+        out = put_raw(out, names, part.meta_end)
+        out = put_raw(out, names + part.keys_start, part.keys_end - part.keys_start)
+    for item in parts:
+        part = <_Part>item
+        out = put_raw(out, PyBytes_AS_STRING(part.arguments), PyBytes_GET_SIZE(part.arguments))
+    assert out - start == total, "sizing pass and writing pass disagree"
+    return packed
 
 
 # Consecutive frames of the open batch that share a shape.
@@ -206,6 +310,22 @@ cdef bytes bulks(list parts):
     out = PyBytes_AS_STRING(packed)
     for part in parts:
         out = put_bulk(out, PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
+    return packed
+
+
+cdef bytes push_pairs(list pairs):
+    """Return *pairs*, names and values in turn, each with its length before it."""
+    cdef Py_ssize_t total = 0
+    cdef bytes packed
+    cdef bytes part
+    cdef char* out
+    for part in pairs:
+        total += varint_size(PyBytes_GET_SIZE(part)) + PyBytes_GET_SIZE(part)
+    packed = PyBytes_FromStringAndSize(NULL, total)
+    out = PyBytes_AS_STRING(packed)
+    for part in pairs:
+        out = put_varint(out, PyBytes_GET_SIZE(part))
+        out = put_raw(out, PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
     return packed
 
 
@@ -262,6 +382,7 @@ cdef _Shape make_shape(
             pairs += [b"pointer", shape.pointer]
         shape.patch_name = wire + b":" + (shape.pointer or b"")
     shape.fields = bulks(pairs)
+    shape.pushed_fields = push_pairs(pairs)
     shape.field_count = len(pairs) // 2
     return shape
 
@@ -285,6 +406,7 @@ cdef class WriterCore:
         max_payload_bytes: Largest payload that `write` accepts, 1 byte to 1 MiB.
         place: The newest frame of the attempt that is known to be stored, which acknowledgements
             move (`ff_fast._core.places.Place`); None for a writer on its own.
+        outbox: Takes its parts into calls; None for a writer whose owner asks `_next_batch`.
 
     Raises:
         InvalidInput: A number is out of range.
@@ -292,6 +414,8 @@ cdef class WriterCore:
     """
 
     cdef object __weakref__
+    # Where it registers when a part can be sent; None for a writer that calls `_on_ready`.
+    cdef Outbox _outbox
     # What `error` returns.
     cdef object _error
     # The error that ends the writer. It is set first and refuses all writes; `_error` follows once
@@ -328,8 +452,28 @@ cdef class WriterCore:
     cdef list _returned
     cdef list _in_flight
     cdef object _unsent
-    # `_on_ready` was called, and the shell has not asked for a batch since.
+    # It is registered as ready, and was not asked for a part since.
     cdef bint _notified
+    # It is registered as one whose batch does not wait for others.
+    cdef bint _hurried
+    # The group: frames of the open batch, its first run, of which readers are told before they are
+    # stored. Its ms, 0 for no group; how many frames a push has reached, and how many one was made
+    # for, each with their bytes; which open batch it is.
+    cdef long long _group_ms
+    cdef Py_ssize_t _pushed
+    cdef Py_ssize_t _pushed_bytes
+    cdef Py_ssize_t _pushed_to
+    cdef Py_ssize_t _pushed_to_bytes
+    cdef long long _group
+    # The push that is on its way.
+    cdef Push _pushing
+    # The open batch is stored with the next call. The next batch is a call of its own.
+    cdef bint _store_due
+    cdef bint _alone
+    # Batches that are not acknowledged and have frames under an ms that the server chooses, and the
+    # newest ms that was fixed.
+    cdef Py_ssize_t _unfixed
+    cdef long long _fixed_ms
     # The last batch is sealed: no frame may follow.
     cdef bint _finishing
     # The open batch no longer lingers.
@@ -339,10 +483,12 @@ cdef class WriterCore:
     cdef long long _visible
     # `_visible` as last sent; -1 when the server takes the last frame as visible.
     cdef long long _sent_visible
-    # The newest acknowledged frame: its sequence, its ms, and when the answer came, in µs.
+    # The newest acknowledged frame: its sequence and its ms.
     cdef long long _acked_sequence
     cdef long long _acked_ms
-    cdef long long _acked_at_us
+    # The server's time in ms as of an answer, and when that came, in µs.
+    cdef long long _server_ms
+    cdef long long _server_at_us
     # Up to which sequence a batch without frames has shown that the server still has all of them.
     cdef readonly long long _checked_sequence
     # What the writers of the lease share of it.
@@ -350,7 +496,7 @@ cdef class WriterCore:
     # Sequence of the first frame of this writer, and the number of its opening.
     cdef readonly long long _first_sequence
     cdef long long _opening
-    # Payloads of the open batch and requests of the sealed ones.
+    # Payloads of the open batch and arguments of the sealed ones.
     cdef Py_ssize_t _unacknowledged_bytes
     cdef Py_ssize_t _max_unacknowledged
     cdef Py_ssize_t _max_payload
@@ -398,7 +544,7 @@ cdef class WriterCore:
         self, *, tuple keys not None, bytes writer not None, mode, tuple opened not None,
         bytes document=None, long long retention_maxlen=10_000,
         Py_ssize_t max_unacknowledged_bytes=32 << 20, double linger_ms=0.0,
-        Py_ssize_t max_payload_bytes=65536, place=None,
+        Py_ssize_t max_payload_bytes=65536, place=None, Outbox outbox=None,
     ):
         cdef Py_ssize_t end = 0
         cdef Py_ssize_t i
@@ -416,6 +562,7 @@ cdef class WriterCore:
             end += bulk_size(len(keys[i]))
             self._key_ends[i] = end
         self._mode = mode
+        self._outbox = outbox
         (
             self._acked_ms, self._sequence, self._visible, estimator, self._summary_version, *rest
         ) = opened
@@ -427,7 +574,8 @@ cdef class WriterCore:
         if place is not None:
             place.opened(self._acked_ms, self._acked_sequence)
         self._first_sequence = self._sequence + 1
-        self._acked_at_us = now_us()
+        self._server_ms = self._acked_ms
+        self._server_at_us = now_us()
         self._max_unacknowledged = max_unacknowledged_bytes
         self._max_payload = max_payload_bytes
         self._retention_maxlen = retention_maxlen
@@ -560,6 +708,8 @@ cdef class WriterCore:
         if self._finishing:
             raise InvalidInput("The writer is closing; write before close().")
         if self._unacknowledged_bytes + size > self._max_unacknowledged:
+            if self._group_ms:
+                self._seal_soon()
             raise Overloaded(
                 f"{self._unacknowledged_bytes} bytes wait for the server; drain() and write again."
             )
@@ -605,6 +755,8 @@ cdef class WriterCore:
             self._on_linger()
         if not self._notified:
             self._notify()
+        elif not self._hurried and self._full():
+            self._hurry()
         return sequence
 
     cdef object _too_large(self, Py_ssize_t size, object mode):
@@ -662,8 +814,17 @@ cdef class WriterCore:
         if run.count == 1:
             return run.size
         for i in range(run.first, run.first + run.count):
-            total += varint_size(self._lengths[i]) + varint_size(age_ms(now, self._times[i]))
+            total += varint_size(self._lengths[i]) + varint_size(self._moment(i, now))
         return total
+
+    cdef inline unsigned long long _moment(self, Py_ssize_t i, long long now) noexcept:
+        """Return when frame *i* of a run was written, as the run has it: the zigzag of the ms after
+        the ms of its entry."""
+        if self._group_ms and i < self._runs[0].count:
+            # The ms of a group is that of its first frame.
+            return 2 * age_ms(self._times[i], self._times[0])
+        cdef unsigned long long age = age_ms(now, self._times[i])
+        return 2 * age - 1 if age else 0
 
     cdef char* _put_run(self, char* out, Run* run, long long now) noexcept:
         cdef Py_ssize_t i
@@ -672,8 +833,76 @@ cdef class WriterCore:
             for i in range(run.first, run.first + run.count):
                 out = put_varint(out, self._lengths[i])
             for i in range(run.first, run.first + run.count):
-                out = put_varint(out, age_ms(now, self._times[i]))
+                out = put_varint(out, self._moment(i, now))
         return put_raw(out, self._data + run.offset, run.size)
+
+    cdef Py_ssize_t _put_body(
+        self, char* out, Py_ssize_t skip, Py_ssize_t skip_bytes, long long now
+    ) noexcept:
+        """Write the open batch without its first *skip* frames as a push has it; return the size.
+
+        All but a whole first run is left out at most. With NULL for *out* nothing is written.
+        """
+        cdef Py_ssize_t total = 0
+        cdef Py_ssize_t index, i, first, count, size, extras
+        cdef long long version
+        cdef char* at = out
+        cdef Run* run
+        cdef _Shape shape
+        for index in range(self._run_count):
+            run = &self._runs[index]
+            shape = <_Shape>self._shapes[index]
+            first = run.first
+            count = run.count
+            size = run.size
+            if index == 0 and skip:
+                if skip == count:
+                    continue
+                first += skip
+                count -= skip
+                size -= skip_bytes
+            version = version_after(run, shape)
+            extras = extras_of(shape, run.previous, version)
+            if out is not NULL:
+                at[0] = c'L' if shape.kind == LOG else c'V'
+                at = put_varint(at + 1, extras)
+                at = put_raw(
+                    at, PyBytes_AS_STRING(shape.pushed_fields),
+                    PyBytes_GET_SIZE(shape.pushed_fields),
+                )
+                if run.previous >= 0:
+                    at = put_pair(at, "prev", 4, run.previous)
+                if version > 0:
+                    at = put_pair(at, "summary_version", 15, version)
+            total += 1 + varint_size(extras) + PyBytes_GET_SIZE(shape.pushed_fields)
+            if run.previous >= 0:
+                total += pair_size(4, run.previous)
+            if version > 0:
+                total += pair_size(15, version)
+            size += varint_size(count)
+            for i in range(first, first + count):
+                size += varint_size(self._lengths[i])
+                # A frame of the log has the time of its id, and so has one that is stored plain.
+                if shape.kind == LOG or run.count == 1:
+                    size += 1
+                else:
+                    size += varint_size(self._moment(i, now))
+            total += varint_size(size) + size
+            if out is NULL:
+                continue
+            at = put_varint(at, size)
+            at = put_varint(at, count)
+            size = 0
+            for i in range(first, first + count):
+                at = put_varint(at, self._lengths[i])
+                size += self._lengths[i]
+            for i in range(first, first + count):
+                if shape.kind == LOG or run.count == 1:
+                    at = put_varint(at, 0)
+                else:
+                    at = put_varint(at, self._moment(i, now))
+            at = put_raw(at, self._data + run.offset + run.size - size, size)
+        return total
 
     cdef bytes _pending_field(self, Run* run, _Shape shape):
         """Field name of a run in the summary hash. It has all that a reader needs to fold it."""
@@ -698,15 +927,22 @@ cdef class WriterCore:
         self._run_count = 0
         self._shapes.clear()
         self._due = False
+        self._store_due = False
+        self._alone = False
+        self._group_ms = 0
+        self._group += 1
+        self._pushed = self._pushed_bytes = 0
+        self._pushed_to = self._pushed_to_bytes = 0
         return 0
 
     cdef Batch _sealed(self):
-        """Return the open batch as a request."""
+        """Return the open batch as a part of a call."""
         cdef Batch batch = Batch.__new__(Batch)
         cdef long long now = now_us()
-        # FCALL, function, number of keys, writer and previous sequence; `_put_keys` adds the keys.
-        cdef Py_ssize_t parts = 5
-        cdef Py_ssize_t total = HEAD_SIZE + PyBytes_GET_SIZE(self._writer)
+        # Writer, previous sequence and push.
+        cdef Py_ssize_t parts = 3
+        cdef Py_ssize_t total = PyBytes_GET_SIZE(self._writer)
+        cdef Py_ssize_t body, head
         cdef Py_ssize_t durable = 0
         cdef Py_ssize_t live = 0
         cdef Py_ssize_t index, i, value_size, first
@@ -750,17 +986,31 @@ cdef class WriterCore:
             total += head_size(shape, run.count, run.previous, version_after(run, shape), &parts)
             total += bulk_size(self._run_bytes(run, now))
         batch.live_count = live
+        body = self._push_size(now)
+        total += bulk_size(body)
+        if self._group_ms:
+            parts += 2
+            total += bulk_size(1) + number_size(self._group_ms)
         tail = self._retention(batch, now, durable, &parts, &uses)
-        total += self._put_keys(NULL, uses, &parts)
-        total += 1 + digits(parts) + 2 + PyBytes_GET_SIZE(tail)
-        batch.message = PyBytes_FromStringAndSize(NULL, total)
-        start = PyBytes_AS_STRING(batch.message)
-        out = put_length(start, c'*', parts)
-        out = put_bulk(out, "FCALL", 5)
-        out = put_bulk(out, "ff_append", 9)
-        out += self._put_keys(out, uses, &parts)
+        self._name_keys(batch, uses)
+        head = 10 * parts + batch.key_count
+        total += number_size(head) + PyBytes_GET_SIZE(tail)
+        batch.argument_count = parts + 1
+        batch.arguments = PyBytes_FromStringAndSize(NULL, total)
+        start = PyBytes_AS_STRING(batch.arguments)
+        out = put_number(start, head)
         out = put_raw(out, PyBytes_AS_STRING(self._writer), PyBytes_GET_SIZE(self._writer))
         out = put_number(out, batch.first_sequence - 1)
+        out = put_length(out, c'$', body)
+        if body:
+            out[0] = c' '
+            out += 1
+            if body > 1:
+                out += self._put_body(out, self._pushed, self._pushed_bytes, now)
+        out = put_raw(out, "\r\n", 2)
+        if self._group_ms:
+            out = put_bulk(out, PyBytes_AS_STRING(BLOCK_PUSHED_MS), 1)
+            out = put_number(out, self._group_ms)
         live = 0
         for index in range(self._run_count):
             run = &self._runs[index]
@@ -789,37 +1039,56 @@ cdef class WriterCore:
         out = put_raw(out, PyBytes_AS_STRING(tail), PyBytes_GET_SIZE(tail))
         assert out - start == total, "sizing pass and writing pass disagree"
         # Nothing below can fail.
+        batch.alone = self._alone
+        if self._group_ms:
+            self._fixed_ms = self._group_ms
+            if self._run_count == 1:
+                batch.fixed_ms = self._group_ms
+        if batch.frame_count and not batch.fixed_ms:
+            self._unfixed += 1
         if self._window is not None:
             self._window.sealed(batch.live_count, batch.renews, now)
         self._sent_visible = -1 if self._visible == self._sequence else self._visible
         self._unacknowledged_bytes += total - self._size
         return batch
 
-    cdef Py_ssize_t _put_keys(self, char* out, int uses, Py_ssize_t* parts) noexcept:
-        """Write the number of keys and the keys that a request names; return their size.
+    cdef Py_ssize_t _push_size(self, long long now) noexcept:
+        """Return the size of what readers are told when the open batch is stored: nothing, a space,
+        or a space and the frames."""
+        cdef Py_ssize_t size
+        if self._count == 0:
+            return 0
+        if self._group_ms:
+            if self._run_count == 1:
+                if self._pushed == self._count:
+                    return 0
+            elif self._pushed < self._runs[0].count:
+                # The frames of a push have one ms.
+                return 1
+        if (
+            self._count - self._pushed > PUSH_FRAMES
+            or self._size - self._pushed_bytes > PUSH_BYTES
+        ):
+            return 1
+        size = self._put_body(NULL, self._pushed, self._pushed_bytes, now)
+        return 1 if size > PUSH_BYTES else 1 + size
 
-        With NULL for *out* nothing is written and the keys are added to *parts*.
-        """
-        cdef const char* keys = PyBytes_AS_STRING(self._keys)
-        cdef Py_ssize_t meta_end = self._key_ends[0]
-        cdef Py_ssize_t start = meta_end
+    cdef int _name_keys(self, Batch batch, int uses) noexcept:
+        """Name the keys that a batch uses."""
         cdef Py_ssize_t count = 2
-        cdef Py_ssize_t end
         if uses & USES_SUMMARY:
             count = 4
         elif uses == (USES_LOG | USES_LIVE):
             count = 3
-        end = self._key_ends[count - 1]
+        batch.keys = self._keys
+        batch.key_count = count
+        batch.meta_end = self._key_ends[0]
+        batch.keys_start = self._key_ends[0]
+        batch.keys_end = self._key_ends[count - 1]
         if uses == USES_LIVE:
-            start = self._key_ends[1]
-            end = self._key_ends[2]
-        if out is NULL:
-            parts[0] += count
-        else:
-            out = put_number(out, count)
-            out = put_raw(out, keys, meta_end)
-            put_raw(out, keys + start, end - start)
-        return number_size(count) + meta_end + end - start
+            batch.keys_start = self._key_ends[1]
+            batch.keys_end = self._key_ends[2]
+        return 0
 
     cdef bytes _retention(
         self, Batch batch, long long now, Py_ssize_t durable, Py_ssize_t* parts,
@@ -840,7 +1109,7 @@ cdef class WriterCore:
             for i in range(self._run_count):
                 self._widen(<_Shape>self._shapes[i], now)
             first_kept = self._window.first_kept(
-                batch.live_count, now, self._acked_ms + (now - self._acked_at_us) // 1000
+                batch.live_count, now, self._server_ms + (now - self._server_at_us) // 1000
             )
             if first_kept[1]:
                 tail += [BLOCK_TRIM_LIVE, b"%d-%d" % first_kept]
@@ -903,15 +1172,98 @@ cdef class WriterCore:
             return True
         if self._count == 0:
             return False
-        return self._full() or (flying == 0 and (self._due or self._linger_us == 0))
+        if self._full():
+            return True
+        if not self._due and self._linger_us:
+            return False
+        if self._may_hold():
+            return self._pushing is None and self._count > self._pushed_to
+        return flying == 0
 
-    def _next_batch(self):
-        """Return the batch to send now, or None. It is in flight from here on."""
+    cdef bint _may_hold(self):
+        """Whether the open batch is a group, or can be one: readers are told of its frames at once,
+        and the frames are stored later.
+
+        The ms of a group is fixed by its first push. So every id before it must be fixed.
+        """
+        cdef _Shape shape
+        if (
+            self._run_count != 1 or self._store_due or self._linger_us or self._outbox is None
+            or self._finishing or self._unfixed
+            or self._count - self._pushed_to >= HOLD_FRAMES
+            or self._size - self._pushed_to_bytes > HOLD_BYTES
+            or self._full() or 2 * self._unacknowledged_bytes > self._max_unacknowledged
+        ):
+            return False
+        shape = <_Shape>self._shapes[0]
+        if shape.kind != LIVE or shape.ttl_ms < HOLD_TTL_MS:
+            return False
+        return self._group_ms or self._outbox._now_ms(now_us()) != 0
+
+    cdef Push _push(self):
+        """Return a push of the frames of the group that no push has; begin the group with the first
+        one."""
+        cdef Push push = Push.__new__(Push)
+        cdef long long now = now_us()
+        cdef Py_ssize_t size, total
+        cdef char* start
+        cdef char* out
+        cdef bint first = self._group_ms == 0
+        if first:
+            self._group_ms = max(self._outbox._now_ms(now), self._acked_ms, self._fixed_ms)
+        try:
+            size = self._put_body(NULL, self._pushed_to, self._pushed_to_bytes, now)
+            # `f`, the id and a space.
+            size += 1 + digits(self._group_ms) + 1 + digits(self._sequence) + 1
+            total = number_size(21) + PyBytes_GET_SIZE(self._writer) + bulk_size(size)
+            push.arguments = PyBytes_FromStringAndSize(NULL, total)
+            if first:
+                self._outbox._hold(self, self._group)
+        except BaseException:
+            if first:
+                self._group_ms = 0
+            raise
+        # Two arguments behind the head, and one key.
+        start = PyBytes_AS_STRING(push.arguments)
+        out = put_number(start, 21)
+        out = put_raw(out, PyBytes_AS_STRING(self._writer), PyBytes_GET_SIZE(self._writer))
+        out = put_length(out, c'$', size)
+        out[0] = c'f'
+        out = put_digits(out + 1, self._group_ms)
+        out[0] = c'-'
+        out = put_digits(out + 1, self._sequence)
+        out[0] = c' '
+        out += 1
+        out += self._put_body(out, self._pushed_to, self._pushed_to_bytes, now)
+        out = put_raw(out, "\r\n", 2)
+        assert out - start == total, "sizing pass and writing pass disagree"
+        push.argument_count = 3
+        push.keys = self._keys
+        push.key_count = 1
+        push.meta_end = push.keys_start = push.keys_end = self._key_ends[0]
+        push.group = self._group
+        push.upto = self._pushed_to = self._count
+        push.upto_bytes = self._pushed_to_bytes = self._size
+        self._pushing = push
+        return push
+
+    cdef int _store_group(self, long long group) except -1:
+        """Store the open batch if it is that group still."""
+        if self._group_ms and self._group == group:
+            self._store_due = True
+            self._notify()
+        return 0
+
+    cdef object _next_part(self):
+        """Return what to send now, or None. It is in flight from here on."""
         cdef Batch batch
         self._notified = False
+        self._hurried = False
         if not self._sendable():
             return None
         if not self._unsent:
+            if self._may_hold():
+                return self._push()
             self._seal()
         batch = <Batch>self._unsent[0]
         self._in_flight.append(batch)
@@ -919,10 +1271,32 @@ cdef class WriterCore:
         self._notify()
         return batch
 
+    def _next_batch(self):
+        """Return the batch to send now, or None. It is in flight from here on."""
+        return self._next_part()
+
+    cdef bint _next_is_alone(self):
+        """Whether what is sent next is a call of its own."""
+        return (<Batch>self._unsent[0]).alone if self._unsent else self._alone
+
+    cdef Py_ssize_t _next_frames(self):
+        """Return how many frames are sent next."""
+        if self._unsent:
+            return (<Batch>self._unsent[0]).frame_count
+        return self._count if self._store_due else self._count - self._pushed_to
+
+    cdef Py_ssize_t _next_bytes(self):
+        """Return about how many bytes are sent next."""
+        if self._unsent:
+            return PyBytes_GET_SIZE((<Batch>self._unsent[0]).arguments)
+        return self._size
+
     def _seal_soon(self):
-        """End the linger of the open batch: it is sealed as soon as nothing is in flight."""
+        """End the linger of the open batch, or the hold of its frames: it is sealed as soon as
+        nothing is in flight."""
         if self._count:
             self._due = True
+            self._store_due = True
         self._notify()
 
     cdef bint _unchecked(self, long long checked):
@@ -973,12 +1347,26 @@ cdef class WriterCore:
     cdef int _notify(self) except -1:
         if not self._notified and self._sendable():
             self._notified = True
+            self._hurried = self._urgent()
             try:
-                self._on_ready()
+                if self._outbox is None:
+                    self._on_ready()
+                else:
+                    self._outbox.register(self, self._hurried)
             except BaseException:
                 # For example an interrupt. The next call tells the shell again.
                 self._notified = False
                 raise
+        return 0
+
+    cdef bint _urgent(self):
+        """Whether what is sent next does not wait for others."""
+        return self._full() or len(self._unsent) != 0
+
+    cdef int _hurry(self) except -1:
+        if self._outbox is not None and self._urgent():
+            self._hurried = True
+            self._outbox.hurry()
         return 0
 
     def _requeue(self):
@@ -993,35 +1381,51 @@ cdef class WriterCore:
             self._unsent.extendleft((self._returned + self._in_flight)[::-1])
             self._returned.clear()
             self._in_flight.clear()
+            self._push_lost()
         finally:
             if collecting:
                 PyGC_Enable()
         self._notify()
 
-    def _acknowledge(self, Batch batch not None, reply):
-        """Take the server's answer to *batch*.
+    def _acknowledge(
+        self, _Part part not None, reply, long long now_ms=0, bint shared=False
+    ):
+        """Take the server's answer to *part*.
 
         Args:
-            batch: The oldest batch in flight. An answer to another batch belongs to an earlier
-                connection and is ignored.
-            reply: ``bytes``: the position, so the batch is stored. ``list``: the function refused.
-                An exception: an error reply.
+            part: A push, or the oldest batch in flight. An answer to another one belongs to an
+                earlier connection and is ignored.
+            reply: ``bytes``: the part is applied. ``list``: the function refused. An exception: an
+                error reply.
+            now_ms: The server's time in ms as of this answer; 0 where it says none.
+            shared: Whether *reply* is that of a call with other parts.
 
         Returns:
             None, or an error after which the batch is sent again: the shell repairs the cause
             (loads the library, backs off) and asks for the next batch. After a refusal that is
             final the writer has failed and None is returned.
         """
-        cdef long long values[5]
+        return self._answered(part, reply, now_ms, shared)
+
+    cdef object _answered(self, _Part part, object reply, long long now_ms, bint shared):
+        if self._ending is not None:
+            return None
+        if type(part) is Push:
+            return self._push_answered(<Push>part, reply, now_ms, shared)
+        return self._batch_answered(<Batch>part, reply, now_ms, shared)
+
+    cdef object _batch_answered(self, Batch batch, object reply, long long now_ms, bint shared):
+        # Ms and sequence of the last id, the end of the lease in ms, and 1 if a cancel is requested.
+        cdef long long values[4]
         cdef long long acked, now
-        if self._ending is not None or not self._in_flight or self._in_flight[0] is not batch:
+        if not self._in_flight or self._in_flight[0] is not batch:
             return None
         acked = batch.first_sequence + batch.frame_count - 1
         if not (
             PyBytes_CheckExact(reply)
-            and parse_position(<bytes>reply, values) and values[1] == acked
+            and parse_numbers(<bytes>reply, "-  ", 4, values) and values[1] == acked
         ):
-            return self._refused(batch, reply)
+            return self._refused(batch, reply, shared)
         self._in_flight.pop(0)
         # The server accepts batches only in order, so this acknowledgement proves that all earlier
         # ones are stored; an earlier refusal was of a resend.
@@ -1030,12 +1434,10 @@ cdef class WriterCore:
         self._returned.clear()
         self._stored(batch)
         now = now_us()
-        self._lease_left_ms = max(values[3] - values[2], 0)
-        self._cancel_requested = values[4] != 0
+        self._learn(values[2], values[3], now_ms, now)
         if batch.frame_count:
             self._acked_sequence = acked
             self._acked_ms = max(self._acked_ms, values[0])
-            self._acked_at_us = now
             place = self._place
             if place is not None and acked >= <long long>place.sequence:
                 place.ms = self._acked_ms
@@ -1047,7 +1449,9 @@ cdef class WriterCore:
         else:
             self._checked_sequence = acked
         if batch.live_count:
-            self._window.mark(self._acked_ms, self._acked_sequence, batch.renews, now)
+            self._window.mark(
+                self._acked_ms, self._acked_sequence, batch.renews, now, now_ms
+            )
         if self._count == 0 and not self._in_flight and not self._unsent:
             if self._window is not None and self._window.must_renew:
                 self._seal()
@@ -1060,26 +1464,56 @@ cdef class WriterCore:
                 self._on_progress()
         return None
 
+    cdef void _learn(
+        self, long long expires_ms, long long cancel, long long now_ms, long long now
+    ) noexcept:
+        """Take what every answer says."""
+        self._lease_left_ms = max(expires_ms - now_ms, 0)
+        self._cancel_requested = cancel != 0
+        self._server_ms = now_ms
+        self._server_at_us = now
+
+    cdef object _push_answered(self, Push push, object reply, long long now_ms, bint shared):
+        cdef long long values[2]
+        if self._pushing is not push:
+            return None
+        self._pushing = None
+        if PyBytes_CheckExact(reply) and parse_numbers(<bytes>reply, " ", 2, values):
+            self._learn(values[0], values[1], now_ms, now_us())
+            if push.group == self._group:
+                self._pushed = push.upto
+                self._pushed_bytes = push.upto_bytes
+            self._notify()
+            return None
+        error = refusal_of(reply, self._opening)
+        if is_passing(reply, error) or shared or self._returned:
+            # The frames are stored, and readers are told of all of them then.
+            self._push_lost()
+            if push.group == self._group:
+                self._alone = shared
+            self._notify()
+            return error if is_passing(reply, error) else None
+        self._end(error, False)
+        return None
+
+    cdef int _push_lost(self) except -1:
+        """Store the group as soon as may be: its frames have reached nobody, as far as is known."""
+        self._pushing = None
+        if self._group_ms:
+            self._pushed = self._pushed_bytes = 0
+            self._store_due = True
+            self._due = True
+        return 0
+
     cdef void _stored(self, Batch batch) noexcept:
-        self._unacknowledged_bytes -= PyBytes_GET_SIZE(batch.message)
+        self._unacknowledged_bytes -= PyBytes_GET_SIZE(batch.arguments)
+        if batch.frame_count and not batch.fixed_ms:
+            self._unfixed -= 1
         if batch.live_count:
             self._window.stored(batch.live_count)
 
-    cdef object _refused(self, Batch batch, object reply):
-        if isinstance(reply, Exception):
-            error = from_server_error(str(reply))
-        elif (
-            isinstance(reply, list) and len(reply) >= 2 and reply[0] == 0
-            and PyBytes_CheckExact(reply[1])
-        ):
-            error = for_code(reply[1].decode("ascii", "replace"), reply[2:])
-            if isinstance(error, WriterSuperseded) and len(reply) > 2 and self._opening:
-                if PyBytes_CheckExact(reply[2]) and reply[2].isdigit():
-                    if int(reply[2]) <= self._opening:
-                        # The server knows no later opening than this one's: it has lost this one.
-                        error = StateLost()
-        else:
-            error = ProtocolError()
+    cdef object _refused(self, Batch batch, object reply, bint shared):
+        error = refusal_of(reply, self._opening)
         if self._returned:
             # A batch before this one was refused, so this refusal says only "out of order".
             error = None
@@ -1095,14 +1529,16 @@ cdef class WriterCore:
                 if self._has_waiters:
                     self._on_progress()
             return None
-        elif not (
-            # A refusal by the function itself is final: it would refuse the same bytes again.
-            isinstance(reply, Exception)
-            and error.retryable and error.outcome is Outcome.NOT_APPLIED
-        ):
-            # Those behind it need its frames, so they are refused too.
-            self._end(error, False)
-            return None
+        elif not is_passing(reply, error):
+            if shared:
+                # The cause may be in another part.
+                batch.alone = True
+                batch.doubtful = batch.doubtful or error.outcome is not Outcome.NOT_APPLIED
+                error = None
+            else:
+                # Those behind it need its frames, so they are refused too.
+                self._end(error, False)
+                return None
         # To keep the order, this batch and all behind it are sent again once all are answered.
         self._returned.append(batch)
         self._in_flight.pop(0)
@@ -1338,17 +1774,27 @@ cdef char* put_head(
     return out
 
 
-cdef bint parse_position(bytes reply, long long* values) noexcept:
-    """Parse ``<ms>-<sequence> <now> <expires> <cancel>`` into *values*; False if it is not that.
+cdef inline Py_ssize_t pair_size(Py_ssize_t name, long long value) noexcept:
+    """Size of a field of a push, given the size of its name and its value, a number."""
+    return varint_size(name) + name + varint_size(digits(value)) + digits(value)
 
-    The last id, the server's time and the end of the lease in ms, and 1 if a cancel is requested.
-    """
-    cdef const char* at = PyBytes_AS_STRING(reply)
-    cdef const char* end = at + PyBytes_GET_SIZE(reply)
-    cdef const char* separators = "-   "
+
+cdef char* put_pair(char* out, const char* name, Py_ssize_t size, long long value) noexcept:
+    out = put_varint(out, size)
+    out = put_raw(out, name, size)
+    out = put_varint(out, digits(value))
+    return put_digits(out, value)
+
+
+cdef bint parse_numbers(
+    bytes text, const char* separators, int count, long long* values
+) noexcept:
+    """Parse *count* numbers, one of *separators* between two of them; False if it is not that."""
+    cdef const char* at = PyBytes_AS_STRING(text)
+    cdef const char* end = at + PyBytes_GET_SIZE(text)
     cdef int i
     cdef Py_ssize_t width
-    for i in range(5):
+    for i in range(count):
         values[i] = 0
         width = 0
         while at < end and c'0' <= at[0] <= c'9':
@@ -1359,15 +1805,375 @@ cdef bint parse_position(bytes reply, long long* values) noexcept:
             width += 1
         if width == 0:
             return False
-        if i < 4:
+        if i < count - 1:
             if at >= end or at[0] != separators[i]:
                 return False
             at += 1
     return at == end
 
 
+cdef object refusal_of(object reply, long long opening):
+    """Return the error of an answer that is none of success, to a writer of that opening."""
+    if isinstance(reply, Exception):
+        return from_server_error(str(reply))
+    if (
+        isinstance(reply, list) and len(reply) >= 2 and reply[0] == 0
+        and PyBytes_CheckExact(reply[1])
+    ):
+        error = for_code(reply[1].decode("ascii", "replace"), reply[2:])
+        if isinstance(error, WriterSuperseded) and len(reply) > 2 and opening:
+            if PyBytes_CheckExact(reply[2]) and reply[2].isdigit():
+                if int(reply[2]) <= opening:
+                    # The server knows no later opening than this one's: it has lost this one.
+                    return StateLost()
+        return error
+    return ProtocolError()
+
+
+cdef bint is_passing(object reply, object error) except -1:
+    """Whether the same bytes may be accepted later.
+
+    A refusal by the function itself is final: it would refuse them again.
+    """
+    return (
+        isinstance(reply, Exception)
+        and error.retryable and error.outcome is Outcome.NOT_APPLIED
+    )
+
+
+@cython.auto_pickle(False)
+cdef class Call:
+    """One call of ff_append with the parts of several writers; as a function, it takes the reply.
+
+    Attributes:
+        message: The request as it goes on the wire; None once it was taken.
+        accepted: Whether the server has applied a part.
+        error: The last error of a part that is sent again; None for none.
+    """
+
+    cdef readonly bytes message
+    cdef readonly bint accepted
+    cdef readonly object error
+    cdef Outbox _outbox
+    cdef list _writers
+    cdef list _parts
+
+    def __len__(self):
+        return len(self._parts)
+
+    def take(self):
+        """Return the request, and keep it no longer: its batches have all that is sent again."""
+        message, self.message = self.message, None
+        return message
+
+    def __call__(self, reply):
+        """Give each writer its part of *reply*; a mark of the outbox's `lost` says that there is none.
+
+        An exception of a hook passes through once every writer has its part.
+        """
+        cdef Py_ssize_t count = len(self._parts)
+        cdef Py_ssize_t i
+        cdef long long now_ms = 0
+        cdef bint each
+        cdef list elements
+        if self._outbox is None:
+            return
+        outbox = self._outbox
+        # The reply is taken once.
+        self._outbox = None
+        for mark in outbox._lost:
+            if reply is mark:
+                self._lose(outbox)
+                return
+        # The server's time and the answers: a list, or one text for one answer.
+        if count == 1:
+            elements = list((<bytes>reply).split(b" ", 1)) if PyBytes_CheckExact(reply) else []
+        else:
+            elements = <list>reply if type(reply) is list else []
+        each = (
+            len(elements) == count + 1 and PyBytes_CheckExact(elements[0])
+            and parse_numbers(<bytes>elements[0], "", 1, &now_ms)
+        )
+        if each:
+            outbox._heard(now_ms)
+        failure = None
+        for i in range(count):
+            answer = elements[i + 1] if each else reply
+            try:
+                error = (<WriterCore>self._writers[i])._answered(
+                    <_Part>self._parts[i], answer, now_ms, not each and count > 1
+                )
+            except BaseException as raised:
+                failure = raised
+                continue
+            if error is not None:
+                self.error = error
+            elif PyBytes_CheckExact(answer):
+                self.accepted = True
+        outbox._calls_in_flight -= 1
+        outbox._on_answer(self)
+        if failure is not None:
+            raise failure
+
+    def lost(self):
+        """The connection is lost: the parts are sent again."""
+        outbox, self._outbox = self._outbox, None
+        if outbox is not None:
+            self._lose(outbox)
+
+    cdef int _lose(self, Outbox outbox) except -1:
+        outbox._calls_in_flight -= 1
+        # Another connection may be to another server, with a clock of its own.
+        outbox._server_ms = 0
+        failure = None
+        for writer in self._writers:
+            try:
+                (<WriterCore>writer)._requeue()
+            except BaseException as raised:
+                failure = raised
+        if failure is not None:
+            raise failure
+        return 0
+
+
+cdef class Outbox:
+    """The writers of one connection that have something to send.
+
+    A writer registers itself. The shell overrides `_on_ready` and `_on_answer`, asks `wait_s` when
+    to send, and sends what `next_call` returns.
+
+    All but `register` is for the thread that owns the connection; no method lets another thread run
+    between a check and the change that relies on it.
+
+    Args:
+        linger_ms: How long what is ready waits for more, 0 to 1000 ms.
+        lost: What a call gets in place of a reply when there is none.
+        thread: Ident of the only thread whose writers may register; 0 for any.
+        running: Returns the event loop that runs in this thread, and
+        loop: what it must be; None for any.
+    """
+
+    cdef list _ready
+    # Where the ready ones begin in `_ready`.
+    cdef Py_ssize_t _at
+    # Registrations since the last call that do not wait for others.
+    cdef Py_ssize_t _hurried
+    # `_on_ready` was called, and `next_call` has not been since.
+    cdef bint _told
+    cdef long long _linger_us
+    cdef tuple _lost
+    cdef unsigned long _thread
+    cdef object _running
+    cdef object _loop
+    # When the oldest ready one registered, and when the last call was made, in µs.
+    cdef long long _ready_us
+    cdef long long _sent_us
+    # A moving average of the parts of a call.
+    cdef double _usual_parts
+    cdef readonly Py_ssize_t _calls_in_flight
+    # Groups that are to be stored later, oldest first: when in µs, the writer, and which group.
+    cdef object _held
+    # The server's time in ms as of an answer on this connection, 0 for none, and when it came.
+    cdef long long _server_ms
+    cdef long long _server_at_us
+
+    def __init__(self, double linger_ms=0.0, tuple lost=(), unsigned long thread=0, running=None,
+                 loop=None):
+        self._ready = []
+        self._held = deque()
+        self._linger_us = <long long>(linger_ms * 1000.0)
+        self._lost = lost
+        self._thread = thread
+        self._running = running
+        self._loop = loop
+
+    def _on_ready(self):
+        """Called when a writer is ready and none was, and when there is no more reason to wait."""
+
+    def _on_answer(self, call):
+        """Called when the writers of *call* have taken its reply."""
+
+    def _on_wrong_thread(self):
+        """Called in place of `_on_ready` where a writer must not register; raises."""
+
+    @property
+    def ready(self):
+        """How many writers are ready."""
+        return len(self._ready) - self._at
+
+    @property
+    def holds(self):
+        """Whether frames are held that are to be stored later."""
+        return len(self._held) != 0
+
+    cdef bint _is_full(self) noexcept:
+        return self._hurried > 0 or len(self._ready) - self._at >= FULL_PARTS
+
+    cdef int register(self, WriterCore writer, bint hurried) except -1:
+        if self._thread and (
+            self._thread != <unsigned long>PyThread_get_thread_ident()
+            or self._running() is not self._loop
+        ):
+            self._on_wrong_thread()
+        if self._at == len(self._ready):
+            self._ready_us = now_us()
+        self._ready.append(writer)
+        if hurried:
+            self._hurried += 1
+        # The first hurried one ends the wait for more, and so do enough of the others.
+        if (
+            not self._told or (hurried and self._hurried == 1)
+            or len(self._ready) - self._at == FULL_PARTS
+        ):
+            self._tell()
+        return 0
+
+    cdef int hurry(self) except -1:
+        """A writer that is ready does not wait for others any more."""
+        self._hurried += 1
+        return self._tell() if self._hurried == 1 else 0
+
+    cdef int _tell(self) except -1:
+        self._told = True
+        try:
+            self._on_ready()
+        except BaseException:
+            # For example an interrupt. The next registration tells the shell again.
+            self._told = False
+            raise
+        return 0
+
+    cdef void _heard(self, long long now_ms) noexcept:
+        self._server_ms = now_ms
+        self._server_at_us = now_us()
+
+    cdef long long _now_ms(self, long long now) noexcept:
+        """Return the earliest time that the server's clock can show, in ms; 0 if it is unknown."""
+        if self._server_ms == 0 or now - self._server_at_us > KNOWN_US:
+            return 0
+        return self._server_ms + (now - self._server_at_us) // 1000
+
+    cdef int _hold(self, WriterCore writer, long long group) except -1:
+        self._held.append((now_us() + HOLD_US, writer, group))
+        return 0
+
+    def hold_s(self):
+        """Register the writers whose group is due to be stored; return in how many seconds others
+        are, -1 if none is held."""
+        cdef long long now = now_us()
+        cdef long long due, group
+        while self._held:
+            due, writer, group = self._held[0]
+            if due > now:
+                return max(due - now, HOLD_LOOK_US) / 1e6
+            self._held.popleft()
+            (<WriterCore>writer)._store_group(group)
+        return -1.0
+
+    def wait_s(self):
+        """Return in how many seconds the next call is due, 0 for now; -1 if nothing is ready."""
+        cdef long long due
+        if self._at == len(self._ready):
+            return -1.0
+        if self._is_full():
+            return 0.0
+        due = self._ready_us + self._linger_us
+        if self._usual_parts >= 2.0 or self._calls_in_flight:
+            due = max(due, self._sent_us + PACE_US)
+        return max(due - now_us(), 0) / 1e6
+
+    def next_call(self):
+        """Return the call to send now, or None. Its parts are in flight from here on.
+
+        When writers are left, the shell goes on without being told.
+        """
+        cdef list writers = []
+        cdef list parts = []
+        cdef Py_ssize_t last = len(self._ready)
+        cdef Py_ssize_t frames = 0
+        cdef Py_ssize_t size = 0
+        cdef Py_ssize_t count = 0
+        cdef WriterCore writer
+        cdef _Part part
+        cdef Call call
+        cdef int collecting = PyGC_Disable()
+        self._told = True
+        try:
+            while self._at < last and count < CALL_PARTS:
+                writer = <WriterCore>self._ready[self._at]
+                if count and (
+                    writer._next_is_alone()
+                    or frames + writer._next_frames() > CALL_FRAMES
+                    or size + writer._next_bytes() > CALL_BYTES
+                ):
+                    break
+                self._ready[self._at] = None
+                self._at += 1
+                if writer._hurried:
+                    self._hurried -= 1
+                try:
+                    part = writer._next_part()
+                except MemoryError:
+                    # Its frames are in its open batch, and the next one registers it again.
+                    continue
+                if part is None:
+                    continue
+                writers.append(writer)
+                parts.append(part)
+                count += 1
+                size += PyBytes_GET_SIZE(part.arguments)
+                if type(part) is Push:
+                    frames += 1
+                    continue
+                frames += (<Batch>part).frame_count
+                if (<Batch>part).alone:
+                    break
+            if self._at == len(self._ready):
+                self._ready = []
+                self._at = 0
+                self._hurried = 0
+            self._told = self._at < len(self._ready)
+            if self._told:
+                self._ready_us = now_us()
+            if not count:
+                return None
+            call = Call.__new__(Call)
+            call._outbox = self
+            call._writers = writers
+            call._parts = parts
+            try:
+                call.message = packed_call(parts)
+            except MemoryError:
+                self._calls_in_flight += 1
+                call._lose(self)
+                raise
+            self._calls_in_flight += 1
+            self._sent_us = now_us()
+            self._usual_parts += (count - self._usual_parts) / 8.0
+            return call
+        finally:
+            if collecting:
+                PyGC_Enable()
+
+    def forget(self):
+        """Drop what is ready and held: the writers have failed."""
+        self.take_ready()
+        self._held.clear()
+
+    def take_ready(self):
+        """Return the writers that are ready; they register again with their next frame."""
+        cdef list writers = self._ready[self._at:]
+        self._ready = []
+        self._at = 0
+        self._hurried = 0
+        self._told = False
+        for writer in writers:
+            (<WriterCore>writer)._notified = False
+        return writers
+
+
 def arguments_of(bytes message not None):
-    """Return the arguments of a request after its keys."""
+    """Return the arguments of a call after its keys."""
     import hiredis
 
     reader = hiredis.Reader()
@@ -1377,11 +2183,12 @@ def arguments_of(bytes message not None):
 
 
 cdef list frames_of(Batch batch):
-    """Return the frames of a batch, decoded from its request. Rare, so nothing is kept for it."""
+    """Return the frames of a batch, decoded from its arguments. Rare, so nothing is kept for it."""
     cdef list frames = []
     cdef long long sequence = batch.first_sequence - 1
     argv = arguments_of(batch.message)
-    at = 2
+    # Head, writer, previous sequence and push.
+    at = 4
     while at < len(argv):
         letter = argv[at]
         if letter in FRAME_BLOCKS:

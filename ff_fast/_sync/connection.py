@@ -61,6 +61,7 @@ class Connection:
         self._pid = os.getpid()
         self._timeout = _transport.request_timeout_s(config)
         self._socket = _transport.take_socket(connection)
+        self._wants_read = _transport.wants_read(server.tls)
         self._reader = hiredis.Reader()
         self._guard = ReplyGuard()
         self._broken_reply = hiredis.ProtocolError
@@ -174,6 +175,79 @@ class Connection:
             return reply
         self.close()
         raise failure
+
+    def listen(self, wake: socket.socket, until: float) -> list[Any]:
+        """Wait for what comes, replies or pushes; return all of it, in order.
+
+        The list is empty if *wake* can be read, or nothing has come by *until*, in monotonic time.
+
+        Raises:
+            OutcomeUnknown: The connection is lost.
+            ProtocolError: What came is no RESP.
+        """
+        taken = self._socket
+        if taken is None:
+            raise OutcomeUnknown
+        found: list[Any] = []
+        failure: FFError
+        try:
+            # A TLS socket may hold bytes that came with those read before.
+            data = self._receive_now(taken)
+            if data is None:
+                poll = select.poll()
+                poll.register(taken, select.POLLIN)
+                poll.register(wake, select.POLLIN)
+                poll.poll(max(until - time.monotonic(), 0.0) * 1000 + 1)
+                data = self._receive_now(taken)
+            while data is not None:
+                if not data:
+                    raise ConnectionResetError
+                self.heard_at = time.monotonic()
+                if not self._guard.accepts(data):
+                    raise self._broken_reply
+                self._reader.feed(data)
+                while (reply := take_reply(self._reader.gets)) is not False:
+                    found.append(reply)
+                # The rest of a message that came in part; what follows is for the next call.
+                data = None if found else self._receive_now(taken)
+        except OSError:
+            failure = OutcomeUnknown()
+        except self._broken_reply:
+            failure = ProtocolError()
+        else:
+            return found
+        self.close()
+        raise failure
+
+    def _receive_now(self, taken: socket.socket) -> bytes | None:
+        """Return the bytes that have come; None if there are none, empty at the end of the connection."""
+        taken.settimeout(0)
+        try:
+            return taken.recv(1 << 18)
+        except (BlockingIOError, self._wants_read):
+            return None
+
+    def post(self, request: bytes) -> None:
+        """Send *request*, whose replies and pushes :meth:`listen` returns.
+
+        Raises:
+            OutcomeUnknown: The connection is lost, or takes nothing for a request timeout.
+        """
+        if self._socket is None:
+            raise OutcomeUnknown
+        try:
+            self._socket.settimeout(self._timeout)
+            self._socket.sendall(request)
+        except OSError:
+            pass
+        else:
+            return
+        self.close()
+        raise OutcomeUnknown
+
+    def is_push(self, reply: object) -> bool:
+        """Return whether the server sent *reply* unasked."""
+        return type(reply) is self._pushed
 
     def _late(self) -> DeadlineExceeded:
         """Return the error of a missed deadline; note whether nothing has come since the request was sent."""

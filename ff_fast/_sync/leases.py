@@ -5,39 +5,46 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Self
 
-from ff_fast._core.leases import LeaseClock
+from ff_fast._core.writer import timeout_s
 from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import timedelta
     from types import TracebackType
 
+    from ff_fast._core.leases import LeaseClock
     from ff_fast.types import LeaseRenewal
 
 
 class LeaseKeeper:
-    """Renews a lease in a thread of its own until it is stopped or lost. A context manager.
+    """Renews a lease in the background until it is stopped or lost. A context manager.
 
     Made by :meth:`ff_fast.ValkeyBackend.keep_lease`. Closing the backend stops it too.
 
     Attributes:
         error: Error with which the lease was lost; None while it is held.
-        cancel_requested: Whether the worker is asked to stop, as of the newest renewal.
+        cancel_requested: Whether the worker is asked to stop; a push or a renewal says so.
     """
 
     def __init__(
         self,
-        lease_ttl_ms: int,
+        clock: LeaseClock,
         renew: Callable[[float], LeaseRenewal],
         on_lost: Callable[[FFError], None],
+        leave: Callable[[LeaseKeeper], None],
     ) -> None:
         self.error: FFError | None = None
         self.cancel_requested = False
         self._renew = renew
         self._on_lost = on_lost
-        self._clock = LeaseClock(lease_ttl_ms)
-        self._stop = threading.Event()
+        self._leave = leave
+        self._clock = clock
+        self._stopped = False
+        # Set when the lease is to be renewed now, and when the keeper is to end.
+        self._due = threading.Event()
         self._over = threading.Event()
+        self._told = threading.Event()
         self._thread = threading.Thread(target=self._main, name="ff_fast lease", daemon=True)
         self._thread.start()
 
@@ -48,11 +55,29 @@ class LeaseKeeper:
 
     def wait_lost(self, seconds: float) -> bool:
         """Wait at most *seconds* until the lease is lost or the keeper is stopped; return whether it is lost."""
-        return self._over.wait(seconds) or not self.held
+        self._over.wait(seconds)
+        return not self.held
+
+    def wait_cancelled(self, timeout: float | timedelta | None = None) -> bool:
+        """Wait until a cancellation is requested, or the lease is lost, or the keeper is stopped.
+
+        Args:
+            timeout: Longest wait, in seconds or as a ``timedelta``; None has no limit.
+
+        Returns:
+            Whether the worker should stop: a cancellation is requested, or the lease is lost.
+        """
+        self._told.wait(timeout_s(timeout))
+        return self.cancel_requested or not self.held
 
     def _main(self) -> None:
         try:
-            while self.error is None and not self._stop.wait(self._clock.wait_s):
+            while self.error is None:
+                self._due.wait(self._clock.wait_s)
+                if self._stopped:
+                    break
+                # A push that comes from now on leads to another renewal, as this one may miss what it tells.
+                self._due.clear()
                 self._clock.sending()
                 try:
                     renewal = self._renew(self._clock.held_until)
@@ -60,25 +85,41 @@ class LeaseKeeper:
                     self._lost(self._clock.failed(error))
                 else:
                     self._clock.renewed()
-                    self.cancel_requested = renewal.cancel_requested
+                    if renewal.cancel_requested:
+                        self._ask_to_stop()
         finally:
+            self._leave(self)
             self._over.set()
+            self._told.set()
+
+    def _renew_soon(self) -> None:
+        """Renew now."""
+        self._due.set()
+
+    def _ask_to_stop(self) -> None:
+        self.cancel_requested = True
+        self._told.set()
 
     def _lost(self, error: FFError | None) -> None:
         # A renewal that fails after stop() is no loss: the execution has usually ended.
-        if error is not None and not self._stop.is_set():
+        if error is not None and not self._stopped:
             self.error = error
             self._over.set()
+            self._told.set()
             self._on_lost(error)
 
     def _abandon(self, error: FFError) -> None:
         """End with *error*, without waiting for the thread."""
         self._lost(error)
-        self._stop.set()
+        self._end()
+
+    def _end(self) -> None:
+        self._stopped = True
+        self._due.set()
 
     def stop(self) -> None:
         """Stop renewing; the lease lapses by itself unless the execution ends first."""
-        self._stop.set()
+        self._end()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 

@@ -8,11 +8,13 @@ import threading
 import time
 import weakref
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from ff_fast import _transport
 from ff_fast._core import claiming, operations
 from ff_fast._core.binding import bind
+from ff_fast._core.leases import KeptLeases
 from ff_fast._core.writer import FrameWriters
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.pool import Pool
@@ -47,6 +49,15 @@ def method(
     return bind(make, lambda backend, call: backend._do(call))
 
 
+def _later(seconds: float, call: Callable[[], None]) -> threading.Timer:
+    """Call a function after some seconds, on a thread of its own."""
+    timer = threading.Timer(seconds, call)
+    timer.name = "ff_fast leases"
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
 class Operations(Pool):
     """Every operation on executions and streams."""
 
@@ -60,12 +71,13 @@ class Operations(Pool):
         # Claims under way, with their threads; and those that have left something on the server.
         self._claims: dict[Claim, int] = {}
         self._left: deque[Claim] = deque(maxlen=_LEFT)
-        self._keepers: weakref.WeakSet[LeaseKeeper] = weakref.WeakSet()
+        self._kept = KeptLeases(self._hub, _later)
 
     def _stop(self) -> None:
         self._settle()
+        keepers = self._kept.close()
         super()._stop()
-        for keeper in list(self._keepers):
+        for keeper in keepers:
             keeper._abandon(_transport.closed_error())
         with self._starting:
             sender = self._sender
@@ -90,6 +102,7 @@ class Operations(Pool):
         super()._forked()
         self._opening = threading.Lock()
         self._starting = threading.Lock()
+        self._kept = KeptLeases(self._hub, _later)
 
     def _running_sender(self) -> Sender:
         with self._starting:
@@ -97,7 +110,7 @@ class Operations(Pool):
                 raise _transport.closed_error()
             if self._sender is None or not self._sender.running:
                 self._sender = Sender(
-                    self._connect, self._prepare, self._discard, self._trusts, self.config.retry
+                    self._connect, self._prepare, self._discard, self._trusts, self.config
                 )
             return self._sender
 
@@ -192,8 +205,9 @@ class Operations(Pool):
         def renew(until: float) -> LeaseRenewal:
             return self._do(request.renewal, until=until)
 
-        keeper = LeaseKeeper(request.ttl_ms, renew, lost)
-        self._keepers.add(keeper)
+        leave = partial(self._kept.remove, request.channel, request.name)
+        keeper = LeaseKeeper(request.clock(), renew, lost, leave)
+        self._kept.add(request.channel, request.name, keeper)
         if self._closed:
             keeper._abandon(_transport.closed_error())
         return keeper

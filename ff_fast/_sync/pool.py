@@ -13,6 +13,7 @@ from ff_fast import _process, _transport
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.steps import Retries
 from ff_fast._sync.connection import Connection, run_steps
+from ff_fast._sync.hub import Hub
 from ff_fast.errors import FFError, ForkedClient, FunctionMissing
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Pool:
         # The latest time at which a connection fell silent. One that was heard of before may have died with it.
         self._silence = 0.0
         self._busy: dict[int, weakref.ref[Connection]] = {}
+        self._hub = self._make_hub()
         _process.watch_fork(self)
 
     @property
@@ -58,13 +60,19 @@ class Pool:
         for connection in [found() for found in list(self._busy.values())]:
             if connection is None:
                 continue
-            # The writers' connection is among them.
+            # The writers' and the readers' connections are among them.
             connection.abort()
+        self._hub.stop()
 
     def _forked(self) -> None:
         """Reset the state in a forked child."""
+        self._hub = self._make_hub()
 
-    def _connect(self) -> Connection:
+    def _make_hub(self) -> Hub:
+        timeout_s = _transport.request_timeout_s(self.config)
+        return Hub(self._connect, self._discard, self._trusts, timeout_s, self.config.retry)
+
+    def _connect(self, role: str = "calls") -> Connection:
         connection = Connection(self.config)
         self._busy[id(connection)] = weakref.ref(connection)
         if self._closed:
@@ -72,16 +80,16 @@ class Pool:
             self._release(connection)
             raise _transport.closed_error()
         try:
-            self._prepare(connection)
+            self._prepare(connection, role)
         except BaseException:
             self._discard(connection)
             raise
         return connection
 
-    def _prepare(self, connection: Connection) -> None:
+    def _prepare(self, connection: Connection, role: str | None = None) -> None:
         """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
         try:
-            run_steps(self._deployment.prepare(), connection.request)
+            run_steps(self._deployment.prepare(role), connection.request)
         except FFError as error:
             failure = _transport.connect_error(error, self.config)
         else:

@@ -1,7 +1,9 @@
-"""Readers: tails and subscriptions, each on a connection of its own."""
+"""Readers: tails, which hear of pushes over the hub, and subscriptions, each on a connection of its own."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -23,22 +25,24 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=readers.HasCursor)
 
 
-class Reader(readers.ReaderState[T], BlockingItems[T]):
-    """Base of tails and subscriptions: an iterator and a context manager.
+class Readable(readers.ReaderState[T], BlockingItems[T]):
+    """What all readers have: an iterator and a context manager, read by one thread at a time."""
 
-    One thread at a time reads. Between two reads at most one answer of the server is in flight.
-    """
+    _pool: Pool
+    _turn: Turn
+    # Set while a read is under way; an interrupt leaves it set, and items may not have been delivered.
+    _torn = False
 
-    def __init__(self, pool: Pool, source: Source[T]) -> None:
-        super().__init__(source, pool.config.retry)
-        self._pool = pool
-        self._connection: Connection | None = None
-        # Replies to the step in flight so far, and the number of replies still owed.
-        self._replies: list[object] = []
-        self._missing = 0
-        # Set while a read is under way; an interrupt leaves it set, and items may not have been delivered.
-        self._torn = False
-        self._turn = Turn(readers.busy_error)
+    if TYPE_CHECKING:
+
+        def _advance(self, until: float | None) -> bool:
+            """Take, ask or wait; return whether *until* has not passed."""
+
+        def _let_go(self) -> None:
+            """Give back what the server or the pool holds for this reader."""
+
+        def close(self) -> None:
+            """Stop reading."""
 
     def next_batch(self, timeout: float | timedelta | None = None) -> list[T]:
         """Return all items of the server's next answer, or the items left of the last one.
@@ -70,10 +74,10 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
                 # Another thread has read them meanwhile.
                 return True
             if self.ended:
-                self._drop_connection()
+                self._let_go()
                 return False
             if self._torn:
-                self._drop_connection()
+                self._let_go()
                 self._restart(self.cursor)
             self._torn = True
             try:
@@ -90,12 +94,152 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
                 if not self._advance(until):
                     return
             except FFError as error:
-                self._drop_connection()
+                self._let_go()
                 self._failed(error, closed=self._pool.closed)
         if self._source.ended:
-            self._drop_connection()
+            self._let_go()
 
-    def _wait(self, until: float | None) -> bool:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PushReader(readers.PushState[T], Readable[T]):
+    """Base of the readers that take what is pushed.
+
+    The thread of the hub queues pushes and rings the bell. Everything else is done by the thread that reads, which
+    sends its reads on a connection of the pool.
+    """
+
+    def __init__(self, pool: Pool, source: readers.PushSource[T]) -> None:
+        super().__init__(source, pool.config.retry)
+        self._pool = pool
+        # The hub knows the bell, and not the reader, so a reader that was left can go.
+        self._bell = _Bell()
+        # On which a reply is owed.
+        self._connection: Connection | None = None
+        self._turn = Turn(readers.busy_error)
+
+    def _advance(self, until: float | None) -> bool:
+        # Also if there is a connection: a forked child must leave it alone.
+        self._pool._check()
+        if self.closed:
+            raise readers.closed_error()
+        if self._resume_at > time.monotonic():
+            return self._wait(until, self._resume_at)
+        if self._connection is None:
+            self._attach_part()
+            if self._put_pushed():
+                self._attach_part()
+                return True
+            try:
+                step = self._source.step()
+            except FFError:
+                # The hub has used up all retries.
+                self._retries.give_up()
+                raise
+            if step is None:
+                return self._wait(until, self._source.wake_at)
+            self._connection = self._pool._acquire()
+            if self._library_missing:
+                self._pool._prepare(self._connection)
+                self._library_missing = False
+            self._connection.send(step)
+        connection = self._connection
+        reply = connection.receive(until)
+        if reply is PENDING:
+            return False
+        self._connection = None
+        self._pool._release(connection, _transport.MAX_IDLE_OF_READERS)
+        self._put_received(reply)
+        self._attach_part()
+        return True
+
+    def _wait(self, until: float | None, look_at: float) -> bool:
+        """Wait until the bell rings, or *look_at* has come; return False where *until* has passed."""
+        now = time.monotonic()
+        if until is not None:
+            if now >= until:
+                return False
+            look_at = min(look_at, until)
+        self._bell.wait(look_at - now)
+        return True
+
+    def _attach_part(self) -> None:
+        """Let the hub know what this reader listens with."""
+        part = self._source.part
+        if part is self._attached:
+            return
+        self._leave()
+        part.on_wake = self._bell
+        self._attached = part
+        self._pool._hub.attach(part)
+
+    def _leave(self) -> None:
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            self._pool._hub.detach(attached)
+
+    def _let_go(self) -> None:
+        """Listen no more, and close the connection if a reply is owed."""
+        self._leave()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._pool._release(connection, _transport.MAX_IDLE_OF_READERS)
+
+    def close(self) -> None:
+        """Stop reading. A waiting read raises an error."""
+        self._closed = True
+        try:
+            with self._turn:
+                self._let_go()
+        except InvalidInput:
+            self._bell()
+            connection = self._connection
+            if connection is not None:
+                connection.abort()
+
+    def __del__(self) -> None:
+        # A loop that was left in the middle.
+        self._let_go()
+
+
+class _Bell:
+    """Wakes the thread that waits for a reader."""
+
+    def __init__(self) -> None:
+        # A lock, not a Condition: an interrupt could leave a Condition locked for ever.
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def __call__(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._lock.release()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it rings, at once if it has rung since the last wait."""
+        if seconds > 0:
+            self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+
+
+class Reader(readers.AnswerState[T], Readable[T]):
+    """Base of the readers that wait on a connection of their own.
+
+    One thread at a time reads. Between two reads at most one answer of the server is in flight.
+    """
+
+    def __init__(self, pool: Pool, source: Source[T]) -> None:
+        super().__init__(source, pool.config.retry)
+        self._pool = pool
+        self._connection: Connection | None = None
+        # Replies to the step in flight so far, and the number of replies still owed.
+        self._replies: list[object] = []
+        self._missing = 0
+        self._turn = Turn(readers.busy_error)
+
+    def _wait_to_resume(self, until: float | None) -> bool:
         """Wait for the end of a retry's pause; return whether it ends before *until*."""
         pause = self._resume_at - time.monotonic()
         if pause <= 0:
@@ -111,7 +255,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         """Send a step, or take the replies to the one in flight; return whether they came by *until*."""
         # Also if there is a connection: a forked child must leave it alone.
         self._pool._check()
-        if not self._wait(until):
+        if not self._wait_to_resume(until):
             return False
         connection = self._connection
         if connection is None and not self.closed:
@@ -119,7 +263,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         if connection is None or self.closed:
             raise readers.closed_error()
         if self._steps is None and not self._pool._trusts(connection):
-            self._drop_connection()
+            self._let_go()
             connection = self._connection = self._pool._acquire()
         if self._library_missing:
             self._pool._prepare(connection)
@@ -141,7 +285,7 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         self._replies, self._missing = [], len(step.commands)
         connection.send(step)
 
-    def _drop_connection(self) -> None:
+    def _let_go(self) -> None:
         """Give the connection back, or close it if a reply is owed."""
         self._replies, self._missing = [], 0
         connection, self._connection = self._connection, None
@@ -153,24 +297,18 @@ class Reader(readers.ReaderState[T], BlockingItems[T]):
         self._closed = True
         try:
             with self._turn:
-                self._drop_connection()
+                self._let_go()
         except InvalidInput:
             connection = self._connection
             if connection is not None:
                 connection.abort()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __del__(self) -> None:
         # A loop that was left in the middle.
-        self._drop_connection()
+        self._let_go()
 
 
-class Tail(Reader[Item]):
+class Tail(PushReader[Item]):
     __doc__ = readers.TAIL
 
 

@@ -29,9 +29,12 @@ from ff_fast._core.worker import (
 )
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.writers import Writer
-from ff_fast.errors import FFError, InvalidType
+from ff_fast.errors import FFError, InvalidInput, InvalidType
+from ff_fast.types import OnCancel
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from ff_fast._core.deployment import Deployment
     from ff_fast._core.operations import Call, WorkerOptions
     from ff_fast._sync.operations import Operations
@@ -103,10 +106,17 @@ class Task(TaskState[Writer, LeaseKeeper]):
     delay = releasing(operations.delay)
     wait_children = releasing(operations.wait_children)
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether the handler should stop: a cancellation is requested, the lease is lost, or the backend is closed."""
-        return self.cancel_requested or self._backend.closed or not self._holds_lease
+    def wait_cancelled(self, timeout: float | timedelta | None = None) -> bool:
+        """Wait until the handler should stop; see `cancelled`.
+
+        Args:
+            timeout: Longest wait, in seconds or as a ``timedelta``; None has no limit.
+
+        Returns:
+            Whether it should stop; False after *timeout*.
+        """
+        assert self._keeper is not None
+        return self.cancelled or self._keeper.wait_cancelled(timeout)
 
     def _close(self, timeout_s: float | None) -> None:
         """Store all written frames, and close the writer."""
@@ -121,6 +131,11 @@ class WorkerLoop:
         if inspect.iscoroutinefunction(handler) or not callable(handler):
             raise InvalidType(
                 "handler must be an ordinary function; coroutines are for ff_fast.aio."
+            )
+        if options.on_cancel is OnCancel.CANCEL:
+            raise InvalidInput(
+                "OnCancel.CANCEL is for ff_fast.aio: a thread cannot be interrupted. Leave on_cancel out, and let the"
+                " handler look at task.cancelled or call task.wait_cancelled."
             )
         self._backend = backend
         self._handler = handler

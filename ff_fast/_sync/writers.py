@@ -9,7 +9,6 @@ import itertools
 import threading
 import time
 import weakref
-from collections import deque
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
 
@@ -18,6 +17,7 @@ from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
 from ff_fast._core.steps import Command, Retries, Step
 from ff_fast._core.writer import SharedWriter, Wait
+from ff_fast._hot.writer import Outbox
 from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
@@ -33,19 +33,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from ff_fast._hot.writer import Batch
+    from ff_fast._hot.writer import Call
     from ff_fast._sync.connection import Connection
-    from ff_fast.types import BackendRetry
+    from ff_fast.types import BackendConfig
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Sender:
+class Sender(Outbox):
     """The connection of all writers, and the only thread that uses it.
 
-    The thread works in rounds: it sends one batch of each ready writer, then reads the replies. Meanwhile the open
-    batches fill.
+    The thread works in rounds: it sends the calls that are due, then reads the replies. Meanwhile the open batches fill.
     """
 
     def __init__(
@@ -54,21 +53,23 @@ class Sender:
         prepare: Callable[[Connection], None],
         discard: Callable[[Connection], None],
         trusts: Callable[[Connection], bool],
-        retry: BackendRetry,
+        config: BackendConfig,
     ) -> None:
+        super().__init__(linger_ms=config.linger_ms)
         self._connect = connect
         self._prepare = prepare
         self._discard = discard
         self._trusts = trusts
-        # Ready writers, and the time at which each batch must be sent. One call in C puts an entry, so an interrupt
-        # cannot leave half of one.
+        # Writers with the time at which their batch must be sent, and None for a look at what is due. One call in C
+        # puts an entry, so an interrupt cannot leave half of one.
         self._inbox: SimpleQueue[tuple[float, Writer] | None] = SimpleQueue()
-        self._ready: deque[Writer] = deque()
         self._lingering: list[tuple[float, int, Writer]] = []
         self._order = itertools.count()
-        self._retries = Retries(retry, retry_timeouts=True)
+        self._retries = Retries(config.retry, retry_timeouts=True)
         self._closing = threading.Event()
         self._connection: Connection | None = None
+        # Why the batches of the round are sent again.
+        self._failure: FFError | None = None
         self.writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         self.lock = threading.Lock()
         _process.watch_fork(self)
@@ -76,8 +77,8 @@ class Sender:
         self._thread = threading.Thread(target=self._main, name="ff_fast writers", daemon=True)
         self._thread.start()
 
-    def enqueue(self, writer: Writer) -> None:
-        self._inbox.put((0.0, writer))
+    def _on_ready(self) -> None:
+        self._inbox.put(None)
 
     def linger(self, writer: Writer) -> None:
         self._inbox.put((time.monotonic() + writer._linger_us / 1e6, writer))
@@ -88,6 +89,7 @@ class Sender:
         self._inbox.put(None)
         self._thread.join()
         self.fail_all(WriterClosed())
+        self.forget()
 
     def fail_all(self, error: FFError) -> None:
         for writer in self._all():
@@ -120,8 +122,7 @@ class Sender:
         try:
             while not self._closing.is_set():
                 self._listen()
-                while self._ready and not self._closing.is_set():
-                    self._round()
+                self._round()
         except BaseException:
             self._closing.set()
             self.fail_all(
@@ -136,61 +137,74 @@ class Sender:
         return not self._closing.is_set()
 
     def _listen(self) -> None:
-        """Wait until a writer is ready."""
-        wait: float | None = None
-        if self._lingering:
-            wait = max(self._lingering[0][0] - time.monotonic(), 0.0)
-        told: tuple[float, Writer] | None = None
-        with contextlib.suppress(Empty):
-            told = self._inbox.get(timeout=wait)
-        while told is not None:
+        """Wait until a call is due."""
+        while not self._closing.is_set():
+            self._seal_lingering()
+            hold = self.hold_s()
+            wait = self.wait_s()
+            if wait == 0.0:
+                while not self._inbox.empty():
+                    self._take(self._inbox.get())
+                return
+            waits = [each for each in (wait, hold) if each > 0.0]
+            if self._lingering:
+                waits.append(max(self._lingering[0][0] - time.monotonic(), 0.0))
+            with contextlib.suppress(Empty):
+                self._take(self._inbox.get(timeout=min(waits, default=None)))
+
+    def _take(self, told: tuple[float, Writer] | None) -> None:
+        if told is not None:
             due, writer = told
-            if due:
-                heapq.heappush(self._lingering, (due, next(self._order), writer))
-            else:
-                self._ready.append(writer)
-            told = None if self._inbox.empty() else self._inbox.get()
+            heapq.heappush(self._lingering, (due, next(self._order), writer))
+
+    def _seal_lingering(self) -> None:
         while self._lingering and self._lingering[0][0] <= time.monotonic():
             heapq.heappop(self._lingering)[2]._seal_soon()
 
     def _round(self) -> None:
-        connection = self._connected()
-        if connection is None:
+        if self._closing.is_set() or self._connected() is None:
             return
-        sent: list[tuple[Writer, Batch]] = []
+        connection = self._connection
+        assert connection is not None
+        calls: list[Call] = []
         size = 0
-        while self._ready and size < writer_core.ROUND_BYTES:
-            writer = self._ready.popleft()
-            batch = writer._next_batch()
-            if batch is not None:
-                sent.append((writer, batch))
-                size += len(batch.message)
-        if not sent:
-            return
-        failure: FFError | None = None
+        self._failure = None
         try:
-            connection.send(Step([Command(b"", batch.message) for _, batch in sent]))
-            for writer, batch in sent:
-                reply = connection.receive()
-                failure = writer._acknowledge(batch, reply) or failure
-                if type(reply) is bytes:
-                    self._retries.reset()
+            while (
+                self.wait_s() == 0.0
+                and len(calls) < writer_core.CALLS_IN_FLIGHT
+                and size < writer_core.ROUND_BYTES
+            ):
+                call = self.next_call()
+                if call is not None:
+                    calls.append(call)
+                    request = call.take()
+                    size += len(request)
+                    connection.send(Step([Command(b"", request)]))
+            for call in calls:
+                call(connection.receive())
         except FFError as error:
             # After a broken reply too the batches are sent again: a repeat is harmless.
-            failure = OutcomeUnknown() if isinstance(error, ProtocolError) else error
+            self._failure = OutcomeUnknown() if isinstance(error, ProtocolError) else error
             self._drop()
         finally:
             if self._connection is None:
-                for writer, _ in sent:
-                    writer._requeue()
-        if failure is not None:
-            self._recover(failure, [writer for writer, _ in sent])
+                for call in calls:
+                    call.lost()
+        if self._failure is not None:
+            self._recover(self._failure)
 
-    def _recover(self, failure: FFError, writers: list[Writer]) -> None:
+    def _on_answer(self, call: Call) -> None:
+        if call.error is not None:
+            self._failure = call.error
+        elif call.accepted:
+            self._retries.reset()
+
+    def _recover(self, failure: FFError) -> None:
         """Back off; load the Lua library if it is missing; fail the writers when the retries are used up."""
         pause = self._retries.pause(failure)
         if pause is None:
-            self._fail_waiting(failure, writers)
+            self._fail_waiting(failure)
             return
         if isinstance(failure, NotPrimary):
             # Connect again: the host name may resolve to the new primary.
@@ -214,19 +228,15 @@ class Sender:
             except FFError as error:
                 pause = self._retries.pause(error)
                 if pause is None:
-                    while not self._inbox.empty():
-                        self._listen()
-                    waiting = list(self._ready)
-                    self._ready.clear()
-                    self._fail_waiting(error, waiting)
+                    self._fail_waiting(error)
                     return None
                 self._closing.wait(pause)
         return self._connection
 
-    def _fail_waiting(self, error: FFError, writers: list[Writer]) -> None:
+    def _fail_waiting(self, error: FFError) -> None:
         # The next writer starts with all retries.
         self._retries.reset()
-        for writer in writers:
+        for writer in self.take_ready():
             writer._fail(copy.copy(error))
 
     def _drop(self) -> None:
@@ -256,14 +266,11 @@ class Writer(SharedWriter):
         self._sender = sender
         self._timeout_s = timeout_s
         self._waiters: list[threading.Lock] = []
-        super().__init__(state)
+        super().__init__(state, sender)
         with self._sender.lock:
             self._sender.writers.add(self)
         if not self._sender.running:
             self._fail(WriterClosed())
-
-    def _on_ready(self) -> None:
-        self._sender.enqueue(self)
 
     def _on_linger(self) -> None:
         self._sender.linger(self)

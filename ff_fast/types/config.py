@@ -172,6 +172,9 @@ class BackendConfig(Value):
             one.
         max_payload_bytes: Largest payload of a frame or patch, 1 to 1,048,576 bytes. It binds the writers of this
             backend; readers take frames of any size.
+        linger_ms: How long a frame waits for frames of other writers of this backend, 0 to 1000 ms. They go to the
+            server in one call, which costs it less. With 0 nothing waits while few writers have frames. Also takes a
+            ``timedelta``.
     """
 
     connection: BackendConnection
@@ -180,6 +183,7 @@ class BackendConfig(Value):
     retry: BackendRetry = BackendRetry()
     partitions: int | None = None
     max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
+    linger_ms: int = 0
 
     def __post_init__(self) -> None:
         check_type("connection", self.connection, ValkeyConnection)
@@ -187,6 +191,7 @@ class BackendConfig(Value):
         check_type("retry", self.retry, BackendRetry)
         check_optional_int("partitions", self.partitions, 1, keys.MAX_PARTITIONS)
         check_int("max_payload_bytes", self.max_payload_bytes, 1, LARGEST_PAYLOAD_LIMIT)
+        set_field(self, "linger_ms", milliseconds("linger_ms", self.linger_ms, 0, 1000))
 
     @classmethod
     def valkey(cls, host: str, port: int = 6379) -> BackendConfig:
@@ -200,8 +205,8 @@ class BackendConfig(Value):
         ``valkey://[user[:password]@]host[:port][/db]`` (also ``redis://``), the same with TLS as
         ``valkeys://`` (``rediss://``), and ``unix://[user[:password]@]/path``.  User, password and
         path are percent-decoded.  Query parameters, each at most once: ``cluster=true``,
-        ``partitions=<count>``, ``max_payload_bytes=<bytes>``, ``timeout=<seconds>``, ``tls_ca_file=``,
-        ``tls_cert_file=``, ``tls_key_file=``, and for a Unix socket ``db=``.
+        ``partitions=<count>``, ``max_payload_bytes=<bytes>``, ``linger_ms=<ms>``,
+        ``timeout=<seconds>``, ``tls_ca_file=``, ``tls_cert_file=``, ``tls_key_file=``, and for a Unix socket ``db=``.
 
         Raises:
             InvalidInput: Any other scheme or parameter, a missing host, a bad port, database or
@@ -218,6 +223,7 @@ _URL_PARAMETERS = (
     "cluster",
     "partitions",
     "max_payload_bytes",
+    "linger_ms",
     "timeout",
     "tls_ca_file",
     "tls_cert_file",
@@ -271,6 +277,7 @@ def _from_url(url: str) -> BackendConfig:
         raise InvalidInput("timeout must be a number of seconds.")
     partitions = _number("partitions", given)
     max_payload_bytes = _number("max_payload_bytes", given)
+    linger_ms = _number("linger_ms", given)
     cluster = given.pop("cluster", "false")
     if cluster not in ("true", "false"):
         raise InvalidInput("cluster must be true or false.")
@@ -290,6 +297,7 @@ def _from_url(url: str) -> BackendConfig:
         timeouts=BackendTimeouts(None if timeout is None else float(timeout)),
         partitions=partitions,
         max_payload_bytes=DEFAULT_PAYLOAD_LIMIT if max_payload_bytes is None else max_payload_bytes,
+        linger_ms=linger_ms or 0,
     )
 
 

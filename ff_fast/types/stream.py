@@ -393,31 +393,56 @@ class StreamCursor(tuple[int, int]):
 
 _START = StreamCursor(0, 0)
 
-_CURSOR = r"([0-9]{1,20})-([0-9]{1,16})"
+_CURSOR = r"(?:([0-9]{1,10})\.)?([0-9]{1,20})-([0-9]{1,16})"
 
 
-def parse_cursor(value: object) -> StreamCursor:
-    """Return the cursor that *value* names, as a pair ``(milliseconds, sequence)``.
+def split_cursor(value: object) -> tuple[int | None, StreamCursor]:
+    """Return the attempt that *value* names, None where it names none, and the place in its stream.
 
     Args:
-        value: None, ``"start"`` or ``"0-0"`` for the start, an entry id
-            ``"<milliseconds>-<sequence>"`` as frames carry it, or a :class:`StreamCursor`.
+        value: None, ``"start"`` or ``"0-0"`` for the start, an entry id ``"<milliseconds>-<sequence>"``, a cursor
+            ``"<attempt>.<milliseconds>-<sequence>"`` as items of readers carry it, or a :class:`StreamCursor`.
 
     Raises:
         InvalidCursor: Anything else.  ``-``, ``+``, ``$`` and ``end`` are not accepted: a reader
             starts at a frame it can name.
     """
     if value is None or value == "start":
-        return _START
+        return None, _START
     if isinstance(value, StreamCursor):
-        return value
+        return None, value
     found = re.fullmatch(_CURSOR, value) if isinstance(value, str) else None
     if found is None:
         raise InvalidCursor
-    ms, sequence = int(found[1]), int(found[2])
-    if ms >= 2**63 or sequence > MAX_INT:
+    ms, sequence = int(found[2]), int(found[3])
+    attempt = None if found[1] is None else int(found[1])
+    if ms >= 2**63 or sequence > MAX_INT or (attempt or 0) > keys.MAX_ATTEMPT_INDEX:
         raise InvalidCursor
-    return StreamCursor(ms, sequence)
+    return attempt, StreamCursor(ms, sequence)
+
+
+def parse_cursor(value: object, attempt_index: int | None = None) -> StreamCursor:
+    """Return the place that *value* names, as a pair ``(milliseconds, sequence)``.
+
+    Args:
+        value: See :func:`split_cursor`.
+        attempt_index: Attempt that is read; None accepts a cursor of any attempt.
+
+    Raises:
+        InvalidCursor: *value* is no cursor, or one of another attempt.
+    """
+    attempt, place = split_cursor(value)
+    if attempt is not None and attempt_index is not None and attempt != attempt_index:
+        raise InvalidCursor(
+            f"The cursor belongs to attempt {attempt}, not to attempt {attempt_index}; read that attempt, or begin at"
+            " the start."
+        )
+    return place
+
+
+def make_cursor(attempt_index: int, ms: int, sequence: int) -> str:
+    """Return the cursor of a place in the stream of an attempt."""
+    return f"{attempt_index}.{ms}-{sequence}"
 
 
 # -- gaps and ends ---------------------------------------------------------------------------------
@@ -430,8 +455,7 @@ class Gap(Value):
         first_missing: Sequence of the first frame that is missing.
         next_sequence: Sequence at which the reader continues.
         reason: Why they are missing; see :data:`GapReason`.
-        cursor: ``after`` of a reader that continues after the gap, ``<milliseconds>-<sequence>``. Not compared by
-            ``==``.
+        cursor: ``after`` of a reader that continues after the gap. Not compared by ``==``.
     """
 
     first_missing: int
@@ -453,7 +477,7 @@ class End(Value):
 
     Attributes:
         reason: Why it ended; see :data:`EndReason`.
-        cursor: ``after`` of a reader that gets the end again, ``<milliseconds>-<sequence>``. Not compared by ``==``.
+        cursor: ``after`` of a reader that gets the end again. Not compared by ``==``.
     """
 
     reason: EndReason

@@ -138,6 +138,17 @@ class LeaseRenewal(Value):
         check_flag("cancel_requested", self.cancel_requested)
 
 
+class OnCancel(enum.Enum):
+    """What befalls a handler whose execution is to be cancelled, or whose lease is lost.
+
+    ``TELL``: it is told, and ends by itself. ``CANCEL``: it is told, and an asyncio handler is cancelled at its next
+    ``await``: after a grace, or at once when the lease is lost.
+    """
+
+    TELL = "tell"
+    CANCEL = "cancel"
+
+
 class ReclaimGrant(Value):
     """Permission to take over an execution whose worker was lost.
 

@@ -153,24 +153,27 @@ class Pattern(NamedTuple):
 
 
 class Line(NamedTuple):
-    """An ACL line, read: its commands as after ``+``, and its key patterns."""
+    """An ACL line, read: its commands as after ``+``, its key patterns, and its channel patterns as after ``&``."""
 
     commands: frozenset[str]
     patterns: tuple[Pattern, ...]
+    channels: tuple[str, ...]
 
     @classmethod
     def of(cls, rules):
-        commands, patterns = set(), []
+        commands, patterns, channels = set(), [], []
         for rule in rules.split():
             if rule.startswith("+"):
                 commands.add(rule[1:])
+            elif rule.startswith("&"):
+                channels.append(rule[1:])
             elif found := re.fullmatch(r"(?:%(RW?|W))?~(.*)", rule):
                 mode = found[1] or "RW"
                 patterns.append(Pattern(rule, found[2], "R" in mode, "W" in mode))
             else:
-                # All is taken away first; the lines give only commands and keys.
+                # All is taken away first; the lines give only commands, keys and channels.
                 assert rule in ("resetchannels", "-@all"), rule
-        return cls(frozenset(commands), tuple(patterns))
+        return cls(frozenset(commands), tuple(patterns), tuple(channels))
 
 
 # -- who ran what ---------------------------------------------------------------------------------------------------------
@@ -183,7 +186,8 @@ NOBODY = "nobody"
 
 
 class Ran(NamedTuple):
-    """What one user ran: functions, commands of its own, commands of its functions, and keys with what was done to them.
+    """What one user ran: functions, commands of its own, commands of its functions, keys with what was done to them, and
+    the channels on which it published or listened.
 
     A key is touched by a command that learns no more than its type or size.
     """
@@ -194,6 +198,7 @@ class Ran(NamedTuple):
     reads: set[str]
     writes: set[str]
     touches: set[str]
+    channels: set[str]
 
 
 _ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?<=\{fp:)\d+(?=\})")
@@ -227,7 +232,7 @@ class Monitor:
 
     def users(self):
         self._raw.echo(_PART)
-        found = defaultdict(lambda: Ran(set(), set(), defaultdict(set), set(), set(), set()))
+        found = defaultdict(lambda: Ran(set(), set(), defaultdict(set), set(), set(), set(), set()))
         user = function = ""
         for line in self._lines:
             # <time> [<database> <client>] "<argument>"...
@@ -254,6 +259,10 @@ class Monitor:
         raise AssertionError("the server has closed MONITOR")
 
     def _note_keys(self, ran, arguments):
+        if arguments[0].upper() in (b"SPUBLISH", b"SSUBSCRIBE"):
+            named = arguments[1:2] if arguments[0].upper() == b"SPUBLISH" else arguments[1:]
+            ran.channels.update(map(kind_of, named))
+            return
         # Which of its arguments are keys depends on the command and on the place of what looks like one.
         place = (arguments[0], len(arguments), *(kind_of(text) for text in arguments[1:]))
         if not any(place[2:]):
@@ -656,4 +665,14 @@ def complaints(user, ran):
             for pattern in patterns
             if not any(pattern.matches(key) for key in keys_used)
         ]
+    found += [
+        f"{user} uses the channel {channel}, and no channel pattern of its line allows it"
+        for channel in sorted(ran.channels)
+        if not any(fnmatch.fnmatchcase(channel, glob) for glob in line.channels)
+    ]
+    found += [
+        f"{user} has &{glob}, and uses no such channel"
+        for glob in line.channels
+        if not any(fnmatch.fnmatchcase(channel, glob) for channel in ran.channels)
+    ]
     return found

@@ -315,7 +315,7 @@ def test_the_thread_of_the_writers_never_dies_in_silence(server, lane, monkeypat
     with ff_fast.ValkeyBackend.connect(server.url) as backend:
         _, handle = taken(backend, lane)
         writer = backend.open_writer(handle)
-        monkeypatch.setattr(ff_fast.Writer, "_acknowledge", lambda *_: 1 / 0)
+        monkeypatch.setattr(type(writer._sender), "_round", lambda _: 1 / 0)
         reported = []
         monkeypatch.setattr(threading, "excepthook", reported.append)
         writer.write(b"1")

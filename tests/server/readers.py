@@ -37,6 +37,10 @@ class Attempt(NamedTuple):
         return keys.live(self.eid, 0)
 
     @property
+    def channel(self):
+        return keys.attempt_channel(self.eid, 0)
+
+    @property
     def core(self):
         return keys.core(self.eid)
 
@@ -85,8 +89,30 @@ def blocked(raw):
     return [c for c in raw.client_list() if "b" in c["flags"] and c["cmd"] == "xread"]
 
 
-def wait_blocked(raw, count=1):
-    return wait_until(lambda: (found := blocked(raw)) and len(found) >= count and found)
+def listening(raw):
+    """Connections over which readers hear of pushes."""
+    return [c for c in raw.client_list() if c["name"] == "ff_fast:readers" and int(c["ssub"]) > 0]
+
+
+def wait_listening(raw, count=1):
+    """Wait until readers listen to *count* channels, and ask for nothing; return their connections."""
+
+    def calls():
+        stats = raw.info("commandstats")
+        return sum(
+            stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("fcall_ro", "fcall")
+        )
+
+    def quiet():
+        before = calls()
+        time.sleep(0.01)
+        return calls() == before
+
+    def found():
+        clients = listening(raw)
+        return sum(int(c["ssub"]) for c in clients) >= count and quiet() and clients
+
+    return wait_until(found)
 
 
 def collect(kind, url, eid, **options):

@@ -10,6 +10,7 @@ from ..reference_frames import run_of
 
 MAX_PAYLOAD = 1 << 20
 WRITER = b"writer-1"
+MARK = b"the test's own mark"
 
 
 def number(value):
@@ -49,6 +50,55 @@ def patches(*payloads, base, fields=()):
     ]
 
 
+def part_of(names, *args):
+    """The arguments of a part of `ff_append` whose keys are *names*, with its head."""
+    return (b"%d%d" % (len(args), len(names)), *args)
+
+
+def appended(raw, *parts):
+    """The answers of one call of `ff_append` to its parts, each ``(keys, arguments)``; and server time in ms."""
+    names = [name for each, _ in parts for name in each]
+    args = [arg for each, given in parts for arg in part_of(each, *given)]
+    reply = raw.fcall("ff_append", len(names), *names, *args)
+    if len(parts) > 1:
+        assert isinstance(reply[0], bytes), reply
+        assert len(reply) == len(parts) + 1
+        return reply[1:], int(reply[0])
+    if isinstance(reply, list):
+        return [reply], server_ms(raw)
+    now, _, answer = reply.partition(b" ")
+    return [answer], int(now)
+
+
+class Listener:
+    """Subscribes to channels; `heard` tells what was published since."""
+
+    def __init__(self, raw, *channels):
+        self._raw = raw
+        self._channels = channels
+        self._pubsub = raw.pubsub(ignore_subscribe_messages=True)
+        self._pubsub.ssubscribe(*channels)
+        self.heard()
+
+    def heard(self):
+        """The messages in their order, each with its channel where there are several."""
+        # One connection hears what was published in its order, so nothing is behind the mark.
+        while not self._raw.execute_command("SPUBLISH", self._channels[0], MARK):
+            pass
+        found = []
+        while True:
+            message = self._pubsub.get_message(timeout=10)
+            if message is None:
+                continue
+            if message["data"] == MARK:
+                return found
+            several = len(self._channels) > 1
+            found.append((message["channel"], message["data"]) if several else message["data"])
+
+    def close(self):
+        self._pubsub.close()
+
+
 class Stream:
     """One attempt, and the calls that its worker could make."""
 
@@ -84,26 +134,46 @@ class Stream:
         lease_id = (fence or self.fence)[1]
         return self.call("ff_open_writer", names, self.writer_id(writer, fence), lease_id)
 
-    def append(self, *blocks, first=1, previous=None, fence=None, writer=WRITER, names=None):
-        """The answer: (ms, sequence) of the position, or the error that the answer stands for.
+    def part(
+        self, *blocks, first=1, previous=None, fence=None, writer=WRITER, names=None, push=b""
+    ):
+        """Keys and arguments of a part that stores blocks.
 
         *names* are those of the keys that the call is told of; all of them by default.
         """
         previous = number(first - 1) if previous is None else previous
         args = [part for block in blocks for part in block]
-        writer_id = self.writer_id(writer, fence)
         used = self.keys if names is None else [getattr(self, name) for name in names.split()]
-        before = server_ms(self.raw)
-        reply = self.call("ff_append", used, writer_id, previous, *args)
-        if isinstance(reply, list):
-            assert reply[0] == 0
-            return errors.for_code(reply[1].decode(), reply[2:])
-        identity, now, expires, cancel = reply.split(b" ")
-        ms, sequence = map(int, identity.split(b"-"))
-        assert before <= int(now) <= server_ms(self.raw)
-        assert int(now) < int(expires) == int(self.raw.hget(self.meta, "lease_expires_at"))
+        return used, (self.writer_id(writer, fence), previous, push, *args)
+
+    def push_part(self, message, fence=None, writer=WRITER):
+        """Keys and arguments of a part that only pushes."""
+        return (self.meta,), (self.writer_id(writer, fence), message)
+
+    def told(self, answer, now):
+        """What the answer to a part of this attempt says: (ms, sequence) of the position, or the error.
+
+        Of a part that only pushes it is None.
+        """
+        if isinstance(answer, list):
+            assert answer[0] == 0
+            return errors.for_code(answer[1].decode(), answer[2:])
+        *identity, expires, cancel = answer.split(b" ")
+        assert now < int(expires) == int(self.raw.hget(self.meta, "lease_expires_at"))
         assert cancel in (b"0", b"1")
-        return ms, sequence
+        return tuple(map(int, identity[0].split(b"-"))) if identity else None
+
+    def append(self, *blocks, **options):
+        """The answer to a call of one part: (ms, sequence) of the position, or the error that it stands for."""
+        before = server_ms(self.raw)
+        (answer,), now = appended(self.raw, self.part(*blocks, **options))
+        assert before <= now <= server_ms(self.raw)
+        return self.told(answer, now)
+
+    def push(self, message, **options):
+        """The answer to a call that only pushes: None, or the error that it stands for."""
+        (answer,), now = appended(self.raw, self.push_part(message, **options))
+        return self.told(answer, now)
 
     def everything(self):
         """Every key of the execution, byte for byte, and when it expires."""

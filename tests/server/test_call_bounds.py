@@ -19,7 +19,9 @@ from ff_fast import (
 )
 from ff_fast._core import ops
 
+from . import streams as streams_module
 from .executions import World
+from .streams import live, log
 
 # A command inside a function takes 0.3 to 2 us, so a call of this many stays below 2 ms.
 MOST_COMMANDS = 1_000
@@ -242,6 +244,59 @@ def test_the_numbers_of_tags_and_dimensions_have_a_limit(world):
         world.backend.report_usage(handle, UsageDimensions(custom={"more": 1}))
     world.backend.report_usage(handle, UsageDimensions(custom={"d1": 1}))
     assert len(world.backend.describe(eid).usage) == 256
+
+
+@pytest.mark.parametrize(
+    "part, commands",
+    [
+        # The fence and the place, an entry, the new place, and what is published.
+        (lambda stream: stream.part(log(b"x"), push=b" body"), 4),
+        (lambda stream: stream.part(live(*[b"x"] * 64), names="meta live", push=b" body"), 4),
+        (lambda stream: stream.part(log(b"x"), names="meta log"), 3),
+        (lambda stream: stream.push_part(b"f1-1 body"), 2),
+    ],
+    ids=["a frame", "a run", "nothing published", "nothing stored"],
+)
+def test_each_part_of_a_shared_append_costs_the_same(world, part, commands):
+    made = []
+    for number in (1, 2, 32):
+        streams = opened_streams(world, number)
+        parts = [part(stream) for stream in streams]
+        counts, (answers, now) = inside(
+            world.raw, lambda parts=parts: streams_module.appended(world.raw, *parts)
+        )
+        for stream, answer in zip(streams, answers, strict=True):
+            assert not isinstance(stream.told(answer, now), errors.FFError)
+        made += counts
+    # And the time, once.
+    assert made == [1 + commands, 1 + 2 * commands, 1 + 32 * commands]
+
+
+def test_the_largest_shared_append_is_bounded(world):
+    """It has 128 parts and 1,024 entries, at 1.6 ms; each refused part reads two hashes."""
+    streams = opened_streams(world, 32)
+    frames = [b"x"] * 8
+    parts = [
+        stream.part(log(*frames), first=1 + 8 * turn, names="meta log", push=b" body")
+        for turn in range(4)
+        for stream in streams
+    ]
+    counts, (answers, _) = inside(world.raw, lambda: streams_module.appended(world.raw, *parts))
+    assert [answer.partition(b" ")[0].partition(b"-")[2] for answer in answers] == [
+        b"%d" % (8 + 8 * turn) for turn in range(4) for _ in streams
+    ]
+    assert counts == [1 + 128 * 3 + 1024]
+    refused = [stream.part(log(b"x"), writer=b"another") for stream in streams * 4]
+    counts, (answers, _) = inside(world.raw, lambda: streams_module.appended(world.raw, *refused))
+    assert all(answer[:2] == [0, b"writer_superseded"] for answer in answers)
+    assert counts[0] < MOST_COMMANDS
+
+
+def opened_streams(world, number):
+    made = [streams_module.Stream(world.raw, world.backend, world.lane) for _ in range(number)]
+    for stream in made:
+        stream.open()
+    return made
 
 
 UNBOUNDED = (

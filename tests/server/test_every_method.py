@@ -109,6 +109,7 @@ def calls(backend, lane):
     keeper = backend.of(backend.keep_lease(handle))
     assert keeper.held
     assert not (yield keeper.wait_lost(0.001))
+    assert not (yield keeper.wait_cancelled(0.001))
     yield keeper.stop()
 
     yield backend.complete(handle, b"r")
@@ -228,7 +229,8 @@ def works(backend, kind, lane):
         yield task.progress(1)
         yield task.report_usage(UsageDimensions(input_tokens=1))
         assert not task.cancelled
-        assert not task.cancel_requested
+        assert not task.lost
+        assert not (yield task.wait_cancelled(0))
         waitpoint = yield task.create_waitpoint()
         yield backend.deliver_signal(given.execution_id, waitpoint, "go")
         assert len((yield task.suspend(spec(waitpoint)))) == 1

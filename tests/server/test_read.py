@@ -36,11 +36,11 @@ from .readers import (
     Reader,
     Stepper,
     begin,
-    blocked,
     collect,
     counted,
+    listening,
     sequences,
-    wait_blocked,
+    wait_listening,
 )
 from .streams import Stream, live
 
@@ -322,7 +322,7 @@ def test_either_engine_reads_the_same(engine, raw, lane):
         write(backend, attempt, MIXED)
         reader = Reader("sync", engine.url, attempt.eid)
         reader.wait_for(120)
-        wait_blocked(raw)
+        wait_listening(raw)
         page = backend.read_stream(attempt.eid, count=1_000)
         assert sequences(page) == list(range(1, 121))
         assert backend.read_summary(attempt.eid).version == 35
@@ -380,7 +380,7 @@ def test_a_page_of_excluded_frames_alone_moves_its_cursor(backend, raw, attempt)
 @pytest.mark.parametrize("kind", KINDS)
 def test_best_effort_traffic_wakes_an_excluding_tail_seldom(kind, backend, server, raw, attempt):
     reader = Reader(kind, server.url, attempt.eid, visibility=EXCLUDE)
-    wait_blocked(raw)
+    wait_listening(raw)
     flushes = 0
     with (
         counted(raw, "xread", "fcall_ro", "fcall") as calls,
@@ -419,7 +419,7 @@ def test_closing_wakes_a_blocked_reader(backend, server, raw, attempt):
 
     reader = threading.Thread(target=read)
     reader.start()
-    wait_blocked(raw)
+    wait_listening(raw)
     backend.complete(attempt.handle)
     reader.join(5)
     assert not reader.is_alive()
@@ -430,7 +430,7 @@ def test_closing_wakes_a_blocked_reader(backend, server, raw, attempt):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_attempt_without_a_frame_ends(kind, backend, server, raw, attempt):
     reader = Reader(kind, server.url, attempt.eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     backend.complete(attempt.handle)
     assert reader.result() == [DONE]
     assert collect(kind, server.url, attempt.eid) == [DONE]
@@ -515,7 +515,7 @@ def test_a_replica_serves_readers(kind, lane):
             wait_until(lambda: raw.info("replication")["master_link_status"] == "up", 20)
             reader = Reader(kind, replica.url, attempt.eid)
             reader.wait_for(3)
-            wait_blocked(raw)
+            wait_listening(raw)
             with ff_fast.ValkeyBackend.connect(replica.url) as reading:
                 assert sequences(reading.read_stream(attempt.eid)) == [1, 2, 3]
                 assert reading.read_summary(attempt.eid).version == 1
@@ -666,4 +666,4 @@ def test_an_append_under_a_lapsed_lease_is_refused_so_the_end_stands(backend, se
     with pytest.raises(LeaseExpired):
         writer.flush()
     assert collect("sync", server.url, attempt.eid) == items
-    assert not blocked(raw)
+    assert not listening(raw)

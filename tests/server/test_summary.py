@@ -23,7 +23,7 @@ from ff_fast.errors import InvalidType
 from ..conftest import connect_raw
 from ..reference_frames import run_of
 from ..shells import KINDS, Opener
-from .readers import BEST_EFFORT, DURABLE, SUMMARY, Reader, begin, wait_blocked
+from .readers import BEST_EFFORT, DURABLE, SUMMARY, Reader, begin, wait_listening
 
 TEXT = StreamMode.durable_summary(PatchKind.STRING_APPEND("/text"))
 DEEP = StreamMode.durable_summary(PatchKind.STRING_APPEND("/a~1b/0"))
@@ -118,7 +118,7 @@ def test_a_tail_from_the_cursor_continues_the_document_live(
         summary = shell.read_summary(attempt.eid)
         assert summary.version == 30
         reader = Reader(kind, server.url, attempt.eid, after=summary.cursor)
-        wait_blocked(raw)
+        wait_listening(raw)
         for n in range(30, 60):
             writer.write(b"%d " % n)
             if n % 4 == 0:

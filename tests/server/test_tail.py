@@ -1,7 +1,6 @@
 """Tails on a real server: ends, gaps, and what happens to connections, in both shells."""
 
 import asyncio
-import contextlib
 import gc
 import time
 
@@ -20,11 +19,13 @@ from ff_fast import (
     aio,
     keys,
 )
+from ff_fast._core import hub as hub_core
 from ff_fast._core import tail as tail_core
 from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import AttemptNotFound, Corruption, FFError
 
 from ..conftest import connect_raw
+from ..shells import Opener
 from ..waiting import wait_until
 from .readers import (
     BEST_EFFORT,
@@ -34,11 +35,11 @@ from .readers import (
     Reader,
     Stepper,
     begin,
-    blocked,
     collect,
     counted,
+    listening,
     sequences,
-    wait_blocked,
+    wait_listening,
 )
 
 EXCLUDE = TailVisibility.EXCLUDE_BEST_EFFORT
@@ -90,14 +91,14 @@ def test_an_idle_reader_sees_the_end_at_once(kind, how, state, backend, server, 
         eid = backend.create_execution(lane=lane)
         if state == "not claimed":
             reader = Reader(kind, server.url, eid)
-            wait_blocked(raw)
+            wait_listening(raw)
         handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
         if state == "some frames":
             with backend.open_writer(handle) as writer:
                 writer.write(b"x")
         if state != "not claimed":
             reader = Reader(kind, server.url, eid)
-            wait_blocked(raw)
+            wait_listening(raw)
         began = time.monotonic()
         if how == "complete":
             backend.complete(handle)
@@ -150,11 +151,10 @@ def test_a_blocked_reader_hears_of_a_dead_producer(kind, backend, server, raw, l
     assert backend.read_stream(attempt.eid).end_reason == "producer_lost"
 
 
-def test_a_producer_that_dies_without_a_frame(kind, backend, server, raw, lane, monkeypatch):
-    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
+def test_a_producer_that_dies_without_a_frame(kind, backend, server, raw, lane):
     eid = backend.create_execution(lane=lane)
     reader = Reader(kind, server.url, eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1", lease_ttl_ms=200)
     assert reader.result() == [LOST]
 
@@ -163,9 +163,9 @@ def test_a_renewed_lease_does_not_end_a_tail(kind, backend, server, raw, lane):
     attempt = begin(backend, lane, lease_ttl_ms=1500)
     first_expiry = expiry(raw, attempt)
     reader = Reader(kind, server.url, attempt.eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     backend.renew(attempt.handle, 30_000)
-    wait_until(lambda: server_ms(raw) > first_expiry + 20 and blocked(raw))
+    wait_until(lambda: server_ms(raw) > first_expiry + 20 and listening(raw))
     assert reader.items == []
     backend.complete(attempt.handle)
     assert reader.result() == [DONE]
@@ -174,18 +174,15 @@ def test_a_renewed_lease_does_not_end_a_tail(kind, backend, server, raw, lane):
 def test_a_lease_that_is_renewed_and_lapses_later(kind, backend, server, raw, lane):
     attempt = begin(backend, lane, lease_ttl_ms=1500)
     reader = Reader(kind, server.url, attempt.eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     backend.renew(attempt.handle, 1_700)
     assert reader.result() == [LOST]
     assert server_ms(raw) >= expiry(raw, attempt)
 
 
-def test_a_reader_of_an_attempt_that_will_never_come_hears_so(
-    kind, backend, server, raw, attempt, monkeypatch
-):
-    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
+def test_a_reader_of_an_attempt_that_will_never_come_hears_so(kind, backend, server, raw, attempt):
     reader = Reader(kind, server.url, attempt.eid, attempt_index=1)
-    wait_blocked(raw)
+    wait_listening(raw)
     backend.complete(attempt.handle)
     with pytest.raises(AttemptNotFound):
         reader.result()
@@ -259,14 +256,14 @@ def test_a_reader_that_falls_behind_while_it_reads(backend, raw, attempt):
     tail = backend.tail(attempt.eid)
     assert [next(tail).sequence, next(tail).sequence] == [1, 2]
     write(backend, attempt, 3)
-    assert next(tail).sequence == 3
-    # It has read 4 and 5 already; what it has not read yet is lost before it comes back.
-    write(backend, attempt, 5)
+    assert [next(tail).sequence for _ in range(3)] == [3, 4, 5]
+    # More than the tail queues; then they are lost before it comes back.
+    write(backend, attempt, 5_000)
     raw.xtrim(attempt.log, maxlen=1, approximate=False)
     backend.complete(attempt.handle)
     items = list(tail)
-    assert [item for item in items if isinstance(item, Gap)] == [Gap(6, 10, "fell_behind")]
-    assert sequences(items) == [4, 5, 10]
+    assert [item for item in items if isinstance(item, Gap)] == [Gap(6, 5_005, "fell_behind")]
+    assert sequences(items) == [5_005]
 
 
 def test_frames_lost_before_the_end(kind, backend, server, raw, attempt):
@@ -339,11 +336,11 @@ def test_a_bad_cursor_is_refused_before_anything_is_sent(after, backend, raw, at
 def test_a_stream_deleted_while_a_reader_is_blocked(
     kind, backend, server, raw, attempt, monkeypatch
 ):
-    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
+    monkeypatch.setattr(tail_core, "_LONGEST_S", 0.1)
     write(backend, attempt, 3)
     reader = Reader(kind, server.url, attempt.eid)
     reader.wait_for(3)
-    wait_blocked(raw)
+    wait_listening(raw)
     raw.delete(attempt.log, attempt.live)
     write(backend, attempt, 2)
     reader.wait_for(5)
@@ -356,18 +353,18 @@ def test_a_stream_deleted_while_a_reader_is_blocked(
 def test_an_execution_deleted_while_a_reader_is_blocked(
     kind, backend, server, raw, attempt, monkeypatch
 ):
-    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
+    monkeypatch.setattr(tail_core, "_LONGEST_S", 0.1)
     reader = Reader(kind, server.url, attempt.eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     raw.delete(*raw.keys(f"*{attempt.eid}*"))
     with pytest.raises(ExecutionNotFound):
         reader.result()
 
 
 def test_a_key_that_became_something_else(kind, backend, server, raw, attempt, monkeypatch):
-    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
+    monkeypatch.setattr(tail_core, "_LONGEST_S", 0.1)
     reader = Reader(kind, server.url, attempt.eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     raw.set(attempt.log, "no stream")
     with pytest.raises(Corruption):
         reader.result()
@@ -380,24 +377,19 @@ def test_a_server_that_comes_back_without_its_data(kind, lane):
         reader = Reader(kind, own.url, attempt.eid)
         reader.wait_for(2)
         with connect_raw(own.url) as raw:
-            wait_blocked(raw)
+            wait_listening(raw)
         own.restart()
         with pytest.raises(ExecutionNotFound, match="No execution"):
             reader.result()
 
 
-@pytest.mark.parametrize("how", ["unblock", "unblock with error", "kill"])
-def test_a_tail_goes_on_after_an_interruption(kind, how, backend, server, raw, attempt):
+def test_a_tail_goes_on_after_its_connection_was_killed(kind, backend, server, raw, attempt):
     write(backend, attempt, 2)
     reader = Reader(kind, server.url, attempt.eid)
     reader.wait_for(2)
     for round_ in range(3):
-        (client,) = wait_blocked(raw)
-        if how == "kill":
-            assert raw.client_kill_filter(_id=client["id"]) == 1
-            wait_until(lambda gone=client: all(c["id"] != gone["id"] for c in raw.client_list()))
-        else:
-            assert raw.client_unblock(int(client["id"]), error=how == "unblock with error")
+        for client in wait_listening(raw):
+            raw.client_kill_filter(_id=client["id"])
         write(backend, attempt, 2)
         reader.wait_for(4 + 2 * round_)
     backend.complete(attempt.handle)
@@ -414,7 +406,7 @@ def test_functions_that_are_gone_are_loaded_again(kind, lane):
     ):
         attempt = begin(backend, lane, lease_ttl_ms=1500)
         reader = Reader(kind, own.url, attempt.eid)
-        wait_blocked(raw)
+        wait_listening(raw)
         raw.function_flush()
         assert reader.result() == [LOST]
 
@@ -432,13 +424,10 @@ FOREIGN = (
 )
 
 
-def test_foreign_entries_neither_stall_nor_stop_a_reader(
-    kind, backend, server, raw, attempt, monkeypatch
-):
-    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
+def test_foreign_entries_neither_stall_nor_stop_a_reader(kind, backend, server, raw, attempt):
     reader = Reader(kind, server.url, attempt.eid)
     excluding = Reader(kind, server.url, attempt.eid, visibility=EXCLUDE)
-    wait_blocked(raw, 2)
+    wait_listening(raw, 2)
     written = 0
     for _ in range(3):
         with raw.pipeline(transaction=True) as pipe:
@@ -462,8 +451,7 @@ def test_foreign_entries_neither_stall_nor_stop_a_reader(
         assert len(late) == len(want) + 1
 
 
-def test_a_lost_producer_behind_foreign_entries(kind, backend, server, raw, lane, monkeypatch):
-    monkeypatch.setattr(tail_core, "BLOCK_MS", 100)
+def test_a_lost_producer_behind_foreign_entries(kind, backend, server, raw, lane):
     attempt = begin(backend, lane, lease_ttl_ms=500)
     with raw.pipeline() as pipe:
         for i in range(3_000):
@@ -475,7 +463,7 @@ def test_a_lost_producer_behind_foreign_entries(kind, backend, server, raw, lane
 @pytest.mark.parametrize("live", [False, True])
 def test_corrupt_entries_are_an_error(kind, live, backend, server, raw, attempt):
     reader = Reader(kind, server.url, attempt.eid)
-    wait_blocked(raw)
+    wait_listening(raw)
     raw.xadd(
         attempt.live if live else attempt.log,
         {"run": b"\x02\xff"},
@@ -496,15 +484,18 @@ def clients(raw):
     return len(raw.client_list())
 
 
-def test_a_tail_closed_early_gives_its_connection_back(backend, raw, attempt):
+def listeners(raw, attempt):
+    """How many connections have subscribed to an attempt."""
+    return raw.execute_command("PUBSUB", "SHARDNUMSUB", attempt.channel)[1]
+
+
+def test_a_tail_that_is_left_listens_no_more(backend, raw, attempt, monkeypatch):
+    monkeypatch.setattr(hub_core, "LINGER_S", 0.1)
     write(backend, attempt, 5)
-    with contextlib.closing(backend.tail(attempt.eid)) as tail:
-        next(tail)
-    before = clients(raw)
     for stop in ("close", "break", "collect"):
         tail = backend.tail(attempt.eid)
         assert next(tail).sequence == 1
-        assert clients(raw) == before
+        wait_until(lambda: listeners(raw, attempt) == 1)
         if stop == "close":
             tail.close()
         elif stop == "break":
@@ -513,28 +504,34 @@ def test_a_tail_closed_early_gives_its_connection_back(backend, raw, attempt):
                     break
         del tail
         gc.collect()
-        assert backend.read_stream(attempt.eid)[4].sequence == 5
-        assert clients(raw) == before
-    for _ in range(100):
-        assert next(backend.tail(attempt.eid)).sequence == 1
-    gc.collect()
-    assert clients(raw) == before
+        wait_until(lambda: listeners(raw, attempt) == 0)
 
 
-def test_many_tails_of_a_backend_leave_no_socket(server, raw, backend, attempt):
+def test_many_tails_of_a_backend_share_two_connections(
+    kind, server, raw, backend, attempt, monkeypatch
+):
+    monkeypatch.setattr(hub_core, "LINGER_S", 0.1)
     write(backend, attempt, 2)
     before = clients(raw)
-    with ff_fast.ValkeyBackend.connect(server.url) as own:
-        tails = [own.tail(attempt.eid) for _ in range(100)]
-        for tail in tails:
-            next(tail)
-        assert clients(raw) >= before + 100
-        for tail in tails:
-            tail.close()
+    opener = Opener(kind)
+    own = opener(server.url)
+    tails = [own.tail(attempt.eid) for _ in range(100)]
+    for tail in tails:
+        assert sequences(tail.next_batch()) == [1, 2]
+    assert clients(raw) <= before + 2
+    write(backend, attempt, 1)
+    for tail in tails:
+        assert sequences(tail.next_batch()) == [3]
+        tail.close()
+    own.wait_until(lambda: listeners(raw, attempt) == 0)
+    opener.close()
     wait_until(lambda: clients(raw) == before)
 
 
-def test_asyncio_tails_closed_or_cancelled_leave_no_socket(server, raw, backend, attempt):
+def test_asyncio_tails_closed_or_cancelled_leave_nothing(
+    server, raw, backend, attempt, monkeypatch
+):
+    monkeypatch.setattr(hub_core, "LINGER_S", 0.1)
     write(backend, attempt, 3)
     before = clients(raw)
 
@@ -544,35 +541,23 @@ def test_asyncio_tails_closed_or_cancelled_leave_no_socket(server, raw, backend,
 
     async def run():
         async with aio.ValkeyBackend.connect(server.url) as own:
-            # Closed early: the connection is used again.
             for _ in range(100):
                 tail = own.tail(attempt.eid)
                 assert (await anext(tail)).sequence == 1
                 await tail.aclose()
-            used = clients(raw)
-            assert used <= before + 2
             async for item in own.tail(attempt.eid):
                 if item.sequence == 2:
                     break
-            # Cancelled while blocked: a reply is owed, so that connection goes.
-            for _ in range(5):
-                seen = []
-                task = asyncio.create_task(read(own, seen))
-                await asyncio.to_thread(wait_blocked, raw)
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-                assert sequences(seen) == [1, 2, 3]
-                await asyncio.to_thread(wait_until, lambda: not blocked(raw))
-            assert len(await own.read_stream(attempt.eid)) == 3
-            assert len(own._own) <= 2
-            # A hundred at a time.
             tasks = [asyncio.create_task(read(own, [])) for _ in range(100)]
-            await asyncio.to_thread(wait_blocked, raw, 100)
+            await asyncio.to_thread(wait_listening, raw)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.to_thread(wait_until, lambda: clients(raw) <= used)
+            del tasks, task
+            gc.collect()
+            assert clients(raw) <= before + 2
+            await asyncio.to_thread(wait_until, lambda: listeners(raw, attempt) == 0)
+            assert not own._hub._core._channels
         assert not own._own
 
     asyncio.run(run())
@@ -586,14 +571,14 @@ def test_a_cancelled_tail_can_be_taken_up_where_it_stopped(server, raw, backend,
         seen = []
 
         async def read():
-            after = seen[-1].stream_id if seen else None
+            after = seen[-1].cursor if seen else None
             async for item in own.tail(attempt.eid, after=after):
                 seen.append(item)  # noqa: PERF401 - what came before a cancellation counts
 
         async with aio.ValkeyBackend.connect(server.url) as own:
             for _ in range(3):
                 task = asyncio.create_task(read())
-                await asyncio.to_thread(wait_blocked, raw)
+                await asyncio.to_thread(wait_listening, raw)
                 await asyncio.to_thread(write, backend, attempt, 3)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -627,6 +612,7 @@ def test_one_step_brings_a_bounded_answer(payload, backend, raw, attempt):
                 writer.drain()
     backend.complete(attempt.handle)
     stepper = Stepper(raw, tail_core.TailCore(attempt.eid, 0, None, TailVisibility.ALL))
+    stepper.core.doubt(True)
     sizes = []
     while not stepper.core.ended:
         items = [item for item in stepper.step() if isinstance(item, StreamFrame)]

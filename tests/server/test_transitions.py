@@ -1,7 +1,10 @@
 """Each transition of the table in lua/state.lua, made once by a call or a timer: state, index and history agree."""
 
+import contextlib
+
 import pytest
 
+import ff_fast
 from ff_fast import (
     CancelFlowPolicy,
     CancelFlowWait,
@@ -11,10 +14,12 @@ from ff_fast import (
     TimeoutBehavior,
     WaitpointKind,
     WaitpointSpec,
+    keys,
 )
 from tools import draw_states
 
 from .executions import TERMINAL, World
+from .streams import Listener
 
 TABLE = draw_states.transitions(draw_states.STATES.read_text("utf-8"))
 TRANSITIONS = [(old, new) for old, targets in TABLE.items() for new in targets]
@@ -86,12 +91,39 @@ MOVES = {
 }
 
 
+def listening(world, eid):
+    """A subscriber of the channels of an execution and of its attempts."""
+    attempts = (keys.attempt_channel(eid, index) for index in range(3))
+    return contextlib.closing(Listener(world.raw, keys.execution_channel(eid), *attempts))
+
+
+def end_of(world, eid, index=0):
+    """What is published of the end of an attempt: the id and the fields of its entry."""
+    ((identity, fields),) = world.raw.xrevrange(keys.stream(eid, index), count=1)
+    return b"E%b %b %b" % (identity, fields[b"prev"], fields[b"end"])
+
+
 @pytest.mark.parametrize("old, new", TRANSITIONS)
 def test_each_transition_of_the_table(world, old, new):
     subject = Subject(world, old)
     assert world.state(subject.eid) == old
-    MOVES[old, new](subject)
+    with listening(world, subject.eid) as listener:
+        MOVES[old, new](subject)
+        heard = listener.heard()
     assert world.state(subject.eid) == new
+    eid = subject.eid
+    expected = [(keys.execution_channel(eid), b"S" + new.encode())]
+    if old == "active" and new == "waiting":
+        expected.insert(0, (keys.attempt_channel(eid, 0), end_of(world, eid)))
+    if "active" in (old, new) and new not in TERMINAL:
+        # Its lease begins, or no longer ends.
+        expected.append((keys.attempt_channel(eid, 0), b"R"))
+    if new in TERMINAL:
+        expected.append((keys.attempt_channel(eid, 0), end_of(world, eid)))
+        if old not in ("waiting", "delayed"):
+            # Readers of the next attempt learn that there is none.
+            expected.append((keys.attempt_channel(eid, 1), b"R"))
+    assert heard == expected
     last = world.backend.describe(subject.eid).history[-1]
     assert (last.from_state, last.to_state) == (old, new)
     world.check(subject.eid)
@@ -132,7 +164,60 @@ def test_a_member_of_a_cancelled_flow_passes_through_waiting_to_its_end(world):
     eid = world.create(flow_id=flow, delay=600)
     world.backend.cancel_flow(flow, CancelFlowPolicy.CANCEL_ALL, CancelFlowWait.NO_WAIT)
     assert world.state(eid) == "delayed"
-    world.fire(eid, "delay")
+    with listening(world, eid) as listener:
+        world.fire(eid, "delay")
+        assert listener.heard() == [
+            (keys.execution_channel(eid), b"Swaiting"),
+            (keys.execution_channel(eid), b"Scancelled"),
+            (keys.attempt_channel(eid, 0), end_of(world, eid)),
+        ]
     steps = [(step.from_state, step.to_state) for step in world.backend.describe(eid).history]
     assert steps == [("delayed", "waiting"), ("waiting", "cancelled")]
     world.check(eid)
+
+
+def test_a_new_attempt_is_told_on_its_own_channel(world):
+    eid, _ = world.owned(retry=RETRY)
+    world.fire(eid, "lease")
+    with listening(world, eid) as listener:
+        handle = world.claim()
+        assert listener.heard() == [
+            (keys.execution_channel(eid), b"Sactive"),
+            (keys.attempt_channel(eid, 1), b"R"),
+        ]
+        world.backend.renew(handle, lease_ttl_ms=12_000)
+        assert listener.heard() == [(keys.attempt_channel(eid, 1), b"L12000")]
+        world.backend.open_writer(handle)
+        assert listener.heard() == [(keys.attempt_channel(eid, 1), b"R")]
+        world.backend.complete(handle)
+        assert listener.heard() == [
+            (keys.execution_channel(eid), b"Scompleted"),
+            (keys.attempt_channel(eid, 1), end_of(world, eid, 1)),
+            (keys.attempt_channel(eid, 2), b"R"),
+        ]
+
+
+def test_an_end_behind_a_foreign_entry_is_told_with_its_own_id(world):
+    eid, handle = world.owned()
+    world.raw.xadd(keys.stream(eid, 0), {"junk": "1"}, id="9999999999999-7")
+    with listening(world, eid) as listener:
+        world.backend.complete(handle)
+        (_, told) = listener.heard()[1]
+    assert told == b"E10000000000000-1 0 attempt_success" == end_of(world, eid)
+
+
+def test_a_user_who_may_not_publish_moves_an_execution_all_the_same(server, world):
+    world.raw.execute_command(
+        "ACL", "SETUSER", "mute", "reset", "on", "nopass", "~*", "+@all", "resetchannels"
+    )
+    eid, handle = world.owned()
+    with (
+        ff_fast.ValkeyBackend.connect(server.url.replace("unix://", "unix://mute:any@", 1)) as mute,
+        listening(world, eid) as listener,
+    ):
+        mute.renew(handle)
+        mute.complete(handle)
+        assert listener.heard() == []
+    assert world.state(eid) == "completed"
+    world.check(eid)
+    world.raw.execute_command("ACL", "DELUSER", "mute")

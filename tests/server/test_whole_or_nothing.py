@@ -21,7 +21,6 @@ from ff_fast import (
     RetryBackoff,
     RetryPolicy,
     ScannerFilter,
-    StreamMode,
     TimeoutBehavior,
     UsageDimensions,
     WaitpointKind,
@@ -60,12 +59,15 @@ class Scene:
         self.handle = self.claim()
         backend.wait_children(parent)
         self.attempt = ops.Attempt.of(self.handle)
-        with backend.open_writer(self.handle, mode=StreamMode.durable()) as writer:
-            writer.write(b"log")
-            writer.write(b"live", mode=StreamMode.best_effort_live(600_000))
-            writer.write(b'{"a":1}', mode=StreamMode.durable_summary())
+        self.call(ops.open_writer(self.attempt, ops.writer_id(self.attempt)))
         self.writer = ops.writer_id(self.attempt)
         self.call(ops.open_writer(self.attempt, self.writer))
+        self.call(
+            self.append(
+                streams.log(b"log"), streams.live(b"live"), streams.patches(b'{"a":1}', base=0),
+                [b"P", b"600000"], [b"E", b"2.5"], [b"H", b"3"], first=1,
+            )
+        )  # fmt: skip
         self.points = [backend.create_waitpoint(self.handle) for _ in range(2)]
         self.signal(self.points[0])
         backend.report_usage(self.handle, UsageDimensions(custom={"calls": 1}, dedup_key="r"))
@@ -117,7 +119,10 @@ class Scene:
 
     def append(self, *blocks, first=4):
         attempt = self.attempt
-        argv = (self.writer, b"%d" % (first - 1), *(part for block in blocks for part in block))
+        args = (part for block in blocks for part in block)
+        argv = streams.part_of(
+            attempt.stream_keys, self.writer, b"%d" % (first - 1), b" push", *args
+        )
         return ops.Op(b"ff_append", attempt.stream_keys, argv, None)
 
     # -- ops ----------------------------------------------------------------------------------------
@@ -327,7 +332,7 @@ def touched(scene, op):
         other.echo("the call is over")
         found = set()
         while "the call is over" not in (each := monitor.next_command())["command"]:
-            if each["client_type"] == "lua":
+            if each["client_type"] == "lua" and not each["command"].startswith("SPUBLISH"):
                 found |= {word.encode() for word in each["command"].split(" ") if word[:3] == "ff:"}
     return found, reply
 
@@ -389,16 +394,23 @@ def damages(raw, name):
 
 
 def attempted(scene, op, commands):
-    """The answer of a call after *commands*, None where it was refused or stopped; and whether it changed anything."""
+    """The answer of a call after *commands*, None where it was refused or stopped; and whether it had an effect."""
     with scene.raw.pipeline(transaction=False) as pipeline:
         for command in commands:
             pipeline.execute_command(*command)
+        pipeline.info("commandstats")
         pipeline.execute_command("DEBUG", "DIGEST")
         pipeline.fcall(op.function, len(op.keys), *op.keys, *op.argv)
         pipeline.execute_command("DEBUG", "DIGEST")
-        *_, before, reply, after = pipeline.execute(raise_on_error=False)
+        pipeline.info("commandstats")
+        *_, told_before, before, reply, after, told = pipeline.execute(raise_on_error=False)
     refused = isinstance(reply, Exception) or (isinstance(reply, list) and reply[0] == 0)
-    return None if refused else reply, before != after
+    return None if refused else reply, before != after or published(told_before) != published(told)
+
+
+def published(commandstats):
+    """How many messages the server was given to publish."""
+    return commandstats.get("cmdstat_spublish", {"calls": 0})["calls"]
 
 
 @pytest.mark.parametrize("make", CASES)

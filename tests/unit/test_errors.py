@@ -53,6 +53,7 @@ NOT_APPLIED = {
     "permission_denied": errors.PermissionDenied,
     "tls_failed": errors.TlsFailed,
     "cluster_mode_required": errors.ClusterModeRequired,
+    "unsupported_server": errors.UnsupportedServer,
     "error": FFError,
 }
 RETRYABLE = {

@@ -91,7 +91,7 @@ def parse_run(run, count):
 
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=8), st.data())
 def test_a_damaged_run_is_corruption_or_what_the_reference_reads(payloads, data):
-    run = run_of(payloads, [data.draw(st.integers(0, 2**40)) for _ in payloads])
+    run = run_of(payloads, [data.draw(st.integers(-(2**40), 2**40)) for _ in payloads])
     how = data.draw(st.sampled_from(["whole", "prefix", "longer", "bytes", "count"]))
     count = len(payloads)
     if how == "prefix":
@@ -116,7 +116,7 @@ def test_a_damaged_run_is_corruption_or_what_the_reference_reads(payloads, data)
 
 def test_every_prefix_and_every_changed_byte_of_a_run():
     payloads = [b"", b"x", b"y" * 130]
-    whole = run_of(payloads, [0, 200, 70_000])
+    whole = run_of(payloads, [0, -100, 70_000])
     assert decode_run(whole, 3) == payloads
     for size in range(len(whole)):
         with pytest.raises(Corruption):
@@ -338,11 +338,11 @@ def test_a_limit_inside_a_millisecond():
 
 def test_a_cursor_inside_a_run():
     payloads = [b"a", b"b", b"c", b"d"]
-    entry = [b"9-14", [*OURS, b"run", run_of(payloads, [8, 4, 2, 0])]]
+    entry = [b"9-14", [*OURS, b"run", run_of(payloads, [-8, -4, -2, 1])]]
     got = decode_entries([entry], 12).frames
     assert [(f.stream_id, f.payload, f.ts_ms) for f in got] == [
         ("9-13", b"c", 7),
-        ("9-14", b"d", 9),
+        ("9-14", b"d", 10),
     ]
 
 

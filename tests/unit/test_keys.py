@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ff_fast import _library, keys
 from ff_fast.errors import InvalidId, InvalidInput, InvalidType
 
-from ..key_table import TABLE
+from ..key_table import CHANNELS, TABLE
 
 EID = "{fp:86}:550e8400-e29b-41d4-a716-446655440000"
 
@@ -332,7 +332,9 @@ def test_the_table_is_complete_and_names_each_key_once():
         and function.__annotations__.get("return") == "bytes"
         and not name.startswith("_")
     }
-    assert functions | set(LUA_KEYS) | {"PARTITIONS_CONFIG"} == set(TABLE)
+    channels = {name for name in functions if name.endswith("_channel")}
+    assert channels == {f"{name}_channel" for name in CHANNELS}
+    assert functions - channels | set(LUA_KEYS) | {"PARTITIONS_CONFIG"} == set(TABLE)
 
 
 def test_lua_spells_a_key_as_the_table_does(subtests):
@@ -370,6 +372,27 @@ def test_a_function_spells_a_key_as_the_table_does(subtests):
             function = getattr(keys, name)
             given = {place: SAMPLES[place] for place in inspect.signature(function).parameters}
             assert TABLE[name].matches(function(**given).decode())
+
+
+def test_a_channel_is_spelled_in_lua_and_here_as_the_table_does():
+    table = re.search(
+        r"^ff\.CHANNELS = \{\n(.*?)^\}",
+        _library._read_parts()["prelude"],
+        re.MULTILINE | re.DOTALL,
+    )[1]
+    spelled = dict(re.findall(r"^  (\w+) = (.*),$", table, re.MULTILINE))
+    assert spelled.keys() == CHANNELS.keys()
+    for name, parts in spelled.items():
+        # It has the parts of a key, or its own.
+        key = re.fullmatch(r"ff\.KEYS\.(\w+)", parts)
+        given = LUA_KEYS[key[1]] if key else re.findall(r"'([^']*)'", parts)
+        assert PLACES.split(CHANNELS[name].pattern) == given
+        function = getattr(keys, f"{name}_channel")
+        places = {place: SAMPLES[place] for place in inspect.signature(function).parameters}
+        channel = function(**places)
+        assert CHANNELS[name].matches(channel.decode())
+        # A cluster's node publishes and subscribes only in its own slots.
+        assert keys.key_slot(channel) == keys.key_slot(keys.core(EID))
 
 
 def test_no_part_of_lua_spells_a_key_by_itself():

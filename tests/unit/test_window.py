@@ -120,8 +120,8 @@ def test_what_an_earlier_writer_left_leaves_as_a_whole():
     window = LiveWindow(100, 2, 50, ms=START_MS, sequence=1000)
     assert window.first_kept(1, 0, START_MS + 500) == (0, 0)  # K frames remain first
     window.sealed(1, True, 0)
-    assert window.first_kept(1, 0, START_MS + 99) == (0, 0)  # and it may be younger than ttl
-    assert window.first_kept(1, 0, START_MS + 100) == (START_MS, 1001)
+    assert window.first_kept(1, 0, START_MS + 1099) == (0, 0)  # and it may be younger than ttl
+    assert window.first_kept(1, 0, START_MS + 1100) == (START_MS, 1001)
     assert window.first_kept(1, 0, START_MS + 100) == (0, 0)
 
 

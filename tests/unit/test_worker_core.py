@@ -15,6 +15,7 @@ from ff_fast._core.worker import (
     Raised,
     Returned,
     Run,
+    Stopped,
     TaskState,
     UseWriter,
     WaitLost,
@@ -177,6 +178,17 @@ def cancelled_and_broken(of):
     return BROKEN
 
 
+def cancelled_and_stopped(of):
+    of.task._keeper.cancel_requested = True
+    return Stopped()
+
+
+def refused_and_stopped(of):
+    """A renewal was refused for good, as by a missing right: the server still takes an end."""
+    of.task._lose(REFUSED)
+    return Stopped()
+
+
 def loses(outcome):
     """The lease is lost meanwhile."""
 
@@ -227,6 +239,9 @@ ENDS = {
     "returns, told by a renewal": (cancelled_through("_keeper"), ["close", CANCEL]),
     "returns, told by an append": (cancelled_through("_current_writer"), ["close", CANCEL]),
     "raises, told to stop": (cancelled_and_broken, ["close", CANCEL]),
+    "is cancelled, told to stop": (cancelled_and_stopped, ["close", CANCEL]),
+    "is cancelled as the lease is lost": (loses(Stopped()), ["close"]),
+    "is cancelled as no renewal is accepted": (refused_and_stopped, ["close", "fail permanent"]),
     "returns after the loss of the lease": (loses(RETURNED), ["close"]),
     "raises after the loss of the lease": (loses(BROKEN), ["close"]),
 }
@@ -721,4 +736,5 @@ def test_a_task_whose_lease_is_lost_refuses_to_write():
 
 
 def test_before_it_has_a_writer_a_task_has_heard_of_no_cancellation():
-    assert not TaskState(HANDLE).cancel_requested
+    task = TaskState(HANDLE)
+    assert (task.cancelled, task.lost) == (False, False)

@@ -1,10 +1,12 @@
 """`ff_append` and `ff_open_writer` on real engines, called as any client may call them."""
 
+import contextlib
+
 import pytest
 
 import ff_fast
 
-from ..streams import Stream, server_ms
+from ..streams import Listener, Stream, server_ms
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,30 @@ def unopened(raw, backend, lane):
 def stream(unopened):
     unopened.open()
     return unopened
+
+
+@pytest.fixture
+def streams(raw, backend, lane):
+    """Makes streams of attempts of their own."""
+    return lambda count: [opened(Stream(raw, backend, lane)) for _ in range(count)]
+
+
+def opened(stream):
+    stream.open()
+    return stream
+
+
+@pytest.fixture
+def listen(raw):
+    """Subscribes to the channels of attempts."""
+    with contextlib.ExitStack() as stack:
+
+        def subscribe(*channels):
+            listener = Listener(raw, *channels)
+            stack.callback(listener.close)
+            return listener
+
+        yield subscribe
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from ..streams import (
     _suspended,
     live,
     log,
+    part_of,
     patches,
     run_value,
     server_ms,
@@ -266,4 +267,5 @@ def test_whoever_has_no_lease_has_no_say(raw, backend, lane):
     stream.refused("stale_owner", log(b"x"), fence=(stream.fence[0], b"", stream.fence[2]))
     # Nor has an empty writer, where none is open.
     for writer in (b"", b":::"):
-        assert stream.call("ff_append", stream.keys, writer, b"0", *log(b"x"))[0] == 0
+        args = part_of(stream.keys, writer, b"0", b"", *log(b"x"))
+        assert stream.call("ff_append", stream.keys, *args)[0] == 0

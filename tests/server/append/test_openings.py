@@ -6,7 +6,7 @@ import ff_fast
 from ff_fast import keys
 from ff_fast._core import ops
 
-from ..streams import CODES, REFUSALS, Stream, _lapsed, live, log, patches, spoil
+from ..streams import CODES, REFUSALS, Stream, _lapsed, live, log, part_of, patches, spoil
 
 # -- opening ---------------------------------------------------------------------------------------
 
@@ -208,7 +208,8 @@ def test_a_requested_cancel_is_told_to_the_writer_of_the_next_attempt(retrying):
     names = (stream.core, meta, summary)
     writer = ops.writer_id(attempt)
     assert stream.call("ff_open_writer", names, writer, attempt.fence[1])[1] == b"OK"
-    reply = stream.call("ff_append", attempt.stream_keys, writer, b"0", *log(b"x"))
+    args = part_of(attempt.stream_keys, writer, b"0", b"", *log(b"x"))
+    reply = stream.call("ff_append", attempt.stream_keys, *args)
     assert reply.split(b" ")[3] == b"1"
 
 

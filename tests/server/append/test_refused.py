@@ -16,6 +16,7 @@ from ..streams import (
     Stream,
     live,
     log,
+    part_of,
     patches,
     replaced,
     server_ms,
@@ -68,7 +69,8 @@ def test_a_writer_id_is_a_fence_and_a_text(stream):
     before = stream.everything()
     for writer in (b"", b"writer", b":::", b"0:lease:1", b"0:lease:1:", b"0:a:b:c:d"):
         for function, names, args in (
-            ("ff_append", stream.keys, (writer, b"0", *log(b"x"))),
+            ("ff_append", stream.keys, part_of(stream.keys, writer, b"0", b"", *log(b"x"))),
+            ("ff_append", (stream.meta,), part_of((stream.meta,), writer, b"f1-1 ")),
             ("ff_open_writer", (stream.core, stream.meta, stream.summary), (writer,)),
         ):
             reply = stream.call(function, names, *args)
@@ -79,7 +81,8 @@ def test_a_writer_id_is_a_fence_and_a_text(stream):
 def test_nobody_appends_under_a_part_of_the_writer_id(stream):
     whole = stream.writer_id()
     for writer in (whole[:-1], whole + b"x", whole + b"\x00", whole.upper()):
-        reply = stream.call("ff_append", stream.keys, writer, b"0", *log(b"x"))
+        args = part_of(stream.keys, writer, b"0", b"", *log(b"x"))
+        reply = stream.call("ff_append", stream.keys, *args)
         assert reply in ([0, b"writer_superseded", b"1"], [0, b"stale_owner"])
 
 
@@ -229,12 +232,14 @@ def test_a_malformed_block_is_refused_whole(stream, subtests):
             stream.refused("invalid_input", log(b"good"), live(b"good"), block, first=2)
 
 
-@pytest.mark.parametrize("given", range(2))
+@pytest.mark.parametrize("given", range(3))
 def test_missing_arguments_are_refused(stream, given):
-    args = [stream.writer_id(), b"0"][:given]
+    args = [stream.writer_id(), b"0", b""][:given]
     before = stream.everything()
-    reply = stream.call("ff_append", stream.keys, *args)
-    assert reply == [0, b"invalid_input", [b"writer", b"previous_sequence"][given]]
+    reply = stream.call("ff_append", stream.keys, *part_of(stream.keys, *args))
+    assert reply == [0, b"invalid_input", b"arguments"]
+    reply = stream.call("ff_append", (stream.meta,), *part_of((stream.meta,), *args[:1][:given]))
+    assert reply == [0, b"invalid_input", b"arguments"]
     assert stream.everything() == before
     if given == 0:
         names = (stream.core, stream.meta, stream.summary)
@@ -304,7 +309,7 @@ def test_a_batch_for_both_streams_names_both(stream, name, with_log):
     first = first_for(stream, block)
     for fewer in fewer_than(names):
         error = stream.refused("invalid_input", good, block, first=first, names=fewer)
-        assert "keys" in str(error)
+        assert ("keys" if fewer else "parts") in str(error)
     ms, sequence = stream.append(good, block, first=first, names=names)
     assert stream.repeated(good, block, first=first, names=names) == (ms, sequence)
     mode = "durable" if with_log else "best_effort"
@@ -346,7 +351,9 @@ def test_a_repeat_is_looked_for_in_both_streams(stream, next_ms):
 @pytest.mark.parametrize("meta", [b"", b"meta", b"ff:stream:x:meta", b"ff:stream:x:0:metadata"])
 def test_no_key_of_meta_is_no_execution(stream, meta):
     before = stream.everything()
-    reply = stream.call("ff_append", (meta, stream.log), stream.writer_id(), b"0", *log(b"x"))
+    names = (meta, stream.log)
+    args = part_of(names, stream.writer_id(), b"0", b"", *log(b"x"))
+    reply = stream.call("ff_append", names, *args)
     assert reply == [0, b"execution_not_found"]
     assert stream.everything() == before
     assert stream.raw.exists(meta) == 0

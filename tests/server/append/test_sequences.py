@@ -8,7 +8,7 @@ import ff_fast
 from ff_fast.errors import MAX_INT
 
 from ...reference_frames import run_of, varint
-from ..streams import Stream, live, log, number, patches, replaced, server_ms
+from ..streams import Stream, appended, live, log, number, patches, replaced, server_ms
 
 
 def test_frames_are_numbered_densely_over_both_streams(stream, next_ms):
@@ -250,9 +250,11 @@ def test_a_batch_holds_1024_frames(stream):
 
 def test_a_requested_cancel_is_told_to_the_writer(stream):
     def told(previous):
-        args = (stream.writer_id(), previous, *log(b"x"))
-        _, now, expires, cancel = stream.call("ff_append", stream.keys, *args).split(b" ")
-        assert 0 < int(expires) - int(now) <= 30_000
+        (answer,), now = appended(stream.raw, stream.part(log(b"x"), previous=previous))
+        _, expires, cancel = answer.split(b" ")
+        (pushed,), _ = appended(stream.raw, stream.push_part(b"f1-1 "))
+        assert pushed == b"%b %b" % (expires, cancel)
+        assert 0 < int(expires) - now <= 30_000
         return cancel
 
     assert told(b"0") == b"0"

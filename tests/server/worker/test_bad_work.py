@@ -55,7 +55,9 @@ def claimed_then(kind, server, backend, lane):
     running = Worker(kind, server.url, lambda task: b"well", lane=lane).begin()
     carry_out, meanwhile, claimed = running.backend._do, [], [True]
 
-    def do(call):
+    def do(call, **renewing):
+        if renewing:
+            return carry_out(call, **renewing)
         # The call after a claim loads what the handler starts from. The first claim may have begun before this was put
         # in its place.
         if claimed[0] and call.claim is None and meanwhile:

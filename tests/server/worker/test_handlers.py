@@ -16,6 +16,7 @@ from ff_fast import (
     End,
     FailureClass,
     HandleKind,
+    OnCancel,
     TaskFailed,
     UsageDimensions,
     WaitpointKind,
@@ -363,7 +364,9 @@ def test_a_handler_that_could_not_start(kind, server, backend, lane, error, end,
     running = Worker(kind, server.url, called.append, lane=lane).begin()
     carry_out, claims = running.backend._do, [True]
 
-    def refuse(call):
+    def refuse(call, **renewing):
+        if renewing:
+            return carry_out(call, **renewing)
         # The call after a claim loads what the handler starts from.
         claims.append(call.claim is not None)
         if claims[-2] and call.claim is None:
@@ -385,7 +388,9 @@ def test_an_end_is_tried_again_while_the_lease_is_held(kind, server, backend, la
     carry_out, failures = running.backend._do, [errors.Unavailable(), errors.OutcomeUnknown()]
     loaded = []
 
-    def flaky(call):
+    def flaky(call, **renewing):
+        if renewing:
+            return carry_out(call, **renewing)
         if call.claim is None:
             if loaded and failures:
                 raise failures.pop()
@@ -404,10 +409,10 @@ def test_what_was_claimed_runs_also_when_it_is_time_to_stop(kind, server, backen
     running = Worker(kind, server.url, lambda task: b"ran", lane=lane).begin()
     carry_out = running.backend._do
 
-    def stopping(call):
+    def stopping(call, **renewing):
         if call.claim is not None:
             running.ask()
-        return carry_out(call)
+        return carry_out(call, **renewing)
 
     running.backend._do = stopping
     # The claim that waits already may be the first to get it; the next one certainly is not dropped.
@@ -442,7 +447,7 @@ def test_closing_the_backend_ends_a_worker_whose_handler_runs(worker, backend, l
         yield until(task, lambda: task.cancelled)
         seen.append(True)
 
-    running = worker(handler)
+    running = worker(handler, on_cancel=OnCancel.TELL)
     eid = backend.create_execution(lane=lane)
     assert started.wait(10)
     running.close_backend()

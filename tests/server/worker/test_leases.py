@@ -10,11 +10,12 @@ import ff_fast
 from ff_fast import (
     ClaimPolicy,
     HandleKind,
+    OnCancel,
     aio,
     errors,
     keys,
 )
-from ff_fast._core.leases import is_lease_lost
+from ff_fast._core.leases import LeaseClock, is_lease_lost
 
 from ...shells import WORKER
 from ...waiting import wait_until
@@ -47,7 +48,7 @@ def test_a_lease_that_is_lost_in_the_middle(worker, backend, lane, state, superv
         over.set()
         return b"not mine any more"
 
-    running = worker(handler, lease_ttl_ms=300)
+    running = worker(handler, lease_ttl_ms=300, on_cancel=OnCancel.TELL)
     eid = backend.create_execution(lane=lane, retry=RETRY)
     assert lost.wait(10)
     lapse(raw, eid)
@@ -137,6 +138,17 @@ def test_the_keeper_of_asyncio_tells_the_writer_at_once(server, lane):
     asyncio.run(main())
 
 
+def kept(ttl_ms, renew, on_lost):
+    """A keeper of the blocking shell without a backend."""
+    return ff_fast.LeaseKeeper(LeaseClock(ttl_ms), renew, on_lost, lambda _: None)
+
+
+def kept_later(ttl_ms, renew, on_lost):
+    """One of the asyncio shell."""
+    spawn = asyncio.get_running_loop().create_task
+    return aio.LeaseKeeper(LeaseClock(ttl_ms), renew, on_lost, spawn, lambda _: None)
+
+
 def _renewing(outcomes):
     """A renewal that raises or returns what it is told, and counts."""
     calls = []
@@ -155,7 +167,7 @@ def test_a_renewal_that_fails_is_tried_again_soon_until_the_lease_lapses():
     renew, calls = _renewing([errors.Unavailable()])
     told = []
     began = time.monotonic()
-    keeper = ff_fast.LeaseKeeper(240, renew, told.append)
+    keeper = kept(240, renew, told.append)
     wait_until(lambda: told)
     assert isinstance(told[0], errors.LeaseExpired)
     assert time.monotonic() - began >= 0.24
@@ -167,7 +179,7 @@ def test_a_renewal_that_fails_is_tried_again_soon_until_the_lease_lapses():
 def test_a_renewal_that_passes_again_keeps_the_lease():
     renew, calls = _renewing([errors.Unavailable(), errors.OutcomeUnknown(), None])
     told = []
-    with ff_fast.LeaseKeeper(200, renew, told.append) as keeper:
+    with kept(200, renew, told.append) as keeper:
         wait_until(lambda: len(calls) > 5)
         assert keeper.held
     assert told == []
@@ -175,7 +187,7 @@ def test_a_renewal_that_passes_again_keeps_the_lease():
 
 
 def test_a_lease_as_long_as_it_may_be_is_kept():
-    with ff_fast.LeaseKeeper(2**48, lambda _: None, lambda _: None) as keeper:
+    with kept(2**48, lambda _: None, lambda _: None) as keeper:
         assert keeper._thread.is_alive()
 
 
@@ -186,7 +198,7 @@ def test_a_callback_that_raises_ends_the_keeper_only():
     def on_lost(error):
         raise ValueError("the caller's")
 
-    keeper = ff_fast.LeaseKeeper(30, renew, on_lost)
+    keeper = kept(30, renew, on_lost)
     wait_until(lambda: not keeper._thread.is_alive())
     assert isinstance(keeper.error, errors.StaleOwner)
     keeper.stop()
@@ -223,16 +235,14 @@ def test_stopping_a_keeper_of_asyncio_in_the_middle_of_a_renewal():
             begun.set()
             await asyncio.get_running_loop().create_future()
 
-        keeper = aio.LeaseKeeper(300, renew, told.append, lambda: False)
-        keeper._start(asyncio.get_running_loop().create_task)
+        keeper = kept_later(300, renew, told.append)
         await begun.wait()
         await asyncio.wait_for(keeper.stop(), 5)
         await keeper.stop()
         assert told == []
         assert keeper.error is None
         # And one that hangs is over when the lease is.
-        keeper = aio.LeaseKeeper(100, renew, told.append, lambda: False)
-        keeper._start(asyncio.get_running_loop().create_task)
+        keeper = kept_later(100, renew, told.append)
         assert await keeper.wait_lost(5)
         assert isinstance(told[0], errors.LeaseExpired)
         await keeper.stop()

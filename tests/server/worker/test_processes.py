@@ -163,7 +163,7 @@ def ends(task):
     return "in order"
 
 handler = handler_for(kind, {"streams": streams, "ends": ends}[what])
-options = dict(lane=lane, lease_ttl_ms=int(ttl))
+options = dict(lane=lane, lease_ttl_ms=int(ttl), on_cancel=ff_fast.OnCancel.TELL)
 if kind == "sync":
     with ff_fast.ValkeyBackend.connect(url) as backend:
         import signal

@@ -11,7 +11,7 @@ from ff_fast._core.writer import FrameWriters, SharedWriter, WriterOptions, Writ
 from ff_fast.errors import StaleOwner, WriterClosed
 from ff_fast.types import Handle
 
-from .core import DURABLE, NEW, WRITER, position
+from .core import DURABLE, NEW, NOW_MS, WRITER, position
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_stored_frame_says_how_long_the_lease_lasts(clock):
     # It waits for the server, whose answer decides.
     writers.drop_lapsed()
     assert set(writers) == {A}
-    writer._acknowledge(batch, position(batch))
+    writer._acknowledge(batch, position(batch), NOW_MS)
     writers.appended(writer)
     clock.s += 29
     writers.drop_lapsed()

@@ -132,7 +132,7 @@ class TestSending:
         assert caught.value.retryable
         assert writer.next_sequence == 21
         batch = writer.take()
-        assert writer.unacknowledged_bytes == len(batch.message)
+        assert writer.unacknowledged_bytes == len(batch.arguments)
         with pytest.raises(Overloaded):
             writer.write(b"")
         writer._acknowledge(batch, position(batch))
@@ -171,7 +171,7 @@ def acknowledge(writer):
     while (batch := writer._next_batch()) is not None:
         last = batch.first_sequence + batch.frame_count - 1
         ms = 1_700_000_000_000 + 10 * last
-        writer._acknowledge(batch, b"%d-%d %d %d 0" % (ms, last, ms, ms + 30_000))
+        writer._acknowledge(batch, b"%d-%d %d 0" % (ms, last, ms + 30_000), ms)
 
 mode, log = StreamMode.best_effort_live(15_000), StreamMode.durable()
 count, burst = int(sys.argv[1]), int(sys.argv[2])

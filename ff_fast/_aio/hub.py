@@ -1,0 +1,366 @@
+"""The connection over which all readers of a backend hear of pushes, and read."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from ff_fast import _transport
+from ff_fast._aio.connection import BROKEN, LOST
+from ff_fast._core import hub
+from ff_fast._core.hub import HELLO, PING, HubCore, Listener, Part, subscription_error
+from ff_fast._core.steps import Retries, Step
+from ff_fast.errors import FFError, OutcomeUnknown, ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from ff_fast._aio.connection import Connection, Receiver
+    from ff_fast.types import BackendRetry
+
+READS_IN_FLIGHT = (8, 64)
+"""Bounds of the reads in flight: of large answers, about 1 MiB each, and of small ones."""
+
+_BYTES_IN_FLIGHT = 4 << 20
+"""Bytes of the answers in flight, going by those before: pushes wait behind them, and the server counts them towards the
+output that it holds for a subscriber."""
+
+
+class Read:
+    """One read of a reader. It goes on although nobody waits for it.
+
+    Attributes:
+        step: The commands.
+        error: Why it failed; None as long as it has not.
+        final: The error came after all retries.
+        done: Whether the replies, or an error, are there.
+    """
+
+    __slots__ = (
+        "_finished",
+        "_hub",
+        "_on_done",
+        "_replies",
+        "_sent",
+        "done",
+        "error",
+        "final",
+        "step",
+    )
+
+    def __init__(self, owner: Hub, step: Step, on_done: Callable[[], None]) -> None:
+        self._hub = owner
+        self._on_done = on_done
+        self._replies: list[object] = []
+        self._sent = False
+        self.step = step
+        self.error: FFError | None = None
+        self.final = False
+        self.done = False
+
+    def __call__(self, reply: object) -> None:
+        """Receive one reply of the hub's connection."""
+        if not self._sent:
+            # One of several replies was lost before.
+            return
+        if reply is LOST:
+            self._sent = False
+            self._hub._lost_read(self)
+        elif reply is BROKEN:
+            self._sent = False
+            self._hub._answered()
+            self.fail(ProtocolError())
+        else:
+            self._replies.append(reply)
+            if len(self._replies) == len(self.step.commands):
+                self._sent = False
+                self._hub._answered()
+                self.finish(self._replies)
+
+    def finish(self, replies: list[object]) -> None:
+        self._replies = replies
+        self.done = True
+        self._on_done()
+
+    def fail(self, error: FFError) -> None:
+        self.error = error
+        self.done = True
+        self._on_done()
+
+    def take(self) -> list[object]:
+        """Return the replies, in order.
+
+        Raises:
+            FFError: The read failed; it may be repeated if the error says so.
+        """
+        if self.error is not None:
+            raise self.error
+        return self._replies
+
+
+class Hub:
+    """All channels and reads of a backend's readers, on one connection that speaks RESP3."""
+
+    def __init__(
+        self,
+        connect: Callable[[str], Awaitable[Connection]],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        request: Callable[[Step], Awaitable[list[object]]],
+        timeout_s: float,
+        retry: BackendRetry,
+    ) -> None:
+        self._connect_one = connect
+        self._spawn = spawn
+        # Sends a step on the connection of the calls.
+        self._request = request
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._core = HubCore()
+        self._retries = Retries(retry, retry_timeouts=True)
+        self._connection: Connection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._queue: deque[Read] = deque()
+        self._in_flight = 0
+        # Bytes of an answer, on average, and those that had come with the last one.
+        self._answer_bytes = 0.0
+        self._received = 0
+        self._scheduled = False
+        self._watch: asyncio.TimerHandle | None = None
+        # Since when neither a channel nor a read needs the connection.
+        self._idle_since: float | None = None
+        self._failure: FFError | None = None
+        self._closing = False
+
+    # -- for readers ---------------------------------------------------------------------------------------------
+
+    def listen(self, channel: bytes, listener: Listener) -> None:
+        """Pass pushes of *channel* to *listener*, which hears first that the subscription is confirmed."""
+        self._core.listen(channel, listener)
+        self._soon()
+
+    def unlisten(self, channel: bytes, listener: Listener) -> None:
+        """Pass nothing more to *listener*."""
+        self._core.unlisten(channel, listener, time.monotonic())
+
+    def attach(self, part: Part) -> None:
+        """Let *part* of a reader hear its channel."""
+        self._core.attach(part)
+        self._soon()
+
+    def detach(self, part: Part) -> None:
+        """Let *part* go; does nothing if it is not attached."""
+        self._core.detach(part, time.monotonic())
+
+    def confirmed(self, channel: bytes) -> bool:
+        """Return whether the server has confirmed the subscription on the connection that is open."""
+        return self._core.confirmed(channel)
+
+    def read(self, step: Step, on_done: Callable[[], None]) -> Read:
+        """Send *step* in turn with other reads; *on_done* is called when the replies or an error are there."""
+        read = Read(self, step, on_done)
+        self._queue.append(read)
+        self._soon()
+        return read
+
+    async def request(self, step: Step) -> list[object]:
+        """Send *step* in turn with other reads, and return the replies, in order."""
+        waiter: asyncio.Future[None] = self._loop.create_future()
+
+        def done() -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        read = self.read(step, done)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            self.drop(read)
+            raise
+        return read.take()
+
+    def drop(self, read: Read) -> None:
+        """Forget a read whose answer nobody waits for."""
+        if not read.done and not read._sent and read in self._queue:
+            self._queue.remove(read)
+
+    def stop(self) -> None:
+        """Fail everything, without waiting; the connection is the pool's to abort."""
+        self._closing = True
+        if self._watch is not None:
+            self._watch.cancel()
+        self._fail(_transport.closed_error())
+
+    # -- the connection --------------------------------------------------------------------------------------------
+
+    def _soon(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._go)
+
+    def _go(self) -> None:
+        """Send what is waiting; connect first where there is no connection."""
+        self._scheduled = False
+        if self._closing:
+            self._fail(_transport.closed_error())
+            return
+        connection = self._connection
+        if connection is None:
+            if self._connecting is None and (self._queue or self._core.waiting):
+                self._connecting = self._spawn(self._connect())
+            return
+        if not connection.writable:
+            # It calls again when it takes more.
+            return
+        for asked in self._core.requests(time.monotonic()):
+            connection.send(asked.request, [self._refused])
+        requests: list[bytes] = []
+        receivers: list[Receiver] = []
+        least, most = READS_IN_FLIGHT
+        room = max(min(int(_BYTES_IN_FLIGHT / (self._answer_bytes + 1)), most), least)
+        while self._queue and self._in_flight < room:
+            read = self._queue.popleft()
+            self._in_flight += 1
+            read._sent = True
+            requests += [command.request for command in read.step.commands]
+            receivers += [read] * len(read.step.commands)
+        if requests:
+            connection.send(b"".join(requests), receivers)
+
+    async def _connect(self) -> None:
+        failure, self._failure = self._failure, None
+        try:
+            while not self._closing:
+                pause = 0.0 if failure is None else self._retries.pause(failure)
+                if pause is None:
+                    assert failure is not None
+                    self._retries.reset()
+                    self._fail(failure)
+                    return
+                if failure is not None:
+                    await asyncio.sleep(pause)
+                if self._core.empty and not self._queue:
+                    return
+                try:
+                    await self._open()
+                except FFError as error:
+                    failure = error
+                else:
+                    return
+        finally:
+            self._connecting = None
+            # What came while it ended.
+            self._soon()
+
+    async def _open(self) -> None:
+        connection = await self._connect_one("readers")
+        try:
+            (reply,) = await connection.request(HELLO, self._timeout_s)
+            if isinstance(reply, Exception):
+                raise subscription_error(str(reply))
+            if connection.closed:
+                raise OutcomeUnknown
+        except BaseException:
+            connection.abort()
+            raise
+        connection.on_push = self._pushed
+        connection.on_can_write = self._go
+        connection.on_lost.append(self._lost)
+        self._connection = connection
+        self._received = connection.received
+        self._idle_since = None
+        self._tick()
+
+    def _pushed(self, push: list[object]) -> None:
+        if self._core.received(push) is not None:
+            self._retries.reset()
+            connection = self._connection
+            if connection is not None:
+                # Every earlier reply has come, so its place is the first.
+                connection.receivers.popleft()
+
+    def _refused(self, reply: object) -> None:
+        """Take what came in place of the pushes that answer a request: an error, or the loss of the connection."""
+        if reply is LOST or reply is BROKEN:
+            return
+        failure = self._core.refused(reply) if isinstance(reply, Exception) else ProtocolError()
+        if failure is not None:
+            self._failure = failure
+            if self._connection is not None:
+                self._connection.abort()
+        elif self._core.waiting:
+            self._soon()
+
+    def _answered(self) -> None:
+        self._in_flight -= 1
+        if self._connection is not None:
+            size = self._connection.received - self._received
+            self._received += size
+            self._answer_bytes += (size - self._answer_bytes) / 4
+        self._retries.reset()
+
+    def _lost(self, connection: Connection) -> None:
+        if self._connection is not connection:
+            return
+        self._connection = None
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        self._failure = self._failure or OutcomeUnknown()
+        self._core.lost()
+        if not self._closing:
+            self._soon()
+
+    def _lost_read(self, read: Read) -> None:
+        """Repeat a read over the connection of the calls: its answer may be more than the server holds for a subscriber."""
+        self._in_flight -= 1
+        if self._closing:
+            read.fail(_transport.closed_error())
+        else:
+            _ = self._spawn(self._elsewhere(read))
+
+    async def _elsewhere(self, read: Read) -> None:
+        try:
+            replies = await self._request(read.step)
+        except FFError as error:
+            read.fail(error)
+        except asyncio.CancelledError:
+            read.fail(_transport.closed_error())
+            raise
+        else:
+            read.finish(replies)
+
+    def _fail(self, error: FFError) -> None:
+        queue, self._queue = self._queue, deque()
+        self._core.fail(error)
+        for read in queue:
+            read.final = True
+            read.fail(copy.copy(error))
+
+    def _tick(self) -> None:
+        """Look for silence, subscriptions that end, and a connection that nobody needs."""
+        connection = self._connection
+        if connection is None:
+            return
+        now = time.monotonic()
+        timeout_s = self._timeout_s
+        if connection.receivers:
+            if now - connection.silent_since >= timeout_s:
+                connection.abort_silent(connection.silent_since)
+                return
+        elif now - connection.heard_at >= timeout_s:
+            connection.send(PING, [self._ponged])
+        if self._core.listening or self._queue or self._in_flight:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        elif now - self._idle_since >= _transport.MAX_IDLE_S:
+            connection.abort()
+            return
+        self._go()
+        self._watch = self._loop.call_later(min(timeout_s / 2, hub.LINGER_S), self._tick)
+
+    def _ponged(self, reply: object) -> None:
+        """Take the answer to a PING."""

@@ -1,0 +1,259 @@
+"""The thread that owns the connection over which all readers of a backend hear of pushes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from ff_fast import _transport
+from ff_fast._core import hub
+from ff_fast._core.hub import HELLO, PING, Asked, HubCore, Listener, Part, subscription_error
+from ff_fast._core.steps import Retries
+from ff_fast.errors import DeadlineExceeded, FFError, ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ff_fast._sync.connection import Connection
+    from ff_fast.types import BackendRetry
+
+
+class Hub:
+    """All channels of a backend's readers, on one connection. Its thread begins with the first channel.
+
+    Other threads only put orders: single calls in C, so that no interrupt leaves half of one or a lock that is taken.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[str], Connection],
+        discard: Callable[[Connection], None],
+        trusts: Callable[[Connection], bool],
+        timeout_s: float,
+        retry: BackendRetry,
+    ) -> None:
+        self._connect = connect
+        self._discard = discard
+        self._trusts = trusts
+        self._timeout_s = timeout_s
+        self._retry = retry
+        self._core = HubCore()
+        # At most one thread; the first who puts it here has made it.
+        self._threads: dict[str, _Thread] = {}
+        self._orders: deque[Callable[[], None]] = deque()
+        self._closing = False
+
+    def listen(self, channel: bytes, listener: Listener) -> None:
+        """Pass pushes of *channel* to *listener*, which hears first that the subscription is confirmed."""
+        self._order(lambda: self._core.listen(channel, listener))
+
+    def unlisten(self, channel: bytes, listener: Listener) -> None:
+        """Pass nothing more to *listener*."""
+        self._order(lambda: self._core.unlisten(channel, listener, time.monotonic()))
+
+    def attach(self, part: Part) -> None:
+        """Let *part* of a reader hear its channel."""
+        self._order(lambda: self._core.attach(part))
+
+    def detach(self, part: Part) -> None:
+        """Let *part* go; does nothing if it is not attached."""
+        if self._threads:
+            self._order(lambda: self._core.detach(part, time.monotonic()))
+
+    def confirmed(self, channel: bytes) -> bool:
+        """Return whether the server has confirmed the subscription on the connection that is open."""
+        return self._core.confirmed(channel)
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._orders.append(order)
+        thread = self._threads.get("")
+        if thread is None:
+            thread = self._threads.setdefault("", _Thread(self))
+        thread.wake()
+
+    def stop(self) -> None:
+        """End the thread; its connection was aborted before."""
+        self._closing = True
+        thread = self._threads.get("")
+        if thread is not None:
+            thread.end()
+
+
+class _Thread:
+    """The thread of a hub."""
+
+    def __init__(self, owner: Hub) -> None:
+        self._hub = owner
+        self._core = owner._core
+        self._retries = Retries(owner._retry, retry_timeouts=True)
+        self._timeout_s = owner._timeout_s
+        self._connection: Connection | None = None
+        # Requests whose replies have not come; None stands for a PING.
+        self._receivers: deque[Asked | None] = deque()
+        self._owed_since = 0.0
+        # Since when no channel needs the connection.
+        self._idle_since: float | None = None
+        self._woken, self._waking = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waking.setblocking(False)
+        self._runs: dict[str, int] = {}
+        self._thread = threading.Thread(target=self._main, name="ff_fast readers", daemon=True)
+
+    def __del__(self) -> None:
+        self._woken.close()
+        self._waking.close()
+
+    def wake(self) -> None:
+        """Let the thread look for orders; begin it if it has not begun, or an interrupt struck before it did."""
+        if self._thread.ident is None:
+            with contextlib.suppress(RuntimeError):
+                self._thread.start()
+        # A full buffer wakes it as well; it is closed where a finaliser gives the order at the end of the interpreter.
+        with contextlib.suppress(OSError):
+            self._waking.send(b".")
+
+    def end(self) -> None:
+        self.wake()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        me = threading.get_ident()
+        if self._runs.setdefault("", me) != me:
+            return
+        error: FFError = _transport.closed_error()
+        try:
+            while not self._hub._closing:
+                try:
+                    self._round()
+                except FFError as failure:
+                    self._recover(failure)
+        except BaseException:
+            self._hub._closing = True
+            raise
+        finally:
+            self._drop()
+            self._take_orders()
+            self._core.fail(error)
+
+    def _take_orders(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._woken.recv(4096):
+                pass
+        while self._hub._orders:
+            self._hub._orders.popleft()()
+
+    def _round(self) -> None:
+        """Take orders and send what they need; then wait for what comes, and pass it on."""
+        self._take_orders()
+        now = time.monotonic()
+        if self._connection is None:
+            if self._core.waiting:
+                self._open()
+            else:
+                self._pause(now + 3600.0)
+            return
+        if not self._hub._trusts(self._connection):
+            raise DeadlineExceeded
+        for asked in self._core.requests(now):
+            self._send(asked.request, asked, now)
+        self._look(now)
+        connection = self._connection
+        if connection is None:
+            return
+        timeout_s = min(hub.LINGER_S, self._timeout_s / 2)
+        for reply in connection.listen(self._woken, now + timeout_s):
+            if connection.is_push(reply):
+                if self._core.received(reply) is not None:
+                    self._retries.reset()
+                    self._receivers.popleft()
+            else:
+                self._take(reply)
+
+    def _take(self, reply: object) -> None:
+        if not self._receivers:
+            raise ProtocolError
+        asked = self._receivers.popleft()
+        self._owed_since = time.monotonic()
+        if asked is None:
+            self._retries.reset()
+            return
+        failure = self._core.refused(reply) if isinstance(reply, Exception) else ProtocolError()
+        if failure is not None:
+            raise failure
+
+    def _send(self, request: bytes, receiver: Asked | None, now: float) -> None:
+        assert self._connection is not None
+        if not self._receivers:
+            self._owed_since = now
+        self._receivers.append(receiver)
+        self._connection.post(request)
+
+    def _look(self, now: float) -> None:
+        """Look for silence, and for a connection that nobody needs."""
+        connection = self._connection
+        assert connection is not None
+        timeout_s = self._timeout_s
+        if self._receivers:
+            since = max(self._owed_since, connection.heard_at)
+            if now - since >= timeout_s:
+                connection.silent_since = since
+                raise DeadlineExceeded
+        elif now - connection.heard_at >= timeout_s:
+            self._send(PING, None, now)
+        if self._core.listening:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        elif now - self._idle_since >= _transport.MAX_IDLE_S:
+            self._drop()
+            self._core.lost()
+
+    def _open(self) -> None:
+        connection = self._hub._connect("readers")
+        try:
+            (reply,) = connection.request(HELLO)
+            if isinstance(reply, Exception):
+                raise subscription_error(str(reply))
+        except BaseException:
+            self._hub._discard(connection)
+            raise
+        self._connection = connection
+        self._idle_since = None
+
+    def _recover(self, failure: FFError) -> None:
+        """Give up the connection, and wait before the next one; fail the listeners when the retries are used up."""
+        self._drop()
+        self._core.lost()
+        pause = None if self._hub._closing else self._retries.pause(failure)
+        if pause is None:
+            self._retries.reset()
+            self._take_orders()
+            self._core.fail(_transport.closed_error() if self._hub._closing else failure)
+            return
+        until = time.monotonic() + pause
+        while not self._hub._closing and time.monotonic() < until:
+            self._pause(until)
+            self._take_orders()
+
+    def _pause(self, until: float) -> None:
+        """Wait until there are orders, or until a point in monotonic time."""
+        self._woken.settimeout(max(until - time.monotonic(), 1e-3))
+        try:
+            self._woken.recv(4096)
+        except TimeoutError:
+            pass
+        finally:
+            self._woken.settimeout(0)
+
+    def _drop(self) -> None:
+        self._receivers.clear()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._hub._discard(connection)
