@@ -7,6 +7,8 @@ server.
 
 from dataclasses import dataclass, field
 
+import hiredis
+
 from ff_fast.types import StreamMode
 
 from .reference_frames import parse_run
@@ -154,6 +156,7 @@ class Request:
     push: list["Pushed"] | None = None
     # The ms under which the first frames were pushed before; None where they were not.
     pushed_ms: int | None = None
+    first_block_frames: int = 0
 
     @property
     def key_names(self) -> tuple[str, ...]:
@@ -203,6 +206,13 @@ def parse_push(body: bytes) -> list[Pushed]:
         payloads, times = parse_run(text())
         found.append(Pushed(stream, fields, payloads, times))
     return found
+
+
+def split_push(message: bytes) -> tuple[bytes, tuple[int, int], bytes]:
+    """Kind, id and body of a message on the channel of an attempt."""
+    head, _, body = message.partition(b" ")
+    ms, sequence = head[1:].split(b"-")
+    return head[:1], (int(ms), int(sequence)), body
 
 
 def check_push(request: Request) -> None:
@@ -263,6 +273,7 @@ def parse(argv: list[bytes]) -> Request:
         start = at
         count = int(argv[at + 1])
         assert count >= 1
+        request.first_block_frames = request.first_block_frames or count
         at += 2
         fields = {}
         if letter in (b"X", b"W", b"S"):
@@ -328,6 +339,30 @@ def parse(argv: list[bytes]) -> Request:
     return request
 
 
+def called(message: bytes, attempts: dict[bytes, "Server"]) -> object:
+    """The reply of servers, by the meta key of their attempt, to one call of ``ff_append``."""
+    reader = hiredis.Reader()
+    reader.feed(message)
+    name, function, count, *rest = reader.gets()
+    assert (name, function) == (b"FCALL", b"ff_append")
+    keys, argv = rest[: int(count)], rest[int(count) :]
+    answers: list[object] = []
+    seen: set[bytes] = set()
+    while argv:
+        size, key_count = int(argv[0][:-1]) + 1, int(argv[0][-1:])
+        server = attempts[keys[0]]
+        assert keys[0] not in seen
+        seen.add(keys[0])
+        answers.append(server.push(argv[:size]) if key_count == 1 else server.append(argv[:size]))
+        keys, argv = keys[key_count:], argv[size:]
+    assert not keys
+    assert 1 <= len(answers) <= 128
+    now = b"%d" % max(attempts[key].now_ms for key in seen)
+    if len(answers) > 1:
+        return [now, *answers]
+    return b"%b %b" % (now, answers[0]) if isinstance(answers[0], bytes) else answers[0]
+
+
 class Server:
     """One attempt on a server that knows no other writer."""
 
@@ -342,6 +377,8 @@ class Server:
         # The claim's, and then the ms of the id of each frame.
         self.id_ms = [self.now_ms]
         self.applied = 0
+        # What was published of a frame, by its sequence: ms and payload, as often as it was.
+        self.published: dict[int, list[tuple[int, bytes]]] = {}
 
     def append(self, argv: list[bytes]) -> bytes | list[object]:
         """The reply to one append: a position, or a refusal."""
@@ -390,9 +427,38 @@ class Server:
         self.frames += request.frames
         visible = [frame.sequence for frame in self.frames if frame.mode != b"best_effort"]
         self.check_told((visible or [0])[-1])
-        self.id_ms += [self.now_ms] * total
+        ms = max(self.now_ms, self.id_ms[-1])
+        if request.pushed_ms is not None:
+            group = request.first_block_frames
+            self.id_ms += [max(request.pushed_ms, self.id_ms[-1])] * group
+            total -= group
+            ms = max(ms, self.id_ms[-1])
+        self.id_ms += [ms] * total
         self.applied += 1
+        if request.push:
+            self.publish(self.id_ms[-1], last, request.push)
         return self.position(last)
+
+    def publish(self, ms: int, last: int, blocks: list[Pushed]) -> None:
+        payloads = [payload for block in blocks for payload in block.payloads]
+        for sequence, payload in enumerate(payloads, last - len(payloads) + 1):
+            self.published.setdefault(sequence, []).append((ms, payload))
+
+    def push(self, argv: list[bytes]) -> bytes:
+        """The answer to a part that stores nothing."""
+        self.now_ms += 1
+        _, _, message = argv
+        kind, (ms, last), body = split_push(message)
+        assert kind == b"f"
+        assert ms >= self.id_ms[-1]
+        self.publish(ms, last, parse_push(body))
+        return b"%d 0" % (self.now_ms + 30_000)
+
+    def check_published(self) -> None:
+        """Whatever readers were told of a frame is what is stored, under the same id."""
+        for sequence, told in self.published.items():
+            stored = self.id_ms[sequence], self.frames[sequence - 1].payload
+            assert set(told) == {stored}, f"frame {sequence}"
 
     def position(self, sequence: int) -> bytes:
         """The id of a frame, the end of the lease, and that no cancel was requested."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import time
 import weakref
@@ -94,6 +95,11 @@ class Operations(Pool):
     async def _do(self, call: Call[T], *, until: float = float("inf")) -> T:
         if call.claim is not None:
             return await self._claim(call, call.claim)
+        writer = None if call.releases is None else self._writers.get(call.releases)
+        if writer is not None and writer._holds:
+            # An error of the writer is its own; what it means for the lease, the call says.
+            with contextlib.suppress(FFError):
+                await writer.flush(self._timeout_s)
         value = await self._run(call, until=until)
         self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value

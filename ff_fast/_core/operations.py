@@ -98,6 +98,7 @@ class Call(NamedTuple, Generic[T]):
         steps: Makes the steps; called again for every attempt.
         writes: The call changes something on the server.
         own_connection: The call takes long, and needs a connection of its own.
+        releases: The id of the lease that the call may release. What its writer holds back is stored before.
         released_lease: Returns the id of the lease that the call has released, given its result; None if the lease
             continues. The shell then closes the writer that `append_frame` opened under it.
         extended_lease: The id of the lease that the call extends, and its length from then on, in seconds.
@@ -108,6 +109,7 @@ class Call(NamedTuple, Generic[T]):
     steps: Callable[[], Steps[T]]
     writes: bool = True
     own_connection: bool = False
+    releases: str | None = None
     released_lease: Callable[[T], str | None] = lambda value: None
     extended_lease: tuple[str, float] | None = None
     claim: claiming.Claim | None = None
@@ -163,7 +165,11 @@ def _releasing(
             on.places.forget(lease_id)
         return value
 
-    return Call(releasing, released_lease=lambda value: lease_id if releases(value) else None)
+    return Call(
+        releasing,
+        releases=lease_id,
+        released_lease=lambda value: lease_id if releases(value) else None,
+    )
 
 
 def _checked(name: str, value: object, kind: type[V], default: V | None = None) -> V:

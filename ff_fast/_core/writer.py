@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ff_fast._core import ops
 from ff_fast._core.leases import is_lease_lost
-from ff_fast._core.steps import applied_in_part
+from ff_fast._core.steps import Pause, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import SequenceGap, StateLost, SummaryConflict, WriterClosed, WriterSuperseded
@@ -42,6 +42,9 @@ RETENTION_MAXLEN = 10_000
 
 ROUND_BYTES = 4 << 20
 """Most bytes of calls in one send, give or take a call; more writers wait for the next send."""
+
+OTHER_MS_S = 0.002
+"""A wait after which the server's clock shows another millisecond."""
 
 CALLS_IN_FLIGHT = 16
 """Most calls with frames that wait for an answer. Full ones alone do not wait for the one before."""
@@ -127,6 +130,10 @@ def continue_writer(
     places: Places,
 ) -> Steps[WriterState]:
     """Return the state of an opened writer; read its summary if the attempt has one."""
+    if opened.opening > 1:
+        # The writer before may have pushed frames that are never stored, under ids of this very millisecond. None of
+        # this writer's frames may have the same.
+        yield Pause(OTHER_MS_S)
     document = None
     if opened.summary_version:
         read = ops.read_summary(attempt.execution_id, attempt.attempt_index)
@@ -244,6 +251,8 @@ class FrameWriters(dict[str, W]):
     def opened(self, writer: W, lease_s: float) -> None:
         """Keep a writer that was opened for a frame, under a lease of that length."""
         self.drop_lapsed()
+        # Each frame is waited for.
+        writer._holds_back = False
         writer._lease_until = time.monotonic() + lease_s
         self[writer._lease_id] = writer
 

@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Sequence
 from typing import Protocol, final, type_check_only
 
 from typing_extensions import disjoint_base
@@ -22,8 +23,12 @@ class Batch:
     """A sealed batch, kept until it is acknowledged."""
 
     @property
+    def arguments(self) -> bytes:
+        """Its part of a call, as it goes on the wire."""
+
+    @property
     def message(self) -> bytes:
-        """The request as it goes on the wire."""
+        """The call that has it alone."""
 
     @property
     def first_sequence(self) -> int:
@@ -32,6 +37,74 @@ class Batch:
     @property
     def frame_count(self) -> int:
         """How many frames it has; 0 for retention work alone."""
+
+@final
+class Push:
+    """Frames that are pushed to readers before they are stored."""
+
+    @property
+    def arguments(self) -> bytes:
+        """Its part of a call, as it goes on the wire."""
+
+    @property
+    def message(self) -> bytes:
+        """The call that has it alone."""
+
+@final
+class Call:
+    """One call of ``ff_append`` with the parts of several writers; as a function, it takes the reply."""
+
+    @property
+    def message(self) -> bytes | None:
+        """The request as it goes on the wire; None once it was taken."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the server has applied a part."""
+
+    @property
+    def error(self) -> FFError | None:
+        """The last error of a part that is sent again; None for none."""
+
+    def __len__(self) -> int: ...
+    def __call__(self, reply: object) -> None: ...
+    def take(self) -> bytes: ...
+    def lost(self) -> None: ...
+
+@disjoint_base
+class Outbox:
+    """The writers of one connection that have something to send.
+
+    A writer registers itself. The shell overrides ``_on_ready`` and ``_on_answer``, asks `wait_s` when to send, and sends
+    what `next_call` returns.
+    """
+
+    def __init__(
+        self,
+        linger_ms: float = 0.0,
+        lost: tuple[object, ...] = (),
+        thread: int = 0,
+        running: Callable[[], AbstractEventLoop | None] | None = None,
+        loop: AbstractEventLoop | None = None,
+    ) -> None: ...
+    def next_call(self) -> Call | None: ...
+    def wait_s(self) -> float: ...
+    def hold_s(self) -> float: ...
+    def take_ready(self) -> list[WriterCore]: ...
+    def forget(self) -> None: ...
+    def _on_ready(self) -> None: ...
+    def _on_answer(self, call: Call) -> None: ...
+    def _on_wrong_thread(self) -> None: ...
+    @property
+    def ready(self) -> int:
+        """How many writers are ready."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether frames are held that are to be stored later."""
+
+    @property
+    def _calls_in_flight(self) -> int: ...
 
 @disjoint_base
 class WriterCore:
@@ -54,6 +127,7 @@ class WriterCore:
         linger_ms: float = 0.0,
         max_payload_bytes: int = 65_536,
         place: Place | None = None,
+        outbox: Outbox | None = None,
     ) -> None: ...
     def write(
         self,
@@ -98,7 +172,9 @@ class WriterCore:
     def _seal_soon(self) -> None: ...
     def _check_soon(self) -> bool: ...
     def _seal_last(self) -> None: ...
-    def _acknowledge(self, batch: Batch, reply: object) -> FFError | None: ...
+    def _acknowledge(
+        self, part: Batch | Push, reply: object, now_ms: int = 0, shared: bool = False
+    ) -> FFError | None: ...
     def _requeue(self) -> None: ...
     def _fail(self, error: FFError, hand_back: bool = True) -> None: ...
     def _unstored_frames(self) -> tuple[StreamFrame, ...]: ...
@@ -130,7 +206,7 @@ class WriterCore:
 
     @property
     def unacknowledged_bytes(self) -> int:
-        """Bytes in memory that wait for the server: payloads of the open batch, and requests."""
+        """Bytes in memory that wait for the server: payloads of the open batch, and sealed ones."""
 
     @property
     def summary_version(self) -> int:
@@ -163,6 +239,12 @@ class WriterCore:
     def _linger_us(self) -> int: ...
     @property
     def _idle(self) -> bool: ...
+    @property
+    def _holds(self) -> bool: ...
+    @property
+    def _holds_back(self) -> bool: ...
+    @_holds_back.setter
+    def _holds_back(self, value: bool, /) -> None: ...
     @property
     def _has_waiters(self) -> bool: ...
     @_has_waiters.setter

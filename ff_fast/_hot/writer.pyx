@@ -1,10 +1,20 @@
-"""The writer of one attempt, without I/O: frames in, FCALL bytes out, acknowledgements in.
+"""The writers of one connection, without I/O: frames in, FCALL bytes out, acknowledgements in.
 
-`write` copies a frame into the open batch. Sealing computes the size of the request, allocates once
-and writes all of it. A batch leaves when nothing is in flight, or when it is full. Until then it
-fills, so its size follows the speed of the server. Sealed batches keep the bytes of their request
-until the server has acknowledged them. After a disconnect the same bytes are sent again, in order;
-the sequence makes a repeat harmless.
+`write` copies a frame into the open batch of its writer. Sealing computes the size of the batch,
+allocates once and writes all of it. A batch leaves when nothing of the writer is in flight, or when
+it is full. Until then it fills, so its size follows the speed of the server. Sealed batches keep
+their bytes until the server has acknowledged them. After a disconnect the same bytes are sent
+again, in order; the sequence makes a repeat harmless.
+
+A writer that can send registers in its `Outbox`, which makes a `Call` of what many writers have. A
+part of a call is stored, refused and answered on its own. A batch keeps its bytes, so it may be
+sent again in a call with others.
+
+Best-effort frames are pushed before they are stored. A `Push` tells readers of a frame at once,
+under an id that the writer chooses: the server's time as it is known here, and the sequence. The
+frames of such a group stay in the open batch, and are stored as one run under the same ids: a tenth
+of a second later, or as soon as something else is written, many frames gather, or somebody waits
+for them. A writer chooses an ms only while every id before it is known, so it never goes backwards.
 
 The sync shell calls `write`, `_seal_soon`, `_seal_last`, `_fail` and `_unstored_frames` on any
 thread, and the rest on the thread that owns the connection. No method runs Python code between a
@@ -470,6 +480,8 @@ cdef class WriterCore:
     # The open batch is stored with the next call. The next batch is a call of its own.
     cdef bint _store_due
     cdef bint _alone
+    # Frames may be stored later than readers are told of them.
+    cdef public bint _holds_back
     # Batches that are not acknowledged and have frames under an ms that the server chooses, and the
     # newest ms that was fixed.
     cdef Py_ssize_t _unfixed
@@ -582,6 +594,7 @@ cdef class WriterCore:
         # An earlier writer may have stopped just before a trim.
         self._durable_since_trim = TRIM_EVERY if self._sequence else 0
         self._linger_us = <long long>(linger_ms * 1000.0)
+        self._holds_back = outbox is not None and not self._linger_us
         self._restored_rate = parse_rate(estimator)
         if document is not None:
             self._document = Document(document)
@@ -1188,7 +1201,7 @@ cdef class WriterCore:
         """
         cdef _Shape shape
         if (
-            self._run_count != 1 or self._store_due or self._linger_us or self._outbox is None
+            self._run_count != 1 or self._store_due or not self._holds_back
             or self._finishing or self._unfixed
             or self._count - self._pushed_to >= HOLD_FRAMES
             or self._size - self._pushed_to_bytes > HOLD_BYTES
@@ -1683,7 +1696,7 @@ cdef class WriterCore:
 
     @property
     def unacknowledged_bytes(self):
-        """Bytes in memory that wait for the server: payloads of the open batch, and requests."""
+        """Bytes in memory that wait for the server: payloads of the open batch, and sealed ones."""
         return self._unacknowledged_bytes
 
     @property
@@ -1711,6 +1724,11 @@ cdef class WriterCore:
     def window_frames(self):
         """K, how many frames the live window keeps at least; 0 before the first one."""
         return 0 if self._window is None else self._window.frames
+
+    @property
+    def _holds(self):
+        """Whether readers were told of frames that are to be stored later."""
+        return self._group_ms != 0
 
     @property
     def _idle(self):

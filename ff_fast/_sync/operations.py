@@ -117,6 +117,11 @@ class Operations(Pool):
     def _do(self, call: Call[T], *, until: float = float("inf")) -> T:
         if call.claim is not None:
             return self._claim(call, call.claim)
+        writer = None if call.releases is None else self._writers.get(call.releases)
+        if writer is not None and writer._holds:
+            # An error of the writer is its own; what it means for the lease, the call says.
+            with contextlib.suppress(FFError):
+                writer.flush(_transport.request_timeout_s(self.config))
         value = self._run(call, until=until)
         self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value

@@ -76,7 +76,7 @@ def opener(kind):
 def test_the_rights_of_each_user_are_those_that_its_work_takes(guarded, opener, monkeypatch):
     server, raw = guarded
     for name in ACL:
-        allow(raw, name, "+@all ~*")
+        allow(raw, name, "+@all ~* &*")
     monitor = Monitor(raw, server.url.removeprefix("unix://"))
     try:
         Life(lambda user: opener(as_user(server, user) + FEW), raw, monitor).run()
