@@ -605,7 +605,6 @@ def shared(server):
 def test_nothing_is_ever_skipped_in_silence(shared, plan, visibility, cursor, count, small):
     backend, raw = shared
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tail_core, "_LONGEST_S", 0.001)
         if small:
             patch.setattr(tail_core, "_FIRST_FRAMES", 2)
             patch.setattr(tail_core, "_FIRST_COUNTS", (2, 1))
