@@ -1227,6 +1227,10 @@ cdef class WriterCore:
         if (
             self._run_count != 1 or self._store_due or not self._holds_back
             or self._finishing or self._unfixed
+            # Readers may have been told of frames that an earlier writer never stored, under an ms
+            # that is later than the server's time is known to be. An answer to a frame of this
+            # writer shows a later one.
+            or (self._opening != 1 and self._acked_sequence < self._first_sequence)
             or self._count - self._pushed_to >= HOLD_FRAMES
             or self._size - self._pushed_to_bytes > HOLD_BYTES
             or self._full() or 2 * self._unacknowledged_bytes > self._max_unacknowledged
@@ -1335,6 +1339,7 @@ cdef class WriterCore:
             self._due = True
             self._store_due = True
         self._notify()
+        self._press()
 
     cdef bint _unchecked(self, long long checked):
         """Whether all frames are acknowledged, and those after sequence *checked* not confirmed
@@ -1359,6 +1364,7 @@ cdef class WriterCore:
         if self._idle:
             self._seal()
             self._notify()
+            self._press()
         return True
 
     def _seal_last(self):
@@ -1380,6 +1386,7 @@ cdef class WriterCore:
                 self._finishing = False
                 raise
             self._notify()
+        self._press()
 
     cdef int _notify(self) except -1:
         if not self._notified and self._sendable():
@@ -1405,6 +1412,10 @@ cdef class WriterCore:
             self._hurried = True
             self._outbox.hurry()
         return 0
+
+    cdef int _press(self) except -1:
+        """Somebody waits: what is ready does not linger for other writers."""
+        return self._outbox.press() if self._outbox is not None and self._notified else 0
 
     def _requeue(self):
         """The connection is lost: queue all batches in flight again, in order.
@@ -1750,11 +1761,6 @@ cdef class WriterCore:
         return 0 if self._window is None else self._window.frames
 
     @property
-    def _holds(self):
-        """Whether readers were told of frames that are to be stored later."""
-        return self._group_ms != 0
-
-    @property
     def _idle(self):
         """Whether everything that was written is acknowledged."""
         return self._count == 0 and not self._in_flight and not self._unsent
@@ -2000,6 +2006,8 @@ cdef class Outbox:
     cdef Py_ssize_t _at
     # Registrations since the last call that do not wait for others.
     cdef Py_ssize_t _hurried
+    # What is ready does not linger.
+    cdef bint _pressed
     # `_on_ready` was called, and `next_call` has not been since.
     cdef bint _told
     # `next_call` is under way: no hook is called, since it could raise, and what was taken would
@@ -2078,6 +2086,13 @@ cdef class Outbox:
         self._hurried += 1
         return self._tell() if self._hurried == 1 else 0
 
+    cdef int press(self) except -1:
+        """Somebody waits for a writer that is ready, so none lingers."""
+        if not self._linger_us or self._pressed:
+            return 0
+        self._pressed = True
+        return self._tell()
+
     cdef int _tell(self) except -1:
         if self._packing:
             return 0
@@ -2124,7 +2139,9 @@ cdef class Outbox:
             return -1.0
         if self._is_full():
             return 0.0
-        due = self._ready_us + self._linger_us
+        due = self._ready_us
+        if not self._pressed:
+            due += self._linger_us
         if self._usual_parts >= 2.0 or self._calls_in_flight:
             due = max(due, self._sent_us + PACE_US)
         return max(due - now_us(), 0) / 1e6
@@ -2179,6 +2196,7 @@ cdef class Outbox:
                 self._ready = []
                 self._at = 0
                 self._hurried = 0
+                self._pressed = False
             self._told = self._at < len(self._ready)
             if self._told:
                 self._ready_us = now_us()
@@ -2214,6 +2232,7 @@ cdef class Outbox:
         self._ready = []
         self._at = 0
         self._hurried = 0
+        self._pressed = False
         self._told = False
         for writer in writers:
             (<WriterCore>writer)._notified = False
