@@ -196,10 +196,17 @@ cdef class _Shape:
 
 @cython.auto_pickle(False)
 cdef class _Part:
-    """What a call says of one attempt."""
+    """What a call says of one attempt.
 
-    # The arguments as bulk strings, and how many: the head, and what it announces.
-    cdef readonly bytes arguments
+    Attributes:
+        message: The call that has this part alone, as it goes on the wire.
+        arguments: The arguments of the part in it.
+    """
+
+    # So a call of one part is sent without a copy. Its arguments begin at `start`: the head, and
+    # what it announces; and how many these are.
+    cdef readonly bytes message
+    cdef Py_ssize_t start
     cdef Py_ssize_t argument_count
     # The keys: the first of `keys` ends at `meta_end`, and the others are from `keys_start` to
     # `keys_end`.
@@ -210,9 +217,28 @@ cdef class _Part:
     cdef Py_ssize_t key_count
 
     @property
-    def message(self):
-        """The call that has this part alone, as it goes on the wire."""
-        return packed_call([self])
+    def arguments(self):
+        return self.message[self.start:]
+
+    cdef char* begin(self, Py_ssize_t size) except NULL:
+        """Make the message, with *size* bytes of arguments; return where they are written."""
+        cdef char* out
+        self.start = call_head_size(
+            self.key_count, self.argument_count, self.meta_end + self.keys_end - self.keys_start
+        )
+        self.message = PyBytes_FromStringAndSize(NULL, self.start + size)
+        out = PyBytes_AS_STRING(self.message)
+        out = put_call_head(out, self.key_count, self.argument_count)
+        return self.put_keys(out)
+
+    cdef char* put_keys(self, char* out) noexcept:
+        cdef const char* names = PyBytes_AS_STRING(self.keys)
+        out = put_raw(out, names, self.meta_end)
+        return put_raw(out, names + self.keys_start, self.keys_end - self.keys_start)
+
+    cdef Py_ssize_t size(self) noexcept:
+        """Size of its arguments."""
+        return PyBytes_GET_SIZE(self.message) - self.start
 
 
 @cython.final
@@ -221,8 +247,6 @@ cdef class Batch(_Part):
     """A sealed batch, kept until it is acknowledged.
 
     Attributes:
-        arguments: Its part of a call, as it goes on the wire.
-        message: The call that has it alone.
         first_sequence: Sequence of its first frame.
         frame_count: How many frames it has; 0 for retention work alone.
     """
@@ -251,42 +275,49 @@ cdef class Push(_Part):
     cdef Py_ssize_t upto_bytes
 
 
-cdef Py_ssize_t call_head(list parts, Py_ssize_t* keys, Py_ssize_t* arguments) noexcept:
-    """Return the size of the call of *parts*; count its keys and arguments."""
-    cdef Py_ssize_t total = HEAD_SIZE
-    cdef _Part part
-    keys[0] = 0
-    arguments[0] = 3
-    for item in parts:
-        part = <_Part>item
-        keys[0] += part.key_count
-        arguments[0] += part.argument_count
-        total += part.meta_end + part.keys_end - part.keys_start
-        total += PyBytes_GET_SIZE(part.arguments)
-    arguments[0] += keys[0]
-    return total + 1 + digits(arguments[0]) + 2 + number_size(keys[0])
+cdef Py_ssize_t call_head_size(
+    Py_ssize_t keys, Py_ssize_t arguments, Py_ssize_t key_bytes
+) noexcept:
+    """Return the size of a call before the arguments of its parts."""
+    return HEAD_SIZE + 1 + digits(3 + keys + arguments) + 2 + number_size(keys) + key_bytes
+
+
+cdef char* put_call_head(char* out, Py_ssize_t keys, Py_ssize_t arguments) noexcept:
+    """Write what stands before the keys of a call."""
+    out = put_length(out, c'*', 3 + keys + arguments)
+    out = put_bulk(out, "FCALL", 5)
+    out = put_bulk(out, "ff_append", 9)
+    return put_number(out, keys)
 
 
 cdef bytes packed_call(list parts):
-    """Return the call of ff_append that has *parts*, with one allocation."""
-    cdef Py_ssize_t keys, arguments
-    cdef Py_ssize_t total = call_head(parts, &keys, &arguments)
-    cdef bytes packed = PyBytes_FromStringAndSize(NULL, total)
-    cdef char* start = PyBytes_AS_STRING(packed)
-    cdef char* out = put_length(start, c'*', arguments)
-    cdef const char* names
+    """Return the call of ff_append that has *parts*, with one allocation at most."""
+    cdef Py_ssize_t keys = 0
+    cdef Py_ssize_t arguments = 0
+    cdef Py_ssize_t key_bytes = 0
+    cdef Py_ssize_t size = 0
+    cdef Py_ssize_t total
+    cdef bytes packed
+    cdef char* start
+    cdef char* out
     cdef _Part part
-    out = put_bulk(out, "FCALL", 5)
-    out = put_bulk(out, "ff_append", 9)
-    out = put_number(out, keys)
+    if len(parts) == 1:
+        return (<_Part>parts[0]).message
     for item in parts:
         part = <_Part>item
-        names = PyBytes_AS_STRING(part.keys)
-        out = put_raw(out, names, part.meta_end)
-        out = put_raw(out, names + part.keys_start, part.keys_end - part.keys_start)
+        keys += part.key_count
+        arguments += part.argument_count
+        key_bytes += part.meta_end + part.keys_end - part.keys_start
+        size += part.size()
+    total = call_head_size(keys, arguments, key_bytes) + size
+    packed = PyBytes_FromStringAndSize(NULL, total)
+    start = PyBytes_AS_STRING(packed)
+    out = put_call_head(start, keys, arguments)
+    for item in parts:
+        out = (<_Part>item).put_keys(out)
     for item in parts:
         part = <_Part>item
-        out = put_raw(out, PyBytes_AS_STRING(part.arguments), PyBytes_GET_SIZE(part.arguments))
+        out = put_raw(out, PyBytes_AS_STRING(part.message) + part.start, part.size())
     assert out - start == total, "sizing pass and writing pass disagree"
     return packed
 
@@ -1028,8 +1059,7 @@ cdef class WriterCore:
         head = 10 * parts + batch.key_count
         total += number_size(head) + PyBytes_GET_SIZE(tail)
         batch.argument_count = parts + 1
-        batch.arguments = PyBytes_FromStringAndSize(NULL, total)
-        start = PyBytes_AS_STRING(batch.arguments)
+        start = batch.begin(total)
         out = put_number(start, head)
         out = put_raw(out, PyBytes_AS_STRING(self._writer), PyBytes_GET_SIZE(self._writer))
         out = put_number(out, batch.first_sequence - 1)
@@ -1082,7 +1112,7 @@ cdef class WriterCore:
         if self._window is not None:
             self._window.sealed(batch.live_count, batch.renews, now)
         self._sent_visible = -1 if self._visible == self._sequence else self._visible
-        self._unacknowledged_bytes += total - self._size
+        self._unacknowledged_bytes += PyBytes_GET_SIZE(batch.message) - self._size
         return batch
 
     cdef Py_ssize_t _push_size(self, long long now) noexcept:
@@ -1257,7 +1287,11 @@ cdef class WriterCore:
             # `f`, the id and a space.
             size += 1 + digits(self._group_ms) + 1 + digits(self._sequence) + 1
             total = number_size(21) + PyBytes_GET_SIZE(self._writer) + bulk_size(size)
-            push.arguments = PyBytes_FromStringAndSize(NULL, total)
+            push.argument_count = 3
+            push.keys = self._keys
+            push.key_count = 1
+            push.meta_end = push.keys_start = push.keys_end = self._key_ends[0]
+            start = push.begin(total)
             if first:
                 self._outbox._hold(self, self._group)
         except BaseException:
@@ -1265,7 +1299,6 @@ cdef class WriterCore:
                 self._group_ms = 0
             raise
         # Two arguments behind the head, and one key.
-        start = PyBytes_AS_STRING(push.arguments)
         out = put_number(start, 21)
         out = put_raw(out, PyBytes_AS_STRING(self._writer), PyBytes_GET_SIZE(self._writer))
         out = put_length(out, c'$', size)
@@ -1278,10 +1311,6 @@ cdef class WriterCore:
         out += self._put_body(out, self._pushed_to, self._pushed_to_bytes, now)
         out = put_raw(out, "\r\n", 2)
         assert out - start == total, "sizing pass and writing pass disagree"
-        push.argument_count = 3
-        push.keys = self._keys
-        push.key_count = 1
-        push.meta_end = push.keys_start = push.keys_end = self._key_ends[0]
         push.group = self._group
         push.upto = self._pushed_to = self._count
         push.upto_bytes = self._pushed_to_bytes = self._size
@@ -1329,7 +1358,7 @@ cdef class WriterCore:
     cdef Py_ssize_t _next_bytes(self):
         """Return about how many bytes are sent next."""
         if self._unsent:
-            return PyBytes_GET_SIZE((<Batch>self._unsent[0]).arguments)
+            return (<Batch>self._unsent[0]).size()
         return self._size
 
     def _seal_soon(self):
@@ -1554,7 +1583,7 @@ cdef class WriterCore:
         return 0
 
     cdef void _stored(self, Batch batch) noexcept:
-        self._unacknowledged_bytes -= PyBytes_GET_SIZE(batch.arguments)
+        self._unacknowledged_bytes -= PyBytes_GET_SIZE(batch.message)
         if batch.frame_count and not batch.fixed_ms:
             self._unfixed -= 1
         if batch.live_count:
@@ -2185,7 +2214,7 @@ cdef class Outbox:
                 writers.append(writer)
                 parts.append(part)
                 count += 1
-                size += PyBytes_GET_SIZE(part.arguments)
+                size += part.size()
                 if type(part) is Push:
                     frames += 1
                     continue
