@@ -886,7 +886,8 @@ cdef class WriterCore:
         """Write the open batch without its first *skip* frames as a push has it; return the size.
 
         All but a whole first run is left out at most. With NULL for *out* nothing is written. What
-        is *bare* lacks the end that is also the value, or the values, of its one block.
+        is *bare* lacks what the server knows from its one block: the stream and the fields in front,
+        and the end that is also the value, or the values, of the block.
         """
         cdef Py_ssize_t total = 0
         cdef Py_ssize_t index, i, first, count, size, extras
@@ -908,7 +909,9 @@ cdef class WriterCore:
                 size -= skip_bytes
             version = version_after(run, shape)
             extras = extras_of(shape, run.previous, version)
-            if out is not NULL:
+            if bare:
+                pass
+            elif out is not NULL:
                 at[0] = c'L' if shape.kind == LOG else c'V'
                 at = put_varint(at + 1, extras)
                 at = put_raw(
@@ -919,11 +922,12 @@ cdef class WriterCore:
                     at = put_pair(at, "prev", 4, run.previous)
                 if version > 0:
                     at = put_pair(at, "summary_version", 15, version)
-            total += 1 + varint_size(extras) + PyBytes_GET_SIZE(shape.pushed_fields)
-            if run.previous >= 0:
-                total += pair_size(4, run.previous)
-            if version > 0:
-                total += pair_size(15, version)
+            if not bare:
+                total += 1 + varint_size(extras) + PyBytes_GET_SIZE(shape.pushed_fields)
+                if run.previous >= 0:
+                    total += pair_size(4, run.previous)
+                if version > 0:
+                    total += pair_size(15, version)
             size += varint_size(count)
             for i in range(first, first + count):
                 size += varint_size(self._lengths[i])
@@ -955,8 +959,8 @@ cdef class WriterCore:
         return total
 
     cdef bint _is_bare(self) noexcept:
-        """Whether the server completes a push with the values of the open batch, as these are one
-        block and no frame of it was pushed: so they cross the wire once."""
+        """Whether the server completes a push with the fields and values of the open batch, as it
+        is one block and no frame of it was pushed: so they cross the wire once."""
         return (
             self._run_count == 1 and self._pushed == 0
             # `prev` of a frame of the log takes a block of its own.
