@@ -1428,7 +1428,7 @@ cdef class WriterCore:
         return self._batch_answered(<Batch>part, reply, now_ms, shared)
 
     cdef object _batch_answered(self, Batch batch, object reply, long long now_ms, bint shared):
-        # Ms and sequence of the last id, the end of the lease in ms, and 1 if a cancel is requested.
+        # Ms and sequence of the last id, when the lease ends in ms, and 1 if a cancel is requested.
         cdef long long values[4]
         cdef long long acked, now
         if not self._in_flight or self._in_flight[0] is not batch:
@@ -1885,7 +1885,7 @@ cdef class Call:
         return message
 
     def __call__(self, reply):
-        """Give each writer its part of *reply*; a mark of the outbox's `lost` says that there is none.
+        """Give each writer its part of *reply*; a mark of the outbox's `lost` stands for none.
 
         An exception of a hook passes through once every writer has its part.
         """
@@ -1978,6 +1978,9 @@ cdef class Outbox:
     cdef Py_ssize_t _hurried
     # `_on_ready` was called, and `next_call` has not been since.
     cdef bint _told
+    # `next_call` is under way: no hook is called, since it could raise, and what was taken would
+    # never be sent.
+    cdef bint _packing
     cdef long long _linger_us
     cdef tuple _lost
     cdef unsigned long _thread
@@ -2052,6 +2055,8 @@ cdef class Outbox:
         return self._tell() if self._hurried == 1 else 0
 
     cdef int _tell(self) except -1:
+        if self._packing:
+            return 0
         self._told = True
         try:
             self._on_ready()
@@ -2115,7 +2120,7 @@ cdef class Outbox:
         cdef _Part part
         cdef Call call
         cdef int collecting = PyGC_Disable()
-        self._told = True
+        self._packing = True
         try:
             while self._at < last and count < CALL_PARTS:
                 writer = <WriterCore>self._ready[self._at]
@@ -2170,6 +2175,7 @@ cdef class Outbox:
             self._usual_parts += (count - self._usual_parts) / 8.0
             return call
         finally:
+            self._packing = False
             if collecting:
                 PyGC_Enable()
 
