@@ -62,7 +62,7 @@ class Listener(Protocol):
 class Part(Protocol):
     """What a reader attaches to a channel: an inbox of an attempt, or a listener of its own."""
 
-    on_wake: Callable[[], None] | None
+    on_wake: Callable[[], object] | None
 
     @property
     def channel(self) -> bytes:

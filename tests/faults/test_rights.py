@@ -464,5 +464,6 @@ def test_each_command_of_the_command_line_runs_as_one_user(guarded, monkeypatch,
     for command in ("info", "summary", "inspect"):
         assert run("ff_tailer", command, eid)
     run("ff_operator", "cancel", eid)
-    assert b"{}" in run("ff_tailer", "tail", eid)
+    for command in ("tail", "follow"):
+        assert b"{}" in run("ff_tailer", command, eid)
     assert raw.acl_log() == []
