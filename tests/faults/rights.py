@@ -47,7 +47,13 @@ PASSWORD = "s3cret-canary"
 GPU = CapabilitySet({"gpu"})
 
 
+# Commands that Redis has since 7.2. An ACL may not name what the server does not know.
+_NEWER = {"+client|setinfo"}
+
+
 def allow(raw, name, rules):
+    if "valkey_version" not in raw.info("server"):
+        rules = " ".join(rule for rule in rules.split() if rule not in _NEWER)
     raw.execute_command("ACL", "SETUSER", name, "reset", "on", f">{PASSWORD}", *rules.split())
 
 
@@ -66,7 +72,7 @@ _CALLS = re.compile(
     r"(?:(?<![\w.])call|\bredis\.p?call)\(\s*(?:'([A-Z]+)'(?:, '([A-Z]+)')?|([^'\s,)]+))"
 )
 
-WITH_SUBCOMMANDS = {"function", "xinfo", "config", "object", "memory"}
+WITH_SUBCOMMANDS = {"client", "function", "xinfo", "config", "object", "memory"}
 """Commands whose rights name a subcommand."""
 
 
@@ -259,7 +265,7 @@ class Monitor:
         raise AssertionError("the server has closed MONITOR")
 
     def _note_keys(self, ran, arguments):
-        if arguments[0].upper() in (b"SPUBLISH", b"SSUBSCRIBE"):
+        if arguments[0].upper() in (b"SPUBLISH", b"SSUBSCRIBE", b"SUNSUBSCRIBE"):
             named = arguments[1:2] if arguments[0].upper() == b"SPUBLISH" else arguments[1:]
             ran.channels.update(map(kind_of, named))
             return
@@ -432,6 +438,8 @@ class Life:
         tail = self.by("ff_tailer").tail(running, 0)
         assert not tail.next_batch(0.01)
         tail.close()
+        # Soon it listens no more.
+        tailer.wait_until(lambda: tailer._hub._core.empty)
         self.by("ff_tailer").describe(running)
         self.by("ff_tailer").describe_stream(running, 0)
         self.by("ff_worker").fail(handle, "broken", FailureClass.INFRA_CRASH)

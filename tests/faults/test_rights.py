@@ -16,6 +16,7 @@ from ff_fast import (
     cli,
     keys,
 )
+from ff_fast._core import hub as hub_core
 from ff_fast._core import operations as operations_core
 from ff_fast._core import worker as worker_core
 from ff_fast.embedded import EmbeddedServer
@@ -50,8 +51,9 @@ def running(request):
 
 
 @pytest.fixture
-def guarded(running):
+def guarded(running, monkeypatch):
     """The server, emptied, and a client that may do everything."""
+    monkeypatch.setattr(hub_core, "LINGER_S", 0.1)
     server, raw = running
     raw.function_flush()
     raw.flushall()
