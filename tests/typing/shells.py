@@ -9,6 +9,7 @@ from ff_fast import (
     Frame,
     FrameKind,
     Handle,
+    OnCancel,
     ResumeCondition,
     WaitpointKind,
     WaitpointSpec,
@@ -52,8 +53,10 @@ def blocking(backend: ff_fast.ValkeyBackend, handle: Handle, spec: WaitpointSpec
         reveal_type(completion)  # -> CompletionPayload
     with backend.keep_lease(handle) as keeper:
         reveal_type(keeper.held)  # -> bool
+        reveal_type(keeper.wait_cancelled(timedelta(seconds=1)))  # -> bool
     reveal_type(backend.supervise(interval=timedelta(seconds=1)))  # -> None
     reveal_type(backend.run_worker(handled, lane="lane", concurrency=4))  # -> None
+    reveal_type(backend.run_worker(handled, on_cancel=OnCancel.TELL, cancel_grace=5))  # -> None
 
 
 def handled(task: ff_fast.Task) -> bytes:
@@ -67,6 +70,8 @@ def handled(task: ff_fast.Task) -> bytes:
         WaitpointSpec(WaitpointKind.SIGNAL_NAME, b"go", point.hmac_token)
     )
     reveal_type(task.suspend(condition))  # -> tuple[ResumeSignal, ...]
+    reveal_type(task.wait_cancelled(0.5))  # -> bool
+    reveal_type((task.cancelled, task.lost))  # -> tuple[bool, bool]
     reveal_type(task.payload)  # -> bytes
     return task.payload
 
@@ -108,4 +113,5 @@ async def handled_later(task: aio.Task) -> str | None:
     reveal_type(task.write("x"))  # -> int
     reveal_type(await task.flush())  # -> AppendFrameOutcome
     reveal_type(await task.progress(message="half"))  # -> None
+    reveal_type(await task.wait_cancelled())  # -> bool
     await task.delay(5)
