@@ -188,8 +188,7 @@ def _show_json(item: Item) -> None:
         line = {"end": item.reason}
         if item.outcome is not None:
             line |= {"outcome": item.outcome, "error": item.error}
-    line["cursor"] = item.cursor
-    _write_json(line)
+    _write_json(line | {"cursor": item.cursor})
 
 
 def _frame_fields(frame: StreamFrame) -> dict[str, object]:
