@@ -15,6 +15,7 @@ import re
 import socket
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from ff_fast import (
@@ -560,12 +561,23 @@ class Life:
         worker, handle = self.claimed("f")
         worker.complete(handle)
 
+    def listens(self, worker, eid):
+        """As a worker does while it keeps a lease, and soon after no more."""
+        channel, listener = keys.leases_channel(keys.slot_tag_of(eid)), SimpleNamespace()
+        listener.told = listener.doubt = listener.failed = lambda _: None
+        worker._hub.listen(channel, listener)
+        worker.wait_until(lambda: worker._hub.confirmed(channel))
+        worker._hub.unlisten(channel, listener)
+        worker.wait_until(lambda: worker._hub._core.empty)
+
     def cancels(self):
         eid = self.created(lane="g")
         worker, handle = self.claimed("g")
         worker.create_waitpoint(handle)
         self.by("ff_operator").cancel(eid, reason="too expensive", grace=60)
-        assert self.by("ff_worker").renew(handle).cancel_requested
+        worker = self.by("ff_worker")
+        assert worker.renew(handle).cancel_requested
+        self.listens(worker, eid)
         # By itself, as a worker does that was asked to stop.
         worker.describe(eid)
         worker.cancel(eid, reason="too expensive")
