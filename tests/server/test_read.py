@@ -37,6 +37,7 @@ from .readers import (
     Reader,
     Stepper,
     begin,
+    blocked,
     collect,
     counted,
     listening,
@@ -420,7 +421,7 @@ def test_closing_wakes_a_blocked_reader(backend, server, raw, attempt):
 
     reader = threading.Thread(target=read)
     reader.start()
-    wait_listening(raw)
+    wait_until(lambda: blocked(raw))
     backend.complete(attempt.handle)
     reader.join(5)
     assert not reader.is_alive()
@@ -605,8 +606,6 @@ def shared(server):
 def test_nothing_is_ever_skipped_in_silence(shared, plan, visibility, cursor, count, small):
     backend, raw = shared
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tail_core, "BLOCK_MS", 1)
-        patch.setattr(tail_core, "_PACE_MS", 1)
         if small:
             patch.setattr(tail_core, "_FIRST_FRAMES", 2)
             patch.setattr(tail_core, "_FIRST_COUNTS", (2, 1))

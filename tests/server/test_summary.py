@@ -142,7 +142,7 @@ def test_the_numbers_of_a_summary_are_exact(shell, backend, raw, attempt):
         first = shell.read_summary(attempt.eid)
         entry_ms = int(outcome.stream_id.split("-")[0])
         assert first == SummaryDocument(
-            b'{"a":[]}', 1, PatchKind.JSON_MERGE_PATCH, entry_ms, entry_ms, outcome.stream_id
+            b'{"a":[]}', 1, PatchKind.JSON_MERGE_PATCH, entry_ms, entry_ms, f"0.{outcome.stream_id}"
         )
         writer.write(b"between")
         writer.write(b"hi", mode=TEXT)
