@@ -705,6 +705,10 @@ local function append_part(call, format, sub, keys, args, key, key_count, at, la
     -- A push says one time for all its frames. Frames of others, as of those that a repeat leaves out, are read.
     if skip > 0 or (pushed_ms and sub(id, 1, 13) ~= ms) then
       push = ' '
+    elseif sub(push, 1, 1) == '+' then
+      -- `+`: the values of the first block end what is published.
+      local letter, count, _, from = block_at(args, first)
+      push = ' ' .. sub(push, 2) .. table.concat(args, '', from, FRAMES_IN[letter] == 'log' and from + count - 1 or from)
     end
     -- What is stored stays stored where its user may not publish.
     redis.pcall('SPUBLISH', meta_key, PUSH.STORED .. id .. push)

@@ -155,6 +155,8 @@ class Request:
     # The ms under which the first frames were pushed before; None where they were not.
     pushed_ms: int | None = None
     first_block_frames: int = 0
+    # For each block of frames, its values as they stand in the request.
+    values: list[list[bytes]] = field(default_factory=list)
 
     @property
     def key_names(self) -> tuple[str, ...]:
@@ -313,9 +315,11 @@ def parse(argv: list[bytes]) -> Request:
             assert previous is None or count == 1
             payloads = tuple(argv[at : at + count])
             request.frame_arguments += payloads
+            request.values.append(list(payloads))
             at += count
         else:
             value = argv[at]
+            request.values.append([value])
             if count == 1:
                 payloads = (value,)
                 request.frame_arguments.append(value)
@@ -344,10 +348,19 @@ def parse(argv: list[bytes]) -> Request:
             at += 2
     assert b"%d" % len(request.key_names) == head[-1:]
     if push:
-        assert push[:1] == b" "
-        assert len(push) <= 1 + PUSH_BYTES
-        request.push = parse_push(push[1:])
+        body = push[1:]
+        if push[:1] == b"+":
+            # The values of a batch's one block cross the wire once.
+            assert len(request.values) == 1
+            body += b"".join(request.values[0])
+        else:
+            assert push[:1] == b" "
+        assert len(body) <= PUSH_BYTES
+        request.push = parse_push(body)
         check_push(request)
+        told = sum(len(each.payloads) for each in request.push)
+        whole = len(request.values) == 1 and told == len(request.frames)
+        assert (push[:1] == b"+") == whole
     assert bool(push) == bool(request.frames) or request.pushed_ms
     return request
 
