@@ -886,8 +886,8 @@ cdef class WriterCore:
         """Write the open batch without its first *skip* frames as a push has it; return the size.
 
         All but a whole first run is left out at most. With NULL for *out* nothing is written. What
-        is *bare* lacks what the server knows from its one block: the stream and the fields in front,
-        and the end that is also the value, or the values, of the block.
+        is *bare* lacks what the server knows from its one block: the stream and the fields in
+        front, and the end that is also the value, or the values, of the block.
         """
         cdef Py_ssize_t total = 0
         cdef Py_ssize_t index, i, first, count, size, extras
