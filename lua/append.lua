@@ -785,8 +785,9 @@ end
 --
 -- `push` is '', or what is published on the channel of the attempt, behind `F` and the id of the last frame, once the
 -- frames are stored. Where it begins with `+`, a space stands for that, and the rest stands in the first block between
--- its stream and fields, and its values; so these cross the wire once. A part with the meta key alone stores nothing: its arguments are `writer push`, its fence is that
--- of a batch, and `push` is published as it is. ff_fast/keys.py has the table of the channels.
+-- its stream and fields, and its values; so these cross the wire once. A part with the meta key alone stores nothing:
+-- its arguments are `writer push`, its fence is that of a batch, and `push` is published as it is. ff_fast/keys.py has
+-- the table of the channels.
 --
 -- The answer to a part is one string: the id of the last frame where it stores, when the lease ends in ms, and 1 where
 -- a cancel was requested, else 0. A refused part is answered by the refusal, and one that met an error of the server by

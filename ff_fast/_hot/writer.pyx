@@ -497,6 +497,8 @@ cdef class WriterCore:
     cdef bint _notified
     # It is registered as one whose batch does not wait for others.
     cdef bint _hurried
+    # The number of the last call that asked it for a part.
+    cdef long long _asked
     # The group: frames of the open batch, its first run, of which readers are told before they are
     # stored. Its ms, 0 for no group; how many frames a push has reached, and how many one was made
     # for, each with their bytes; which open batch it is.
@@ -2041,6 +2043,8 @@ cdef class Outbox:
     cdef Py_ssize_t _hurried
     # What is ready does not linger.
     cdef bint _pressed
+    # How many calls were asked for.
+    cdef long long _calls
     # `_on_ready` was called, and `next_call` has not been since.
     cdef bint _told
     # `next_call` is under way: no hook is called, since it could raise, and what was taken would
@@ -2195,6 +2199,7 @@ cdef class Outbox:
         cdef Call call
         cdef int collecting = PyGC_Disable()
         self._packing = True
+        self._calls += 1
         try:
             while self._at < last and count < CALL_PARTS:
                 writer = <WriterCore>self._ready[self._at]
@@ -2208,6 +2213,10 @@ cdef class Outbox:
                 self._at += 1
                 if writer._hurried:
                     self._hurried -= 1
+                # A writer whose registration was interrupted is here twice.
+                if writer._asked == self._calls:
+                    continue
+                writer._asked = self._calls
                 try:
                     part = writer._next_part()
                 except MemoryError:
