@@ -270,7 +270,7 @@ cdef class Push(_Part):
     """Frames that are pushed to readers before they are stored."""
 
     # The open batch whose frames these are, and how many of them are pushed with this.
-    cdef long long group
+    cdef unsigned int group
     cdef Py_ssize_t upto
     cdef Py_ssize_t upto_bytes
 
@@ -469,7 +469,7 @@ cdef class WriterCore:
     cdef object _mode
     # Bulk strings of all keys, back to back, and where each of them ends.
     cdef bytes _keys
-    cdef Py_ssize_t _key_ends[4]
+    cdef int _key_ends[4]
     # The writer id as a bulk string.
     cdef bytes _writer
     # The open batch. Owned memory: payloads back to back; length and time (in µs) of each frame;
@@ -479,11 +479,11 @@ cdef class WriterCore:
     cdef Py_ssize_t _data_capacity
     cdef unsigned int* _lengths
     cdef long long* _times
-    cdef Py_ssize_t _count
-    cdef Py_ssize_t _capacity
+    cdef int _count
+    cdef int _capacity
     cdef Run* _runs
-    cdef Py_ssize_t _run_count
-    cdef Py_ssize_t _run_capacity
+    cdef int _run_count
+    cdef int _run_capacity
     cdef list _shapes
     # The shape of the newest frame, and the shapes of recent arguments.
     cdef _Shape _shape
@@ -498,16 +498,16 @@ cdef class WriterCore:
     # It is registered as one whose batch does not wait for others.
     cdef bint _hurried
     # The number of the last call that asked it for a part.
-    cdef long long _asked
+    cdef unsigned int _asked
     # The group: frames of the open batch, its first run, of which readers are told before they are
     # stored. Its ms, 0 for no group; how many frames a push has reached, and how many one was made
     # for, each with their bytes; which open batch it is.
     cdef long long _group_ms
-    cdef Py_ssize_t _pushed
-    cdef Py_ssize_t _pushed_bytes
-    cdef Py_ssize_t _pushed_to
-    cdef Py_ssize_t _pushed_to_bytes
-    cdef long long _group
+    cdef int _pushed
+    cdef int _pushed_bytes
+    cdef int _pushed_to
+    cdef int _pushed_to_bytes
+    cdef unsigned int _group
     # The push that is on its way.
     cdef Push _pushing
     # The open batch is stored with the next call. The next batch is a call of its own.
@@ -517,7 +517,7 @@ cdef class WriterCore:
     cdef public bint _holds_back
     # Batches that are not acknowledged and have frames under an ms that the server chooses, and the
     # newest ms that was fixed.
-    cdef Py_ssize_t _unfixed
+    cdef int _unfixed
     cdef long long _fixed_ms
     # The last batch is sealed: no frame may follow.
     cdef bint _finishing
@@ -551,7 +551,7 @@ cdef class WriterCore:
     cdef readonly long long _linger_us
     # Retention of the log.
     cdef long long _retention_maxlen
-    cdef Py_ssize_t _durable_since_trim
+    cdef int _durable_since_trim
     # None until a frame is sent to the live window.
     cdef LiveWindow _window
     # Rate that an earlier writer has stored, in frames a second; 0 for none.
@@ -2044,7 +2044,7 @@ cdef class Outbox:
     # What is ready does not linger.
     cdef bint _pressed
     # How many calls were asked for.
-    cdef long long _calls
+    cdef unsigned int _calls
     # `_on_ready` was called, and `next_call` has not been since.
     cdef bint _told
     # `next_call` is under way: no hook is called, since it could raise, and what was taken would
