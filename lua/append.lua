@@ -87,6 +87,15 @@ local MAX_PUSHED_AHEAD_MS = 86400000
 local PUSH = ff.PUSH
 local SMALL_LOG, SMALL_LIVE = ff.SMALL_LOG, ff.SMALL_LIVE
 
+local function put_varint(value)
+  local out = ''
+  while value >= 128 do
+    out = out .. string.char(value % 128 + 128)
+    value = math.floor(value / 128)
+  end
+  return out .. string.char(value)
+end
+
 -- A run is: varint count, then count varint payload lengths, count varint times in ms, the payloads back to back.
 -- Returns the same run of `count` frames without its first `skip`, or nil where it is not a run of `count` frames.
 local function run_suffix(run, count, skip)
@@ -103,14 +112,6 @@ local function run_suffix(run, count, skip)
       value = value + (byte - 128) * scale
       scale = scale * 128
     end
-  end
-  local function put(value)
-    local out = ''
-    while value >= 128 do
-      out = out .. string.char(value % 128 + 128)
-      value = math.floor(value / 128)
-    end
-    return out .. string.char(value)
   end
   if varint() ~= count then
     return nil
@@ -133,7 +134,7 @@ local function run_suffix(run, count, skip)
   if at - 1 + size ~= #run then
     return nil
   end
-  return put(count - skip) .. lengths .. string.sub(run, times_from, at - 1) .. string.sub(run, at + skipped)
+  return put_varint(count - skip) .. lengths .. string.sub(run, times_from, at - 1) .. string.sub(run, at + skipped)
 end
 
 -- Reads the head of a block of frames that was checked: its letter, its count, the place of its first field, the place
@@ -550,6 +551,23 @@ local function position(id, expires_at, cancel_requested)
   return id .. ' ' .. expires_at .. (cancel_requested and ' 1' or ' 0')
 end
 
+-- A block of frames as a push has it: `middle` stands between what the block begins with, which says its stream and its
+-- fields, and its values back to back.
+local function pushed_block(args, at, middle)
+  local letter, count, fields, from = block_at(args, at)
+  local in_log = FRAMES_IN[letter] == 'log'
+  local begins = in_log and 'L\0' or 'V\0'
+  if HAS_FIELDS[letter] then
+    local texts = { in_log and 'L' or 'V', put_varint((from - fields) / 2) }
+    for i = fields, from - 1 do
+      texts[#texts + 1] = put_varint(#args[i])
+      texts[#texts + 1] = args[i]
+    end
+    begins = table.concat(texts)
+  end
+  return begins .. middle .. table.concat(args, '', from, in_log and from + count - 1 or from)
+end
+
 -- Whether frames may have been pushed under ids of this time.
 local function may_be_pushed(ms, now)
   return #ms == 13 and not string.find(ms, '%D') and (ms <= now or ms - now <= MAX_PUSHED_AHEAD_MS)
@@ -706,10 +724,7 @@ local function append_part(call, format, sub, keys, args, key, key_count, at, la
     if skip > 0 or (pushed_ms and sub(id, 1, 13) ~= ms) then
       push = ' '
     elseif sub(push, 1, 1) == '+' then
-      -- `+`: the values of the first block end what is published.
-      local letter, count, _, from = block_at(args, first)
-      local to = FRAMES_IN[letter] == 'log' and from + count - 1 or from
-      push = ' ' .. sub(push, 2) .. table.concat(args, '', from, to)
+      push = ' ' .. pushed_block(args, first, sub(push, 2))
     end
     -- What is stored stays stored where its user may not publish.
     redis.pcall('SPUBLISH', meta_key, PUSH.STORED .. id .. push)
@@ -769,7 +784,8 @@ end
 -- slot.
 --
 -- `push` is '', or what is published on the channel of the attempt, behind `F` and the id of the last frame, once the
--- frames are stored. A part with the meta key alone stores nothing: its arguments are `writer push`, its fence is that
+-- frames are stored. Where it begins with `+`, a space stands for that, and the rest stands in the first block between
+-- its stream and fields, and its values; so these cross the wire once. A part with the meta key alone stores nothing: its arguments are `writer push`, its fence is that
 -- of a batch, and `push` is published as it is. ff_fast/keys.py has the table of the channels.
 --
 -- The answer to a part is one string: the id of the last frame where it stores, when the lease ends in ms, and 1 where

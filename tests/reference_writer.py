@@ -230,6 +230,18 @@ def split_push(message: bytes) -> tuple[bytes, tuple[int, int], bytes]:
     return head[:1], (int(ms), int(sequence)), body
 
 
+def begin_of_push(argv: list[bytes], at: int) -> bytes:
+    """What a push of the block of frames at *at* begins with: its stream and its fields."""
+    pairs = []
+    if argv[at] in (b"X", b"W", b"S"):
+        pairs = argv[at + 3 : at + 3 + 2 * int(argv[at + 2])]
+    begin = [b"L" if argv[at] in (b"L", b"X") else b"V", bytes([len(pairs) // 2])]
+    for text in pairs:
+        size = len(text)
+        begin += [bytes([size] if size < 128 else [size % 128 + 128, size // 128]), text]
+    return b"".join(begin)
+
+
 def check_push(request: Request) -> None:
     """A push tells the last frames of its batch as their entries do."""
     if not request.push:
@@ -350,8 +362,9 @@ def parse(argv: list[bytes]) -> Request:
     if push:
         body = push[1:]
         if push[:1] == b"+":
-            # The values of a batch's one block cross the wire once.
+            # The fields and the values of a batch's one block cross the wire once.
             assert len(request.values) == 1
+            body = begin_of_push(argv, 5 if request.pushed_ms else 3) + body
             body += b"".join(request.values[0])
         else:
             assert push[:1] == b" "

@@ -40,6 +40,28 @@ def test_what_a_part_stored_is_published_with_the_last_id(stream, heard, blocks,
     assert heard() == [b"F%d-%d " % answer]
 
 
+LONG = b"x" * 200
+PAIRS = [b"encoding", b"e", b"source", LONG]
+PUSHED_PAIRS = b"\x02\x08encoding\x01e\x06source\xc8\x01" + LONG
+
+
+@pytest.mark.parametrize(
+    "block, begins",
+    [
+        (log(b"1", b"2"), b"L\0"),
+        (log(b"1", b"2", extras=PAIRS), b"L" + PUSHED_PAIRS),
+        (live(b"1", b"2"), b"V\0"),
+        (live(b"1", b"2", fields=PAIRS), b"V" + PUSHED_PAIRS),
+    ],
+)
+def test_the_server_completes_a_push_with_the_fields_and_values_of_the_first_block(
+    stream, heard, block, begins
+):
+    values = b"12" if begins[:1] == b"L" else block[-1]
+    answer = stream.append(block, [b"E", b"1.5"], push=b"+middle")
+    assert heard() == [b"F%d-%d " % answer + begins + b"middle" + values]
+
+
 @pytest.mark.parametrize("blocks", [[log(b"1", b"2")], [live(b"1", b"2")], [live(b"1"), log(b"2")]])
 def test_only_what_is_stored_is_published(stream, heard, blocks):
     answer = stream.append(*blocks)

@@ -65,7 +65,7 @@ def test_exact_request():
         b"$2\r\n62\r\n"
         b"$16\r\n0:lease:7:writer\r\n"
         b"$1\r\n0\r\n"
-        b"$7\r\n+L\x00\x05\x01\x02\x00\r\n"
+        b"$5\r\n+\x05\x01\x02\x00\r\n"
         b"$1\r\nL\r\n$1\r\n1\r\n$2\r\nhi\r\n"
     )
 

@@ -132,7 +132,7 @@ class TestSending:
         assert caught.value.retryable
         assert writer.next_sequence == 21
         batch = writer.take()
-        assert writer.unacknowledged_bytes == len(batch.arguments)
+        assert writer.unacknowledged_bytes == len(batch.message)
         with pytest.raises(Overloaded):
             writer.write(b"")
         writer._acknowledge(batch, position(batch))
