@@ -16,7 +16,7 @@ from ff_fast._core import ops
 from ff_fast._core.steps import Step
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import Item as TailItem
-from ff_fast._core.tail import TailCore
+from ff_fast._core.tail import TailCore, longest_wait
 from ff_fast._hot.feed import Inbox
 from ff_fast.errors import (
     AttemptNotFound,
@@ -40,9 +40,6 @@ from ff_fast.types import (
 
 if TYPE_CHECKING:
     from ff_fast.errors import FFError
-
-LOOK_S = 30.0
-"""How often the state is read although nothing was pushed, in seconds."""
 
 _UNSUBSCRIBED_S = 1.0
 
@@ -101,7 +98,7 @@ class StateWatch(Inbox):
             return None
         # A push from here on may tell of what this answer does not know.
         self._begin_reading()
-        self.look_at = now + (LOOK_S if self.confirmed else _UNSUBSCRIBED_S)
+        self.look_at = now + (longest_wait() if self.confirmed else _UNSUBSCRIBED_S)
         return Step((self._op.command(),))
 
     def receive(self, reply: object) -> ops.State:
