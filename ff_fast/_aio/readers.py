@@ -11,7 +11,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ff_fast._core import readers
-from ff_fast._core.follow import Ended
+from ff_fast._core.follow import Ended, WaitCore
 from ff_fast._core.follow import Item as FollowItem
 from ff_fast._core.tail import Item
 from ff_fast._hot.feed import Bell, Inbox
@@ -394,6 +394,11 @@ class Follow(PushReader[FollowItem]):
 
 class Waiting(PushReader[Ended]):
     """Waits for the end of an execution."""
+
+    _source: WaitCore
+
+    async def _advance(self, until: float | None) -> bool:
+        return await super()._advance(self._source.patience(until))
 
 
 class Completions(Reader[CompletionPayload]):

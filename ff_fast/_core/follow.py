@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from ff_fast.errors import FFError
 
 _UNSUBSCRIBED_S = 1.0
+# How long the first look at an execution may take whose end somebody waits for, whatever the time of the wait.
+_FIRST_LOOK_S = 1.0
 
 Item = TailItem | Snapshot | AttemptStarted
 
@@ -399,12 +401,14 @@ class WaitCore:
         ended: Whether the end was delivered.
     """
 
-    __slots__ = ("_ended_as", "_result_op", "ended", "part")
+    __slots__ = ("_ended_as", "_first_look_until", "_result_op", "ended", "part")
 
     start = None
 
     def __init__(self, execution_id: str) -> None:
         eid = keys.canonical_execution_id(execution_id)
+        # None once the execution was seen to go on.
+        self._first_look_until: float | None = monotonic() + _FIRST_LOOK_S
         self.part = StateWatch(eid)
         self._result_op = ops.read_result(eid)
         self.restart()
@@ -414,6 +418,12 @@ class WaitCore:
         self._ended_as: ops.State | None = None
         self.ended = False
         self.part.look()
+
+    def patience(self, until: float | None) -> float | None:
+        """Return until when to wait: what has ended already is found also by a wait that has no time."""
+        if until is None or self._first_look_until is None:
+            return until
+        return max(until, self._first_look_until)
 
     @property
     def wake_at(self) -> float:
@@ -438,6 +448,7 @@ class WaitCore:
         else:
             state = self.part.receive(reply)
             if state.outcome is None:
+                self._first_look_until = None
                 return []
             if state.outcome == "success":
                 self._ended_as = state

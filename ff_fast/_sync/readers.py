@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from ff_fast import _transport
 from ff_fast._core import readers
-from ff_fast._core.follow import Ended
+from ff_fast._core.follow import Ended, WaitCore
 from ff_fast._core.follow import Item as FollowItem
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import BlockingItems, Turn
@@ -320,6 +320,11 @@ class Follow(PushReader[FollowItem]):
 
 class Waiting(PushReader[Ended]):
     """Waits for the end of an execution."""
+
+    _source: WaitCore
+
+    def _advance(self, until: float | None) -> bool:
+        return super()._advance(self._source.patience(until))
 
 
 class Completions(Reader[CompletionPayload]):
