@@ -217,7 +217,7 @@ class PushReader(readers.PushState[T], Readable[T]):
 
     def __del__(self) -> None:
         # A loop over the reader was left in the middle. The collector may run on any thread.
-        attached = self.__dict__.get("_attached")
+        attached = self._attached
         if attached is not None and self._pool._pid == os.getpid():
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._hub.detach, attached)
