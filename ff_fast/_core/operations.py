@@ -1147,7 +1147,7 @@ def wait(
 
     Args:
         execution_id: Id of the execution.
-        timeout: Longest wait, in seconds or as a ``timedelta``; None has no limit.
+        timeout: Longest wait, in seconds or as a ``timedelta``; None has no limit, 0 looks once.
 
     Raises:
         ExecutionFailed, ExecutionCancelled, ExecutionExpired: It has ended without a result; ``reason`` says why.
