@@ -554,7 +554,7 @@ def _cancellation(task: TaskState[Any, Any]) -> Call[Any]:
                 raise
         else:
             reason = description.cancellation_reason or reason
-        op = ops.cancel_execution(eid, reason, 0)
+        op = ops.cancel_execution(eid, reason, 0, task.handle.fields().lease_id)
         return (yield from with_hints(op, keys.partition_index(eid)))
 
     return operations.Call(steps)

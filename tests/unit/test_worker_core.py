@@ -584,7 +584,7 @@ def test_a_cancelled_task_ends_with_the_reason_of_whoever_asked(told, reason):
     cancelled = [*OK, b"cancelled", b"active"]
     asked, value = run(worker._cancellation(TaskState(HANDLE)).steps(), [described, cancelled])
     assert functions(asked) == ["ff_describe_execution", "ff_cancel_execution"]
-    assert asked[1][4:] == [reason, b"0"]
+    assert asked[1][4:] == [reason, b"0", HANDLE.fields().lease_id.encode()]
     assert value.cancelled
 
 

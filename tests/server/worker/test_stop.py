@@ -115,7 +115,16 @@ def test_whoever_takes_an_attempt_tells_its_holder(world, heard, how):
     assert heard(eid) == [*first, f"lost {eid} 0"]
 
 
+def of_lease(world, function, key, handle, *before):
+    fields = handle.fields()
+    world.raw.fcall(function, 1, key(fields.execution_id), *before, fields.lease_id)
+
+
 OWN = {
+    "cancel": lambda w, handle: of_lease(w, "ff_cancel_execution", keys.core, handle, "r", 0),
+    "give back": lambda w, handle: of_lease(
+        w, "ff_give_back", lambda eid: keys.leases(keys.slot_tag_of(eid)), handle
+    ),
     "complete": lambda w, handle: w.backend.complete(handle),
     "fail": lambda w, handle: w.backend.fail(handle, "no"),
     "fail for good": lambda w, handle: w.backend.fail(handle, "no", FailureClass.PERMANENT),
@@ -307,7 +316,7 @@ def test_what_a_lost_connection_has_missed_is_asked_for(worker, backend, lane, s
         for each in raw.client_list():
             if each["name"] == "ff_fast:readers":
                 pipeline.execute_command("CLIENT", "KILL", "ID", each["id"])
-        pipeline.fcall("ff_cancel_execution", 1, keys.core(eid), "too expensive", 60_000)
+        pipeline.fcall("ff_cancel_execution", 1, keys.core(eid), "too expensive", 60_000, "")
         pipeline.execute()
     assert state(eid) == "cancelled"
     assert handler.seen == [(True, True, False)]
@@ -367,6 +376,24 @@ def test_a_keeper_hears_of_both(kind, server, backend, lane):
         assert isinstance(keeper.error, errors.ExecutionNotActive)
         assert told == [keeper.error]
         yield keeper.stop()
+
+    on_backend(kind, server.url, steps)
+
+
+def test_a_keeper_hears_of_a_request_from_the_answer_to_an_append(kind, server, raw, backend, lane):
+    def steps(own):
+        eid = backend.create_execution(lane=lane)
+        handle = yield own.claim(lane=lane, **WORKER, **LONG)
+        keeper = own.keep_lease(handle)
+        writer = yield own.open_writer(handle)
+        # As a cancellation whose push nobody has heard.
+        raw.hset(keys.meta(eid, 0), "cancel_requested", "1")
+        writer.write("text")
+        assert (yield keeper.wait_cancelled(20))
+        assert keeper.cancel_requested
+        yield writer.close()
+        yield keeper.stop()
+        yield own.complete(handle)
 
     on_backend(kind, server.url, steps)
 
