@@ -530,6 +530,7 @@ def test_a_handler_whose_lease_is_lost_is_cancelled_at_once_and_ends_nothing(
     running = held(handler, cancel_grace=600)
     eid = begun(handler, backend, lane)
     running.ask()
+    wait_until(lambda: raw.exists(keys.stream(eid, 0)))
     lapse(raw, eid)
     other = backend.claim(lane=lane, **WORKER, policy=ClaimPolicy.with_max_wait(10))
     running.result()
@@ -607,6 +608,20 @@ def test_a_task_group_of_a_cancelled_handler_ends_with_it(held, backend, lane, s
     backend.cancel(eid, grace=60)
     assert state(eid) == "cancelled"
     assert handler.seen == [(True, False)] * 3
+
+
+def test_a_task_group_that_has_failed_leaves_nothing_behind(held, backend, lane, state):
+    async def fails():
+        raise ff_fast.TaskFailed("no")
+
+    class Failing(Held):
+        async def wait(self, task):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fails())
+
+    handler = Failing()
+    held(handler)
+    assert state(begun(handler, backend, lane)) == "failed"
 
 
 def test_a_timeout_within_a_handler_stays_a_timeout(held, backend, lane, state):
