@@ -283,7 +283,7 @@ def test_a_request_of_an_earlier_lease_reaches_the_next_one(
         if not task.resumed:
             backend.cancel(task.execution_id, grace=60)
             yield task.delay(0.01)
-        seen.append((yield task.wait_cancelled()))
+        seen.append(task.cancelled)
 
     worker(handler, **LONG)
     eid = backend.create_execution(lane=lane)
