@@ -708,7 +708,8 @@ local function append_part(call, format, sub, keys, args, key, key_count, at, la
     elseif sub(push, 1, 1) == '+' then
       -- `+`: the values of the first block end what is published.
       local letter, count, _, from = block_at(args, first)
-      push = ' ' .. sub(push, 2) .. table.concat(args, '', from, FRAMES_IN[letter] == 'log' and from + count - 1 or from)
+      local to = FRAMES_IN[letter] == 'log' and from + count - 1 or from
+      push = ' ' .. sub(push, 2) .. table.concat(args, '', from, to)
     end
     -- What is stored stays stored where its user may not publish.
     redis.pcall('SPUBLISH', meta_key, PUSH.STORED .. id .. push)

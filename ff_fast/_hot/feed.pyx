@@ -415,7 +415,8 @@ cdef class Inbox:
         cdef long long before = pushed.previous if self.exclude else pushed.last - 1
         # Where frames were pushed and never known to be stored, storage has the last word.
         if (
-            self.reads_end or self.sequence < before or self.sequence >= pushed.last or self.ms > pushed.ms
+            self.reads_end
+            or self.sequence < before or self.sequence >= pushed.last or self.ms > pushed.ms
             or self.stored != self.sequence
         ):
             return CONTRADICTS
