@@ -272,6 +272,7 @@ redis.register_function({
     ff.check_move(execution)
     local fields = execution.fields
     local index = fields.current_attempt_index
+    execution.by_holder = true
     local meta_key = ff.attempt_key(execution, 'meta', index)
     local _, sequence = ff.split_id(call('HGET', meta_key, 'last_id') or '0-0')
     if not sequence then

@@ -499,8 +499,7 @@ function ff.move(execution, to, reason)
   elseif ff.OUTCOMES[to] then
     conclude(execution, attempt, reason or ff.END_REASONS[to])
   end
-  if from == 'active' and not execution.lease then
-    -- Not by a call of the holder, which would name its lease.
+  if from == 'active' and not execution.by_holder then
     ff.tell_holder(execution, 'lost')
   end
 end
@@ -527,7 +526,8 @@ function ff.lost_ownership(epoch, current_epoch)
   return ff.err('stale_owner')
 end
 
--- The execution of a call that needs a live lease. `lease`, the caller's fence, is kept with it for ff.save_reply.
+-- The execution of a call that needs a live lease. `lease`, the caller's fence, is kept with it for ff.save_reply;
+-- `by_holder` says that ff.move needs to tell no holder.
 -- Returns the execution, or nil, the refusal, and the execution where there is one.
 function ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
   local execution = ff.load(core_key)
@@ -536,6 +536,7 @@ function ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
   end
   local lease_digest = ff.lease_digest(lease_id)
   execution.lease = attempt_index .. ' ' .. lease_digest .. ' ' .. lease_epoch
+  execution.by_holder = true
   local fields = execution.fields
   if
     fields.current_attempt_index ~= attempt_index or fields.current_lease_digest ~= lease_digest

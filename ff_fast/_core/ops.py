@@ -855,9 +855,9 @@ def wait_children(attempt: Attempt, last_id: bytes = b"") -> Op[tuple[None, Hint
 
 
 def cancel_execution(
-    execution_id: str, reason: str, grace_ms: int
+    execution_id: str, reason: str, grace_ms: int, lease_id: str = ""
 ) -> Op[tuple[CancelOutcome, Hints]]:
-    """Cancel an execution; with a grace, ask its worker first."""
+    """Cancel an execution; with a grace, ask its worker first. The holder of its lease, which needs no push, names it."""
 
     def parse(status: bytes, fields: list[object]) -> tuple[CancelOutcome, Hints]:
         state = cast("ExecutionState", _text(fields[1]))
@@ -867,7 +867,7 @@ def cancel_execution(
     return Op(
         b"ff_cancel_execution",
         (keys.core(execution_id),),
-        (reason.encode(), number(grace_ms)),
+        (reason.encode(), number(grace_ms), lease_id.encode()),
         parse,
     )
 

@@ -269,8 +269,8 @@ CALLS = {
     ),
     "ff_wait_children": (ops.wait_children(ATTEMPT), {**FENCE, "last_id": b""}, []),
     "ff_cancel_execution": (
-        ops.cancel_execution(EID, "why ż", 700),
-        {"reason": "why ż".encode(), "grace_ms": b"700"},
+        ops.cancel_execution(EID, "why ż", 700, LEASE),
+        {"reason": "why ż".encode(), "grace_ms": b"700", "lease_id": LEASE.encode()},
         [],
     ),
     "ff_create_waitpoint": (
