@@ -58,7 +58,7 @@ ff.BLOCK = {
 }
 
 local BLOCK = ff.BLOCK
-local PATCHES, DOCUMENT, PUSHED_MS = BLOCK.PATCHES, BLOCK.DOCUMENT, BLOCK.PUSHED_MS
+local LOG, LIVE, PATCHES, DOCUMENT, PUSHED_MS = BLOCK.LOG, BLOCK.LIVE, BLOCK.PATCHES, BLOCK.DOCUMENT, BLOCK.PUSHED_MS
 -- The fewest arguments of a block behind its letter.
 local FIXED_ARGS = {
   [BLOCK.LOG] = 2, [BLOCK.LOG_FIELDS] = 3, [BLOCK.LIVE] = 2, [BLOCK.LIVE_FIELDS] = 3, [PATCHES] = 5, [DOCUMENT] = 3,
@@ -69,7 +69,11 @@ local FRAMES_IN = {
   [BLOCK.LOG] = 'log', [BLOCK.LOG_FIELDS] = 'log',
   [BLOCK.LIVE] = 'live', [BLOCK.LIVE_FIELDS] = 'live', [PATCHES] = 'live',
 }
-local LONE = { [BLOCK.LOG] = true, [BLOCK.LIVE] = true }
+-- Small numbers by their texts: to look one up costs less than to check and convert the text.
+local COUNTS = {}
+for number = 1, 128 do
+  COUNTS[number .. ''] = number
+end
 local HAS_FIELDS = { [BLOCK.LOG_FIELDS] = true, [BLOCK.LIVE_FIELDS] = true, [PATCHES] = true }
 -- The stream that a block without frames is about.
 local RETENTION_OF = { [BLOCK.TRIM_LOG] = 'log', [BLOCK.TRIM_LIVE] = 'live', [BLOCK.LIVE_TTL] = 'live' }
@@ -298,7 +302,7 @@ local function check_blocks(args, at, last)
         unproven = 'both'
       end
       local count, from = args[at + 1], at + 2
-      count = count == '1' and 1 or integer(count)
+      count = COUNTS[count] or integer(count)
       if not count or count < 1 then
         return bad_block()
       end
@@ -363,6 +367,19 @@ local function check_blocks(args, at, last)
     return nil, ff.err('invalid_input', 'frames')
   end
   return total, patches_base, document_version, mixed, large, total == 0 and 'both' or unproven, entries, bytes
+end
+
+-- At a model's pace most batches are one small entry without fields. Returns the frames of such a batch, whose checks
+-- are these; nil where it is another one.
+local function lone_entry(args, first, last)
+  if last ~= first + 2 or #args[last] > SMALL_LOG then
+    return nil
+  end
+  local letter, count = args[first], args[first + 1]
+  if letter == LIVE then
+    return COUNTS[count]
+  end
+  return letter == LOG and count == '1' and 1 or nil
 end
 
 -- Refuses the call where a stream would refuse an entry: where the key is no stream, or has had the id `ms-sequence` or
@@ -533,12 +550,9 @@ local function position(id, expires_at, cancel_requested)
   return id .. ' ' .. expires_at .. (cancel_requested and ' 1' or ' 0')
 end
 
--- The id time of pushed frames. Returns the text, or nil where it is none that a frame may have.
-local function pushed_time(ms, now)
-  if ms and #ms == 13 and integer(ms) and ms + 0 <= now + MAX_PUSHED_AHEAD_MS then
-    return ms
-  end
-  return nil
+-- Whether frames may have been pushed under ids of this time.
+local function may_be_pushed(ms, now)
+  return #ms == 13 and not string.find(ms, '%D') and (ms <= now or ms - now <= MAX_PUSHED_AHEAD_MS)
 end
 
 -- Checks one part of a call, and applies it: its keys are `key_count` ones from `key` on, its arguments those from `at`
@@ -588,17 +602,16 @@ local function append_part(call, format, sub, keys, args, key, key_count, at, la
 
   local pushed_ms
   if args[first] == PUSHED_MS and first < last then
-    pushed_ms = pushed_time(args[first + 1], now)
+    pushed_ms = args[first + 1]
     first = first + 2
-    if not pushed_ms or args[first] == PATCHES or FRAMES_IN[args[first]] ~= 'live' then
+    if not may_be_pushed(pushed_ms, now) or args[first] == PATCHES or FRAMES_IN[args[first]] ~= 'live' then
       return ff.err('invalid_input', 'pushed_ms')
     end
   end
-  -- Most batches of a stream at a model's pace are one small frame with no fields: its checks are these.
-  local lone = last == first + 2 and args[first + 1] == '1' and LONE[args[first]] and #args[last] <= SMALL_LOG
+  local lone = lone_entry(args, first, last)
   local total, patches_base, document_version, mixed, large, unproven, entries, bytes
   if lone then
-    total, entries, bytes = 1, 1, #args[last]
+    total, entries, bytes = lone, 1, #args[last]
   else
     total, patches_base, document_version, mixed, large, unproven, entries, bytes = check_blocks(args, first, last)
     if not total then
@@ -673,9 +686,10 @@ local function append_part(call, format, sub, keys, args, key, key_count, at, la
   end
 
   local id
-  if lone then
-    id = format('%s-%d', ms, sequence + 1)
-    call('XADD', live_key and args[first] == BLOCK.LIVE and live_key or stream_key, id, 'payload', args[last])
+  if lone and skip == 0 then
+    id = format('%s-%d', ms, sequence + total)
+    call('XADD', live_key and args[first] == LIVE and live_key or stream_key, id,
+      total > 1 and 'run' or 'payload', args[last])
   else
     id = write_blocks(
       call, format, args, first, last, meta_key, stream_key, live_key or stream_key, summary_key, now, ms, later_ms,

@@ -34,8 +34,8 @@ def append(backend, raw, handle):
 
     def call():
         blocks = (streams.log(b"a", b"b"), streams.live(b"c", b"d"), [b"E", b"1.5"])
-        argv = (writer, b"2", *(part for block in blocks for part in block))
-        raw.fcall("ff_append", len(attempt.stream_keys), *attempt.stream_keys, *argv)
+        argv = (writer, b"2", b" push", *(part for block in blocks for part in block))
+        streams.appended(raw, (attempt.stream_keys, argv))
 
     return call
 

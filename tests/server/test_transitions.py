@@ -27,8 +27,8 @@ RETRY = RetryPolicy(max_retries=1, backoff=RetryBackoff.FIXED, delay=60)
 
 
 @pytest.fixture
-def world(server, raw, lane):
-    with World(server.url, raw, lane) as world:
+def world(engine, raw, lane):
+    with World(engine.url, raw, lane) as world:
         yield world
 
 
@@ -206,13 +206,13 @@ def test_an_end_behind_a_foreign_entry_is_told_with_its_own_id(world):
     assert told == b"E10000000000000-1 0 attempt_success" == end_of(world, eid)
 
 
-def test_a_user_who_may_not_publish_moves_an_execution_all_the_same(server, world):
+def test_a_user_who_may_not_publish_moves_an_execution_all_the_same(engine, world):
     world.raw.execute_command(
         "ACL", "SETUSER", "mute", "reset", "on", "nopass", "~*", "+@all", "resetchannels"
     )
     eid, handle = world.owned()
     with (
-        ff_fast.ValkeyBackend.connect(server.url.replace("unix://", "unix://mute:any@", 1)) as mute,
+        ff_fast.ValkeyBackend.connect(engine.url.replace("unix://", "unix://mute:any@", 1)) as mute,
         listening(world, eid) as listener,
     ):
         mute.renew(handle)
