@@ -748,10 +748,10 @@ local function part_size(size)
   return key_count, (number - key_count) / 10
 end
 
--- Looks through the sizes of the parts of a call. Returns the head key of each; nil where the sizes do not agree with
--- the numbers of keys and arguments, an attempt has two parts, or the parts are too many.
+-- Looks through the sizes of the parts of a call. Returns the head key of each, and whether an attempt has two parts;
+-- nil where the sizes do not agree with the numbers of keys and arguments, or the parts are too many.
 local function head_keys(keys, args)
-  local names, seen, parts, key, at, last = {}, {}, 0, 1, 1, #args
+  local names, seen, parts, key, at, last, repeated = {}, {}, 0, 1, 1, #args, false
   while at <= last do
     local size = args[at]
     local key_count, arg_count = KEY_COUNTS[size], ARG_COUNTS[size]
@@ -762,14 +762,24 @@ local function head_keys(keys, args)
       end
     end
     local name = keys[key]
-    if not name or seen[name] then
+    if not name then
       return nil
     end
-    parts = parts + 1
+    parts, repeated = parts + 1, repeated or seen[name]
     names[parts], seen[name] = name, true
     key, at = key + key_count, at + 1 + arg_count
   end
-  return at == last + 1 and key == #keys + 1 and parts >= 1 and parts <= MAX_PARTS and names or nil
+  return at == last + 1 and key == #keys + 1 and parts >= 1 and parts <= MAX_PARTS and names or nil, repeated
+end
+
+-- The head of an attempt after earlier parts of the call, from the names and values of the heads that they change.
+local function latest_head(name, head, changed, changes)
+  for i = changes - 1, 1, -2 do
+    if changed[i] == name then
+      return changed[i + 1]
+    end
+  end
+  return head
 end
 
 -- ff_append
@@ -782,8 +792,8 @@ end
 -- A call has 1 to 128 parts, each about one attempt; the keys of all parts follow one another, and so do their
 -- arguments. A part is checked, stored and answered on its own, one after the other: what one is refused changes
 -- nothing for another. `size` is a number whose last digit is the number of keys of the part; the digits before are the
--- number of arguments behind the size. Where the sizes do not add up, or an attempt has two parts, the whole call is
--- refused. The heads of all parts are read by one command and written by one, behind everything else.
+-- number of arguments behind the size. Where the sizes do not add up, the whole call is refused. The heads of all parts
+-- are read by one command and written by one, behind everything else.
 --
 -- Each key costs the server time, so a batch names the ones that it needs: two, three or four. With two, all its
 -- blocks go to one stream, which is `stream`, log or live window; with more, `stream` is the log. A refusal reads the
@@ -817,7 +827,7 @@ redis.register_function('ff_append', function(keys, args)
     end
     return entries and now .. ' ' .. answer or answer
   end
-  local names = head_keys(keys, args)
+  local names, repeated = head_keys(keys, args)
   if not names then
     return ff.err('invalid_input', 'parts')
   end
@@ -832,14 +842,18 @@ redis.register_function('ff_append', function(keys, args)
         keys_of, args_of = part_size(size)
       end
       part, key, at = part + 1, key + keys_of, from + args_of
-      local answer, entries, bytes, head = append_part(
-        call, publish, format, sub, byte, keys, args, own_key, keys_of, from, at - 1, heads[part], now, room, bytes_left
+      local head = heads[part]
+      if repeated then
+        head = latest_head(names[part], head, changed, changes)
+      end
+      local answer, entries, bytes, new_head = append_part(
+        call, publish, format, sub, byte, keys, args, own_key, keys_of, from, at - 1, head, now, room, bytes_left
       )
       answers[part + 1] = answer
       if entries then
         room, bytes_left = room - entries, bytes_left - bytes
-        if head then
-          changed[changes + 1], changed[changes + 2] = names[part], head
+        if new_head then
+          changed[changes + 1], changed[changes + 2] = names[part], new_head
           changes = changes + 2
         end
       end

@@ -45,7 +45,9 @@ def blocking(backend: ff_fast.ValkeyBackend, handle: Handle, spec: WaitpointSpec
     with backend.follow("id", "0.0-0", snapshot=True) as following:
         reveal_type(following)  # -> Follow
         reveal_type(next(following))  # -> StreamFrame | Gap | End | Snapshot | AttemptStarted
-        reveal_type(following.next_batch(0.5))  # -> list[StreamFrame | Gap | End | Snapshot | AttemptStarted]
+        reveal_type(
+            following.next_batch(0.5)
+        )  # -> list[StreamFrame | Gap | End | Snapshot | AttemptStarted]
         reveal_type(following.cursor)  # -> str | None
     reveal_type(backend.wait("id", timedelta(minutes=1)))  # -> bytes
     for completion in backend.subscribe_completions():

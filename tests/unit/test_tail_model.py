@@ -60,7 +60,9 @@ class Server:
         first = self.last - len(payloads) + 1
         for sequence, payload in enumerate(payloads, first):
             self._stored(ms, sequence, payload, False)
-        self.live.append((ms, self.last, first, [b"%d-%d" % (ms, self.last), [b"run", run_of(payloads)]]))
+        self.live.append(
+            (ms, self.last, first, [b"%d-%d" % (ms, self.last), [b"run", run_of(payloads)]])
+        )
         return block_of(b"V", [], payloads)
 
     def store_group(self, push=False):
@@ -132,7 +134,9 @@ class Server:
         count = max(int(count) // 16, 1)
         log, log_to, log_more = self._page(self.log, id_of(log_after), count, None)
         live = [] if visibility else self.live
-        live, live_to, live_more = self._page(live, id_of(live_after), count, log_to if log_more else None)
+        live, live_to, live_more = self._page(
+            live, id_of(live_after), count, log_to if log_more else None
+        )
         if live_more:
             kept = [e for e in log if e[:2] <= live_to]
             if len(kept) < len(log):
@@ -143,7 +147,12 @@ class Server:
             *(1, b"OK", [e[3] for e in log], b"%d-%d" % log_to, b"1" * log_more),
             *([e[3] for e in live], b"%d-%d" % live_to, b"1" * live_more),
             *(b"%d-%d" % (self.ms, self.last), b"%d" % self.visible, reason),
-            *(b"" if self.reason else b"%d" % left, b"1", b"" if place is None else b"%d-%d" % place, b"9"),
+            *(
+                b"" if self.reason else b"%d" % left,
+                b"1",
+                b"" if place is None else b"%d-%d" % place,
+                b"9",
+            ),
         ]
 
     def _page(self, entries, after, count, to):
