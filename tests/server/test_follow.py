@@ -476,7 +476,7 @@ def test_an_attempt_that_is_not_kept_any_more_is_told_as_a_gap(world, shell):
     world.claim()
     cut = take(shell.follow(eid), 4)[1].cursor
     for key in (keys.stream, keys.live, keys.head, keys.meta, keys.summary):
-        world.raw.delete(key)
+        world.raw.delete(key(eid, 0))
     again = shell.follow(eid)
     assert told(take(again, 3)) == [0, Gap(1, 1, "expired"), 1]
     again = shell.follow(eid, cut)
