@@ -12,16 +12,22 @@ import time
 import urllib.parse
 from typing import TYPE_CHECKING
 
-from bench.harness import Core, Wire, batches, check, payloads
+import hiredis
+
+from bench.harness import LEASE_MS, Core, Wire, batches, check, payloads
 from bench.jobs import claim_many, mode_of, resident_bytes
 from ff_fast import StreamFrame, aio
+from ff_fast._hot.writer import Outbox
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from ff_fast import Handle
+
 # Calls that the server has not answered yet.
 IN_FLIGHT = 4
-LOOK_S = 0.002
+# Letters of blocks: the time of frames that were pushed, and frames that are all that a batch has.
+PUSHED_MS, ONE_BLOCK = b"I", (b"L", b"V")
 
 
 # -- idle tails ---------------------------------------------------------------------------------------------------
@@ -31,11 +37,14 @@ async def store(url: str, streams: int, frames: int) -> list[str]:
     """Write *frames* to each of *streams* attempts, which stay active; return their executions."""
     async with aio.ValkeyBackend.connect(url) as backend:
         handles = await claim_many(backend, streams)
+
+        async def write(handle: Handle) -> None:
+            async with await backend.open_writer(handle) as writer:
+                for payload in payloads(frames):
+                    writer.write(payload)
+
         for group in batches(handles, 64):
-            for handle in group:
-                async with await backend.open_writer(handle) as writer:
-                    for payload in payloads(frames):
-                        writer.write(payload)
+            await asyncio.gather(*(write(handle) for handle in group))
         return [handle.fields().execution_id for handle in handles]
 
 
@@ -81,16 +90,17 @@ async def idle_tails(
 
 
 async def flood(
-    url: str, attempts: int, rounds: int, mode: str, parts: int
+    url: str, attempts: int, rounds: int, rate: int, mode: str
 ) -> AsyncIterator[dict[str, float]]:
-    """Seal one frame of each attempt a round ahead of time, *parts* a call; then send the calls as fast as possible."""
+    """Seal the calls of writers at *rate* frames a second each ahead of time; then send them as fast as possible."""
     address = urllib.parse.urlsplit(url)
     async with aio.ValkeyBackend.connect(url) as backend:
         handles = await claim_many(backend, attempts)
     with Wire(port=address.port or 0) as wire:
-        cores = [Core(handle, wire, mode_of(mode), 10_000, 32 << 20) for handle in handles]
-        calls = sealed(cores, payloads(rounds), parts)
-        yield {}
+        outbox = Outbox()
+        cores = [Core(handle, wire, mode_of(mode), outbox=outbox) for handle in handles]
+        calls = sealed(outbox, cores, payloads(rounds), 1 / rate)
+        yield {"calls": len(calls)}
         start = time.perf_counter()
         send(wire, calls)
         wall = time.perf_counter() - start
@@ -101,30 +111,79 @@ async def flood(
         yield {"per_second": attempts * rounds / wall}
 
 
-def sealed(cores: Sequence[Core], frames: Sequence[bytes], parts: int) -> list[tuple[bytes, int]]:
-    """Return the requests of all frames, and how many replies each has."""
+def sealed(
+    outbox: Outbox, cores: Sequence[Core], frames: Sequence[bytes], period_s: float
+) -> list[bytes]:
+    """Return the requests of writers that write one of *frames* each period; their acknowledgements are made up.
+
+    It takes as long as writing them would, since best-effort frames are held for a time.
+    """
+    calls: list[bytes] = []
+
+    def take() -> None:
+        while outbox.ready:
+            call = outbox.next_call()
+            if call is None:
+                break
+            request = call.take()
+            calls.append(request)
+            call(made_up(request))
+
+    begin = time.monotonic()
+    for number, frame in enumerate(frames):
+        time.sleep(max(begin + number * period_s - time.monotonic(), 0))
+        for core in cores:
+            core.write(frame)
+        take()
+    for core in cores:
+        core._seal_soon()
+    take()
+    return calls
+
+
+def made_up(request: bytes) -> list[bytes] | bytes:
+    """Return the reply of a server that accepts each part of a call."""
+    reader = hiredis.Reader()
+    reader.feed(request)
+    words = reader.gets()
+    at = 3 + int(words[2])
     now_ms = int(time.time() * 1000)
-    return [
-        (b"".join(core.encode(frame, now_ms) for core in group), len(group))
-        for frame in frames
-        for group in batches(cores, parts)
-    ]
+    lease = b"%d 0" % (now_ms + LEASE_MS)
+    replies = [b"%d" % now_ms]
+    while at < len(words):
+        keys, arguments = int(words[at][-1:]), int(words[at][:-1])
+        part = words[at + 1 : at + 1 + arguments]
+        at += 1 + arguments
+        # Of a push alone the server names no id.
+        replies.append(lease if keys == 1 else b"%b %b" % (last_id(part, now_ms), lease))
+    return b" ".join(replies) if len(replies) == 2 else replies
 
 
-def send(wire: Wire, calls: Sequence[tuple[bytes, int]]) -> None:
+def last_id(part: Sequence[bytes], now_ms: int) -> bytes:
+    """Return the id of the last frame of a batch: writer, previous sequence, push and blocks."""
+    ms, at, sequence = b"%d" % now_ms, 3, int(part[1])
+    if part[at] == PUSHED_MS:
+        ms, at = part[at + 1], at + 2
+    if part[at] in ONE_BLOCK:
+        sequence += int(part[at + 1])
+    return b"%b-%d" % (ms, sequence)
+
+
+def send(wire: Wire, calls: Sequence[bytes]) -> None:
     """Send each of *calls*, with a bounded number of them unanswered; check the replies."""
 
-    def settle(replies: int) -> None:
-        for _ in range(replies):
-            reply = wire.receive()
-            check(isinstance(reply, bytes), f"refused: {reply!r}")
+    def settle() -> None:
+        reply = wire.receive()
+        answers = reply if isinstance(reply, list) else [reply]
+        refused = [answer for answer in answers if not isinstance(answer, bytes)]
+        check(not refused, f"refused: {refused[:1]!r}")
 
-    for number, (request, _) in enumerate(calls):
+    for number, request in enumerate(calls):
         if number >= IN_FLIGHT:
-            settle(calls[number - IN_FLIGHT][1])
+            settle()
         wire.send(request)
-    for _, replies in calls[-IN_FLIGHT:]:
-        settle(replies)
+    for _ in calls[-IN_FLIGHT:]:
+        settle()
 
 
 # -- cancellations ------------------------------------------------------------------------------------------------
@@ -141,8 +200,7 @@ async def handlers(url: str, lane: str, count: int) -> AsyncIterator[dict[str, i
         running += 1
         if running == count:
             all_run.set()
-        while not task.cancelled:  # noqa: ASYNC110 - it changes without a call
-            await asyncio.sleep(LOOK_S)
+        await task.wait_cancelled()
         told[task.handle.fields().execution_id] = time.monotonic_ns()
         if len(told) == count:
             all_told.set()

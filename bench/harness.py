@@ -21,7 +21,7 @@ import ff_fast
 from bench.figures import Figure
 from ff_fast._core import ops
 from ff_fast._hot.resp import pack_command
-from ff_fast._hot.writer import Batch, WriterCore
+from ff_fast._hot.writer import Batch, Outbox, WriterCore
 from ff_fast.embedded import EmbeddedServer
 
 if TYPE_CHECKING:
@@ -297,8 +297,8 @@ class Stage:
 
 
 def position(ms: int, sequence: int) -> bytes:
-    """Return the reply of `ff_append` after it stored the frame *sequence* at *ms*."""
-    return b"%d-%d %d %d 0" % (ms, sequence, ms, ms + LEASE_MS)
+    """Return the answer of `ff_append` to a part, after it stored the frame *sequence* at *ms*."""
+    return b"%d-%d %d 0" % (ms, sequence, ms + LEASE_MS)
 
 
 class Core(WriterCore):
@@ -309,8 +309,9 @@ class Core(WriterCore):
         handle: ff_fast.Handle,
         wire: Wire,
         mode: ff_fast.StreamMode,
-        retention_maxlen: int,
-        max_unacknowledged_bytes: int,
+        retention_maxlen: int = 10_000,
+        max_unacknowledged_bytes: int = 32 << 20,
+        outbox: Outbox | None = None,
     ) -> None:
         attempt = ops.Attempt.of(handle)
         writer_id = ops.writer_id(attempt)
@@ -324,6 +325,7 @@ class Core(WriterCore):
             opened=tuple(opened),
             retention_maxlen=retention_maxlen,
             max_unacknowledged_bytes=max_unacknowledged_bytes,
+            outbox=outbox,
         )
         self.handle = handle
         self.execution_id = attempt.execution_id
@@ -343,7 +345,11 @@ class Core(WriterCore):
         return batch
 
     def settle(self, batch: Batch, reply: object) -> None:
-        error = self._acknowledge(batch, reply)
+        """Take the reply to a call of one part: the server's time, and the answer behind it."""
+        now_ms, _, answer = (
+            reply.partition(b" ") if isinstance(reply, bytes) else (b"0", b"", reply)
+        )
+        error = self._acknowledge(batch, answer, int(now_ms))
         if error is not None or self.error is not None:
             raise error or self.error or AssertionError
 
@@ -359,7 +365,7 @@ class Core(WriterCore):
         sequence = self.write(frame)
         batch = self._next_batch()
         assert batch is not None
-        error = self._acknowledge(batch, position(ms, sequence))
+        error = self._acknowledge(batch, position(ms, sequence), ms)
         check(error is None and self.error is None, "the made-up reply was refused")
         return batch.message
 

@@ -303,13 +303,14 @@ redis.register_function('bench_append', function(keys, args)
   redis.call('XTRIM', keys[2], 'MAXLEN', '=', args[11])
   return {1, 'OK', id, tostring(count), ''}
 end)
--- The four commands that our function issues for one durable frame, without its checks: a lower bound of its cost.
+-- The five commands that our function issues for one durable frame, without its checks: a lower bound of its cost.
 redis.register_function('bench_min', function(keys, args)
   redis.call('HMGET', keys[1], 'writer', 'last_id', 'lease_expires_at', 'cancel_requested')
   redis.call('TIME')
-  redis.call('XADD', keys[2], '*', 'payload', args[5])
-  redis.call('HSET', keys[1], 'last_id', args[1])
-  return args[1]
+  redis.call('XADD', keys[2], '*', 'payload', args[7])
+  redis.call('HSET', keys[1], 'last_id', args[2])
+  redis.call('SPUBLISH', keys[1], args[4])
+  return args[2]
 end)
 -- Each patch decodes, merges and encodes the whole document in Lua.
 local function merge(target, patch)

@@ -85,7 +85,8 @@ local MAX_PARTS = 128
 -- A client estimates the server's time from its last answer, and the server's clock may be put back.
 local MAX_PUSHED_AHEAD_MS = 86400000
 -- The kinds of messages on the channel of an attempt.
-local PUSH, STORED, NO_WRITER, SPACE = ff.PUSH, ff.PUSH.STORED, ff.NO_WRITER, 32
+local PUSH, STORED, NO_WRITER = ff.PUSH, ff.PUSH.STORED, ff.NO_WRITER
+local SPACE, PLUS = 32, 43
 local SMALL_LOG, SMALL_LIVE = ff.SMALL_LOG, ff.SMALL_LIVE
 
 -- A run is: varint count, then count varint payload lengths, count varint times in ms, the payloads back to back.
@@ -546,6 +547,12 @@ local function write_blocks(
   return id
 end
 
+-- The values of a block of frames, back to back.
+local function values_of(args, at)
+  local letter, count, _, from = block_at(args, at)
+  return table.concat(args, '', from, FRAMES_IN[letter] == 'log' and from + count - 1 or from)
+end
+
 -- Whether frames may have been pushed under ids of this time.
 local function may_be_pushed(ms, now)
   return #ms == 13 and not string.find(ms, '%D') and (ms <= now or ms - now <= MAX_PUSHED_AHEAD_MS)
@@ -705,12 +712,16 @@ local function append_part(
     end
   end
   if push ~= '' then
-    -- A push says one time for all its frames. Frames of others, as of those that a repeat leaves out, are read.
+    local values = ''
     if skip > 0 or (pushed_ms and sub(id, 1, 13) ~= ms) then
+      -- A push says one time for all its frames. Frames of others, as of those that a repeat leaves out, are read.
       push = ' '
+    elseif byte(push) == PLUS then
+      -- `+`: the values of the first block end what is published.
+      push, values = ' ' .. sub(push, 2), lone and args[last] or values_of(args, first)
     end
     -- What is stored stays stored where its user may not publish.
-    publish('SPUBLISH', head_key, STORED .. id .. push)
+    publish('SPUBLISH', head_key, STORED .. id .. push .. values)
   end
   return id .. ' ' .. lease, entries, bytes, lease .. ' ' .. writer .. ' ' .. id
 end

@@ -184,7 +184,8 @@ redis.register_function('ff_claim', function(keys, args)
     -- Most often the first may be claimed, and the second says what stays.
     local page = call('ZRANGE', eligible_key, 0, last, 'WITHSCORES')
     for i = 1, #page, 2 do
-      local intact, execution = ff.guarded(member, ff.key('core', slot_tag, page[i]), required_capabilities, eligible_key)
+      local core_key = ff.key('core', slot_tag, page[i])
+      local intact, execution = ff.guarded(member, core_key, required_capabilities, eligible_key)
       if intact and execution then
         granted = grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)
         granted[#granted + 1] = page[i + 3] or head_score(eligible_key)

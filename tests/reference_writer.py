@@ -11,8 +11,6 @@ import hiredis
 
 from ff_fast.types import StreamMode
 
-from .reference_frames import parse_run
-
 PUSH_BYTES = 8192
 PUSH_FRAMES = 256
 LETTERS_AFTER_FRAMES = {b"T": 1, b"P": 1, b"K": 1, b"E": 1, b"H": 1, b"C": 3}
@@ -43,7 +41,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Run:
-    """Stands for the run of several frames: its ages depend on the clock."""
+    """Stands for the run of several frames: its times depend on the clock."""
 
     payloads: tuple[bytes, ...]
 
@@ -150,13 +148,15 @@ class Request:
     patches: list[tuple[bytes, bytes, int, int]] = field(default_factory=list)
     tail: dict[bytes, list[bytes]] = field(default_factory=dict)
     frame_arguments: list[bytes | Run] = field(default_factory=list)
-    ages: list[int] = field(default_factory=list)
+    times: list[int] = field(default_factory=list)
     letters: set[bytes] = field(default_factory=set)
     # None where nothing is pushed; no blocks where the push has the id alone.
     push: list["Pushed"] | None = None
     # The ms under which the first frames were pushed before; None where they were not.
     pushed_ms: int | None = None
     first_block_frames: int = 0
+    # For each block of frames, its values as they stand in the request.
+    values: list[list[bytes]] = field(default_factory=list)
 
     @property
     def key_names(self) -> tuple[str, ...]:
@@ -186,6 +186,21 @@ def take_varint(data: bytes, at: int) -> tuple[int, int]:
         if data[at] < 128:
             return value, at + 1
         at, place = at + 1, place + 7
+
+
+def parse_run(run: bytes) -> tuple[list[bytes], list[int]]:
+    """The payloads of a run, and when each was written, in ms after the ms of its entry."""
+    count, at = take_varint(run, 0)
+    numbers = []
+    for _ in range(2 * count):
+        number, at = take_varint(run, at)
+        numbers.append(number)
+    payloads = []
+    for size in numbers[:count]:
+        payloads.append(run[at : at + size])
+        at += size
+    assert at == len(run)
+    return payloads, [zigzag // 2 ^ -(zigzag % 2) for zigzag in numbers[count:]]
 
 
 def parse_push(body: bytes) -> list[Pushed]:
@@ -300,15 +315,17 @@ def parse(argv: list[bytes]) -> Request:
             assert previous is None or count == 1
             payloads = tuple(argv[at : at + count])
             request.frame_arguments += payloads
+            request.values.append(list(payloads))
             at += count
         else:
             value = argv[at]
+            request.values.append([value])
             if count == 1:
                 payloads = (value,)
                 request.frame_arguments.append(value)
             else:
-                found, ages = parse_run(value)
-                request.ages += ages
+                found, times = parse_run(value)
+                request.times += times
                 payloads = tuple(found)
                 request.frame_arguments.append(Run(payloads))
             at += 1
@@ -331,10 +348,19 @@ def parse(argv: list[bytes]) -> Request:
             at += 2
     assert b"%d" % len(request.key_names) == head[-1:]
     if push:
-        assert push[:1] == b" "
-        assert len(push) <= 1 + PUSH_BYTES
-        request.push = parse_push(push[1:])
+        body = push[1:]
+        if push[:1] == b"+":
+            # The values of a batch's one block cross the wire once.
+            assert len(request.values) == 1
+            body += b"".join(request.values[0])
+        else:
+            assert push[:1] == b" "
+        assert len(body) <= PUSH_BYTES
+        request.push = parse_push(body)
         check_push(request)
+        told = sum(len(each.payloads) for each in request.push)
+        whole = len(request.values) == 1 and told == len(request.frames)
+        assert (push[:1] == b"+") == whole
     assert bool(push) == bool(request.frames) or request.pushed_ms
     return request
 

@@ -25,7 +25,7 @@ OF_TAILS = (
     "hello",
     "client|setinfo",
 )
-PARTS = 128
+RATE = 20
 
 
 def tails(stage: Stage) -> Report:
@@ -84,9 +84,9 @@ def writers(stage: Stage) -> Report:
             generator = tcp.worker("generator")
             generator.start(
                 "bench.crowd:flood",
-                url=tcp.url, attempts=attempts, rounds=rounds, mode=mode, parts=PARTS,
+                url=tcp.url, attempts=attempts, rounds=rounds, rate=RATE, mode=mode,
             )  # fmt: skip
-            generator.stage()
+            calls = cast("Metrics", generator.stage())["calls"]
             cpu = tcp.wire.server_cpu()
             generator.go_on()
             flooded = cast("Metrics", generator.stage())
@@ -96,6 +96,7 @@ def writers(stage: Stage) -> Report:
             figures = report.figures[f"{attempts:,} writers, {name}"] = {
                 "server_us": Figure.of([cpu / attempts / rounds * 1e6]),
                 "per_second": Figure.of([flooded["per_second"]]),
+                "frames_per_call": Figure.of([attempts * rounds / calls]),
             }
             what = f"{attempts:,} writers on one server, {name}"
             report.rows += [

@@ -131,7 +131,7 @@ def run(stage: Stage) -> Report:
             "one fenced call a frame, 64 pipelined": fenced(PIPELINE),
             "ff_fast durable, one a call, 64 pipelined": one_a_call(DURABLE, PIPELINE),
             "ff_fast best-effort, one a call, 64 pipelined": one_a_call(live, PIPELINE),
-            "its four commands alone": commands_alone,
+            "its five commands alone": commands_alone,
             "ff_fast durable, one a round trip": one_a_call(DURABLE, 1),
             "awaited XADD, one a round trip": plain(1, 1),
             "one fenced call a frame, one a round trip": fenced(1),
@@ -170,7 +170,7 @@ def run(stage: Stage) -> Report:
         "P2", "the same, best-effort", "ff_fast best-effort, one a call, 64 pipelined", fence,
         Target(9.0),
     )  # fmt: skip
-    row("P2", "the same, durable, over the least", single, "its four commands alone", None)
+    row("P2", "the same, durable, over the least", single, "its five commands alone", None)
     for rival in ("one fenced call a frame, one a round trip", "awaited XADD, one a round trip"):
         row(
             "P2", "the same, durable, each call a round trip", "ff_fast durable, one a round trip",

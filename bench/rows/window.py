@@ -132,7 +132,7 @@ class Stream:
         self._kept.append((sequence, now_ms))
         self._newest_ms = now_ms
         check(
-            core._acknowledge(batch, position(now_ms, sequence)) is None,
+            core._acknowledge(batch, position(now_ms, sequence), now_ms) is None,
             "refused",
         )
         self.windows.append(core.window_frames)

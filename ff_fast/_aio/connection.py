@@ -46,6 +46,8 @@ class Connection(asyncio.Protocol):
         # When the oldest wait without a byte began, and when the last bytes came, in monotonic time.
         self.silent_since = 0.0
         self.heard_at = time.monotonic()
+        # Number of bytes that have come.
+        self.received = 0
         # Set once it has answered the steps of connecting.
         self.ready = False
         # on_can_write: called when more may be sent. on_lost: each called once, when the connection is lost.
@@ -121,6 +123,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self.silent_since = time.monotonic()
+        self.received += len(data)
         if not self._guard.accepts(data):
             self._abort_broken()
             return

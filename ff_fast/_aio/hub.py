@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from ff_fast._aio.connection import Connection, Receiver
     from ff_fast.types import BackendRetry
 
-READS_IN_FLIGHT = 8
-"""Bound of the reads in flight, each of about 1 MiB at most: pushes wait behind their answers, and the server counts these
-towards the output that it holds for a subscriber."""
+READS_IN_FLIGHT = (8, 64)
+"""Bounds of the reads in flight: of large answers, about 1 MiB each, and of small ones."""
+
+_BYTES_IN_FLIGHT = 4 << 20
+"""Bytes of the answers in flight, going by those before: pushes wait behind them, and the server counts them towards the
+output that it holds for a subscriber."""
 
 
 class Read:
@@ -121,6 +124,9 @@ class Hub:
         self._connecting: asyncio.Task[None] | None = None
         self._queue: deque[Read] = deque()
         self._in_flight = 0
+        # Bytes of an answer, on average, and those that had come with the last one.
+        self._answer_bytes = 0.0
+        self._received = 0
         self._scheduled = False
         self._watch: asyncio.TimerHandle | None = None
         # Since when neither a channel nor a read needs the connection.
@@ -210,12 +216,18 @@ class Hub:
             return
         for asked in self._core.requests(time.monotonic()):
             connection.send(asked.request, [self._refused])
-        while self._queue and self._in_flight < READS_IN_FLIGHT and connection.writable:
+        requests: list[bytes] = []
+        receivers: list[Receiver] = []
+        least, most = READS_IN_FLIGHT
+        room = max(min(int(_BYTES_IN_FLIGHT / (self._answer_bytes + 1)), most), least)
+        while self._queue and self._in_flight < room:
             read = self._queue.popleft()
             self._in_flight += 1
             read._sent = True
-            receivers: list[Receiver] = [read] * len(read.step.commands)
-            connection.send(read.step.request, receivers)
+            requests += [command.request for command in read.step.commands]
+            receivers += [read] * len(read.step.commands)
+        if requests:
+            connection.send(b"".join(requests), receivers)
 
     async def _connect(self) -> None:
         failure, self._failure = self._failure, None
@@ -257,6 +269,7 @@ class Hub:
         connection.on_can_write = self._go
         connection.on_lost.append(self._lost)
         self._connection = connection
+        self._received = connection.received
         self._idle_since = None
         self._tick()
 
@@ -282,6 +295,10 @@ class Hub:
 
     def _answered(self) -> None:
         self._in_flight -= 1
+        if self._connection is not None:
+            size = self._connection.received - self._received
+            self._received += size
+            self._answer_bytes += (size - self._answer_bytes) / 4
         self._retries.reset()
 
     def _lost(self, connection: Connection) -> None:

@@ -108,6 +108,7 @@ class Operations(Pool):
     async def _claim(self, call: Call[T], claim: Claim) -> T:
         """Make a claim; what it has taken is given back, unless the caller gets it."""
         self._claims.add(claim)
+        claim.shares = True
         try:
             value = await self._run(call)
             if claim.abandoned:

@@ -162,6 +162,7 @@ class Pool:
         self._own: set[Connection] = set()
         # The most recently used is at the right.
         self._idle: deque[Connection] = deque()
+        self._idle_timer: asyncio.TimerHandle | None = None
         # Claims under way, and the tasks that give back what others have left.
         self._claims: set[Claim] = set()
         self._giving_back: set[asyncio.Task[None]] = set()
@@ -171,7 +172,7 @@ class Pool:
         self._hub = Hub(
             self._connect, self._spawn, self._shared.request, self._timeout_s, config.retry
         )
-        self._waits = Waits(self)
+        self._waits = Waits(self, self._shared.request)
 
     @property
     def closed(self) -> bool:
@@ -230,6 +231,8 @@ class Pool:
         """Abort the connections of calls and readers, without waiting."""
         self._shared.stop()
         self._hub.stop()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = self._loop.create_task(coroutine)
@@ -337,9 +340,20 @@ class Pool:
             connection.abort()
         else:
             self._idle.append(connection)
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        """Close the connections that have been idle for too long, and look again while there are others."""
         before = time.monotonic() - _transport.MAX_IDLE_S
-        while self._idle and (self._idle[0].closed or self._idle[0].heard_at < before):
+        while self._idle and (self._idle[0].closed or self._idle[0].heard_at <= before):
             self._idle.popleft().abort()
+        if self._idle and self._idle_timer is None and not self._closed:
+            wait_s = self._idle[0].heard_at - before
+            self._idle_timer = self._loop.call_later(wait_s, self._look_at_idle)
+
+    def _look_at_idle(self) -> None:
+        self._idle_timer = None
+        self._close_idle()
 
     async def _run(self, call: Call[T], *, until: float = float("inf")) -> T:
         """Make a call that is of no use after *until*, in monotonic time; retry as configuration and call allow."""

@@ -192,7 +192,7 @@ class PushReader(readers.PushState[T], Readable[T]):
         if part is self._attached:
             return
         self._leave()
-        if part is self._source and isinstance(part, Inbox):
+        if isinstance(part, Inbox):
             # Iteration takes its pushes in C.
             self._attach(part, self._ring)
         else:

@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import sys
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
 import orjson
@@ -98,7 +97,7 @@ def follow(arguments: argparse.Namespace) -> int:
             snapshot=arguments.snapshot,
             visibility=_visibility(arguments),
         )
-        _show(items, arguments, cursors=True)
+        _show(items, arguments)
     return DONE
 
 
@@ -112,9 +111,7 @@ def add_tail(commands: Commands) -> None:
         ),
     )
     _add_execution(parser, json="one JSON object a line for each frame, gap and end")
-    parser.add_argument(
-        "--after", metavar="CURSOR", help="start after this frame id or summary cursor"
-    )
+    parser.add_argument("--after", metavar="CURSOR", help="start after this cursor or frame id")
     _add_choice(parser)
 
 
@@ -137,11 +134,9 @@ def _visibility(arguments: argparse.Namespace) -> TailVisibility:
     return TailVisibility.ALL
 
 
-def _show(
-    items: Iterable[Item], arguments: argparse.Namespace, *, cursors: bool = False
-) -> None:
+def _show(items: Iterable[Item], arguments: argparse.Namespace) -> None:
     only = None if arguments.type is None else frozenset(arguments.type)
-    show = partial(_show_json, cursor=cursors) if arguments.json else _show_text
+    show = _show_json if arguments.json else _show_text
     for item in items:
         if only is None or not isinstance(item, StreamFrame) or item.frame_type in only:
             show(item)
@@ -171,7 +166,7 @@ def _missing(gap: Gap) -> str:
     return f"{gap.first_missing} to {gap.next_sequence - 1} are missing"
 
 
-def _show_json(item: Item, *, cursor: bool) -> None:
+def _show_json(item: Item) -> None:
     line: dict[str, object]
     if isinstance(item, StreamFrame):
         line = _frame_fields(item)
@@ -193,9 +188,7 @@ def _show_json(item: Item, *, cursor: bool) -> None:
         line = {"end": item.reason}
         if item.outcome is not None:
             line |= {"outcome": item.outcome, "error": item.error}
-    if cursor:
-        line["cursor"] = item.cursor
-    _write_json(line)
+    _write_json(line | {"cursor": item.cursor})
 
 
 def _frame_fields(frame: StreamFrame) -> dict[str, object]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ff_fast import keys
 from ff_fast._core import ops, ready
-from ff_fast._core.ready import Head, Offer, listed
+from ff_fast._core.line import Head, Waiter
+from ff_fast._core.ready import Offer, listed
 from ff_fast._core.steps import (
     AwaitHint,
     Command,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ff_fast._core.deployment import Deployment
+    from ff_fast._core.line import Line
     from ff_fast.types import CapabilitySet, Handle
 
 SWEEP_EVERY_S = 5.0
@@ -78,6 +81,8 @@ class Claim:
         call: The claim call under the lease, and the hint that led to it.
         given: A hint from the line in which the claim waits.
         failure: The error that ended the wait of the whole line.
+        dismissed: The line has found nothing for the claim.
+        shares: Claims of its shell that do not wait may ask together.
         left_line: The claim takes nothing from its line any more.
         wake: Wakes the caller, in the way of its shell. It may be called at any time, and from any thread.
         until: When the wait ends, in monotonic time; it begins with the first try.
@@ -85,8 +90,8 @@ class Claim:
     """
 
     __slots__ = (
-        "abandoned", "blocked", "call", "failure", "given", "hint_taken", "joined_at", "lease", "left_line", "request",
-        "until", "wake",
+        "abandoned", "blocked", "call", "dismissed", "failure", "given", "hint_taken", "joined_at", "lease",
+        "left_line", "request", "shares", "until", "wake",
     )  # fmt: skip
 
     def __init__(self, request: ClaimRequest) -> None:
@@ -98,6 +103,8 @@ class Claim:
         self.call: tuple[ops.Op[ops.Claimed], Head] | None = None
         self.given: Head | None = None
         self.failure: FFError | None = None
+        self.dismissed = False
+        self.shares = False
         self.left_line = True
         self.wake: Callable[[], None] = _nobody
         self.until = 0.0
@@ -124,12 +131,14 @@ class Claim:
         """Note that the claim joins its line."""
         self.joined_at = time.monotonic()
         self.given = self.failure = None
-        self.left_line = False
+        self.left_line = self.dismissed = False
 
     @property
     def told(self) -> bool:
-        """Whether the wait in the line is over, be it for a hint, an error, or because nobody waits any more."""
-        return self.given is not None or self.failure is not None or self.abandoned
+        """Whether the wait in the line is over, for whatever reason."""
+        return (
+            self.given is not None or self.failure is not None or self.dismissed or self.abandoned
+        )
 
 
 def _nobody() -> None:
@@ -159,43 +168,98 @@ def claim(on: Deployment, state: Claim) -> Steps[Handle | None]:
 
 
 def _claim(on: Deployment, state: Claim, offer: Offer) -> Steps[Handle | None]:
-    waits = state.waits
-    key = (offer.lane, offer.tokens)
     state.left()
-    if on.sweep_overdue(key):
+    if on.sweep_overdue((offer.lane, offer.tokens)):
         yield from ready.sweep(offer, on.partitions)
     while not state.abandoned:
+        popped = True
         if state.left() > 0:
-            yield AwaitHint(state, offer)
+            yield AwaitHint(state, offer.line, partial(serve, on, offer), blocks=True)
             found, state.given = state.given, None
             if found is None:
                 if state.left() <= 0 and offer.line.looked_at >= state.joined_at:
                     # The line has found nothing since the claim joined it.
                     return None
                 continue
-            records = None
+            heads = [found]
+        elif state.shares and offer.asking:
+            yield AwaitHint(state, offer.rush, partial(serve_at_once, on, offer), blocks=False)
+            found, state.given = state.given, None
+            if found is None:
+                return None
+            heads = [found]
         else:
-            # A claim that found nothing is often followed by one that finds nothing: it asks for all in one round trip.
-            found, records = yield from _pop(state, offer, with_records=offer.idle or waits)
-        if found is not None:
-            handle = yield from _claim_partition(state, found)
-            if handle is not None:
-                return handle
-            # The hint was stale; the pop has removed it.
-            continue
-        every = SWEEP_EVERY_S if waits else _SWEEP_IMMEDIATE_S
-        if on.sweep_due(key, every) and (yield from ready.sweep(offer, on.partitions)):
-            continue
-        # Somebody else may have taken a hint and not claimed yet.
-        for head in (yield from ready.hinted_heads(offer, records or (yield from _records(offer)))):
+            heads, popped = yield from _find(on, state, offer)
+        for head in heads:
             handle = yield from _claim_partition(state, head)
             if handle is not None:
                 return handle
-        return None
+        if not popped:
+            return None
+        # The hint was stale; the pop has removed it.
     return None
 
 
-def serve(on: Deployment, offer: Offer, leader: Claim | None = None) -> Steps[None]:
+def _find(on: Deployment, state: Claim, offer: Offer) -> Steps[tuple[list[Head], bool]]:
+    """Pop the best hint, and return it; or look at hints that others have taken, and return those, and False."""
+    every = SWEEP_EVERY_S if state.waits else _SWEEP_IMMEDIATE_S
+    offer.asking += 1
+    try:
+        while True:
+            # A claim that found nothing is often followed by one that finds nothing: it asks for all in one round trip.
+            found, records = yield from _pop(state, offer, with_records=offer.idle or state.waits)
+            if found is not None:
+                return [found], True
+            due = on.sweep_due((offer.lane, offer.tokens), every)
+            if due and (yield from ready.sweep(offer, on.partitions)):
+                continue
+            # Somebody else may have taken a hint and not claimed yet.
+            records = records or (yield from _records(offer))
+            return (yield from ready.hinted_heads(offer, records)), False
+    finally:
+        offer.asking -= 1
+
+
+def serve_at_once(on: Deployment, offer: Offer, _: Waiter | None = None) -> Steps[None]:
+    """Ask once for all claims of *offer* that do not wait, and tell each of them what came, or that there is nothing."""
+    line = offer.rush
+    asking = list(line.waiting)
+    if not asking:
+        return
+    count = len(asking)
+    if offer.tokens:
+        heads, records = yield from _pop_best(offer, count, with_records=offer.idle)
+    else:
+        asked = ready.hinted_records(offer.lane, [""]) if offer.idle else []
+        reply, *found = yield Step([_pop_command(offer.lane, "", count), *asked])
+        popped = listed(reply)
+        heads, records = _heads("", popped), [("", each) for each in found]
+        if len(popped) > 2 * len(heads):
+            # There were foreign records among them.
+            count = len(heads)
+    yield from _hand_out(line, offer, heads)
+    if len(heads) >= count:
+        return
+    due = on.sweep_due((offer.lane, offer.tokens), _SWEEP_IMMEDIATE_S)
+    if due and (yield from ready.sweep(offer, on.partitions)):
+        return
+    # The claims that have a hint claim first: what they leave is what the look finds.
+    yield Pause(0)
+    for head in (yield from ready.hinted_heads(offer, records or (yield from _records(offer)))):
+        if not line.give(head):
+            break
+    for claim in asking:
+        line.dismiss(claim)
+
+
+def _hand_out(line: Line, offer: Offer, heads: list[Head]) -> Steps[None]:
+    """Give popped hints to the claims in *line*; those for which there is no claim go back to their queues."""
+    over = [head for head in heads if not line.give(head)]
+    if over:
+        yield Step([ready.requeue(offer.lane, head) for head in over])
+
+
+def serve(on: Deployment, offer: Offer, leader: Waiter | None = None) -> Steps[None]:
     """Wait once for hints, at most :data:`LOOK_EVERY_S`, and hand them out to the claims in the line of *offer*.
 
     Args:
@@ -219,9 +283,7 @@ def serve(on: Deployment, offer: Offer, leader: Claim | None = None) -> Steps[No
         until = line.until if leader is None else leader.until
         heads = yield from _block(offer, until)
     if heads:
-        over = [head for head in heads if not line.give(head)]
-        if over:
-            yield Step([ready.requeue(offer.lane, head) for head in over])
+        yield from _hand_out(line, offer, heads)
     elif heads is not None:
         # Somebody else may have taken a hint and not claimed yet.
         began = time.monotonic()

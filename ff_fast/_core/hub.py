@@ -35,7 +35,8 @@ MOST_CHANNELS = 256
 HELLO = Step((Command(b"", pack_command(b"HELLO", b"3")),))
 """Pushes and replies share a connection only in RESP3."""
 
-PING = pack_command(b"PING")
+PING = pack_command(b"HELLO")
+"""Asks for a sign of life. Unlike PING, every user may send it."""
 
 _NO_SHARDED_PUBSUB = "The server has no sharded pub/sub, over which readers hear of frames; use Valkey 7.2, Redis 7.0 or newer."
 _NO_RESP3 = "The server or a proxy in front of it does not speak RESP3, which readers need; connect to Valkey 7.2, Redis 7.0 or newer."
@@ -62,7 +63,7 @@ class Listener(Protocol):
 class Part(Protocol):
     """What a reader attaches to a channel: an inbox of an attempt, or a listener of its own."""
 
-    on_wake: Callable[[], None] | None
+    on_wake: Callable[[], object] | None
 
     @property
     def channel(self) -> bytes:

@@ -25,6 +25,9 @@ LISTEN_AGAIN_S = 5.0
 
 _LONGEST_PERIOD_S = 3_600.0
 
+# Between two looks for channels that are to be left or tried again.
+_SOONEST_LOOK_S = 0.1
+
 _MOST_UNKNOWN = 64
 """Pushes about leases that are not kept, or not yet: so many are remembered for each partition."""
 
@@ -255,7 +258,8 @@ class KeptLeases:
         """Leave the channels that were not needed for a while, and try those again that failed."""
         with self._lock:
             self._timer = None
-            before = time.monotonic() - KEEP_CHANNEL_S
+            now = time.monotonic()
+            before = now - KEEP_CHANNEL_S
             for found in list(self._partitions.values()):
                 if not found.keepers and found.idle_since <= before:
                     del self._partitions[found.channel]
@@ -263,5 +267,8 @@ class KeptLeases:
                         self._hub.unlisten(found.channel, found)
                 elif not found.listening:
                     self._listen(found)
-            if not all(each.keepers and each.listening for each in self._partitions.values()):
+            left = self._partitions.values()
+            if not all(each.listening for each in left):
+                self._look_later(max(self._deaf_until - now, _SOONEST_LOOK_S))
+            if not all(each.keepers for each in left):
                 self._look_later(KEEP_CHANNEL_S)

@@ -10,16 +10,45 @@ import contextlib
 import copy
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ff_fast.errors import FFError, Outcome
 
 if TYPE_CHECKING:
-    from ff_fast._core.claiming import Claim
-    from ff_fast._core.ready import Head
+    from collections.abc import Callable
 
 # A leader connects, waits, looks and hands out within this time.
 _LEAD_S = 11.0
+
+
+class Head(NamedTuple):
+    """The best execution of a partition among those with the same requirements."""
+
+    score: float
+    needs: str
+    partition: int
+
+
+class Waiter(Protocol):
+    """A claim, as far as its line needs it; :class:`ff_fast._core.claiming.Claim` says what the attributes mean."""
+
+    abandoned: bool
+    blocked: bool
+    dismissed: bool
+    failure: FFError | None
+    given: Head | None
+    hint_taken: bool
+    joined_at: float
+    left_line: bool
+    until: float
+    wake: Callable[[], None]
+
+    @property
+    def told(self) -> bool: ...
+
+    def joins(self) -> None: ...
+
+    def left(self) -> float: ...
 
 
 class Line:
@@ -37,14 +66,14 @@ class Line:
     __slots__ = ("_lead_until", "_seat", "looked_at", "until", "waiting")
 
     def __init__(self) -> None:
-        self.waiting: deque[Claim] = deque()
+        self.waiting: deque[Waiter] = deque()
         self.until = 0.0
         self.looked_at = float("-inf")
         # Holds the claim whose thread waits on the server.
-        self._seat: dict[str, Claim] = {}
+        self._seat: dict[str, Waiter] = {}
         self._lead_until = 0.0
 
-    def join(self, claim: Claim) -> None:
+    def join(self, claim: Waiter) -> None:
         """Put *claim* at the end of the line; one whose hint has led to nothing comes back to the front."""
         been = claim.joined_at > 0
         claim.joins()
@@ -54,11 +83,18 @@ class Line:
         else:
             self.waiting.append(claim)
 
-    def leave(self, claim: Claim) -> None:
+    def leave(self, claim: Waiter) -> None:
         """Take *claim* out of the line, whether or not it is still there."""
         claim.left_line = True
         with contextlib.suppress(ValueError):
             self.waiting.remove(claim)
+
+    def dismiss(self, claim: Waiter) -> None:
+        """Tell *claim*, if it is still in the line, that there is nothing for it."""
+        with contextlib.suppress(ValueError):
+            self.waiting.remove(claim)
+            claim.dismissed = True
+            claim.wake()
 
     def give(self, head: Head) -> bool:
         """Give a hint to the claim that has waited longest; return False if none waits."""
@@ -85,7 +121,7 @@ class Line:
             claim.failure = copy.copy(error)
             claim.wake()
 
-    def lead(self, claim: Claim) -> bool:
+    def lead(self, claim: Waiter) -> bool:
         """Return whether *claim* is the one whose thread waits on the server for all."""
         leader = self._seat.setdefault("leader", claim)
         now = time.monotonic()
@@ -97,7 +133,7 @@ class Line:
         self._lead_until = now + _LEAD_S
         return True
 
-    def resign(self, claim: Claim) -> None:
+    def resign(self, claim: Waiter) -> None:
         """Let the claim that has waited longest lead, if *claim* was the leader or there is none."""
         if self._seat.get("leader") is claim:
             self._seat.pop("leader", None)

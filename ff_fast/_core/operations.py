@@ -1414,11 +1414,12 @@ def run_worker(
     ``PayloadTooLarge``, as permanent; also in an exception group, and as the cause of another exception.
 
     A handler hears at once that a cancellation is requested: ``task.cancelled`` is true, and ``task.wait_cancelled``
-    returns. The attempt then ends as cancelled, whatever the handler returns or raises. It hears likewise that its lease
-    is lost: ``task.lost`` is true as well, writes fail, and its result or exception is discarded. In asyncio the handler
-    is also cancelled, at its next ``await``: *cancel_grace* after the request, and at once when the lease is lost or the
-    backend closed. Each happens once; a handler that catches ``asyncio.CancelledError`` and goes on is not cancelled
-    again. A thread cannot be interrupted, so the handlers of blocking workers must look.
+    returns. Unless the handler gives its lease up, the attempt then ends as cancelled, whatever it returns or raises. It
+    hears likewise that its lease is lost: ``task.lost`` is true as well, writes fail, and its result or exception is
+    discarded. In asyncio the handler is also cancelled, at its next ``await``: *cancel_grace* after the request, and at
+    once when the lease is lost or the backend closed. Each happens once; a handler that catches
+    ``asyncio.CancelledError`` and goes on is not cancelled again. A thread cannot be interrupted, so the handlers of
+    blocking workers must look.
 
     An execution that cannot be loaded, or not be ended as its handler ended, fails with the reason, and the worker goes
     on. A worker ends with an error that all its calls would meet: wrong credentials, another library or partition count,

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import random
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ff_fast import keys
 from ff_fast._core import ops
-from ff_fast._core.line import Line
+from ff_fast._core.line import Head, Line
 from ff_fast._core.steps import Command, Step, Steps, checked, command, is_foreign
 from ff_fast.errors import FFError
 
@@ -50,11 +50,13 @@ class Offer:
         seen: Score of the newest entry of the lane's registry that was read.
         idle: Whether the last claim found nothing.
         line: The claims of such workers that wait.
+        rush: Those that do not wait for work, and ask together.
+        asking: Number of claims that ask on their own.
         empty: The records of hinted partitions that were found empty, with the mark that they had before: while a
             record has this mark, its partition needs no second look.
     """
 
-    __slots__ = ("empty", "idle", "lane", "line", "needs", "seen", "tokens")
+    __slots__ = ("asking", "empty", "idle", "lane", "line", "needs", "rush", "seen", "tokens")
 
     def __init__(self, lane: str, tokens: Iterable[str]) -> None:
         self.lane = lane
@@ -63,6 +65,8 @@ class Offer:
         self.seen = 0
         self.idle = False
         self.line = Line()
+        self.rush = Line()
+        self.asking = 0
         self.empty: dict[tuple[str, bytes], bytes] = {}
 
     def read(self, told: list[bytes]) -> bool:
@@ -81,14 +85,6 @@ class Offer:
                 # It is learned anew with the next work that requires it.
                 del self.needs[1]
             self.needs.append(needs)
-
-
-class Head(NamedTuple):
-    """The best execution of a partition among those with the same requirements."""
-
-    score: float
-    needs: str
-    partition: int
 
 
 def listed(reply: object) -> list[bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from ff_fast import keys
@@ -24,8 +24,7 @@ from ff_fast.errors import (
 )
 
 if TYPE_CHECKING:
-    from ff_fast._core.claiming import Claim
-    from ff_fast._core.ready import Offer
+    from ff_fast._core.line import Line, Waiter
     from ff_fast.types import BackendRetry
 
 T = TypeVar("T")
@@ -80,14 +79,20 @@ class Pause(NamedTuple):
 
 
 class AwaitHint(NamedTuple):
-    """Wait in the line of *offer* until *claim* is told something, or its time is up; then resume with an empty list.
+    """Wait in *line* until *claim* is told something, or its time is up; then resume with an empty list.
 
-    As long as claims wait in a line, the shell runs :func:`ff_fast._core.claiming.serve` for them. An error of that is
-    raised for each of them.
+    Attributes:
+        claim: The claim that waits.
+        line: Its line.
+        serve: Makes the steps that serve the line once, which the shell runs as long as there are claims in it. It takes
+            the claim whose caller runs them, None for another task. An error is raised for each claim in the line.
+        blocks: They let the server block, and so need a connection of their own. If not, no time is ever up.
     """
 
-    claim: Claim
-    offer: Offer
+    claim: Waiter
+    line: Line
+    serve: Callable[[Waiter | None], Steps[None]]
+    blocks: bool
 
 
 Steps = Generator[Step | Pause | AwaitHint, list[object], T]

@@ -405,7 +405,7 @@ class TailCore(Inbox):
         newest_frame = page.last_ms, page.last_sequence
         ahead = self.sequence > page.last_sequence
         self._ahead_since = None
-        if self.doubted:
+        if self.doubted and not self.due:
             self.doubted = False
             self._hole_filled()
         # The end entry has the sequence after the last frame, so a cursor behind the end is not ahead.
@@ -445,7 +445,8 @@ class TailCore(Inbox):
             return False
         if self.stored < self.sequence:
             return self.stored <= page.last_sequence
-        if self.sequence != self._given:
+        if self.sequence != self._given or self.ms == 0:
+            # A frame that was pushed has a time.
             return False
         now = monotonic()
         if self._ahead_since is None:

@@ -68,6 +68,7 @@ cdef class Inbox:
     cdef int drop(self) noexcept
     cdef list taken(self)
     cdef int put_back(self, list ahead, list rest) except -1
+    cdef int check_place(self) noexcept
     cdef bint must_ask(self) noexcept
     cdef double next_look(self) noexcept
     cdef int follow(self, Pushed pushed, list items) except -1

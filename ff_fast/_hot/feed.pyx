@@ -1,15 +1,14 @@
-"""Pushes on their way to the readers of an attempt: each is decoded once, and queued at every reader.
+"""Pushes on their way to the readers of an attempt: decoded once, and queued at every reader.
 
-A feed and its readers may be on different threads. `Feed` and `Inbox.accept` run on the hub's, `Inbox.taken` on the
-reader's. None of them releases the GIL between two steps that rely on each other, so there is no lock that an interrupt
-could leave locked.
+A feed and its readers may be on different threads. `Feed` and `Inbox.accept` run on the hub's,
+`Inbox.taken` on the reader's. None of them releases the GIL between two steps that rely on each
+other, so there is no lock that an interrupt could leave locked.
 """
 
 cimport cython
 from cpython.list cimport PyList_GET_SIZE
 from libc.math cimport INFINITY
 
-from asyncio import CancelledError
 from contextvars import copy_context
 from time import monotonic
 from weakref import WeakKeyDictionary, ref
@@ -29,7 +28,8 @@ cdef enum:
     # What a reader's queue holds at most; a single push may have more.
     QUEUE_FRAMES = 4096
     QUEUE_BYTES = 1 << 20
-    # What became of a push: the reader took it or had it, it begins behind the reader's place, or it contradicts it.
+    # What became of a push: the reader took it or had it, it begins behind the reader's place, or
+    # it contradicts it.
     TAKEN = 0
     AHEAD = 1
     CONTRADICTS = 2
@@ -75,8 +75,8 @@ cdef class Ringer:
 cdef class Bell:
     """Wakes one asyncio task that waits for a reader, any number of times.
 
-    It is what a task awaits, in place of a future for each wait: a task asks only for the methods below. A feed refers
-    to it, and it refers to no reader but by a task that waits.
+    It is what a task awaits, in place of a future for each wait: a task asks only for the methods
+    below. A feed refers to it, and it refers to no reader but by a task that waits.
     """
 
     def __init__(self, loop):
@@ -146,6 +146,8 @@ cdef class Bell:
     def result(self):
         """Return None, or raise ``CancelledError`` where the wait was cancelled."""
         if self._cancelled:
+            from asyncio import CancelledError
+
             self._cancelled = False
             message, self._message = self._message, None
             raise CancelledError() if message is None else CancelledError(message)
@@ -154,15 +156,16 @@ cdef class Bell:
 cdef class Inbox:
     """Place of a reader in an attempt, and the pushes that it has not taken yet.
 
-    A push is taken if its frames follow the place, and says so by ids: what overlaps must have the ids that the reader
-    knows. Everything else makes a read due. The queue has a bound; beyond it all is dropped, and a read is due.
+    A push is taken if its frames follow the place, by their ids: what overlaps must have the ids
+    that the reader knows. Everything else makes a read due. The queue has a bound; beyond it all is
+    dropped, and a read is due.
 
     Attributes:
         ms, sequence: Id of the last frame that was delivered or reported missing.
-        stored: Sequence up to which the reader knows that what it got is stored; pushes may have run ahead.
+        stored: Sequence up to which what the reader got is known to be stored.
         due: A read must be made, since something may have been missed.
         reading: A read is under way; no push is taken meanwhile.
-        doubted: A push has contradicted the place; none is taken until a read has found it in storage.
+        doubted: The place may not be in storage; no push is taken until a read has found it there.
         confirmed: The server has confirmed the subscription, and it was not lost since.
         settling: Frames may be on their way to storage that were pushed before the subscription.
         reads_end: A push that tells of the end makes a read due, which delivers it.
@@ -201,10 +204,11 @@ cdef class Inbox:
         self.accept(pushed)
 
     def doubt(self, bint subscribed):
-        """Note that the server has confirmed the subscription, or that it is lost. What was pushed before may be missed."""
+        """Note that the subscription was confirmed, or is lost: pushes may have been missed."""
         self.confirmed = subscribed
         if subscribed:
-            self.due = True
+            # The server may be another one, and what follows may not follow what the reader had.
+            self.due = self.doubted = True
             self.settling = True
         else:
             # Storage is asked now and then until the subscription is back.
@@ -218,7 +222,8 @@ cdef class Inbox:
             return 0
         if pushed._kind == PUSHED_FRAMES:
             frames = PyList_GET_SIZE(pushed.visible if self.exclude else pushed.frames)
-            # Frames that the reader does not want neither wake it nor are a hole: those it wants name the one before.
+            # Frames that the reader does not want neither wake it nor are a hole: those it wants
+            # name the one before.
             if frames == 0 or self._dropping:
                 return 0
             if self._queue and (
@@ -255,6 +260,7 @@ cdef class Inbox:
         """Note that a read begins: what was pushed so far need not be followed by another one."""
         self._woken = False
         self._dropping = False
+        self.check_place()
         self.due = False
         self.reading = True
 
@@ -270,6 +276,12 @@ cdef class Inbox:
         """Whether the reader has to be asked for its next step before it waits."""
         return self.due or self.reading or self.end_reason is not None
 
+    cdef int check_place(self) noexcept:
+        """Doubt a place that storage may never get to, where something may have been missed."""
+        if self.due and self.stored < self.sequence:
+            self.doubted = True
+        return 0
+
     def take(self):
         """Return the items of the pushes that follow the place, in order."""
         return self.taken()
@@ -283,6 +295,7 @@ cdef class Inbox:
         cdef int what
         cdef bint again = True
         self._woken = False
+        self.check_place()
         if self.reading or self.doubted or not self._queue:
             return items
         queue = self._queue
@@ -324,7 +337,7 @@ cdef class Inbox:
         return items
 
     cdef int put_back(self, list ahead, list rest) except -1:
-        """Queue again, before what has come meanwhile, pushes that were looked at and pushes behind them."""
+        """Queue *ahead* and *rest* again, before what has come meanwhile."""
         cdef Pushed pushed
         if ahead is None:
             ahead = []
@@ -402,7 +415,8 @@ cdef class Inbox:
         cdef long long before = pushed.previous if self.exclude else pushed.last - 1
         # Where frames were pushed and never known to be stored, storage has the last word.
         if (
-            self.reads_end or self.sequence < before or self.sequence >= pushed.last or self.ms > pushed.ms
+            self.reads_end
+            or self.sequence < before or self.sequence >= pushed.last or self.ms > pushed.ms
             or self.stored != self.sequence
         ):
             return CONTRADICTS
@@ -415,7 +429,7 @@ cdef class Inbox:
         return TAKEN
 
     cdef bint agrees(self, Pushed pushed) noexcept:
-        """Whether the last frame of a push has the id under which the reader got it, as far as that is known."""
+        """Whether the last frame of a push has the id under which the reader got it, if known."""
         cdef int i
         if pushed.last == self.sequence:
             return self.ms == 0 or pushed.ms == self.ms

@@ -1,4 +1,4 @@
-from typing import final
+from typing import Literal, final
 
 from ff_fast.types import EndReason, FrameMode, Gap, GapReason, PatchKind
 
@@ -19,14 +19,19 @@ class StreamFrame:
         correlation_id: str | None = None,
         summary_version: int | None = None,
         patch_kind: PatchKind | None = None,
+        attempt_index: int = 0,
     ) -> None: ...
     @property
     def stream_id(self) -> str:
-        """``<server ms>-<sequence>``, the cursor from which a reader continues after this frame."""
+        """``<server ms>-<sequence>``, its id in the stream of the attempt."""
 
     @property
     def cursor(self) -> str:
-        """Where reading goes on behind this frame: its ``stream_id``. ``Gap`` and ``End`` have one too."""
+        """Where a reader goes on behind this frame; opaque, and safe in a URL. ``Gap`` and ``End`` have one too."""
+
+    @property
+    def attempt_index(self) -> int:
+        """The attempt, from 0."""
 
     @property
     def sequence(self) -> int:
@@ -92,6 +97,7 @@ def decode_entries(
     live: bool = False,
     after_ms: int = 0,
     newest: tuple[int, int] | None = None,
+    attempt_index: int = 0,
 ) -> Entries: ...
 def weigh_entries(entries: list[list[object]]) -> tuple[int, int]: ...
 def decode_run(run: bytes, count: int) -> list[bytes]: ...
@@ -102,4 +108,41 @@ def assemble(
     sequence: int,
     exclude_best_effort: bool,
     reason: GapReason,
+    attempt_index: int = 0,
 ) -> tuple[list[StreamFrame | Gap], int, int, EndReason | None]: ...
+
+@final
+class Pushed:
+    """What a message on the channel of an attempt says. All readers of the attempt share it."""
+
+    @property
+    def kind(self) -> Literal["look", "frames", "end", "lease"]: ...
+    @property
+    def deferred(self) -> bool:
+        """The frames are not stored yet."""
+
+    @property
+    def ms(self) -> int: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+    @property
+    def frames(self) -> list[StreamFrame]: ...
+    @property
+    def visible(self) -> list[StreamFrame]:
+        """The frames that a reader gets that excludes best-effort frames."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def previous(self) -> int:
+        """Sequence of the last visible frame before the end."""
+
+    @property
+    def end_reason(self) -> EndReason | None: ...
+    @property
+    def lease_ms(self) -> int: ...
+
+def decode_push(message: bytes, attempt_index: int = 0) -> Pushed:
+    """Return what a message on the channel of an attempt says. A message that is damaged says: look."""

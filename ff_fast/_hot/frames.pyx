@@ -1,4 +1,4 @@
-"""Decodes stream entries and pushes to :class:`StreamFrame`, and merges the two streams of an attempt.
+"""Decodes entries and pushes to :class:`StreamFrame`, and merges the two streams of an attempt.
 
 An entry id is ``<ms>-<sequence>``: server time, and the sequence of the entry's last frame. Entries
 are field lists:
@@ -18,14 +18,15 @@ A run holds consecutive frames that share all these fields. It stores what diffe
 
     count                    varint
     payload lengths          count varints, in bytes
-    times                    count zigzag varints: ms from the entry's ms to when each frame was written
+    times                    count zigzag varints: when each was written, in ms from the entry's ms
     payloads                 back to back
 
 A run has at most 1,024 frames and 2 MiB; an entry with a larger value is foreign. A varint is
 little-endian base 128; the high bit of a byte says that another byte follows. Frame i
 of n, from 0, has the id ``<entry ms>-<entry sequence - n + 1 + i>``, so a cursor may be inside a
-run. A zigzag varint is 2 t for a time t from 0 on, and -2 t - 1 for one below: a frame is mostly written before its
-entry gets its ms, and behind it where the ms was fixed with the first frame of a run.
+run. A zigzag varint is 2 t for a time t from 0 on, and -2 t - 1 for one below: a frame is mostly
+written before its entry gets its ms, and behind it where the ms was fixed with the first frame of a
+run.
 
 What is published on the channel of an attempt (``keys.attempt_channel``), by its first byte:
 
@@ -35,12 +36,13 @@ What is published on the channel of an attempt (``keys.attempt_channel``), by it
     L<ms>                                        the lease ends in so many ms
     anything else                                something to read
 
-No blocks behind the space: the frames are too large to be pushed. A block holds consecutive frames of one stream that
-share their fields:
+No blocks behind the space: the frames are too large to be pushed. A block holds consecutive frames
+of one stream that share their fields:
 
     stream                   L for the log, V for the live window
     number of fields         varint
-    fields                   each: varint length, name, varint length, value; those of an entry, but payload and run
+    fields                   those of an entry but payload and run, each: varint length, name,
+                             varint length, value
     size of the run          varint
     run                      as above, also for one frame
 
@@ -126,7 +128,8 @@ cdef class StreamFrame:
 
     Attributes:
         stream_id: ``<server ms>-<sequence>``, its id in the stream of the attempt.
-        cursor: Where a reader goes on behind this frame; opaque, and safe in a URL. ``Gap`` and ``End`` have one too.
+        cursor: Where a reader goes on behind this frame; opaque, and safe in a URL. ``Gap`` and
+            ``End`` have one too.
         attempt_index: The attempt, from 0.
         sequence: Position in the attempt, dense, from 1.
         frame_type: Classifier that the worker chose; ``token`` by default.
@@ -352,7 +355,8 @@ cdef class Entries:
 
 
 cdef long long add_run(
-    list frames, const unsigned char* start, const unsigned char* end, StreamFrame shared, long long after
+    list frames, const unsigned char* start, const unsigned char* end, StreamFrame shared,
+    long long after,
 ) except -1:
     """Append the frames of a run after sequence *after* to *frames*; return how many the run holds.
 
@@ -435,6 +439,7 @@ def decode_entries(
     cdef bytes name, value, payload, run, previous, version, pointer, end_reason
     cdef str usual_mode = BEST_EFFORT if live else DURABLE
     cdef const unsigned char* start
+    cdef const unsigned char* stop
     cdef Py_ssize_t at, size
     cdef long long ms = 0
     cdef long long sequence = 0
@@ -530,7 +535,8 @@ def decode_entries(
             frame.patch_kind = patch_kind_of(frame.patch_kind, pointer)
         if run is not None:
             start = <const unsigned char*>PyBytes_AS_STRING(run)
-            sequence -= add_run(result.frames, start, start + PyBytes_GET_SIZE(run), frame, after) - 1
+            stop = start + PyBytes_GET_SIZE(run)
+            sequence -= add_run(result.frames, start, stop, frame, after) - 1
         elif sequence > after:
             frame.payload = payload
             frame.ts_ms = ms
@@ -657,7 +663,7 @@ def decode_run(bytes run not None, long long count):
 @cython.freelist(64)
 @cython.no_gc
 cdef class Pushed:
-    """What a message on the channel of an attempt says; see the top of this file. All readers of the attempt share it.
+    """What a message on the channel of an attempt says. All readers of the attempt share it.
 
     Attributes:
         kind: ``frames``, ``end``, ``lease``, or ``look`` for everything else.
@@ -678,7 +684,7 @@ cdef class Pushed:
 
 
 def decode_push(bytes message not None, unsigned int attempt_index=0):
-    """Return the :class:`Pushed` of a message on the channel of an attempt. A message that is damaged says: look."""
+    """Return the :class:`Pushed` of a message. One that is damaged says: look."""
     return read_push(message, attempt_index)
 
 
@@ -761,7 +767,7 @@ cdef const unsigned char* take_text(
 cdef int add_blocks(
     Pushed pushed, const unsigned char* start, const unsigned char* end, unsigned int attempt_index
 ) except -1:
-    """Decode the blocks of a push. Its id is that of the last frame, so the frames are counted first."""
+    """Decode the blocks of a push, counted first, since the id is that of the last frame."""
     cdef const unsigned char* at = start
     cdef const unsigned char* text = NULL
     cdef Py_ssize_t size = 0
@@ -804,10 +810,10 @@ cdef int add_blocks(
 
 
 cdef const unsigned char* add_block(
-    list frames, const unsigned char* at, const unsigned char* end, long long ms, long long* sequence,
-    unsigned int attempt_index,
+    list frames, const unsigned char* at, const unsigned char* end, long long ms,
+    long long* sequence, unsigned int attempt_index,
 ) except NULL:
-    """Decode one block behind *sequence*, which becomes that of its last frame; return what follows it."""
+    """Decode a block behind *sequence*, which becomes that of its last frame; return its end."""
     cdef StreamFrame shared = StreamFrame.__new__(StreamFrame)
     cdef const unsigned char* name = NULL
     cdef const unsigned char* value = NULL
@@ -859,7 +865,7 @@ cdef const unsigned char* add_block(
     if count != 1:
         add_run(frames, value, at, shared, 0)
         return at
-    # A frame by itself, as a stream at a model's pace pushes them, needs no copy of what it would share.
+    # A frame by itself, as at a model's pace, needs no copy of what it would share.
     payload = take_varint(payload, at, &count)
     payload = take_varint(payload, at, &fields)
     if <unsigned long long>(at - payload) != count:
@@ -872,5 +878,7 @@ cdef const unsigned char* add_block(
     return at
 
 
-cdef inline bint named(const unsigned char* name, Py_ssize_t size, const char* wanted, Py_ssize_t wanted_size) noexcept:
+cdef inline bint named(
+    const unsigned char* name, Py_ssize_t size, const char* wanted, Py_ssize_t wanted_size
+) noexcept:
     return size == wanted_size and memcmp(name, wanted, <size_t>size) == 0

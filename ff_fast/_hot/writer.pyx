@@ -850,11 +850,12 @@ cdef class WriterCore:
         return put_raw(out, self._data + run.offset, run.size)
 
     cdef Py_ssize_t _put_body(
-        self, char* out, Py_ssize_t skip, Py_ssize_t skip_bytes, long long now
+        self, char* out, Py_ssize_t skip, Py_ssize_t skip_bytes, long long now, bint bare=False
     ) noexcept:
         """Write the open batch without its first *skip* frames as a push has it; return the size.
 
-        All but a whole first run is left out at most. With NULL for *out* nothing is written.
+        All but a whole first run is left out at most. With NULL for *out* nothing is written. What
+        is *bare* lacks the end that is also the value, or the values, of its one block.
         """
         cdef Py_ssize_t total = 0
         cdef Py_ssize_t index, i, first, count, size, extras
@@ -900,10 +901,14 @@ cdef class WriterCore:
                     size += 1
                 else:
                     size += varint_size(self._moment(i, now))
-            total += varint_size(size) + size
+            total += varint_size(size)
+            if out is not NULL:
+                at = put_varint(at, size)
+            if bare and shape.kind != LOG and count > 1:
+                return total
+            total += size - (run.size if bare else 0)
             if out is NULL:
                 continue
-            at = put_varint(at, size)
             at = put_varint(at, count)
             size = 0
             for i in range(first, first + count):
@@ -914,8 +919,21 @@ cdef class WriterCore:
                     at = put_varint(at, 0)
                 else:
                     at = put_varint(at, self._moment(i, now))
-            at = put_raw(at, self._data + run.offset + run.size - size, size)
+            if not bare:
+                at = put_raw(at, self._data + run.offset + run.size - size, size)
         return total
+
+    cdef bint _is_bare(self) noexcept:
+        """Whether the server completes a push with the values of the open batch, as these are one
+        block and no frame of it was pushed: so they cross the wire once."""
+        return (
+            self._run_count == 1 and self._pushed == 0
+            # `prev` of a frame of the log takes a block of its own.
+            and (
+                self._count == 1 or self._runs[0].previous < 0
+                or (<_Shape>self._shapes[0]).kind != LOG
+            )
+        )
 
     cdef bytes _pending_field(self, Run* run, _Shape shape):
         """Field name of a run in the summary hash. It has all that a reader needs to fold it."""
@@ -956,6 +974,7 @@ cdef class WriterCore:
         cdef Py_ssize_t parts = 3
         cdef Py_ssize_t total = PyBytes_GET_SIZE(self._writer)
         cdef Py_ssize_t body, head
+        cdef bint bare
         cdef Py_ssize_t durable = 0
         cdef Py_ssize_t live = 0
         cdef Py_ssize_t index, i, value_size, first
@@ -1016,10 +1035,11 @@ cdef class WriterCore:
         out = put_number(out, batch.first_sequence - 1)
         out = put_length(out, c'$', body)
         if body:
-            out[0] = c' '
+            bare = body > 1 and self._is_bare()
+            out[0] = c'+' if bare else c' '
             out += 1
             if body > 1:
-                out += self._put_body(out, self._pushed, self._pushed_bytes, now)
+                out += self._put_body(out, self._pushed, self._pushed_bytes, now, bare)
         out = put_raw(out, "\r\n", 2)
         if self._group_ms:
             out = put_bulk(out, PyBytes_AS_STRING(BLOCK_PUSHED_MS), 1)
@@ -1067,7 +1087,7 @@ cdef class WriterCore:
 
     cdef Py_ssize_t _push_size(self, long long now) noexcept:
         """Return the size of what readers are told when the open batch is stored: nothing, a space,
-        or a space and the frames."""
+        a space and the frames, or a plus and the frames without what the batch has anyway."""
         cdef Py_ssize_t size
         if self._count == 0:
             return 0
@@ -1084,7 +1104,11 @@ cdef class WriterCore:
         ):
             return 1
         size = self._put_body(NULL, self._pushed, self._pushed_bytes, now)
-        return 1 if size > PUSH_BYTES else 1 + size
+        if size > PUSH_BYTES:
+            return 1
+        if self._is_bare():
+            size = self._put_body(NULL, 0, 0, now, True)
+        return 1 + size
 
     cdef int _name_keys(self, Batch batch, int uses) noexcept:
         """Name the keys that a batch uses."""
@@ -1428,7 +1452,7 @@ cdef class WriterCore:
         return self._batch_answered(<Batch>part, reply, now_ms, shared)
 
     cdef object _batch_answered(self, Batch batch, object reply, long long now_ms, bint shared):
-        # Ms and sequence of the last id, the end of the lease in ms, and 1 if a cancel is requested.
+        # Ms and sequence of the last id, when the lease ends in ms, and 1 if a cancel is requested.
         cdef long long values[4]
         cdef long long acked, now
         if not self._in_flight or self._in_flight[0] is not batch:
@@ -1885,7 +1909,7 @@ cdef class Call:
         return message
 
     def __call__(self, reply):
-        """Give each writer its part of *reply*; a mark of the outbox's `lost` says that there is none.
+        """Give each writer its part of *reply*; a mark of the outbox's `lost` stands for none.
 
         An exception of a hook passes through once every writer has its part.
         """
@@ -1978,6 +2002,9 @@ cdef class Outbox:
     cdef Py_ssize_t _hurried
     # `_on_ready` was called, and `next_call` has not been since.
     cdef bint _told
+    # `next_call` is under way: no hook is called, since it could raise, and what was taken would
+    # never be sent.
+    cdef bint _packing
     cdef long long _linger_us
     cdef tuple _lost
     cdef unsigned long _thread
@@ -2052,6 +2079,8 @@ cdef class Outbox:
         return self._tell() if self._hurried == 1 else 0
 
     cdef int _tell(self) except -1:
+        if self._packing:
+            return 0
         self._told = True
         try:
             self._on_ready()
@@ -2115,7 +2144,7 @@ cdef class Outbox:
         cdef _Part part
         cdef Call call
         cdef int collecting = PyGC_Disable()
-        self._told = True
+        self._packing = True
         try:
             while self._at < last and count < CALL_PARTS:
                 writer = <WriterCore>self._ready[self._at]
@@ -2170,6 +2199,7 @@ cdef class Outbox:
             self._usual_parts += (count - self._usual_parts) / 8.0
             return call
         finally:
+            self._packing = False
             if collecting:
                 PyGC_Enable()
 

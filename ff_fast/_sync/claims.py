@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-from ff_fast._core import claiming
+from ff_fast._core.claiming import LOOK_EVERY_S
 from ff_fast._sync.connection import run_steps
 from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
     from ff_fast._core.steps import AwaitHint, Step
     from ff_fast._sync.connection import Connection
-    from ff_fast._sync.pool import Pool
+
+
+class Connections(Protocol):
+    """The pool, as far as a claim needs it."""
+
+    def _acquire(self) -> Connection: ...
+
+    def _release(self, connection: Connection) -> None: ...
 
 
 class Claiming:
     """Carries out the steps of one claim. It holds a connection, but for the time in which another thread waits for it."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Connections) -> None:
         self._pool = pool
         self._connection: Connection | None = None
 
@@ -46,8 +53,7 @@ class Claiming:
 
     def wait(self, step: AwaitHint) -> None:
         """Wait in line, and on the server for the whole line where nobody else does."""
-        claim, offer = step
-        line = offer.line
+        claim, line = step.claim, step.line
         bell = threading.Lock()
         bell.acquire()
 
@@ -65,7 +71,7 @@ class Claiming:
                 else:
                     self._release()
                     # Bounded: an interrupt may keep the leader from passing on its place.
-                    bell.acquire(timeout=min(left, claiming.LOOK_EVERY_S))
+                    bell.acquire(timeout=min(left, LOOK_EVERY_S))
         finally:
             line.leave(claim)
             line.resign(claim)
@@ -73,11 +79,10 @@ class Claiming:
             raise claim.failure
 
     def _serve(self, step: AwaitHint) -> None:
-        claim, offer = step
+        claim, line = step.claim, step.line
         try:
-            steps = claiming.serve(self._pool._deployment, offer, claim)
-            run_steps(steps, self.connection().request)
+            run_steps(step.serve(claim), self.connection().request)
         except FFError as error:
-            offer.line.leave(claim)
-            offer.line.fail(error)
+            line.leave(claim)
+            line.fail(error)
             raise

@@ -100,8 +100,8 @@ class _Thread:
         self._woken, self._waking = socket.socketpair()
         self._woken.setblocking(False)
         self._waking.setblocking(False)
-        self._runs: dict[str, int] = {}
-        self._thread = threading.Thread(target=self._main, name="ff_fast readers", daemon=True)
+        # At most one; the first that puts itself here runs.
+        self._runs: dict[str, threading.Thread] = {}
 
     def __del__(self) -> None:
         self._woken.close()
@@ -109,23 +109,26 @@ class _Thread:
 
     def wake(self) -> None:
         """Let the thread look for orders; begin it if it has not begun, or an interrupt struck before it did."""
-        if self._thread.ident is None:
+        if not self._runs:
+            # One for each that comes first at the same moment: a thread begins only once.
+            thread = threading.Thread(target=self._main, name="ff_fast readers", daemon=True)
             with contextlib.suppress(RuntimeError):
-                self._thread.start()
+                thread.start()
         # A full buffer wakes it as well; it is closed where a finaliser gives the order at the end of the interpreter.
         with contextlib.suppress(OSError):
             self._waking.send(b".")
 
     def end(self) -> None:
         self.wake()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        thread = self._runs.get("")
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
-        me = threading.get_ident()
-        if self._runs.setdefault("", me) != me:
+        me = threading.current_thread()
+        if self._runs.setdefault("", me) is not me:
             return
         error: FFError = _transport.closed_error()
         try:

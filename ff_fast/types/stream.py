@@ -499,6 +499,11 @@ class End(Value):
         if self.error is not None:
             check_type("error", self.error, str)
 
+    def __repr__(self) -> str:
+        if self.outcome is None:
+            return f"End(reason={self.reason!r}, cursor={self.cursor!r})"
+        return super().__repr__()
+
 
 class AttemptStarted(Value):
     """An attempt of the execution that is followed: a worker has claimed it, and the frames that follow are its own.

@@ -15,6 +15,7 @@ import re
 import socket
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from ff_fast import (
@@ -49,7 +50,13 @@ PASSWORD = "s3cret-canary"
 GPU = CapabilitySet({"gpu"})
 
 
+# Commands that Redis has since 7.2. An ACL may not name what the server does not know.
+_NEWER = {"+client|setinfo"}
+
+
 def allow(raw, name, rules):
+    if "valkey_version" not in raw.info("server"):
+        rules = " ".join(rule for rule in rules.split() if rule not in _NEWER)
     raw.execute_command("ACL", "SETUSER", name, "reset", "on", f">{PASSWORD}", *rules.split())
 
 
@@ -68,7 +75,7 @@ _CALLS = re.compile(
     r"(?:(?<![\w.])call|\bredis\.p?call)\(\s*(?:'([A-Z]+)'(?:, '([A-Z]+)')?|([^'\s,)]+))"
 )
 
-WITH_SUBCOMMANDS = {"function", "xinfo", "config", "object", "memory"}
+WITH_SUBCOMMANDS = {"client", "function", "xinfo", "config", "object", "memory"}
 """Commands whose rights name a subcommand."""
 
 
@@ -261,7 +268,7 @@ class Monitor:
         raise AssertionError("the server has closed MONITOR")
 
     def _note_keys(self, ran, arguments):
-        if arguments[0].upper() in (b"SPUBLISH", b"SSUBSCRIBE"):
+        if arguments[0].upper() in (b"SPUBLISH", b"SSUBSCRIBE", b"SUNSUBSCRIBE"):
             named = arguments[1:2] if arguments[0].upper() == b"SPUBLISH" else arguments[1:]
             ran.channels.update(map(kind_of, named))
             return
@@ -434,6 +441,8 @@ class Life:
         tail = self.by("ff_tailer").tail(running, 0)
         assert not tail.next_batch(0.01)
         tail.close()
+        # Soon it listens no more.
+        tailer.wait_until(lambda: tailer._hub._core.empty)
         self.by("ff_tailer").describe(running)
         self.by("ff_tailer").describe_stream(running, 0)
         self.by("ff_worker").fail(handle, "broken", FailureClass.INFRA_CRASH)
@@ -554,12 +563,23 @@ class Life:
         worker, handle = self.claimed("f")
         worker.complete(handle)
 
+    def listens(self, worker, eid):
+        """As a worker does while it keeps a lease, and soon after no more."""
+        channel, listener = keys.leases_channel(keys.slot_tag_of(eid)), SimpleNamespace()
+        listener.told = listener.doubt = listener.failed = lambda _: None
+        worker._hub.listen(channel, listener)
+        worker.wait_until(lambda: worker._hub.confirmed(channel))
+        worker._hub.unlisten(channel, listener)
+        worker.wait_until(lambda: worker._hub._core.empty)
+
     def cancels(self):
         eid = self.created(lane="g")
         worker, handle = self.claimed("g")
         worker.create_waitpoint(handle)
         self.by("ff_operator").cancel(eid, reason="too expensive", grace=60)
-        assert self.by("ff_worker").renew(handle).cancel_requested
+        worker = self.by("ff_worker")
+        assert worker.renew(handle).cancel_requested
+        self.listens(worker, eid)
         # By itself, as a worker does that was asked to stop.
         worker.describe(eid)
         worker.cancel(eid, reason="too expensive")

@@ -16,6 +16,7 @@ from ff_fast import (
     cli,
     keys,
 )
+from ff_fast._core import hub as hub_core
 from ff_fast._core import operations as operations_core
 from ff_fast._core import worker as worker_core
 from ff_fast.embedded import EmbeddedServer
@@ -51,8 +52,9 @@ def running(request):
 
 
 @pytest.fixture
-def guarded(running):
+def guarded(running, monkeypatch):
     """The server, emptied, and a client that may do everything."""
+    monkeypatch.setattr(hub_core, "LINGER_S", 0.1)
     server, raw = running
     raw.function_flush()
     raw.flushall()
@@ -465,5 +467,6 @@ def test_each_command_of_the_command_line_runs_as_one_user(guarded, monkeypatch,
     for command in ("info", "summary", "inspect"):
         assert run("ff_tailer", command, eid)
     run("ff_operator", "cancel", eid)
-    assert b"{}" in run("ff_tailer", "tail", eid)
+    for command in ("tail", "follow"):
+        assert b"{}" in run("ff_tailer", command, eid)
     assert raw.acl_log() == []

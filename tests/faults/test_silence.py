@@ -229,7 +229,7 @@ async def test_a_running_handler_of_asyncio_outlives_dead_connections(proxy, ser
 # -- idle connections --------------------------------------------------------------------------------------------------
 
 
-async def test_a_burst_of_readers_leaves_a_handful_of_connections(shell, server, lane):
+async def test_a_burst_of_readers_takes_a_handful_of_connections(shell, server, lane):
     with connect_raw(server.url) as raw:
         before = len(raw.client_list())
         async with await shell.connect(server.url) as backend:
@@ -245,8 +245,7 @@ async def test_a_burst_of_readers_leaves_a_handful_of_connections(shell, server,
                 await asyncio.gather(*(tail.next_batch(0.05) for tail in tails))
                 most = len(raw.client_list())
                 await asyncio.gather(*(tail.aclose() for tail in tails))
-            assert most >= before + 60
-            await wait_until_async(lambda: _true(len(raw.client_list()) <= before + 10))
+            assert most <= before + 3
 
 
 def test_idle_connections_have_a_greatest_age(proxy, lane, monkeypatch):

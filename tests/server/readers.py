@@ -149,7 +149,12 @@ class Stepper:
 
     def step(self):
         """Make one step; return what it brought."""
-        found = self.core.receive(self._ask(self.core.step()))
+        step = self.core.step()
+        if step is None:
+            # As after a loss of the subscription: storage is asked.
+            self.core.doubt(True)
+            step = self.core.step()
+        found = self.core.receive(self._ask(step))
         self.items += found
         return found
 

@@ -31,8 +31,8 @@ def log(*payloads, extras=()):
 
 def run_value(*payloads):
     """What stands for several frames in the live window: one payload, or a run."""
-    ages = list(range(len(payloads) * 100, 0, -100))
-    return payloads[0] if len(payloads) == 1 else run_of(payloads, ages)
+    times = list(range(len(payloads) * -100, 0, 100))
+    return payloads[0] if len(payloads) == 1 else run_of(payloads, times)
 
 
 def live(*payloads, fields=()):

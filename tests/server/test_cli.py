@@ -249,8 +249,8 @@ def test_tail_as_json_and_from_a_cursor(run, finished):
     assert lines[2]["encoding"] == "binary"
     assert lines[4]["patch_kind"] == "string-append"
     assert (lines[4]["pointer"], lines[4]["summary_version"]) == ("/a", 2)
-    assert lines[5] == {"end": "attempt_success"}
-    _, out, _ = run("tail", "--json", "--after", lines[3]["stream_id"], finished)
+    assert lines[5] == {"end": "attempt_success", "cursor": lines[5]["cursor"]}
+    _, out, _ = run("tail", "--json", "--after", lines[3]["cursor"], finished)
     assert [orjson.loads(line) for line in out.splitlines()] == lines[4:]
 
 

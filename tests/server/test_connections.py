@@ -76,13 +76,19 @@ def test_calls_and_writers_share_few_connections(connect, server, lane):
         assert len(raw.client_list()) - before == (2 if connect.kind == "sync" else 1)
 
 
-def test_nothing_is_sent_that_a_server_need_not_know(connect, own_monitor, lane):
-    """No CLIENT SETINFO, no HELLO, no PING: a connection asks for the version of the library and the partition count."""
+def test_a_connection_says_who_it_is_and_asks_for_the_library_alone(connect, own_monitor, lane):
+    """No HELLO, no PING: it says its name, and asks for the version of the library and the partition count."""
     connect(own_monitor.url)
     own_monitor.forget()
     connect(own_monitor.url)
     # The function asks for the count.
-    assert sorted(own_monitor.commands()) == ["fcall_ro", "get", "info"]
+    assert sorted(own_monitor.commands()) == [
+        "client|setinfo",
+        "client|setname",
+        "fcall_ro",
+        "get",
+        "info",
+    ]
 
 
 class Monitored:

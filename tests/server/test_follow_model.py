@@ -14,6 +14,7 @@ from ff_fast import (
     ResumeCondition,
     RetryPolicy,
     StreamFrame,
+    StreamMode,
     WaitpointKind,
     WaitpointSpec,
     keys,
@@ -22,8 +23,9 @@ from ff_fast._core import ops
 from ff_fast._core.follow import FollowCore
 from ff_fast.errors import LeaseExpired
 
+from ..shells import KINDS, Reading
 from .executions import World
-from .readers import Stepper
+from .readers import BEST_EFFORT, Stepper
 
 LIVES = 48
 
@@ -72,7 +74,8 @@ class Life:
             self.wanted.append(handle.attempt_index)
 
     def write(self):
-        with self.world.backend.open_writer(self.handle) as writer:
+        mode = self.chance.choice((StreamMode.durable(), BEST_EFFORT))
+        with self.world.backend.open_writer(self.handle, mode=mode) as writer:
             for _ in range(self.chance.randint(1, 4)):
                 self.written += 1
                 writer.write(f"frame {self.written}")
@@ -153,11 +156,27 @@ class Follower(Stepper):
 
     @property
     def got(self):
-        return [
-            item.payload.decode() if isinstance(item, StreamFrame) else item.attempt_index
-            for item in self.items
-            if isinstance(item, StreamFrame | AttemptStarted)
-        ]
+        return short(self.items)
+
+
+class Following(Reading):
+    """A follower in a thread of its own."""
+
+    def __init__(self, kind, url, eid):
+        self._eid = eid
+        super().__init__(kind, url)
+
+    def open(self):
+        return self.backend.follow(self._eid)
+
+
+def short(items):
+    """Payloads of frames, and numbers of attempts."""
+    return [
+        item.payload.decode() if isinstance(item, StreamFrame) else item.attempt_index
+        for item in items
+        if isinstance(item, StreamFrame | AttemptStarted)
+    ]
 
 
 @pytest.fixture
@@ -204,3 +223,23 @@ def test_a_follower_gets_everything_once(world, raw, seed):
     late.look()
     assert late.got == whole
     assert late.items[-1] == live.items[-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_so_does_one_whose_connection_is_lost_again_and_again(world, server, raw, kind, seed):
+    life = Life(world, 1_000 + seed)
+    follower = Following(kind, server.url, life.eid)
+    for _ in range(30):
+        if life.move():
+            break
+        if life.chance.random() < 0.3:
+            for each in raw.client_list():
+                if each["name"] == "ff_fast:readers":
+                    raw.client_kill_filter(_id=each["id"])
+    else:
+        world.backend.cancel(life.eid)
+    items = follower.result()
+    assert without_loss(life, short(items)) == life.whole()
+    assert [item for item in items if isinstance(item, End)] == [items[-1]]
+    assert items[-1].outcome == world.core(life.eid)["outcome"]

@@ -24,6 +24,7 @@ from ff_fast._core import tail as tail_core
 from ff_fast._hot.frames import decode_entries, weigh_entries
 from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import AttemptNotFound, LeaseExpired
+from ff_fast.types import parse_cursor
 
 from ..conftest import connect_raw
 from ..reference_frames import check_told, wanted_of
@@ -36,6 +37,7 @@ from .readers import (
     Reader,
     Stepper,
     begin,
+    blocked,
     collect,
     counted,
     listening,
@@ -96,12 +98,12 @@ def pages(backend, attempt, **options):
 
 def test_a_page_has_frames_cursor_and_end(shell, backend, attempt):
     page = shell.read_stream(attempt.eid)
-    assert (page, page.cursor, page.gaps, page.end_reason) == ((), "0-0", (), None)
+    assert (page, page.cursor, page.gaps, page.end_reason) == ((), "0.0-0", (), None)
     write(backend, attempt, [("durable", "a"), ("best_effort", "b"), ("summary", "c")])
     page = shell.read_stream(attempt.eid)
     assert [frame.frame_type for frame in page] == ["a", "b", "c"]
     assert [frame.mode for frame in page] == ["durable", "best_effort", "summary"]
-    assert page.cursor == page[-1].stream_id
+    assert page.cursor == page[-1].cursor
     assert page.end_reason is None
     again = shell.read_stream(attempt.eid, after=page.cursor)
     assert (again, again.cursor) == ((), page.cursor)
@@ -244,7 +246,7 @@ def test_a_page_of_foreign_entries_alone_is_empty(fields, shell, backend, raw, a
             pipe.execute()
     for visibility in (ALL, EXCLUDE):
         page = shell.read_stream(attempt.eid, count=1, visibility=visibility)
-        assert (page, page.gaps, page.cursor) == ((), (), "0-0")
+        assert (page, page.gaps, page.cursor) == ((), (), "0.0-0")
     write(backend, attempt, [("durable", "a"), ("best_effort", "b"), ("summary", "c")])
     assert sequences(shell.read_stream(attempt.eid, count=1)) == [1]
     assert sequences(shell.read_stream(attempt.eid)) == [1, 2, 3]
@@ -371,7 +373,7 @@ def test_a_page_of_excluded_frames_alone_moves_its_cursor(backend, raw, attempt)
     write(backend, attempt, best_effort_frames("single entries"))
     page = backend.read_stream(attempt.eid, count=10, visibility=EXCLUDE)
     assert (page, page.gaps) == ((), ())
-    assert StreamCursor(*map(int, page.cursor.split("-"))).sequence == 10_000
+    assert parse_cursor(page.cursor).sequence == 10_000
     with counted(raw, "fcall_ro") as calls:
         assert backend.read_stream(attempt.eid, after=page.cursor, visibility=EXCLUDE) == ()
     assert calls["fcall_ro"] == 1
@@ -419,7 +421,7 @@ def test_closing_wakes_a_blocked_reader(backend, server, raw, attempt):
 
     reader = threading.Thread(target=read)
     reader.start()
-    wait_listening(raw)
+    wait_until(lambda: blocked(raw))
     backend.complete(attempt.handle)
     reader.join(5)
     assert not reader.is_alive()
@@ -489,8 +491,9 @@ def test_reads_are_fcall_ro_and_the_functions_carry_no_writes(backend, raw, atte
     (library,) = raw.function_list(library="ff_fast")
     described = [_pairs(function) for function in _pairs(library)[b"functions"]]
     flags = {function[b"name"]: function[b"flags"] for function in described}
-    for name in (b"ff_read_range", b"ff_read_summary", b"ff_describe_execution", b"ff_version"):
-        assert b"no-writes" in flags[name]
+    read_only = "read_range", "read_state", "read_summary", "describe_execution", "version"
+    for name in read_only:
+        assert b"no-writes" in flags[f"ff_{name}".encode()]
     assert b"no-writes" not in flags[b"ff_append"]
 
 
@@ -602,8 +605,6 @@ def shared(server):
 def test_nothing_is_ever_skipped_in_silence(shared, plan, visibility, cursor, count, small):
     backend, raw = shared
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tail_core, "BLOCK_MS", 1)
-        patch.setattr(tail_core, "_PACE_MS", 1)
         if small:
             patch.setattr(tail_core, "_FIRST_FRAMES", 2)
             patch.setattr(tail_core, "_FIRST_COUNTS", (2, 1))

@@ -92,7 +92,7 @@ def test_a_time_out_also_ends_the_wait_for_a_connection(server, attempt):
 
 
 @pytest.mark.parametrize("how", ["aclose", "drop"])
-def test_a_connection_that_nobody_waits_for_any_more_is_not_kept(how, server, attempt):
+def test_a_reader_that_was_left_while_it_connected_leaves_nothing(how, server, attempt):
     async def main(proxy):
         async with aio.ValkeyBackend.connect(proxy.url) as backend:
             tail = backend.tail(attempt.eid)
@@ -102,9 +102,10 @@ def test_a_connection_that_nobody_waits_for_any_more_is_not_kept(how, server, at
                 await tail.aclose()
             del tail
             proxy.release()
+            core = backend._hub._core
 
             async def gone():
-                return proxy.connections == 1
+                return core.empty and not backend._hub._queue
 
             await wait_until_async(gone)
 
@@ -285,7 +286,7 @@ def test_a_read_whose_reader_is_closed_says_so(backend, server, lane):
 
     thread = threading.Thread(target=read)
     thread.start()
-    wait_until(lambda: tail._connection is not None)
+    wait_until(lambda: tail._attached is not None)
     tail.close()
     thread.join()
     assert raised
@@ -302,18 +303,19 @@ def test_a_read_whose_reader_is_closed_says_so(backend, server, lane):
     asyncio.run(main())
 
 
-def test_a_reader_that_has_ended_holds_no_connection(backend, attempt):
+def test_a_reader_that_has_ended_listens_no_more(backend, attempt):
     tail = backend.tail(attempt.eid)
     while not tail.ended:
         tail.next_batch()
-    assert tail._connection is None
+    assert (tail._connection, tail._attached) == (None, None)
 
 
-def test_a_reader_that_has_ended_holds_no_connection_in_asyncio(server, attempt):
+def test_a_reader_that_has_ended_listens_no_more_in_asyncio(server, attempt):
     async def main():
         async with aio.ValkeyBackend.connect(server.url) as backend:
             tail = backend.tail(attempt.eid)
             await gathered(tail)
-            assert tail._connection is None
+            assert tail._attached is None
+            assert not backend._hub._core.listening
 
     asyncio.run(main())

@@ -9,6 +9,7 @@ from ff_fast import (
     Frame,
     FrameKind,
     Handle,
+    OnCancel,
     ResumeCondition,
     WaitpointKind,
     WaitpointSpec,
@@ -45,17 +46,18 @@ def blocking(backend: ff_fast.ValkeyBackend, handle: Handle, spec: WaitpointSpec
     with backend.follow("id", "0.0-0", snapshot=True) as following:
         reveal_type(following)  # -> Follow
         reveal_type(next(following))  # -> StreamFrame | Gap | End | Snapshot | AttemptStarted
-        reveal_type(
-            following.next_batch(0.5)
-        )  # -> list[StreamFrame | Gap | End | Snapshot | AttemptStarted]
+        batch = following.next_batch(0.5)
+        reveal_type(batch)  # -> list[StreamFrame | Gap | End | Snapshot | AttemptStarted]
         reveal_type(following.cursor)  # -> str | None
     reveal_type(backend.wait("id", timedelta(minutes=1)))  # -> bytes
     for completion in backend.subscribe_completions():
         reveal_type(completion)  # -> CompletionPayload
     with backend.keep_lease(handle) as keeper:
         reveal_type(keeper.held)  # -> bool
+        reveal_type(keeper.wait_cancelled(timedelta(seconds=1)))  # -> bool
     reveal_type(backend.supervise(interval=timedelta(seconds=1)))  # -> None
     reveal_type(backend.run_worker(handled, lane="lane", concurrency=4))  # -> None
+    reveal_type(backend.run_worker(handled, on_cancel=OnCancel.TELL, cancel_grace=5))  # -> None
 
 
 def handled(task: ff_fast.Task) -> bytes:
@@ -69,6 +71,8 @@ def handled(task: ff_fast.Task) -> bytes:
         WaitpointSpec(WaitpointKind.SIGNAL_NAME, b"go", point.hmac_token)
     )
     reveal_type(task.suspend(condition))  # -> tuple[ResumeSignal, ...]
+    reveal_type(task.wait_cancelled(0.5))  # -> bool
+    reveal_type((task.cancelled, task.lost))  # -> tuple[bool, bool]
     reveal_type(task.payload)  # -> bytes
     return task.payload
 
@@ -110,4 +114,5 @@ async def handled_later(task: aio.Task) -> str | None:
     reveal_type(task.write("x"))  # -> int
     reveal_type(await task.flush())  # -> AppendFrameOutcome
     reveal_type(await task.progress(message="half"))  # -> None
+    reveal_type(await task.wait_cancelled())  # -> bool
     await task.delay(5)

@@ -8,7 +8,7 @@ import pytest
 from ff_fast import CapabilitySet, errors, keys
 from ff_fast._core import claiming, deployment, line, operations, ops, ready
 from ff_fast._core.deployment import Deployment
-from ff_fast._core.ready import Head
+from ff_fast._core.line import Head
 from ff_fast._core.steps import AwaitHint, Pause
 
 from .script import functions, run
@@ -79,12 +79,12 @@ def led(on, state):
             try:
                 if isinstance(step, AwaitHint):
                     replies = []
-                    step.offer.line.join(state)
+                    step.line.join(state)
                     try:
                         while not state.told and state.left() > 0:
-                            yield from claiming.serve(on, step.offer, state)
+                            yield from step.serve(state)
                     finally:
-                        step.offer.line.leave(state)
+                        step.line.leave(state)
                 else:
                     replies = yield step
             except errors.FFError as error:
@@ -291,9 +291,9 @@ def in_line(on, count, tokens=()):
     """Claims that wait in one line."""
     claims = [claim_of(*tokens, max_wait_s=10) for _ in range(count)]
     waits = [next(claiming.claim(on, each)) for each in claims]
-    for claim, offer in waits:
-        offer.line.join(claim)
-    return offer, claims
+    for step in waits:
+        step.line.join(step.claim)
+    return on.offer("lane", tokens), claims
 
 
 def test_one_pop_serves_as_many_claims_as_there_are_hints_in_their_order(clock):
@@ -350,6 +350,60 @@ def test_the_best_hints_of_all_queues_come_first(clock):
     assert asked[1][2:4] == [b"0", b"2"]
     assert asked[3:] == [[b"ZPOPMIN", READY], [b"ZPOPMIN", gpu, b"2"]]
     assert [each.given.partition for each in claims] == [1, 3, 4]
+
+
+def in_rush(on, count, tokens=()):
+    """Claims that do not wait, and ask while another one does."""
+    claims = [claim_of(*tokens) for _ in range(count)]
+    offer = on.offer("lane", tokens)
+    offer.asking += 1
+    for each in claims:
+        each.shares = True
+        step = next(claiming.claim(on, each))
+        assert step.line is offer.rush
+        offer.rush.join(each)
+    return offer, claims
+
+
+def test_claims_that_come_together_ask_together(clock):
+    on = swept()
+    offer, claims = in_rush(on, 4)
+    pop = [[b"7", b"-9", b"3", b"-5"], [b"0", b"m", b"1", b"n"], [b"x", b"-7"], []]
+    asked, _ = run(claiming.serve_at_once(on, offer), [*pop, [1, b"OK"]])
+    assert functions(asked) == [
+        "ZPOPMIN", "pause", "HGETALL", "ZRANGE", "ZRANGE", "ff_forget_hints",
+    ]  # fmt: skip
+    assert asked[0] == [b"ZPOPMIN", READY, b"4"]
+    assert [each.given and each.given.partition for each in claims] == [7, 3, 0, None]
+    assert [each.dismissed for each in claims] == [False, False, False, True]
+    assert not offer.rush.waiting
+
+
+@pytest.mark.parametrize("popped", [[b"7", b"-9", b"junk", b"-5"], [b"junk", b"-9", b"x", b"-5"]])
+def test_foreign_hints_end_nobodys_claim(popped, clock):
+    on = swept()
+    offer, claims = in_rush(on, 2)
+    run(claiming.serve_at_once(on, offer), [popped])
+    assert not any(each.dismissed for each in claims)
+    assert len(offer.rush.waiting) == (1 if b"7" in popped else 2)
+
+
+def test_a_claim_with_capabilities_asks_together_for_the_best_of_all_queues(clock):
+    on = swept("gpu")
+    offer, claims = in_rush(on, 2, tokens=("gpu",))
+    offer.learn(b"gpu")
+    looks = [[b"1", b"-5"], [b"3", b"-7", b"4", b"-6"]]
+    asked, _ = run(claiming.serve_at_once(on, offer), [[], *looks, [b"3", b"-7", b"4", b"-6"]])
+    assert asked[-1] == [b"ZPOPMIN", keys.ready("lane", "gpu"), b"2"]
+    assert [each.given.partition for each in claims] == [3, 4]
+
+
+def test_a_claim_that_asks_alone_asks_itself(claim):
+    on = swept()
+    state = claim_of()
+    state.shares = True
+    assert claim([b"1", b"-5"], claimed(), on=on, state=state)[1] is not None
+    assert on.offer("lane", ()).asking == 0
 
 
 def test_a_claim_whose_hint_led_to_nothing_is_the_first_again(clock):

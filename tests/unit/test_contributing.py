@@ -106,7 +106,7 @@ def test_every_hop_of_the_walks_exists():
     for path, name in hops:
         text = (ROOT / path).read_text("utf-8")
         outer, _, inner = name.rpartition(".")
-        defined = rf"\b(?:def|function|int|bytes) (?:{inner}|{re.escape(name)})\(|register_function\('{inner}'"
+        defined = rf"\b(?:def|function|int|bytes|object) (?:{inner}|{re.escape(name)})\(|register_function\('{inner}'"
         assert re.search(defined, text), (path, name)
         if not path.endswith(".lua") and outer:
             assert re.search(rf"\bclass {outer}\b", text), (path, name)

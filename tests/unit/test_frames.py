@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ff_fast import Corruption, Gap, PatchKind, StreamFrame
-from ff_fast._hot.frames import assemble, decode_entries, decode_run, weigh_entries
+from ff_fast._hot.frames import (
+    assemble,
+    decode_entries,
+    decode_push,
+    decode_run,
+    weigh_entries,
+)
 
 from .. import reference_frames as reference
 from ..reference_frames import Written, lay_out, run_of
@@ -196,6 +202,75 @@ def test_lengths_that_would_overflow():
         decode_entries([[b"1-%d" % (10**18 - 1), [b"run", reference.varint(1024) + b"x" * 10]]], 0)
 
 
+# -- pushes ---------------------------------------------------------------------------------------
+
+
+@st.composite
+def pushes(draw):
+    """A push of frames, as it is published or damaged."""
+    blocks, total = [], 0
+    for _ in range(draw(st.integers(0, 3))):
+        payloads = draw(st.lists(st.binary(max_size=9), min_size=1, max_size=4))
+        fields = []
+        for name, values in (
+            (b"frame_type", [b"t", b"\xff"]),
+            (b"mode", [b"summary", b"best_effort"]),
+            (b"prev", [b"0", b"3", b"x"]),
+            (b"correlation_id", [b"c"]),
+            (b"patch_kind", [b"json-merge-patch", b"other"]),
+            (b"summary_version", [b"9", b"1"]),
+            (b"encoding", [b"binary"]),
+            (b"source", [b"s"]),
+            (b"other", [b""]),
+        ):
+            if draw(st.integers(0, 5)) == 0:
+                fields += [name, draw(st.sampled_from(values))]
+        times = [draw(st.integers(-300, 300)) for _ in payloads]
+        blocks.append(
+            reference.block_of(draw(st.sampled_from([b"L", b"V"])), fields, payloads, times)
+        )
+        total += len(payloads)
+    last = total + draw(st.integers(-1, 3))
+    push = reference.push_of(draw(st.sampled_from([b"F", b"f"])), 1_000, max(last, 0), blocks)
+    how = draw(st.sampled_from(["whole", "whole", "prefix", "longer", "byte"]))
+    if how == "prefix":
+        push = push[: draw(st.integers(0, len(push)))]
+    elif how == "longer":
+        push += draw(st.binary(min_size=1, max_size=4))
+    elif how == "byte":
+        at = draw(st.integers(0, len(push) - 1))
+        push = push[:at] + bytes([draw(st.integers(0, 255))]) + push[at + 1 :]
+    return push
+
+
+words = st.sampled_from(
+    [b"", b"R", b"L", b"L5", b"L05x", b"L" + b"9" * 19, b"E5-3 1 attempt_success", b"E5-3 3 attempt_success", b"E5-3 0 ",
+     b"E5-3 0 attempt", b"E5-0 0 expired", b"E5 0 expired", b"F5-1", b"F5-1 ", b"F-1 V", b"G5-1 V\0\1\1"]
+)  # fmt: skip
+
+
+@given(st.one_of(pushes(), words, st.binary(max_size=20)))
+def test_a_push_is_decoded_as_the_reference_does(message):
+    want = reference.decode_push(message, 7)
+    got = decode_push(message, 7)
+    assert got.kind == want.kind
+    if want.kind == "lease":
+        assert got.lease_ms == want.lease_ms
+    elif want.kind == "end":
+        shown = (got.ms, got.last, got.previous, got.end_reason)
+        assert shown == (want.ms, want.last, want.previous, want.end_reason)
+    elif want.kind == "frames":
+        shown = (got.deferred, got.ms, got.first, got.last)
+        assert shown == (want.deferred, want.ms, want.first, want.last)
+        assert [reference.plain(frame) for frame in got.frames] == [
+            tuple(frame)[:-1] for frame in want.frames
+        ]
+        visible = [frame for frame in got.frames if frame.mode != "best_effort"]
+        assert got.visible == visible
+    else:
+        assert (got.frames, got.visible) == (None, None)
+
+
 OURS = [b"frame_type", b"t"]
 RUN = [b"run", run_of([b"a", b"b"], [0, 0])]
 
@@ -361,6 +436,7 @@ def frame(**changes):
 def test_a_frame_has_what_it_was_made_of():
     one = frame()
     assert (one.stream_id, one.sequence, one.summary_version) == ("17-4", 4, 3)
+    assert (one.attempt_index, one.cursor, frame(attempt_index=2).cursor) == (0, "0.17-4", "2.17-4")
     plain = StreamFrame(stream_id="1-1", frame_type="t", payload=b"", ts_ms=1)
     assert (plain.mode, plain.encoding, plain.source) == ("durable", "utf8", "worker")
     assert (plain.correlation_id, plain.summary_version, plain.patch_kind) == (None, None, None)
@@ -378,7 +454,7 @@ def test_a_frame_cannot_be_changed():
 CHANGES = {
     "stream_id": "17-5", "frame_type": "u", "payload": b"x", "ts_ms": 15, "mode": "durable",
     "encoding": "utf8", "source": "z", "correlation_id": None, "summary_version": None,
-    "patch_kind": None,
+    "patch_kind": None, "attempt_index": 1,
 }  # fmt: skip
 
 

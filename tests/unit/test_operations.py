@@ -423,6 +423,8 @@ REFUSALS = {
             **CLAIMER,
             "mode": MODES,
             "concurrency": [(0, InvalidInput), (10_001, InvalidInput), (1.5, InvalidType)],
+            "on_cancel": [("cancel", InvalidType), (True, InvalidType)],
+            "cancel_grace": DURATIONS,
         },
     ),
 }  # fmt: skip

@@ -25,7 +25,7 @@ NAMES = set(
 
 def printed(capsys):
     """The lines that an example printed, without the cursors in them: those hold the time."""
-    return re.sub(r", cursor='[0-9]+-[0-9]+'", "", capsys.readouterr().out).splitlines()
+    return re.sub(r", cursor='[0-9]+[.][0-9]+-[0-9]+'", "", capsys.readouterr().out).splitlines()
 
 
 def test_examples_run_as_they_stand(capsys):

@@ -260,7 +260,7 @@ def last(server):
 
 
 def test_it_asks_for_nothing_once_it_has_read_all():
-    core, server = started(*lay_out([[Written("durable"), Written("best_effort")]]))
+    core, _server = started(*lay_out([[Written("durable"), Written("best_effort")]]))
     assert core.step() is None
     core.due = True
     assert core.step() is not None
@@ -366,7 +366,7 @@ def test_an_answer_of_another_form_is_an_error_of_ours(subtests):
         (ServerError("READONLY no"), NotPrimary),
     ):
         with subtests.test(f"{reply!r:.60}"):
-            core, server = started(*lay_out([[Written("durable")]] * 100))
+            core, _server = started(*lay_out([[Written("durable")]] * 100))
             core.step()
             assert core._small_to is not None
             with pytest.raises(error):

@@ -9,7 +9,7 @@ from ff_fast._hot import feed as feed_module
 from ff_fast._hot.feed import Feed
 from ff_fast._hot.frames import decode_push
 
-from ..reference_frames import block_of, entry_id, push_of
+from ..reference_frames import block_of, entry_id, push_of, run_of
 from .script import request_of
 
 ALL = TailVisibility.ALL
@@ -63,7 +63,7 @@ class Attempt:
             block = block_of(b"L", fields, payloads)
         else:
             block = block_of(b"V", [], payloads)
-            fields = [b"run", block_run(payloads)]
+            fields = [b"run", run_of(payloads)]
             self.live.append([b"%d-%d" % (ms, self.last), fields])
         return push_of(b"F", ms, self.last, [block])
 
@@ -135,12 +135,6 @@ class Attempt:
                 break
         before = [each for each in ids if each < (ms, sequence)]
         return b"0-0" if before and before[-1][1] >= sequence else b""
-
-
-def block_run(payloads):
-    from ..reference_frames import run_of
-
-    return run_of(payloads)
 
 
 class Reader:
@@ -387,6 +381,37 @@ def test_frames_that_were_pushed_before_the_subscription_are_read_when_they_are_
     assert reader.core.wake_at > clock.now + 1
 
 
+def test_nothing_is_taken_behind_a_place_that_may_be_of_another_history(feed, attempt, clock):
+    reader = live_reader(feed, attempt)
+    feed.told(attempt.store(b"a"))
+    feed.told(push_of(b"f", attempt.now_ms(), 2, [block_of(b"V", [], [b"never stored"])]))
+    assert reader.told() == [b"a", b"never stored"]
+    clock.now += 1
+    # Another writer, whose first frame the reader hears nothing of.
+    feed.doubt(False)
+    attempt.store(b"other")
+    feed.doubt(True)
+    feed.told(attempt.store(b"more"))
+    assert reader.core.take() == []
+    gap, *frames = reader.run()
+    assert (gap.reason, gap.next_sequence, told(frames)) == ("rewritten", 2, [b"other", b"more"])
+
+
+def test_a_push_of_another_history_is_not_followed(feed, attempt, clock):
+    reader = live_reader(feed, attempt)
+    feed.told(attempt.store(b"a"))
+    feed.told(push_of(b"f", attempt.now_ms(), 2, [block_of(b"V", [], [b"never stored"])]))
+    clock.now += 1
+    ms = attempt.now_ms()
+    feed.told(push_of(b"f", ms, 2, [block_of(b"V", [], [b"b"])]))
+    feed.told(push_of(b"f", ms, 3, [block_of(b"V", [], [b"c"])]))
+    assert reader.told() == [b"a", b"never stored"]
+    attempt.store(b"b", b"c", mode="best_effort", ms=ms)
+    clock.now = reader.core.wake_at
+    gap, *frames = reader.run()
+    assert (gap.reason, gap.next_sequence, told(frames)) == ("rewritten", 2, [b"b", b"c"])
+
+
 def test_what_other_frames_stand_in_their_place_is_told(feed, attempt, clock):
     reader = live_reader(feed, attempt)
     feed.told(attempt.store(b"a"))
@@ -441,11 +466,15 @@ def test_a_subscription_that_cannot_be_had_is_an_error_of_the_next_step(feed, at
     assert reader.core.take() == []
     with pytest.raises(Unavailable):
         reader.core.step()
-    assert reader.core.step() is None
+    # Without one it reads.
+    attempt.store(b"a")
+    assert reader.told() == [b"a"]
 
 
 def test_a_slow_reader_is_bounded_and_loses_nothing(feed, attempt):
     slow, fast = live_reader(feed, attempt), live_reader(feed, attempt)
+    assert slow.run() == []
+    attempt.reads = 0
     told_fast = []
     for n in range(200):
         feed.told(attempt.store(*[b"%d" % n] * 50))
@@ -468,6 +497,7 @@ def test_items_read_and_not_delivered_are_read_again(feed, attempt):
 
 def test_all_readers_share_one_decoding(feed, attempt):
     one, two = live_reader(feed, attempt), live_reader(feed, attempt)
+    assert one.run() == []
     feed.told(attempt.store(b"a"))
     assert one.run()[0] is two.run()[0]
     assert not feed.remove(one.core)

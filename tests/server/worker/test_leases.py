@@ -52,11 +52,12 @@ def test_a_lease_that_is_lost_in_the_middle(worker, backend, lane, state, superv
     running = worker(handler, lease_ttl_ms=300, on_cancel=OnCancel.TELL)
     eid = backend.create_execution(lane=lane, retry=RETRY)
     assert lost.wait(10)
+    # It hears of the loss at once, and must not be the successor.
+    running.ask()
     lapse(raw, eid)
     other = backend.claim(lane=lane, **WORKER, policy=ClaimPolicy.with_max_wait(10))
     assert (other.kind, other.fields().attempt_index) == (HandleKind.RESUMED, 1)
     assert over.wait(10)
-    running.ask()
     running.result()
     for error in found[0]:
         assert is_lease_lost(error)

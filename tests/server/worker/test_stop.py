@@ -659,16 +659,3 @@ def test_a_blocking_worker_refuses_to_interrupt_a_thread(backend, lane):
     with pytest.raises(errors.InvalidInput) as caught:
         backend.run_worker(print, lane=lane, on_cancel=OnCancel.CANCEL)
     assert "wait_cancelled" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "options, error",
-    [
-        ({"on_cancel": "cancel"}, errors.InvalidType),
-        ({"cancel_grace": -1}, errors.InvalidInput),
-        ({"cancel_grace": "soon"}, errors.InvalidType),
-    ],
-)
-def test_options_are_checked(backend, lane, options, error):
-    with pytest.raises(error):
-        backend.run_worker(print, lane=lane, **options)

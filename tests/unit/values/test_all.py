@@ -166,7 +166,16 @@ def test_every_name_of_the_modules_is_offered_once():
     public = set(ff_fast.__all__)
     helpers = {"DEFAULT_PAYLOAD_LIMIT", "LARGEST_PAYLOAD_LIMIT", "MAX_SECONDS", "MAX_U32"}
     assert set(types.__all__) - public == helpers | {
-        *("Value", "duration_ms", "milliseconds", "parse_cursor", "payload_bytes", "seconds")
+        *(
+            "Value",
+            "duration_ms",
+            "make_cursor",
+            "milliseconds",
+            "parse_cursor",
+            "payload_bytes",
+            "seconds",
+            "split_cursor",
+        )
     }
 
 

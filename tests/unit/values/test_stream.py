@@ -28,7 +28,9 @@ from ff_fast.types import (
     TailVisibility,
     TimeoutBehavior,
     UsageVerdict,
+    make_cursor,
     parse_cursor,
+    split_cursor,
 )
 
 from .samples import CANARY, LIVE
@@ -285,7 +287,13 @@ def test_bad_cursors(subtests):
         "1-1\n",
         " 1-1",
         "1-*",
-        "1.0-1",
+        "1.0",
+        "1.",
+        ".0-1",
+        "1.1.0-1",
+        "-1.0-1",
+        "4294967296.0-1",
+        "11111111111.0-1",
         "1e3-1",
         "\u0665-1",
         "1-1-1",
@@ -307,10 +315,23 @@ def test_bad_cursors(subtests):
         with (
             subtests.test(f"{value!r:.60}"),
             pytest.raises(
-                InvalidCursor, match="A cursor must be None, 'start', '0-0' or an entry id"
+                InvalidCursor, match="A cursor must be None, 'start', '0-0', the cursor of an item"
             ),
         ):
             parse_cursor(value)
+
+
+@pytest.mark.parametrize(
+    "value, attempt", [(None, None), ("start", None), ("5-7", None), ("0.5-7", 0), ("12.5-7", 12)]
+)
+def test_a_cursor_names_its_attempt(value, attempt):
+    named, place = split_cursor(value)
+    assert (named, place) == (attempt, parse_cursor(value))
+    assert parse_cursor(value, attempt or 0) == place
+    if attempt is not None:
+        assert make_cursor(attempt, *place) == value
+        with pytest.raises(InvalidCursor, match=f"attempt {attempt}, not to attempt 3"):
+            parse_cursor(value, 3)
 
 
 @pytest.mark.parametrize("pair", [(-1, 0), (0, -1), (2**63, 0), (0, 2**53), (True, 0), ("1", 1)])

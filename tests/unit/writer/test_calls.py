@@ -318,7 +318,10 @@ class TestGroups:
         call = site.send()
         (part,) = parts_of(site.wire[-1][1])
         request = parse(part)
-        assert (len(request.frames), request.push, len(request.ages)) == (6, None, 6)
+        assert (len(request.frames), request.push, len(request.times)) == (6, None, 6)
+        # The ms of a group is that of its first frame.
+        assert request.times == sorted(request.times)
+        assert request.times[0] == 0
         assert request.pushed_ms is not None
         site.answer()
         assert call.accepted

@@ -65,7 +65,7 @@ def test_exact_request():
         b"$2\r\n62\r\n"
         b"$16\r\n0:lease:7:writer\r\n"
         b"$1\r\n0\r\n"
-        b"$9\r\n L\x00\x05\x01\x02\x00hi\r\n"
+        b"$7\r\n+L\x00\x05\x01\x02\x00\r\n"
         b"$1\r\nL\r\n$1\r\n1\r\n$2\r\nhi\r\n"
     )
 
@@ -166,8 +166,8 @@ def test_arguments_agree_with_the_oracle(sent, opened):
         assert request.first_sequence == last + 1
         assert request.frame_arguments == blocks(frames, last + 1, visible, version)
         assert keys_of(batch) == keys_named(" ".join(request.key_names))
-        assert request.ages == sorted(request.ages, reverse=True)
-        assert all(age < 10_000 for age in request.ages)
+        assert request.times == sorted(request.times)
+        assert all(-10_000 < time <= 0 for time in request.times)
         writer._acknowledge(batch, position(batch))
         told = None if visible == last else visible
         for number, frame in enumerate(frames, last + 1):
