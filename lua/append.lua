@@ -812,7 +812,7 @@ end
 -- slot.
 --
 -- `push` is '', or what is published on the channel of the attempt, behind `F` and the id of the last frame, once the
--- frames are stored. A part with the head key alone stores nothing: its arguments are `writer push`, its fence is that
+-- frames are stored: a space and a body, or `+` and a body that the values of the first block complete. A part with the head key alone stores nothing: its arguments are `writer push`, its fence is that
 -- of a batch, and `push` is published as it is. ff_fast/keys.py has the table of the channels.
 --
 -- The answer to a part is one string: the id of the last frame where it stores, when the lease ends in ms, and 1 where
