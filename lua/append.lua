@@ -558,18 +558,16 @@ local function may_be_pushed(ms, now)
   return #ms == 13 and not string.find(ms, '%D') and (ms <= now or ms - now <= MAX_PUSHED_AHEAD_MS)
 end
 
--- Checks one part of a call, and applies it but for the head: its keys are `key_count` ones from `key` on, its arguments
--- those from `at` to `last`, and `head` is the text of its head, nil or false where there is none. The other parts of
--- the call have left `room` for entries and `bytes_left` for their bytes. Returns the answer to the part, its entries,
--- its bytes, and the text of the new head where it changes; or the refusal alone. The caller writes the head.
+-- Checks one part of a call, and applies it: its keys are `key_count` ones from `key` on, its arguments those from `at`
+-- to `last`. The other parts of the call have left `room` for entries and `bytes_left` for their bytes. Returns the
+-- answer to the part, its entries and its bytes; or the refusal alone.
 --
 -- The caller passes functions of the server, as each look-up of a global costs as much as a function call. All fields of
 -- a head but its last have known places: its first 15 bytes are what an answer says of the lease, its writer has the
 -- length of the caller's or is another one, and the sequence of the last id begins behind 13 digits and a hyphen. Times
--- in ms have 13 digits from 2001 to 2286, so as texts they compare as they do as numbers.
-local function append_part(
-  call, publish, format, sub, byte, keys, args, key, key_count, at, last, head, now, room, bytes_left
-)
+-- in ms have 13 digits from 2001 to 2286, so as texts they compare as they do as numbers. No id is shorter than the one
+-- before, so a new one is written over it in its place.
+local function append_part(call, publish, format, sub, byte, keys, args, key, key_count, at, last, now, room, bytes_left)
   local head_key, writer = keys[key], args[at]
   local first = key_count == 1 and at + 2 or at + 3
   if first > last + 1 then
@@ -577,7 +575,7 @@ local function append_part(
   elseif key_count == 1 and first <= last then
     return ff.err('invalid_input', 'keys')
   end
-  local id_at = 18 + #writer
+  local head, id_at = call('GET', head_key), 18 + #writer
   if
     not head or sub(head, 17, id_at - 2) ~= writer or byte(head, id_at - 1) ~= SPACE or writer == NO_WRITER
     or sub(head, 1, 13) <= now
@@ -711,6 +709,7 @@ local function append_part(
       return id .. ' ' .. lease, entries, bytes
     end
   end
+  call('SETRANGE', head_key, id_at - 1, id)
   if push ~= '' then
     local values = ''
     if skip > 0 or (pushed_ms and sub(id, 1, 13) ~= ms) then
@@ -723,7 +722,7 @@ local function append_part(
     -- What is stored stays stored where its user may not publish.
     publish('SPUBLISH', head_key, STORED .. id .. push .. values)
   end
-  return id .. ' ' .. lease, entries, bytes, lease .. ' ' .. writer .. ' ' .. id
+  return id .. ' ' .. lease, entries, bytes
 end
 
 -- The error that a part met, as the server would answer it for a whole call: its text, and the place.
@@ -759,10 +758,10 @@ local function part_size(size)
   return key_count, (number - key_count) / 10
 end
 
--- Looks through the sizes of the parts of a call. Returns the head key of each, and whether an attempt has two parts;
--- nil where the sizes do not agree with the numbers of keys and arguments, or the parts are too many.
-local function head_keys(keys, args)
-  local names, seen, parts, key, at, last, repeated = {}, {}, 0, 1, 1, #args, false
+-- Looks through the sizes of the parts of a call. Returns the number of parts; nil where the sizes do not agree with the
+-- numbers of keys and arguments, or the parts are too many.
+local function count_parts(keys, args)
+  local parts, key_total, at, last = 0, 0, 1, #args
   while at <= last do
     local size = args[at]
     local key_count, arg_count = KEY_COUNTS[size], ARG_COUNTS[size]
@@ -772,25 +771,9 @@ local function head_keys(keys, args)
         return nil
       end
     end
-    local name = keys[key]
-    if not name then
-      return nil
-    end
-    parts, repeated = parts + 1, repeated or seen[name]
-    names[parts], seen[name] = name, true
-    key, at = key + key_count, at + 1 + arg_count
+    parts, key_total, at = parts + 1, key_total + key_count, at + 1 + arg_count
   end
-  return at == last + 1 and key == #keys + 1 and parts >= 1 and parts <= MAX_PARTS and names or nil, repeated
-end
-
--- The head of an attempt after earlier parts of the call, from the names and values of the heads that they change.
-local function latest_head(name, head, changed, changes)
-  for i = changes - 1, 1, -2 do
-    if changed[i] == name then
-      return changed[i + 1]
-    end
-  end
-  return head
+  return at == last + 1 and key_total == #keys and parts >= 1 and parts <= MAX_PARTS and parts or nil
 end
 
 -- ff_append
@@ -803,8 +786,7 @@ end
 -- A call has 1 to 128 parts, each about one attempt; the keys of all parts follow one another, and so do their
 -- arguments. A part is checked, stored and answered on its own, one after the other: what one is refused changes
 -- nothing for another. `size` is a number whose last digit is the number of keys of the part; the digits before are the
--- number of arguments behind the size. Where the sizes do not add up, the whole call is refused. The heads of all parts
--- are read by one command and written by one, behind everything else.
+-- number of arguments behind the size. Where the sizes do not add up, the whole call is refused.
 --
 -- Each key costs the server time, so a batch names the ones that it needs: two, three or four. With two, all its
 -- blocks go to one stream, which is `stream`, log or live window; with more, `stream` is the log. A refusal reads the
@@ -829,22 +811,17 @@ redis.register_function('ff_append', function(keys, args)
     key_count, arg_count = part_size(args[1])
   end
   if key_count == key_total and arg_count == last - 1 then
-    local answer, entries, _, head = append_part(
-      call, publish, format, sub, byte, keys, args, 1, key_total, 2, last, call('GET', keys[1]), now, MAX_FRAMES,
-      MAX_BATCH_BYTES
+    local answer, entries = append_part(
+      call, publish, format, sub, byte, keys, args, 1, key_total, 2, last, now, MAX_FRAMES, MAX_BATCH_BYTES
     )
-    if head then
-      call('SET', keys[1], head)
-    end
     return entries and now .. ' ' .. answer or answer
   end
-  local names, repeated = head_keys(keys, args)
-  if not names then
+  local parts = count_parts(keys, args)
+  if not parts then
     return ff.err('invalid_input', 'parts')
   end
-  local heads, parts, answers, changed, changes = call('MGET', unpack(names)), #names, { now }, {}, 0
-  local part, key, at, room, bytes_left = 0, 1, 1, MAX_FRAMES, MAX_BATCH_BYTES
-  -- The parts from the next one on. Where one meets an error, the place is behind it.
+  local answers, part, key, at, room, bytes_left = { now }, 0, 1, 1, MAX_FRAMES, MAX_BATCH_BYTES
+  -- Applies the parts from the next one on. Where one meets an error, the place is behind it.
   local function apply()
     while part < parts do
       local size, own_key, from = args[at], key, at + 1
@@ -853,20 +830,12 @@ redis.register_function('ff_append', function(keys, args)
         keys_of, args_of = part_size(size)
       end
       part, key, at = part + 1, key + keys_of, from + args_of
-      local head = heads[part]
-      if repeated then
-        head = latest_head(names[part], head, changed, changes)
-      end
-      local answer, entries, bytes, new_head = append_part(
-        call, publish, format, sub, byte, keys, args, own_key, keys_of, from, at - 1, head, now, room, bytes_left
+      local answer, entries, bytes = append_part(
+        call, publish, format, sub, byte, keys, args, own_key, keys_of, from, at - 1, now, room, bytes_left
       )
       answers[part + 1] = answer
       if entries then
         room, bytes_left = room - entries, bytes_left - bytes
-        if new_head then
-          changed[changes + 1], changed[changes + 2] = names[part], new_head
-          changes = changes + 2
-        end
       end
     end
   end
@@ -876,9 +845,6 @@ redis.register_function('ff_append', function(keys, args)
       answers[part + 1] = met
     end
   until done
-  if changes > 0 then
-    call('MSET', unpack(changed))
-  end
   return answers
 end)
 

@@ -231,7 +231,7 @@ end
 
 -- The head of an attempt is one string of what every append reads and changes: when the lease ends in ms, in 13 digits;
 -- 1 where a cancel was requested, else 0; the id of the writer, NO_WRITER where none is open; the id of the last frame.
--- A shared call reads the heads of all its attempts by one command, and writes them by one.
+-- To read it and to write an id in its place costs half as much as fields of a hash.
 ff.NO_WRITER = '-'
 
 function ff.head_text(head)
