@@ -562,12 +562,14 @@ end
 -- to `last`. The other parts of the call have left `room` for entries and `bytes_left` for their bytes. Returns the
 -- answer to the part, its entries and its bytes; or the refusal alone.
 --
--- The caller passes functions of the server, as each look-up of a global costs as much as a function call. All fields of
--- a head but its last have known places: its first 15 bytes are what an answer says of the lease, its writer has the
--- length of the caller's or is another one, and the sequence of the last id begins behind 13 digits and a hyphen. Times
--- in ms have 13 digits from 2001 to 2286, so as texts they compare as they do as numbers. No id is shorter than the one
--- before, so a new one is written over it in its place.
-local function append_part(call, publish, format, sub, byte, keys, args, key, key_count, at, last, now, room, bytes_left)
+-- The caller passes functions of the server, as each look-up of a global costs as much as a function call. Everything in
+-- a head has a known place: its first 15 bytes are what an answer says of the lease, its writer has the length of the
+-- caller's or is another one, and the sequence of the last id begins behind 13 digits and a hyphen. Times in ms have 13
+-- digits from 2001 to 2286, so as texts they compare as they do as numbers: a lease is held that does not come before the
+-- next millisecond, whatever follows its time. No id is shorter than the one before, so a new one is written over it.
+local function append_part(
+  call, publish, format, sub, byte, keys, args, key, key_count, at, last, now, next_ms, room, bytes_left
+)
   local head_key, writer = keys[key], args[at]
   local first = key_count == 1 and at + 2 or at + 3
   if first > last + 1 then
@@ -578,11 +580,13 @@ local function append_part(call, publish, format, sub, byte, keys, args, key, ke
   local head, id_at = call('GET', head_key), 18 + #writer
   if
     not head or sub(head, 17, id_at - 2) ~= writer or byte(head, id_at - 1) ~= SPACE or writer == NO_WRITER
-    or sub(head, 1, 13) <= now
   then
     return append_refusal(head_key, writer)
   end
   local lease, push = sub(head, 1, 15), args[first - 1]
+  if lease < next_ms then
+    return append_refusal(head_key, writer)
+  end
   if #push > MAX_BATCH_BYTES then
     return ff.err('invalid_input', 'push')
   end
@@ -758,8 +762,8 @@ local function part_size(size)
   return key_count, (number - key_count) / 10
 end
 
--- Looks through the sizes of the parts of a call. Returns the number of parts; nil where the sizes do not agree with the
--- numbers of keys and arguments, or the parts are too many.
+-- Looks through the sizes of the parts of a call. Returns the number of parts; nil where the sizes do not agree with
+-- the numbers of keys and arguments, or the parts are too many.
 local function count_parts(keys, args)
   local parts, key_total, at, last = 0, 0, 1, #args
   while at <= last do
@@ -794,8 +798,9 @@ end
 -- slot.
 --
 -- `push` is '', or what is published on the channel of the attempt, behind `F` and the id of the last frame, once the
--- frames are stored: a space and a body, or `+` and a body that the values of the first block complete. A part with the head key alone stores nothing: its arguments are `writer push`, its fence is that
--- of a batch, and `push` is published as it is. ff_fast/keys.py has the table of the channels.
+-- frames are stored: a space and a body, or `+` and a body that the values of the first block complete. A part with the
+-- head key alone stores nothing: its arguments are `writer push`, its fence is that of a batch, and `push` is published
+-- as it is. ff_fast/keys.py has the table of the channels.
 --
 -- The answer to a part is one string: the id of the last frame where it stores, when the lease ends in ms, and 1 where
 -- a cancel was requested, else 0. A refused part is answered by the refusal, and one that met an error of the server by
@@ -805,14 +810,15 @@ redis.register_function('ff_append', function(keys, args)
   local call, publish, format, sub, byte = redis.call, redis.pcall, string.format, string.sub, string.byte
   local key_total, last = #keys, #args
   local time = call('TIME')
-  local now = format('%d', time[1] * 1000 + time[2] / 1000)
+  local ms = time[1] * 1000 + time[2] / 1000
+  local now, next_ms = format('%d', ms), format('%d', ms + 1)
   local key_count, arg_count = KEY_COUNTS[args[1]], ARG_COUNTS[args[1]]
   if not key_count then
     key_count, arg_count = part_size(args[1])
   end
   if key_count == key_total and arg_count == last - 1 then
     local answer, entries = append_part(
-      call, publish, format, sub, byte, keys, args, 1, key_total, 2, last, now, MAX_FRAMES, MAX_BATCH_BYTES
+      call, publish, format, sub, byte, keys, args, 1, key_total, 2, last, now, next_ms, MAX_FRAMES, MAX_BATCH_BYTES
     )
     return entries and now .. ' ' .. answer or answer
   end
@@ -831,7 +837,7 @@ redis.register_function('ff_append', function(keys, args)
       end
       part, key, at = part + 1, key + keys_of, from + args_of
       local answer, entries, bytes = append_part(
-        call, publish, format, sub, byte, keys, args, own_key, keys_of, from, at - 1, now, room, bytes_left
+        call, publish, format, sub, byte, keys, args, own_key, keys_of, from, at - 1, now, next_ms, room, bytes_left
       )
       answers[part + 1] = answer
       if entries then

@@ -432,7 +432,7 @@ end
 -- nothing: these are echoes of what core and meta say, and an execution must be able to end. Nor does foreign data in
 -- the keys of its parent: such a parent is not woken.
 --
--- `known` names keys that are not asked for, as a set: `timers`, `eligible` (with `needs`), `leases`, `head` and `meta`.
+-- `known` names keys that are not asked for, as a set: `timers`, `eligible` (with `needs`), `leases`, `head`, `meta`.
 -- The call has read them, or its move does not touch them, or its first write is to one, and fails before any change.
 function ff.check_move(execution, known)
   local slot_tag, parent_id = execution.slot_tag, execution.fields.parent_id
