@@ -562,11 +562,11 @@ end
 -- to `last`. The other parts of the call have left `room` for entries and `bytes_left` for their bytes. Returns the
 -- answer to the part, its entries and its bytes; or the refusal alone.
 --
--- The caller passes functions of the server, as each look-up of a global costs as much as a function call. Everything in
--- a head has a known place: its first 15 bytes are what an answer says of the lease, its writer has the length of the
+-- The caller passes functions of the server, as each look-up of a global costs as much as a function call. All of a
+-- head has known places: its first 15 bytes are what an answer says of the lease, its writer has the length of the
 -- caller's or is another one, and the sequence of the last id begins behind 13 digits and a hyphen. Times in ms have 13
--- digits from 2001 to 2286, so as texts they compare as they do as numbers: a lease is held that does not come before the
--- next millisecond, whatever follows its time. No id is shorter than the one before, so a new one is written over it.
+-- digits from 2001 to 2286, so as texts they compare as they do as numbers: a lease is held that does not come before
+-- the next millisecond, whatever follows its time. No id is shorter than the last one, so a new one is written over it.
 local function append_part(
   call, publish, format, sub, byte, keys, args, key, key_count, at, last, now, next_ms, room, bytes_left
 )

@@ -43,12 +43,13 @@ local function check_claim(execution, known, take_over)
   ff.core_number(execution, 'total_attempt_count')
   local index = resumed and fields.current_attempt_index or fields.total_attempt_count
   local attempt_key, meta_key = ff.attempt_key(execution, 'attempt', index), ff.attempt_key(execution, 'meta', index)
-  local head_key = ff.attempt_key(execution, 'head', index)
-  -- A new attempt has none of them.
-  if redis.call('EXISTS', attempt_key, meta_key, head_key) > 0 then
+  -- A new attempt has neither, and its head replaces what stands under the key.
+  if redis.call('EXISTS', attempt_key, meta_key) > 0 then
     ff.expect('attempt', attempt_key)
     ff.expect('meta', meta_key)
-    ff.read_head(head_key)
+  end
+  if resumed then
+    ff.read_head(ff.attempt_key(execution, 'head', index))
   end
   if not take_over and index ~= '0' then
     local previous = ff.text(tonumber(index) - 1)
@@ -102,6 +103,7 @@ local function grant_lease(execution, worker_id, worker_instance_id, lease_id, l
   end
   head.lease_expires_at = expires_at
   ff.write_head(head_key, head)
+  execution.heads[index] = head
   ff.move(execution, 'active')
   ff.set(
     execution, 'current_attempt_index', index, 'current_attempt_id', attempt_id,
@@ -280,6 +282,7 @@ redis.register_function({
     local index = fields.current_attempt_index
     local head_key = ff.attempt_key(execution, 'head', index)
     local head = ff.read_head(head_key)
+    execution.heads[index] = head
     local _, sequence = ff.split_id(head and head.last_id or '0-0')
     local begun = fields.lease_continues == '1' or sequence > 0
     if head then

@@ -22,8 +22,9 @@ redis.register_function('ff_renew_lease', function(keys, args)
   local expires_at = math.min(execution.now + lease_ttl_ms, ff.MAX_MS)
   local due = redis.call('ZSCORE', execution.timers_key, 'lease:' .. execution.id)
   local head_key = ff.attempt_key(execution, 'head', attempt_index)
-  execution.head.lease_expires_at = expires_at
-  ff.write_head(head_key, execution.head)
+  local head = execution.heads[attempt_index]
+  head.lease_expires_at = expires_at
+  ff.write_head(head_key, head)
   -- A shorter lease than before must be found when it ends, not when the old one would have ended.
   if not due or tonumber(due) > expires_at then
     ff.set_timer(execution, 'lease', expires_at)

@@ -66,6 +66,7 @@ function ff.execution_of(core_key, fields, now)
     now = now,
     timers_key = ff.key('timers', slot_tag),
     hints = {},
+    heads = {},
   }
 end
 
@@ -180,13 +181,22 @@ local function add_end(log_key, ms, sequence, reason, visible)
   return id
 end
 
+-- The head of one of the execution's attempts, as the call has read or left it; nil where it has none that is intact.
+local function head_of(execution, index)
+  local head = execution.heads[index]
+  if not head then
+    head = ff.parse_head(redis.call('GET', ff.attempt_key(execution, 'head', index)))
+    execution.heads[index] = head
+  end
+  return head
+end
+
 -- An append checks its writer and no other part of the fence, so the writer goes with the lease.
 local function close_writer(execution, index)
-  local head_key = ff.attempt_key(execution, 'head', index)
-  local head = ff.parse_head(redis.call('GET', head_key))
+  local head = head_of(execution, index)
   if head and head.writer ~= ff.NO_WRITER then
     head.writer = ff.NO_WRITER
-    ff.write_head(head_key, head)
+    ff.write_head(ff.attempt_key(execution, 'head', index), head)
   end
 end
 
@@ -195,29 +205,31 @@ end
 -- ends the same way. The end entry takes the sequence after the last frame.
 function ff.end_stream(execution, index, reason)
   local call = redis.call
-  local meta_key, head_key = ff.attempt_key(execution, 'meta', index), ff.attempt_key(execution, 'head', index)
-  local now = execution.now
+  local slot_tag, attempt, now = execution.slot_tag, execution.id .. ':' .. index, execution.now
+  local meta_key, head_key = ff.key('meta', slot_tag, attempt), ff.key('head', slot_tag, attempt)
   local meta = call('HMGET', meta_key, 'closed_at', 'visible_sequence')
+  close_writer(execution, index)
   if meta[1] then
-    close_writer(execution, index)
     return
   end
-  local head = ff.parse_head(call('GET', head_key)) or { lease_expires_at = 0, cancel_requested = '0', last_id = '' }
-  local last_ms, sequence = string.match(head.last_id, '^(%d+)-(%d+)$')
+  local head = head_of(execution, index)
+  local last_ms, sequence = string.match(head and head.last_id or '', '^(%d+)-(%d+)$')
   last_ms, sequence = ff.integer(last_ms), ff.integer(sequence)
   if not last_ms or not sequence then
-    head.last_id, last_ms, sequence = ff.text(now) .. '-0', now, 0
+    last_ms, sequence = now, 0
+    head = {
+      lease_expires_at = 0, cancel_requested = '0', writer = ff.NO_WRITER, last_id = ff.text(now) .. '-0',
+    }
+    execution.heads[index] = head
+    ff.write_head(head_key, head)
   end
-  head.writer = ff.NO_WRITER
-  ff.write_head(head_key, head)
   call('HSET', meta_key, 'closed_at', ff.text(now), 'closed_reason', reason)
   local visible = meta[2] or ff.text(sequence)
-  local id = add_end(
-    ff.attempt_key(execution, 'stream', index), math.max(now, last_ms), sequence + 1, reason, visible
-  )
+  local id = add_end(ff.key('stream', slot_tag, attempt), math.max(now, last_ms), sequence + 1, reason, visible)
   ff.publish(head_key, PUSH.END .. id .. ' ' .. visible .. ' ' .. reason)
+  local retention_ms = execution.fields.retention_ms
   for _, name in ipairs(ATTEMPT_KEYS) do
-    call('PEXPIRE', ff.attempt_key(execution, name, index), execution.fields.retention_ms)
+    call('PEXPIRE', ff.key(name, slot_tag, attempt), retention_ms)
   end
 end
 
@@ -680,8 +692,7 @@ function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind
   local execution, refusal, found = ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
   if execution then
     local attempt = execution.id .. ':' .. attempt_index
-    local last_id = execution.head and execution.head.last_id
-    local lost = ff.lost_frames(execution.slot_tag, attempt, last_id, known or '')
+    local lost = ff.lost_frames(execution.slot_tag, attempt, execution.heads[attempt_index].last_id, known or '')
     if lost then
       return nil, lost
     end
@@ -696,8 +707,13 @@ function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind
   return nil, refusal
 end
 
--- When the lease ends, which the head of the attempt says; the head is kept with the execution.
+-- When the lease ends, which the head of the attempt says. The head is kept with the execution.
 function ff.lease_expires_at(execution)
-  execution.head = ff.read_head(ff.attempt_key(execution, 'head', execution.fields.current_attempt_index))
-  return execution.head and execution.head.lease_expires_at or 0
+  local index = execution.fields.current_attempt_index
+  local head = index and ff.read_head(ff.attempt_key(execution, 'head', index))
+  if not head then
+    return 0
+  end
+  execution.heads[index] = head
+  return head.lease_expires_at
 end

@@ -325,14 +325,12 @@ def test_a_timer_that_foreign_data_stops_stops_no_other(kind, server, backend, l
         wait_until(lambda: raw.hget(keys.core(ill), "state") == b"waiting")
 
 
-@pytest.mark.parametrize("name", ["core", "head", "meta", "attempt"])
+@pytest.mark.parametrize("name", ["core", "meta", "attempt"])
 def test_work_that_could_not_be_claimed_is_claimed_once_it_is_mended(
     supervisor, backend, lane, raw, name
 ):
     eid = backend.create_execution(lane=lane)
-    key = {
-        "core": keys.core(eid), "head": keys.head(eid, 0), "meta": keys.meta(eid, 0), "attempt": keys.attempt(eid, 0),
-    }[name]  # fmt: skip
+    key = {"core": keys.core(eid), "meta": keys.meta(eid, 0), "attempt": keys.attempt(eid, 0)}[name]
     repair = damaged(raw, key)
     assert backend.claim(lane=lane, **WORKER) is None
     timers = keys.timers(keys.slot_tag_of(eid))
