@@ -1,4 +1,4 @@
-"""Put the tables of the last complete run into README.md and bench/README.md: ``python -m bench.readme``."""
+"""Put what the last complete run has found into README.md and bench/README.md: ``python -m bench.readme``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "latest.json"
 NOT_MEASURED = "Run `make bench`."
 
+SHOWN = {
+    "latency": "Milliseconds from write to reader: one stream, and many streams of 60 Hz with a reader each",
+    "capacity": "Streams of 60 Hz that a core carries: of Valkey, of a worker, of a gateway",
+}
+"""The pictures in README.md, with what they show in words."""
+
 Result = dict[str, Any]
 
 
@@ -24,6 +30,13 @@ def numbers(result: Result) -> str:
     """Return the table of all rows."""
     rows = cast("list[RowJson]", result["rows"])
     return f"{markdown(rows)}\n\nRatios are ours over the rival's, in one run of `make bench`. {note(result)}."
+
+
+def pictures(result: Result) -> str:
+    """Return the pictures that README.md shows; nothing for a run that has not drawn them."""
+    if not result.get("costs"):
+        return ""
+    return "\n\n".join(f"![{what}](bench/results/{name}.png)" for name, what in SHOWN.items())
 
 
 def carried(result: Result) -> str:
@@ -34,6 +47,7 @@ def carried(result: Result) -> str:
 
 # What stands between the two markers of a name, in which file.
 PARTS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "pictures": ("README.md", pictures),
     "numbers": ("README.md", numbers),
     "capacity": ("bench/README.md", carried),
 }

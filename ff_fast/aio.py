@@ -1,8 +1,8 @@
 """The asyncio shell: the same names as :mod:`ff_fast`, awaited. `Writer.write` stays a plain call.
 
 A backend belongs to the loop that connected it. Calls and writers share one connection with one protocol object, so
-cancelling a caller detaches that caller and affects no other. Tails, subscriptions, supervisors and waiting claims have
-connections of their own.
+cancelling a caller detaches that caller and affects no other. Whatever is pushed comes over a second one, over which tails
+also read. Subscriptions, supervisors and the lines of waiting claims have connections of their own.
 """
 
 from __future__ import annotations

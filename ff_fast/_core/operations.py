@@ -1053,7 +1053,7 @@ def tail(
     after: str | None = None,
     visibility: TailVisibility = TailVisibility.ALL,
 ) -> TailCore:
-    """Read the stream of one attempt, live, on a connection of its own.
+    """Read the stream of one attempt, live. All tails of a backend share one connection.
 
     Iterating yields ``StreamFrame`` in sequence order, a ``Gap`` wherever frames are missing, and one ``End`` at the
     end. A timeout or a cancellation of one read loses nothing: the next read continues.

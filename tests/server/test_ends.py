@@ -21,6 +21,7 @@ from ff_fast import (
 from ff_fast._core import ops
 
 from .executions import TERMINAL, World, beside
+from .readers import wait_listening
 
 TRANSIENT, PERMANENT, TIMEOUT, CRASH, CANCELLED = (
     FailureClass.TRANSIENT, FailureClass.PERMANENT, FailureClass.TIMEOUT,
@@ -617,9 +618,7 @@ def test_a_reader_of_an_attempt_that_nobody_claimed_sees_the_end(world, wait_unt
     seen = []
     thread = threading.Thread(target=lambda: seen.extend(world.backend.tail(eid)))
     thread.start()
-    wait_until(
-        lambda: any(c["cmd"] == "xread" and "b" in c["flags"] for c in world.raw.client_list())
-    )
+    wait_listening(world.raw)
     world.backend.cancel(eid)
     thread.join(5)
     assert seen == [End("attempt_cancelled")]

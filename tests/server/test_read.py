@@ -3,7 +3,6 @@ frame is ever skipped in silence."""
 
 import contextlib
 import threading
-import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -380,35 +379,25 @@ def test_a_page_of_excluded_frames_alone_moves_its_cursor(backend, raw, attempt)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_best_effort_traffic_wakes_an_excluding_tail_seldom(kind, backend, server, raw, attempt):
+def test_best_effort_traffic_makes_an_excluding_tail_ask_for_nothing(
+    kind, backend, server, raw, attempt
+):
     reader = Reader(kind, server.url, attempt.eid, visibility=EXCLUDE)
     wait_listening(raw)
-    flushes = 0
-    with (
-        counted(raw, "xread", "fcall_ro", "fcall") as calls,
-        backend.open_writer(attempt.handle) as writer,
-    ):
-        began = time.monotonic()
-        # Until there were more frames than the reader may wake up, however slow the machine is.
-        while (took := time.monotonic() - began) < 0.6 or (flushes < 900 * took and took < 20):
+    with counted(raw, "fcall_ro") as calls, backend.open_writer(attempt.handle) as writer:
+        for _ in range(300):
             writer.write(b"x", mode=BEST_EFFORT)
             writer.flush()
-            flushes += 1
-        # A visible frame still comes through at once.
+        # A visible frame comes through at once.
         writer.write(b"seen")
         writer.flush()
         reader.wait_for(1)
-        took = time.monotonic() - began
     backend.complete(attempt.handle)
     items = reader.result()
-    assert sequences(items) == [flushes + 1]
+    assert sequences(items) == [301]
     assert items[1:] == [DONE]
-    # One that waits for the log alone 5 ms long, one that the live window wakes, and at the most two more where that
-    # one brought less than there was.
-    assert calls["xread"] <= 4 * took / 0.005 + 10
-    assert flushes > calls["xread"], "the traffic was too thin to tell"
-    # One more where the wake brought as many entries as were asked for.
-    assert calls["fcall_ro"] <= took / 0.005 + 5
+    # The look for what was held back when the tail began.
+    assert calls["fcall_ro"] <= 2
 
 
 def test_closing_wakes_a_blocked_reader(backend, server, raw, attempt):

@@ -199,6 +199,13 @@ def test_the_model_of_cost_is_told_of_its_run():
         assert part in said
 
 
+def test_the_pictures_of_a_run_are_shown():
+    assert readme.pictures(a_result()) == ""
+    shown = readme.pictures({**a_result(), "costs": COSTS})
+    for name in ("latency", "capacity"):
+        assert f"](bench/results/{name}.png)" in shown
+
+
 @pytest.mark.parametrize("name", readme.PARTS)
 def test_a_text_gets_its_part_and_keeps_the_rest(name):
     before = f"# Title\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\nrest\n"

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 import ff_fast
-from ff_fast import FFError, Outcome, aio, cli, types
+from ff_fast import FFError, Outcome, PatchKind, StreamMode, aio, cli, types
 from ff_fast._core import operations
 from ff_fast._core import writer as writer_core
 from ff_fast._demo import plan
@@ -44,26 +44,37 @@ def test_examples_run_as_they_stand(capsys):
     ]
     names = {"__name__": "__main__"}
     exec(compile(events, "README.md", "exec"), names)
-    assert asyncio.run(sent(names["events"])) == ['data: ["Hello", "world"]']
+    frames = [["event: token", 'data: "Hello"'], ["event: token", r'data: "world\n"']]
+    end = ["event: end", 'data: "success"']
+    started = ["event: attempt", 'data: "0"']
+    assert asyncio.run(sent(names["events"], None)) == [started, *frames, end]
+    document = ["event: document", r'data: "{\"tokens\":2}"']
+    assert asyncio.run(sent(names["events"], '{"tokens": 2}')) == [document, *frames, end]
     exec(compile(work, "README.md", "exec"), {"__name__": "__main__"})
     assert printed(capsys) == ["Draft: 42.", "Approved by Ada"]
 
 
-async def sent(events):
-    """The data that the example of a web layer sends of a stream, and reads again from the id of its first event."""
+async def sent(events, patch):
+    """The events that the example of a web layer sends of a stream, which has a document if there is a *patch*."""
     async with aio.ValkeyBackend.embedded() as backend:
         eid = await backend.create_execution()
         handle = await backend.claim()
         async with backend.open_writer(handle) as writer:
-            writer.write("Hello")
-            writer.write("world")
+            if patch is not None:
+                writer.write(patch, mode=StreamMode.durable_summary(PatchKind.JSON_MERGE_PATCH))
+            writer.write("Hello", "token")
+            writer.write("world\n", "token")
         await backend.complete(handle)
-        found = [text async for text in events(backend, eid, None)]
-        (event,) = [text for text in found if text.startswith("id: ")]
-        identity, data = event.strip().splitlines()
-        again = [text async for text in events(backend, eid, identity.removeprefix("id: "))]
-    assert not [text for text in again if text.startswith("id: ")]
-    return [data]
+
+        async def after(last_id):
+            found = "".join([text async for text in events(backend, eid, last_id)])
+            return [event.splitlines() for event in found.removesuffix("\n\n").split("\n\n")]
+
+        found = await after(None)
+        # A browser that connects again gets the rest.
+        for number, (identity, *_) in enumerate(found[:-1], start=1):
+            assert await after(identity.removeprefix("id: ")) == found[number:]
+        return [lines[1:] for lines in found]
 
 
 def test_the_first_example_is_short():
@@ -138,7 +149,7 @@ def test_figures_are_those_of_the_code():
 def test_commands_and_options_exist(capsys):
     rows = re.findall(r"^\| `ff-fast (\w+).*?` \| (.*) \|$", README, re.MULTILINE)
     assert [command for command, _ in rows] == [
-        *("demo", "tail", "summary", "info"),
+        *("demo", "follow", "tail", "summary", "info"),
         *("supervise", "submit", "inspect", "signal", "cancel"),
     ]
     for command, text in rows:

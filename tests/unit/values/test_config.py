@@ -74,6 +74,20 @@ def test_the_payload_limit():
             BackendConfig.from_url(f"valkey://h?max_payload_bytes={bad}")
 
 
+def test_frames_wait_for_those_of_others_as_long_as_configured():
+    assert BackendConfig.valkey("h").linger_ms == 0
+    for linger_ms in (0, 5, 1000):
+        config = BackendConfig.from_url(f"valkey://h?linger_ms={linger_ms}")
+        assert config.linger_ms == linger_ms
+        assert config == BackendConfig(ValkeyConnection("h"), linger_ms=linger_ms)
+    for bad in (-1, 1001, 1.5, True):
+        with pytest.raises(InvalidInput, match="linger_ms"):
+            BackendConfig(ValkeyConnection("h"), linger_ms=bad)
+    for bad in ("-1", "1001", "1.5", "", "x"):
+        with pytest.raises(InvalidInput, match="linger_ms"):
+            BackendConfig.from_url(f"valkey://h?linger_ms={bad}")
+
+
 def test_url_timeout():
     assert BackendConfig.from_url("valkey://h?timeout=2.5").timeouts == BackendTimeouts(2.5)
 

@@ -1,5 +1,7 @@
 """Modes, frames, outcomes and cursors."""
 
+from urllib.parse import quote
+
 import pytest
 
 from ff_fast import types
@@ -330,6 +332,8 @@ def test_a_cursor_names_its_attempt(value, attempt):
     assert parse_cursor(value, attempt or 0) == place
     if attempt is not None:
         assert make_cursor(attempt, *place) == value
+        # As it is, also in a URL.
+        assert quote(value, safe="") == value
         with pytest.raises(InvalidCursor, match=f"attempt {attempt}, not to attempt 3"):
             parse_cursor(value, 3)
 
