@@ -130,7 +130,7 @@ cdef enum:
     # Pending patches of fewer bytes are never replaced by a document.
     COMPACT_BYTES = 4096
 
-# Keys that a request names beside meta.
+# Keys that a request names beside the head.
 cdef enum Use:
     USES_LOG = 1
     USES_LIVE = 2
@@ -435,7 +435,7 @@ cdef class WriterCore:
     `_on_progress`. What has no underscore is for users.
 
     Args:
-        keys: meta, log, live and summary key of the attempt.
+        keys: head, log, live and summary key of the attempt.
         writer: Writer id of `ff_open_writer`, which is the fence of every append.
         mode: Mode of frames that name none.
         opened: Answer of `ff_open_writer`: ms and sequence of the last id, last visible sequence,
