@@ -162,11 +162,11 @@ class Request:
     def key_names(self) -> tuple[str, ...]:
         """The keys that the blocks need."""
         if self.letters & {b"S", b"C"}:
-            return "meta", "log", "live", "summary"
+            return "head", "log", "live", "summary"
         log, live = self.letters & {b"L", b"X", b"K"}, self.letters & {b"V", b"W", b"T", b"P"}
         if log and live:
-            return "meta", "log", "live"
-        return ("meta", "live") if live else ("meta", "log")
+            return "head", "log", "live"
+        return ("head", "live") if live else ("head", "log")
 
 
 @dataclass
@@ -379,7 +379,7 @@ def parse(argv: list[bytes]) -> Request:
 
 
 def called(message: bytes, attempts: dict[bytes, "Server"]) -> object:
-    """The reply of servers, by the meta key of their attempt, to one call of ``ff_append``."""
+    """The reply of servers, by the head key of their attempt, to one call of ``ff_append``."""
     reader = hiredis.Reader()
     reader.feed(message)
     name, function, count, *rest = reader.gets()

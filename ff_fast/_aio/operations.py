@@ -168,6 +168,7 @@ class Operations(Pool):
 
     def _use_writer(self, state: WriterState) -> Writer:
         writer = Writer(state, self._sender, self)
+        writer._kept = self._kept
         self._writers[writer._lease_id] = writer
         self._frame_writers.pop(writer._lease_id, None)
         return writer

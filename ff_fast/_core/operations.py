@@ -18,7 +18,7 @@ from ff_fast._core import usage as usage_steps
 from ff_fast._core import writer as writers
 from ff_fast._core.completions import CompletionCore
 from ff_fast._core.follow import Ended, FollowCore, WaitCore
-from ff_fast._core.leases import LeaseClock, is_lease_lost
+from ff_fast._core.leases import LeaseClock, is_lease_lost, told_as
 from ff_fast._core.steps import Step, Steps, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
@@ -1147,7 +1147,7 @@ def wait(
 
     Args:
         execution_id: Id of the execution.
-        timeout: Longest wait, in seconds or as a ``timedelta``; None has no limit.
+        timeout: Longest wait, in seconds or as a ``timedelta``; None has no limit, 0 looks once.
 
     Raises:
         ExecutionFailed, ExecutionCancelled, ExecutionExpired: It has ended without a result; ``reason`` says why.
@@ -1326,13 +1326,13 @@ def keep_lease(
             the library, or on the backend's loop. The writers of the handle have failed with the error by then.
     """
     fields = _attempt(handle).fields
-    eid = fields.execution_id
     # A cancellation that was requested of an earlier lease still holds; no push tells this one of it.
     soon = handle.kind is HandleKind.RESUMED or fields.attempt_index > 0
+    channel, name = told_as(fields.execution_id, fields.attempt_index)
     return LeaseRequest(
         fields.lease_id,
-        f"{eid} {fields.attempt_index}".encode("ascii"),
-        keys.leases_channel(keys.slot_tag_of(eid)),
+        name,
+        channel,
         partial(LeaseClock, fields.lease_ttl_ms, soon=soon),
         renew(on, handle),
         on_lost,

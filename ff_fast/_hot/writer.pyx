@@ -130,7 +130,7 @@ cdef enum:
     # Pending patches of fewer bytes are never replaced by a document.
     COMPACT_BYTES = 4096
 
-# Keys that a request names beside meta.
+# Keys that a request names beside the head.
 cdef enum Use:
     USES_LOG = 1
     USES_LIVE = 2
@@ -435,7 +435,7 @@ cdef class WriterCore:
     `_on_progress`. What has no underscore is for users.
 
     Args:
-        keys: meta, log, live and summary key of the attempt.
+        keys: head, log, live and summary key of the attempt.
         writer: Writer id of `ff_open_writer`, which is the fence of every append.
         mode: Mode of frames that name none.
         opened: Answer of `ff_open_writer`: ms and sequence of the last id, last visible sequence,
@@ -1501,6 +1501,7 @@ cdef class WriterCore:
         # Ms and sequence of the last id, when the lease ends in ms, and 1 if a cancel is requested.
         cdef long long values[4]
         cdef long long acked, now
+        cdef bint asked
         if not self._in_flight or self._in_flight[0] is not batch:
             return None
         acked = batch.first_sequence + batch.frame_count - 1
@@ -1517,7 +1518,7 @@ cdef class WriterCore:
         self._returned.clear()
         self._stored(batch)
         now = now_us()
-        self._learn(values[2], values[3], now_ms, now)
+        asked = self._learn(values[2], values[3], now_ms, now)
         if batch.frame_count:
             self._acked_sequence = acked
             self._acked_ms = max(self._acked_ms, values[0])
@@ -1543,30 +1544,39 @@ cdef class WriterCore:
         try:
             self._notify()
         finally:
+            if asked:
+                self._on_cancel_requested()
             if self._has_waiters:
                 self._on_progress()
         return None
 
-    cdef void _learn(
+    cdef bint _learn(
         self, long long expires_ms, long long cancel, long long now_ms, long long now
     ) noexcept:
-        """Take what every answer says."""
+        """Take what every answer says; return whether it is the first that asks to stop."""
+        cdef bint asked = cancel != 0 and not self._cancel_requested
         self._lease_left_ms = max(expires_ms - now_ms, 0)
         self._cancel_requested = cancel != 0
         self._server_ms = now_ms
         self._server_at_us = now
+        return asked
 
     cdef object _push_answered(self, Push push, object reply, long long now_ms, bint shared):
         cdef long long values[2]
+        cdef bint asked
         if self._pushing is not push:
             return None
         self._pushing = None
         if PyBytes_CheckExact(reply) and parse_numbers(<bytes>reply, " ", 2, values):
-            self._learn(values[0], values[1], now_ms, now_us())
+            asked = self._learn(values[0], values[1], now_ms, now_us())
             if push.group == self._group:
                 self._pushed = push.upto
                 self._pushed_bytes = push.upto_bytes
-            self._notify()
+            try:
+                self._notify()
+            finally:
+                if asked:
+                    self._on_cancel_requested()
             return None
         error = refusal_of(reply, self._opening)
         if is_passing(reply, error) or shared or self._returned:
@@ -1715,6 +1725,9 @@ cdef class WriterCore:
 
     def _on_end(self, error):
         """Called once, with the error that stops the writer."""
+
+    def _on_cancel_requested(self):
+        """Called when an answer is the first to say that a cancellation is requested."""
 
     def _on_progress(self):
         """Called after an acknowledgement if `_has_waiters` is set, and when the writer fails."""

@@ -47,7 +47,7 @@ class Site:
         self.wire = []
 
     def writer(self, i, mode, **options):
-        keys = tuple(b"{p}%d:%b" % (i, name) for name in (b"meta", b"log", b"live", b"summary"))
+        keys = tuple(b"{p}%d:%b" % (i, name) for name in (b"head", b"log", b"live", b"summary"))
         self.servers[keys[0]] = Server()
         return WriterCore(
             keys=keys, writer=WRITER, mode=mode, opened=NEW, outbox=self.outbox, **options
