@@ -137,16 +137,16 @@ end)
 
 -- ff_cancel_execution
 --   keys:    core
---   args:    reason grace_ms
+--   args:    reason grace_ms lease_id
 --   returns: state previous_state (lane_id required_capabilities eligible_score)...
 --   errors:  execution_not_found execution_not_active invalid_input
 --
 -- With a grace, the status for an active execution is REQUESTED: a push, and the answer to the next append or renewal,
 -- notify its worker, and a timer forces the cancellation after the grace. Cancelling a cancelled execution again gives
--- the first answer.
+-- the first answer. A worker that ends its own attempt names its lease, and is not told of it; all others pass ''.
 redis.register_function('ff_cancel_execution', function(keys, args)
   local core_key = keys[1]
-  local reason, grace_ms = unpack(args, 1, 2)
+  local reason, grace_ms, lease_id = unpack(args, 1, 3)
   grace_ms = ff.integer(grace_ms)
   if not grace_ms then
     return ff.err('invalid_input', 'grace_ms')
@@ -163,9 +163,14 @@ redis.register_function('ff_cancel_execution', function(keys, args)
     return ff.err('execution_not_active', from, fields.outcome)
   end
   ff.check_move(execution)
+  execution.by_holder = ff.lease_digest(lease_id) == fields.current_lease_digest
   if from == 'active' and grace_ms > 0 then
-    local meta_key = ff.attempt_key(execution, 'meta', fields.current_attempt_index)
-    redis.call('HSET', meta_key, 'cancel_requested', '1')
+    local head_key = ff.attempt_key(execution, 'head', fields.current_attempt_index)
+    local head = ff.parse_head(redis.call('GET', head_key))
+    if head then
+      head.cancel_requested = '1'
+      ff.write_head(head_key, head)
+    end
     ff.set(execution, 'cancel_requested', '1', 'cancellation_reason', reason)
     -- A second request does not extend the grace.
     redis.call('ZADD', execution.timers_key, 'LT', ff.text(execution.now + grace_ms), 'cancel:' .. execution.id)

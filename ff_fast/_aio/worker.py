@@ -129,7 +129,7 @@ class Task(TaskState[Writer, LeaseKeeper]):
 
 
 class _Interrupt:
-    """Cancels a handler that has to stop, and takes its cancellations back at the end, as ``asyncio.timeout`` does.
+    """Cancels a handler that has to stop, and leaves no cancellation behind for the handlers that follow.
 
     Attributes:
         sent: Number of cancellations: at most one for the request and one for the loss of the lease.
@@ -140,8 +140,6 @@ class _Interrupt:
     ) -> None:
         self.sent = 0
         self._running = running
-        # A task group whose member failed may leave a cancellation behind, for every handler that follows.
-        self._before = running.cancelling()
         self._keeper = keeper
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.Handle | None = None
@@ -169,17 +167,18 @@ class _Interrupt:
     @property
     def outside(self) -> bool:
         """Whether somebody else has cancelled the task."""
-        return self._running.cancelling() - self.sent > self._before
+        return self._running.cancelling() > self.sent
 
-    def end(self) -> None:
-        """Cancel no more; only what others have cancelled stays."""
+    def end(self, *, cancelled: bool) -> None:
+        """Cancel no more, and take all cancellations back; one stays where somebody else has *cancelled* the handler.
+
+        Python 3.11's task groups leave one behind where a member has failed.
+        """
         self._keeper._on_told = None
         if self._timer is not None:
             self._timer.cancel()
-        for _ in range(self.sent):
-            # The handler may have taken one back itself.
-            if self._running.cancelling() > self._before:
-                self._running.uncancel()
+        while self._running.cancelling() > int(cancelled):
+            self._running.uncancel()
 
 
 class WorkerLoop:
@@ -298,6 +297,7 @@ class WorkerLoop:
         assert current is not None
         assert keeper is not None
         interrupt = _Interrupt(current, keeper, cancel_after_s)
+        cancelled = False
         try:
             returned: object = self._handler(task)
             if not inspect.isawaitable(returned):
@@ -305,6 +305,7 @@ class WorkerLoop:
             return Returned(await returned)
         except asyncio.CancelledError as error:
             if interrupt.outside:
+                cancelled = True
                 raise
             # The worker itself is not cancelled. Else the handler awaited a cancelled task.
             return Stopped() if interrupt.sent else Raised(error)
@@ -313,7 +314,7 @@ class WorkerLoop:
                 raise
             return Raised(error)
         finally:
-            interrupt.end()
+            interrupt.end(cancelled=cancelled)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

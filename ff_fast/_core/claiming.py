@@ -491,6 +491,8 @@ def take_over(
 
 def give_back(on: Deployment, state: Claim) -> Steps[None]:
     """Give back what a claim has taken for a caller that has gone: its execution, and its hint."""
+    # Whoever leads may have taken hints that it has not handed out.
+    head = None if state.blocked else state.given
     if state.lease is not None:
         partition, lease_id = state.lease
         op = ops.give_back(partition, lease_id)
@@ -509,8 +511,17 @@ def give_back(on: Deployment, state: Claim) -> Steps[None]:
             raise
         finally:
             state.lease = None
+        if hints:
+            state.hint_taken = False
+        elif state.call is not None:
+            head = state.call[1]
     if state.hint_taken:
-        offer = on.offer(state.request.lane, state.request.capabilities.tokens)
-        heads = yield from ready.hinted_heads(offer, (yield from _records(offer)))
-        yield from ready.publish_heads(offer.lane, heads)
-        state.hint_taken = False
+        lane = state.request.lane
+        if head is not None:
+            # Many claims may leave at once, and a look costs a read for each partition.
+            yield Step((ready.requeue(lane, head),))
+        else:
+            offer = on.offer(lane, state.request.capabilities.tokens)
+            heads = yield from ready.hinted_heads(offer, (yield from _records(offer)))
+            yield from ready.publish_heads(lane, heads)
+        state.given, state.hint_taken = None, False

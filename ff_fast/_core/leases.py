@@ -8,6 +8,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
+from ff_fast import keys
 from ff_fast.errors import FFError, LeaseExpired
 
 if TYPE_CHECKING:
@@ -88,6 +89,12 @@ class LeaseClock:
 
 
 # -- pushes ------------------------------------------------------------------------------------------------------------
+
+
+def told_as(execution_id: str, attempt_index: int) -> tuple[bytes, bytes]:
+    """Return the channel of the pushes about the leases of an attempt, and its name in them."""
+    name = f"{execution_id} {attempt_index}".encode("ascii")
+    return keys.leases_channel(keys.slot_tag_of(execution_id)), name
 
 
 class Keeper(Protocol):
@@ -209,6 +216,14 @@ class KeptLeases:
             if not found.keepers:
                 found.idle_since = time.monotonic()
                 self._look_later(KEEP_CHANNEL_S)
+
+    def ask_to_stop(self, execution_id: str, attempt_index: int) -> None:
+        """Tell the keepers of an attempt that a cancellation is requested, as an answer of the server has said."""
+        channel, lease = told_as(execution_id, attempt_index)
+        found = self._partitions.get(channel)
+        if found is not None:
+            for keeper in found.keepers.get(lease, ()):
+                keeper._ask_to_stop()
 
     def close(self) -> list[Keeper]:
         """Listen no more, and return the keepers, which the shell abandons when its connections are closed."""

@@ -18,7 +18,7 @@ from ff_fast._core import usage as usage_steps
 from ff_fast._core import writer as writers
 from ff_fast._core.completions import CompletionCore
 from ff_fast._core.follow import Ended, FollowCore, WaitCore
-from ff_fast._core.leases import LeaseClock, is_lease_lost
+from ff_fast._core.leases import LeaseClock, is_lease_lost, told_as
 from ff_fast._core.steps import Step, Steps, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
@@ -100,7 +100,7 @@ class Call(NamedTuple, Generic[T]):
         steps: Makes the steps; called again for every attempt.
         writes: The call changes something on the server.
         own_connection: The call takes long, and needs a connection of its own.
-        releases: The id of the lease that the call may release. What its writer holds back is stored before.
+        releases: The id of the lease that the call may release. What was written under it is stored before.
         released_lease: Returns the id of the lease that the call has released, given its result; None if the lease
             continues. The shell then closes the writer that `append_frame` opened under it.
         extended_lease: The id of the lease that the call extends, and its length from then on, in seconds.
@@ -1326,13 +1326,13 @@ def keep_lease(
             the library, or on the backend's loop. The writers of the handle have failed with the error by then.
     """
     fields = _attempt(handle).fields
-    eid = fields.execution_id
     # A cancellation that was requested of an earlier lease still holds; no push tells this one of it.
     soon = handle.kind is HandleKind.RESUMED or fields.attempt_index > 0
+    channel, name = told_as(fields.execution_id, fields.attempt_index)
     return LeaseRequest(
         fields.lease_id,
-        f"{eid} {fields.attempt_index}".encode("ascii"),
-        keys.leases_channel(keys.slot_tag_of(eid)),
+        name,
+        channel,
         partial(LeaseClock, fields.lease_ttl_ms, soon=soon),
         renew(on, handle),
         on_lost,

@@ -238,6 +238,8 @@ class _HoldsLease(_ReportsCancel, Protocol):
     @property
     def held(self) -> bool: ...
 
+    def _ask_to_stop(self) -> None: ...
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -465,17 +467,25 @@ def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) ->
         attempt, writer_id, max_payload_bytes=request.options.max_payload_bytes
     )
     reading = ops.read_payload(task.execution_id)
+    renewing = ops.renew_lease(attempt, attempt.fields.lease_ttl_ms)
     observing = ops.observe_signals(attempt)
 
     def steps() -> Steps[WriterState]:
         commands = [reading.command(), opening.command()]
+        if task.resumed or task.attempt_index > 0:
+            # A cancellation that was requested of an earlier lease still holds, and no push tells this one of it.
+            commands.append(renewing.command())
         if task.resumed:
             commands.append(observing.command())
         replies = yield Step(commands, large=True)
         task.payload = reading.answer(replies[0])
         opened = opening.answer(replies[1])
+        if len(replies) > 2:
+            renewal = renewing.answer(replies[2])
+            if renewal.cancel_requested and task._keeper is not None:
+                task._keeper._ask_to_stop()
         if task.resumed:
-            signals, following = observing.answer(replies[2])
+            signals, following = observing.answer(replies[3])
             task.signals = signals + (yield from ops.further_signals(attempt, following))
         return (yield from continue_writer(attempt, writer_id, opened, request.options, on.places))
 
@@ -554,7 +564,7 @@ def _cancellation(task: TaskState[Any, Any]) -> Call[Any]:
                 raise
         else:
             reason = description.cancellation_reason or reason
-        op = ops.cancel_execution(eid, reason, 0)
+        op = ops.cancel_execution(eid, reason, 0, task.handle.fields().lease_id)
         return (yield from with_hints(op, keys.partition_index(eid)))
 
     return operations.Call(steps)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
     from datetime import timedelta
 
+    from ff_fast._core.leases import KeptLeases
     from ff_fast._core.places import Places
     from ff_fast._core.steps import Steps
     from ff_fast._hot.writer import Outbox
@@ -150,6 +151,8 @@ class SharedWriter(WriterCore):
 
     # When the lease lapses as far as this process knows, in monotonic time: set for writers behind `append_frame`.
     _lease_until = 0.0
+    # The leases of the backend, where it keeps any.
+    _kept: KeptLeases | None = None
 
     def __init__(self, state: WriterState, outbox: Outbox | None = None) -> None:
         self._places = state.places
@@ -174,6 +177,10 @@ class SharedWriter(WriterCore):
             HIGH_WATER_BYTES,
             state.options.max_unacknowledged_bytes - state.options.max_payload_bytes,
         )
+
+    def _on_cancel_requested(self) -> None:
+        if self._kept is not None:
+            self._kept.ask_to_stop(self.execution_id, self.attempt_index)
 
     def _on_end(self, error: FFError) -> None:
         if isinstance(error, SequenceGap):

@@ -56,7 +56,10 @@ class Pool:
         return self._closed
 
     def close(self) -> None:
-        """Close every connection; threads that wait for a reply get an error."""
+        """Close every connection; threads that wait for a reply get an error.
+
+        What is written is stored first, and claims under way give back what they took, where that takes a short time.
+        """
         self._closed = True
         if self._pid == os.getpid():
             self._stop()

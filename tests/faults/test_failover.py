@@ -38,6 +38,7 @@ from ff_fast.errors import (
 )
 
 from ..conftest import connect_raw
+from ..heads import head_of, set_head
 from ..server.readers import Reader, begin
 from ..server.streams import server_ms
 from ..server.workers import Worker
@@ -408,8 +409,8 @@ async def changed(raw, backend, lane, mode, ahead_ms=0):
     await put(writer, 1, 5)
     past = Past(raw, eid)
     if ahead_ms:
-        ms, _, sequence = raw.hget(keys.meta(eid, 0), "last_id").partition(b"-")
-        raw.hset(keys.meta(eid, 0), "last_id", b"%d-%b" % (int(ms) + ahead_ms, sequence))
+        ms, _, sequence = head_of(raw, keys.head(eid, 0)).last_id.partition(b"-")
+        set_head(raw, keys.head(eid, 0), last_id=b"%d-%b" % (int(ms) + ahead_ms, sequence))
     await put(writer, 6, 10)
     old = await backend.read_stream(eid)
     past.come()

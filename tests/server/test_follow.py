@@ -475,8 +475,8 @@ def test_an_attempt_that_is_not_kept_any_more_is_told_as_a_gap(world, shell):
     fail(world, handle)
     world.claim()
     cut = take(shell.follow(eid), 4)[1].cursor
-    for key in (keys.stream(eid, 0), keys.live(eid, 0), keys.meta(eid, 0), keys.summary(eid, 0)):
-        world.raw.delete(key)
+    for key in (keys.stream, keys.live, keys.head, keys.meta, keys.summary):
+        world.raw.delete(key(eid, 0))
     again = shell.follow(eid)
     assert told(take(again, 3)) == [0, Gap(1, 1, "expired"), 1]
     again = shell.follow(eid, cut)

@@ -37,16 +37,22 @@ from .script import functions, request_of, run, words
 from .test_ops import DESCRIBED, STORED_SIGNAL
 
 EID = "{fp:1}:550e8400-e29b-41d4-a716-446655440000"
-HANDLE = Handle.encode(
-    execution_id=EID,
-    attempt_index=2,
-    attempt_id="attempt-1",
-    lease_id="11111111-2222-4333-8444-555555555555",
-    lease_epoch=4,
-    lease_ttl_ms=30_000,
-    lane_id="lane",
-    worker_instance_id="w-1",
-)
+
+
+def handle_of(attempt_index):
+    return Handle.encode(
+        execution_id=EID,
+        attempt_index=attempt_index,
+        attempt_id="attempt-1",
+        lease_id="11111111-2222-4333-8444-555555555555",
+        lease_epoch=4,
+        lease_ttl_ms=30_000,
+        lane_id="lane",
+        worker_instance_id="w-1",
+    )
+
+
+HANDLE = handle_of(2)
 OK = [1, b"OK"]
 NO_HINTS = [*OK, b"completed"]
 OPENED = [*OK, b"0-0", b"0", b"", b"0", b"1"]
@@ -335,9 +341,13 @@ def test_a_handler_that_cannot_start(start):
     assert attended.over is (None if error else not left)
 
 
-def loading(replies, kind=HandleKind.FRESH, mode=None):
+RENEWED = [*OK, b"1000", b"4", b"0"]
+
+
+def loading(replies, kind=HandleKind.FRESH, mode=None, attempt_index=0):
     """The first action of a worker, carried out: what was asked, its value, and the task."""
-    task = TaskState(HANDLE.replace(kind=kind))
+    task = TaskState(handle_of(attempt_index).replace(kind=kind))
+    task._keeper = SimpleNamespace(told=[], _ask_to_stop=lambda: task._keeper.told.append("stop"))
     backend = SimpleNamespace(closed=False, _deployment=Deployment(4))
     action = next(attend(backend, task, mode))
     asked, value = run(action.call.steps(), replies)
@@ -348,23 +358,31 @@ def test_it_reads_the_payload_and_opens_the_writer_in_one_round_trip():
     asked, state, task = loading([[*OK, b"prompt"], OPENED], mode=StreamMode.durable_summary())
     assert asked == [LOAD, "ff_open_writer"]
     assert (task.payload, task.signals, task.resumed) == (b"prompt", (), False)
-    assert (task.execution_id, task.attempt_index) == (EID, 2)
+    assert (task.execution_id, task.attempt_index) == (EID, 0)
     assert state.options.mode == StreamMode.durable_summary()
     assert state.opened.last_sequence == 0
 
 
 def test_one_that_goes_on_reads_its_signals_too():
-    asked, _, task = loading([[*OK, b""], OPENED, [*OK, [STORED_SIGNAL], b""]], HandleKind.RESUMED)
-    assert asked == [LOAD, "ff_open_writer", "ff_observe_signals"]
+    replies = [[*OK, b""], OPENED, RENEWED, [*OK, [STORED_SIGNAL], b""]]
+    asked, _, task = loading(replies, HandleKind.RESUMED)
+    assert asked == [LOAD, "ff_open_writer", "ff_renew_lease", "ff_observe_signals"]
     assert task.resumed
     assert [each.signal_name for each in task.signals] == ["go"]
 
 
-@pytest.mark.parametrize("at", [0, 1])
-def test_a_refusal_of_either_read_is_raised(at):
-    replies = [[*OK, b""], OPENED]
+@pytest.mark.parametrize("asked, told", [(b"0", []), (b"1", ["stop"])])
+def test_a_later_lease_asks_whether_it_shall_stop(asked, told):
+    replies = [[*OK, b""], OPENED, [*RENEWED[:-1], asked]]
+    _, _, task = loading(replies, attempt_index=2)
+    assert task._keeper.told == told
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_refusal_of_any_part_is_raised(at):
+    replies = [[*OK, b""], OPENED, RENEWED]
     replies[at] = [0, b"execution_not_found"]
-    assert isinstance(loading(replies)[1], errors.ExecutionNotFound)
+    assert isinstance(loading(replies, attempt_index=2)[1], errors.ExecutionNotFound)
 
 
 # -- storing the rest, and the end ----------------------------------------------------------------------------------------
@@ -584,7 +602,7 @@ def test_a_cancelled_task_ends_with_the_reason_of_whoever_asked(told, reason):
     cancelled = [*OK, b"cancelled", b"active"]
     asked, value = run(worker._cancellation(TaskState(HANDLE)).steps(), [described, cancelled])
     assert functions(asked) == ["ff_describe_execution", "ff_cancel_execution"]
-    assert asked[1][4:] == [reason, b"0"]
+    assert asked[1][4:] == [reason, b"0", HANDLE.fields().lease_id.encode()]
     assert value.cancelled
 
 

@@ -23,6 +23,7 @@ from ff_fast import (
 )
 from ff_fast._core import leases as leases_core
 
+from ...heads import set_head
 from ...shells import KINDS, WORKER
 from ...waiting import wait_until
 from ..executions import World
@@ -37,7 +38,7 @@ def lapse(raw, eid, kind="lease"):
     """Make a timer of an execution due, and let its lease lapse if it is that one."""
     if kind == "lease":
         index = int(raw.hget(keys.core(eid), "current_attempt_index"))
-        raw.hset(keys.meta(eid, index), "lease_expires_at", server_ms(raw))
+        set_head(raw, keys.head(eid, index), lease_expires_at=server_ms(raw))
     raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"{kind}:{eid}": server_ms(raw)})
 
 
@@ -115,7 +116,16 @@ def test_whoever_takes_an_attempt_tells_its_holder(world, heard, how):
     assert heard(eid) == [*first, f"lost {eid} 0"]
 
 
+def of_lease(world, function, key, handle, *before):
+    fields = handle.fields()
+    world.raw.fcall(function, 1, key(fields.execution_id), *before, fields.lease_id)
+
+
 OWN = {
+    "cancel": lambda w, handle: of_lease(w, "ff_cancel_execution", keys.core, handle, "r", 0),
+    "give back": lambda w, handle: of_lease(
+        w, "ff_give_back", lambda eid: keys.leases(keys.slot_tag_of(eid)), handle
+    ),
     "complete": lambda w, handle: w.backend.complete(handle),
     "fail": lambda w, handle: w.backend.fail(handle, "no"),
     "fail for good": lambda w, handle: w.backend.fail(handle, "no", FailureClass.PERMANENT),
@@ -274,7 +284,7 @@ def test_a_request_of_an_earlier_lease_reaches_the_next_one(
         if not task.resumed:
             backend.cancel(task.execution_id, grace=60)
             yield task.delay(0.01)
-        seen.append((yield task.wait_cancelled()))
+        seen.append(task.cancelled)
 
     worker(handler, **LONG)
     eid = backend.create_execution(lane=lane)
@@ -307,7 +317,7 @@ def test_what_a_lost_connection_has_missed_is_asked_for(worker, backend, lane, s
         for each in raw.client_list():
             if each["name"] == "ff_fast:readers":
                 pipeline.execute_command("CLIENT", "KILL", "ID", each["id"])
-        pipeline.fcall("ff_cancel_execution", 1, keys.core(eid), "too expensive", 60_000)
+        pipeline.fcall("ff_cancel_execution", 1, keys.core(eid), "too expensive", 60_000, "")
         pipeline.execute()
     assert state(eid) == "cancelled"
     assert handler.seen == [(True, True, False)]
@@ -367,6 +377,24 @@ def test_a_keeper_hears_of_both(kind, server, backend, lane):
         assert isinstance(keeper.error, errors.ExecutionNotActive)
         assert told == [keeper.error]
         yield keeper.stop()
+
+    on_backend(kind, server.url, steps)
+
+
+def test_a_keeper_hears_of_a_request_from_the_answer_to_an_append(kind, server, raw, backend, lane):
+    def steps(own):
+        eid = backend.create_execution(lane=lane)
+        handle = yield own.claim(lane=lane, **WORKER, **LONG)
+        keeper = own.keep_lease(handle)
+        writer = yield own.open_writer(handle)
+        # As a cancellation whose push nobody has heard.
+        raw.hset(keys.meta(eid, 0), "cancel_requested", "1")
+        writer.write("text")
+        assert (yield keeper.wait_cancelled(20))
+        assert keeper.cancel_requested
+        yield writer.close()
+        yield keeper.stop()
+        yield own.complete(handle)
 
     on_backend(kind, server.url, steps)
 
@@ -503,6 +531,7 @@ def test_a_handler_whose_lease_is_lost_is_cancelled_at_once_and_ends_nothing(
     running = held(handler, cancel_grace=600)
     eid = begun(handler, backend, lane)
     running.ask()
+    wait_until(lambda: raw.exists(keys.stream(eid, 0)))
     lapse(raw, eid)
     other = backend.claim(lane=lane, **WORKER, policy=ClaimPolicy.with_max_wait(10))
     running.result()
@@ -580,6 +609,20 @@ def test_a_task_group_of_a_cancelled_handler_ends_with_it(held, backend, lane, s
     backend.cancel(eid, grace=60)
     assert state(eid) == "cancelled"
     assert handler.seen == [(True, False)] * 3
+
+
+def test_a_task_group_that_has_failed_leaves_nothing_behind(held, backend, lane, state):
+    async def fails():
+        raise ff_fast.TaskFailed("no")
+
+    class Failing(Held):
+        async def wait(self, task):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fails())
+
+    handler = Failing()
+    held(handler)
+    assert state(begun(handler, backend, lane)) == "failed"
 
 
 def test_a_timeout_within_a_handler_stays_a_timeout(held, backend, lane, state):
