@@ -37,6 +37,7 @@ class Read:
         error: Why it failed; None as long as it has not.
         final: The error came after all retries.
         done: Whether the replies, or an error, are there.
+        sent_at: Monotonic time at which it was sent, or is sent again, at the earliest.
     """
 
     __slots__ = (
@@ -48,6 +49,7 @@ class Read:
         "done",
         "error",
         "final",
+        "sent_at",
         "step",
     )
 
@@ -60,6 +62,7 @@ class Read:
         self.error: FFError | None = None
         self.final = False
         self.done = False
+        self.sent_at = 0.0
 
     def __call__(self, reply: object) -> None:
         """Receive one reply of the hub's connection."""
@@ -214,7 +217,8 @@ class Hub:
         if not connection.writable:
             # It calls again when it takes more.
             return
-        for asked in self._core.requests(time.monotonic()):
+        now = time.monotonic()
+        for asked in self._core.requests(now):
             connection.send(asked.request, [self._refused])
         requests: list[bytes] = []
         receivers: list[Receiver] = []
@@ -224,6 +228,7 @@ class Hub:
             read = self._queue.popleft()
             self._in_flight += 1
             read._sent = True
+            read.sent_at = now
             requests += [command.request for command in read.step.commands]
             receivers += [read] * len(read.step.commands)
         if requests:

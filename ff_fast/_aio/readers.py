@@ -141,6 +141,9 @@ class PushReader(readers.PushState[T], Readable[T]):
             if read.final:
                 self._retries.give_up()
             (reply,) = read.take()
+            if isinstance(self._attached, Inbox):
+                # It may have waited for its turn.
+                self._attached.asked_at = read.sent_at
             self._put_received(reply)
             self._attach_part()
             return True

@@ -57,10 +57,8 @@ _LARGEST_COUNTS = (1024, 64)
 # Times in seconds. Longest wait of a tail that nothing is pushed to; see `longest_wait`.
 _LONGEST_S = 60.0
 # How long the first read waits for the subscription, and how often storage is asked without one.
-_SUBSCRIBE_S = 0.1
+_SUBSCRIBE_S = 0.5
 _UNSUBSCRIBED_S = 1.0
-# Frames are stored within a tenth of a second of their push. What was pushed before the subscription is read after this.
-_SETTLE_S = 0.2
 # Pauses between reads while frames are missing that may be on their way to storage: first and largest. What is queued
 # behind a hole is dropped after the time.
 _HOLE_S = 0.03
@@ -374,10 +372,9 @@ class TailCore(Inbox):
             self.look_at = now + _HOLE_S
         elif not self.confirmed:
             self.look_at = now + _UNSUBSCRIBED_S
-        elif self.settling:
-            self.settling = False
-            if lease_left_ms is not None and not self.exclude:
-                self.look_at = now + _SETTLE_S
+        elif self.asked_at < self.settled_at and lease_left_ms is not None and not self.exclude:
+            # Frames may have been on their way to storage that were pushed before the subscription.
+            self.look_at = self.settled_at
 
     def _read_small(self, entries: list[list[object]], to: bytes) -> list[Item]:
         (stream,) = self._asked

@@ -46,7 +46,8 @@ cdef class Inbox:
     cdef public bint reading
     cdef public bint doubted
     cdef public bint confirmed
-    cdef public bint settling
+    cdef public double settled_at
+    cdef public double asked_at
     cdef public bint reads_end
     cdef public str end_reason
     cdef public double lease_at

@@ -58,7 +58,8 @@ class Inbox:
     reading: bool
     doubted: bool
     confirmed: bool
-    settling: bool
+    settled_at: float
+    asked_at: float
     reads_end: bool
     end_reason: EndReason | None
     lease_at: float

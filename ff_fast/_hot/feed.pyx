@@ -36,6 +36,8 @@ cdef enum:
 
 # Longest wait for a push, in seconds.
 cdef double LONGEST_S = 60.0
+# Frames are stored within a tenth of a second of their push.
+cdef double SETTLE_S = 0.2
 
 
 # Of each event loop, what wakes its tasks.
@@ -167,7 +169,9 @@ cdef class Inbox:
         reading: A read is under way; no push is taken meanwhile.
         doubted: The place may not be in storage; no push is taken until a read has found it there.
         confirmed: The server has confirmed the subscription, and it was not lost since.
-        settling: Frames may be on their way to storage that were pushed before the subscription.
+        settled_at: Monotonic time from which storage has the frames that were pushed before the
+            subscription.
+        asked_at: Monotonic time of the last request, at the earliest.
         reads_end: A push that tells of the end makes a read due, which delivers it.
         end_reason: Why the attempt ended; None until the end was delivered.
         lease_at, look_at: Monotonic times at which a read is due although nothing was pushed.
@@ -209,7 +213,7 @@ cdef class Inbox:
         if subscribed:
             # The server may be another one, and what follows may not follow what the reader had.
             self.due = self.doubted = True
-            self.settling = True
+            self.settled_at = monotonic() + SETTLE_S
         else:
             # Storage is asked now and then until the subscription is back.
             self.look_at = min(self.look_at, monotonic() + 1.0)
@@ -263,6 +267,7 @@ cdef class Inbox:
         self.check_place()
         self.due = False
         self.reading = True
+        self.asked_at = monotonic()
 
     def _forget(self):
         """Note that the place is another one, which no push has named."""
@@ -332,7 +337,7 @@ cdef class Inbox:
                 self._hole_filled()
             if self.confirmed:
                 # What follows without a hole shows that nothing was missed.
-                self.settling = False
+                self.settled_at = 0.0
                 self.look_at = INFINITY
         return items
 
