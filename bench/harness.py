@@ -329,7 +329,7 @@ class Core(WriterCore):
         )
         self.handle = handle
         self.execution_id = attempt.execution_id
-        self.meta, self.log, self.live, self.summary = attempt.stream_keys
+        self.head, self.log, self.live, self.summary = attempt.stream_keys
         self._wire = wire
         self.sent_bytes = 0
 
@@ -439,7 +439,7 @@ def check_entries(
 
 def check_core(stage: Stage, core: Core, frames: Sequence[bytes], kept: int) -> None:
     """Check that the attempt counts every frame and still has its newest *kept*, in order."""
-    last = stage.wire.command("HGET", core.meta, "last_id")
+    last = stage.wire.command("GET", core.head)
     check(
         isinstance(last, bytes) and last.endswith(b"-%d" % len(frames)),
         f"the last of {len(frames)} frames is {last!r}",

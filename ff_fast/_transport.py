@@ -30,7 +30,7 @@ MAX_IDLE_OF_READERS = 8
 """Number of idle connections from which on a reader closes its own: readers come in bursts, and stay long."""
 
 MAX_IDLE_S = 60.0
-"""How long a connection stays idle, in seconds; the blocking shell closes older ones when the pool is used."""
+"""How long a connection stays idle, in seconds, before it is closed."""
 
 
 def config_of(target: str | BackendConfig) -> BackendConfig:

@@ -27,7 +27,8 @@ keys::
     ff:attempt:{fp:N}:<eid>:<i>:summary      summary             hash    the rolling summary
     ff:stream:{fp:N}:<eid>:<i>               stream              stream  the log
     ff:stream:{fp:N}:<eid>:<i>:live          live                stream  the live window
-    ff:stream:{fp:N}:<eid>:<i>:meta          meta                hash    last id, writer, lease, end
+    ff:stream:{fp:N}:<eid>:<i>:head          head                string  last id, writer, end of the lease
+    ff:stream:{fp:N}:<eid>:<i>:meta          meta                hash    begin and end, what readers need
     ff:idx:{fp:N}:lane:<lane><needs>:eligible  eligible          zset    executions that can be claimed
     ff:idx:{fp:N}:lane:<lane>:needs          needs               set     what executions there require
     ff:idx:{fp:N}:leases                     leases              hash    lease digest to execution
@@ -56,7 +57,7 @@ configuration have slots of their own, because executions of all partitions use 
 What is published is on channels of sharded pub/sub, each in the slot of what it is about.  A push is never the truth:
 it says what was stored, or that there is something to read::
 
-    ff:stream:{fp:N}:<eid>:<i>:meta          attempt_channel     frames, the end, changes of the lease
+    ff:stream:{fp:N}:<eid>:<i>:head          attempt_channel     frames, the end, changes of the lease
     ff:exec:{fp:N}:<eid>:core                execution_channel   moves of the execution
     ff:part:{fp:N}:leases                    leases_channel      what the holders of its leases have to know
 
@@ -359,8 +360,13 @@ def live(eid: str, index: int) -> bytes:
     return _attempt("stream", eid, index, ":live")
 
 
+def head(eid: str, index: int) -> bytes:
+    """String: last id and writer of an attempt's stream, end of its lease, whether a cancel was requested."""
+    return _attempt("stream", eid, index, ":head")
+
+
 def meta(eid: str, index: int) -> bytes:
-    """Hash: last id, writer, lease and end of an attempt's stream."""
+    """Hash: begin and end of an attempt's stream, and what readers need."""
     return _attempt("stream", eid, index, ":meta")
 
 
@@ -368,8 +374,8 @@ def meta(eid: str, index: int) -> bytes:
 
 
 def attempt_channel(eid: str, index: int) -> bytes:
-    """What happens to an attempt's stream. It has the text of the meta key."""
-    return meta(eid, index)
+    """What happens to an attempt's stream. It has the text of the head key."""
+    return head(eid, index)
 
 
 def execution_channel(eid: str) -> bytes:

@@ -37,10 +37,10 @@
 -- visible frame after best-effort frames carries `prev`, the sequence of the visible frame before it, so such a
 -- reader can tell a hole from frames that it does not want.
 --
--- The writer id is `<attempt index>:<lease digest>:<lease epoch>:<text>`. `ff_open_writer` puts it in meta under the
--- fence, and whatever takes the lease away removes it there in the same call. So an append that finds its writer in
--- meta, and server time before `lease_expires_at`, holds the lease, and reads one hash for it. Only a refused append
--- reads the core, to say why.
+-- The writer id is `<attempt index>:<lease digest>:<lease epoch>:<text>`. `ff_open_writer` puts it in the head of the
+-- attempt under the fence, and whatever takes the lease away removes it there in the same call. So an append that finds
+-- its writer in the head, and server time before `lease_expires_at`, holds the lease, and reads one string for it. Only
+-- a refused append reads the core, to say why.
 
 ff.BLOCK = {
   PUSHED_MS = 'I',
@@ -59,6 +59,7 @@ ff.BLOCK = {
 
 local BLOCK = ff.BLOCK
 local LOG, LIVE, PATCHES, DOCUMENT, PUSHED_MS = BLOCK.LOG, BLOCK.LIVE, BLOCK.PATCHES, BLOCK.DOCUMENT, BLOCK.PUSHED_MS
+local ESTIMATOR, VISIBLE = BLOCK.ESTIMATOR, BLOCK.VISIBLE
 -- The fewest arguments of a block behind its letter.
 local FIXED_ARGS = {
   [BLOCK.LOG] = 2, [BLOCK.LOG_FIELDS] = 3, [BLOCK.LIVE] = 2, [BLOCK.LIVE_FIELDS] = 3, [PATCHES] = 5, [DOCUMENT] = 3,
@@ -84,8 +85,18 @@ local MAX_PARTS = 128
 -- A client estimates the server's time from its last answer, and the server's clock may be put back.
 local MAX_PUSHED_AHEAD_MS = 86400000
 -- The kinds of messages on the channel of an attempt.
-local PUSH = ff.PUSH
+local PUSH, STORED, NO_WRITER = ff.PUSH, ff.PUSH.STORED, ff.NO_WRITER
+local SPACE, PLUS = 32, 43
 local SMALL_LOG, SMALL_LIVE = ff.SMALL_LOG, ff.SMALL_LIVE
+
+local function put_varint(value)
+  local out = ''
+  while value >= 128 do
+    out = out .. string.char(value % 128 + 128)
+    value = math.floor(value / 128)
+  end
+  return out .. string.char(value)
+end
 
 -- A run is: varint count, then count varint payload lengths, count varint times in ms, the payloads back to back.
 -- Returns the same run of `count` frames without its first `skip`, or nil where it is not a run of `count` frames.
@@ -103,14 +114,6 @@ local function run_suffix(run, count, skip)
       value = value + (byte - 128) * scale
       scale = scale * 128
     end
-  end
-  local function put(value)
-    local out = ''
-    while value >= 128 do
-      out = out .. string.char(value % 128 + 128)
-      value = math.floor(value / 128)
-    end
-    return out .. string.char(value)
   end
   if varint() ~= count then
     return nil
@@ -133,7 +136,7 @@ local function run_suffix(run, count, skip)
   if at - 1 + size ~= #run then
     return nil
   end
-  return put(count - skip) .. lengths .. string.sub(run, times_from, at - 1) .. string.sub(run, at + skipped)
+  return put_varint(count - skip) .. lengths .. string.sub(run, times_from, at - 1) .. string.sub(run, at + skipped)
 end
 
 -- Reads the head of a block of frames that was checked: its letter, its count, the place of its first field, the place
@@ -225,17 +228,17 @@ local function stored_id(log_key, live_key, sequence)
   return '0-' .. ff.text(sequence)
 end
 
--- Slot tag, execution id and attempt, `<execution id>:<index>`, of a meta key.
-local function split_meta_key(meta_key)
-  local slot_tag, attempt = string.match(meta_key, '^ff:stream:(%b{}):(.+:%d+):meta$')
+-- Slot tag, execution id and attempt, `<execution id>:<index>`, of a head key.
+local function split_head_key(head_key)
+  local slot_tag, attempt = string.match(head_key, '^ff:stream:(%b{}):(.+:%d+):head$')
   attempt = attempt or ''
   return slot_tag or '', string.match(attempt, '^(.*):') or '', attempt
 end
 
 -- Why an append with this writer is refused, in the order of the reasons. The detail of writer_superseded is the number
 -- of openings that this server knows, 0 where no writer is open: a writer that was opened later than that is lost.
-local function refusal(core_key, meta_key, writer)
-  local index, lease_digest, epoch = string.match(writer, '^(%d+):(%x+):(%d+):.')
+local function refusal(core_key, head_key, writer)
+  local index, lease_digest, epoch = string.match(writer, '^(%d+):(%x+):(%d+):%S+$')
   if not index or #lease_digest ~= 40 then
     return ff.err('invalid_input', 'writer')
   end
@@ -251,25 +254,24 @@ local function refusal(core_key, meta_key, writer)
   if state == 'suspended' then
     return ff.err('suspended')
   end
-  local closed_at, expires_at, current, openings = unpack(
-    redis.call('HMGET', meta_key, 'closed_at', 'lease_expires_at', 'writer', 'writer_openings')
-  )
+  local head = ff.read_head(head_key)
+  local closed_at, openings = unpack(redis.call('HMGET', ff.meta_beside(head_key), 'closed_at', 'writer_openings'))
   if ff.OUTCOMES[state] or closed_at then
     return ff.err('stream_closed')
   end
   if state ~= 'active' then
     return ff.err('stale_owner')
   end
-  if (tonumber(expires_at) or 0) <= ff.now_ms() then
+  if not head or head.lease_expires_at <= ff.now_ms() then
     return ff.err('lease_expired')
   end
-  return ff.err('writer_superseded', current and openings or '0')
+  return ff.err('writer_superseded', head.writer ~= ff.NO_WRITER and openings or '0')
 end
 
 -- The same for ff_append, which is not given the core key.
-local function append_refusal(meta_key, writer)
-  local slot_tag, id = split_meta_key(meta_key)
-  return refusal(ff.key('core', slot_tag, id), meta_key, writer or '')
+local function append_refusal(head_key, writer)
+  local slot_tag, id = split_head_key(head_key)
+  return refusal(ff.key('core', slot_tag, id), head_key, writer or '')
 end
 
 local function bad_block()
@@ -278,11 +280,11 @@ end
 
 -- Checks every block from `at` to `last`. Returns the number of frames, the document version before the first patches,
 -- the version of a document, whether the blocks are about both streams, whether an entry will be large, the streams
--- that the first write does not prove (`log`, `live`, `both`, or nil), and the numbers of entries and of bytes; or nil
--- and the refusal.
+-- that the first write does not prove (`log`, `live`, `both`, or nil), the numbers of entries and of bytes, and whether
+-- a block is about meta; or nil and the refusal.
 local function check_blocks(args, at, last)
   local total, entries, bytes, patches, patches_base, document_version = 0, 0, 0, 0, nil, nil
-  local stream, mixed, large, frames_ended, unproven = nil, false, false, false, nil
+  local stream, mixed, large, frames_ended, unproven, about_meta = nil, false, false, false, nil, false
   while at <= last do
     local letter = args[at]
     local fixed = FIXED_ARGS[letter]
@@ -360,13 +362,15 @@ local function check_blocks(args, at, last)
       elseif not value_ok(letter, value) then
         return bad_block()
       end
+      about_meta = about_meta or letter == ESTIMATOR or letter == VISIBLE
       at = at + fixed + 1
     end
   end
   if total > MAX_FRAMES or bytes > MAX_BATCH_BYTES then
     return nil, ff.err('invalid_input', 'frames')
   end
-  return total, patches_base, document_version, mixed, large, total == 0 and 'both' or unproven, entries, bytes
+  return total, patches_base, document_version, mixed, large, total == 0 and 'both' or unproven, entries, bytes,
+    about_meta
 end
 
 -- At a model's pace most batches are one small entry without fields. Returns the frames of such a batch, whose checks
@@ -544,10 +548,21 @@ local function write_blocks(
   return id
 end
 
--- The answer to a part that stores: the id of the last frame, when the lease ends in ms, and 1 where a cancel was
--- requested, else 0.
-local function position(id, expires_at, cancel_requested)
-  return id .. ' ' .. expires_at .. (cancel_requested and ' 1' or ' 0')
+-- A block of frames as a push has it: `middle` stands between what the block begins with, which says its stream and its
+-- fields, and its values back to back.
+local function pushed_block(args, at, middle)
+  local letter, count, fields, from = block_at(args, at)
+  local in_log = FRAMES_IN[letter] == 'log'
+  local begins = in_log and 'L\0' or 'V\0'
+  if HAS_FIELDS[letter] then
+    local texts = { in_log and 'L' or 'V', put_varint((from - fields) / 2) }
+    for i = fields, from - 1 do
+      texts[#texts + 1] = put_varint(#args[i])
+      texts[#texts + 1] = args[i]
+    end
+    begins = table.concat(texts)
+  end
+  return begins .. middle .. table.concat(args, '', from, in_log and from + count - 1 or from)
 end
 
 -- Whether frames may have been pushed under ids of this time.
@@ -559,35 +574,30 @@ end
 -- to `last`. The other parts of the call have left `room` for entries and `bytes_left` for their bytes. Returns the
 -- answer to the part, its entries and its bytes; or the refusal alone.
 --
--- The caller passes functions of the server, as each look-up of a global costs as much as a function call. Times in ms
--- have 13 digits from 2001 to 2286, so as texts they compare as they do as numbers, and the sequence of an id begins at
--- its 15th byte: each conversion between text and number costs as much as a field.
-local function append_part(call, format, sub, keys, args, key, key_count, at, last, now, room, bytes_left)
-  local meta_key, stream_key, live_key, summary_key = keys[key], nil, nil, nil
-  local writer, previous_sequence, push = args[at], args[at + 1], args[at + 2]
-  local first = at + 3
-  if key_count == 1 then
-    push, previous_sequence = previous_sequence, nil
-    first = at + 2
-  else
-    stream_key = keys[key + 1]
-    live_key, summary_key = key_count > 2 and keys[key + 2] or nil, key_count > 3 and keys[key + 3] or nil
-  end
+-- The caller passes functions of the server, as each look-up of a global costs as much as a function call. All of a
+-- head has known places: its first 15 bytes are what an answer says of the lease, its writer has the length of the
+-- caller's or is another one, and the sequence of the last id begins behind 13 digits and a hyphen. Times in ms have 13
+-- digits from 2001 to 2286, so as texts they compare as they do as numbers: a lease is held that does not come before
+-- the next millisecond, whatever follows its time. No id is shorter than the last one, so a new one is written over it.
+local function append_part(
+  call, publish, format, sub, byte, keys, args, key, key_count, at, last, now, next_ms, room, bytes_left
+)
+  local head_key, writer = keys[key], args[at]
+  local first = key_count == 1 and at + 2 or at + 3
   if first > last + 1 then
     return ff.err('invalid_input', 'arguments')
   elseif key_count == 1 and first <= last then
     return ff.err('invalid_input', 'keys')
   end
-  local meta = call('HMGET', meta_key, 'writer', 'lease_expires_at', 'cancel_requested', 'last_id')
-  local expires_at, cancel_requested, last_id = meta[2], meta[3], meta[4]
-  if not meta[1] or meta[1] ~= writer then
-    return append_refusal(meta_key, writer)
-  end
+  local head, id_at = call('GET', head_key), 18 + #writer
   if
-    not expires_at or (#expires_at == 13 and now >= expires_at)
-    or (#expires_at ~= 13 and (tonumber(expires_at) or 0) <= now + 0)
+    not head or sub(head, 17, id_at - 2) ~= writer or byte(head, id_at - 1) ~= SPACE or writer == NO_WRITER
   then
-    return append_refusal(meta_key, writer)
+    return append_refusal(head_key, writer)
+  end
+  local lease, push = sub(head, 1, 15), args[first - 1]
+  if lease < next_ms then
+    return append_refusal(head_key, writer)
   end
   if #push > MAX_BATCH_BYTES then
     return ff.err('invalid_input', 'push')
@@ -596,8 +606,8 @@ local function append_part(call, format, sub, keys, args, key, key_count, at, la
     if #push > bytes_left then
       return ff.err('invalid_input', 'parts')
     end
-    call('SPUBLISH', meta_key, push)
-    return expires_at .. (cancel_requested and ' 1' or ' 0'), 0, #push
+    call('SPUBLISH', head_key, push)
+    return lease, 0, #push
   end
 
   local pushed_ms
@@ -609,11 +619,12 @@ local function append_part(call, format, sub, keys, args, key, key_count, at, la
     end
   end
   local lone = lone_entry(args, first, last)
-  local total, patches_base, document_version, mixed, large, unproven, entries, bytes
+  local total, patches_base, document_version, mixed, large, unproven, entries, bytes, about_meta
   if lone then
     total, entries, bytes = lone, 1, #args[last]
   else
-    total, patches_base, document_version, mixed, large, unproven, entries, bytes = check_blocks(args, first, last)
+    total, patches_base, document_version, mixed, large, unproven, entries, bytes, about_meta =
+      check_blocks(args, first, last)
     if not total then
       return patches_base
     end
@@ -622,31 +633,36 @@ local function append_part(call, format, sub, keys, args, key, key_count, at, la
     return ff.err('invalid_input', 'parts')
   end
   local needs_summary = patches_base or document_version
-  if (needs_summary and not summary_key) or (mixed and not live_key) then
+  if (needs_summary and key_count < 4) or (mixed and key_count < 3) then
     return ff.err('invalid_input', 'keys')
   end
 
   -- After the last stored frame the batch appends; from an older one of this writer it is a duplicate; else a gap.
-  local sequence, skip, skipped = previous_sequence, 0, 0
-  if sequence == sub(last_id, 15) then
-    sequence = sequence + 0
+  local previous_sequence, skip, skipped = args[at + 1], 0, 0
+  local sequence
+  if sub(head, id_at + 14) == previous_sequence then
+    sequence = previous_sequence + 0
   else
+    local last_id = sub(head, id_at)
     local _, stored = ff.split_id(last_id)
-    sequence = integer(sequence)
+    if not stored then
+      ff.corrupt('head')
+    end
+    sequence = integer(previous_sequence)
     if not sequence then
       return ff.err('invalid_input', 'previous_sequence')
     end
     skip = stored - sequence
-    if skip < 0 or sequence + 1 < tonumber(call('HGET', meta_key, 'writer_base')) then
+    if skip < 0 or sequence + 1 < tonumber(call('HGET', ff.meta_beside(head_key), 'writer_base')) then
       return ff.err('sequence_gap', ff.text(stored + 1), ff.text(sequence + 1))
     end
     if skip == total then
       -- The repeat of the last batch, as after a lost reply.
-      return position(last_id, expires_at, cancel_requested), 0, 0
+      return last_id .. ' ' .. lease, 0, 0
     elseif skip > total then
-      local slot_tag, _, attempt = split_meta_key(meta_key)
+      local slot_tag, _, attempt = split_head_key(head_key)
       local log_key, window_key = ff.key('stream', slot_tag, attempt), ff.key('live', slot_tag, attempt)
-      return position(stored_id(log_key, window_key, sequence + total), expires_at, cancel_requested), 0, 0
+      return stored_id(log_key, window_key, sequence + total) .. ' ' .. lease, 0, 0
     end
     skipped = skipped_patches(args, first, skip)
     if not skipped then
@@ -658,7 +674,7 @@ local function append_part(call, format, sub, keys, args, key, key_count, at, la
   end
   local first_applied
   if needs_summary then
-    local summary = call('HMGET', summary_key, 'version', 'first_applied_ms')
+    local summary = call('HMGET', keys[key + 3], 'version', 'first_applied_ms')
     local version = tonumber(summary[1] or 0)
     -- Patches that an overlap leaves out are in the stored version already.
     local expected = patches_base and patches_base + skipped or document_version
@@ -668,7 +684,7 @@ local function append_part(call, format, sub, keys, args, key, key_count, at, la
     first_applied = summary[2]
   end
   -- The times of the first block, and of those behind it.
-  local ms = sub(last_id, 1, 13)
+  local ms = sub(head, id_at, id_at + 12)
   local later_ms = ms
   if pushed_ms then
     ms = pushed_ms > ms and pushed_ms or ms
@@ -676,45 +692,56 @@ local function append_part(call, format, sub, keys, args, key, key_count, at, la
   elseif now > ms then
     ms, later_ms = now, now
   end
-  if unproven then
-    if unproven ~= 'live' then
-      check_stream(stream_key, live_key and later_ms or ms, sequence + skip + 1)
-    end
-    if live_key and unproven ~= 'log' then
-      check_stream(live_key, ms, sequence + skip + 1)
-    end
-  end
+  local stream_key = keys[key + 1]
 
   local id
   if lone and skip == 0 then
     id = format('%s-%d', ms, sequence + total)
-    call('XADD', live_key and args[first] == LIVE and live_key or stream_key, id,
+    call('XADD', key_count > 2 and args[first] == LIVE and keys[key + 2] or stream_key, id,
       total > 1 and 'run' or 'payload', args[last])
   else
+    local live_key = key_count > 2 and keys[key + 2] or nil
+    if unproven then
+      if unproven ~= 'live' then
+        check_stream(stream_key, live_key and later_ms or ms, sequence + skip + 1)
+      end
+      if live_key and unproven ~= 'log' then
+        check_stream(live_key, ms, sequence + skip + 1)
+      end
+    end
+    local meta_key
+    if large or about_meta then
+      meta_key = ff.meta_beside(head_key)
+      ff.expect('meta', meta_key)
+    end
     id = write_blocks(
-      call, format, args, first, last, meta_key, stream_key, live_key or stream_key, summary_key, now, ms, later_ms,
-      last_id, sequence, skip, first_applied
+      call, format, args, first, last, meta_key, stream_key, live_key or stream_key, keys[key + 3], now, ms, later_ms,
+      sub(head, id_at), sequence, skip, first_applied
     )
+    if large then
+      call('HSET', meta_key, 'large_id', id)
+    end
+    if total == 0 then
+      return id .. ' ' .. lease, entries, bytes
+    end
   end
-  if large then
-    call('HSET', meta_key, 'last_id', id, 'large_id', id)
-  elseif total > 0 then
-    call('HSET', meta_key, 'last_id', id)
-  end
-  if push ~= '' and total > 0 then
-    -- A push says one time for all its frames. Frames of others, as of those that a repeat leaves out, are read.
+  call('SETRANGE', head_key, id_at - 1, id)
+  if push ~= '' then
+    local values = ''
     if skip > 0 or (pushed_ms and sub(id, 1, 13) ~= ms) then
+      -- A push says one time for all its frames. Frames of others, as of those that a repeat leaves out, are read.
       push = ' '
-    elseif sub(push, 1, 1) == '+' then
-      -- `+`: the values of the first block end what is published.
-      local letter, count, _, from = block_at(args, first)
-      local to = FRAMES_IN[letter] == 'log' and from + count - 1 or from
-      push = ' ' .. sub(push, 2) .. table.concat(args, '', from, to)
+    elseif byte(push) == PLUS then
+      if lone then
+        push, values = (args[first] == LIVE and ' V\0' or ' L\0') .. sub(push, 2), args[last]
+      else
+        push, values = ' ', pushed_block(args, first, sub(push, 2))
+      end
     end
     -- What is stored stays stored where its user may not publish.
-    redis.pcall('SPUBLISH', meta_key, PUSH.STORED .. id .. push)
+    publish('SPUBLISH', head_key, STORED .. id .. push .. values)
   end
-  return position(id, expires_at, cancel_requested), entries, bytes
+  return id .. ' ' .. lease, entries, bytes
 end
 
 -- The error that a part met, as the server would answer it for a whole call: its text, and the place.
@@ -732,88 +759,119 @@ local function fault(met)
   return { err = text }
 end
 
--- Looks through the heads of the parts of a call, and turns each into a number. Returns the number of parts; nil where
--- the heads do not agree with the numbers of keys and arguments, or the parts are too many.
-local function count_parts(keys, args)
-  local tonumber, parts, key_total, at, last = tonumber, 0, 0, 1, #args
-  while at <= last do
-    local head = tonumber(args[at])
-    if not head or head < 1 then
-      return nil
-    end
-    local key_count = head % 10
-    if key_count ~= 2 and key_count ~= 1 and key_count ~= 3 and key_count ~= 4 then
-      return nil
-    end
-    args[at] = head
-    parts, key_total, at = parts + 1, key_total + key_count, at + 1 + (head - key_count) / 10
+-- The sizes of parts by their texts, as COUNTS.
+local KEY_COUNTS, ARG_COUNTS = {}, {}
+for arg_count = 2, 24 do
+  for key_count = 1, 4 do
+    KEY_COUNTS[arg_count .. '' .. key_count], ARG_COUNTS[arg_count .. '' .. key_count] = key_count, arg_count
   end
-  return at == last + 1 and key_total == #keys and parts <= MAX_PARTS and parts or nil
+end
+
+-- The numbers of keys and of arguments of a part; nil where its size says none.
+local function part_size(size)
+  local number = integer(size)
+  local key_count = number and number % 10
+  if not key_count or key_count < 1 or key_count > 4 then
+    return nil
+  end
+  return key_count, (number - key_count) / 10
+end
+
+-- Looks through the sizes of the parts of a call. Returns the number of parts; nil where the sizes do not agree with
+-- the numbers of keys and arguments, or the parts are too many.
+local function count_parts(keys, args)
+  local parts, key_total, at, last = 0, 0, 1, #args
+  while at <= last do
+    local size = args[at]
+    local key_count, arg_count = KEY_COUNTS[size], ARG_COUNTS[size]
+    if not key_count then
+      key_count, arg_count = part_size(size)
+      if not key_count then
+        return nil
+      end
+    end
+    parts, key_total, at = parts + 1, key_total + key_count, at + 1 + arg_count
+  end
+  return at == last + 1 and key_total == #keys and parts >= 1 and parts <= MAX_PARTS and parts or nil
 end
 
 -- ff_append
---   keys:    meta stream live summary
---   args:    head writer previous_sequence push block...
+--   keys:    head stream live summary
+--   args:    size writer previous_sequence push block...
 --   returns: now_ms answer...
 --   errors:  execution_not_found stale_owner state_lost suspended stream_closed lease_expired writer_superseded
 --            sequence_gap summary_conflict payload_too_large invalid_input
 --
 -- A call has 1 to 128 parts, each about one attempt; the keys of all parts follow one another, and so do their
 -- arguments. A part is checked, stored and answered on its own, one after the other: what one is refused changes
--- nothing for another. `head` is a number whose last digit is the number of keys of the part; the digits before are the
--- number of arguments behind the head. Where the heads do not add up, the whole call is refused.
+-- nothing for another. `size` is a number whose last digit is the number of keys of the part; the digits before are the
+-- number of arguments behind the size. Where the sizes do not add up, the whole call is refused.
 --
 -- Each key costs the server time, so a batch names the ones that it needs: two, three or four. With two, all its
 -- blocks go to one stream, which is `stream`, log or live window; with more, `stream` is the log. A refusal reads the
--- core, and the repeat of a stored batch reads both streams: those keys are spelled from the meta key, and share its
+-- core, and the repeat of a stored batch reads both streams: those keys are spelled from the head key, and share its
 -- slot.
 --
 -- `push` is '', or what is published on the channel of the attempt, behind `F` and the id of the last frame, once the
--- frames are stored. A part with the meta key alone stores nothing: its arguments are `writer push`, its fence is that
--- of a batch, and `push` is published as it is. ff_fast/keys.py has the table of the channels.
+-- frames are stored: a space and a body; or `+`, and what stands in a body between the fields of its one block, which is
+-- the first of the part, and the values of that block, so that these cross the wire once. A part with the head key alone
+-- stores nothing: its arguments are `writer push`, its fence is that of a batch, and `push` is published as it is.
+-- ff_fast/keys.py has the table of the channels.
 --
 -- The answer to a part is one string: the id of the last frame where it stores, when the lease ends in ms, and 1 where
 -- a cancel was requested, else 0. A refused part is answered by the refusal, and one that met an error of the server by
 -- that error. A call of one part has no list: it returns one string, `now_ms` and the answer, or the refusal, or fails
 -- with the error. To make a reply of a Lua table costs the server as much as two commands.
 redis.register_function('ff_append', function(keys, args)
-  local call, format, sub = redis.call, string.format, string.sub
+  local call, publish, format, sub, byte = redis.call, redis.pcall, string.format, string.sub, string.byte
   local key_total, last = #keys, #args
   local time = call('TIME')
-  local now = format('%d', time[1] * 1000 + time[2] / 1000)
-  if tonumber(args[1]) == 10 * (last - 1) + key_total and key_total >= 1 and key_total <= 4 then
+  local ms = time[1] * 1000 + time[2] / 1000
+  local now, next_ms = format('%d', ms), format('%d', ms + 1)
+  local key_count, arg_count = KEY_COUNTS[args[1]], ARG_COUNTS[args[1]]
+  if not key_count then
+    key_count, arg_count = part_size(args[1])
+  end
+  if key_count == key_total and arg_count == last - 1 then
     local answer, entries = append_part(
-      call, format, sub, keys, args, 1, key_total, 2, last, now, MAX_FRAMES, MAX_BATCH_BYTES
+      call, publish, format, sub, byte, keys, args, 1, key_total, 2, last, now, next_ms, MAX_FRAMES, MAX_BATCH_BYTES
     )
     return entries and now .. ' ' .. answer or answer
   end
   local parts = count_parts(keys, args)
-  if not parts or parts == 0 then
+  if not parts then
     return ff.err('invalid_input', 'parts')
   end
-  local xpcall, answers, key, at, till, key_count = xpcall, { now }, 1, 1, 0, 0
-  local room, bytes_left = MAX_FRAMES, MAX_BATCH_BYTES
-  local function part()
-    return append_part(
-      call, format, sub, keys, args, key, key_count, at + 1, till, now, room, bytes_left
-    )
-  end
-  for i = 2, parts + 1 do
-    local head = args[at]
-    key_count = head % 10
-    till = at + (head - key_count) / 10
-    local _, answer, entries, bytes = xpcall(part, fault)
-    answers[i] = answer
-    if entries then
-      room, bytes_left = room - entries, bytes_left - bytes
+  local answers, part, key, at, room, bytes_left = { now }, 0, 1, 1, MAX_FRAMES, MAX_BATCH_BYTES
+  -- Applies the parts from the next one on. Where one meets an error, the place is behind it.
+  local function apply()
+    while part < parts do
+      local size, own_key, from = args[at], key, at + 1
+      local keys_of, args_of = KEY_COUNTS[size], ARG_COUNTS[size]
+      if not keys_of then
+        keys_of, args_of = part_size(size)
+      end
+      part, key, at = part + 1, key + keys_of, from + args_of
+      local answer, entries, bytes = append_part(
+        call, publish, format, sub, byte, keys, args, own_key, keys_of, from, at - 1, now, next_ms, room, bytes_left
+      )
+      answers[part + 1] = answer
+      if entries then
+        room, bytes_left = room - entries, bytes_left - bytes
+      end
     end
-    key, at = key + key_count, till + 1
   end
+  repeat
+    local done, met = xpcall(apply, fault)
+    if not done then
+      answers[part + 1] = met
+    end
+  until done
   return answers
 end)
 
 -- ff_open_writer
---   keys:    core meta summary
+--   keys:    core head summary
 --   args:    writer lease_id payload_limit
 --   returns: last_id visible_sequence estimator summary_version opening
 --   errors:  execution_not_found stale_owner state_lost suspended stream_closed lease_expired invalid_input
@@ -824,9 +882,9 @@ end)
 -- counts the writers of the attempt, from 1.
 redis.register_function('ff_open_writer', function(keys, args)
   local call = redis.call
-  local core_key, meta_key, summary_key = unpack(keys, 1, 3)
+  local core_key, head_key, summary_key = unpack(keys, 1, 3)
   local writer, lease_id, payload_limit = unpack(args, 1, 3)
-  local refused = refusal(core_key, meta_key, writer or '')
+  local refused = refusal(core_key, head_key, writer or '')
   if refused[2] ~= 'execution_not_found' and refused[2] ~= 'invalid_input'
     and string.match(writer, '^%d+:(%x+)') ~= ff.lease_digest(lease_id or '')
   then
@@ -836,21 +894,24 @@ redis.register_function('ff_open_writer', function(keys, args)
   if refused[2] ~= 'writer_superseded' then
     return refused
   end
-  local last_id, visible_sequence, estimator, current, openings, limit_before = unpack(call(
-    'HMGET', meta_key, 'last_id', 'visible_sequence', 'estimator', 'writer', 'writer_openings', 'payload_limit'
+  local head, meta_key = ff.read_head(head_key), ff.meta_beside(head_key)
+  local visible_sequence, estimator, openings, limit_before = unpack(call(
+    'HMGET', meta_key, 'visible_sequence', 'estimator', 'writer_openings', 'payload_limit'
   ))
   local version = call('HGET', summary_key, 'version') or '0'
-  local _, sequence = ff.split_id(last_id)
-  if current ~= writer then
+  local _, sequence = ff.split_id(head.last_id)
+  if head.writer ~= writer then
     local base = ff.text(sequence + 1)
     openings = ff.text((tonumber(openings or '0') or 0) + 1)
     -- Frames that the writer before has pushed and not stored are lost: readers look. This comes before the first
     -- write, so that a user who may not publish learns it here, and not from readers that are late.
-    call('SPUBLISH', meta_key, PUSH.CHANGED)
-    call('HSET', meta_key, 'writer', writer, 'writer_base', base, 'writer_openings', openings)
+    call('SPUBLISH', head_key, PUSH.CHANGED)
+    head.writer = writer
+    ff.write_head(head_key, head)
+    call('HSET', meta_key, 'writer_base', base, 'writer_openings', openings)
     if (integer(payload_limit) or 0) > (integer(limit_before) or ff.USUAL_PAYLOAD) then
       call('HSET', meta_key, 'payload_limit', payload_limit)
     end
   end
-  return ff.ok(last_id, visible_sequence or ff.text(sequence), estimator or '', version, openings)
+  return ff.ok(head.last_id, visible_sequence or ff.text(sequence), estimator or '', version, openings)
 end)

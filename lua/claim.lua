@@ -43,13 +43,18 @@ local function check_claim(execution, known, take_over)
   ff.core_number(execution, 'total_attempt_count')
   local index = resumed and fields.current_attempt_index or fields.total_attempt_count
   local attempt_key, meta_key = ff.attempt_key(execution, 'attempt', index), ff.attempt_key(execution, 'meta', index)
-  -- A new attempt has neither.
+  -- A new attempt has neither, and its head replaces what stands under the key.
   if redis.call('EXISTS', attempt_key, meta_key) > 0 then
     ff.expect('attempt', attempt_key)
     ff.expect('meta', meta_key)
   end
+  if resumed then
+    ff.read_head(ff.attempt_key(execution, 'head', index))
+  end
   if not take_over and index ~= '0' then
-    ff.expect('meta', ff.attempt_key(execution, 'meta', ff.text(tonumber(index) - 1)))
+    local previous = ff.text(tonumber(index) - 1)
+    ff.expect('meta', ff.attempt_key(execution, 'meta', previous))
+    ff.expect('head', ff.attempt_key(execution, 'head', previous))
   end
 end
 
@@ -74,28 +79,31 @@ local function grant_lease(execution, worker_id, worker_instance_id, lease_id, l
   local attempt_id = resumed and fields.current_attempt_id or new_attempt_id
   local epoch = ff.text(ff.core_number(execution, 'current_lease_epoch') + 1)
   local attempts = ff.core_number(execution, 'total_attempt_count')
-  local expires_at = ff.text(now + tonumber(lease_ttl_ms))
-  local meta_key = ff.attempt_key(execution, 'meta', index)
+  local expires_at = ff.text(math.min(now + tonumber(lease_ttl_ms), ff.MAX_MS))
+  local head_key = ff.attempt_key(execution, 'head', index)
+  local head = resumed and ff.read_head(head_key) or { cancel_requested = '0', writer = ff.NO_WRITER }
   ff.set_timer(execution, 'lease', expires_at)
   call('HSET', ff.attempt_key(execution, 'attempt', index), 'attempt_id', attempt_id, 'attempt_index', index,
     'lease_epoch', epoch, 'worker_id', worker_id, 'worker_instance_id', worker_instance_id, 'started_at', ff.text(now))
-  if resumed then
-    call('HSET', meta_key, 'lease_expires_at', expires_at)
-  else
+  if not head.last_id then
     -- Ids of an execution never repeat: each attempt begins in a later millisecond than the last one ended in.
     local began = now
     if index ~= '0' then
-      local previous_key = ff.attempt_key(execution, 'meta', ff.text(tonumber(index) - 1))
-      local previous = call('HMGET', previous_key, 'last_id', 'closed_at')
-      local ended = tonumber((ff.split_id(previous[1] or '0-0'))) or 0
-      began = math.max(now, ended + 1, (tonumber(previous[2] or '0') or 0) + 1)
+      local previous = ff.text(tonumber(index) - 1)
+      local last = ff.parse_head(call('GET', ff.attempt_key(execution, 'head', previous)))
+      local closed_at = tonumber(call('HGET', ff.attempt_key(execution, 'meta', previous), 'closed_at') or '0')
+      local ended = tonumber((ff.split_id(last and last.last_id or '0-0'))) or 0
+      began = math.max(now, ended + 1, (closed_at or 0) + 1)
     end
-    call('HSET', meta_key, 'lease_expires_at', expires_at, 'last_id', ff.text(began) .. '-0',
-      'created_at', ff.text(began))
+    head.last_id = ff.text(began) .. '-0'
+    call('HSET', ff.attempt_key(execution, 'meta', index), 'created_at', ff.text(began))
   end
   if fields.cancel_requested then
-    call('HSET', meta_key, 'cancel_requested', '1')
+    head.cancel_requested = '1'
   end
+  head.lease_expires_at = expires_at
+  ff.write_head(head_key, head)
+  execution.heads[index] = head
   ff.move(execution, 'active')
   ff.set(
     execution, 'current_attempt_index', index, 'current_attempt_id', attempt_id,
@@ -139,7 +147,7 @@ local function member(core_key, needs, eligible_key)
   local execution = ff.load(core_key)
   if execution and execution.state == 'waiting' and execution.fields.required_capabilities == needs then
     -- The index and the leases were read; the first write of a grant is to the timers.
-    local known = { timers = true, leases = true, meta = true }
+    local known = { timers = true, leases = true, meta = true, head = true }
     known.eligible = execution.fields.lane_id and ff.eligible_key(execution) == eligible_key
     check_claim(execution, known)
     return ff.flow_verdict_of(execution, 'waiting') == 'run' and execution or nil
@@ -273,13 +281,18 @@ redis.register_function({
     local fields = execution.fields
     local index = fields.current_attempt_index
     execution.by_holder = true
-    local meta_key = ff.attempt_key(execution, 'meta', index)
-    local _, sequence = ff.split_id(call('HGET', meta_key, 'last_id') or '0-0')
+    local head_key = ff.attempt_key(execution, 'head', index)
+    local head = ff.read_head(head_key)
+    execution.heads[index] = head
+    local _, sequence = ff.split_id(head and head.last_id or '0-0')
     if not sequence then
-      ff.corrupt('meta')
+      ff.corrupt('head')
     end
     local begun = fields.lease_continues == '1' or sequence > 0
-    call('HDEL', meta_key, 'lease_expires_at')
+    if head then
+      head.lease_expires_at = 0
+      ff.write_head(head_key, head)
+    end
     if begun then
       ff.interrupt_attempt(execution)
     else

@@ -168,7 +168,7 @@ redis.register_function({
 })
 
 -- ff_describe_attempt
---   keys:    core log live meta summary
+--   keys:    core log live head summary
 --   args:    attempt_index
 --   returns: meta log_entries live_entries summary_version lease_left_ms
 --   errors:  execution_not_found
@@ -176,19 +176,23 @@ redis.register_function({
   function_name = 'ff_describe_attempt',
   callback = function(keys, args)
     local call = redis.call
-    local core_key, log_key, live_key, meta_key, summary_key = unpack(keys, 1, 5)
+    local core_key, log_key, live_key, head_key, summary_key = unpack(keys, 1, 5)
     local attempt_index = args[1]
     local state, current_index = unpack(call('HMGET', core_key, 'state', 'current_attempt_index'))
     if not state then
       return ff.err('execution_not_found')
     end
-    local left = ''
+    local head, left = ff.read_head(head_key), ''
     if state == 'active' and current_index == attempt_index then
-      local expires_at = tonumber(call('HGET', meta_key, 'lease_expires_at')) or 0
+      local expires_at = head and head.lease_expires_at or 0
       left = ff.text(math.max(expires_at - ff.now_ms(), 0))
     end
+    local meta = call('HGETALL', ff.meta_beside(head_key))
+    if head then
+      meta[#meta + 1], meta[#meta + 2] = 'last_id', head.last_id
+    end
     return ff.ok(
-      call('HGETALL', meta_key), ff.text(call('XLEN', log_key)), ff.text(call('XLEN', live_key)),
+      meta, ff.text(call('XLEN', log_key)), ff.text(call('XLEN', live_key)),
       call('HGET', summary_key, 'version') or '0', left
     )
   end,

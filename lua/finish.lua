@@ -165,8 +165,12 @@ redis.register_function('ff_cancel_execution', function(keys, args)
   ff.check_move(execution)
   execution.by_holder = ff.lease_digest(lease_id) == fields.current_lease_digest
   if from == 'active' and grace_ms > 0 then
-    local meta_key = ff.attempt_key(execution, 'meta', fields.current_attempt_index)
-    redis.call('HSET', meta_key, 'cancel_requested', '1')
+    local head_key = ff.attempt_key(execution, 'head', fields.current_attempt_index)
+    local head = ff.parse_head(redis.call('GET', head_key))
+    if head then
+      head.cancel_requested = '1'
+      ff.write_head(head_key, head)
+    end
     ff.set(execution, 'cancel_requested', '1', 'cancellation_reason', reason)
     -- A second request does not extend the grace.
     redis.call('ZADD', execution.timers_key, 'LT', ff.text(execution.now + grace_ms), 'cancel:' .. execution.id)

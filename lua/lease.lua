@@ -19,15 +19,17 @@ redis.register_function('ff_renew_lease', function(keys, args)
   if not execution then
     return refusal
   end
-  local expires_at = execution.now + lease_ttl_ms
+  local expires_at = math.min(execution.now + lease_ttl_ms, ff.MAX_MS)
   local due = redis.call('ZSCORE', execution.timers_key, 'lease:' .. execution.id)
-  local meta_key = ff.attempt_key(execution, 'meta', attempt_index)
-  redis.call('HSET', meta_key, 'lease_expires_at', ff.text(expires_at))
+  local head_key = ff.attempt_key(execution, 'head', attempt_index)
+  local head = execution.heads[attempt_index]
+  head.lease_expires_at = expires_at
+  ff.write_head(head_key, head)
   -- A shorter lease than before must be found when it ends, not when the old one would have ended.
   if not due or tonumber(due) > expires_at then
     ff.set_timer(execution, 'lease', expires_at)
   end
-  ff.publish(meta_key, ff.PUSH.LEASE .. ff.text(lease_ttl_ms))
+  ff.publish(head_key, ff.PUSH.LEASE .. ff.text(lease_ttl_ms))
   return ff.ok(ff.text(expires_at), lease_epoch, execution.fields.cancel_requested == '1' and '1' or '0')
 end)
 

@@ -69,7 +69,7 @@ local function read_between(stream_key, after, to, page_size, count, max_bytes, 
 end
 
 -- ff_read_range
---   keys:    core log live meta
+--   keys:    core log live head
 --   args:    attempt_index log_after live_after count max_bytes visibility cursor
 --   returns: log_entries log_to log_more live_entries live_to live_more last_id visible_sequence closed_reason
 --            lease_left_ms small place payload_limit
@@ -91,7 +91,7 @@ end
 redis.register_function({
   function_name = 'ff_read_range',
   callback = function(keys, args)
-    local core_key, log_key, live_key, meta_key = unpack(keys, 1, 4)
+    local core_key, log_key, live_key, head_key = unpack(keys, 1, 4)
     local attempt_index, log_after, live_after, count, max_bytes, visibility, cursor = unpack(args, 1, 7)
     local index = ff.integer(attempt_index)
     count, max_bytes = ff.integer(count), ff.integer(max_bytes)
@@ -104,11 +104,12 @@ redis.register_function({
     if not state then
       return ff.err('execution_not_found')
     end
-    local last_id, visible_sequence, closed_reason, lease_expires_at, large_id, created_at, openings, payload_limit =
-      unpack(redis.call(
-        'HMGET', meta_key, 'last_id', 'visible_sequence', 'closed_reason', 'lease_expires_at', 'large_id', 'created_at',
-        'writer_openings', 'payload_limit'
-      ))
+    local head = ff.read_head(head_key)
+    local last_id = head and head.last_id
+    local visible_sequence, closed_reason, large_id, created_at, openings, payload_limit = unpack(redis.call(
+      'HMGET', ff.meta_beside(head_key), 'visible_sequence', 'closed_reason', 'large_id', 'created_at',
+      'writer_openings', 'payload_limit'
+    ))
     closed_reason = closed_reason or ''
     local lease_left = ''
     if not last_id then
@@ -119,7 +120,7 @@ redis.register_function({
       end
       closed_reason = ended or ''
     elseif closed_reason == '' and state == 'active' and current_index == attempt_index then
-      local left = (tonumber(lease_expires_at) or 0) - ff.now_ms()
+      local left = head.lease_expires_at - ff.now_ms()
       lease_left = ff.text(left)
       if left <= 0 then
         closed_reason = 'producer_lost'

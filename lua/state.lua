@@ -39,7 +39,7 @@ local RARE_KEYS = { 'waitpoints', 'tags', 'usage', 'usage_dedup', 'usage_recent'
 local WAITPOINT_KEYS = {
   'tokens', 'signals', 'signals_buffered', 'signals_dedup', 'suspension', 'suspension_signals',
 }
-local ATTEMPT_KEYS = { 'stream', 'live', 'meta', 'attempt', 'summary' }
+local ATTEMPT_KEYS = { 'stream', 'live', 'head', 'meta', 'attempt', 'summary' }
 
 -- Eligible executions sort by priority (higher first), then by age. Exact: |score| < 2^53 up to priority 9000.
 function ff.eligible_score(priority, created_ms)
@@ -66,6 +66,7 @@ function ff.execution_of(core_key, fields, now)
     now = now,
     timers_key = ff.key('timers', slot_tag),
     hints = {},
+    heads = {},
   }
 end
 
@@ -180,31 +181,55 @@ local function add_end(log_key, ms, sequence, reason, visible)
   return id
 end
 
+-- The head of one of the execution's attempts, as the call has read or left it; nil where it has none that is intact.
+local function head_of(execution, index)
+  local head = execution.heads[index]
+  if not head then
+    head = ff.parse_head(redis.call('GET', ff.attempt_key(execution, 'head', index)))
+    execution.heads[index] = head
+  end
+  return head
+end
+
+-- An append checks its writer and no other part of the fence, so the writer goes with the lease.
+local function close_writer(execution, index)
+  local head = head_of(execution, index)
+  if head and head.writer ~= ff.NO_WRITER then
+    head.writer = ff.NO_WRITER
+    ff.write_head(ff.attempt_key(execution, 'head', index), head)
+  end
+end
+
 -- Ends the stream of an attempt: the canonical word in meta, its echo at the end of the log and on the channel of the
 -- attempt, and the retention of every key of the attempt. An attempt that never wrote a frame, or was never claimed,
 -- ends the same way. The end entry takes the sequence after the last frame.
 function ff.end_stream(execution, index, reason)
   local call = redis.call
-  local meta_key, now = ff.attempt_key(execution, 'meta', index), execution.now
-  local meta = call('HMGET', meta_key, 'last_id', 'closed_at', 'visible_sequence')
-  if meta[2] then
+  local slot_tag, attempt, now = execution.slot_tag, execution.id .. ':' .. index, execution.now
+  local meta_key, head_key = ff.key('meta', slot_tag, attempt), ff.key('head', slot_tag, attempt)
+  local meta = call('HMGET', meta_key, 'closed_at', 'visible_sequence')
+  close_writer(execution, index)
+  if meta[1] then
     return
   end
-  local last_ms, sequence = string.match(meta[1] or '', '^(%d+)-(%d+)$')
+  local head = head_of(execution, index)
+  local last_ms, sequence = string.match(head and head.last_id or '', '^(%d+)-(%d+)$')
   last_ms, sequence = ff.integer(last_ms), ff.integer(sequence)
-  local last_id = meta[1]
   if not last_ms or not sequence then
-    last_id, last_ms, sequence = ff.text(now) .. '-0', now, 0
+    last_ms, sequence = now, 0
+    head = {
+      lease_expires_at = 0, cancel_requested = '0', writer = ff.NO_WRITER, last_id = ff.text(now) .. '-0',
+    }
+    execution.heads[index] = head
+    ff.write_head(head_key, head)
   end
-  call('HDEL', meta_key, 'writer')
-  call('HSET', meta_key, 'closed_at', ff.text(now), 'closed_reason', reason, 'last_id', last_id)
-  local visible = meta[3] or ff.text(sequence)
-  local id = add_end(
-    ff.attempt_key(execution, 'stream', index), math.max(now, last_ms), sequence + 1, reason, visible
-  )
-  ff.publish(meta_key, PUSH.END .. id .. ' ' .. visible .. ' ' .. reason)
+  call('HSET', meta_key, 'closed_at', ff.text(now), 'closed_reason', reason)
+  local visible = meta[2] or ff.text(sequence)
+  local id = add_end(ff.key('stream', slot_tag, attempt), math.max(now, last_ms), sequence + 1, reason, visible)
+  ff.publish(head_key, PUSH.END .. id .. ' ' .. visible .. ' ' .. reason)
+  local retention_ms = execution.fields.retention_ms
   for _, name in ipairs(ATTEMPT_KEYS) do
-    call('PEXPIRE', ff.attempt_key(execution, name, index), execution.fields.retention_ms)
+    call('PEXPIRE', ff.key(name, slot_tag, attempt), retention_ms)
   end
 end
 
@@ -355,7 +380,7 @@ local function conclude(execution, attempt, reason)
   local following = execution.fields.total_attempt_count
   if following ~= attempt then
     -- Who waits for the next attempt learns that none comes.
-    ff.publish(ff.attempt_key(execution, 'meta', following), PUSH.CHANGED)
+    ff.publish(ff.attempt_key(execution, 'head', following), PUSH.CHANGED)
   end
   ff.clear_timer(execution, 'deadline')
   ff.clear_timer(execution, 'cancel')
@@ -395,6 +420,9 @@ local function check_execution(execution, known)
   if not known.leases then
     ff.expect('leases', ff.key('leases', execution.slot_tag))
   end
+  if not known.head then
+    ff.expect('head', ff.attempt_key(execution, 'head', attempt))
+  end
   if not known.meta then
     ff.expect('meta', ff.attempt_key(execution, 'meta', attempt))
   end
@@ -403,7 +431,9 @@ local function check_execution(execution, known)
     ff.expect('flow', ff.key('flow', execution.slot_tag, flow_id))
     ff.expect('flow_open', ff.key('flow_open', execution.slot_tag, flow_id))
     -- In a cancelled flow an attempt that is lost is followed by the end of the execution, and of the next stream.
-    ff.expect('meta', ff.attempt_key(execution, 'meta', ff.core_number(execution, 'total_attempt_count')))
+    local following = ff.core_number(execution, 'total_attempt_count')
+    ff.expect('head', ff.attempt_key(execution, 'head', following))
+    ff.expect('meta', ff.attempt_key(execution, 'meta', following))
   end
 end
 
@@ -414,8 +444,8 @@ end
 -- nothing: these are echoes of what core and meta say, and an execution must be able to end. Nor does foreign data in
 -- the keys of its parent: such a parent is not woken.
 --
--- `known` names keys that are not asked for, as a set: `timers`, `eligible` (with `needs`), `leases` and `meta`. The
--- call has read them, or its move does not touch them, or its first write is to one, and fails before any change.
+-- `known` names keys that are not asked for, as a set: `timers`, `eligible` (with `needs`), `leases`, `head`, `meta`.
+-- The call has read them, or its move does not touch them, or its first write is to one, and fails before any change.
 function ff.check_move(execution, known)
   local slot_tag, parent_id = execution.slot_tag, execution.fields.parent_id
   check_execution(execution, known or NOTHING)
@@ -465,8 +495,10 @@ function ff.move(execution, to, reason)
   elseif from == 'active' then
     ff.clear_timer(execution, 'lease')
     ff.clear_timer(execution, 'attempt')
-    -- An append checks its writer and no other part of the fence, so the writer goes with the lease.
-    call('HDEL', ff.attempt_key(execution, 'meta', attempt), 'writer')
+    if not ff.OUTCOMES[to] then
+      -- The end of the stream closes it else.
+      close_writer(execution, attempt)
+    end
     call('HDEL', ff.key('leases', execution.slot_tag), fields.current_lease_digest or '')
   elseif from == 'suspended' then
     ff.clear_timer(execution, 'suspension')
@@ -485,7 +517,7 @@ function ff.move(execution, to, reason)
   ff.publish(execution.core_key, PUSH.STATE .. to)
   if to == 'active' or (from == 'active' and not ff.OUTCOMES[to]) then
     -- A lease begins, or no longer ends.
-    ff.publish(ff.attempt_key(execution, 'meta', attempt), PUSH.CHANGED)
+    ff.publish(ff.attempt_key(execution, 'head', attempt), PUSH.CHANGED)
   end
   if to == 'waiting' then
     -- What a cancelled flow holds waits in no index: no worker will ever have it.
@@ -629,8 +661,8 @@ end
 
 -- The refusal where an attempt has lost the frame `known`, which its caller knows to be stored: its stream is shorter,
 -- or has other frames there; nil where nothing is lost. `known` is an id, '' for none; time 0 is any time. `last_id`
--- and `created_at` are fields of the attempt's meta hash.
-function ff.lost_frames(slot_tag, attempt, last_id, created_at, known)
+-- is that of the attempt's head, nil where it has none.
+function ff.lost_frames(slot_tag, attempt, last_id, known)
   if known == '' or known == last_id then
     return nil
   end
@@ -644,7 +676,11 @@ function ff.lost_frames(slot_tag, attempt, last_id, created_at, known)
   end
   local log_key, live_key = ff.key('stream', slot_tag, attempt), ff.key('live', slot_tag, attempt)
   local other = stored == sequence and tonumber(ms) > 0
-  if sequence > 0 and (other or ff.other_place(log_key, live_key, known, created_at) ~= '') then
+  if sequence > 0 and not other then
+    local created_at = redis.call('HGET', ff.key('meta', slot_tag, attempt), 'created_at')
+    other = ff.other_place(log_key, live_key, known, created_at) ~= ''
+  end
+  if sequence > 0 and other then
     return ff.err('sequence_gap', ff.text(sequence), ff.text(sequence + 1))
   end
   return nil
@@ -657,14 +693,12 @@ function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind
   local execution, refusal, found = ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
   if execution then
     local attempt = execution.id .. ':' .. attempt_index
-    local lost = ff.lost_frames(
-      execution.slot_tag, attempt, execution.last_id, execution.created_at, known or ''
-    )
+    local lost = ff.lost_frames(execution.slot_tag, attempt, execution.heads[attempt_index].last_id, known or '')
     if lost then
       return nil, lost
     end
-    -- The end of the lease was read from meta. What is completed waits for no worker; a parent may.
-    ff.check_move(execution, { meta = true, eligible = kind == 'completed' and not execution.fields.parent_id })
+    -- The end of the lease was read from the head. What is completed waits for no worker; a parent may.
+    ff.check_move(execution, { head = true, eligible = kind == 'completed' and not execution.fields.parent_id })
     return execution
   end
   local words = found and saved_reply(found)
@@ -674,11 +708,13 @@ function ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, kind
   return nil, refusal
 end
 
--- The lease ends at the time that the meta hash of its attempt names; appends read it there. When the attempt began,
--- and the id of its last frame, are read with it.
+-- When the lease ends, which the head of the attempt says. The head is kept with the execution.
 function ff.lease_expires_at(execution)
-  local meta_key = ff.attempt_key(execution, 'meta', execution.fields.current_attempt_index)
-  local meta = redis.call('HMGET', meta_key, 'lease_expires_at', 'last_id', 'created_at')
-  execution.last_id, execution.created_at = meta[2], meta[3]
-  return tonumber(meta[1] or '0') or 0
+  local index = execution.fields.current_attempt_index
+  local head = index and ff.read_head(ff.attempt_key(execution, 'head', index))
+  if not head then
+    return 0
+  end
+  execution.heads[index] = head
+  return head.lease_expires_at
 end

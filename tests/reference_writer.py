@@ -162,11 +162,11 @@ class Request:
     def key_names(self) -> tuple[str, ...]:
         """The keys that the blocks need."""
         if self.letters & {b"S", b"C"}:
-            return "meta", "log", "live", "summary"
+            return "head", "log", "live", "summary"
         log, live = self.letters & {b"L", b"X", b"K"}, self.letters & {b"V", b"W", b"T", b"P"}
         if log and live:
-            return "meta", "log", "live"
-        return ("meta", "live") if live else ("meta", "log")
+            return "head", "log", "live"
+        return ("head", "live") if live else ("head", "log")
 
 
 @dataclass
@@ -228,6 +228,18 @@ def split_push(message: bytes) -> tuple[bytes, tuple[int, int], bytes]:
     head, _, body = message.partition(b" ")
     ms, sequence = head[1:].split(b"-")
     return head[:1], (int(ms), int(sequence)), body
+
+
+def begin_of_push(argv: list[bytes], at: int) -> bytes:
+    """What a push of the block of frames at *at* begins with: its stream and its fields."""
+    pairs = []
+    if argv[at] in (b"X", b"W", b"S"):
+        pairs = argv[at + 3 : at + 3 + 2 * int(argv[at + 2])]
+    begin = [b"L" if argv[at] in (b"L", b"X") else b"V", bytes([len(pairs) // 2])]
+    for text in pairs:
+        size = len(text)
+        begin += [bytes([size] if size < 128 else [size % 128 + 128, size // 128]), text]
+    return b"".join(begin)
 
 
 def check_push(request: Request) -> None:
@@ -350,8 +362,9 @@ def parse(argv: list[bytes]) -> Request:
     if push:
         body = push[1:]
         if push[:1] == b"+":
-            # The values of a batch's one block cross the wire once.
+            # The fields and the values of a batch's one block cross the wire once.
             assert len(request.values) == 1
+            body = begin_of_push(argv, 5 if request.pushed_ms else 3) + body
             body += b"".join(request.values[0])
         else:
             assert push[:1] == b" "
@@ -366,7 +379,7 @@ def parse(argv: list[bytes]) -> Request:
 
 
 def called(message: bytes, attempts: dict[bytes, "Server"]) -> object:
-    """The reply of servers, by the meta key of their attempt, to one call of ``ff_append``."""
+    """The reply of servers, by the head key of their attempt, to one call of ``ff_append``."""
     reader = hiredis.Reader()
     reader.feed(message)
     name, function, count, *rest = reader.gets()

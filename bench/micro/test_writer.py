@@ -20,7 +20,7 @@ FRAMES = payloads(COUNT)
 
 def new_core(mode: str) -> WriterCore:
     return WriterCore(
-        keys=(b"meta", b"log", b"live", b"summary"),
+        keys=(b"head", b"log", b"live", b"summary"),
         writer=b"0:lease:1:writer",
         mode=mode_of(mode),
         opened=(1_700_000_000_000, 0, 0, b"", 0),

@@ -92,7 +92,7 @@ class Stream:
         self._newest_ms = 0
         self._flowfabric = FlowFabricRate(ttl_ms)
         self._core = WriterCore(
-            keys=(b"meta", b"log", b"live", b"summary"),
+            keys=(b"head", b"log", b"live", b"summary"),
             writer=b"0:lease:1:writer",
             mode=mode_of("best_effort", ttl_ms, CEILING),
             opened=(1_700_000_000_000, 0, 0, b"", 0),

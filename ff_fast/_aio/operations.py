@@ -85,6 +85,12 @@ class Operations(Pool):
         self._sender = Sender(self._shared, self._prepare, self._spawn, self._check_thread, config)
         self._kept = KeptLeases(self._hub, self._loop.call_later)
 
+    def _store_soon(self) -> None:
+        self._sender.store_soon()
+
+    def _stored(self) -> bool:
+        return self._sender.stored
+
     def _stop(self) -> None:
         keepers = self._kept.close()
         super()._stop()
@@ -97,7 +103,7 @@ class Operations(Pool):
         if call.claim is not None:
             return await self._claim(call, call.claim)
         writer = None if call.releases is None else self._writers.get(call.releases)
-        if writer is not None and writer._holds:
+        if writer is not None and not writer._idle:
             # An error of the writer is its own; what it means for the lease, the call says.
             with contextlib.suppress(FFError):
                 await writer.flush(self._timeout_s)

@@ -180,20 +180,23 @@ class Pool:
         return self._closed
 
     async def close(self) -> None:
-        """Close every connection; callers that wait for a reply get an error."""
+        """Close every connection; callers that wait for a reply get an error.
+
+        What is written is stored first, and claims under way give back what they took, where that takes a short time.
+        """
         self._closed = True
         if self._pid != os.getpid():
             # The parent still uses the sockets and the loop's selector, which a fork shares.
             return
         self._check_loop()
         try:
-            if self._claims or self._giving_back:
-                await self._give_all_back()
+            if self._claims or self._giving_back or not self._stored():
+                await self._finish()
         finally:
             # Everything is aborted before the next await, in which the caller may be cancelled.
             await self._abort()
 
-    async def _give_all_back(self) -> None:
+    async def _finish(self) -> None:
         settling = self._loop.create_task(self._settle())
         try:
             await asyncio.shield(settling)
@@ -205,15 +208,23 @@ class Pool:
             settling.cancel()
 
     async def _settle(self) -> None:
-        """Wait for a short time until every claim that is under way has given back what it took."""
+        """Wait for a short time until all is stored, and every claim under way has given back what it took."""
         for claim in self._claims:
             claim.abandoned = True
             claim.wake()
+        self._store_soon()
         until = time.monotonic() + claiming.SETTLE_S
         while time.monotonic() < until and (  # noqa: ASYNC110 - there is no one event
-            self._giving_back or any(each.unsettled for each in self._claims)
+            self._giving_back or any(each.unsettled for each in self._claims) or not self._stored()
         ):
             await asyncio.sleep(claiming.SETTLE_LOOK_S)
+
+    def _store_soon(self) -> None:
+        """Begin to store what is written."""
+
+    def _stored(self) -> bool:
+        """Whether all that is written is stored, or never will be."""
+        return True
 
     async def _abort(self) -> None:
         tasks, connections = list(self._tasks), list(self._own)

@@ -11,7 +11,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from ff_fast._core import readers
-from ff_fast._core.follow import Ended
+from ff_fast._core.follow import Ended, WaitCore
 from ff_fast._core.follow import Item as FollowItem
 from ff_fast._core.tail import Item
 from ff_fast._hot.feed import Bell, Inbox
@@ -217,7 +217,7 @@ class PushReader(readers.PushState[T], Readable[T]):
 
     def __del__(self) -> None:
         # A loop over the reader was left in the middle. The collector may run on any thread.
-        attached = self.__dict__.get("_attached")
+        attached = self._attached
         if attached is not None and self._pool._pid == os.getpid():
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._hub.detach, attached)
@@ -394,6 +394,11 @@ class Follow(PushReader[FollowItem]):
 
 class Waiting(PushReader[Ended]):
     """Waits for the end of an execution."""
+
+    _source: WaitCore
+
+    async def _advance(self, until: float | None) -> bool:
+        return await super()._advance(self._source.patience(until))
 
 
 class Completions(Reader[CompletionPayload]):

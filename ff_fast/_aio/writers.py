@@ -105,10 +105,18 @@ class Sender(Outbox):
             if call is not None:
                 connection.send(call.take(), [call])
                 self._shared.watch_soon()
-        if wait_s > 0.0 and self._timer is None:
-            self._timer = self._event_loop.call_later(wait_s, self._on_timer)
+        if wait_s > 0.0:
+            self._pump_later(wait_s)
         if self.holds and not self._hold_scheduled:
             self._store_held()
+
+    def _pump_later(self, wait_s: float) -> None:
+        if self._timer is not None:
+            if self._timer.when() <= self._event_loop.time() + wait_s:
+                return
+            # What is ready lingers no more.
+            self._timer.cancel()
+        self._timer = self._event_loop.call_later(wait_s, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -169,6 +177,16 @@ class Sender(Outbox):
     def _on_lost(self) -> None:
         if self.ready:
             self._recover_soon(OutcomeUnknown())
+
+    def store_soon(self) -> None:
+        """Begin to store all that is written, without waiting."""
+        for writer in list(self.writers):
+            writer._seal_soon()
+
+    @property
+    def stored(self) -> bool:
+        """Whether all that is written is stored, or never will be."""
+        return all(writer._failure is not None or writer._idle for writer in list(self.writers))
 
     def stop(self) -> None:
         """Fail every writer, since the backend is closed."""

@@ -16,7 +16,7 @@ from ff_fast._core import ops
 from ff_fast._core.steps import Step
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import Item as TailItem
-from ff_fast._core.tail import TailCore
+from ff_fast._core.tail import TailCore, longest_wait
 from ff_fast._hot.feed import Inbox
 from ff_fast.errors import (
     AttemptNotFound,
@@ -41,10 +41,9 @@ from ff_fast.types import (
 if TYPE_CHECKING:
     from ff_fast.errors import FFError
 
-LOOK_S = 30.0
-"""How often the state is read although nothing was pushed, in seconds."""
-
 _UNSUBSCRIBED_S = 1.0
+# How long the first look at an execution may take whose end somebody waits for, whatever the time of the wait.
+_FIRST_LOOK_S = 1.0
 
 Item = TailItem | Snapshot | AttemptStarted
 
@@ -101,7 +100,7 @@ class StateWatch(Inbox):
             return None
         # A push from here on may tell of what this answer does not know.
         self._begin_reading()
-        self.look_at = now + (LOOK_S if self.confirmed else _UNSUBSCRIBED_S)
+        self.look_at = now + (longest_wait() if self.confirmed else _UNSUBSCRIBED_S)
         return Step((self._op.command(),))
 
     def receive(self, reply: object) -> ops.State:
@@ -402,12 +401,14 @@ class WaitCore:
         ended: Whether the end was delivered.
     """
 
-    __slots__ = ("_ended_as", "_result_op", "ended", "part")
+    __slots__ = ("_ended_as", "_first_look_until", "_result_op", "ended", "part")
 
     start = None
 
     def __init__(self, execution_id: str) -> None:
         eid = keys.canonical_execution_id(execution_id)
+        # None once the execution was seen to go on.
+        self._first_look_until: float | None = monotonic() + _FIRST_LOOK_S
         self.part = StateWatch(eid)
         self._result_op = ops.read_result(eid)
         self.restart()
@@ -417,6 +418,12 @@ class WaitCore:
         self._ended_as: ops.State | None = None
         self.ended = False
         self.part.look()
+
+    def patience(self, until: float | None) -> float | None:
+        """Return until when to wait: what has ended already is found also by a wait that has no time."""
+        if until is None or self._first_look_until is None:
+            return until
+        return max(until, self._first_look_until)
 
     @property
     def wake_at(self) -> float:
@@ -441,6 +448,7 @@ class WaitCore:
         else:
             state = self.part.receive(reply)
             if state.outcome is None:
+                self._first_look_until = None
                 return []
             if state.outcome == "success":
                 self._ended_as = state

@@ -299,15 +299,18 @@ class HubCore:
         for channel in asked.channels:
             found = self._channels[channel]
             found.answers -= 1
+            if found.answers:
+                # A later request for the channel decides.
+                continue
             if asked.kind == b"sunsubscribe":
                 # It stays subscribed; nobody listens.
-                if not found.listeners and not found.answers:
+                if not found.listeners:
                     del self._channels[channel]
             elif len(asked.channels) > 1:
                 found.wanted = False
                 if found.listeners:
                     self._alone[channel] = None
-                elif not found.answers:
+                else:
                     self._left.pop(channel, None)
                     del self._channels[channel]
             else:

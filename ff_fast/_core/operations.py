@@ -100,7 +100,7 @@ class Call(NamedTuple, Generic[T]):
         steps: Makes the steps; called again for every attempt.
         writes: The call changes something on the server.
         own_connection: The call takes long, and needs a connection of its own.
-        releases: The id of the lease that the call may release. What its writer holds back is stored before.
+        releases: The id of the lease that the call may release. What was written under it is stored before.
         released_lease: Returns the id of the lease that the call has released, given its result; None if the lease
             continues. The shell then closes the writer that `append_frame` opened under it.
         extended_lease: The id of the lease that the call extends, and its length from then on, in seconds.
@@ -1147,7 +1147,7 @@ def wait(
 
     Args:
         execution_id: Id of the execution.
-        timeout: Longest wait, in seconds or as a ``timedelta``; None has no limit.
+        timeout: Longest wait, in seconds or as a ``timedelta``; None has no limit, 0 looks once.
 
     Raises:
         ExecutionFailed, ExecutionCancelled, ExecutionExpired: It has ended without a result; ``reason`` says why.

@@ -145,10 +145,10 @@ class Attempt(NamedTuple):
 
     @property
     def stream_keys(self) -> tuple[bytes, bytes, bytes, bytes]:
-        """meta, log, live, summary."""
+        """head, log, live, summary."""
         eid, index = self.execution_id, self.attempt_index
         return (
-            keys.meta(eid, index),
+            keys.head(eid, index),
             keys.stream(eid, index),
             keys.live(eid, index),
             keys.summary(eid, index),
@@ -441,10 +441,10 @@ def open_writer(
             raise ValueError("no count")
         return opened
 
-    meta, _, _, summary = attempt.stream_keys
+    head, _, _, summary = attempt.stream_keys
     core = keys.core(attempt.execution_id)
     given = (writer, attempt.fence[1], number(max_payload_bytes))
-    return Op(b"ff_open_writer", (core, meta, summary), given, parse)
+    return Op(b"ff_open_writer", (core, head, summary), given, parse)
 
 
 class Range(NamedTuple):
@@ -510,7 +510,7 @@ def read_range(
             keys.core(execution_id),
             keys.stream(execution_id, attempt_index),
             keys.live(execution_id, attempt_index),
-            keys.meta(execution_id, attempt_index),
+            keys.head(execution_id, attempt_index),
         ),
         (
             number(attempt_index),
@@ -721,7 +721,7 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
             keys.core(execution_id),
             keys.stream(execution_id, attempt_index),
             keys.live(execution_id, attempt_index),
-            keys.meta(execution_id, attempt_index),
+            keys.head(execution_id, attempt_index),
             keys.summary(execution_id, attempt_index),
         ),
         (number(attempt_index),),

@@ -190,11 +190,8 @@ class PushState(ReaderState[T]):
     """State of a reader that takes what is pushed."""
 
     _source: PushSource[T]
-
-    def __init__(self, source: PushSource[T], retry: BackendRetry) -> None:
-        super().__init__(source, retry)
-        # What the hub knows of this reader; None before the first read, and after the last.
-        self._attached: Part | None = None
+    # What the hub knows of this reader; None before the first read, and after the last.
+    _attached: Part | None = None
 
     def _put_received(self, reply: object) -> None:
         """Put the items in the reply to the last step."""

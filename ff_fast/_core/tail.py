@@ -19,6 +19,7 @@ a moment before they are stored, so a place may be ahead of storage, and a hole 
 
 from __future__ import annotations
 
+import random
 from math import inf
 from time import monotonic
 
@@ -53,8 +54,8 @@ _LARGEST_LOOK = 256
 _FIRST_COUNTS = (512, 16)
 _LARGEST_COUNTS = (1024, 64)
 
-# Times in seconds. Longest wait of a tail that nothing is pushed to.
-_LONGEST_S = 30.0
+# Times in seconds. Longest wait of a tail that nothing is pushed to; see `longest_wait`.
+_LONGEST_S = 60.0
 # How long the first read waits for the subscription, and how often storage is asked without one.
 _SUBSCRIBE_S = 0.1
 _UNSUBSCRIBED_S = 1.0
@@ -80,6 +81,11 @@ class _Rewritten(Exception):  # noqa: N818 - an event inside this module
 
 def _text(ms: int, sequence: int) -> str:
     return f"{ms}-{sequence}"
+
+
+def longest_wait() -> float:
+    """Return how long a reader waits that nothing is pushed to, in seconds: those that began together look one by one."""
+    return _LONGEST_S * (1 - random.random() / 4)  # noqa: S311 - no secret
 
 
 def _id(raw: object) -> Id:
@@ -357,9 +363,10 @@ class TailCore(Inbox):
         self._reason = "fell_behind"
         self._looked = True
         now = monotonic()
-        left = _LONGEST_S if lease_left_ms is None else (lease_left_ms + 1) / 1000
+        longest = longest_wait()
+        left = longest if lease_left_ms is None else (lease_left_ms + 1) / 1000
         # A lapsing lease writes no end entry; read the state again just after it lapses.
-        self.lease_at = now + min(max(left, 0.001), _LONGEST_S)
+        self.lease_at = now + min(max(left, 0.001), longest)
         self.look_at = inf
         if self.doubted:
             self.look_at = now + self._pause()
@@ -405,9 +412,13 @@ class TailCore(Inbox):
         newest_frame = page.last_ms, page.last_sequence
         ahead = self.sequence > page.last_sequence
         self._ahead_since = None
-        if self.doubted and not self.due:
+        if self.doubted:
             self.doubted = False
-            self._hole_filled()
+            if self.due:
+                # The subscription was lost or made meanwhile. In this order, since the hub may be on another thread.
+                self.doubted = True
+            else:
+                self._hole_filled()
         # The end entry has the sequence after the last frame, so a cursor behind the end is not ahead.
         end = page.last_sequence + bool(page.closed_reason)
         if ahead and (self.sequence > end or self.stored < self.sequence):

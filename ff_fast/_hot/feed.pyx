@@ -35,7 +35,7 @@ cdef enum:
     CONTRADICTS = 2
 
 # Longest wait for a push, in seconds.
-cdef double LONGEST_S = 30.0
+cdef double LONGEST_S = 60.0
 
 
 # Of each event loop, what wakes its tasks.

@@ -130,7 +130,7 @@ cdef enum:
     # Pending patches of fewer bytes are never replaced by a document.
     COMPACT_BYTES = 4096
 
-# Keys that a request names beside meta.
+# Keys that a request names beside the head.
 cdef enum Use:
     USES_LOG = 1
     USES_LIVE = 2
@@ -196,10 +196,17 @@ cdef class _Shape:
 
 @cython.auto_pickle(False)
 cdef class _Part:
-    """What a call says of one attempt."""
+    """What a call says of one attempt.
 
-    # The arguments as bulk strings, and how many: the head, and what it announces.
-    cdef readonly bytes arguments
+    Attributes:
+        message: The call that has this part alone, as it goes on the wire.
+        arguments: The arguments of the part in it.
+    """
+
+    # So a call of one part is sent without a copy. Its arguments begin at `start`: the head, and
+    # what it announces; and how many these are.
+    cdef readonly bytes message
+    cdef Py_ssize_t start
     cdef Py_ssize_t argument_count
     # The keys: the first of `keys` ends at `meta_end`, and the others are from `keys_start` to
     # `keys_end`.
@@ -210,9 +217,28 @@ cdef class _Part:
     cdef Py_ssize_t key_count
 
     @property
-    def message(self):
-        """The call that has this part alone, as it goes on the wire."""
-        return packed_call([self])
+    def arguments(self):
+        return self.message[self.start:]
+
+    cdef char* begin(self, Py_ssize_t size) except NULL:
+        """Make the message, with *size* bytes of arguments; return where they are written."""
+        cdef char* out
+        self.start = call_head_size(
+            self.key_count, self.argument_count, self.meta_end + self.keys_end - self.keys_start
+        )
+        self.message = PyBytes_FromStringAndSize(NULL, self.start + size)
+        out = PyBytes_AS_STRING(self.message)
+        out = put_call_head(out, self.key_count, self.argument_count)
+        return self.put_keys(out)
+
+    cdef char* put_keys(self, char* out) noexcept:
+        cdef const char* names = PyBytes_AS_STRING(self.keys)
+        out = put_raw(out, names, self.meta_end)
+        return put_raw(out, names + self.keys_start, self.keys_end - self.keys_start)
+
+    cdef Py_ssize_t size(self) noexcept:
+        """Size of its arguments."""
+        return PyBytes_GET_SIZE(self.message) - self.start
 
 
 @cython.final
@@ -221,8 +247,6 @@ cdef class Batch(_Part):
     """A sealed batch, kept until it is acknowledged.
 
     Attributes:
-        arguments: Its part of a call, as it goes on the wire.
-        message: The call that has it alone.
         first_sequence: Sequence of its first frame.
         frame_count: How many frames it has; 0 for retention work alone.
     """
@@ -251,42 +275,49 @@ cdef class Push(_Part):
     cdef Py_ssize_t upto_bytes
 
 
-cdef Py_ssize_t call_head(list parts, Py_ssize_t* keys, Py_ssize_t* arguments) noexcept:
-    """Return the size of the call of *parts*; count its keys and arguments."""
-    cdef Py_ssize_t total = HEAD_SIZE
-    cdef _Part part
-    keys[0] = 0
-    arguments[0] = 3
-    for item in parts:
-        part = <_Part>item
-        keys[0] += part.key_count
-        arguments[0] += part.argument_count
-        total += part.meta_end + part.keys_end - part.keys_start
-        total += PyBytes_GET_SIZE(part.arguments)
-    arguments[0] += keys[0]
-    return total + 1 + digits(arguments[0]) + 2 + number_size(keys[0])
+cdef Py_ssize_t call_head_size(
+    Py_ssize_t keys, Py_ssize_t arguments, Py_ssize_t key_bytes
+) noexcept:
+    """Return the size of a call before the arguments of its parts."""
+    return HEAD_SIZE + 1 + digits(3 + keys + arguments) + 2 + number_size(keys) + key_bytes
+
+
+cdef char* put_call_head(char* out, Py_ssize_t keys, Py_ssize_t arguments) noexcept:
+    """Write what stands before the keys of a call."""
+    out = put_length(out, c'*', 3 + keys + arguments)
+    out = put_bulk(out, "FCALL", 5)
+    out = put_bulk(out, "ff_append", 9)
+    return put_number(out, keys)
 
 
 cdef bytes packed_call(list parts):
-    """Return the call of ff_append that has *parts*, with one allocation."""
-    cdef Py_ssize_t keys, arguments
-    cdef Py_ssize_t total = call_head(parts, &keys, &arguments)
-    cdef bytes packed = PyBytes_FromStringAndSize(NULL, total)
-    cdef char* start = PyBytes_AS_STRING(packed)
-    cdef char* out = put_length(start, c'*', arguments)
-    cdef const char* names
+    """Return the call of ff_append that has *parts*, with one allocation at most."""
+    cdef Py_ssize_t keys = 0
+    cdef Py_ssize_t arguments = 0
+    cdef Py_ssize_t key_bytes = 0
+    cdef Py_ssize_t size = 0
+    cdef Py_ssize_t total
+    cdef bytes packed
+    cdef char* start
+    cdef char* out
     cdef _Part part
-    out = put_bulk(out, "FCALL", 5)
-    out = put_bulk(out, "ff_append", 9)
-    out = put_number(out, keys)
+    if len(parts) == 1:
+        return (<_Part>parts[0]).message
     for item in parts:
         part = <_Part>item
-        names = PyBytes_AS_STRING(part.keys)
-        out = put_raw(out, names, part.meta_end)
-        out = put_raw(out, names + part.keys_start, part.keys_end - part.keys_start)
+        keys += part.key_count
+        arguments += part.argument_count
+        key_bytes += part.meta_end + part.keys_end - part.keys_start
+        size += part.size()
+    total = call_head_size(keys, arguments, key_bytes) + size
+    packed = PyBytes_FromStringAndSize(NULL, total)
+    start = PyBytes_AS_STRING(packed)
+    out = put_call_head(start, keys, arguments)
+    for item in parts:
+        out = (<_Part>item).put_keys(out)
     for item in parts:
         part = <_Part>item
-        out = put_raw(out, PyBytes_AS_STRING(part.arguments), PyBytes_GET_SIZE(part.arguments))
+        out = put_raw(out, PyBytes_AS_STRING(part.message) + part.start, part.size())
     assert out - start == total, "sizing pass and writing pass disagree"
     return packed
 
@@ -404,7 +435,7 @@ cdef class WriterCore:
     `_on_progress`. What has no underscore is for users.
 
     Args:
-        keys: meta, log, live and summary key of the attempt.
+        keys: head, log, live and summary key of the attempt.
         writer: Writer id of `ff_open_writer`, which is the fence of every append.
         mode: Mode of frames that name none.
         opened: Answer of `ff_open_writer`: ms and sequence of the last id, last visible sequence,
@@ -855,7 +886,8 @@ cdef class WriterCore:
         """Write the open batch without its first *skip* frames as a push has it; return the size.
 
         All but a whole first run is left out at most. With NULL for *out* nothing is written. What
-        is *bare* lacks the end that is also the value, or the values, of its one block.
+        is *bare* lacks what the server knows from its one block: the stream and the fields in
+        front, and the end that is also the value, or the values, of the block.
         """
         cdef Py_ssize_t total = 0
         cdef Py_ssize_t index, i, first, count, size, extras
@@ -877,7 +909,9 @@ cdef class WriterCore:
                 size -= skip_bytes
             version = version_after(run, shape)
             extras = extras_of(shape, run.previous, version)
-            if out is not NULL:
+            if bare:
+                pass
+            elif out is not NULL:
                 at[0] = c'L' if shape.kind == LOG else c'V'
                 at = put_varint(at + 1, extras)
                 at = put_raw(
@@ -888,11 +922,12 @@ cdef class WriterCore:
                     at = put_pair(at, "prev", 4, run.previous)
                 if version > 0:
                     at = put_pair(at, "summary_version", 15, version)
-            total += 1 + varint_size(extras) + PyBytes_GET_SIZE(shape.pushed_fields)
-            if run.previous >= 0:
-                total += pair_size(4, run.previous)
-            if version > 0:
-                total += pair_size(15, version)
+            if not bare:
+                total += 1 + varint_size(extras) + PyBytes_GET_SIZE(shape.pushed_fields)
+                if run.previous >= 0:
+                    total += pair_size(4, run.previous)
+                if version > 0:
+                    total += pair_size(15, version)
             size += varint_size(count)
             for i in range(first, first + count):
                 size += varint_size(self._lengths[i])
@@ -924,8 +959,8 @@ cdef class WriterCore:
         return total
 
     cdef bint _is_bare(self) noexcept:
-        """Whether the server completes a push with the values of the open batch, as these are one
-        block and no frame of it was pushed: so they cross the wire once."""
+        """Whether the server completes a push with the fields and values of the open batch, as it
+        is one block and no frame of it was pushed: so they cross the wire once."""
         return (
             self._run_count == 1 and self._pushed == 0
             # `prev` of a frame of the log takes a block of its own.
@@ -1028,8 +1063,7 @@ cdef class WriterCore:
         head = 10 * parts + batch.key_count
         total += number_size(head) + PyBytes_GET_SIZE(tail)
         batch.argument_count = parts + 1
-        batch.arguments = PyBytes_FromStringAndSize(NULL, total)
-        start = PyBytes_AS_STRING(batch.arguments)
+        start = batch.begin(total)
         out = put_number(start, head)
         out = put_raw(out, PyBytes_AS_STRING(self._writer), PyBytes_GET_SIZE(self._writer))
         out = put_number(out, batch.first_sequence - 1)
@@ -1082,7 +1116,7 @@ cdef class WriterCore:
         if self._window is not None:
             self._window.sealed(batch.live_count, batch.renews, now)
         self._sent_visible = -1 if self._visible == self._sequence else self._visible
-        self._unacknowledged_bytes += total - self._size
+        self._unacknowledged_bytes += PyBytes_GET_SIZE(batch.message) - self._size
         return batch
 
     cdef Py_ssize_t _push_size(self, long long now) noexcept:
@@ -1227,6 +1261,10 @@ cdef class WriterCore:
         if (
             self._run_count != 1 or self._store_due or not self._holds_back
             or self._finishing or self._unfixed
+            # Readers may have been told of frames that an earlier writer never stored, under an ms
+            # that is later than the server's time is known to be. An answer to a frame of this
+            # writer shows a later one.
+            or (self._opening != 1 and self._acked_sequence < self._first_sequence)
             or self._count - self._pushed_to >= HOLD_FRAMES
             or self._size - self._pushed_to_bytes > HOLD_BYTES
             or self._full() or 2 * self._unacknowledged_bytes > self._max_unacknowledged
@@ -1253,7 +1291,11 @@ cdef class WriterCore:
             # `f`, the id and a space.
             size += 1 + digits(self._group_ms) + 1 + digits(self._sequence) + 1
             total = number_size(21) + PyBytes_GET_SIZE(self._writer) + bulk_size(size)
-            push.arguments = PyBytes_FromStringAndSize(NULL, total)
+            push.argument_count = 3
+            push.keys = self._keys
+            push.key_count = 1
+            push.meta_end = push.keys_start = push.keys_end = self._key_ends[0]
+            start = push.begin(total)
             if first:
                 self._outbox._hold(self, self._group)
         except BaseException:
@@ -1261,7 +1303,6 @@ cdef class WriterCore:
                 self._group_ms = 0
             raise
         # Two arguments behind the head, and one key.
-        start = PyBytes_AS_STRING(push.arguments)
         out = put_number(start, 21)
         out = put_raw(out, PyBytes_AS_STRING(self._writer), PyBytes_GET_SIZE(self._writer))
         out = put_length(out, c'$', size)
@@ -1274,10 +1315,6 @@ cdef class WriterCore:
         out += self._put_body(out, self._pushed_to, self._pushed_to_bytes, now)
         out = put_raw(out, "\r\n", 2)
         assert out - start == total, "sizing pass and writing pass disagree"
-        push.argument_count = 3
-        push.keys = self._keys
-        push.key_count = 1
-        push.meta_end = push.keys_start = push.keys_end = self._key_ends[0]
         push.group = self._group
         push.upto = self._pushed_to = self._count
         push.upto_bytes = self._pushed_to_bytes = self._size
@@ -1325,7 +1362,7 @@ cdef class WriterCore:
     cdef Py_ssize_t _next_bytes(self):
         """Return about how many bytes are sent next."""
         if self._unsent:
-            return PyBytes_GET_SIZE((<Batch>self._unsent[0]).arguments)
+            return (<Batch>self._unsent[0]).size()
         return self._size
 
     def _seal_soon(self):
@@ -1335,6 +1372,7 @@ cdef class WriterCore:
             self._due = True
             self._store_due = True
         self._notify()
+        self._press()
 
     cdef bint _unchecked(self, long long checked):
         """Whether all frames are acknowledged, and those after sequence *checked* not confirmed
@@ -1359,6 +1397,7 @@ cdef class WriterCore:
         if self._idle:
             self._seal()
             self._notify()
+            self._press()
         return True
 
     def _seal_last(self):
@@ -1380,6 +1419,7 @@ cdef class WriterCore:
                 self._finishing = False
                 raise
             self._notify()
+        self._press()
 
     cdef int _notify(self) except -1:
         if not self._notified and self._sendable():
@@ -1405,6 +1445,10 @@ cdef class WriterCore:
             self._hurried = True
             self._outbox.hurry()
         return 0
+
+    cdef int _press(self) except -1:
+        """Somebody waits: what is ready does not linger for other writers."""
+        return self._outbox.press() if self._outbox is not None and self._notified else 0
 
     def _requeue(self):
         """The connection is lost: queue all batches in flight again, in order.
@@ -1553,7 +1597,7 @@ cdef class WriterCore:
         return 0
 
     cdef void _stored(self, Batch batch) noexcept:
-        self._unacknowledged_bytes -= PyBytes_GET_SIZE(batch.arguments)
+        self._unacknowledged_bytes -= PyBytes_GET_SIZE(batch.message)
         if batch.frame_count and not batch.fixed_ms:
             self._unfixed -= 1
         if batch.live_count:
@@ -1761,11 +1805,6 @@ cdef class WriterCore:
     def window_frames(self):
         """K, how many frames the live window keeps at least; 0 before the first one."""
         return 0 if self._window is None else self._window.frames
-
-    @property
-    def _holds(self):
-        """Whether readers were told of frames that are to be stored later."""
-        return self._group_ms != 0
 
     @property
     def _idle(self):
@@ -2013,6 +2052,8 @@ cdef class Outbox:
     cdef Py_ssize_t _at
     # Registrations since the last call that do not wait for others.
     cdef Py_ssize_t _hurried
+    # What is ready does not linger.
+    cdef bint _pressed
     # `_on_ready` was called, and `next_call` has not been since.
     cdef bint _told
     # `next_call` is under way: no hook is called, since it could raise, and what was taken would
@@ -2091,6 +2132,13 @@ cdef class Outbox:
         self._hurried += 1
         return self._tell() if self._hurried == 1 else 0
 
+    cdef int press(self) except -1:
+        """Somebody waits for a writer that is ready, so none lingers."""
+        if not self._linger_us or self._pressed:
+            return 0
+        self._pressed = True
+        return self._tell()
+
     cdef int _tell(self) except -1:
         if self._packing:
             return 0
@@ -2137,7 +2185,9 @@ cdef class Outbox:
             return -1.0
         if self._is_full():
             return 0.0
-        due = self._ready_us + self._linger_us
+        due = self._ready_us
+        if not self._pressed:
+            due += self._linger_us
         if self._usual_parts >= 2.0 or self._calls_in_flight:
             due = max(due, self._sent_us + PACE_US)
         return max(due - now_us(), 0) / 1e6
@@ -2181,7 +2231,7 @@ cdef class Outbox:
                 writers.append(writer)
                 parts.append(part)
                 count += 1
-                size += PyBytes_GET_SIZE(part.arguments)
+                size += part.size()
                 if type(part) is Push:
                     frames += 1
                     continue
@@ -2192,6 +2242,7 @@ cdef class Outbox:
                 self._ready = []
                 self._at = 0
                 self._hurried = 0
+                self._pressed = False
             self._told = self._at < len(self._ready)
             if self._told:
                 self._ready_us = now_us()
@@ -2227,6 +2278,7 @@ cdef class Outbox:
         self._ready = []
         self._at = 0
         self._hurried = 0
+        self._pressed = False
         self._told = False
         for writer in writers:
             (<WriterCore>writer)._notified = False

@@ -75,28 +75,31 @@ class Operations(Pool):
         self._kept = KeptLeases(self._hub, _later)
 
     def _stop(self) -> None:
-        self._settle()
+        with self._starting:
+            sender = self._sender
+        self._settle(sender)
         keepers = self._kept.close()
         super()._stop()
         for keeper in keepers:
             keeper._abandon(_transport.closed_error())
-        with self._starting:
-            sender = self._sender
         if sender is not None:
             sender.close()
         self._frame_writers.clear()
 
-    def _settle(self) -> None:
-        """Wait for a short time until every claim that another thread makes has given back what it took."""
+    def _settle(self, sender: Sender | None) -> None:
+        """Wait for a short time until all is stored, and every claim of other threads has given back what it took."""
         others = [
             claim for claim, thread in list(self._claims.items()) if thread != threading.get_ident()
         ]
         for claim in others:
             claim.abandoned = True
             claim.wake()
+        if sender is not None:
+            sender._finish_soon()
         until = time.monotonic() + claiming.SETTLE_S
-        while time.monotonic() < until and any(
-            each in self._claims and each.unsettled and not each.blocked for each in others
+        while time.monotonic() < until and (
+            any(each in self._claims and each.unsettled and not each.blocked for each in others)
+            or not (sender is None or sender._finished())
         ):
             time.sleep(claiming.SETTLE_LOOK_S)
 
@@ -120,7 +123,7 @@ class Operations(Pool):
         if call.claim is not None:
             return self._claim(call, call.claim)
         writer = None if call.releases is None else self._writers.get(call.releases)
-        if writer is not None and writer._holds:
+        if writer is not None and not writer._idle:
             # An error of the writer is its own; what it means for the lease, the call says.
             with contextlib.suppress(FFError):
                 writer.flush(_transport.request_timeout_s(self.config))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 import weakref
 from collections import deque
@@ -41,6 +43,10 @@ class Pool:
         # The latest time at which a connection fell silent. One that was heard of before may have died with it.
         self._silence = 0.0
         self._busy: dict[int, weakref.ref[Connection]] = {}
+        # At most one thread; the first that puts itself here runs until the lock is released.
+        self._sweepers: dict[str, threading.Thread] = {}
+        self._sweep_no_more = threading.Lock()
+        self._sweep_no_more.acquire()
         self._hub = self._make_hub()
         _process.watch_fork(self)
 
@@ -50,10 +56,15 @@ class Pool:
         return self._closed
 
     def close(self) -> None:
-        """Close every connection; threads that wait for a reply get an error."""
+        """Close every connection; threads that wait for a reply get an error.
+
+        What is written is stored first, and claims under way give back what they took, where that takes a short time.
+        """
         self._closed = True
         if self._pid == os.getpid():
             self._stop()
+        with contextlib.suppress(RuntimeError):
+            self._sweep_no_more.release()
         self._close_idle()
 
     def _stop(self) -> None:
@@ -74,6 +85,12 @@ class Pool:
         return Hub(self._connect, self._discard, self._trusts, timeout_s, self.config.retry)
 
     def _connect(self, role: str = "calls") -> Connection:
+        if not self._sweepers and (self._busy or self._idle):
+            # Not where a connection is given back: a finaliser may do that amid the start of another thread.
+            args = weakref.ref(self), self._sweepers, self._sweep_no_more
+            thread = threading.Thread(target=_sweep, args=args, name="ff_fast idle", daemon=True)
+            with contextlib.suppress(RuntimeError):
+                thread.start()
         connection = Connection(self.config)
         self._busy[id(connection)] = weakref.ref(connection)
         if self._closed:
@@ -141,13 +158,11 @@ class Pool:
             connection.close()
         if self._closed:
             self._close_idle()
-        elif len(self._idle) > 1:
-            self._close_idle(time.monotonic() - _transport.MAX_IDLE_S)
 
-    def _close_idle(self, before: float = float("inf")) -> None:
-        """Close the idle connections that were last heard of before a point in monotonic time."""
+    def _close_idle(self, before: float = float("inf"), keep: int = 0) -> None:
+        """Close the idle connections that were last heard of before a point in monotonic time, but for *keep* of them."""
         try:
-            while self._idle[0].heard_at < before:
+            while len(self._idle) > keep and self._idle[0].heard_at < before:
                 self._idle.popleft().close()
         except IndexError:
             # There is none left; another thread may have taken the one that was looked at.
@@ -182,3 +197,18 @@ class Pool:
                     raise
                 missing = isinstance(error, FunctionMissing)
             time.sleep(pause)
+
+
+def _sweep(
+    found: weakref.ref[Pool], sweepers: dict[str, threading.Thread], no_more: threading.Lock
+) -> None:
+    """Close what has been idle for too long; the last connection of a pool stays for its next call."""
+    me = threading.current_thread()
+    if sweepers.setdefault("", me) is not me:
+        return
+    while not no_more.acquire(timeout=_transport.MAX_IDLE_S / 4):
+        pool = found()
+        if pool is None:
+            return
+        pool._close_idle(time.monotonic() - _transport.MAX_IDLE_S, keep=1)
+        del pool

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from ff_fast import _transport
 from ff_fast._core import readers
-from ff_fast._core.follow import Ended
+from ff_fast._core.follow import Ended, WaitCore
 from ff_fast._core.follow import Item as FollowItem
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import BlockingItems, Turn
@@ -115,13 +115,14 @@ class PushReader(readers.PushState[T], Readable[T]):
     sends its reads on a connection of the pool.
     """
 
+    # On which a reply is owed. Of the class, since an interrupt may strike before the object is complete.
+    _connection: Connection | None = None
+
     def __init__(self, pool: Pool, source: readers.PushSource[T]) -> None:
         super().__init__(source, pool.config.retry)
         self._pool = pool
         # The hub knows the bell, and not the reader, so a reader that was left can go.
         self._bell = _Bell()
-        # On which a reply is owed.
-        self._connection: Connection | None = None
         self._turn = Turn(readers.busy_error)
 
     def _advance(self, until: float | None) -> bool:
@@ -232,10 +233,12 @@ class Reader(readers.AnswerState[T], Readable[T]):
     One thread at a time reads. Between two reads at most one answer of the server is in flight.
     """
 
+    # Of the class, since an interrupt may strike before the object is complete.
+    _connection: Connection | None = None
+
     def __init__(self, pool: Pool, source: Source[T]) -> None:
         super().__init__(source, pool.config.retry)
         self._pool = pool
-        self._connection: Connection | None = None
         # Replies to the step in flight so far, and the number of replies still owed.
         self._replies: list[object] = []
         self._missing = 0
@@ -320,6 +323,11 @@ class Follow(PushReader[FollowItem]):
 
 class Waiting(PushReader[Ended]):
     """Waits for the end of an execution."""
+
+    _source: WaitCore
+
+    def _advance(self, until: float | None) -> bool:
+        return super()._advance(self._source.patience(until))
 
 
 class Completions(Reader[CompletionPayload]):

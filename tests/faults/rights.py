@@ -42,6 +42,8 @@ from ff_fast._core import claiming
 from ff_fast._core import supervision as supervision_core
 from ff_fast._core.operations import Call
 
+from ..heads import set_head
+
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 ACL = dict(re.findall(r"^ACL SETUSER (\S+) (.*)$", README, re.MULTILINE))
 PASSWORD = "s3cret-canary"
@@ -341,7 +343,7 @@ class Life:
                     self._raw.zadd(timers, {name: 1})
         if "lease" in kinds:
             index = int(self._raw.hget(keys.core(eid), "current_attempt_index"))
-            self._raw.hset(keys.meta(eid, index), "lease_expires_at", 1)
+            set_head(self._raw, keys.head(eid, index), lease_expires_at=1)
 
     def supervised(self, eid, *kinds, scope=None):
         self.due(eid, *kinds)

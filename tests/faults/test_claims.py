@@ -19,6 +19,7 @@ from ff_fast._core.supervision import reclaim_token
 from ff_fast.errors import DeadlineExceeded, FFError, OutOfMemory, StaleOwner
 
 from ..conftest import connect_raw
+from ..heads import head_of, set_head
 from ..waiting import wait_until, wait_until_async
 from .chaos import DOWN
 
@@ -312,7 +313,7 @@ def test_a_claim_that_is_interrupted_at_any_line_is_given_back(server, raw, lane
 
 def lapsed(raw, eid):
     """The token of an execution whose lease lapses now."""
-    raw.hset(keys.meta(eid, 0), "lease_expires_at", 1)
+    set_head(raw, keys.head(eid, 0), lease_expires_at=1)
     lane = core_of(raw, eid)["lane_id"]
     return reclaim_token(eid, lane, int(time.time() * 1000))
 
@@ -641,7 +642,7 @@ def test_a_continued_attempt_that_is_given_back_continues_later(server, raw, lan
         backend.wait_children(first)
         given, _ = give_back(backend, backend.claim(lane=lane, **WORKER))
         assert given
-        assert "lease_expires_at" not in raw.hgetall(keys.meta(eid, 0))
+        assert head_of(raw, keys.head(eid, 0)).lease_expires_at == 0
         again = backend.claim(lane=lane, **WORKER)
         assert (again.fields().attempt_index, again.kind) == (0, ff_fast.HandleKind.RESUMED)
         assert raw.zscore(keys.timers(keys.slot_tag_of(eid)), f"attempt:{eid}") is not None

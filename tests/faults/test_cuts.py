@@ -8,6 +8,7 @@ import pytest
 
 import ff_fast
 from ff_fast import Frame, FrameKind, StreamMode, aio
+from ff_fast._core.deployment import Deployment
 from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
@@ -118,19 +119,24 @@ async def test_one_byte_at_a_time(shell, proxy, server, lane):
     assert items[-1].reason == "attempt_success"
 
 
+def preparation():
+    """What a new connection of calls asks."""
+    return next(Deployment().prepare("calls"))
+
+
 async def test_a_reply_that_is_always_lost_ends_in_an_error_with_the_frames(shell, proxy, lane):
     async with await shell.connect(proxy.url, retries=4, factor=1) as backend:
         _, handle = await claimed(backend, lane)
         writer = await backend.open_writer(handle)
         writer.write(b"first")
         await writer.flush(10)
-        # The version may be asked, so every connection seems good until a batch is on its way.
-        version = len(ff_fast._core.ops.version().command().request)
+        # A connection may be prepared, so every one seems good until a batch is on its way.
+        prepared = len(b"".join(each.request for each in preparation().commands))
 
         def plan():
             yield UP, 1, "rst"
             while True:
-                yield UP, version + 10, "rst"
+                yield UP, prepared + 10, "rst"
 
         proxy.cut_by(plan())
         writer.write(b"second")

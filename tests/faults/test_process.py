@@ -475,7 +475,9 @@ def test_a_second_loop(server, lane):
 
     together(1, elsewhere)
     loop.run_until_complete(kept["backend"].close())
-    assert {frame.payload for frame in kept["writer"].error.unstored} == {b"x"}
+    # What a write has taken is stored, whatever it raised.
+    assert kept["writer"].last_sequence > 0
+    assert kept["writer"].error.unstored == ()
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
 

@@ -24,6 +24,7 @@ from ff_fast.errors import AuthenticationFailed, FunctionMissing, PermissionDeni
 
 from .. import conftest as suite
 from ..conftest import connect_raw
+from ..heads import head_of, set_head
 from ..server.workers import Supervisor, Worker, opened, until
 from ..shells import KINDS, Opener, config
 from ..waiting import wait_until
@@ -125,7 +126,7 @@ def ended(backend, eid):
 
 def lapse(raw, eid):
     index = int(raw.hget(keys.core(eid), "current_attempt_index"))
-    raw.hset(keys.meta(eid, index), "lease_expires_at", 1)
+    set_head(raw, keys.head(eid, index), lease_expires_at=1)
     raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"lease:{eid}": 1})
 
 
@@ -432,9 +433,9 @@ def test_what_a_reader_learns_of_a_lease_is_no_lease(waiting):
         backend.open_writer(handle).close()
         with connect_raw(as_user(server, "ff_tailer")) as tailer:
             digest = tailer.hget(keys.core(eid), "current_lease_digest").decode()
-            writer = tailer.hget(keys.meta(eid, 0), "writer").decode()
+            writer = head_of(tailer, keys.head(eid, 0)).writer.decode()
         assert digest in writer
-        names = (keys.core(eid), keys.meta(eid, 0), keys.summary(eid, 0))
+        names = (keys.core(eid), keys.head(eid, 0), keys.summary(eid, 0))
         for learned in (digest, writer.replace(":", "-"), writer.rpartition(":")[2]):
             fields = dataclasses.asdict(handle.fields()) | {"lease_id": learned}
             forged = ff_fast.Handle.encode(**fields)

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 
 import pytest
 
-from ff_fast import StreamMode, keys
+from ff_fast import BackendConfig, FailureClass, StreamMode, keys
 from ff_fast._core import ops
 from ff_fast.errors import FFError, PermissionDenied, StreamClosed
 
@@ -123,24 +124,23 @@ async def test_readers_are_told_of_a_frame_before_it_is_stored(shell, server, la
 
 
 @pytest.mark.parametrize("end", ["complete", "fail", "delay"])
-async def test_what_is_held_back_is_stored_before_the_lease_is_released(shell, server, lane, end):
+@pytest.mark.parametrize("mode", [LIVE, DURABLE], ids=["held back", "just written"])
+async def test_what_is_written_is_stored_before_the_lease_is_released(
+    shell, server, lane, end, mode
+):
     async with await shell.connect(server.url) as backend:
         eid, handle = await claimed(backend, lane)
         with Ears(server.url, {eid: handle}) as heard:
             writer = await backend.open_writer(handle, mode=LIVE)
             writer.write(b"first")
             await writer.flush(5)
-            writer.write(b"held")
-            for _ in range(400):
+            writer.write(b"held", mode=mode)
+            while mode is LIVE and (eid, 2) not in heard.told:
                 heard.listen()
-                if (eid, 2) in heard.told:
-                    break
                 await asyncio.sleep(0.001)
             if end == "complete":
                 await backend.complete(handle)
             elif end == "fail":
-                from ff_fast import FailureClass
-
                 await backend.fail(handle, "no", FailureClass.PERMANENT)
             else:
                 await backend.delay(handle, 1)
@@ -192,3 +192,39 @@ async def test_a_call_refused_for_the_rights_of_one_is_sent_part_by_part(shell, 
         raw.close()
         for eid in others:
             await writers[eid].close()
+
+
+@pytest.mark.parametrize("linger", [0, 0.5], ids=["held", "lingering"])
+async def test_a_backend_that_is_closed_stores_what_was_written(shell, server, lane, linger):
+    async with await shell.connect(server.url) as backend:
+        eid, handle = await claimed(backend, lane)
+        writer = await backend.open_writer(handle, mode=LIVE, linger=linger)
+        writer.write(b"first")
+        await writer.flush(5)
+        for i in range(5):
+            writer.write(b"%d" % i)
+            await asyncio.sleep(0.005)
+    stored_once(server.url, eid, [b"first", *(b"%d" % i for i in range(5))])
+    assert writer.error.unstored == ()
+
+
+@pytest.mark.parametrize("way", ["the configuration", "the URL"])
+async def test_who_waits_for_a_frame_does_not_wait_for_those_of_others(shell, server, lane, way):
+    """A linger of the backend is for frames that nobody waits for."""
+    url = f"{server.url}{'&' if '?' in server.url else '?'}linger_ms=1000"
+    plain = BackendConfig.from_url(server.url)
+    target = url if way == "the URL" else dataclasses.replace(plain, linger_ms=1000)
+    async with await shell.connect(target) as backend:
+        eid, handle = await claimed(backend, lane)
+        writer = await backend.open_writer(handle, mode=DURABLE)
+        lingering = False
+        for i in range(10):
+            writer.write(b"%d" % i)
+            # The shell begins to wait for others.
+            await asyncio.sleep(0.001)
+            lingering = lingering or writer.last_sequence == i
+            # Shorter than the linger.
+            await writer.flush(0.9)
+        assert lingering
+        await writer.close(0.9)
+        stored_once(server.url, eid, [b"%d" % i for i in range(10)])

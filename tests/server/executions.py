@@ -8,6 +8,8 @@ from ff_fast._core import ops
 from ff_fast._core import supervision as supervision_core
 from ff_fast._core.operations import Call
 
+from ..heads import set_head
+
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 TERMINAL = ("completed", "failed", "cancelled", "expired")
 
@@ -151,8 +153,9 @@ class World:
         if state != "active":
             with self.raw.pipeline(transaction=False) as pipeline:
                 for attempt in range(int(core["total_attempt_count"]) + 1):
-                    pipeline.hexists(keys.meta(eid, attempt), "writer")
-                assert not any(pipeline.execute())
+                    pipeline.get(keys.head(eid, attempt))
+                heads = [head for head in pipeline.execute() if head is not None]
+                assert all(head.split(b" ")[2] == b"-" for head in heads)
         assert len(completions) == (state in TERMINAL), state
         if state in TERMINAL:
             assert timers == {}, (state, timers)
@@ -171,7 +174,7 @@ class World:
                 self.raw.zadd(key, {name: 1})
         if "lease" in kinds:
             index = self.core(eid)["current_attempt_index"]
-            self.raw.hset(keys.meta(eid, int(index)), "lease_expires_at", 1)
+            set_head(self.raw, keys.head(eid, int(index)), lease_expires_at=1)
 
     def call(self, op):
         """Send one call of a Lua function, past the checks of the public operation."""

@@ -45,8 +45,8 @@ class Attempt(NamedTuple):
         return keys.core(self.eid)
 
     @property
-    def meta(self):
-        return keys.meta(self.eid, 0)
+    def head(self):
+        return keys.head(self.eid, 0)
 
 
 def begin(backend, lane, lease_ttl_ms=30_000):

@@ -6,6 +6,7 @@ from ff_fast import errors, keys
 from ff_fast._core import ops
 from ff_fast.errors import Outcome
 
+from ..heads import head_of, set_head
 from ..reference_frames import run_of
 
 MAX_PAYLOAD = 1 << 20
@@ -114,7 +115,8 @@ class Stream:
         self.fence = attempt.fence
         self.keys = attempt.stream_keys
         self.core = keys.core(self.eid)
-        self.meta, self.log, self.live, self.summary = self.keys
+        self.head, self.log, self.live, self.summary = self.keys
+        self.meta = keys.meta(self.eid, int(self.fence[0]))
 
     def claim(self, **options):
         return self.backend.claim(lane=self.lane, worker_id="w", worker_instance_id="i", **options)
@@ -130,7 +132,7 @@ class Stream:
         return b":".join((index, hashlib.sha1(lease_id).hexdigest().encode(), epoch, writer))
 
     def open(self, writer=WRITER, fence=None):
-        names = (self.core, self.meta, self.summary)
+        names = (self.core, self.head, self.summary)
         lease_id = (fence or self.fence)[1]
         return self.call("ff_open_writer", names, self.writer_id(writer, fence), lease_id)
 
@@ -148,7 +150,7 @@ class Stream:
 
     def push_part(self, message, fence=None, writer=WRITER):
         """Keys and arguments of a part that only pushes."""
-        return (self.meta,), (self.writer_id(writer, fence), message)
+        return (self.head,), (self.writer_id(writer, fence), message)
 
     def told(self, answer, now):
         """What the answer to a part of this attempt says: (ms, sequence) of the position, or the error.
@@ -159,7 +161,7 @@ class Stream:
             assert answer[0] == 0
             return errors.for_code(answer[1].decode(), answer[2:])
         *identity, expires, cancel = answer.split(b" ")
-        assert now < int(expires) == int(self.raw.hget(self.meta, "lease_expires_at"))
+        assert now < int(expires) == head_of(self.raw, self.head).lease_expires_at
         assert cancel in (b"0", b"1")
         return tuple(map(int, identity[0].split(b"-"))) if identity else None
 
@@ -207,10 +209,10 @@ class Stream:
 
     def set_last(self, *, ms=None, sequence=None):
         """Change one part of the id of the last frame."""
-        stored_ms, stored_sequence = map(int, self.raw.hget(self.meta, "last_id").split(b"-"))
+        stored_ms, stored_sequence = map(int, head_of(self.raw, self.head).last_id.split(b"-"))
         ms = stored_ms if ms is None else ms
         sequence = stored_sequence if sequence is None else sequence
-        self.raw.hset(self.meta, "last_id", f"{ms}-{sequence}")
+        set_head(self.raw, self.head, last_id=f"{ms}-{sequence}")
 
 
 def server_ms(raw):
@@ -224,7 +226,7 @@ def _gone(stream):
 
 def _claim_lost(stream):
     stream.raw.hset(stream.core, "current_lease_epoch", "0")
-    stream.raw.hdel(stream.meta, "writer")
+    set_head(stream.raw, stream.head, writer=None)
 
 
 def _other_lease(stream, call):
@@ -233,16 +235,16 @@ def _other_lease(stream, call):
 
 def _suspended(stream):
     stream.raw.hset(stream.core, "state", "suspended")
-    stream.raw.hdel(stream.meta, "writer")
+    set_head(stream.raw, stream.head, writer=None)
 
 
 def _closed(stream):
     stream.raw.hset(stream.meta, "closed_at", "1")
-    stream.raw.hdel(stream.meta, "writer")
+    set_head(stream.raw, stream.head, writer=None)
 
 
 def _lapsed(stream):
-    stream.raw.hset(stream.meta, "lease_expires_at", "1")
+    set_head(stream.raw, stream.head, lease_expires_at="1")
 
 
 def _superseded(stream):

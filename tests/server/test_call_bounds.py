@@ -249,10 +249,10 @@ def test_the_numbers_of_tags_and_dimensions_have_a_limit(world):
 @pytest.mark.parametrize(
     "part, commands",
     [
-        # The fence and the place, an entry, the new place, and what is published.
+        # The head, an entry, the new place in the head, and what is published.
         (lambda stream: stream.part(log(b"x"), push=b" body"), 4),
-        (lambda stream: stream.part(live(*[b"x"] * 64), names="meta live", push=b" body"), 4),
-        (lambda stream: stream.part(log(b"x"), names="meta log"), 3),
+        (lambda stream: stream.part(live(*[b"x"] * 64), names="head live", push=b" body"), 4),
+        (lambda stream: stream.part(log(b"x"), names="head log"), 3),
         (lambda stream: stream.push_part(b"f1-1 body"), 2),
     ],
     ids=["a frame", "a run", "nothing published", "nothing stored"],
@@ -277,7 +277,7 @@ def test_the_largest_shared_append_is_bounded(world):
     streams = opened_streams(world, 32)
     frames = [b"x"] * 8
     parts = [
-        stream.part(log(*frames), first=1 + 8 * turn, names="meta log", push=b" body")
+        stream.part(log(*frames), first=1 + 8 * turn, names="head log", push=b" body")
         for turn in range(4)
         for stream in streams
     ]
@@ -315,7 +315,7 @@ def test_no_function_reads_a_key_whole_that_a_user_can_fill():
         "local flat = redis.call('HGETALL', key)",  # ff.hash: a core, a ring of secrets
         "local core = call('HGETALL', core_key)",
         "core, call('HGETALL', tags_key), call('HGETALL', usage_key),",
-        "call('HGETALL', meta_key), ff.text(call('XLEN', log_key)), ff.text(call('XLEN', live_key)),",
+        "local meta = call('HGETALL', ff.meta_beside(head_key))",
         "return ff.ok(redis.call('HGETALL', tags_key))",
         "return ff.ok(redis.call('HGETALL', summary_key))",
     }

@@ -39,7 +39,7 @@ def connect(request):
 
 
 def channel():
-    return f"ff:stream:{{fp:1}}:{uuid.uuid4()}:0:meta".encode()
+    return f"ff:stream:{{fp:1}}:{uuid.uuid4()}:0:head".encode()
 
 
 def listened(backend, name, listener=None):

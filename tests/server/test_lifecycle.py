@@ -15,6 +15,7 @@ from ff_fast import CapabilitySet, ClaimPolicy, Handle, StreamMode, errors, keys
 from ff_fast._core import claiming as claiming_core
 from ff_fast.errors import Outcome
 
+from ..heads import head_of, set_head
 from ..shells import Opener
 from .streams import server_ms
 
@@ -94,7 +95,7 @@ def lapse(raw, wait_until):
 
     def wait(eid):
         ends_at = server_ms(raw) + 5
-        raw.hset(keys.meta(eid, 0), "lease_expires_at", ends_at)
+        set_head(raw, keys.head(eid, 0), lease_expires_at=ends_at)
         wait_until(lambda: server_ms(raw) >= ends_at)
 
     return wait
@@ -133,7 +134,7 @@ def test_what_was_created_can_be_claimed_and_read(create, claim, backend, raw):
     assert (told.tags, told.usage) == ({"app.user": "ada"}, {})
     (claimed,) = told.history
     assert (claimed.from_state, claimed.to_state, claimed.attempt_index) == ("waiting", "active", 0)
-    expires_at = int(raw.hget(keys.meta(eid, 0), "lease_expires_at"))
+    expires_at = head_of(raw, keys.head(eid, 0)).lease_expires_at
     assert expires_at - told.started_at_ms == 12_345
     assert told.lease_expires_at_ms == expires_at
     assert fields.lease_id not in f"{told} {told!r} {dataclasses.asdict(told)}"
@@ -443,13 +444,13 @@ def test_a_claim_waits_no_longer_for_work_that_it_cannot_do(create, claim, raw, 
 
 def test_renewing_extends_the_lease(owned, backend, raw):
     eid, handle = owned
-    raw.hset(keys.meta(eid, 0), "lease_expires_at", server_ms(raw) + 500)
+    set_head(raw, keys.head(eid, 0), lease_expires_at=server_ms(raw) + 500)
     for ttl, length in ((None, 30_000), (90_000, 90_000)):
         before = server_ms(raw)
         renewed = backend.renew(handle, ttl)
         assert before + length <= renewed.expires_at_ms <= server_ms(raw) + length
         assert renewed.lease_epoch == 1
-        assert int(raw.hget(keys.meta(eid, 0), "lease_expires_at")) == renewed.expires_at_ms
+        assert head_of(raw, keys.head(eid, 0)).lease_expires_at == renewed.expires_at_ms
 
 
 # -- what is refused to whom -------------------------------------------------------------------------
@@ -486,7 +487,7 @@ def test_calls_of_an_owner_are_refused_to_others(
         lapse(eid)
     else:
         raw.hset(keys.core(eid), "state", why)
-        raw.hdel(keys.meta(eid, 0), "writer")
+        set_head(raw, keys.head(eid, 0), writer=None)
     before = everything(eid)
     with pytest.raises(error) as caught:
         _calls(backend)[name](handle)
@@ -534,7 +535,7 @@ def test_the_end_closes_the_stream_and_limits_every_key(owned, backend, raw, eve
     there = everything(eid)
     names = [keys.core(eid), keys.payload(eid), keys.tags(eid), keys.history(eid)]
     names += [keys.attempt(eid, 0)]
-    names += [key(eid, 0) for key in (keys.stream, keys.live, keys.meta, keys.summary)]
+    names += [key(eid, 0) for key in (keys.stream, keys.live, keys.head, keys.meta, keys.summary)]
     names += [keys.result(eid)] * (how == "complete")
     assert sorted(there) == sorted(names)
     for key, (_, expires_at) in there.items():
@@ -549,7 +550,7 @@ def test_the_end_closes_the_stream_and_limits_every_key(owned, backend, raw, eve
 def test_the_end_stands_behind_the_last_frame_whatever_the_clock_says(owned, backend, raw, how):
     eid, handle = owned
     ahead = server_ms(raw) + 100_000
-    raw.hset(keys.meta(eid, 0), "last_id", f"{ahead}-0")
+    set_head(raw, keys.head(eid, 0), last_id=f"{ahead}-0")
     with backend.open_writer(handle) as writer:
         writer.write(b"x")
         assert writer.flush().stream_id == f"{ahead}-1"
@@ -570,7 +571,7 @@ def test_an_attempt_without_a_frame_ends_the_same_way(owned, backend, raw, how, 
     assert end == {b"end": REASONS[how].encode(), b"prev": b"0"}
     page = backend.read_stream(eid, 0)
     assert (page, page.end_reason, page.gaps) == ((), REASONS[how], ())
-    for key in (keys.stream(eid, 0), keys.meta(eid, 0), keys.core(eid)):
+    for key in (keys.stream(eid, 0), keys.head(eid, 0), keys.meta(eid, 0), keys.core(eid)):
         assert 0 < raw.pttl(key) <= 60_000
 
 

@@ -21,6 +21,7 @@ from ff_fast import (
 )
 from ff_fast._core import supervision as supervision_core
 
+from ..heads import set_head
 from ..shells import KINDS, WORKER
 from ..waiting import wait_until
 from .streams import server_ms
@@ -263,7 +264,7 @@ def lost(backend, lane, raw, eid):
     backend.create_execution(lane=lane, execution_id=eid)
     handle = backend.claim(lane=lane, **WORKER)
     assert handle.fields().execution_id == eid
-    raw.hset(keys.meta(eid, 0), "lease_expires_at", 1)
+    set_head(raw, keys.head(eid, 0), lease_expires_at=1)
     return eid
 
 
@@ -291,7 +292,7 @@ def test_timers_of_another_type_stop_their_partition_alone(supervisor, backend, 
     wait_until(lambda: backend.describe(first).state == "waiting")
 
 
-@pytest.mark.parametrize("name", ["core", "meta", "tags", "eligible", "flow"])
+@pytest.mark.parametrize("name", ["core", "head", "meta", "tags", "eligible", "flow"])
 def test_a_timer_that_foreign_data_stops_stops_no_other(kind, server, backend, lane, raw, name):
     ill, well = (lost(backend, lane, raw, in_partition(5)) for _ in range(2))
     other = f"{lane[:50]}-other"
@@ -299,7 +300,7 @@ def test_a_timer_that_foreign_data_stops_stops_no_other(kind, server, backend, l
     flow = backend.create_flow()
     raw.hset(keys.core(ill), "flow_id", flow)
     key = {
-        "core": keys.core(ill), "meta": keys.meta(ill, 0), "tags": keys.tags(ill),
+        "core": keys.core(ill), "head": keys.head(ill, 0), "meta": keys.meta(ill, 0), "tags": keys.tags(ill),
         "eligible": keys.eligible("{fp:5}", lane), "flow": keys.flow("{fp:5}", flow),
     }[name]  # fmt: skip
     raw.hset(keys.core(ill), "namespace", "n")

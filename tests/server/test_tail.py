@@ -25,6 +25,7 @@ from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import AttemptNotFound, Corruption, FFError
 
 from ..conftest import connect_raw
+from ..heads import head_of
 from ..shells import Opener
 from ..waiting import wait_until
 from .readers import (
@@ -135,7 +136,7 @@ def test_an_end_entry_that_was_trimmed_is_known_from_the_state(kind, backend, se
 
 
 def expiry(raw, attempt):
-    return int(raw.hget(attempt.meta, "lease_expires_at"))
+    return head_of(raw, attempt.head).lease_expires_at
 
 
 def test_a_blocked_reader_hears_of_a_dead_producer(kind, backend, server, raw, lane):

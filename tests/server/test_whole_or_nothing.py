@@ -32,6 +32,7 @@ from ff_fast._core import ops
 from ff_fast.embedded import EmbeddedServer
 
 from ..conftest import connect_raw, second_engine
+from ..heads import set_head
 from . import streams
 from .executions import beside
 
@@ -107,7 +108,7 @@ class Scene:
         return self
 
     def lapsed(self):
-        self.raw.hset(keys.meta(self.child, 0), "lease_expires_at", 1)
+        set_head(self.raw, keys.head(self.child, 0), lease_expires_at=1)
         return self
 
     def due(self, kind, eid=None):

@@ -24,6 +24,7 @@ from ff_fast._core import ops
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import MAX_INT, Outcome
 
+from ..heads import set_head
 from ..shells import KINDS, Opener
 from .streams import CODES, REFUSALS, Stream, server_ms, spoil
 
@@ -569,7 +570,7 @@ def test_a_fatal_answer_stops_the_writer_and_hands_back_the_rest(stream, backend
     writer.flush()
     if refusal[0] == "stale_owner":
         stream.raw.hset(stream.core, "current_lease_digest", "another")
-        stream.raw.hdel(stream.meta, "writer")
+        set_head(stream.raw, stream.head, writer=None)
     else:
         spoil(stream, [refusal])
     before = stream.everything()
@@ -710,7 +711,7 @@ def test_a_block_whose_writer_failed_tells_so(stream, backend, raw):
             opened.append(writer)
             raw.hset(stream.meta, "closed_at", "1")
             # As every end does: the writer is what an append asks for first.
-            raw.hdel(stream.meta, "writer")
+            set_head(raw, stream.head, writer=None)
             writer.write(b"1")
             if error is not None:
                 raise error
@@ -987,7 +988,7 @@ def test_no_best_effort_frame_younger_than_its_ttl_is_missing(another, backend, 
 
 
 def core(**options):
-    keys_ = (b"meta", b"log", b"live", b"summary")
+    keys_ = (b"head", b"log", b"live", b"summary")
     writer = b"0:lease:1:writer"
     opened = ops.Opened(0, 0, 0, b"", 0)
     return WriterCore(keys=keys_, writer=writer, mode=DURABLE, opened=tuple(opened), **options)

@@ -21,7 +21,7 @@ indexes = st.integers(0, 2**32 - 1)
 lanes = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=64)
 
 OF_EXECUTION = (keys.core, keys.payload, keys.result, keys.tags, keys.usage, keys.history)
-OF_ATTEMPT = (keys.attempt, keys.summary, keys.stream, keys.live, keys.meta)
+OF_ATTEMPT = (keys.attempt, keys.summary, keys.stream, keys.live, keys.head, keys.meta)
 OF_PARTITION = (keys.timers, keys.completions, keys.waitpoint_secrets)
 OF_FLOW = (keys.flow, keys.flow_members, keys.flow_open)
 
@@ -42,6 +42,7 @@ def test_spelling():
         f"ff:attempt:{{fp:86}}:{EID}:3:summary".encode(),
         f"ff:stream:{{fp:86}}:{EID}:3".encode(),
         f"ff:stream:{{fp:86}}:{EID}:3:live".encode(),
+        f"ff:stream:{{fp:86}}:{EID}:3:head".encode(),
         f"ff:stream:{{fp:86}}:{EID}:3:meta".encode(),
     ]
     assert keys.eligible("{fp:7}", "default") == b"ff:idx:{fp:7}:lane:default:eligible"

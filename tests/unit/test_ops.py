@@ -89,7 +89,7 @@ KEYS = {
     "result": keys.result(EID),
     "log": keys.stream(EID, INDEX),
     "live": keys.live(EID, INDEX),
-    "meta": keys.meta(EID, INDEX),
+    "head": keys.head(EID, INDEX),
     "summary": keys.summary(EID, INDEX),
     "attempt": keys.attempt(EID, INDEX),
     "eligible": keys.eligible("{fp:86}", "lane 1", "a,b"),
@@ -525,16 +525,16 @@ def test_the_request_is_the_call(subtests):
 @pytest.mark.parametrize(
     "mode, names, letter",
     [
-        (StreamMode.durable(), "meta log", b"L"),
-        (StreamMode.best_effort_live(5_000), "meta live", b"V"),
-        (StreamMode.durable_summary(), "meta log live summary", b"S"),
+        (StreamMode.durable(), "head log", b"L"),
+        (StreamMode.best_effort_live(5_000), "head live", b"V"),
+        (StreamMode.durable_summary(), "head log live summary", b"S"),
     ],
 )
 def test_an_append_is_what_its_header_names(mode, names, letter):
     header = HEADERS["ff_append"]
     # Its stream is the log, or the live window where the batch has to do with nothing else.
     named_keys = (*header.keys, *header.tails.get("keys", ()))
-    assert named_keys == ("meta", "stream", "live", "summary")
+    assert named_keys == ("head", "stream", "live", "summary")
     of_all = tuple(KEYS["log" if name == "stream" else name] for name in named_keys)
     assert of_all == ATTEMPT.stream_keys
     # Those that a refusal or a repeat is looked up in are spelled in Lua: one slot for them all.

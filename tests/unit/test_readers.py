@@ -1,5 +1,7 @@
 """What both shells' readers share: where a reader stands, when a wait is over."""
 
+import importlib
+import sys
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -76,3 +78,16 @@ def test_a_time_out_that_is_none(timeout):
 def test_a_closed_reader_says_how_to_go_on():
     assert "cursor" in str(closed_error())
     assert isinstance(closed_error(), errors.Unavailable)
+
+
+@pytest.mark.parametrize("shell", ["_sync", "_aio"])
+@pytest.mark.parametrize("kind", ["Tail", "Follow", "Waiting", "Completions"])
+def test_a_reader_that_an_interrupt_left_incomplete_goes_in_silence(shell, kind):
+    made = getattr(importlib.import_module(f"ff_fast.{shell}.readers"), kind)
+    unraisable = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "unraisablehook", unraisable.append)
+        # As where it strikes before __init__ has begun.
+        reader = made.__new__(made)
+        del reader
+    assert unraisable == []

@@ -322,13 +322,27 @@ def test_a_lapsed_lease_ends_a_tail_that_is_told_nothing(feed, attempt, clock):
     assert reader.run() == [Gap(2, 1, "cursor_ahead"), End("producer_lost")]
 
 
+def test_idle_tails_that_began_together_look_one_by_one(feed, attempt, clock):
+    """Less than once in half a minute each, as long as no lease lapses."""
+    attempt.lease_ms = 600_000
+    feed.doubt(True)
+    readers = [Reader(feed, attempt) for _ in range(8)]
+    for _ in range(2):
+        for reader in readers:
+            reader.run()
+        clock.now += tail_core._SETTLE_S
+    looks = {reader.core.wake_at for reader in readers}
+    assert len(looks) == len(readers)
+    assert 45 <= min(looks) - clock.now <= max(looks) - clock.now <= 60
+
+
 def test_a_renewal_puts_the_look_at_the_lease_off(feed, attempt, clock):
     reader = live_reader(feed, attempt)
     clock.now = reader.core.wake_at - 1
     feed.told(b"L20000")
     assert reader.core.wake_at == pytest.approx(clock.now + 20.001)
     feed.told(b"L99999999")
-    assert reader.core.wake_at == pytest.approx(clock.now + 30)
+    assert reader.core.wake_at == pytest.approx(clock.now + 60)
     woken = reader.woken
     feed.told(b"L50")
     assert reader.woken == woken + 1

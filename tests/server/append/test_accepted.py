@@ -1,16 +1,19 @@
 """What `ff_append` stores of a batch."""
 
 import pytest
+from redis.exceptions import ResponseError
 
 import ff_fast
 from ff_fast import errors
 
+from ...heads import set_head
 from ..streams import (
     MAX_PAYLOAD,
     Stream,
     _closed,
     _gone,
     _suspended,
+    appended,
     live,
     log,
     part_of,
@@ -73,7 +76,7 @@ def test_an_entry_has_only_what_is_unusual(stream):
     modes = ["durable"] * 2 + ["best_effort"] * 3 + ["summary"] * 3
     assert [(f.mode, f.frame_type) for f in stream.frames()] == [(mode, "token") for mode in modes]
     assert stream.raw.hgetall(stream.meta).keys() == {
-        b"created_at", b"last_id", b"lease_expires_at", b"writer", b"writer_base", b"writer_openings",
+        b"created_at", b"writer_base", b"writer_openings",
     }  # fmt: skip
 
 
@@ -111,7 +114,7 @@ def test_of_an_overlap_extra_fields_stay_with_their_frames(stream, stored):
     payloads = [b"1", b"2", b"3"]
     extras = [b"f", b"v"]
     stream.append(log(*payloads[:stored], extras=extras), *([log(b"4")] if stored > 3 else []))
-    stream.append(log(*payloads, extras=extras), log(b"4", b"5"), names="meta log")
+    stream.append(log(*payloads, extras=extras), log(b"4", b"5"), names="head log")
     found = [dict(fields) for _, fields in entries(stream, stream.log)]
     assert [fields[b"payload"] for fields in found] == [b"1", b"2", b"3", b"4", b"5"]
     assert [fields.get(b"f") for fields in found] == [b"v", b"v", b"v", None, None]
@@ -224,18 +227,62 @@ def test_a_rate_that_is_no_number_is_refused_and_the_window_is_trimmed_still(str
     assert stream.raw.xlen(stream.live) < 300
 
 
-@pytest.mark.parametrize("value", ["", None, "soon"])
-def test_a_lease_without_a_time_has_lapsed(stream, value):
-    if value is None:
-        stream.raw.hdel(stream.meta, "lease_expires_at")
+@pytest.mark.parametrize("ends", [0, None])
+def test_a_lease_without_a_time_has_lapsed(stream, ends):
+    if ends is None:
+        stream.raw.delete(stream.head)
     else:
-        stream.raw.hset(stream.meta, "lease_expires_at", value)
+        set_head(stream.raw, stream.head, lease_expires_at=ends)
     stream.refused("lease_expired", log(b"x"))
     assert stream.open(b"writer-2") == [0, b"lease_expired"]
     before = stream.everything()
     for call in (stream.backend.renew, stream.backend.complete):
         with pytest.raises(errors.LeaseExpired):
             call(stream.handle)
+    assert stream.everything() == before
+
+
+JUNK_HEADS = {
+    "nothing": b"", "one word": b"junk", "a time without digits": b"soon 0 - 1-1", "a short time": b"17 0 - 1-1",
+    "no id": b"1700000000000 0 -", "other digits": b"1700000000000 2 - 1-1", "a list": None,
+}  # fmt: skip
+
+
+def is_corruption(error):
+    return type(errors.from_server_error(str(error), "ff_append")) is errors.Corruption
+
+
+@pytest.mark.parametrize("junk", JUNK_HEADS.values(), ids=JUNK_HEADS)
+def test_a_head_that_is_none_refuses_every_call_as_corrupt(raw, streams, junk):
+    damaged, good = streams(2)
+    raw.delete(damaged.head)
+    if junk is None:
+        raw.rpush(damaged.head, "junk")
+    else:
+        raw.set(damaged.head, junk)
+    before = damaged.everything()
+    for part in (damaged.part(log(b"x")), damaged.push_part(b"f1-1 ")):
+        with pytest.raises(ResponseError) as failed:
+            appended(raw, part)
+        assert is_corruption(failed.value)
+        answers, now = appended(raw, part, good.push_part(b"f1-1 "))
+        assert is_corruption(answers[0])
+        assert good.told(answers[1], now) is None
+    with pytest.raises(ResponseError):
+        damaged.open(b"writer-2")
+    for call in (damaged.backend.renew, damaged.backend.complete):
+        with pytest.raises(errors.Corruption):
+            call(damaged.handle)
+    assert damaged.everything() == before
+
+
+@pytest.mark.parametrize("last_id", [b"junk", b"1700000000000-x", b"1700000000000", b"-"])
+def test_a_head_whose_last_id_is_none_refuses_an_append_as_corrupt(stream, last_id):
+    set_head(stream.raw, stream.head, last_id=last_id)
+    before = stream.everything()
+    with pytest.raises(ResponseError) as failed:
+        stream.append(log(b"x"))
+    assert is_corruption(failed.value)
     assert stream.everything() == before
 
 
@@ -261,8 +308,11 @@ def test_whoever_has_no_lease_has_no_say(raw, backend, lane):
     stream.open()
     # Nobody's: the lease fields are empty, and so are those of the call.
     raw.hset(stream.core, "current_lease_digest", "")
-    raw.hset(stream.meta, "lease_expires_at", "0")
-    raw.hdel(stream.meta, "writer")
+    set_head(raw, stream.head, writer=None)
+    # Nor has the word that stands in the place of a writer.
+    args = part_of(stream.keys, b"-", b"0", b"", *log(b"x"))
+    assert stream.call("ff_append", stream.keys, *args)[0] == 0
+    set_head(raw, stream.head, lease_expires_at=0)
     stream.refused("stale_owner", log(b"x"))
     stream.refused("stale_owner", log(b"x"), fence=(stream.fence[0], b"", stream.fence[2]))
     # Nor has an empty writer, where none is open.

@@ -6,6 +6,7 @@ import ff_fast
 from ff_fast import keys
 from ff_fast._core import ops
 
+from ...heads import head_of
 from ..streams import CODES, REFUSALS, Stream, _lapsed, live, log, part_of, patches, spoil
 
 # -- opening ---------------------------------------------------------------------------------------
@@ -13,7 +14,7 @@ from ..streams import CODES, REFUSALS, Stream, _lapsed, live, log, part_of, patc
 
 def test_opening_tells_where_to_go_on(unopened):
     claimed = unopened.raw.hget(unopened.meta, "created_at") + b"-0"
-    assert unopened.raw.hget(unopened.meta, "last_id") == claimed
+    assert head_of(unopened.raw, unopened.head).last_id == claimed
     assert unopened.open() == [1, b"OK", claimed, b"0", b"", b"0", b"1"]
     ms, _ = unopened.append(
         log(b"1"), patches(b"{}", base=0), live(b"3"), [b"H", b"2"], [b"E", b"99.5"]
@@ -139,10 +140,10 @@ def retrying(raw, backend, lane):
 def test_who_takes_the_lease_away_takes_the_writer_away(retrying, take, state, code):
     stream = retrying
     stream.append(log(b"1"), live(b"2"), [b"H", b"1"])
-    assert stream.raw.hget(stream.meta, "writer") == stream.writer_id()
+    assert head_of(stream.raw, stream.head).writer == stream.writer_id()
     take(stream)
     assert stream.raw.hget(stream.core, "state") == state.encode()
-    assert stream.raw.hget(stream.meta, "writer") is None
+    assert head_of(stream.raw, stream.head).writer is None
     # Not a new frame, not a repeat, not a batch without frames; nor may it open again.
     stream.refused(code, log(b"3"), first=3)
     stream.refused(code, log(b"1"), first=1)
@@ -192,7 +193,7 @@ def test_a_timer_that_is_early_takes_nothing(stream):
     stream.raw.zadd(timers, {member: 1})
     reply = stream.call("ff_fire_timer", (timers, stream.core), member, "lease", "", "", "")
     assert reply == [1, b"OK", b"later"]
-    expires_at = int(stream.raw.hget(stream.meta, "lease_expires_at"))
+    expires_at = head_of(stream.raw, stream.head).lease_expires_at
     assert stream.raw.zscore(timers, member) == expires_at
     assert stream.append(log(b"1"))[1] == 1
 
@@ -204,8 +205,8 @@ def test_a_requested_cancel_is_told_to_the_writer_of_the_next_attempt(retrying):
     _fire(stream, "delay")
     attempt = ops.Attempt.of(stream.claim())
     assert attempt.attempt_index == 1
-    meta, _, _, summary = attempt.stream_keys
-    names = (stream.core, meta, summary)
+    head, _, _, summary = attempt.stream_keys
+    names = (stream.core, head, summary)
     writer = ops.writer_id(attempt)
     assert stream.call("ff_open_writer", names, writer, attempt.fence[1])[1] == b"OK"
     args = part_of(attempt.stream_keys, writer, b"0", b"", *log(b"x"))

@@ -8,6 +8,7 @@ from ff_fast import errors, keys
 from ff_fast.embedded import EmbeddedServer
 
 from ...conftest import connect_raw
+from ...heads import head_of
 from ..streams import Listener, Stream, appended, live, log, part_of, patches, server_ms
 
 BODY = b" the body"
@@ -15,7 +16,7 @@ BODY = b" the body"
 
 @pytest.fixture
 def heard(stream, listen):
-    return listen(stream.meta).heard
+    return listen(stream.head).heard
 
 
 # -- what is stored --------------------------------------------------------------------------------
@@ -38,6 +39,28 @@ def test_what_a_part_stored_is_published_with_the_last_id(stream, heard, blocks,
     # By a push that is empty behind the id, readers are told to read.
     answer = stream.append(log(b"x"), first=count + 1, push=b" ")
     assert heard() == [b"F%d-%d " % answer]
+
+
+LONG = b"x" * 200
+PAIRS = [b"encoding", b"e", b"source", LONG]
+PUSHED_PAIRS = b"\x02\x08encoding\x01e\x06source\xc8\x01" + LONG
+
+
+@pytest.mark.parametrize(
+    "block, begins",
+    [
+        (log(b"1", b"2"), b"L\0"),
+        (log(b"1", b"2", extras=PAIRS), b"L" + PUSHED_PAIRS),
+        (live(b"1", b"2"), b"V\0"),
+        (live(b"1", b"2", fields=PAIRS), b"V" + PUSHED_PAIRS),
+    ],
+)
+def test_the_server_completes_a_push_with_the_fields_and_values_of_the_first_block(
+    stream, heard, block, begins
+):
+    values = b"12" if begins[:1] == b"L" else block[-1]
+    answer = stream.append(block, [b"E", b"1.5"], push=b"+middle")
+    assert heard() == [b"F%d-%d " % answer + begins + b"middle" + values]
 
 
 @pytest.mark.parametrize("blocks", [[log(b"1", b"2")], [live(b"1", b"2")], [live(b"1"), log(b"2")]])
@@ -95,7 +118,7 @@ def test_pushed_frames_are_stored_under_the_time_of_the_push(stream, heard, next
     answer = stream.append([b"I", b"%d" % pushed], live(b"1", b"2", b"3"), push=BODY)
     assert answer == (pushed, 3)
     assert stream.raw.xrange(stream.live)[0][0] == b"%d-3" % pushed
-    assert stream.raw.hget(stream.meta, "last_id") == b"%d-3" % pushed
+    assert head_of(stream.raw, stream.head).last_id == b"%d-3" % pushed
     assert heard() == [b"F%d-3" % pushed + BODY]
     # As after a lost reply.
     again = stream.repeated([b"I", b"%d" % pushed], live(b"1", b"2", b"3"), push=BODY)
@@ -109,7 +132,7 @@ def test_pushed_frames_are_stored_under_the_time_of_the_push(stream, heard, next
 
 
 @pytest.mark.parametrize("fields", [(), (b"frame_type", b"event")])
-@pytest.mark.parametrize("names", ["meta live", "meta log live", "meta log live summary"])
+@pytest.mark.parametrize("names", ["head live", "head log live", "head log live summary"])
 def test_one_pushed_frame_is_stored_like_a_run(stream, heard, next_ms, names, fields):
     pushed = server_ms(stream.raw)
     next_ms()
@@ -216,7 +239,7 @@ def test_a_user_without_the_right_to_publish_stores_and_pushes_nothing(engine, s
         assert isinstance(answers[0], ResponseError)
         assert stream.told(answers[1], now)[1] == 1
         # Whoever opens a writer is told before anything changes.
-        names = (stream.core, stream.meta, stream.summary)
+        names = (stream.core, stream.head, stream.summary)
         writer, lease_id = stream.writer_id(b"writer-2"), stream.fence[1]
         with pytest.raises(ResponseError) as unopened:
             mute.fcall("ff_open_writer", len(names), *names, writer, lease_id)
@@ -245,7 +268,7 @@ def own(request, lane):
 
 
 def test_a_server_that_takes_no_writes_publishes_nothing(own):
-    listener = Listener(own.raw, own.meta)
+    listener = Listener(own.raw, own.head)
     push = own.push_part(b"f1-1 ")
     store = own.part(log(b"1"), push=BODY)
     for setting, value, usual in (("maxmemory", 1, 0), ("min-replicas-to-write", 1, 0)):
@@ -260,8 +283,8 @@ def test_a_server_that_takes_no_writes_publishes_nothing(own):
 
 
 def test_a_transaction_publishes_when_it_is_executed(own):
-    listener = Listener(own.raw, own.meta)
-    names = (own.meta,)
+    listener = Listener(own.raw, own.head)
+    names = (own.head,)
     with own.raw.pipeline(transaction=True) as pipeline:
         for number in range(3):
             args = part_of(names, own.writer_id(), b"f1-%d " % number)
@@ -273,11 +296,11 @@ def test_a_transaction_publishes_when_it_is_executed(own):
 
 def test_a_function_that_only_reads_publishes_nothing(own):
     """A replica may serve it."""
-    names = (own.meta,)
+    names = (own.head,)
     args = part_of(names, own.writer_id(), b"f1-1 ")
     with pytest.raises(ResponseError):
         own.raw.fcall_ro("ff_append", 1, *names, *args)
-    listener = Listener(own.raw, own.meta, keys.execution_channel(own.eid))
+    listener = Listener(own.raw, own.head, keys.execution_channel(own.eid))
     own.frames()
     own.backend.describe(own.eid)
     own.backend.describe_stream(own.eid, 0)

@@ -9,6 +9,7 @@ import pytest
 
 from ff_fast.errors import MAX_INT
 
+from ...heads import head_of, set_head
 from ..streams import (
     CODES,
     MAX_PAYLOAD,
@@ -70,8 +71,8 @@ def test_a_writer_id_is_a_fence_and_a_text(stream):
     for writer in (b"", b"writer", b":::", b"0:lease:1", b"0:lease:1:", b"0:a:b:c:d"):
         for function, names, args in (
             ("ff_append", stream.keys, part_of(stream.keys, writer, b"0", b"", *log(b"x"))),
-            ("ff_append", (stream.meta,), part_of((stream.meta,), writer, b"f1-1 ")),
-            ("ff_open_writer", (stream.core, stream.meta, stream.summary), (writer,)),
+            ("ff_append", (stream.head,), part_of((stream.head,), writer, b"f1-1 ")),
+            ("ff_open_writer", (stream.core, stream.head, stream.summary), (writer,)),
         ):
             reply = stream.call(function, names, *args)
             assert reply == [0, b"invalid_input", b"writer"], writer
@@ -102,7 +103,7 @@ def test_a_lease_lapses_by_the_servers_clock(raw, backend, lane, wait_until):
     stream = Stream(raw, backend, lane, lease_ttl_ms=300)
     stream.open()
     assert stream.append(log(b"x"))[1] == 1
-    expires_at = int(raw.hget(stream.meta, "lease_expires_at"))
+    expires_at = head_of(raw, stream.head).lease_expires_at
     wait_until(lambda: server_ms(raw) >= expires_at)
     stream.refused("lease_expired", log(b"y"), first=2)
 
@@ -111,21 +112,23 @@ def test_a_lease_lapses_by_the_servers_clock(raw, backend, lane, wait_until):
 def test_a_lease_that_ended_long_ago_has_ended(stream, expires_at):
     """A time of fewer digits is an earlier one, although its text may be behind today's."""
     stream.append(log(b"1"))
-    stream.raw.hset(stream.meta, "lease_expires_at", expires_at)
+    set_head(stream.raw, stream.head, lease_expires_at=expires_at)
     stream.refused("lease_expired", log(b"2"), first=2)
-    stream.refused("lease_expired", live(b"2"), first=2, names="meta live")
+    stream.refused("lease_expired", live(b"2"), first=2, names="head live")
     stream.refused("lease_expired", log(b"1"))
     stream.refused("lease_expired", [b"K", b"1"], first=2)
     assert stream.open(b"writer-2") == [0, b"lease_expired"]
 
 
-@pytest.mark.parametrize("expires_at", [b"9999999999999", b"10000000000000", b"100000000000000"])
-def test_a_lease_that_ends_in_ages_has_not_ended(stream, expires_at):
-    """A time of more digits is a later one, although its text may be before today's."""
-    stream.raw.hset(stream.meta, "lease_expires_at", expires_at)
+@pytest.mark.parametrize("ttl_ms", [9_999_999_999_999, 10**15, 2**53 - 1])
+def test_a_lease_that_ends_in_ages_has_not_ended(stream, ttl_ms):
+    """A time has thirteen digits at most."""
+    expires_at = b"9999999999999"
+    reply = stream.call("ff_renew_lease", (stream.core,), *stream.fence, ttl_ms)
+    assert reply == [1, b"OK", expires_at, stream.fence[2], b"0"]
     answer = stream.append(log(b"1"))
     assert stream.repeated(log(b"1")) == answer
-    assert stream.append(live(b"2"), first=2, names="meta live")[1] == 2
+    assert stream.append(live(b"2"), first=2, names="head live")[1] == 2
     assert stream.payloads() == [b"1", b"2"]
     left = stream.backend.describe_stream(stream.eid, 0).lease_left * 1000
     assert left == pytest.approx(int(expires_at) - server_ms(stream.raw), abs=60_000)
@@ -238,29 +241,29 @@ def test_missing_arguments_are_refused(stream, given):
     before = stream.everything()
     reply = stream.call("ff_append", stream.keys, *part_of(stream.keys, *args))
     assert reply == [0, b"invalid_input", b"arguments"]
-    reply = stream.call("ff_append", (stream.meta,), *part_of((stream.meta,), *args[:1][:given]))
+    reply = stream.call("ff_append", (stream.head,), *part_of((stream.head,), *args[:1][:given]))
     assert reply == [0, b"invalid_input", b"arguments"]
     assert stream.everything() == before
     if given == 0:
-        names = (stream.core, stream.meta, stream.summary)
+        names = (stream.core, stream.head, stream.summary)
         assert stream.call("ff_open_writer", names) == [0, b"invalid_input", b"writer"]
 
 
 # Blocks, and the keys that a batch needs whose blocks they are.
 NEEDED_KEYS = {
-    "none": ([], "meta log"),
-    "L": (log(b"x"), "meta log"),
-    "X": (log(b"x", extras=[b"f", b"v"]), "meta log"),
-    "K": ([b"K", b"10"], "meta log"),
-    "E": ([b"E", b"1"], "meta log"),
-    "H": ([b"H", b"0"], "meta log"),
-    "V": (live(b"x"), "meta live"),
-    "V run": (live(b"x", b"y"), "meta live"),
-    "W": (live(b"x", fields=[b"f", b"v"]), "meta live"),
-    "T": ([b"T", b"1-1"], "meta live"),
-    "P": ([b"P", b"60000"], "meta live"),
-    "S": (patches(b"{}", base=0), "meta log live summary"),
-    "C": ([b"C", b"1", b"{}", b"json-merge-patch:"], "meta log live summary"),
+    "none": ([], "head log"),
+    "L": (log(b"x"), "head log"),
+    "X": (log(b"x", extras=[b"f", b"v"]), "head log"),
+    "K": ([b"K", b"10"], "head log"),
+    "E": ([b"E", b"1"], "head log"),
+    "H": ([b"H", b"0"], "head log"),
+    "V": (live(b"x"), "head live"),
+    "V run": (live(b"x", b"y"), "head live"),
+    "W": (live(b"x", fields=[b"f", b"v"]), "head live"),
+    "T": ([b"T", b"1-1"], "head live"),
+    "P": ([b"P", b"60000"], "head live"),
+    "S": (patches(b"{}", base=0), "head log live summary"),
+    "C": ([b"C", b"1", b"{}", b"json-merge-patch:"], "head log live summary"),
 }
 OF_THE_LOG, OF_THE_WINDOW = ("L", "X", "K"), ("V", "V run", "W", "T", "P")
 
@@ -299,13 +302,13 @@ def test_a_batch_for_both_streams_names_both(stream, name, with_log):
     block, names = NEEDED_KEYS[name]
     good = log(b"good") if with_log else live(b"good")
     if name in (OF_THE_WINDOW if with_log else OF_THE_LOG):
-        names = "meta log live"
+        names = "head log live"
         # Whichever of the two it names.
-        stream.refused("invalid_input", good, block, names="meta live")
-        stream.refused("invalid_input", block, good, names="meta live")
-        stream.refused("invalid_input", block, good, names="meta log")
-    elif not with_log and names == "meta log":
-        names = "meta live"
+        stream.refused("invalid_input", good, block, names="head live")
+        stream.refused("invalid_input", block, good, names="head live")
+        stream.refused("invalid_input", block, good, names="head log")
+    elif not with_log and names == "head log":
+        names = "head live"
     first = first_for(stream, block)
     for fewer in fewer_than(names):
         error = stream.refused("invalid_input", good, block, first=first, names=fewer)
@@ -320,43 +323,43 @@ def test_a_batch_for_both_streams_names_both(stream, name, with_log):
 
 def test_a_word_on_the_whole_batch_goes_to_either_stream(stream):
     about = [[b"H", b"0"], [b"E", b"3"]]
-    stream.append(live(b"1"), *about, names="meta live")
+    stream.append(live(b"1"), *about, names="head live")
     assert (visible(stream), stream.raw.hget(stream.meta, "estimator")) == (b"0", b"3")
-    stream.append(log(b"2"), [b"H", b""], [b"E", b"4"], first=2, names="meta log")
+    stream.append(log(b"2"), [b"H", b""], [b"E", b"4"], first=2, names="head log")
     assert (visible(stream), stream.raw.hget(stream.meta, "estimator")) == (None, b"4")
     assert stream.raw.exists(stream.summary) == 0
 
 
 @pytest.mark.parametrize("refusal", REFUSALS[:6], ids=CODES[:6])
 def test_a_refusal_needs_no_more_keys_than_the_batch(stream, refusal):
-    """The core, which says why, is spelled from the key of meta."""
+    """The core, which says why, is spelled from the key of the head."""
     _, call = spoil(stream, [refusal])
-    for names in ("meta log", "meta live", "meta log live"):
-        frame = live(b"x") if names == "meta live" else log(b"x")
+    for names in ("head log", "head live", "head log live"):
+        frame = live(b"x") if names == "head live" else log(b"x")
         error = stream.refused(refusal[0], frame, names=names, **call)
         assert type(error) is refusal[3], names
 
 
 def test_a_repeat_is_looked_for_in_both_streams(stream, next_ms):
-    """Which one has the frame is not known from its number; both are spelled from the key of meta."""
-    first = stream.append(log(b"1"), names="meta log")
+    """Which one has the frame is not known from its number; both are spelled from the key of the head."""
+    first = stream.append(log(b"1"), names="head log")
     next_ms()
-    second = stream.append(live(b"2", b"3"), first=2, names="meta live")
-    for names, block in (("meta log", log), ("meta live", live)):
+    second = stream.append(live(b"2", b"3"), first=2, names="head live")
+    for names, block in (("head log", log), ("head live", live)):
         assert stream.repeated(block(b"1"), names=names) == first
         assert stream.repeated(block(b"1", b"2"), names=names) == (second[0], 2)
         assert stream.repeated(block(b"3"), first=3, names=names) == second
 
 
-@pytest.mark.parametrize("meta", [b"", b"meta", b"ff:stream:x:meta", b"ff:stream:x:0:metadata"])
-def test_no_key_of_meta_is_no_execution(stream, meta):
+@pytest.mark.parametrize("head", [b"", b"head", b"ff:stream:x:head", b"ff:stream:x:0:heads"])
+def test_no_key_of_a_head_is_no_execution(stream, head):
     before = stream.everything()
-    names = (meta, stream.log)
+    names = (head, stream.log)
     args = part_of(names, stream.writer_id(), b"0", b"", *log(b"x"))
     reply = stream.call("ff_append", names, *args)
     assert reply == [0, b"execution_not_found"]
     assert stream.everything() == before
-    assert stream.raw.exists(meta) == 0
+    assert stream.raw.exists(head) == 0
 
 
 def test_a_batch_without_frames_does_what_it_says(stream):

@@ -7,6 +7,7 @@ import pytest
 import ff_fast
 from ff_fast.errors import MAX_INT
 
+from ...heads import head_of
 from ...reference_frames import run_of, varint
 from ..streams import Stream, appended, live, log, number, patches, replaced, server_ms
 
@@ -146,7 +147,7 @@ def test_a_run_whose_count_takes_two_bytes_is_cut(stream, skip, summary):
     def frames(upto):
         return patches(*payloads[:upto], base=0) if summary else live(*payloads[:upto])
 
-    names = "meta log live summary" if summary else "meta live"
+    names = "head log live summary" if summary else "head live"
     ms, sequence = stream.append(frames(skip), names=names)
     assert sequence == skip
     end_ms, sequence = stream.append(frames(300), names=names)
@@ -224,7 +225,7 @@ def test_the_last_sequence_is_the_last_exact_integer(stream):
     assert sequence == MAX_INT
     assert stream.raw.xrange(stream.log)[0][0] == b"%d-%d" % (ms, MAX_INT - 1)
     assert stream.raw.xrange(stream.live)[0][0] == b"%d-%d" % (ms, MAX_INT)
-    assert stream.raw.hget(stream.meta, "last_id") == b"%d-%d" % (ms, MAX_INT)
+    assert head_of(stream.raw, stream.head).last_id == b"%d-%d" % (ms, MAX_INT)
     assert stream.repeated(live(b"2"), first=MAX_INT) == (ms, MAX_INT)
     stream.refused("invalid_input", log(b"3"), first=MAX_INT + 1)
 
@@ -240,7 +241,7 @@ def test_the_last_sequences_are_counted_exactly(stream, left):
     ids = [b"%d-%d" % (ms, MAX_INT - left + 1 + n) for n in range(left)]
     found = zip(ids, payloads, strict=True)
     assert stream.raw.xrange(stream.log) == [(each, {b"payload": data}) for each, data in found]
-    assert stream.raw.hget(stream.meta, "last_id") == ids[-1]
+    assert head_of(stream.raw, stream.head).last_id == ids[-1]
 
 
 def test_a_batch_holds_1024_frames(stream):
@@ -259,7 +260,7 @@ def test_a_requested_cancel_is_told_to_the_writer(stream):
 
     assert told(b"0") == b"0"
     assert not stream.backend.cancel(stream.handle, reason="enough", grace=60).cancelled
-    assert stream.raw.hget(stream.meta, "cancel_requested") == b"1"
+    assert head_of(stream.raw, stream.head).cancel_requested
     assert told(b"1") == b"1"
     # Also to one that has lost its reply.
     assert told(b"1") == b"1"

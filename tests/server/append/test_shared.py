@@ -5,6 +5,7 @@ from redis.exceptions import ResponseError
 
 from ff_fast import errors
 
+from ...heads import head_of, set_head
 from ..streams import (
     CODES,
     MAX_PAYLOAD,
@@ -33,7 +34,7 @@ def test_a_refusal_touches_no_neighbour(raw, streams, listen, refusal, place):
     spoiled = all_three[place]
     block, call = spoil(spoiled, [refusal])
     before = spoiled.everything()
-    listener = listen(*(stream.meta for stream in all_three))
+    listener = listen(*(stream.head for stream in all_three))
     parts = [(stream, stream.part(log(b"x"), push=BODY)) for stream in all_three]
     parts[place] = (spoiled, spoiled.part(log(b"good"), block, push=BODY, **call))
     told = shared(raw, *parts)
@@ -44,7 +45,7 @@ def test_a_refusal_touches_no_neighbour(raw, streams, listen, refusal, place):
     good = [stream for stream in all_three if stream is not spoiled]
     assert [stream.payloads() for stream in good] == [[b"x"], [b"x"]]
     assert listener.heard() == [
-        (stream.meta, b"F%d-%d" % answer + BODY) for stream, answer in zip(good, told, strict=True)
+        (stream.head, b"F%d-%d" % answer + BODY) for stream, answer in zip(good, told, strict=True)
     ]
 
 
@@ -53,7 +54,7 @@ def test_a_push_has_the_fence_of_an_append(raw, streams, listen, refusal):
     spoiled, good = streams(2)
     _, call = spoil(spoiled, [refusal])
     before = spoiled.everything(), good.everything()
-    listener = listen(spoiled.meta, good.meta)
+    listener = listen(spoiled.head, good.head)
     error, told = shared(
         raw,
         (spoiled, spoiled.push_part(b"f1-1 x", **call)),
@@ -63,7 +64,7 @@ def test_a_push_has_the_fence_of_an_append(raw, streams, listen, refusal):
     assert told is None
     assert type(spoiled.push(b"f1-1 x", **call)) is refusal[3]
     assert (spoiled.everything(), good.everything()) == before
-    assert listener.heard() == [(good.meta, b"f1-1 y")]
+    assert listener.heard() == [(good.head, b"f1-1 y")]
 
 
 def same_text(error, other):
@@ -72,7 +73,7 @@ def same_text(error, other):
 
 
 @pytest.mark.parametrize(
-    "at", ["core", "meta", "log", "live", "summary"], ids=lambda name: f"the {name}"
+    "at", ["core", "head", "log", "live", "summary"], ids=lambda name: f"the {name}"
 )
 def test_an_error_of_the_server_is_the_answer_to_its_part_alone(raw, streams, listen, at):
     """It has the text of the error with which a call of that part alone fails."""
@@ -80,13 +81,13 @@ def test_an_error_of_the_server_is_the_answer_to_its_part_alone(raw, streams, li
     raw.set(getattr(damaged, at), "junk")
     if at == "core":
         # A refusal reads it.
-        raw.hdel(damaged.meta, "writer")
+        set_head(raw, damaged.head, writer=None)
     blocks = (log(b"1"), live(b"2"), patches(b"{}", base=0))
     alone = damaged.part(*blocks, push=BODY)
     with pytest.raises(ResponseError) as failed:
         appended(raw, alone)
     before = raw.execute_command("DEBUG", "DIGEST-VALUE", *damaged.keys)
-    listener = listen(first.meta, damaged.meta, last.meta)
+    listener = listen(first.head, damaged.head, last.head)
     (one, error, other), now = appended(
         raw, first.part(log(b"x"), push=BODY), alone, last.push_part(b"f1-1 ")
     )
@@ -96,7 +97,7 @@ def test_an_error_of_the_server_is_the_answer_to_its_part_alone(raw, streams, li
     assert raw.execute_command("DEBUG", "DIGEST-VALUE", *damaged.keys) == before
     assert first.told(one, now)[1] == 1
     assert last.told(other, now) is None
-    assert [channel for channel, _ in listener.heard()] == [first.meta, last.meta]
+    assert [channel for channel, _ in listener.heard()] == [first.head, last.head]
 
 
 def test_a_foreign_entry_refuses_its_part_alone(raw, streams):
@@ -108,7 +109,7 @@ def test_a_foreign_entry_refuses_its_part_alone(raw, streams):
         answers, now = appended(raw, damaged.part(*blocks), good.part(log(b"x")))
         assert same_text(answers[0], failed.value)
         assert good.told(answers[1], now)[1] == 1
-    assert raw.hget(damaged.meta, "last_id").endswith(b"-0")
+    assert head_of(raw, damaged.head).last_id.endswith(b"-0")
 
 
 def test_parts_of_one_attempt_are_applied_in_their_order(raw, streams):
@@ -170,11 +171,11 @@ BAD_HEADS = [
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_call_whose_parts_do_not_add_up_is_refused_whole(raw, streams, listen, at, subtests):
     both = streams(2)
-    names = ("meta", "log")
+    names = ("head", "log")
     parts = [stream.part(log(b"x"), push=BODY, names=" ".join(names)) for stream in both]
     head = part_of(*[parts[at][0], *parts[at][1]])[0]
     assert head == b"62"
-    listener = listen(*(stream.meta for stream in both))
+    listener = listen(*(stream.head for stream in both))
     before = [stream.everything() for stream in both]
 
     def with_head(value):

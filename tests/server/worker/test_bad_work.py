@@ -125,6 +125,8 @@ def test_a_field_of_junk_harms_its_execution_alone(claimed_then, backend, raw, l
     assert len(fields) > 20
     for (name, field), value in itertools.product(sorted(fields), JUNK):
         claimed_then(lambda eid, at=(name, field, value): raw.hset(key_of(at[0], eid), *at[1:]))
+    for value in JUNK:
+        claimed_then(lambda eid, value=value: raw.set(keys.head(eid, 0), value))
     assert state(backend.create_execution(lane=lane)) == "completed"
 
 

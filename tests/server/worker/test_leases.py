@@ -17,6 +17,7 @@ from ff_fast import (
 )
 from ff_fast._core.leases import LeaseClock, is_lease_lost
 
+from ...heads import set_head
 from ...shells import WORKER
 from ...waiting import wait_until
 from ..streams import server_ms
@@ -27,8 +28,8 @@ from .attempts import RETRY, read
 def lapse(raw, eid):
     """Let the lease of an execution run out, by the server's clock."""
     fields = raw.hgetall(keys.core(eid))
-    meta = keys.meta(eid, int(fields[b"current_attempt_index"]))
-    raw.hset(meta, "lease_expires_at", server_ms(raw))
+    head = keys.head(eid, int(fields[b"current_attempt_index"]))
+    set_head(raw, head, lease_expires_at=server_ms(raw))
     raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"lease:{eid}": server_ms(raw)})
 
 

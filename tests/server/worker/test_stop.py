@@ -23,6 +23,7 @@ from ff_fast import (
 )
 from ff_fast._core import leases as leases_core
 
+from ...heads import set_head
 from ...shells import KINDS, WORKER
 from ...waiting import wait_until
 from ..executions import World
@@ -37,7 +38,7 @@ def lapse(raw, eid, kind="lease"):
     """Make a timer of an execution due, and let its lease lapse if it is that one."""
     if kind == "lease":
         index = int(raw.hget(keys.core(eid), "current_attempt_index"))
-        raw.hset(keys.meta(eid, index), "lease_expires_at", server_ms(raw))
+        set_head(raw, keys.head(eid, index), lease_expires_at=server_ms(raw))
     raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"{kind}:{eid}": server_ms(raw)})
 
 

@@ -7,7 +7,7 @@ from ff_fast.types import BestEffortLiveConfig, PatchKind, StreamMode
 
 from ...reference_writer import parse
 
-KEYS = {name: b"{p}%b" % name.encode() for name in ("meta", "log", "live", "summary")}
+KEYS = {name: b"{p}%b" % name.encode() for name in ("head", "log", "live", "summary")}
 WRITER = b"0:lease:7:writer"
 NOW_MS = 1_700_000_000_000
 NEW = (NOW_MS, 0, 0, b"", 0)

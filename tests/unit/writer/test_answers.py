@@ -307,7 +307,7 @@ class TestEnds:
         writer.write(b"open")
         assert [frame.sequence for frame in writer._unstored_frames()] == list(range(1, 1026))
 
-    @pytest.mark.parametrize("mode, names", [(LIVE, "meta log"), (TEXT, "meta log live summary")])
+    @pytest.mark.parametrize("mode, names", [(LIVE, "head log"), (TEXT, "head log live summary")])
     def test_closing_an_attempt_that_has_ended_meanwhile(self, mode, names):
         writer, server = Shell(mode), Server()
         writer.write(b"x")
@@ -387,7 +387,7 @@ class TestChecks:
         assert writer._checked_sequence == 0
         assert writer._check_soon()
         check = writer.take()
-        assert (check.frame_count, keys_of(check)) == (0, keys_named("meta log"))
+        assert (check.frame_count, keys_of(check)) == (0, keys_named("head log"))
         # Who asks meanwhile waits for the same answer.
         assert writer._check_soon()
         assert writer._next_batch() is None

@@ -47,7 +47,7 @@ class Site:
         self.wire = []
 
     def writer(self, i, mode, **options):
-        keys = tuple(b"{p}%d:%b" % (i, name) for name in (b"meta", b"log", b"live", b"summary"))
+        keys = tuple(b"{p}%d:%b" % (i, name) for name in (b"head", b"log", b"live", b"summary"))
         self.servers[keys[0]] = Server()
         return WriterCore(
             keys=keys, writer=WRITER, mode=mode, opened=NEW, outbox=self.outbox, **options
@@ -335,6 +335,21 @@ class TestGroups:
         site.writers[0].write(b"x")
         site.send()
         assert kinds(site.wire[-1][1]) == ["store"]
+
+    def test_the_first_frame_behind_an_earlier_writer_is_stored(self):
+        """The earlier one may have pushed frames under an ms that is later than the time as it is known here."""
+        site, first, _ = self.one()
+        ms = int(first.last_id.split("-")[0])
+        opened = (ms, first.last_sequence, 0, b"", 0, 2)
+        second = WriterCore(
+            keys=tuple(b"{p}0:%b" % name for name in (b"meta", b"log", b"live", b"summary")),
+            writer=WRITER, mode=LIVE, opened=opened, outbox=site.outbox,
+        )  # fmt: skip
+        for expected in ("store", "push"):
+            second.write(b"x")
+            site.send()
+            assert kinds(site.wire[-1][1]) == [expected]
+            site.answer()
 
     @pytest.mark.parametrize("end", ["flush", "close", "another shape", "another kind"])
     def test_what_ends_a_group(self, end):

@@ -61,11 +61,11 @@ def test_exact_request():
     assert writer.write(b"hi", "token") == 1
     assert writer.take().message == (
         b"*12\r\n$5\r\nFCALL\r\n$9\r\nff_append\r\n$1\r\n2\r\n"
-        b"$7\r\n{p}meta\r\n$6\r\n{p}log\r\n"
+        b"$7\r\n{p}head\r\n$6\r\n{p}log\r\n"
         b"$2\r\n62\r\n"
         b"$16\r\n0:lease:7:writer\r\n"
         b"$1\r\n0\r\n"
-        b"$7\r\n+L\x00\x05\x01\x02\x00\r\n"
+        b"$5\r\n+\x05\x01\x02\x00\r\n"
         b"$1\r\nL\r\n$1\r\n1\r\n$2\r\nhi\r\n"
     )
 
@@ -84,12 +84,12 @@ def test_arguments_of_leaves_out_the_keys():
 @pytest.mark.parametrize(
     "modes, names",
     [
-        ([DURABLE], "meta log"),
-        ([LIVE], "meta live"),
-        ([DURABLE, LIVE], "meta log live"),
-        ([LIVE, DURABLE], "meta log live"),
-        ([TEXT], "meta log live summary"),
-        ([MERGE, LIVE, DURABLE], "meta log live summary"),
+        ([DURABLE], "head log"),
+        ([LIVE], "head live"),
+        ([DURABLE, LIVE], "head log live"),
+        ([LIVE, DURABLE], "head log live"),
+        ([TEXT], "head log live summary"),
+        ([MERGE, LIVE, DURABLE], "head log live summary"),
     ],
 )
 def test_a_request_names_the_keys_that_it_needs(modes, names):
@@ -110,13 +110,13 @@ def test_what_no_frame_asks_for_names_its_key_too():
     writer.write(b"x")
     batch = writer.take()
     assert b"K" in tail_of(batch)
-    assert keys_of(batch) == keys_named("meta log live")
+    assert keys_of(batch) == keys_named("head log live")
     writer._acknowledge(batch, position(batch))
     # Neither stream has to do with the estimate.
     writer._seal_last()
     batch = writer.take()
     assert set(tail_of(batch)) == {b"E"}
-    assert keys_of(batch) == keys_named("meta log")
+    assert keys_of(batch) == keys_named("head log")
 
 
 def patch_for(mode, number):

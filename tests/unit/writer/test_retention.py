@@ -89,7 +89,7 @@ class TestRetention:
         batch = writer.take()
         assert (batch.first_sequence, batch.frame_count) == (3, 0)
         assert tail_of(batch) == {b"P": [b"400"]}
-        assert keys_of(batch) == keys_named("meta live")
+        assert keys_of(batch) == keys_named("head live")
         writer._acknowledge(batch, position(batch))
         assert writer._idle
 
@@ -107,7 +107,7 @@ class TestRetention:
         assert tail_of(batch) == {b"P": [b"400"], b"H": [b""]}
         assert batch.frame_count == 1
         # The window's key is not one that a durable frame asks for.
-        assert keys_of(batch) == keys_named("meta log live")
+        assert keys_of(batch) == keys_named("head log live")
         writer._acknowledge(batch, position(batch))
         assert writer._idle
 

@@ -132,7 +132,7 @@ class TestSending:
         assert caught.value.retryable
         assert writer.next_sequence == 21
         batch = writer.take()
-        assert writer.unacknowledged_bytes == len(batch.arguments)
+        assert writer.unacknowledged_bytes == len(batch.message)
         with pytest.raises(Overloaded):
             writer.write(b"")
         writer._acknowledge(batch, position(batch))
@@ -163,7 +163,7 @@ def held():
 
 def writer(i):
     base = b"ff:stream:{fp:%d}:8c2f2f0e-0000-4000-8000-%012d:0" % (i % 256, i)
-    keys = tuple(base + name for name in (b":meta", b"", b":live", b":summary"))
+    keys = tuple(base + name for name in (b":head", b"", b":live", b":summary"))
     writer = b"0:8c2f2f0e-0000-4000-8000-%012d:1:8c2f2f0e-0000" % i
     return WriterCore(keys=keys, writer=writer, mode=mode, opened=(1_700_000_000_000, 0, 0, b"", 0))
 

@@ -1,0 +1,122 @@
+"""Whatever listeners, refusals and losses come in whatever order, every listener has its channel or an error, and the
+server no other channels."""
+
+import random
+from collections import deque
+
+import pytest
+
+from ff_fast._core import hub as hub_core
+from ff_fast._core.hub import HubCore
+
+REFUSAL = "NOPERM this user has no permissions to access one of the channels used as arguments"
+
+
+class Listener:
+    def __init__(self):
+        self.subscribed = None
+        self.error = None
+
+    def told(self, message):
+        """Nothing is published here."""
+
+    def doubt(self, subscribed):
+        self.subscribed = subscribed
+
+    def failed(self, error):
+        self.error = error
+
+
+class Connection:
+    """A hub, and a server whose answers are on their way for some time."""
+
+    def __init__(self, chance):
+        self.core = HubCore()
+        self.chance = chance
+        self.now = 0.0
+        self.channels = [b"%d" % i for i in range(chance.choice((1, 2, 6)))]
+        self.listeners = {name: [] for name in self.channels}
+        self.denied = {name for name in self.channels if chance.random() < 0.3}
+        self.subscribed = set()
+        self.sent, self.answers = deque(), deque()
+
+    def join(self, name):
+        listener = Listener()
+        self.listeners[name].append(listener)
+        self.core.listen(name, listener)
+
+    def leave(self, name):
+        if self.listeners[name]:
+            self.core.unlisten(name, self.listeners[name].pop(), self.now)
+
+    def send(self, _=None):
+        for asked in self.core.requests(self.now):
+            self.sent.append((asked.kind, list(asked.channels)))
+
+    def serve(self, _=None):
+        if not self.sent:
+            return
+        kind, names = self.sent.popleft()
+        if kind == b"ssubscribe" and self.denied.intersection(names):
+            self.answers.append(Exception(REFUSAL))
+            return
+        for name in names:
+            (self.subscribed.add if kind == b"ssubscribe" else self.subscribed.discard)(name)
+            self.answers.append([kind, name, 1])
+
+    def answer(self, _=None):
+        if not self.answers:
+            return
+        answer = self.answers.popleft()
+        if isinstance(answer, Exception):
+            assert self.core.refused(answer) is None
+        else:
+            self.core.received(answer)
+        for name, listeners in self.listeners.items():
+            self.listeners[name] = [each for each in listeners if each.error is None]
+
+    def lose(self, _=None):
+        self.sent.clear()
+        self.answers.clear()
+        self.subscribed.clear()
+        self.core.lost()
+
+    def change_rights(self, name):
+        self.denied ^= {name}
+
+    def end(self, name):
+        """The server ends a subscription by itself."""
+        if name in self.subscribed and not (self.sent or self.answers):
+            self.subscribed.discard(name)
+            self.answers.append([b"sunsubscribe", name, 0])
+
+    def settle(self):
+        for _ in range(4):
+            self.now += 2 * hub_core.LINGER_S
+            self.send()
+            while self.sent:
+                self.serve()
+            while self.answers:
+                self.answer()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_every_listener_has_its_channel_or_an_error(part, monkeypatch):
+    for seed in range(50 * part, 50 * part + 50):
+        chance = random.Random(seed)
+        monkeypatch.setattr(hub_core, "MOST_CHANNELS", chance.choice((2, 256)))
+        it = Connection(chance)
+        doings = [
+            *[it.join] * 6, *[it.leave] * 6, *[it.send] * 4, *[it.serve] * 4, *[it.answer] * 5, it.lose,
+            it.change_rights, it.end,
+        ]  # fmt: skip
+        for _ in range(150):
+            it.now += chance.random() / 2
+            chance.choice(doings)(chance.choice(it.channels))
+        it.settle()
+        wanted = {name for name, listeners in it.listeners.items() if listeners}
+        assert it.subscribed == wanted, seed
+        for name, listeners in it.listeners.items():
+            assert it.core.confirmed(name) == (name in wanted), seed
+            assert all(each.subscribed for each in listeners), seed
+        assert it.core.empty == (not wanted), seed
