@@ -26,7 +26,7 @@ class LeaseKeeper:
 
     Attributes:
         error: Error with which the lease was lost; None while it is held.
-        cancel_requested: Whether the worker is asked to stop; a push or a renewal says so.
+        cancel_requested: Whether the worker is asked to stop; a push, an append or a renewal says so.
     """
 
     def __init__(

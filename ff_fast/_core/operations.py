@@ -1318,7 +1318,7 @@ def keep_lease(
     """Renew a lease in the background until the keeper is stopped; a context manager.
 
     The keeper hears at once of a requested cancellation, and of a lease that is lost: see `LeaseKeeper.wait_cancelled`.
-    Where pushes do not reach it, the next renewal tells it.
+    Where pushes do not reach it, the next append or renewal tells it.
 
     Args:
         handle: The lease.

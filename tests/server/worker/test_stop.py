@@ -388,7 +388,7 @@ def test_a_keeper_hears_of_a_request_from_the_answer_to_an_append(kind, server, 
         keeper = own.keep_lease(handle)
         writer = yield own.open_writer(handle)
         # As a cancellation whose push nobody has heard.
-        raw.hset(keys.meta(eid, 0), "cancel_requested", "1")
+        set_head(raw, keys.head(eid, 0), cancel_requested=True)
         writer.write("text")
         assert (yield keeper.wait_cancelled(20))
         assert keeper.cancel_requested
