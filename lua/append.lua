@@ -813,8 +813,8 @@ end
 -- slot.
 --
 -- `push` is '', or what is published on the channel of the attempt, behind `F` and the id of the last frame, once the
--- frames are stored: a space and a body; or `+`, and what stands in a body between the fields of its one block, which is
--- the first of the part, and the values of that block, so that these cross the wire once. A part with the head key alone
+-- frames are stored: a space and a body; or `+`, and what stands in a body between the fields of its one block, which
+-- is the first of the part, and the values of that block: these cross the wire once. A part with the head key alone
 -- stores nothing: its arguments are `writer push`, its fence is that of a batch, and `push` is published as it is.
 -- ff_fast/keys.py has the table of the channels.
 --

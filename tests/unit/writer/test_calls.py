@@ -342,7 +342,7 @@ class TestGroups:
         ms = int(first.last_id.split("-")[0])
         opened = (ms, first.last_sequence, 0, b"", 0, 2)
         second = WriterCore(
-            keys=tuple(b"{p}0:%b" % name for name in (b"meta", b"log", b"live", b"summary")),
+            keys=tuple(b"{p}0:%b" % name for name in (b"head", b"log", b"live", b"summary")),
             writer=WRITER, mode=LIVE, opened=opened, outbox=site.outbox,
         )  # fmt: skip
         for expected in ("store", "push"):
