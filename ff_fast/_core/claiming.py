@@ -245,9 +245,13 @@ def serve_at_once(on: Deployment, offer: Offer, _: Waiter | None = None) -> Step
         return
     # The claims that have a hint claim first: what they leave is what the look finds.
     yield Pause(0)
-    for head in (yield from ready.hinted_heads(offer, records or (yield from _records(offer)))):
+    heads = yield from ready.hinted_heads(offer, records or (yield from _records(offer)))
+    for head in heads:
         if not line.give(head):
             break
+    if heads:
+        # A partition may have more than its best: who got nothing asks again.
+        return
     for claim in asking:
         line.dismiss(claim)
 

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import threading
+import uuid
 
 import pytest
 
@@ -168,6 +169,20 @@ async def test_the_line_goes_on_when_the_first_wait_ends(shell, server, lane, no
         assert await first is None
         await asyncio.gather(*(maker.create_execution(lane=lane) for _ in range(3)))
         assert all(await asyncio.wait_for(asyncio.gather(*others), 20))
+
+
+async def test_no_claim_of_many_at_once_says_that_there_is_nothing_while_there_is(
+    shell, server, lane
+):
+    """A partition has one hint, however many executions wait in it."""
+    async with await shell.connect(server.url) as backend:
+        eids = [f"{{fp:{n % 3}}}:{uuid.uuid4()}" for n in range(24)]
+        await asyncio.gather(
+            *(backend.create_execution(execution_id=each, lane=lane) for each in eids)
+        )
+        handles = await asyncio.gather(*(backend.claim(lane=lane, **WORKER) for _ in eids))
+        assert sorted(each.fields().execution_id for each in handles) == sorted(eids)
+        assert await backend.claim(lane=lane, **WORKER) is None
 
 
 # -- callers that go away ----------------------------------------------------------------------------
