@@ -375,6 +375,10 @@ def test_claims_that_come_together_ask_together(clock):
     ]  # fmt: skip
     assert asked[0] == [b"ZPOPMIN", READY, b"4"]
     assert [each.given and each.given.partition for each in claims] == [7, 3, 0, None]
+    assert [each.dismissed for each in claims] == [False, False, False, False]
+    # Partition 0 may have more than its best.
+    asked, _ = run(claiming.serve_at_once(on, offer), [[], []])
+    assert functions(asked) == ["ZPOPMIN", "pause", "HGETALL"]
     assert [each.dismissed for each in claims] == [False, False, False, True]
     assert not offer.rush.waiting
 
