@@ -100,8 +100,9 @@ class ValkeyBackend(Operations):
     async def close(self) -> None:
         """Close every connection; callers that wait for a reply get an error.
 
-        Frames that were not flushed are lost: close writers first. The writer's `error` has them; if nobody looks at
-        it, a ``RuntimeWarning`` says how many they were. Closing again does nothing.
+        What is written is stored first, if that takes no more than half a second: close writers first to be sure. The
+        `error` of a writer has the frames that were not stored; if nobody looks at it, a ``RuntimeWarning`` says how many
+        they were. Closing again does nothing.
         """
         await super().close()
         if self._server is not None and self._pid == os.getpid():

@@ -36,7 +36,8 @@ class Pool:
         self.config = config
         self._deployment = Deployment(config.partitions, config.max_payload_bytes)
         self._pid = os.getpid()
-        self._closed = False
+        # Calls are refused, and then connections.
+        self._closed = self._stopped = False
         # Single calls in C change both, so no lock is needed that an interrupt or a finaliser could leave locked.
         # The most recently used is at the right.
         self._idle: deque[Connection] = deque()
@@ -69,6 +70,7 @@ class Pool:
 
     def _stop(self) -> None:
         """Wake the threads that wait on connections; only in the process that connected."""
+        self._stopped = True
         for connection in [found() for found in list(self._busy.values())]:
             if connection is None:
                 continue
@@ -93,7 +95,7 @@ class Pool:
                 thread.start()
         connection = Connection(self.config)
         self._busy[id(connection)] = weakref.ref(connection)
-        if self._closed:
+        if self._stopped:
             # close() has already aborted the connections it knew, so it would never wake this thread.
             self._release(connection)
             raise _transport.closed_error()

@@ -122,7 +122,7 @@ def test_a_closed_backend_says_so(connect, server, lane):
     backend = connect(server.url)
     eid, handle = claimed(backend, lane)
     writer = backend.open_writer(handle)
-    writer.write(b"never flushed")
+    writer.write(b"not flushed")
     backend.close()
     backend.close()
     for call in (
@@ -134,10 +134,12 @@ def test_a_closed_backend_says_so(connect, server, lane):
     ):
         with pytest.raises(Unavailable, match="closed"):
             call()
-    for call in (lambda: writer.write(b"x"), writer.flush, writer.drain):
+    for call in (lambda: writer.write(b"x"), writer.drain):
         with pytest.raises(WriterClosed):
             call()
     writer.close()
+    # A writer that had no connection yet is given one.
+    assert writer.last_sequence == 1
 
 
 async def use(url, lane):
