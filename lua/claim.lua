@@ -157,10 +157,12 @@ end
 
 -- ff_claim
 --   keys:    eligible needs leases timers
---   args:    worker_id worker_instance_id lease_id lease_ttl_ms attempt_id required_capabilities
+--   args:    worker_id worker_instance_id lease_id lease_ttl_ms attempt_id required_capabilities hint_score
 --   returns: execution_id attempt_index attempt_id lease_epoch expires_at_ms kind next_score
 --   errors:  invalid_input
 --
+-- With status BEHIND the best that waits has a worse score than the hint that led here, which is the only value: another
+-- queue may have a better one, and the hint goes back with this score. `hint_score` is '' for a worker with one queue.
 -- next_score is the score of the best execution that stays, '' without one. With status NONE it is the only value: the
 -- members looked at could not be claimed and were removed from the index, and where a score says that others stay, the
 -- call is made again. One with foreign data in its keys comes back with a timer, as it may have been mended. A call
@@ -168,10 +170,12 @@ end
 redis.register_function('ff_claim', function(keys, args)
   local call = redis.call
   local eligible_key, needs_key, leases_key, timers_key = unpack(keys, 1, 4)
-  local worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id, required_capabilities = unpack(args, 1, 6)
+  local worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id, required_capabilities, hint_score =
+    unpack(args, 1, 7)
   if (ff.integer(lease_ttl_ms) or 0) < 1 then
     return ff.err('invalid_input', 'lease_ttl_ms')
   end
+  hint_score = tonumber(hint_score)
   local granted = granted_before(held_under(leases_key, lease_id))
   if granted then
     granted[#granted + 1] = head_score(eligible_key)
@@ -189,6 +193,9 @@ redis.register_function('ff_claim', function(keys, args)
       local core_key = ff.key('core', slot_tag, page[i])
       local intact, execution = ff.guarded(member, core_key, required_capabilities, eligible_key)
       if intact and execution then
+        if hint_score and tonumber(page[i + 1]) > hint_score then
+          return ff.reply('BEHIND', page[i + 1])
+        end
         granted = grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)
         granted[#granted + 1] = page[i + 3] or head_score(eligible_key)
         return ff.ok(unpack(granted))

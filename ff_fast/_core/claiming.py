@@ -81,6 +81,7 @@ class Claim:
         call: The claim call under the lease, and the hint that led to it.
         given: A hint from the line in which the claim waits.
         failure: The error that ended the wait of the whole line.
+        behind: What a hint led to was worse than the hint said, which is put right; another queue may have a better one.
         dismissed: The line has found nothing for the claim.
         shares: Claims of its shell that do not wait may ask together.
         left_line: The claim takes nothing from its line any more.
@@ -90,7 +91,7 @@ class Claim:
     """
 
     __slots__ = (
-        "abandoned", "blocked", "call", "dismissed", "failure", "given", "hint_taken", "joined_at", "lease",
+        "abandoned", "behind", "blocked", "call", "dismissed", "failure", "given", "hint_taken", "joined_at", "lease",
         "left_line", "request", "shares", "until", "wake",
     )  # fmt: skip
 
@@ -103,6 +104,7 @@ class Claim:
         self.call: tuple[ops.Op[ops.Claimed], Head] | None = None
         self.given: Head | None = None
         self.failure: FFError | None = None
+        self.behind = False
         self.dismissed = False
         self.shares = False
         self.left_line = True
@@ -172,7 +174,7 @@ def _claim(on: Deployment, state: Claim, offer: Offer) -> Steps[Handle | None]:
     if on.sweep_overdue((offer.lane, offer.tokens)):
         yield from ready.sweep(offer, on.partitions)
     while not state.abandoned:
-        popped = True
+        popped, state.behind = True, False
         if state.left() > 0:
             yield AwaitHint(state, offer.line, partial(serve, on, offer), blocks=True)
             found, state.given = state.given, None
@@ -191,10 +193,12 @@ def _claim(on: Deployment, state: Claim, offer: Offer) -> Steps[Handle | None]:
         else:
             heads, popped = yield from _find(on, state, offer)
         for head in heads:
-            handle = yield from _claim_partition(state, head)
+            handle = yield from _claim_partition(state, head, among_many=len(offer.needs) > 1)
             if handle is not None:
                 return handle
-        if not popped:
+            if state.behind:
+                break
+        if not (popped or state.behind):
             return None
         # The hint was stale; the pop has removed it.
     return None
@@ -414,7 +418,7 @@ def _heads(needs: str, popped: list[bytes]) -> list[Head]:
     ]
 
 
-def _claim_partition(state: Claim, head: Head) -> Steps[Handle | None]:
+def _claim_partition(state: Claim, head: Head, *, among_many: bool) -> Steps[Handle | None]:
     """Claim the best execution of a partition; None if there is none any more."""
     if state.abandoned:
         return None
@@ -429,6 +433,7 @@ def _claim_partition(state: Claim, head: Head) -> Steps[Handle | None]:
         lease_id=lease_id,
         lease_ttl_ms=request.lease_ttl_ms,
         attempt_id=keys.new_uuid(),
+        hint_score=b"%.0f" % head.score if among_many else b"",
     )
     state.call = op, head
     state.lease = head.partition, lease_id
@@ -450,7 +455,7 @@ def _make(state: Claim, op: ops.Op[ops.Claimed], head: Head) -> Steps[Handle | N
                 # A key of the partition is foreign data: no work can be claimed there.
                 answer = ops.Claimed(None, None)
                 break
-            if answer.handle is not None or answer.next_score is None:
+            if answer.handle is not None or answer.next_score is None or answer.behind:
                 break
     except FFError as error:
         if error.outcome is not Outcome.UNKNOWN:
@@ -460,8 +465,8 @@ def _make(state: Claim, op: ops.Op[ops.Claimed], head: Head) -> Steps[Handle | N
                 state.hint_taken = False
         raise
     if answer.handle is None:
-        state.lease = None
-    elif answer.next_score is not None:
+        state.lease, state.behind = None, answer.behind
+    if answer.next_score is not None:
         # The handle counts, whatever becomes of the hint.
         with contextlib.suppress(FFError):
             yield Step((ready.requeue(lane, head, answer.next_score),))

@@ -268,10 +268,14 @@ def create_execution(
 
 
 class Claimed(NamedTuple):
-    """Answer of a claim, and the score of what stays; without a handle, the next call may find it."""
+    """Answer of a claim, and the score of what stays; without a handle, the next call may find it.
+
+    *behind* is set where nothing was claimed because what waits has a worse score than its hint.
+    """
 
     handle: Handle | None
     next_score: bytes | None
+    behind: bool = False
 
 
 def claim(
@@ -284,12 +288,16 @@ def claim(
     lease_id: str,
     lease_ttl_ms: int,
     attempt_id: str,
+    hint_score: bytes = b"",
 ) -> Op[Claimed]:
-    """Claim the best execution of a lane in one partition among those that require *needs*."""
+    """Claim the best execution of a lane in one partition among those that require *needs*.
+
+    With *hint_score* nothing is claimed that has a worse score.
+    """
 
     def parse(status: bytes, fields: list[object]) -> Claimed:
-        if status == b"NONE":
-            return Claimed(None, _text(fields[0]).encode() or None)
+        if status in (b"NONE", b"BEHIND"):
+            return Claimed(None, _text(fields[0]).encode() or None, status == b"BEHIND")
         handle = _claimed_handle(fields, lease_id, lease_ttl_ms, lane, worker_instance_id)
         return Claimed(handle, _text(fields[6]).encode() or None)
 
@@ -309,6 +317,7 @@ def claim(
             number(lease_ttl_ms),
             attempt_id.encode(),
             needs.encode(),
+            hint_score,
         ),
         parse,
     )

@@ -118,9 +118,23 @@ def test_a_hint_leads_to_the_execution(claim):
     assert asked[1][3] == keys.eligible("{fp:1}", "lane")
     assert asked[1][7:9] == [b"w", b"w-1"]
     assert asked[1][10] == b"30000"
-    assert asked[1][12:] == [b""]
+    # There is one queue, so nothing is compared with its hint.
+    assert asked[1][12:] == [b"", b""]
     fields = handle.fields()
     assert (fields.execution_id, fields.lease_id.encode()) == (EID, asked[1][9])
+
+
+def test_a_hint_that_is_better_than_what_waits_is_put_right_and_the_best_of_all_is_asked_for(clock):
+    on = swept("gpu")
+    on.offer("lane", ("gpu",)).learn(b"gpu")
+    heads = [[], [b"0", b"-5"], [b"1", b"-9"]]
+    replies = [*heads, [b"1", b"-9"], [1, b"BEHIND", b"-3"], 1]
+    replies += [[], [b"0", b"-5"], [b"1", b"-3"], [b"0", b"-5"], claimed()]
+    asked, handle = run(claiming.claim(on, claim_of("gpu")), replies)
+    assert handle is not None
+    gpu = keys.ready("lane", "gpu")
+    assert asked[5] == [b"ZADD", gpu, b"LT", b"-3", b"1"]
+    assert asked[9] == [b"ZPOPMIN", READY]
 
 
 def test_a_hint_goes_back_for_what_stays(claim):
@@ -488,7 +502,7 @@ def test_a_worker_asks_only_for_what_it_covers(clock):
     # The best of the heads.
     assert asked[6] == [b"ZPOPMIN", keys.ready("lane", "gpu,x")]
     assert asked[7][3] == keys.eligible("{fp:1}", "lane", "gpu,x")
-    assert asked[7][-1] == b"gpu,x"
+    assert asked[7][-2:] == [b"gpu,x", b"-2"]
     assert asked[8] == [b"ZADD", keys.ready("lane", "gpu,x"), b"LT", b"-1", b"1"]
 
 

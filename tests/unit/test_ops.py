@@ -196,6 +196,7 @@ CALLS = {
             lease_id=LEASE,
             lease_ttl_ms=30_000,
             attempt_id="attempt-1",
+            hint_score=b"-9",
         ),
         {
             "worker_id": b"w",
@@ -204,6 +205,7 @@ CALLS = {
             "lease_ttl_ms": b"30000",
             "attempt_id": b"attempt-1",
             "required_capabilities": b"a,b",
+            "hint_score": b"-9",
         },
         [],
     ),
@@ -991,7 +993,8 @@ def test_a_claim_answers_with_a_handle_and_what_stays():
     fields = [EID.encode(), b"3", b"attempt-1", b"4", b"99", b"fresh", b"-7"]
     assert HEADERS["ff_claim"].accepts("returns", len(fields))
     answer = op.answer([1, b"OK", *fields])
-    assert answer == (HANDLE, b"-7")
+    assert answer == (HANDLE, b"-7", False)
+    assert op.answer([1, b"BEHIND", b"-7"]) == (None, b"-7", True)
     assert answer.handle.kind is HandleKind.FRESH
     assert op.answer([1, b"OK", *fields[:6], b""]).next_score is None
     resumed = op.answer([1, b"OK", *fields[:5], b"resumed", b""]).handle
@@ -1004,8 +1007,8 @@ def test_a_claim_answers_with_a_handle_and_what_stays():
         for bad in (None, 5):
             with pytest.raises((ProtocolError, Corruption)):
                 op.answer([1, b"OK", *fields[:at], bad, *fields[at + 1 :]])
-    assert op.answer([1, b"NONE", b"-7"]) == (None, b"-7")
-    assert op.answer([1, b"NONE", b""]) == (None, None)
+    assert op.answer([1, b"NONE", b"-7"]) == (None, b"-7", False)
+    assert op.answer([1, b"NONE", b""]) == (None, None, False)
 
 
 @pytest.mark.parametrize("name", CALLS)
