@@ -161,8 +161,8 @@ end
 --   returns: execution_id attempt_index attempt_id lease_epoch expires_at_ms kind next_score
 --   errors:  invalid_input
 --
--- With status BEHIND the only value is the score of the best that waits, which is worse than the hint's: another queue may
--- have a better one, and the hint goes back with this score. `hint_score` is '' for a worker that has one queue.
+-- With status BEHIND the only value is the score of the best that waits, which is worse than the hint's: another queue
+-- may have a better one, and the hint goes back with this score. `hint_score` is '' for a worker that has one queue.
 -- next_score is the score of the best execution that stays, '' without one. With status NONE it is the only value: the
 -- members looked at could not be claimed and were removed from the index, and where a score says that others stay, the
 -- call is made again. One with foreign data in its keys comes back with a timer, as it may have been mended. A call
