@@ -419,7 +419,7 @@ def decode_entries(
     """Return the :class:`Entries` of one stream.
 
     Args:
-        entries: ``[[id, [field, value, ...]], ...]``, all bytes, as XRANGE, XREAD and ff_read_range
+        entries: ``[[id, [field, value, ...]], ...]``, all bytes, as XRANGE and ff_read_range
             answer.
         after: Sequence of the cursor; frames up to it are left out. A run may begin before it.
         limit: ``(ms, sequence)`` of the last id to decode; None decodes all entries.
