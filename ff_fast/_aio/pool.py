@@ -34,6 +34,18 @@ T = TypeVar("T")
 CALLS_IN_FLIGHT = 256
 
 
+async def _result_of(task: asyncio.Task[T]) -> T:
+    """Wait for a task of the backend that several callers share, and return its result or raise its error."""
+    # Awaiting the task directly would cancel it along with a cancelled caller.
+    await asyncio.wait({task})
+    if task.cancelled():
+        raise _transport.closed_error()
+    error = task.exception()
+    if error is not None:
+        raise copy.copy(error)
+    return task.result()
+
+
 class SharedConnection:
     """The connection that calls and writers share.
 
@@ -92,15 +104,7 @@ class SharedConnection:
             raise _transport.closed_error()
         if self._connecting is None:
             self._connecting = self._spawn(self._connect())
-        task = self._connecting
-        # Awaiting the task directly would cancel it along with a cancelled caller.
-        await asyncio.wait({task})
-        if task.cancelled():
-            raise _transport.closed_error()
-        error = task.exception()
-        if error is not None:
-            raise copy.copy(error)
-        return task.result()
+        return await _result_of(self._connecting)
 
     async def _connect(self) -> Connection:
         try:
@@ -311,13 +315,7 @@ class Pool:
         """Load the library, which a reader has found missing; concurrent callers share one attempt."""
         if self._loading is None:
             self._loading = self._spawn(self._load_once())
-        task = self._loading
-        await asyncio.wait({task})
-        if task.cancelled():
-            raise _transport.closed_error()
-        error = task.exception()
-        if error is not None:
-            raise copy.copy(error)
+        await _result_of(self._loading)
 
     async def _load_once(self) -> None:
         try:

@@ -206,6 +206,15 @@ class PushState(ReaderState[T]):
             self._put(items)
         return bool(items)
 
+    def _next_step(self) -> Step | None:
+        """Return the next request; None if there is nothing to ask."""
+        try:
+            return self._source.step()
+        except FFError:
+            # The hub has used up all retries.
+            self._retries.give_up()
+            raise
+
 
 def deadline(timeout: float | timedelta | None) -> float | None:
     """Return the monotonic time at which a wait of *timeout* (seconds or a ``timedelta``) ends; None has no limit.

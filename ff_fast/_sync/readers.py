@@ -137,12 +137,7 @@ class PushReader(readers.PushState[T], Readable[T]):
             if self._put_pushed():
                 self._attach_part()
                 return True
-            try:
-                step = self._source.step()
-            except FFError:
-                # The hub has used up all retries.
-                self._retries.give_up()
-                raise
+            step = self._next_step()
             if step is None:
                 return self._wait(until, self._source.wake_at)
             self._connection = self._pool._acquire()
