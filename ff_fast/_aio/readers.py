@@ -34,17 +34,31 @@ PARK_S = 1.0
 """How long a reader whose read was cancelled keeps its connection for the next one."""
 
 
-class Readable(AsyncItems[T]):
-    """What all readers have: one task at a time reads, by iterating or by :meth:`next_batch`."""
+class Readable(readers.ReaderState[T], AsyncItems[T]):
+    """What all readers have: one task at a time reads, by iterating or by :meth:`next_batch`.
+
+    The object holds all state of a read, so the read after a cancelled one continues it.
+    """
+
+    _pool: Pool
+    _reading = False
 
     if TYPE_CHECKING:
-        _reading: bool
 
-        async def _read(self, until: float | None) -> bool:
-            """Read the next items; return whether there are any, in time and before the end."""
+        async def _advance(self, until: float | None) -> bool:
+            """Take, ask or wait; return whether *until* has not passed."""
+
+        def _let_go(self) -> None:
+            """Give back what the hub or the pool holds for this reader."""
 
         async def aclose(self) -> None:
             """Stop reading."""
+
+    def _begun(self) -> None:
+        """Hear that a read begins."""
+
+    def _cancelled(self) -> None:
+        """Hear that a read was cancelled."""
 
     async def next_batch(self, timeout: float | timedelta | None = None) -> list[T]:
         """Return all items of the server's next answer, or the items left of the last one.
@@ -66,6 +80,41 @@ class Readable(AsyncItems[T]):
         del self._rest
         return rest
 
+    async def _read(self, until: float | None) -> bool:
+        """Read the next items; return whether there are any, in time and before the end."""
+        self._pool._check_loop()
+        if self._reading:
+            raise readers.busy_error()
+        if not self._empty:
+            # Another task has read them before this one began.
+            return True
+        self._reading = True
+        self._begun()
+        try:
+            while not (self._rest or self._source.ended):
+                try:
+                    if not await self._advance(until):
+                        break
+                except FFError as error:
+                    self._let_go()
+                    self._failed(error, closed=self._pool.closed)
+            if self._source.ended:
+                self._let_go()
+        except asyncio.CancelledError:
+            self._cancelled()
+            raise
+        except FFError:
+            raise
+        except BaseException:
+            # An interrupt broke off a read, so items read by it may not have been delivered.
+            if not (self._rest or self.ended):
+                self._let_go()
+                self._restart(self.cursor)
+            raise
+        finally:
+            self._reading = False
+        return not self._empty
+
     async def _next_item(self) -> T:
         if not await self._read(None):
             raise StopAsyncIteration
@@ -79,10 +128,7 @@ class Readable(AsyncItems[T]):
 
 
 class PushReader(readers.PushState[T], Readable[T]):
-    """Base of the readers that take what is pushed: an asynchronous iterator and context manager.
-
-    One task at a time reads. The object holds all state of a read, so the read after a cancelled one continues it.
-    """
+    """Base of the readers that take what is pushed: an asynchronous iterator and context manager."""
 
     def __init__(self, pool: Pool, source: readers.PushSource[T]) -> None:
         super().__init__(source, pool.config.retry)
@@ -92,41 +138,8 @@ class PushReader(readers.PushState[T], Readable[T]):
         # The hub knows the bell, and not the reader, so a reader that was left can go.
         self._ring = Bell(pool._loop)
         self._sent: Read | None = None
-        self._reading = False
         # Rings the bell at `_looks_at`.
         self._look: asyncio.TimerHandle | None = None
-
-    async def _read(self, until: float | None) -> bool:
-        """Read the next items; return whether there are any, in time and before the end."""
-        self._pool._check_loop()
-        if self._reading:
-            raise readers.busy_error()
-        if not self._empty:
-            # Another task has read them before this one began.
-            return True
-        self._reading = True
-        try:
-            while not (self._rest or self._source.ended):
-                try:
-                    if not await self._advance(until):
-                        break
-                except FFError as error:
-                    self._sent = None
-                    self._leave()
-                    self._failed(error, closed=self._pool.closed)
-            if self._source.ended:
-                self._leave()
-        except (asyncio.CancelledError, FFError):
-            raise
-        except BaseException:
-            # An interrupt broke off a read, so items read by it may not have been delivered.
-            if not (self._rest or self.ended):
-                self._sent = None
-                self._restart(self.cursor)
-            raise
-        finally:
-            self._reading = False
-        return not self._empty
 
     async def _advance(self, until: float | None) -> bool:
         """Take what has come, or ask, or wait; return False where *until* has passed."""
@@ -204,6 +217,11 @@ class PushReader(readers.PushState[T], Readable[T]):
             self._detach()
             self._hub.detach(attached)
 
+    def _let_go(self) -> None:
+        """Listen no more, and take no answer to the read under way."""
+        self._sent = None
+        self._leave()
+
     async def aclose(self) -> None:
         """Stop reading. A waiting read raises an error."""
         self._closed = True
@@ -232,8 +250,7 @@ def _ring(reader: weakref.ref[PushReader[Any]]) -> None:
 class Reader(readers.AnswerState[T], Readable[T]):
     """Base of the readers that wait on a connection of their own.
 
-    One task at a time reads. Between two reads at most one answer of the server is in flight. The object holds all
-    state of a read, so the read after a cancelled one continues it.
+    Between two reads at most one answer of the server is in flight.
     """
 
     def __init__(self, pool: Pool, source: Source[T]) -> None:
@@ -245,45 +262,15 @@ class Reader(readers.AnswerState[T], Readable[T]):
         self._connecting: asyncio.Task[Connection] | None = None
         # Replies to the step in flight.
         self._replies: Replies | None = None
-        self._reading = False
         self._parking: asyncio.TimerHandle | None = None
 
-    async def _read(self, until: float | None) -> bool:
-        """Read the next items; return whether there are any, in time and before the end."""
-        self._pool._check_loop()
-        if self._reading:
-            raise readers.busy_error()
-        if not self._empty:
-            # Another task has read them before this one began.
-            return True
-        self._reading = True
+    def _begun(self) -> None:
         if self._parking is not None:
             self._parking.cancel()
             self._parking = None
-        try:
-            while not (self._rest or self._source.ended):
-                try:
-                    if not await self._advance(until):
-                        break
-                except FFError as error:
-                    self._drop_connection()
-                    self._failed(error, closed=self._pool.closed)
-            if self._source.ended:
-                self._drop_connection()
-        except asyncio.CancelledError:
-            self._parking = self._loop.call_later(PARK_S, _park, weakref.ref(self))
-            raise
-        except FFError:
-            raise
-        except BaseException:
-            # An interrupt broke off a read, so items read by it may not have been delivered.
-            if not (self._rest or self.ended):
-                self._drop_connection()
-                self._restart(self.cursor)
-            raise
-        finally:
-            self._reading = False
-        return not self._empty
+
+    def _cancelled(self) -> None:
+        self._parking = self._loop.call_later(PARK_S, _park, weakref.ref(self))
 
     async def _wait(self, until: float | None) -> bool:
         """Wait for the end of a retry's pause; return whether it ends before *until*."""
@@ -334,7 +321,7 @@ class Reader(readers.AnswerState[T], Readable[T]):
         self._connection = connection
         return connection
 
-    def _drop_connection(self) -> None:
+    def _let_go(self) -> None:
         """Give the connection back, or abort it if a reply is owed."""
         self._replies = None
         connection, self._connection = self._connection, None
@@ -344,14 +331,14 @@ class Reader(readers.AnswerState[T], Readable[T]):
     def _park(self) -> None:
         """Release the connection if no read has followed a cancelled one; the answer in flight is read again later."""
         if not self._reading and (self._connection or self._connecting):
-            self._drop_connection()
+            self._let_go()
             self._restart()
 
     async def aclose(self) -> None:
         """Stop reading, and release the connection. A waiting read raises an error."""
         self._closed = True
         if not self._reading:
-            self._drop_connection()
+            self._let_go()
         elif self._connection is not None:
             self._connection.abort()
         elif self._connecting is not None:
