@@ -17,6 +17,7 @@ from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolEr
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ff_fast._sync.nodes import Node
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")
@@ -26,7 +27,13 @@ PENDING = object()
 
 
 class Connection:
-    """One connection: bytes out, replies in, used by one thread at a time."""
+    """One connection: bytes out, replies in, used by one thread at a time.
+
+    Attributes:
+        node: The server, which whoever connects sets.
+    """
+
+    node: Node
 
     _socket: socket.socket | None = None
 
