@@ -267,6 +267,10 @@ class Connection:
     def request(self, step: Step, longest: float = float("inf")) -> list[object]:
         """Send the commands of *step* and return their replies, in order; see :meth:`send`."""
         self.send(step, longest)
+        return self.receive_all(step)
+
+    def receive_all(self, step: Step) -> list[object]:
+        """Return the replies to *step*, which was sent, in order."""
         return [self.receive() for _ in step.commands]
 
     def abort(self) -> None:

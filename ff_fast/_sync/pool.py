@@ -16,11 +16,14 @@ from ff_fast._core.steps import Retries
 from ff_fast._sync.claims import wait_in_line
 from ff_fast._sync.connection import Connection, run_steps
 from ff_fast._sync.hub import Hub
-from ff_fast._sync.nodes import Node, Nodes, Requests
-from ff_fast.errors import FFError, ForkedClient, FunctionMissing
+from ff_fast._sync.nodes import ASK_S, Node, Nodes, Requests
+from ff_fast._sync.sentinel import resolve
+from ff_fast.errors import FFError, ForkedClient
+from ff_fast.types import BackendTimeouts
 
 if TYPE_CHECKING:
     from ff_fast._core.operations import Call
+    from ff_fast._core.steps import Step
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")
@@ -35,7 +38,7 @@ class Pool:
         self._pid = os.getpid()
         # Calls are refused, and then connections.
         self._closed = self._stopped = False
-        self._nodes = Nodes(config)
+        self._nodes = Nodes(config, self._ask)
         # Single calls in C change it, so no lock is needed that an interrupt or a finaliser could leave locked.
         self._busy: dict[int, weakref.ref[Connection]] = {}
         # At most one thread; the first that puts itself here runs until the lock is released.
@@ -90,19 +93,45 @@ class Pool:
             thread = threading.Thread(target=_sweep, args=args, name="ff_fast idle", daemon=True)
             with contextlib.suppress(RuntimeError):
                 thread.start()
-        connection = Connection(node.config)
-        connection.node = node
-        self._busy[id(connection)] = weakref.ref(connection)
-        if self._stopped:
-            # close() has already aborted the connections it knew, so it would never wake this thread.
-            self._release(connection)
-            raise _transport.closed_error()
+        connection = self._open(node, node.config)
         try:
             self._prepare(connection, role)
         except BaseException:
             self._discard(connection)
             raise
         return connection
+
+    def _open(self, node: Node, config: BackendConfig) -> Connection:
+        """Open a connection that is not checked yet."""
+        try:
+            connection = Connection(resolve(config))
+        except FFError:
+            node.failed_at = time.monotonic()
+            raise
+        node.failed_at = 0.0
+        connection.node = node
+        self._busy[id(connection)] = weakref.ref(connection)
+        if self._stopped:
+            # close() has already aborted the connections it knew, so it would never wake this thread.
+            self._release(connection)
+            raise _transport.closed_error()
+        return connection
+
+    def _ask(self, node: Node, step: Step) -> list[object]:
+        """Send a step to *node* on an idle connection, or on one that is opened for it alone."""
+        connection = node.take()
+        if connection is not None:
+            self._busy[id(connection)] = weakref.ref(connection)
+        else:
+            timeouts = BackendTimeouts(min(_transport.request_timeout_s(node.config), ASK_S))
+            connection = self._open(node, node.config.replace(timeouts=timeouts))
+        try:
+            return connection.request(step, ASK_S)
+        finally:
+            if connection.ready:
+                self._release(connection)
+            else:
+                self._discard(connection)
 
     def _prepare(self, connection: Connection, role: str | None = None) -> None:
         """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
@@ -158,15 +187,14 @@ class Pool:
     def _run(self, call: Call[T], *, until: float = float("inf")) -> T:
         """Make a call; retry as the configuration and the call allow, but not after *until*, in monotonic time."""
         retries = Retries(self.config.retry, writes=call.writes)
+        replicas = self.config.read_from == "replica" and not call.writes
         while True:
-            longest = float("inf") if until == float("inf") else _transport.longest_try_s(until)
-            with Requests(self, longest) as requests:
+            with Requests(self, retries, until=until, replicas=replicas) as requests:
                 try:
                     wait = partial(wait_in_line, requests)
                     return run_steps(call.steps(), requests.request, wait)
                 except FFError as error:
-                    if isinstance(error, FunctionMissing):
-                        requests.library_missing()
+                    requests.failed(error)
                     pause = None if self._closed else retries.pause(error)
                     if pause is None or time.monotonic() + pause >= until:
                         retries.settle(error)
