@@ -15,6 +15,7 @@ from ff_fast._aio.connection import Connection, run_steps
 from ff_fast._aio.credentials import Credentials
 from ff_fast._aio.hub import Hub
 from ff_fast._aio.nodes import Nodes, Own
+from ff_fast._aio.sentinel import Watch
 from ff_fast._core import claiming
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.steps import Retries
@@ -51,8 +52,10 @@ class Pool:
         self._deployment = Deployment(
             config.partitions, config.max_payload_bytes, config.connection.client_name
         )
-        opened = None if self._credentials is None else self._credentials.opened_by
-        self._nodes = Nodes(config, self._deployment, self._spawn, opened)
+        self._watch: Watch | None = None
+        if config.connection.sentinel_service is not None:
+            self._watch = Watch(config, self._switched)
+        self._nodes = Nodes(config, self._deployment, self._spawn, self._opened)
         first = self._nodes.first
         self._hub = Hub(
             first.connect, self._spawn, first.shared.request, self._timeout_s, config.retry
@@ -128,6 +131,20 @@ class Pool:
         self._hub.stop()
         if self._credentials is not None:
             self._credentials.stop()
+
+    def _opened(self, connection: Connection) -> None:
+        if self._credentials is not None:
+            self._credentials.opened_by(connection)
+        if self._watch is not None and not self._watch.begun:
+            self._watch.begun = True
+            _ = self._spawn(self._watch.run())
+
+    def _switched(self, address: tuple[str, int]) -> None:
+        """Give up the connections that lead elsewhere than to the new primary."""
+        for node in self._nodes.all():
+            for connection in list(node.connections):
+                if connection.address != address:
+                    connection.abort()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = self._loop.create_task(coroutine)

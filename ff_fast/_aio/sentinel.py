@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
 
 from ff_fast import _transport
 from ff_fast._aio.connection import Connection
-from ff_fast._core.sentinel import Search
+from ff_fast._core.sentinel import (
+    HELLO,
+    LOOK_AGAIN_S,
+    LOOK_EVERY_S,
+    SUBSCRIBE,
+    Search,
+    primary_in,
+    switched_to,
+)
 from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ff_fast.types import BackendConfig
 
 
@@ -52,3 +64,78 @@ async def _ask(search: Search) -> list[BackendConfig]:
             connection.abort()
             await connection.wait_closed()
     return search.result()
+
+
+class Watch:
+    """Hears from a sentinel when another server has become the primary.
+
+    The old one may live on and take writes for seconds, until the sentinels have made it a replica, which loses them.
+
+    Args:
+        config: The configuration that names the sentinels.
+        on_switch: Called with the address of the new primary.
+
+    Attributes:
+        begun: Whether :meth:`run` has begun.
+    """
+
+    def __init__(
+        self, config: BackendConfig, on_switch: Callable[[tuple[str, int]], None]
+    ) -> None:
+        self._config = config
+        self._on_switch = on_switch
+        self._known: tuple[str, int] | None = None
+        self.begun = False
+
+    async def run(self) -> None:
+        """Listen to one sentinel after the other, until cancelled."""
+        while True:
+            for sentinel in Search(self._config):
+                with contextlib.suppress(FFError):
+                    await self._hear(sentinel)
+                    break
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+    async def _hear(self, sentinel: BackendConfig) -> None:
+        """Listen to *sentinel* until the connection is lost.
+
+        Raises:
+            FFError: There is none, or the sentinel does not know the service.
+        """
+        connection = Connection()
+        lost = asyncio.Event()
+        try:
+            await connection.open(sentinel)
+            connection.on_lost.append(lambda _: lost.set())
+            timeout_s = _transport.request_timeout_s(sentinel)
+            await connection.request(HELLO, timeout_s)
+            connection.on_push = self._pushed
+            connection.send(SUBSCRIBE, [])
+            await self._look(connection, timeout_s)
+            with contextlib.suppress(FFError):
+                while not connection.closed:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(LOOK_EVERY_S):
+                            await lost.wait()
+                    await self._look(connection, timeout_s)
+        finally:
+            connection.abort()
+            await connection.wait_closed()
+
+    async def _look(self, connection: Connection, timeout_s: float) -> None:
+        search = Search(self._config)
+        (reply,) = await connection.request(search.step, timeout_s)
+        address = primary_in(reply)
+        if address is None:
+            raise search.unknown()
+        self._switch(address)
+
+    def _pushed(self, push: list[Any]) -> None:
+        address = switched_to(push, self._config.connection.sentinel_service)
+        if address is not None:
+            self._switch(address)
+
+    def _switch(self, address: tuple[str, int]) -> None:
+        before, self._known = self._known, address
+        if before != address:
+            self._on_switch(address)

@@ -76,6 +76,11 @@ class Node:
         """Trust no connection any more that was not heard of since a point in monotonic time."""
         self._doubted_at = max(self._doubted_at, since)
 
+    def leave(self, address: tuple[str, int]) -> None:
+        """Trust no idle connection any more if one of them leads elsewhere than to *address*."""
+        if any(connection.address != address for connection in list(self._idle)):
+            self.doubt(time.monotonic())
+
     def note_silence(self, connection: Connection) -> None:
         """Note when a connection that is given up fell silent, if it did."""
         if connection.silent_since is not None:

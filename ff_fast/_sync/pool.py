@@ -19,7 +19,7 @@ from ff_fast._sync.connection import Connection, run_steps
 from ff_fast._sync.credentials import Credentials
 from ff_fast._sync.hub import Hub
 from ff_fast._sync.nodes import Node, Nodes, Requests
-from ff_fast._sync.sentinel import resolve
+from ff_fast._sync.sentinel import Watch, resolve
 from ff_fast.errors import FFError, ForkedClient
 from ff_fast.types import BackendTimeouts
 
@@ -44,6 +44,9 @@ class Pool:
         self._closed = self._stopped = False
         provider = config.connection.credential_provider
         self._credentials = None if provider is None else Credentials(provider)
+        self._watch: Watch | None = None
+        if config.connection.sentinel_service is not None:
+            self._watch = Watch(config, partial(_switched, weakref.ref(self)))
         self._nodes = Nodes(config, self._ask)
         # Single calls in C change it, so no lock is needed that an interrupt or a finaliser could leave locked.
         self._busy: dict[int, weakref.ref[Connection]] = {}
@@ -80,6 +83,8 @@ class Pool:
             # The writers' and the readers' connections are among them.
             connection.abort()
         self._hub.stop()
+        if self._watch is not None:
+            self._watch.stop()
 
     def _forked(self) -> None:
         """Reset the state in a forked child."""
@@ -119,6 +124,8 @@ class Pool:
         if self._credentials is not None:
             self._credentials.opened_by(connection)
         self._busy[id(connection)] = weakref.ref(connection)
+        if self._watch is not None:
+            self._watch.start()
         if self._stopped:
             # close() has already aborted the connections it knew, so it would never wake this thread.
             self._release(connection)
@@ -255,3 +262,17 @@ def _sweep(
             return
         pool._close_idle(time.monotonic() - _transport.MAX_IDLE_S, keep=1)
         del pool
+
+
+def _switched(found: weakref.ref[Pool], address: tuple[str, int] | None) -> bool:
+    """Give up the connections that lead elsewhere than to the new primary; return whether the pool is still there."""
+    pool = found()
+    if pool is None:
+        return False
+    if address is not None:
+        for connection in [busy() for busy in list(pool._busy.values())]:
+            if connection is not None and connection.address != address:
+                connection.abort()
+        for node in pool._nodes.all():
+            node.leave(address)
+    return True

@@ -24,7 +24,7 @@ from ff_fast.types import BackendConfig, ClaimPolicy
 
 from ..conftest import connect_raw
 from ..faults.chaos import ChaosProxy
-from ..faults.stored import claimed
+from ..faults.stored import claimed, stored_once
 from ..shells import KINDS, Shell
 from ..waiting import wait_until
 from . import sites
@@ -133,6 +133,8 @@ async def through_a_failover(site, lane, failover, *, writing):
             handle = await asyncio.wait_for(waiting, 15)
             assert handle.execution_id == other
             await backend.complete(handle)
+        # On the server that is the primary now, not on the one that was.
+        await asyncio.to_thread(stored_once, site.primary.url, eid, payloads)
 
     async def break_it():
         await begun.wait()
