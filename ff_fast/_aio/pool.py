@@ -171,7 +171,9 @@ class Pool:
         self._claims: set[Claim] = set()
         self._giving_back: set[asyncio.Task[None]] = set()
         self._loading: asyncio.Task[None] | None = None
-        self._deployment = Deployment(config.partitions, config.max_payload_bytes)
+        self._deployment = Deployment(
+            config.partitions, config.max_payload_bytes, config.replay_ms, config.replay_bytes
+        )
         self._shared = SharedConnection(self._connect, self._spawn, self._timeout_s)
         self._hub = Hub(
             self._connect, self._spawn, self._shared.request, self._timeout_s, config.retry
