@@ -50,7 +50,11 @@ class Pool:
             None if provider is None else Credentials(provider, self._timeout_s, self._spawn)
         )
         self._deployment = Deployment(
-            config.partitions, config.max_payload_bytes, config.connection.client_name
+            config.partitions,
+            config.max_payload_bytes,
+            config.replay_ms,
+            config.replay_bytes,
+            config.connection.client_name,
         )
         self._watch: Watch | None = None
         if config.connection.sentinel_service is not None:

@@ -14,6 +14,7 @@ from ff_fast._aio.connection import BROKEN, LOST, Connection
 from ff_fast._aio.nodes import CALLS_IN_FLIGHT, SharedConnection
 from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
+from ff_fast._core.operations import Call
 from ff_fast._core.steps import Retries
 from ff_fast._core.writer import SharedWriter, Wait
 from ff_fast._hot.writer import Outbox
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ff_fast._aio.pool import Pool
-    from ff_fast._hot.writer import Call
+    from ff_fast._hot.writer import Call as AppendCall
     from ff_fast.types import BackendConfig
 
 P = ParamSpec("P")
@@ -68,6 +69,7 @@ class Sender(Outbox):
         self._pump_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._hold_scheduled = False
+        self._let_go_scheduled = False
         self.writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         shared.on_can_write = self._on_can_write
         shared.on_lost = self._on_lost
@@ -130,7 +132,16 @@ class Sender(Outbox):
         if self._hold_scheduled:
             self._event_loop.call_later(hold_s, self._store_held)
 
-    def _on_answer(self, call: Call) -> None:
+    def _let_go(self) -> None:
+        """Let go of what was acknowledged some time ago, and come again for the rest."""
+        let_go_s = self.let_go_s()
+        self._let_go_scheduled = let_go_s > 0.0 and not self._shared.closing
+        if self._let_go_scheduled:
+            self._event_loop.call_later(let_go_s, self._let_go)
+
+    def _on_answer(self, call: AppendCall) -> None:
+        if self.keeps and not self._let_go_scheduled:
+            self._let_go()
         if call.error is not None:
             self._recover_soon(call.error)
         elif call.accepted:
@@ -176,6 +187,7 @@ class Sender(Outbox):
             self._pump()
 
     def _on_lost(self) -> None:
+        self.doubt()
         if self.ready:
             self._recover_soon(OutcomeUnknown())
 
@@ -235,6 +247,17 @@ class Writer(SharedWriter):
         self._waiters: list[asyncio.Future[None]] = []
         super().__init__(state, sender)
         self._sender.writers.add(self)
+
+    def _on_lost_opening(self) -> None:
+        if not self._reopening:
+            self._reopening = True
+            self._pool._spawn(self._reopen())
+
+    async def _reopen(self) -> None:
+        try:
+            await self._pool._run(Call(self._open_again))
+        except FFError as error:
+            self._fail(error)
 
     def _on_linger(self) -> None:
         self._pool._check_thread()

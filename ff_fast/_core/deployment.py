@@ -60,6 +60,8 @@ class Deployment:
         self,
         partitions: int | None = None,
         max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT,
+        replay_ms: int = 0,
+        replay_bytes: int = 0,
         client_name: str | None = None,
     ) -> None:
         self._configured = partitions
@@ -74,7 +76,7 @@ class Deployment:
         self._offers: dict[tuple[str, tuple[str, ...]], Offer] = {}
         self.partitions = keys.DEFAULT_PARTITIONS if partitions is None else partitions
         self.max_payload_bytes = max_payload_bytes
-        self.places = Places()
+        self.places = Places(replay_ms, replay_bytes)
 
     def offer(self, lane: str, tokens: tuple[str, ...]) -> Offer:
         """Return what workers with these capabilities know of a lane."""

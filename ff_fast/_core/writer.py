@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ff_fast._core import ops
 from ff_fast._core.leases import is_lease_lost
-from ff_fast._core.steps import Pause, applied_in_part
+from ff_fast._core.steps import Command, Pause, Step, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import SequenceGap, StateLost, SummaryConflict, WriterClosed, WriterSuperseded
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from ff_fast._core.leases import KeptLeases
-    from ff_fast._core.places import Places
+    from ff_fast._core.places import Place, Places
     from ff_fast._core.steps import Steps
-    from ff_fast._hot.writer import Outbox
+    from ff_fast._hot.writer import Batch, Outbox
     from ff_fast.errors import FFError
 
 T = TypeVar("T")
@@ -112,9 +113,15 @@ def open_writer(
         SequenceGap: The stream is not *complete*.
     """
     writer_id = ops.writer_id(attempt)
-    opened = yield from ops.call(ops.open_writer(attempt, writer_id, options.max_payload_bytes))
+    opening = ops.open_writer(attempt, writer_id, options.max_payload_bytes)
+    opened = yield from ops.call(opening)
     with applied_in_part():
         # The writer before is superseded.
+        place = places.find(attempt.fields.lease_id)
+        if place is not None and place.held is not None and opened.last_sequence < place.sequence:
+            # The server has lost frames of the writer before.
+            if (yield from _replayed(attempt, place, writer_id, opened)) is None:
+                opened = yield from ops.call(opening)
         if complete:
             known = places.open(attempt.fields.lease_id).sequence
             if opened.last_sequence < known:
@@ -146,8 +153,101 @@ def continue_writer(
     return WriterState(attempt, writer_id, opened, document, options, places)
 
 
+_NO_TRIM = 1 << 40
+_REPLAY_BATCHES = 4
+"""Batches that are on their way at once while the frames of a writer that is gone are stored again."""
+
+_SETTLE_S = 0.005
+"""Time between two looks at a writer that stores frames again, by a call that waits for it."""
+
+
+def _replayed(
+    attempt: ops.Attempt, place: Place, writer_id: bytes, opened: ops.Opened | None = None
+) -> Steps[FFError | None]:
+    """Store again what the server lacks of the frames that were acknowledged under a lease, or that it is lost.
+
+    Args:
+        attempt: The attempt.
+        place: What is known to be stored under the lease.
+        writer_id: The writer that stores them.
+        opened: What the server has, as it has said to this writer's opening; None asks.
+
+    Returns:
+        None once the server has all of them; an error where it cannot have them any more, since somebody else writes.
+    """
+    held = place.held
+    assert held is not None
+    number = held.opening if opened is None else opened.opening
+    core = WriterCore(
+        keys=attempt.stream_keys,
+        writer=writer_id,
+        mode=StreamMode.durable(),
+        opened=(place.ms, place.sequence, place.sequence, b"", 0, number),
+        retention_maxlen=_NO_TRIM,
+        place=place,
+        replays=True,
+    )
+    try:
+        if opened is None:
+            core._ask()
+        else:
+            core._reopened(opened.last_ms, opened.last_sequence, opened.opening)
+        while core._failure is None:
+            if core._opening_lost:
+                again = yield from ops.call(ops.open_writer(attempt, writer_id))
+                core._reopened(again.last_ms, again.last_sequence, again.opening)
+            batches: list[Batch] = []
+            while len(batches) < _REPLAY_BATCHES and (batch := core._next_batch()) is not None:
+                batches.append(batch)
+            if not batches:
+                return None
+            head = attempt.stream_keys[0]
+            replies = yield Step([Command(head, batch.message) for batch in batches])
+            error = None
+            for batch, reply in zip(batches, replies, strict=True):
+                error = error or core._acknowledge(batch, *_timed(reply))
+            if error is not None:
+                raise error
+        return core._failure
+    finally:
+        # What is not stored is held again.
+        core._fail(WriterClosed(), hand_back=False)
+
+
+def _timed(reply: object) -> tuple[object, int]:
+    """Return the answer to the one part of a call, and the server's time in ms."""
+    if isinstance(reply, bytes):
+        now, _, answer = reply.partition(b" ")
+        if now.isdigit():
+            return answer, int(now)
+    return reply, 0
+
+
+def stored_again(attempt: ops.Attempt, place: Place) -> Steps[bool]:
+    """Store again what the server has lost of the frames that were acknowledged under a lease.
+
+    An open writer does so itself. Where it is gone, its frames are sent under its name.
+
+    Returns:
+        Whether the server has all of them, or says of the others that they are lost; it cannot where somebody else
+        writes.
+    """
+    if place.held is None or not place.held.writer:
+        return False
+    writer = place.writer
+    if writer is not None and writer._failure is None:
+        writer._ask()
+        while writer._failure is None and not writer._idle:
+            yield Pause(_SETTLE_S)
+        if writer._failure is None:
+            return True
+    return (yield from _replayed(attempt, place, place.held.writer)) is None
+
+
 class SharedWriter(WriterCore):
     """A writer core made from its state."""
+
+    _reopening = False
 
     # When the lease lapses as far as this process knows, in monotonic time: set for writers behind `append_frame`.
     _lease_until = 0.0
@@ -157,12 +257,15 @@ class SharedWriter(WriterCore):
     def __init__(self, state: WriterState, outbox: Outbox | None = None) -> None:
         self._places = state.places
         self._lease_id = state.attempt.fields.lease_id
+        self._attempt = state.attempt
+        self._writer_name = state.writer_id
+        self._place_of_lease = place = self._places.open(self._lease_id)
         super().__init__(
             keys=state.attempt.stream_keys,
             writer=state.writer_id,
             mode=state.options.mode,
             opened=tuple(state.opened),
-            place=self._places.open(self._lease_id),
+            place=place,
             document=state.document,
             retention_maxlen=state.options.retention_maxlen,
             max_unacknowledged_bytes=state.options.max_unacknowledged_bytes,
@@ -170,13 +273,33 @@ class SharedWriter(WriterCore):
             max_payload_bytes=state.options.max_payload_bytes,
             outbox=outbox,
         )
+        if place.held is not None:
+            place.held.owner = weakref.ref(self)
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
+        self._payload_limit = state.options.max_payload_bytes
         # After drain() one frame of maximum size always fits.
         self._high_water_bytes = min(
             HIGH_WATER_BYTES,
             state.options.max_unacknowledged_bytes - state.options.max_payload_bytes,
         )
+
+    def _open_again(self) -> Steps[None]:
+        """Open the writer again, of which the server has lost the opening."""
+        try:
+            opening = ops.open_writer(self._attempt, self._writer_name, self._payload_limit)
+            opened = yield from ops.call(opening)
+        finally:
+            self._reopening = False
+        self._reopened(opened.last_ms, opened.last_sequence, opened.opening)
+
+    def _tell(self) -> AppendFrameOutcome:
+        self._place_of_lease.tell_losses()
+        return self.outcome()
+
+    def _end_closed(self) -> None:
+        self._fail(WriterClosed())
+        self._place_of_lease.tell_losses()
 
     def _on_cancel_requested(self) -> None:
         if self._kept is not None:
@@ -345,16 +468,23 @@ def flush(
 
     Raises:
         DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
-        SequenceGap: The server has lost acknowledged frames, as after a failover.
+        FramesLost: The server has lost acknowledged frames in a failover, and the writer did not keep them any more.
+            All frames that were written since are stored, and the writer goes on.
+        SequenceGap: The server has lost acknowledged frames, and the backend keeps none.
         FFError: The writer failed; the error's ``unstored`` has the frames that were not stored.
     """
-    limit = timeout_s(timeout)
+    wait = settle(writer, timeout_s(timeout))
+    return Wait(wait.done, writer._tell, wait.timeout_s)
+
+
+def settle(writer: SharedWriter, limit: float | None) -> Wait[None]:
+    """Wait as `flush` does, for a caller who is told of losses elsewhere."""
     last = writer.next_sequence - 1
     writer._seal_soon()
     checked = last if writer._check_soon() else 0
     return Wait(
         lambda: writer.last_sequence >= last and writer._checked_sequence >= checked,
-        writer.outcome,
+        _nothing,
         limit,
     )
 
@@ -369,7 +499,9 @@ def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
 
     Raises:
         DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
-        SequenceGap: The server has lost acknowledged frames, as after a failover.
+        FramesLost: The server has lost acknowledged frames in a failover, and the writer did not keep them any more.
+            All frames that were written since are stored, and the writer is closed.
+        SequenceGap: The server has lost acknowledged frames, and the backend keeps none.
         FFError: The writer failed.
     """
     limit = timeout_s(timeout)
@@ -378,7 +510,7 @@ def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
     if writer.error is not None:
         raise copy.copy(writer.error)
     writer._seal_last()
-    return Wait(lambda: writer._idle, lambda: writer._fail(WriterClosed()), limit)
+    return Wait(lambda: writer._idle, writer._end_closed, limit)
 
 
 def _nothing() -> None:

@@ -63,6 +63,9 @@ class Sender(Outbox):
         # Writers with the time at which their batch must be sent, and None for a look at what is due. One call in C
         # puts an entry, so an interrupt cannot leave half of one.
         self._inbox: SimpleQueue[tuple[float, Writer] | None] = SimpleQueue()
+        # Writers whose opening the server has lost.
+        self._to_reopen: list[Writer] = []
+        self._let_go_at = 0.0
         self._lingering: list[tuple[float, int, Writer]] = []
         self._order = itertools.count()
         self._retries = Retries(config.retry, retry_timeouts=True)
@@ -141,16 +144,48 @@ class Sender(Outbox):
         while not self._closing.is_set():
             self._seal_lingering()
             hold = self.hold_s()
+            self._let_go()
             wait = self.wait_s()
-            if wait == 0.0:
+            if wait == 0.0 or self._to_reopen:
                 while not self._inbox.empty():
                     self._take(self._inbox.get())
                 return
             waits = [each for each in (wait, hold) if each > 0.0]
+            if self.keeps:
+                waits.append(max(self._let_go_at - time.monotonic(), 0.0))
             if self._lingering:
                 waits.append(max(self._lingering[0][0] - time.monotonic(), 0.0))
             with contextlib.suppress(Empty):
                 self._take(self._inbox.get(timeout=min(waits, default=None)))
+
+    def _let_go(self) -> None:
+        """Let go of what was acknowledged some time ago, while the server is there."""
+        if self.keeps and self._let_go_at <= time.monotonic():
+            if self._connection is not None and not self._connection.reusable:
+                self._drop()
+            self._let_go_at = time.monotonic() + max(self.let_go_s(), 0.0)
+
+    def reopen(self, writer: Writer) -> None:
+        self._to_reopen.append(writer)
+        self._inbox.put(None)
+
+    def _reopen(self, connection: Connection) -> None:
+        """Open writers again of which the server has lost the opening."""
+        while self._to_reopen:
+            writer = self._to_reopen[-1]
+            steps = writer._open_again()
+            try:
+                step = next(steps)
+                while True:
+                    assert isinstance(step, Step)
+                    step = steps.send(connection.request(step))
+            except StopIteration:
+                pass
+            except FFError as error:
+                if error.retryable:
+                    raise
+                writer._fail(error)
+            self._to_reopen.remove(writer)
 
     def _take(self, told: tuple[float, Writer] | None) -> None:
         if told is not None:
@@ -170,6 +205,7 @@ class Sender(Outbox):
         size = 0
         self._failure = None
         try:
+            self._reopen(connection)
             while (
                 self.wait_s() == 0.0
                 and len(calls) < writer_core.CALLS_IN_FLIGHT
@@ -243,6 +279,8 @@ class Sender(Outbox):
         connection, self._connection = self._connection, None
         if connection is not None:
             self._discard(connection)
+            if not self._closing.is_set():
+                self.doubt()
 
 
 def waiting(
@@ -271,6 +309,11 @@ class Writer(SharedWriter):
             self._sender.writers.add(self)
         if not self._sender.running:
             self._fail(WriterClosed())
+
+    def _on_lost_opening(self) -> None:
+        if not self._reopening:
+            self._reopening = True
+            self._sender.reopen(self)
 
     def _on_linger(self) -> None:
         self._sender.linger(self)
