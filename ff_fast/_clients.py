@@ -58,9 +58,9 @@ def _of_cluster(client: Any, nodes: Any) -> ValkeyConnection:
     if not seeds:
         raise InvalidInput("The client of the cluster names no node.")
     host, port = seeds[0]
-    return ValkeyConnection(
-        host, port, seeds=tuple(seeds[1:]), cluster=True, **_login(given), **_tls(given, given.get("ssl"))
-    )  # fmt: skip
+    uses_tls = given.get("ssl") or _is_tls(given.get("connection_class"))
+    access = {**_login(given), **_tls(given, uses_tls)}
+    return ValkeyConnection(host, port, seeds=tuple(seeds[1:]), cluster=True, **access)
 
 
 def _of_sentinels(pool: Any) -> ValkeyConnection:
@@ -119,8 +119,11 @@ def _login(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _uses_tls(pool: Any) -> bool:
-    kind = getattr(pool, "connection_class", type(None))
-    return any(each.__name__ == "SSLConnection" for each in kind.__mro__)
+    return _is_tls(getattr(pool, "connection_class", None))
+
+
+def _is_tls(kind: Any) -> bool:
+    return any(each.__name__ == "SSLConnection" for each in getattr(kind, "__mro__", ()))
 
 
 def _tls(given: Mapping[str, Any], used: object) -> dict[str, Any]:
