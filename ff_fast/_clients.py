@@ -10,7 +10,11 @@ from ff_fast.types import BackendConfig, ValkeyConnection
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_TLS_FILES = {"ssl_ca_certs": "tls_ca_file", "ssl_certfile": "tls_cert_file", "ssl_keyfile": "tls_key_file"}
+_TLS_FILES = {
+    "ssl_ca_certs": "tls_ca_file",
+    "ssl_certfile": "tls_cert_file",
+    "ssl_keyfile": "tls_key_file",
+}
 
 # Arguments of redis-py's TLS connections, as the class that makes the context of them names them.
 _TLS_SETTINGS = {
@@ -76,7 +80,9 @@ def _of_sentinels(pool: Any) -> ValkeyConnection:
     if _uses_tls(first) != bool(access.get("tls")):
         raise InvalidInput("The client uses TLS to the sentinels or to the servers, not to both.")
     if login.get("credential_provider") is not None:
-        raise InvalidInput("The sentinels have a credential provider; give them user name and password.")
+        raise InvalidInput(
+            "The sentinels have a credential provider; give them user name and password."
+        )
     (host, port), *seeds = places
     return ValkeyConnection(
         host,
@@ -137,6 +143,6 @@ def _tls(given: Mapping[str, Any], used: object) -> dict[str, Any]:
         return {"tls": True, **files}
     from redis.asyncio.connection import RedisSSLContext
 
-    made = {"cert_reqs": "required", "check_hostname": True}
+    made: dict[str, Any] = {"cert_reqs": "required", "check_hostname": True}
     made |= {_TLS_SETTINGS[name]: value for name, value in chosen.items()}
     return {"tls": True, "ssl_context": RedisSSLContext(**made).get()}

@@ -12,13 +12,13 @@ import os
 from typing import TYPE_CHECKING, Any, Self
 
 from ff_fast import _transport
-from ff_fast._clients import config_of_client
 from ff_fast._aio.leases import LeaseKeeper
 from ff_fast._aio.opening import Opening
 from ff_fast._aio.operations import Operations, of_handler
 from ff_fast._aio.readers import Completions, Follow, Tail
 from ff_fast._aio.worker import Handler, Task, WorkerLoop
 from ff_fast._aio.writers import Writer
+from ff_fast._clients import config_of_client
 from ff_fast._core import operations
 
 if TYPE_CHECKING:

@@ -79,9 +79,7 @@ class Watch:
         begun: Whether :meth:`run` has begun.
     """
 
-    def __init__(
-        self, config: BackendConfig, on_switch: Callable[[tuple[str, int]], None]
-    ) -> None:
+    def __init__(self, config: BackendConfig, on_switch: Callable[[tuple[str, int]], None]) -> None:
         self._config = config
         self._on_switch = on_switch
         self._known: tuple[str, int] | None = None

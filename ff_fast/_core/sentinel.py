@@ -117,9 +117,7 @@ class Search:
     def __iter__(self) -> Iterator[BackendConfig]:
         """Yield the configuration of each sentinel, until one has answered. All together take one request timeout."""
         asked = self._config.connection
-        left_until = time.monotonic() + (
-            self._config.timeouts.request or DEFAULT_REQUEST_TIMEOUT_S
-        )
+        left_until = time.monotonic() + (self._config.timeouts.request or DEFAULT_REQUEST_TIMEOUT_S)
         count = len(self._sentinels)
         first = _first.get((self._service, self._sentinels), 0)
         for turn in range(count):
@@ -190,8 +188,10 @@ class Search:
         for error in self._failures:
             if isinstance(error, AuthenticationFailed | PermissionDenied):
                 error.args = (
-                    f"A sentinel of the service {self._service} refused the credentials; check sentinel_username and"
-                    " sentinel_password.",
+                    (
+                        f"A sentinel of the service {self._service} refused the credentials; check sentinel_username"
+                        " and sentinel_password."
+                    ),
                 )
                 return error
             if isinstance(error, TlsFailed):

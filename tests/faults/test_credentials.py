@@ -4,6 +4,7 @@ import asyncio
 import logging
 import ssl
 import threading
+from pathlib import Path
 
 import pytest
 from redis.auth.token import SimpleToken
@@ -35,7 +36,9 @@ def guarded(own_server):
 
 
 def let_in(raw, name, password, *rules):
-    raw.execute_command("ACL", "SETUSER", name, "reset", "on", f">{password}", "~*", "&*", "+@all", *rules)
+    raw.execute_command(
+        "ACL", "SETUSER", name, "reset", "on", f">{password}", "~*", "&*", "+@all", *rules
+    )
 
 
 def config(server, provider, **others):
@@ -47,9 +50,7 @@ def config(server, provider, **others):
 
 def users(raw):
     """Users of the connections of ff_fast."""
-    return {
-        each["user"] for each in raw.client_list() if each["name"].startswith("ff_fast:")
-    }
+    return {each["user"] for each in raw.client_list() if each["name"].startswith("ff_fast:")}
 
 
 class Rotating(CredentialProvider):
@@ -147,7 +148,7 @@ async def test_a_provider_for_asyncio_is_awaited_and_the_blocking_shell_says_tha
 
 FAILURES = {
     "a bug": (lambda: {}["canary"], False),
-    "the network": (lambda: open("/nowhere/canary"), True),  # noqa: SIM115
+    "the network": (lambda: Path("/nowhere/canary").read_text(), True),
     "a timeout": (lambda: (_ for _ in ()).throw(TimeoutError("canary")), True),
     "nothing": (lambda: None, False),
     "a text": (lambda: "canary", False),
