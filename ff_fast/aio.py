@@ -51,6 +51,8 @@ class ValkeyBackend(Operations):
             InvalidInput: The URL is not one of these.
             Unavailable, DeadlineExceeded, TlsFailed: The server cannot be reached.
             AuthenticationFailed, PermissionDenied: It refused the credentials, or a command that connecting needs.
+            CredentialsUnavailable: The credential provider failed.
+            PrimaryNotFound, NotPrimary: No sentinel names the primary, or they do not agree on it yet.
             ClusterModeRequired: It is a node of a cluster.
             LibraryMismatch: It holds a newer contract than this library.
             DeploymentMismatch: It stores another partition count than the configuration names.
@@ -82,7 +84,7 @@ class ValkeyBackend(Operations):
         Raises:
             InvalidType: *client* is something else.
             InvalidInput: It cannot be followed: it reads from replicas, or uses TLS to the sentinels or the servers alone.
-            FFError: See :meth:`connect`.
+            FFError: Those of :meth:`connect`.
         """
         return cls.connect(config_of_client(client, settings))
 
