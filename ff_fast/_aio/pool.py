@@ -133,6 +133,8 @@ class Pool:
         """Abort the connections, without waiting."""
         self._nodes.stop()
         self._hub.stop()
+        if self._watch is not None:
+            self._watch.stop()
         if self._credentials is not None:
             self._credentials.stop()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from typing import TYPE_CHECKING, Any
 
 from ff_fast import _transport
@@ -17,7 +18,7 @@ from ff_fast._core.sentinel import (
     primary_in,
     switched_to,
 )
-from ff_fast.errors import FFError
+from ff_fast.errors import FFError, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +37,19 @@ async def resolve(config: BackendConfig) -> BackendConfig:
         return config
     (resolved,) = await _ask(Search(config))
     return resolved
+
+
+async def resolve_replica(config: BackendConfig) -> BackendConfig:
+    """Return *config* with the address of a replica in place of the sentinels.
+
+    Raises:
+        Unavailable: There is none that can be read from.
+        PrimaryNotFound, AuthenticationFailed, TlsFailed: As for :func:`resolve`.
+    """
+    found = await replicas(config)
+    if not found:
+        raise Unavailable("The service has no replica that can be read from.")
+    return random.choice(found)  # noqa: S311 - no secret
 
 
 async def replicas(config: BackendConfig) -> list[BackendConfig]:
@@ -83,16 +97,28 @@ class Watch:
         self._config = config
         self._on_switch = on_switch
         self._known: tuple[str, int] | None = None
+        self._stopped = asyncio.Event()
+        self._connection: Connection | None = None
         self.begun = False
 
     async def run(self) -> None:
-        """Listen to one sentinel after the other, until cancelled."""
-        while True:
+        """Listen to one sentinel after the other, until stopped."""
+        while not self._stopped.is_set():
             for sentinel in Search(self._config):
+                if self._stopped.is_set():
+                    return
                 with contextlib.suppress(FFError):
                     await self._hear(sentinel)
                     break
-            await asyncio.sleep(LOOK_AGAIN_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_AGAIN_S):
+                    await self._stopped.wait()
+
+    def stop(self) -> None:
+        """Let :meth:`run` end; cancelling alone may be lost while it connects."""
+        self._stopped.set()
+        if self._connection is not None:
+            self._connection.abort()
 
     async def _hear(self, sentinel: BackendConfig) -> None:
         """Listen to *sentinel* until the connection is lost.
@@ -100,10 +126,12 @@ class Watch:
         Raises:
             FFError: There is none, or the sentinel does not know the service.
         """
-        connection = Connection()
+        connection = self._connection = Connection()
         lost = asyncio.Event()
         try:
             await connection.open(sentinel)
+            if self._stopped.is_set():
+                return
             connection.on_lost.append(lambda _: lost.set())
             timeout_s = _transport.request_timeout_s(sentinel)
             await connection.request(HELLO, timeout_s)

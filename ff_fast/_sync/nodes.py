@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ff_fast._sync.connection import Connection
     from ff_fast.types import BackendConfig
 
+READ_AGAIN_S = 1.0
+"""How long the primary answers in place of a replica that has failed, in seconds."""
+
 # How long a look may take before another thread looks as well.
 _PATIENCE_S = 10.0
 
@@ -135,6 +138,9 @@ class Nodes:
         self._config = config
         self._ask = ask
         self._only = Node(config)
+        # The replicas of a service that sentinels watch, and since when they may be asked: one has failed before.
+        self.reads = Node(config, replica=True)
+        self.read_at = 0.0 if config.connection.sentinel_service is not None else inf
         self._primaries: dict[Address, Node] = {}
         self._replicas: dict[Address, Node] = {}
         self.topology: Topology | None = None
@@ -190,7 +196,7 @@ class Nodes:
     def all(self) -> list[Node]:
         """Return the servers that are known."""
         if self.topology is None:
-            return [self._only]
+            return [self._only, self.reads]
         return [*self._primaries.values(), *self._replicas.values()]
 
     def failed(self, node: Node, error: FFError) -> None:
@@ -308,6 +314,11 @@ class Requests:
         nodes = self._nodes
         topology = nodes.topology
         if topology is None:
+            if self._replicas and time.monotonic() >= nodes.read_at:
+                try:
+                    return self._on(nodes.reads).request(step, self._longest)
+                except FFError:
+                    nodes.read_at = time.monotonic() + READ_AGAIN_S
             return self._on(nodes.of(None)).request(step, self._longest)
         routing = Routing(step, topology, self._retries, replicas=self._replicas, until=self._until)
         while True:

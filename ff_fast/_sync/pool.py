@@ -19,7 +19,7 @@ from ff_fast._sync.connection import Connection, run_steps
 from ff_fast._sync.credentials import Credentials
 from ff_fast._sync.hub import Hub
 from ff_fast._sync.nodes import Node, Nodes, Requests
-from ff_fast._sync.sentinel import Watch, resolve
+from ff_fast._sync.sentinel import Watch, resolve, resolve_replica
 from ff_fast.errors import FFError, ForkedClient
 from ff_fast.types import BackendTimeouts
 
@@ -119,7 +119,8 @@ class Pool:
     def _open(self, node: Node, config: BackendConfig) -> Connection:
         """Open a connection that is not checked yet."""
         try:
-            connection = Connection(resolve(config))
+            reached = resolve_replica if node is self._nodes.reads else resolve
+            connection = Connection(reached(config))
         except FFError:
             node.failed_at = time.monotonic()
             raise

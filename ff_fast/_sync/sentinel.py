@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ from ff_fast._core.sentinel import (
     switched_to,
 )
 from ff_fast._sync.connection import Connection
-from ff_fast.errors import FFError
+from ff_fast.errors import FFError, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +38,19 @@ def resolve(config: BackendConfig) -> BackendConfig:
         return config
     (resolved,) = _ask(Search(config))
     return resolved
+
+
+def resolve_replica(config: BackendConfig) -> BackendConfig:
+    """Return *config* with the address of a replica in place of the sentinels.
+
+    Raises:
+        Unavailable: There is none that can be read from.
+        PrimaryNotFound, AuthenticationFailed, TlsFailed: As for :func:`resolve`.
+    """
+    found = replicas(config)
+    if not found:
+        raise Unavailable("The service has no replica that can be read from.")
+    return random.choice(found)  # noqa: S311 - no secret
 
 
 def replicas(config: BackendConfig) -> list[BackendConfig]:

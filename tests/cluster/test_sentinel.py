@@ -273,3 +273,21 @@ async def test_the_replicas_are_those_that_the_sentinels_name(shell, site):
     (replica,) = (each.connection for each in found)
     assert (replica.host, replica.port) == ("127.0.0.1", sites.port_of(other(site).url))
     assert replica.sentinel_service is None
+
+
+async def test_reads_go_to_a_replica_where_the_caller_says_so(shell, site, lane):
+    with connect_raw(site.primary.url) as primary, connect_raw(other(site).url) as replica:
+        primary.ping()
+        async with await shell.connect(f"{site.url}?read_from=replica") as backend:
+            eid, handle = await claimed(backend, lane)
+            await asyncio.to_thread(wait_until, site.replicated)
+            replica.config_resetstat()
+            assert (await backend.describe(eid)).state == "active"
+            assert "fcall_ro" in " ".join(replica.info("commandstats"))
+            # Nothing is written there, and the primary answers where the replica does not.
+            await backend.complete(handle)
+            replica.execute_command("CLIENT", "PAUSE", 1, "WRITE")
+            replica.client_kill_filter(_type="normal", skipme=True)
+            replica.config_set("maxclients", 1)
+            assert (await backend.describe(eid)).state == "completed"
+            replica.config_set("maxclients", 10_000)
