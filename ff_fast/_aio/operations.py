@@ -93,7 +93,7 @@ class Operations(Pool):
         level = ask.level.durability
         witness = self._witnesses.get(level)
         if witness is None:
-            witness = self._witnesses[level] = Witness(self, level, self._request_alone)
+            witness = self._witnesses[level] = Witness(self, level)
         return witness.answer(ask)
 
     def _store_soon(self) -> None:
