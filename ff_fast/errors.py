@@ -827,9 +827,15 @@ class ClusterModeRequired(_Connecting):
     """The server is a node of a cluster, and the configuration has no ``cluster=true``."""
 
     code = "cluster_mode_required"
+    _sentence = "The server is a node of a cluster and cluster=true is not set; add it to the URL or the configuration."
+
+
+class NotACluster(_Connecting):
+    """The configuration has ``cluster=true``, and the server is no node of a cluster."""
+
+    code = "not_a_cluster"
     _sentence = (
-        "The server is a node of a cluster and cluster=true is not set; clusters are not supported yet,"
-        " so connect to a standalone server."
+        "The server is no node of a cluster and cluster=true is set; connect without cluster=true."
     )
 
 

@@ -16,7 +16,7 @@ from ff_fast.errors import FFError, OutcomeUnknown, ProtocolError
 
 if TYPE_CHECKING:
     from ff_fast._aio.connection import Connection
-    from ff_fast._aio.pool import Pool
+    from ff_fast._aio.nodes import Node, Nodes
     from ff_fast._core.durability import Ask
     from ff_fast.types import Durability
 
@@ -31,8 +31,9 @@ class Witness:
     later one has not either.
     """
 
-    def __init__(self, pool: Pool, level: Durability) -> None:
-        self._pool = pool
+    def __init__(self, nodes: Nodes, node: Node, level: Durability) -> None:
+        self._nodes = nodes
+        self._node = node
         self._level = level
         self._asks: deque[Ask] = deque()
         self._busy = False
@@ -60,18 +61,19 @@ class Witness:
         self._busy = False
         if not self._asks:
             return
-        connection = self._pool._take_idle()
+        connection = self._node.take_idle()
         self._busy = True
         if connection is None:
-            self._connecting = self._pool._spawn(self._connect())
+            self._connecting = self._nodes.spawn(self._connect())
         else:
             self._put(connection)
 
     async def _connect(self) -> None:
         try:
-            connection = await self._pool._connect()
+            connection = await self._node.connect()
         except BaseException as error:
             failure = error if isinstance(error, FFError) else _transport.closed_error()
+            self._nodes.failed(self._node, failure)
             asked, self._asks = self._asks, deque()
             self._busy = False
             _end(asked, failure)
@@ -85,17 +87,18 @@ class Witness:
         if not asked:
             # Whoever has asked is gone.
             self._busy = False
-            self._pool._release(connection)
+            self._node.release(connection)
             return
-        _Question(self, connection, asked).send(self._level, self._pool._timeout_s)
+        _Question(self, connection, asked).send(self._level, self._nodes.timeout_s)
 
-    def _answered(self, connection: Connection, *, refused: bool) -> None:
-        if refused:
-            # The server may be no primary any more.
-            connection.abort()
-        if not self._pool.closed:
-            self._pool._release(connection)
-            self._go_on()
+    def _answered(
+        self, connection: Connection, replies: list[object], failure: FFError | None
+    ) -> None:
+        if failure is not None:
+            self._nodes.failed(self._node, failure)
+        self._nodes.look_at(self._node, connection, replies)
+        self._node.release(connection)
+        self._go_on()
 
 
 class _Question:
@@ -140,8 +143,7 @@ class _Question:
         except FFError as error:
             failure = error
         _end(self._asked, failure)
-        refused = any(isinstance(reply, Exception) for reply in self._replies)
-        self._witness._answered(self._connection, refused=refused or failure is not None)
+        self._witness._answered(self._connection, self._replies, failure)
 
 
 def _end(asked: list[Ask] | deque[Ask], failure: FFError | None) -> None:
