@@ -26,6 +26,7 @@ from ff_fast.errors import FFError, WriterClosed
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from ff_fast._aio.nodes import Node
     from ff_fast._core.claiming import Claim
     from ff_fast._core.completions import CompletionCore
     from ff_fast._core.deployment import Deployment

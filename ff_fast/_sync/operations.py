@@ -223,7 +223,6 @@ class Operations(Pool):
             steps = durability.ask(ask.level.durability, (ask,))
             run_steps(steps, partial(_request_until, connection, ask.until))
         except FFError as error:
-            self._nodes.failed(connection.node, error)
             ask.end(error)
         finally:
             if ask.failure is not None:
