@@ -20,6 +20,7 @@ from ff_fast.errors import (
     SequenceGap,
     StateLost,
     SummaryConflict,
+    Unavailable,
     WriterClosed,
     WriterSuperseded,
 )
@@ -300,7 +301,7 @@ class SharedWriter(WriterCore):
             raise copy.copy(self.error)
         if isinstance(ask.failure, SequenceGap) and (self._check_soon() or not self._idle):
             # The writer meets the gap by itself, and ends with it or repairs it.
-            ask.failure = None
+            ask.failure = Unavailable()
         try:
             return ask.again()
         except NotReplicated:
