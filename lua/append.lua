@@ -310,7 +310,7 @@ local function check_blocks(args, at, last)
     if not lost or lost < 1 then
       return bad_block()
     end
-    at, stream, frames_ended, entries, total = at + 2, 'log', true, 1, lost
+    at, stream, frames_ended, entries, total, about_meta = at + 2, 'log', true, 1, lost, true
   end
   while at <= last do
     local letter = args[at]
@@ -538,9 +538,10 @@ local function write_blocks(
     local frames_in = FRAMES_IN[letter]
     if letter == LOST then
       local count = args[at + 1] + 0
+      local visible = call('HGET', meta_key, 'visible_sequence') or format('%d', sequence + skip)
       sequence = sequence + count
       id = format('%s-%d', ms, sequence)
-      call('XADD', log_key, id, 'lost', format('%d', count - skip))
+      call('XADD', log_key, id, 'lost', format('%d', count - skip), 'prev', visible)
       skip, ms, at = 0, later_ms, at + 2
     elseif frames_in then
       local count, from, first_field, last_field = args[at + 1], at + 2, at + 3, nil

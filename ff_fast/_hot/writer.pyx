@@ -1699,10 +1699,14 @@ cdef class WriterCore:
                 PyGC_Enable()
         self._notify()
 
+    cdef bint _is_newest(self) except -1:
+        """Whether what is held is this writer's to store again: no other was opened after it."""
+        return self._held is not None and self._held.writer == self._writer_id
+
     cdef bint _must_replay(self, Batch batch, object reply, object error) except -1:
         """Note what a refusal says of the server; return whether *batch* is sent again for that."""
         cdef long long stored
-        if self._held is None:
+        if not self._is_newest():
             return False
         if isinstance(error, SequenceGap):
             stored = error.expected - 1
@@ -1962,7 +1966,7 @@ cdef class WriterCore:
             return None
         error = refusal_of(reply, self._opening)
         if (
-            self._held is not None and not self._returned
+            self._is_newest() and not self._returned
             and is_lost_opening(reply, self._opening)
         ):
             self._opening_lost = True

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from ff_fast._sync.connection import Connection
     from ff_fast.types import BackendConfig
 
+LOOK_S = 0.5
+"""Time between two looks at the connection of writers that wait, while they hold what a failover may lose."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -163,7 +166,7 @@ class Sender(Outbox):
         if self.keeps and self._let_go_at <= time.monotonic():
             if self._connection is not None and not self._connection.reusable:
                 self._drop()
-            self._let_go_at = time.monotonic() + max(self.let_go_s(), 0.0)
+            self._let_go_at = time.monotonic() + min(max(self.let_go_s(), 0.0), LOOK_S)
 
     def reopen(self, writer: Writer) -> None:
         self._to_reopen.append(writer)
