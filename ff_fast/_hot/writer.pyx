@@ -1774,6 +1774,7 @@ cdef class WriterCore:
         # Everybody hears of a loss, so it is visible. What follows may not be.
         if following is None:
             self._sent_visible = -1
+            self._visible = max(self._visible, last)
             blocks.append(b"")
         else:
             blocks.append(b"" if following.follows_visible else b"%d" % last)
