@@ -443,6 +443,28 @@ class SequenceGap(FFError):
         return cls(*_two_numbers(details))
 
 
+class FramesLost(FFError):
+    """The server has lost acknowledged frames in a failover, and the writer did not keep them any more.
+
+    The stream tells its readers, by a ``Gap`` with the reason ``lost``, and goes on behind them. The call is told of
+    once: a call that was to release the lease has not done so, and may be made again; a writer goes on.
+
+    Args:
+        first: Sequence of the first frame that is lost.
+        last: Sequence of the last one.
+    """
+
+    code = "frames_lost"
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__(
+            f"The server has lost the frames {first} to {last}, which it had acknowledged, and the stream says so to its"
+            " readers; call again to go on without them."
+        )
+        self.first = first
+        self.last = last
+
+
 class SummaryConflict(FFError):
     """The summary has another version than the base of the patches.
 
@@ -724,6 +746,20 @@ class Unavailable(_Connecting, ConnectionError):
     _sentence = "The server cannot be reached or is not ready; try again later."
 
 
+class PrimaryNotFound(Unavailable):
+    """No sentinel names a primary of the service.
+
+    Attributes:
+        service: Name of the service.
+        sentinels: Addresses of the sentinels that were asked.
+    """
+
+    code = "primary_not_found"
+    service: str = ""
+    sentinels: tuple[str, ...] = ()
+    _sentence = "No sentinel names a primary of the service; check its name and the sentinels."
+
+
 class OutcomeUnknown(_Connecting, ConnectionError):
     """The connection broke after the call was sent: it may have been applied."""
 
@@ -765,6 +801,16 @@ class AuthenticationFailed(_Connecting, PermissionError):
     code = "authentication_failed"
     fault: CredentialFault | None = None
     _sentence = "The server refused the credentials; check the user name and the password."
+
+
+class CredentialsUnavailable(_Connecting):
+    """The provider of credentials raised, or returned something else than credentials.
+
+    It is retryable where the provider's error was one of the system, as a lost connection or a timeout.
+    """
+
+    code = "credentials_unavailable"
+    _sentence = "The credential provider did not return credentials; look into its own log."
 
 
 DeniedKind = Literal["command", "key", "channel", "database"]

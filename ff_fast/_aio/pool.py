@@ -43,7 +43,9 @@ class Pool:
         # Claims under way, and the tasks that give back what others have left.
         self._claims: set[Claim] = set()
         self._giving_back: set[asyncio.Task[None]] = set()
-        self._deployment = Deployment(config.partitions, config.max_payload_bytes)
+        self._deployment = Deployment(
+            config.partitions, config.max_payload_bytes, config.replay_ms, config.replay_bytes
+        )
         self._nodes = Nodes(config, self._deployment, self._spawn)
         first = self._nodes.first
         self._hub = Hub(
