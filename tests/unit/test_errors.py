@@ -69,6 +69,7 @@ RETRYABLE = {
     "storage_unavailable": errors.StorageUnavailable,
     "not_primary": errors.NotPrimary,
     "not_enough_replicas": errors.NotEnoughReplicas,
+    "not_replicated": errors.NotReplicated,
     "function_missing": errors.FunctionMissing,
     "redirected": errors.Redirected,
 }
@@ -314,6 +315,12 @@ def test_server_errors_by_their_first_word(subtests):
         ("READONLY You can't write against a read only replica.", errors.NotPrimary),
         ("BUSY Valkey is busy running a script.", errors.ServerBusy),
         ("NOREPLICAS Not enough good replicas to write.", errors.NotEnoughReplicas),
+        ("ERR WAIT cannot be used with replica instances.", errors.NotPrimary),
+        ("ERR WAITAOF cannot be used with replica instances.", errors.NotPrimary),
+        (
+            "ERR WAITAOF cannot be used when numlocal is set but appendonly is disabled.",
+            errors.UnsupportedServer,
+        ),
         ("ERR Function not found", errors.FunctionMissing),
         ("WRONGTYPE Operation against a key", errors.Corruption),
         ("ERR The ID specified in XADD is equal or smaller than the target", errors.Corruption),
