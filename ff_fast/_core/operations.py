@@ -161,18 +161,15 @@ def _releasing(
 
     def releasing() -> Steps[T]:
         place = on.places.find(lease_id)
-        last_id = None
+        compares = True
         # A server that is replaced meanwhile may lack frames again.
         left = _REPLAYS
         while True:
             if place is not None and not fails:
                 place.tell_losses()
+            known = on.places.last_id(lease_id, last_sequence) if compares else b""
             try:
-                if last_id is None:
-                    value = yield from steps(on.places.last_id(lease_id, last_sequence))
-                else:
-                    value = yield from steps(last_id)
-                break
+                value = yield from steps(known)
             except SequenceGap:
                 left -= 1
                 if left and place is not None and (yield from writers.stored_again(attempt, place)):
@@ -180,15 +177,16 @@ def _releasing(
                 if not fails:
                     on.places.tell(lease_id)
                     raise
-                last_id = b""
+                compares = False
             except FFError as error:
                 if is_lease_lost(error):
                     on.places.forget(lease_id)
                 raise
-        on.places.confirm(lease_id)
-        if releases(value):
-            on.places.forget(lease_id)
-        return value
+            else:
+                on.places.confirm(lease_id)
+                if releases(value):
+                    on.places.forget(lease_id)
+                return value
 
     return Call(
         releasing,

@@ -36,6 +36,7 @@ NOT_APPLIED = {
     "lease_expired": errors.LeaseExpired,
     "writer_superseded": errors.WriterSuperseded,
     "sequence_gap": errors.SequenceGap,
+    "frames_lost": errors.FramesLost,
     "execution_not_active": errors.ExecutionNotActive,
     "execution_failed": errors.ExecutionFailed,
     "execution_cancelled": errors.ExecutionCancelled,
@@ -96,6 +97,7 @@ def make(cls):
     arguments = {
         errors.PayloadTooLarge: ((10, 11), {}),
         errors.SequenceGap: ((5, 9), {}),
+        errors.FramesLost: ((5, 8), {}),
         errors.SummaryConflict: ((2, 1), {}),
         errors.LibraryMismatch: ((4, 3), {}),
         errors.DeploymentMismatch: ((256, 64), {}),
