@@ -235,11 +235,10 @@ def stored_again(attempt: ops.Attempt, place: Place) -> Steps[bool]:
     if place.held is None or not place.held.writer:
         return False
     writer = place.writer
-    if writer is not None and not writer._stopped:
+    if writer is not None:
         writer._ask()
-        while not (writer._stopped or writer._idle):
+        while not (writer._idle or writer._stopped):
             yield Pause(_SETTLE_S)
-        # The server has answered meanwhile.
         if not writer._stopped:
             return True
     return (yield from _replayed(attempt, place, place.held.writer)) is None

@@ -12,9 +12,9 @@ are field lists:
 
 A field with its default value is left out. Defaults: mode ``durable`` in the log and
 ``best_effort`` in the live window, frame type ``token``, encoding ``utf8``, source ``worker``.
-A loss entry stands in the log: so many
-frames up to its sequence were lost with a server. The first visible (not best-effort) frame after best-effort frames has ``prev``: the sequence of the
-visible frame before it, 0 for none. ``summary_version`` is that of the entry's last frame.
+The first visible (not best-effort) frame after best-effort frames has ``prev``: the sequence of the
+visible frame before it, 0 for none. ``summary_version`` is that of the entry's last frame. A loss
+entry stands in the log, and says how many frames up to its own sequence were lost with a server.
 
 A run holds consecutive frames that share all these fields. It stores what differs:
 

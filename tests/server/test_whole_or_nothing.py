@@ -121,9 +121,7 @@ class Scene:
     def append(self, *blocks, first=4, push=b" push"):
         attempt = self.attempt
         args = (part for block in blocks for part in block)
-        argv = streams.part_of(
-            attempt.stream_keys, self.writer, b"%d" % (first - 1), push, *args
-        )
+        argv = streams.part_of(attempt.stream_keys, self.writer, b"%d" % (first - 1), push, *args)
         return ops.Op(b"ff_append", attempt.stream_keys, argv, None)
 
     # -- ops ----------------------------------------------------------------------------------------
