@@ -460,7 +460,8 @@ class Server:
         renewal = request.tail.get(b"N")
         version = self.version
         if renewal:
-            assert not (request.patches or compaction)
+            assert not request.patches
+            assert not compaction
             version = int(renewal[0])
             compaction = renewal
             self.summary = {

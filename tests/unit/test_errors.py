@@ -36,6 +36,7 @@ NOT_APPLIED = {
     "lease_expired": errors.LeaseExpired,
     "writer_superseded": errors.WriterSuperseded,
     "sequence_gap": errors.SequenceGap,
+    "frames_lost": errors.FramesLost,
     "execution_not_active": errors.ExecutionNotActive,
     "execution_failed": errors.ExecutionFailed,
     "execution_cancelled": errors.ExecutionCancelled,
@@ -69,7 +70,6 @@ RETRYABLE = {
     "storage_unavailable": errors.StorageUnavailable,
     "not_primary": errors.NotPrimary,
     "not_enough_replicas": errors.NotEnoughReplicas,
-    "not_replicated": errors.NotReplicated,
     "function_missing": errors.FunctionMissing,
     "redirected": errors.Redirected,
 }
@@ -77,6 +77,7 @@ UNKNOWN_RETRYABLE = {
     "outcome_unknown": errors.OutcomeUnknown,
     "deadline_exceeded": errors.DeadlineExceeded,
 }
+APPLIED_RETRYABLE = {"not_replicated": errors.NotReplicated}
 UNKNOWN = {
     "protocol_error": errors.ProtocolError,
     "internal_function_error": errors.InternalFunctionError,
@@ -86,6 +87,7 @@ TABLE = [
     for classes, retryable, outcome in (
         (NOT_APPLIED, False, Outcome.NOT_APPLIED),
         (RETRYABLE, True, Outcome.NOT_APPLIED),
+        (APPLIED_RETRYABLE, True, Outcome.APPLIED),
         (UNKNOWN_RETRYABLE, True, Outcome.UNKNOWN),
         (UNKNOWN, False, Outcome.UNKNOWN),
     )
@@ -98,6 +100,7 @@ def make(cls):
     arguments = {
         errors.PayloadTooLarge: ((10, 11), {}),
         errors.SequenceGap: ((5, 9), {}),
+        errors.FramesLost: ((5, 8), {}),
         errors.SummaryConflict: ((2, 1), {}),
         errors.LibraryMismatch: ((4, 3), {}),
         errors.DeploymentMismatch: ((256, 64), {}),
