@@ -4,7 +4,7 @@ An entry id is ``<ms>-<sequence>``: server time, and the sequence of the entry's
 are field lists:
 
     log entry        payload [frame_type] [prev] [correlation_id] [encoding] [source]
-    loss entry       lost, in the log: how many frames up to its sequence were lost with a server
+    loss entry       lost prev
     live entry       payload (of one frame) or run (of several)
                      [mode] [frame_type] [prev] [correlation_id] [encoding] [source]
                      [patch_kind [pointer]] [summary_version]
@@ -13,7 +13,8 @@ are field lists:
 A field with its default value is left out. Defaults: mode ``durable`` in the log and
 ``best_effort`` in the live window, frame type ``token``, encoding ``utf8``, source ``worker``.
 The first visible (not best-effort) frame after best-effort frames has ``prev``: the sequence of the
-visible frame before it, 0 for none. ``summary_version`` is that of the entry's last frame.
+visible frame before it, 0 for none. ``summary_version`` is that of the entry's last frame. A loss
+entry stands in the log, and says how many frames up to its own sequence were lost with a server.
 
 A run holds consecutive frames that share all these fields. It stores what differs:
 
@@ -339,8 +340,9 @@ cdef class Entries:
     """The frames of some entries of one stream.
 
     Attributes:
-        frames: The frames, in order. One of the mode ``lost`` stands for lost frames, which begin
-            behind its `_previous`; `assemble` makes a gap of it.
+        frames: The frames, in order. One of the mode ``lost`` stands for lost frames: they begin
+            behind its `_previous`, and the last visible frame before has the sequence
+            `_summary_version`. `assemble` makes a gap of it.
         end_reason: Why the attempt ended; None if the end entry is not among the entries.
         taken: How many entries were decoded; the next one is beyond the limit.
         foreign: How many of these another program wrote; they are left out.
@@ -510,7 +512,8 @@ def decode_entries(
             elif is_field(name, "lost", 4):
                 lost = value
         if (
-            lost is not None and payload is None and run is None and end_reason is None
+            lost is not None and previous is not None
+            and payload is None and run is None and end_reason is None
             and not live and ms != LARGEST and 0 < sequence < LARGEST
             and (ms < newest_ms or (ms == newest_ms and sequence <= newest_sequence))
         ):
@@ -520,6 +523,7 @@ def decode_entries(
             if sequence > after:
                 frame.mode = LOST
                 frame._previous = sequence - lost_count
+                number_of(previous, &frame._summary_version)
                 result.frames.append(frame)
             elif ms > after_ms and sequence < after:
                 result.rewound = True
@@ -631,6 +635,7 @@ def assemble(
     cdef Py_ssize_t j = 0
     cdef Py_ssize_t first_count = len(first)
     cdef Py_ssize_t second_count = len(second)
+    cdef long long before
     cdef StreamFrame frame
     while i < first_count or j < second_count:
         if j >= second_count or (
@@ -645,11 +650,12 @@ def assemble(
         if frame.sequence <= sequence:
             continue
         if frame.mode is LOST:
-            if frame._previous > sequence:
+            before = frame._summary_version if exclude_best_effort else frame._previous
+            if before > sequence:
                 items.append(
                     gap_before(attempt_index, frame._ms, sequence, frame._previous + 1, reason)
                 )
-                sequence = frame._previous
+            sequence = max(sequence, frame._previous)
             ms = frame._ms
             items.append(gap_before(attempt_index, ms, sequence, frame.sequence + 1, LOST))
             sequence = frame.sequence
