@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from ff_fast._core.steps import Command, Step
 from ff_fast._hot.feed import Feed, Inbox
@@ -60,14 +60,28 @@ class Listener(Protocol):
         """Hear that no subscription can be had. The channel is forgotten."""
 
 
-class Part(Protocol):
-    """What a reader attaches to a channel: an inbox of an attempt, or a listener of its own."""
+class OneChannel(Protocol):
+    """What a reader listens to one channel with: an inbox, which shares a feed with the others of its channel."""
 
     on_wake: Callable[[], object] | None
 
     @property
     def channel(self) -> bytes:
         """The channel that it listens to."""
+
+
+class Listeners(Protocol):
+    """What a reader listens to several channels with."""
+
+    on_wake: Callable[[], object] | None
+
+    @property
+    def listeners(self) -> Sequence[tuple[bytes, Listener]]:
+        """The channels, and what listens to each."""
+
+
+Part = OneChannel | Listeners
+"""What a reader attaches."""
 
 
 class Asked:
@@ -130,10 +144,11 @@ class HubCore:
 
     def attach(self, part: Part) -> None:
         """Let *part* of a reader hear its channel; inboxes of one channel share a feed."""
-        channel = part.channel
         if not isinstance(part, Inbox):
-            self.listen(channel, part)  # type: ignore[arg-type]
+            for channel, listener in cast("Listeners", part).listeners:
+                self.listen(channel, listener)
             return
+        channel = cast("OneChannel", part).channel
         feed = self._feeds.get(channel)
         if feed is None:
             feed = self._feeds[channel] = Feed(channel)
@@ -142,10 +157,11 @@ class HubCore:
 
     def detach(self, part: Part, now: float) -> None:
         """Let *part* go; does nothing if it is not attached."""
-        channel = part.channel
         if not isinstance(part, Inbox):
-            self.unlisten(channel, part, now)  # type: ignore[arg-type]
+            for channel, listener in cast("Listeners", part).listeners:
+                self.unlisten(channel, listener, now)
             return
+        channel = cast("OneChannel", part).channel
         feed = self._feeds.get(channel)
         if feed is not None and feed.remove(part):
             del self._feeds[channel]
