@@ -749,9 +749,7 @@ class EmbeddedCluster:
             time.sleep(_LOOK_S)
 
     def _view(self, node: EmbeddedNode) -> _View:
-        return _View(
-            *node._ask(("CLUSTER", "INFO"), ("CLUSTER", "NODES"), ("INFO", "replication"))
-        )
+        return _View(*node._ask(("CLUSTER", "INFO"), ("CLUSTER", "NODES"), ("INFO", "replication")))
 
     def _any_view(self) -> _View:
         if not (living := self.running):

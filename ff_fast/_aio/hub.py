@@ -150,7 +150,7 @@ class Hub:
 
     def attach(self, part: Part) -> None:
         """Let *part* of a reader hear its channel."""
-        self._core.attach(part)
+        self._core.attach(part, time.monotonic())
         self._soon()
 
     def detach(self, part: Part) -> None:
