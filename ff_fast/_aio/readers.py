@@ -22,7 +22,7 @@ from ff_fast.types import CompletionPayload
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from ff_fast._aio.hub import Read
+    from ff_fast._aio.hub import Read, RoutedRead
     from ff_fast._aio.pool import Pool
 
 T = TypeVar("T", bound=readers.HasCursor)
@@ -121,7 +121,7 @@ class PushReader(readers.PushState[T], Readable[T]):
         self._loop = pool._loop
         # The hub knows the bell, and not the reader, so a reader that was left can go.
         self._ring = Bell(pool._loop)
-        self._sent: Read | None = None
+        self._sent: Read | RoutedRead | None = None
         # Rings the bell at `_looks_at`.
         self._look: asyncio.TimerHandle | None = None
 
@@ -212,7 +212,7 @@ class PushReader(readers.PushState[T], Readable[T]):
         self._leave()
         self._look_by(inf)
         if self._sent is not None:
-            self._hub.drop(self._sent)
+            self._sent.drop()
         self._ring()
 
     def __del__(self) -> None:

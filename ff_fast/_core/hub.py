@@ -13,6 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ff_fast import keys
+from ff_fast._core.nodes import no_owner
 from ff_fast._core.steps import Command, Retries, Step
 from ff_fast._core.topology import Address, address_of
 from ff_fast._hot.feed import Feed, Inbox
@@ -22,16 +23,15 @@ from ff_fast.errors import (
     InternalFunctionError,
     PermissionDenied,
     Redirected,
-    Unavailable,
     UnsupportedServer,
     from_server_error,
 )
+from ff_fast.types import BackendRetry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ff_fast._core.topology import Topology
-    from ff_fast.types import BackendRetry
 
 LINGER_S = 1.0
 """How long a channel without listeners stays subscribed, in seconds: a reader that comes back finds it."""
@@ -48,7 +48,9 @@ PING = pack_command(b"HELLO")
 # How long a subscription may be missing before the topology is looked at again, in seconds.
 _LOOK_S = 0.25
 
-_NO_OWNER = "No node of the cluster is known that has the slot; try again later."
+ONCE = BackendRetry(number_of_retries=0)
+"""Retries of what is tried again elsewhere, or later."""
+
 _NO_SHARDED_PUBSUB = "The server has no sharded pub/sub, over which readers hear of frames; use Valkey 7.2, Redis 7.0 or newer."
 _NO_RESP3 = "The server or a proxy in front of it does not speak RESP3, which readers need; connect to Valkey 7.2, Redis 7.0 or newer."
 
@@ -585,7 +587,7 @@ class HubsCore(_Attached):
             if entry.seat is not None:
                 self._place(entry)
             elif entry.due_at <= now and not self._place(entry):
-                self._failed(entry, Unavailable(_NO_OWNER), None, now)
+                self._failed(entry, no_owner(), None, now)
         for entry in list(self._unsettled.values()):
             if entry.confirmed:
                 entry.retries.reset()
