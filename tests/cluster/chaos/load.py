@@ -8,10 +8,11 @@ import asyncio
 import collections
 import contextlib
 import random
+import threading
 import time
 
 import ff_fast
-from ff_fast import End, Frame, RetryPolicy, StreamFrame, keys
+from ff_fast import FailureClass, RetryPolicy, keys
 from ff_fast.errors import FFError
 
 from ...server.workers import handler_for
@@ -129,7 +130,7 @@ class Load:
             self._spawn(f"stream {i}", self._stream(f"{self._lane}-{i}", self._dice(i)))
         for i in range(by_hand, self.streams):
             self._spawn(f"producer {i}", self._produce(self._dice(i)))
-        self._stop = asyncio.Event() if self.kind == "asyncio" else ff_fast_event()
+        self._stop = asyncio.Event() if self.kind == "asyncio" else threading.Event()
         self._spawn("worker", self._work(works))
         self._spawn("supervisor", self._supervise(other))
 
@@ -250,7 +251,7 @@ class Load:
         except Told:
             # Given back, so that its lease is not waited for; whoever has lost it is refused.
             with contextlib.suppress(FFError):
-                await self._timed(self.writes.fail(handle, "given up"))
+                await self._timed(self.writes.fail(handle, "given up", FailureClass.TRANSIENT))
 
     async def _write(self, execution, attempt, handle, options):
         mode = MODES[execution.burst.mode]
@@ -315,22 +316,30 @@ class Load:
     def _handle(self, task):
         execution = self.executions[task.execution_id]
         attempt = execution.attempts[task.attempt_index]
+        try:
+            yield from self._write_in(task, execution, attempt)
+        except FFError as error:
+            self.counts[f"handler: {error.code} {outcome_of(error)}"] += 1
+            attempt.error = error
+            raise
+        return execution.eid.encode()
+
+    def _write_in(self, task, execution, attempt):
         mode = MODES[execution.burst.mode]
         while (sequence := task.writer.next_sequence) <= execution.length:
             task.write(execution.payload(task.attempt_index, sequence), mode=mode)
             yield sleep(task, 1 / self.rate)
-            if sequence % FLUSH_EVERY == 0 or sequence == execution.length:
-                try:
-                    yield task.flush()
-                except FFError as error:
-                    self.counts[f"handler: {error.code} {outcome_of(error)}"] += 1
-                    if error.code != "frames_lost":
-                        attempt.error = error
-                        raise
-                    attempt.lost.append(range(error.first, error.last + 1))
-                else:
-                    attempt.acknowledged = sequence
-        return execution.eid.encode()
+            if sequence % FLUSH_EVERY and sequence != execution.length:
+                continue
+            try:
+                yield task.flush()
+            except FFError as error:
+                if error.code != "frames_lost":
+                    raise
+                attempt.lost.append(range(error.first, error.last + 1))
+                self.counts["handler: frames_lost"] += 1
+            else:
+                attempt.acknowledged = sequence
 
     async def _supervise(self, backend):
         while not self.over:
@@ -409,9 +418,3 @@ class Load:
                 await self._close(tail)
             if ended:
                 return
-
-
-def ff_fast_event():
-    import threading
-
-    return threading.Event()

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from ...waiting import wait_until_async
+from ...waiting import wait_until, wait_until_async
 from . import check
 from .load import Load
 from .scenarios import SCENARIOS, Pace
@@ -131,8 +131,10 @@ async def _run(settings, scenario, site, report):
         report.violation(f"tasks are left: {left}")
     await loop.shutdown_default_executor()
     gc.collect()
-    if (after := _descriptors()) > before:
-        report.violation(f"{after - before} descriptors are left")
+    try:
+        wait_until(lambda: _descriptors() <= before, 10)
+    except AssertionError:
+        report.violation(f"{_descriptors() - before} descriptors are left")
 
 
 async def _told(load):

@@ -9,6 +9,10 @@ from typing import NamedTuple
 from .site import DOWN, UP, ClusterSite, PairSite, cut_off, let_follow
 
 
+TAILS_S = (0.2, 0.5, 2.5)
+"""How much a replica lacks, in seconds: what a writer still holds, and what it does not."""
+
+
 class Pace:
     """How long a scenario runs, and how long it waits between two faults."""
 
@@ -75,7 +79,7 @@ async def failover(site, dice, pace, note):
             continue
         note(f"{replica.address} takes over from {primary.address} without the tail")
         cut_off(primary.command, replica.command)
-        await asyncio.sleep(dice.uniform(0.1, 0.5))
+        await asyncio.sleep(dice.choice(TAILS_S))
         await asyncio.to_thread(cluster.kill, primary)
         await asyncio.to_thread(cluster.failover, replica, "TAKEOVER")
         let_follow(replica.command)
@@ -91,7 +95,7 @@ async def pair(site, dice, pace, note):
             continue
         note("a failover without the tail")
         await asyncio.to_thread(site.cut_off)
-        await asyncio.sleep(dice.uniform(0.1, 0.5))
+        await asyncio.sleep(dice.choice(TAILS_S))
         await asyncio.to_thread(site.killed)
 
 
