@@ -16,7 +16,9 @@ owner at once that the server has ended.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
 import importlib.metadata
 import os
 import select
@@ -35,9 +37,9 @@ from typing import TYPE_CHECKING, Final
 from ff_fast.errors import FFError, InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
-    from typing import Self
+    from typing import Any, Self
 
 ConfigValue = str | int | bool | tuple[str | int, ...]
 """A directive's value; a tuple is a directive with several arguments."""
@@ -227,6 +229,7 @@ class EmbeddedServer:
         self._clustered = directives.get("cluster-enabled") in (True, "yes")
         self._tcp = tcp
         self._port = 0
+        self._bus_port = 0
         self._launch()
 
     # -- properties ------------------------------------------------------------------------------
@@ -332,9 +335,11 @@ class EmbeddedServer:
         if self._tcp:
             if not self._port or attempt:
                 self._port = _free_port()
+                self._bus_port = _free_port() if self._clustered else 0
             addresses |= {"bind": "127.0.0.1", "port": self._port}
             if self._clustered:
-                addresses["cluster-port"] = _free_port()
+                # The other nodes know it; its default would be out of range for a high port.
+                addresses["cluster-port"] = self._bus_port
         return addresses
 
     def _launch(self) -> None:
@@ -410,6 +415,396 @@ class EmbeddedServer:
         # The server quotes a directive that it refuses, which may be a password.
         shown = [line.split('"')[0] if line.startswith(">>> ") else line for line in lines[-12:]]
         return "".join(f"\n  {line}" for line in shown) or " It logged nothing."
+
+
+SLOTS: Final = 16_384
+"""Hash slots of a cluster."""
+
+_LOOK_S: Final = 0.01
+"""Pause between two looks at a cluster, in seconds."""
+
+
+class EmbeddedNode(EmbeddedServer):
+    """One server of an :class:`EmbeddedCluster`, which starts and stops it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(tcp=True, **options)
+        self.id: Final[str] = self.command("CLUSTER", "MYID").decode()
+        """The node's id in the cluster."""
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port for clients."""
+        return "127.0.0.1", self._port
+
+    @property
+    def bus_address(self) -> tuple[str, int, int]:
+        """Host, port for clients and port for other nodes, as ``CLUSTER MEET`` takes them."""
+        return "127.0.0.1", self._port, self._bus_port
+
+    def command(self, *arguments: str | int) -> Any:
+        """Send one command over a connection of its own and return the reply.
+
+        Raises:
+            EmbeddedServerError: The server answers with an error, or not at all.
+        """
+        return self._ask(arguments)[0]
+
+    def _ask(self, *commands: tuple[str | int, ...]) -> list[Any]:
+        import hiredis
+
+        reader = hiredis.Reader()
+        replies: list[Any] = []
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(self._start_timeout_s)
+                connection.connect(str(self._socket_path))
+                connection.sendall(b"".join(map(hiredis.pack_command, commands)))
+                while len(replies) < len(commands):
+                    reply = reader.gets()
+                    if reply is False:
+                        if not (data := connection.recv(1 << 16)):
+                            raise EmbeddedServerError("The node closed the connection.")
+                        reader.feed(data)
+                        continue
+                    if isinstance(reply, hiredis.ReplyError):
+                        raise EmbeddedServerError(f"The node refused a command: {reply}")
+                    replies.append(reply)
+        except OSError as error:
+            raise EmbeddedServerError("The node does not answer.") from error
+        return replies
+
+
+class _View:
+    """What one node knows of its cluster."""
+
+    def __init__(self, info: bytes, nodes: bytes, replication: bytes) -> None:
+        self.ok = b"cluster_state:ok" in info
+        self.linked = b"master_link_status:down" not in replication
+        self.flags: dict[str, set[str]] = {}
+        self.connected: set[str] = set()
+        self.primary_of: dict[str, str] = {}
+        self.slots: dict[str, list[tuple[int, int]]] = {}
+        for line in nodes.decode().splitlines():
+            identity, _, flags, primary, _, _, _, link, *ranges = line.split()
+            self.flags[identity] = set(flags.split(","))
+            if link == "connected":
+                self.connected.add(identity)
+            if primary != "-":
+                self.primary_of[identity] = primary
+            self.slots[identity] = [
+                (int(first), int(last or first))
+                for first, _, last in (each.partition("-") for each in ranges if each[0] != "[")
+            ]
+
+    def agrees(self, other: _View) -> bool:
+        return self.slots == other.slots and self.primary_of == other.primary_of
+
+
+class EmbeddedCluster:
+    """A Valkey Cluster of one's own on the loopback interface, for demos and tests.
+
+    It lives as long as its owner, as an :class:`EmbeddedServer` does, and takes about 2.5 s to start: a
+    new node accepts writes after two seconds. Every method waits until all living nodes agree
+    on the result.
+
+    Args:
+        primaries: How many servers share the slots.
+        replicas: How many servers replicate one of them, in turn.
+        executable, debug_command: As of :class:`EmbeddedServer`.
+        node_timeout_ms: After how long a silent node counts as failed.
+        deadline_s: How long the start, or a change, may take.
+        **config: Directives of every node's configuration file.
+
+    Raises:
+        MissingDependency, EmbeddedServerError, InvalidInput: As of :class:`EmbeddedServer`.
+
+    Attributes:
+        nodes: The servers, dead ones too; first the primaries, then the replicas, as they were started.
+    """
+
+    def __init__(
+        self,
+        primaries: int = 3,
+        replicas: int = 0,
+        *,
+        node_timeout_ms: int = 1500,
+        deadline_s: float = 30.0,
+        **config: Any,
+    ) -> None:
+        if primaries < 1 or replicas < 0:
+            raise InvalidInput("A cluster has at least one primary, and no fewer than 0 replicas.")
+        self.nodes: list[EmbeddedNode] = []
+        self._deadline_s = deadline_s
+        self._config = {
+            # Every other way of the first synchronisation waits for a timer of one second.
+            "repl_diskless_sync": False,
+            "repl_diskless_load": "on-empty-db",
+            # A primary that has given its slots away stays one.
+            "cluster_allow_replica_migration": False,
+            **config,
+            "cluster_enabled": True,
+            "cluster_node_timeout": node_timeout_ms,
+        }
+        try:
+            self._form(primaries, replicas)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _form(self, primaries: int, replicas: int) -> None:
+        # Side by side: the time until a node accepts writes counts from its own start.
+        with concurrent.futures.ThreadPoolExecutor(primaries + replicas) as threads:
+            starts = [threads.submit(self._start) for _ in range(primaries + replicas)]
+            for start in starts:
+                with contextlib.suppress(FFError):
+                    self.nodes.append(start.result())
+            for start in starts:
+                start.result()
+        for i, node in enumerate(self.nodes):
+            node.command("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
+            if i < primaries:
+                first, last = (SLOTS * n // primaries for n in (i, i + 1))
+                node.command("CLUSTER", "ADDSLOTSRANGE", first, last - 1)
+            for other in self.nodes[:i]:
+                node.command("CLUSTER", "MEET", *other.bus_address)
+        for i, replica in enumerate(self.nodes[primaries:]):
+            self._replicate(replica, self.nodes[i % primaries])
+        self.wait_until_stable()
+
+    def _start(self) -> EmbeddedNode:
+        return EmbeddedNode(**self._config)
+
+    def _replicate(self, replica: EmbeddedNode, primary: EmbeddedNode) -> None:
+        self._wait(lambda: primary.id in self._view(replica).flags, "know its primary")
+        replica.command("CLUSTER", "REPLICATE", primary.id)
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """URL with all nodes: ``valkey://127.0.0.1:<port>,127.0.0.1:<port>/?cluster=true``."""
+        hosts = ",".join(f"{host}:{port}" for host, port in (node.address for node in self.nodes))
+        return f"valkey://{hosts}/?cluster=true"
+
+    @property
+    def running(self) -> list[EmbeddedNode]:
+        """The nodes whose process is alive."""
+        return [node for node in self.nodes if node.running]
+
+    @property
+    def primaries(self) -> list[EmbeddedNode]:
+        """The nodes that have slots, as the cluster sees it."""
+        view = self._any_view()
+        return [node for node in self.nodes if view.slots.get(node.id)]
+
+    def primary_of(self, node: EmbeddedNode) -> EmbeddedNode | None:
+        """The primary that *node* replicates; None if it replicates none."""
+        return self._node(self._any_view().primary_of.get(node.id, ""))
+
+    def replicas_of(self, node: EmbeddedNode) -> list[EmbeddedNode]:
+        """The nodes that replicate *node*, dead ones too."""
+        view = self._any_view()
+        return [each for each in self.nodes if view.primary_of.get(each.id) == node.id]
+
+    def node_of(self, slot: int) -> EmbeddedNode:
+        """The primary of a slot.
+
+        Raises:
+            EmbeddedServerError: No node has it.
+        """
+        for identity, ranges in self._any_view().slots.items():
+            if any(first <= slot <= last for first, last in ranges):
+                if (node := self._node(identity)) is not None:
+                    return node
+        raise EmbeddedServerError(f"No node has slot {slot}.")
+
+    def slots_of(self, node: EmbeddedNode) -> list[int]:
+        """The slots that a node has, in order."""
+        ranges = self._any_view().slots.get(node.id, ())
+        return [slot for first, last in ranges for slot in range(first, last + 1)]
+
+    def _node(self, identity: str) -> EmbeddedNode | None:
+        return next((node for node in self.nodes if node.id == identity), None)
+
+    # -- changes ---------------------------------------------------------------------------------
+
+    def kill(self, node: EmbeddedNode) -> None:
+        """Kill a node with ``SIGKILL``; the others find out by themselves. Its directory stays, for :meth:`restart`."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(node.pid, signal.SIGKILL)
+        node._life.is_over(wait_s=10.0)
+
+    def restart(self, node: EmbeddedNode) -> None:
+        """Start a node again, which was killed or runs, with the same address and id."""
+        node.restart()
+        self.wait_until_stable()
+
+    def failover(self, replica: EmbeddedNode, option: str | None = None) -> None:
+        """Make a replica the primary of its slots: ``CLUSTER FAILOVER``.
+
+        Args:
+            replica: The node that is promoted.
+            option: ``FORCE``: without the old primary; ``TAKEOVER``: without any other node.
+        """
+        replica.command("CLUSTER", "FAILOVER", *([option] if option else []))
+        self._wait(lambda: replica.id not in self._view(replica).primary_of, "become a primary")
+        self.wait_until_stable()
+
+    def add_node(self, replicate: EmbeddedNode | None = None) -> EmbeddedNode:
+        """Start another node. It has no slots; with *replicate* it is a replica of that one."""
+        seed = self.running[0]
+        node = self._start()
+        self.nodes.append(node)
+        node.command("CLUSTER", "MEET", *seed.bus_address)
+        if replicate is not None:
+            self._replicate(node, replicate)
+        self.wait_until_stable()
+        return node
+
+    def remove_node(self, node: EmbeddedNode) -> None:
+        """Give a node's slots to the other primaries, stop it and make the others forget it."""
+        others = [each for each in self.primaries if each is not node]
+        if not others:
+            raise EmbeddedServerError("The last primary of a cluster cannot be removed.")
+        slots = self.slots_of(node)
+        for i, other in enumerate(others):
+            first, last = (len(slots) * n // len(others) for n in (i, i + 1))
+            self.migrate(slots[first:last], other)
+        for i, replica in enumerate(self.replicas_of(node)):
+            self._replicate(replica, others[i % len(others)])
+        node.stop()
+        self.nodes.remove(node)
+        for other in self.running:
+            with contextlib.suppress(EmbeddedServerError):  # it has heard it from another one
+                other.command("CLUSTER", "FORGET", node.id)
+        self.wait_until_stable()
+
+    def migrate(self, slots: Iterable[int], to: EmbeddedNode) -> None:
+        """Move slots with all keys, each owner's at once, by ``CLUSTER MIGRATESLOTS`` (Valkey 9.0).
+
+        Raises:
+            EmbeddedServerError: A migration failed; the message says why.
+        """
+        wanted = set(slots)
+        for node in self.primaries:
+            if node is to or not (mine := sorted(wanted.intersection(self.slots_of(node)))):
+                continue
+            before = _exports(node)
+            ranges = [part for each in _ranges(mine) for part in each]
+            node.command("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", *ranges, "NODE", to.id)
+            self._wait(functools.partial(_migrated, node), "migrate its slots")
+            for name, (state, message) in _exports(node).items():
+                if name not in before and state != b"success":
+                    raise EmbeddedServerError(
+                        f"A migration of slots ended as {state.decode()}: {message.decode()}"
+                    )
+        self.wait_until_stable()
+
+    # -- waiting ---------------------------------------------------------------------------------
+
+    def wait_until_stable(self) -> None:
+        """Wait until every living node accepts commands and has all its links, and all of them agree.
+
+        A dead node must have been found to have failed, and its slots must have a living primary.
+
+        Raises:
+            EmbeddedServerError: It is not so within ``deadline_s``.
+        """
+        self._wait(self._stable, "agree")
+
+    def _stable(self) -> bool:
+        living = self.running
+        views = [self._view(node) for node in living]
+        ids = {node.id for node in self.nodes}
+        alive = {node.id for node in living}
+        return all(
+            view.ok
+            and view.linked
+            and view.flags.keys() == ids
+            and view.connected >= alive
+            and view.agrees(views[0])
+            and all(
+                view.flags[each].isdisjoint({"fail", "fail?", "handshake"})
+                if each in alive
+                else "fail" in view.flags[each]
+                for each in ids
+            )
+            for view in views
+        )
+
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + self._deadline_s
+        while True:
+            problem: EmbeddedServerError | None = None
+            try:
+                if condition():
+                    return
+            except EmbeddedServerError as error:
+                problem = error
+            if time.monotonic() > deadline:
+                raise EmbeddedServerError(
+                    f"The embedded cluster did not {what} within {self._deadline_s:g} s."
+                ) from problem
+            time.sleep(_LOOK_S)
+
+    def _view(self, node: EmbeddedNode) -> _View:
+        return _View(
+            *node._ask(("CLUSTER", "INFO"), ("CLUSTER", "NODES"), ("INFO", "replication"))
+        )
+
+    def _any_view(self) -> _View:
+        if not (living := self.running):
+            raise EmbeddedServerError("No node of the embedded cluster is alive.")
+        return self._view(living[0])
+
+    # -- end -------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End all nodes and remove their directories. Calling it again does nothing."""
+        for node in self.nodes:
+            node.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url}>"
+
+
+def _ranges(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run in ascending *slots*."""
+    first = 0
+    for i, slot in enumerate(slots):
+        if i + 1 == len(slots) or slots[i + 1] != slot + 1:
+            yield slots[first], slot
+            first = i + 1
+
+
+def _exports(node: EmbeddedNode) -> dict[bytes, tuple[bytes, bytes]]:
+    """The migrations from a node that it remembers: the state of each, and why."""
+    jobs = (
+        dict(zip(job[::2], job[1::2], strict=True))
+        for job in node.command("CLUSTER", "GETSLOTMIGRATIONS")
+    )
+    return {
+        job[b"name"]: (job[b"state"], job[b"message"])
+        for job in jobs
+        if job[b"operation"] == b"EXPORT"
+    }
+
+
+def _migrated(node: EmbeddedNode) -> bool:
+    over = {b"success", b"failed", b"cancelled"}
+    return all(state in over for state, _ in _exports(node).values())
 
 
 def _bundled() -> Path:
