@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .site import DOWN, UP, ClusterSite, PairSite, cut_off, let_follow
+from ...faults.chaos import DOWN, UP
+from .site import ClusterSite, PairSite, SentinelsSite, cut_off, let_follow
 
 
 TAILS_S = (0.2, 0.5, 2.5)
@@ -87,7 +88,7 @@ async def failover(site, dice, pace, note):
 
 
 async def pair(site, dice, pace, note):
-    """`failover` without a cluster: ``FAILOVER``, and a promotion by hand."""
+    """`failover` without a cluster: ``FAILOVER`` and a promotion by hand, or what Sentinels do."""
     async for number in pace:
         if number % 2 == 0:
             note("a planned failover")
@@ -163,6 +164,7 @@ SCENARIOS = {
     "join": Scenario(join, ClusterSite, 2.0),
     "failover": Scenario(failover, lambda: ClusterSite(replicas=3), 5.0, lossy=True),
     "pair": Scenario(pair, PairSite, 3.0, lossy=True),
+    "sentinel": Scenario(pair, SentinelsSite, 5.0, lossy=True),
     "partition": Scenario(partition, _with_fronts, 3.0),
     "rolling": Scenario(rolling, lambda: ClusterSite(replicas=3), 1.0),
 }

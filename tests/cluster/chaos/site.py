@@ -1,21 +1,17 @@
 """Servers that are moved, killed and brought back: a cluster, or a primary with a replica behind one address."""
 
-import asyncio
 import contextlib
 import os
 import signal
 
 import redis
 
-from ff_fast.embedded import EmbeddedServer
-try:
-    from ff_fast.embedded import EmbeddedCluster
-except ImportError:
-    pass
+from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
 
 from ...conftest import connect_raw
-from ...faults.chaos import DOWN, UP, ChaosProxy
+from ...faults.chaos import ChaosProxy
 from ...waiting import wait_until
+from ..sites import SentinelSite
 
 PARTITIONS = 256
 # What survives a SIGKILL, which is all that a server here dies of.
@@ -58,10 +54,6 @@ class ClusterSite:
     def front_of(self, node):
         return self._fronts[node]
 
-    async def change(self, what, *arguments):
-        """Do something to the cluster that takes a while."""
-        return await asyncio.to_thread(what, *arguments)
-
     def heal(self):
         for front in self._fronts.values():
             front.release()
@@ -87,6 +79,33 @@ def _ports(node):
     return {owner[1] for slots in node.command("CLUSTER", "SLOTS") for owner in slots[2:3]}
 
 
+class SentinelsSite(SentinelSite):
+    """A primary with a replica under Sentinels, which promote it by themselves."""
+
+    partitions = PARTITIONS
+    has_replicas = True
+
+    def cut_off(self):
+        primary = self.primary
+        (replica,) = (each for each in self.servers if each is not primary)
+        cut_off(_asker(primary), _asker(replica))
+
+    def killed(self):
+        """The primary dies, and comes back as a replica when the other one has taken over."""
+        killed = self.kill()
+        self.wait_for_another(killed)
+        let_follow(_asker(self.primary))
+        killed.restart()
+        wait_until(self.replicated, 30)
+
+    def planned(self):
+        self.failover()
+        wait_until(self.replicated, 30)
+
+    def heal(self):
+        pass
+
+
 class PairSite:
     """A primary and its replica. Clients connect to an address that leads to whichever is the primary."""
 
@@ -104,21 +123,18 @@ class PairSite:
             self._stack = stack.pop_all()
         self.url = self._front.url
 
-    def _ask(self, server):
-        return lambda *command: _ask(server.url, *command)
-
     def _follow(self):
         host, port = self.primary.url.removeprefix("valkey://").split(":")
-        self._ask(self.replica)("REPLICAOF", host, port)
+        _asker(self.replica)("REPLICAOF", host, port)
         wait_until(self._synchronised, 30)
 
     def _synchronised(self):
-        info = self._ask(self.replica)("INFO", "replication")
+        info = _asker(self.replica)("INFO", "replication")
         return info.get("master_link_status") == "up"
 
     def planned(self):
         """``FAILOVER``: the replica has everything before it takes over."""
-        self._ask(self.primary)("FAILOVER")
+        _asker(self.primary)("FAILOVER")
         wait_until(lambda: self._role(self.replica) == "master", 30)
         self.primary, self.replica = self.replica, self.primary
         self._front.lead_to(self.primary.url)
@@ -126,17 +142,17 @@ class PairSite:
 
     def _role(self, server):
         with contextlib.suppress(redis.RedisError):
-            return self._ask(server)("INFO", "replication")["role"]
+            return _asker(server)("INFO", "replication")["role"]
 
     def cut_off(self):
-        cut_off(self._ask(self.primary), self._ask(self.replica))
+        cut_off(_asker(self.primary), _asker(self.replica))
 
     def killed(self):
         """The primary dies, the replica takes over, and the dead one comes back as a replica."""
         os.kill(self.primary.pid, signal.SIGKILL)
         wait_until(lambda: not self.primary.running)
-        self._ask(self.replica)("REPLICAOF", "NO", "ONE")
-        let_follow(self._ask(self.replica))
+        _asker(self.replica)("REPLICAOF", "NO", "ONE")
+        let_follow(_asker(self.replica))
         self.primary, self.replica = self.replica, self.primary
         self._front.lead_to(self.primary.url)
         self.replica.restart()
@@ -149,9 +165,9 @@ class PairSite:
         self._stack.close()
 
 
-def _ask(url, *command):
-    with connect_raw(url, socket_timeout=30) as client:
-        return client.execute_command(*command)
+def _asker(server):
+    def ask(*command):
+        with connect_raw(server.url, socket_timeout=30) as client:
+            return client.execute_command(*command)
 
-
-__all__ = ["DOWN", "UP", "ClusterSite", "PairSite", "cut_off", "let_follow"]
+    return ask
