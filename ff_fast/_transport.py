@@ -37,13 +37,11 @@ def config_of(target: str | BackendConfig) -> BackendConfig:
     """Return *target* as a configuration; a ``str`` is a URL.
 
     Raises:
-        InvalidInput: The URL is malformed, or has ``cluster=true``.
+        InvalidInput: The URL is malformed.
     """
     config = BackendConfig.from_url(target) if isinstance(target, str) else target
     if not isinstance(config, BackendConfig):
         raise InvalidInput("connect() takes a URL or a BackendConfig.")
-    if config.connection.cluster:
-        raise InvalidInput("Clusters are not supported yet; connect to a standalone server.")
     return config
 
 

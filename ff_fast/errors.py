@@ -722,7 +722,7 @@ class Unavailable(_Connecting, ConnectionError):
     _sentence = "The server cannot be reached or is not ready; try again later."
 
 
-class OutcomeUnknown(FFError, ConnectionError):
+class OutcomeUnknown(_Connecting, ConnectionError):
     """The connection broke after the call was sent: it may have been applied."""
 
     code = "outcome_unknown"
@@ -828,6 +828,15 @@ class ClusterModeRequired(_Connecting):
     _sentence = (
         "The server is a node of a cluster and cluster=true is not set; clusters are not supported yet,"
         " so connect to a standalone server."
+    )
+
+
+class NotACluster(_Connecting):
+    """The configuration has ``cluster=true``, and the server is no node of a cluster."""
+
+    code = "not_a_cluster"
+    _sentence = (
+        "The server is no node of a cluster and cluster=true is set; connect without cluster=true."
     )
 
 

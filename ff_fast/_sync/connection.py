@@ -17,6 +17,7 @@ from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolEr
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ff_fast._sync.nodes import Node
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")
@@ -26,7 +27,13 @@ PENDING = object()
 
 
 class Connection:
-    """One connection: bytes out, replies in, used by one thread at a time."""
+    """One connection: bytes out, replies in, used by one thread at a time.
+
+    Attributes:
+        node: The server, which whoever connects sets.
+    """
+
+    node: Node
 
     _socket: socket.socket | None = None
 
@@ -260,6 +267,10 @@ class Connection:
     def request(self, step: Step, longest: float = float("inf")) -> list[object]:
         """Send the commands of *step* and return their replies, in order; see :meth:`send`."""
         self.send(step, longest)
+        return self.receive_all(step)
+
+    def receive_all(self, step: Step) -> list[object]:
+        """Return the replies to *step*, which was sent, in order."""
         return [self.receive() for _ in step.commands]
 
     def abort(self) -> None:

@@ -1,0 +1,1 @@
+"""Sentinels: which server is the primary of a service."""
