@@ -15,11 +15,12 @@ from ff_fast._aio.leases import LeaseKeeper
 from ff_fast._aio.opening import Opening
 from ff_fast._aio.pool import Pool
 from ff_fast._aio.readers import Completions, Follow, Tail, Waiting
+from ff_fast._aio.witness import Witness
 from ff_fast._aio.writers import Sender, Writer
 from ff_fast._core import claiming, operations
 from ff_fast._core.binding import HANDLER, H, R, S, bind, dressed
 from ff_fast._core.leases import KeptLeases
-from ff_fast._core.writer import FrameWriters
+from ff_fast._core.writer import FrameWriters, flush_to
 from ff_fast.errors import FFError, WriterClosed
 
 if TYPE_CHECKING:
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
     from ff_fast._core.claiming import Claim
     from ff_fast._core.completions import CompletionCore
     from ff_fast._core.deployment import Deployment
+    from ff_fast._core.durability import Ask
     from ff_fast._core.follow import FollowCore
     from ff_fast._core.operations import Call
     from ff_fast._core.steps import Steps
     from ff_fast._core.tail import TailCore
     from ff_fast._core.writer import WriterState
-    from ff_fast.types import AppendFrameOutcome, BackendConfig, LeaseRenewal
+    from ff_fast.types import AppendFrameOutcome, BackendConfig, Durability, LeaseRenewal
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,6 +86,15 @@ class Operations(Pool):
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
         self._sender = Sender(self._shared, self._prepare, self._spawn, self._check_thread, config)
         self._kept = KeptLeases(self._hub, self._loop.call_later)
+        self._witnesses: dict[Durability, Witness] = {}
+
+    def _witness(self, ask: Ask) -> Coroutine[Any, Any, None]:
+        """Put a question of durability; return once it has ended, or is late."""
+        level = ask.level.durability
+        witness = self._witnesses.get(level)
+        if witness is None:
+            witness = self._witnesses[level] = Witness(self, level, self._request_alone)
+        return witness.answer(ask)
 
     def _store_soon(self) -> None:
         self._sender.store_soon()
@@ -167,7 +178,7 @@ class Operations(Pool):
         return Opening(opening)
 
     def _use_writer(self, state: WriterState) -> Writer:
-        writer = Writer(state, self._sender, self)
+        writer = Writer(state, self._sender, self, self._witness)
         writer._kept = self._kept
         self._writers[writer._lease_id] = writer
         self._frame_writers.pop(writer._lease_id, None)
@@ -183,7 +194,8 @@ class Operations(Pool):
                 self._frame_writers.opened(writer, request.lease_s)
         try:
             writer.write_frame(request.frame)
-            outcome = await writer.flush(request.timeout)
+            level = request.level if request.level.asks else writer._level
+            outcome = await writer._wait(flush_to(writer, request.timeout, level))
         finally:
             if writer.error is not None:
                 self._frame_writers.failed(writer)

@@ -332,6 +332,21 @@ class Pool:
     def _requests_on(self, connection: Connection) -> Callable[[Step], Awaitable[list[object]]]:
         return lambda step: connection.request(step, self._timeout_s)
 
+    async def _request_alone(self, step: Step) -> list[object]:
+        """Send a step on a connection of its own."""
+        connection = await self._acquire()
+        try:
+            replies = await connection.request(step, self._timeout_s)
+            if any(isinstance(reply, Exception) for reply in replies):
+                # The server may be no primary any more.
+                connection.abort()
+        except BaseException:
+            connection.abort()
+            raise
+        finally:
+            self._release(connection)
+        return replies
+
     def _take_idle(self) -> Connection | None:
         self._check()
         while self._idle:
@@ -387,7 +402,7 @@ class Pool:
                     longest = _transport.longest_try_s(until)
                     request = partial(self._shared.request, longest=longest)
                 # What a claim gives back is sent behind what it sent before, on the same connection.
-                return await run_steps(call.steps(), request, self._waits.wait)
+                return await run_steps(call.steps(), request, self._waits.wait, self._request_alone)
             except FFError as error:
                 pause = None if self._closed else retries.pause(error)
                 if pause is None:

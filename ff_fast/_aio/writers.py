@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 from ff_fast import _process
 from ff_fast._aio.connection import BROKEN, LOST, Connection
 from ff_fast._aio.pool import CALLS_IN_FLIGHT, Pool, SharedConnection
+from ff_fast._core import durability
 from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
 from ff_fast._core.steps import Retries
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
     from types import TracebackType
 
+    from ff_fast._core.durability import Ask, Level
     from ff_fast._hot.writer import Call
     from ff_fast.types import BackendConfig
 
@@ -228,8 +230,15 @@ class Writer(SharedWriter):
     :meth:`write` is a plain call that never waits; it is made on the backend's loop.
     """
 
-    def __init__(self, state: writer_core.WriterState, sender: Sender, pool: Pool) -> None:
+    def __init__(
+        self,
+        state: writer_core.WriterState,
+        sender: Sender,
+        pool: Pool,
+        witness: Callable[[Ask], Awaitable[None]],
+    ) -> None:
         self._sender = sender
+        self._witness = witness
         self._pool = pool
         self._waiters: list[asyncio.Future[None]] = []
         super().__init__(state, sender)
@@ -251,6 +260,24 @@ class Writer(SharedWriter):
     async def _wait(self, wait: Wait[T]) -> T:
         loop = asyncio.get_running_loop()
         deadline = None if wait.timeout_s is None else loop.time() + wait.timeout_s
+        await self._progress(wait, loop, deadline)
+        if wait.level is not None:
+            await self._reach(wait.level, deadline)
+        return wait.value()
+
+    async def _reach(self, level: Level, deadline: float | None) -> None:
+        """Wait until what is stored has reached *level*."""
+        ask = self._ask(level, deadline)
+        while True:
+            await self._witness(ask)
+            if not self._asked(ask, deadline):
+                return
+            if ask.failure is not None:
+                await asyncio.sleep(durability.AGAIN_S)
+
+    async def _progress(
+        self, wait: Wait[Any], loop: asyncio.AbstractEventLoop, deadline: float | None
+    ) -> None:
         while not wait.done():
             if self.error is not None:
                 raise copy.copy(self.error)
@@ -267,7 +294,6 @@ class Writer(SharedWriter):
                     timer.cancel()
                 self._waiters.remove(waiter)
                 self._has_waiters = bool(self._waiters)
-        return wait.value()
 
     drain = waiting(writer_core.drain)
     flush = waiting(writer_core.flush)

@@ -12,15 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from ff_fast import _transport
-from ff_fast._core import claiming, operations
+from ff_fast._core import claiming, durability, operations
 from ff_fast._core.binding import bind
 from ff_fast._core.leases import KeptLeases
-from ff_fast._core.writer import FrameWriters
+from ff_fast._core.writer import FrameWriters, flush_to
+from ff_fast._sync.connection import PENDING, run_steps
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.pool import Pool
 from ff_fast._sync.readers import Completions, Follow, Tail, Waiting
 from ff_fast._sync.writers import Sender, Writer
-from ff_fast.errors import FFError, WriterClosed
+from ff_fast.errors import DeadlineExceeded, FFError, WriterClosed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
     from ff_fast._core.claiming import Claim
     from ff_fast._core.completions import CompletionCore
     from ff_fast._core.deployment import Deployment
+    from ff_fast._core.durability import Ask
     from ff_fast._core.follow import FollowCore
     from ff_fast._core.operations import Call
-    from ff_fast._core.steps import Steps
+    from ff_fast._core.steps import Step, Steps
     from ff_fast._core.tail import TailCore
     from ff_fast._core.writer import WriterState
+    from ff_fast._sync.connection import Connection
     from ff_fast.types import AppendFrameOutcome, BackendConfig, LeaseRenewal
 
 P = ParamSpec("P")
@@ -41,6 +44,9 @@ T = TypeVar("T")
 _STOP_LOOK_S = 0.05
 
 _LEFT = 1_024
+
+# A wait on the server ends when its time is up, and its answer says then how many replicas there are.
+_ANSWERS_S = 0.1
 
 
 def method(
@@ -57,6 +63,21 @@ def _later(seconds: float, call: Callable[[], None]) -> threading.Timer:
     timer.daemon = True
     timer.start()
     return timer
+
+
+def _request_until(connection: Connection, until: float, step: Step) -> list[object]:
+    """Send a step; return the replies if they have come shortly after *until*, in monotonic time."""
+    connection.send(step)
+    replies = []
+    for _ in step.commands:
+        reply = connection.receive(until + _ANSWERS_S)
+        if reply is PENDING:
+            raise DeadlineExceeded
+        replies.append(reply)
+    if any(isinstance(reply, Exception) for reply in replies):
+        # The server may be no primary any more.
+        connection.close()
+    return replies
 
 
 class Operations(Pool):
@@ -186,11 +207,25 @@ class Operations(Pool):
         return self._use_writer(self._run(request.call))
 
     def _use_writer(self, state: WriterState) -> Writer:
-        writer = Writer(state, self._running_sender(), _transport.request_timeout_s(self.config))
+        timeout_s = _transport.request_timeout_s(self.config)
+        writer = Writer(state, self._running_sender(), timeout_s, self._witness)
         writer._kept = self._kept
         self._writers[writer._lease_id] = writer
         self._frame_writers.pop(writer._lease_id, None)
         return writer
+
+    def _witness(self, ask: Ask) -> None:
+        """Put a question of durability on a connection that nobody else uses; return once it has ended, or is late."""
+        ask.begin()
+        try:
+            connection = self._acquire()
+            try:
+                steps = durability.ask(ask.level.durability, (ask,))
+                run_steps(steps, partial(_request_until, connection, ask.until))
+            finally:
+                self._release(connection)
+        except FFError as error:
+            ask.end(error)
 
     def _append_frame(self, request: operations.FrameRequest) -> AppendFrameOutcome:
         self._check()
@@ -202,7 +237,8 @@ class Operations(Pool):
                 self._frame_writers.opened(writer, request.lease_s)
         try:
             writer.write_frame(request.frame)
-            outcome = writer.flush(request.timeout)
+            level = request.level if request.level.asks else writer._level
+            outcome = writer._wait(flush_to(writer, request.timeout, level))
         finally:
             if writer.error is not None:
                 self._frame_writers.failed(writer)

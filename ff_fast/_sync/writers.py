@@ -10,9 +10,10 @@ import threading
 import time
 import weakref
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from ff_fast import _process
+from ff_fast._core import durability
 from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
 from ff_fast._core.steps import Command, Retries, Step
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from ff_fast._core.durability import Ask, Level
     from ff_fast._hot.writer import Call
     from ff_fast._sync.connection import Connection
     from ff_fast.types import BackendConfig
@@ -262,8 +264,15 @@ class Writer(SharedWriter):
     :meth:`write` may be called from any thread and never waits; a thread of the backend sends.
     """
 
-    def __init__(self, state: writer_core.WriterState, sender: Sender, timeout_s: float) -> None:
+    def __init__(
+        self,
+        state: writer_core.WriterState,
+        sender: Sender,
+        timeout_s: float,
+        witness: Callable[[Ask], None],
+    ) -> None:
         self._sender = sender
+        self._witness = witness
         self._timeout_s = timeout_s
         self._waiters: list[threading.Lock] = []
         super().__init__(state, sender)
@@ -292,9 +301,24 @@ class Writer(SharedWriter):
     def _wait(self, wait: Wait[T]) -> T:
         if isinstance(self.error, ForkedClient):
             raise copy.copy(self.error)
-        if wait.done():
-            return wait.value()
         deadline = None if wait.timeout_s is None else time.monotonic() + wait.timeout_s
+        if not wait.done():
+            self._progress(wait, deadline)
+        if wait.level is not None:
+            self._reach(wait.level, deadline)
+        return wait.value()
+
+    def _reach(self, level: Level, deadline: float | None) -> None:
+        """Wait until what is stored has reached *level*."""
+        ask = self._ask(level, deadline)
+        while True:
+            self._witness(ask)
+            if not self._asked(ask, deadline):
+                return
+            if ask.failure is not None:
+                time.sleep(durability.AGAIN_S)
+
+    def _progress(self, wait: Wait[Any], deadline: float | None) -> None:
         # A lock, not a Condition: an interrupt could leave a Condition locked for ever.
         waiter = threading.Lock()
         waiter.acquire()
@@ -309,7 +333,6 @@ class Writer(SharedWriter):
                     raise DeadlineExceeded
         finally:
             self._waiters.remove(waiter)
-        return wait.value()
 
     drain = waiting(writer_core.drain)
     flush = waiting(writer_core.flush)
