@@ -127,6 +127,8 @@ async def _run(settings, scenario, site, report):
     )  # fmt: skip
     if load.slowest > SLOWEST_S:
         report.violation(f"a call took {load.slowest:.1f} s")
+    # What a backend keeps for its threads goes with it.
+    del load, known
     if left := asyncio.all_tasks() - {asyncio.current_task()}:
         report.violation(f"tasks are left: {left}")
     await loop.shutdown_default_executor()
