@@ -18,7 +18,7 @@ COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 PARALLEL := -n 3 --dist worksteal
 
-.PHONY: build demo test unit check soak coverage lint types sanitize wheel-test bench bench-quick clean help
+.PHONY: build demo test unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
 
 help: ## List the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -43,6 +43,9 @@ check: lint types unit ## Everything that takes seconds, before a commit
 
 soak: build ## Break everything for an hour, by a seed, and check what is left: make soak ARGS="--seconds 60 --seed 7"
 	$(BIN)/python -m tests.soak $(ARGS)
+
+chaos: build ## Move, kill and restart servers under hundreds of streams: make chaos ARGS="--only kill --shell sync --seconds 60 --seed 7"
+	$(BIN)/python -m tests.cluster.chaos $(ARGS)
 
 # What is compiled is not measured, and its oracles are slow under measurement: make unit runs these.
 UNMEASURED := $(patsubst %,--ignore tests/unit/%,test_frames.py test_merge.py test_rate.py test_resp.py writer)

@@ -54,7 +54,7 @@ async def served(
     The answer to each has the longest time between two acknowledgements of each stream, in milliseconds.
     """
     last, longest = [0.0] * streams, [0.0] * streams
-    stop = asyncio.Event()
+    stop, all_run = asyncio.Event(), asyncio.Event()
     async with aio.ValkeyBackend.connect(url) as backend:
 
         async def stream(number: int, handle: Handle) -> None:
@@ -67,6 +67,8 @@ async def served(
                 now = time.monotonic()
                 longest[number] = max(longest[number], now - last[number])
                 last[number] = now
+                if all(longest):
+                    all_run.set()
                 await asyncio.sleep(PAUSE_S)
             await writer.close()
 
@@ -74,8 +76,8 @@ async def served(
             await claimed_in(backend, partitions[i % len(partitions)]) for i in range(streams)
         ]
         tasks = [asyncio.create_task(stream(i, handle)) for i, handle in enumerate(handles)]
-        while not all(longest):
-            await asyncio.sleep(PAUSE_S)
+        async with asyncio.timeout(60):
+            await all_run.wait()
         for _ in range(failovers):
             longest[:] = [0.0] * streams
             yield {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import urllib.parse
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, cast
 
 import ff_fast
+from bench import million
 from bench.figures import Figure, Report, Row, Target, percentile
 from bench.harness import Metrics, Stage, Wire, check, take_turns
 from bench.rows.own_pace import MODES, RATE, Job, keeps_up, turn
@@ -35,7 +36,8 @@ class Wires(Wire):
 
     def command(self, *parts: str | bytes | int) -> object:
         """Send a command to all; return what the first one answers."""
-        return [wire.command(*parts) for wire in self.each][0]
+        replies = [wire.command(*parts) for wire in self.each]
+        return replies[0]
 
     def calls(self, *commands: str) -> int:
         return sum(wire.calls(*commands) for wire in self.each)
@@ -135,7 +137,67 @@ def cost(stage: Stage) -> Report:
     finally:
         for fleet in fleets.values():
             fleet.close()
+    report.include(scaled(stage), "model")
     return report
+
+
+# -- the model ----------------------------------------------------------------------------------------------------
+
+
+def scaled(stage: Stage) -> Report:
+    """Return what the model of a large deployment is made of, and what it is checked by."""
+    job = Job(stage.pick(300, 40), RATE, stage.pick(40, 4) / 10)
+    report = Report()
+    plans = [(1, million.FEW), (1, million.MANY), *((n, million.HALF) for n in PRIMARIES)]
+    for primaries, partitions in plans:
+        name = million.named(primaries, partitions)
+        with Fleet(
+            quick=stage.quick, executable=stage.executable, primaries=primaries, partitions=partitions
+        ) as fleet:  # fmt: skip
+            found = take_turns(
+                {name: lambda fleet=fleet: watched(fleet, job)}, stage.pick(2, 1), warm=False
+            )
+        report.figures |= found
+        report.costs[name] = {quantity: figure.median for quantity, figure in found[name].items()}
+        report.rows += [
+            Row(
+                "P21", f"{job.streams:,} streams at {RATE} Hz, each with a reader, durable, {name}: {text}", unit,
+                found[name][quantity],
+            )
+            for text, unit, quantity in (
+                ("server CPU per frame delivered", "us", "server_us"),
+                ("frames in a call", "", "frames_per_call"),
+                ("write to reader, p99", "ms", "p99_ms"),
+            )
+        ]  # fmt: skip
+    return report
+
+
+def watched(fleet: Fleet, job: Job) -> Metrics:
+    """Do a turn of P16 and tell what it takes of memory, connections and network too."""
+    seen: Metrics = {}
+
+    def sizes() -> None:
+        # The processes are connected, and all that they have written is stored.
+        seen["memory"] = fleet.wires.total("memory", "used_memory_dataset")
+        seen["connections"] = fleet.wires.connections()
+
+    traffic = {
+        name: fleet.wires.total("stats", f"total_net_{name}put_bytes") for name in ("in", "out")
+    }
+    fleet.fresh()
+    empty = fleet.wires.total("memory", "used_memory_dataset")
+    idle = fleet.wires.connections()
+    metrics = turn(fleet, job, "durable", sizes)
+    fleet.end_workers()
+    frames = metrics["frames"]
+    for name, before in traffic.items():
+        metrics[f"{name}_bytes"] = (
+            fleet.wires.total("stats", f"total_net_{name}put_bytes") - before
+        ) / frames
+    metrics["stream_bytes"] = (seen["memory"] - empty) / job.streams
+    metrics["connections"] = (seen["connections"] - idle) / len(fleet.wires.each)
+    return metrics
 
 
 # -- P22 ----------------------------------------------------------------------------------------------------------
@@ -159,7 +221,10 @@ def replicated(stage: Stage) -> Report:
 
             return run
 
-        for what, batch in (("each batch of 64 awaited", 64), ("64 at a time, awaited at the end", 0)):
+        for what, batch in (
+            ("each batch of 64 awaited", 64),
+            ("64 at a time, awaited at the end", 0),
+        ):
             found = take_turns(
                 {
                     "replicated": contender("replicated", 1, batch),

@@ -34,8 +34,13 @@ class Job(NamedTuple):
     timed_every: int = 1
 
 
-def turn(stage: Stage, job: Job, mode: str | None) -> Metrics:
-    """Run *job* by ff_fast in a *mode*, or by the rival for None; check that every frame arrived."""
+def turn(
+    stage: Stage, job: Job, mode: str | None, at_end: Callable[[], None] = lambda: None
+) -> Metrics:
+    """Run *job* by ff_fast in a *mode*, or by the rival for None; check that every frame arrived.
+
+    Call *at_end* when all is stored, and the processes are still connected.
+    """
     stage.fresh()
     who, prefix = ("redis", "redis_") if mode is None else ("ff_fast", "")
     worker, gateway = stage.worker(f"{who} worker"), stage.worker(f"{who} gateway")
@@ -70,6 +75,8 @@ def turn(stage: Stage, job: Job, mode: str | None) -> Metrics:
     frames = sum(counts) + job.streams
     metrics["server_us"] = (stage.wire.server_cpu() - cpu) / frames * 1e6
     metrics["frames_per_call"] = frames / (stage.wire.calls(APPEND[mode is not None]) - calls)
+    metrics["frames"] = frames
+    at_end()
     worker.finish()
     if job.readers:
         gateway.finish()

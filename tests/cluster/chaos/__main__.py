@@ -13,7 +13,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.cluster.chaos", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long faults are injected")
     parser.add_argument(
-        "--only", nargs="+", choices=sorted(SCENARIOS), metavar="SCENARIO", default=sorted(SCENARIOS)
+        "--only",
+        nargs="+",
+        choices=sorted(SCENARIOS),
+        metavar="SCENARIO",
+        default=sorted(SCENARIOS),
     )
     parser.add_argument("--shell", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--streams", type=int, default=200, help="executions at a time")

@@ -29,7 +29,7 @@ async def execution(load, known, *, lossy):
         last = attempt == found.attempt_count - 1
         streams[attempt] = await _stream(load, known.eid, attempt)
         wrong += _frames(known, attempt, *streams[attempt], lossy=lossy, success=last)
-    return wrong + [*_reads(known, streams, lossy=lossy)]
+    return [*wrong, *_reads(known, streams, lossy=lossy)]
 
 
 async def _stream(load, eid, attempt):

@@ -12,7 +12,7 @@ import threading
 import time
 
 import ff_fast
-from ff_fast import FailureClass, RetryPolicy, keys
+from ff_fast import Durability, FailureClass, RetryPolicy, keys
 from ff_fast.errors import FFError
 
 from ...server.workers import handler_for
@@ -31,11 +31,8 @@ FLUSH_EVERY = 20
 TERMINAL = ("completed", "failed", "cancelled", "expired")
 
 
-def replicated(shell_has=hasattr(ff_fast, "Durability")):
-    """Options of a writer whose acknowledgements are to survive its server, None where they do not exist."""
-    if not shell_has:
-        return None
-    return {"durability": ff_fast.Durability.replicated(1), "durability_timeout": 5.0}
+REPLICATED = {"durability": Durability.replicated(1), "durability_timeout": 5.0}
+"""Options of a writer whose acknowledgements are to survive its server."""
 
 
 class Attempt:
@@ -75,7 +72,7 @@ class Execution:
         self.completed = None
         self.attempts = collections.defaultdict(Attempt)
         self.reads = []
-        self.ended = False
+        self.over = asyncio.Event()
 
     def payload(self, attempt, sequence):
         return frame(self.eid, attempt, sequence, self.burst)
@@ -166,12 +163,14 @@ class Load:
             found = await self._repeated(lambda: self.writes.describe(execution.eid))
             if found.state not in TERMINAL:
                 return False
-        return execution.ended
+        return execution.over.is_set()
 
     async def stop(self):
         """End every task, and close every backend."""
         self.over = self.stopping = True
         self._stop.set()
+        for execution in self.executions.values():
+            execution.over.set()
         _, late = await asyncio.wait(self._tasks, timeout=30) if self._tasks else (None, ())
         for task in late:
             self._report(f"{task.get_name()} does not end")
@@ -215,14 +214,13 @@ class Load:
         """Keep one execution for the workers on its way."""
         while not self.stopping:
             execution = await self._create(self._lane, dice)
-            while not (execution.ended or self.over):
-                await asyncio.sleep(0.05)
+            await execution.over.wait()
 
     async def _stream(self, lane, dice):
         """Create executions and work on them by hand, also on those that come back."""
         waiting = None
         while not self.over:
-            if waiting is None or waiting.ended:
+            if waiting is None or waiting.over.is_set():
                 if self.stopping:
                     return
                 waiting = await self._create(lane, dice)
@@ -239,13 +237,13 @@ class Load:
     async def _attend(self, handle, dice):
         execution = self.executions[handle.execution_id]
         attempt = execution.attempts[handle.attempt_index]
-        options = replicated() if dice.random() < 0.3 and self.site.has_replicas else None
+        durable = self.site.has_replicas and dice.random() < 0.3
+        options = REPLICATED if durable else {}
         try:
             await self._write(execution, attempt, handle, options)
-            call = {} if options is None else options
             await self._patiently(
                 attempt,
-                lambda: self.writes.complete(handle, execution.eid.encode(), **call),
+                lambda: self.writes.complete(handle, execution.eid.encode(), **options),
             )
             execution.completed = DONE
         except Told:
@@ -256,7 +254,7 @@ class Load:
     async def _write(self, execution, attempt, handle, options):
         mode = MODES[execution.burst.mode]
         writer = await self._patiently(
-            attempt, lambda: self.writes.open_writer(handle, mode=mode, **(options or {}))
+            attempt, lambda: self.writes.open_writer(handle, mode=mode, **options)
         )
         try:
             while (sequence := writer.next_sequence) <= execution.length:
@@ -266,7 +264,7 @@ class Load:
                 if sequence % FLUSH_EVERY == 0 or sequence == execution.length:
                     await self._patiently(attempt, lambda: writer.flush(FLUSH_S))
                     attempt.acknowledged = sequence
-                    if options is not None:
+                    if options:
                         attempt.safe = sequence
             await self._patiently(attempt, lambda: writer.close(FLUSH_S))
         except FFError as error:
@@ -386,7 +384,7 @@ class Load:
                     if found.attempt_count > attempt + 1:
                         break
                     if found.state in TERMINAL:
-                        execution.ended = True
+                        execution.over.set()
                         return
                     await asyncio.sleep(0.1)
             except ff_fast.ExecutionNotFound as error:
@@ -396,11 +394,11 @@ class Load:
                     await asyncio.sleep(0.02)
                     continue
                 items.append(error)
-                execution.ended = True
+                execution.over.set()
                 return
             except FFError as error:
                 items.append(error)
-                execution.ended = True
+                execution.over.set()
                 return
             attempt += 1
 

@@ -80,7 +80,7 @@ def run(settings, say=lambda text: None):
     """Run a scenario; return its report."""
     report = Report(settings, say)
     scenario = SCENARIOS[settings.scenario]
-    threads = {each for each in threading.enumerate()}
+    threads = set(threading.enumerate())
     site = scenario.site()
     try:
         asyncio.run(_run(settings, scenario, site, report))
@@ -94,10 +94,23 @@ def run(settings, say=lambda text: None):
 
 async def _run(settings, scenario, site, report):
     loop = asyncio.get_running_loop()
-    executor = ThreadPoolExecutor(settings.streams * 3 + 50, "chaos")
-    loop.set_default_executor(executor)
+    loop.set_default_executor(ThreadPoolExecutor(settings.streams * 3 + 50, "chaos"))
     loop.set_exception_handler(lambda _, context: report.violation(f"the loop: {context}"))
     before = _descriptors()
+    await _break(settings, scenario, site, report)
+    if left := asyncio.all_tasks() - {asyncio.current_task()}:
+        report.violation(f"tasks are left: {left}")
+    await loop.shutdown_default_executor()
+    # What a backend keeps for its threads goes with it.
+    gc.collect()
+    try:
+        wait_until(lambda: _descriptors() <= before, 10)
+    except AssertionError:
+        report.violation(f"{_descriptors() - before} descriptors are left")
+
+
+async def _break(settings, scenario, site, report):
+    """Break the servers under load, then look at what is there."""
     load = Load(
         settings.shell, site,
         streams=settings.streams, length=settings.length, rate=settings.rate, seed=settings.seed,
@@ -122,21 +135,11 @@ async def _run(settings, scenario, site, report):
     for text in check.completions(load, lossy=scenario.lossy):
         report.violation(text)
     await load.stop()
-    report.counts, report.executions, report.slowest = (
-        load.counts, len(load.executions), load.slowest,
-    )  # fmt: skip
+    report.counts = load.counts
+    report.executions = len(load.executions)
+    report.slowest = load.slowest
     if load.slowest > SLOWEST_S:
         report.violation(f"a call took {load.slowest:.1f} s")
-    # What a backend keeps for its threads goes with it.
-    del load, known
-    if left := asyncio.all_tasks() - {asyncio.current_task()}:
-        report.violation(f"tasks are left: {left}")
-    await loop.shutdown_default_executor()
-    gc.collect()
-    try:
-        wait_until(lambda: _descriptors() <= before, 10)
-    except AssertionError:
-        report.violation(f"{_descriptors() - before} descriptors are left")
 
 
 async def _told(load):

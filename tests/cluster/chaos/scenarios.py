@@ -9,7 +9,6 @@ from typing import NamedTuple
 from ...faults.chaos import DOWN, UP
 from .site import ClusterSite, PairSite, SentinelsSite, cut_off, let_follow
 
-
 TAILS_S = (0.2, 0.5, 2.5)
 """How much a replica lacks, in seconds: what a writer still holds, and what it does not."""
 
