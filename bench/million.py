@@ -41,7 +41,7 @@ class Model(NamedTuple):
     Attributes:
         call_us: Server CPU of a call, beyond its frames.
         frame_us: Server CPU of a frame, stored and delivered.
-        key_bytes: Memory of a stream without frames.
+        stream_bytes: Memory of a stream with one frame.
         frame_bytes: Memory of a frame in the log.
         connections: Connections that one process has to a primary.
         in_bytes, out_bytes: Network traffic of a primary for a frame.
@@ -50,6 +50,7 @@ class Model(NamedTuple):
     call_us: float
     frame_us: float
     stream_bytes: float
+    frame_bytes: float
     connections: float
     in_bytes: float
     out_bytes: float
@@ -64,6 +65,7 @@ class Model(NamedTuple):
             call_us=call_us,
             frame_us=few["server_us"] - call_us * calls[0],
             stream_bytes=few["stream_bytes"],
+            frame_bytes=few["frame_bytes"],
             connections=few["connections"],
             in_bytes=few["in_bytes"],
             out_bytes=few["out_bytes"],
@@ -72,7 +74,7 @@ class Model(NamedTuple):
     def server_us(self, frames_per_call: float) -> float:
         """Return the server CPU of a frame.
 
-        >>> Model(10.0, 4.0, 0, 0, 0, 0).server_us(5)
+        >>> Model(10.0, 4.0, 0, 0, 0, 0, 0).server_us(5)
         6.0
         """
         return self.frame_us + self.call_us / frames_per_call
@@ -86,8 +88,8 @@ def table(costs: Costs) -> str:
 
 def _checked(model: Model, costs: Costs) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [
-        ("measured on", "frames a call", "server us a frame", "by the model", "KiB a stream", "by the model",
-         "connections of a worker and a gateway to a primary", "bytes a frame in, out")
+        ("measured on", "frames a call", "server us a frame", "by the model", "bytes a stream", "by the model", "bytes a frame", "by the model",
+         "connections of a worker and a gateway to a primary", "network bytes a frame in, out")
     ]  # fmt: skip
     for name in CHECKED:
         found = costs[name]
@@ -97,8 +99,10 @@ def _checked(model: Model, costs: Costs) -> list[tuple[str, ...]]:
                 number(found["frames_per_call"]),
                 number(found["server_us"]),
                 number(model.server_us(found["frames_per_call"])),
-                number(found["stream_bytes"] / 1024),
-                number(model.stream_bytes / 1024),
+                number(found["stream_bytes"]),
+                number(model.stream_bytes),
+                number(found["frame_bytes"]),
+                number(model.frame_bytes),
                 number(found["connections"]),
                 f"{number(found['in_bytes'])}, {number(found['out_bytes'])}",
             )
@@ -116,7 +120,7 @@ def _needed(model: Model) -> list[tuple[str, ...]]:
     for per_call in FRAMES_PER_CALL:
         us = model.server_us(per_call)
         primaries = math.ceil(frames * us / 1e6 / BUSY)
-        memory = STREAMS * model.stream_bytes
+        memory = STREAMS * (model.stream_bytes + KEPT * model.frame_bytes)
         traffic = [
             each * frames / primaries * 8 / 1e6 for each in (model.in_bytes, model.out_bytes)
         ]

@@ -175,28 +175,26 @@ def scaled(stage: Stage) -> Report:
 
 def watched(fleet: Fleet, job: Job) -> Metrics:
     """Do a turn of P16 and tell what it takes of memory, connections and network too."""
-    seen: Metrics = {}
+    seen: dict[str, Metrics] = {}
 
-    def sizes() -> None:
-        # The processes are connected, and all that they have written is stored.
-        seen["memory"] = fleet.wires.total("memory", "used_memory_dataset")
-        seen["connections"] = fleet.wires.connections()
+    def look(when: str) -> None:
+        wires = fleet.wires
+        seen[when] = {
+            "memory": wires.total("memory", "used_memory_dataset"),
+            "connections": wires.connections(),
+            "in": wires.total("stats", "total_net_input_bytes"),
+            "out": wires.total("stats", "total_net_output_bytes"),
+        }
 
-    traffic = {
-        name: fleet.wires.total("stats", f"total_net_{name}put_bytes") for name in ("in", "out")
-    }
     fleet.fresh()
-    empty = fleet.wires.total("memory", "used_memory_dataset")
-    idle = fleet.wires.connections()
-    metrics = turn(fleet, job, "durable", sizes)
+    look("empty")
+    metrics = turn(fleet, job, "durable", look)
     fleet.end_workers()
-    frames = metrics["frames"]
-    for name, before in traffic.items():
-        metrics[f"{name}_bytes"] = (
-            fleet.wires.total("stats", f"total_net_{name}put_bytes") - before
-        ) / frames
-    metrics["stream_bytes"] = (seen["memory"] - empty) / job.streams
-    metrics["connections"] = (seen["connections"] - idle) / len(fleet.wires.each)
+    empty, begun, written = seen["empty"], seen["open"], seen["written"]
+    metrics["stream_bytes"] = (begun["memory"] - empty["memory"]) / job.streams
+    metrics["connections"] = (written["connections"] - empty["connections"]) / len(fleet.wires.each)
+    for quantity, name in (("memory", "frame_bytes"), ("in", "in_bytes"), ("out", "out_bytes")):
+        metrics[name] = (written[quantity] - begun[quantity]) / metrics["frames"]
     return metrics
 
 

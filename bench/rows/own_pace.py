@@ -35,11 +35,11 @@ class Job(NamedTuple):
 
 
 def turn(
-    stage: Stage, job: Job, mode: str | None, at_end: Callable[[], None] = lambda: None
+    stage: Stage, job: Job, mode: str | None, watch: Callable[[str], None] = lambda _: None
 ) -> Metrics:
     """Run *job* by ff_fast in a *mode*, or by the rival for None; check that every frame arrived.
 
-    Call *at_end* when all is stored, and the processes are still connected.
+    *watch* is called as the streams are ``open``, with a frame each, and when all is ``written``; the processes are connected.
     """
     stage.fresh()
     who, prefix = ("redis", "redis_") if mode is None else ("ff_fast", "")
@@ -60,6 +60,7 @@ def turn(
         gateway.stage()
         metrics["reader_connections"] = stage.wire.connections() - connections
     time.sleep(SETTLE_S)
+    watch("open")
     cpu, calls = stage.wire.server_cpu(), stage.wire.calls(APPEND[mode is not None])
     if job.readers:
         gateway.go_on()
@@ -76,7 +77,7 @@ def turn(
     metrics["server_us"] = (stage.wire.server_cpu() - cpu) / frames * 1e6
     metrics["frames_per_call"] = frames / (stage.wire.calls(APPEND[mode is not None]) - calls)
     metrics["frames"] = frames
-    at_end()
+    watch("written")
     worker.finish()
     if job.readers:
         gateway.finish()
