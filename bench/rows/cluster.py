@@ -154,9 +154,7 @@ def scaled(stage: Stage) -> Report:
         with Fleet(
             quick=stage.quick, executable=stage.executable, primaries=primaries, partitions=partitions
         ) as fleet:  # fmt: skip
-            found = take_turns(
-                {name: lambda fleet=fleet: watched(fleet, job)}, stage.pick(2, 1), warm=False
-            )
+            found = take_turns({name: partial(watched, fleet, job)}, stage.pick(2, 1), warm=False)
         report.figures |= found
         report.costs[name] = {quantity: figure.median for quantity, figure in found[name].items()}
         report.rows += [

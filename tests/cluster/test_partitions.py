@@ -10,7 +10,7 @@ import pytest
 from ff_fast import End, StreamFrame, keys
 from ff_fast.errors import FFError, Outcome
 
-from ..waiting import wait_until, wait_until_async
+from ..waiting import wait_until
 from .chaos.site import cut_off, let_follow
 
 
@@ -86,7 +86,10 @@ async def test_what_a_minority_accepted_is_replayed_to_the_majority(
     cluster = replicated_cluster
     primary = cluster.primaries[0]
     (replica,) = cluster.replicas_of(primary)
-    async with await shell.connect(cluster.url) as backend, await shell.connect(cluster.url) as other:
+    async with (
+        await shell.connect(cluster.url) as backend,
+        await shell.connect(cluster.url) as other,
+    ):
         eid, handle = await claimed_on(backend, cluster, primary, lane)
         writer = await backend.open_writer(handle)
         reading = asyncio.ensure_future(other.items(eid))
