@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import urllib.parse
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import ff_fast
