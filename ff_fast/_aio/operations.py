@@ -26,6 +26,7 @@ from ff_fast.errors import FFError, WriterClosed
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from ff_fast._aio.nodes import Node
     from ff_fast._core.claiming import Claim
     from ff_fast._core.completions import CompletionCore
     from ff_fast._core.deployment import Deployment
@@ -84,17 +85,25 @@ class Operations(Pool):
         self._opening = asyncio.Lock()
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
-        self._sender = Sender(self._shared, self._prepare, self._spawn, self._check_thread, config)
+        first = self._nodes.first
+        self._sender = Sender(first.shared, first.prepare, self._spawn, self._check_thread, config)
         self._kept = KeptLeases(self._hub, self._loop.call_later)
-        self._witnesses: dict[Durability, Witness] = {}
+        self._witnesses: dict[tuple[Node, Durability], Witness] = {}
 
-    def _witness(self, ask: Ask) -> Coroutine[Any, Any, None]:
+    async def _witness(self, ask: Ask) -> None:
         """Put a question of durability; return once it has ended, or is late."""
-        level = ask.level.durability
-        witness = self._witnesses.get(level)
+        self._check()
+        try:
+            node = self._nodes.of(ask.evidence.command.slot)
+        except FFError as error:
+            ask.begin()
+            ask.end(error)
+            return
+        key = (node, ask.level.durability)
+        witness = self._witnesses.get(key)
         if witness is None:
-            witness = self._witnesses[level] = Witness(self, level, self._request_alone)
-        return witness.answer(ask)
+            witness = self._witnesses[key] = Witness(self._nodes, *key)
+        await witness.answer(ask)
 
     def _store_soon(self) -> None:
         self._sender.store_soon()

@@ -9,7 +9,6 @@ Nothing is concluded from an answer of another connection or of an earlier quest
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ff_fast import keys
@@ -31,7 +30,7 @@ from ff_fast.types import Durability, seconds
 from ff_fast.types.stream import MAX_REPLICAS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Generator, Sequence
     from datetime import timedelta
 
     from ff_fast._core.steps import Steps
@@ -237,7 +236,7 @@ def _refusal(text: str) -> FFError:
     return error
 
 
-def ask(durability: Durability, asks: Sequence[Ask]) -> Steps[None]:
+def ask(durability: Durability, asks: Sequence[Ask]) -> Generator[Step, list[object], None]:
     """Put the questions of one level to the server that has the slots of all."""
     wait_s = min(max(0.001, *(each.left() for each in asks)), _LONGEST_S)
     evidence = [each.evidence.command for each in asks]

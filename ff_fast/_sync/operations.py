@@ -74,9 +74,6 @@ def _request_until(connection: Connection, until: float, step: Step) -> list[obj
         if reply is PENDING:
             raise DeadlineExceeded
         replies.append(reply)
-    if any(isinstance(reply, Exception) for reply in replies):
-        # The server may be no primary any more.
-        connection.close()
     return replies
 
 
@@ -218,14 +215,19 @@ class Operations(Pool):
         """Put a question of durability on a connection that nobody else uses; return once it has ended, or is late."""
         ask.begin()
         try:
-            connection = self._acquire()
-            try:
-                steps = durability.ask(ask.level.durability, (ask,))
-                run_steps(steps, partial(_request_until, connection, ask.until))
-            finally:
-                self._release(connection)
+            connection = self._acquire(ask.evidence.command.slot)
         except FFError as error:
             ask.end(error)
+            return
+        try:
+            steps = durability.ask(ask.level.durability, (ask,))
+            run_steps(steps, partial(_request_until, connection, ask.until))
+        except FFError as error:
+            ask.end(error)
+        finally:
+            if ask.failure is not None:
+                self._nodes.failed(connection.node, ask.failure)
+            self._release(connection)
 
     def _append_frame(self, request: operations.FrameRequest) -> AppendFrameOutcome:
         self._check()
