@@ -52,18 +52,25 @@ class Sentinels:
             self._clients = [
                 stack.enter_context(connect_raw(server.url)) for server in self.servers
             ]
-            for client in self._clients:
-                # In milliseconds; all are a second or more by default.
-                for name in ("info-period", "ping-period", "ask-period", "publish-period"):
-                    client.execute_command("SENTINEL DEBUG", name, 50)
+            for i, client in enumerate(self._clients):
+                # So that it finds the others soon.
+                self._set(client, info=50, ping=50, publish=50)
+                client.execute_command(*("SENTINEL MONITOR", SERVICE, "127.0.0.1", primary_port, 1))
                 client.execute_command(
-                    *("SENTINEL MONITOR", SERVICE, "127.0.0.1", primary_port, count // 2 + 1)
-                )
-                client.execute_command(
-                    *("SENTINEL SET", SERVICE, "down-after-milliseconds", down_after_ms),
+                    # One by one, each alone: votes that are split would cost twice the failover-timeout.
+                    *(
+                        "SENTINEL SET",
+                        SERVICE,
+                        "down-after-milliseconds",
+                        down_after_ms * (1 + 4 * i),
+                    ),
                     *("failover-timeout", 2500),
                 )
             wait_until(lambda: all(self._knows(each, replicas) for each in self._clients))
+            for client in self._clients:
+                # What is older than five pings is not trusted, and while the primary is down a Sentinel asks a
+                # replica only once a second.
+                self._set(client, info=300, ping=300, ask=100)
             self.correct_after(1.6)
             self._stack = stack.pop_all()
 
@@ -87,7 +94,13 @@ class Sentinels:
         Too short a time undoes the promotion that another Sentinel has just begun.
         """
         for client in self._clients:
-            client.execute_command("SENTINEL DEBUG", "publish-period", int(seconds * 1000 / 4))
+            self._set(client, publish=int(seconds * 1000 / 4))
+
+    @staticmethod
+    def _set(client, **periods):
+        """Change periods, in milliseconds, that are a second or more by default."""
+        for name, value in periods.items():
+            client.execute_command("SENTINEL DEBUG", f"{name}-period", value)
 
     def primary_ports(self):
         """What each Sentinel that lives says is the primary's port."""
@@ -98,17 +111,13 @@ class Sentinels:
         ]
 
     def failover(self):
-        """``SENTINEL FAILOVER``: a planned one, without waiting for its end."""
-        wait_until(self._failover)
-
-    def _failover(self):
+        """Ask for a planned failover: ``SENTINEL FAILOVER``."""
         try:
-            return self._clients[0].execute_command("SENTINEL FAILOVER", SERVICE)
+            self._clients[0].execute_command("SENTINEL FAILOVER", SERVICE)
         except redis.ResponseError as error:
-            # It has not heard from the replica since that became one.
-            if "NOGOODSLAVE" not in str(error):
+            # It has not heard from the replica yet, since that became one; or one is under way.
+            if not str(error).startswith(("NOGOODSLAVE", "INPROG")):
                 raise
-            return None
 
     def close(self):
         self._stack.close()
@@ -176,11 +185,18 @@ class SentinelSite:
     def failover(self):
         """A planned failover, until all Sentinels name the other server and it accepts writes."""
         before = self.primary
-        self.sentinels.failover()
+
+        def switched():
+            # One that finds no good replica is not tried again.
+            self.sentinels.failover()
+            return self.primary is not before
+
+        wait_until(switched)
         self.wait_for_another(before)
 
     def wait_for_another(self, before):
-        # Sentinels that vote for two of them try again after twice their failover-timeout.
+        """Wait until all Sentinels name another primary than *before*, and it accepts writes."""
+        # After one that does not succeed they wait for twice their failover-timeout.
         wait_until(lambda: self.primary is not before, deadline_s=30)
         wait_until(lambda: _replication(self.primary)["role"] == "master")
 
@@ -195,9 +211,10 @@ class SentinelSite:
 
 
 def _replication(server):
-    # A Sentinel cuts the connections of clients: each look has its own.
-    with connect_raw(server.url) as client:
+    """What ``INFO replication`` says; nothing while a Sentinel cuts the connections of clients."""
+    with connect_raw(server.url) as client, contextlib.suppress(redis.ConnectionError):
         return client.info("replication")
+    return {"role": None}
 
 
 def _text(value):
