@@ -43,10 +43,11 @@ class ValkeyBackend(Operations):
 
         Args:
             target: URL (``valkey://user:password@host:port/db``, ``valkeys://``, ``redis://``, ``rediss://``,
-                ``unix:///path``) or a :class:`BackendConfig`.
+                ``valkey+sentinel://host,host/service``, ``unix:///path``; see :meth:`BackendConfig.from_url`) or a
+                :class:`BackendConfig`.
 
         Raises:
-            InvalidInput: The URL is not one of these, or has ``cluster=true``.
+            InvalidInput: The URL is not one of these.
             Unavailable, DeadlineExceeded, TlsFailed: The server cannot be reached.
             AuthenticationFailed, PermissionDenied: It refused the credentials, or a command that connecting needs.
             ClusterModeRequired: It is a node of a cluster.

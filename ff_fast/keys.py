@@ -74,8 +74,12 @@ import os
 import re
 from binascii import crc_hqx
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from .errors import InvalidId, InvalidInput, InvalidType, check_int
+
+if TYPE_CHECKING:
+    from collections.abc import Container
 
 DEFAULT_PARTITIONS = 256
 MAX_PARTITIONS = 65_535
@@ -90,6 +94,9 @@ PARTITIONS_CONFIG = b"ff:config:partitions"
 CLUSTER_PROBE = b"ff:config:cluster"
 """A key that is never written. Its slot is another one than that of the partition count."""
 """The partition count of the deployment, stored once; ``ff_version`` answers it."""
+
+# So many consecutive numbers give a key in each of the slots.
+_KEYS_TO_TRY = 1 << 18
 
 # Patterns are text: re compiles and keeps them at their first use, not at import.
 _UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
@@ -492,6 +499,15 @@ def _in_key(text: str) -> str:
 
 
 # -- slots -----------------------------------------------------------------------------------------
+
+
+def key_in(slots: Container[int]) -> bytes | None:
+    """Return a configuration key in one of *slots*, for a call that is addressed to a node; None where there is none."""
+    for number in range(_KEYS_TO_TRY):
+        key = b"ff:config:%d" % number
+        if key_slot(key) in slots:
+            return key
+    return None
 
 
 def key_slot(key: bytes) -> int:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ff_fast import _transport
 from ff_fast._aio.claims import Waits
 from ff_fast._aio.connection import Connection, run_steps
+from ff_fast._aio.credentials import Credentials
 from ff_fast._aio.hub import Hub
+from ff_fast._aio.sentinel import resolve
 from ff_fast._core import claiming
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.steps import Retries
@@ -171,6 +173,10 @@ class Pool:
         self._claims: set[Claim] = set()
         self._giving_back: set[asyncio.Task[None]] = set()
         self._loading: asyncio.Task[None] | None = None
+        provider = config.connection.credential_provider
+        self._credentials = (
+            None if provider is None else Credentials(provider, self._timeout_s, self._spawn)
+        )
         self._deployment = Deployment(config.partitions, config.max_payload_bytes)
         self._shared = SharedConnection(self._connect, self._spawn, self._timeout_s)
         self._hub = Hub(
@@ -246,6 +252,8 @@ class Pool:
         """Abort the connections of calls and readers, without waiting."""
         self._shared.stop()
         self._hub.stop()
+        if self._credentials is not None:
+            self._credentials.stop()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
 
@@ -289,7 +297,9 @@ class Pool:
 
     async def _connect(self, role: str = "calls") -> Connection:
         connection = Connection()
-        await connection.open(self.config)
+        await connection.open(await resolve(self.config))
+        if self._credentials is not None:
+            self._credentials.opened_by(connection)
         self._own.add(connection)
         connection.on_lost.append(self._own.discard)
         connection.on_silent = self._on_silent

@@ -198,6 +198,11 @@ class Retries:
             self._pauses = backoff(self._retry)
         return next(self._pauses, None)
 
+    @property
+    def writes(self) -> bool:
+        """Whether a try may have been applied."""
+        return self._writes
+
     def settle(self, error: FFError) -> None:
         """Give the final *error* the outcome of the whole call, which is the worst of all its tries.
 

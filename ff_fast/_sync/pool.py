@@ -7,21 +7,22 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from ff_fast import _process, _transport
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.steps import Retries
-from ff_fast._sync.claims import Claiming
+from ff_fast._sync.claims import wait_in_line
 from ff_fast._sync.connection import Connection, run_steps
+from ff_fast._sync.credentials import Credentials
 from ff_fast._sync.hub import Hub
-from ff_fast.errors import FFError, ForkedClient, FunctionMissing
+from ff_fast._sync.nodes import ASK_S, Node, Nodes, Requests
+from ff_fast._sync.sentinel import resolve
+from ff_fast.errors import FFError, ForkedClient
+from ff_fast.types import BackendTimeouts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ff_fast._core.operations import Call
     from ff_fast._core.steps import Step
     from ff_fast.types import BackendConfig
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 
 class Pool:
-    """Connections to one server, each used by one thread at a time."""
+    """Connections to the servers of a backend, each used by one thread at a time."""
 
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
@@ -38,11 +39,10 @@ class Pool:
         self._pid = os.getpid()
         # Calls are refused, and then connections.
         self._closed = self._stopped = False
-        # Single calls in C change both, so no lock is needed that an interrupt or a finaliser could leave locked.
-        # The most recently used is at the right.
-        self._idle: deque[Connection] = deque()
-        # The latest time at which a connection fell silent. One that was heard of before may have died with it.
-        self._silence = 0.0
+        provider = config.connection.credential_provider
+        self._credentials = None if provider is None else Credentials(provider)
+        self._nodes = Nodes(config, self._ask)
+        # Single calls in C change it, so no lock is needed that an interrupt or a finaliser could leave locked.
         self._busy: dict[int, weakref.ref[Connection]] = {}
         # At most one thread; the first that puts itself here runs until the lock is released.
         self._sweepers: dict[str, threading.Thread] = {}
@@ -86,19 +86,17 @@ class Pool:
         timeout_s = _transport.request_timeout_s(self.config)
         return Hub(self._connect, self._discard, self._trusts, timeout_s, self.config.retry)
 
-    def _connect(self, role: str = "calls") -> Connection:
-        if not self._sweepers and (self._busy or self._idle):
+    def _connect(self, role: str = "calls", node: Node | None = None) -> Connection:
+        """Open a connection to *node*; to any server for None."""
+        if node is None:
+            node = self._nodes.of(None)
+        if not self._sweepers and (self._busy or any(each.idle for each in self._nodes.all())):
             # Not where a connection is given back: a finaliser may do that amid the start of another thread.
             args = weakref.ref(self), self._sweepers, self._sweep_no_more
             thread = threading.Thread(target=_sweep, args=args, name="ff_fast idle", daemon=True)
             with contextlib.suppress(RuntimeError):
                 thread.start()
-        connection = Connection(self.config)
-        self._busy[id(connection)] = weakref.ref(connection)
-        if self._stopped:
-            # close() has already aborted the connections it knew, so it would never wake this thread.
-            self._release(connection)
-            raise _transport.closed_error()
+        connection = self._open(node, node.config)
         try:
             self._prepare(connection, role)
         except BaseException:
@@ -106,12 +104,46 @@ class Pool:
             raise
         return connection
 
+    def _open(self, node: Node, config: BackendConfig) -> Connection:
+        """Open a connection that is not checked yet."""
+        try:
+            connection = Connection(resolve(config))
+        except FFError:
+            node.failed_at = time.monotonic()
+            raise
+        node.failed_at = 0.0
+        connection.node = node
+        if self._credentials is not None:
+            self._credentials.opened_by(connection)
+        self._busy[id(connection)] = weakref.ref(connection)
+        if self._stopped:
+            # close() has already aborted the connections it knew, so it would never wake this thread.
+            self._release(connection)
+            raise _transport.closed_error()
+        return connection
+
+    def _ask(self, node: Node, step: Step) -> list[object]:
+        """Send a step to *node* on an idle connection, or on one that is opened for it alone."""
+        connection = node.take()
+        if connection is not None:
+            self._busy[id(connection)] = weakref.ref(connection)
+        else:
+            timeouts = BackendTimeouts(min(_transport.request_timeout_s(node.config), ASK_S))
+            connection = self._open(node, node.config.replace(timeouts=timeouts))
+        try:
+            return connection.request(step, ASK_S)
+        finally:
+            if connection.ready:
+                self._release(connection)
+            else:
+                self._discard(connection)
+
     def _prepare(self, connection: Connection, role: str | None = None) -> None:
         """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
         try:
             run_steps(self._deployment.prepare(role), connection.request)
         except FFError as error:
-            failure = _transport.connect_error(error, self.config)
+            failure = _transport.connect_error(error, connection.node.config)
         else:
             connection.ready = True
             return
@@ -120,28 +152,24 @@ class Pool:
     def _discard(self, connection: Connection) -> None:
         connection.close()
         self._busy.pop(id(connection), None)
-        self._note_silence(connection)
-
-    def _note_silence(self, connection: Connection) -> None:
-        if connection.silent_since is not None:
-            self._silence = max(self._silence, connection.silent_since)
+        connection.node.note_silence(connection)
 
     def _trusts(self, connection: Connection) -> bool:
-        """Whether *connection*, which owes nothing, was heard of since another one fell silent."""
-        return connection.heard_at >= self._silence
+        """Whether *connection*, which owes nothing, was heard of since another one of its server fell silent."""
+        return connection.node.trusts(connection)
 
-    def _acquire(self) -> Connection:
+    def _acquire(self, slot: int | None = None) -> Connection:
+        """Return a connection to the server of *slot*, which is the caller's until it is released."""
         self._check()
-        while True:
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                break
-            if self._trusts(connection) and connection.reusable:
-                self._busy[id(connection)] = weakref.ref(connection)
-                return connection
-            connection.close()
-        return self._connect()
+        return self._acquire_at(self._nodes.of(slot))
+
+    def _acquire_at(self, node: Node) -> Connection:
+        self._check()
+        connection = node.take()
+        if connection is None:
+            return self._connect(node=node)
+        self._busy[id(connection)] = weakref.ref(connection)
+        return connection
 
     def _check(self) -> None:
         if self._pid != os.getpid():
@@ -152,59 +180,37 @@ class Pool:
     def _release(self, connection: Connection, most: int = _transport.MAX_IDLE) -> None:
         """Give a connection back; one that owes a reply, or finds *most* idle ones, is closed."""
         self._busy.pop(id(connection), None)
-        if connection.silent_since is not None:
-            self._note_silence(connection)
-        if len(self._idle) < most and connection.reusable:
-            self._idle.append(connection)
-        else:
-            connection.close()
+        connection.node.give(connection, most)
         if self._closed:
             self._close_idle()
 
     def _close_idle(self, before: float = float("inf"), keep: int = 0) -> None:
-        """Close the idle connections that were last heard of before a point in monotonic time, but for *keep* of them."""
-        try:
-            while len(self._idle) > keep and self._idle[0].heard_at < before:
-                self._idle.popleft().close()
-        except IndexError:
-            # There is none left; another thread may have taken the one that was looked at.
-            return
+        """Close the idle connections that were last heard of before a point in monotonic time, but for *keep* a server."""
+        for node in self._nodes.all():
+            node.close_idle(before, keep)
 
     def _run(self, call: Call[T], *, until: float = float("inf")) -> T:
         """Make a call; retry as the configuration and the call allow, but not after *until*, in monotonic time."""
         retries = Retries(self.config.retry, writes=call.writes)
-        missing = False
+        replicas = self.config.read_from == "replica" and not call.writes
         while True:
-            try:
-                if call.claim is not None:
-                    with Claiming(self) as claiming:
-                        if missing:
-                            self._prepare(claiming.connection())
-                        return run_steps(call.steps(), claiming.request, claiming.wait)
-                connection = self._acquire()
+            with Requests(self, retries, until=until, replicas=replicas) as requests:
                 try:
-                    if missing:
-                        self._prepare(connection)
-                    request: Callable[[Step], list[object]] = connection.request
-                    if until != float("inf"):
-                        longest = _transport.longest_try_s(until)
-                        request = partial(connection.request, longest=longest)
-                    return run_steps(call.steps(), request)
-                finally:
-                    self._release(connection)
-            except FFError as error:
-                pause = None if self._closed else retries.pause(error)
-                if pause is None or time.monotonic() + pause >= until:
-                    retries.settle(error)
-                    raise
-                missing = isinstance(error, FunctionMissing)
+                    wait = partial(wait_in_line, requests)
+                    return run_steps(call.steps(), requests.request, wait)
+                except FFError as error:
+                    requests.failed(error)
+                    pause = None if self._closed else retries.pause(error)
+                    if pause is None or time.monotonic() + pause >= until:
+                        retries.settle(error)
+                        raise
             time.sleep(pause)
 
 
 def _sweep(
     found: weakref.ref[Pool], sweepers: dict[str, threading.Thread], no_more: threading.Lock
 ) -> None:
-    """Close what has been idle for too long; the last connection of a pool stays for its next call."""
+    """Close what has been idle for too long; the last connection to a server stays for its next call."""
     me = threading.current_thread()
     if sweepers.setdefault("", me) is not me:
         return

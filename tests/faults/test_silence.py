@@ -33,7 +33,7 @@ async def with_idle_connections(backend, proxy, count, eid):
     proxy.release()
     for thread in threads:
         await asyncio.to_thread(thread.join)
-    await wait_until_async(lambda: _true(len(backend.wrapped._idle) >= count))
+    await wait_until_async(lambda: _true(backend.wrapped._nodes.of(None).idle >= count))
 
 
 async def test_calls_outlive_every_dead_connection_after_one_wait(shell, proxy, lane):

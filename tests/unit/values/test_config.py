@@ -1,5 +1,8 @@
 """Configurations and URLs."""
 
+import pickle
+import ssl
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,7 +57,23 @@ def test_urls(subtests):
             "unix://u:p@/run/my%20v.sock?db=3",
             {"unix_path": "/run/my v.sock", "db": 3, "username": "u", "password": "p"},
         ),
-    ):
+        (
+            "valkey://h1:7000,h2,[::1]:7001/?cluster=true",
+            {"host": "h1", "port": 7000, "seeds": (("h2", 6379), ("::1", 7001)), "cluster": True},
+        ),
+        (
+            "valkey+sentinel://u:p@h1,h2:26380/my.service/3?sentinel_username=s&sentinel_password=%25",
+            {
+                "host": "h1", "port": 26_379, "seeds": (("h2", 26_380),), "db": 3, "tls": False,
+                "username": "u", "password": "p", "sentinel_service": "my.service",
+                "sentinel_username": "s", "sentinel_password": "%",
+            },
+        ),
+        ("redis+sentinel://h/s", {"sentinel_service": "s", "tls": False, "db": 0, "seeds": ()}),
+        ("valkeys+sentinel://h/s/", {"sentinel_service": "s", "tls": True}),
+        ("rediss+sentinel://h/s", {"sentinel_service": "s", "tls": True}),
+        ("valkey://h?client_name=me", {"client_name": "me"}),
+    ):  # fmt: skip
         with subtests.test(f"{url!r:.60}"):
             connection = BackendConfig.from_url(url).connection
             assert {name: getattr(connection, name) for name in fields} == fields
@@ -86,6 +105,45 @@ def test_frames_wait_for_those_of_others_as_long_as_configured():
     for bad in ("-1", "1001", "1.5", "", "x"):
         with pytest.raises(InvalidInput, match="linger_ms"):
             BackendConfig.from_url(f"valkey://h?linger_ms={bad}")
+
+
+def test_where_reads_go_and_what_writers_keep():
+    config = BackendConfig.from_url("valkey://h")
+    assert (config.read_from, config.replay_ms, config.replay_bytes) == ("primary", 1000, 4 << 20)
+    config = BackendConfig.from_url("valkey://h?read_from=replica&replay_ms=0&replay_bytes=1024")
+    assert (config.read_from, config.replay_ms, config.replay_bytes) == ("replica", 0, 1024)
+    for bad in (
+        {"read_from": "any"}, {"read_from": None}, {"replay_ms": 60_001}, {"replay_ms": -1},
+        {"replay_bytes": -1}, {"replay_bytes": 1 << 31}, {"replay_bytes": 1.5},
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput, match=next(iter(bad))):
+            BackendConfig(ValkeyConnection("h"), **bad)
+    for bad in ("read_from=any", "replay_ms=x", "replay_bytes=-1"):
+        with pytest.raises(InvalidInput, match=bad.split("=", maxsplit=1)[0]):
+            BackendConfig.from_url(f"valkey://h?{bad}")
+
+
+class Provider:
+    def get_credentials(self):
+        return "u", CANARY
+
+    def __repr__(self):
+        return CANARY
+
+
+def test_objects_of_the_process_are_neither_compared_nor_shown_nor_pickled():
+    context = ssl.create_default_context()
+    plain = ValkeyConnection("h", tls=True, sentinel_service="s", sentinel_password=CANARY)
+    full = plain.replace(credential_provider=Provider(), ssl_context=context)
+    assert full == plain
+    assert hash(full) == hash(plain)
+    assert CANARY not in repr(BackendConfig(full))
+    assert "SSLContext" not in repr(full)
+    copied = pickle.loads(pickle.dumps(BackendConfig(full))).connection
+    assert copied == full
+    assert (copied.credential_provider, copied.ssl_context) == (None, None)
+    assert BackendConfig(full).replace(linger_ms=1).connection.credential_provider is not None
+    assert ValkeyConnection("h", credential_provider=lambda: ("u", "p")).credential_provider
 
 
 def test_url_timeout():
@@ -149,6 +207,17 @@ def test_bad_urls_never_show_the_password(subtests):
         "unix://@h/path",
         "unix://@/path?db=x",
         "unix://@/path?cluster=true",
+        "valkey://@h,?cluster=true",
+        "valkey://@h,,h2?cluster=true",
+        "valkey://@h,h2:x?cluster=true",
+        "valkey+sentinel://@h",
+        "valkey+sentinel://@h/",
+        "valkey+sentinel://@h//0",
+        "valkey+sentinel://@h/s/x",
+        "valkey+sentinel://@h/a%20b",
+        "valkey+sentinel://@h/s?cluster=true",
+        "valkey://@h?sentinel_password=x",
+        "valkey://@h?client_name=a%20b",
     ):
         with subtests.test(f"{url!r:.60}"):
             for bad in {url, url.replace("@", f"u:{CANARY}@"), url.replace("@", f":{CANARY}@")}:
@@ -201,6 +270,20 @@ def test_bad_connections(subtests):
         {"username": ""},
         {"password": CANARY + "\ud800"},
         {"password": CANARY.encode()},
+        *({"seeds": bad} for bad in ("h2", None, ("h2",), (("h2", 0),), (("a b", 1),), ((1, 2),))),
+        {"seeds": (("h2", 6379),)},
+        {"sentinel_service": "s", "cluster": True},
+        {"sentinel_service": ""},
+        {"sentinel_service": "s", "unix_path": "/s"},
+        {"sentinel_password": CANARY},
+        {"sentinel_service": "s", "sentinel_password": CANARY.encode()},
+        {"credential_provider": CANARY},
+        {"credential_provider": Provider(), "username": "u"},
+        {"credential_provider": Provider(), "password": CANARY},
+        {"ssl_context": ssl.create_default_context()},
+        {"tls": True, "ssl_context": CANARY},
+        {"tls": True, "ssl_context": ssl.create_default_context(), "tls_ca_file": "/ca"},
+        *({"client_name": bad} for bad in ("", "a b", "a\n", "é", 5)),
     ):
         with subtests.test(f"{fields!r:.60}"):
             with pytest.raises(InvalidInput) as caught:

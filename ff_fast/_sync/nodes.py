@@ -1,0 +1,388 @@
+"""The servers of a backend, and the connections that a call holds while it runs."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from math import inf
+from operator import attrgetter
+from typing import TYPE_CHECKING, Protocol, Self
+
+from ff_fast import _transport
+from ff_fast._core.routing import Routing
+from ff_fast._core.steps import Command, Step
+from ff_fast._core.topology import Address, Topology, address_of
+from ff_fast._hot.resp import pack_command
+from ff_fast.errors import (
+    FFError,
+    FunctionMissing,
+    NotPrimary,
+    Redirected,
+    Unavailable,
+    from_server_error,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ff_fast._core.routing import Send
+    from ff_fast._core.steps import Retries
+    from ff_fast._sync.connection import Connection
+    from ff_fast.types import BackendConfig
+
+REFRESH_EVERY_S = 0.1
+"""Shortest time between two looks at the topology of a cluster, in seconds."""
+
+ASK_S = 1.0
+"""Longest time to wait for one node that is asked for the topology, in seconds."""
+
+# How long a look may take before another thread looks as well.
+_PATIENCE_S = 10.0
+_CLUSTER_SLOTS = Step((Command(b"", pack_command(b"CLUSTER", b"SLOTS")),))
+_NOBODY = "No node of the cluster is known that has the slot; try again later."
+
+
+class Node:
+    """One server: the idle connections to it.
+
+    Single calls in C change its state, so no lock is needed that an interrupt or a finaliser could leave locked.
+
+    Attributes:
+        config: The configuration with the address of this server.
+        address: Where it listens; None for the one server of a backend without a cluster.
+        replica: It is asked as a replica.
+        library_missing: A function was not found there: the next connection that is taken loads the library.
+        failed_at: When it could not be reached, in monotonic time.
+        gone: It has left the cluster; no connection to it stays.
+    """
+
+    def __init__(
+        self, config: BackendConfig, address: Address | None = None, *, replica: bool = False
+    ) -> None:
+        self.config = config
+        self.address = address
+        self.replica = replica
+        self.library_missing = False
+        self.failed_at = 0.0
+        self.gone = False
+        # The most recently used is at the right.
+        self._idle: deque[Connection] = deque()
+        # The latest time at which a connection fell silent, or the server was no primary any more. A connection that was
+        # heard of before may be as dead.
+        self._doubted_at = 0.0
+
+    @property
+    def idle(self) -> int:
+        """Number of idle connections."""
+        return len(self._idle)
+
+    def trusts(self, connection: Connection) -> bool:
+        """Whether *connection*, which owes nothing, was heard of since another one fell silent."""
+        return connection.heard_at >= self._doubted_at
+
+    def doubt(self, since: float) -> None:
+        """Trust no connection any more that was not heard of since a point in monotonic time."""
+        self._doubted_at = max(self._doubted_at, since)
+
+    def note_silence(self, connection: Connection) -> None:
+        """Note when a connection that is given up fell silent, if it did."""
+        if connection.silent_since is not None:
+            self.doubt(connection.silent_since)
+
+    def take(self) -> Connection | None:
+        """Return an idle connection that works, as far as is known; None if there is none."""
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return None
+            if self.trusts(connection) and connection.reusable:
+                return connection
+            connection.close()
+
+    def give(self, connection: Connection, most: int) -> None:
+        """Keep a connection for the next caller; one that owes a reply, or finds *most* idle ones, is closed."""
+        self.note_silence(connection)
+        if len(self._idle) < most and connection.reusable and self.trusts(connection):
+            self._idle.append(connection)
+        else:
+            connection.close()
+        if self.gone:
+            self.close_idle()
+
+    def close_idle(self, before: float = float("inf"), keep: int = 0) -> None:
+        """Close the idle connections that were last heard of before a point in monotonic time, but for *keep* of them."""
+        try:
+            while len(self._idle) > keep and self._idle[0].heard_at < before:
+                self._idle.popleft().close()
+        except IndexError:
+            # There is none left; another thread may have taken the one that was looked at.
+            return
+
+
+class Nodes:
+    """The servers of a backend; a standalone server is the only one of its backend.
+
+    Whoever needs a node of a cluster whose topology is in doubt looks at it first, one thread at a time; the others go on
+    with what is known.
+
+    Args:
+        config: The configuration of the backend.
+        ask: Sends a step to a node to which there may be no connection yet, and returns the replies.
+
+    Attributes:
+        topology: Which node has which slot; None without a cluster.
+    """
+
+    def __init__(self, config: BackendConfig, ask: Callable[[Node, Step], list[object]]) -> None:
+        self._config = config
+        self._ask = ask
+        self._only = Node(config)
+        self._primaries: dict[Address, Node] = {}
+        self._replicas: dict[Address, Node] = {}
+        self.topology: Topology | None = None
+        self._seeds: list[Address] = []
+        server = config.connection
+        if server.cluster:
+            self.topology = Topology()
+            self._seeds = [Address(server.host, server.port)]
+            self._seeds += [Address(*seed) for seed in server.seeds]
+        # When something last showed that the topology has changed, and when the last successful look began.
+        self._doubted_at, self._looked_at = time.monotonic(), 0.0
+        # No look before this point in monotonic time. It is far off while a thread looks: an interrupt could leave a lock
+        # locked.
+        self._look_at = 0.0
+
+    def of(self, slot: int | None) -> Node:
+        """Return the server that holds *slot*; any one for None.
+
+        Raises:
+            Unavailable: No node is known that holds it.
+            FFError: No node has ever told the topology.
+        """
+        topology = self.topology
+        if topology is None:
+            return self._only
+        self.refresh()
+        if slot is not None:
+            address = topology.primary(slot)
+            if address is not None:
+                return self.at(address)
+        elif found := [self.at(address) for address in topology.primaries]:
+            return min(found, key=attrgetter("failed_at"))
+        self.doubt()
+        raise Unavailable(_NOBODY)
+
+    def at(self, address: Address, *, replica: bool = False) -> Node:
+        """Return the node at *address*; it is asked as a primary or as a replica."""
+        kept = self._replicas if replica else self._primaries
+        node = kept.get(address)
+        if node is None:
+            # Of two that are made at the same moment all get the first.
+            node = kept.setdefault(address, self._node(address, replica=replica))
+        return node
+
+    def _node(self, address: Address, *, replica: bool = False) -> Node:
+        server = self._config.connection.replace(host=address.host, port=address.port, seeds=())
+        return Node(self._config.replace(connection=server), address, replica=replica)
+
+    def all(self) -> list[Node]:
+        """Return the servers that are known."""
+        if self.topology is None:
+            return [self._only]
+        return [*self._primaries.values(), *self._replicas.values()]
+
+    def failed(self, node: Node, error: FFError) -> None:
+        """Take note of what the error of a call to *node* tells: where a slot is, or that the topology is in doubt."""
+        if isinstance(error, NotPrimary):
+            # Whoever connects again may find the primary, by the name of the host or by sentinels.
+            node.doubt(time.monotonic())
+        if self.topology is None:
+            return
+        if isinstance(error, Redirected) and not error.ask and node.address is not None:
+            self.topology.moved(error.slot, address_of(error.address, node.address))
+        if error.retryable and not isinstance(error, FunctionMissing):
+            self.doubt()
+
+    def doubt(self) -> None:
+        """Look at the topology before it is used again."""
+        self._doubted_at = time.monotonic()
+
+    def refresh(self) -> None:
+        """Look at the topology if it is in doubt, unless another thread does so, or somebody has done so just now.
+
+        Raises:
+            FFError: No node has ever told it.
+        """
+        topology = self.topology
+        began = time.monotonic()
+        if topology is None or self._doubted_at < self._looked_at or began < self._look_at:
+            return
+        self._look_at = began + _PATIENCE_S
+        try:
+            failure = self._look(topology)
+            if failure is None:
+                self._looked_at = began
+        finally:
+            self._look_at = time.monotonic() + REFRESH_EVERY_S
+        if failure is not None and not topology.known:
+            raise failure
+
+    def _look(self, topology: Topology) -> FFError | None:
+        """Ask one node after the other until one tells; return the last error if none does."""
+        failure: FFError | None = None
+        known = sorted(
+            {each.address: each for each in self.all()}.values(), key=attrgetter("failed_at")
+        )
+        addresses = [node.address for node in known if node.address is not None]
+        for address in dict.fromkeys([*addresses, *self._seeds]):
+            node = self._primaries.get(address) or self._node(address)
+            try:
+                (reply,) = self._ask(node, _CLUSTER_SLOTS)
+                if isinstance(reply, Exception):
+                    raise from_server_error(str(reply))
+                if not reply:
+                    # It has left the cluster, or not joined it yet.
+                    raise Unavailable(_NOBODY)
+                topology.learn(reply, address)
+            except FFError as error:
+                node.failed_at = time.monotonic()
+                failure = error
+            else:
+                self._forget(topology)
+                return None
+        return failure
+
+    def _forget(self, topology: Topology) -> None:
+        """Close what is idle at nodes that have left the cluster."""
+        there = set(topology.addresses)
+        for kept in (self._primaries, self._replicas):
+            for address in [each for each in list(kept) if each not in there]:
+                node = kept.pop(address, None)
+                if node is not None:
+                    node.gone = True
+                    node.close_idle()
+
+
+class Connections(Protocol):
+    """The pool, as far as a call needs it."""
+
+    _nodes: Nodes
+
+    def _acquire_at(self, node: Node) -> Connection: ...
+
+    def _release(self, connection: Connection) -> None: ...
+
+    def _prepare(self, connection: Connection) -> None: ...
+
+
+class Requests:
+    """Sends the steps of one call, on connections that it holds until they are released. Used by one thread.
+
+    Args:
+        pool: Where the connections come from.
+        retries: Those of the call.
+        until: When the call is of no use any more, in monotonic time.
+        replicas: Replicas may answer.
+    """
+
+    __slots__ = ("_held", "_nodes", "_pool", "_replicas", "_retries", "_until")
+
+    def __init__(
+        self,
+        pool: Connections,
+        retries: Retries,
+        *,
+        until: float = inf,
+        replicas: bool = False,
+    ) -> None:
+        self._pool = pool
+        self._nodes = pool._nodes
+        self._retries = retries
+        self._until = until
+        self._replicas = replicas
+        self._held: dict[Node, Connection] = {}
+
+    @property
+    def _longest(self) -> float:
+        return inf if self._until == inf else _transport.longest_try_s(self._until)
+
+    def request(self, step: Step) -> list[object]:
+        """Send the commands of *step*, each to the server of its slot, and return their replies, in order."""
+        nodes = self._nodes
+        topology = nodes.topology
+        if topology is None:
+            return self._on(nodes.of(None)).request(step, self._longest)
+        routing = Routing(step, topology, self._retries, replicas=self._replicas, until=self._until)
+        while True:
+            nodes.refresh()
+            self._round(routing)
+            pause = routing.settle()
+            if routing.moved or routing.in_doubt:
+                nodes.doubt()
+            if pause is None:
+                return routing.replies()
+            time.sleep(pause)
+
+    def _round(self, routing: Routing) -> None:
+        """Send to all nodes, and then receive from all."""
+        asked: list[tuple[Send, Connection]] = []
+        for send in routing.sends():
+            try:
+                asked.append((send, self._on(self._nodes.at(send.address, replica=send.replica))))
+            except FFError as error:
+                routing.failed(send, error)
+        sent: list[tuple[Send, Connection]] = []
+        for send, connection in asked:
+            try:
+                connection.send(send.step, self._longest)
+            except FFError as error:
+                routing.failed(send, error)
+            else:
+                sent.append((send, connection))
+        for send, connection in sent:
+            try:
+                replies = connection.receive_all(send.step)
+            except FFError as error:
+                routing.failed(send, error)
+            else:
+                routing.answered(send, replies)
+        for address in tuple(routing.missing):
+            failure = None
+            try:
+                self._pool._prepare(self._on(self._nodes.at(address)))
+            except FFError as error:
+                failure = error
+            routing.loaded(address, failure)
+
+    def _on(self, node: Node) -> Connection:
+        """Return the connection to *node* that is held; take one if there is none that is open."""
+        connection = self._held.get(node)
+        if connection is not None and connection.closed:
+            self._pool._release(self._held.pop(node))
+            connection = None
+        if connection is None:
+            connection = self._held[node] = self._pool._acquire_at(node)
+            if node.library_missing:
+                # First: where it cannot be loaded, only calls of functions are to fail.
+                node.library_missing = False
+                self._pool._prepare(connection)
+        return connection
+
+    def failed(self, error: FFError) -> None:
+        """Take note of the error with which a try of the call ended."""
+        for node in self._held:
+            node.library_missing = node.library_missing or isinstance(error, FunctionMissing)
+            if self._nodes.topology is None:
+                self._nodes.failed(node, error)
+
+    def release(self) -> None:
+        """Give back the connections; those that owe a reply are closed."""
+        while self._held:
+            self._pool._release(self._held.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
