@@ -49,7 +49,7 @@ class ValkeyBackend(Operations):
         """
         backend = cls(_transport.config_of(target))
         try:
-            backend._release(backend._acquire())
+            backend._begin()
         except BaseException:
             backend.close()
             raise

@@ -736,7 +736,7 @@ class PrimaryNotFound(Unavailable):
     _sentence = "No sentinel names a primary of the service; check its name and the sentinels."
 
 
-class OutcomeUnknown(FFError, ConnectionError):
+class OutcomeUnknown(_Connecting, ConnectionError):
     """The connection broke after the call was sent: it may have been applied."""
 
     code = "outcome_unknown"
@@ -849,8 +849,15 @@ class ClusterModeRequired(_Connecting):
     """The server is a node of a cluster, and the configuration has no ``cluster=true``."""
 
     code = "cluster_mode_required"
+    _sentence = "The server is a node of a cluster; connect with cluster=true, as in valkey://host?cluster=true."
+
+
+class NotACluster(_Connecting):
+    """The configuration has ``cluster=true``, and the server is no node of a cluster."""
+
+    code = "not_a_cluster"
     _sentence = (
-        "The server is a node of a cluster; connect with cluster=true, as in valkey://host?cluster=true."
+        "The server is no node of a cluster and cluster=true is set; connect without cluster=true."
     )
 
 

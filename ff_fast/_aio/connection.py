@@ -41,6 +41,7 @@ class Connection(asyncio.Protocol):
         self._pushed = hiredis.PushNotification
         self._transport: asyncio.Transport | None = None
         self._stream: asyncio.StreamWriter | None = None
+        self._leaving = False
         self._closed_transport: asyncio.Future[None] | None = None
         # Set while the transport takes more, and after it is lost, so that no task waits for ever.
         self._can_write = asyncio.Event()
@@ -50,8 +51,10 @@ class Connection(asyncio.Protocol):
         self.heard_at = time.monotonic()
         # Number of bytes that have come.
         self.received = 0
-        # Set once it has answered the steps of connecting.
-        self.ready = False
+        # Set once it has answered the steps of connecting; checked: the library of its server was.
+        self.ready = self.checked = False
+        # Takes it back from its user, with the number of idle connections that are wanted; its server sets it.
+        self.give_back: Callable[[Connection, int], None] | None = None
         # on_can_write: called when more may be sent. on_lost: each called once, when the connection is lost.
         # on_silent: called with the time since when nothing has come, before the connection is aborted for it.
         self.on_can_write: Callable[[], None] | None = None
@@ -164,6 +167,8 @@ class Connection(asyncio.Protocol):
                 self.abort()
                 return
             self.receivers.popleft()(reply)
+        if self._leaving and not self.receivers:
+            self.abort()
         if self.on_can_write is not None:
             self.on_can_write()
 
@@ -190,6 +195,12 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
             self._fail_receivers()
+
+    def leave(self) -> None:
+        """Close the connection once it owes no reply."""
+        self._leaving = True
+        if not self.receivers:
+            self.abort()
 
     def _abort_broken(self) -> None:
         """Abort the connection; the receiver of the broken reply gets `BROKEN`, those after it `LOST`."""

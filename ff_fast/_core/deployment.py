@@ -26,7 +26,12 @@ from ff_fast.errors import (
 from ff_fast.types import DEFAULT_PAYLOAD_LIMIT
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Container, Hashable
+
+READS = "reads"
+"""Role of a connection whose reads a replica may answer."""
+
+_READONLY = Command(b"", pack_command(b"READONLY"))
 
 _BUSY_SWEEP_S = 30.0
 _LANES = 1_024
@@ -94,11 +99,15 @@ class Deployment:
             del self._sweeps[next(iter(self._sweeps))]
         self._sweeps[lane] = (seen, swept)
 
-    def prepare(self, role: str | None = None) -> Steps[None]:
+    def prepare(self, role: str | None = None, slots: Container[int] | None = None) -> Steps[bool]:
         """Check a new connection: load the library if it is missing or different, and compare the partition count.
 
         Args:
             role: What the connection is for: CLIENT LIST shows it in its name. None leaves the name as it is.
+            slots: The known slots of the node; None where there is no cluster. In one, :meth:`agree` compares the count.
+
+        Returns:
+            Whether the library was checked; a node that has no slots, or does not know yet that it has them, is not asked.
 
         Warns (``RuntimeWarning``), on the first connection, of a server that evicts any key when its memory is full.
 
@@ -108,11 +117,57 @@ class Deployment:
             DeploymentMismatch: The server stores another partition count than this backend uses.
             FFError: The server refused a command.
         """
+        if slots is not None:
+            return (yield from self._prepare_node(role, slots))
         version = ops.version()
         # Servers that do not know these commands, and users without the right, go on without a name.
         *_, reply = yield Step((*_names(role), version.command()))
         if isinstance(reply, Exception) and shows_cluster(str(reply)):
             raise ClusterModeRequired
+        held = yield from self._check_library(version, reply)
+        stored = held.partitions
+        if stored is None:
+            stored = yield from self._store()
+        self._agree(stored)
+        return True
+
+    def _prepare_node(self, role: str | None, slots: Container[int]) -> Steps[bool]:
+        key = None if role == READS else keys.key_in(slots)
+        names = (*_names(role), *((_READONLY,) if role == READS else ()))
+        if key is None:
+            if names:
+                yield Step(names)
+            return False
+        version = ops.version((key,))
+        *_, reply = yield Step((*names, version.command()))
+        if isinstance(reply, Exception) and shows_cluster(str(reply)):
+            # The slots have moved, or the node waits for the others.
+            return False
+        yield from self._check_library(version, reply)
+        return True
+
+    def load(self) -> Steps[None]:
+        """Load the library on a node that has answered that it has none."""
+        try:
+            yield from _load()
+        except PermissionDenied:
+            raise FunctionMissing(_NOT_MINE_TO_LOAD) from None
+
+    def agree(self) -> Steps[None]:
+        """Read the partition count of a cluster, or store it, and compare it.
+
+        Raises:
+            DeploymentMismatch: The cluster stores another partition count than this backend uses.
+            FFError: The server refused a command.
+        """
+        (stored,) = yield Step((command(b"GET", keys.PARTITIONS_CONFIG),))
+        if stored is None:
+            self._agree((yield from self._store()))
+        else:
+            self._agree(_count(stored))
+
+    def _check_library(self, version: ops.Op[ops.Version], reply: object) -> Steps[ops.Version]:
+        """Load the library if *reply* says that it is missing or different; return what the server holds then."""
         held: ops.Version | None = None
         with contextlib.suppress(FunctionMissing):
             held = version.answer(reply)
@@ -132,9 +187,9 @@ class Deployment:
                 held = yield from ops.call(version)
         if held.eviction_policy.startswith("allkeys") and not self._known:
             warnings.warn(_evicts(held.eviction_policy), RuntimeWarning, stacklevel=1)
-        stored = held.partitions
-        if stored is None:
-            stored = yield from self._store()
+        return held
+
+    def _agree(self, stored: int) -> None:
         if not 1 <= stored <= keys.MAX_PARTITIONS:
             raise _unreadable()
         if self._known and stored != self.partitions:
@@ -156,11 +211,15 @@ class Deployment:
             if not isinstance(stored, bytes):
                 # The user lacks the right to SET; the first client that has it stores the count.
                 return self.partitions
-        if isinstance(stored, Exception):
-            raise from_server_error(str(stored))
-        if not isinstance(stored, bytes) or not stored.isdigit():
-            raise _unreadable()
-        return int(stored)
+        return _count(stored)
+
+
+def _count(stored: object) -> int:
+    if isinstance(stored, Exception):
+        raise from_server_error(str(stored))
+    if not isinstance(stored, bytes) or not stored.isdigit():
+        raise _unreadable()
+    return int(stored)
 
 
 def _names(role: str | None) -> tuple[Command, ...]:

@@ -180,8 +180,15 @@ class Version(NamedTuple):
     eviction_policy: str = ""
 
 
-def version() -> Op[Version]:
-    """Read contract and digest of the server's library, the stored partition count, and the eviction policy."""
+def version(
+    at: tuple[bytes, ...] = (keys.PARTITIONS_CONFIG, keys.CLUSTER_PROBE),
+) -> Op[Version]:
+    """Read contract and digest of the server's library, the stored partition count, and the eviction policy.
+
+    Args:
+        at: The call's keys. The default ones are in different slots, so every node of a cluster refuses the call; with
+            another key, which leads to one node, no count is read.
+    """
 
     def parse(_: bytes, fields: list[object]) -> Version:
         # A library of another contract may answer fewer fields; its contract must be readable nevertheless.
@@ -191,14 +198,7 @@ def version() -> Op[Version]:
             int(contract), digest, int(partitions) if partitions else None, eviction_policy
         )
 
-    # The two keys are in different slots, so every node of a cluster refuses the call.
-    return Op(
-        b"ff_version",
-        (keys.PARTITIONS_CONFIG, keys.CLUSTER_PROBE),
-        (),
-        parse,
-        read_only=True,
-    )
+    return Op(b"ff_version", at, (), parse, read_only=True)
 
 
 Hints = list[tuple[str, str, bytes]]

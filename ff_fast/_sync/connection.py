@@ -19,8 +19,8 @@ from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolEr
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ff_fast._sync.nodes import Node
     from ff_fast._sync.credentials import Credentials
+    from ff_fast._sync.nodes import Node
     from ff_fast.types import BackendConfig, ValkeyConnection
 
 T = TypeVar("T")

@@ -9,37 +9,21 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol, Self
 
 from ff_fast import _transport
+from ff_fast._core import nodes as core
 from ff_fast._core.routing import Routing
-from ff_fast._core.steps import Command, Step
 from ff_fast._core.topology import Address, Topology, address_of
-from ff_fast._hot.resp import pack_command
-from ff_fast.errors import (
-    FFError,
-    FunctionMissing,
-    NotPrimary,
-    Redirected,
-    Unavailable,
-    from_server_error,
-)
+from ff_fast.errors import FFError, FunctionMissing, NotPrimary, Redirected
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ff_fast._core.routing import Send
-    from ff_fast._core.steps import Retries
+    from ff_fast._core.steps import Retries, Step
     from ff_fast._sync.connection import Connection
     from ff_fast.types import BackendConfig
 
-REFRESH_EVERY_S = 0.1
-"""Shortest time between two looks at the topology of a cluster, in seconds."""
-
-ASK_S = 1.0
-"""Longest time to wait for one node that is asked for the topology, in seconds."""
-
 # How long a look may take before another thread looks as well.
 _PATIENCE_S = 10.0
-_CLUSTER_SLOTS = Step((Command(b"", pack_command(b"CLUSTER", b"SLOTS")),))
-_NOBODY = "No node of the cluster is known that has the slot; try again later."
 
 
 class Node:
@@ -75,6 +59,14 @@ class Node:
     def idle(self) -> int:
         """Number of idle connections."""
         return len(self._idle)
+
+    @property
+    def heard_at(self) -> float:
+        """When the connection that was used last was heard of, in monotonic time; 0 if none is idle."""
+        try:
+            return self._idle[-1].heard_at
+        except IndexError:
+            return 0.0
 
     def trusts(self, connection: Connection) -> bool:
         """Whether *connection*, which owes nothing, was heard of since another one fell silent."""
@@ -141,12 +133,10 @@ class Nodes:
         self._primaries: dict[Address, Node] = {}
         self._replicas: dict[Address, Node] = {}
         self.topology: Topology | None = None
-        self._seeds: list[Address] = []
-        server = config.connection
-        if server.cluster:
+        self._seeds: tuple[Address, ...] = ()
+        if config.connection.cluster:
             self.topology = Topology()
-            self._seeds = [Address(server.host, server.port)]
-            self._seeds += [Address(*seed) for seed in server.seeds]
+            self._seeds = core.seeds(config.connection)
         # When something last showed that the topology has changed, and when the last successful look began.
         self._doubted_at, self._looked_at = time.monotonic(), 0.0
         # No look before this point in monotonic time. It is far off while a thread looks: an interrupt could leave a lock
@@ -171,7 +161,7 @@ class Nodes:
         elif found := [self.at(address) for address in topology.primaries]:
             return min(found, key=attrgetter("failed_at"))
         self.doubt()
-        raise Unavailable(_NOBODY)
+        raise core.no_owner()
 
     def at(self, address: Address, *, replica: bool = False) -> Node:
         """Return the node at *address*; it is asked as a primary or as a replica."""
@@ -181,6 +171,12 @@ class Nodes:
             # Of two that are made at the same moment all get the first.
             node = kept.setdefault(address, self._node(address, replica=replica))
         return node
+
+    def slots_of(self, node: Node) -> frozenset[int] | None:
+        """Return the slots of *node*, as far as they are known; None where there is no cluster."""
+        if self.topology is None or node.address is None:
+            return None
+        return self.topology.slots_of(node.address)
 
     def _node(self, address: Address, *, replica: bool = False) -> Node:
         server = self._config.connection.replace(host=address.host, port=address.port, seeds=())
@@ -224,27 +220,22 @@ class Nodes:
             if failure is None:
                 self._looked_at = began
         finally:
-            self._look_at = time.monotonic() + REFRESH_EVERY_S
+            self._look_at = time.monotonic() + core.REFRESH_EVERY_S
         if failure is not None and not topology.known:
             raise failure
 
     def _look(self, topology: Topology) -> FFError | None:
         """Ask one node after the other until one tells; return the last error if none does."""
         failure: FFError | None = None
-        known = sorted(
-            {each.address: each for each in self.all()}.values(), key=attrgetter("failed_at")
-        )
-        addresses = [node.address for node in known if node.address is not None]
-        for address in dict.fromkeys([*addresses, *self._seeds]):
+        working = {
+            node.address: node.heard_at
+            for node in self.all()
+            if node.address is not None and node.heard_at > node.failed_at
+        }
+        for address in core.to_ask(working, topology, self._seeds):
             node = self._primaries.get(address) or self._node(address)
             try:
-                (reply,) = self._ask(node, _CLUSTER_SLOTS)
-                if isinstance(reply, Exception):
-                    raise from_server_error(str(reply))
-                if not reply:
-                    # It has left the cluster, or not joined it yet.
-                    raise Unavailable(_NOBODY)
-                topology.learn(reply, address)
+                core.learn(topology, self._ask(node, core.SLOTS), address)
             except FFError as error:
                 node.failed_at = time.monotonic()
                 failure = error
@@ -273,7 +264,7 @@ class Connections(Protocol):
 
     def _release(self, connection: Connection) -> None: ...
 
-    def _prepare(self, connection: Connection) -> None: ...
+    def _load(self, connection: Connection) -> None: ...
 
 
 class Requests:
@@ -350,7 +341,7 @@ class Requests:
         for address in tuple(routing.missing):
             failure = None
             try:
-                self._pool._prepare(self._on(self._nodes.at(address)))
+                self._pool._load(self._on(self._nodes.at(address)))
             except FFError as error:
                 failure = error
             routing.loaded(address, failure)
@@ -366,7 +357,7 @@ class Requests:
             if node.library_missing:
                 # First: where it cannot be loaded, only calls of functions are to fail.
                 node.library_missing = False
-                self._pool._prepare(connection)
+                self._pool._load(connection)
         return connection
 
     def failed(self, error: FFError) -> None:

@@ -11,13 +11,14 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from ff_fast import _process, _transport
-from ff_fast._core.deployment import Deployment
+from ff_fast._core.deployment import READS, Deployment
+from ff_fast._core.nodes import ASK_S
 from ff_fast._core.steps import Retries
 from ff_fast._sync.claims import wait_in_line
 from ff_fast._sync.connection import Connection, run_steps
 from ff_fast._sync.credentials import Credentials
 from ff_fast._sync.hub import Hub
-from ff_fast._sync.nodes import ASK_S, Node, Nodes, Requests
+from ff_fast._sync.nodes import Node, Nodes, Requests
 from ff_fast._sync.sentinel import resolve
 from ff_fast.errors import FFError, ForkedClient
 from ff_fast.types import BackendTimeouts
@@ -138,16 +139,48 @@ class Pool:
             else:
                 self._discard(connection)
 
+    def _begin(self) -> None:
+        """Reach the server, or the primaries of the cluster, and check the deployment.
+
+        Raises:
+            FFError: There is no server, or it is none for this backend.
+        """
+        nodes = self._nodes
+        if nodes.topology is None:
+            self._release(self._acquire())
+            return
+        nodes.refresh()
+        for address in nodes.topology.primaries:
+            try:
+                self._release(self._acquire_at(nodes.at(address)))
+            except FFError as error:
+                # A node that cannot be reached is another one's to replace.
+                if not error.retryable:
+                    raise
+        with Requests(self, Retries(self.config.retry)) as requests:
+            run_steps(self._deployment.agree(), requests.request)
+
     def _prepare(self, connection: Connection, role: str | None = None) -> None:
         """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
+        node = connection.node
+        steps = self._deployment.prepare(
+            READS if node.replica else role, self._nodes.slots_of(node)
+        )
         try:
-            run_steps(self._deployment.prepare(role), connection.request)
+            run_steps(steps, connection.request)
         except FFError as error:
-            failure = _transport.connect_error(error, connection.node.config)
+            failure = _transport.connect_error(error, node.config)
         else:
             connection.ready = True
             return
         raise failure
+
+    def _load(self, connection: Connection) -> None:
+        """Load the library, which a call has not found on the server of *connection*."""
+        if connection.node.address is None:
+            self._prepare(connection)
+        else:
+            run_steps(self._deployment.load(), connection.request)
 
     def _discard(self, connection: Connection) -> None:
         connection.close()

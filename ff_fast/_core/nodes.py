@@ -1,0 +1,100 @@
+"""The nodes of a cluster: whom to ask for the topology, and how often."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ff_fast._core.steps import Command, Step
+from ff_fast._core.topology import Address
+from ff_fast._hot.resp import pack_command
+from ff_fast.errors import (
+    DeadlineExceeded,
+    FFError,
+    NotACluster,
+    OutcomeUnknown,
+    Unavailable,
+    from_server_error,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ff_fast._core.topology import Topology
+    from ff_fast.types import ValkeyConnection
+
+REFRESH_EVERY_S = 0.1
+"""Shortest time between two refreshes of the topology, in seconds."""
+
+ASK_S = 1.0
+"""Longest time that one node gets for its answer, in seconds; then another one is asked."""
+
+FORGET_EVERY_S = 1.0
+"""After this time, in seconds, a node that has left the cluster is looked at again if somebody waited for it."""
+
+SLOTS = Step((Command(b"", pack_command(b"CLUSTER", b"SLOTS")),))
+
+
+def seeds(server: ValkeyConnection) -> tuple[Address, ...]:
+    """Return the nodes that a configuration names."""
+    return tuple(Address(*each) for each in ((server.host, server.port), *server.seeds))
+
+
+def to_ask(
+    heard: Mapping[Address, float], topology: Topology, seeds: tuple[Address, ...]
+) -> list[Address]:
+    """Return whom to ask for the topology, in order.
+
+    Args:
+        heard: The nodes with an open connection, and when they were last heard of.
+        topology: What is known.
+        seeds: The nodes that the configuration names.
+    """
+    latest = sorted(heard, key=lambda address: -heard[address])
+    return list(dict.fromkeys([*latest, *topology.addresses, *seeds]))
+
+
+def learn(topology: Topology, replies: list[object], asked: Address) -> None:
+    """Take the replies to :data:`SLOTS`.
+
+    Raises:
+        NotACluster: The server is none of a cluster.
+        ProtocolError: The reply is not understood.
+        FFError: The server refused.
+    """
+    (reply,) = replies
+    if isinstance(reply, Exception):
+        if "cluster support disabled" in str(reply):
+            error = NotACluster()
+            error.host, error.port = asked
+            raise error
+        raise from_server_error(str(reply))
+    topology.learn(reply, asked)
+
+
+def primary(topology: Topology, slot: int | None) -> Address | None:
+    """Return the primary of *slot*, any primary for None; None where none is known."""
+    if slot is not None:
+        return topology.primary(slot)
+    return next(iter(topology.primaries), None)
+
+
+def no_owner() -> Unavailable:
+    """Return the error of a slot that no node is known to have."""
+    return Unavailable(
+        "No node of the cluster has the slot of the call; the cluster is being changed or is down, try again later."
+    )
+
+
+def silent(address: Address) -> Unavailable:
+    """Return the error of a node that does not answer."""
+    error = Unavailable(f"The node {address} does not answer; try again later.")
+    error.host, error.port = address
+    return error
+
+
+def named(error: FFError, address: Address) -> FFError:
+    """Return *error* with the address of the node that it concerns."""
+    if isinstance(error, Unavailable | OutcomeUnknown | DeadlineExceeded) and error.host is None:
+        error.host, error.port = address
+        error.args = (f"{error} It was sent to the node {address}.", *error.args[1:])
+    return error
