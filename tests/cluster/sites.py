@@ -31,6 +31,68 @@ def cluster(primaries=3, replicas=0, **config):
     return EmbeddedCluster(primaries, replicas, debug_command=True, **{**PROMPT, **config})
 
 
+def ask(server, *command):
+    """Send one command to a server over a connection of its own."""
+    with connect_raw(server.url) as client:
+        return client.execute_command(*command)
+
+
+def cut_off(primary, replica):
+    """Let a replica have what there is, and nothing from here on; the primary goes on."""
+    wait_until(lambda: _has_all(primary, replica))
+    ask(replica, "CONFIG", "SET", "masteruser", "nobody", "masterauth", "no-such-password")
+    ask(primary, "CLIENT", "KILL", "TYPE", "replica")
+
+
+def let_follow(replica):
+    """Undo `cut_off`."""
+    ask(replica, "CONFIG", "SET", "masteruser", "", "masterauth", "")
+
+
+def _has_all(primary, replica):
+    offset = _replication(primary)["master_repl_offset"]
+    told = _replication(replica)
+    return told["master_link_status"] == "up" and told["slave_repl_offset"] >= offset
+
+
+class ClusterFailover:
+    """A cluster of which one primary dies behind a link that has stalled: the face of ``faults.failover.Failover``.
+
+    Attributes:
+        cluster: Three primaries with a replica each, or what is given.
+    """
+
+    def __init__(self, cluster):
+        self.cluster = cluster
+        self.primary = self.replica = None
+
+    @property
+    def url(self):
+        return self.cluster.url
+
+    def stall(self, slot):
+        """Replicate what there is in the shard of a slot, and nothing from here on; the primary does not notice."""
+        self.primary = self.cluster.node_of(slot)
+        (self.replica,) = self.cluster.replicas_of(self.primary)
+        cut_off(self.primary, self.replica)
+
+    def promote(self):
+        """Kill the primary, and make the replica the primary: it takes over by itself."""
+        self.cluster.kill(self.primary)
+        self.replica.command("CLUSTER", "FAILOVER", "TAKEOVER")
+        wait_until(lambda: _replication(self.replica)["role"] == "master")
+
+    def heal(self):
+        """Bring the old primary back as a replica of the new one."""
+        if self.replica is not None:
+            let_follow(self.replica)
+            self.cluster.restart(self.primary)
+            self.primary = self.replica = None
+
+    def close(self):
+        self.heal()
+
+
 class Sentinels:
     """Three Sentinels that watch a primary: an instance of `EmbeddedServer` on TCP, with its replicas.
 
@@ -75,12 +137,10 @@ class Sentinels:
             self._stack = stack.pop_all()
 
     def _knows(self, client, replicas):
-        told = client.execute_command("SENTINEL MASTER", SERVICE)
-        told = told if isinstance(told, dict) else dict(zip(told[::2], told[1::2], strict=True))
-        told = {_text(key): _text(value) for key, value in told.items()}
-        return (
-            int(told["num-slaves"]) == replicas
-            and int(told["num-other-sentinels"]) == len(self.servers) - 1
+        told = client.sentinel_master(SERVICE)
+        return (told["num-slaves"], told["num-other-sentinels"]) == (
+            replicas,
+            len(self.servers) - 1,
         )
 
     @property
@@ -175,6 +235,19 @@ class SentinelSite:
             if each["role"] == "slave"
         )
 
+    def stall(self, slot=None):
+        """Replicate what there is, and nothing from here on; neither the primary nor a Sentinel notices."""
+        primary = self.primary
+        for server in self.servers:
+            if server is not primary:
+                cut_off(primary, server)
+
+    def promote(self):
+        """Kill the primary, and wait until the Sentinels have promoted the replica."""
+        killed = self.kill()
+        self.wait_for_another(killed)
+        let_follow(self.primary)
+
     def kill(self):
         """Kill the primary; return it. The Sentinels promote a replica by themselves."""
         killed = self.primary
@@ -215,7 +288,3 @@ def _replication(server):
     with connect_raw(server.url) as client, contextlib.suppress(redis.ConnectionError):
         return client.info("replication")
     return {"role": None}
-
-
-def _text(value):
-    return value.decode() if isinstance(value, bytes) else value
