@@ -724,6 +724,20 @@ class Unavailable(_Connecting, ConnectionError):
     _sentence = "The server cannot be reached or is not ready; try again later."
 
 
+class PrimaryNotFound(Unavailable):
+    """No sentinel names a primary of the service.
+
+    Attributes:
+        service: Name of the service.
+        sentinels: Addresses of the sentinels that were asked.
+    """
+
+    code = "primary_not_found"
+    service: str = ""
+    sentinels: tuple[str, ...] = ()
+    _sentence = "No sentinel names a primary of the service; check its name and the sentinels."
+
+
 class OutcomeUnknown(_Connecting, ConnectionError):
     """The connection broke after the call was sent: it may have been applied."""
 
@@ -827,7 +841,7 @@ class ClusterModeRequired(_Connecting):
     """The server is a node of a cluster, and the configuration has no ``cluster=true``."""
 
     code = "cluster_mode_required"
-    _sentence = "The server is a node of a cluster and cluster=true is not set; add it to the URL or the configuration."
+    _sentence = "The server is a node of a cluster; connect with cluster=true, as in valkey://host?cluster=true."
 
 
 class NotACluster(_Connecting):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
 from ff_fast._aio.connection import Connection, run_steps
+from ff_fast._aio.sentinel import resolve
 from ff_fast._core import nodes
 from ff_fast._core.deployment import READS
 from ff_fast._core.routing import Routing, Send
@@ -197,6 +198,8 @@ class Node:
         if address is not None:
             server = owner.config.connection.replace(host=address.host, port=address.port, seeds=())
             self.config = owner.config.replace(connection=server)
+        # With the address that sentinels have named last.
+        self._reached = self.config
         self.connections: set[Connection] = set()
         self.idle: deque[Connection] = deque()
         self.shared = SharedConnection(self.connect, owner.spawn, owner.timeout_s)
@@ -220,7 +223,10 @@ class Node:
         if self._stopped:
             raise _transport.closed_error()
         connection = Connection()
-        await connection.open(self.config)
+        self._reached = await resolve(self.config)
+        await connection.open(self._reached)
+        if self._owner.opened is not None:
+            self._owner.opened(connection)
         self.connections.add(connection)
         connection.give_back = self.release
         connection.on_lost.append(self.connections.discard)
@@ -241,7 +247,7 @@ class Node:
         try:
             connection.checked = await run_steps(steps, self._owner.requests_on(connection))
         except FFError as error:
-            failure = _transport.connect_error(error, self.config)
+            failure = _transport.connect_error(error, self._reached)
         else:
             connection.ready = True
             return
@@ -352,6 +358,7 @@ class Nodes:
         topology: The map of the slots; None where there is no cluster.
         closed: The backend is closed: nothing is tried again.
         first: The node that the configuration names.
+        opened: Called with each connection that opens.
     """
 
     def __init__(
@@ -359,8 +366,10 @@ class Nodes:
         config: BackendConfig,
         deployment: Deployment,
         spawn: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
+        opened: Callable[[Connection], None] | None = None,
     ) -> None:
         self.config = config
+        self.opened = opened
         self.deployment = deployment
         self.spawn = spawn
         self.timeout_s = _transport.request_timeout_s(config)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ff_fast import _transport
 from ff_fast._aio.claims import Waits
 from ff_fast._aio.connection import Connection, run_steps
+from ff_fast._aio.credentials import Credentials
 from ff_fast._aio.hub import Hub
 from ff_fast._aio.nodes import Nodes, Own
 from ff_fast._core import claiming
@@ -43,8 +44,13 @@ class Pool:
         # Claims under way, and the tasks that give back what others have left.
         self._claims: set[Claim] = set()
         self._giving_back: set[asyncio.Task[None]] = set()
+        provider = config.connection.credential_provider
+        self._credentials = (
+            None if provider is None else Credentials(provider, self._timeout_s, self._spawn)
+        )
         self._deployment = Deployment(config.partitions, config.max_payload_bytes)
-        self._nodes = Nodes(config, self._deployment, self._spawn)
+        opened = None if self._credentials is None else self._credentials.opened_by
+        self._nodes = Nodes(config, self._deployment, self._spawn, opened)
         first = self._nodes.first
         self._hub = Hub(
             first.connect, self._spawn, first.shared.request, self._timeout_s, config.retry
@@ -118,6 +124,8 @@ class Pool:
         """Abort the connections, without waiting."""
         self._nodes.stop()
         self._hub.stop()
+        if self._credentials is not None:
+            self._credentials.stop()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = self._loop.create_task(coroutine)

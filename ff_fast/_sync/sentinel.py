@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ff_fast._sync.connection import Connection
 from ff_fast._core.sentinel import Search
+from ff_fast._sync.connection import Connection
 from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
