@@ -57,7 +57,7 @@ class Hub:
 
     def attach(self, part: Part) -> None:
         """Let *part* of a reader hear its channel."""
-        self._order(lambda: self._core.attach(part))
+        self._order(lambda: self._core.attach(part, time.monotonic()))
 
     def detach(self, part: Part) -> None:
         """Let *part* go; does nothing if it is not attached."""

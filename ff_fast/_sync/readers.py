@@ -1,4 +1,4 @@
-"""Readers: tails, which hear of pushes over the hub, and subscriptions, each on a connection of its own."""
+"""Readers, which hear of pushes over the hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from ff_fast.types import CompletionPayload
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from ff_fast._core.steps import Source, Step
     from ff_fast._sync.connection import Connection
     from ff_fast._sync.pool import Pool
 
@@ -121,6 +120,9 @@ class PushReader(readers.PushState[T], Readable[T]):
     def __init__(self, pool: Pool, source: readers.PushSource[T]) -> None:
         super().__init__(source, pool.config.retry)
         self._pool = pool
+        # Replies to the step in flight so far, and the number of replies still owed.
+        self._replies: list[object] = []
+        self._missing = 0
         # The hub knows the bell, and not the reader, so a reader that was left can go.
         self._bell = _Bell()
         self._turn = Turn(readers.busy_error)
@@ -144,14 +146,18 @@ class PushReader(readers.PushState[T], Readable[T]):
             if self._library_missing:
                 self._pool._prepare(self._connection)
                 self._library_missing = False
+            self._replies, self._missing = [], len(step.commands)
             self._connection.send(step)
         connection = self._connection
-        reply = connection.receive(until)
-        if reply is PENDING:
-            return False
+        while self._missing:
+            reply = connection.receive(until)
+            if reply is PENDING:
+                return False
+            self._replies.append(reply)
+            self._missing -= 1
         self._connection = None
         self._pool._release(connection, _transport.MAX_IDLE_OF_READERS)
-        self._put_received(reply)
+        self._put_received(self._replies)
         self._attach_part()
         return True
 
@@ -222,92 +228,6 @@ class _Bell:
             self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
 
 
-class Reader(readers.AnswerState[T], Readable[T]):
-    """Base of the readers that wait on a connection of their own.
-
-    One thread at a time reads. Between two reads at most one answer of the server is in flight.
-    """
-
-    # Of the class, since an interrupt may strike before the object is complete.
-    _connection: Connection | None = None
-
-    def __init__(self, pool: Pool, source: Source[T]) -> None:
-        super().__init__(source, pool.config.retry)
-        self._pool = pool
-        # Replies to the step in flight so far, and the number of replies still owed.
-        self._replies: list[object] = []
-        self._missing = 0
-        self._turn = Turn(readers.busy_error)
-
-    def _wait_to_resume(self, until: float | None) -> bool:
-        """Wait for the end of a retry's pause; return whether it ends before *until*."""
-        pause = self._resume_at - time.monotonic()
-        if pause <= 0:
-            return True
-        if until is None:
-            time.sleep(pause)
-            return True
-        left = until - time.monotonic()
-        time.sleep(max(min(pause, left), 0.0))
-        return pause <= left
-
-    def _advance(self, until: float | None) -> bool:
-        """Send a step, or take the replies to the one in flight; return whether they came by *until*."""
-        # Also if there is a connection: a forked child must leave it alone.
-        self._pool._check()
-        if not self._wait_to_resume(until):
-            return False
-        connection = self._connection
-        if connection is None and not self.closed:
-            connection = self._connection = self._pool._acquire()
-        if connection is None or self.closed:
-            raise readers.closed_error()
-        if self._steps is None and not self._pool._trusts(connection):
-            self._let_go()
-            connection = self._connection = self._pool._acquire()
-        if self._library_missing:
-            self._pool._prepare(connection)
-            self._library_missing = False
-        if self._steps is None:
-            self._send(connection, self._begin())
-        while self._missing:
-            reply = connection.receive(until)
-            if reply is PENDING:
-                return False
-            self._replies.append(reply)
-            self._missing -= 1
-        step = self._answered(self._replies)
-        if step is not None:
-            self._send(connection, step)
-        return True
-
-    def _send(self, connection: Connection, step: Step) -> None:
-        self._replies, self._missing = [], len(step.commands)
-        connection.send(step)
-
-    def _let_go(self) -> None:
-        """Give the connection back, or close it if a reply is owed."""
-        self._replies, self._missing = [], 0
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            self._pool._release(connection, _transport.MAX_IDLE_OF_READERS)
-
-    def close(self) -> None:
-        """Stop reading, and release the connection. A waiting read raises an error."""
-        self._closed = True
-        try:
-            with self._turn:
-                self._let_go()
-        except InvalidInput:
-            connection = self._connection
-            if connection is not None:
-                connection.abort()
-
-    def __del__(self) -> None:
-        # A loop that was left in the middle.
-        self._let_go()
-
-
 class Tail(PushReader[Item]):
     __doc__ = readers.TAIL
 
@@ -325,5 +245,5 @@ class Waiting(PushReader[Ended]):
         return super()._advance(self._source.patience(until))
 
 
-class Completions(Reader[CompletionPayload]):
+class Completions(PushReader[CompletionPayload]):
     __doc__ = readers.COMPLETIONS
