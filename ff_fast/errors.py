@@ -781,6 +781,16 @@ class AuthenticationFailed(_Connecting, PermissionError):
     _sentence = "The server refused the credentials; check the user name and the password."
 
 
+class CredentialsUnavailable(_Connecting):
+    """The provider of credentials raised, or returned something else than credentials.
+
+    It is retryable where the provider's error was one of the system, as a lost connection or a timeout.
+    """
+
+    code = "credentials_unavailable"
+    _sentence = "The credential provider did not return credentials; look into its own log."
+
+
 DeniedKind = Literal["command", "key", "channel", "database"]
 """Kind of object that an ACL denies."""
 
