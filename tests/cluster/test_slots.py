@@ -16,12 +16,12 @@ def slot_of(eid):
 
 
 class Import:
-    """The slot of an execution is moved key by key, and stands half way."""
+    """A slot is moved key by key, and stands half way."""
 
-    def __init__(self, cluster, eid, target):
-        self.slot = slot_of(eid)
+    def __init__(self, cluster, slot, target):
+        self.slot = slot
         self._cluster = cluster
-        self._source, self._target = cluster.node_of(self.slot), target
+        self._source, self._target = cluster.node_of(slot), target
         target.command("CLUSTER", "SETSLOT", self.slot, "IMPORTING", self._source.id)
         self._source.command("CLUSTER", "SETSLOT", self.slot, "MIGRATING", target.id)
 
@@ -46,7 +46,7 @@ class Import:
 def moving(cluster, eid, target):
     """The slot of an execution, half way to *target*; it is there at last, and then goes back."""
     source = cluster.node_of(slot_of(eid))
-    half = Import(cluster, eid, target)
+    half = Import(cluster, slot_of(eid), target)
     try:
         yield half
     finally:
@@ -135,20 +135,20 @@ async def test_keys_that_have_gone_ahead_are_read_where_they_are(shell, cluster,
     source, other, target = cluster.nodes
     async with await shell.connect(cluster.url) as backend:
         eid, handle = await claimed_on(backend, cluster, source, lane)
-        await backend.complete(handle, b"result")
+        writer = await backend.open_writer(handle)
+        await put(writer, 1, 5)
+        await writer.close(20)
+        await backend.complete(handle)
         # Connections are warm, and more than one.
-        assert (
-            await asyncio.gather(*(backend.read_result(eid) for _ in range(8))) == [b"result"] * 8
-        )
+        await asyncio.gather(*(whole(backend, eid, 5) for _ in range(8)))
         before = cluster.slots_of(target)
         if slotless:
             await asyncio.to_thread(cluster.migrate, before, other)
         try:
             with moving(cluster, eid, target) as half:
                 half.move()
-                results = await asyncio.gather(*(backend.read_result(eid) for _ in range(8)))
-                assert results == [b"result"] * 8
-            assert await backend.read_result(eid) == b"result"
+                await asyncio.gather(*(whole(backend, eid, 5) for _ in range(8)))
+            await whole(backend, eid, 5)
         finally:
             if slotless:
                 await asyncio.to_thread(cluster.migrate, before, target)
@@ -180,3 +180,25 @@ async def test_a_primary_that_is_killed_is_waited_for_until_its_replica_takes_ov
         items = await asyncio.wait_for(reading, 20)
         assert [item.payload for item in items[:-1]] == [b"%d" % n for n in range(1, 11)]
     await asyncio.to_thread(cluster.restart, primary)
+
+
+async def test_work_is_claimed_while_the_keys_of_its_lane_move(shell, cluster, lane):
+    slot = keys.key_slot(keys.ready(lane))
+    source = cluster.node_of(slot)
+    target = next(node for node in cluster.nodes if node is not source)
+    async with await shell.connect(cluster.url) as backend:
+        eids = {await backend.create_execution(lane=lane) for _ in range(6)}
+        claimed = set()
+        half = Import(cluster, slot, target)
+        try:
+            for moved in (False, True):
+                if moved:
+                    half.move()
+                for _ in range(3):
+                    handle = await backend.claim(lane=lane, lease_ttl_ms=600_000)
+                    claimed.add(handle.execution_id)
+        finally:
+            half.end()
+            cluster.migrate([slot], source)
+        assert claimed == eids
+        assert await backend.claim(lane=lane) is None
