@@ -14,6 +14,8 @@ from ff_fast.errors import FFError, Outcome
 from ..waiting import wait_until
 from .chaos.site import cut_off, let_follow
 
+pytestmark = pytest.mark.chaos
+
 
 def partition_of(cluster, node):
     """A partition that the node has."""

@@ -10,6 +10,8 @@ from ff_fast.errors import FFError, Outcome
 
 from .test_partitions import claimed_on, put, replicated_to, whole
 
+pytestmark = pytest.mark.chaos
+
 
 def slot_of(eid):
     return keys.key_slot(keys.core(eid))
