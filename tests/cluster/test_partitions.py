@@ -12,7 +12,7 @@ from ff_fast import End, StreamFrame, keys
 from ff_fast.errors import FFError, Outcome
 
 from ..waiting import wait_until
-from .chaos.site import cut_off, let_follow
+from .sites import cut_off, let_follow
 
 pytestmark = pytest.mark.chaos
 
@@ -108,12 +108,11 @@ async def test_what_a_minority_accepted_is_replayed_to_the_majority(
         writer = await backend.open_writer(handle)
         reading = asyncio.ensure_future(other.items(eid))
         await put(writer, 1, 5)
-        await asyncio.to_thread(replicated_to, cluster, primary)
-        cut_off(primary.command, replica.command)
+        await asyncio.to_thread(cut_off, primary, replica)
         await put(writer, 6, 10)
         with stopped([primary]):
             replica.command("CLUSTER", "FAILOVER", "TAKEOVER")
-            let_follow(replica.command)
+            let_follow(replica)
             if not late:
                 await put(writer, 11, 15)
         await put(writer, writer.next_sequence, 15)

@@ -10,6 +10,7 @@ import time
 import pytest
 import trustme
 
+from ff_fast import StreamFrame
 from ff_fast._aio import sentinel as of_asyncio
 from ff_fast._sync import sentinel as of_sync
 from ff_fast.errors import (
@@ -19,7 +20,6 @@ from ff_fast.errors import (
     PrimaryNotFound,
     TlsFailed,
 )
-from ff_fast import StreamFrame
 from ff_fast.types import BackendConfig, ClaimPolicy
 
 from ..conftest import connect_raw

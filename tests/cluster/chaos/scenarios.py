@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ...faults.chaos import DOWN, UP
-from .site import ClusterSite, PairSite, SentinelsSite, cut_off, let_follow
+from ..sites import cut_off, let_follow
+from .site import ClusterSite, PairSite, SentinelsSite
 
 TAILS_S = (0.2, 0.5, 2.5)
 """How much a replica lacks, in seconds: what a writer still holds, and what it does not."""
@@ -78,11 +79,11 @@ async def failover(site, dice, pace, note):
             await asyncio.to_thread(cluster.failover, replica)
             continue
         note(f"{replica.address} takes over from {primary.address} without the tail")
-        cut_off(primary.command, replica.command)
+        await asyncio.to_thread(cut_off, primary, replica)
         await asyncio.sleep(dice.choice(TAILS_S))
         await asyncio.to_thread(cluster.kill, primary)
         await asyncio.to_thread(cluster.failover, replica, "TAKEOVER")
-        let_follow(replica.command)
+        let_follow(replica)
         await asyncio.to_thread(cluster.restart, primary)
 
 

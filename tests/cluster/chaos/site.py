@@ -8,24 +8,13 @@ import redis
 
 from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
 
-from ...conftest import connect_raw
 from ...faults.chaos import ChaosProxy
 from ...waiting import wait_until
-from ..sites import SentinelSite
+from ..sites import SentinelSite, ask, cut_off, let_follow
 
 PARTITIONS = 256
 # What survives a SIGKILL, which is all that a server here dies of.
 DURABLE = {"appendonly": True, "appendfsync": "always"}
-
-
-def cut_off(primary, replica):
-    """Let a replica have what there is, and nothing from here on; the primary goes on."""
-    replica("CONFIG", "SET", "primaryuser", "nobody", "primaryauth", "no-such-password")
-    primary("CLIENT", "KILL", "TYPE", "replica")
-
-
-def let_follow(replica):
-    replica("CONFIG", "SET", "primaryuser", "", "primaryauth", "")
 
 
 class ClusterSite:
@@ -65,7 +54,7 @@ class ClusterSite:
             if not node.running:
                 node.restart()
         for node in self.cluster.nodes:
-            let_follow(node.command)
+            let_follow(node)
         self.cluster.wait_until_stable()
 
     def close(self):
@@ -88,13 +77,13 @@ class SentinelsSite(SentinelSite):
     def cut_off(self):
         primary = self.primary
         (replica,) = (each for each in self.servers if each is not primary)
-        cut_off(_asker(primary), _asker(replica))
+        cut_off(primary, replica)
 
     def killed(self):
         """The primary dies, and comes back as a replica when the other one has taken over."""
         killed = self.kill()
         self.wait_for_another(killed)
-        let_follow(_asker(self.primary))
+        let_follow(self.primary)
         killed.restart()
         wait_until(self.replicated, 30)
 
@@ -125,16 +114,16 @@ class PairSite:
 
     def _follow(self):
         host, port = self.primary.url.removeprefix("valkey://").split(":")
-        _asker(self.replica)("REPLICAOF", host, port)
+        ask(self.replica, "REPLICAOF", host, port)
         wait_until(self._synchronised, 30)
 
     def _synchronised(self):
-        info = _asker(self.replica)("INFO", "replication")
+        info = ask(self.replica, "INFO", "replication")
         return info.get("master_link_status") == "up"
 
     def planned(self):
         """``FAILOVER``: the replica has everything before it takes over."""
-        _asker(self.primary)("FAILOVER")
+        ask(self.primary, "FAILOVER")
         wait_until(lambda: self._role(self.replica) == "master", 30)
         self.primary, self.replica = self.replica, self.primary
         self._front.lead_to(self.primary.url)
@@ -142,17 +131,17 @@ class PairSite:
 
     def _role(self, server):
         with contextlib.suppress(redis.RedisError):
-            return _asker(server)("INFO", "replication")["role"]
+            return ask(server, "INFO", "replication")["role"]
 
     def cut_off(self):
-        cut_off(_asker(self.primary), _asker(self.replica))
+        cut_off(self.primary, self.replica)
 
     def killed(self):
         """The primary dies, the replica takes over, and the dead one comes back as a replica."""
         os.kill(self.primary.pid, signal.SIGKILL)
         wait_until(lambda: not self.primary.running)
-        _asker(self.replica)("REPLICAOF", "NO", "ONE")
-        let_follow(_asker(self.replica))
+        ask(self.replica, "REPLICAOF", "NO", "ONE")
+        let_follow(self.replica)
         self.primary, self.replica = self.replica, self.primary
         self._front.lead_to(self.primary.url)
         self.replica.restart()
@@ -163,11 +152,3 @@ class PairSite:
 
     def close(self):
         self._stack.close()
-
-
-def _asker(server):
-    def ask(*command):
-        with connect_raw(server.url, socket_timeout=30) as client:
-            return client.execute_command(*command)
-
-    return ask
