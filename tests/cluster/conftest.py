@@ -19,7 +19,7 @@ def replicated_cluster():
     """Three primaries with a replica each; which is which may change."""
     with sites.cluster(3, 3) as running:
         yield running
-        
+
 
 @pytest.fixture
 def sentinels():

@@ -122,9 +122,7 @@ class SentinelSite:
             for client in self._clients[1:]:
                 client.replicaof("127.0.0.1", port_of(self.servers[0].url))
             wait_until(self.replicated)
-            self.sentinels = stack.enter_context(
-                Sentinels(port_of(self.servers[0].url), replicas)
-            )
+            self.sentinels = stack.enter_context(Sentinels(port_of(self.servers[0].url), replicas))
             self._stack = stack.pop_all()
 
     @property
@@ -134,7 +132,9 @@ class SentinelSite:
     @property
     def primary(self):
         """The server that all Sentinels name, once they agree."""
-        ports = wait_until(lambda: len(set(self.sentinels.primary_ports())) == 1 and self.sentinels.primary_ports())
+        ports = wait_until(
+            lambda: len(set(self.sentinels.primary_ports())) == 1 and self.sentinels.primary_ports()
+        )
         return next(each for each in self.servers if port_of(each.url) == ports[0])
 
     def replicated(self):
