@@ -59,7 +59,7 @@ class ValkeyBackend(Operations):
         async def connecting() -> ValkeyBackend:
             backend = cls(config)
             try:
-                await backend._shared.connected()
+                await backend._nodes.connect()
             except BaseException:
                 await backend.close()
                 raise

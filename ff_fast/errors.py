@@ -722,6 +722,20 @@ class Unavailable(_Connecting, ConnectionError):
     _sentence = "The server cannot be reached or is not ready; try again later."
 
 
+class PrimaryNotFound(Unavailable):
+    """No sentinel names a primary of the service.
+
+    Attributes:
+        service: Name of the service.
+        sentinels: Addresses of the sentinels that were asked.
+    """
+
+    code = "primary_not_found"
+    service: str = ""
+    sentinels: tuple[str, ...] = ()
+    _sentence = "No sentinel names a primary of the service; check its name and the sentinels."
+
+
 class OutcomeUnknown(_Connecting, ConnectionError):
     """The connection broke after the call was sent: it may have been applied."""
 
@@ -763,6 +777,16 @@ class AuthenticationFailed(_Connecting, PermissionError):
     code = "authentication_failed"
     fault: CredentialFault | None = None
     _sentence = "The server refused the credentials; check the user name and the password."
+
+
+class CredentialsUnavailable(_Connecting):
+    """The provider of credentials raised, or returned something else than credentials.
+
+    It is retryable where the provider's error was one of the system, as a lost connection or a timeout.
+    """
+
+    code = "credentials_unavailable"
+    _sentence = "The credential provider did not return credentials; look into its own log."
 
 
 DeniedKind = Literal["command", "key", "channel", "database"]
@@ -825,10 +849,7 @@ class ClusterModeRequired(_Connecting):
     """The server is a node of a cluster, and the configuration has no ``cluster=true``."""
 
     code = "cluster_mode_required"
-    _sentence = (
-        "The server is a node of a cluster and cluster=true is not set; clusters are not supported yet,"
-        " so connect to a standalone server."
-    )
+    _sentence = "The server is a node of a cluster; connect with cluster=true, as in valkey://host?cluster=true."
 
 
 class NotACluster(_Connecting):

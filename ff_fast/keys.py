@@ -501,6 +501,22 @@ def _in_key(text: str) -> str:
 # -- slots -----------------------------------------------------------------------------------------
 
 
+def absent(key: bytes) -> bytes | None:
+    """Return a key in the slot of *key* that is never written, for a call that touches keys that it does not name.
+
+    While a slot moves from one node to another key by key, a node refuses a call before it begins if it has some of its
+    keys and not others. A key that no node has makes it refuse every such call; otherwise a function would stop in the
+    middle, at a key that has gone or is not there yet. The users who may make the call may use the key.
+    """
+    begin, end = key.find(b"{"), key.find(b"}") + 1
+    if not 0 < begin < end:
+        return None
+    family = key[: key.find(b":", 3) + 1]
+    if family in (b"ff:exec:", b"ff:idx:", b"ff:flow:"):
+        return b"ff:exec:" + key[begin:end] + b":core"
+    return family + key[begin:end]
+
+
 def key_in(slots: Container[int]) -> bytes | None:
     """Return a configuration key in one of *slots*, for a call that is addressed to a node; None where there is none."""
     for number in range(_KEYS_TO_TRY):

@@ -6,40 +6,25 @@ Claims that do not wait ask together as well, where several do at the same time.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from ff_fast import _transport
 from ff_fast._aio.connection import run_steps
+from ff_fast._aio.nodes import Own
+from ff_fast._core.steps import Retries
 from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
-
-    from ff_fast._aio.connection import Connection
+    from ff_fast._aio.nodes import Nodes
     from ff_fast._core.line import Line
-    from ff_fast._core.steps import AwaitHint, Step
-
-
-class Connections(Protocol):
-    """The pool, as far as claims need it."""
-
-    async def _acquire(self) -> Connection: ...
-
-    def _release(self, connection: Connection) -> None: ...
-
-    def _requests_on(self, connection: Connection) -> Callable[[Step], Awaitable[list[object]]]: ...
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]: ...
+    from ff_fast._core.steps import AwaitHint
 
 
 class Waits:
     """The lines of a backend in which claims wait. Each has a task as long as it is not empty."""
 
-    def __init__(
-        self, pool: Connections, request: Callable[[Step], Awaitable[list[object]]]
-    ) -> None:
-        self._pool = pool
-        self._request = request
+    def __init__(self, owner: Nodes) -> None:
+        self._nodes = owner
         self._loop = asyncio.get_running_loop()
         self._served: set[Line] = set()
 
@@ -56,7 +41,7 @@ class Waits:
         line.join(claim)
         if line not in self._served:
             self._served.add(line)
-            _ = self._pool._spawn(self._serve(step))
+            _ = self._nodes.spawn(self._serve(step))
         timer = None
         if step.blocks:
             timer = self._loop.call_later(max(claim.left(), 0.0), wake)
@@ -71,13 +56,11 @@ class Waits:
             raise claim.failure
 
     async def _serve(self, step: AwaitHint) -> None:
-        line, pool, request = step.line, self._pool, self._request
-        connection = None
+        line, owner = step.line, self._nodes
+        own = Own(owner, blocks_only=True) if step.blocks else None
         try:
-            if step.blocks:
-                connection = await pool._acquire()
-                request = pool._requests_on(connection)
             while line.waiting:
+                request = owner.caller(Retries(owner.config.retry), own=own)
                 await run_steps(step.serve(None), request)
         except FFError as error:
             line.fail(error)
@@ -87,5 +70,5 @@ class Waits:
             raise
         finally:
             self._served.discard(line)
-            if connection is not None:
-                pool._release(connection)
+            if own is not None:
+                own.release()

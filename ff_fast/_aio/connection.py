@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
+from ff_fast._aio.credentials import ask
+from ff_fast._core.sentinel import ROLE, check_role
 from ff_fast._core.steps import AwaitHint, Pause, Step, Steps
 from ff_fast._hot.resp import ReplyGuard, take_reply
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError, Unavailable
@@ -39,6 +41,7 @@ class Connection(asyncio.Protocol):
         self._pushed = hiredis.PushNotification
         self._transport: asyncio.Transport | None = None
         self._stream: asyncio.StreamWriter | None = None
+        self._leaving = False
         self._closed_transport: asyncio.Future[None] | None = None
         # Set while the transport takes more, and after it is lost, so that no task waits for ever.
         self._can_write = asyncio.Event()
@@ -48,8 +51,10 @@ class Connection(asyncio.Protocol):
         self.heard_at = time.monotonic()
         # Number of bytes that have come.
         self.received = 0
-        # Set once it has answered the steps of connecting.
-        self.ready = False
+        # Set once it has answered the steps of connecting; checked: the library of its server was.
+        self.ready = self.checked = False
+        # Takes it back from its user, with the number of idle connections that are wanted; its server sets it.
+        self.give_back: Callable[[Connection, int], None] | None = None
         # on_can_write: called when more may be sent. on_lost: each called once, when the connection is lost.
         # on_silent: called with the time since when nothing has come, before the connection is aborted for it.
         self.on_can_write: Callable[[], None] | None = None
@@ -57,6 +62,8 @@ class Connection(asyncio.Protocol):
         self.on_silent: Callable[[float], None] | None = None
         # Takes what the server sends unasked; None drops it.
         self.on_push: Callable[[list[Any]], None] | None = None
+        # When it logged in last, in monotonic time.
+        self.authenticated_at = 0.0
 
     async def open(self, config: BackendConfig) -> None:
         """Connect as *config* says; redis-py opens the socket and shakes hands."""
@@ -65,16 +72,22 @@ class Connection(asyncio.Protocol):
         from redis.backoff import NoBackoff
 
         server = config.connection
+        timeout_s = _transport.request_timeout_s(config)
+        self.authenticated_at = time.monotonic()
+        provider = server.credential_provider
+        login = None if provider is None else await ask(provider, timeout_s)
         kind: type[Any] = redis_connection.Connection
         if server.unix_path:
             kind = redis_connection.UnixDomainSocketConnection
         elif server.tls:
             kind = redis_connection.SSLConnection
         connection = kind(
-            **_transport.connection_arguments(config),
+            **_transport.connection_arguments(config, login),
             parser_class=_transport.guarded_parser(redis_connection),
             retry=Retry(NoBackoff(), 0),
         )
+        if server.ssl_context is not None:
+            _transport.use_context(connection, server.ssl_context)
         failure: FFError | None = None
         try:
             await connection.connect()
@@ -94,6 +107,13 @@ class Connection(asyncio.Protocol):
         self._transport = transport
         self._closed_transport = asyncio.get_running_loop().create_future()
         self._can_write.set()
+        if server.sentinel_service is not None:
+            try:
+                (reply,) = await self.request(ROLE, timeout_s)
+                check_role(reply, server)
+            except BaseException:
+                self.abort()
+                raise
 
     @property
     def closed(self) -> bool:
@@ -147,6 +167,8 @@ class Connection(asyncio.Protocol):
                 self.abort()
                 return
             self.receivers.popleft()(reply)
+        if self._leaving and not self.receivers:
+            self.abort()
         if self.on_can_write is not None:
             self.on_can_write()
 
@@ -173,6 +195,12 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
             self._fail_receivers()
+
+    def leave(self) -> None:
+        """Close the connection once it owes no reply."""
+        self._leaving = True
+        if not self.receivers:
+            self.abort()
 
     def _abort_broken(self) -> None:
         """Abort the connection; the receiver of the broken reply gets `BROKEN`, those after it `LOST`."""

@@ -82,7 +82,8 @@ class Operations(Pool):
         self._opening = asyncio.Lock()
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
-        self._sender = Sender(self._shared, self._prepare, self._spawn, self._check_thread, config)
+        first = self._nodes.first
+        self._sender = Sender(first.shared, first.prepare, self._spawn, self._check_thread, config)
         self._kept = KeptLeases(self._hub, self._loop.call_later)
 
     def _store_soon(self) -> None:

@@ -307,7 +307,7 @@ class Reader(readers.AnswerState[T], Readable[T]):
         connection = None if self._library_missing else self._pool._take_idle()
         if connection is None:
             if self._connecting is None:
-                self._connecting = self._pool._spawn(self._pool._connect())
+                self._connecting = self._pool._spawn(self._pool._nodes.of(None).connect())
             task = self._connecting
             left = None if until is None else max(until - time.monotonic(), 0.0)
             done, _ = await asyncio.wait({task}, timeout=left)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from ff_fast import _process
 from ff_fast._aio.connection import BROKEN, LOST, Connection
-from ff_fast._aio.pool import CALLS_IN_FLIGHT, Pool, SharedConnection
+from ff_fast._aio.nodes import CALLS_IN_FLIGHT, SharedConnection
 from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
 from ff_fast._core.steps import Retries
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
     from types import TracebackType
 
+    from ff_fast._aio.pool import Pool
     from ff_fast._hot.writer import Call
     from ff_fast.types import BackendConfig
 

@@ -40,6 +40,9 @@ _REFUSALS = frozenset(
         "MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "LOADING", "READONLY", "UNBLOCKED",
     }
 )  # fmt: skip
+# A function met a key that has gone to another node, or will only be there, since its slot moves key by key.
+_NOT_LOCAL = "attempted to access a non local key"
+_MOVING = "TRYAGAIN The slot is being moved"
 # Of a slot that no node is known to have; the text is a server's own.
 _NO_OWNER = "CLUSTERDOWN Hash slot not served"
 
@@ -163,7 +166,10 @@ class Routing:
         text = str(reply)
         word, _, rest = text.partition(" ")
         if "script: " in text:
-            # A command inside of a function was refused, perhaps after others.
+            # A command inside of a function was refused, perhaps after others, which in a function that only reads have
+            # changed nothing.
+            if _NOT_LOCAL in text and _is_reading(self._step.commands[index]):
+                self._refused(index, Exception(_MOVING), send)
             return
         if word in _REFUSALS:
             self._refused(index, reply, send)
@@ -262,3 +268,7 @@ class Routing:
 
 def _is_function(command: Command) -> bool:
     return b"FCALL" in command.request[:24]
+
+
+def _is_reading(command: Command) -> bool:
+    return b"FCALL_RO" in command.request[:24]

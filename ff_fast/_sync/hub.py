@@ -164,6 +164,8 @@ class _Thread:
             return
         if not self._hub._trusts(self._connection):
             raise DeadlineExceeded
+        if (renewal := self._connection.renewal()) is not None:
+            self._send(renewal, None, now)
         for asked in self._core.requests(now):
             self._send(asked.request, asked, now)
         self._look(now)

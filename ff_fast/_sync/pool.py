@@ -16,6 +16,7 @@ from ff_fast._core.nodes import ASK_S
 from ff_fast._core.steps import Retries
 from ff_fast._sync.claims import wait_in_line
 from ff_fast._sync.connection import Connection, run_steps
+from ff_fast._sync.credentials import Credentials
 from ff_fast._sync.hub import Hub
 from ff_fast._sync.nodes import Node, Nodes, Requests
 from ff_fast._sync.sentinel import resolve
@@ -39,6 +40,8 @@ class Pool:
         self._pid = os.getpid()
         # Calls are refused, and then connections.
         self._closed = self._stopped = False
+        provider = config.connection.credential_provider
+        self._credentials = None if provider is None else Credentials(provider)
         self._nodes = Nodes(config, self._ask)
         # Single calls in C change it, so no lock is needed that an interrupt or a finaliser could leave locked.
         self._busy: dict[int, weakref.ref[Connection]] = {}
@@ -111,6 +114,8 @@ class Pool:
             raise
         node.failed_at = 0.0
         connection.node = node
+        if self._credentials is not None:
+            self._credentials.opened_by(connection)
         self._busy[id(connection)] = weakref.ref(connection)
         if self._stopped:
             # close() has already aborted the connections it knew, so it would never wake this thread.

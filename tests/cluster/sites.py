@@ -7,6 +7,8 @@ import tempfile
 import urllib.parse
 from pathlib import Path
 
+import redis
+
 from ff_fast import embedded
 from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
 
@@ -37,8 +39,6 @@ class Sentinels:
         url: ``valkey+sentinel://h1,h2,h3/service``.
     """
 
-    PERIODS = {"info-period": 100, "ping-period": 50, "ask-period": 50, "publish-period": 50}
-
     def __init__(self, primary_port, replicas, *, down_after_ms=500, count=3, **config):
         self.servers = []
         with contextlib.ExitStack() as stack:
@@ -53,15 +53,18 @@ class Sentinels:
                 stack.enter_context(connect_raw(server.url)) for server in self.servers
             ]
             for client in self._clients:
-                client.execute_command("SENTINEL DEBUG", *sum(self.PERIODS.items(), ()))
+                # In milliseconds; all are a second or more by default.
+                for name in ("info-period", "ping-period", "ask-period", "publish-period"):
+                    client.execute_command("SENTINEL DEBUG", name, 50)
                 client.execute_command(
                     *("SENTINEL MONITOR", SERVICE, "127.0.0.1", primary_port, count // 2 + 1)
                 )
                 client.execute_command(
                     *("SENTINEL SET", SERVICE, "down-after-milliseconds", down_after_ms),
-                    *("failover-timeout", 3000),
+                    *("failover-timeout", 2500),
                 )
             wait_until(lambda: all(self._knows(each, replicas) for each in self._clients))
+            self.correct_after(1.6)
             self._stack = stack.pop_all()
 
     def _knows(self, client, replicas):
@@ -78,6 +81,14 @@ class Sentinels:
         hosts = ",".join(f"127.0.0.1:{port_of(server.url)}" for server in self.servers)
         return f"valkey+sentinel://{hosts}/{SERVICE}"
 
+    def correct_after(self, seconds):
+        """How long a Sentinel bears a wrong role or a wrong primary of a server before it sets it right.
+
+        Too short a time undoes the promotion that another Sentinel has just begun.
+        """
+        for client in self._clients:
+            client.execute_command("SENTINEL DEBUG", "publish-period", int(seconds * 1000 / 4))
+
     def primary_ports(self):
         """What each Sentinel that lives says is the primary's port."""
         return [
@@ -88,7 +99,16 @@ class Sentinels:
 
     def failover(self):
         """``SENTINEL FAILOVER``: a planned one, without waiting for its end."""
-        self._clients[0].execute_command("SENTINEL FAILOVER", SERVICE)
+        wait_until(self._failover)
+
+    def _failover(self):
+        try:
+            return self._clients[0].execute_command("SENTINEL FAILOVER", SERVICE)
+        except redis.ResponseError as error:
+            # It has not heard from the replica since that became one.
+            if "NOGOODSLAVE" not in str(error):
+                raise
+            return None
 
     def close(self):
         self._stack.close()
@@ -116,13 +136,12 @@ class SentinelSite:
                 stack.enter_context(EmbeddedServer(tcp=True, debug_command=True, **options))
                 for _ in range(1 + replicas)
             ]
-            self._clients = [
-                stack.enter_context(connect_raw(server.url)) for server in self.servers
-            ]
-            for client in self._clients[1:]:
-                client.replicaof("127.0.0.1", port_of(self.servers[0].url))
+            port = port_of(self.servers[0].url)
+            for server in self.servers[1:]:
+                with connect_raw(server.url) as client:
+                    client.replicaof("127.0.0.1", port)
             wait_until(self.replicated)
-            self.sentinels = stack.enter_context(Sentinels(port_of(self.servers[0].url), replicas))
+            self.sentinels = stack.enter_context(Sentinels(port, replicas))
             self._stack = stack.pop_all()
 
     @property
@@ -139,11 +158,7 @@ class SentinelSite:
 
     def replicated(self):
         """Whether every living replica has everything that its primary has."""
-        told = [
-            client.info("replication")
-            for client, server in zip(self._clients, self.servers, strict=True)
-            if server.running
-        ]
+        told = [_replication(server) for server in self.servers if server.running]
         offsets = [each["master_repl_offset"] for each in told if each["role"] == "master"]
         return len(offsets) == 1 and all(
             each["master_link_status"] == "up" and each["slave_repl_offset"] == offsets[0]
@@ -165,9 +180,9 @@ class SentinelSite:
         self.wait_for_another(before)
 
     def wait_for_another(self, before):
-        wait_until(lambda: self.primary is not before)
-        client = self._clients[self.servers.index(self.primary)]
-        wait_until(lambda: client.info("replication")["role"] == "master")
+        # Sentinels that vote for two of them try again after twice their failover-timeout.
+        wait_until(lambda: self.primary is not before, deadline_s=30)
+        wait_until(lambda: _replication(self.primary)["role"] == "master")
 
     def close(self):
         self._stack.close()
@@ -177,6 +192,12 @@ class SentinelSite:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _replication(server):
+    # A Sentinel cuts the connections of clients: each look has its own.
+    with connect_raw(server.url) as client:
+        return client.info("replication")
 
 
 def _text(value):

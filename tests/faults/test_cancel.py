@@ -154,7 +154,7 @@ async def test_cancelling_the_caller_that_reconnects_leaves_the_others_their_con
     backend, eid, _ = await opened(proxy.url, lane)
     for step in range(STEPS):
         proxy.cut_all()
-        await wait_until_async(lambda: _true(backend._shared.connection is None))
+        await wait_until_async(lambda: _true(backend._nodes.first.shared.connection is None))
         first = asyncio.ensure_future(backend.describe(eid))
         others = [asyncio.ensure_future(backend.describe(eid)) for _ in range(3)]
         for _ in range(step):

@@ -286,7 +286,7 @@ async def test_many_callers_of_a_deaf_server_wait_one_deadline_together(proxy):
     backend = await aio.ValkeyBackend.connect(config(proxy.url, timeout=0.3))
     proxy.hold(UP, DOWN)
     proxy.cut_all()
-    await wait_until_async(lambda: _true(backend._shared.connection is None))
+    await wait_until_async(lambda: _true(backend._nodes.first.shared.connection is None))
     loop = asyncio.get_running_loop()
     began = loop.time()
     missing = ff_fast.keys.new_execution_id()

@@ -624,11 +624,11 @@ async def test_many_large_calls_wait_their_turn(proxy, lane):
         asyncio.ensure_future(backend.create_execution(lane=lane, payload=b"x" * (1 << 18)))
         for _ in range(64)
     ]
-    await wait_until_async(lambda: _true(not backend._shared.connection.writable))
+    await wait_until_async(lambda: _true(not backend._nodes.first.shared.connection.writable))
     for _ in range(50):
         await asyncio.sleep(0)
     # One call may be in the buffer, and what the kernel took; the other sixty wait.
-    assert backend._shared.connection._transport.get_write_buffer_size() < 3 << 20
+    assert backend._nodes.first.shared.connection._transport.get_write_buffer_size() < 3 << 20
     calls[30].cancel()
     proxy.release()
     results = await asyncio.gather(*calls, return_exceptions=True)

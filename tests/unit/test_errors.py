@@ -56,6 +56,7 @@ NOT_APPLIED = {
     "permission_denied": errors.PermissionDenied,
     "tls_failed": errors.TlsFailed,
     "cluster_mode_required": errors.ClusterModeRequired,
+    "not_a_cluster": errors.NotACluster,
     "unsupported_server": errors.UnsupportedServer,
     "error": FFError,
 }
