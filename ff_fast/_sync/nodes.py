@@ -266,6 +266,9 @@ class Connections(Protocol):
 
     _nodes: Nodes
 
+    @property
+    def closed(self) -> bool: ...
+
     def _acquire_at(self, node: Node) -> Connection: ...
 
     def _release(self, connection: Connection) -> None: ...
@@ -321,7 +324,7 @@ class Requests:
             pause = routing.settle()
             if routing.moved or routing.in_doubt:
                 nodes.doubt()
-            if pause is None:
+            if pause is None or (pause and self._pool.closed):
                 return routing.replies()
             time.sleep(pause)
 
