@@ -214,6 +214,11 @@ class Node:
         return self._reads
 
     @property
+    def stopped(self) -> bool:
+        """Whether it has left the cluster, or the backend is closed."""
+        return self._stopped
+
+    @property
     def busy(self) -> bool:
         """Whether a connection is in use."""
         return self.shared.busy or any(each.receivers for each in self.connections)
@@ -467,6 +472,11 @@ class Nodes:
             FFError: No node has answered.
         """
         await result_of(self.refresh_soon())
+
+    async def settled(self) -> None:
+        """Wait until the topology is not asked for any more."""
+        if self._refreshing is not None:
+            await asyncio.wait({self._refreshing})
 
     async def _refresh(self) -> None:
         try:

@@ -16,7 +16,7 @@ from ff_fast._aio.opening import Opening
 from ff_fast._aio.pool import Pool
 from ff_fast._aio.readers import Completions, Follow, Tail, Waiting
 from ff_fast._aio.witness import Witness
-from ff_fast._aio.writers import Sender, Writer
+from ff_fast._aio.writers import Senders, Writer
 from ff_fast._core import claiming, operations
 from ff_fast._core.binding import HANDLER, H, R, S, bind, dressed
 from ff_fast._core.leases import KeptLeases
@@ -85,8 +85,7 @@ class Operations(Pool):
         self._opening = asyncio.Lock()
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
-        first = self._nodes.first
-        self._sender = Sender(first.shared, first.prepare, self._spawn, self._check_thread, config)
+        self._senders = Senders(self._nodes, self._check_thread, config)
         self._kept = KeptLeases(self._hub, self._loop.call_later)
         self._witnesses: dict[tuple[Node, Durability], Witness] = {}
 
@@ -106,17 +105,17 @@ class Operations(Pool):
         await witness.answer(ask)
 
     def _store_soon(self) -> None:
-        self._sender.store_soon()
+        self._senders.store_soon()
 
     def _stored(self) -> bool:
-        return self._sender.stored
+        return self._senders.stored
 
     def _stop(self) -> None:
         keepers = self._kept.close()
         super()._stop()
         for keeper in keepers:
             keeper._abandon(_transport.closed_error())
-        self._sender.stop()
+        self._senders.stop()
         self._frame_writers.clear()
 
     async def _do(self, call: Call[T], *, until: float = float("inf")) -> T:
@@ -187,7 +186,7 @@ class Operations(Pool):
         return Opening(opening)
 
     def _use_writer(self, state: WriterState) -> Writer:
-        writer = Writer(state, self._sender, self, self._witness)
+        writer = Writer(state, self._senders, self, self._witness)
         writer._kept = self._kept
         self._writers[writer._lease_id] = writer
         self._frame_writers.pop(writer._lease_id, None)

@@ -11,9 +11,9 @@ from ff_fast import keys
 from ff_fast._core import durability, ops
 from ff_fast._core.durability import Ask, Level
 from ff_fast._core.leases import is_lease_lost
-from ff_fast._core.steps import Pause, applied_in_part
+from ff_fast._core.steps import Pause, Retries, applied_in_part
 from ff_fast._core.summary import fold
-from ff_fast._hot.writer import WriterCore
+from ff_fast._hot.writer import Home, Outbox, WriterCore
 from ff_fast.errors import (
     DeadlineExceeded,
     NotReplicated,
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from ff_fast._core.leases import KeptLeases
     from ff_fast._core.places import Places
     from ff_fast._core.steps import Steps
-    from ff_fast._hot.writer import Outbox
     from ff_fast.errors import FFError
+    from ff_fast.types import BackendRetry
 
 T = TypeVar("T")
 W = TypeVar("W", bound="SharedWriter")
@@ -163,6 +163,46 @@ def continue_writer(
     return WriterState(attempt, writer_id, opened, document, options, places)
 
 
+class SlotHome(Home):
+    """The writers of one slot, of all without a cluster: they register at the sender of its node, or wait.
+
+    What a node answers to the calls of a slot concerns that slot: its writers wait and go again, with retries of their
+    own, and the writers of others go on.
+
+    Attributes:
+        waiting: Takes the writers while nobody sends for them; tells the shell of the first one.
+        retries: Those of the slot.
+        recovering: Somebody looks for the node of the slot.
+    """
+
+    def __init__(self, slot: int | None, waiting: Outbox, retry: BackendRetry) -> None:
+        self.waiting = waiting
+        self.retries = Retries(retry, retry_timeouts=True)
+        self.recovering = False
+        super().__init__(slot, waiting)
+
+    @property
+    def waits(self) -> bool:
+        """Whether nobody sends for the writers."""
+        return self.outbox is self.waiting
+
+    def hold(self) -> None:
+        """Let the writers wait: also those that are ready already."""
+        before, self.outbox = self.outbox, self.waiting
+        before.withdraw(self)
+
+    def lead_to(self, outbox: Outbox) -> None:
+        """Let *outbox* send for the writers."""
+        self.outbox = outbox
+        self.waiting.hand_over()
+
+    def fail(self, error: FFError) -> None:
+        """End the writers that wait; the next one begins with all retries."""
+        self.retries.reset()
+        for writer in self.waiting.take_ready():
+            writer._fail(copy.copy(error))
+
+
 class SharedWriter(WriterCore):
     """A writer core made from its state."""
 
@@ -171,7 +211,7 @@ class SharedWriter(WriterCore):
     # The leases of the backend, where it keeps any.
     _kept: KeptLeases | None = None
 
-    def __init__(self, state: WriterState, outbox: Outbox | None = None) -> None:
+    def __init__(self, state: WriterState, home: Home | None = None) -> None:
         self._places = state.places
         self._level = state.options.level
         # The newest frame that has reached a level with all before it, and the level.
@@ -190,7 +230,7 @@ class SharedWriter(WriterCore):
             max_unacknowledged_bytes=state.options.max_unacknowledged_bytes,
             linger_ms=state.options.linger_ms,
             max_payload_bytes=state.options.max_payload_bytes,
-            outbox=outbox,
+            home=home,
         )
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index

@@ -20,7 +20,7 @@ from ff_fast._sync.connection import PENDING, run_steps
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.pool import Pool
 from ff_fast._sync.readers import Completions, Follow, Tail, Waiting
-from ff_fast._sync.writers import Sender, Writer
+from ff_fast._sync.writers import Senders, Writer
 from ff_fast.errors import DeadlineExceeded, FFError, WriterClosed
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Operations(Pool):
         super().__init__(config)
         self._opening = threading.Lock()
         self._starting = threading.Lock()
-        self._sender: Sender | None = None
+        self._senders: Senders | None = None
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
         # Claims under way, with their threads; and those that have left something on the server.
@@ -94,17 +94,17 @@ class Operations(Pool):
 
     def _stop(self) -> None:
         with self._starting:
-            sender = self._sender
-        self._settle(sender)
+            senders = self._senders
+        self._settle(senders)
         keepers = self._kept.close()
         super()._stop()
         for keeper in keepers:
             keeper._abandon(_transport.closed_error())
-        if sender is not None:
-            sender.close()
+        if senders is not None:
+            senders.close()
         self._frame_writers.clear()
 
-    def _settle(self, sender: Sender | None) -> None:
+    def _settle(self, senders: Senders | None) -> None:
         """Wait for a short time until all is stored, and every claim of other threads has given back what it took."""
         others = [
             claim for claim, thread in list(self._claims.items()) if thread != threading.get_ident()
@@ -112,12 +112,12 @@ class Operations(Pool):
         for claim in others:
             claim.abandoned = True
             claim.wake()
-        if sender is not None:
-            sender._finish_soon()
+        if senders is not None:
+            senders._finish_soon()
         until = time.monotonic() + claiming.SETTLE_S
         while time.monotonic() < until and (
             any(each in self._claims and each.unsettled and not each.blocked for each in others)
-            or not (sender is None or sender._finished())
+            or not (senders is None or senders._finished())
         ):
             time.sleep(claiming.SETTLE_LOOK_S)
 
@@ -127,15 +127,13 @@ class Operations(Pool):
         self._starting = threading.Lock()
         self._kept = KeptLeases(self._hub, _later)
 
-    def _running_sender(self) -> Sender:
+    def _running_senders(self) -> Senders:
         with self._starting:
             if self._closed:
                 raise _transport.closed_error()
-            if self._sender is None or not self._sender.running:
-                self._sender = Sender(
-                    self._connect, self._prepare, self._discard, self._trusts, self.config
-                )
-            return self._sender
+            if self._senders is None or not self._senders.running:
+                self._senders = Senders(self)
+            return self._senders
 
     def _do(self, call: Call[T], *, until: float = float("inf")) -> T:
         if call.claim is not None:
@@ -205,7 +203,7 @@ class Operations(Pool):
 
     def _use_writer(self, state: WriterState) -> Writer:
         timeout_s = _transport.request_timeout_s(self.config)
-        writer = Writer(state, self._running_sender(), timeout_s, self._witness)
+        writer = Writer(state, self._running_senders(), timeout_s, self._witness)
         writer._kept = self._kept
         self._writers[writer._lease_id] = writer
         self._frame_writers.pop(writer._lease_id, None)
