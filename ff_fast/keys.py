@@ -60,6 +60,7 @@ it says what was stored, or that there is something to read::
     ff:stream:{fp:N}:<eid>:<i>:head          attempt_channel     frames, the end, changes of the lease
     ff:exec:{fp:N}:<eid>:core                execution_channel   moves of the execution
     ff:part:{fp:N}:leases                    leases_channel      what the holders of its leases have to know
+    ff:part:{fp:N}:completions               completions_channel  that an execution of the partition has ended
 
 Their messages are in ``lua/prelude.lua``.
 
@@ -393,6 +394,11 @@ def execution_channel(eid: str) -> bytes:
 def leases_channel(slot_tag: str) -> bytes:
     """What the workers that hold leases of one partition have to know."""
     return f"ff:part:{slot_tag}:leases".encode("ascii")
+
+
+def completions_channel(slot_tag: str) -> bytes:
+    """That executions of one partition have ended. It has the text of the key with their completions."""
+    return completions(slot_tag)
 
 
 def _execution(eid: str, name: str) -> bytes:

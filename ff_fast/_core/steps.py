@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ff_fast import keys
 from ff_fast._hot.resp import pack_command
@@ -96,24 +96,6 @@ class AwaitHint(NamedTuple):
 
 
 Steps = Generator[Step | Pause | AwaitHint, list[object], T]
-
-
-class Source(Protocol[T]):
-    """A stream of items, read one answer at a time until it has ended."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last item was read."""
-
-    @property
-    def start(self) -> str | None:
-        """Cursor of the beginning; None until the server's time is known."""
-
-    def read(self) -> Steps[list[T]]:
-        """Send one read; return the items of its answer, an empty list if the server's block time passed."""
-
-    def restart(self, cursor: str | None = None) -> None:
-        """Continue after *cursor*: items read after it were not delivered. None continues after the last read."""
 
 
 DEFAULT_REQUEST_TIMEOUT_S = 5.0

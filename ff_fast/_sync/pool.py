@@ -17,7 +17,7 @@ from ff_fast._core.steps import Retries
 from ff_fast._sync.claims import wait_in_line
 from ff_fast._sync.connection import Connection, run_steps
 from ff_fast._sync.credentials import Credentials
-from ff_fast._sync.hub import Hub
+from ff_fast._sync.hub import Hub, Hubs
 from ff_fast._sync.nodes import Node, Nodes, Requests
 from ff_fast._sync.sentinel import resolve
 from ff_fast.errors import FFError, ForkedClient
@@ -83,9 +83,19 @@ class Pool:
         """Reset the state in a forked child."""
         self._hub = self._make_hub()
 
-    def _make_hub(self) -> Hub:
-        timeout_s = _transport.request_timeout_s(self.config)
-        return Hub(self._connect, self._discard, self._trusts, timeout_s, self.config.retry)
+    def _make_hub(self) -> Hub | Hubs:
+        timeout_s, retry = _transport.request_timeout_s(self.config), self.config.retry
+        nodes = self._nodes
+        if nodes.topology is None:
+            return Hub(self._connect, self._discard, self._trusts, timeout_s, retry)
+        return Hubs(
+            nodes,
+            lambda role, address: self._connect(role, nodes.at(address)),
+            self._discard,
+            self._trusts,
+            timeout_s,
+            retry,
+        )
 
     def _connect(self, role: str = "calls", node: Node | None = None) -> Connection:
         """Open a connection to *node*; to any server for None."""
