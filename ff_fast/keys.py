@@ -34,6 +34,7 @@ keys::
     ff:idx:{fp:N}:leases                     leases              hash    lease digest to execution
     ff:idx:{fp:N}:timers                     timers              zset    what is due at some time
     ff:part:{fp:N}:completions               completions         stream  executions that ended
+    ff:part:{fp:N}:written                   written             string  a write that a wait for replicas covers
     ff:sec:{fp:N}:waitpoint_hmac             waitpoint_secrets   hash    secrets that sign tokens
     ff:part:{fp:N}:waitpoints                waitpoint_use       hash    how long secrets are needed
     ff:flow:{fp:N}:<flow>                    flow                hash    state of a flow
@@ -435,6 +436,11 @@ def timers(slot_tag: str) -> bytes:
 def completions(slot_tag: str) -> bytes:
     """Stream: executions of one partition that ended."""
     return f"ff:part:{slot_tag}:completions".encode("ascii")
+
+
+def written(slot_tag: str) -> bytes:
+    """String: written before a wait for replicas, which covers only what its own connection has written."""
+    return f"ff:part:{slot_tag}:written".encode("ascii")
 
 
 def waitpoint_secrets(slot_tag: str) -> bytes:

@@ -208,7 +208,7 @@ class Pool:
                 longest = inf if until == inf else _transport.longest_try_s(until)
                 request = self._nodes.caller(retries, longest, replicas=not call.writes)
                 # What a claim gives back is sent behind what it sent before, on the same connection.
-                return await run_steps(call.steps(), request, self._waits.wait)
+                return await run_steps(call.steps(), request, self._waits.wait, self._nodes.alone)
             except FFError as error:
                 pause = None if self._closed else retries.pause(error)
                 if pause is None:

@@ -17,6 +17,7 @@ from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
     FunctionMissing,
+    NotReplicated,
     Outcome,
     ProtocolError,
     from_server_error,
@@ -60,11 +61,15 @@ class Step(NamedTuple):
         block_s: How long the server may block before it answers, in seconds.
         large: The replies may be large: the request timeout is for the silence before a part of them, since all of them
             may take longer on a slow link.
+        alone: The last command waits for what was written before it on its own connection, and lets everything behind it
+            wait. The step goes out whole, on one connection that nobody else uses meanwhile, and no command of it
+            follows a redirect: all keys are of one node, and a refusal is the command's reply.
     """
 
     commands: Sequence[Command]
     block_s: float = 0.0
     large: bool = False
+    alone: bool = False
 
     @property
     def request(self) -> bytes:
@@ -170,7 +175,8 @@ class Retries:
         if isinstance(error, FunctionMissing) and not self._loaded:
             self._loaded = True
             return 0.0
-        if not error.retryable:
+        if not error.retryable or isinstance(error, NotReplicated):
+            # The second has used up its time.
             return None
         if isinstance(error, DeadlineExceeded) and not self._retry_timeouts:
             if self._sent_again or not error.silent:

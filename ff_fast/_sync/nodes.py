@@ -12,7 +12,7 @@ from ff_fast import _transport
 from ff_fast._core import nodes as core
 from ff_fast._core.routing import Routing
 from ff_fast._core.topology import Address, Topology, address_of
-from ff_fast.errors import FFError, FunctionMissing, NotPrimary, Redirected
+from ff_fast.errors import FFError, FunctionMissing, NotPrimary, Redirected, from_server_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -201,6 +201,12 @@ class Nodes:
         if error.retryable and not isinstance(error, FunctionMissing):
             self.doubt()
 
+    def look_at(self, node: Node, replies: list[object]) -> None:
+        """Take note of what the refusals of *node* tell."""
+        for reply in replies:
+            if isinstance(reply, Exception):
+                self.failed(node, from_server_error(str(reply)))
+
     def doubt(self) -> None:
         """Look at the topology before it is used again."""
         self._doubted_at = time.monotonic()
@@ -306,8 +312,12 @@ class Requests:
         """Send the commands of *step*, each to the server of its slot, and return their replies, in order."""
         nodes = self._nodes
         topology = nodes.topology
-        if topology is None:
-            return self._on(nodes.of(None)).request(step, self._longest)
+        if topology is None or step.alone:
+            node = nodes.of(step.commands[0].slot)
+            replies = self._on(node).request(step, self._longest)
+            if step.alone:
+                nodes.look_at(node, replies)
+            return replies
         routing = Routing(step, topology, self._retries, replicas=self._replicas, until=self._until)
         while True:
             nodes.refresh()
