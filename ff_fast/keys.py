@@ -81,7 +81,7 @@ from typing import TYPE_CHECKING
 from .errors import InvalidId, InvalidInput, InvalidType, check_int
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Set
 
 DEFAULT_PARTITIONS = 256
 MAX_PARTITIONS = 65_535
@@ -529,9 +529,9 @@ def absent(key: bytes) -> bytes | None:
     return family + key[begin:end]
 
 
-def key_in(slots: Container[int]) -> bytes | None:
+def key_in(slots: Set[int]) -> bytes | None:
     """Return a configuration key in one of *slots*, for a call that is addressed to a node; None where there is none."""
-    for number in range(_KEYS_TO_TRY):
+    for number in range(_KEYS_TO_TRY if slots else 0):
         key = b"ff:config:%d" % number
         if key_slot(key) in slots:
             return key

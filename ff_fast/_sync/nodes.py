@@ -33,6 +33,7 @@ class Node:
 
     Attributes:
         config: The configuration with the address of this server.
+        reached: The same with the address that sentinels have named last.
         address: Where it listens; None for the one server of a backend without a cluster.
         replica: It is asked as a replica.
         library_missing: A function was not found there: the next connection that is taken loads the library.
@@ -43,7 +44,7 @@ class Node:
     def __init__(
         self, config: BackendConfig, address: Address | None = None, *, replica: bool = False
     ) -> None:
-        self.config = config
+        self.config = self.reached = config
         self.address = address
         self.replica = replica
         self.library_missing = False
@@ -335,20 +336,20 @@ class Requests:
             try:
                 asked.append((send, self._on(self._nodes.at(send.address, replica=send.replica))))
             except FFError as error:
-                routing.failed(send, error)
+                routing.failed(send, core.named(error, send.address))
         sent: list[tuple[Send, Connection]] = []
         for send, connection in asked:
             try:
                 connection.send(send.step, self._longest)
             except FFError as error:
-                routing.failed(send, error)
+                routing.failed(send, core.named(error, send.address))
             else:
                 sent.append((send, connection))
         for send, connection in sent:
             try:
                 replies = connection.receive_all(send.step)
             except FFError as error:
-                routing.failed(send, error)
+                routing.failed(send, core.named(error, send.address))
             else:
                 routing.answered(send, replies)
         for address in tuple(routing.missing):
@@ -356,7 +357,7 @@ class Requests:
             try:
                 self._pool._load(self._on(self._nodes.at(address)))
             except FFError as error:
-                failure = error
+                failure = core.named(error, address)
             routing.loaded(address, failure)
 
     def _on(self, node: Node) -> Connection:

@@ -120,7 +120,8 @@ class Pool:
     def _open(self, node: Node, config: BackendConfig) -> Connection:
         """Open a connection that is not checked yet."""
         try:
-            connection = Connection(resolve(config))
+            node.reached = resolve(config)
+            connection = Connection(node.reached)
         except FFError:
             node.failed_at = time.monotonic()
             raise
@@ -172,26 +173,28 @@ class Pool:
         with Requests(self, Retries(self.config.retry)) as requests:
             run_steps(self._deployment.agree(), requests.request)
 
-    def _prepare(self, connection: Connection, role: str | None = None) -> None:
-        """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
+    def _prepare(self, connection: Connection, role: str | None = None) -> bool:
+        """Load the library if it is missing, and check the deployment; its errors are those of connecting.
+
+        Returns:
+            Whether the library was checked: a node that has no slots cannot be asked.
+        """
         node = connection.node
         steps = self._deployment.prepare(
             READS if node.replica else role, self._nodes.slots_of(node)
         )
         try:
-            run_steps(steps, connection.request)
+            checked = run_steps(steps, connection.request)
         except FFError as error:
-            failure = _transport.connect_error(error, node.config)
+            failure = _transport.connect_error(error, node.reached)
         else:
             connection.ready = True
-            return
+            return checked
         raise failure
 
     def _load(self, connection: Connection) -> None:
         """Load the library, which a call has not found on the server of *connection*."""
-        if connection.node.address is None:
-            self._prepare(connection)
-        else:
+        if not self._prepare(connection):
             run_steps(self._deployment.load(), connection.request)
 
     def _discard(self, connection: Connection) -> None:
