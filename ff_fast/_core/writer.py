@@ -271,9 +271,9 @@ class SharedWriter(WriterCore):
 
     def _lacks(self, level: Level, last: int) -> bool:
         """Whether the frames up to *last* are not known to have reached a level."""
-        return level.asks and not (
-            self._confirmed[1] >= last and self._reached.covers(level.durability)
-        )
+        if not level.asks or last == 0:
+            return False
+        return self._confirmed[1] < last or not self._reached.covers(level.durability)
 
     def _ask(self, level: Level, deadline: float | None) -> Ask:
         """Return the question whether all acknowledged frames have reached *level*, to be put until *deadline*."""
