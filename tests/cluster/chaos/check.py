@@ -8,7 +8,7 @@ from ...soak.account import DONE
 
 async def execution(load, known, *, lossy):
     """Hold one execution against all that was said about it."""
-    safe = max((attempt.safe for attempt in known.attempts.values()), default=0)
+    safe = any(attempt.safe or attempt.is_safe for attempt in known.attempts.values())
     try:
         found = await load._repeated(lambda: load.writes.describe(known.eid))
     except ExecutionNotFound:
@@ -64,12 +64,15 @@ def _frames(known, attempt, frames, gaps, reason, *, lossy, success):
             yield f"{name} lost frame {absent}, which was to be on a replica"
         if reason == "attempt_success" and not told.has_told(absent):
             yield f"{name} is a success without frame {absent}, and its caller was not told"
-    if last < told.acknowledged and (told.error is None or not lossy):
+    # Of what is lost after the attempt has ended nobody can be told.
+    if last < told.acknowledged and not (lossy and (told.error or told.completed)):
         yield f"{name} ends at {last}; {told.acknowledged} was acknowledged, and nobody was told"
     if last < told.safe:
         yield f"{name} ends at {last}; {told.safe} was to be on a replica"
     if success and (reason != "attempt_success" or last != known.length):
         yield f"{name} ended as {reason} with {last} of {known.length} frames"
+    if told.is_safe and not success:
+        yield f"{name} was completed, and that was to be on a replica"
     if not lossy and told.error is not None:
         yield f"the caller of {name} was told {told.error!r}"
 

@@ -13,7 +13,7 @@ import time
 
 import ff_fast
 from ff_fast import Durability, FailureClass, RetryPolicy, keys
-from ff_fast.errors import FFError
+from ff_fast.errors import FFError, InvalidCursor
 
 from ...server.workers import handler_for
 from ...shells import Shell
@@ -43,6 +43,8 @@ class Attempt:
         safe: The same of a writer whose frames are to be on a replica.
         lost: Ranges that the caller was told are lost.
         error: The error that its caller gave up for.
+        completed: Whether its caller was told that it is.
+        is_safe: Whether that is to be on a replica.
     """
 
     def __init__(self):
@@ -50,6 +52,8 @@ class Attempt:
         self.safe = 0
         self.lost = []
         self.error = None
+        self.completed = False
+        self.is_safe = False
 
     def has_told(self, sequence):
         return any(sequence in each for each in self.lost)
@@ -60,7 +64,6 @@ class Execution:
 
     Attributes:
         created: What the call that created it was told.
-        completed: The same of the call that completed it; None before.
         reads: A reader for each attempt that was read: its items, and the error that ended it.
     """
 
@@ -69,7 +72,6 @@ class Execution:
         self.burst = burst
         self.length = length
         self.created = UNKNOWN
-        self.completed = None
         self.attempts = collections.defaultdict(Attempt)
         self.reads = []
         self.over = asyncio.Event()
@@ -120,8 +122,7 @@ class Load:
             await self._repeated(lambda: self._shell.connect(self.site.url)) for _ in range(4)
         ]
         self._backends = [self.writes, self.reads, works, other]
-        subscribed = other.wrapped.subscribe_completions(after="start")
-        self._spawn("subscriber", self._subscribe(subscribed))
+        self._spawn("subscriber", self._subscribe(other))
         by_hand = self.streams - self.streams // 2
         for i in range(by_hand):
             self._spawn(f"stream {i}", self._stream(f"{self._lane}-{i}", self._dice(i)))
@@ -220,9 +221,7 @@ class Load:
         """Create executions and work on them by hand, also on those that come back."""
         waiting = None
         while not self.over:
-            if waiting is None or waiting.over.is_set():
-                if self.stopping:
-                    return
+            if (waiting is None or waiting.over.is_set()) and not self.stopping:
                 waiting = await self._create(lane, dice)
             handle = await self._repeated(
                 lambda: self.writes.claim(
@@ -245,7 +244,8 @@ class Load:
                 attempt,
                 lambda: self.writes.complete(handle, execution.eid.encode(), **options),
             )
-            execution.completed = DONE
+            attempt.completed = True
+            attempt.is_safe = bool(options)
         except Told:
             # Given back, so that its lease is not waited for; whoever has lost it is refused.
             with contextlib.suppress(FFError):
@@ -316,6 +316,8 @@ class Load:
         attempt = execution.attempts[task.attempt_index]
         try:
             yield from self._write_in(task, execution, attempt)
+            # The worker completes it behind the handler.
+            attempt.completed = True
         except FFError as error:
             self.counts[f"handler: {error.code} {outcome_of(error)}"] += 1
             attempt.error = error
@@ -350,10 +352,17 @@ class Load:
 
     # -- readers -------------------------------------------------------------------------------------------------
 
-    async def _subscribe(self, completions):
+    async def _subscribe(self, backend):
+        completions = backend.wrapped.subscribe_completions(after="start")
         while not self.over:
-            for each in await self._next_batch(completions, 0.3):
-                self.completions[each.execution_id] += 1
+            try:
+                for each in await self._next_batch(completions, 0.3):
+                    self.completions[each.execution_id] += 1
+            except InvalidCursor:
+                # Told of the loss, a subscriber begins again, and compares with what it has.
+                self.counts["subscriptions begun again"] += 1
+                await self._close(completions)
+                completions = backend.wrapped.subscribe_completions(after="start")
         await self._close(completions)
 
     async def _next_batch(self, reader, wait_s):
@@ -375,7 +384,7 @@ class Load:
         """Read attempts in order, each from its beginning; now and then another reader goes on from the cursor."""
         attempt = 0
         while not self.over:
-            items = []
+            items, created = [], execution.created
             execution.reads.append(items)
             try:
                 await self._read_attempt(execution, attempt, items, dice)
@@ -388,7 +397,7 @@ class Load:
                         return
                     await asyncio.sleep(0.1)
             except ff_fast.ExecutionNotFound as error:
-                if execution.created == UNKNOWN and not items:
+                if created == UNKNOWN and not items:
                     # The reader came before the execution.
                     execution.reads.pop()
                     await asyncio.sleep(0.02)
