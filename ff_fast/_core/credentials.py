@@ -53,7 +53,9 @@ def login_of(found: object) -> Login:
         CredentialsUnavailable: It is something else.
     """
     if isinstance(found, (tuple, list)) and 1 <= len(found) <= 2:
-        texts = [each.decode("utf-8", "replace") if isinstance(each, bytes) else each for each in found]
+        texts = [
+            each.decode("utf-8", "replace") if isinstance(each, bytes) else each for each in found
+        ]
         if all(isinstance(each, str) for each in texts):
             username, password = ("", *texts)[-2:]
             return Login(username or None, password)

@@ -40,6 +40,10 @@ _REFUSALS = frozenset(
         "MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "LOADING", "READONLY", "UNBLOCKED",
     }
 )  # fmt: skip
+_OF_ONE_SLOT = frozenset({"ASK", "TRYAGAIN", "LOADING", "UNBLOCKED"})
+# A function met a key that has gone to another node, or will only be there, since its slot moves key by key.
+_NOT_LOCAL = "attempted to access a non local key"
+_MOVING = "TRYAGAIN The slot is being moved"
 # Of a slot that no node is known to have; the text is a server's own.
 _NO_OWNER = "CLUSTERDOWN Hash slot not served"
 
@@ -161,11 +165,14 @@ class Routing:
 
     def _look_at(self, index: int, reply: Exception, send: Send) -> None:
         text = str(reply)
-        word, _, rest = text.partition(" ")
+        rest = text.partition(" ")[2]
         if "script: " in text:
-            # A command inside of a function was refused, perhaps after others.
+            # A command inside of a function was refused, perhaps after others, which in a function that only reads have
+            # changed nothing.
+            if _NOT_LOCAL in text and _is_reading(self._step.commands[index]):
+                self._refused(index, Exception(_MOVING), send)
             return
-        if word in _REFUSALS:
+        if _word(reply) in _REFUSALS:
             self._refused(index, reply, send)
         elif rest.startswith("Function not found"):
             if send.replica:
@@ -196,7 +203,11 @@ class Routing:
                 # A function also touches keys that its call does not name, so it waits until the whole slot has moved.
                 self._ask[index] = address
                 return
-        self.in_doubt = True
+        if _word(reply) in _OF_ONE_SLOT:
+            # It ends by itself, or with a redirect.
+            self.moved = True
+        else:
+            self.in_doubt = True
         self._pause_for = error
 
     def _to_primary(self, indexes: Sequence[int]) -> None:
@@ -260,5 +271,23 @@ class Routing:
         raise failure
 
 
+def _word(reply: Exception) -> str:
+    return str(reply).partition(" ")[0]
+
+
+def refusal(reply: object) -> FFError | None:
+    """Return the error of a command that a node did not execute, for what it is or where the slot is; None otherwise."""
+    if not isinstance(reply, Exception):
+        return None
+    text = str(reply)
+    if "script: " in text or text.partition(" ")[0] not in _REFUSALS:
+        return None
+    return from_server_error(text)
+
+
 def _is_function(command: Command) -> bool:
     return b"FCALL" in command.request[:24]
+
+
+def _is_reading(command: Command) -> bool:
+    return b"FCALL_RO" in command.request[:24]

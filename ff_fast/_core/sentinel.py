@@ -89,9 +89,7 @@ class Search:
     def __iter__(self) -> Iterator[BackendConfig]:
         """Yield the configuration of each sentinel, until one has answered. All together take one request timeout."""
         asked = self._config.connection
-        left_until = time.monotonic() + (
-            self._config.timeouts.request or DEFAULT_REQUEST_TIMEOUT_S
-        )
+        left_until = time.monotonic() + (self._config.timeouts.request or DEFAULT_REQUEST_TIMEOUT_S)
         count = len(self._sentinels)
         first = _first.get((self._service, self._sentinels), 0)
         for turn in range(count):
