@@ -854,6 +854,15 @@ class ClusterModeRequired(_Connecting):
     _sentence = "The server is a node of a cluster; connect with cluster=true, as in valkey://host?cluster=true."
 
 
+class NotACluster(_Connecting):
+    """The configuration has ``cluster=true``, and the server is no node of a cluster."""
+
+    code = "not_a_cluster"
+    _sentence = (
+        "The server is no node of a cluster and cluster=true is set; connect without cluster=true."
+    )
+
+
 class UnsupportedServer(FFError):
     """The server, or a proxy in front of it, lacks a command that the library needs."""
 

@@ -312,12 +312,10 @@ class Requests:
         """Send the commands of *step*, each to the server of its slot, and return their replies, in order."""
         nodes = self._nodes
         topology = nodes.topology
-        if topology is None or step.alone:
-            node = nodes.of(step.commands[0].slot)
-            replies = self._on(node).request(step, self._longest)
-            if step.alone:
-                nodes.look_at(node, replies)
-            return replies
+        if topology is None:
+            return self._on(nodes.of(None)).request(step, self._longest)
+        if step.alone:
+            return self._request_alone(step)
         routing = Routing(step, topology, self._retries, replicas=self._replicas, until=self._until)
         while True:
             nodes.refresh()
@@ -328,6 +326,17 @@ class Requests:
             if pause is None or (pause and self._pool.closed):
                 return routing.replies()
             time.sleep(pause)
+
+    def _request_alone(self, step: Step) -> list[object]:
+        """Send a step that must not be split; refusals come back as replies."""
+        node = self._nodes.of(step.commands[0].slot)
+        try:
+            replies = self._on(node).request(step, self._longest)
+        except FFError as error:
+            self._nodes.failed(node, error)
+            raise
+        self._nodes.look_at(node, replies)
+        return replies
 
     def _round(self, routing: Routing) -> None:
         """Send to all nodes, and then receive from all."""
