@@ -6,6 +6,7 @@ import gc
 import random
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -16,7 +17,8 @@ from ff_fast.errors import DeadlineExceeded, FFError, ForkedClient, Unavailable
 from ff_fast.types import ClaimPolicy
 
 from ..faults.chaos import DOWN, UP, ChaosProxy
-from ..faults.conftest import descriptors, seed, threads  # noqa: F401
+from ..faults.conftest import seed  # noqa: F401
+from ..faults.stored import stored_once
 from ..faults.test_process import in_child, interrupts, together
 from ..shells import WORKER, config
 from ..waiting import wait_until, wait_until_async
@@ -376,3 +378,40 @@ def test_sixteen_threads_while_slots_move_and_connections_break(cluster, proxied
         for handle in handles:
             assert backend.read_result(handle.execution_id) == handle.execution_id.encode()
     assert not [thread for thread in threading.enumerate() if "ff_fast" in thread.name]
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+async def test_streams_on_all_nodes_are_whole_whatever_breaks_on_one(shell, proxied, lane, seed):  # noqa: F811
+    dice = random.Random(seed)
+    payloads = [b"%d" % i for i in range(300)]
+    # Each reader of the blocking shell takes one.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32))
+
+    def plan():
+        while True:
+            yield dice.choice([UP, DOWN]), dice.randrange(1, 4_000), dice.choice(["rst", "fin"])
+
+    async with await shell.connect(proxied.url, retries=1_000, factor=1, base=1) as backend:
+        handles = []
+        for _ in range(9):
+            await backend.create_execution(lane=lane)
+            handles.append(await backend.claim(lane=lane, **WORKER))
+        reading = [asyncio.ensure_future(backend.items(each.execution_id)) for each in handles]
+        writers = [await backend.open_writer(each) for each in handles]
+        proxied.proxy.cut_by(plan())
+        for payload in payloads:
+            for writer in writers:
+                writer.write(payload)
+            if int(payload) % 30 == 29:
+                await asyncio.gather(*(writer.flush(30) for writer in writers))
+        proxied.proxy.cut_by(())
+        for writer, handle in zip(writers, handles, strict=True):
+            await writer.close()
+            await backend.complete(handle)
+        for items in await asyncio.gather(*reading):
+            assert [item.payload for item in items[:-1]] == payloads
+    assert proxied.proxy.cuts
+    for handle in handles:
+        stored_once(proxied.url, handle.execution_id, payloads)
