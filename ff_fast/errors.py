@@ -45,11 +45,13 @@ class Outcome(enum.Enum):
     """Whether the server may have applied the call that failed.
 
     ``NOT_APPLIED``: nothing was written.  ``UNKNOWN``: the call may have been applied; read the
-    state, or repeat the call where its documentation says that repeating is safe.
+    state, or repeat the call where its documentation says that repeating is safe.  ``APPLIED``: all of
+    it was written, and what was asked for beyond that was not reached.
     """
 
     NOT_APPLIED = "not_applied"
     UNKNOWN = "unknown"
+    APPLIED = "applied"
 
 
 MAX_INT = 2**53 - 1
@@ -914,6 +916,32 @@ class NotEnoughReplicas(FFError):
     _sentence = "The server has too few replicas to accept writes; try again later."
 
 
+class NotReplicated(FFError, TimeoutError):
+    """What was written is stored, but the level of durability that was asked for was not confirmed in time.
+
+    A writer goes on, and its next ``flush`` or ``close`` asks again; so does a repeat of a call.
+
+    Attributes:
+        replicas: How many replicas had confirmed it when the time was up; 0 where that is not known.
+        synced: Whether it was known to be in the append-only file of the primary, where that was asked for.
+    """
+
+    code = "not_replicated"
+    retryable = True
+    outcome = Outcome.APPLIED
+    _sentence = (
+        "What was written is stored, but its replicas or its disk have not confirmed it in time;"
+        " check the replication, and ask again."
+    )
+
+    def __init__(
+        self, message: str | None = None, *, replicas: int = 0, synced: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.replicas = replicas
+        self.synced = synced
+
+
 class FunctionMissing(FFError):
     """The server does not hold the function library."""
 
@@ -1010,6 +1038,9 @@ _BY_TEXT: tuple[tuple[str, type[FFError]], ...] = (
     ("AUTH <password> called without any password configured", AuthenticationFailed),
     ("max number of clients reached", Unavailable),
     ("SELECT is not allowed in cluster mode", ClusterModeRequired),
+    ("WAIT cannot be used with replica", NotPrimary),
+    ("WAITAOF cannot be used with replica", NotPrimary),
+    ("WAITAOF cannot be used when numlocal", UnsupportedServer),
     # Somebody else's entry has an id at or after that of the next frame; or the last id that there is.
     ("The ID specified in XADD is equal or smaller", Corruption),
     ("The stream has exhausted the last possible ID", Corruption),

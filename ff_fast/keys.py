@@ -34,6 +34,7 @@ keys::
     ff:idx:{fp:N}:leases                     leases              hash    lease digest to execution
     ff:idx:{fp:N}:timers                     timers              zset    what is due at some time
     ff:part:{fp:N}:completions               completions         stream  executions that ended
+    ff:part:{fp:N}:written                   written             string  a write that a wait for replicas covers
     ff:sec:{fp:N}:waitpoint_hmac             waitpoint_secrets   hash    secrets that sign tokens
     ff:part:{fp:N}:waitpoints                waitpoint_use       hash    how long secrets are needed
     ff:flow:{fp:N}:<flow>                    flow                hash    state of a flow
@@ -60,6 +61,7 @@ it says what was stored, or that there is something to read::
     ff:stream:{fp:N}:<eid>:<i>:head          attempt_channel     frames, the end, changes of the lease
     ff:exec:{fp:N}:<eid>:core                execution_channel   moves of the execution
     ff:part:{fp:N}:leases                    leases_channel      what the holders of its leases have to know
+    ff:part:{fp:N}:completions               completions_channel  that an execution of the partition has ended
 
 Their messages are in ``lua/prelude.lua``.
 
@@ -395,6 +397,11 @@ def leases_channel(slot_tag: str) -> bytes:
     return f"ff:part:{slot_tag}:leases".encode("ascii")
 
 
+def completions_channel(slot_tag: str) -> bytes:
+    """That executions of one partition have ended. It has the text of the key with their completions."""
+    return completions(slot_tag)
+
+
 def _execution(eid: str, name: str) -> bytes:
     return f"ff:exec:{slot_tag_of(eid)}:{eid}:{name}".encode("ascii")
 
@@ -429,6 +436,11 @@ def timers(slot_tag: str) -> bytes:
 def completions(slot_tag: str) -> bytes:
     """Stream: executions of one partition that ended."""
     return f"ff:part:{slot_tag}:completions".encode("ascii")
+
+
+def written(slot_tag: str) -> bytes:
+    """String: written before a wait for replicas, which covers only what its own connection has written."""
+    return f"ff:part:{slot_tag}:written".encode("ascii")
 
 
 def waitpoint_secrets(slot_tag: str) -> bytes:

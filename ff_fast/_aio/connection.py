@@ -351,6 +351,7 @@ async def run_steps(
     steps: Steps[T],
     request: Callable[[Step], Awaitable[list[object]]],
     wait: Callable[[AwaitHint], Awaitable[None]] | None = None,
+    alone: Callable[[Step], Awaitable[list[object]]] | None = None,
 ) -> T:
     """Run the steps of an operation, and return its value.
 
@@ -358,6 +359,7 @@ async def run_steps(
         steps: The steps.
         request: Sends a step and returns its replies.
         wait: Waits for a hint, in the steps of a claim.
+        alone: Sends a step on a connection of its own; None where *request* does so.
     """
     try:
         step = next(steps)
@@ -365,7 +367,8 @@ async def run_steps(
             try:
                 replies: list[object] = []
                 if isinstance(step, Step):
-                    replies = await request(step)
+                    send = alone if step.alone and alone is not None else request
+                    replies = await send(step)
                 elif isinstance(step, Pause):
                     await asyncio.sleep(step.seconds)
                 else:

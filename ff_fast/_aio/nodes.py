@@ -18,8 +18,14 @@ from ff_fast._core import nodes
 from ff_fast._core.deployment import READS
 from ff_fast._core.routing import Routing, Send
 from ff_fast._core.steps import Retries, Step
-from ff_fast._core.topology import Address, Topology
-from ff_fast.errors import FFError, Unavailable
+from ff_fast._core.topology import Address, Topology, address_of
+from ff_fast.errors import (
+    FFError,
+    FunctionMissing,
+    Redirected,
+    Unavailable,
+    from_server_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -206,6 +212,11 @@ class Node:
             self._reads = SharedConnection(connect, self._owner.spawn, self._owner.timeout_s)
             self._reads.closing = self._stopped
         return self._reads
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it has left the cluster, or the backend is closed."""
+        return self._stopped
 
     @property
     def busy(self) -> bool:
@@ -472,6 +483,11 @@ class Nodes:
         """
         await result_of(self.refresh_soon())
 
+    async def settled(self) -> None:
+        """Wait until the topology is not asked for any more."""
+        if self._refreshing is not None:
+            await asyncio.wait({self._refreshing})
+
     async def _refresh(self) -> None:
         try:
             await asyncio.sleep(
@@ -616,6 +632,37 @@ class Nodes:
         for error in found:
             if error is not None:
                 raise error
+
+    async def alone(self, step: Step) -> list[object]:
+        """Send a step whole, to the node of its first command, on a connection that nobody else uses."""
+        node = self.of(step.commands[0].slot)
+        connection = await node.acquire()
+        try:
+            replies = await connection.request(step, self.timeout_s)
+            self.look_at(node, connection, replies)
+        except FFError as error:
+            self.failed(node, error)
+            raise
+        finally:
+            node.release(connection)
+        return replies
+
+    def look_at(self, node: Node, connection: Connection, replies: list[object]) -> None:
+        """Take note of what refusals on a connection of one user tell; then it is used no more."""
+        for reply in replies:
+            if isinstance(reply, Exception):
+                # The server may be no primary any more.
+                connection.abort()
+                self.failed(node, from_server_error(str(reply)))
+
+    def failed(self, node: Node, error: FFError) -> None:
+        """Take note of what the error of a call to *node* tells: where a slot is, or that the topology is in doubt."""
+        if self.topology is None or not error.retryable or isinstance(error, FunctionMissing):
+            return
+        if isinstance(error, Redirected) and not error.ask and node.address is not None:
+            self.topology.moved(error.slot, address_of(error.address, node.address))
+        if not self._stopped:
+            _ = self.refresh_soon()
 
     async def _load(self, routing: Routing, address: Address) -> None:
         try:

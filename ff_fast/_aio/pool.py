@@ -13,7 +13,7 @@ from ff_fast import _transport
 from ff_fast._aio.claims import Waits
 from ff_fast._aio.connection import Connection, run_steps
 from ff_fast._aio.credentials import Credentials
-from ff_fast._aio.hub import Hub
+from ff_fast._aio.hub import Hub, Hubs
 from ff_fast._aio.nodes import Nodes, Own
 from ff_fast._core import claiming
 from ff_fast._core.deployment import Deployment
@@ -51,11 +51,15 @@ class Pool:
         self._deployment = Deployment(config.partitions, config.max_payload_bytes)
         opened = None if self._credentials is None else self._credentials.opened_by
         self._nodes = Nodes(config, self._deployment, self._spawn, opened)
-        first = self._nodes.first
-        self._hub = Hub(
-            first.connect, self._spawn, first.shared.request, self._timeout_s, config.retry
-        )
+        self._hub = self._make_hub()
         self._waits = Waits(self._nodes)
+
+    def _make_hub(self) -> Hub | Hubs:
+        nodes, retry = self._nodes, self.config.retry
+        if nodes.topology is not None:
+            return Hubs(nodes, retry)
+        first = nodes.first
+        return Hub(first.connect, self._spawn, first.shared.request, self._timeout_s, retry)
 
     @property
     def closed(self) -> bool:
@@ -204,7 +208,7 @@ class Pool:
                 longest = inf if until == inf else _transport.longest_try_s(until)
                 request = self._nodes.caller(retries, longest, replicas=not call.writes)
                 # What a claim gives back is sent behind what it sent before, on the same connection.
-                return await run_steps(call.steps(), request, self._waits.wait)
+                return await run_steps(call.steps(), request, self._waits.wait, self._nodes.alone)
             except FFError as error:
                 pause = None if self._closed else retries.pause(error)
                 if pause is None:

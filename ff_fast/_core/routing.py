@@ -275,6 +275,16 @@ def _word(reply: Exception) -> str:
     return str(reply).partition(" ")[0]
 
 
+def refusal(reply: object) -> FFError | None:
+    """Return the error of a command that a node did not execute, for what it is or where the slot is; None otherwise."""
+    if not isinstance(reply, Exception):
+        return None
+    text = str(reply)
+    if "script: " in text or text.partition(" ")[0] not in _REFUSALS:
+        return None
+    return from_server_error(text)
+
+
 def _is_function(command: Command) -> bool:
     return b"FCALL" in command.request[:24]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ff_fast import keys
 from ff_fast._hot.resp import pack_command
@@ -17,6 +17,7 @@ from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
     FunctionMissing,
+    NotReplicated,
     Outcome,
     ProtocolError,
     from_server_error,
@@ -60,11 +61,15 @@ class Step(NamedTuple):
         block_s: How long the server may block before it answers, in seconds.
         large: The replies may be large: the request timeout is for the silence before a part of them, since all of them
             may take longer on a slow link.
+        alone: The last command waits for what was written before it on its own connection, and lets everything behind it
+            wait. The step goes out whole, on one connection that nobody else uses meanwhile, and no command of it
+            follows a redirect: all keys are of one node, and a refusal is the command's reply.
     """
 
     commands: Sequence[Command]
     block_s: float = 0.0
     large: bool = False
+    alone: bool = False
 
     @property
     def request(self) -> bytes:
@@ -96,24 +101,6 @@ class AwaitHint(NamedTuple):
 
 
 Steps = Generator[Step | Pause | AwaitHint, list[object], T]
-
-
-class Source(Protocol[T]):
-    """A stream of items, read one answer at a time until it has ended."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last item was read."""
-
-    @property
-    def start(self) -> str | None:
-        """Cursor of the beginning; None until the server's time is known."""
-
-    def read(self) -> Steps[list[T]]:
-        """Send one read; return the items of its answer, an empty list if the server's block time passed."""
-
-    def restart(self, cursor: str | None = None) -> None:
-        """Continue after *cursor*: items read after it were not delivered. None continues after the last read."""
 
 
 DEFAULT_REQUEST_TIMEOUT_S = 5.0
@@ -188,7 +175,8 @@ class Retries:
         if isinstance(error, FunctionMissing) and not self._loaded:
             self._loaded = True
             return 0.0
-        if not error.retryable:
+        if not error.retryable or isinstance(error, NotReplicated):
+            # The second has used up its time.
             return None
         if isinstance(error, DeadlineExceeded) and not self._retry_timeouts:
             if self._sent_again or not error.silent:

@@ -7,15 +7,26 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from ff_fast._core import ops
+from ff_fast import keys
+from ff_fast._core import durability, ops
+from ff_fast._core.durability import Ask, Level
 from ff_fast._core.leases import is_lease_lost
-from ff_fast._core.steps import Pause, applied_in_part
+from ff_fast._core.steps import Pause, Retries, applied_in_part
 from ff_fast._core.summary import fold
-from ff_fast._hot.writer import WriterCore
-from ff_fast.errors import SequenceGap, StateLost, SummaryConflict, WriterClosed, WriterSuperseded
+from ff_fast._hot.writer import Home, Outbox, WriterCore
+from ff_fast.errors import (
+    DeadlineExceeded,
+    NotReplicated,
+    SequenceGap,
+    StateLost,
+    SummaryConflict,
+    WriterClosed,
+    WriterSuperseded,
+)
 from ff_fast.types import (
     DEFAULT_PAYLOAD_LIMIT,
     AppendFrameOutcome,
+    Durability,
     Frame,
     FrameKind,
     StreamMode,
@@ -29,8 +40,8 @@ if TYPE_CHECKING:
     from ff_fast._core.leases import KeptLeases
     from ff_fast._core.places import Places
     from ff_fast._core.steps import Steps
-    from ff_fast._hot.writer import Outbox
     from ff_fast.errors import FFError
+    from ff_fast.types import BackendRetry
 
 T = TypeVar("T")
 W = TypeVar("W", bound="SharedWriter")
@@ -58,11 +69,13 @@ class Wait(NamedTuple, Generic[T]):
         done: Whether the wait is over; evaluated after every progress.
         value: Result of the wait, once it is over.
         timeout_s: Longest wait in seconds; None waits until the writer succeeds or fails.
+        level: What the stored frames have to reach then; None for no more.
     """
 
     done: Callable[[], bool]
     value: Callable[[], T]
     timeout_s: float | None
+    level: Level | None = None
 
 
 def timeout_s(timeout: float | timedelta | None) -> float | None:
@@ -82,6 +95,7 @@ class WriterOptions(NamedTuple):
     max_unacknowledged_bytes: int = MAX_UNACKNOWLEDGED_BYTES
     linger_ms: float = 0.0
     max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
+    level: Level = Level(Durability.stored(), durability.DEFAULT_TIMEOUT_S)
 
 
 class WriterState(NamedTuple):
@@ -107,10 +121,13 @@ def open_writer(
         complete: Refuse a stream that has lost frames which this backend knows to be stored.
 
     Raises:
+        UnsupportedServer: The server cannot confirm the level that the writer asks for.
         ExecutionNotFound, StaleOwner, StateLost, ExecutionSuspended, StreamClosed, LeaseExpired: The handle may not
             write.
         SequenceGap: The stream is not *complete*.
     """
+    tag = keys.slot_tag_of(attempt.execution_id)
+    yield from durability.can_reach(options.level.durability, tag)
     writer_id = ops.writer_id(attempt)
     opened = yield from ops.call(ops.open_writer(attempt, writer_id, options.max_payload_bytes))
     with applied_in_part():
@@ -146,6 +163,46 @@ def continue_writer(
     return WriterState(attempt, writer_id, opened, document, options, places)
 
 
+class SlotHome(Home):
+    """The writers of one slot, of all without a cluster: they register at the sender of its node, or wait.
+
+    What a node answers to the calls of a slot concerns that slot: its writers wait and go again, with retries of their
+    own, and the writers of others go on.
+
+    Attributes:
+        waiting: Takes the writers while nobody sends for them; tells the shell of the first one.
+        retries: Those of the slot.
+        recovering: Somebody looks for the node of the slot.
+    """
+
+    def __init__(self, slot: int | None, waiting: Outbox, retry: BackendRetry) -> None:
+        self.waiting = waiting
+        self.retries = Retries(retry, retry_timeouts=True)
+        self.recovering = False
+        super().__init__(slot, waiting)
+
+    @property
+    def waits(self) -> bool:
+        """Whether nobody sends for the writers."""
+        return self.outbox is self.waiting
+
+    def hold(self) -> None:
+        """Let the writers wait: also those that are ready already."""
+        before, self.outbox = self.outbox, self.waiting
+        before.withdraw(self)
+
+    def lead_to(self, outbox: Outbox) -> None:
+        """Let *outbox* send for the writers."""
+        self.outbox = outbox
+        self.waiting.hand_over()
+
+    def fail(self, error: FFError) -> None:
+        """End the writers that wait; the next one begins with all retries."""
+        self.retries.reset()
+        for writer in self.waiting.take_ready():
+            writer._fail(copy.copy(error))
+
+
 class SharedWriter(WriterCore):
     """A writer core made from its state."""
 
@@ -154,8 +211,13 @@ class SharedWriter(WriterCore):
     # The leases of the backend, where it keeps any.
     _kept: KeptLeases | None = None
 
-    def __init__(self, state: WriterState, outbox: Outbox | None = None) -> None:
+    def __init__(self, state: WriterState, home: Home | None = None) -> None:
         self._places = state.places
+        self._level = state.options.level
+        # The newest frame that has reached a level with all before it, and the level.
+        self._confirmed = (0, 0)
+        self._reached = Durability.stored()
+        self._fence = state.attempt.stream_keys, state.writer_id
         self._lease_id = state.attempt.fields.lease_id
         super().__init__(
             keys=state.attempt.stream_keys,
@@ -168,7 +230,7 @@ class SharedWriter(WriterCore):
             max_unacknowledged_bytes=state.options.max_unacknowledged_bytes,
             linger_ms=state.options.linger_ms,
             max_payload_bytes=state.options.max_payload_bytes,
-            outbox=outbox,
+            home=home,
         )
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
@@ -196,6 +258,55 @@ class SharedWriter(WriterCore):
             frame_count=self.last_sequence,
             summary_version=self.summary_version or None,
         )
+
+    def _confirmed_outcome(self) -> AppendFrameOutcome:
+        """The frames that have reached a level, with that."""
+        ms, sequence = self._confirmed
+        return AppendFrameOutcome(
+            stream_id=f"{ms}-{sequence}",
+            frame_count=sequence,
+            summary_version=self.summary_version or None,
+            durability=self._reached,
+        )
+
+    def _lacks(self, level: Level, last: int) -> bool:
+        """Whether the frames up to *last* are not known to have reached a level."""
+        return level.asks and not (
+            self._confirmed[1] >= last and self._reached.covers(level.durability)
+        )
+
+    def _ask(self, level: Level, deadline: float | None) -> Ask:
+        """Return the question whether all acknowledged frames have reached *level*, to be put until *deadline*."""
+        place = ops.entry_id(self.last_id)
+        until = time.monotonic() + level.timeout_s
+        if deadline is not None:
+            until = min(until, deadline)
+        return Ask(durability.of_frames(*self._fence, place), level, until)
+
+    def _asked(self, ask: Ask, deadline: float | None) -> bool:
+        """Return whether to put a question again, given how it has ended.
+
+        Raises:
+            NotReplicated: The time for the level is up.
+            DeadlineExceeded: *deadline* has passed.
+            FFError: The frames are lost, or nobody can tell.
+        """
+        if ask.reached is not None:
+            # Threads may have asked at the same time; the newer answer says more.
+            if ask.place >= self._confirmed or not self._reached.covers(ask.reached):
+                self._confirmed, self._reached = ask.place, ask.reached
+            return False
+        if self.error is not None:
+            raise copy.copy(self.error)
+        if isinstance(ask.failure, SequenceGap) and (self._check_soon() or not self._idle):
+            # The writer meets the gap by itself, and ends with it or repairs it.
+            ask.failure = None
+        try:
+            return ask.again()
+        except NotReplicated:
+            if deadline is not None and ask.until >= deadline:
+                raise DeadlineExceeded from None
+            raise
 
     def _warn_of_losses(self) -> None:
         """Warn of frames that are lost with this writer, unless somebody has seen its error.
@@ -333,7 +444,7 @@ def drain(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
 def flush(
     writer: SharedWriter, timeout: float | timedelta | None = None
 ) -> Wait[AppendFrameOutcome]:
-    """Wait until every frame written so far is stored.
+    """Wait until every frame written so far is stored, and has reached the durability of the writer.
 
     If all were acknowledged before, the server is asked once whether it still has them.
 
@@ -341,21 +452,31 @@ def flush(
         timeout: How long to wait, in seconds or as a ``timedelta``; None waits until the writer succeeds or fails.
 
     Returns:
-        Id of the newest frame, number of frames of the attempt so far, and version of its summary.
+        Id of the newest frame, number of frames of the attempt so far, version of its summary, and the durability that
+        all of them have.
 
     Raises:
         DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
+        NotReplicated: The durability of the writer was not confirmed within its ``durability_timeout``. The frames are
+            stored, and the writer goes on; the next `flush` asks again.
         SequenceGap: The server has lost acknowledged frames, as after a failover.
         FFError: The writer failed; the error's ``unstored`` has the frames that were not stored.
     """
-    limit = timeout_s(timeout)
+    return flush_to(writer, timeout_s(timeout), writer._level)
+
+
+def flush_to(writer: SharedWriter, limit_s: float | None, level: Level) -> Wait[AppendFrameOutcome]:
+    """Flush a writer up to another level than its own; at most *limit_s* seconds."""
     last = writer.next_sequence - 1
     writer._seal_soon()
+    if writer._lacks(level, last):
+        # What is asked for the level shows as well that the server has them.
+        return Wait(lambda: writer.last_sequence >= last, writer._confirmed_outcome, limit_s, level)
     checked = last if writer._check_soon() else 0
     return Wait(
         lambda: writer.last_sequence >= last and writer._checked_sequence >= checked,
-        writer.outcome,
-        limit,
+        writer._confirmed_outcome if level.asks and last else writer.outcome,
+        limit_s,
     )
 
 
@@ -369,16 +490,27 @@ def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
 
     Raises:
         DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
+        NotReplicated: As of `flush`; closing again asks again.
         SequenceGap: The server has lost acknowledged frames, as after a failover.
         FFError: The writer failed.
     """
-    limit = timeout_s(timeout)
+    return close_to(writer, timeout_s(timeout), writer._level)
+
+
+def close_to(writer: SharedWriter, limit_s: float | None, level: Level) -> Wait[None]:
+    """Close a writer, at another level than its own; at most *limit_s* seconds."""
     if isinstance(writer._failure, WriterClosed):
-        return Wait(_true, _nothing, limit)
+        return Wait(_true, _nothing, limit_s)
     if writer.error is not None:
         raise copy.copy(writer.error)
     writer._seal_last()
-    return Wait(lambda: writer._idle, lambda: writer._fail(WriterClosed()), limit)
+    lacks = writer._lacks(level, writer.next_sequence - 1)
+    return Wait(
+        lambda: writer._idle,
+        lambda: writer._fail(WriterClosed()),
+        limit_s,
+        level if lacks else None,
+    )
 
 
 def _nothing() -> None:

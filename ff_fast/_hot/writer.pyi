@@ -66,17 +66,32 @@ class Call:
     def error(self) -> FFError | None:
         """The last error of a part that is sent again; None for none."""
 
+    @property
+    def home(self) -> Home | None:
+        """The home of its writers, which is the same for all; None where they have none."""
+
     def __len__(self) -> int: ...
     def __call__(self, reply: object) -> None: ...
     def take(self) -> bytes: ...
     def lost(self) -> None: ...
 
 @disjoint_base
+class Home:
+    """Where the writers of one slot register; without a cluster, where all do."""
+
+    outbox: Outbox
+
+    def __init__(self, slot: int | None, outbox: Outbox) -> None: ...
+    @property
+    def slot(self) -> int | None:
+        """The slot; None without a cluster."""
+
+@disjoint_base
 class Outbox:
     """The writers of one connection that have something to send.
 
     A writer registers itself. The shell overrides ``_on_ready`` and ``_on_answer``, asks `wait_s` when to send, and sends
-    what `next_call` returns.
+    what `next_call` returns, or `next_calls`.
     """
 
     def __init__(
@@ -88,6 +103,10 @@ class Outbox:
         loop: AbstractEventLoop | None = None,
     ) -> None: ...
     def next_call(self) -> Call | None: ...
+    def next_calls(self) -> list[Call]: ...
+    def homes(self) -> set[Home]: ...
+    def withdraw(self, home: Home) -> None: ...
+    def hand_over(self) -> None: ...
     def wait_s(self) -> float: ...
     def hold_s(self) -> float: ...
     def take_ready(self) -> list[WriterCore]: ...
@@ -128,6 +147,7 @@ class WriterCore:
         max_payload_bytes: int = 65_536,
         place: Place | None = None,
         outbox: Outbox | None = None,
+        home: Home | None = None,
     ) -> None: ...
     def write(
         self,

@@ -10,6 +10,10 @@ A writer that can send registers in its `Outbox`, which makes a `Call` of what m
 part of a call is stored, refused and answered on its own. A batch keeps its bytes, so it may be
 sent again in a call with others.
 
+In a cluster a call has the writers of one slot, and an outbox those of one node. Its slot is the
+`Home` of a writer, and says which outbox that is. A writer whose home has moved follows once all
+that it has sent is answered or lost, so its batches never overtake one another on two nodes.
+
 Best-effort frames are pushed before they are stored. A `Push` tells readers of a frame at once,
 under an id that the writer chooses: the server's time as it is known here, and the sequence. The
 frames of such a group stay in the open batch, and are stored as one run under the same ids: a tenth
@@ -85,6 +89,9 @@ cdef enum:
     CALL_PARTS = 128
     CALL_FRAMES = 1024
     CALL_BYTES = 1 << 20
+    # Bounds of the calls of several slots that go out in one write.
+    SEND_BYTES = 4 << 20
+    SEND_CALLS = 256
     # So many parts are sent without waiting for more.
     FULL_PARTS = 64
     # While calls carry the parts of several writers, this is between two of them: a call costs the
@@ -448,6 +455,7 @@ cdef class WriterCore:
         place: The newest frame of the attempt that is known to be stored, which acknowledgements
             move (`ff_fast._core.places.Place`); None for a writer on its own.
         outbox: Takes its parts into calls; None for a writer whose owner asks `_next_batch`.
+        home: Says which outbox that is, in place of *outbox*.
 
     Raises:
         InvalidInput: A number is out of range.
@@ -457,6 +465,8 @@ cdef class WriterCore:
     cdef object __weakref__
     # Where it registers when a part can be sent; None for a writer that calls `_on_ready`.
     cdef Outbox _outbox
+    # Says which outbox that is; None where it is always the same.
+    cdef Home _home
     # What `error` returns.
     cdef object _error
     # The error that ends the writer. It is set first and refuses all writes; `_error` follows once
@@ -589,7 +599,7 @@ cdef class WriterCore:
         self, *, tuple keys not None, bytes writer not None, mode, tuple opened not None,
         bytes document=None, long long retention_maxlen=10_000,
         Py_ssize_t max_unacknowledged_bytes=32 << 20, double linger_ms=0.0,
-        Py_ssize_t max_payload_bytes=65536, place=None, Outbox outbox=None,
+        Py_ssize_t max_payload_bytes=65536, place=None, Outbox outbox=None, Home home=None,
     ):
         cdef Py_ssize_t end = 0
         cdef Py_ssize_t i
@@ -607,6 +617,9 @@ cdef class WriterCore:
             end += bulk_size(len(keys[i]))
             self._key_ends[i] = end
         self._mode = mode
+        if home is not None:
+            outbox = home.outbox
+        self._home = home
         self._outbox = outbox
         (
             self._acked_ms, self._sequence, self._visible, estimator, self._summary_version, *rest
@@ -1427,6 +1440,11 @@ cdef class WriterCore:
         if not self._notified and self._sendable():
             self._notified = True
             self._hurried = self._urgent()
+            if (
+                self._home is not None and self._outbox is not self._home.outbox
+                and not self._in_flight and self._pushing is None
+            ):
+                self._outbox = self._home.outbox
             try:
                 if self._outbox is None:
                     self._on_ready()
@@ -1945,11 +1963,13 @@ cdef class Call:
         message: The request as it goes on the wire; None once it was taken.
         accepted: Whether the server has applied a part.
         error: The last error of a part that is sent again; None for none.
+        home: The home of its writers, which is the same for all; None where they have none.
     """
 
     cdef readonly bytes message
     cdef readonly bint accepted
     cdef readonly object error
+    cdef readonly Home home
     cdef Outbox _outbox
     cdef list _writers
     cdef list _parts
@@ -2032,11 +2052,38 @@ cdef class Call:
         return 0
 
 
+cdef class Home:
+    """Where the writers of one slot register; without a cluster, where all do.
+
+    Attributes:
+        slot: The slot; None without a cluster.
+        outbox: That of the node that has the slot. Writers follow as their answers come; those that
+            are ready already, by `Outbox.withdraw`.
+    """
+
+    cdef readonly object slot
+    cdef public Outbox outbox
+
+    def __init__(self, slot, Outbox outbox):
+        self.slot = slot
+        self.outbox = outbox
+
+
+@cython.final
+cdef class _Group:
+    """The writers of one slot in a send, and their parts."""
+
+    cdef list writers
+    cdef list parts
+    cdef Py_ssize_t frames
+    cdef Py_ssize_t size
+
+
 cdef class Outbox:
     """The writers of one connection that have something to send.
 
     A writer registers itself. The shell overrides `_on_ready` and `_on_answer`, asks `wait_s` when
-    to send, and sends what `next_call` returns.
+    to send, and sends what `next_call` returns, or `next_calls`.
 
     All but `register` is for the thread that owns the connection; no method lets another thread run
     between a check and the change that relies on it.
@@ -2257,17 +2304,7 @@ cdef class Outbox:
                 self._ready_us = now_us()
             if not count:
                 return None
-            call = Call.__new__(Call)
-            call._outbox = self
-            call._writers = writers
-            call._parts = parts
-            try:
-                call.message = packed_call(parts)
-            except MemoryError:
-                self._calls_in_flight += 1
-                call._lose(self)
-                raise
-            self._calls_in_flight += 1
+            call = self._made(writers, parts)
             self._sent_us = now_us()
             self._usual_parts += (count - self._usual_parts) / 8.0
             return call
@@ -2275,6 +2312,133 @@ cdef class Outbox:
             self._packing = False
             if collecting:
                 PyGC_Enable()
+
+    cdef Call _made(self, list writers, list parts):
+        cdef Call call = Call.__new__(Call)
+        call._outbox = self
+        call._writers = writers
+        call._parts = parts
+        call.home = (<WriterCore>writers[0])._home
+        self._calls_in_flight += 1
+        try:
+            call.message = packed_call(parts)
+        except MemoryError:
+            call._lose(self)
+            raise
+        return call
+
+    def next_calls(self):
+        """Return the calls to send now, in one write: of each slot one or more, each within the
+        bounds of a call, and all within those of a send. Else as `next_call`."""
+        cdef list calls = []
+        cdef dict groups = {}
+        cdef Py_ssize_t last = len(self._ready)
+        cdef Py_ssize_t count = 0
+        cdef Py_ssize_t size = 0
+        cdef WriterCore writer
+        cdef _Part part
+        cdef _Group group
+        cdef int collecting = PyGC_Disable()
+        self._packing = True
+        self._calls += 1
+        try:
+            try:
+                while self._at < last and size < SEND_BYTES and len(calls) < SEND_CALLS:
+                    writer = <WriterCore>self._ready[self._at]
+                    self._ready[self._at] = None
+                    self._at += 1
+                    if writer._hurried:
+                        self._hurried -= 1
+                    # A writer whose registration was interrupted is here twice.
+                    if writer._asked == self._calls:
+                        continue
+                    writer._asked = self._calls
+                    group = groups.get(writer._home)
+                    if group is not None and (
+                        len(group.parts) >= CALL_PARTS or writer._next_is_alone()
+                        or group.frames + writer._next_frames() > CALL_FRAMES
+                        or group.size + writer._next_bytes() > CALL_BYTES
+                    ):
+                        del groups[writer._home]
+                        calls.append(self._made(group.writers, group.parts))
+                        group = None
+                    try:
+                        part = writer._next_part()
+                    except MemoryError:
+                        # Its frames are in its open batch, and the next one registers it again.
+                        continue
+                    if part is None:
+                        continue
+                    if group is None:
+                        group = _Group.__new__(_Group)
+                        group.writers, group.parts = [], []
+                        groups[writer._home] = group
+                    group.writers.append(writer)
+                    group.parts.append(part)
+                    group.size += part.size()
+                    count += 1
+                    size += part.size()
+                    if type(part) is Push:
+                        group.frames += 1
+                        continue
+                    group.frames += (<Batch>part).frame_count
+                    if (<Batch>part).alone:
+                        del groups[writer._home]
+                        calls.append(self._made(group.writers, group.parts))
+            finally:
+                # Also after an error: what was taken is in flight.
+                for group in groups.values():
+                    calls.append(self._made(group.writers, group.parts))
+                if self._at == len(self._ready):
+                    self._ready = []
+                    self._at = 0
+                    self._hurried = 0
+                    self._pressed = False
+                self._told = self._at < len(self._ready)
+                if self._told:
+                    self._ready_us = now_us()
+            if calls:
+                self._sent_us = now_us()
+                self._usual_parts += (count - self._usual_parts) / 8.0
+            return calls
+        finally:
+            self._packing = False
+            if collecting:
+                PyGC_Enable()
+
+    def homes(self):
+        """Return the homes of the writers that are ready."""
+        cdef set found = set()
+        for writer in self._ready[self._at:]:
+            found.add((<WriterCore>writer)._home)
+        return found
+
+    def withdraw(self, Home home not None):
+        """Let the writers of *home* that are ready register where it says."""
+        cdef list taken = []
+        cdef list kept = []
+        for item in self._ready[self._at:]:
+            (taken if (<WriterCore>item)._home is home else kept).append(item)
+        self._ready = kept
+        self._at = 0
+        self._hurried = 0
+        for item in kept:
+            self._hurried += (<WriterCore>item)._hurried
+        if not kept:
+            self._pressed = False
+            self._told = False
+        for item in taken:
+            (<WriterCore>item)._notified = False
+        for item in taken:
+            (<WriterCore>item)._notify()
+
+    def hand_over(self):
+        """Let all writers that are ready or held register where their homes say."""
+        held, self._held = self._held, deque()
+        for _, writer, group in held:
+            (<WriterCore>writer)._store_group(group)
+        for writer in self.take_ready():
+            (<WriterCore>writer)._notify()
 
     def forget(self):
         """Drop what is ready and held: the writers have failed."""

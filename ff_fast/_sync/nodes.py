@@ -12,7 +12,7 @@ from ff_fast import _transport
 from ff_fast._core import nodes as core
 from ff_fast._core.routing import Routing
 from ff_fast._core.topology import Address, Topology, address_of
-from ff_fast.errors import FFError, FunctionMissing, NotPrimary, Redirected
+from ff_fast.errors import FFError, FunctionMissing, NotPrimary, Redirected, from_server_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +33,7 @@ class Node:
 
     Attributes:
         config: The configuration with the address of this server.
+        reached: The same with the address that sentinels have named last.
         address: Where it listens; None for the one server of a backend without a cluster.
         replica: It is asked as a replica.
         library_missing: A function was not found there: the next connection that is taken loads the library.
@@ -43,7 +44,7 @@ class Node:
     def __init__(
         self, config: BackendConfig, address: Address | None = None, *, replica: bool = False
     ) -> None:
-        self.config = config
+        self.config = self.reached = config
         self.address = address
         self.replica = replica
         self.library_missing = False
@@ -200,6 +201,12 @@ class Nodes:
         if error.retryable and not isinstance(error, FunctionMissing):
             self.doubt()
 
+    def look_at(self, node: Node, replies: list[object]) -> None:
+        """Take note of what the refusals of *node* tell."""
+        for reply in replies:
+            if isinstance(reply, Exception):
+                self.failed(node, from_server_error(str(reply)))
+
     def doubt(self) -> None:
         """Look at the topology before it is used again."""
         self._doubted_at = time.monotonic()
@@ -260,6 +267,9 @@ class Connections(Protocol):
 
     _nodes: Nodes
 
+    @property
+    def closed(self) -> bool: ...
+
     def _acquire_at(self, node: Node) -> Connection: ...
 
     def _release(self, connection: Connection) -> None: ...
@@ -304,6 +314,8 @@ class Requests:
         topology = nodes.topology
         if topology is None:
             return self._on(nodes.of(None)).request(step, self._longest)
+        if step.alone:
+            return self._request_alone(step)
         routing = Routing(step, topology, self._retries, replicas=self._replicas, until=self._until)
         while True:
             nodes.refresh()
@@ -311,9 +323,20 @@ class Requests:
             pause = routing.settle()
             if routing.moved or routing.in_doubt:
                 nodes.doubt()
-            if pause is None:
+            if pause is None or (pause and self._pool.closed):
                 return routing.replies()
             time.sleep(pause)
+
+    def _request_alone(self, step: Step) -> list[object]:
+        """Send a step that must not be split; refusals come back as replies."""
+        node = self._nodes.of(step.commands[0].slot)
+        try:
+            replies = self._on(node).request(step, self._longest)
+        except FFError as error:
+            self._nodes.failed(node, error)
+            raise
+        self._nodes.look_at(node, replies)
+        return replies
 
     def _round(self, routing: Routing) -> None:
         """Send to all nodes, and then receive from all."""
@@ -322,20 +345,20 @@ class Requests:
             try:
                 asked.append((send, self._on(self._nodes.at(send.address, replica=send.replica))))
             except FFError as error:
-                routing.failed(send, error)
+                routing.failed(send, core.named(error, send.address))
         sent: list[tuple[Send, Connection]] = []
         for send, connection in asked:
             try:
                 connection.send(send.step, self._longest)
             except FFError as error:
-                routing.failed(send, error)
+                routing.failed(send, core.named(error, send.address))
             else:
                 sent.append((send, connection))
         for send, connection in sent:
             try:
                 replies = connection.receive_all(send.step)
             except FFError as error:
-                routing.failed(send, error)
+                routing.failed(send, core.named(error, send.address))
             else:
                 routing.answered(send, replies)
         for address in tuple(routing.missing):
@@ -343,7 +366,7 @@ class Requests:
             try:
                 self._pool._load(self._on(self._nodes.at(address)))
             except FFError as error:
-                failure = error
+                failure = core.named(error, address)
             routing.loaded(address, failure)
 
     def _on(self, node: Node) -> Connection:

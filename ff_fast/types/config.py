@@ -225,7 +225,9 @@ class ValkeyConnection(Value):
 
             check_type("ssl_context", self.ssl_context, ssl.SSLContext)
             if not self.tls:
-                raise InvalidInput("ssl_context is given but tls is off; use valkeys:// or tls=True.")
+                raise InvalidInput(
+                    "ssl_context is given but tls is off; use valkeys:// or tls=True."
+                )
             if self.tls_ca_file or self.tls_cert_file or self.tls_key_file:
                 raise InvalidInput("ssl_context takes the place of TLS files; give one of them.")
         if self.client_name is not None:
@@ -395,9 +397,7 @@ def _from_url(url: str) -> BackendConfig:
         unix_path = _unquote(slash + path)
         db = given.pop("db", "0")
     else:
-        addresses = [
-            _place(place, "26379" if sentinels else "6379") for place in places.split(",")
-        ]
+        addresses = [_place(place, "26379" if sentinels else "6379") for place in places.split(",")]
         if sentinels:
             service, _, path = path.partition("/")
             if not service:
