@@ -226,7 +226,7 @@ class Node:
     async def connect(self, role: str = "calls") -> Connection:
         """Make a connection and check the server."""
         if self._stopped:
-            raise _transport.closed_error()
+            raise self._gone()
         connection = Connection()
         self._reached = await resolve(self.config)
         await connection.open(self._reached)
@@ -243,8 +243,12 @@ class Node:
             raise
         if self._stopped:
             connection.abort()
-            raise _transport.closed_error()
+            raise self._gone()
         return connection
+
+    def _gone(self) -> FFError:
+        """Return the error of whoever came too late: the backend is closed, or the node has left the cluster."""
+        return _transport.closed_error() if self._owner.closed else Unavailable()
 
     async def prepare(self, connection: Connection, role: str | None = None) -> None:
         """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
@@ -449,7 +453,7 @@ class Nodes:
         )
         for error in found:
             # A node that cannot be reached is another one's to replace.
-            if isinstance(error, BaseException) and not isinstance(error, Unavailable):
+            if error is not None and not (isinstance(error, FFError) and error.retryable):
                 raise error
         retries = Retries(self.config.retry)
         await run_steps(self.deployment.agree(), self.caller(retries))
@@ -460,7 +464,13 @@ class Nodes:
             await node.prepare(connection)
 
     def refresh_soon(self) -> asyncio.Task[None]:
-        """Ask for the topology; everybody who asks meanwhile shares the answer."""
+        """Ask for the topology; everybody who asks meanwhile shares the answer.
+
+        Raises:
+            Unavailable: The backend is closed.
+        """
+        if self._stopped:
+            raise _transport.closed_error()
         if self._refreshing is None:
             self._refreshing = self.spawn(self._refresh())
         return self._refreshing
@@ -587,10 +597,12 @@ class Nodes:
                 await self._send_all(routing, sends, longest, own)
             for address in list(routing.missing):
                 await self._load(routing, address)
+            if self.closed:
+                return routing.replies()
             pause = routing.settle()
             if routing.moved or routing.in_doubt:
                 _ = self.refresh_soon()
-            if pause is None or self.closed:
+            if pause is None:
                 return routing.replies()
             if pause > 0:
                 await asyncio.sleep(pause)
