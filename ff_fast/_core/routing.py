@@ -221,7 +221,10 @@ class Routing:
             self._to_primary(send.indexes)
             return
         self.in_doubt = True
-        if error.outcome is Outcome.NOT_APPLIED and error.retryable:
+        if self._step.partial:
+            for index in send.indexes:
+                self._replies[index] = error
+        elif error.outcome is Outcome.NOT_APPLIED and error.retryable:
             for index in send.indexes:
                 self._replies[index] = error
             self._again.extend(send.indexes)
@@ -259,7 +262,7 @@ class Routing:
             FFError: Replies have not come.
         """
         failure = self._failure
-        if failure is None:
+        if failure is None and not self._step.partial:
             failure = next((each for each in self._replies if isinstance(each, FFError)), None)
         if failure is None:
             return self._replies

@@ -404,3 +404,22 @@ async def test_streams_on_all_nodes_are_whole_whatever_breaks_on_one(shell, prox
     assert proxied.proxy.cuts
     for handle in handles:
         stored_once(proxied.url, handle.execution_id, payloads)
+
+
+async def test_a_supervisor_fires_the_timers_of_the_nodes_that_answer(shell, proxied, lane):
+    async with await shell.connect(proxied.url, timeout=TIMEOUT_S) as backend:
+        slots = proxied.slots()
+        eids = [await backend.create_execution(lane=lane, delay=0.001) for _ in range(12)]
+        others = {eid for eid in eids if slot_of(eid) not in slots}
+        proxied.proxy.hold(UP, DOWN)
+        stop = threading.Event() if shell.kind == "sync" else asyncio.Event()
+        supervising = asyncio.ensure_future(backend.supervise(interval=0.01, stop=stop))
+
+        async def fired():
+            states = {eid: (await backend.describe(eid)).state for eid in others}
+            return set(states.values()) == {"waiting"}
+
+        await wait_until_async(fired)
+        proxied.proxy.release()
+        stop.set()
+        await supervising
