@@ -369,20 +369,20 @@ class Requests:
             try:
                 asked.append((send, self._on(self._nodes.at(send.address, replica=send.replica))))
             except FFError as error:
-                routing.failed(send, core.named(error, send.address))
+                routing.failed(send, error)
         sent: list[tuple[Send, Connection]] = []
         for send, connection in asked:
             try:
                 connection.send(send.step, self._longest)
             except FFError as error:
-                routing.failed(send, core.named(error, send.address))
+                routing.failed(send, error)
             else:
                 sent.append((send, connection))
         for send, connection in sent:
             try:
                 replies = connection.receive_all(send.step)
             except FFError as error:
-                routing.failed(send, core.named(error, send.address))
+                routing.failed(send, error)
             else:
                 routing.answered(send, replies)
         for address in tuple(routing.missing):
@@ -390,7 +390,7 @@ class Requests:
             try:
                 self._pool._load(self._on(self._nodes.at(address)))
             except FFError as error:
-                failure = core.named(error, address)
+                failure = error
             routing.loaded(address, failure)
 
     def _on(self, node: Node) -> Connection:
