@@ -18,7 +18,7 @@ COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 PARALLEL := -n 3 --dist worksteal
 
-.PHONY: build demo test unit check soak coverage lint types sanitize wheel-test bench bench-quick clean help
+.PHONY: build demo test test-cluster unit check soak coverage lint types sanitize wheel-test bench bench-quick clean help
 
 help: ## List the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,6 +35,9 @@ demo: build ## Stream a text through an embedded server: make demo RATE=1000 ARG
 # pytest-benchmark, when make bench has installed it, warns about worker processes.
 test: build ## Run the whole suite but the packaging tests: make test ARGS="tests/unit -k keys"
 	$(PYTEST) $(PARALLEL) -m "not packaging" $(ARGS)
+
+test-cluster: build ## Run the tests that share a server against a cluster of three primaries in its place
+	FF_FAST_TEST_CLUSTER=1 $(PYTEST) $(PARALLEL) -m "not packaging" tests/server tests/faults $(ARGS)
 
 unit: build ## Run the tests that need no server, in seconds
 	$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
