@@ -223,6 +223,14 @@ class Node:
         """Whether a connection is in use."""
         return self.shared.busy or any(each.receivers for each in self.connections)
 
+    @property
+    def silent(self) -> bool:
+        """Whether it owes replies over the connection of the calls and has sent nothing for a while."""
+        connection = self.shared.connection
+        if connection is None or not connection.receivers:
+            return False
+        return time.monotonic() - connection.silent_since > nodes.SILENT_S
+
     async def connect(self, role: str = "calls") -> Connection:
         """Make a connection and check the server."""
         if self._stopped:
@@ -394,6 +402,11 @@ class Nodes:
         self._forgetting: asyncio.TimerHandle | None = None
         self._replicas = config.read_from == "replica" and self.topology is not None
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the connections are closed for good."""
+        return self._stopped
+
     # -- which nodes there are ---------------------------------------------------------------------------------------
 
     def all(self) -> list[Node]:
@@ -504,7 +517,7 @@ class Nodes:
         heard = {
             address: node.shared.connection.heard_at
             for address, node in self._nodes.items()
-            if address is not None and node.shared.connection is not None
+            if address is not None and node.shared.connection is not None and not node.silent
         }
         failure: FFError | None = None
         for address in nodes.to_ask(heard, self.topology, self._seeds):
@@ -619,7 +632,7 @@ class Nodes:
             else:
                 replies = await node.shared.request(send.step, longest)
         except FFError as error:
-            routing.failed(send, nodes.named(error, send.address))
+            routing.failed(send, error)
         else:
             routing.answered(send, replies)
 
@@ -668,7 +681,7 @@ class Nodes:
         try:
             await self.at(address).load()
         except FFError as error:
-            routing.loaded(address, nodes.named(error, address))
+            routing.loaded(address, error)
         else:
             routing.loaded(address)
 

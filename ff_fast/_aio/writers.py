@@ -178,7 +178,6 @@ class Senders:
         self._senders: dict[Node, Sender] = {}
         self._homes: dict[int | None, SlotHome] = {}
         self._loop = asyncio.get_running_loop()
-        self._closed = False
         self.writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         _process.watch_fork(self)
         _process.watch_exit(self)
@@ -214,19 +213,19 @@ class Senders:
 
         Writers that have something in flight may still be with a sender that the slot has left.
         """
-        if self._closed or home.waits:
+        if self._nodes.stopped or home.waits:
             return
         if home.outbox is not sender:
             sender.withdraw(home)
             return
-        home.hold()
         self.recover_soon(home, sender, error)
+        home.hold()
 
     def recover_soon(
         self, home: SlotHome, sender: Sender | None = None, error: FFError | None = None
     ) -> None:
         """Find the node of a slot, and let it have the writers; *error* is what *sender* has met."""
-        if self._closed:
+        if self._nodes.stopped:
             return
         home.recovering = True
         _ = self._nodes.spawn(self._recover(home, sender, error))
@@ -277,7 +276,6 @@ class Senders:
 
     def stop(self) -> None:
         """Fail every writer, since the backend is closed."""
-        self._closed = True
         for writer in list(self.writers):
             writer._fail(WriterClosed())
         for outbox in (*self._senders.values(), *(home.waiting for home in self._homes.values())):

@@ -20,6 +20,7 @@ from ff_fast.errors import (
     SequenceGap,
     StateLost,
     SummaryConflict,
+    Unavailable,
     WriterClosed,
     WriterSuperseded,
 )
@@ -271,9 +272,9 @@ class SharedWriter(WriterCore):
 
     def _lacks(self, level: Level, last: int) -> bool:
         """Whether the frames up to *last* are not known to have reached a level."""
-        return level.asks and not (
-            self._confirmed[1] >= last and self._reached.covers(level.durability)
-        )
+        if not level.asks or last == 0:
+            return False
+        return self._confirmed[1] < last or not self._reached.covers(level.durability)
 
     def _ask(self, level: Level, deadline: float | None) -> Ask:
         """Return the question whether all acknowledged frames have reached *level*, to be put until *deadline*."""
@@ -300,7 +301,7 @@ class SharedWriter(WriterCore):
             raise copy.copy(self.error)
         if isinstance(ask.failure, SequenceGap) and (self._check_soon() or not self._idle):
             # The writer meets the gap by itself, and ends with it or repairs it.
-            ask.failure = None
+            ask.failure = Unavailable()
         try:
             return ask.again()
         except NotReplicated:

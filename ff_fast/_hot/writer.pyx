@@ -507,8 +507,8 @@ cdef class WriterCore:
     cdef bint _notified
     # It is registered as one whose batch does not wait for others.
     cdef bint _hurried
-    # The number of the last call that asked it for a part.
-    cdef unsigned int _asked
+    # The number of the last look that asked it for a part.
+    cdef unsigned long long _asked
     # The group: frames of the open batch, its first run, of which readers are told before they are
     # stored. Its ms, 0 for no group; how many frames a push has reached, and how many one was made
     # for, each with their bytes; which open batch it is.
@@ -2052,6 +2052,16 @@ cdef class Call:
         return 0
 
 
+# Looks of all outboxes are counted together, since a writer goes from one to another.
+cdef unsigned long long looks = 0
+
+
+cdef inline unsigned long long next_look() noexcept:
+    global looks
+    looks += 1
+    return looks
+
+
 cdef class Home:
     """Where the writers of one slot register; without a cluster, where all do.
 
@@ -2103,8 +2113,8 @@ cdef class Outbox:
     cdef Py_ssize_t _hurried
     # What is ready does not linger.
     cdef bint _pressed
-    # How many calls were asked for.
-    cdef unsigned int _calls
+    # The number of the look for what to send that is under way.
+    cdef unsigned long long _calls
     # `_on_ready` was called, and `next_call` has not been since.
     cdef bint _told
     # `next_call` is under way: no hook is called, since it could raise, and what was taken would
@@ -2259,7 +2269,7 @@ cdef class Outbox:
         cdef Call call
         cdef int collecting = PyGC_Disable()
         self._packing = True
-        self._calls += 1
+        self._calls = next_look()
         try:
             while self._at < last and count < CALL_PARTS:
                 writer = <WriterCore>self._ready[self._at]
@@ -2340,7 +2350,7 @@ cdef class Outbox:
         cdef _Group group
         cdef int collecting = PyGC_Disable()
         self._packing = True
-        self._calls += 1
+        self._calls = next_look()
         try:
             try:
                 while self._at < last and size < SEND_BYTES and len(calls) < SEND_CALLS:
@@ -2417,9 +2427,14 @@ cdef class Outbox:
         """Let the writers of *home* that are ready register where it says."""
         cdef list taken = []
         cdef list kept = []
-        for item in self._ready[self._at:]:
-            (taken if (<WriterCore>item)._home is home else kept).append(item)
-        self._ready = kept
+        cdef int collecting = PyGC_Disable()
+        try:
+            for item in self._ready[self._at:]:
+                (taken if (<WriterCore>item)._home is home else kept).append(item)
+            self._ready = kept
+        finally:
+            if collecting:
+                PyGC_Enable()
         self._at = 0
         self._hurried = 0
         for item in kept:
