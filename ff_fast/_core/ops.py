@@ -394,9 +394,12 @@ def complete_execution(
 
 
 def fail_execution(
-    attempt: Attempt, reason: FailureReason, failure_class: FailureClass
+    attempt: Attempt, reason: FailureReason, failure_class: FailureClass, last_id: bytes = b""
 ) -> Op[tuple[FailOutcome, Hints]]:
-    """End the attempt as failed; the class and the retry policy decide whether the execution ends."""
+    """End the attempt as failed; the class and the retry policy decide whether the execution ends.
+
+    *last_id* is as in `complete_execution`.
+    """
 
     def parse(_: bytes, fields: list[object]) -> tuple[FailOutcome, Hints]:
         if _text(fields[1]) == "retry_scheduled":
@@ -410,6 +413,7 @@ def fail_execution(
         (keys.core(attempt.execution_id),),
         (
             *attempt.fence,
+            last_id,
             reason.message.encode(),
             failure_class.value.encode(),
             reason.detail or b"",

@@ -16,13 +16,17 @@ from ff_fast._core.steps import Command, Step
 from ff_fast._core.topology import Address, address_of
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
+    DeadlineExceeded,
     FFError,
     FunctionMissing,
     Outcome,
+    OutcomeUnknown,
     ProtocolError,
     Redirected,
+    Unavailable,
     from_server_error,
     make_unknown,
+    told_by,
 )
 
 if TYPE_CHECKING:
@@ -192,6 +196,8 @@ class Routing:
             # A redirect that cannot be read; the reply stands.
             return
         self._again.append(index)
+        if send is not None and isinstance(error, Unavailable):
+            self._replies[index] = Exception(told_by(str(reply), *send.address))
         if isinstance(error, Redirected) and send is not None:
             address = address_of(error.address, send.address)
             if not error.ask:
@@ -221,7 +227,11 @@ class Routing:
             self._to_primary(send.indexes)
             return
         self.in_doubt = True
-        if error.outcome is Outcome.NOT_APPLIED and error.retryable:
+        error = named(error, send.address)
+        if self._step.partial:
+            for index in send.indexes:
+                self._replies[index] = error
+        elif error.outcome is Outcome.NOT_APPLIED and error.retryable:
             for index in send.indexes:
                 self._replies[index] = error
             self._again.extend(send.indexes)
@@ -238,7 +248,7 @@ class Routing:
             self.in_doubt = True
             self._pause_for = error
         elif self._failure is None:
-            self._failure = error
+            self._failure = named(error, address)
 
     def settle(self) -> float | None:
         """End a round; return the seconds until the next one, None if there is none."""
@@ -259,7 +269,7 @@ class Routing:
             FFError: Replies have not come.
         """
         failure = self._failure
-        if failure is None:
+        if failure is None and not self._step.partial:
             failure = next((each for each in self._replies if isinstance(each, FFError)), None)
         if failure is None:
             return self._replies
@@ -269,6 +279,14 @@ class Routing:
         if applied and self._retries.writes:
             make_unknown(failure, "A part of the call was applied.")
         raise failure
+
+
+def named(error: FFError, address: Address) -> FFError:
+    """Return *error* with the address of the node that it concerns."""
+    if isinstance(error, Unavailable | OutcomeUnknown | DeadlineExceeded) and error.host is None:
+        error.host, error.port = address
+        error.args = (f"{error} The node is {address}.", *error.args[1:])
+    return error
 
 
 def _word(reply: Exception) -> str:

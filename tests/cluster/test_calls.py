@@ -7,11 +7,13 @@ import itertools
 import pytest
 
 from ff_fast import ClaimPolicy, UsageDimensions, WaitpointKind, WaitpointSpec, errors, keys
+from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import Outcome
 from ff_fast.types import BackendConfig, BackendRetry, BackendTimeouts
 
 from ..shells import WORKER
 from ..waiting import wait_until_async
+from .sites import port_of
 
 MANY = 24
 """Executions of a test; they are in many partitions, and so on all nodes."""
@@ -165,11 +167,12 @@ async def test_the_partition_count_belongs_to_the_cluster(shell, cluster):
 # -- who is connected to whom ----------------------------------------------------------------------------------------
 
 
-async def test_a_server_that_is_no_node_of_a_cluster_is_told_apart(shell, server):
-    if not server.url.startswith("valkey://"):
-        pytest.skip("A Unix socket has no cluster.")
-    with pytest.raises(errors.NotACluster):
-        await shell.connect(f"{server.url}?cluster=true")
+async def test_a_server_that_is_no_node_of_a_cluster_is_told_apart(shell):
+    with EmbeddedServer(tcp=True) as server:
+        host, port = "127.0.0.1", port_of(server.url)
+        with pytest.raises(errors.NotACluster) as caught:
+            await shell.connect(f"valkey://{host}:{port}/?cluster=true")
+        assert (caught.value.host, caught.value.port) == (host, port)
 
 
 async def test_a_node_of_a_cluster_asks_for_cluster_mode(shell, cluster):
@@ -300,6 +303,8 @@ async def test_a_call_waits_for_the_end_of_a_migration_by_keys(shell, cluster, l
                     with pytest.raises((errors.Unavailable, errors.Redirected)) as caught:
                         await call()
                     assert caught.value.outcome is Outcome.NOT_APPLIED
+                    if isinstance(caught.value, errors.Unavailable):
+                        assert (caught.value.host, caught.value.port) == home.address
                 slot.move(key)
             ending = asyncio.create_task(backend.complete(handle, b"r"))
             await asyncio.to_thread(slot.finish)
