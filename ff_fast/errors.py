@@ -45,11 +45,13 @@ class Outcome(enum.Enum):
     """Whether the server may have applied the call that failed.
 
     ``NOT_APPLIED``: nothing was written.  ``UNKNOWN``: the call may have been applied; read the
-    state, or repeat the call where its documentation says that repeating is safe.
+    state, or repeat the call where its documentation says that repeating is safe.  ``APPLIED``: all of
+    it was written, and what was asked for beyond that was not reached.
     """
 
     NOT_APPLIED = "not_applied"
     UNKNOWN = "unknown"
+    APPLIED = "applied"
 
 
 MAX_INT = 2**53 - 1
@@ -439,6 +441,28 @@ class SequenceGap(FFError):
     @classmethod
     def _from_details(cls, details: Sequence[bytes]) -> FFError:
         return cls(*_two_numbers(details))
+
+
+class FramesLost(FFError):
+    """The server has lost acknowledged frames in a failover, and the writer did not keep them any more.
+
+    The stream tells its readers, by a ``Gap`` with the reason ``lost``, and goes on behind them. The call is told of
+    once: a call that was to release the lease has not done so, and may be made again; a writer goes on.
+
+    Args:
+        first: Sequence of the first frame that is lost.
+        last: Sequence of the last one.
+    """
+
+    code = "frames_lost"
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__(
+            f"The server has lost the frames {first} to {last}, which it had acknowledged, and the stream says so to its"
+            " readers; call again to go on without them."
+        )
+        self.first = first
+        self.last = last
 
 
 class SummaryConflict(FFError):
@@ -914,6 +938,32 @@ class NotEnoughReplicas(FFError):
     _sentence = "The server has too few replicas to accept writes; try again later."
 
 
+class NotReplicated(FFError, TimeoutError):
+    """What was written is stored, but the level of durability that was asked for was not confirmed in time.
+
+    A writer goes on, and its next ``flush`` or ``close`` asks again; so does a repeat of a call.
+
+    Attributes:
+        replicas: How many replicas had confirmed it when the time was up; 0 where that is not known.
+        synced: Whether it was known to be in the append-only file of the primary, where that was asked for.
+    """
+
+    code = "not_replicated"
+    retryable = True
+    outcome = Outcome.APPLIED
+    _sentence = (
+        "What was written is stored, but its replicas or its disk have not confirmed it in time;"
+        " check the replication, and ask again."
+    )
+
+    def __init__(
+        self, message: str | None = None, *, replicas: int = 0, synced: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.replicas = replicas
+        self.synced = synced
+
+
 class FunctionMissing(FFError):
     """The server does not hold the function library."""
 
@@ -1010,6 +1060,9 @@ _BY_TEXT: tuple[tuple[str, type[FFError]], ...] = (
     ("AUTH <password> called without any password configured", AuthenticationFailed),
     ("max number of clients reached", Unavailable),
     ("SELECT is not allowed in cluster mode", ClusterModeRequired),
+    ("WAIT cannot be used with replica", NotPrimary),
+    ("WAITAOF cannot be used with replica", NotPrimary),
+    ("WAITAOF cannot be used when numlocal", UnsupportedServer),
     # Somebody else's entry has an id at or after that of the next frame; or the last id that there is.
     ("The ID specified in XADD is equal or smaller", Corruption),
     ("The stream has exhausted the last possible ID", Corruption),
@@ -1020,6 +1073,14 @@ _BY_TEXT: tuple[tuple[str, type[FFError]], ...] = (
 # the caller's data.
 _ENDS_AT = re.compile(r" script: (?:ff_[a-z0-9_]+, )?on @?user_function:([0-9]{1,7})\.?$")
 _BEGINS_AT = re.compile(r"(?:ERR )?@?user_function:([0-9]{1,7}): ")
+
+
+_TOLD_BY = re.compile(r" \(node (\S{1,255}):([0-9]{1,5})\)$")
+
+
+def told_by(message: str, host: str, port: int) -> str:
+    """Return a server's error reply with the address of the server, which :func:`from_server_error` finds there."""
+    return f"{message} (node {host}:{port})"
 
 
 def from_server_error(message: str, function: str | None = None) -> FFError:
@@ -1052,6 +1113,9 @@ def from_server_error(message: str, function: str | None = None) -> FFError:
         return _corrupt(message, function)
     else:
         error = cls()
+    if isinstance(error, Unavailable) and (found := _TOLD_BY.search(message)):
+        error.host, error.port = found[1], int(found[2])
+        error.args = (f"{error} The node is {found[1]}:{found[2]}.",)
     if "@user_function" in message or "ACL failure in script" in message:
         # Lua has no rollback, so writes before the failed command stand.
         error.outcome = Outcome.UNKNOWN

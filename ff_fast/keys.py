@@ -34,6 +34,7 @@ keys::
     ff:idx:{fp:N}:leases                     leases              hash    lease digest to execution
     ff:idx:{fp:N}:timers                     timers              zset    what is due at some time
     ff:part:{fp:N}:completions               completions         stream  executions that ended
+    ff:part:{fp:N}:written                   written             string  a write that a wait for replicas covers
     ff:sec:{fp:N}:waitpoint_hmac             waitpoint_secrets   hash    secrets that sign tokens
     ff:part:{fp:N}:waitpoints                waitpoint_use       hash    how long secrets are needed
     ff:flow:{fp:N}:<flow>                    flow                hash    state of a flow
@@ -80,7 +81,7 @@ from typing import TYPE_CHECKING
 from .errors import InvalidId, InvalidInput, InvalidType, check_int
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Set
 
 DEFAULT_PARTITIONS = 256
 MAX_PARTITIONS = 65_535
@@ -437,6 +438,11 @@ def completions(slot_tag: str) -> bytes:
     return f"ff:part:{slot_tag}:completions".encode("ascii")
 
 
+def written(slot_tag: str) -> bytes:
+    """String: written before a wait for replicas, which covers only what its own connection has written."""
+    return f"ff:part:{slot_tag}:written".encode("ascii")
+
+
 def waitpoint_secrets(slot_tag: str) -> bytes:
     """Hash: the secrets that sign waitpoint tokens in one partition."""
     return f"ff:sec:{slot_tag}:waitpoint_hmac".encode("ascii")
@@ -507,9 +513,25 @@ def _in_key(text: str) -> str:
 # -- slots -----------------------------------------------------------------------------------------
 
 
-def key_in(slots: Container[int]) -> bytes | None:
+def absent(key: bytes) -> bytes | None:
+    """Return a key in the slot of *key* that is never written, for a call that touches keys that it does not name.
+
+    While a slot moves from one node to another key by key, a node refuses a call before it begins if it has some of its
+    keys and not others. A key that no node has makes it refuse every such call; otherwise a function would stop in the
+    middle, at a key that has gone or is not there yet. The users who may make the call may use the key.
+    """
+    begin, end = key.find(b"{"), key.find(b"}") + 1
+    if not 0 < begin < end:
+        return None
+    family = key[: key.find(b":", 3) + 1]
+    if family in (b"ff:exec:", b"ff:idx:", b"ff:flow:"):
+        return b"ff:exec:" + key[begin:end] + b":core"
+    return family + key[begin:end]
+
+
+def key_in(slots: Set[int]) -> bytes | None:
     """Return a configuration key in one of *slots*, for a call that is addressed to a node; None where there is none."""
-    for number in range(_KEYS_TO_TRY):
+    for number in range(_KEYS_TO_TRY if slots else 0):
         key = b"ff:config:%d" % number
         if key_slot(key) in slots:
             return key

@@ -62,6 +62,8 @@ class Connection(asyncio.Protocol):
         self.on_silent: Callable[[float], None] | None = None
         # Takes what the server sends unasked; None drops it.
         self.on_push: Callable[[list[Any]], None] | None = None
+        # Host and port to which it leads.
+        self.address = ("", 0)
         # When it logged in last, in monotonic time.
         self.authenticated_at = 0.0
 
@@ -73,6 +75,7 @@ class Connection(asyncio.Protocol):
 
         server = config.connection
         timeout_s = _transport.request_timeout_s(config)
+        self.address = server.host, server.port
         self.authenticated_at = time.monotonic()
         provider = server.credential_provider
         login = None if provider is None else await ask(provider, timeout_s)
@@ -351,6 +354,7 @@ async def run_steps(
     steps: Steps[T],
     request: Callable[[Step], Awaitable[list[object]]],
     wait: Callable[[AwaitHint], Awaitable[None]] | None = None,
+    alone: Callable[[Step], Awaitable[list[object]]] | None = None,
 ) -> T:
     """Run the steps of an operation, and return its value.
 
@@ -358,6 +362,7 @@ async def run_steps(
         steps: The steps.
         request: Sends a step and returns its replies.
         wait: Waits for a hint, in the steps of a claim.
+        alone: Sends a step on a connection of its own; None where *request* does so.
     """
     try:
         step = next(steps)
@@ -365,7 +370,8 @@ async def run_steps(
             try:
                 replies: list[object] = []
                 if isinstance(step, Step):
-                    replies = await request(step)
+                    send = alone if step.alone and alone is not None else request
+                    replies = await send(step)
                 elif isinstance(step, Pause):
                     await asyncio.sleep(step.seconds)
                 else:

@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
 from ff_fast._aio.connection import Connection, run_steps
-from ff_fast._aio.sentinel import resolve
+from ff_fast._aio.sentinel import resolve, resolve_replica
 from ff_fast._core import nodes
 from ff_fast._core.deployment import READS
 from ff_fast._core.routing import Routing, Send
 from ff_fast._core.steps import Retries, Step
-from ff_fast._core.topology import Address, Topology
-from ff_fast.errors import FFError, Unavailable
+from ff_fast._core.topology import Address, Topology, address_of
+from ff_fast.errors import (
+    FFError,
+    FunctionMissing,
+    NotACluster,
+    Redirected,
+    Unavailable,
+    from_server_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -34,6 +41,10 @@ Request = Callable[[Step], Awaitable[list[object]]]
 
 CALLS_IN_FLIGHT = 256
 """Bound of the requests in flight on the shared connection; beyond it calls queue, and open batches grow."""
+
+
+READ_AGAIN_S = 1.0
+"""How long the primary answers in place of a replica that has failed, in seconds."""
 
 
 async def result_of(task: asyncio.Task[T]) -> T:
@@ -208,16 +219,30 @@ class Node:
         return self._reads
 
     @property
+    def stopped(self) -> bool:
+        """Whether it has left the cluster, or the backend is closed."""
+        return self._stopped
+
+    @property
     def busy(self) -> bool:
         """Whether a connection is in use."""
         return self.shared.busy or any(each.receivers for each in self.connections)
 
+    @property
+    def silent(self) -> bool:
+        """Whether it owes replies over the connection of the calls and has sent nothing for a while."""
+        connection = self.shared.connection
+        if connection is None or not connection.receivers:
+            return False
+        return time.monotonic() - connection.silent_since > nodes.SILENT_S
+
     async def connect(self, role: str = "calls") -> Connection:
         """Make a connection and check the server."""
         if self._stopped:
-            raise _transport.closed_error()
+            raise self._gone()
         connection = Connection()
-        self._reached = await resolve(self.config)
+        reached = resolve_replica if role == READS and self.address is None else resolve
+        self._reached = await reached(self.config)
         await connection.open(self._reached)
         if self._owner.opened is not None:
             self._owner.opened(connection)
@@ -232,8 +257,12 @@ class Node:
             raise
         if self._stopped:
             connection.abort()
-            raise _transport.closed_error()
+            raise self._gone()
         return connection
+
+    def _gone(self) -> FFError:
+        """Return the error of whoever came too late: the backend is closed, or the node has left the cluster."""
+        return _transport.closed_error() if self._owner.closed else Unavailable()
 
     async def prepare(self, connection: Connection, role: str | None = None) -> None:
         """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
@@ -378,6 +407,16 @@ class Nodes:
         self._refreshed_at = -inf
         self._forgetting: asyncio.TimerHandle | None = None
         self._replicas = config.read_from == "replica" and self.topology is not None
+        # Sentinels name the replicas.
+        self._reads_of_service = (
+            config.read_from == "replica" and server.sentinel_service is not None
+        )
+        self._read_at = -inf
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the connections are closed for good."""
+        return self._stopped
 
     # -- which nodes there are ---------------------------------------------------------------------------------------
 
@@ -438,7 +477,7 @@ class Nodes:
         )
         for error in found:
             # A node that cannot be reached is another one's to replace.
-            if isinstance(error, BaseException) and not isinstance(error, Unavailable):
+            if error is not None and not (isinstance(error, FFError) and error.retryable):
                 raise error
         retries = Retries(self.config.retry)
         await run_steps(self.deployment.agree(), self.caller(retries))
@@ -449,7 +488,13 @@ class Nodes:
             await node.prepare(connection)
 
     def refresh_soon(self) -> asyncio.Task[None]:
-        """Ask for the topology; everybody who asks meanwhile shares the answer."""
+        """Ask for the topology; everybody who asks meanwhile shares the answer.
+
+        Raises:
+            Unavailable: The backend is closed.
+        """
+        if self._stopped:
+            raise _transport.closed_error()
         if self._refreshing is None:
             self._refreshing = self.spawn(self._refresh())
         return self._refreshing
@@ -461,6 +506,11 @@ class Nodes:
             FFError: No node has answered.
         """
         await result_of(self.refresh_soon())
+
+    async def settled(self) -> None:
+        """Wait until the topology is not asked for any more."""
+        if self._refreshing is not None:
+            await asyncio.wait({self._refreshing})
 
     async def _refresh(self) -> None:
         try:
@@ -478,7 +528,7 @@ class Nodes:
         heard = {
             address: node.shared.connection.heard_at
             for address, node in self._nodes.items()
-            if address is not None and node.shared.connection is not None
+            if address is not None and node.shared.connection is not None and not node.silent
         }
         failure: FFError | None = None
         for address in nodes.to_ask(heard, self.topology, self._seeds):
@@ -489,9 +539,9 @@ class Nodes:
                 nodes.learn(self.topology, replies, address)
             except TimeoutError:
                 failure = failure or nodes.silent(address)
+            except NotACluster:
+                raise
             except FFError as error:
-                if not error.retryable:
-                    raise
                 failure = failure or error
             else:
                 return
@@ -536,6 +586,8 @@ class Nodes:
         if self.topology is None:
             if own is not None:
                 return partial(own.send, self.first)
+            if replicas and self._reads_of_service:
+                return partial(self._read, longest=longest)
             shared = self.first.shared
             return shared.request if longest == inf else partial(shared.request, longest=longest)
         return partial(
@@ -545,6 +597,15 @@ class Nodes:
             replicas=replicas and self._replicas,
             own=own,
         )
+
+    async def _read(self, step: Step, longest: float = inf) -> list[object]:
+        """Send *step* to a replica, or to the primary where there is none, or it has failed a moment ago."""
+        if time.monotonic() >= self._read_at:
+            try:
+                return await self.first.reads.request(step, longest)
+            except FFError:
+                self._read_at = time.monotonic() + READ_AGAIN_S
+        return await self.first.shared.request(step, longest)
 
     async def request(
         self,
@@ -571,15 +632,18 @@ class Nodes:
                 await self._send_all(routing, sends, longest, own)
             for address in list(routing.missing):
                 await self._load(routing, address)
+            if self.closed:
+                return routing.replies()
             pause = routing.settle()
             if routing.moved or routing.in_doubt:
                 _ = self.refresh_soon()
-            if pause is None or self.closed:
+            if pause is None:
                 return routing.replies()
             if pause > 0:
                 await asyncio.sleep(pause)
             if routing.in_doubt and self._refreshing is not None:
-                await asyncio.wait({self._refreshing})
+                left = None if until == inf else max(until - time.monotonic(), 0.0)
+                await asyncio.wait({self._refreshing}, timeout=left)
 
     async def _send(self, routing: Routing, send: Send, longest: float, own: Own | None) -> None:
         try:
@@ -591,7 +655,7 @@ class Nodes:
             else:
                 replies = await node.shared.request(send.step, longest)
         except FFError as error:
-            routing.failed(send, nodes.named(error, send.address))
+            routing.failed(send, error)
         else:
             routing.answered(send, replies)
 
@@ -605,11 +669,42 @@ class Nodes:
             if error is not None:
                 raise error
 
+    async def alone(self, step: Step) -> list[object]:
+        """Send a step whole, to the node of its first command, on a connection that nobody else uses."""
+        node = self.of(step.commands[0].slot)
+        connection = await node.acquire()
+        try:
+            replies = await connection.request(step, self.timeout_s)
+            self.look_at(node, connection, replies)
+        except FFError as error:
+            self.failed(node, error)
+            raise
+        finally:
+            node.release(connection)
+        return replies
+
+    def look_at(self, node: Node, connection: Connection, replies: list[object]) -> None:
+        """Take note of what refusals on a connection of one user tell; then it is used no more."""
+        for reply in replies:
+            if isinstance(reply, Exception):
+                # The server may be no primary any more.
+                connection.abort()
+                self.failed(node, from_server_error(str(reply)))
+
+    def failed(self, node: Node, error: FFError) -> None:
+        """Take note of what the error of a call to *node* tells: where a slot is, or that the topology is in doubt."""
+        if self.topology is None or not error.retryable or isinstance(error, FunctionMissing):
+            return
+        if isinstance(error, Redirected) and not error.ask and node.address is not None:
+            self.topology.moved(error.slot, address_of(error.address, node.address))
+        if not self._stopped:
+            _ = self.refresh_soon()
+
     async def _load(self, routing: Routing, address: Address) -> None:
         try:
             await self.at(address).load()
         except FFError as error:
-            routing.loaded(address, nodes.named(error, address))
+            routing.loaded(address, error)
         else:
             routing.loaded(address)
 

@@ -15,25 +15,28 @@ from ff_fast._aio.leases import LeaseKeeper
 from ff_fast._aio.opening import Opening
 from ff_fast._aio.pool import Pool
 from ff_fast._aio.readers import Completions, Follow, Tail, Waiting
-from ff_fast._aio.writers import Sender, Writer
+from ff_fast._aio.witness import Witness
+from ff_fast._aio.writers import Senders, Writer
 from ff_fast._core import claiming, operations
 from ff_fast._core.binding import HANDLER, H, R, S, bind, dressed
 from ff_fast._core.leases import KeptLeases
-from ff_fast._core.writer import FrameWriters
+from ff_fast._core.writer import FrameWriters, flush_to, settle
 from ff_fast.errors import FFError, WriterClosed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from ff_fast._aio.nodes import Node
     from ff_fast._core.claiming import Claim
     from ff_fast._core.completions import CompletionCore
     from ff_fast._core.deployment import Deployment
+    from ff_fast._core.durability import Ask
     from ff_fast._core.follow import FollowCore
     from ff_fast._core.operations import Call
     from ff_fast._core.steps import Steps
     from ff_fast._core.tail import TailCore
     from ff_fast._core.writer import WriterState
-    from ff_fast.types import AppendFrameOutcome, BackendConfig, LeaseRenewal
+    from ff_fast.types import AppendFrameOutcome, BackendConfig, Durability, LeaseRenewal
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -82,22 +85,37 @@ class Operations(Pool):
         self._opening = asyncio.Lock()
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
-        first = self._nodes.first
-        self._sender = Sender(first.shared, first.prepare, self._spawn, self._check_thread, config)
+        self._senders = Senders(self._nodes, self._check_thread, config)
         self._kept = KeptLeases(self._hub, self._loop.call_later)
+        self._witnesses: dict[tuple[Node, Durability], Witness] = {}
+
+    async def _witness(self, ask: Ask) -> None:
+        """Put a question of durability; return once it has ended, or is late."""
+        self._check()
+        try:
+            node = self._nodes.of(ask.evidence.command.slot)
+        except FFError as error:
+            ask.begin()
+            ask.end(error)
+            return
+        key = (node, ask.level.durability)
+        witness = self._witnesses.get(key)
+        if witness is None:
+            witness = self._witnesses[key] = Witness(self._nodes, *key)
+        await witness.answer(ask)
 
     def _store_soon(self) -> None:
-        self._sender.store_soon()
+        self._senders.store_soon()
 
     def _stored(self) -> bool:
-        return self._sender.stored
+        return self._senders.stored
 
     def _stop(self) -> None:
         keepers = self._kept.close()
         super()._stop()
         for keeper in keepers:
             keeper._abandon(_transport.closed_error())
-        self._sender.stop()
+        self._senders.stop()
         self._frame_writers.clear()
 
     async def _do(self, call: Call[T], *, until: float = float("inf")) -> T:
@@ -107,7 +125,7 @@ class Operations(Pool):
         if writer is not None and not writer._idle:
             # An error of the writer is its own; what it means for the lease, the call says.
             with contextlib.suppress(FFError):
-                await writer.flush(self._timeout_s)
+                await writer._wait(settle(writer, self._timeout_s))
         value = await self._run(call, until=until)
         self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value
@@ -168,7 +186,7 @@ class Operations(Pool):
         return Opening(opening)
 
     def _use_writer(self, state: WriterState) -> Writer:
-        writer = Writer(state, self._sender, self)
+        writer = Writer(state, self._senders, self, self._witness)
         writer._kept = self._kept
         self._writers[writer._lease_id] = writer
         self._frame_writers.pop(writer._lease_id, None)
@@ -184,7 +202,8 @@ class Operations(Pool):
                 self._frame_writers.opened(writer, request.lease_s)
         try:
             writer.write_frame(request.frame)
-            outcome = await writer.flush(request.timeout)
+            level = request.level if request.level.asks else writer._level
+            outcome = await writer._wait(flush_to(writer, request.timeout, level))
         finally:
             if writer.error is not None:
                 self._frame_writers.failed(writer)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from ff_fast import keys
 from ff_fast._core import claiming, flows, ops, ready, supervision
+from ff_fast._core import durability as levels
 from ff_fast._core import usage as usage_steps
 from ff_fast._core import writer as writers
 from ff_fast._core.completions import CompletionCore
+from ff_fast._core.durability import DEFAULT_TIMEOUT_S, Level
 from ff_fast._core.follow import Ended, FollowCore, WaitCore
 from ff_fast._core.leases import LeaseClock, is_lease_lost, told_as
 from ff_fast._core.steps import Step, Steps, applied_in_part
@@ -28,6 +31,7 @@ from ff_fast.errors import (
     FFError,
     InvalidInput,
     InvalidType,
+    NotReplicated,
     Outcome,
     PayloadTooLarge,
     SequenceGap,
@@ -41,6 +45,7 @@ from ff_fast.types import (
     CancelOutcome,
     CapabilitySet,
     ClaimPolicy,
+    Durability,
     ExecutionDescription,
     FailOutcome,
     FailureClass,
@@ -125,6 +130,9 @@ class StopEvent(Protocol):
         """Return whether to stop."""
 
 
+_REPLAYS = 3
+"""How often a call that releases a lease stores lost frames again before it gives up."""
+
 # -- checks and calls that several operations share -----------------------------------------------------------------
 
 
@@ -145,24 +153,51 @@ def _releasing(
     *,
     last_sequence: int | None = None,
     releases: Callable[[T], bool] = lambda value: True,
+    reach: Reach | None = None,
+    fails: bool = False,
 ) -> Call[T]:
     """Return a call that releases a lease, unless its result says otherwise.
 
     *steps* gets the id of the last frame that is known to be stored, by this backend's writers or, with
-    *last_sequence*, by the caller. It is looked up when the call is sent, as a writer may be closed until then.
+    *last_sequence*, by the caller. It is looked up when the call is sent, as a writer may be closed until then. What the
+    server has lost of this backend's frames is stored again before. With *fails* the lease is released whatever is lost,
+    since the attempt ends without success. Then the call reaches the level of *reach*.
     """
     lease_id = attempt.fields.lease_id
 
     def releasing() -> Steps[T]:
-        try:
-            value = yield from steps(on.places.last_id(lease_id, last_sequence))
-        except FFError as error:
-            if is_lease_lost(error):
-                on.places.forget(lease_id)
-            elif isinstance(error, SequenceGap):
-                on.places.tell(lease_id)
-            raise
+        place = on.places.find(lease_id)
+        last_id = None
+        # A server that is replaced meanwhile may lack frames again.
+        left = _REPLAYS
+        while True:
+            if place is not None and not fails:
+                place.tell_losses()
+            sent = on.places.last_id(lease_id, last_sequence) if last_id is None else last_id
+            try:
+                value = yield from steps(sent)
+                break
+            except SequenceGap:
+                left -= 1
+                if left and place is not None and (yield from writers.stored_again(attempt, place)):
+                    continue
+                if not fails:
+                    on.places.tell(lease_id)
+                    raise
+                last_id = b""
+            except FFError as error:
+                if is_lease_lost(error):
+                    on.places.forget(lease_id)
+                raise
         on.places.confirm(lease_id)
+        try:
+            if reach is not None:
+                yield from reach.steps(sent)
+        except NotReplicated:
+            if releases(value):
+                on.places.forget(lease_id)
+            raise
+        # Not before: a try that follows a lost reply compares the last frame as well.
         if releases(value):
             on.places.forget(lease_id)
         return value
@@ -172,6 +207,35 @@ def _releasing(
         releases=lease_id,
         released_lease=lambda value: lease_id if releases(value) else None,
     )
+
+
+class Reach:
+    """The level that a call asks for what it has written.
+
+    Args:
+        op: Makes the call once more, given what its first steps got: a repeat changes nothing.
+        durability, timeout: What the caller has passed.
+    """
+
+    __slots__ = ("_level", "_op", "_until")
+
+    def __init__(
+        self,
+        op: Callable[[bytes], ops.Op[Any]],
+        durability: Durability | None,
+        timeout: float | timedelta,
+    ) -> None:
+        self._op = op
+        self._level = Level.checked(durability, timeout)
+        self._until: float | None = None
+
+    def steps(self, last_id: bytes = b"") -> Steps[None]:
+        """Wait until the level is reached; all tries of the call share its time."""
+        if not self._level.asks:
+            return
+        if self._until is None:
+            self._until = time.monotonic() + self._level.timeout_s
+        yield from levels.reach(levels.of_call(self._op(last_id)), self._level, self._until)
 
 
 def _checked(name: str, value: object, kind: type[V], default: V | None = None) -> V:
@@ -411,6 +475,8 @@ def complete(
     payload: bytes | str = b"",
     *,
     last_sequence: int | None = None,
+    durability: Durability | None = None,
+    durability_timeout: float | timedelta = DEFAULT_TIMEOUT_S,
 ) -> Call[None]:
     """End the execution as completed, with *payload* as its result; its stream ends with it.
 
@@ -421,8 +487,14 @@ def complete(
         handle: The lease.
         payload: Result, at most 16 MiB.
         last_sequence: Sequence of the last frame, where a writer of another backend or process has written it.
+        durability: Level that the end, and all before it, has reached when the call returns; None is
+            ``Durability.stored()``.
+        durability_timeout: Longest wait for that, in seconds or as a ``timedelta``, at least 1 ms.
 
     Raises:
+        NotReplicated: *durability* was not confirmed in time. The call is applied; repeating it asks again.
+        FramesLost: The server has lost frames in a failover that this backend does not keep any more. Nothing was
+            completed; call again to complete without them.
         SequenceGap: The stream is shorter than that, or ends with another frame, as after a failover.
         LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
             gone.
@@ -433,11 +505,14 @@ def complete(
         check_int("last_sequence", last_sequence, 0, MAX_INT)
     partition = keys.partition_index(attempt.execution_id)
 
-    def steps(last_id: bytes) -> Steps[None]:
-        op = ops.complete_execution(attempt, result, last_id)
-        return (yield from ready.with_hints(op, partition))
-
-    return _releasing(on, attempt, steps, last_sequence=last_sequence)
+    completing = partial(ops.complete_execution, attempt, result)
+    return _releasing(
+        on,
+        attempt,
+        lambda last_id: ready.with_hints(completing(last_id), partition),
+        last_sequence=last_sequence,
+        reach=Reach(completing, durability, durability_timeout),
+    )
 
 
 def fail(
@@ -445,6 +520,9 @@ def fail(
     handle: Handle,
     reason: FailureReason | str,
     failure_class: FailureClass = FailureClass.PERMANENT,
+    *,
+    durability: Durability | None = None,
+    durability_timeout: float | timedelta = DEFAULT_TIMEOUT_S,
 ) -> Call[FailOutcome]:
     """End the attempt as failed; its stream ends with it. Calling it again is safe.
 
@@ -455,23 +533,34 @@ def fail(
         handle: The lease.
         reason: Text of at most 64 KiB, or a ``FailureReason``.
         failure_class: Kind of failure.
+        durability: Level that the end, and all before it, has reached when the call returns; None is
+            ``Durability.stored()``.
+        durability_timeout: Longest wait for that, in seconds or as a ``timedelta``, at least 1 ms.
 
     Returns:
         Whether a retry is scheduled, and its time.
 
     Raises:
+        NotReplicated: *durability* was not confirmed in time. The call is applied; repeating it asks again.
         LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
             gone.
     """
     attempt = _attempt(handle)
     why = FailureReason(message=reason) if isinstance(reason, str) else reason
-    op = ops.fail_execution(
-        attempt,
-        _checked("reason", why, FailureReason),
-        _checked("failure_class", failure_class, FailureClass),
-    )
+    _checked("reason", why, FailureReason)
+    _checked("failure_class", failure_class, FailureClass)
     partition = keys.partition_index(attempt.execution_id)
-    return _releasing(on, attempt, lambda last_id: ready.with_hints(op, partition))
+
+    def fail_with(last_id: bytes) -> ops.Op[tuple[FailOutcome, ops.Hints]]:
+        return ops.fail_execution(attempt, why, failure_class, last_id)
+
+    return _releasing(
+        on,
+        attempt,
+        lambda last_id: ready.with_hints(fail_with(last_id), partition),
+        fails=True,
+        reach=Reach(fail_with, durability, durability_timeout),
+    )
 
 
 def cancel(
@@ -480,6 +569,8 @@ def cancel(
     *,
     reason: str = "cancelled",
     grace: float | timedelta | None = None,
+    durability: Durability | None = None,
+    durability_timeout: float | timedelta = DEFAULT_TIMEOUT_S,
 ) -> Call[CancelOutcome]:
     """Cancel an execution that has not ended. Calling it again is safe.
 
@@ -489,15 +580,27 @@ def cancel(
         grace: Time for a running worker to stop by itself, in seconds or as a ``timedelta``. It is notified at once
             (``task.cancelled``), or by the answer to its next append or renewal; after the grace a supervisor forces the
             cancellation. None cancels at once, and the worker loses its lease.
+        durability: Level that the cancellation or the request for it has reached when the call returns; None is
+            ``Durability.stored()``.
+        durability_timeout: Longest wait for that, in seconds or as a ``timedelta``, at least 1 ms.
 
     Raises:
+        NotReplicated: *durability* was not confirmed in time. The call is applied; repeating it asks again.
         ExecutionNotFound: There is no such execution.
         ExecutionNotActive: The execution has ended, and not as cancelled.
     """
     eid = _attempt(target).execution_id if isinstance(target, Handle) else target
     eid = keys.canonical_execution_id(eid)
     op = ops.cancel_execution(eid, _line("reason", reason, 4096), duration_ms("grace", grace))
-    return _hinted(op, eid)
+    reach = Reach(lambda last_id: op, durability, durability_timeout)
+    call = _hinted(op, eid)
+
+    def steps() -> Steps[CancelOutcome]:
+        outcome = yield from call.steps()
+        yield from reach.steps()
+        return outcome
+
+    return call._replace(steps=steps)
 
 
 def progress(
@@ -653,6 +756,8 @@ def suspend(
     timeout: float | timedelta | None = None,
     on_timeout: TimeoutBehavior = TimeoutBehavior.FAIL,
     reason: str = "waiting_for_signal",
+    durability: Durability | None = None,
+    durability_timeout: float | timedelta = DEFAULT_TIMEOUT_S,
 ) -> Call[SuspendOutcome]:
     """Release the lease until signals meet *condition*; then the same attempt, with its stream, continues.
 
@@ -665,8 +770,12 @@ def suspend(
         timeout: Longest suspension, in seconds or as a ``timedelta``; None has no limit.
         on_timeout: Action at the timeout.
         reason: Text of at most 256 bytes; `describe` and the history show it.
+        durability: Level that the suspension, and all before it, has reached when the call returns; None is
+            ``Durability.stored()``.
+        durability_timeout: Longest wait for that, in seconds or as a ``timedelta``, at least 1 ms.
 
     Raises:
+        NotReplicated: *durability* was not confirmed in time. The call is applied; repeating it asks again.
         InvalidToken, WaitpointClosed: A waitpoint of the condition has another token, or is closed.
         SequenceGap: The stream has lost frames which this backend knows to be stored, as after a failover.
         LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
@@ -697,7 +806,13 @@ def suspend(
                 satisfied, first_id = yield from ops.call(op)
         return SuspendOutcome(first_id, handle if satisfied else suspended, satisfied)
 
-    return _releasing(on, attempt, steps, releases=lambda outcome: not outcome.already_satisfied)
+    return _releasing(
+        on,
+        attempt,
+        steps,
+        releases=lambda outcome: not outcome.already_satisfied,
+        reach=Reach(partial(ops.suspend_execution, *given), durability, durability_timeout),
+    )
 
 
 def deliver_signal(
@@ -1201,6 +1316,8 @@ def open_writer(
     retention_maxlen: int = writers.RETENTION_MAXLEN,
     max_unacknowledged_bytes: int = writers.MAX_UNACKNOWLEDGED_BYTES,
     linger: float | timedelta = 0.0,
+    durability: Durability | None = None,
+    durability_timeout: float | timedelta = DEFAULT_TIMEOUT_S,
 ) -> WriterRequest:
     """Open the writer of the attempt. It supersedes a writer that was opened before.
 
@@ -1211,8 +1328,12 @@ def open_writer(
         max_unacknowledged_bytes: Limit beyond which ``write`` raises ``Overloaded``: at most 16 GiB, and at least
             64 KiB or the backend's ``max_payload_bytes``, if that is more.
         linger: Longest wait of a batch for more frames, 0 to 1 s; in seconds or as a ``timedelta``.
+        durability: Level that frames have reached when ``flush`` or ``close`` returns; None is ``Durability.stored()``.
+            Writing never waits for it, and no other writer does.
+        durability_timeout: Longest wait for that, in seconds or as a ``timedelta``, at least 1 ms.
 
     Raises:
+        UnsupportedServer: *durability* is ``synced``, and the server keeps no append-only file.
         ExecutionNotFound, StaleOwner, StateLost, ExecutionSuspended, StreamClosed, LeaseExpired: The handle may not
             write.
     """
@@ -1231,6 +1352,7 @@ def open_writer(
         ),
         linger_ms=linger_s * 1000,
         max_payload_bytes=on.max_payload_bytes,
+        level=Level.checked(durability, durability_timeout),
     )
     call = Call(lambda: writers.open_writer(attempt, options, on.places))
     return WriterRequest(attempt.fields.lease_id, options, call)
@@ -1256,6 +1378,7 @@ class FrameRequest(NamedTuple):
     lease_s: float
     frame: Frame
     timeout: float | None
+    level: Level
 
 
 def append_frame(
@@ -1263,6 +1386,9 @@ def append_frame(
     handle: Handle,
     frame: Frame,
     timeout: float | timedelta | None = None,
+    *,
+    durability: Durability | None = None,
+    durability_timeout: float | timedelta = DEFAULT_TIMEOUT_S,
 ) -> FrameRequest:
     """Append one frame, wait until it is stored, and return the newest id, the frame count and the summary version.
 
@@ -1273,8 +1399,13 @@ def append_frame(
         handle: The lease.
         frame: The frame.
         timeout: Longest wait, in seconds or as a ``timedelta``; None waits until the writer succeeds or fails.
+        durability: Level that the frame has reached when the call returns; None is that of the writer, and
+            ``Durability.stored()`` if the call opens it.
+        durability_timeout: Longest wait for that, in seconds or as a ``timedelta``, at least 1 ms.
 
     Raises:
+        NotReplicated: *durability* was not confirmed in time. The frame is stored; with ``frame.seq`` the call may be
+            made again to ask again.
         SequenceGap: ``frame.seq`` is beyond the next sequence, or before this writer's first.
         FFError: As `Writer.write` and `Writer.flush`.
     """
@@ -1286,6 +1417,7 @@ def append_frame(
         lease.lease_ttl_ms / 1000,
         _checked("frame", frame, Frame),
         writers.timeout_s(timeout),
+        Level.checked(durability, durability_timeout),
     )
 
 

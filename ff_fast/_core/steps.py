@@ -17,6 +17,7 @@ from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
     FunctionMissing,
+    NotReplicated,
     Outcome,
     ProtocolError,
     from_server_error,
@@ -60,11 +61,18 @@ class Step(NamedTuple):
         block_s: How long the server may block before it answers, in seconds.
         large: The replies may be large: the request timeout is for the silence before a part of them, since all of them
             may take longer on a slow link.
+        alone: The last command waits for what was written before it on its own connection, and lets everything behind it
+            wait. The step goes out whole, on one connection that nobody else uses meanwhile, and no command of it
+            follows a redirect: all keys are of one node, and a refusal is the command's reply.
+        partial: What reaches one node of a cluster counts, whatever becomes of the others: a command whose node does not
+            answer has the :class:`~ff_fast.errors.FFError` as its reply.
     """
 
     commands: Sequence[Command]
     block_s: float = 0.0
     large: bool = False
+    alone: bool = False
+    partial: bool = False
 
     @property
     def request(self) -> bytes:
@@ -170,7 +178,8 @@ class Retries:
         if isinstance(error, FunctionMissing) and not self._loaded:
             self._loaded = True
             return 0.0
-        if not error.retryable:
+        if not error.retryable or isinstance(error, NotReplicated):
+            # The second has used up its time.
             return None
         if isinstance(error, DeadlineExceeded) and not self._retry_timeouts:
             if self._sent_again or not error.silent:
@@ -222,7 +231,13 @@ def send_one(one: Command, block_s: float = 0.0) -> Steps[list[bytes]]:
 
 def server_ms(key: bytes) -> Steps[int]:
     """Ask the server that holds *key* for its time, in ms since the epoch."""
-    seconds, micros = yield from send_one(Command(key, pack_command(b"TIME")))
+    (reply,) = yield Step((Command(key, pack_command(b"TIME")),))
+    return time_ms(reply)
+
+
+def time_ms(reply: object) -> int:
+    """Return the time in the reply to ``TIME``, in ms since the epoch."""
+    seconds, micros = checked(reply)
     return int(seconds) * 1000 + int(micros) // 1000
 
 

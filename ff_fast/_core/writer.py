@@ -5,17 +5,30 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from ff_fast._core import ops
+from ff_fast import keys
+from ff_fast._core import durability, ops
+from ff_fast._core.durability import Ask, Level
 from ff_fast._core.leases import is_lease_lost
-from ff_fast._core.steps import Pause, applied_in_part
+from ff_fast._core.steps import Command, Pause, Retries, Step, applied_in_part
 from ff_fast._core.summary import fold
-from ff_fast._hot.writer import WriterCore
-from ff_fast.errors import SequenceGap, StateLost, SummaryConflict, WriterClosed, WriterSuperseded
+from ff_fast._hot.writer import Home, Outbox, WriterCore
+from ff_fast.errors import (
+    DeadlineExceeded,
+    NotReplicated,
+    SequenceGap,
+    StateLost,
+    SummaryConflict,
+    Unavailable,
+    WriterClosed,
+    WriterSuperseded,
+)
 from ff_fast.types import (
     DEFAULT_PAYLOAD_LIMIT,
     AppendFrameOutcome,
+    Durability,
     Frame,
     FrameKind,
     StreamMode,
@@ -27,10 +40,11 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from ff_fast._core.leases import KeptLeases
-    from ff_fast._core.places import Places
+    from ff_fast._core.places import Place, Places
     from ff_fast._core.steps import Steps
-    from ff_fast._hot.writer import Outbox
+    from ff_fast._hot.writer import Batch
     from ff_fast.errors import FFError
+    from ff_fast.types import BackendRetry
 
 T = TypeVar("T")
 W = TypeVar("W", bound="SharedWriter")
@@ -58,11 +72,13 @@ class Wait(NamedTuple, Generic[T]):
         done: Whether the wait is over; evaluated after every progress.
         value: Result of the wait, once it is over.
         timeout_s: Longest wait in seconds; None waits until the writer succeeds or fails.
+        level: What the stored frames have to reach then; None for no more.
     """
 
     done: Callable[[], bool]
     value: Callable[[], T]
     timeout_s: float | None
+    level: Level | None = None
 
 
 def timeout_s(timeout: float | timedelta | None) -> float | None:
@@ -82,6 +98,7 @@ class WriterOptions(NamedTuple):
     max_unacknowledged_bytes: int = MAX_UNACKNOWLEDGED_BYTES
     linger_ms: float = 0.0
     max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
+    level: Level = Level(Durability.stored(), durability.DEFAULT_TIMEOUT_S)
 
 
 class WriterState(NamedTuple):
@@ -107,14 +124,23 @@ def open_writer(
         complete: Refuse a stream that has lost frames which this backend knows to be stored.
 
     Raises:
+        UnsupportedServer: The server cannot confirm the level that the writer asks for.
         ExecutionNotFound, StaleOwner, StateLost, ExecutionSuspended, StreamClosed, LeaseExpired: The handle may not
             write.
         SequenceGap: The stream is not *complete*.
     """
+    tag = keys.slot_tag_of(attempt.execution_id)
+    yield from durability.can_reach(options.level.durability, tag)
     writer_id = ops.writer_id(attempt)
-    opened = yield from ops.call(ops.open_writer(attempt, writer_id, options.max_payload_bytes))
+    opening = ops.open_writer(attempt, writer_id, options.max_payload_bytes)
+    opened = yield from ops.call(opening)
     with applied_in_part():
         # The writer before is superseded.
+        place = places.find(attempt.fields.lease_id)
+        if place is not None and place.held is not None and opened.last_sequence < place.sequence:
+            # The server has lost frames of the writer before.
+            if (yield from _replayed(attempt, place, writer_id, opened)) is None:
+                opened = yield from ops.call(opening)
         if complete:
             known = places.open(attempt.fields.lease_id).sequence
             if opened.last_sequence < known:
@@ -146,37 +172,202 @@ def continue_writer(
     return WriterState(attempt, writer_id, opened, document, options, places)
 
 
+_NO_TRIM = 1 << 40
+_REPLAY_BATCHES = 4
+"""Batches that are on their way at once while the frames of a writer that is gone are stored again."""
+
+_SETTLE_S = 0.005
+"""Time between two looks at a writer that stores frames again, by a call that waits for it."""
+
+
+def _replayed(
+    attempt: ops.Attempt, place: Place, writer_id: bytes, opened: ops.Opened | None = None
+) -> Steps[FFError | None]:
+    """Store again what the server lacks of the frames that were acknowledged under a lease, or that it is lost.
+
+    Args:
+        attempt: The attempt.
+        place: What is known to be stored under the lease.
+        writer_id: The writer that stores them.
+        opened: What the server has, as it has said to this writer's opening; None asks.
+
+    Returns:
+        None once the server has all of them; an error where it cannot have them any more, since somebody else writes.
+    """
+    held = place.held
+    assert held is not None
+    number = held.opening if opened is None else opened.opening
+    core = WriterCore(
+        keys=attempt.stream_keys,
+        writer=writer_id,
+        mode=StreamMode.durable(),
+        opened=(place.ms, place.sequence, place.sequence, b"", 0, number),
+        retention_maxlen=_NO_TRIM,
+        place=place,
+        replays=True,
+    )
+    try:
+        if opened is None:
+            core._ask()
+        else:
+            core._reopened(opened.last_ms, opened.last_sequence, opened.opening)
+        while core._failure is None:
+            if core._opening_lost:
+                again = yield from ops.call(ops.open_writer(attempt, writer_id))
+                core._reopened(again.last_ms, again.last_sequence, again.opening)
+            batches: list[Batch] = []
+            while len(batches) < _REPLAY_BATCHES and (batch := core._next_batch()) is not None:
+                batches.append(batch)
+            if not batches:
+                return None
+            head = attempt.stream_keys[0]
+            replies = yield Step([Command(head, batch.message) for batch in batches])
+            error = None
+            for batch, reply in zip(batches, replies, strict=True):
+                error = error or core._acknowledge(batch, *_timed(reply))
+            if error is not None:
+                raise error
+        return core._failure
+    finally:
+        # What is not stored is held again.
+        core._fail(WriterClosed(), hand_back=False)
+
+
+def _timed(reply: object) -> tuple[object, int]:
+    """Return the answer to the one part of a call, and the server's time in ms."""
+    if isinstance(reply, bytes):
+        now, _, answer = reply.partition(b" ")
+        if now.isdigit():
+            return answer, int(now)
+    return reply, 0
+
+
+def stored_again(attempt: ops.Attempt, place: Place) -> Steps[bool]:
+    """Store again what the server has lost of the frames that were acknowledged under a lease.
+
+    An open writer does so itself. Where it is gone, its frames are sent under its name.
+
+    Returns:
+        Whether the server has all of them, or says of the others that they are lost; it cannot where somebody else
+        writes.
+    """
+    if place.held is None or not place.held.writer:
+        return False
+    writer = place.writer
+    if writer is not None and writer._failure is None:
+        writer._ask()
+        while writer._failure is None and not writer._idle:
+            yield Pause(_SETTLE_S)
+        if writer._failure is None:
+            return True
+    return (yield from _replayed(attempt, place, place.held.writer)) is None
+
+
+class SlotHome(Home):
+    """The writers of one slot, of all without a cluster: they register at the sender of its node, or wait.
+
+    What a node answers to the calls of a slot concerns that slot: its writers wait and go again, with retries of their
+    own, and the writers of others go on.
+
+    Attributes:
+        waiting: Takes the writers while nobody sends for them; tells the shell of the first one.
+        retries: Those of the slot.
+        recovering: Somebody looks for the node of the slot.
+    """
+
+    def __init__(self, slot: int | None, waiting: Outbox, retry: BackendRetry) -> None:
+        self.waiting = waiting
+        self.retries = Retries(retry, retry_timeouts=True)
+        self.recovering = False
+        super().__init__(slot, waiting)
+
+    @property
+    def waits(self) -> bool:
+        """Whether nobody sends for the writers."""
+        return self.outbox is self.waiting
+
+    def hold(self) -> None:
+        """Let the writers wait: also those that are ready already."""
+        before, self.outbox = self.outbox, self.waiting
+        before.withdraw(self)
+
+    def lead_to(self, outbox: Outbox) -> None:
+        """Let *outbox* send for the writers."""
+        self.outbox = outbox
+        self.waiting.hand_over()
+
+    def fail(self, error: FFError) -> None:
+        """End the writers that wait; the next one begins with all retries."""
+        self.retries.reset()
+        for writer in self.waiting.take_ready():
+            writer._fail(copy.copy(error))
+
+
 class SharedWriter(WriterCore):
     """A writer core made from its state."""
+
+    _reopening = False
 
     # When the lease lapses as far as this process knows, in monotonic time: set for writers behind `append_frame`.
     _lease_until = 0.0
     # The leases of the backend, where it keeps any.
     _kept: KeptLeases | None = None
 
-    def __init__(self, state: WriterState, outbox: Outbox | None = None) -> None:
+    def __init__(self, state: WriterState, home: Home | None = None) -> None:
         self._places = state.places
+        self._level = state.options.level
+        # The newest frame that has reached a level with all before it, and the level.
+        self._confirmed = (0, 0)
+        self._reached = Durability.stored()
         self._lease_id = state.attempt.fields.lease_id
+        self._attempt = state.attempt
+        self._writer_name = state.writer_id
+        self._home_of_slot = home
+        self._place_of_lease = place = self._places.open(self._lease_id)
         super().__init__(
             keys=state.attempt.stream_keys,
             writer=state.writer_id,
             mode=state.options.mode,
             opened=tuple(state.opened),
-            place=self._places.open(self._lease_id),
+            place=place,
             document=state.document,
             retention_maxlen=state.options.retention_maxlen,
             max_unacknowledged_bytes=state.options.max_unacknowledged_bytes,
             linger_ms=state.options.linger_ms,
             max_payload_bytes=state.options.max_payload_bytes,
-            outbox=outbox,
+            home=home,
         )
+        if place.held is not None:
+            place.held.owner = weakref.ref(self)
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
+        self._payload_limit = state.options.max_payload_bytes
         # After drain() one frame of maximum size always fits.
         self._high_water_bytes = min(
             HIGH_WATER_BYTES,
             state.options.max_unacknowledged_bytes - state.options.max_payload_bytes,
         )
+
+    def _open_again(self) -> Steps[None]:
+        """Open the writer again, of which the server has lost the opening."""
+        try:
+            opening = ops.open_writer(self._attempt, self._writer_name, self._payload_limit)
+            opened = yield from ops.call(opening)
+        finally:
+            self._reopening = False
+        self._reopened(opened.last_ms, opened.last_sequence, opened.opening)
+
+    def _tell(self) -> AppendFrameOutcome:
+        self._place_of_lease.tell_losses()
+        return self.outcome()
+
+    def _tell_confirmed(self) -> AppendFrameOutcome:
+        self._place_of_lease.tell_losses()
+        return self._confirmed_outcome()
+
+    def _end_closed(self) -> None:
+        self._fail(WriterClosed())
+        self._place_of_lease.tell_losses()
 
     def _on_cancel_requested(self) -> None:
         if self._kept is not None:
@@ -196,6 +387,57 @@ class SharedWriter(WriterCore):
             frame_count=self.last_sequence,
             summary_version=self.summary_version or None,
         )
+
+    def _confirmed_outcome(self) -> AppendFrameOutcome:
+        """The frames that have reached a level, with that."""
+        ms, sequence = self._confirmed
+        return AppendFrameOutcome(
+            stream_id=f"{ms}-{sequence}",
+            frame_count=sequence,
+            summary_version=self.summary_version or None,
+            durability=self._reached,
+        )
+
+    def _lacks(self, level: Level, last: int) -> bool:
+        """Whether the frames up to *last* are not known to have reached a level."""
+        if not level.asks or last == 0:
+            return False
+        return self._confirmed[1] < last or not self._reached.covers(level.durability)
+
+    def _question(self, level: Level, deadline: float | None) -> Ask:
+        """Return the question whether all acknowledged frames have reached *level*, to be put until *deadline*."""
+        place = ops.entry_id(self.last_id)
+        until = time.monotonic() + level.timeout_s
+        if deadline is not None:
+            until = min(until, deadline)
+        return Ask(
+            durability.of_frames(self._attempt.stream_keys, self._writer_name, place), level, until
+        )
+
+    def _asks_again(self, ask: Ask, deadline: float | None) -> bool:
+        """Return whether to put a question again, given how it has ended.
+
+        Raises:
+            NotReplicated: The time for the level is up.
+            DeadlineExceeded: *deadline* has passed.
+            FFError: The frames are lost, or nobody can tell.
+        """
+        if ask.reached is not None:
+            # Threads may have asked at the same time; the newer answer says more.
+            if ask.place >= self._confirmed or not self._reached.covers(ask.reached):
+                self._confirmed, self._reached = ask.place, ask.reached
+            return False
+        if self.error is not None:
+            raise copy.copy(self.error)
+        if isinstance(ask.failure, SequenceGap) and (self._check_soon() or not self._idle):
+            # The writer meets the gap by itself, and ends with it or repairs it.
+            ask.failure = Unavailable()
+        try:
+            return ask.again()
+        except NotReplicated:
+            if deadline is not None and ask.until >= deadline:
+                raise DeadlineExceeded from None
+            raise
 
     def _warn_of_losses(self) -> None:
         """Warn of frames that are lost with this writer, unless somebody has seen its error.
@@ -333,7 +575,7 @@ def drain(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
 def flush(
     writer: SharedWriter, timeout: float | timedelta | None = None
 ) -> Wait[AppendFrameOutcome]:
-    """Wait until every frame written so far is stored.
+    """Wait until every frame written so far is stored, and has reached the durability of the writer.
 
     If all were acknowledged before, the server is asked once whether it still has them.
 
@@ -341,20 +583,41 @@ def flush(
         timeout: How long to wait, in seconds or as a ``timedelta``; None waits until the writer succeeds or fails.
 
     Returns:
-        Id of the newest frame, number of frames of the attempt so far, and version of its summary.
+        Id of the newest frame, number of frames of the attempt so far, version of its summary, and the durability that
+        all of them have.
 
     Raises:
         DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
-        SequenceGap: The server has lost acknowledged frames, as after a failover.
+        NotReplicated: The durability of the writer was not confirmed within its ``durability_timeout``. The frames are
+            stored, and the writer goes on; the next `flush` asks again.
+        FramesLost: The server has lost acknowledged frames in a failover, and the writer did not keep them any more.
+            All frames that were written since are stored, and the writer goes on.
+        SequenceGap: The server has lost acknowledged frames, and the backend keeps none.
         FFError: The writer failed; the error's ``unstored`` has the frames that were not stored.
     """
-    limit = timeout_s(timeout)
+    return flush_to(writer, timeout_s(timeout), writer._level)
+
+
+def flush_to(writer: SharedWriter, limit_s: float | None, level: Level) -> Wait[AppendFrameOutcome]:
+    """Flush a writer up to another level than its own; at most *limit_s* seconds."""
+    last = writer.next_sequence - 1
+    if writer._lacks(level, last):
+        writer._seal_soon()
+        # What is asked for the level shows as well that the server has them.
+        return Wait(lambda: writer.last_sequence >= last, writer._tell_confirmed, limit_s, level)
+    wait = settle(writer, limit_s)
+    value = writer._tell_confirmed if level.asks and last else writer._tell
+    return Wait(wait.done, value, limit_s)
+
+
+def settle(writer: SharedWriter, limit: float | None) -> Wait[None]:
+    """Wait as `flush` does, for a caller who is told of losses elsewhere."""
     last = writer.next_sequence - 1
     writer._seal_soon()
     checked = last if writer._check_soon() else 0
     return Wait(
         lambda: writer.last_sequence >= last and writer._checked_sequence >= checked,
-        writer.outcome,
+        _nothing,
         limit,
     )
 
@@ -369,16 +632,24 @@ def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
 
     Raises:
         DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
-        SequenceGap: The server has lost acknowledged frames, as after a failover.
+        NotReplicated: As of `flush`; closing again asks again.
+        FramesLost: The server has lost acknowledged frames in a failover, and the writer did not keep them any more.
+            All frames that were written since are stored, and the writer is closed.
+        SequenceGap: The server has lost acknowledged frames, and the backend keeps none.
         FFError: The writer failed.
     """
-    limit = timeout_s(timeout)
+    return close_to(writer, timeout_s(timeout), writer._level)
+
+
+def close_to(writer: SharedWriter, limit_s: float | None, level: Level) -> Wait[None]:
+    """Close a writer, at another level than its own; at most *limit_s* seconds."""
     if isinstance(writer._failure, WriterClosed):
-        return Wait(_true, _nothing, limit)
+        return Wait(_true, _nothing, limit_s)
     if writer.error is not None:
         raise copy.copy(writer.error)
     writer._seal_last()
-    return Wait(lambda: writer._idle, lambda: writer._fail(WriterClosed()), limit)
+    lacks = writer._lacks(level, writer.next_sequence - 1)
+    return Wait(lambda: writer._idle, writer._end_closed, limit_s, level if lacks else None)
 
 
 def _nothing() -> None:

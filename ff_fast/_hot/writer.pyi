@@ -15,8 +15,35 @@ class Place(Protocol):
     ms: int
     sequence: int
     checked: int
+    held: Held | None
 
     def opened(self, ms: int, sequence: int) -> None: ...
+    def lose(self, first: int, last: int) -> None: ...
+
+@final
+class Held:
+    """What was acknowledged under a lease a moment ago: the writers of the lease send it again to a server that lacks it.
+
+    Args:
+        ms: How long a batch is held.
+        size: Most bytes that are held.
+    """
+
+    owner: Callable[[], WriterCore | None] | None
+    def __init__(self, ms: int, size: int) -> None: ...
+    def __len__(self) -> int: ...
+    def clear(self) -> None: ...
+    @property
+    def writer(self) -> bytes | None:
+        """Id of the newest writer."""
+
+    @property
+    def opening(self) -> int:
+        """The number of its opening."""
+
+    @property
+    def version(self) -> int:
+        """Version of the summary after its newest patch."""
 
 @final
 class Batch:
@@ -37,6 +64,10 @@ class Batch:
     @property
     def frame_count(self) -> int:
         """How many frames it has; 0 for retention work alone."""
+
+    @property
+    def lost_count(self) -> int:
+        """How many frames it says to be lost."""
 
 @final
 class Push:
@@ -66,17 +97,32 @@ class Call:
     def error(self) -> FFError | None:
         """The last error of a part that is sent again; None for none."""
 
+    @property
+    def home(self) -> Home | None:
+        """The home of its writers, which is the same for all; None where they have none."""
+
     def __len__(self) -> int: ...
     def __call__(self, reply: object) -> None: ...
     def take(self) -> bytes: ...
     def lost(self) -> None: ...
 
 @disjoint_base
+class Home:
+    """Where the writers of one slot register; without a cluster, where all do."""
+
+    outbox: Outbox
+
+    def __init__(self, slot: int | None, outbox: Outbox) -> None: ...
+    @property
+    def slot(self) -> int | None:
+        """The slot; None without a cluster."""
+
+@disjoint_base
 class Outbox:
     """The writers of one connection that have something to send.
 
     A writer registers itself. The shell overrides ``_on_ready`` and ``_on_answer``, asks `wait_s` when to send, and sends
-    what `next_call` returns.
+    what `next_call` returns, or `next_calls`.
     """
 
     def __init__(
@@ -88,8 +134,14 @@ class Outbox:
         loop: AbstractEventLoop | None = None,
     ) -> None: ...
     def next_call(self) -> Call | None: ...
+    def next_calls(self) -> list[Call]: ...
+    def homes(self) -> set[Home]: ...
+    def withdraw(self, home: Home) -> None: ...
+    def hand_over(self) -> None: ...
     def wait_s(self) -> float: ...
     def hold_s(self) -> float: ...
+    def let_go_s(self) -> float: ...
+    def doubt(self) -> None: ...
     def take_ready(self) -> list[WriterCore]: ...
     def forget(self) -> None: ...
     def _on_ready(self) -> None: ...
@@ -102,6 +154,10 @@ class Outbox:
     @property
     def holds(self) -> bool:
         """Whether frames are held that are to be stored later."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether something is held that was acknowledged, and is to be let go later."""
 
     @property
     def _calls_in_flight(self) -> int: ...
@@ -128,6 +184,8 @@ class WriterCore:
         max_payload_bytes: int = 65_536,
         place: Place | None = None,
         outbox: Outbox | None = None,
+        home: Home | None = None,
+        replays: bool = False,
     ) -> None: ...
     def write(
         self,
@@ -171,6 +229,8 @@ class WriterCore:
     def _next_batch(self) -> Batch | None: ...
     def _seal_soon(self) -> None: ...
     def _check_soon(self) -> bool: ...
+    def _ask(self) -> None: ...
+    def _reopened(self, ms: int, sequence: int, opening: int) -> None: ...
     def _seal_last(self) -> None: ...
     def _acknowledge(
         self, part: Batch | Push, reply: object, now_ms: int = 0, shared: bool = False
@@ -180,6 +240,7 @@ class WriterCore:
     def _unstored_frames(self) -> tuple[StreamFrame, ...]: ...
     def _tell_losses(self) -> int: ...
     def _on_ready(self) -> None: ...
+    def _on_lost_opening(self) -> None: ...
     def _on_end(self, error: FFError) -> None: ...
     def _on_linger(self) -> None: ...
     def _on_cancel_requested(self) -> None: ...
@@ -236,6 +297,8 @@ class WriterCore:
     def _first_sequence(self) -> int: ...
     @property
     def _checked_sequence(self) -> int: ...
+    @property
+    def _opening_lost(self) -> bool: ...
     @property
     def _linger_us(self) -> int: ...
     @property

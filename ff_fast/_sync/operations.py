@@ -12,15 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from ff_fast import _transport
-from ff_fast._core import claiming, operations
+from ff_fast._core import claiming, durability, operations
 from ff_fast._core.binding import bind
 from ff_fast._core.leases import KeptLeases
-from ff_fast._core.writer import FrameWriters
+from ff_fast._core.writer import FrameWriters, flush_to, settle
+from ff_fast._sync.connection import PENDING
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.pool import Pool
 from ff_fast._sync.readers import Completions, Follow, Tail, Waiting
-from ff_fast._sync.writers import Sender, Writer
-from ff_fast.errors import FFError, WriterClosed
+from ff_fast._sync.writers import Senders, Writer
+from ff_fast.errors import DeadlineExceeded, FFError, WriterClosed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
     from ff_fast._core.claiming import Claim
     from ff_fast._core.completions import CompletionCore
     from ff_fast._core.deployment import Deployment
+    from ff_fast._core.durability import Ask
     from ff_fast._core.follow import FollowCore
     from ff_fast._core.operations import Call
     from ff_fast._core.steps import Steps
     from ff_fast._core.tail import TailCore
     from ff_fast._core.writer import WriterState
+    from ff_fast._sync.connection import Connection
     from ff_fast.types import AppendFrameOutcome, BackendConfig, LeaseRenewal
 
 P = ParamSpec("P")
@@ -41,6 +44,9 @@ T = TypeVar("T")
 _STOP_LOOK_S = 0.05
 
 _LEFT = 1_024
+
+# A wait on the server ends when its time is up, and its answer says then how many replicas there are.
+_ANSWERS_S = 0.1
 
 
 def method(
@@ -59,6 +65,17 @@ def _later(seconds: float, call: Callable[[], None]) -> threading.Timer:
     return timer
 
 
+def _put(question: durability.Question, connection: Connection, until: float) -> None:
+    """Put a question, and take the replies that come until shortly after *until*, in monotonic time."""
+    connection.send(question.step)
+    more = True
+    while more:
+        reply = connection.receive(until + _ANSWERS_S)
+        if reply is PENDING:
+            raise DeadlineExceeded
+        more = question.take(reply)
+
+
 class Operations(Pool):
     """Every operation on executions and streams."""
 
@@ -66,7 +83,7 @@ class Operations(Pool):
         super().__init__(config)
         self._opening = threading.Lock()
         self._starting = threading.Lock()
-        self._sender: Sender | None = None
+        self._senders: Senders | None = None
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
         # Claims under way, with their threads; and those that have left something on the server.
@@ -76,17 +93,17 @@ class Operations(Pool):
 
     def _stop(self) -> None:
         with self._starting:
-            sender = self._sender
-        self._settle(sender)
+            senders = self._senders
+        self._settle(senders)
         keepers = self._kept.close()
         super()._stop()
         for keeper in keepers:
             keeper._abandon(_transport.closed_error())
-        if sender is not None:
-            sender.close()
+        if senders is not None:
+            senders.close()
         self._frame_writers.clear()
 
-    def _settle(self, sender: Sender | None) -> None:
+    def _settle(self, senders: Senders | None) -> None:
         """Wait for a short time until all is stored, and every claim of other threads has given back what it took."""
         others = [
             claim for claim, thread in list(self._claims.items()) if thread != threading.get_ident()
@@ -94,12 +111,12 @@ class Operations(Pool):
         for claim in others:
             claim.abandoned = True
             claim.wake()
-        if sender is not None:
-            sender._finish_soon()
+        if senders is not None:
+            senders._finish_soon()
         until = time.monotonic() + claiming.SETTLE_S
         while time.monotonic() < until and (
             any(each in self._claims and each.unsettled and not each.blocked for each in others)
-            or not (sender is None or sender._finished())
+            or not (senders is None or senders._finished())
         ):
             time.sleep(claiming.SETTLE_LOOK_S)
 
@@ -109,15 +126,13 @@ class Operations(Pool):
         self._starting = threading.Lock()
         self._kept = KeptLeases(self._hub, _later)
 
-    def _running_sender(self) -> Sender:
+    def _running_senders(self) -> Senders:
         with self._starting:
             if self._closed:
                 raise _transport.closed_error()
-            if self._sender is None or not self._sender.running:
-                self._sender = Sender(
-                    self._connect, self._prepare, self._discard, self._trusts, self.config
-                )
-            return self._sender
+            if self._senders is None or not self._senders.running:
+                self._senders = Senders(self)
+            return self._senders
 
     def _do(self, call: Call[T], *, until: float = float("inf")) -> T:
         if call.claim is not None:
@@ -126,7 +141,7 @@ class Operations(Pool):
         if writer is not None and not writer._idle:
             # An error of the writer is its own; what it means for the lease, the call says.
             with contextlib.suppress(FFError):
-                writer.flush(_transport.request_timeout_s(self.config))
+                writer._wait(settle(writer, _transport.request_timeout_s(self.config)))
         value = self._run(call, until=until)
         self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value
@@ -186,11 +201,29 @@ class Operations(Pool):
         return self._use_writer(self._run(request.call))
 
     def _use_writer(self, state: WriterState) -> Writer:
-        writer = Writer(state, self._running_sender(), _transport.request_timeout_s(self.config))
+        timeout_s = _transport.request_timeout_s(self.config)
+        writer = Writer(state, self._running_senders(), timeout_s, self._witness)
         writer._kept = self._kept
         self._writers[writer._lease_id] = writer
         self._frame_writers.pop(writer._lease_id, None)
         return writer
+
+    def _witness(self, ask: Ask) -> None:
+        """Put a question of durability on a connection that nobody else uses; return once it has ended, or is late."""
+        ask.begin()
+        try:
+            connection = self._acquire(ask.evidence.command.slot)
+        except FFError as error:
+            ask.end(error)
+            return
+        try:
+            _put(durability.Question(ask.level.durability, (ask,)), connection, ask.until)
+        except FFError as error:
+            ask.end(error)
+        finally:
+            if ask.failure is not None:
+                self._nodes.failed(connection.node, ask.failure)
+            self._release(connection)
 
     def _append_frame(self, request: operations.FrameRequest) -> AppendFrameOutcome:
         self._check()
@@ -202,7 +235,8 @@ class Operations(Pool):
                 self._frame_writers.opened(writer, request.lease_s)
         try:
             writer.write_frame(request.frame)
-            outcome = writer.flush(request.timeout)
+            level = request.level if request.level.asks else writer._level
+            outcome = writer._wait(flush_to(writer, request.timeout, level))
         finally:
             if writer.error is not None:
                 self._frame_writers.failed(writer)

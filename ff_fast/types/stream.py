@@ -20,6 +20,7 @@ from ff_fast.errors import (
 from ._value import (
     MAX_U32,
     Value,
+    check_flag,
     check_optional_int,
     check_type,
     milliseconds,
@@ -33,13 +34,16 @@ if TYPE_CHECKING:
     from dataclasses import KW_ONLY
     from datetime import timedelta
 
+MAX_REPLICAS = 64
+"""Most replicas that a level asks for."""
+
 FrameMode = Literal["durable", "summary", "best_effort"]
 """Wire token of a stream mode."""
 
 PatchFormat = Literal["json-merge-patch", "string-append"]
 """Wire token of a patch kind."""
 
-GapReason = Literal["trimmed", "fell_behind", "expired", "cursor_ahead", "rewritten"]
+GapReason = Literal["trimmed", "fell_behind", "expired", "cursor_ahead", "rewritten", "lost"]
 """Why frames are missing.
 
 ``trimmed``: they left the stream before the reader began. ``fell_behind``: they left it while the reader was too slow
@@ -48,7 +52,8 @@ cursor is beyond the end of the stream, for instance after a failover. ``rewritt
 the stream, and other frames stand in its place. The server has lost frames in a failover, and a worker has written
 others, or the cursor belongs to another attempt or execution. The reader continues at ``next_sequence`` with the frames
 that are later than the cursor, at the beginning if the times of the frames do not tell. A document that was folded from
-the earlier frames is void: read the summary again.
+the earlier frames is void: read the summary again. ``lost``: the server lost them in a failover after it had
+acknowledged them, and their writer did not keep them any more. The stream itself says so, to every reader.
 """
 
 EndReason = Literal[
@@ -304,6 +309,48 @@ class Frame(Value):
         return self.frame_type or self.kind.value
 
 
+class Durability(Value):
+    """Which loss of servers a stored frame survives, as far as the servers have confirmed it.
+
+    Made by name: :meth:`stored`, :meth:`replicated`, :meth:`synced`.
+
+    Attributes:
+        replicas: Number of replicas that have it.
+        on_disk: The append-only files have it: that of the primary, and those of the *replicas*.
+    """
+
+    replicas: int = 0
+    on_disk: bool = False
+
+    _STORED: ClassVar[Durability]
+
+    def __post_init__(self) -> None:
+        check_int("replicas", self.replicas, 0, MAX_REPLICAS)
+        check_flag("on_disk", self.on_disk)
+
+    @classmethod
+    def stored(cls) -> Durability:
+        """Return the level of every acknowledged frame: the primary has it in memory."""
+        return cls._STORED
+
+    @classmethod
+    def replicated(cls, replicas: int = 1) -> Durability:
+        """Return the level at which so many replicas, 1 to 64, have it in memory as well."""
+        return cls(check_int("replicas", replicas, 1, MAX_REPLICAS))
+
+    @classmethod
+    def synced(cls, replicas: int = 0) -> Durability:
+        """Return the level at which it is in the append-only files of the primary and of so many replicas, 0 to 64."""
+        return cls(replicas, on_disk=True)
+
+    def covers(self, other: Durability) -> bool:
+        """Return whether this level is at least *other*."""
+        return self.replicas >= other.replicas and self.on_disk >= other.on_disk
+
+
+Durability._STORED = Durability()  # noqa: SLF001 - the class's own constant
+
+
 class AppendFrameOutcome(Value):
     """The stored frames of an attempt after an append or a flush.
 
@@ -311,20 +358,23 @@ class AppendFrameOutcome(Value):
         stream_id: Entry id of the last frame, ``<ms>-<sequence>``.
         frame_count: Frames appended in this attempt so far.
         summary_version: Version of the summary; None when no summary frame was appended.
+        durability: The level that all frames up to the last one have reached, as far as it was asked for.
     """
 
     stream_id: str
     frame_count: int
     summary_version: int | None = None
+    durability: Durability = Durability._STORED  # noqa: SLF001 - a constant
 
     def __post_init__(self) -> None:
         check_type("stream_id", self.stream_id, str)
         check_int("frame_count", self.frame_count, 0, MAX_INT)
         check_optional_int("summary_version", self.summary_version, 0, MAX_INT)
+        check_type("durability", self.durability, Durability)
 
     def with_summary_version(self, version: int) -> AppendFrameOutcome:
         """Return a copy with this summary version."""
-        return AppendFrameOutcome(self.stream_id, self.frame_count, version)
+        return self.replace(summary_version=version)
 
 
 class SummaryDocument(Value):

@@ -19,7 +19,7 @@ def event(data, **fields):
 
 def kept(backend):
     gc.collect()
-    return len(backend.wrapped._frame_writers), len(backend.wrapped._sender.writers)
+    return len(backend.wrapped._frame_writers), len(backend.wrapped._senders.writers)
 
 
 async def test_a_lease_that_somebody_else_ended_frees_its_writer(shell, server, lane):

@@ -18,6 +18,7 @@ import pytest
 
 import ff_fast
 from ff_fast import Frame, FrameKind, aio
+from ff_fast._sync.writers import Sender
 from ff_fast.errors import (
     ExecutionNotFound,
     FFError,
@@ -315,7 +316,7 @@ def test_the_thread_of_the_writers_never_dies_in_silence(server, lane, monkeypat
     with ff_fast.ValkeyBackend.connect(server.url) as backend:
         _, handle = taken(backend, lane)
         writer = backend.open_writer(handle)
-        monkeypatch.setattr(type(writer._sender), "_round", lambda _: 1 / 0)
+        monkeypatch.setattr(Sender, "_round", lambda _: 1 / 0)
         reported = []
         monkeypatch.setattr(threading, "excepthook", reported.append)
         writer.write(b"1")
@@ -559,7 +560,7 @@ async def test_writers_are_forgotten(shell, server, lane):
             await backend.complete(handle)
         gc.collect()
         assert len(backend.wrapped._writers) <= 1
-        assert len(backend.wrapped._sender.writers) <= 1
+        assert len(backend.wrapped._senders.writers) <= 1
         assert not backend.wrapped._frame_writers
 
 
