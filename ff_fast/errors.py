@@ -1079,6 +1079,14 @@ _ENDS_AT = re.compile(r" script: (?:ff_[a-z0-9_]+, )?on @?user_function:([0-9]{1
 _BEGINS_AT = re.compile(r"(?:ERR )?@?user_function:([0-9]{1,7}): ")
 
 
+_TOLD_BY = re.compile(r" \(node (\S{1,255}):([0-9]{1,5})\)$")
+
+
+def told_by(message: str, host: str, port: int) -> str:
+    """Return a server's error reply with the address of the server, which :func:`from_server_error` finds there."""
+    return f"{message} (node {host}:{port})"
+
+
 def from_server_error(message: str, function: str | None = None) -> FFError:
     """Return the error for a server's error reply, given without its leading ``-``.
 
@@ -1109,6 +1117,9 @@ def from_server_error(message: str, function: str | None = None) -> FFError:
         return _corrupt(message, function)
     else:
         error = cls()
+    if isinstance(error, Unavailable) and (found := _TOLD_BY.search(message)):
+        error.host, error.port = found[1], int(found[2])
+        error.args = (f"{error} The node is {found[1]}:{found[2]}.",)
     if "@user_function" in message or "ACL failure in script" in message:
         # Lua has no rollback, so writes before the failed command stand.
         error.outcome = Outcome.UNKNOWN

@@ -22,6 +22,7 @@ from ff_fast._core.topology import Address, Topology, address_of
 from ff_fast.errors import (
     FFError,
     FunctionMissing,
+    NotACluster,
     Redirected,
     Unavailable,
     from_server_error,
@@ -227,10 +228,18 @@ class Node:
         """Whether a connection is in use."""
         return self.shared.busy or any(each.receivers for each in self.connections)
 
+    @property
+    def silent(self) -> bool:
+        """Whether it owes replies over the connection of the calls and has sent nothing for a while."""
+        connection = self.shared.connection
+        if connection is None or not connection.receivers:
+            return False
+        return time.monotonic() - connection.silent_since > nodes.SILENT_S
+
     async def connect(self, role: str = "calls") -> Connection:
         """Make a connection and check the server."""
         if self._stopped:
-            raise _transport.closed_error()
+            raise self._gone()
         connection = Connection()
         reached = resolve_replica if role == READS and self.address is None else resolve
         self._reached = await reached(self.config)
@@ -248,8 +257,12 @@ class Node:
             raise
         if self._stopped:
             connection.abort()
-            raise _transport.closed_error()
+            raise self._gone()
         return connection
+
+    def _gone(self) -> FFError:
+        """Return the error of whoever came too late: the backend is closed, or the node has left the cluster."""
+        return _transport.closed_error() if self._owner.closed else Unavailable()
 
     async def prepare(self, connection: Connection, role: str | None = None) -> None:
         """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
@@ -464,7 +477,7 @@ class Nodes:
         )
         for error in found:
             # A node that cannot be reached is another one's to replace.
-            if isinstance(error, BaseException) and not isinstance(error, Unavailable):
+            if error is not None and not (isinstance(error, FFError) and error.retryable):
                 raise error
         retries = Retries(self.config.retry)
         await run_steps(self.deployment.agree(), self.caller(retries))
@@ -475,7 +488,13 @@ class Nodes:
             await node.prepare(connection)
 
     def refresh_soon(self) -> asyncio.Task[None]:
-        """Ask for the topology; everybody who asks meanwhile shares the answer."""
+        """Ask for the topology; everybody who asks meanwhile shares the answer.
+
+        Raises:
+            Unavailable: The backend is closed.
+        """
+        if self._stopped:
+            raise _transport.closed_error()
         if self._refreshing is None:
             self._refreshing = self.spawn(self._refresh())
         return self._refreshing
@@ -509,7 +528,7 @@ class Nodes:
         heard = {
             address: node.shared.connection.heard_at
             for address, node in self._nodes.items()
-            if address is not None and node.shared.connection is not None
+            if address is not None and node.shared.connection is not None and not node.silent
         }
         failure: FFError | None = None
         for address in nodes.to_ask(heard, self.topology, self._seeds):
@@ -520,9 +539,9 @@ class Nodes:
                 nodes.learn(self.topology, replies, address)
             except TimeoutError:
                 failure = failure or nodes.silent(address)
+            except NotACluster:
+                raise
             except FFError as error:
-                if not error.retryable:
-                    raise
                 failure = failure or error
             else:
                 return
@@ -613,15 +632,18 @@ class Nodes:
                 await self._send_all(routing, sends, longest, own)
             for address in list(routing.missing):
                 await self._load(routing, address)
+            if self.closed:
+                return routing.replies()
             pause = routing.settle()
             if routing.moved or routing.in_doubt:
                 _ = self.refresh_soon()
-            if pause is None or self.closed:
+            if pause is None:
                 return routing.replies()
             if pause > 0:
                 await asyncio.sleep(pause)
             if routing.in_doubt and self._refreshing is not None:
-                await asyncio.wait({self._refreshing})
+                left = None if until == inf else max(until - time.monotonic(), 0.0)
+                await asyncio.wait({self._refreshing}, timeout=left)
 
     async def _send(self, routing: Routing, send: Send, longest: float, own: Own | None) -> None:
         try:
@@ -633,7 +655,7 @@ class Nodes:
             else:
                 replies = await node.shared.request(send.step, longest)
         except FFError as error:
-            routing.failed(send, nodes.named(error, send.address))
+            routing.failed(send, error)
         else:
             routing.answered(send, replies)
 
@@ -682,7 +704,7 @@ class Nodes:
         try:
             await self.at(address).load()
         except FFError as error:
-            routing.loaded(address, nodes.named(error, address))
+            routing.loaded(address, error)
         else:
             routing.loaded(address)
 

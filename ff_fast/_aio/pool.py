@@ -13,7 +13,7 @@ from ff_fast import _transport
 from ff_fast._aio.claims import Waits
 from ff_fast._aio.connection import Connection, run_steps
 from ff_fast._aio.credentials import Credentials
-from ff_fast._aio.hub import Hub
+from ff_fast._aio.hub import Hub, Hubs
 from ff_fast._aio.nodes import Nodes, Own
 from ff_fast._aio.sentinel import Watch
 from ff_fast._core import claiming
@@ -60,11 +60,15 @@ class Pool:
         if config.connection.sentinel_service is not None:
             self._watch = Watch(config, self._switched)
         self._nodes = Nodes(config, self._deployment, self._spawn, self._opened)
-        first = self._nodes.first
-        self._hub = Hub(
-            first.connect, self._spawn, first.shared.request, self._timeout_s, config.retry
-        )
+        self._hub = self._make_hub()
         self._waits = Waits(self._nodes)
+
+    def _make_hub(self) -> Hub | Hubs:
+        nodes, retry = self._nodes, self.config.retry
+        if nodes.topology is not None:
+            return Hubs(nodes, retry)
+        first = nodes.first
+        return Hub(first.connect, self._spawn, first.shared.request, self._timeout_s, retry)
 
     @property
     def closed(self) -> bool:

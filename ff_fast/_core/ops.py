@@ -80,10 +80,9 @@ class Op(NamedTuple, Generic[T]):
 
     def command(self) -> Command:
         """Return the call as one command, for the node of its keys."""
-        return Command(
-            self.keys[0] if self.keys else b"",
-            pack_fcall(self.function, self.keys, self.argv, self.read_only),
-        )
+        absent = None if self.read_only else keys.absent(self.keys[0])
+        named = self.keys if absent is None else (*self.keys, absent)
+        return Command(self.keys[0], pack_fcall(self.function, named, self.argv, self.read_only))
 
     def answer(self, reply: object) -> T:
         """Return the caller's value.

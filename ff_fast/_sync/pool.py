@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ff_fast import _process, _transport
 from ff_fast._core.deployment import READS, Deployment
-from ff_fast._core.nodes import ASK_S
 from ff_fast._core.steps import Retries
 from ff_fast._sync.claims import wait_in_line
 from ff_fast._sync.connection import Connection, run_steps
 from ff_fast._sync.credentials import Credentials
-from ff_fast._sync.hub import Hub
+from ff_fast._sync.hub import Hub, Hubs
 from ff_fast._sync.nodes import Node, Nodes, Requests
 from ff_fast._sync.sentinel import Watch, resolve, resolve_replica
 from ff_fast.errors import FFError, ForkedClient
@@ -94,9 +93,19 @@ class Pool:
         """Reset the state in a forked child."""
         self._hub = self._make_hub()
 
-    def _make_hub(self) -> Hub:
-        timeout_s = _transport.request_timeout_s(self.config)
-        return Hub(self._connect, self._discard, self._trusts, timeout_s, self.config.retry)
+    def _make_hub(self) -> Hub | Hubs:
+        timeout_s, retry = _transport.request_timeout_s(self.config), self.config.retry
+        nodes = self._nodes
+        if nodes.topology is None:
+            return Hub(self._connect, self._discard, self._trusts, timeout_s, retry)
+        return Hubs(
+            nodes,
+            lambda role, address: self._connect(role, nodes.at(address)),
+            self._discard,
+            self._trusts,
+            timeout_s,
+            retry,
+        )
 
     def _connect(self, role: str = "calls", node: Node | None = None) -> Connection:
         """Open a connection to *node*; to any server for None."""
@@ -120,7 +129,8 @@ class Pool:
         """Open a connection that is not checked yet."""
         try:
             reached = resolve_replica if node is self._nodes.reads else resolve
-            connection = Connection(reached(config))
+            node.reached = reached(config)
+            connection = Connection(node.reached)
         except FFError:
             node.failed_at = time.monotonic()
             raise
@@ -137,16 +147,16 @@ class Pool:
             raise _transport.closed_error()
         return connection
 
-    def _ask(self, node: Node, step: Step) -> list[object]:
+    def _ask(self, node: Node, step: Step, longest: float) -> list[object]:
         """Send a step to *node* on an idle connection, or on one that is opened for it alone."""
         connection = node.take()
         if connection is not None:
             self._busy[id(connection)] = weakref.ref(connection)
         else:
-            timeouts = BackendTimeouts(min(_transport.request_timeout_s(node.config), ASK_S))
+            timeouts = BackendTimeouts(min(_transport.request_timeout_s(node.config), longest))
             connection = self._open(node, node.config.replace(timeouts=timeouts))
         try:
-            return connection.request(step, ASK_S)
+            return connection.request(step, longest)
         finally:
             if connection.ready:
                 self._release(connection)
@@ -174,26 +184,28 @@ class Pool:
         with Requests(self, Retries(self.config.retry)) as requests:
             run_steps(self._deployment.agree(), requests.request)
 
-    def _prepare(self, connection: Connection, role: str | None = None) -> None:
-        """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
+    def _prepare(self, connection: Connection, role: str | None = None) -> bool:
+        """Load the library if it is missing, and check the deployment; its errors are those of connecting.
+
+        Returns:
+            Whether the library was checked: a node that has no slots cannot be asked.
+        """
         node = connection.node
         steps = self._deployment.prepare(
             READS if node.replica else role, self._nodes.slots_of(node)
         )
         try:
-            run_steps(steps, connection.request)
+            checked = run_steps(steps, connection.request)
         except FFError as error:
-            failure = _transport.connect_error(error, node.config)
+            failure = _transport.connect_error(error, node.reached)
         else:
             connection.ready = True
-            return
+            return checked
         raise failure
 
     def _load(self, connection: Connection) -> None:
         """Load the library, which a call has not found on the server of *connection*."""
-        if connection.node.address is None:
-            self._prepare(connection)
-        else:
+        if not self._prepare(connection):
             run_steps(self._deployment.load(), connection.request)
 
     def _discard(self, connection: Connection) -> None:

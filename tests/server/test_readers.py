@@ -308,7 +308,7 @@ def test_a_reader_that_has_ended_listens_no_more(backend, attempt):
     tail = backend.tail(attempt.eid)
     while not tail.ended:
         tail.next_batch()
-    assert (tail._connection, tail._attached) == (None, None)
+    assert (tail._asked, tail._attached) == (None, None)
 
 
 def test_a_reader_that_has_ended_listens_no_more_in_asyncio(server, attempt):

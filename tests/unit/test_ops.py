@@ -529,8 +529,14 @@ def test_the_request_is_the_call(subtests):
         with subtests.test(f"{name!r:.60}"):
             command, function, count, *rest = parsed(op.command().request)
             assert command == (b"FCALL_RO" if op.read_only else b"FCALL")
-            assert (function, count) == (name.encode(), b"%d" % len(op.keys))
-            assert rest == [*op.keys, *op.argv]
+            absent = [] if op.read_only else [keys.absent(op.keys[0])]
+            assert (function, count) == (name.encode(), b"%d" % len([*op.keys, *absent]))
+            assert rest == [*op.keys, *absent, *op.argv]
+            assert len({keys.key_slot(key) for key in (*op.keys, *absent)}) == 1 + (
+                name == "ff_version"
+            )
+            # It is none of the keys that the table names.
+            assert not {*absent} & {*op.keys}
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,8 @@ def test_a_function_waits_for_the_end_of_a_migration():
     drive = Drive([call(1)], topology)
     drive.sends((A, [1])).answers([refusal(f"ASK {slot(1)} h:7009")])
     assert drive.pause > 0
-    assert drive.routing.in_doubt
+    assert drive.routing.moved
+    assert not drive.routing.in_doubt
     drive.sends((A, [1])).answers([[1, b"OK"]])
     assert drive.routing.replies() == [[1, b"OK"]]
 
@@ -169,7 +170,7 @@ def test_a_node_that_is_not_ready_is_asked_again_after_a_pause(text):
     drive = Drive([get(1), get(3)], map_of(a=[1]))
     drive.sends((A, [1]), (C, [3])).answers([refusal(text)], [b"3"])
     assert drive.pause > 0
-    assert drive.routing.in_doubt
+    assert drive.routing.in_doubt or drive.routing.moved
     drive.sends((A, [1])).answers([b"1"])
     assert drive.routing.replies() == [b"1", b"3"]
 
@@ -180,6 +181,21 @@ def test_a_refusal_inside_of_a_function_stands():
     drive.sends((A, [1])).answers([refusal(text)])
     assert drive.pause is None
     assert str(drive.routing.replies()[0]) == text
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_function_that_met_a_key_on_its_way_goes_again_if_it_only_reads(read_only):
+    text = "ERR Script attempted to access a non local key in a cluster node script: f, on @user_function:7."
+    one = Command(key_of(1), pack_fcall(b"ff_x", (key_of(1),), (), read_only))
+    drive = Drive([one], map_of(a=[1]))
+    drive.sends((A, [1])).answers([refusal(text)])
+    if read_only:
+        assert drive.pause > 0
+        drive.sends((A, [1])).answers([[1, b"OK"]])
+        assert drive.routing.replies() == [[1, b"OK"]]
+    else:
+        assert drive.pause is None
+        assert str(drive.routing.replies()[0]) == text
 
 
 def test_the_retries_of_the_call_are_the_bound_and_the_refusal_its_end():
@@ -195,7 +211,10 @@ def test_the_retries_of_the_call_are_the_bound_and_the_refusal_its_end():
                 break
         assert rounds in (1 + FEW.number_of_retries, 1)
     assert rounds == 1
-    assert str(routing.replies()[0]) == "CLUSTERDOWN x"
+    error = errors.from_server_error(str(routing.replies()[0]))
+    assert isinstance(error, errors.Unavailable)
+    assert (error.host, error.port) == A
+    assert str(error).endswith("The node is h:7001.")
 
 
 def test_nothing_is_tried_again_after_the_deadline():
