@@ -183,21 +183,6 @@ def test_a_refusal_inside_of_a_function_stands():
     assert str(drive.routing.replies()[0]) == text
 
 
-@pytest.mark.parametrize("read_only", [True, False])
-def test_a_function_that_met_a_key_on_its_way_goes_again_if_it_only_reads(read_only):
-    text = "ERR Script attempted to access a non local key in a cluster node script: f, on @user_function:7."
-    one = Command(key_of(1), pack_fcall(b"ff_x", (key_of(1),), (), read_only))
-    drive = Drive([one], map_of(a=[1]))
-    drive.sends((A, [1])).answers([refusal(text)])
-    if read_only:
-        assert drive.pause > 0
-        drive.sends((A, [1])).answers([[1, b"OK"]])
-        assert drive.routing.replies() == [[1, b"OK"]]
-    else:
-        assert drive.pause is None
-        assert str(drive.routing.replies()[0]) == text
-
-
 def test_the_retries_of_the_call_are_the_bound_and_the_refusal_its_end():
     retries = Retries(FEW)
     for _ in range(2):
