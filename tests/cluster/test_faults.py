@@ -121,7 +121,9 @@ async def test_cuts_at_random_bytes_on_one_node(shell, proxied, lane, seed, monk
             await backend.set_tags(eid, {"a.b": "c"})
         taken = {}
         while len(taken) < len(eids):
-            handle = await backend.claim(lane=lane, policy=ClaimPolicy.with_max_wait(60.0), **WORKER)
+            handle = await backend.claim(
+                lane=lane, policy=ClaimPolicy.with_max_wait(60.0), **WORKER
+            )
             assert handle is not None
             assert handle.execution_id not in taken
             taken[handle.execution_id] = handle
