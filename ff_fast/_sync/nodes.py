@@ -142,7 +142,7 @@ class Nodes:
     ) -> None:
         self._config = config
         self._ask = ask
-        self._only = Node(config)
+        self.only = Node(config)
         self._primaries: dict[Address, Node] = {}
         self._replicas: dict[Address, Node] = {}
         self.topology: Topology | None = None
@@ -165,7 +165,7 @@ class Nodes:
         """
         topology = self.topology
         if topology is None:
-            return self._only
+            return self.only
         self.refresh()
         if slot is not None:
             address = topology.primary(slot)
@@ -204,7 +204,7 @@ class Nodes:
     def all(self) -> list[Node]:
         """Return the servers that are known."""
         if self.topology is None:
-            return [self._only]
+            return [self.only]
         return [*self._primaries.values(), *self._replicas.values()]
 
     def failed(self, node: Node, error: FFError) -> None:
@@ -337,7 +337,7 @@ class Requests:
         nodes = self._nodes
         topology = nodes.topology
         if topology is None:
-            return self._on(nodes.of(None)).request(step, self._longest)
+            return self._on(nodes.only).request(step, self._longest)
         if step.alone:
             return self._request_alone(step)
         routing = Routing(step, topology, self._retries, replicas=self._replicas, until=self._until)
