@@ -443,6 +443,28 @@ class SequenceGap(FFError):
         return cls(*_two_numbers(details))
 
 
+class FramesLost(FFError):
+    """The server has lost acknowledged frames in a failover, and the writer did not keep them any more.
+
+    The stream tells its readers, by a ``Gap`` with the reason ``lost``, and goes on behind them. The call is told of
+    once: a call that was to release the lease has not done so, and may be made again; a writer goes on.
+
+    Args:
+        first: Sequence of the first frame that is lost.
+        last: Sequence of the last one.
+    """
+
+    code = "frames_lost"
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__(
+            f"The server has lost the frames {first} to {last}, which it had acknowledged, and the stream says so to its"
+            " readers; call again to go on without them."
+        )
+        self.first = first
+        self.last = last
+
+
 class SummaryConflict(FFError):
     """The summary has another version than the base of the patches.
 
@@ -1053,6 +1075,14 @@ _ENDS_AT = re.compile(r" script: (?:ff_[a-z0-9_]+, )?on @?user_function:([0-9]{1
 _BEGINS_AT = re.compile(r"(?:ERR )?@?user_function:([0-9]{1,7}): ")
 
 
+_TOLD_BY = re.compile(r" \(node (\S{1,255}):([0-9]{1,5})\)$")
+
+
+def told_by(message: str, host: str, port: int) -> str:
+    """Return a server's error reply with the address of the server, which :func:`from_server_error` finds there."""
+    return f"{message} (node {host}:{port})"
+
+
 def from_server_error(message: str, function: str | None = None) -> FFError:
     """Return the error for a server's error reply, given without its leading ``-``.
 
@@ -1083,6 +1113,9 @@ def from_server_error(message: str, function: str | None = None) -> FFError:
         return _corrupt(message, function)
     else:
         error = cls()
+    if isinstance(error, Unavailable) and (found := _TOLD_BY.search(message)):
+        error.host, error.port = found[1], int(found[2])
+        error.args = (f"{error} The node is {found[1]}:{found[2]}.",)
     if "@user_function" in message or "ACL failure in script" in message:
         # Lua has no rollback, so writes before the failed command stand.
         error.outcome = Outcome.UNKNOWN

@@ -55,6 +55,11 @@ def slot_of(key):
     return keys.key_slot(key if isinstance(key, bytes) else str(key).encode())
 
 
+def node_of(raw, key):
+    """The client of the server that has a key."""
+    return raw.node_of(key) if isinstance(raw, Router) else raw
+
+
 class Router(redis.Redis):
     """Sends a command to the node that has its key, and one without a key to all nodes.
 
@@ -133,7 +138,7 @@ class _Pipeline(redis.client.Pipeline):
         stack, self.command_stack = self.command_stack, []
         owners = {self._router.node_of(key) for args, _ in stack if (key := first_key(args))}
         if len(owners) == 1 and all(first_key(args) for args, _ in stack):
-            pipe = owners.pop().pipeline(transaction=self.is_transaction)
+            pipe = owners.pop().pipeline(transaction=self.transaction)
             for args, options in stack:
                 pipe.execute_command(*args, **options)
             return pipe.execute(raise_on_error)
@@ -143,7 +148,7 @@ class _Pipeline(redis.client.Pipeline):
 
 
 class _PubSub:
-    """A subscription on the node of the first channel that is asked for."""
+    """A subscription on the node of its channels, which are in one slot."""
 
     def __init__(self, router, options):
         self._router = router
@@ -156,10 +161,11 @@ class _PubSub:
             self._pubsub = self._router.node_of(first).pubsub(**self._options)
         return self._pubsub.ssubscribe(*channels, **handlers)
 
-    def __getattr__(self, name):
-        if self._pubsub is None:
-            self._pubsub = self._router.nodes[0].pubsub(**self._options)
-        return getattr(self._pubsub, name)
+    def get_message(self, *args, **options):
+        return self._pubsub.get_message(*args, **options)
+
+    def listen(self):
+        return self._pubsub.listen()
 
     def close(self):
         if self._pubsub is not None:

@@ -22,6 +22,7 @@ from ff_fast._core.topology import Address, Topology, address_of
 from ff_fast.errors import (
     FFError,
     FunctionMissing,
+    NotACluster,
     Redirected,
     Unavailable,
     from_server_error,
@@ -528,9 +529,9 @@ class Nodes:
                 nodes.learn(self.topology, replies, address)
             except TimeoutError:
                 failure = failure or nodes.silent(address)
+            except NotACluster:
+                raise
             except FFError as error:
-                if not error.retryable:
-                    raise
                 failure = failure or error
             else:
                 return
@@ -620,7 +621,8 @@ class Nodes:
             if pause > 0:
                 await asyncio.sleep(pause)
             if routing.in_doubt and self._refreshing is not None:
-                await asyncio.wait({self._refreshing})
+                left = None if until == inf else max(until - time.monotonic(), 0.0)
+                await asyncio.wait({self._refreshing}, timeout=left)
 
     async def _send(self, routing: Routing, send: Send, longest: float, own: Own | None) -> None:
         try:

@@ -26,6 +26,7 @@ from ff_fast.errors import (
     Unavailable,
     from_server_error,
     make_unknown,
+    told_by,
 )
 
 if TYPE_CHECKING:
@@ -195,6 +196,8 @@ class Routing:
             # A redirect that cannot be read; the reply stands.
             return
         self._again.append(index)
+        if send is not None and isinstance(error, Unavailable):
+            self._replies[index] = Exception(told_by(str(reply), *send.address))
         if isinstance(error, Redirected) and send is not None:
             address = address_of(error.address, send.address)
             if not error.ask:

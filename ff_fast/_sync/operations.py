@@ -15,7 +15,7 @@ from ff_fast import _transport
 from ff_fast._core import claiming, durability, operations
 from ff_fast._core.binding import bind
 from ff_fast._core.leases import KeptLeases
-from ff_fast._core.writer import FrameWriters, flush_to
+from ff_fast._core.writer import FrameWriters, flush_to, settle
 from ff_fast._sync.connection import PENDING
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.pool import Pool
@@ -141,7 +141,7 @@ class Operations(Pool):
         if writer is not None and not writer._idle:
             # An error of the writer is its own; what it means for the lease, the call says.
             with contextlib.suppress(FFError):
-                writer.flush(_transport.request_timeout_s(self.config))
+                writer._wait(settle(writer, _transport.request_timeout_s(self.config)))
         value = self._run(call, until=until)
         self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value

@@ -35,7 +35,9 @@ class Pool:
 
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
-        self._deployment = Deployment(config.partitions, config.max_payload_bytes)
+        self._deployment = Deployment(
+            config.partitions, config.max_payload_bytes, config.replay_ms, config.replay_bytes
+        )
         self._pid = os.getpid()
         # Calls are refused, and then connections.
         self._closed = self._stopped = False

@@ -303,6 +303,8 @@ async def test_a_call_waits_for_the_end_of_a_migration_by_keys(shell, cluster, l
                     with pytest.raises((errors.Unavailable, errors.Redirected)) as caught:
                         await call()
                     assert caught.value.outcome is Outcome.NOT_APPLIED
+                    if isinstance(caught.value, errors.Unavailable):
+                        assert (caught.value.host, caught.value.port) == home.address
                 slot.move(key)
             ending = asyncio.create_task(backend.complete(handle, b"r"))
             await asyncio.to_thread(slot.finish)

@@ -9,11 +9,12 @@ import time
 import pytest
 
 from ff_fast import aio, errors, keys
+from ff_fast.errors import Outcome
 from ff_fast.types import BackendConfig, BackendTimeouts
 
 from ..shells import WORKER, Shell
 from ..waiting import wait_until_async
-from .test_calls import WAITS, claimed_at, create_many, execution_at, slot_of, working
+from .test_calls import WAITS, claimed_at, create_many, execution_at, few_retries, slot_of, working
 
 
 def fast(url, **options):
@@ -60,6 +61,55 @@ async def test_slots_that_move_to_a_node_without_the_library(shell, cluster, lan
             assert await backend.read_result(eid) == b"r"
         finally:
             await asyncio.to_thread(cluster.migrate, [slot], home)
+
+
+# -- slots and names -------------------------------------------------------------------------------------------------
+
+
+async def test_nodes_that_do_not_say_their_host_are_where_they_were_asked(shell, cluster, lane):
+    """Neither in the map of the slots nor in a redirect."""
+    home, to = cluster.nodes[:2]
+    for node in cluster.nodes:
+        node.command("CONFIG", "SET", "cluster-preferred-endpoint-type", "unknown-endpoint")
+    try:
+        async with await shell.connect(cluster.url) as backend:
+            eid, handle = await claimed_at(backend, cluster, home, lane)
+            slot = slot_of(eid)
+            await asyncio.to_thread(cluster.migrate, [slot], to)
+            try:
+                await backend.complete(handle, b"r")
+            finally:
+                await asyncio.to_thread(cluster.migrate, [slot], home)
+    finally:
+        for node in cluster.nodes:
+            node.command("CONFIG", "SET", "cluster-preferred-endpoint-type", "ip")
+
+
+async def test_a_slot_without_an_owner_is_waited_for(cluster, lane):
+    """Both shells at once: a node accepts writes again only a while after its cluster is whole."""
+    home = cluster.nodes[0]
+    async with (
+        await Shell("sync").connect(cluster.url) as blocking,
+        await Shell("asyncio").connect(cluster.url) as backend,
+        await Shell("asyncio").connect(few_retries(cluster.url)) as hasty,
+    ):
+        eid, handle = await claimed_at(backend, cluster, home, lane)
+        slot = slot_of(eid)
+        home.command("CLUSTER", "DELSLOTS", slot)
+        try:
+            with pytest.raises(errors.Unavailable) as caught:
+                await hasty.renew(handle)
+            assert caught.value.outcome is Outcome.NOT_APPLIED
+            calls = [
+                asyncio.create_task(call)
+                for call in (blocking.renew(handle), backend.set_tags(eid, {"a.b": "c"}))
+            ]
+            await asyncio.sleep(0)
+        finally:
+            home.command("CLUSTER", "ADDSLOTS", slot)
+            await asyncio.to_thread(cluster.wait_until_stable)
+        await asyncio.gather(*calls)
+        await backend.complete(handle, b"")
 
 
 # -- silence ---------------------------------------------------------------------------------------------------------
