@@ -21,7 +21,7 @@ from ff_fast._aio.writers import Writer
 from ff_fast._core import operations
 
 if TYPE_CHECKING:
-    from ff_fast.embedded import EmbeddedServer
+    from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
     from ff_fast.types import BackendConfig
 
 
@@ -33,7 +33,7 @@ class ValkeyBackend(Operations):
 
     def __init__(self, config: BackendConfig) -> None:
         super().__init__(config)
-        self._server: EmbeddedServer | None = None
+        self._server: EmbeddedServer | EmbeddedCluster | None = None
 
     @classmethod
     def connect(cls, target: str | BackendConfig) -> Opening[ValkeyBackend]:
@@ -68,24 +68,26 @@ class ValkeyBackend(Operations):
         return Opening(connecting)
 
     @classmethod
-    def embedded(cls, **options: Any) -> Opening[ValkeyBackend]:
-        """Start a private server with a supervisor, and connect to it (extra ``embedded``).
+    def embedded(cls, *, cluster: bool = False, **options: Any) -> Opening[ValkeyBackend]:
+        """Start a private server or cluster with a supervisor, and connect to it (extra ``embedded``).
 
-        Closing the backend stops the server.
+        Closing the backend stops the servers.
 
         ``async with ValkeyBackend.embedded() as backend``, or ``await`` it.
 
         Args:
-            **options: Arguments of :class:`ff_fast.embedded.EmbeddedServer`.
+            cluster: Start a cluster of three primaries instead of one server.
+            **options: Arguments of :class:`ff_fast.embedded.EmbeddedServer`, or of
+                :class:`ff_fast.embedded.EmbeddedCluster`.
 
         Raises:
             MissingDependency: The extra is not installed.
         """
 
         async def connecting() -> ValkeyBackend:
-            from ff_fast.embedded import EmbeddedServer
+            from ff_fast.embedded import start
 
-            server = await asyncio.to_thread(EmbeddedServer, **options)
+            server = await asyncio.to_thread(start, cluster=cluster, **options)
             try:
                 backend = await cls.connect(server.url)
             except BaseException:

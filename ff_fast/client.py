@@ -15,7 +15,7 @@ from ff_fast._sync.worker import Handler, Task, WorkerLoop
 from ff_fast._sync.writers import Writer
 
 if TYPE_CHECKING:
-    from ff_fast.embedded import EmbeddedServer
+    from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
     from ff_fast.types import BackendConfig
 
 
@@ -27,7 +27,7 @@ class ValkeyBackend(Operations):
 
     def __init__(self, config: BackendConfig) -> None:
         super().__init__(config)
-        self._server: EmbeddedServer | None = None
+        self._server: EmbeddedServer | EmbeddedCluster | None = None
         self._supervisor: tuple[threading.Thread, threading.Event] | None = None
 
     @classmethod
@@ -56,20 +56,22 @@ class ValkeyBackend(Operations):
         return backend
 
     @classmethod
-    def embedded(cls, **options: Any) -> Self:
-        """Start a private server with a supervisor, and connect to it (extra ``embedded``).
+    def embedded(cls, *, cluster: bool = False, **options: Any) -> Self:
+        """Start a private server or cluster with a supervisor, and connect to it (extra ``embedded``).
 
-        Closing the backend stops the server.
+        Closing the backend stops the servers.
 
         Args:
-            **options: Arguments of :class:`ff_fast.embedded.EmbeddedServer`.
+            cluster: Start a cluster of three primaries instead of one server.
+            **options: Arguments of :class:`ff_fast.embedded.EmbeddedServer`, or of
+                :class:`ff_fast.embedded.EmbeddedCluster`.
 
         Raises:
             MissingDependency: The extra is not installed.
         """
-        from ff_fast.embedded import EmbeddedServer
+        from ff_fast.embedded import start
 
-        server = EmbeddedServer(**options)
+        server = start(cluster=cluster, **options)
         try:
             backend = cls.connect(server.url)
         except BaseException:

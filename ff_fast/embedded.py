@@ -778,6 +778,11 @@ class EmbeddedCluster:
         return f"<{type(self).__name__} {self.url}>"
 
 
+def start(*, cluster: bool = False, **options: Any) -> EmbeddedServer | EmbeddedCluster:
+    """Start a server, or a cluster."""
+    return EmbeddedCluster(**options) if cluster else EmbeddedServer(**options)
+
+
 def _ranges(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
     """First and last of each run in ascending *slots*."""
     first = 0

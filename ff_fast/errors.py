@@ -443,6 +443,28 @@ class SequenceGap(FFError):
         return cls(*_two_numbers(details))
 
 
+class FramesLost(FFError):
+    """The server has lost acknowledged frames in a failover, and the writer did not keep them any more.
+
+    The stream tells its readers, by a ``Gap`` with the reason ``lost``, and goes on behind them. The call is told of
+    once: a call that was to release the lease has not done so, and may be made again; a writer goes on.
+
+    Args:
+        first: Sequence of the first frame that is lost.
+        last: Sequence of the last one.
+    """
+
+    code = "frames_lost"
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__(
+            f"The server has lost the frames {first} to {last}, which it had acknowledged, and the stream says so to its"
+            " readers; call again to go on without them."
+        )
+        self.first = first
+        self.last = last
+
+
 class SummaryConflict(FFError):
     """The summary has another version than the base of the patches.
 

@@ -4,6 +4,12 @@
 --   I  PUSHED_MS    ms
 --        only before the first block, which is one of V or W: its frames were pushed under ids of that time, and are
 --        stored under it
+--   R  REPLAYED_MS  ms later_ms
+--        only before the first block: a server that was lost had its frames under ids of `ms`, and the frames behind it
+--        under ids of `later_ms`, and they are stored under these again
+--   G  LOST         count
+--        the only block of frames of its part: `count` frames were lost with a server, and nobody has them. One entry of
+--        the log says so, under the id of the last one
 --   L  LOG          count payload*count
 --        log frames: one entry a frame
 --   X  LOG_FIELDS   count extra_count (field value)*extra_count payload*count
@@ -17,6 +23,8 @@
 --        under `pending_field`, which is `run:<version after>:<count>:<kind>` (`patch:` for one)
 --   C  DOCUMENT     version document patch_kind
 --        the whole document at `version`, whose last patch was of that kind; the patches that it holds are dropped
+--   N  RENEWAL      version document patch_kind
+--        as C, whatever version is stored: patches were lost with a server. The part has no other block of the summary
 --   T  TRIM_LIVE    oldest_id
 --        the oldest id to keep in the live window
 --   P  LIVE_TTL     ttl_ms
@@ -44,12 +52,15 @@
 
 ff.BLOCK = {
   PUSHED_MS = 'I',
+  REPLAYED_MS = 'R',
+  LOST = 'G',
   LOG = 'L',
   LOG_FIELDS = 'X',
   LIVE = 'V',
   LIVE_FIELDS = 'W',
   PATCHES = 'S',
   DOCUMENT = 'C',
+  RENEWAL = 'N',
   TRIM_LIVE = 'T',
   LIVE_TTL = 'P',
   TRIM_LOG = 'K',
@@ -59,15 +70,18 @@ ff.BLOCK = {
 
 local BLOCK = ff.BLOCK
 local LOG, LIVE, PATCHES, DOCUMENT, PUSHED_MS = BLOCK.LOG, BLOCK.LIVE, BLOCK.PATCHES, BLOCK.DOCUMENT, BLOCK.PUSHED_MS
-local ESTIMATOR, VISIBLE = BLOCK.ESTIMATOR, BLOCK.VISIBLE
+local ESTIMATOR, VISIBLE, LOST, RENEWAL = BLOCK.ESTIMATOR, BLOCK.VISIBLE, BLOCK.LOST, BLOCK.RENEWAL
+local REPLAYED_MS = BLOCK.REPLAYED_MS
 -- The fewest arguments of a block behind its letter.
 local FIXED_ARGS = {
   [BLOCK.LOG] = 2, [BLOCK.LOG_FIELDS] = 3, [BLOCK.LIVE] = 2, [BLOCK.LIVE_FIELDS] = 3, [PATCHES] = 5, [DOCUMENT] = 3,
+  [LOST] = 1, [RENEWAL] = 3,
   [BLOCK.TRIM_LIVE] = 1, [BLOCK.LIVE_TTL] = 1, [BLOCK.TRIM_LOG] = 1, [BLOCK.ESTIMATOR] = 1, [BLOCK.VISIBLE] = 1,
 }
--- The stream of a block's frames. The log has an entry for each frame, the live window one for the block.
+-- The stream of a block's frames. The log has an entry for each frame, or one for all that are lost; the live window has
+-- one for the block.
 local FRAMES_IN = {
-  [BLOCK.LOG] = 'log', [BLOCK.LOG_FIELDS] = 'log',
+  [BLOCK.LOG] = 'log', [BLOCK.LOG_FIELDS] = 'log', [LOST] = 'log',
   [BLOCK.LIVE] = 'live', [BLOCK.LIVE_FIELDS] = 'live', [PATCHES] = 'live',
 }
 -- Small numbers by their texts: to look one up costs less than to check and convert the text.
@@ -147,6 +161,9 @@ local function block_at(args, at)
   if HAS_FIELDS[letter] then
     from = at + 3 + 2 * tonumber(args[at + 2])
   end
+  if letter == LOST then
+    return letter, count, from, from, from
+  end
   local after = from + (FRAMES_IN[letter] == 'log' and count or 1)
   return letter, count, at + 3, from, letter == PATCHES and after + 2 or after
 end
@@ -206,6 +223,8 @@ local function stored_id(log_key, live_key, sequence)
           bytes = bytes + #entry[2][i + 1]
           if entry[2][i] == 'run' then
             first = last - ff.run_count(entry[2][i + 1]) + 1
+          elseif entry[2][i] == 'lost' then
+            first = last - (integer(entry[2][i + 1]) or 1) + 1
           end
         end
         if last < sequence then
@@ -279,19 +298,27 @@ local function bad_block()
 end
 
 -- Checks every block from `at` to `last`. Returns the number of frames, the document version before the first patches,
--- the version of a document, whether the blocks are about both streams, whether an entry will be large, the streams
--- that the first write does not prove (`log`, `live`, `both`, or nil), the numbers of entries and of bytes, and whether
--- a block is about meta; or nil and the refusal.
+-- the version of a document, RENEWAL for one that replaces whatever is stored, whether the blocks are about both
+-- streams, whether an entry will be large, the streams that the first write does not prove (`log`, `live`, `both`, or
+-- nil), the numbers of entries and of bytes, and whether a block is about meta; or nil and the refusal.
 local function check_blocks(args, at, last)
   local total, entries, bytes, patches, patches_base, document_version = 0, 0, 0, 0, nil, nil
   local stream, mixed, large, frames_ended, unproven, about_meta = nil, false, false, false, nil, false
+  local lost = 0
+  if args[at] == LOST then
+    lost = integer(args[at + 1])
+    if not lost or lost < 1 then
+      return bad_block()
+    end
+    at, stream, frames_ended, entries, total, about_meta = at + 2, 'log', true, 1, lost, true
+  end
   while at <= last do
     local letter = args[at]
     local fixed = FIXED_ARGS[letter]
-    if not fixed or at + fixed > last then
+    local frames_in = FRAMES_IN[letter]
+    if not fixed or at + fixed > last or letter == LOST or (frames_in and lost > 0) then
       return bad_block()
     end
-    local frames_in = FRAMES_IN[letter]
     local about = frames_in or RETENTION_OF[letter]
     if about then
       stream = stream or about
@@ -352,13 +379,19 @@ local function check_blocks(args, at, last)
       frames_ended = true
       local value = args[at + 1]
       if letter == DOCUMENT then
+        local renewed = document_version == RENEWAL
         document_version = integer(value)
         if
-          not document_version or document_version < 1
+          renewed or not document_version or document_version < 1
           or (patches_base and document_version ~= patches_base + patches)
         then
           return bad_block()
         end
+      elseif letter == RENEWAL then
+        if patches_base or document_version or (integer(value) or 0) < 1 then
+          return bad_block()
+        end
+        document_version = RENEWAL
       elseif not value_ok(letter, value) then
         return bad_block()
       end
@@ -366,7 +399,7 @@ local function check_blocks(args, at, last)
       at = at + fixed + 1
     end
   end
-  if total > MAX_FRAMES or bytes > MAX_BATCH_BYTES then
+  if total - lost > MAX_FRAMES or bytes > MAX_BATCH_BYTES then
     return nil, ff.err('invalid_input', 'frames')
   end
   return total, patches_base, document_version, mixed, large, total == 0 and 'both' or unproven, entries, bytes,
@@ -467,6 +500,14 @@ local function write_document(summary_key, args, at)
     'last_updated_ms', stored[2], 'first_applied_ms', stored[3], 'cursor', stored[4], 'patch_kind', patch_kind)
 end
 
+-- Replaces the summary by a document that does not follow what is stored; `at` is the place of its version, and `id` is
+-- the id of the newest frame.
+local function write_renewal(summary_key, args, at, id, now, first_applied)
+  redis.call('DEL', summary_key)
+  redis.call('HSET', summary_key, 'document', args[at + 1], 'document_version', args[at], 'version', args[at],
+    'last_updated_ms', now, 'first_applied_ms', first_applied or now, 'cursor', id, 'patch_kind', args[at + 2])
+end
+
 -- Applies the one value of any other block.
 local function write_value(letter, value, meta_key, log_key, live_key)
   local call = redis.call
@@ -495,7 +536,14 @@ local function write_blocks(
   while at <= last do
     local letter = args[at]
     local frames_in = FRAMES_IN[letter]
-    if frames_in then
+    if letter == LOST then
+      local count = args[at + 1] + 0
+      local visible = call('HGET', meta_key, 'visible_sequence') or format('%d', sequence + skip)
+      sequence = sequence + count
+      id = format('%s-%d', ms, sequence)
+      call('XADD', log_key, id, 'lost', format('%d', count - skip), 'prev', visible)
+      skip, ms, at = 0, later_ms, at + 2
+    elseif frames_in then
       local count, from, first_field, last_field = args[at + 1], at + 2, at + 3, nil
       count = count == '1' and 1 or count + 0
       if HAS_FIELDS[letter] then
@@ -539,6 +587,9 @@ local function write_blocks(
       ms = later_ms
     elseif letter == DOCUMENT then
       write_document(summary_key, args, at + 1)
+      at = at + 4
+    elseif letter == RENEWAL then
+      write_renewal(summary_key, args, at + 1, id, now, first_applied)
       at = at + 4
     else
       write_value(letter, args[at + 1], meta_key, log_key, live_key)
@@ -610,13 +661,26 @@ local function append_part(
     return lease, 0, #push
   end
 
-  local pushed_ms
+  local pushed_ms, replayed_ms
   if args[first] == PUSHED_MS and first < last then
     pushed_ms = args[first + 1]
     first = first + 2
     if not may_be_pushed(pushed_ms, now) or args[first] == PATCHES or FRAMES_IN[args[first]] ~= 'live' then
       return ff.err('invalid_input', 'pushed_ms')
     end
+  elseif args[first] == REPLAYED_MS and first + 1 < last then
+    pushed_ms, replayed_ms = args[first + 1], args[first + 2]
+    first = first + 3
+    if
+      not may_be_pushed(pushed_ms, now) or not may_be_pushed(replayed_ms, now) or replayed_ms < pushed_ms
+      or not FRAMES_IN[args[first]]
+    then
+      return ff.err('invalid_input', 'replayed_ms')
+    end
+  end
+  -- A push says one time for its frames, and has none of a loss.
+  if (replayed_ms or args[first] == LOST) and push ~= ' ' then
+    return ff.err('invalid_input', 'push')
   end
   local lone = lone_entry(args, first, last)
   local total, patches_base, document_version, mixed, large, unproven, entries, bytes, about_meta
@@ -678,7 +742,7 @@ local function append_part(
     local version = tonumber(summary[1] or 0)
     -- Patches that an overlap leaves out are in the stored version already.
     local expected = patches_base and patches_base + skipped or document_version
-    if version ~= expected then
+    if version ~= expected and expected ~= RENEWAL then
       return ff.err('summary_conflict', ff.text(version), ff.text(expected))
     end
     first_applied = summary[2]
@@ -688,7 +752,8 @@ local function append_part(
   local later_ms = ms
   if pushed_ms then
     ms = pushed_ms > ms and pushed_ms or ms
-    later_ms = now > ms and now or ms
+    later_ms = replayed_ms or now
+    later_ms = later_ms > ms and later_ms or ms
   elseif now > ms then
     ms, later_ms = now, now
   end

@@ -1,7 +1,7 @@
 -- Calls that release the lease. Each saves its answer under the lease, and answers a repeat with it.
 --
--- Those that say that the attempt went well, or goes on, carry `last_id`: the last frame that the caller knows to be
--- stored, '' for none. A stream that has lost it, as after a failover, is refused with sequence_gap.
+-- They carry `last_id`: the last frame that the caller knows to be stored, '' for none. A stream that has lost it, as
+-- after a failover, is refused with sequence_gap.
 
 -- ff_complete_execution
 --   keys:    core
@@ -65,13 +65,14 @@ end
 
 -- ff_fail_execution
 --   keys:    core
---   args:    attempt_index lease_id lease_epoch message failure_class detail
+--   args:    attempt_index lease_id lease_epoch last_id message failure_class detail
 --   returns: kind outcome delay_until_ms (lane_id required_capabilities eligible_score)...
---   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired
+--   errors:  execution_not_found stale_owner state_lost suspended execution_not_active lease_expired sequence_gap
+--            invalid_input
 redis.register_function('ff_fail_execution', function(keys, args)
   local core_key = keys[1]
-  local attempt_index, lease_id, lease_epoch, message, failure_class, detail = unpack(args, 1, 6)
-  local execution, reply = ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, 'failed')
+  local attempt_index, lease_id, lease_epoch, last_id, message, failure_class, detail = unpack(args, 1, 7)
+  local execution, reply = ff.load_releasable(core_key, attempt_index, lease_id, lease_epoch, 'failed', last_id)
   if not execution then
     return reply
   end

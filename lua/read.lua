@@ -36,7 +36,7 @@ local function read_between(stream_key, after, to, page_size, count, max_bytes, 
       local fields, ours, mode, held, size = entry[2], false, false, 1, 0
       for i = 1, #fields, 2 do
         local name, value = fields[i], fields[i + 1]
-        if name == 'payload' or name == 'end' then
+        if name == 'payload' or name == 'end' or name == 'lost' then
           ours = true
         elseif name == 'run' then
           held = ff.run_count(value)

@@ -619,17 +619,19 @@ local function neighbour(entries)
       local name = entry[2][i]
       if name == 'run' then
         frames = ff.run_count(entry[2][i + 1])
+      elseif name == 'lost' then
+        frames = ff.integer(entry[2][i + 1]) or 1
       end
-      if name == 'payload' or name == 'run' or name == 'end' then
+      if name == 'payload' or name == 'run' or name == 'end' or name == 'lost' then
         local ms, last = ff.split_id(entry[1])
-        return { id = entry[1], ms = ms, first = last - frames + 1, last = last }
+        return { id = entry[1], ms = ms, first = last - frames + 1, last = last, lost = name == 'lost' }
       end
     end
   end
 end
 
 -- Looks for the frame with the id `cursor` in an attempt that began at `created_at`. Returns '' where it is stored, or
--- was and has left, or would stand before the next frame. Else the stream is not the one in which the cursor was taken:
+-- was and has left, or is one of those that a loss stands for, or would stand before the next frame. Else the stream is not the one in which the cursor was taken:
 -- returns the id of the last frame before that place, or '0-0' where ids say nothing about their order.
 function ff.other_place(log_key, live_key, cursor, created_at)
   local call = redis.call
@@ -643,6 +645,10 @@ function ff.other_place(log_key, live_key, cursor, created_at)
   for _, key in ipairs({ log_key, live_key }) do
     local following = neighbour(call('XRANGE', key, cursor, '+', 'COUNT', NEIGHBOURS))
     if following and following.ms == ms and following.first <= sequence + 1 then
+      return ''
+    end
+    -- A loss stands for frames of earlier times than its own.
+    if following and following.lost and following.first <= sequence + 1 and following.last >= sequence then
       return ''
     end
     other = other or (following and following.first <= sequence)

@@ -13,7 +13,7 @@ from ff_fast.types import StreamMode
 
 PUSH_BYTES = 8192
 PUSH_FRAMES = 256
-LETTERS_AFTER_FRAMES = {b"T": 1, b"P": 1, b"K": 1, b"E": 1, b"H": 1, b"C": 3}
+LETTERS_AFTER_FRAMES = {b"T": 1, b"P": 1, b"K": 1, b"E": 1, b"H": 1, b"C": 3, b"N": 3}
 # What a field that is left out stands for.
 RUN_BYTES = 65_536
 USUAL = {b"frame_type": b"token", b"encoding": b"utf8", b"source": b"worker"}
@@ -154,6 +154,10 @@ class Request:
     push: list["Pushed"] | None = None
     # The ms under which the first frames were pushed before; None where they were not.
     pushed_ms: int | None = None
+    # The ms of the first frames and of the others on a server that was lost.
+    replayed_ms: tuple[int, int] | None = None
+    # How many frames are lost.
+    lost: int = 0
     first_block_frames: int = 0
     # For each block of frames, its values as they stand in the request.
     values: list[list[bytes]] = field(default_factory=list)
@@ -161,9 +165,9 @@ class Request:
     @property
     def key_names(self) -> tuple[str, ...]:
         """The keys that the blocks need."""
-        if self.letters & {b"S", b"C"}:
+        if self.letters & {b"S", b"C", b"N"}:
             return "head", "log", "live", "summary"
-        log, live = self.letters & {b"L", b"X", b"K"}, self.letters & {b"V", b"W", b"T", b"P"}
+        log, live = self.letters & {b"L", b"X", b"K", b"G"}, self.letters & {b"V", b"W", b"T", b"P"}
         if log and live:
             return "head", "log", "live"
         return ("head", "live") if live else ("head", "log")
@@ -286,6 +290,18 @@ def parse(argv: list[bytes]) -> Request:
         request.pushed_ms = int(argv[at + 1])
         at += 2
         assert argv[at] in (b"V", b"W")
+    elif argv[at : at + 1] == [b"R"]:
+        request.replayed_ms = int(argv[at + 1]), int(argv[at + 2])
+        at += 3
+        assert push == b" "
+    if argv[at : at + 1] == [b"G"]:
+        assert request.replayed_ms
+        request.lost = request.first_block_frames = int(argv[at + 1])
+        request.letters.add(b"G")
+        at += 2
+        for _ in range(request.lost):
+            sequence += 1
+            request.frames.append(Stored(sequence, b"lost", {}, b"", None, None))
     while at < len(argv):
         letter = argv[at]
         request.letters.add(letter)
@@ -316,7 +332,8 @@ def parse(argv: list[bytes]) -> Request:
         previous = fields.pop(b"prev", None)
         version = fields.pop(b"summary_version", None)
         mode = fields.pop(b"mode", None)
-        if letter == b"S":
+        if letter == b"S" or (letter == b"W" and mode):
+            # A patch behind a loss is a frame, and no part of the summary that was lost.
             assert mode == b"summary"
             assert version is not None
         else:
@@ -358,7 +375,8 @@ def parse(argv: list[bytes]) -> Request:
             request.patches.append((argv[at], value, count, int(argv[at + 1])))
             request.frame_arguments += argv[at : at + 2]
             at += 2
-    assert b"%d" % len(request.key_names) == head[-1:]
+    # What has lost its part in the summary may name its key still.
+    assert b"%d" % len(request.key_names) in ({head[-1:], b"2", b"3"} if head[-1:] == b"4" else {head[-1:]})
     if push:
         body = push[1:]
         if push[:1] == b"+":
@@ -418,10 +436,14 @@ class Server:
         self.applied = 0
         # What was published of a frame, by its sequence: ms and payload, as often as it was.
         self.published: dict[int, list[tuple[int, bytes]]] = {}
+        # The number of the opening of its writer; 0 where no writer is open.
+        self.opening = 1
 
     def append(self, argv: list[bytes]) -> bytes | list[object]:
         """The reply to one append: a position, or a refusal."""
         self.now_ms += 1
+        if not self.opening:
+            return [0, b"writer_superseded", b"0"]
         request = parse(argv)
         first, total = request.first_sequence, len(request.frames)
         expected = len(self.frames) + 1
@@ -433,7 +455,18 @@ class Server:
             return self.position(last)
         assert skip == 0, "a batch that overlaps what is stored is not one that was sent before"
         compaction = request.tail.get(b"C")
+        renewal = request.tail.get(b"N")
         version = self.version
+        if renewal:
+            assert not (request.patches or compaction)
+            version = int(renewal[0])
+            compaction = renewal
+            self.summary = {
+                b"version": renewal[0],
+                b"last_updated_ms": b"%d" % self.now_ms,
+                b"first_applied_ms": b"%d" % self.now_ms,
+                b"cursor": b"0-0",
+            }
         for name, value, count, base in request.patches:
             if base != version:
                 return [0, b"summary_conflict", b"%d" % version, b"%d" % base]
@@ -461,17 +494,19 @@ class Server:
             self.estimator = request.tail[b"E"][0]
         if b"H" in request.tail:
             (told,) = request.tail[b"H"]
-            assert told != (b"" if self.told_visible is None else b"%d" % self.told_visible)
+            known = b"" if self.told_visible is None else b"%d" % self.told_visible
+            assert told != known or request.lost or request.replayed_ms
             self.told_visible = int(told) if told else None
         self.frames += request.frames
         visible = [frame.sequence for frame in self.frames if frame.mode != b"best_effort"]
         self.check_told((visible or [0])[-1])
         ms = max(self.now_ms, self.id_ms[-1])
-        if request.pushed_ms is not None:
+        fixed = request.replayed_ms or (request.pushed_ms, ms)
+        if fixed[0] is not None:
             group = request.first_block_frames
-            self.id_ms += [max(request.pushed_ms, self.id_ms[-1])] * group
+            self.id_ms += [max(fixed[0], self.id_ms[-1])] * group
             total -= group
-            ms = max(ms, self.id_ms[-1])
+            ms = max(fixed[1], self.id_ms[-1])
         self.id_ms += [ms] * total
         self.applied += 1
         if request.push:
@@ -483,9 +518,11 @@ class Server:
         for sequence, payload in enumerate(payloads, last - len(payloads) + 1):
             self.published.setdefault(sequence, []).append((ms, payload))
 
-    def push(self, argv: list[bytes]) -> bytes:
+    def push(self, argv: list[bytes]) -> bytes | list[object]:
         """The answer to a part that stores nothing."""
         self.now_ms += 1
+        if not self.opening:
+            return [0, b"writer_superseded", b"0"]
         _, _, message = argv
         kind, (ms, last), body = split_push(message)
         assert kind == b"f"
@@ -505,15 +542,21 @@ class Server:
 
     def check_told(self, visible: int) -> None:
         """Meta tells the last visible frame: by a field of its own where it is not the last one."""
-        assert self.told_visible == (None if visible == len(self.frames) else visible)
+        assert self.told_visible in ((None, visible) if visible == len(self.frames) else (visible,))
 
     def check_visible_chain(self) -> None:
         """Every visible frame names the visible frame before it, where that is not its neighbour."""
         visible = 0
+        lost = False
         for frame in self.frames:
             if frame.mode == b"best_effort":
                 assert frame.previous is None
                 continue
+            if frame.mode == b"lost":
+                visible, lost = frame.sequence, True
+                continue
             named = frame.sequence - 1 if frame.previous is None else frame.previous
-            assert named == visible, f"frame {frame.sequence} names {named} and not {visible}"
-            visible = frame.sequence
+            assert named == visible or (lost and named < visible), (
+                f"frame {frame.sequence} names {named} and not {visible}"
+            )
+            visible, lost = frame.sequence, False

@@ -192,13 +192,14 @@ class Shell:
         return _Awaited(await asyncio.to_thread(ff_fast.ValkeyBackend.connect, target))
 
 
-def config(url, *, timeout=None, retries=None, factor=None, base=None):
+def config(url, *, timeout=None, retries=None, factor=None, base=None, **kept):
     """The configuration of *url* with other limits."""
     given = BackendConfig.from_url(url)
     return BackendConfig(
         given.connection,
         timeouts=BackendTimeouts(request=timeout),
         retry=BackendRetry(number_of_retries=retries, factor=factor, exponent_base=base),
+        **kept,
     )
 
 

@@ -403,6 +403,11 @@ class Nodes:
         self._forgetting: asyncio.TimerHandle | None = None
         self._replicas = config.read_from == "replica" and self.topology is not None
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the connections are closed for good."""
+        return self._stopped
+
     # -- which nodes there are ---------------------------------------------------------------------------------------
 
     def all(self) -> list[Node]:

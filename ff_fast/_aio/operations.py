@@ -20,7 +20,7 @@ from ff_fast._aio.writers import Senders, Writer
 from ff_fast._core import claiming, operations
 from ff_fast._core.binding import HANDLER, H, R, S, bind, dressed
 from ff_fast._core.leases import KeptLeases
-from ff_fast._core.writer import FrameWriters, flush_to
+from ff_fast._core.writer import FrameWriters, flush_to, settle
 from ff_fast.errors import FFError, WriterClosed
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Operations(Pool):
         if writer is not None and not writer._idle:
             # An error of the writer is its own; what it means for the lease, the call says.
             with contextlib.suppress(FFError):
-                await writer.flush(self._timeout_s)
+                await writer._wait(settle(writer, self._timeout_s))
         value = await self._run(call, until=until)
         self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value

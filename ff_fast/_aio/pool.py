@@ -48,7 +48,9 @@ class Pool:
         self._credentials = (
             None if provider is None else Credentials(provider, self._timeout_s, self._spawn)
         )
-        self._deployment = Deployment(config.partitions, config.max_payload_bytes)
+        self._deployment = Deployment(
+            config.partitions, config.max_payload_bytes, config.replay_ms, config.replay_bytes
+        )
         opened = None if self._credentials is None else self._credentials.opened_by
         self._nodes = Nodes(config, self._deployment, self._spawn, opened)
         self._hub = self._make_hub()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ff_fast import _transport
 from ff_fast._aio.connection import BROKEN, LOST
-from ff_fast._core import durability
+from ff_fast._core.durability import ASKS, Question
 from ff_fast.errors import FFError, OutcomeUnknown, ProtocolError
 
 if TYPE_CHECKING:
@@ -76,20 +76,21 @@ class Witness:
             self._nodes.failed(self._node, failure)
             asked, self._asks = self._asks, deque()
             self._busy = False
-            _end(asked, failure)
+            for each in asked:
+                each.end(copy.copy(failure))
             if failure is not error:
                 raise
         else:
             self._put(connection)
 
     def _put(self, connection: Connection) -> None:
-        asked = [self._asks.popleft() for _ in range(min(len(self._asks), durability.ASKS))]
+        asked = [self._asks.popleft() for _ in range(min(len(self._asks), ASKS))]
         if not asked:
             # Whoever has asked is gone.
             self._busy = False
             self._node.release(connection)
             return
-        _Question(self, connection, asked).send(self._level, self._nodes.timeout_s)
+        _Put(self, connection, Question(self._level, asked)).send(self._nodes.timeout_s)
 
     def _answered(
         self, connection: Connection, replies: list[object], failure: FFError | None
@@ -101,20 +102,20 @@ class Witness:
         self._go_on()
 
 
-class _Question:
-    """One step; as a function it receives the replies."""
+class _Put:
+    """A question on its way; as a function it receives the replies."""
 
-    def __init__(self, witness: Witness, connection: Connection, asked: list[Ask]) -> None:
+    def __init__(self, witness: Witness, connection: Connection, question: Question) -> None:
         self._witness = witness
         self._connection = connection
-        self._asked = asked
-        self._replies: list[object] = []
+        self._question = question
         self._missing = 0
+        self._refusals: list[object] = []
+        self._wanted = True
         self._failure: FFError | None = None
 
-    def send(self, level: Durability, timeout_s: float) -> None:
-        self._steps = durability.ask(level, self._asked)
-        step = next(self._steps)
+    def send(self, timeout_s: float) -> None:
+        step = self._question.step
         self._missing = len(step.commands)
         # A server that has fallen silent.
         late = _transport.wait_s(timeout_s, step)
@@ -128,27 +129,24 @@ class _Question:
         """Receive one reply."""
         self._missing -= 1
         if reply is LOST or reply is BROKEN:
-            self._failure = ProtocolError() if reply is BROKEN else OutcomeUnknown()
-        self._replies.append(reply)
+            if self._wanted:
+                self._failure = ProtocolError() if reply is BROKEN else OutcomeUnknown()
+        elif self._failure is None:
+            if isinstance(reply, Exception):
+                self._refusals.append(reply)
+            self._wanted = self._question.take(reply)
+            if not self._wanted and self._missing:
+                # Nobody waits for the server's wait, which would keep the next question waiting.
+                self._connection.abort()
+                return
         if self._missing == 0:
             self._finish(self._failure)
 
     def _finish(self, failure: FFError | None) -> None:
         self._timer.cancel()
-        try:
-            if failure is None:
-                self._steps.send(self._replies)
-        except StopIteration:
-            pass
-        except FFError as error:
-            failure = error
-        _end(self._asked, failure)
-        self._witness._answered(self._connection, self._replies, failure)
-
-
-def _end(asked: list[Ask] | deque[Ask], failure: FFError | None) -> None:
-    for each in asked:
-        each.end(None if failure is None else copy.copy(failure))
+        if failure is not None:
+            self._question.fail(failure)
+        self._witness._answered(self._connection, self._refusals, failure)
 
 
 def _notify(waiter: asyncio.Future[None]) -> None:

@@ -15,6 +15,7 @@ from ff_fast._aio.nodes import CALLS_IN_FLIGHT
 from ff_fast._core import durability
 from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
+from ff_fast._core.operations import Call
 from ff_fast._core.writer import SharedWriter, SlotHome, Wait
 from ff_fast._hot.writer import Outbox
 from ff_fast.errors import (
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from ff_fast._aio.nodes import Node, Nodes
     from ff_fast._aio.pool import Pool
     from ff_fast._core.durability import Ask, Level
-    from ff_fast._hot.writer import Call
+    from ff_fast._hot.writer import Call as AppendCall
     from ff_fast.types import BackendConfig
 
 P = ParamSpec("P")
@@ -83,6 +84,7 @@ class Sender(OnLoop):
         self._pump_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._hold_scheduled = False
+        self._let_go_scheduled = False
         node.shared.on_can_write = self._on_can_write
         node.shared.on_lost = self._on_lost
         if node.shared.connection is not None:
@@ -144,7 +146,16 @@ class Sender(OnLoop):
         if self._hold_scheduled:
             self._event_loop.call_later(hold_s, self._store_held)
 
-    def _on_answer(self, call: Call) -> None:
+    def _let_go(self) -> None:
+        """Let go of what was acknowledged some time ago, and come again for the rest."""
+        let_go_s = self.let_go_s()
+        self._let_go_scheduled = let_go_s > 0.0 and not self._shared.closing
+        if self._let_go_scheduled:
+            self._event_loop.call_later(let_go_s, self._let_go)
+
+    def _on_answer(self, call: AppendCall) -> None:
+        if self.keeps and not self._let_go_scheduled:
+            self._let_go()
         home = call.home
         assert isinstance(home, SlotHome)
         if call.error is not None:
@@ -163,6 +174,7 @@ class Sender(OnLoop):
             self._pump()
 
     def _on_lost(self) -> None:
+        self.doubt()
         self._wait(OutcomeUnknown())
 
 
@@ -178,7 +190,6 @@ class Senders:
         self._senders: dict[Node, Sender] = {}
         self._homes: dict[int | None, SlotHome] = {}
         self._loop = asyncio.get_running_loop()
-        self._closed = False
         self.writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         _process.watch_fork(self)
         _process.watch_exit(self)
@@ -214,19 +225,19 @@ class Senders:
 
         Writers that have something in flight may still be with a sender that the slot has left.
         """
-        if self._closed or home.waits:
+        if self._nodes.stopped or home.waits:
             return
         if home.outbox is not sender:
             sender.withdraw(home)
             return
-        home.hold()
         self.recover_soon(home, sender, error)
+        home.hold()
 
     def recover_soon(
         self, home: SlotHome, sender: Sender | None = None, error: FFError | None = None
     ) -> None:
         """Find the node of a slot, and let it have the writers; *error* is what *sender* has met."""
-        if self._closed:
+        if self._nodes.stopped:
             return
         home.recovering = True
         _ = self._nodes.spawn(self._recover(home, sender, error))
@@ -277,7 +288,6 @@ class Senders:
 
     def stop(self) -> None:
         """Fail every writer, since the backend is closed."""
-        self._closed = True
         for writer in list(self.writers):
             writer._fail(WriterClosed())
         for outbox in (*self._senders.values(), *(home.waiting for home in self._homes.values())):
@@ -331,6 +341,17 @@ class Writer(SharedWriter):
         super().__init__(state, senders.home(keys.key_slot(state.attempt.stream_keys[0])))
         senders.writers.add(self)
 
+    def _on_lost_opening(self) -> None:
+        if not self._reopening:
+            self._reopening = True
+            _ = self._pool._spawn(self._reopen())
+
+    async def _reopen(self) -> None:
+        try:
+            await self._pool._run(Call(self._open_again))
+        except FFError as error:
+            self._fail(error)
+
     def _on_linger(self) -> None:
         self._pool._check_thread()
         self._senders.linger(self)
@@ -354,10 +375,10 @@ class Writer(SharedWriter):
 
     async def _reach(self, level: Level, deadline: float | None) -> None:
         """Wait until what is stored has reached *level*."""
-        ask = self._ask(level, deadline)
+        ask = self._question(level, deadline)
         while True:
             await self._witness(ask)
-            if not self._asked(ask, deadline):
+            if not self._asks_again(ask, deadline):
                 return
             if ask.failure is not None:
                 await asyncio.sleep(durability.AGAIN_S)

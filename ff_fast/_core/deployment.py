@@ -54,7 +54,11 @@ class Deployment:
     )  # fmt: skip
 
     def __init__(
-        self, partitions: int | None = None, max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
+        self,
+        partitions: int | None = None,
+        max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT,
+        replay_ms: int = 0,
+        replay_bytes: int = 0,
     ) -> None:
         self._configured = partitions
         self._known = False
@@ -64,7 +68,7 @@ class Deployment:
         self._offers: dict[tuple[str, tuple[str, ...]], Offer] = {}
         self.partitions = keys.DEFAULT_PARTITIONS if partitions is None else partitions
         self.max_payload_bytes = max_payload_bytes
-        self.places = Places()
+        self.places = Places(replay_ms, replay_bytes)
 
     def offer(self, lane: str, tokens: tuple[str, ...]) -> Offer:
         """Return what workers with these capabilities know of a lane."""

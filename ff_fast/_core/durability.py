@@ -8,6 +8,7 @@ Nothing is concluded from an answer of another connection or of an earlier quest
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +31,7 @@ from ff_fast.types import Durability, seconds
 from ff_fast.types.stream import MAX_REPLICAS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Sequence
     from datetime import timedelta
 
     from ff_fast._core.steps import Steps
@@ -139,7 +140,7 @@ class Ask:
         wake: Called when the question has ended.
     """
 
-    __slots__ = ("evidence", "failure", "level", "reached", "seen", "until", "wake")
+    __slots__ = ("evidence", "failure", "level", "open", "reached", "seen", "until", "wake")
 
     def __init__(self, evidence: Evidence, level: Level, until: float) -> None:
         self.evidence = evidence
@@ -148,6 +149,7 @@ class Ask:
         self.reached: Durability | None = None
         self.seen = Durability.stored()
         self.failure: FFError | None = None
+        self.open = False
         self.wake: Callable[[], None] = _nobody
 
     @property
@@ -160,14 +162,14 @@ class Ask:
         return self.until - time.monotonic()
 
     def begin(self) -> None:
-        """Forget how the question has ended before."""
-        self.failure = None
+        """Note that the question is put, for the first time or again."""
+        self.failure, self.open = None, True
 
     def end(self, failure: FFError | None = None) -> None:
-        """Note that the question has ended; *failure* is that of the whole step."""
-        if failure is not None:
-            self.failure = failure
-        self.wake()
+        """Note that the question has ended, with the *failure* that it has met."""
+        if self.open:
+            self.failure, self.open = failure, False
+            self.wake()
 
     def again(self) -> bool:
         """Return whether to ask again, given how the question has ended.
@@ -184,17 +186,6 @@ class Ask:
         if self.left() > 0:
             return True
         raise NotReplicated(replicas=self.seen.replicas, synced=self.seen.on_disk) from None
-
-    def take(self, reply: object, seen: Durability) -> None:
-        """Take the reply to the evidence, and the level of what was written before."""
-        try:
-            self.evidence.check(reply)
-        except FFError as error:
-            self.failure = error
-            return
-        self.seen = seen
-        if seen.covers(self.level.durability):
-            self.reached = seen
 
 
 def _nobody() -> None:
@@ -236,18 +227,55 @@ def _refusal(text: str) -> FFError:
     return error
 
 
-def ask(durability: Durability, asks: Sequence[Ask]) -> Generator[Step, list[object], None]:
-    """Put the questions of one level to the server that has the slots of all."""
-    wait_s = min(max(0.001, *(each.left() for each in asks)), _LONGEST_S)
-    evidence = [each.evidence.command for each in asks]
-    question = _question(durability, asks[0].evidence.slot_tag, wait_s)
-    replies = yield Step((*evidence, *question), block_s=wait_s, alone=True)
-    mark, waited = replies[-2:]
-    if isinstance(mark, Exception):
-        raise from_server_error(str(mark))
-    seen = _answer(durability, waited)
-    for each, reply in zip(asks, replies, strict=False):
-        each.take(reply, seen)
+class Question:
+    """What is put to the server that has the slots of several who ask for one level.
+
+    Attributes:
+        step: The step, which goes out alone.
+    """
+
+    __slots__ = ("_asks", "_level", "_taken", "step")
+
+    def __init__(self, level: Durability, asks: Sequence[Ask]) -> None:
+        self._level = level
+        self._asks = asks
+        self._taken = 0
+        wait_s = min(max(0.001, *(each.left() for each in asks)), _LONGEST_S)
+        evidence = [each.evidence.command for each in asks]
+        question = _question(level, asks[0].evidence.slot_tag, wait_s)
+        self.step = Step((*evidence, *question), block_s=wait_s, alone=True)
+
+    def take(self, reply: object) -> bool:
+        """Take the next reply; return whether anybody waits for more of them."""
+        taken, self._taken = self._taken, self._taken + 1
+        try:
+            if taken < len(self._asks):
+                try:
+                    self._asks[taken].evidence.check(reply)
+                except FFError as error:
+                    self._asks[taken].end(error)
+            elif taken == len(self._asks):
+                if isinstance(reply, Exception):
+                    raise from_server_error(str(reply))
+            else:
+                self._seen(_answer(self._level, reply))
+        except FFError as error:
+            self.fail(error)
+        return any(each.open for each in self._asks)
+
+    def fail(self, error: FFError) -> None:
+        """Take an error that has met all who wait."""
+        for each in self._asks:
+            if each.open:
+                each.end(copy.copy(error))
+
+    def _seen(self, seen: Durability) -> None:
+        for each in self._asks:
+            if each.open:
+                each.seen = seen
+                if seen.covers(each.level.durability):
+                    each.reached = seen
+                each.end()
 
 
 def reach(evidence: Evidence, level: Level, until: float) -> Steps[Durability]:
@@ -259,7 +287,9 @@ def reach(evidence: Evidence, level: Level, until: float) -> Steps[Durability]:
     asked = Ask(evidence, level, until)
     while True:
         asked.begin()
-        yield from ask(level.durability, (asked,))
+        question = Question(level.durability, (asked,))
+        for reply in (yield question.step):
+            question.take(reply)
         if not asked.again():
             assert asked.reached is not None
             return asked.reached

@@ -58,6 +58,7 @@ def learn(topology: Topology, replies: list[object], asked: Address) -> None:
     Raises:
         NotACluster: The server is none of a cluster.
         ProtocolError: The reply is not understood.
+        Unavailable: The server knows of no slots.
         FFError: The server refused.
     """
     (reply,) = replies
@@ -67,6 +68,9 @@ def learn(topology: Topology, replies: list[object], asked: Address) -> None:
             error.host, error.port = asked
             raise error
         raise from_server_error(str(reply))
+    if not reply:
+        # It has left the cluster, or has not joined it yet.
+        raise no_owner()
     topology.learn(reply, asked)
 
 

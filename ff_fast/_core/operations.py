@@ -130,6 +130,9 @@ class StopEvent(Protocol):
         """Return whether to stop."""
 
 
+_REPLAYS = 3
+"""How often a call that releases a lease stores lost frames again before it gives up."""
+
 # -- checks and calls that several operations share -----------------------------------------------------------------
 
 
@@ -151,29 +154,45 @@ def _releasing(
     last_sequence: int | None = None,
     releases: Callable[[T], bool] = lambda value: True,
     reach: Reach | None = None,
+    fails: bool = False,
 ) -> Call[T]:
     """Return a call that releases a lease, unless its result says otherwise.
 
     *steps* gets the id of the last frame that is known to be stored, by this backend's writers or, with
-    *last_sequence*, by the caller. It is looked up when the call is sent, as a writer may be closed until then. Then the
-    call reaches the level of *reach*.
+    *last_sequence*, by the caller. It is looked up when the call is sent, as a writer may be closed until then. What the
+    server has lost of this backend's frames is stored again before. With *fails* the lease is released whatever is lost,
+    since the attempt ends without success. Then the call reaches the level of *reach*.
     """
     lease_id = attempt.fields.lease_id
 
     def releasing() -> Steps[T]:
-        last_id = on.places.last_id(lease_id, last_sequence)
-        try:
-            value = yield from steps(last_id)
-        except FFError as error:
-            if is_lease_lost(error):
-                on.places.forget(lease_id)
-            elif isinstance(error, SequenceGap):
-                on.places.tell(lease_id)
-            raise
+        place = on.places.find(lease_id)
+        last_id = None
+        # A server that is replaced meanwhile may lack frames again.
+        left = _REPLAYS
+        while True:
+            if place is not None and not fails:
+                place.tell_losses()
+            sent = on.places.last_id(lease_id, last_sequence) if last_id is None else last_id
+            try:
+                value = yield from steps(sent)
+                break
+            except SequenceGap:
+                left -= 1
+                if left and place is not None and (yield from writers.stored_again(attempt, place)):
+                    continue
+                if not fails:
+                    on.places.tell(lease_id)
+                    raise
+                last_id = b""
+            except FFError as error:
+                if is_lease_lost(error):
+                    on.places.forget(lease_id)
+                raise
         on.places.confirm(lease_id)
         try:
             if reach is not None:
-                yield from reach.steps(last_id)
+                yield from reach.steps(sent)
         except NotReplicated:
             if releases(value):
                 on.places.forget(lease_id)
@@ -474,6 +493,8 @@ def complete(
 
     Raises:
         NotReplicated: *durability* was not confirmed in time. The call is applied; repeating it asks again.
+        FramesLost: The server has lost frames in a failover that this backend does not keep any more. Nothing was
+            completed; call again to complete without them.
         SequenceGap: The stream is shorter than that, or ends with another frame, as after a failover.
         LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
             gone.
@@ -526,17 +547,19 @@ def fail(
     """
     attempt = _attempt(handle)
     why = FailureReason(message=reason) if isinstance(reason, str) else reason
-    op = ops.fail_execution(
-        attempt,
-        _checked("reason", why, FailureReason),
-        _checked("failure_class", failure_class, FailureClass),
-    )
+    _checked("reason", why, FailureReason)
+    _checked("failure_class", failure_class, FailureClass)
     partition = keys.partition_index(attempt.execution_id)
+
+    def fail_with(last_id: bytes) -> ops.Op[tuple[FailOutcome, ops.Hints]]:
+        return ops.fail_execution(attempt, why, failure_class, last_id)
+
     return _releasing(
         on,
         attempt,
-        lambda last_id: ready.with_hints(op, partition),
-        reach=Reach(lambda last_id: op, durability, durability_timeout),
+        lambda last_id: ready.with_hints(fail_with(last_id), partition),
+        fails=True,
+        reach=Reach(fail_with, durability, durability_timeout),
     )
 
 

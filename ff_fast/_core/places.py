@@ -1,8 +1,20 @@
-"""What a backend knows to be stored: the newest acknowledged frame of each lease under which it writes."""
+"""What a backend knows to be stored: the newest acknowledged frame of each lease under which it writes.
+
+What was acknowledged a moment ago is held with it, so that a server which has lost it in a failover gets it again from
+whatever the backend does next under the lease: from the writer, from the next writer, or from the call that releases the
+lease.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
+
+from ff_fast._hot.writer import Held
+from ff_fast.errors import FramesLost
+
+if TYPE_CHECKING:
+    from ff_fast._hot.writer import WriterCore
 
 MAX_PLACES = 16_384
 """Leases that a backend remembers at most; for one that was forgotten, an end is sent without the last frame."""
@@ -16,15 +28,42 @@ class Place:
         checked: Sequence up to which the server has confirmed its streams by releasing the lease.
         told: A caller got ``SequenceGap``: frames up to this one are lost. A writer that is opened then goes on from
             what is stored.
+        held: What was acknowledged a moment ago; None where nothing is kept.
     """
 
-    __slots__ = ("checked", "ms", "sequence", "told")
+    __slots__ = ("_lost", "checked", "held", "ms", "sequence", "told")
 
-    def __init__(self) -> None:
+    def __init__(self, held: Held | None = None) -> None:
         self.ms = 0
         self.sequence = 0
         self.checked = 0
         self.told = False
+        self.held = held
+        # First and last of the lost frames that the stream tells of, and no caller was told of.
+        self._lost: tuple[int, int] | None = None
+
+    @property
+    def writer(self) -> WriterCore | None:
+        """The newest writer of the lease; None where it is gone, or nothing is kept."""
+        if self.held is None or self.held.owner is None:
+            return None
+        return self.held.owner()
+
+    def lose(self, first: int, last: int) -> None:
+        """Note that frames are lost, which the stream tells its readers."""
+        if self._lost is not None:
+            first, last = min(first, self._lost[0]), max(last, self._lost[1])
+        self._lost = first, last
+
+    def tell_losses(self) -> None:
+        """Tell the caller of lost frames, once.
+
+        Raises:
+            FramesLost: There are any that no caller was told of.
+        """
+        lost, self._lost = self._lost, None
+        if lost is not None:
+            raise FramesLost(*lost)
 
     def opened(self, ms: int, sequence: int) -> None:
         """Note the last frame that the server has named to a new writer. An earlier one is a loss, unless it was told."""
@@ -38,23 +77,33 @@ class Place:
 class Places:
     """The place of each lease, from the opening of its first writer until the lease is released or lost."""
 
-    __slots__ = ("_places",)
+    __slots__ = ("_places", "_replay_bytes", "_replay_ms")
 
-    def __init__(self) -> None:
+    def __init__(self, replay_ms: int = 0, replay_bytes: int = 0) -> None:
         # Single calls in C change it, so threads need no lock.
         self._places: dict[str, Place] = {}
+        self._replay_ms = replay_ms
+        self._replay_bytes = replay_bytes
 
     def __len__(self) -> int:
         return len(self._places)
 
     def open(self, lease_id: str) -> Place:
         """Return the place of a lease that a writer is opened under."""
-        place = self._places.setdefault(lease_id, Place())
+        place = self._places.get(lease_id)
+        if place is None:
+            keeps = self._replay_ms and self._replay_bytes
+            held = Held(self._replay_ms, self._replay_bytes) if keeps else None
+            place = self._places.setdefault(lease_id, Place(held))
         if len(self._places) > MAX_PLACES:
             # Another thread may change it meanwhile, and forgets the oldest then.
             with contextlib.suppress(RuntimeError):
                 self._places.pop(next(iter(self._places)), None)
         return place
+
+    def find(self, lease_id: str) -> Place | None:
+        """Return the place of a lease; None where nothing was written under it."""
+        return self._places.get(lease_id)
 
     def last_id(self, lease_id: str, last_sequence: int | None = None) -> bytes:
         """Return the id of the newest frame that is known under a lease, as calls that release it take it.
@@ -83,4 +132,6 @@ class Places:
 
     def forget(self, lease_id: str) -> None:
         """Forget a lease that is gone."""
-        self._places.pop(lease_id, None)
+        place = self._places.pop(lease_id, None)
+        if place is not None and place.held is not None:
+            place.held.clear()

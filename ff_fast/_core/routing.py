@@ -222,7 +222,10 @@ class Routing:
             return
         self.in_doubt = True
         error = named(error, send.address)
-        if error.outcome is Outcome.NOT_APPLIED and error.retryable:
+        if self._step.partial:
+            for index in send.indexes:
+                self._replies[index] = error
+        elif error.outcome is Outcome.NOT_APPLIED and error.retryable:
             for index in send.indexes:
                 self._replies[index] = error
             self._again.extend(send.indexes)
@@ -260,7 +263,7 @@ class Routing:
             FFError: Replies have not come.
         """
         failure = self._failure
-        if failure is None:
+        if failure is None and not self._step.partial:
             failure = next((each for each in self._replies if isinstance(each, FFError)), None)
         if failure is None:
             return self._replies

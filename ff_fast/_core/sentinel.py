@@ -9,11 +9,16 @@ from ff_fast._core.steps import DEFAULT_REQUEST_TIMEOUT_S, Command, Step
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
     AuthenticationFailed,
+    DeadlineExceeded,
     FFError,
     InvalidInput,
     NotPrimary,
+    OutcomeUnknown,
+    PermissionDenied,
     PrimaryNotFound,
     TlsFailed,
+    Unavailable,
+    from_server_error,
 )
 from ff_fast.types import BackendTimeouts, ValkeyConnection
 
@@ -28,6 +33,7 @@ _SERVICES = 256
 """Services of which is remembered which sentinel to ask first."""
 
 _LEAST_S = 0.05
+_NO_ANSWER = (Unavailable, DeadlineExceeded, OutcomeUnknown)
 
 _UNUSABLE = {"s_down", "o_down", "disconnected", "master_down"}
 """Flags of a replica that is not to be read from."""
@@ -120,6 +126,9 @@ class Search:
 
     def answered(self, reply: object) -> None:
         """Take the sentinel's answer; one that does not know the service is passed over."""
+        if isinstance(reply, Exception):
+            self.failed(from_server_error(str(reply)))
+            return
         found = _replicas_in(reply) if self._replicas else _primary_in(reply)
         if found is not None:
             self._found = found
@@ -151,20 +160,21 @@ class Search:
 
     def _failure(self) -> FFError:
         for error in self._failures:
-            if isinstance(error, AuthenticationFailed):
-                refused = AuthenticationFailed(
+            if isinstance(error, AuthenticationFailed | PermissionDenied):
+                error.args = (
                     f"A sentinel of the service {self._service} refused the credentials; check sentinel_username and"
-                    " sentinel_password."
+                    " sentinel_password.",
                 )
-                refused.host, refused.port, refused.fault = error.host, error.port, error.fault
-                return refused
+                return error
             if isinstance(error, TlsFailed):
                 return error
         sentinels = tuple(
             f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             for host, port in self._sentinels
         )
-        silent = len(self._failures) == len(sentinels)
+        silent = all(isinstance(error, _NO_ANSWER) for error in self._failures) and len(
+            self._failures
+        ) == len(sentinels)
         why = "answered" if silent else "that answered knows it"
         missing = PrimaryNotFound(
             f"The primary of the service {self._service} was not found: no sentinel {why}. Asked were"

@@ -64,8 +64,9 @@ _UNSUBSCRIBED_S = 1.0
 _HOLE_S = 0.03
 _LONGEST_HOLE_S = 0.5
 _GIVE_UP_S = 2.0
-# How long a cursor that is ahead of storage may belong to frames that are on their way there.
-_AHEAD_S = 0.25
+# How long frames that storage lacks may be on their way there: those of a cursor that were only pushed, and those that a
+# failover has lost, which their writer stores again. More of them begin the time anew.
+_AHEAD_S = 2.0
 
 Item = StreamFrame | Gap | End
 Id = tuple[int, int]
@@ -119,7 +120,7 @@ class TailCore(Inbox):
     """
 
     __slots__ = (
-        "_ahead_since", "_asked", "_behind", "_behind_frames", "_count", "_counts", "_exact", "_failure", "_given",
+        "_ahead_of", "_ahead_since", "_asked", "_behind", "_behind_frames", "_count", "_counts", "_exact", "_failure",
         "_half_bytes",
         "_hole_s", "_hole_since", "_keys", "_look_frames", "_looked", "_more", "_pages", "_range_frames", "_ranged",
         "_reason", "_small_to", "channel", "execution_id", "held", "read_to", "start", "visibility",
@@ -184,9 +185,8 @@ class TailCore(Inbox):
         """Continue after the frame of *cursor*."""
         self.ms, self.sequence = parse_cursor(cursor, self.attempt_index)
         self.stored = min(self.stored, self.sequence)
-        # A cursor does not say whether its frame was only pushed.
-        self._given = self.sequence
         self._ahead_since: float | None = None
+        self._ahead_of = 0
         self._forget()
 
     def _here(self) -> bytes:
@@ -366,10 +366,8 @@ class TailCore(Inbox):
         # A lapsing lease writes no end entry; read the state again just after it lapses.
         self.lease_at = now + min(max(left, 0.001), longest)
         self.look_at = inf
-        if self.doubted:
+        if self.doubted or self._ahead_since is not None:
             self.look_at = now + self._pause()
-        elif self._ahead_since is not None:
-            self.look_at = now + _HOLE_S
         elif not self.confirmed:
             self.look_at = now + _UNSUBSCRIBED_S
         elif self.asked_at < self.settled_at and lease_left_ms is not None and not self.exclude:
@@ -453,12 +451,13 @@ class TailCore(Inbox):
             return False
         if self.stored < self.sequence:
             return self.stored <= page.last_sequence
-        if self.sequence != self._given or self.ms == 0:
-            # A frame that was pushed has a time.
+        if self.ms == 0:
+            # Such a place may be that of any frame.
             return False
         now = monotonic()
-        if self._ahead_since is None:
+        if self._ahead_since is None or page.last_sequence > self._ahead_of:
             self._ahead_since = now
+        self._ahead_of = page.last_sequence
         return now - self._ahead_since < _AHEAD_S
 
     def _merge(
@@ -591,7 +590,7 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
         items = core.receive(reply)
         if core.ahead:
             # The frame of the cursor may be on its way to storage.
-            yield Pause(_HOLE_S)
+            yield Pause(core._pause())
             core.due = True
             continue
         some = [item for item in items if isinstance(item, StreamFrame)]

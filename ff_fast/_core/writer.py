@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+import weakref
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ff_fast import keys
 from ff_fast._core import durability, ops
 from ff_fast._core.durability import Ask, Level
 from ff_fast._core.leases import is_lease_lost
-from ff_fast._core.steps import Pause, Retries, applied_in_part
+from ff_fast._core.steps import Command, Pause, Retries, Step, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._hot.writer import Home, Outbox, WriterCore
 from ff_fast.errors import (
@@ -20,6 +21,7 @@ from ff_fast.errors import (
     SequenceGap,
     StateLost,
     SummaryConflict,
+    Unavailable,
     WriterClosed,
     WriterSuperseded,
 )
@@ -38,8 +40,9 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from ff_fast._core.leases import KeptLeases
-    from ff_fast._core.places import Places
+    from ff_fast._core.places import Place, Places
     from ff_fast._core.steps import Steps
+    from ff_fast._hot.writer import Batch
     from ff_fast.errors import FFError
     from ff_fast.types import BackendRetry
 
@@ -129,9 +132,15 @@ def open_writer(
     tag = keys.slot_tag_of(attempt.execution_id)
     yield from durability.can_reach(options.level.durability, tag)
     writer_id = ops.writer_id(attempt)
-    opened = yield from ops.call(ops.open_writer(attempt, writer_id, options.max_payload_bytes))
+    opening = ops.open_writer(attempt, writer_id, options.max_payload_bytes)
+    opened = yield from ops.call(opening)
     with applied_in_part():
         # The writer before is superseded.
+        place = places.find(attempt.fields.lease_id)
+        if place is not None and place.held is not None and opened.last_sequence < place.sequence:
+            # The server has lost frames of the writer before.
+            if (yield from _replayed(attempt, place, writer_id, opened)) is None:
+                opened = yield from ops.call(opening)
         if complete:
             known = places.open(attempt.fields.lease_id).sequence
             if opened.last_sequence < known:
@@ -161,6 +170,97 @@ def continue_writer(
             raise SummaryConflict(opened.summary_version, version)
         document = summary.document_json
     return WriterState(attempt, writer_id, opened, document, options, places)
+
+
+_NO_TRIM = 1 << 40
+_REPLAY_BATCHES = 4
+"""Batches that are on their way at once while the frames of a writer that is gone are stored again."""
+
+_SETTLE_S = 0.005
+"""Time between two looks at a writer that stores frames again, by a call that waits for it."""
+
+
+def _replayed(
+    attempt: ops.Attempt, place: Place, writer_id: bytes, opened: ops.Opened | None = None
+) -> Steps[FFError | None]:
+    """Store again what the server lacks of the frames that were acknowledged under a lease, or that it is lost.
+
+    Args:
+        attempt: The attempt.
+        place: What is known to be stored under the lease.
+        writer_id: The writer that stores them.
+        opened: What the server has, as it has said to this writer's opening; None asks.
+
+    Returns:
+        None once the server has all of them; an error where it cannot have them any more, since somebody else writes.
+    """
+    held = place.held
+    assert held is not None
+    number = held.opening if opened is None else opened.opening
+    core = WriterCore(
+        keys=attempt.stream_keys,
+        writer=writer_id,
+        mode=StreamMode.durable(),
+        opened=(place.ms, place.sequence, place.sequence, b"", 0, number),
+        retention_maxlen=_NO_TRIM,
+        place=place,
+        replays=True,
+    )
+    try:
+        if opened is None:
+            core._ask()
+        else:
+            core._reopened(opened.last_ms, opened.last_sequence, opened.opening)
+        while core._failure is None:
+            if core._opening_lost:
+                again = yield from ops.call(ops.open_writer(attempt, writer_id))
+                core._reopened(again.last_ms, again.last_sequence, again.opening)
+            batches: list[Batch] = []
+            while len(batches) < _REPLAY_BATCHES and (batch := core._next_batch()) is not None:
+                batches.append(batch)
+            if not batches:
+                return None
+            head = attempt.stream_keys[0]
+            replies = yield Step([Command(head, batch.message) for batch in batches])
+            error = None
+            for batch, reply in zip(batches, replies, strict=True):
+                error = error or core._acknowledge(batch, *_timed(reply))
+            if error is not None:
+                raise error
+        return core._failure
+    finally:
+        # What is not stored is held again.
+        core._fail(WriterClosed(), hand_back=False)
+
+
+def _timed(reply: object) -> tuple[object, int]:
+    """Return the answer to the one part of a call, and the server's time in ms."""
+    if isinstance(reply, bytes):
+        now, _, answer = reply.partition(b" ")
+        if now.isdigit():
+            return answer, int(now)
+    return reply, 0
+
+
+def stored_again(attempt: ops.Attempt, place: Place) -> Steps[bool]:
+    """Store again what the server has lost of the frames that were acknowledged under a lease.
+
+    An open writer does so itself. Where it is gone, its frames are sent under its name.
+
+    Returns:
+        Whether the server has all of them, or says of the others that they are lost; it cannot where somebody else
+        writes.
+    """
+    if place.held is None or not place.held.writer:
+        return False
+    writer = place.writer
+    if writer is not None and writer._failure is None:
+        writer._ask()
+        while writer._failure is None and not writer._idle:
+            yield Pause(_SETTLE_S)
+        if writer._failure is None:
+            return True
+    return (yield from _replayed(attempt, place, place.held.writer)) is None
 
 
 class SlotHome(Home):
@@ -206,6 +306,8 @@ class SlotHome(Home):
 class SharedWriter(WriterCore):
     """A writer core made from its state."""
 
+    _reopening = False
+
     # When the lease lapses as far as this process knows, in monotonic time: set for writers behind `append_frame`.
     _lease_until = 0.0
     # The leases of the backend, where it keeps any.
@@ -217,14 +319,17 @@ class SharedWriter(WriterCore):
         # The newest frame that has reached a level with all before it, and the level.
         self._confirmed = (0, 0)
         self._reached = Durability.stored()
-        self._fence = state.attempt.stream_keys, state.writer_id
         self._lease_id = state.attempt.fields.lease_id
+        self._attempt = state.attempt
+        self._writer_name = state.writer_id
+        self._home_of_slot = home
+        self._place_of_lease = place = self._places.open(self._lease_id)
         super().__init__(
             keys=state.attempt.stream_keys,
             writer=state.writer_id,
             mode=state.options.mode,
             opened=tuple(state.opened),
-            place=self._places.open(self._lease_id),
+            place=place,
             document=state.document,
             retention_maxlen=state.options.retention_maxlen,
             max_unacknowledged_bytes=state.options.max_unacknowledged_bytes,
@@ -232,13 +337,37 @@ class SharedWriter(WriterCore):
             max_payload_bytes=state.options.max_payload_bytes,
             home=home,
         )
+        if place.held is not None:
+            place.held.owner = weakref.ref(self)
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
+        self._payload_limit = state.options.max_payload_bytes
         # After drain() one frame of maximum size always fits.
         self._high_water_bytes = min(
             HIGH_WATER_BYTES,
             state.options.max_unacknowledged_bytes - state.options.max_payload_bytes,
         )
+
+    def _open_again(self) -> Steps[None]:
+        """Open the writer again, of which the server has lost the opening."""
+        try:
+            opening = ops.open_writer(self._attempt, self._writer_name, self._payload_limit)
+            opened = yield from ops.call(opening)
+        finally:
+            self._reopening = False
+        self._reopened(opened.last_ms, opened.last_sequence, opened.opening)
+
+    def _tell(self) -> AppendFrameOutcome:
+        self._place_of_lease.tell_losses()
+        return self.outcome()
+
+    def _tell_confirmed(self) -> AppendFrameOutcome:
+        self._place_of_lease.tell_losses()
+        return self._confirmed_outcome()
+
+    def _end_closed(self) -> None:
+        self._fail(WriterClosed())
+        self._place_of_lease.tell_losses()
 
     def _on_cancel_requested(self) -> None:
         if self._kept is not None:
@@ -271,19 +400,21 @@ class SharedWriter(WriterCore):
 
     def _lacks(self, level: Level, last: int) -> bool:
         """Whether the frames up to *last* are not known to have reached a level."""
-        return level.asks and not (
-            self._confirmed[1] >= last and self._reached.covers(level.durability)
-        )
+        if not level.asks or last == 0:
+            return False
+        return self._confirmed[1] < last or not self._reached.covers(level.durability)
 
-    def _ask(self, level: Level, deadline: float | None) -> Ask:
+    def _question(self, level: Level, deadline: float | None) -> Ask:
         """Return the question whether all acknowledged frames have reached *level*, to be put until *deadline*."""
         place = ops.entry_id(self.last_id)
         until = time.monotonic() + level.timeout_s
         if deadline is not None:
             until = min(until, deadline)
-        return Ask(durability.of_frames(*self._fence, place), level, until)
+        return Ask(
+            durability.of_frames(self._attempt.stream_keys, self._writer_name, place), level, until
+        )
 
-    def _asked(self, ask: Ask, deadline: float | None) -> bool:
+    def _asks_again(self, ask: Ask, deadline: float | None) -> bool:
         """Return whether to put a question again, given how it has ended.
 
         Raises:
@@ -300,7 +431,7 @@ class SharedWriter(WriterCore):
             raise copy.copy(self.error)
         if isinstance(ask.failure, SequenceGap) and (self._check_soon() or not self._idle):
             # The writer meets the gap by itself, and ends with it or repairs it.
-            ask.failure = None
+            ask.failure = Unavailable()
         try:
             return ask.again()
         except NotReplicated:
@@ -459,7 +590,9 @@ def flush(
         DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
         NotReplicated: The durability of the writer was not confirmed within its ``durability_timeout``. The frames are
             stored, and the writer goes on; the next `flush` asks again.
-        SequenceGap: The server has lost acknowledged frames, as after a failover.
+        FramesLost: The server has lost acknowledged frames in a failover, and the writer did not keep them any more.
+            All frames that were written since are stored, and the writer goes on.
+        SequenceGap: The server has lost acknowledged frames, and the backend keeps none.
         FFError: The writer failed; the error's ``unstored`` has the frames that were not stored.
     """
     return flush_to(writer, timeout_s(timeout), writer._level)
@@ -468,15 +601,24 @@ def flush(
 def flush_to(writer: SharedWriter, limit_s: float | None, level: Level) -> Wait[AppendFrameOutcome]:
     """Flush a writer up to another level than its own; at most *limit_s* seconds."""
     last = writer.next_sequence - 1
-    writer._seal_soon()
     if writer._lacks(level, last):
+        writer._seal_soon()
         # What is asked for the level shows as well that the server has them.
-        return Wait(lambda: writer.last_sequence >= last, writer._confirmed_outcome, limit_s, level)
+        return Wait(lambda: writer.last_sequence >= last, writer._tell_confirmed, limit_s, level)
+    wait = settle(writer, limit_s)
+    value = writer._tell_confirmed if level.asks and last else writer._tell
+    return Wait(wait.done, value, limit_s)
+
+
+def settle(writer: SharedWriter, limit: float | None) -> Wait[None]:
+    """Wait as `flush` does, for a caller who is told of losses elsewhere."""
+    last = writer.next_sequence - 1
+    writer._seal_soon()
     checked = last if writer._check_soon() else 0
     return Wait(
         lambda: writer.last_sequence >= last and writer._checked_sequence >= checked,
-        writer._confirmed_outcome if level.asks and last else writer.outcome,
-        limit_s,
+        _nothing,
+        limit,
     )
 
 
@@ -491,7 +633,9 @@ def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
     Raises:
         DeadlineExceeded: *timeout* passed; the frames stay queued and are still sent.
         NotReplicated: As of `flush`; closing again asks again.
-        SequenceGap: The server has lost acknowledged frames, as after a failover.
+        FramesLost: The server has lost acknowledged frames in a failover, and the writer did not keep them any more.
+            All frames that were written since are stored, and the writer is closed.
+        SequenceGap: The server has lost acknowledged frames, and the backend keeps none.
         FFError: The writer failed.
     """
     return close_to(writer, timeout_s(timeout), writer._level)
@@ -505,12 +649,7 @@ def close_to(writer: SharedWriter, limit_s: float | None, level: Level) -> Wait[
         raise copy.copy(writer.error)
     writer._seal_last()
     lacks = writer._lacks(level, writer.next_sequence - 1)
-    return Wait(
-        lambda: writer._idle,
-        lambda: writer._fail(WriterClosed()),
-        limit_s,
-        level if lacks else None,
-    )
+    return Wait(lambda: writer._idle, writer._end_closed, limit_s, level if lacks else None)
 
 
 def _nothing() -> None:

@@ -4,6 +4,7 @@ An entry id is ``<ms>-<sequence>``: server time, and the sequence of the entry's
 are field lists:
 
     log entry        payload [frame_type] [prev] [correlation_id] [encoding] [source]
+    loss entry       lost prev, in the log: how many frames up to its sequence were lost with a server
     live entry       payload (of one frame) or run (of several)
                      [mode] [frame_type] [prev] [correlation_id] [encoding] [source]
                      [patch_kind [pointer]] [summary_version]
@@ -84,6 +85,8 @@ cdef long long LARGEST = <long long>1 << 62
 cdef list NO_FRAMES = []
 cdef frozenset END_REASONS = frozenset(get_args(EndReason))
 
+# The mode of what stands for lost frames among the frames of `Entries`; no frame has it.
+cdef str LOST = "lost"
 cdef str DURABLE = "durable"
 cdef str BEST_EFFORT = "best_effort"
 cdef str TOKEN = "token"
@@ -336,7 +339,9 @@ cdef class Entries:
     """The frames of some entries of one stream.
 
     Attributes:
-        frames: The frames, in order.
+        frames: The frames, in order. One of the mode ``lost`` stands for lost frames: they begin
+            behind its `_previous`, and the last visible frame before has the sequence
+            `_summary_version`. `assemble` makes a gap of it.
         end_reason: Why the attempt ended; None if the end entry is not among the entries.
         taken: How many entries were decoded; the next one is beyond the limit.
         foreign: How many of these another program wrote; they are left out.
@@ -436,7 +441,8 @@ def decode_entries(
     cdef Entries result = Entries.__new__(Entries)
     cdef StreamFrame frame
     cdef list fields
-    cdef bytes name, value, payload, run, previous, version, pointer, end_reason
+    cdef bytes name, value, payload, run, previous, version, pointer, end_reason, lost
+    cdef long long lost_count = 0
     cdef str usual_mode = BEST_EFFORT if live else DURABLE
     cdef const unsigned char* start
     cdef const unsigned char* stop
@@ -471,7 +477,7 @@ def decode_entries(
         frame.encoding = UTF8
         frame.source = WORKER
         frame._previous = -1
-        payload = run = previous = version = pointer = end_reason = None
+        payload = run = previous = version = pointer = end_reason = lost = None
         at = 0
         size = len(fields) - 1
         while at < size:
@@ -502,6 +508,25 @@ def decode_entries(
                 frame.source = text_of(value)
             elif is_field(name, "end", 3):
                 end_reason = value
+            elif is_field(name, "lost", 4):
+                lost = value
+        if (
+            lost is not None and previous is not None
+            and payload is None and run is None and end_reason is None
+            and not live and ms != LARGEST and 0 < sequence < LARGEST
+            and (ms < newest_ms or (ms == newest_ms and sequence <= newest_sequence))
+        ):
+            number_of(lost, &lost_count)
+            if not 0 < lost_count <= sequence:
+                bad_entry()
+            if sequence > after:
+                frame.mode = LOST
+                frame._previous = sequence - lost_count
+                number_of(previous, &frame._summary_version)
+                result.frames.append(frame)
+            elif ms > after_ms and sequence < after:
+                result.rewound = True
+            continue
         if end_reason is not None and previous is not None and payload is None and run is None:
             number_of(previous, &result._end_previous)
             result.end_reason = text_of(end_reason)
@@ -609,6 +634,7 @@ def assemble(
     cdef Py_ssize_t j = 0
     cdef Py_ssize_t first_count = len(first)
     cdef Py_ssize_t second_count = len(second)
+    cdef long long before
     cdef StreamFrame frame
     while i < first_count or j < second_count:
         if j >= second_count or (
@@ -621,6 +647,17 @@ def assemble(
             frame = <StreamFrame>second[j]
             j += 1
         if frame.sequence <= sequence:
+            continue
+        if frame.mode is LOST:
+            before = frame._summary_version if exclude_best_effort else frame._previous
+            if before > sequence:
+                items.append(
+                    gap_before(attempt_index, frame._ms, sequence, frame._previous + 1, reason)
+                )
+            sequence = max(sequence, frame._previous)
+            ms = frame._ms
+            items.append(gap_before(attempt_index, ms, sequence, frame.sequence + 1, LOST))
+            sequence = frame.sequence
             continue
         if (frame._previous if exclude_best_effort else frame.sequence - 1) > sequence:
             items.append(gap_before(attempt_index, frame._ms, sequence, frame.sequence, reason))

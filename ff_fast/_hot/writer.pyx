@@ -109,6 +109,9 @@ cdef enum:
     HOLD_BYTES = 4096
     # Looks at the groups that are due are so far apart.
     HOLD_LOOK_US = 5_000
+    # Looks at what is held after its acknowledgement: how far apart, and how many writers at most.
+    LOOK_US = 100_000
+    LOOKS = 1024
     # Frames that live for a shorter time are not held back.
     HOLD_TTL_MS = 1_000
     # For so long after an answer the server's time is known.
@@ -162,6 +165,9 @@ cdef bytes BLOCK_TRIM_LOG = b"K"
 cdef bytes BLOCK_ESTIMATOR = b"E"
 cdef bytes BLOCK_VISIBLE = b"H"
 cdef bytes BLOCK_PUSHED_MS = b"I"
+cdef bytes BLOCK_REPLAYED_MS = b"R"
+cdef bytes BLOCK_LOST = b"G"
+cdef bytes BLOCK_RENEWAL = b"N"
 cdef tuple FRAME_BLOCKS = (
     BLOCK_LOG, BLOCK_LOG_FIELDS, BLOCK_LIVE, BLOCK_LIVE_FIELDS, BLOCK_PATCHES
 )
@@ -261,6 +267,8 @@ cdef class Batch(_Part):
 
     cdef readonly long long first_sequence
     cdef readonly Py_ssize_t frame_count
+    # How many frames it says to be lost; it has no other then.
+    cdef readonly long long lost_count
     cdef Py_ssize_t live_count
     # It renews the expiry of the live window.
     cdef bint renews
@@ -270,6 +278,141 @@ cdef class Batch(_Part):
     cdef bint alone
     # The ms of all its ids, where a push has fixed it; 0 where the server chooses.
     cdef long long fixed_ms
+    # Where its blocks begin in the message, behind what fixes the ms of its ids, and their number
+    # of arguments.
+    cdef Py_ssize_t blocks_at
+    cdef Py_ssize_t block_arguments
+    # The ms of the ids of its first block and of those behind it: 0 where it is not known yet.
+    cdef long long first_ms
+    cdef long long later_ms
+    # When it was acknowledged, in µs.
+    cdef long long kept_us
+    # It was acknowledged before, by a server that is lost.
+    cdef bint again
+    # Readers that exclude best-effort frames have every frame before it.
+    cdef bint follows_visible
+
+
+cdef inline long long last_of(Batch batch) noexcept:
+    return batch.first_sequence + batch.frame_count + batch.lost_count - 1
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Held:
+    """What was acknowledged under a lease a moment ago: the writers of the lease send it again to a
+    server that lacks it.
+
+    The sequences of what is held follow one another, and end with the newest acknowledged frame.
+
+    Args:
+        ms: How long a batch is held.
+        size: Most bytes that are held.
+    """
+
+    # The batches, oldest first; None for none, since an empty container takes memory too.
+    cdef object _batches
+    cdef Py_ssize_t _bytes
+    cdef Py_ssize_t _most_bytes
+    cdef long long _longest_us
+    # The newest acknowledged frame, and the frame before what is held, which is the newest one
+    # where nothing is.
+    cdef long long _sequence
+    cdef long long _before_sequence
+    cdef long long _before_ms
+    # An outbox looks at it from time to time.
+    cdef bint _listed
+    # The connection was lost, and the writer has heard nothing since: what is held may be needed,
+    # however long that takes.
+    cdef bint _doubted
+    # Of the newest writer: its id, the number of its opening, and the document after its patches.
+    cdef readonly bytes writer
+    cdef readonly long long opening
+    cdef readonly long long version
+    # Returns that writer, or None once it is gone.
+    cdef public object owner
+    cdef object document
+    cdef bytes patch_kind
+
+    def __init__(self, long long ms, Py_ssize_t size):
+        self._longest_us = 1000 * ms
+        self._most_bytes = size
+
+    def __len__(self):
+        return 0 if self._batches is None else len(self._batches)
+
+    cdef int opened(self, WriterCore writer, long long ms, long long sequence) except -1:
+        """Note a new writer, which goes on behind a frame."""
+        self.writer = writer._writer_id
+        self.opening = writer._opening
+        self.document = writer._document
+        self.version = writer._summary_version
+        self.patch_kind = writer._patch_kind
+        if sequence != self._sequence:
+            # Somebody else has written in between.
+            self._batches = None
+            self._bytes = 0
+        if self._batches is None:
+            self._sequence = self._before_sequence = sequence
+            self._before_ms = ms
+        return 0
+
+    cdef int keep(self, Batch batch, long long now) except -1:
+        """Hold a batch that was acknowledged."""
+        if self._batches is None:
+            self._batches = deque()
+        self._batches.append(batch)
+        batch.kept_us = now
+        self._bytes += PyBytes_GET_SIZE(batch.message)
+        self._sequence = max(self._sequence, last_of(batch))
+        return self.drop(now)
+
+    def clear(self):
+        """Let go of everything."""
+        self._batches = self.document = self.owner = None
+        self._bytes = 0
+
+    cdef int drop(self, long long now) except -1:
+        """Let go of what is held for long enough, and of what is too much."""
+        cdef Batch batch
+        while self._batches:
+            batch = <Batch>self._batches[0]
+            if self._bytes <= self._most_bytes and (
+                self._doubted or now - batch.kept_us < self._longest_us
+            ):
+                break
+            self._batches.popleft()
+            self._bytes -= PyBytes_GET_SIZE(batch.message)
+            self._before_sequence = last_of(batch)
+            self._before_ms = max(self._before_ms, batch.later_ms)
+        return 0
+
+    cdef list take(self, long long stored):
+        """Return what is held behind sequence *stored*, oldest first, and hold it no longer."""
+        cdef list taken = []
+        cdef Batch batch
+        while self._batches:
+            batch = <Batch>self._batches.pop()
+            # A batch without frames belongs behind the frame before it.
+            if last_of(batch) < stored or (
+                last_of(batch) == stored and batch.first_sequence <= stored
+            ):
+                self._batches.append(batch)
+                break
+            self._bytes -= PyBytes_GET_SIZE(batch.message)
+            taken.append(batch)
+        taken.reverse()
+        return taken
+
+    cdef int give_back(self, list batches) except -1:
+        """Hold what was taken and not stored again."""
+        cdef Batch batch
+        for batch in batches:
+            if self._batches is None:
+                self._batches = deque()
+            self._batches.append(batch)
+            self._bytes += PyBytes_GET_SIZE(batch.message)
+        return 0
 
 
 @cython.final
@@ -457,6 +600,7 @@ cdef class WriterCore:
             move (`ff_fast._core.places.Place`); None for a writer on its own.
         outbox: Takes its parts into calls; None for a writer whose owner asks `_next_batch`.
         home: Says which outbox that is, in place of *outbox*.
+        replays: The writer stores again what those before it have written, and has their document.
 
     Raises:
         InvalidInput: A number is out of range.
@@ -508,8 +652,8 @@ cdef class WriterCore:
     cdef bint _notified
     # It is registered as one whose batch does not wait for others.
     cdef bint _hurried
-    # The number of the last call that asked it for a part.
-    cdef unsigned int _asked
+    # The number of the last look that asked it for a part.
+    cdef unsigned long long _asked
     # The group: frames of the open batch, its first run, of which readers are told before they are
     # stored. Its ms, 0 for no group; how many frames a push has reached, and how many one was made
     # for, each with their bytes; which open batch it is.
@@ -547,8 +691,17 @@ cdef class WriterCore:
     cdef long long _server_at_us
     # Up to which sequence a batch without frames has shown that the server still has all of them.
     cdef readonly long long _checked_sequence
-    # What the writers of the lease share of it.
+    # What the writers of the lease share of it: the place, and what was acknowledged a moment ago,
+    # None where nothing is kept.
     cdef object _place
+    cdef Held _held
+    # The writer id.
+    cdef bytes _writer_id
+    # The sequence up to which the server has what was acknowledged, -1 while nothing says that it
+    # lacks any; all behind it is sent again.
+    cdef long long _replay_from
+    # The server has lost the opening of this writer. It is opened again before anything is sent.
+    cdef readonly bint _opening_lost
     # Sequence of the first frame of this writer, and the number of its opening.
     cdef readonly long long _first_sequence
     cdef long long _opening
@@ -601,6 +754,7 @@ cdef class WriterCore:
         bytes document=None, long long retention_maxlen=10_000,
         Py_ssize_t max_unacknowledged_bytes=32 << 20, double linger_ms=0.0,
         Py_ssize_t max_payload_bytes=65536, place=None, Outbox outbox=None, Home home=None,
+        bint replays=False,
     ):
         cdef Py_ssize_t end = 0
         cdef Py_ssize_t i
@@ -614,6 +768,8 @@ cdef class WriterCore:
             raise InvalidInput("max_payload_bytes must be from 1 to 1048576.")
         self._keys = bulks(list(keys))
         self._writer = bulks([writer])
+        self._writer_id = writer
+        self._replay_from = -1
         for i in range(4):
             end += bulk_size(len(keys[i]))
             self._key_ends[i] = end
@@ -646,6 +802,14 @@ cdef class WriterCore:
         if document is not None:
             self._document = Document(document)
             self._stored_bytes = len(document)
+        if place is not None and place.held is not None:
+            self._held = <Held?>place.held
+            if replays:
+                self._document = self._held.document
+                self._summary_version = self._held.version
+                self._patch_kind = self._held.patch_kind
+                self._durable_since_trim = 0
+            self._held.opened(self, self._acked_ms, self._acked_sequence)
         self._shape = self._shape_of(mode, "token", None, "utf8", "worker")
         self._finishing = False
 
@@ -863,6 +1027,10 @@ cdef class WriterCore:
         self._summary_version += 1
         self._patch_kind = shape.patch_name
         self._pending_bytes += PyBytes_GET_SIZE(data)
+        if self._held is not None:
+            self._held.document = self._document
+            self._held.version = self._summary_version
+            self._held.patch_kind = shape.patch_name
         return 0
 
     # -- sealing --------------------------------------------------------------------------------
@@ -1094,6 +1262,10 @@ cdef class WriterCore:
         if self._group_ms:
             out = put_bulk(out, PyBytes_AS_STRING(BLOCK_PUSHED_MS), 1)
             out = put_number(out, self._group_ms)
+        batch.first_ms = self._group_ms
+        batch.blocks_at = out - PyBytes_AS_STRING(batch.message)
+        batch.block_arguments = parts - 3 - (2 if self._group_ms else 0)
+        batch.follows_visible = self._sent_visible < 0
         live = 0
         for index in range(self._run_count):
             run = &self._runs[index]
@@ -1253,7 +1425,10 @@ cdef class WriterCore:
 
     cdef bint _sendable(self):
         cdef Py_ssize_t flying = len(self._in_flight)
-        if self._ending is not None or self._returned or flying >= MAX_IN_FLIGHT:
+        if (
+            self._ending is not None or self._returned or self._opening_lost
+            or flying >= MAX_IN_FLIGHT
+        ):
             return False
         if self._unsent:
             return True
@@ -1480,14 +1655,221 @@ cdef class WriterCore:
         try:
             for batch in self._in_flight:
                 (<Batch>batch).doubtful = True
+            if self._held is not None and self._in_flight:
+                self._held._doubted = True
             self._unsent.extendleft((self._returned + self._in_flight)[::-1])
             self._returned.clear()
             self._in_flight.clear()
             self._push_lost()
+            if self._replay_from >= 0:
+                self._replay()
+        finally:
+            if collecting:
+                PyGC_Enable()
+        if self._opening_lost:
+            self._on_lost_opening()
+        self._notify()
+
+    # -- replay ---------------------------------------------------------------------------------
+
+    def _ask(self):
+        """Ask the server whether it still has every frame, where something may have been lost."""
+        if self._ending is None and self._idle and self._acked_sequence:
+            self._seal()
+            self._notify()
+            self._press()
+
+    def _reopened(self, long long ms, long long sequence, long long opening):
+        """Go on after the opening was lost and made again.
+
+        Args:
+            ms: Ms and
+            sequence: sequence of the last frame that the server has.
+            opening: The number of the opening.
+        """
+        cdef Batch batch
+        cdef int collecting
+        if self._ending is not None:
+            return
+        self._opening_lost = False
+        self._opening = self._held.opening = opening
+        if sequence > <long long>self._place.sequence:
+            self._end(WriterSuperseded(), False)
+            return
+        if sequence == <long long>self._place.sequence and ms != <long long>self._place.ms:
+            # Another frame has the sequence of the last one.
+            self._end(SequenceGap(sequence, sequence + 1), False)
+            return
+        collecting = PyGC_Disable()
+        try:
+            # A batch up to there would not be taken from this opening.
+            while self._unsent:
+                batch = <Batch>self._unsent[0]
+                if not batch.again or last_of(batch) > sequence:
+                    break
+                self._unsent.popleft()
+                self._stored(batch)
+                self._held.keep(batch, now_us())
+                self._acked_sequence = last_of(batch)
+            if sequence < self._acked_sequence:
+                self._replay_from = sequence
+                self._replay()
         finally:
             if collecting:
                 PyGC_Enable()
         self._notify()
+
+    cdef bint _is_newest(self) except -1:
+        """Whether what is held is this writer's to store again: no other was opened after it."""
+        return self._held is not None and self._held.writer == self._writer_id
+
+    cdef bint _must_replay(self, Batch batch, object reply, object error) except -1:
+        """Note what a refusal says of the server; return whether *batch* is sent again for that."""
+        cdef long long stored
+        if not self._is_newest():
+            return False
+        if isinstance(error, SequenceGap):
+            stored = error.expected - 1
+            if stored >= batch.first_sequence - 1 or stored >= self._acked_sequence:
+                return False
+            self._replay_from = stored
+            return True
+        if is_lost_opening(reply, self._opening):
+            self._opening_lost = True
+            return True
+        return False
+
+    cdef int _replay(self) except -1:
+        """Queue, before everything else, what was acknowledged and the server has lost; where it is
+        not held any more, that it is lost."""
+        cdef long long stored = self._replay_from
+        cdef list held = self._held.take(stored)
+        cdef list batches = []
+        cdef list renewal = None
+        cdef Batch following = None
+        cdef Batch batch, new
+        cdef long long last = self._acked_sequence
+        cdef long long ms = self._held._before_ms
+        self._replay_from = -1
+        if held:
+            last = (<Batch>held[0]).first_sequence - 1
+        if last > stored and self._summary_version > 0:
+            # The document is that after the newest patch, so all patches are in batches.
+            if self._count:
+                self._seal()
+            renewal = [
+                BLOCK_RENEWAL, b"%d" % self._summary_version, self._document.dumps(),
+                self._patch_kind or b"json-merge-patch:",
+            ]
+            self._pending_bytes = 0
+            self._stored_bytes = self._document.size
+            held.extend(self._unsent)
+            for batch in self._unsent:
+                self._unacknowledged_bytes -= PyBytes_GET_SIZE(batch.message)
+            self._unsent.clear()
+        if last > stored:
+            if held or self._unsent:
+                following = <Batch>(held[0] if held else self._unsent[0])
+                if following.first_ms:
+                    ms = min(ms, following.first_ms)
+            batches.append(self._loss(stored, last, ms, following))
+        for batch in held:
+            batches.append(self._rewritten(batch, renewal is not None, b"", 0))
+        if renewal is not None:
+            batches.append(self._renewing(<Batch>batches.pop(), renewal))
+        for new in batches:
+            self._unacknowledged_bytes += PyBytes_GET_SIZE(new.message)
+        self._unsent.extendleft(batches[::-1])
+        self._acked_sequence = stored
+        self._checked_sequence = min(self._checked_sequence, stored)
+        self._place.checked = min(<long long>self._place.checked, stored)
+        if last > stored:
+            self._place.lose(stored + 1, last)
+        return 0
+
+    cdef Batch _loss(self, long long stored, long long last, long long ms, Batch following):
+        """Return the batch that says that the frames behind *stored* up to *last* are lost."""
+        cdef Batch batch = Batch.__new__(Batch)
+        cdef list blocks = [BLOCK_LOST, b"%d" % (last - stored), BLOCK_VISIBLE]
+        # Everybody hears of a loss, so it is visible. What follows may not be.
+        if following is None:
+            self._sent_visible = -1
+            self._visible = max(self._visible, last)
+            blocks.append(b"")
+        else:
+            blocks.append(b"" if following.follows_visible else b"%d" % last)
+        batch.first_sequence = stored + 1
+        batch.lost_count = last - stored
+        batch.first_ms = batch.later_ms = ms
+        self._name_keys(batch, USES_LOG)
+        return self._written(batch, bulks(blocks), 4, True)
+
+    cdef Batch _rewritten(self, Batch batch, bint plain, bytes more, Py_ssize_t more_arguments):
+        """Return *batch* under the ids that it had, if it was acknowledged; where it is *plain*
+        without its part in the summary; with *more* blocks."""
+        cdef Batch new = Batch.__new__(Batch)
+        cdef bytes blocks
+        cdef Py_ssize_t arguments = batch.block_arguments
+        if plain:
+            argv = without_summary(batch)
+            arguments = len(argv)
+            blocks = bulks(argv)
+        else:
+            blocks = batch.message[batch.blocks_at:]
+        new.first_sequence = batch.first_sequence
+        new.frame_count = batch.frame_count
+        new.lost_count = batch.lost_count
+        new.first_ms = batch.first_ms
+        new.later_ms = batch.later_ms
+        new.follows_visible = batch.follows_visible
+        new.keys = batch.keys
+        new.key_count = batch.key_count
+        new.meta_end = batch.meta_end
+        new.keys_start = batch.keys_start
+        new.keys_end = batch.keys_end
+        if batch.later_ms:
+            return self._written(new, blocks + more, arguments + more_arguments, True)
+        new.live_count = batch.live_count
+        new.renews = batch.renews
+        new.doubtful = batch.doubtful
+        new.alone = batch.alone
+        new.fixed_ms = batch.fixed_ms
+        return self._written(new, blocks + more, arguments + more_arguments, False)
+
+    cdef Batch _renewing(self, Batch batch, list renewal):
+        """Return *batch* with the whole document, whatever the summary is."""
+        batch.keys_start = self._key_ends[0]
+        batch.keys_end = self._key_ends[3]
+        batch.key_count = 4
+        return self._rewritten(batch, False, bulks(renewal), 4)
+
+    cdef Batch _written(self, Batch batch, bytes blocks, Py_ssize_t arguments, bint again):
+        """Make the message of *batch* from its blocks. What is sent *again* has the ids that it
+        had."""
+        # Readers read what comes late: a push would name one time for all its frames.
+        cdef list head = [self._writer_id, b"%d" % (batch.first_sequence - 1)]
+        cdef bytes start
+        head.append(b" " if batch.frame_count or batch.lost_count else b"")
+        if not (batch.frame_count or batch.lost_count):
+            pass
+        elif again:
+            head += [BLOCK_REPLAYED_MS, b"%d" % batch.first_ms, b"%d" % batch.later_ms]
+        elif batch.first_ms:
+            head += [BLOCK_PUSHED_MS, b"%d" % batch.first_ms]
+        batch.again = again
+        if again:
+            batch.fixed_ms = batch.later_ms
+        batch.block_arguments = arguments
+        batch.argument_count = len(head) + arguments + 1
+        head.insert(0, b"%d" % (10 * (batch.argument_count - 1) + batch.key_count))
+        start = bulks(head)
+        out = batch.begin(PyBytes_GET_SIZE(start) + PyBytes_GET_SIZE(blocks))
+        batch.blocks_at = (
+            out - PyBytes_AS_STRING(batch.message) + PyBytes_GET_SIZE(start)
+        )
+        out = put_raw(out, PyBytes_AS_STRING(start), PyBytes_GET_SIZE(start))
+        put_raw(out, PyBytes_AS_STRING(blocks), PyBytes_GET_SIZE(blocks))
+        return batch
 
     def _acknowledge(
         self, _Part part not None, reply, long long now_ms=0, bint shared=False
@@ -1523,29 +1905,35 @@ cdef class WriterCore:
         cdef bint asked
         if not self._in_flight or self._in_flight[0] is not batch:
             return None
-        acked = batch.first_sequence + batch.frame_count - 1
+        acked = last_of(batch)
         if not (
             PyBytes_CheckExact(reply)
             and parse_numbers(<bytes>reply, "-  ", 4, values) and values[1] == acked
         ):
             return self._refused(batch, reply, shared)
         self._in_flight.pop(0)
+        now = now_us()
         # The server accepts batches only in order, so this acknowledgement proves that all earlier
         # ones are stored; an earlier refusal was of a resend.
         for earlier in self._returned:
             self._stored(<Batch>earlier)
+            self._keep(<Batch>earlier, self._acked_ms, now)
         self._returned.clear()
+        self._replay_from = -1
+        self._opening_lost = False
         self._stored(batch)
-        now = now_us()
         asked = self._learn(values[2], values[3], now_ms, now)
-        if batch.frame_count:
+        if self._held is not None:
+            self._held._doubted = False
+            self._keep(batch, max(values[0], self._acked_ms), now)
+        if batch.frame_count or batch.lost_count:
             self._acked_sequence = acked
             self._acked_ms = max(self._acked_ms, values[0])
             place = self._place
             if place is not None and acked >= <long long>place.sequence:
                 place.ms = self._acked_ms
                 place.sequence = acked
-        elif values[0] != self._acked_ms:
+        elif values[0] != self._acked_ms and not batch.again:
             # Another frame has the sequence of the last one.
             self._end(SequenceGap(acked, acked + 1), False)
             return None
@@ -1598,6 +1986,15 @@ cdef class WriterCore:
                     self._on_cancel_requested()
             return None
         error = refusal_of(reply, self._opening)
+        if (
+            self._is_newest() and not self._returned
+            and is_lost_opening(reply, self._opening)
+        ):
+            self._opening_lost = True
+            self._push_lost()
+            if not self._in_flight:
+                self._on_lost_opening()
+            return None
         if is_passing(reply, error) or shared or self._returned:
             # The frames are stored, and readers are told of all of them then.
             self._push_lost()
@@ -1624,12 +2021,27 @@ cdef class WriterCore:
         if batch.live_count:
             self._window.stored(batch.live_count)
 
+    cdef int _keep(self, Batch batch, long long ms, long long now) except -1:
+        """Hold an acknowledged batch, whose last id has that ms; one that has nothing is let go."""
+        if self._held is None or batch.block_arguments == 0:
+            return 0
+        if not batch.again:
+            batch.later_ms = ms
+            if batch.first_ms == 0:
+                batch.first_ms = ms
+        self._held.keep(batch, now)
+        if not self._held._listed and self._outbox is not None:
+            self._outbox._list(self._held)
+        return 0
+
     cdef object _refused(self, Batch batch, object reply, bint shared):
         error = refusal_of(reply, self._opening)
         if isinstance(error, Unavailable) and error.outcome is not Outcome.NOT_APPLIED:
             batch.doubtful = True
         if self._returned:
             # A batch before this one was refused, so this refusal says only "out of order".
+            error = None
+        elif self._must_replay(batch, reply, error):
             error = None
         elif batch.frame_count == 0 and isinstance(error, StreamClosed):
             # Retention work only, and the attempt has ended: its keys already have their TTL.
@@ -1706,6 +2118,14 @@ cdef class WriterCore:
                             batch.doubtful or (answers_missing and batches is self._in_flight)
                         ):
                             make_unknown(error, "Some of the unstored frames may be stored.")
+            if self._held is not None:
+                # Whoever releases the lease may store them again.
+                self._held.give_back(
+                    [
+                        batch for batches in (self._returned, self._in_flight, self._unsent)
+                        for batch in batches if (<Batch>batch).again
+                    ]
+                )
         finally:
             self._error = error
             try:
@@ -1743,6 +2163,10 @@ cdef class WriterCore:
 
     def _on_linger(self):
         """Called when a batch begins to linger. The shell calls `_seal_soon` after `_linger_us`."""
+
+    def _on_lost_opening(self):
+        """Called when the server has lost the opening of this writer; the shell makes it again, and
+        calls `_reopened`, or `_fail`."""
 
     def _on_end(self, error):
         """Called once, with the error that stops the writer."""
@@ -1832,7 +2256,10 @@ cdef class WriterCore:
     @property
     def _idle(self):
         """Whether everything that was written is acknowledged."""
-        return self._count == 0 and not self._in_flight and not self._unsent
+        return (
+            self._count == 0 and not self._in_flight and not self._unsent
+            and not self._opening_lost
+        )
 
 
 cdef inline unsigned long long age_ms(long long now, long long then) noexcept nogil:
@@ -1947,6 +2374,16 @@ cdef object refusal_of(object reply, long long opening):
     return ProtocolError()
 
 
+cdef bint is_lost_opening(object reply, long long opening) except -1:
+    """Whether an answer says that the server knows fewer openings than that one."""
+    return (
+        opening > 0 and isinstance(reply, list) and len(reply) > 2
+        and reply[0] == 0 and reply[1] == b"writer_superseded"
+        and PyBytes_CheckExact(reply[2]) and (<bytes>reply[2]).isdigit()
+        and int(reply[2]) < opening
+    )
+
+
 cdef bint is_passing(object reply, object error) except -1:
     """Whether the same bytes may be accepted later.
 
@@ -2057,6 +2494,16 @@ cdef class Call:
         return 0
 
 
+# Looks of all outboxes are counted together, since a writer goes from one to another.
+cdef unsigned long long looks = 0
+
+
+cdef inline unsigned long long next_look() noexcept:
+    global looks
+    looks += 1
+    return looks
+
+
 cdef class Home:
     """Where the writers of one slot register; without a cluster, where all do.
 
@@ -2108,8 +2555,8 @@ cdef class Outbox:
     cdef Py_ssize_t _hurried
     # What is ready does not linger.
     cdef bint _pressed
-    # How many calls were asked for.
-    cdef unsigned int _calls
+    # The number of the look for what to send that is under way.
+    cdef unsigned long long _calls
     # `_on_ready` was called, and `next_call` has not been since.
     cdef bint _told
     # `next_call` is under way: no hook is called, since it could raise, and what was taken would
@@ -2128,6 +2575,8 @@ cdef class Outbox:
     cdef readonly Py_ssize_t _calls_in_flight
     # Groups that are to be stored later, oldest first: when in µs, the writer, and which group.
     cdef object _held
+    # What writers hold of what was acknowledged, each once.
+    cdef object _kept
     # The server's time in ms as of an answer on this connection, 0 for none, and when it came.
     cdef long long _server_ms
     cdef long long _server_at_us
@@ -2136,6 +2585,7 @@ cdef class Outbox:
                  loop=None):
         self._ready = []
         self._held = deque()
+        self._kept = deque()
         self._linger_us = <long long>(linger_ms * 1000.0)
         self._lost = lost
         self._thread = thread
@@ -2234,6 +2684,56 @@ cdef class Outbox:
             (<WriterCore>writer)._store_group(group)
         return -1.0
 
+    cdef int _list(self, Held held) except -1:
+        held._listed = True
+        self._kept.append(held)
+        return 0
+
+    @property
+    def keeps(self):
+        """Whether something is held that was acknowledged, and is to be let go later."""
+        return len(self._kept) != 0
+
+    def let_go_s(self):
+        """Let go of what was held for long enough; return in how many seconds to look again, -1 if
+        nothing is held.
+
+        A look takes a bounded time, so it may be asked for again soon.
+        """
+        cdef long long now = now_us()
+        cdef long long due = 0
+        cdef Held held
+        cdef Py_ssize_t left = min(len(self._kept), LOOKS)
+        if self._calls_in_flight:
+            # Time in which the server says nothing does not count.
+            now = self._server_at_us
+        while left:
+            left -= 1
+            held = <Held>self._kept.popleft()
+            held.drop(now)
+            if held._batches:
+                self._kept.append(held)
+                if due == 0:
+                    due = (<Batch>held._batches[0]).kept_us + held._longest_us - now
+                    due = min(due, held._longest_us)
+            else:
+                held._batches = None
+                held._listed = False
+        if not self._kept:
+            return -1.0
+        if len(self._kept) > LOOKS:
+            due = LOOK_US
+        return max(due, LOOK_US) / 1e6
+
+    def doubt(self):
+        """Note that the connection is lost: writers ask the next server whether it has what they
+        hold."""
+        for held in tuple(self._kept):
+            (<Held>held)._doubted = True
+            writer = None if (<Held>held).owner is None else (<Held>held).owner()
+            if writer is not None:
+                (<WriterCore>writer)._ask()
+
     def wait_s(self):
         """Return in how many seconds the next call is due, 0 for now; -1 if nothing is ready."""
         cdef long long due
@@ -2264,7 +2764,7 @@ cdef class Outbox:
         cdef Call call
         cdef int collecting = PyGC_Disable()
         self._packing = True
-        self._calls += 1
+        self._calls = next_look()
         try:
             while self._at < last and count < CALL_PARTS:
                 writer = <WriterCore>self._ready[self._at]
@@ -2345,7 +2845,7 @@ cdef class Outbox:
         cdef _Group group
         cdef int collecting = PyGC_Disable()
         self._packing = True
-        self._calls += 1
+        self._calls = next_look()
         try:
             try:
                 while self._at < last and size < SEND_BYTES and len(calls) < SEND_CALLS:
@@ -2422,9 +2922,14 @@ cdef class Outbox:
         """Let the writers of *home* that are ready register where it says."""
         cdef list taken = []
         cdef list kept = []
-        for item in self._ready[self._at:]:
-            (taken if (<WriterCore>item)._home is home else kept).append(item)
-        self._ready = kept
+        cdef int collecting = PyGC_Disable()
+        try:
+            for item in self._ready[self._at:]:
+                (taken if (<WriterCore>item)._home is home else kept).append(item)
+            self._ready = kept
+        finally:
+            if collecting:
+                PyGC_Enable()
         self._at = 0
         self._hurried = 0
         for item in kept:
@@ -2449,6 +2954,7 @@ cdef class Outbox:
         """Drop what is ready and held: the writers have failed."""
         self.take_ready()
         self._held.clear()
+        self._kept.clear()
 
     def take_ready(self):
         """Return the writers that are ready; they register again with their next frame."""
@@ -2482,7 +2988,9 @@ cdef list frames_of(Batch batch):
     at = 4
     while at < len(argv):
         letter = argv[at]
-        if letter in FRAME_BLOCKS:
+        if letter == BLOCK_REPLAYED_MS:
+            at += 3
+        elif letter in FRAME_BLOCKS:
             count = int(argv[at + 1])
             at += 2
             shared = []
@@ -2501,5 +3009,35 @@ cdef list frames_of(Batch batch):
                 at += 1
             at += 2 if letter == BLOCK_PATCHES else 0
         else:
-            at += 4 if letter == BLOCK_DOCUMENT else 2
+            at += 4 if letter in (BLOCK_DOCUMENT, BLOCK_RENEWAL) else 2
     return frames
+
+
+cdef list without_summary(Batch batch):
+    """Return the arguments of the blocks of a batch without its part in the summary: patches stay
+    as frames of the live window."""
+    cdef list out = []
+    argv = arguments_of(batch.message)
+    argv = argv[len(argv) - batch.block_arguments:]
+    at = 0
+    while at < len(argv):
+        letter = argv[at]
+        start = at
+        if letter in FRAME_BLOCKS:
+            count = int(argv[at + 1])
+            at += 2
+            if letter in (BLOCK_LOG_FIELDS, BLOCK_LIVE_FIELDS, BLOCK_PATCHES):
+                at += 1 + 2 * int(argv[at])
+            at += count if letter in (BLOCK_LOG, BLOCK_LOG_FIELDS) else 1
+            if letter == BLOCK_PATCHES:
+                out.append(BLOCK_LIVE_FIELDS)
+                out += argv[start + 1:at]
+                at += 2
+            else:
+                out += argv[start:at]
+        elif letter in (BLOCK_DOCUMENT, BLOCK_RENEWAL):
+            at += 4
+        else:
+            at += 2
+            out += argv[start:at]
+    return out

@@ -12,7 +12,14 @@ from ff_fast import _transport
 from ff_fast._core import nodes as core
 from ff_fast._core.routing import Routing
 from ff_fast._core.topology import Address, Topology, address_of
-from ff_fast.errors import FFError, FunctionMissing, NotPrimary, Redirected, from_server_error
+from ff_fast.errors import (
+    DeadlineExceeded,
+    FFError,
+    FunctionMissing,
+    NotPrimary,
+    Redirected,
+    from_server_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +46,7 @@ class Node:
         library_missing: A function was not found there: the next connection that is taken loads the library.
         failed_at: When it could not be reached, in monotonic time.
         gone: It has left the cluster; no connection to it stays.
+        place: A version of the topology, and the slots that this server has in it.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class Node:
         self.library_missing = False
         self.failed_at = 0.0
         self.gone = False
+        self.place: tuple[int, frozenset[int]] = (0, frozenset())
         # The most recently used is at the right.
         self._idle: deque[Connection] = deque()
         # The latest time at which a connection fell silent, or the server was no primary any more. A connection that was
@@ -121,16 +130,19 @@ class Nodes:
 
     Args:
         config: The configuration of the backend.
-        ask: Sends a step to a node to which there may be no connection yet, and returns the replies.
+        ask: Sends a step to a node to which there may be no connection yet, waits at most some seconds, and returns the
+            replies.
 
     Attributes:
         topology: Which node has which slot; None without a cluster.
     """
 
-    def __init__(self, config: BackendConfig, ask: Callable[[Node, Step], list[object]]) -> None:
+    def __init__(
+        self, config: BackendConfig, ask: Callable[[Node, Step, float], list[object]]
+    ) -> None:
         self._config = config
         self._ask = ask
-        self._only = Node(config)
+        self.only = Node(config)
         self._primaries: dict[Address, Node] = {}
         self._replicas: dict[Address, Node] = {}
         self.topology: Topology | None = None
@@ -153,7 +165,7 @@ class Nodes:
         """
         topology = self.topology
         if topology is None:
-            return self._only
+            return self.only
         self.refresh()
         if slot is not None:
             address = topology.primary(slot)
@@ -175,9 +187,15 @@ class Nodes:
 
     def slots_of(self, node: Node) -> frozenset[int] | None:
         """Return the slots of *node*, as far as they are known; None where there is no cluster."""
-        if self.topology is None or node.address is None:
+        topology = self.topology
+        if topology is None or node.address is None:
             return None
-        return self.topology.slots_of(node.address)
+        version, slots = node.place
+        if version != topology.version:
+            version, slots = topology.version, topology.slots_of(node.address)
+            # Kept, since it takes a millisecond.
+            node.place = version, slots
+        return slots
 
     def _node(self, address: Address, *, replica: bool = False) -> Node:
         server = self._config.connection.replace(host=address.host, port=address.port, seeds=())
@@ -186,7 +204,7 @@ class Nodes:
     def all(self) -> list[Node]:
         """Return the servers that are known."""
         if self.topology is None:
-            return [self._only]
+            return [self.only]
         return [*self._primaries.values(), *self._replicas.values()]
 
     def failed(self, node: Node, error: FFError) -> None:
@@ -211,8 +229,11 @@ class Nodes:
         """Look at the topology before it is used again."""
         self._doubted_at = time.monotonic()
 
-    def refresh(self) -> None:
+    def refresh(self, until: float = inf) -> None:
         """Look at the topology if it is in doubt, unless another thread does so, or somebody has done so just now.
+
+        Args:
+            until: When the caller's time is up, in monotonic time.
 
         Raises:
             FFError: No node has ever told it.
@@ -223,7 +244,7 @@ class Nodes:
             return
         self._look_at = began + _PATIENCE_S
         try:
-            failure = self._look(topology)
+            failure = self._look(topology, until)
             if failure is None:
                 self._looked_at = began
         finally:
@@ -231,7 +252,7 @@ class Nodes:
         if failure is not None and not topology.known:
             raise failure
 
-    def _look(self, topology: Topology) -> FFError | None:
+    def _look(self, topology: Topology, until: float) -> FFError | None:
         """Ask one node after the other until one tells; return the last error if none does."""
         failure: FFError | None = None
         working = {
@@ -241,8 +262,11 @@ class Nodes:
         }
         for address in core.to_ask(working, topology, self._seeds):
             node = self._primaries.get(address) or self._node(address)
+            longest = min(core.ASK_S, until - time.monotonic())
+            if longest <= 0:
+                return failure or DeadlineExceeded()
             try:
-                core.learn(topology, self._ask(node, core.SLOTS), address)
+                core.learn(topology, self._ask(node, core.SLOTS, longest), address)
             except FFError as error:
                 node.failed_at = time.monotonic()
                 failure = error
@@ -313,12 +337,12 @@ class Requests:
         nodes = self._nodes
         topology = nodes.topology
         if topology is None:
-            return self._on(nodes.of(None)).request(step, self._longest)
+            return self._on(nodes.only).request(step, self._longest)
         if step.alone:
             return self._request_alone(step)
         routing = Routing(step, topology, self._retries, replicas=self._replicas, until=self._until)
         while True:
-            nodes.refresh()
+            nodes.refresh(self._until)
             self._round(routing)
             pause = routing.settle()
             if routing.moved or routing.in_doubt:

@@ -15,8 +15,8 @@ from ff_fast import _transport
 from ff_fast._core import claiming, durability, operations
 from ff_fast._core.binding import bind
 from ff_fast._core.leases import KeptLeases
-from ff_fast._core.writer import FrameWriters, flush_to
-from ff_fast._sync.connection import PENDING, run_steps
+from ff_fast._core.writer import FrameWriters, flush_to, settle
+from ff_fast._sync.connection import PENDING
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.pool import Pool
 from ff_fast._sync.readers import Completions, Follow, Tail, Waiting
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ff_fast._core.durability import Ask
     from ff_fast._core.follow import FollowCore
     from ff_fast._core.operations import Call
-    from ff_fast._core.steps import Step, Steps
+    from ff_fast._core.steps import Steps
     from ff_fast._core.tail import TailCore
     from ff_fast._core.writer import WriterState
     from ff_fast._sync.connection import Connection
@@ -65,16 +65,15 @@ def _later(seconds: float, call: Callable[[], None]) -> threading.Timer:
     return timer
 
 
-def _request_until(connection: Connection, until: float, step: Step) -> list[object]:
-    """Send a step; return the replies if they have come shortly after *until*, in monotonic time."""
-    connection.send(step)
-    replies = []
-    for _ in step.commands:
+def _put(question: durability.Question, connection: Connection, until: float) -> None:
+    """Put a question, and take the replies that come until shortly after *until*, in monotonic time."""
+    connection.send(question.step)
+    more = True
+    while more:
         reply = connection.receive(until + _ANSWERS_S)
         if reply is PENDING:
             raise DeadlineExceeded
-        replies.append(reply)
-    return replies
+        more = question.take(reply)
 
 
 class Operations(Pool):
@@ -142,7 +141,7 @@ class Operations(Pool):
         if writer is not None and not writer._idle:
             # An error of the writer is its own; what it means for the lease, the call says.
             with contextlib.suppress(FFError):
-                writer.flush(_transport.request_timeout_s(self.config))
+                writer._wait(settle(writer, _transport.request_timeout_s(self.config)))
         value = self._run(call, until=until)
         self._frame_writers.settle(call.released_lease(value), call.extended_lease)
         return value
@@ -218,8 +217,7 @@ class Operations(Pool):
             ask.end(error)
             return
         try:
-            steps = durability.ask(ask.level.durability, (ask,))
-            run_steps(steps, partial(_request_until, connection, ask.until))
+            _put(durability.Question(ask.level.durability, (ask,)), connection, ask.until)
         except FFError as error:
             ask.end(error)
         finally:

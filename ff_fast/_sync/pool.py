@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ff_fast import _process, _transport
 from ff_fast._core.deployment import READS, Deployment
-from ff_fast._core.nodes import ASK_S
 from ff_fast._core.steps import Retries
 from ff_fast._sync.claims import wait_in_line
 from ff_fast._sync.connection import Connection, run_steps
@@ -36,7 +35,9 @@ class Pool:
 
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
-        self._deployment = Deployment(config.partitions, config.max_payload_bytes)
+        self._deployment = Deployment(
+            config.partitions, config.max_payload_bytes, config.replay_ms, config.replay_bytes
+        )
         self._pid = os.getpid()
         # Calls are refused, and then connections.
         self._closed = self._stopped = False
@@ -134,16 +135,16 @@ class Pool:
             raise _transport.closed_error()
         return connection
 
-    def _ask(self, node: Node, step: Step) -> list[object]:
+    def _ask(self, node: Node, step: Step, longest: float) -> list[object]:
         """Send a step to *node* on an idle connection, or on one that is opened for it alone."""
         connection = node.take()
         if connection is not None:
             self._busy[id(connection)] = weakref.ref(connection)
         else:
-            timeouts = BackendTimeouts(min(_transport.request_timeout_s(node.config), ASK_S))
+            timeouts = BackendTimeouts(min(_transport.request_timeout_s(node.config), longest))
             connection = self._open(node, node.config.replace(timeouts=timeouts))
         try:
-            return connection.request(step, ASK_S)
+            return connection.request(step, longest)
         finally:
             if connection.ready:
                 self._release(connection)

@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from ff_fast import _process, keys
-from ff_fast._core import durability
+from ff_fast._core import durability, operations
 from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
 from ff_fast._core.steps import Command, Step
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from ff_fast._sync.nodes import Node
     from ff_fast._sync.pool import Pool
 
+LOOK_S = 0.5
+"""Time between two looks at the connection of writers that wait, while they hold what a failover may lose."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -63,6 +66,9 @@ class Sender(Outbox):
         # Writers with the time at which their batch must be sent, and None for a look at what is due. One call in C
         # puts an entry, so an interrupt cannot leave half of one.
         self._inbox: SimpleQueue[tuple[float, Writer] | None] = SimpleQueue()
+        # Writers whose opening the server has lost.
+        self._to_reopen: list[Writer] = []
+        self._let_go_at = 0.0
         self._lingering: list[tuple[float, int, Writer]] = []
         # Slots whose writers wait, when their node is looked for, and after which error.
         self._held_slots: list[tuple[float, int, SlotHome, FFError]] = []
@@ -121,8 +127,9 @@ class Sender(Outbox):
             self._seal_lingering()
             self._go_on_with_slots()
             hold = self.hold_s()
+            self._let_go()
             wait = self.wait_s()
-            if wait == 0.0:
+            if wait == 0.0 or self._to_reopen:
                 break
             waits = [each for each in (wait, hold) if each > 0.0]
             waits += [
@@ -130,6 +137,8 @@ class Sender(Outbox):
                 for found in (self._lingering, self._held_slots)
                 if found
             ]
+            if self.keeps:
+                waits.append(max(self._let_go_at - time.monotonic(), 0.0))
             with contextlib.suppress(Empty):
                 self._take(self._inbox.get(timeout=min(waits, default=None)))
         else:
@@ -142,6 +151,26 @@ class Sender(Outbox):
         while not self._inbox.empty():
             self._take(self._inbox.get())
 
+    def _let_go(self) -> None:
+        """Let go of what was acknowledged some time ago, while the server is there."""
+        if self.keeps and self._let_go_at <= time.monotonic():
+            if self._connection is not None and not self._connection.reusable:
+                self._drop()
+            self._let_go_at = time.monotonic() + min(max(self.let_go_s(), 0.0), LOOK_S)
+
+    def reopen(self, writer: Writer) -> None:
+        """Open a writer again of which the server has lost the opening."""
+        self._to_reopen.append(writer)
+        self._inbox.put(None)
+
+    def _reopen(self) -> None:
+        while self._to_reopen:
+            writer = self._to_reopen.pop()
+            try:
+                self._pool._run(operations.Call(writer._open_again))
+            except FFError as error:
+                writer._fail(error)
+
     def _take(self, told: tuple[float, Writer] | None) -> None:
         if told is not None:
             due, writer = told
@@ -152,7 +181,10 @@ class Sender(Outbox):
             heapq.heappop(self._lingering)[2]._seal_soon()
 
     def _round(self) -> None:
-        if self.closing.is_set() or not self.ready:
+        if self.closing.is_set():
+            return
+        self._reopen()
+        if not self.ready:
             return
         try:
             connection = self._connected()
@@ -270,6 +302,8 @@ class Sender(Outbox):
         connection, self._connection = self._connection, None
         if connection is not None:
             self._pool._discard(connection)
+            if not self.closing.is_set():
+                self.doubt()
 
 
 class Senders:
@@ -327,6 +361,11 @@ class Senders:
             writer._seal_soon()
         else:
             sender.linger(writer)
+
+    def reopen(self, writer: Writer) -> None:
+        """Open a writer again of which the server has lost the opening; any thread can do so."""
+        for sender in tuple(self._senders.values())[:1]:
+            sender.reopen(writer)
 
     def leave(self, sender: Sender) -> bool:
         """Let a sender go, whose node has left the cluster; return False if somebody may still need it."""
@@ -436,6 +475,11 @@ class Writer(SharedWriter):
         if not senders.running:
             self._fail(WriterClosed())
 
+    def _on_lost_opening(self) -> None:
+        if not self._reopening:
+            self._reopening = True
+            self._senders.reopen(self)
+
     def _on_linger(self) -> None:
         self._senders.linger(self)
 
@@ -465,10 +509,10 @@ class Writer(SharedWriter):
 
     def _reach(self, level: Level, deadline: float | None) -> None:
         """Wait until what is stored has reached *level*."""
-        ask = self._ask(level, deadline)
+        ask = self._question(level, deadline)
         while True:
             self._witness(ask)
-            if not self._asked(ask, deadline):
+            if not self._asks_again(ask, deadline):
                 return
             if ask.failure is not None:
                 time.sleep(durability.AGAIN_S)

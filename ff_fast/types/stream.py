@@ -43,7 +43,7 @@ FrameMode = Literal["durable", "summary", "best_effort"]
 PatchFormat = Literal["json-merge-patch", "string-append"]
 """Wire token of a patch kind."""
 
-GapReason = Literal["trimmed", "fell_behind", "expired", "cursor_ahead", "rewritten"]
+GapReason = Literal["trimmed", "fell_behind", "expired", "cursor_ahead", "rewritten", "lost"]
 """Why frames are missing.
 
 ``trimmed``: they left the stream before the reader began. ``fell_behind``: they left it while the reader was too slow
@@ -52,7 +52,8 @@ cursor is beyond the end of the stream, for instance after a failover. ``rewritt
 the stream, and other frames stand in its place. The server has lost frames in a failover, and a worker has written
 others, or the cursor belongs to another attempt or execution. The reader continues at ``next_sequence`` with the frames
 that are later than the cursor, at the beginning if the times of the frames do not tell. A document that was folded from
-the earlier frames is void: read the summary again.
+the earlier frames is void: read the summary again. ``lost``: the server lost them in a failover after it had
+acknowledged them, and their writer did not keep them any more. The stream itself says so, to every reader.
 """
 
 EndReason = Literal[

@@ -23,7 +23,7 @@ from ff_fast import (
     WaitpointSpec,
     keys,
 )
-from ff_fast._core import ops, places
+from ff_fast._core import ops, places, tail
 from ff_fast._core.operations import Call
 from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import (
@@ -42,10 +42,28 @@ from ..heads import head_of, set_head
 from ..server.readers import Reader, begin
 from ..server.streams import server_ms
 from ..server.workers import Worker
-from ..shells import KINDS
+from ..shells import KINDS, Shell
 from ..waiting import wait_until, wait_until_async
 from .failover import Past
 from .stored import claimed
+
+class Forgetful(Shell):
+    """Its backends keep nothing of what was acknowledged, as after the time for which they do."""
+
+    async def connect(self, target, **limits):
+        return await super().connect(target, replay_ms=0, **limits)
+
+
+@pytest.fixture
+def shell(shell):
+    return Forgetful(shell.kind)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Readers do not wait for frames that nobody stores again."""
+    monkeypatch.setattr(tail, "_AHEAD_S", 0.05)
+
 
 ALL, EXCLUDE = TailVisibility.ALL, TailVisibility.EXCLUDE_BEST_EFFORT
 MODES = {
@@ -315,8 +333,8 @@ def test_the_attempt_of_a_worker_fails_where_its_frames_are_lost(kind, server, r
         yield task.flush(5)
         past.come()
 
-    with ff_fast.ValkeyBackend.connect(server.url) as backend:
-        with Worker(kind, server.url, lose, lane=lane):
+    with ff_fast.ValkeyBackend.connect(f"{server.url}?replay_ms=0") as backend:
+        with Worker(kind, f"{server.url}?replay_ms=0", lose, lane=lane):
             eid = backend.create_execution(lane=lane)
             wait_until(lambda: backend.describe(eid).state == "failed")
         assert backend.describe(eid).failure_reason.startswith("SequenceGap: ")
@@ -377,7 +395,7 @@ async def test_a_reader_that_comes_back_after_a_rewrite_gets_a_gap_and_the_new_f
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_running_tail_is_told_of_a_rewrite(kind, pair, lane):
-    with ff_fast.ValkeyBackend.connect(pair.url) as backend:
+    with ff_fast.ValkeyBackend.connect(f"{pair.url}?replay_ms=0") as backend:
         attempt = begin(backend, lane, 600_000)
         writer = backend.open_writer(attempt.handle)
         for n in range(1, 11):
@@ -448,7 +466,7 @@ async def test_no_frame_is_skipped_in_silence_whatever_the_clocks_say(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tail_whose_server_is_replaced_under_its_connection(kind, mode, server, raw, lane):
-    with ff_fast.ValkeyBackend.connect(server.url) as backend:
+    with ff_fast.ValkeyBackend.connect(f"{server.url}?replay_ms=0") as backend:
         attempt = begin(backend, lane, 600_000)
         writer = backend.open_writer(attempt.handle, mode=MODES[mode])
         for n in range(1, 11):
@@ -697,7 +715,7 @@ async def test_a_server_that_comes_back_older_or_empty_says_what_it_has_lost(she
 
 def test_members_of_a_flow_are_cancelled_whichever_server_goes_on_with_it(pair):
     """The members are more than one packed list holds, so their order in memory is of one process."""
-    with ff_fast.ValkeyBackend.connect(pair.url) as backend:
+    with ff_fast.ValkeyBackend.connect(f"{pair.url}?replay_ms=0") as backend:
         flow = backend.create_flow()
         first = backend.create_execution(flow_id=flow)
         for _ in range(199):

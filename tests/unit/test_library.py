@@ -168,4 +168,4 @@ def test_both_sides_of_an_append_name_the_same_blocks():
         name: letter for letter, name in re.findall(r"^--   (.)  (\w+)", text, re.MULTILINE)
     }
     assert in_lua == in_writer == in_comment
-    assert len(set(in_lua.values())) == len(in_lua) == 12
+    assert len(set(in_lua.values())) == len(in_lua) == 15

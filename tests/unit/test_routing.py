@@ -53,10 +53,13 @@ def map_of(**owners):
 class Drive:
     """Drives a routing by hand."""
 
-    def __init__(self, commands, topology, *, retry=FEW, writes=True, **options):
+    def __init__(self, commands, topology, *, retry=FEW, writes=True, partial=False, **options):
         self.pauses = []
         self.routing = Routing(
-            Step(tuple(commands)), topology, Retries(retry, writes=writes), **options
+            Step(tuple(commands), partial=partial),
+            topology,
+            Retries(retry, writes=writes),
+            **options,
         )
 
     def sends(self, *wanted):
@@ -252,6 +255,18 @@ def test_the_end_of_what_was_not_sent_says_whether_a_part_was_applied(writes):
         drive.routing.replies()
     wanted = errors.Outcome.UNKNOWN if writes else errors.Outcome.NOT_APPLIED
     assert caught.value.outcome is wanted
+
+
+def test_what_reaches_one_node_counts_where_the_step_says_so():
+    drive = Drive([get(1), get(2), get(3)], map_of(a=[1], b=[2]), partial=True)
+    drive.sends((A, [1]), (B, [2]), (C, [3]))
+    drive.answers(errors.Unavailable(), errors.DeadlineExceeded(), [b"3"])
+    assert drive.pause is None
+    assert drive.routing.in_doubt
+    first, second, third = drive.routing.replies()
+    assert isinstance(first, errors.Unavailable)
+    assert isinstance(second, errors.DeadlineExceeded)
+    assert third == b"3"
 
 
 def test_a_lost_connection_is_told_with_the_worst_outcome():
