@@ -508,6 +508,7 @@ def test_a_tail_that_is_left_listens_no_more(backend, raw, attempt, monkeypatch)
         wait_until(lambda: listeners(raw, attempt) == 0)
 
 
+@pytest.mark.standalone("each node has connections of its own")
 def test_many_tails_of_a_backend_share_two_connections(
     kind, server, raw, backend, attempt, monkeypatch
 ):
@@ -529,6 +530,7 @@ def test_many_tails_of_a_backend_share_two_connections(
     wait_until(lambda: clients(raw) == before)
 
 
+@pytest.mark.standalone("it looks inside the hub of one server")
 def test_asyncio_tails_closed_or_cancelled_leave_nothing(
     server, raw, backend, attempt, monkeypatch
 ):
