@@ -87,6 +87,7 @@ def server_ms(raw):
 
 @pytest.mark.parametrize("state", ["not claimed", "no frame", "some frames"])
 @pytest.mark.parametrize("how", ["complete", "fail"])
+@pytest.mark.cluster
 def test_an_idle_reader_sees_the_end_at_once(kind, how, state, backend, server, raw, lane):
     def measure():
         eid = backend.create_execution(lane=lane)
@@ -139,6 +140,7 @@ def expiry(raw, attempt):
     return head_of(raw, attempt.head).lease_expires_at
 
 
+@pytest.mark.cluster
 def test_a_blocked_reader_hears_of_a_dead_producer(kind, backend, server, raw, lane):
     attempt = begin(backend, lane, lease_ttl_ms=800)
     write(backend, attempt, 2)
@@ -384,6 +386,7 @@ def test_a_server_that_comes_back_without_its_data(kind, lane):
             reader.result()
 
 
+@pytest.mark.cluster
 def test_a_tail_goes_on_after_its_connection_was_killed(kind, backend, server, raw, attempt):
     write(backend, attempt, 2)
     reader = Reader(kind, server.url, attempt.eid)
