@@ -13,8 +13,18 @@ from ff_fast.errors import CredentialsUnavailable, FFError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from typing import Protocol, Self
 
-    from ff_fast._aio.connection import Connection
+    class Connection(Protocol):
+        """A connection, as far as it is logged in again."""
+
+        authenticated_at: float
+        on_lost: list[Callable[[Self], None]]
+
+        @property
+        def closed(self) -> bool: ...
+
+        def send(self, request: bytes, receivers: list[Callable[[object], None]]) -> None: ...
 
 
 async def ask(provider: Any, timeout_s: float) -> Login:
@@ -24,8 +34,9 @@ async def ask(provider: Any, timeout_s: float) -> Login:
         CredentialsUnavailable: It raised, returned something else, or took longer than *timeout_s* seconds.
     """
     failure: FFError
+    limit = asyncio.timeout(timeout_s)
     try:
-        async with asyncio.timeout(timeout_s) as limit:
+        async with limit:
             found = await _found(provider)
         return login_of(found)
     except FFError as error:

@@ -171,18 +171,22 @@ class Version(NamedTuple):
         digest: Digest of its text.
         partitions: The stored partition count; None if there is none.
         eviction_policy: ``maxmemory-policy`` of the server; empty where its memory has no limit, or it is not told.
+        engine: Name and version of the server; empty where it is not told, or the server is thrown away anyway.
+        settings: Whether the settings of persistence may be asked for.
     """
 
     contract: int
     digest: str
     partitions: int | None
     eviction_policy: str = ""
+    engine: str = ""
+    settings: bool = False
 
 
 def version(
     at: tuple[bytes, ...] = (keys.PARTITIONS_CONFIG, keys.CLUSTER_PROBE),
 ) -> Op[Version]:
-    """Read contract and digest of the server's library, the stored partition count, and the eviction policy.
+    """Read contract and digest of the server's library, the stored partition count, and what the server is.
 
     Args:
         at: The call's keys. The default ones are in different slots, so every node of a cluster refuses the call; with
@@ -192,9 +196,14 @@ def version(
     def parse(_: bytes, fields: list[object]) -> Version:
         # A library of another contract may answer fewer fields; its contract must be readable nevertheless.
         contract, digest, *rest = map(_text, fields)
-        partitions, eviction_policy = [*rest, "", ""][:2]
+        partitions, eviction_policy, engine, settings = [*rest, "", "", "", ""][:4]
         return Version(
-            int(contract), digest, int(partitions) if partitions else None, eviction_policy
+            int(contract),
+            digest,
+            int(partitions) if partitions else None,
+            eviction_policy,
+            engine,
+            settings == "1",
         )
 
     return Op(b"ff_version", at, (), parse, read_only=True)

@@ -12,9 +12,13 @@ from ff_fast._core.credentials import Login, Renewals, failure_of, login_of
 from ff_fast.errors import CredentialsUnavailable, FFError
 
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Protocol
 
-    from ff_fast._sync.connection import Connection
+    class Connection(Protocol):
+        """A connection, as far as it is logged in again."""
+
+        authenticated_at: float
+        credentials: Credentials | None
 
 
 def ask(provider: Any) -> Login:

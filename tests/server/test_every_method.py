@@ -22,6 +22,7 @@ from ff_fast import (
     keys,
 )
 
+from ..conftest import connect_raw
 from ..shells import KINDS, WORKER
 from ..unit.test_shells import CLASSES, public
 from .workers import handler_for
@@ -72,6 +73,9 @@ def scenario(shell, kind, url, lane, names):
     embedded = made.of((yield made.embedded()))
     yield embedded.close()
     assert embedded.closed
+    with connect_raw(url) as client:
+        copied = made.of((yield made.from_client(client)))
+    yield copied.close()
     backend = made.of((yield made.connect(url)))
     try:
         yield from calls(backend, lane)

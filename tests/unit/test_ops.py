@@ -465,10 +465,13 @@ def test_a_result_is_read_as_a_payload_is():
 @pytest.mark.parametrize(
     "fields, version",
     [
-        ([b"1", b"abc", b""], (1, "abc", None, "")),
-        ([b"2", b"abc"], (2, "abc", None, "")),
-        ([b"2", b"abc", b"7"], (2, "abc", 7, "")),
-        ([b"2", b"abc", b"7", b"allkeys-lru", b"more"], (2, "abc", 7, "allkeys-lru")),
+        ([b"1", b"abc", b""], (1, "abc", None, "", "", False)),
+        ([b"2", b"abc"], (2, "abc", None, "", "", False)),
+        ([b"2", b"abc", b"7"], (2, "abc", 7, "", "", False)),
+        (
+            [b"2", b"abc", b"7", b"allkeys-lru", b"Valkey 9.1.0", b"1", b"more"],
+            (2, "abc", 7, "allkeys-lru", "Valkey 9.1.0", True),
+        ),
     ],
 )
 def test_the_version_of_another_contract_can_be_read(fields, version):
@@ -681,7 +684,10 @@ STORED_SIGNAL = [
     *(b"accepted_at", b"5", b"waitpoint_id", WAITPOINT.encode(), b"payload", b"\x00p"),
 ]
 ANSWERS = {
-    "ff_version": ([b"1", b"abc", b"256", b"noeviction"], (1, "abc", 256, "noeviction")),
+    "ff_version": (
+        [b"1", b"abc", b"256", b"noeviction", b"Valkey 9.1.0", b""],
+        (1, "abc", 256, "noeviction", "Valkey 9.1.0", False),
+    ),
     "ff_create_execution": ([b"lane 1", b"", b"-5"], (None, [("lane 1", "", b"-5")])),
     "ff_claim_execution": (
         [EID.encode(), b"3", b"attempt-1", b"4", b"99", b"resumed"],
