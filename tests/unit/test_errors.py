@@ -313,6 +313,10 @@ def test_server_errors_by_their_first_word(subtests):
         ("TRYAGAIN Multiple keys request during rehashing of slot", errors.Unavailable),
         ("UNBLOCKED force unblock from blocking operation", errors.Unavailable),
         ("ERR max number of clients reached", errors.Unavailable),
+        *(
+            (f"ERR {words}ttempted to access a non local key in a cluster node", errors.Unavailable)
+            for words in ("A", "Script a")
+        ),
         ("READONLY You can't write against a read only replica.", errors.NotPrimary),
         ("BUSY Valkey is busy running a script.", errors.ServerBusy),
         ("NOREPLICAS Not enough good replicas to write.", errors.NotEnoughReplicas),
