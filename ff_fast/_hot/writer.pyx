@@ -317,7 +317,8 @@ cdef class Held:
     # The connection was lost, and the writer has heard nothing since: what is held may be needed,
     # however long that takes.
     cdef bint _doubted
-    # Of the newest writer: its id as a bulk string, the number of its opening, and the document after its patches.
+    # Of the newest writer: its id as a bulk string, the number of its opening, and the document
+    # after its patches.
     cdef bytes _writer
     cdef readonly long long opening
     cdef readonly long long version
