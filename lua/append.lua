@@ -5,11 +5,11 @@
 --        only before the first block, which is one of V or W: its frames were pushed under ids of that time, and are
 --        stored under it
 --   R  REPLAYED_MS  ms later_ms
---        only before the first block: a server that was lost had its frames under ids of `ms`, and the frames behind
---        it under ids of `later_ms`, and they are stored under these again
+--        only before the first block: a lost server had its frames under ids of `ms`, and the frames behind it under
+--        ids of `later_ms`, and they are stored under these again
 --   G  LOST         count
---        the only block of frames of its part: `count` frames were lost with a server, and nobody has them. One entry of
---        the log says so, under the id of the last one
+--        the only block of frames of its part: `count` frames were lost with a server, and nobody has them. One entry
+--        of the log says so, under the id of the last one
 --   L  LOG          count payload*count
 --        log frames: one entry a frame
 --   X  LOG_FIELDS   count extra_count (field value)*extra_count payload*count

@@ -448,6 +448,14 @@ def open_writer(
     attempt: Attempt, writer: bytes, max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
 ) -> Op[Opened]:
     """Make *writer*, which sends no larger payload, the writer of the attempt, in place of the one before it."""
+    eid, index, fields = attempt
+    return open_writer_of(eid, index, fields.lease_id, writer, max_payload_bytes)
+
+
+def open_writer_of(
+    execution_id: str, attempt_index: int, lease_id: str, writer: bytes, max_payload_bytes: int
+) -> Op[Opened]:
+    """The same for an attempt that is named by its parts."""
 
     def parse(_: bytes, fields: list[object]) -> Opened:
         last_id, visible, estimator, summary_version, opening = map(_text, fields)
@@ -463,10 +471,13 @@ def open_writer(
             raise ValueError("no count")
         return opened
 
-    head, _, _, summary = attempt.stream_keys
-    core = keys.core(attempt.execution_id)
-    given = (writer, attempt.fence[1], number(max_payload_bytes))
-    return Op(b"ff_open_writer", (core, head, summary), given, parse)
+    names = (
+        keys.core(execution_id),
+        keys.head(execution_id, attempt_index),
+        keys.summary(execution_id, attempt_index),
+    )
+    given = (writer, lease_id.encode(), number(max_payload_bytes))
+    return Op(b"ff_open_writer", names, given, parse)
 
 
 class Range(NamedTuple):

@@ -321,9 +321,8 @@ class SharedWriter(WriterCore):
         self._reached = Durability.stored()
         self._lease_id = state.attempt.fields.lease_id
         self._attempt = state.attempt
-        self._writer_name = state.writer_id
         self._home_of_slot = home
-        self._place_of_lease = place = self._places.open(self._lease_id)
+        place = self._places.open(self._lease_id)
         super().__init__(
             keys=state.attempt.stream_keys,
             writer=state.writer_id,
@@ -341,7 +340,6 @@ class SharedWriter(WriterCore):
             place.held.owner = weakref.ref(self)
         self.execution_id = state.attempt.execution_id
         self.attempt_index = state.attempt.attempt_index
-        self._payload_limit = state.options.max_payload_bytes
         # After drain() one frame of maximum size always fits.
         self._high_water_bytes = min(
             HIGH_WATER_BYTES,
@@ -351,23 +349,33 @@ class SharedWriter(WriterCore):
     def _open_again(self) -> Steps[None]:
         """Open the writer again, of which the server has lost the opening."""
         try:
-            opening = ops.open_writer(self._attempt, self._writer_name, self._payload_limit)
-            opened = yield from ops.call(opening)
+            opened = yield from ops.call(
+                ops.open_writer_of(
+                    self.execution_id,
+                    self.attempt_index,
+                    self._lease_id,
+                    self._writer_name,
+                    self._max_payload,
+                )
+            )
         finally:
             self._reopening = False
         self._reopened(opened.last_ms, opened.last_sequence, opened.opening)
 
     def _tell(self) -> AppendFrameOutcome:
-        self._place_of_lease.tell_losses()
+        if self._place is not None:
+            self._place.tell_losses()
         return self.outcome()
 
     def _tell_confirmed(self) -> AppendFrameOutcome:
-        self._place_of_lease.tell_losses()
+        if self._place is not None:
+            self._place.tell_losses()
         return self._confirmed_outcome()
 
     def _end_closed(self) -> None:
         self._fail(WriterClosed())
-        self._place_of_lease.tell_losses()
+        if self._place is not None:
+            self._place.tell_losses()
 
     def _on_cancel_requested(self) -> None:
         if self._kept is not None:

@@ -18,6 +18,7 @@ class Place(Protocol):
     held: Held | None
 
     def opened(self, ms: int, sequence: int) -> None: ...
+    def tell_losses(self) -> None: ...
     def lose(self, first: int, last: int) -> None: ...
 
 @final
@@ -35,7 +36,7 @@ class Held:
     def clear(self) -> None: ...
     @property
     def writer(self) -> bytes | None:
-        """Id of the newest writer."""
+        """Id of the newest writer; None before the first one."""
 
     @property
     def opening(self) -> int:
@@ -293,6 +294,12 @@ class WriterCore:
 
     @property
     def _failure(self) -> FFError | None: ...
+    @property
+    def _place(self) -> Place | None: ...
+    @property
+    def _max_payload(self) -> int: ...
+    @property
+    def _writer_name(self) -> bytes: ...
     @property
     def _stopped(self) -> bool: ...
     @property

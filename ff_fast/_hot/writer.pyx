@@ -325,8 +325,9 @@ cdef class Held:
     # The connection was lost, and the writer has heard nothing since: what is held may be needed,
     # however long that takes.
     cdef bint _doubted
-    # Of the newest writer: its id, the number of its opening, and the document after its patches.
-    cdef readonly bytes writer
+    # Of the newest writer: its id as a bulk string, the number of its opening, and the document
+    # after its patches.
+    cdef bytes _writer
     cdef readonly long long opening
     cdef readonly long long version
     # Returns that writer, or None once it is gone.
@@ -341,9 +342,14 @@ cdef class Held:
     def __len__(self):
         return 0 if self._batches is None else len(self._batches)
 
+    @property
+    def writer(self):
+        """Id of the newest writer; None before the first one."""
+        return None if self._writer is None else of_bulk(self._writer)
+
     cdef int opened(self, WriterCore writer, long long ms, long long sequence) except -1:
         """Note a new writer, which goes on behind a frame."""
-        self.writer = writer._writer_id
+        self._writer = writer._writer
         self.opening = writer._opening
         self.document = writer._document
         self.version = writer._summary_version
@@ -503,6 +509,11 @@ cdef bytes bulks(list parts):
     for part in parts:
         out = put_bulk(out, PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
     return packed
+
+
+cdef bytes of_bulk(bytes bulk):
+    """Return the bytes of a bulk string."""
+    return bulk[bulk.index(b"\r\n") + 2:PyBytes_GET_SIZE(bulk) - 2]
 
 
 cdef bytes push_pairs(list pairs):
@@ -693,10 +704,8 @@ cdef class WriterCore:
     cdef readonly long long _checked_sequence
     # What the writers of the lease share of it: the place, and what was acknowledged a moment ago,
     # None where nothing is kept.
-    cdef object _place
+    cdef readonly object _place
     cdef Held _held
-    # The writer id.
-    cdef bytes _writer_id
     # The sequence up to which the server has what was acknowledged, -1 while nothing says that it
     # lacks any; all behind it is sent again.
     cdef long long _replay_from
@@ -708,7 +717,7 @@ cdef class WriterCore:
     # Payloads of the open batch and arguments of the sealed ones.
     cdef Py_ssize_t _unacknowledged_bytes
     cdef Py_ssize_t _max_unacknowledged
-    cdef Py_ssize_t _max_payload
+    cdef readonly Py_ssize_t _max_payload
     cdef bint _cancel_requested
     cdef long long _lease_left_ms
     # How long a batch waits for more frames.
@@ -768,7 +777,6 @@ cdef class WriterCore:
             raise InvalidInput("max_payload_bytes must be from 1 to 1048576.")
         self._keys = bulks(list(keys))
         self._writer = bulks([writer])
-        self._writer_id = writer
         self._replay_from = -1
         for i in range(4):
             end += bulk_size(len(keys[i]))
@@ -1721,7 +1729,7 @@ cdef class WriterCore:
 
     cdef bint _is_newest(self) except -1:
         """Whether what is held is this writer's to store again: no other was opened after it."""
-        return self._held is not None and self._held.writer == self._writer_id
+        return self._held is not None and self._held._writer == self._writer
 
     cdef bint _must_replay(self, Batch batch, object reply, object error) except -1:
         """Note what a refusal says of the server; return whether *batch* is sent again for that."""
@@ -1847,7 +1855,7 @@ cdef class WriterCore:
         """Make the message of *batch* from its blocks. What is sent *again* has the ids that it
         had."""
         # Readers read what comes late: a push would name one time for all its frames.
-        cdef list head = [self._writer_id, b"%d" % (batch.first_sequence - 1)]
+        cdef list head = [of_bulk(self._writer), b"%d" % (batch.first_sequence - 1)]
         cdef bytes start
         head.append(b" " if batch.frame_count or batch.lost_count else b"")
         if not (batch.frame_count or batch.lost_count):
@@ -2194,6 +2202,11 @@ cdef class WriterCore:
     def _failure(self):
         """The same as `error`, for a look that tells nobody."""
         return self._error
+
+    @property
+    def _writer_name(self):
+        """The writer id."""
+        return of_bulk(self._writer)
 
     @property
     def _stopped(self):
