@@ -18,7 +18,7 @@ COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 PARALLEL := -n 3 --dist worksteal
 
-.PHONY: build demo test unit check soak coverage lint types sanitize wheel-test bench bench-quick clean help
+.PHONY: build demo test test-cluster unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
 
 help: ## List the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -33,8 +33,13 @@ demo: build ## Stream a text through an embedded server: make demo RATE=1000 ARG
 	$(BIN)/ff-fast demo $(if $(RATE),--rate $(RATE)) $(ARGS)
 
 # pytest-benchmark, when make bench has installed it, warns about worker processes.
+QUICK := -m "not packaging and not chaos"
 test: build ## Run the whole suite but the packaging tests: make test ARGS="tests/unit -k keys"
-	$(PYTEST) $(PARALLEL) -m "not packaging" $(ARGS)
+	$(PYTEST) $(PARALLEL) $(QUICK) $(ARGS)
+
+test-cluster: build ## Run the tests that share a server against a cluster in its place, then those that break clusters
+	FF_FAST_TEST_CLUSTER=1 $(PYTEST) $(PARALLEL) $(QUICK) tests/server tests/faults $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal -m chaos tests/cluster $(ARGS)
 
 unit: build ## Run the tests that need no server, in seconds
 	$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
@@ -44,10 +49,13 @@ check: lint types unit ## Everything that takes seconds, before a commit
 soak: build ## Break everything for an hour, by a seed, and check what is left: make soak ARGS="--seconds 60 --seed 7"
 	$(BIN)/python -m tests.soak $(ARGS)
 
+chaos: build ## Move, kill and restart servers under hundreds of streams: make chaos ARGS="--only kill --shell sync --seconds 60 --seed 7"
+	$(BIN)/python -m tests.cluster.chaos $(ARGS)
+
 # What is compiled is not measured, and its oracles are slow under measurement: make unit runs these.
 UNMEASURED := $(patsubst %,--ignore tests/unit/%,test_frames.py test_merge.py test_rate.py test_resp.py writer)
 coverage: build ## Run the tests of Python code under branch coverage; its floor is in pyproject.toml
-	$(PYTEST) $(PARALLEL) -m "not packaging" --cov $(UNMEASURED) $(ARGS)
+	$(PYTEST) $(PARALLEL) $(QUICK) --cov $(UNMEASURED) $(ARGS)
 
 # cython-lint runs pycodestyle from PATH.
 lint: build ## Check style: ruff, ruff format, cython-lint, luacheck
@@ -74,7 +82,7 @@ sanitize: ## Run the suite on a build with AddressSanitizer and UndefinedBehavio
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		../venv/bin/python -m pytest -s --timeout 300 -m "not packaging" $(ARGS)
+		../venv/bin/python -m pytest -s --timeout 300 $(QUICK) $(ARGS)
 
 wheel-test: build ## Build sdist and wheel, install them elsewhere, load the Lua from there
 	$(PYTEST) -m packaging tests/packaging $(ARGS)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bench import capacity
+from bench import capacity, million
 from bench.figures import RowJson, markdown, note
 
 if TYPE_CHECKING:
@@ -45,11 +45,19 @@ def carried(result: Result) -> str:
     return f"{capacity.table(costs)}\n\n{note(result)}." if costs else NOT_MEASURED
 
 
+def fleets(result: Result) -> str:
+    """Return the model of a large deployment."""
+    costs = cast("million.Costs", result.get("costs") or {})
+    known = costs.keys() >= {*million.CHECKED}
+    return f"{million.table(costs)}\n\n{note(result)}." if known else NOT_MEASURED
+
+
 # What stands between the two markers of a name, in which file.
 PARTS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "pictures": ("README.md", pictures),
     "numbers": ("README.md", numbers),
     "capacity": ("bench/README.md", carried),
+    "million": ("bench/README.md", fleets),
 }
 
 

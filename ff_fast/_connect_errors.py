@@ -62,6 +62,12 @@ def connect_error(error: BaseException, config: BackendConfig, timeout: float) -
         found = Unavailable(
             f"Connecting to {_address_of(config.connection)} failed; try again later."
         )
+    if (
+        isinstance(found, AuthenticationFailed)
+        and config.connection.credential_provider is not None
+    ):
+        # The next connect asks the provider again, which may have others by then.
+        found.retryable = True
     return _with_address(found, config.connection)
 
 

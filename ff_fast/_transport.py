@@ -20,6 +20,9 @@ from ff_fast.types import BackendConfig
 if TYPE_CHECKING:
     import asyncio
     import socket
+    import ssl
+
+    from ff_fast._core.credentials import Login
 
 _BLOCK_MARGIN_S = 2.0
 
@@ -63,18 +66,18 @@ def longest_try_s(until: float) -> float:
     return max((until - time.monotonic()) / 2, 1.0)
 
 
-def connection_arguments(config: BackendConfig) -> dict[str, Any]:
+def connection_arguments(config: BackendConfig, login: Login | None = None) -> dict[str, Any]:
     """Return the keyword arguments of a redis-py connection, blocking or asyncio.
 
-    Its retries are off, since they would repeat appends. RESP2 is pinned: there are no push messages between replies,
+    *login* is what the provider of credentials gave; None takes the configured user name and password. Its retries are off, since they would repeat appends. RESP2 is pinned: there are no push messages between replies,
     and every reply has one shape.
     """
     server = config.connection
     timeout = request_timeout_s(config)
     arguments: dict[str, Any] = {
         "db": server.db,
-        "username": server.username,
-        "password": server.password,
+        "username": server.username if login is None else login.username,
+        "password": server.password if login is None else login.password,
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
         "protocol": 2,
@@ -131,11 +134,21 @@ def guarded_parser(module: Any) -> Any:
 def take_socket(connection: Any) -> socket.socket:
     """Detach the socket from redis-py's connected *connection*, and return it.
 
-    This function, :func:`guarded_parser` and :func:`take_stream` are the only users of redis-py's private names.
+    This function, :func:`guarded_parser`, :func:`use_context` and :func:`take_stream` are the only users of redis-py's private names.
     """
     taken: socket.socket = connection._sock
     connection._sock = None
     return taken
+
+
+def use_context(connection: Any, context: ssl.SSLContext) -> None:
+    """Let redis-py's *connection*, which is not open yet, use *context* in place of one that it makes."""
+    if hasattr(connection, "ssl_context"):
+        connection.ssl_context.context = context
+    else:
+        connection._wrap_socket_with_ssl = functools.partial(
+            context.wrap_socket, server_hostname=connection.host
+        )
 
 
 def wants_read(tls: bool) -> type[OSError]:

@@ -18,10 +18,11 @@ from ff_fast._aio.operations import Operations, of_handler
 from ff_fast._aio.readers import Completions, Follow, Tail
 from ff_fast._aio.worker import Handler, Task, WorkerLoop
 from ff_fast._aio.writers import Writer
+from ff_fast._clients import config_of_client
 from ff_fast._core import operations
 
 if TYPE_CHECKING:
-    from ff_fast.embedded import EmbeddedServer
+    from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
     from ff_fast.types import BackendConfig
 
 
@@ -33,7 +34,7 @@ class ValkeyBackend(Operations):
 
     def __init__(self, config: BackendConfig) -> None:
         super().__init__(config)
-        self._server: EmbeddedServer | None = None
+        self._server: EmbeddedServer | EmbeddedCluster | None = None
 
     @classmethod
     def connect(cls, target: str | BackendConfig) -> Opening[ValkeyBackend]:
@@ -50,6 +51,8 @@ class ValkeyBackend(Operations):
             InvalidInput: The URL is not one of these.
             Unavailable, DeadlineExceeded, TlsFailed: The server cannot be reached.
             AuthenticationFailed, PermissionDenied: It refused the credentials, or a command that connecting needs.
+            CredentialsUnavailable: The credential provider failed.
+            PrimaryNotFound, NotPrimary: No sentinel names the primary, or they do not agree on it yet.
             ClusterModeRequired: It is a node of a cluster.
             LibraryMismatch: It holds a newer contract than this library.
             DeploymentMismatch: It stores another partition count than the configuration names.
@@ -68,24 +71,44 @@ class ValkeyBackend(Operations):
         return Opening(connecting)
 
     @classmethod
-    def embedded(cls, **options: Any) -> Opening[ValkeyBackend]:
-        """Start a private server with a supervisor, and connect to it (extra ``embedded``).
+    def from_client(cls, client: object, **settings: Any) -> Opening[ValkeyBackend]:
+        """Connect to the servers of a client of redis-py, as it does: address, database, credentials and TLS are its own.
 
-        Closing the backend stops the server.
+        The backend has connections of its own, and does not use those of the client.
+
+        Args:
+            client: ``redis.Redis`` or ``redis.RedisCluster``, or the same of ``redis.asyncio``; also one that sentinels
+                lead to the primary.
+            **settings: Other fields of :class:`BackendConfig`, as ``partitions`` or ``timeouts``.
+
+        Raises:
+            InvalidType: *client* is something else.
+            InvalidInput: It cannot be followed: it reads from replicas, or uses TLS to the sentinels or the servers alone.
+            FFError: Those of :meth:`connect`.
+        """
+        return cls.connect(config_of_client(client, settings))
+
+    @classmethod
+    def embedded(cls, *, cluster: bool = False, **options: Any) -> Opening[ValkeyBackend]:
+        """Start a private server or cluster with a supervisor, and connect to it (extra ``embedded``).
+
+        Closing the backend stops the servers.
 
         ``async with ValkeyBackend.embedded() as backend``, or ``await`` it.
 
         Args:
-            **options: Arguments of :class:`ff_fast.embedded.EmbeddedServer`.
+            cluster: Start a cluster of three primaries instead of one server.
+            **options: Arguments of :class:`ff_fast.embedded.EmbeddedServer`, or of
+                :class:`ff_fast.embedded.EmbeddedCluster`.
 
         Raises:
             MissingDependency: The extra is not installed.
         """
 
         async def connecting() -> ValkeyBackend:
-            from ff_fast.embedded import EmbeddedServer
+            from ff_fast.embedded import start
 
-            server = await asyncio.to_thread(EmbeddedServer, **options)
+            server = await asyncio.to_thread(start, cluster=cluster, **options)
             try:
                 backend = await cls.connect(server.url)
             except BaseException:

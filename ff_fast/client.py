@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Self
 
 from ff_fast import _transport
+from ff_fast._clients import config_of_client
 from ff_fast._core import operations
 from ff_fast._core.binding import of_handler
 from ff_fast._sync.leases import LeaseKeeper
@@ -15,7 +16,7 @@ from ff_fast._sync.worker import Handler, Task, WorkerLoop
 from ff_fast._sync.writers import Writer
 
 if TYPE_CHECKING:
-    from ff_fast.embedded import EmbeddedServer
+    from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
     from ff_fast.types import BackendConfig
 
 
@@ -27,7 +28,7 @@ class ValkeyBackend(Operations):
 
     def __init__(self, config: BackendConfig) -> None:
         super().__init__(config)
-        self._server: EmbeddedServer | None = None
+        self._server: EmbeddedServer | EmbeddedCluster | None = None
         self._supervisor: tuple[threading.Thread, threading.Event] | None = None
 
     @classmethod
@@ -43,6 +44,8 @@ class ValkeyBackend(Operations):
             InvalidInput: The URL is not one of these.
             Unavailable, DeadlineExceeded, TlsFailed: The server cannot be reached.
             AuthenticationFailed, PermissionDenied: It refused the credentials, or a command that connecting needs.
+            CredentialsUnavailable: The credential provider failed.
+            PrimaryNotFound, NotPrimary: No sentinel names the primary, or they do not agree on it yet.
             ClusterModeRequired: It is a node of a cluster.
             LibraryMismatch: It holds a newer contract than this library.
             DeploymentMismatch: It stores another partition count than the configuration names.
@@ -56,20 +59,40 @@ class ValkeyBackend(Operations):
         return backend
 
     @classmethod
-    def embedded(cls, **options: Any) -> Self:
-        """Start a private server with a supervisor, and connect to it (extra ``embedded``).
+    def from_client(cls, client: object, **settings: Any) -> Self:
+        """Connect to the servers of a client of redis-py, as it does: address, database, credentials and TLS are its own.
 
-        Closing the backend stops the server.
+        The backend has connections of its own, and does not use those of the client.
 
         Args:
-            **options: Arguments of :class:`ff_fast.embedded.EmbeddedServer`.
+            client: ``redis.Redis`` or ``redis.RedisCluster``, or the same of ``redis.asyncio``; also one that sentinels
+                lead to the primary.
+            **settings: Other fields of :class:`BackendConfig`, as ``partitions`` or ``timeouts``.
+
+        Raises:
+            InvalidType: *client* is something else.
+            InvalidInput: It cannot be followed: it reads from replicas, or uses TLS to the sentinels or the servers alone.
+            FFError: Those of :meth:`connect`.
+        """
+        return cls.connect(config_of_client(client, settings))
+
+    @classmethod
+    def embedded(cls, *, cluster: bool = False, **options: Any) -> Self:
+        """Start a private server or cluster with a supervisor, and connect to it (extra ``embedded``).
+
+        Closing the backend stops the servers.
+
+        Args:
+            cluster: Start a cluster of three primaries instead of one server.
+            **options: Arguments of :class:`ff_fast.embedded.EmbeddedServer`, or of
+                :class:`ff_fast.embedded.EmbeddedCluster`.
 
         Raises:
             MissingDependency: The extra is not installed.
         """
-        from ff_fast.embedded import EmbeddedServer
+        from ff_fast.embedded import start
 
-        server = EmbeddedServer(**options)
+        server = start(cluster=cluster, **options)
         try:
             backend = cls.connect(server.url)
         except BaseException:

@@ -459,7 +459,7 @@ class EmbeddedNode(EmbeddedServer):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(self._start_timeout_s)
                 connection.connect(str(self._socket_path))
-                connection.sendall(b"".join(map(hiredis.pack_command, commands)))
+                connection.sendall(b"".join(hiredis.pack_command(each) for each in commands))  # type: ignore[arg-type]
                 while len(replies) < len(commands):
                     reply = reader.gets()
                     if reply is False:
@@ -614,9 +614,9 @@ class EmbeddedCluster:
             EmbeddedServerError: No node has it.
         """
         for identity, ranges in self._any_view().slots.items():
-            if any(first <= slot <= last for first, last in ranges):
-                if (node := self._node(identity)) is not None:
-                    return node
+            node = self._node(identity)
+            if node is not None and any(first <= slot <= last for first, last in ranges):
+                return node
         raise EmbeddedServerError(f"No node has slot {slot}.")
 
     def slots_of(self, node: EmbeddedNode) -> list[int]:
@@ -776,6 +776,11 @@ class EmbeddedCluster:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url}>"
+
+
+def start(*, cluster: bool = False, **options: Any) -> EmbeddedServer | EmbeddedCluster:
+    """Start a server, or a cluster."""
+    return EmbeddedCluster(**options) if cluster else EmbeddedServer(**options)
 
 
 def _ranges(slots: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -873,7 +873,7 @@ class ClusterModeRequired(_Connecting):
     """The server is a node of a cluster, and the configuration has no ``cluster=true``."""
 
     code = "cluster_mode_required"
-    _sentence = "The server is a node of a cluster and cluster=true is not set; add it to the URL or the configuration."
+    _sentence = "The server is a node of a cluster; connect with cluster=true, as in valkey://host?cluster=true."
 
 
 class NotACluster(_Connecting):
@@ -1053,6 +1053,10 @@ _BY_FIRST_WORD: dict[str, type[FFError]] = {
     "CORRUPT": Corruption,
 }
 
+# A function has met a key that has gone to another node, or is not there yet, because its slot moves key by key. The
+# first word is Redis's alone.
+_NOT_LOCAL = re.compile(r"(?:Script a|A)ttempted to access a non local key\b")
+
 _BY_TEXT: tuple[tuple[str, type[FFError]], ...] = (
     ("ACL failure in script", PermissionDenied),
     ("The user executing the script", PermissionDenied),  # Redis 7.0
@@ -1075,6 +1079,14 @@ _ENDS_AT = re.compile(r" script: (?:ff_[a-z0-9_]+, )?on @?user_function:([0-9]{1
 _BEGINS_AT = re.compile(r"(?:ERR )?@?user_function:([0-9]{1,7}): ")
 
 
+_TOLD_BY = re.compile(r" \(node (\S{1,255}):([0-9]{1,5})\)$")
+
+
+def told_by(message: str, host: str, port: int) -> str:
+    """Return a server's error reply with the address of the server, which :func:`from_server_error` finds there."""
+    return f"{message} (node {host}:{port})"
+
+
 def from_server_error(message: str, function: str | None = None) -> FFError:
     """Return the error for a server's error reply, given without its leading ``-``.
 
@@ -1094,6 +1106,8 @@ def from_server_error(message: str, function: str | None = None) -> FFError:
     if cls is None:
         text = rest if word == "ERR" else message
         cls = next((c for start, c in _BY_TEXT if text.startswith(start)), InternalFunctionError)
+        if cls is InternalFunctionError and _NOT_LOCAL.match(text):
+            cls = Unavailable
     if cls is AuthenticationFailed:
         return credentials_error(message)
     if cls is PermissionDenied:
@@ -1105,6 +1119,9 @@ def from_server_error(message: str, function: str | None = None) -> FFError:
         return _corrupt(message, function)
     else:
         error = cls()
+    if isinstance(error, Unavailable) and (found := _TOLD_BY.search(message)):
+        error.host, error.port = found[1], int(found[2])
+        error.args = (f"{error} The node is {found[1]}:{found[2]}.",)
     if "@user_function" in message or "ACL failure in script" in message:
         # Lua has no rollback, so writes before the failed command stand.
         error.outcome = Outcome.UNKNOWN

@@ -61,6 +61,7 @@ it says what was stored, or that there is something to read::
     ff:stream:{fp:N}:<eid>:<i>:head          attempt_channel     frames, the end, changes of the lease
     ff:exec:{fp:N}:<eid>:core                execution_channel   moves of the execution
     ff:part:{fp:N}:leases                    leases_channel      what the holders of its leases have to know
+    ff:part:{fp:N}:completions               completions_channel  that an execution of the partition has ended
 
 Their messages are in ``lua/prelude.lua``.
 
@@ -80,7 +81,7 @@ from typing import TYPE_CHECKING
 from .errors import InvalidId, InvalidInput, InvalidType, check_int
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Set
 
 DEFAULT_PARTITIONS = 256
 MAX_PARTITIONS = 65_535
@@ -396,6 +397,11 @@ def leases_channel(slot_tag: str) -> bytes:
     return f"ff:part:{slot_tag}:leases".encode("ascii")
 
 
+def completions_channel(slot_tag: str) -> bytes:
+    """That executions of one partition have ended. It has the text of the key with their completions."""
+    return completions(slot_tag)
+
+
 def _execution(eid: str, name: str) -> bytes:
     return f"ff:exec:{slot_tag_of(eid)}:{eid}:{name}".encode("ascii")
 
@@ -507,9 +513,25 @@ def _in_key(text: str) -> str:
 # -- slots -----------------------------------------------------------------------------------------
 
 
-def key_in(slots: Container[int]) -> bytes | None:
+def absent(key: bytes) -> bytes | None:
+    """Return a key in the slot of *key* that is never written, for a call that touches keys that it does not name.
+
+    While a slot moves from one node to another key by key, a node refuses a call before it begins if it has some of its
+    keys and not others. A key that no node has makes it refuse every such call; otherwise a function would stop in the
+    middle, at a key that has gone or is not there yet. The users who may make the call may use the key.
+    """
+    begin, end = key.find(b"{"), key.find(b"}") + 1
+    if not 0 < begin < end:
+        return None
+    family = key[: key.find(b":", 3) + 1]
+    if family in (b"ff:exec:", b"ff:idx:", b"ff:flow:"):
+        return b"ff:exec:" + key[begin:end] + b":core"
+    return family + key[begin:end]
+
+
+def key_in(slots: Set[int]) -> bytes | None:
     """Return a configuration key in one of *slots*, for a call that is addressed to a node; None where there is none."""
-    for number in range(_KEYS_TO_TRY):
+    for number in range(_KEYS_TO_TRY if slots else 0):
         key = b"ff:config:%d" % number
         if key_slot(key) in slots:
             return key

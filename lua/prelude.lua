@@ -75,11 +75,12 @@ function ff.key(name, slot_tag, owner)
 end
 
 -- What is published, on channels of sharded pub/sub. Most of them have the text of a key: the head key of an attempt,
--- the core key of an execution. The table in ff_fast/keys.py has them all.
+-- the core key of an execution, the completions of a partition. The table in ff_fast/keys.py has them all.
 ff.CHANNELS = {
   attempt = ff.KEYS.head,
   execution = ff.KEYS.core,
   leases = { 'ff:part:', ':leases' },
+  completions = ff.KEYS.completions,
 }
 
 -- The kinds of messages, which are the first byte of each: on the channel of an attempt
@@ -90,10 +91,12 @@ ff.CHANNELS = {
 --   R                                        something else changed
 -- and on the channel of an execution
 --   S<state>                                 it has moved to the state
+-- and on the channel of a partition's completions
+--   C                                        there is a new record
 -- On the channel of a partition's leases a message has words: `<what> <execution id> <attempt index>`, from
 -- ff.tell_holder.
 -- Only a writer makes bodies and reads none: ff_fast/_hot/frames.pyx has their form.
-ff.PUSH = { STORED = 'F', PUSHED = 'f', END = 'E', LEASE = 'L', CHANGED = 'R', STATE = 'S' }
+ff.PUSH = { STORED = 'F', PUSHED = 'f', END = 'E', LEASE = 'L', CHANGED = 'R', STATE = 'S', COMPLETED = 'C' }
 
 -- Publishes a message. A push is never the truth: a user who may not publish changes as much as any other, and readers
 -- hear of it later.

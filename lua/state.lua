@@ -336,7 +336,9 @@ local function publish_completion(execution)
     bound, value = 'MINID', ff.text(execution.now - COMPLETION_MS)
   end
   -- The state in core is the word that counts. A stream that somebody else has made unusable keeps no execution open.
-  redis.pcall('XADD', ff.key('completions', execution.slot_tag), bound, '~', value, '*', unpack(record))
+  local completions_key = ff.key('completions', execution.slot_tag)
+  redis.pcall('XADD', completions_key, bound, '~', value, '*', unpack(record))
+  ff.publish(completions_key, PUSH.COMPLETED)
 end
 
 -- Takes an ended execution off the open members of its flow.

@@ -1,24 +1,34 @@
 -- ff_version
 --   keys:    partitions probe
 --   args:
---   returns: contract digest partitions eviction_policy
+--   returns: contract digest partitions eviction_policy engine settings
 --   errors:
 --
 -- `partitions` is the partition count of the deployment, '' where none is stored yet. Nothing is stored in `probe`: its
 -- slot is another one, so that a node of a cluster refuses the call. `eviction_policy` is that of the server, '' where
--- its memory has no limit, and where the caller may not read INFO; a refused INFO would fill the log of ACL violations.
+-- its memory has no limit. `engine` is name and version of the server, and `settings` is '1' where the caller may ask for
+-- the settings of persistence, which a function may not. A server of ff_fast.embedded, which is thrown away, tells neither.
+-- All are '' where the caller may not read INFO: a refused command would fill the log of ACL violations.
 redis.register_function({
   function_name = 'ff_version',
   callback = function(keys)
     local partitions_key = keys[1]
-    local eviction_policy = ''
+    local eviction_policy, engine, settings = '', '', ''
     if redis.acl_check_cmd('INFO', 'memory') then
-      local info = redis.call('INFO', 'memory')
+      local info = redis.call('INFO', 'memory', 'server')
       if string.find(info, '\nmaxmemory:[1-9]') then
         eviction_policy = string.match(info, '\nmaxmemory_policy:(%S+)') or ''
       end
+      if not string.find(info, '\nconfig_file:[^\r\n]*/ff_fast%-[%w_]+/valkey%.conf') then
+        local valkey = string.match(info, '\nvalkey_version:(%S+)')
+        engine = valkey and 'Valkey ' .. valkey or 'Redis ' .. (string.match(info, '\nredis_version:(%S+)') or '')
+        -- A command that the server does not have raises an error.
+        local known, may = pcall(redis.acl_check_cmd, 'CONFIG', 'GET', 'appendonly', 'save')
+        settings = known and may and '1' or ''
+      end
     end
-    return ff.ok('@CONTRACT@', '@DIGEST@', redis.call('GET', partitions_key) or '', eviction_policy)
+    local partitions = redis.call('GET', partitions_key) or ''
+    return ff.ok('@CONTRACT@', '@DIGEST@', partitions, eviction_policy, engine, settings)
   end,
   flags = { 'no-writes' },
 })

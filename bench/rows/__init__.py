@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from bench.rows import (
+    cluster,
     crowd,
     growth,
     imports,
@@ -53,5 +54,8 @@ GROUPS = (
     Group(("P18",), crowd.tails),
     Group(("P19",), crowd.writers),
     Group(("P20",), crowd.cancellation),
+    Group(("P21",), cluster.cost),
+    Group(("P22",), cluster.replicated),
+    Group(("P23", "P24"), cluster.failovers),
     Group(("growth",), growth.run),
 )

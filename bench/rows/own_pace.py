@@ -34,8 +34,13 @@ class Job(NamedTuple):
     timed_every: int = 1
 
 
-def turn(stage: Stage, job: Job, mode: str | None) -> Metrics:
-    """Run *job* by ff_fast in a *mode*, or by the rival for None; check that every frame arrived."""
+def turn(
+    stage: Stage, job: Job, mode: str | None, watch: Callable[[str], None] = lambda _: None
+) -> Metrics:
+    """Run *job* by ff_fast in a *mode*, or by the rival for None; check that every frame arrived.
+
+    *watch* is called as the streams are ``open``, with a frame each, and when all is ``written``; the processes are connected.
+    """
     stage.fresh()
     who, prefix = ("redis", "redis_") if mode is None else ("ff_fast", "")
     worker, gateway = stage.worker(f"{who} worker"), stage.worker(f"{who} gateway")
@@ -55,6 +60,7 @@ def turn(stage: Stage, job: Job, mode: str | None) -> Metrics:
         gateway.stage()
         metrics["reader_connections"] = stage.wire.connections() - connections
     time.sleep(SETTLE_S)
+    watch("open")
     cpu, calls = stage.wire.server_cpu(), stage.wire.calls(APPEND[mode is not None])
     if job.readers:
         gateway.go_on()
@@ -70,6 +76,8 @@ def turn(stage: Stage, job: Job, mode: str | None) -> Metrics:
     frames = sum(counts) + job.streams
     metrics["server_us"] = (stage.wire.server_cpu() - cpu) / frames * 1e6
     metrics["frames_per_call"] = frames / (stage.wire.calls(APPEND[mode is not None]) - calls)
+    metrics["frames"] = frames
+    watch("written")
     worker.finish()
     if job.readers:
         gateway.finish()

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
+from ff_fast._aio.credentials import ask
+from ff_fast._core.sentinel import ROLE, check_role
 from ff_fast._core.steps import AwaitHint, Pause, Step, Steps
 from ff_fast._hot.resp import ReplyGuard, take_reply
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError, Unavailable
@@ -60,6 +62,10 @@ class Connection(asyncio.Protocol):
         self.on_silent: Callable[[float], None] | None = None
         # Takes what the server sends unasked; None drops it.
         self.on_push: Callable[[list[Any]], None] | None = None
+        # Host and port to which it leads.
+        self.address = ("", 0)
+        # When it logged in last, in monotonic time.
+        self.authenticated_at = 0.0
 
     async def open(self, config: BackendConfig) -> None:
         """Connect as *config* says; redis-py opens the socket and shakes hands."""
@@ -68,16 +74,23 @@ class Connection(asyncio.Protocol):
         from redis.backoff import NoBackoff
 
         server = config.connection
+        timeout_s = _transport.request_timeout_s(config)
+        self.address = server.host, server.port
+        self.authenticated_at = time.monotonic()
+        provider = server.credential_provider
+        login = None if provider is None else await ask(provider, timeout_s)
         kind: type[Any] = redis_connection.Connection
         if server.unix_path:
             kind = redis_connection.UnixDomainSocketConnection
         elif server.tls:
             kind = redis_connection.SSLConnection
         connection = kind(
-            **_transport.connection_arguments(config),
+            **_transport.connection_arguments(config, login),
             parser_class=_transport.guarded_parser(redis_connection),
             retry=Retry(NoBackoff(), 0),
         )
+        if server.ssl_context is not None:
+            _transport.use_context(connection, server.ssl_context)
         failure: FFError | None = None
         try:
             await connection.connect()
@@ -97,6 +110,13 @@ class Connection(asyncio.Protocol):
         self._transport = transport
         self._closed_transport = asyncio.get_running_loop().create_future()
         self._can_write.set()
+        if server.sentinel_service is not None:
+            try:
+                (reply,) = await self.request(ROLE, timeout_s)
+                check_role(reply, server)
+            except BaseException:
+                self.abort()
+                raise
 
     @property
     def closed(self) -> bool:

@@ -11,14 +11,28 @@ from typing import TYPE_CHECKING, Any
 from ff_fast import _transport
 from ff_fast._aio.connection import BROKEN, LOST
 from ff_fast._core import hub
-from ff_fast._core.hub import HELLO, PING, HubCore, Listener, Part, subscription_error
+from ff_fast._core.hub import (
+    HELLO,
+    ONCE,
+    PING,
+    HubCore,
+    HubsCore,
+    Listener,
+    Part,
+    subscription_error,
+)
+from ff_fast._core.nodes import no_owner
+from ff_fast._core.routing import refusal
 from ff_fast._core.steps import Retries, Step
-from ff_fast.errors import FFError, OutcomeUnknown, ProtocolError
+from ff_fast._core.topology import address_of
+from ff_fast.errors import FFError, OutcomeUnknown, ProtocolError, Redirected
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
     from ff_fast._aio.connection import Connection, Receiver
+    from ff_fast._aio.nodes import Nodes
+    from ff_fast._core.topology import Address
     from ff_fast.types import BackendRetry
 
 READS_IN_FLIGHT = (8, 64)
@@ -83,6 +97,12 @@ class Read:
                 self._hub._answered()
                 self.finish(self._replies)
 
+    def drop(self) -> None:
+        """Forget a read whose answer nobody waits for."""
+        queue = self._hub._queue
+        if not self.done and not self._sent and self in queue:
+            queue.remove(self)
+
     def finish(self, replies: list[object]) -> None:
         self._replies = replies
         self.done = True
@@ -105,7 +125,7 @@ class Read:
 
 
 class Hub:
-    """All channels and reads of a backend's readers, on one connection that speaks RESP3."""
+    """All channels and reads of a backend's readers at one server, on one connection that speaks RESP3."""
 
     def __init__(
         self,
@@ -114,14 +134,17 @@ class Hub:
         request: Callable[[Step], Awaitable[list[object]]],
         timeout_s: float,
         retry: BackendRetry,
+        *,
+        by_slot: bool = False,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._connect_one = connect
         self._spawn = spawn
         # Sends a step on the connection of the calls.
         self._request = request
         self._timeout_s = timeout_s
-        self._loop = asyncio.get_running_loop()
-        self._core = HubCore()
+        self._loop = loop or asyncio.get_running_loop()
+        self._core = HubCore(by_slot=by_slot)
         self._retries = Retries(retry, retry_timeouts=True)
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -150,7 +173,7 @@ class Hub:
 
     def attach(self, part: Part) -> None:
         """Let *part* of a reader hear its channel."""
-        self._core.attach(part)
+        self._core.attach(part, time.monotonic())
         self._soon()
 
     def detach(self, part: Part) -> None:
@@ -170,24 +193,7 @@ class Hub:
 
     async def request(self, step: Step) -> list[object]:
         """Send *step* in turn with other reads, and return the replies, in order."""
-        waiter: asyncio.Future[None] = self._loop.create_future()
-
-        def done() -> None:
-            if not waiter.done():
-                waiter.set_result(None)
-
-        read = self.read(step, done)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            self.drop(read)
-            raise
-        return read.take()
-
-    def drop(self, read: Read) -> None:
-        """Forget a read whose answer nobody waits for."""
-        if not read.done and not read._sent and read in self._queue:
-            self._queue.remove(read)
+        return await answer_to(self, step)
 
     def stop(self) -> None:
         """Fail everything, without waiting; the connection is the pool's to abort."""
@@ -195,6 +201,11 @@ class Hub:
         if self._watch is not None:
             self._watch.cancel()
         self._fail(_transport.closed_error())
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has nothing to do with its server any more."""
+        return self._connection is None and self._connecting is None and self._core.empty
 
     # -- the connection --------------------------------------------------------------------------------------------
 
@@ -285,6 +296,9 @@ class Hub:
             if connection is not None:
                 # Every earlier reply has come, so its place is the first.
                 connection.receivers.popleft()
+        elif push[0] == b"sunsubscribe":
+            # The server has ended a subscription.
+            self._soon()
 
     def _refused(self, reply: object) -> None:
         """Take what came in place of the pushes that answer a request: an error, or the loss of the connection."""
@@ -369,3 +383,249 @@ class Hub:
 
     def _ponged(self, reply: object) -> None:
         """Take the answer to a PING."""
+
+
+class RoutedRead:
+    """One read of a reader, whose commands go to the nodes of their slots. See :class:`Read` for the attributes."""
+
+    __slots__ = (
+        "_on_done",
+        "_open",
+        "_replies",
+        "done",
+        "error",
+        "final",
+        "parts",
+        "sent_at",
+        "step",
+    )
+
+    def __init__(self, step: Step, on_done: Callable[[], None], nodes: int) -> None:
+        self._on_done = on_done
+        self._open = nodes
+        self._replies: list[object] = [None] * len(step.commands)
+        self.step = step
+        self.parts: list[_PartOfRead] = []
+        self.error: FFError | None = None
+        self.final = False
+        self.done = False
+        self.sent_at = 0.0
+
+    def drop(self) -> None:
+        """Forget a read whose answer nobody waits for."""
+        for part in self.parts:
+            part.read.drop()
+
+    def put(self, indexes: list[int], replies: list[object]) -> None:
+        """Take what one node has answered."""
+        for index, reply in zip(indexes, replies, strict=True):
+            self._replies[index] = reply
+        self._open -= 1
+        if not self._open:
+            self.done = True
+            self._on_done()
+
+    def fail(self, indexes: list[int], error: FFError) -> None:
+        """Take the error of one node. Where others were asked as well, it stands for each of its replies."""
+        if len(indexes) == len(self._replies):
+            self.error = error
+        self.put(indexes, [error] * len(indexes))
+
+    def take(self) -> list[object]:
+        """Return the replies, in order.
+
+        Raises:
+            FFError: The read failed; it may be repeated if the error says so.
+        """
+        if self.error is not None:
+            raise self.error
+        return self._replies
+
+
+class _PartOfRead:
+    """What one node is asked in a read."""
+
+    __slots__ = ("_address", "_hubs", "_indexes", "_whole", "read")
+
+    def __init__(self, hubs: Hubs, whole: RoutedRead, address: Address, indexes: list[int]) -> None:
+        self._hubs = hubs
+        self._whole = whole
+        self._address = address
+        self._indexes = indexes
+        step = whole.step
+        if len(indexes) < len(step.commands):
+            step = step._replace(commands=[step.commands[index] for index in indexes])
+        self.read = hubs._at(address).read(step, self)
+
+    def __call__(self) -> None:
+        whole, read = self._whole, self.read
+        whole.sent_at = max(whole.sent_at, read.sent_at)
+        if read.error is not None:
+            self._hubs._failed(self._address, read.error)
+            whole.fail(self._indexes, read.error)
+            return
+        replies = read.take()
+        for reply in replies:
+            error = refusal(reply)
+            if error is not None:
+                self._hubs._failed(self._address, error)
+        whole.put(self._indexes, replies)
+
+
+class Hubs:
+    """The hubs of a cluster, one a node, behind the face of one."""
+
+    def __init__(self, nodes: Nodes, retry: BackendRetry) -> None:
+        assert nodes.topology is not None
+        self._nodes = nodes
+        self._topology = nodes.topology
+        self._loop = asyncio.get_running_loop()
+        self._core = HubsCore(
+            self._topology, retry, self._listen_at, self._unlisten_at, self._settle_soon
+        )
+        self._hubs: dict[Address, Hub] = {}
+        self._scheduled = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._closing = False
+
+    # -- for readers -------------------------------------------------------------------------------------------------
+
+    def listen(self, channel: bytes, listener: Listener) -> None:
+        """Pass pushes of *channel* to *listener*, which hears first that the subscription is confirmed."""
+        self._core.listen(channel, listener, time.monotonic())
+
+    def unlisten(self, channel: bytes, listener: Listener) -> None:
+        """Pass nothing more to *listener*."""
+        self._core.unlisten(channel, listener, time.monotonic())
+
+    def attach(self, part: Part) -> None:
+        """Let *part* of a reader hear its channels."""
+        self._core.attach(part, time.monotonic())
+
+    def detach(self, part: Part) -> None:
+        """Let *part* go; does nothing if it is not attached."""
+        self._core.detach(part, time.monotonic())
+
+    def confirmed(self, channel: bytes) -> bool:
+        """Return whether a node has confirmed the subscription on the connection that is open."""
+        return self._core.confirmed(channel)
+
+    def read(self, step: Step, on_done: Callable[[], None]) -> RoutedRead:
+        """Send each command of *step* to the node of its slot; *on_done* is called when all replies or errors are there.
+
+        What a node refuses is not sent again: the reader does that.
+        """
+        if self._core.changed:
+            self._settle_soon()
+        places: dict[Address | None, list[int]] = {}
+        for index, command in enumerate(step.commands):
+            slot = command.slot
+            assert slot is not None
+            places.setdefault(self._topology.primary(slot), []).append(index)
+        read = RoutedRead(step, on_done, len(places))
+        for address, indexes in places.items():
+            if address is not None:
+                read.parts.append(_PartOfRead(self, read, address, indexes))
+            else:
+                _ = self._nodes.refresh_soon()
+                read.fail(indexes, no_owner())
+        return read
+
+    async def request(self, step: Step) -> list[object]:
+        """Send *step* in turn with other reads, and return the replies, in order."""
+        return await answer_to(self, step)
+
+    def stop(self) -> None:
+        """Fail everything, without waiting; the connections are the nodes' to abort."""
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for each in self._hubs.values():
+            each.stop()
+        self._core.fail(_transport.closed_error())
+
+    # -- the nodes ---------------------------------------------------------------------------------------------------
+
+    def _at(self, address: Address) -> Hub:
+        found = self._hubs.get(address)
+        if found is None:
+            nodes = self._nodes
+            found = self._hubs[address] = Hub(
+                lambda role: nodes.at(address).connect(role),
+                nodes.spawn,
+                lambda step: nodes.request(step, retries=Retries(ONCE)),
+                nodes.timeout_s,
+                ONCE,
+                by_slot=True,
+                loop=self._loop,
+            )
+        return found
+
+    def _listen_at(self, address: Address, channel: bytes, listener: Listener) -> None:
+        self._at(address).listen(channel, listener)
+
+    def _unlisten_at(self, address: Address, channel: bytes, listener: Listener) -> None:
+        self._at(address).unlisten(channel, listener)
+
+    def _failed(self, address: Address, error: FFError) -> None:
+        """Take note of what the error of a read tells: where a slot is, or that the topology is in doubt."""
+        if isinstance(error, Redirected) and not error.ask:
+            self._topology.moved(error.slot, address_of(error.address, address))
+        if error.retryable and not self._closing:
+            _ = self._nodes.refresh_soon()
+
+    def _settle_soon(self) -> None:
+        if not (self._scheduled or self._closing):
+            self._scheduled = True
+            self._loop.call_soon(self._settle)
+
+    def _settle(self) -> None:
+        """Let every channel be listened to where its slot is; look at the topology where that is in doubt."""
+        self._scheduled = False
+        if self._closing:
+            return
+        now = time.monotonic()
+        doubtful = self._core.doubtful(now)
+        self._move(now)
+        if doubtful and self._looking is None:
+            self._looking = self._nodes.spawn(self._look())
+
+    async def _look(self) -> None:
+        try:
+            await self._nodes.refresh()
+        except FFError:
+            # The channels that wait for it have retries of their own.
+            pass
+        finally:
+            self._looking = None
+        if not self._closing:
+            self._move(time.monotonic())
+
+    def _move(self, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        again_at = self._core.settle(now)
+        if again_at is not None:
+            self._timer = self._loop.call_later(max(again_at - now, 0.0), self._settle)
+        idle = [address for address, each in self._hubs.items() if each.idle]
+        for address in {*idle}.difference(self._topology.addresses if idle else ()):
+            del self._hubs[address]
+
+
+async def answer_to(hub: Hub | Hubs, step: Step) -> list[object]:
+    """Send *step* in turn with the reads of readers, and return the replies, in order."""
+    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def done() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    read = hub.read(step, done)
+    try:
+        await waiter
+    except asyncio.CancelledError:
+        read.drop()
+        raise
+    return read.take()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
 from ff_fast._aio.connection import Connection, run_steps
+from ff_fast._aio.sentinel import resolve, resolve_replica
 from ff_fast._core import nodes
 from ff_fast._core.deployment import READS
 from ff_fast._core.routing import Routing, Send
@@ -21,6 +22,7 @@ from ff_fast._core.topology import Address, Topology, address_of
 from ff_fast.errors import (
     FFError,
     FunctionMissing,
+    NotACluster,
     Redirected,
     Unavailable,
     from_server_error,
@@ -39,6 +41,10 @@ Request = Callable[[Step], Awaitable[list[object]]]
 
 CALLS_IN_FLIGHT = 256
 """Bound of the requests in flight on the shared connection; beyond it calls queue, and open batches grow."""
+
+
+READ_AGAIN_S = 1.0
+"""How long the primary answers in place of a replica that has failed, in seconds."""
 
 
 async def result_of(task: asyncio.Task[T]) -> T:
@@ -197,6 +203,8 @@ class Node:
         if address is not None:
             server = owner.config.connection.replace(host=address.host, port=address.port, seeds=())
             self.config = owner.config.replace(connection=server)
+        # With the address that sentinels have named last.
+        self._reached = self.config
         self.connections: set[Connection] = set()
         self.idle: deque[Connection] = deque()
         self.shared = SharedConnection(self.connect, owner.spawn, owner.timeout_s)
@@ -220,12 +228,24 @@ class Node:
         """Whether a connection is in use."""
         return self.shared.busy or any(each.receivers for each in self.connections)
 
+    @property
+    def silent(self) -> bool:
+        """Whether it owes replies over the connection of the calls and has sent nothing for a while."""
+        connection = self.shared.connection
+        if connection is None or not connection.receivers:
+            return False
+        return time.monotonic() - connection.silent_since > nodes.SILENT_S
+
     async def connect(self, role: str = "calls") -> Connection:
         """Make a connection and check the server."""
         if self._stopped:
-            raise _transport.closed_error()
+            raise self._gone()
         connection = Connection()
-        await connection.open(self.config)
+        reached = resolve_replica if role == READS and self.address is None else resolve
+        self._reached = await reached(self.config)
+        await connection.open(self._reached)
+        if self._owner.opened is not None:
+            self._owner.opened(connection)
         self.connections.add(connection)
         connection.give_back = self.release
         connection.on_lost.append(self.connections.discard)
@@ -237,8 +257,12 @@ class Node:
             raise
         if self._stopped:
             connection.abort()
-            raise _transport.closed_error()
+            raise self._gone()
         return connection
+
+    def _gone(self) -> FFError:
+        """Return the error of whoever came too late: the backend is closed, or the node has left the cluster."""
+        return _transport.closed_error() if self._owner.closed else Unavailable()
 
     async def prepare(self, connection: Connection, role: str | None = None) -> None:
         """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
@@ -246,7 +270,7 @@ class Node:
         try:
             connection.checked = await run_steps(steps, self._owner.requests_on(connection))
         except FFError as error:
-            failure = _transport.connect_error(error, self.config)
+            failure = _transport.connect_error(error, self._reached)
         else:
             connection.ready = True
             return
@@ -357,6 +381,7 @@ class Nodes:
         topology: The map of the slots; None where there is no cluster.
         closed: The backend is closed: nothing is tried again.
         first: The node that the configuration names.
+        opened: Called with each connection that opens.
     """
 
     def __init__(
@@ -364,8 +389,10 @@ class Nodes:
         config: BackendConfig,
         deployment: Deployment,
         spawn: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
+        opened: Callable[[Connection], None] | None = None,
     ) -> None:
         self.config = config
+        self.opened = opened
         self.deployment = deployment
         self.spawn = spawn
         self.timeout_s = _transport.request_timeout_s(config)
@@ -380,6 +407,11 @@ class Nodes:
         self._refreshed_at = -inf
         self._forgetting: asyncio.TimerHandle | None = None
         self._replicas = config.read_from == "replica" and self.topology is not None
+        # Sentinels name the replicas.
+        self._reads_of_service = (
+            config.read_from == "replica" and server.sentinel_service is not None
+        )
+        self._read_at = -inf
 
     @property
     def stopped(self) -> bool:
@@ -445,7 +477,7 @@ class Nodes:
         )
         for error in found:
             # A node that cannot be reached is another one's to replace.
-            if isinstance(error, BaseException) and not isinstance(error, Unavailable):
+            if error is not None and not (isinstance(error, FFError) and error.retryable):
                 raise error
         retries = Retries(self.config.retry)
         await run_steps(self.deployment.agree(), self.caller(retries))
@@ -456,7 +488,13 @@ class Nodes:
             await node.prepare(connection)
 
     def refresh_soon(self) -> asyncio.Task[None]:
-        """Ask for the topology; everybody who asks meanwhile shares the answer."""
+        """Ask for the topology; everybody who asks meanwhile shares the answer.
+
+        Raises:
+            Unavailable: The backend is closed.
+        """
+        if self._stopped:
+            raise _transport.closed_error()
         if self._refreshing is None:
             self._refreshing = self.spawn(self._refresh())
         return self._refreshing
@@ -490,7 +528,7 @@ class Nodes:
         heard = {
             address: node.shared.connection.heard_at
             for address, node in self._nodes.items()
-            if address is not None and node.shared.connection is not None
+            if address is not None and node.shared.connection is not None and not node.silent
         }
         failure: FFError | None = None
         for address in nodes.to_ask(heard, self.topology, self._seeds):
@@ -501,9 +539,9 @@ class Nodes:
                 nodes.learn(self.topology, replies, address)
             except TimeoutError:
                 failure = failure or nodes.silent(address)
+            except NotACluster:
+                raise
             except FFError as error:
-                if not error.retryable:
-                    raise
                 failure = failure or error
             else:
                 return
@@ -548,6 +586,8 @@ class Nodes:
         if self.topology is None:
             if own is not None:
                 return partial(own.send, self.first)
+            if replicas and self._reads_of_service:
+                return partial(self._read, longest=longest)
             shared = self.first.shared
             return shared.request if longest == inf else partial(shared.request, longest=longest)
         return partial(
@@ -557,6 +597,15 @@ class Nodes:
             replicas=replicas and self._replicas,
             own=own,
         )
+
+    async def _read(self, step: Step, longest: float = inf) -> list[object]:
+        """Send *step* to a replica, or to the primary where there is none, or it has failed a moment ago."""
+        if time.monotonic() >= self._read_at:
+            try:
+                return await self.first.reads.request(step, longest)
+            except FFError:
+                self._read_at = time.monotonic() + READ_AGAIN_S
+        return await self.first.shared.request(step, longest)
 
     async def request(
         self,
@@ -583,15 +632,18 @@ class Nodes:
                 await self._send_all(routing, sends, longest, own)
             for address in list(routing.missing):
                 await self._load(routing, address)
+            if self.closed:
+                return routing.replies()
             pause = routing.settle()
             if routing.moved or routing.in_doubt:
                 _ = self.refresh_soon()
-            if pause is None or self.closed:
+            if pause is None:
                 return routing.replies()
             if pause > 0:
                 await asyncio.sleep(pause)
             if routing.in_doubt and self._refreshing is not None:
-                await asyncio.wait({self._refreshing})
+                left = None if until == inf else max(until - time.monotonic(), 0.0)
+                await asyncio.wait({self._refreshing}, timeout=left)
 
     async def _send(self, routing: Routing, send: Send, longest: float, own: Own | None) -> None:
         try:
@@ -603,7 +655,7 @@ class Nodes:
             else:
                 replies = await node.shared.request(send.step, longest)
         except FFError as error:
-            routing.failed(send, nodes.named(error, send.address))
+            routing.failed(send, error)
         else:
             routing.answered(send, replies)
 
@@ -652,7 +704,7 @@ class Nodes:
         try:
             await self.at(address).load()
         except FFError as error:
-            routing.loaded(address, nodes.named(error, address))
+            routing.loaded(address, error)
         else:
             routing.loaded(address)
 

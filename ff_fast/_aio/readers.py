@@ -1,4 +1,4 @@
-"""Readers: tails, which share the connection of the hub, and subscriptions, each on a connection of its own."""
+"""Readers, which share the connection of the hub."""
 
 from __future__ import annotations
 
@@ -16,22 +16,16 @@ from ff_fast._core.follow import Item as FollowItem
 from ff_fast._core.tail import Item
 from ff_fast._hot.feed import Bell, Inbox
 from ff_fast._hot.items import AsyncItems
-from ff_fast._transport import MAX_IDLE_OF_READERS, closed_error
 from ff_fast.errors import FFError
 from ff_fast.types import CompletionPayload
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from ff_fast._aio.connection import Connection, Replies
-    from ff_fast._aio.hub import Read
+    from ff_fast._aio.hub import Read, RoutedRead
     from ff_fast._aio.pool import Pool
-    from ff_fast._core.steps import Source
 
 T = TypeVar("T", bound=readers.HasCursor)
-
-PARK_S = 1.0
-"""How long a reader whose read was cancelled keeps its connection for the next one."""
 
 
 class Readable(readers.ReaderState[T], AsyncItems[T]):
@@ -53,12 +47,6 @@ class Readable(readers.ReaderState[T], AsyncItems[T]):
 
         async def aclose(self) -> None:
             """Stop reading."""
-
-    def _begun(self) -> None:
-        """Hear that a read begins."""
-
-    def _cancelled(self) -> None:
-        """Hear that a read was cancelled."""
 
     async def next_batch(self, timeout: float | timedelta | None = None) -> list[T]:
         """Return all items of the server's next answer, or the items left of the last one.
@@ -89,7 +77,6 @@ class Readable(readers.ReaderState[T], AsyncItems[T]):
             # Another task has read them before this one began.
             return True
         self._reading = True
-        self._begun()
         try:
             while not (self._rest or self._source.ended):
                 try:
@@ -100,10 +87,7 @@ class Readable(readers.ReaderState[T], AsyncItems[T]):
                     self._failed(error, closed=self._pool.closed)
             if self._source.ended:
                 self._let_go()
-        except asyncio.CancelledError:
-            self._cancelled()
-            raise
-        except FFError:
+        except (asyncio.CancelledError, FFError):
             raise
         except BaseException:
             # An interrupt broke off a read, so items read by it may not have been delivered.
@@ -137,7 +121,7 @@ class PushReader(readers.PushState[T], Readable[T]):
         self._loop = pool._loop
         # The hub knows the bell, and not the reader, so a reader that was left can go.
         self._ring = Bell(pool._loop)
-        self._sent: Read | None = None
+        self._sent: Read | RoutedRead | None = None
         # Rings the bell at `_looks_at`.
         self._look: asyncio.TimerHandle | None = None
 
@@ -153,11 +137,11 @@ class PushReader(readers.PushState[T], Readable[T]):
             self._sent = None
             if read.final:
                 self._retries.give_up()
-            (reply,) = read.take()
+            replies = read.take()
             if isinstance(self._attached, Inbox):
                 # It may have waited for its turn.
                 self._attached.asked_at = read.sent_at
-            self._put_received(reply)
+            self._put_received(replies)
             self._attach_part()
             return True
         if self._resume_at > time.monotonic():
@@ -228,7 +212,7 @@ class PushReader(readers.PushState[T], Readable[T]):
         self._leave()
         self._look_by(inf)
         if self._sent is not None:
-            self._hub.drop(self._sent)
+            self._sent.drop()
         self._ring()
 
     def __del__(self) -> None:
@@ -245,128 +229,6 @@ def _ring(reader: weakref.ref[PushReader[Any]]) -> None:
         found._look = None
         found._looks_at = inf
         found._ring()
-
-
-class Reader(readers.AnswerState[T], Readable[T]):
-    """Base of the readers that wait on a connection of their own.
-
-    Between two reads at most one answer of the server is in flight.
-    """
-
-    def __init__(self, pool: Pool, source: Source[T]) -> None:
-        super().__init__(source, pool.config.retry)
-        self._pool = pool
-        self._loop = pool._loop
-        self._connection: Connection | None = None
-        # A task, so that connecting continues after a read that was cancelled or ran out of time.
-        self._connecting: asyncio.Task[Connection] | None = None
-        # Replies to the step in flight.
-        self._replies: Replies | None = None
-        self._parking: asyncio.TimerHandle | None = None
-
-    def _begun(self) -> None:
-        if self._parking is not None:
-            self._parking.cancel()
-            self._parking = None
-
-    def _cancelled(self) -> None:
-        self._parking = self._loop.call_later(PARK_S, _park, weakref.ref(self))
-
-    async def _wait(self, until: float | None) -> bool:
-        """Wait for the end of a retry's pause; return whether it ends before *until*."""
-        pause = self._resume_at - time.monotonic()
-        if pause <= 0:
-            return True
-        left = pause if until is None else until - time.monotonic()
-        await asyncio.sleep(max(min(pause, left), 0.0))
-        return pause <= left
-
-    async def _advance(self, until: float | None) -> bool:
-        """Send a step, or take the replies to the one in flight; return whether they came by *until*."""
-        if self.closed:
-            raise readers.closed_error()
-        self._pool._check()
-        if not await self._wait(until):
-            return False
-        connection = self._connection or await self._connect(until)
-        if connection is None:
-            return False
-        if self._steps is None:
-            self._replies = connection.post(self._begin(), self._pool._timeout_s)
-        assert self._replies is not None
-        if not await self._replies.wait(until):
-            return False
-        step = self._answered(self._replies.take())
-        if step is not None:
-            self._replies = connection.post(step, self._pool._timeout_s)
-        return True
-
-    async def _connect(self, until: float | None) -> Connection | None:
-        """Return the connection of this reader from now on; None if there is none by *until*: it goes on later."""
-        # A new connection is prepared, and so loads the library where it is missing.
-        connection = None if self._library_missing else self._pool._take_idle()
-        if connection is None:
-            if self._connecting is None:
-                self._connecting = self._pool._spawn(self._pool._nodes.of(None).connect())
-            task = self._connecting
-            left = None if until is None else max(until - time.monotonic(), 0.0)
-            done, _ = await asyncio.wait({task}, timeout=left)
-            if not done:
-                return None
-            self._connecting = None
-            if task.cancelled():
-                raise readers.closed_error() if self.closed else closed_error()
-            connection = task.result()
-        self._library_missing = False
-        self._connection = connection
-        return connection
-
-    def _let_go(self) -> None:
-        """Give the connection back, or abort it if a reply is owed."""
-        self._replies = None
-        connection, self._connection = self._connection, None
-        connecting, self._connecting = self._connecting, None
-        _give_back(self._pool, connection, connecting)
-
-    def _park(self) -> None:
-        """Release the connection if no read has followed a cancelled one; the answer in flight is read again later."""
-        if not self._reading and (self._connection or self._connecting):
-            self._let_go()
-            self._restart()
-
-    async def aclose(self) -> None:
-        """Stop reading, and release the connection. A waiting read raises an error."""
-        self._closed = True
-        if not self._reading:
-            self._let_go()
-        elif self._connection is not None:
-            self._connection.abort()
-        elif self._connecting is not None:
-            self._connecting.cancel()
-
-    def __del__(self) -> None:
-        # A loop over the reader was left in the middle. The collector may run on any thread.
-        connection, connecting = map(self.__dict__.get, ("_connection", "_connecting"))
-        if connection is not None or connecting is not None:
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(_give_back, self._pool, connection, connecting)
-
-
-def _give_back(
-    pool: Pool, connection: Connection | None, connecting: asyncio.Task[Connection] | None
-) -> None:
-    if connection is not None:
-        pool._release(connection, MAX_IDLE_OF_READERS)
-    if connecting is None or connecting.cancel() or connecting.cancelled():
-        return
-    if connecting.exception() is None:
-        pool._release(connecting.result(), MAX_IDLE_OF_READERS)
-
-
-def _park(reader: weakref.ref[Reader[Any]]) -> None:
-    found = reader()
-    if found is not None:
-        found._park()
 
 
 class Tail(PushReader[Item]):
@@ -386,5 +248,5 @@ class Waiting(PushReader[Ended]):
         return await super()._advance(self._source.patience(until))
 
 
-class Completions(Reader[CompletionPayload]):
+class Completions(PushReader[CompletionPayload]):
     __doc__ = readers.COMPLETIONS

@@ -2,17 +2,22 @@
 
 The records of a partition are a stream. Its ids begin with a time, but nothing compares it with a clock: a subscription
 begins behind the last record of each partition, wherever the server's clock has been meanwhile.
+
+A push says that a partition has a new record, and nothing else: records are read. A subscription looks at the streams
+of whose channels it may have missed a push, and at all of them now and then.
 """
 
 from __future__ import annotations
 
 import re
 from collections import deque
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from ff_fast import keys
 from ff_fast._core import ops
 from ff_fast._core.steps import Command, Step, Steps, checked, is_foreign
+from ff_fast._core.tail import longest_wait
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
     Corruption,
@@ -20,25 +25,31 @@ from ff_fast.errors import (
     FFError,
     InvalidCursor,
     ProtocolError,
+    from_server_error,
 )
 from ff_fast.types import CompletionPayload, ScannerFilter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from ff_fast.types import CompletionOutcome
 
 T = TypeVar("T")
 
-COMPLETION_BLOCK_MS = 5_000
-"""Longest block of a subscription on the server, in ms."""
-
-# Records of one answer, of all partitions together; a record has at most some 600 bytes.
+# Partitions that are looked at and read at once, and records of one answer of them together; a record has at most some
+# 600 bytes.
+_LOOKS_AT_ONCE = 256
+_READS_AT_ONCE = 64
 _REPLY_RECORDS = 1_024
 # Bytes of results that are asked for at once, but for a single larger one, and executions of which something is.
 _RESULT_BYTES = 1 << 20
 _GROUP = 64
 
+# How long the first look waits for the subscription, and how often a partition is looked at without one, in seconds.
+_SUBSCRIBE_S = 0.5
+_UNSUBSCRIBED_S = 1.0
+
+_LAST_ID = (2**64 - 1, 2**64 - 1)
 _OUTCOMES = frozenset({"success", "failed", "cancelled", "expired"})
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _CURSOR = re.compile(
@@ -82,21 +93,92 @@ class _Record(NamedTuple):
     fields: list[bytes]
 
 
+class _Partition:
+    """Listens to the completions of one partition."""
+
+    __slots__ = ("_index", "_watch")
+
+    def __init__(self, watch: CompletionWatch, index: int) -> None:
+        self._watch = watch
+        self._index = index
+
+    def told(self, message: bytes, /) -> None:  # noqa: ARG002 - there is one kind
+        self._watch.told[self._index] = None
+        self._watch.wake()
+
+    def doubt(self, subscribed: bool, /) -> None:
+        watch = self._watch
+        if subscribed:
+            watch.doubted[self._index] = None
+            watch.deaf.pop(self._index, None)
+        else:
+            watch.deaf[self._index] = None
+        watch.wake()
+
+    def failed(self, error: FFError, /) -> None:
+        self.doubt(False)
+        self._watch.failure = error
+        self._watch.wake()
+
+
+class CompletionWatch:
+    """What listens for a subscription, on the thread of the hub; the thread that reads takes what it notes.
+
+    No lock is needed: they share dicts, of which each uses single operations.
+
+    Attributes:
+        on_wake: Called when there may be something to ask.
+        listeners: One for the channel of each partition.
+        told: Partitions that have new records.
+        doubted: Partitions that may have, since their subscription was confirmed.
+        deaf: Partitions whose subscription is not confirmed.
+        failure: Why there is no subscription to be had.
+    """
+
+    __slots__ = ("deaf", "doubted", "failure", "listeners", "on_wake", "told")
+
+    def __init__(self, partitions: int) -> None:
+        self.on_wake: Callable[[], object] | None = None
+        self.told: dict[int, None] = {}
+        self.doubted: dict[int, None] = {}
+        self.deaf: dict[int, None] = dict.fromkeys(range(partitions))
+        self.failure: FFError | None = None
+        self.listeners = [
+            (keys.completions_channel(keys.slot_tag(index)), _Partition(self, index))
+            for index in range(partitions)
+        ]
+
+    def wake(self) -> None:
+        if self.on_wake is not None:
+            self.on_wake()
+
+
+def _take(noted: dict[int, None], most: int | None = None) -> list[int]:
+    """Take the first of what was noted; what is noted again meanwhile stays."""
+    taken = list(noted)[:most]
+    for index in taken:
+        noted.pop(index, None)
+    return taken
+
+
 class CompletionCore:
     """A subscription to ended executions: makes requests, and completions from the replies.
 
-    One read covers the completion streams of all partitions. The cursor has the place in each partition that has had
-    completions, and an id for all others; it has about 16 bytes a partition.
+    The cursor has the place in each partition that has had completions, and an id for all others; it has about 16 bytes
+    a partition.
 
     Args:
         partitions: Number of partitions of the deployment.
         after: Cursor of an earlier subscription; None begins now, ``start`` with the oldest completion kept.
         scope: Filter of the executions.
+
+    Attributes:
+        part: What listens.
     """
 
     __slots__ = (
-        "_base", "_behind", "_first", "_foreign", "_from", "_look_due", "_partitions", "_places", "_records", "_scope",
-        "_texts",
+        "_base", "_begun", "_first", "_foreign", "_from", "_look_at", "_looked_at", "_partitions", "_places", "_records",
+        "_scope", "_silent", "_step", "_steps", "_texts", "part",
     )  # fmt: skip
 
     ended = False
@@ -107,13 +189,20 @@ class CompletionCore:
         self._base = _Place(0, 0, 0)
         self._places: dict[int, _Place] = {}
         self._texts: dict[int, str] = {}
-        # Records that were read and not passed yet; the partitions that may have more at once; those without a stream.
+        # Records that were read and not passed yet; the partitions without a stream, and those that could not answer.
         self._records: deque[_Record] = deque()
-        self._behind: list[int] = []
         self._foreign: set[int] = set()
+        self._silent: dict[int, None] = {}
+        # The read under way, and what it asks for.
+        self._steps: Steps[list[CompletionPayload]] | None = None
+        self._step: Step | None = None
+        # Whether all partitions were looked at; when they are again, and when that was, in monotonic time.
+        self._begun = False
+        self._look_at = monotonic() + _SUBSCRIBE_S
+        self._looked_at = self._look_at
+        self.part = CompletionWatch(partitions)
         # Where the first look begins: "now", "start" or at a cursor.
         self._from = "now" if after is None else "start" if after == "start" else "cursor"
-        self._look_due = True
         self._first: str | None = None
         if self._from == "cursor":
             self._move(after)
@@ -165,61 +254,163 @@ class CompletionCore:
         if cursor is not None:
             self._move(cursor)
         self._records.clear()
-        self._behind = []
-        self._look_due = True
+        self._steps = self._step = None
+        self._look_at = 0.0
+        self.part = CompletionWatch(self._partitions)
 
-    def read(self) -> Steps[list[CompletionPayload]]:
-        """Wait up to :data:`COMPLETION_BLOCK_MS`; return new completions, each with the cursor after it."""
-        if self._look_due:
-            yield from self._look()
-        if not self._records:
-            yield from self._fetch()
-        return (yield from self._take())
+    # -- for the shell -------------------------------------------------------------------------------------------------
+
+    @property
+    def wake_at(self) -> float:
+        """When to ask for a step although nothing was pushed, in monotonic time."""
+        if self.part.deaf or self._silent:
+            return min(self._look_at, self._looked_at + _UNSUBSCRIBED_S)
+        return self._look_at
+
+    def take(self) -> list[CompletionPayload]:
+        """Return completions that were read before, if nothing is to be asked about them."""
+        if self._steps is None and self._records:
+            return self._run(self._pass_on())
+        return []
+
+    def step(self) -> Step | None:
+        """Return the next request; None if there is nothing to ask.
+
+        Raises:
+            FFError: There is no subscription to be had.
+        """
+        failure, self.part.failure = self.part.failure, None
+        if failure is not None:
+            raise failure
+        if self._steps is None:
+            doubted = self._doubted(monotonic())
+            if doubted or self.part.told:
+                self._run(self._read(doubted))
+        return self._step
+
+    def receive(self, *replies: object) -> list[CompletionPayload]:
+        """Return completions, each with the cursor after it, if the last step was the last one of a read.
+
+        Args:
+            replies: To the last step. An ``FFError`` stands for that of a partition whose node has failed.
+
+        Raises:
+            FFError: The server refused the request, or no partition has answered.
+        """
+        assert self._steps is not None
+        return self._run(self._steps, list(replies))
+
+    def _doubted(self, now: float) -> Sequence[int]:
+        """Return the partitions that have to be looked at."""
+        watch = self.part
+        if now >= self._look_at or not (self._begun or watch.deaf):
+            watch.doubted.clear()
+            self._looked_at = now
+            self._look_at = now + longest_wait()
+            return range(self._partitions)
+        if not self._begun:
+            # The first look is at all of them, once all subscriptions are there.
+            return ()
+        if now >= self._looked_at + _UNSUBSCRIBED_S:
+            self._looked_at = now
+            watch.doubted |= watch.deaf | self._silent
+        return _take(watch.doubted)
+
+    def _run(
+        self, steps: Steps[list[CompletionPayload]], replies: list[object] | None = None
+    ) -> list[CompletionPayload]:
+        """Go on with a read up to its next step; return its completions where it is over."""
+        self._steps, self._step = steps, None
+        try:
+            step = next(steps) if replies is None else steps.send(replies)
+        except StopIteration as stop:
+            self._steps = None
+            found: list[CompletionPayload] = stop.value
+            return found
+        assert isinstance(step, Step)
+        self._step = step
+        return []
+
+    def _read(self, doubted: Sequence[int]) -> Steps[list[CompletionPayload]]:
+        """Look at partitions, and read some of those that have new records."""
+        for at in range(0, len(doubted), _LOOKS_AT_ONCE):
+            yield from self._look(doubted[at : at + _LOOKS_AT_ONCE])
+        if doubted and not self._begun:
+            self._begun = True
+            self._from = "cursor"
+            if self._first is None:
+                self._first = self._cursor
+        if len(self._foreign) == self._partitions:
+            raise Corruption(
+                "The completions of every partition are a key of another type; look for what wrote them."
+            )
+        yield from self._fetch()
+        return (yield from self._pass_on())
+
+    def _answered(self, replies: Iterable[tuple[int, object]]) -> list[tuple[int, object]]:
+        """Return what partitions have answered, without those that cannot for the time being: they are looked at again.
+
+        Raises:
+            FFError: None of them can.
+        """
+        answered: list[tuple[int, object]] = []
+        failure: FFError | None = None
+        for index, reply in replies:
+            self._foreign.discard(index)
+            self._silent.pop(index, None)
+            error = reply
+            if isinstance(reply, Exception) and not isinstance(reply, FFError):
+                error = from_server_error(str(reply))
+            if is_foreign(reply):
+                self._foreign.add(index)
+            elif isinstance(error, FFError) and error.retryable:
+                self._silent[index] = None
+                failure = failure or error
+            else:
+                answered.append((index, reply))
+        if failure is not None and not (answered and self._begun):
+            raise failure
+        return answered
 
     # -- where it stands -----------------------------------------------------------------------------------------------
 
-    def _look(self) -> Steps[None]:
-        """Look at the stream of each partition: where it ends, and whether records behind the cursor were trimmed.
+    def _look(self, indexes: Sequence[int]) -> Steps[None]:
+        """Look at the streams of partitions: where each ends, and whether records behind the cursor were trimmed.
 
         Raises:
             InvalidCursor: They may have been.
         """
-        names = [keys.completions(keys.slot_tag(index)) for index in range(self._partitions)]
+        names = [keys.completions(keys.slot_tag(index)) for index in indexes]
         infos = [Command(name, pack_command(b"XINFO", b"STREAM", name)) for name in names]
         passed = [
-            (index, names[index], place.identity)
-            for index, place in self._places.items()
-            if place.ms
+            (index, name, place.identity)
+            for index, name in zip(indexes, names, strict=True)
+            if (place := self._places.get(index)) is not None and place.ms
         ]
         records = [
             Command(name, pack_command(b"XRANGE", name, identity, identity))
             for _, name, identity in passed
         ]
         replies = yield Step(infos + records, large=True)
+        abouts: dict[int, _Stream] = {}
+        for index, reply in self._answered(zip(indexes, replies, strict=False)):
+            if isinstance(reply, Exception) and "no such key" not in str(reply):
+                checked(reply)
+            abouts[index] = _Stream.of(reply)
         there = {
             index
-            for (index, _, _), found in zip(passed, replies[len(infos) :], strict=True)
-            if not is_foreign(found) and checked(found)
+            for (index, _, _), reply in zip(passed, replies[len(infos) :], strict=True)
+            if index in abouts and not is_foreign(reply) and checked(reply)
         }
-        foreign: set[int] = set()
-        places: dict[int, _Place] = {}
-        for index, reply in enumerate(replies[: len(infos)]):
-            if is_foreign(reply):
-                foreign.add(index)
-                continue
-            missing = isinstance(reply, Exception) and "no such key" in str(reply)
-            about = _Stream.of([] if missing else checked(reply))
-            place = self._place(index, about, there=index in there)
-            if place is not None:
-                places[index] = place
+        places = {
+            index: self._place(index, about, there=index in there)
+            for index, about in abouts.items()
+        }
         for index, place in places.items():
-            self._go(index, place)
-        self._from = "cursor"
-        if self._first is None:
-            self._first = self._cursor
-        self._foreign = foreign
-        # Whether it has become a stream is seen by looking again.
-        self._look_due = bool(foreign)
+            if place is not None:
+                self._go(index, place)
+            if (place or self._places.get(index) or self._base)[:2] < abouts[index].last:
+                self.part.told[index] = None
 
     def _place(self, index: int, about: _Stream, *, there: bool) -> _Place | None:
         """Return the place where this partition goes on; None if it is the one that is known.
@@ -258,34 +449,28 @@ class CompletionCore:
     # -- records -------------------------------------------------------------------------------------------------------
 
     def _fetch(self) -> Steps[None]:
-        """Read records of all partitions, or more of those that had more."""
-        behind, self._behind = self._behind, []
-        indexes = behind or [i for i in range(self._partitions) if i not in self._foreign]
+        """Read new records of some of the partitions that have any."""
+        indexes = _take(self.part.told, _READS_AT_ONCE)
         if not indexes:
-            raise Corruption(
-                "The completions of every partition are a key of another type; look for what wrote them."
-            )
-        count = max(_REPLY_RECORDS // len(indexes), 1)
-        names = [keys.completions(keys.slot_tag(index)) for index in indexes]
-        block = () if behind else (b"BLOCK", b"%d" % COMPLETION_BLOCK_MS)
-        places = [self._places.get(index, self._base).identity for index in indexes]
-        request = pack_command(
-            b"XREAD", b"COUNT", b"%d" % count, *block, b"STREAMS", *names, *places
-        )
-        block_s = 0 if behind else COMPLETION_BLOCK_MS / 1000
-        (reply,) = yield Step((Command(names[0], request),), block_s, large=True)
-        if is_foreign(reply):
-            self._look_due = True
             return
-        streams = cast("list[tuple[bytes, list[tuple[bytes, list[bytes]]]]]", checked(reply))
-        for name, entries in streams:
-            index = keys.index_of(name.decode())
+        count = max(_REPLY_RECORDS // len(indexes), 1)
+        commands: list[Command] = []
+        for index in indexes:
+            name = keys.completions(keys.slot_tag(index))
+            place = self._places.get(index, self._base)
+            # Behind the last id there is none.
+            after = b"(" + place.identity if place[:2] < _LAST_ID else place.identity
+            request = pack_command(b"XRANGE", name, after, b"+", b"COUNT", b"%d" % count)
+            commands.append(Command(name, request))
+        replies = yield Step(commands, large=True)
+        for index, reply in self._answered(zip(indexes, replies, strict=True)):
+            entries = cast("list[tuple[bytes, list[bytes]]]", checked(reply))
             self._records.extend(_Record(index, identity, fields) for identity, fields in entries)
             # In turn with all, so that one with a long backlog keeps nobody waiting.
-            if len(entries) >= count and not behind:
-                self._behind.append(index)
+            if len(entries) >= count:
+                self.part.told[index] = None
 
-    def _take(self) -> Steps[list[CompletionPayload]]:
+    def _pass_on(self) -> Steps[list[CompletionPayload]]:
         """Pass on records, as many as have their results in one answer."""
         taken: list[tuple[_Record, CompletionPayload | None, int]] = []
         tag = self._scope.instance_tag
@@ -341,11 +526,14 @@ class _Stream(NamedTuple):
     added: int
 
     @classmethod
-    def of(cls, flat: list[Any]) -> _Stream:
-        if not flat:
+    def of(cls, reply: object) -> _Stream:
+        """Return what a reply tells, in RESP2 or RESP3; there is no stream in an error."""
+        if isinstance(reply, Exception):
             return cls((0, 0), (0, 0), (0, 0), 0, 0)
         try:
-            about = dict(zip(flat[::2], flat[1::2], strict=True))
+            about: Any = reply
+            if not isinstance(about, dict):
+                about = dict(zip(about[::2], about[1::2], strict=True))
             return cls(
                 ops.entry_id(about[b"recorded-first-entry-id"].decode()),
                 ops.entry_id(about[b"last-generated-id"].decode()),

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING
 from ff_fast._core.steps import Command, Step
 from ff_fast._core.topology import Address
 from ff_fast._hot.resp import pack_command
-from ff_fast.errors import (
-    DeadlineExceeded,
-    FFError,
-    NotACluster,
-    OutcomeUnknown,
-    Unavailable,
-    from_server_error,
-)
+from ff_fast.errors import NotACluster, Unavailable, from_server_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +20,9 @@ REFRESH_EVERY_S = 0.1
 
 ASK_S = 1.0
 """Longest time that one node gets for its answer, in seconds; then another one is asked."""
+
+SILENT_S = 0.2
+"""A node that owes replies for so long, in seconds, and sends nothing is asked for the topology after the others."""
 
 FORGET_EVERY_S = 1.0
 """After this time, in seconds, a node that has left the cluster is looked at again if somebody waited for it."""
@@ -44,12 +40,15 @@ def to_ask(
 ) -> list[Address]:
     """Return whom to ask for the topology, in order.
 
+    Those that have told it come after the others: a node that is cut off from the cluster knows only how it was.
+
     Args:
-        heard: The nodes with an open connection, and when they were last heard of.
+        heard: The nodes with a connection that works, and when they were last heard of.
         topology: What is known.
         seeds: The nodes that the configuration names.
     """
-    latest = sorted(heard, key=lambda address: -heard[address])
+    told = topology.told
+    latest = sorted(heard, key=lambda address: (told.get(address, 0), -heard[address]))
     return list(dict.fromkeys([*latest, *topology.addresses, *seeds]))
 
 
@@ -59,6 +58,7 @@ def learn(topology: Topology, replies: list[object], asked: Address) -> None:
     Raises:
         NotACluster: The server is none of a cluster.
         ProtocolError: The reply is not understood.
+        Unavailable: The server knows of no slots.
         FFError: The server refused.
     """
     (reply,) = replies
@@ -68,6 +68,9 @@ def learn(topology: Topology, replies: list[object], asked: Address) -> None:
             error.host, error.port = asked
             raise error
         raise from_server_error(str(reply))
+    if not reply:
+        # It has left the cluster, or has not joined it yet.
+        raise no_owner()
     topology.learn(reply, asked)
 
 
@@ -89,12 +92,4 @@ def silent(address: Address) -> Unavailable:
     """Return the error of a node that does not answer."""
     error = Unavailable(f"The node {address} does not answer; try again later.")
     error.host, error.port = address
-    return error
-
-
-def named(error: FFError, address: Address) -> FFError:
-    """Return *error* with the address of the node that it concerns."""
-    if isinstance(error, Unavailable | OutcomeUnknown | DeadlineExceeded) and error.host is None:
-        error.host, error.port = address
-        error.args = (f"{error} It was sent to the node {address}.", *error.args[1:])
     return error

@@ -1277,7 +1277,7 @@ def wait(
 def subscribe_completions(
     on: Deployment, scope: ScannerFilter | None = None, *, after: str | None = None
 ) -> CompletionCore:
-    """Read the completion of every execution, live, on a connection of its own.
+    """Read the completion of every execution, live.
 
     The subscription never ends by itself. A timeout or a cancellation of one read loses nothing.
 

@@ -80,10 +80,10 @@ class Op(NamedTuple, Generic[T]):
 
     def command(self) -> Command:
         """Return the call as one command, for the node of its keys."""
-        return Command(
-            self.keys[0] if self.keys else b"",
-            pack_fcall(self.function, self.keys, self.argv, self.read_only),
-        )
+        # A function that only reads, and meets a key on its way, is called again.
+        absent = None if self.read_only else keys.absent(self.keys[0])
+        named = self.keys if absent is None else (*self.keys, absent)
+        return Command(self.keys[0], pack_fcall(self.function, named, self.argv, self.read_only))
 
     def answer(self, reply: object) -> T:
         """Return the caller's value.
@@ -172,18 +172,22 @@ class Version(NamedTuple):
         digest: Digest of its text.
         partitions: The stored partition count; None if there is none.
         eviction_policy: ``maxmemory-policy`` of the server; empty where its memory has no limit, or it is not told.
+        engine: Name and version of the server; empty where it is not told, or the server is thrown away anyway.
+        settings: Whether the settings of persistence may be asked for.
     """
 
     contract: int
     digest: str
     partitions: int | None
     eviction_policy: str = ""
+    engine: str = ""
+    settings: bool = False
 
 
 def version(
     at: tuple[bytes, ...] = (keys.PARTITIONS_CONFIG, keys.CLUSTER_PROBE),
 ) -> Op[Version]:
-    """Read contract and digest of the server's library, the stored partition count, and the eviction policy.
+    """Read contract and digest of the server's library, the stored partition count, and what the server is.
 
     Args:
         at: The call's keys. The default ones are in different slots, so every node of a cluster refuses the call; with
@@ -193,9 +197,14 @@ def version(
     def parse(_: bytes, fields: list[object]) -> Version:
         # A library of another contract may answer fewer fields; its contract must be readable nevertheless.
         contract, digest, *rest = map(_text, fields)
-        partitions, eviction_policy = [*rest, "", ""][:2]
+        partitions, eviction_policy, engine, settings = [*rest, "", "", "", ""][:4]
         return Version(
-            int(contract), digest, int(partitions) if partitions else None, eviction_policy
+            int(contract),
+            digest,
+            int(partitions) if partitions else None,
+            eviction_policy,
+            engine,
+            settings == "1",
         )
 
     return Op(b"ff_version", at, (), parse, read_only=True)

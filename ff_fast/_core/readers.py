@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from ff_fast._core.steps import Retries, Step
+from ff_fast._core.steps import Retries
 from ff_fast.errors import FFError, FunctionMissing, InvalidInput, Unavailable
 from ff_fast.types import End, seconds
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import timedelta
 
     from ff_fast._core.hub import Part
-    from ff_fast._core.steps import Source, Steps
+    from ff_fast._core.steps import Step
     from ff_fast.types import BackendRetry
 
 
@@ -80,14 +81,18 @@ class PushSource(Place, Protocol[T]):
         """Return the items of what was pushed."""
 
     def step(self) -> Step | None:
-        """Return the next request, of one command; None if there is nothing to ask.
+        """Return the next request; None if there is nothing to ask.
 
         Raises:
             FFError: There is no subscription to be had.
         """
 
-    def receive(self, reply: object) -> list[T]:
-        """Return the items in the reply to the last step."""
+    @property
+    def receive(self) -> Callable[..., list[T]]:
+        """Returns the items in the replies to the last step, each of them an argument.
+
+        Where they come from several nodes, an ``FFError`` stands for each reply of one that has failed.
+        """
 
 
 class ReaderState(Generic[T]):
@@ -145,47 +150,6 @@ class ReaderState(Generic[T]):
         return f"{type(self).__name__}(cursor={self.cursor!r}, ended={self.ended})"
 
 
-class AnswerState(ReaderState[T]):
-    """State of a reader that reads one answer after the other, each by the steps of its source."""
-
-    _source: Source[T]
-
-    def __init__(self, source: Source[T], retry: BackendRetry) -> None:
-        super().__init__(source, retry)
-        # The read that is under way; None between two reads.
-        self._steps: Steps[list[T]] | None = None
-
-    def _begin(self) -> Step:
-        """Begin a read; return the step to be sent."""
-        self._steps = self._source.read()
-        step = next(self._steps)
-        assert isinstance(step, Step)
-        return step
-
-    def _answered(self, replies: list[object]) -> Step | None:
-        """Take the replies to the last step; return the next one, None where the read is over and its items are put."""
-        assert self._steps is not None
-        try:
-            step = self._steps.send(replies)
-        except StopIteration as stop:
-            self._steps = None
-            self._retries.reset()
-            self._put(stop.value)
-            return None
-        except FFError:
-            raise
-        except BaseException:
-            # A defect, or an interrupt: the source may have passed items that nobody got.
-            self._restart(self.cursor)
-            raise
-        assert isinstance(step, Step)
-        return step
-
-    def _restart(self, cursor: str | None = None) -> None:
-        self._steps = None
-        super()._restart(cursor)
-
-
 class PushState(ReaderState[T]):
     """State of a reader that takes what is pushed."""
 
@@ -193,9 +157,9 @@ class PushState(ReaderState[T]):
     # What the hub knows of this reader; None before the first read, and after the last.
     _attached: Part | None = None
 
-    def _put_received(self, reply: object) -> None:
-        """Put the items in the reply to the last step."""
-        items = self._source.receive(reply)
+    def _put_received(self, replies: list[object]) -> None:
+        """Put the items in the replies to the last step."""
+        items = self._source.receive(*replies)
         self._retries.reset()
         self._put(items)
 

@@ -16,13 +16,17 @@ from ff_fast._core.steps import Command, Step
 from ff_fast._core.topology import Address, address_of
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
+    DeadlineExceeded,
     FFError,
     FunctionMissing,
     Outcome,
+    OutcomeUnknown,
     ProtocolError,
     Redirected,
+    Unavailable,
     from_server_error,
     make_unknown,
+    told_by,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +44,7 @@ _REFUSALS = frozenset(
         "MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "LOADING", "READONLY", "UNBLOCKED",
     }
 )  # fmt: skip
+_OF_ONE_SLOT = frozenset({"ASK", "TRYAGAIN", "LOADING", "UNBLOCKED"})
 # Of a slot that no node is known to have; the text is a server's own.
 _NO_OWNER = "CLUSTERDOWN Hash slot not served"
 
@@ -161,11 +166,11 @@ class Routing:
 
     def _look_at(self, index: int, reply: Exception, send: Send) -> None:
         text = str(reply)
-        word, _, rest = text.partition(" ")
+        rest = text.partition(" ")[2]
         if "script: " in text:
             # A command inside of a function was refused, perhaps after others.
             return
-        if word in _REFUSALS:
+        if _word(reply) in _REFUSALS:
             self._refused(index, reply, send)
         elif rest.startswith("Function not found"):
             if send.replica:
@@ -185,6 +190,8 @@ class Routing:
             # A redirect that cannot be read; the reply stands.
             return
         self._again.append(index)
+        if send is not None and isinstance(error, Unavailable):
+            self._replies[index] = Exception(told_by(str(reply), *send.address))
         if isinstance(error, Redirected) and send is not None:
             address = address_of(error.address, send.address)
             if not error.ask:
@@ -196,7 +203,11 @@ class Routing:
                 # A function also touches keys that its call does not name, so it waits until the whole slot has moved.
                 self._ask[index] = address
                 return
-        self.in_doubt = True
+        if _word(reply) in _OF_ONE_SLOT:
+            # It ends by itself, or with a redirect.
+            self.moved = True
+        else:
+            self.in_doubt = True
         self._pause_for = error
 
     def _to_primary(self, indexes: Sequence[int]) -> None:
@@ -210,7 +221,11 @@ class Routing:
             self._to_primary(send.indexes)
             return
         self.in_doubt = True
-        if error.outcome is Outcome.NOT_APPLIED and error.retryable:
+        error = named(error, send.address)
+        if self._step.partial:
+            for index in send.indexes:
+                self._replies[index] = error
+        elif error.outcome is Outcome.NOT_APPLIED and error.retryable:
             for index in send.indexes:
                 self._replies[index] = error
             self._again.extend(send.indexes)
@@ -227,7 +242,7 @@ class Routing:
             self.in_doubt = True
             self._pause_for = error
         elif self._failure is None:
-            self._failure = error
+            self._failure = named(error, address)
 
     def settle(self) -> float | None:
         """End a round; return the seconds until the next one, None if there is none."""
@@ -248,7 +263,7 @@ class Routing:
             FFError: Replies have not come.
         """
         failure = self._failure
-        if failure is None:
+        if failure is None and not self._step.partial:
             failure = next((each for each in self._replies if isinstance(each, FFError)), None)
         if failure is None:
             return self._replies
@@ -258,6 +273,28 @@ class Routing:
         if applied and self._retries.writes:
             make_unknown(failure, "A part of the call was applied.")
         raise failure
+
+
+def named(error: FFError, address: Address) -> FFError:
+    """Return *error* with the address of the node that it concerns."""
+    if isinstance(error, Unavailable | OutcomeUnknown | DeadlineExceeded) and error.host is None:
+        error.host, error.port = address
+        error.args = (f"{error} The node is {address}.", *error.args[1:])
+    return error
+
+
+def _word(reply: Exception) -> str:
+    return str(reply).partition(" ")[0]
+
+
+def refusal(reply: object) -> FFError | None:
+    """Return the error of a command that a node did not execute, for what it is or where the slot is; None otherwise."""
+    if not isinstance(reply, Exception):
+        return None
+    text = str(reply)
+    if "script: " in text or text.partition(" ")[0] not in _REFUSALS:
+        return None
+    return from_server_error(text)
 
 
 def _is_function(command: Command) -> bool:

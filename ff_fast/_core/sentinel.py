@@ -9,11 +9,16 @@ from ff_fast._core.steps import DEFAULT_REQUEST_TIMEOUT_S, Command, Step
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
     AuthenticationFailed,
+    DeadlineExceeded,
     FFError,
     InvalidInput,
     NotPrimary,
+    OutcomeUnknown,
+    PermissionDenied,
     PrimaryNotFound,
     TlsFailed,
+    Unavailable,
+    from_server_error,
 )
 from ff_fast.types import BackendTimeouts, ValkeyConnection
 
@@ -28,6 +33,7 @@ _SERVICES = 256
 """Services of which is remembered which sentinel to ask first."""
 
 _LEAST_S = 0.05
+_NO_ANSWER = (Unavailable, DeadlineExceeded, OutcomeUnknown)
 
 _UNUSABLE = {"s_down", "o_down", "disconnected", "master_down"}
 """Flags of a replica that is not to be read from."""
@@ -39,6 +45,28 @@ _first: dict[tuple[str | None, tuple[_Address, ...]], int] = {}
 
 ROLE = Step((Command(b"", pack_command(b"HELLO", b"2")),))
 """Asks a server for its role. ``HELLO`` needs no right that a user may lack, unlike ``ROLE``."""
+
+
+HELLO = Step((Command(b"", pack_command(b"HELLO", b"3")),))
+"""Lets a sentinel push, so that what it pushes is no reply."""
+
+SUBSCRIBE = pack_command(b"SUBSCRIBE", b"+switch-master")
+
+LOOK_EVERY_S = 5.0
+"""How often a sentinel that pushes nothing is asked whether it is alive, in seconds."""
+
+LOOK_AGAIN_S = 0.5
+"""Pause before other sentinels are asked where none answers, in seconds."""
+
+
+def switched_to(push: object, service: str | None) -> _Address | None:
+    """Return the address of the primary that a pushed message tells of; None if it is another message."""
+    if not isinstance(push, list) or len(push) != 3 or push[:2] != [b"message", b"+switch-master"]:
+        return None
+    words = bytes(push[2]).split()
+    if len(words) != 5 or words[0].decode("utf-8", "replace") != service:
+        return None
+    return _address(words[3], words[4])
 
 
 def check_role(reply: object, resolved: ValkeyConnection) -> None:
@@ -120,6 +148,9 @@ class Search:
 
     def answered(self, reply: object) -> None:
         """Take the sentinel's answer; one that does not know the service is passed over."""
+        if isinstance(reply, Exception):
+            self.failed(from_server_error(str(reply)))
+            return
         found = _replicas_in(reply) if self._replicas else _primary_in(reply)
         if found is not None:
             self._found = found
@@ -149,22 +180,29 @@ class Search:
         host, port = address
         return self._config.replace(connection=connection.replace(host=host, port=port))
 
+    def unknown(self) -> FFError:
+        """Return the error of a sentinel that does not know the service."""
+        return self._failure()
+
     def _failure(self) -> FFError:
         for error in self._failures:
-            if isinstance(error, AuthenticationFailed):
-                refused = AuthenticationFailed(
-                    f"A sentinel of the service {self._service} refused the credentials; check sentinel_username and"
-                    " sentinel_password."
+            if isinstance(error, AuthenticationFailed | PermissionDenied):
+                error.args = (
+                    (
+                        f"A sentinel of the service {self._service} refused the credentials; check sentinel_username"
+                        " and sentinel_password."
+                    ),
                 )
-                refused.host, refused.port, refused.fault = error.host, error.port, error.fault
-                return refused
+                return error
             if isinstance(error, TlsFailed):
                 return error
         sentinels = tuple(
             f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             for host, port in self._sentinels
         )
-        silent = len(self._failures) == len(sentinels)
+        silent = all(isinstance(error, _NO_ANSWER) for error in self._failures) and len(
+            self._failures
+        ) == len(sentinels)
         why = "answered" if silent else "that answered knows it"
         missing = PrimaryNotFound(
             f"The primary of the service {self._service} was not found: no sentinel {why}. Asked were"
@@ -172,6 +210,12 @@ class Search:
         )
         missing.service, missing.sentinels = self._service, sentinels
         return missing
+
+
+def primary_in(reply: object) -> _Address | None:
+    """Return the address in a sentinel's answer; None where it names none."""
+    found = _primary_in(reply)
+    return None if found is None else found[0]
 
 
 def _primary_in(reply: object) -> list[_Address] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ff_fast import keys
 from ff_fast._hot.resp import pack_command
@@ -64,12 +64,15 @@ class Step(NamedTuple):
         alone: The last command waits for what was written before it on its own connection, and lets everything behind it
             wait. The step goes out whole, on one connection that nobody else uses meanwhile, and no command of it
             follows a redirect: all keys are of one node, and a refusal is the command's reply.
+        partial: What reaches one node of a cluster counts, whatever becomes of the others: a command whose node does not
+            answer has the :class:`~ff_fast.errors.FFError` as its reply.
     """
 
     commands: Sequence[Command]
     block_s: float = 0.0
     large: bool = False
     alone: bool = False
+    partial: bool = False
 
     @property
     def request(self) -> bytes:
@@ -101,24 +104,6 @@ class AwaitHint(NamedTuple):
 
 
 Steps = Generator[Step | Pause | AwaitHint, list[object], T]
-
-
-class Source(Protocol[T]):
-    """A stream of items, read one answer at a time until it has ended."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last item was read."""
-
-    @property
-    def start(self) -> str | None:
-        """Cursor of the beginning; None until the server's time is known."""
-
-    def read(self) -> Steps[list[T]]:
-        """Send one read; return the items of its answer, an empty list if the server's block time passed."""
-
-    def restart(self, cursor: str | None = None) -> None:
-        """Continue after *cursor*: items read after it were not delivered. None continues after the last read."""
 
 
 DEFAULT_REQUEST_TIMEOUT_S = 5.0
@@ -246,7 +231,13 @@ def send_one(one: Command, block_s: float = 0.0) -> Steps[list[bytes]]:
 
 def server_ms(key: bytes) -> Steps[int]:
     """Ask the server that holds *key* for its time, in ms since the epoch."""
-    seconds, micros = yield from send_one(Command(key, pack_command(b"TIME")))
+    (reply,) = yield Step((Command(key, pack_command(b"TIME")),))
+    return time_ms(reply)
+
+
+def time_ms(reply: object) -> int:
+    """Return the time in the reply to ``TIME``, in ms since the epoch."""
+    seconds, micros = checked(reply)
     return int(seconds) * 1000 + int(micros) // 1000
 
 

@@ -10,8 +10,15 @@ from ff_fast import keys
 from ff_fast._core import ops
 from ff_fast._core.flows import MEMBERS_A_CALL
 from ff_fast._core.ready import publish_hints, with_hints
-from ff_fast._core.steps import Command, Step, Steps, checked, command, server_ms
-from ff_fast.errors import Corruption, ExecutionNotFound, InternalFunctionError, ProtocolError
+from ff_fast._core.steps import Command, Step, Steps, checked, command, server_ms, time_ms
+from ff_fast._hot.resp import pack_command
+from ff_fast.errors import (
+    Corruption,
+    ExecutionNotFound,
+    FFError,
+    InternalFunctionError,
+    ProtocolError,
+)
 from ff_fast.types import ReclaimGrant, ReclaimToken, ScannerFilter
 
 if TYPE_CHECKING:
@@ -23,6 +30,9 @@ _GRANT_MS = 60_000
 _DEFER_MS = 60_000
 # A flow of any size takes this share of a round, so that other timers fire meanwhile.
 _CALLS_A_FLOW = 64
+# Partitions, most of which are on different nodes, that are asked for the time until one answers.
+_NODES_ASKED = 4
+_TIME = pack_command(b"TIME")
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 _log = logging.getLogger("ff_fast")
@@ -55,15 +65,23 @@ class Supervision:
 
         Foreign data stops the timers that it concerns and no others: a timer that cannot be fired is put off by the
         server, and a partition whose timers cannot be read is left out of the round. Both are logged.
+
+        Raises:
+            FFError: The server does not answer; of a cluster, a node, after the timers of the others have fired.
         """
-        now_ms = yield from server_ms(keys.timers(keys.slot_tag(0)))
+        now_ms = yield from self._server_ms()
         now = b"%d" % now_ms
         offsets = dict.fromkeys(range(self._on.partitions), 0)
         fired = 0
+        unread: FFError | None = None
         while offsets:
-            pages = yield Step([_due(index, now, offset) for index, offset in offsets.items()])
+            due = [_due(index, now, offset) for index, offset in offsets.items()]
+            pages = yield Step(due, partial=True)
             following: dict[int, int] = {}
             for (index, offset), page in zip(offsets.items(), pages, strict=True):
+                if isinstance(page, FFError):
+                    unread = page
+                    continue
                 try:
                     members = checked(page)
                 except Corruption:
@@ -79,7 +97,22 @@ class Supervision:
                         # Skipped and early timers stay in the set; continue after them.
                         following[index] = offset + stayed
             offsets = following
+        if unread is not None:
+            raise unread
         return fired
+
+    def _server_ms(self) -> Steps[int]:
+        """Ask for the server's time; in a cluster the first node that answers counts."""
+        partitions = self._on.partitions
+        reply: object = None
+        for index in range(0, partitions, max(partitions // _NODES_ASKED, 1)):
+            key = keys.timers(keys.slot_tag(index))
+            (reply,) = yield Step((Command(key, _TIME),), partial=True)
+            if not isinstance(reply, FFError):
+                break
+        if isinstance(reply, FFError):
+            raise reply
+        return time_ms(reply)
 
     def _fire(self, partition: int, members: list[bytes], now_ms: int) -> Steps[tuple[int, int]]:
         slot_tag = keys.slot_tag(partition)

@@ -44,14 +44,16 @@ class Topology:
 
     Attributes:
         version: Grows with each map that was learned.
+        told: Which version each node has told last.
     """
 
-    __slots__ = ("_counter", "_owners", "version")
+    __slots__ = ("_counter", "_owners", "told", "version")
 
     def __init__(self) -> None:
         self._owners = _nobody()
         self._counter = itertools.count(1)
         self.version = 0
+        self.told: dict[Address, int] = {}
 
     @property
     def known(self) -> bool:
@@ -105,6 +107,9 @@ class Topology:
             raise ProtocolError from None
         self._owners = owners
         self.version = next(self._counter)
+        there = {*self.addresses, asked}
+        self.told = {at: told for at, told in self.told.items() if at in there}
+        self.told[asked] = self.version
 
     def moved(self, slot: int, address: Address) -> None:
         """Take note of a redirect: the node at *address* has *slot*."""

@@ -10,15 +10,18 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
+from ff_fast._core.sentinel import ROLE, check_role
 from ff_fast._core.steps import AwaitHint, Pause, Step, Steps
 from ff_fast._hot.resp import ReplyGuard, take_reply
+from ff_fast._sync.credentials import ask
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ff_fast._sync.credentials import Credentials
     from ff_fast._sync.nodes import Node
-    from ff_fast.types import BackendConfig
+    from ff_fast.types import BackendConfig, ValkeyConnection
 
 T = TypeVar("T")
 
@@ -44,16 +47,28 @@ class Connection:
         from redis.retry import Retry
 
         server = config.connection
+        # Host and port to which it leads.
+        self.address = server.host, server.port
+        # When it logged in last, in monotonic time.
+        self.authenticated_at = time.monotonic()
+        # Logs it in again before a request; None where nothing is renewed.
+        self.credentials: Credentials | None = None
+        # Number of replies before that of a command that logs in again; None without one.
+        self._renewal_after: int | None = None
+        provider = server.credential_provider
+        login = None if provider is None else ask(provider)
         kind: type[Any] = redis_connection.Connection
         if server.unix_path:
             kind = redis_connection.UnixDomainSocketConnection
         elif server.tls:
             kind = redis_connection.SSLConnection
         connection = kind(
-            **_transport.connection_arguments(config),
+            **_transport.connection_arguments(config, login),
             parser_class=_transport.guarded_parser(redis_connection),
             retry=Retry(NoBackoff(), 0),
         )
+        if server.ssl_context is not None:
+            _transport.use_context(connection, server.ssl_context)
         failure: FFError | None = None
         try:
             connection.connect()
@@ -83,6 +98,17 @@ class Connection:
         self.ready = False
         # Set when it missed a deadline: it had been silent since then.
         self.silent_since: float | None = None
+        if server.sentinel_service is not None:
+            self._check_role(server)
+
+    def _check_role(self, server: ValkeyConnection) -> None:
+        """Raise ``NotPrimary`` unless the server is the primary that a sentinel has named."""
+        try:
+            (reply,) = self.request(ROLE)
+            check_role(reply, server)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def closed(self) -> bool:
@@ -118,8 +144,11 @@ class Connection:
             timeout = min(self._timeout, longest)
             self._due = self._sent_at + _transport.wait_s(timeout, step)
             self._large = step.large
+            request = step.request
+            if self.credentials is not None:
+                request = self._renewed(request, self._owed - len(step.commands))
             self._socket.settimeout(timeout)
-            self._socket.sendall(step.request)
+            self._socket.sendall(request)
         except TimeoutError:
             failure = self._late()
         except OSError:
@@ -178,10 +207,36 @@ class Connection:
             self.close()
             raise
         else:
+            if self._renewal_after is not None:
+                if self._renewal_after == 0:
+                    self._renewal_after = None
+                    self._note_renewal(reply)
+                    return self.receive(until)
+                self._renewal_after -= 1
             self._owed -= 1
             return reply
         self.close()
         raise failure
+
+    def renewal(self) -> bytes | None:
+        """Return a command that logs in again, to be sent before others, where that is due."""
+        if self.credentials is None:
+            return None
+        request = self.credentials.due(self)
+        if request is not None:
+            self.authenticated_at = time.monotonic()
+        return request
+
+    def _renewed(self, request: bytes, owed: int) -> bytes:
+        """Return *request*, behind one that logs in again where that is due; *owed* replies come before."""
+        if self._renewal_after is not None or (renewal := self.renewal()) is None:
+            return request
+        self._renewal_after = owed
+        return renewal + request
+
+    def _note_renewal(self, reply: object) -> None:
+        if isinstance(reply, Exception) and self.credentials is not None:
+            self.credentials.refused()
 
     def listen(self, wake: socket.socket, until: float) -> list[Any]:
         """Wait for what comes, replies or pushes; return all of it, in order.

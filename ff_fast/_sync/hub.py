@@ -1,4 +1,4 @@
-"""The thread that owns the connection over which all readers of a backend hear of pushes."""
+"""The threads that own the connections over which all readers of a backend hear of pushes: one a server."""
 
 from __future__ import annotations
 
@@ -11,19 +11,49 @@ from typing import TYPE_CHECKING
 
 from ff_fast import _transport
 from ff_fast._core import hub
-from ff_fast._core.hub import HELLO, PING, Asked, HubCore, Listener, Part, subscription_error
+from ff_fast._core.hub import (
+    HELLO,
+    ONCE,
+    PING,
+    Asked,
+    HubCore,
+    HubsCore,
+    Listener,
+    Part,
+    subscription_error,
+)
 from ff_fast._core.steps import Retries
 from ff_fast.errors import DeadlineExceeded, FFError, ProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ff_fast._core.topology import Address
     from ff_fast._sync.connection import Connection
+    from ff_fast._sync.nodes import Nodes
     from ff_fast.types import BackendRetry
 
 
+class Bell:
+    """Wakes the thread that waits for it."""
+
+    def __init__(self) -> None:
+        # A lock, not a Condition: an interrupt could leave a Condition locked for ever.
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def __call__(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._lock.release()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it rings, at once if it has rung since the last wait."""
+        if seconds > 0:
+            self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+
+
 class Hub:
-    """All channels of a backend's readers, on one connection. Its thread begins with the first channel.
+    """All channels of a backend's readers at one server, on one connection. Its thread begins with the first channel.
 
     Other threads only put orders: single calls in C, so that no interrupt leaves half of one or a lock that is taken.
     """
@@ -35,13 +65,15 @@ class Hub:
         trusts: Callable[[Connection], bool],
         timeout_s: float,
         retry: BackendRetry,
+        *,
+        by_slot: bool = False,
     ) -> None:
         self._connect = connect
         self._discard = discard
         self._trusts = trusts
         self._timeout_s = timeout_s
         self._retry = retry
-        self._core = HubCore()
+        self._core = HubCore(by_slot=by_slot)
         # At most one thread; the first who puts it here has made it.
         self._threads: dict[str, _Thread] = {}
         self._orders: deque[Callable[[], None]] = deque()
@@ -49,7 +81,7 @@ class Hub:
 
     def listen(self, channel: bytes, listener: Listener) -> None:
         """Pass pushes of *channel* to *listener*, which hears first that the subscription is confirmed."""
-        self._order(lambda: self._core.listen(channel, listener))
+        self._order(lambda: self._core.listen(channel, listener, time.monotonic()))
 
     def unlisten(self, channel: bytes, listener: Listener) -> None:
         """Pass nothing more to *listener*."""
@@ -57,7 +89,7 @@ class Hub:
 
     def attach(self, part: Part) -> None:
         """Let *part* of a reader hear its channel."""
-        self._order(lambda: self._core.attach(part))
+        self._order(lambda: self._core.attach(part, time.monotonic()))
 
     def detach(self, part: Part) -> None:
         """Let *part* go; does nothing if it is not attached."""
@@ -74,6 +106,13 @@ class Hub:
         if thread is None:
             thread = self._threads.setdefault("", _Thread(self))
         thread.wake()
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has nothing to do with its server any more."""
+        thread = self._threads.get("")
+        unused = thread is None or thread._connection is None
+        return unused and self._core.empty and not self._orders
 
     def stop(self) -> None:
         """End the thread; its connection was aborted before."""
@@ -164,6 +203,8 @@ class _Thread:
             return
         if not self._hub._trusts(self._connection):
             raise DeadlineExceeded
+        if (renewal := self._connection.renewal()) is not None:
+            self._send(renewal, None, now)
         for asked in self._core.requests(now):
             self._send(asked.request, asked, now)
         self._look(now)
@@ -260,3 +301,129 @@ class _Thread:
         connection, self._connection = self._connection, None
         if connection is not None:
             self._hub._discard(connection)
+
+
+class Hubs:
+    """The hubs of a cluster, one a node, behind the face of one. A thread gives them their channels.
+
+    Other threads only put orders, as for a :class:`Hub`.
+    """
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        connect: Callable[[str, Address], Connection],
+        discard: Callable[[Connection], None],
+        trusts: Callable[[Connection], bool],
+        timeout_s: float,
+        retry: BackendRetry,
+    ) -> None:
+        assert nodes.topology is not None
+        self._nodes = nodes
+        self._topology = nodes.topology
+        self._connect = connect
+        self._discard = discard
+        self._trusts = trusts
+        self._timeout_s = timeout_s
+        self._bell = Bell()
+        self._core = HubsCore(self._topology, retry, self._listen_at, self._unlisten_at, self._bell)
+        # Of the thread.
+        self._hubs: dict[Address, Hub] = {}
+        self._orders: deque[Callable[[], None]] = deque()
+        # At most one thread; the first that puts itself here runs.
+        self._runs: dict[str, threading.Thread] = {}
+        self._closing = False
+
+    def listen(self, channel: bytes, listener: Listener) -> None:
+        """Pass pushes of *channel* to *listener*, which hears first that the subscription is confirmed."""
+        self._order(lambda: self._core.listen(channel, listener, time.monotonic()))
+
+    def unlisten(self, channel: bytes, listener: Listener) -> None:
+        """Pass nothing more to *listener*."""
+        self._order(lambda: self._core.unlisten(channel, listener, time.monotonic()))
+
+    def attach(self, part: Part) -> None:
+        """Let *part* of a reader hear its channels."""
+        self._order(lambda: self._core.attach(part, time.monotonic()))
+
+    def detach(self, part: Part) -> None:
+        """Let *part* go; does nothing if it is not attached."""
+        if self._runs:
+            self._order(lambda: self._core.detach(part, time.monotonic()))
+
+    def confirmed(self, channel: bytes) -> bool:
+        """Return whether a node has confirmed the subscription on the connection that is open."""
+        return self._core.confirmed(channel)
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._orders.append(order)
+        if not self._runs:
+            # One for each that comes first at the same moment: a thread begins only once.
+            thread = threading.Thread(target=self._main, name="ff_fast channels", daemon=True)
+            with contextlib.suppress(RuntimeError):
+                thread.start()
+        self._bell()
+
+    def stop(self) -> None:
+        """End the threads; their connections were aborted before."""
+        self._closing = True
+        self._bell()
+        thread = self._runs.get("")
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        me = threading.current_thread()
+        if self._runs.setdefault("", me) is not me:
+            return
+        try:
+            while not self._closing:
+                self._round()
+        finally:
+            self._closing = True
+            for each in self._hubs.values():
+                each.stop()
+            self._take_orders()
+            self._core.fail(_transport.closed_error())
+
+    def _take_orders(self) -> None:
+        while self._orders:
+            self._orders.popleft()()
+
+    def _round(self) -> None:
+        """Take orders, and let every channel be listened to where its slot is; then wait."""
+        self._take_orders()
+        now = time.monotonic()
+        doubtful = self._core.doubtful(now)
+        again_at = self._core.settle(now)
+        if doubtful:
+            self._nodes.doubt()
+            # The channels that wait for it have retries of their own.
+            with contextlib.suppress(FFError):
+                self._nodes.refresh()
+            again_at = self._core.settle(time.monotonic())
+        idle = [address for address, each in self._hubs.items() if each.idle]
+        for address in {*idle}.difference(self._topology.addresses if idle else ()):
+            self._hubs.pop(address).stop()
+        self._bell.wait(3600.0 if again_at is None else again_at - time.monotonic())
+
+    def _at(self, address: Address) -> Hub:
+        found = self._hubs.get(address)
+        if found is None:
+            found = self._hubs[address] = Hub(
+                lambda role: self._connect(role, address),
+                self._discard,
+                self._trusts,
+                self._timeout_s,
+                ONCE,
+                by_slot=True,
+            )
+        return found
+
+    def _listen_at(self, address: Address, channel: bytes, listener: Listener) -> None:
+        self._at(address).listen(channel, listener)
+
+    def _unlisten_at(self, address: Address, channel: bytes, listener: Listener) -> None:
+        self._at(address).unlisten(channel, listener)

@@ -12,7 +12,14 @@ from ff_fast import _transport
 from ff_fast._core import nodes as core
 from ff_fast._core.routing import Routing
 from ff_fast._core.topology import Address, Topology, address_of
-from ff_fast.errors import FFError, FunctionMissing, NotPrimary, Redirected, from_server_error
+from ff_fast.errors import (
+    DeadlineExceeded,
+    FFError,
+    FunctionMissing,
+    NotPrimary,
+    Redirected,
+    from_server_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +28,9 @@ if TYPE_CHECKING:
     from ff_fast._core.steps import Retries, Step
     from ff_fast._sync.connection import Connection
     from ff_fast.types import BackendConfig
+
+READ_AGAIN_S = 1.0
+"""How long the primary answers in place of a replica that has failed, in seconds."""
 
 # How long a look may take before another thread looks as well.
 _PATIENCE_S = 10.0
@@ -33,22 +43,25 @@ class Node:
 
     Attributes:
         config: The configuration with the address of this server.
+        reached: The same with the address that sentinels have named last.
         address: Where it listens; None for the one server of a backend without a cluster.
         replica: It is asked as a replica.
         library_missing: A function was not found there: the next connection that is taken loads the library.
         failed_at: When it could not be reached, in monotonic time.
         gone: It has left the cluster; no connection to it stays.
+        place: A version of the topology, and the slots that this server has in it.
     """
 
     def __init__(
         self, config: BackendConfig, address: Address | None = None, *, replica: bool = False
     ) -> None:
-        self.config = config
+        self.config = self.reached = config
         self.address = address
         self.replica = replica
         self.library_missing = False
         self.failed_at = 0.0
         self.gone = False
+        self.place: tuple[int, frozenset[int]] = (0, frozenset())
         # The most recently used is at the right.
         self._idle: deque[Connection] = deque()
         # The latest time at which a connection fell silent, or the server was no primary any more. A connection that was
@@ -75,6 +88,11 @@ class Node:
     def doubt(self, since: float) -> None:
         """Trust no connection any more that was not heard of since a point in monotonic time."""
         self._doubted_at = max(self._doubted_at, since)
+
+    def leave(self, address: tuple[str, int]) -> None:
+        """Trust no idle connection any more if one of them leads elsewhere than to *address*."""
+        if any(connection.address != address for connection in list(self._idle)):
+            self.doubt(time.monotonic())
 
     def note_silence(self, connection: Connection) -> None:
         """Note when a connection that is given up fell silent, if it did."""
@@ -120,16 +138,22 @@ class Nodes:
 
     Args:
         config: The configuration of the backend.
-        ask: Sends a step to a node to which there may be no connection yet, and returns the replies.
+        ask: Sends a step to a node to which there may be no connection yet, waits at most some seconds, and returns the
+            replies.
 
     Attributes:
         topology: Which node has which slot; None without a cluster.
     """
 
-    def __init__(self, config: BackendConfig, ask: Callable[[Node, Step], list[object]]) -> None:
+    def __init__(
+        self, config: BackendConfig, ask: Callable[[Node, Step, float], list[object]]
+    ) -> None:
         self._config = config
         self._ask = ask
-        self._only = Node(config)
+        self.only = Node(config)
+        # The replicas of a service that sentinels watch, and since when they may be asked: one has failed before.
+        self.reads = Node(config, replica=True)
+        self.read_at = 0.0 if config.connection.sentinel_service is not None else inf
         self._primaries: dict[Address, Node] = {}
         self._replicas: dict[Address, Node] = {}
         self.topology: Topology | None = None
@@ -152,7 +176,7 @@ class Nodes:
         """
         topology = self.topology
         if topology is None:
-            return self._only
+            return self.only
         self.refresh()
         if slot is not None:
             address = topology.primary(slot)
@@ -174,9 +198,15 @@ class Nodes:
 
     def slots_of(self, node: Node) -> frozenset[int] | None:
         """Return the slots of *node*, as far as they are known; None where there is no cluster."""
-        if self.topology is None or node.address is None:
+        topology = self.topology
+        if topology is None or node.address is None:
             return None
-        return self.topology.slots_of(node.address)
+        version, slots = node.place
+        if version != topology.version:
+            version, slots = topology.version, topology.slots_of(node.address)
+            # Kept, since it takes a millisecond.
+            node.place = version, slots
+        return slots
 
     def _node(self, address: Address, *, replica: bool = False) -> Node:
         server = self._config.connection.replace(host=address.host, port=address.port, seeds=())
@@ -185,7 +215,7 @@ class Nodes:
     def all(self) -> list[Node]:
         """Return the servers that are known."""
         if self.topology is None:
-            return [self._only]
+            return [self.only, self.reads]
         return [*self._primaries.values(), *self._replicas.values()]
 
     def failed(self, node: Node, error: FFError) -> None:
@@ -210,8 +240,11 @@ class Nodes:
         """Look at the topology before it is used again."""
         self._doubted_at = time.monotonic()
 
-    def refresh(self) -> None:
+    def refresh(self, until: float = inf) -> None:
         """Look at the topology if it is in doubt, unless another thread does so, or somebody has done so just now.
+
+        Args:
+            until: When the caller's time is up, in monotonic time.
 
         Raises:
             FFError: No node has ever told it.
@@ -222,7 +255,7 @@ class Nodes:
             return
         self._look_at = began + _PATIENCE_S
         try:
-            failure = self._look(topology)
+            failure = self._look(topology, until)
             if failure is None:
                 self._looked_at = began
         finally:
@@ -230,7 +263,7 @@ class Nodes:
         if failure is not None and not topology.known:
             raise failure
 
-    def _look(self, topology: Topology) -> FFError | None:
+    def _look(self, topology: Topology, until: float) -> FFError | None:
         """Ask one node after the other until one tells; return the last error if none does."""
         failure: FFError | None = None
         working = {
@@ -240,8 +273,11 @@ class Nodes:
         }
         for address in core.to_ask(working, topology, self._seeds):
             node = self._primaries.get(address) or self._node(address)
+            longest = min(core.ASK_S, until - time.monotonic())
+            if longest <= 0:
+                return failure or DeadlineExceeded()
             try:
-                core.learn(topology, self._ask(node, core.SLOTS), address)
+                core.learn(topology, self._ask(node, core.SLOTS, longest), address)
             except FFError as error:
                 node.failed_at = time.monotonic()
                 failure = error
@@ -265,6 +301,9 @@ class Connections(Protocol):
     """The pool, as far as a call needs it."""
 
     _nodes: Nodes
+
+    @property
+    def closed(self) -> bool: ...
 
     def _acquire_at(self, node: Node) -> Connection: ...
 
@@ -308,22 +347,36 @@ class Requests:
         """Send the commands of *step*, each to the server of its slot, and return their replies, in order."""
         nodes = self._nodes
         topology = nodes.topology
-        if topology is None or step.alone:
-            node = nodes.of(step.commands[0].slot)
-            replies = self._on(node).request(step, self._longest)
-            if step.alone:
-                nodes.look_at(node, replies)
-            return replies
+        if topology is None:
+            if self._replicas and time.monotonic() >= nodes.read_at:
+                try:
+                    return self._on(nodes.reads).request(step, self._longest)
+                except FFError:
+                    nodes.read_at = time.monotonic() + READ_AGAIN_S
+            return self._on(nodes.only).request(step, self._longest)
+        if step.alone:
+            return self._request_alone(step)
         routing = Routing(step, topology, self._retries, replicas=self._replicas, until=self._until)
         while True:
-            nodes.refresh()
+            nodes.refresh(self._until)
             self._round(routing)
             pause = routing.settle()
             if routing.moved or routing.in_doubt:
                 nodes.doubt()
-            if pause is None:
+            if pause is None or (pause and self._pool.closed):
                 return routing.replies()
             time.sleep(pause)
+
+    def _request_alone(self, step: Step) -> list[object]:
+        """Send a step that must not be split; refusals come back as replies."""
+        node = self._nodes.of(step.commands[0].slot)
+        try:
+            replies = self._on(node).request(step, self._longest)
+        except FFError as error:
+            self._nodes.failed(node, error)
+            raise
+        self._nodes.look_at(node, replies)
+        return replies
 
     def _round(self, routing: Routing) -> None:
         """Send to all nodes, and then receive from all."""

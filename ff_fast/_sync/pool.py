@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ff_fast import _process, _transport
 from ff_fast._core.deployment import READS, Deployment
-from ff_fast._core.nodes import ASK_S
 from ff_fast._core.steps import Retries
 from ff_fast._sync.claims import wait_in_line
 from ff_fast._sync.connection import Connection, run_steps
-from ff_fast._sync.hub import Hub
+from ff_fast._sync.credentials import Credentials
+from ff_fast._sync.hub import Hub, Hubs
 from ff_fast._sync.nodes import Node, Nodes, Requests
-from ff_fast._sync.sentinel import resolve
+from ff_fast._sync.sentinel import Watch, resolve, resolve_replica
 from ff_fast.errors import FFError, ForkedClient
 from ff_fast.types import BackendTimeouts
 
@@ -36,11 +36,20 @@ class Pool:
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
         self._deployment = Deployment(
-            config.partitions, config.max_payload_bytes, config.replay_ms, config.replay_bytes
+            config.partitions,
+            config.max_payload_bytes,
+            config.replay_ms,
+            config.replay_bytes,
+            config.connection.client_name,
         )
         self._pid = os.getpid()
         # Calls are refused, and then connections.
         self._closed = self._stopped = False
+        provider = config.connection.credential_provider
+        self._credentials = None if provider is None else Credentials(provider)
+        self._watch: Watch | None = None
+        if config.connection.sentinel_service is not None:
+            self._watch = Watch(config, partial(_switched, weakref.ref(self)))
         self._nodes = Nodes(config, self._ask)
         # Single calls in C change it, so no lock is needed that an interrupt or a finaliser could leave locked.
         self._busy: dict[int, weakref.ref[Connection]] = {}
@@ -77,14 +86,26 @@ class Pool:
             # The writers' and the readers' connections are among them.
             connection.abort()
         self._hub.stop()
+        if self._watch is not None:
+            self._watch.stop()
 
     def _forked(self) -> None:
         """Reset the state in a forked child."""
         self._hub = self._make_hub()
 
-    def _make_hub(self) -> Hub:
-        timeout_s = _transport.request_timeout_s(self.config)
-        return Hub(self._connect, self._discard, self._trusts, timeout_s, self.config.retry)
+    def _make_hub(self) -> Hub | Hubs:
+        timeout_s, retry = _transport.request_timeout_s(self.config), self.config.retry
+        nodes = self._nodes
+        if nodes.topology is None:
+            return Hub(self._connect, self._discard, self._trusts, timeout_s, retry)
+        return Hubs(
+            nodes,
+            lambda role, address: self._connect(role, nodes.at(address)),
+            self._discard,
+            self._trusts,
+            timeout_s,
+            retry,
+        )
 
     def _connect(self, role: str = "calls", node: Node | None = None) -> Connection:
         """Open a connection to *node*; to any server for None."""
@@ -107,29 +128,35 @@ class Pool:
     def _open(self, node: Node, config: BackendConfig) -> Connection:
         """Open a connection that is not checked yet."""
         try:
-            connection = Connection(resolve(config))
+            reached = resolve_replica if node is self._nodes.reads else resolve
+            node.reached = reached(config)
+            connection = Connection(node.reached)
         except FFError:
             node.failed_at = time.monotonic()
             raise
         node.failed_at = 0.0
         connection.node = node
+        if self._credentials is not None:
+            self._credentials.opened_by(connection)
         self._busy[id(connection)] = weakref.ref(connection)
+        if self._watch is not None:
+            self._watch.start()
         if self._stopped:
             # close() has already aborted the connections it knew, so it would never wake this thread.
             self._release(connection)
             raise _transport.closed_error()
         return connection
 
-    def _ask(self, node: Node, step: Step) -> list[object]:
+    def _ask(self, node: Node, step: Step, longest: float) -> list[object]:
         """Send a step to *node* on an idle connection, or on one that is opened for it alone."""
         connection = node.take()
         if connection is not None:
             self._busy[id(connection)] = weakref.ref(connection)
         else:
-            timeouts = BackendTimeouts(min(_transport.request_timeout_s(node.config), ASK_S))
+            timeouts = BackendTimeouts(min(_transport.request_timeout_s(node.config), longest))
             connection = self._open(node, node.config.replace(timeouts=timeouts))
         try:
-            return connection.request(step, ASK_S)
+            return connection.request(step, longest)
         finally:
             if connection.ready:
                 self._release(connection)
@@ -157,26 +184,28 @@ class Pool:
         with Requests(self, Retries(self.config.retry)) as requests:
             run_steps(self._deployment.agree(), requests.request)
 
-    def _prepare(self, connection: Connection, role: str | None = None) -> None:
-        """Load the library if it is missing, and check the deployment; its errors are those of connecting."""
+    def _prepare(self, connection: Connection, role: str | None = None) -> bool:
+        """Load the library if it is missing, and check the deployment; its errors are those of connecting.
+
+        Returns:
+            Whether the library was checked: a node that has no slots cannot be asked.
+        """
         node = connection.node
         steps = self._deployment.prepare(
             READS if node.replica else role, self._nodes.slots_of(node)
         )
         try:
-            run_steps(steps, connection.request)
+            checked = run_steps(steps, connection.request)
         except FFError as error:
-            failure = _transport.connect_error(error, node.config)
+            failure = _transport.connect_error(error, node.reached)
         else:
             connection.ready = True
-            return
+            return checked
         raise failure
 
     def _load(self, connection: Connection) -> None:
         """Load the library, which a call has not found on the server of *connection*."""
-        if connection.node.address is None:
-            self._prepare(connection)
-        else:
+        if not self._prepare(connection):
             run_steps(self._deployment.load(), connection.request)
 
     def _discard(self, connection: Connection) -> None:
@@ -250,3 +279,17 @@ def _sweep(
             return
         pool._close_idle(time.monotonic() - _transport.MAX_IDLE_S, keep=1)
         del pool
+
+
+def _switched(found: weakref.ref[Pool], address: tuple[str, int] | None) -> bool:
+    """Give up the connections that lead elsewhere than to the new primary; return whether the pool is still there."""
+    pool = found()
+    if pool is None:
+        return False
+    if address is not None:
+        for connection in [busy() for busy in list(pool._busy.values())]:
+            if connection is not None and connection.address != address:
+                connection.abort()
+        for node in pool._nodes.all():
+            node.leave(address)
+    return True

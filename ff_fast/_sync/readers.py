@@ -1,9 +1,7 @@
-"""Readers: tails, which hear of pushes over the hub, and subscriptions, each on a connection of its own."""
+"""Readers, which hear of pushes over the hub."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -11,17 +9,20 @@ from ff_fast import _transport
 from ff_fast._core import readers
 from ff_fast._core.follow import Ended, WaitCore
 from ff_fast._core.follow import Item as FollowItem
+from ff_fast._core.routing import refusal
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import BlockingItems, Turn
 from ff_fast._sync.connection import PENDING
+from ff_fast._sync.hub import Bell
 from ff_fast.errors import FFError, InvalidInput
 from ff_fast.types import CompletionPayload
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from ff_fast._core.steps import Source, Step
+    from ff_fast._core.steps import Step
     from ff_fast._sync.connection import Connection
+    from ff_fast._sync.nodes import Node
     from ff_fast._sync.pool import Pool
 
 T = TypeVar("T", bound=readers.HasCursor)
@@ -108,6 +109,95 @@ class Readable(readers.ReaderState[T], BlockingItems[T]):
         self.close()
 
 
+class Asked:
+    """One read under way: what the nodes of its commands were asked, and have answered.
+
+    Args:
+        pool: Where the connections come from.
+        count: Number of commands.
+    """
+
+    def __init__(self, pool: Pool, count: int) -> None:
+        self._pool = pool
+        self._replies: list[object] = [None] * count
+        # Whether one node is asked for everything.
+        self._alone = False
+        # On which replies are owed, and the places of these; the next one is the last in its list.
+        self._owing: list[tuple[Connection, list[int]]] = []
+
+    def send(self, step: Step, *, load: bool) -> None:
+        """Send each command to the node of its slot.
+
+        Args:
+            step: The commands.
+            load: Load the library where it is missing.
+        """
+        nodes = self._pool._nodes
+        places: dict[Node, list[int]] = {}
+        for index, command in enumerate(step.commands):
+            places.setdefault(nodes.of(command.slot), []).append(index)
+        self._alone = len(places) == 1
+        for node, indexes in places.items():
+            part = step
+            if len(places) > 1:
+                part = step._replace(commands=[step.commands[index] for index in indexes])
+            connection = None
+            try:
+                connection = self._pool._acquire_at(node)
+                self._owing.append((connection, indexes[::-1]))
+                if load:
+                    self._pool._prepare(connection)
+                connection.send(part)
+            except FFError as error:
+                if connection is not None:
+                    self._give_back(*self._owing.pop())
+                self._failed(node, indexes, error)
+
+    def receive(self, until: float | None) -> list[object] | None:
+        """Return the replies, in order; None if they have not all arrived by *until*, in monotonic time.
+
+        Where several nodes were asked, the error of one stands for each of its replies.
+
+        Raises:
+            FFError: The read failed; it may be repeated if the error says so.
+        """
+        while self._owing:
+            connection, indexes = self._owing[-1]
+            try:
+                while indexes:
+                    reply = connection.receive(until)
+                    if reply is PENDING:
+                        return None
+                    self._replies[indexes.pop()] = reply
+                    error = refusal(reply)
+                    if error is not None:
+                        self._pool._nodes.failed(connection.node, error)
+            except FFError as error:
+                self._failed(connection.node, indexes, error)
+            self._give_back(*self._owing.pop())
+        return self._replies
+
+    def _failed(self, node: Node, indexes: list[int], error: FFError) -> None:
+        self._pool._nodes.failed(node, error)
+        if self._alone:
+            raise error
+        for index in indexes:
+            self._replies[index] = error
+
+    def _give_back(self, connection: Connection, _: list[int]) -> None:
+        self._pool._release(connection, _transport.MAX_IDLE_OF_READERS)
+
+    def release(self) -> None:
+        """Give the connections back; those on which a reply is owed are closed."""
+        while self._owing:
+            self._give_back(*self._owing.pop())
+
+    def abort(self) -> None:
+        """Wake the thread that waits for a reply."""
+        for connection, _ in list(self._owing):
+            connection.abort()
+
+
 class PushReader(readers.PushState[T], Readable[T]):
     """Base of the readers that take what is pushed.
 
@@ -115,14 +205,14 @@ class PushReader(readers.PushState[T], Readable[T]):
     sends its reads on a connection of the pool.
     """
 
-    # On which a reply is owed. Of the class, since an interrupt may strike before the object is complete.
-    _connection: Connection | None = None
+    # The read under way. Of the class, since an interrupt may strike before the object is complete.
+    _asked: Asked | None = None
 
     def __init__(self, pool: Pool, source: readers.PushSource[T]) -> None:
         super().__init__(source, pool.config.retry)
         self._pool = pool
         # The hub knows the bell, and not the reader, so a reader that was left can go.
-        self._bell = _Bell()
+        self._bell = Bell()
         self._turn = Turn(readers.busy_error)
 
     def _advance(self, until: float | None) -> bool:
@@ -132,7 +222,8 @@ class PushReader(readers.PushState[T], Readable[T]):
             raise readers.closed_error()
         if self._resume_at > time.monotonic():
             return self._wait(until, self._resume_at)
-        if self._connection is None:
+        asked = self._asked
+        if asked is None:
             self._attach_part()
             if self._put_pushed():
                 self._attach_part()
@@ -140,18 +231,14 @@ class PushReader(readers.PushState[T], Readable[T]):
             step = self._next_step()
             if step is None:
                 return self._wait(until, self._source.wake_at)
-            self._connection = self._pool._acquire()
-            if self._library_missing:
-                self._pool._prepare(self._connection)
-                self._library_missing = False
-            self._connection.send(step)
-        connection = self._connection
-        reply = connection.receive(until)
-        if reply is PENDING:
+            asked = self._asked = Asked(self._pool, len(step.commands))
+            asked.send(step, load=self._library_missing)
+            self._library_missing = False
+        replies = asked.receive(until)
+        if replies is None:
             return False
-        self._connection = None
-        self._pool._release(connection, _transport.MAX_IDLE_OF_READERS)
-        self._put_received(reply)
+        self._asked = None
+        self._put_received(replies)
         self._attach_part()
         return True
 
@@ -181,11 +268,11 @@ class PushReader(readers.PushState[T], Readable[T]):
             self._pool._hub.detach(attached)
 
     def _let_go(self) -> None:
-        """Listen no more, and close the connection if a reply is owed."""
+        """Listen no more, and close the connections on which a reply is owed."""
         self._leave()
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            self._pool._release(connection, _transport.MAX_IDLE_OF_READERS)
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            asked.release()
 
     def close(self) -> None:
         """Stop reading. A waiting read raises an error."""
@@ -195,113 +282,9 @@ class PushReader(readers.PushState[T], Readable[T]):
                 self._let_go()
         except InvalidInput:
             self._bell()
-            connection = self._connection
-            if connection is not None:
-                connection.abort()
-
-    def __del__(self) -> None:
-        # A loop that was left in the middle.
-        self._let_go()
-
-
-class _Bell:
-    """Wakes the thread that waits for a reader."""
-
-    def __init__(self) -> None:
-        # A lock, not a Condition: an interrupt could leave a Condition locked for ever.
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def __call__(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._lock.release()
-
-    def wait(self, seconds: float) -> None:
-        """Wait until it rings, at once if it has rung since the last wait."""
-        if seconds > 0:
-            self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
-
-
-class Reader(readers.AnswerState[T], Readable[T]):
-    """Base of the readers that wait on a connection of their own.
-
-    One thread at a time reads. Between two reads at most one answer of the server is in flight.
-    """
-
-    # Of the class, since an interrupt may strike before the object is complete.
-    _connection: Connection | None = None
-
-    def __init__(self, pool: Pool, source: Source[T]) -> None:
-        super().__init__(source, pool.config.retry)
-        self._pool = pool
-        # Replies to the step in flight so far, and the number of replies still owed.
-        self._replies: list[object] = []
-        self._missing = 0
-        self._turn = Turn(readers.busy_error)
-
-    def _wait_to_resume(self, until: float | None) -> bool:
-        """Wait for the end of a retry's pause; return whether it ends before *until*."""
-        pause = self._resume_at - time.monotonic()
-        if pause <= 0:
-            return True
-        if until is None:
-            time.sleep(pause)
-            return True
-        left = until - time.monotonic()
-        time.sleep(max(min(pause, left), 0.0))
-        return pause <= left
-
-    def _advance(self, until: float | None) -> bool:
-        """Send a step, or take the replies to the one in flight; return whether they came by *until*."""
-        # Also if there is a connection: a forked child must leave it alone.
-        self._pool._check()
-        if not self._wait_to_resume(until):
-            return False
-        connection = self._connection
-        if connection is None and not self.closed:
-            connection = self._connection = self._pool._acquire()
-        if connection is None or self.closed:
-            raise readers.closed_error()
-        if self._steps is None and not self._pool._trusts(connection):
-            self._let_go()
-            connection = self._connection = self._pool._acquire()
-        if self._library_missing:
-            self._pool._prepare(connection)
-            self._library_missing = False
-        if self._steps is None:
-            self._send(connection, self._begin())
-        while self._missing:
-            reply = connection.receive(until)
-            if reply is PENDING:
-                return False
-            self._replies.append(reply)
-            self._missing -= 1
-        step = self._answered(self._replies)
-        if step is not None:
-            self._send(connection, step)
-        return True
-
-    def _send(self, connection: Connection, step: Step) -> None:
-        self._replies, self._missing = [], len(step.commands)
-        connection.send(step)
-
-    def _let_go(self) -> None:
-        """Give the connection back, or close it if a reply is owed."""
-        self._replies, self._missing = [], 0
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            self._pool._release(connection, _transport.MAX_IDLE_OF_READERS)
-
-    def close(self) -> None:
-        """Stop reading, and release the connection. A waiting read raises an error."""
-        self._closed = True
-        try:
-            with self._turn:
-                self._let_go()
-        except InvalidInput:
-            connection = self._connection
-            if connection is not None:
-                connection.abort()
+            asked = self._asked
+            if asked is not None:
+                asked.abort()
 
     def __del__(self) -> None:
         # A loop that was left in the middle.
@@ -325,5 +308,5 @@ class Waiting(PushReader[Ended]):
         return super()._advance(self._source.patience(until))
 
 
-class Completions(Reader[CompletionPayload]):
+class Completions(PushReader[CompletionPayload]):
     __doc__ = readers.COMPLETIONS

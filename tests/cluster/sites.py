@@ -7,6 +7,8 @@ import tempfile
 import urllib.parse
 from pathlib import Path
 
+import redis
+
 from ff_fast import embedded
 from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
 
@@ -29,6 +31,68 @@ def cluster(primaries=3, replicas=0, **config):
     return EmbeddedCluster(primaries, replicas, debug_command=True, **{**PROMPT, **config})
 
 
+def ask(server, *command):
+    """Send one command to a server over a connection of its own."""
+    with connect_raw(server.url) as client:
+        return client.execute_command(*command)
+
+
+def cut_off(primary, replica):
+    """Let a replica have what there is, and nothing from here on; the primary goes on."""
+    wait_until(lambda: _has_all(primary, replica))
+    ask(replica, "CONFIG", "SET", "masteruser", "nobody", "masterauth", "no-such-password")
+    ask(primary, "CLIENT", "KILL", "TYPE", "replica")
+
+
+def let_follow(replica):
+    """Undo `cut_off`."""
+    ask(replica, "CONFIG", "SET", "masteruser", "", "masterauth", "")
+
+
+def _has_all(primary, replica):
+    offset = _replication(primary)["master_repl_offset"]
+    told = _replication(replica)
+    return told["master_link_status"] == "up" and told["slave_repl_offset"] >= offset
+
+
+class ClusterFailover:
+    """A cluster of which one primary dies behind a link that has stalled: the face of ``faults.failover.Failover``.
+
+    Attributes:
+        cluster: Three primaries with a replica each, or what is given.
+    """
+
+    def __init__(self, cluster):
+        self.cluster = cluster
+        self.primary = self.replica = None
+
+    @property
+    def url(self):
+        return self.cluster.url
+
+    def stall(self, slot):
+        """Replicate what there is in the shard of a slot, and nothing from here on; the primary does not notice."""
+        self.primary = self.cluster.node_of(slot)
+        (self.replica,) = self.cluster.replicas_of(self.primary)
+        cut_off(self.primary, self.replica)
+
+    def promote(self):
+        """Kill the primary, and make the replica the primary: it takes over by itself."""
+        self.cluster.kill(self.primary)
+        self.replica.command("CLUSTER", "FAILOVER", "TAKEOVER")
+        wait_until(lambda: _replication(self.replica)["role"] == "master")
+
+    def heal(self):
+        """Bring the old primary back as a replica of the new one."""
+        if self.replica is not None:
+            let_follow(self.replica)
+            self.cluster.restart(self.primary)
+            self.primary = self.replica = None
+
+    def close(self):
+        self.heal()
+
+
 class Sentinels:
     """Three Sentinels that watch a primary: an instance of `EmbeddedServer` on TCP, with its replicas.
 
@@ -36,8 +100,6 @@ class Sentinels:
         servers: The Sentinels.
         url: ``valkey+sentinel://h1,h2,h3/service``.
     """
-
-    PERIODS = {"info-period": 100, "ping-period": 50, "ask-period": 50, "publish-period": 50}
 
     def __init__(self, primary_port, replicas, *, down_after_ms=500, count=3, **config):
         self.servers = []
@@ -52,31 +114,53 @@ class Sentinels:
             self._clients = [
                 stack.enter_context(connect_raw(server.url)) for server in self.servers
             ]
-            for client in self._clients:
-                client.execute_command("SENTINEL DEBUG", *sum(self.PERIODS.items(), ()))
+            for i, client in enumerate(self._clients):
+                # So that it finds the others soon.
+                self._set(client, info=50, ping=50, publish=50)
+                client.execute_command(*("SENTINEL MONITOR", SERVICE, "127.0.0.1", primary_port, 1))
                 client.execute_command(
-                    *("SENTINEL MONITOR", SERVICE, "127.0.0.1", primary_port, count // 2 + 1)
-                )
-                client.execute_command(
-                    *("SENTINEL SET", SERVICE, "down-after-milliseconds", down_after_ms),
-                    *("failover-timeout", 3000),
+                    # One by one, each alone: votes that are split would cost twice the failover-timeout.
+                    *(
+                        "SENTINEL SET",
+                        SERVICE,
+                        "down-after-milliseconds",
+                        down_after_ms * (1 + 4 * i),
+                    ),
+                    *("failover-timeout", 2500),
                 )
             wait_until(lambda: all(self._knows(each, replicas) for each in self._clients))
+            for client in self._clients:
+                # What is older than five pings is not trusted, and while the primary is down a Sentinel asks a
+                # replica only once a second.
+                self._set(client, info=300, ping=300, ask=100)
+            self.correct_after(1.6)
             self._stack = stack.pop_all()
 
     def _knows(self, client, replicas):
-        told = client.execute_command("SENTINEL MASTER", SERVICE)
-        told = told if isinstance(told, dict) else dict(zip(told[::2], told[1::2], strict=True))
-        told = {_text(key): _text(value) for key, value in told.items()}
-        return (
-            int(told["num-slaves"]) == replicas
-            and int(told["num-other-sentinels"]) == len(self.servers) - 1
+        told = client.sentinel_master(SERVICE)
+        return (told["num-slaves"], told["num-other-sentinels"]) == (
+            replicas,
+            len(self.servers) - 1,
         )
 
     @property
     def url(self):
         hosts = ",".join(f"127.0.0.1:{port_of(server.url)}" for server in self.servers)
         return f"valkey+sentinel://{hosts}/{SERVICE}"
+
+    def correct_after(self, seconds):
+        """How long a Sentinel bears a wrong role or a wrong primary of a server before it sets it right.
+
+        Too short a time undoes the promotion that another Sentinel has just begun.
+        """
+        for client in self._clients:
+            self._set(client, publish=int(seconds * 1000 / 4))
+
+    @staticmethod
+    def _set(client, **periods):
+        """Change periods, in milliseconds, that are a second or more by default."""
+        for name, value in periods.items():
+            client.execute_command("SENTINEL DEBUG", f"{name}-period", value)
 
     def primary_ports(self):
         """What each Sentinel that lives says is the primary's port."""
@@ -87,8 +171,13 @@ class Sentinels:
         ]
 
     def failover(self):
-        """``SENTINEL FAILOVER``: a planned one, without waiting for its end."""
-        self._clients[0].execute_command("SENTINEL FAILOVER", SERVICE)
+        """Ask for a planned failover: ``SENTINEL FAILOVER``."""
+        try:
+            self._clients[0].execute_command("SENTINEL FAILOVER", SERVICE)
+        except redis.ResponseError as error:
+            # It has not heard from the replica yet, since that became one; or one is under way.
+            if not str(error).startswith(("NOGOODSLAVE", "INPROG")):
+                raise
 
     def close(self):
         self._stack.close()
@@ -116,13 +205,12 @@ class SentinelSite:
                 stack.enter_context(EmbeddedServer(tcp=True, debug_command=True, **options))
                 for _ in range(1 + replicas)
             ]
-            self._clients = [
-                stack.enter_context(connect_raw(server.url)) for server in self.servers
-            ]
-            for client in self._clients[1:]:
-                client.replicaof("127.0.0.1", port_of(self.servers[0].url))
+            port = port_of(self.servers[0].url)
+            for server in self.servers[1:]:
+                with connect_raw(server.url) as client:
+                    client.replicaof("127.0.0.1", port)
             wait_until(self.replicated)
-            self.sentinels = stack.enter_context(Sentinels(port_of(self.servers[0].url), replicas))
+            self.sentinels = stack.enter_context(Sentinels(port, replicas))
             self._stack = stack.pop_all()
 
     @property
@@ -139,17 +227,26 @@ class SentinelSite:
 
     def replicated(self):
         """Whether every living replica has everything that its primary has."""
-        told = [
-            client.info("replication")
-            for client, server in zip(self._clients, self.servers, strict=True)
-            if server.running
-        ]
+        told = [_replication(server) for server in self.servers if server.running]
         offsets = [each["master_repl_offset"] for each in told if each["role"] == "master"]
         return len(offsets) == 1 and all(
             each["master_link_status"] == "up" and each["slave_repl_offset"] == offsets[0]
             for each in told
             if each["role"] == "slave"
         )
+
+    def stall(self, slot=None):
+        """Replicate what there is, and nothing from here on; neither the primary nor a Sentinel notices."""
+        primary = self.primary
+        for server in self.servers:
+            if server is not primary:
+                cut_off(primary, server)
+
+    def promote(self):
+        """Kill the primary, and wait until the Sentinels have promoted the replica."""
+        killed = self.kill()
+        self.wait_for_another(killed)
+        let_follow(self.primary)
 
     def kill(self):
         """Kill the primary; return it. The Sentinels promote a replica by themselves."""
@@ -161,13 +258,20 @@ class SentinelSite:
     def failover(self):
         """A planned failover, until all Sentinels name the other server and it accepts writes."""
         before = self.primary
-        self.sentinels.failover()
+
+        def switched():
+            # One that finds no good replica is not tried again.
+            self.sentinels.failover()
+            return self.primary is not before
+
+        wait_until(switched)
         self.wait_for_another(before)
 
     def wait_for_another(self, before):
-        wait_until(lambda: self.primary is not before)
-        client = self._clients[self.servers.index(self.primary)]
-        wait_until(lambda: client.info("replication")["role"] == "master")
+        """Wait until all Sentinels name another primary than *before*, and it accepts writes."""
+        # After one that does not succeed they wait for twice their failover-timeout.
+        wait_until(lambda: self.primary is not before, deadline_s=30)
+        wait_until(lambda: _replication(self.primary)["role"] == "master")
 
     def close(self):
         self._stack.close()
@@ -179,5 +283,8 @@ class SentinelSite:
         self.close()
 
 
-def _text(value):
-    return value.decode() if isinstance(value, bytes) else value
+def _replication(server):
+    """What ``INFO replication`` says; nothing while a Sentinel cuts the connections of clients."""
+    with connect_raw(server.url) as client, contextlib.suppress(redis.ConnectionError):
+        return client.info("replication")
+    return {"role": None}

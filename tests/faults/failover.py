@@ -56,7 +56,7 @@ class Failover:
         """Wait until the replica has everything that the primary has."""
         wait_until(self._synchronised)
 
-    def stall(self):
+    def stall(self, slot=None):
         """Replicate what there is, and nothing from here on; the primary does not notice."""
         self.replicate()
         self.link.hold(DOWN)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import ff_fast
 from ff_fast import BestEffortLiveConfig, StreamMode, keys
 
+from ..router import node_of
 from ..shells import KINDS, Reading
 from ..unit.script import request_of
 from ..waiting import wait_until
@@ -169,7 +170,7 @@ class Stepper:
             reply = [self._ask(step)]
 
     def _ask(self, step):
-        pool = self._raw.connection_pool
+        pool = node_of(self._raw, step.commands[0].key).connection_pool
         connection = pool.get_connection()
         request = request_of(step)
         try:

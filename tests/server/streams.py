@@ -101,14 +101,18 @@ class Listener:
 
 
 class Stream:
-    """One attempt, and the calls that its worker could make."""
+    """One attempt, and the calls that its worker could make; in the partition of *beside*, if that is given."""
 
-    def __init__(self, raw, backend, lane, *, retry=None, **claim):
+    def __init__(self, raw, backend, lane, *, retry=None, beside=None, **claim):
         self.raw = raw
         self.backend = backend
         self.lane = lane
         self.eid = backend.create_execution(
-            lane=lane, payload=b"in", tags={"a.b": "c"}, retry=retry
+            lane=lane,
+            payload=b"in",
+            tags={"a.b": "c"},
+            retry=retry,
+            execution_id=beside and f"{beside.eid.rpartition(':')[0]}:{keys.new_uuid()}",
         )
         self.handle = self.claim(**claim)
         attempt = ops.Attempt.of(self.handle)

@@ -67,11 +67,12 @@ def here(raw):
     return f"{server_ms(raw) - 1}-0"
 
 
-def blocked(raw):
-    """Subscriptions that wait on the server."""
-    return [c for c in raw.client_list() if "b" in c["flags"] and c["cmd"] == "xread"]
+def listening(raw):
+    """Connections that listen to the completions of all partitions."""
+    return [c for c in raw.client_list() if int(c["ssub"]) >= keys.DEFAULT_PARTITIONS]
 
 
+@pytest.mark.cluster
 def test_every_way_to_end_is_told_once(kind, server, backend, lane, namespace, scope, raw):
     begun = server_ms(raw)
     subscription = Subscription(kind, server.url, scope, here(raw), count=14)
@@ -170,6 +171,7 @@ def test_results_of_any_size(kind, server, scope, end, raw, size):
     assert told.payload_bytes == (result[:size] or None)
 
 
+@pytest.mark.cluster
 def test_a_cursor_goes_on_without_hole_or_repeat(kind, server, scope, end, raw):
     cursor = here(raw)
     eids = [end(b"%d" % n) for n in range(40)]
@@ -196,7 +198,7 @@ def test_none_begins_now(kind, server, scope, end, raw):
     before = server_ms(raw)
     wait_until(lambda: server_ms(raw) > before + 1)
     subscription = Subscription(kind, server.url, scope, None, count=20)
-    wait_until(lambda: blocked(raw))
+    wait_until(lambda: subscription.begun)
     eids = [end(b"after") for _ in range(20)]
     assert sorted(c.execution_id for c in subscription.result()) == sorted(eids)
 
@@ -205,9 +207,9 @@ def test_a_lost_connection_leaves_no_hole(kind, server, scope, end, raw):
     subscription = Subscription(kind, server.url, scope, here(raw), count=30)
     eids = []
     for _ in range(3):
-        wait_until(lambda: blocked(raw))
+        wait_until(lambda: listening(raw))
         eids += [end() for _ in range(5)]
-        for client in wait_until(lambda: blocked(raw)):
+        for client in wait_until(lambda: listening(raw)):
             raw.client_kill_filter(_id=client["id"])
         # While it is away.
         eids += [end() for _ in range(5)]
@@ -259,7 +261,7 @@ def test_closing_the_backend_ends_a_subscription(server, raw):
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
-        wait_until(lambda: blocked(raw))
+        wait_until(lambda: listening(raw))
         own.close()
         thread.join(10)
     assert ended[0].retryable
@@ -316,7 +318,7 @@ def test_a_step_of_the_servers_clock_loses_nothing(kind, stepped, step, lane, na
         before = end(6)
         _, cursor = told(6, "start")
         waiting = Subscription(kind, stepped.url, scope, None, count=6)
-        wait_until(lambda: blocked(raw))
+        wait_until(lambda: waiting.begun)
         was = server_ms(raw)
         stepped.step_clock(step)
         wait_until(lambda: abs(server_ms(raw) - was - step * 1000) < 900)
@@ -325,7 +327,7 @@ def test_a_step_of_the_servers_clock_loses_nothing(kind, stepped, step, lane, na
         found, cursor = told(6, cursor)
         assert sorted(found) == sorted(after)
         new = Subscription(kind, stepped.url, scope, None, count=2)
-        wait_until(lambda: blocked(raw))
+        wait_until(lambda: new.begun)
         last = end(2)
         assert sorted(each.execution_id for each in new.result()) == sorted(last)
         assert sorted(told(2, cursor)[0]) == sorted(last)
@@ -462,7 +464,7 @@ def test_a_server_that_comes_back_without_its_data_is_told(kind, lane):
         with ff_fast.ValkeyBackend.connect(own.url) as backend, connect_raw(own.url) as raw:
             backend.cancel(backend.create_execution(lane=lane))
             subscription = Subscription(kind, own.url, None, "start")
-            wait_until(lambda: subscription.items and blocked(raw))
+            wait_until(lambda: subscription.items and listening(raw))
         own.restart()
         with pytest.raises(errors.InvalidCursor):
             subscription.result()

@@ -92,10 +92,17 @@ class Subscription(Reading):
     def __init__(self, kind, url, scope=None, after=None, count=None):
         self._scope, self._after, self._count = scope, after, count
         self.ended = threading.Event()
+        self._reader = None
         super().__init__(kind, url)
 
     def open(self):
-        return self.backend.subscribe_completions(self._scope, after=self._after)
+        self._reader = self.backend.subscribe_completions(self._scope, after=self._after)
+        return self._reader
+
+    @property
+    def begun(self):
+        """Whether it knows from where it reads."""
+        return self._reader is not None and self._reader.cursor is not None
 
     def take(self, item):
         self.items.append(item)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import capacity, readme
+from bench import capacity, million, readme
 from bench.figures import (
     Figure,
     Report,
@@ -197,6 +197,42 @@ def test_the_model_of_cost_is_told_of_its_run():
     said = readme.carried({**a_result(), "costs": COSTS})
     for part in (capacity.table(COSTS), "A CPU", "0123456789"):
         assert part in said
+
+
+FLEETS = {
+    name: {
+        "server_us": 4.0 + 10.0 / per_call,
+        "frames_per_call": per_call,
+        "stream_bytes": 2000.0,
+        "frame_bytes": 50.0,
+        "connections": 4.0,
+        "in_bytes": 50.0,
+        "out_bytes": 80.0,
+    }
+    for name, per_call in (
+        (million.named(1, million.FEW), 20.0),
+        (million.named(1, million.MANY), 2.0),
+        *((name, 5.0) for name in million.CHECKED),
+    )
+}
+
+
+def test_the_model_of_a_large_deployment_finds_what_calls_and_frames_cost():
+    model = million.Model.of(FLEETS)
+    assert model.call_us == pytest.approx(10)
+    assert model.frame_us == pytest.approx(4)
+    checked, needed = million.table(FLEETS).split("\n\n")
+    assert (
+        checked.splitlines()[2]
+        == "| 1 primary, 16 partitions | 5 | 6 | 6 | 2,000 | 2,000 | 50 | 50 | 4 | 50, 80 |"
+    )
+    # 60 million frames a second of 14 us fill 840 cores, and 60 % of 1,400.
+    assert needed.splitlines()[2].startswith("| 1 | 14 | 1,400 | 710 | 170 GiB | 120 MiB |")
+
+
+def test_a_large_deployment_is_told_of_its_run():
+    assert readme.fleets({**a_result(), "costs": COSTS}) == readme.NOT_MEASURED
+    assert million.table(FLEETS) in readme.fleets({**a_result(), "costs": FLEETS})
 
 
 def test_the_pictures_of_a_run_are_shown():

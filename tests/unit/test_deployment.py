@@ -1,6 +1,7 @@
 """What a new connection checks, and which lanes are swept when: step by step, without a server."""
 
 import types
+import warnings
 
 import hiredis
 import pytest
@@ -285,3 +286,42 @@ def test_only_so_many_lanes_are_remembered(clock):
     assert not on.sweep_due(lanes[-1], 5)
     assert not on.sweep_due(lanes[1], 5)
     assert on.sweep_due(lanes[0], 5)
+
+
+# -- what is wrong with the server ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "policy, engine, persistence, wanted",
+    [
+        (b"allkeys-lru", b"Valkey 9.1.2", None, ["noeviction"]),
+        (b"", b"Valkey 7.2.4", [b"appendonly", b"no", b"save", b""], ["on disk"]),
+        (b"", b"Redis 7.0.15", [b"appendonly", b"yes", b"save", b""], ["Redis 7.0.15"]),
+        (
+            b"allkeys-lfu",
+            b"Redis 6.2.0",
+            [b"save", b"", b"appendonly", b"no"],
+            ["noeviction", "on disk", "Redis 6.2.0"],
+        ),
+        (b"noeviction", b"Redis 7.4.0", [b"appendonly", b"no", b"save", b"60 1"], []),
+        (b"", b"Valkey 10.0.0", [], []),
+        (b"", b"Valkey 9.1.2", hiredis.ReplyError("ERR unknown command 'CONFIG'"), []),
+        (b"", b"unknown", NOPERM, []),
+    ],
+)
+def test_all_that_is_wrong_with_a_server_is_told_once_in_one_text(
+    policy, engine, persistence, wanted
+):
+    on = Deployment()
+    settings = b"" if persistence is None else b"1"
+    reply = [*version(), policy, engine, settings]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        asked, _ = run(on.prepare(), [reply, *([] if persistence is None else [persistence])])
+        run(on.prepare(), [reply])
+    if persistence is not None:
+        assert asked[-1] == [b"CONFIG", b"GET", b"appendonly", b"save"]
+    texts = [str(each.message) for each in caught]
+    assert len(texts) == bool(wanted)
+    assert all(each in texts[0] for each in wanted)
+    assert all(each.category is errors.DeploymentWarning for each in caught)

@@ -55,6 +55,7 @@ NOT_APPLIED = {
     "corruption": errors.Corruption,
     "authentication_failed": errors.AuthenticationFailed,
     "permission_denied": errors.PermissionDenied,
+    "credentials_unavailable": errors.CredentialsUnavailable,
     "tls_failed": errors.TlsFailed,
     "cluster_mode_required": errors.ClusterModeRequired,
     "not_a_cluster": errors.NotACluster,
@@ -65,6 +66,7 @@ RETRYABLE = {
     "overloaded": errors.Overloaded,
     "summary_conflict": errors.SummaryConflict,
     "unavailable": errors.Unavailable,
+    "primary_not_found": errors.PrimaryNotFound,
     "server_busy": errors.ServerBusy,
     "out_of_memory": errors.OutOfMemory,
     "storage_unavailable": errors.StorageUnavailable,
@@ -315,6 +317,10 @@ def test_server_errors_by_their_first_word(subtests):
         ("TRYAGAIN Multiple keys request during rehashing of slot", errors.Unavailable),
         ("UNBLOCKED force unblock from blocking operation", errors.Unavailable),
         ("ERR max number of clients reached", errors.Unavailable),
+        *(
+            (f"ERR {words}ttempted to access a non local key in a cluster node", errors.Unavailable)
+            for words in ("A", "Script a")
+        ),
         ("READONLY You can't write against a read only replica.", errors.NotPrimary),
         ("BUSY Valkey is busy running a script.", errors.ServerBusy),
         ("NOREPLICAS Not enough good replicas to write.", errors.NotEnoughReplicas),

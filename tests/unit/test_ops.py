@@ -471,10 +471,13 @@ def test_a_result_is_read_as_a_payload_is():
 @pytest.mark.parametrize(
     "fields, version",
     [
-        ([b"1", b"abc", b""], (1, "abc", None, "")),
-        ([b"2", b"abc"], (2, "abc", None, "")),
-        ([b"2", b"abc", b"7"], (2, "abc", 7, "")),
-        ([b"2", b"abc", b"7", b"allkeys-lru", b"more"], (2, "abc", 7, "allkeys-lru")),
+        ([b"1", b"abc", b""], (1, "abc", None, "", "", False)),
+        ([b"2", b"abc"], (2, "abc", None, "", "", False)),
+        ([b"2", b"abc", b"7"], (2, "abc", 7, "", "", False)),
+        (
+            [b"2", b"abc", b"7", b"allkeys-lru", b"Valkey 9.1.0", b"1", b"more"],
+            (2, "abc", 7, "allkeys-lru", "Valkey 9.1.0", True),
+        ),
     ],
 )
 def test_the_version_of_another_contract_can_be_read(fields, version):
@@ -526,8 +529,14 @@ def test_the_request_is_the_call(subtests):
         with subtests.test(f"{name!r:.60}"):
             command, function, count, *rest = parsed(op.command().request)
             assert command == (b"FCALL_RO" if op.read_only else b"FCALL")
-            assert (function, count) == (name.encode(), b"%d" % len(op.keys))
-            assert rest == [*op.keys, *op.argv]
+            absent = [] if op.read_only else [keys.absent(op.keys[0])]
+            assert (function, count) == (name.encode(), b"%d" % len([*op.keys, *absent]))
+            assert rest == [*op.keys, *absent, *op.argv]
+            assert len({keys.key_slot(key) for key in (*op.keys, *absent)}) == 1 + (
+                name == "ff_version"
+            )
+            # It is none of the keys that the table names.
+            assert not {*absent} & {*op.keys}
 
 
 @pytest.mark.parametrize(
@@ -681,7 +690,10 @@ STORED_SIGNAL = [
     *(b"accepted_at", b"5", b"waitpoint_id", WAITPOINT.encode(), b"payload", b"\x00p"),
 ]
 ANSWERS = {
-    "ff_version": ([b"1", b"abc", b"256", b"noeviction"], (1, "abc", 256, "noeviction")),
+    "ff_version": (
+        [b"1", b"abc", b"256", b"noeviction", b"Valkey 9.1.0", b""],
+        (1, "abc", 256, "noeviction", "Valkey 9.1.0", False),
+    ),
     "ff_create_execution": ([b"lane 1", b"", b"-5"], (None, [("lane 1", "", b"-5")])),
     "ff_claim_execution": (
         [EID.encode(), b"3", b"attempt-1", b"4", b"99", b"resumed"],

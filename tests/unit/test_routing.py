@@ -53,10 +53,13 @@ def map_of(**owners):
 class Drive:
     """Drives a routing by hand."""
 
-    def __init__(self, commands, topology, *, retry=FEW, writes=True, **options):
+    def __init__(self, commands, topology, *, retry=FEW, writes=True, partial=False, **options):
         self.pauses = []
         self.routing = Routing(
-            Step(tuple(commands)), topology, Retries(retry, writes=writes), **options
+            Step(tuple(commands), partial=partial),
+            topology,
+            Retries(retry, writes=writes),
+            **options,
         )
 
     def sends(self, *wanted):
@@ -156,7 +159,8 @@ def test_a_function_waits_for_the_end_of_a_migration():
     drive = Drive([call(1)], topology)
     drive.sends((A, [1])).answers([refusal(f"ASK {slot(1)} h:7009")])
     assert drive.pause > 0
-    assert drive.routing.in_doubt
+    assert drive.routing.moved
+    assert not drive.routing.in_doubt
     drive.sends((A, [1])).answers([[1, b"OK"]])
     assert drive.routing.replies() == [[1, b"OK"]]
 
@@ -169,7 +173,7 @@ def test_a_node_that_is_not_ready_is_asked_again_after_a_pause(text):
     drive = Drive([get(1), get(3)], map_of(a=[1]))
     drive.sends((A, [1]), (C, [3])).answers([refusal(text)], [b"3"])
     assert drive.pause > 0
-    assert drive.routing.in_doubt
+    assert drive.routing.in_doubt or drive.routing.moved
     drive.sends((A, [1])).answers([b"1"])
     assert drive.routing.replies() == [b"1", b"3"]
 
@@ -195,7 +199,10 @@ def test_the_retries_of_the_call_are_the_bound_and_the_refusal_its_end():
                 break
         assert rounds in (1 + FEW.number_of_retries, 1)
     assert rounds == 1
-    assert str(routing.replies()[0]) == "CLUSTERDOWN x"
+    error = errors.from_server_error(str(routing.replies()[0]))
+    assert isinstance(error, errors.Unavailable)
+    assert (error.host, error.port) == A
+    assert str(error).endswith("The node is h:7001.")
 
 
 def test_nothing_is_tried_again_after_the_deadline():
@@ -248,6 +255,18 @@ def test_the_end_of_what_was_not_sent_says_whether_a_part_was_applied(writes):
         drive.routing.replies()
     wanted = errors.Outcome.UNKNOWN if writes else errors.Outcome.NOT_APPLIED
     assert caught.value.outcome is wanted
+
+
+def test_what_reaches_one_node_counts_where_the_step_says_so():
+    drive = Drive([get(1), get(2), get(3)], map_of(a=[1], b=[2]), partial=True)
+    drive.sends((A, [1]), (B, [2]), (C, [3]))
+    drive.answers(errors.Unavailable(), errors.DeadlineExceeded(), [b"3"])
+    assert drive.pause is None
+    assert drive.routing.in_doubt
+    first, second, third = drive.routing.replies()
+    assert isinstance(first, errors.Unavailable)
+    assert isinstance(second, errors.DeadlineExceeded)
+    assert third == b"3"
 
 
 def test_a_lost_connection_is_told_with_the_worst_outcome():

@@ -120,6 +120,9 @@ def test_who_was_heard_of_last_is_asked_first():
     topology = learned((0, 5, node(ONE)), (6, 9, node(TWO), node(THREE)))
     assert nodes.to_ask({}, topology, (ASKED, ONE)) == [ONE, TWO, THREE, ASKED]
     assert nodes.to_ask({TWO: 1.0, THREE: 2.0}, topology, (ASKED,)) == [THREE, TWO, ONE, ASKED]
+    for asked in (THREE, TWO):
+        topology.learn([[0, 5, node(ONE)], [6, 9, node(TWO), node(THREE)]], asked)
+    assert nodes.to_ask({TWO: 1.0, THREE: 2.0, ONE: 0.0}, topology, ()) == [ONE, THREE, TWO]
 
 
 def test_a_server_without_a_cluster_is_told_apart():

@@ -6,6 +6,7 @@ import pytest
 
 import ff_fast
 
+from ...router import Router
 from ..streams import Listener, Stream, server_ms
 
 
@@ -37,8 +38,16 @@ def stream(unopened):
 
 @pytest.fixture
 def streams(raw, backend, lane):
-    """Makes streams of attempts of their own."""
-    return lambda count: [opened(Stream(raw, backend, lane)) for _ in range(count)]
+    """Makes streams of attempts of their own, which one call may name: in a cluster they are in one slot."""
+
+    def make(count):
+        made = []
+        for _ in range(count):
+            beside = made[0] if made and isinstance(raw, Router) else None
+            made.append(opened(Stream(raw, backend, lane, beside=beside)))
+        return made
+
+    return make
 
 
 def opened(stream):
