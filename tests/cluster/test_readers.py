@@ -41,23 +41,36 @@ class Listening:
         self.heard, self.sent = {}, {}
         for node in cluster.primaries:
             mine = set(cluster.slots_of(node))
-            partition = next(i for i in range(256) if keys.key_slot(keys.slot_tag(i).encode()) in mine)
+            partition = next(
+                i for i in range(256) if keys.key_slot(keys.slot_tag(i).encode()) in mine
+            )
             name = channel(partition)
             self.heard[name], self.sent[name] = Heard(), []
             backend._hub.listen(name, self.heard[name])
         self.settled()
 
     def settled(self):
-        """Wait until every subscription is confirmed."""
-        self.backend.wait_until(
-            lambda: all(each.doubts[-1:] == [True] for each in self.heard.values()), 15
-        )
+        """Wait until every channel is listened to at the node that has its slot."""
+
+        def there():
+            return all(
+                each.doubts[-1:] == [True]
+                and self.cluster.node_of(keys.key_slot(name)).command(
+                    "PUBSUB", "SHARDNUMSUB", name.decode()
+                )[1]
+                == 1
+                for name, each in self.heard.items()
+            )
+
+        self.backend.wait_until(there, 15)
 
     def publish(self):
         """Publish on every channel, and see that its listener hears it."""
         for name, listener in self.heard.items():
             message = b"%d" % len(self.sent[name])
-            self.cluster.node_of(keys.key_slot(name)).command("SPUBLISH", name.decode(), message.decode())
+            self.cluster.node_of(keys.key_slot(name)).command(
+                "SPUBLISH", name.decode(), message.decode()
+            )
             self.sent[name].append(message)
             self.backend.wait_until(lambda: listener.messages == self.sent[name])  # noqa: B023
 
@@ -74,11 +87,7 @@ def test_a_channel_goes_with_its_slot(connect, cluster):
     slot = keys.key_slot(name)
     home = cluster.node_of(slot)
     for to in (*others(cluster, home), home):
-        before = len(listening.heard[name].doubts)
         cluster.migrate([slot], to)
-        listening.backend.wait_until(
-            lambda: listening.heard[name].doubts[before:][-1:] == [True]  # noqa: B023
-        )
         listening.settled()
         listening.publish()
     listening.check()
@@ -100,9 +109,7 @@ def test_channels_of_a_primary_go_to_the_replica_that_takes_over(connect, replic
         else:
             cluster.kill(old)
             cluster.wait_until_stable()
-        listening.backend.wait_until(
-            lambda: listening.heard[names[0]].doubts[before[names[0]] :][-1:] == [True], 15  # noqa: B023
-        )
+        listening.settled()
         listening.publish()
         for name in names[1:]:
             assert len(listening.heard[name].doubts) == before[name]
