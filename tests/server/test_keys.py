@@ -73,6 +73,8 @@ def test_every_key_of_a_full_lifecycle_is_in_the_table(world):
     look()
     backend.cancel_flow(flow)
     look()
+    # Written before a wait for replicas.
+    world.raw.set(keys.written("{fp:0}"), 1)
     world.raw.set(keys.PARTITIONS_CONFIG, 256)
     look()
 
