@@ -319,7 +319,8 @@ class Requests:
         """Send the commands of *step*, each to the server of its slot, and return their replies, in order."""
         nodes = self._nodes
         topology = nodes.topology
-        if topology is None and self._replicas and not step.alone and time.monotonic() >= nodes.read_at:
+        reads = self._replicas and not step.alone
+        if topology is None and reads and time.monotonic() >= nodes.read_at:
             try:
                 return self._on(nodes.reads).request(step, self._longest)
             except FFError:
