@@ -885,6 +885,10 @@ class NotACluster(_Connecting):
     )
 
 
+class DeploymentWarning(RuntimeWarning):
+    """A server that can be used and may lose data: it evicts keys, stores nothing on disk, or is of an older version."""
+
+
 class UnsupportedServer(FFError):
     """The server, or a proxy in front of it, lacks a command that the library needs."""
 
@@ -1053,6 +1057,10 @@ _BY_FIRST_WORD: dict[str, type[FFError]] = {
     "CORRUPT": Corruption,
 }
 
+# A function has met a key that has gone to another node, or is not there yet, because its slot moves key by key. The
+# first word is Redis's alone.
+_NOT_LOCAL = re.compile(r"(?:Script a|A)ttempted to access a non local key\b")
+
 _BY_TEXT: tuple[tuple[str, type[FFError]], ...] = (
     ("ACL failure in script", PermissionDenied),
     ("The user executing the script", PermissionDenied),  # Redis 7.0
@@ -1102,6 +1110,8 @@ def from_server_error(message: str, function: str | None = None) -> FFError:
     if cls is None:
         text = rest if word == "ERR" else message
         cls = next((c for start, c in _BY_TEXT if text.startswith(start)), InternalFunctionError)
+        if cls is InternalFunctionError and _NOT_LOCAL.match(text):
+            cls = Unavailable
     if cls is AuthenticationFailed:
         return credentials_error(message)
     if cls is PermissionDenied:

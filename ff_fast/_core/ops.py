@@ -80,6 +80,7 @@ class Op(NamedTuple, Generic[T]):
 
     def command(self) -> Command:
         """Return the call as one command, for the node of its keys."""
+        # A function that only reads, and meets a key on its way, is called again.
         absent = None if self.read_only else keys.absent(self.keys[0])
         named = self.keys if absent is None else (*self.keys, absent)
         return Command(self.keys[0], pack_fcall(self.function, named, self.argv, self.read_only))

@@ -45,9 +45,6 @@ _REFUSALS = frozenset(
     }
 )  # fmt: skip
 _OF_ONE_SLOT = frozenset({"ASK", "TRYAGAIN", "LOADING", "UNBLOCKED"})
-# A function met a key that has gone to another node, or will only be there, since its slot moves key by key.
-_NOT_LOCAL = "attempted to access a non local key"
-_MOVING = "TRYAGAIN The slot is being moved"
 # Of a slot that no node is known to have; the text is a server's own.
 _NO_OWNER = "CLUSTERDOWN Hash slot not served"
 
@@ -171,10 +168,7 @@ class Routing:
         text = str(reply)
         rest = text.partition(" ")[2]
         if "script: " in text:
-            # A command inside of a function was refused, perhaps after others, which in a function that only reads have
-            # changed nothing.
-            if _NOT_LOCAL in text and _is_reading(self._step.commands[index]):
-                self._refused(index, Exception(_MOVING), send)
+            # A command inside of a function was refused, perhaps after others.
             return
         if _word(reply) in _REFUSALS:
             self._refused(index, reply, send)
@@ -305,7 +299,3 @@ def refusal(reply: object) -> FFError | None:
 
 def _is_function(command: Command) -> bool:
     return b"FCALL" in command.request[:24]
-
-
-def _is_reading(command: Command) -> bool:
-    return b"FCALL_RO" in command.request[:24]

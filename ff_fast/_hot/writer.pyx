@@ -75,6 +75,7 @@ from ff_fast.errors import (
     SequenceGap,
     StateLost,
     StreamClosed,
+    Unavailable,
     WriterSuperseded,
     for_code,
     from_server_error,
@@ -2035,6 +2036,8 @@ cdef class WriterCore:
 
     cdef object _refused(self, Batch batch, object reply, bint shared):
         error = refusal_of(reply, self._opening)
+        if isinstance(error, Unavailable) and error.outcome is not Outcome.NOT_APPLIED:
+            batch.doubtful = True
         if self._returned:
             # A batch before this one was refused, so this refusal says only "out of order".
             error = None
@@ -2191,6 +2194,11 @@ cdef class WriterCore:
     def _failure(self):
         """The same as `error`, for a look that tells nobody."""
         return self._error
+
+    @property
+    def _stopped(self):
+        """Whether the writer has an error."""
+        return self._error is not None
 
     def _tell_losses(self):
         """Return how many frames are lost if the writer goes now and nobody was told of; the caller
@@ -2388,7 +2396,9 @@ cdef bint is_passing(object reply, object error) except -1:
     """
     return (
         isinstance(reply, Exception)
-        and error.retryable and error.outcome is Outcome.NOT_APPLIED
+        and error.retryable
+        # A function that met a key on its way to another node may have stored the parts before.
+        and (error.outcome is Outcome.NOT_APPLIED or isinstance(error, Unavailable))
     )
 
 

@@ -150,7 +150,7 @@ class Nodes:
     ) -> None:
         self._config = config
         self._ask = ask
-        self._only = Node(config)
+        self.only = Node(config)
         # The replicas of a service that sentinels watch, and since when they may be asked: one has failed before.
         self.reads = Node(config, replica=True)
         self.read_at = 0.0 if config.connection.sentinel_service is not None else inf
@@ -176,7 +176,7 @@ class Nodes:
         """
         topology = self.topology
         if topology is None:
-            return self._only
+            return self.only
         self.refresh()
         if slot is not None:
             address = topology.primary(slot)
@@ -215,7 +215,7 @@ class Nodes:
     def all(self) -> list[Node]:
         """Return the servers that are known."""
         if self.topology is None:
-            return [self._only, self.reads]
+            return [self.only, self.reads]
         return [*self._primaries.values(), *self._replicas.values()]
 
     def failed(self, node: Node, error: FFError) -> None:
@@ -353,7 +353,7 @@ class Requests:
                     return self._on(nodes.reads).request(step, self._longest)
                 except FFError:
                     nodes.read_at = time.monotonic() + READ_AGAIN_S
-            return self._on(nodes.of(None)).request(step, self._longest)
+            return self._on(nodes.only).request(step, self._longest)
         if step.alone:
             return self._request_alone(step)
         routing = Routing(step, topology, self._retries, replicas=self._replicas, until=self._until)

@@ -314,6 +314,26 @@ async def test_a_call_waits_for_the_end_of_a_migration_by_keys(shell, cluster, l
         assert (described.state, described.usage) == ("completed", {})
 
 
+async def test_a_writer_waits_for_a_key_that_its_call_does_not_name(shell, cluster, lane):
+    """Large frames are noted in the meta hash, which an append finds by itself."""
+    home, to = cluster.nodes[:2]
+    async with await shell.connect(cluster.url) as backend:
+        eid, handle = await claimed_at(backend, cluster, home, lane)
+        async with await backend.open_writer(handle) as writer:
+            writer.write(b"small")
+            await writer.flush()
+            with Moving(cluster, slot_of(eid), to) as slot:
+                slot.move(keys.meta(eid, 0))
+                for _ in range(3):
+                    writer.write(b"large" * 1000)
+                await asyncio.sleep(0.02)
+                await asyncio.to_thread(slot.finish)
+                await writer.flush()
+        frames = [item for item in await backend.read_stream(eid) if hasattr(item, "payload")]
+        assert [len(frame.payload) for frame in frames] == [5, 5000, 5000, 5000]
+        await backend.complete(handle, b"")
+
+
 async def test_plain_commands_follow_a_migration_by_keys(shell, cluster, lane):
     """Hints of a lane go with its keys, over connections that others use, and to a node that has no other slot."""
     slot = keys.key_slot(keys.ready(lane))

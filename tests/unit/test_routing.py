@@ -53,10 +53,13 @@ def map_of(**owners):
 class Drive:
     """Drives a routing by hand."""
 
-    def __init__(self, commands, topology, *, retry=FEW, writes=True, **options):
+    def __init__(self, commands, topology, *, retry=FEW, writes=True, partial=False, **options):
         self.pauses = []
         self.routing = Routing(
-            Step(tuple(commands)), topology, Retries(retry, writes=writes), **options
+            Step(tuple(commands), partial=partial),
+            topology,
+            Retries(retry, writes=writes),
+            **options,
         )
 
     def sends(self, *wanted):
@@ -183,21 +186,6 @@ def test_a_refusal_inside_of_a_function_stands():
     assert str(drive.routing.replies()[0]) == text
 
 
-@pytest.mark.parametrize("read_only", [True, False])
-def test_a_function_that_met_a_key_on_its_way_goes_again_if_it_only_reads(read_only):
-    text = "ERR Script attempted to access a non local key in a cluster node script: f, on @user_function:7."
-    one = Command(key_of(1), pack_fcall(b"ff_x", (key_of(1),), (), read_only))
-    drive = Drive([one], map_of(a=[1]))
-    drive.sends((A, [1])).answers([refusal(text)])
-    if read_only:
-        assert drive.pause > 0
-        drive.sends((A, [1])).answers([[1, b"OK"]])
-        assert drive.routing.replies() == [[1, b"OK"]]
-    else:
-        assert drive.pause is None
-        assert str(drive.routing.replies()[0]) == text
-
-
 def test_the_retries_of_the_call_are_the_bound_and_the_refusal_its_end():
     retries = Retries(FEW)
     for _ in range(2):
@@ -267,6 +255,18 @@ def test_the_end_of_what_was_not_sent_says_whether_a_part_was_applied(writes):
         drive.routing.replies()
     wanted = errors.Outcome.UNKNOWN if writes else errors.Outcome.NOT_APPLIED
     assert caught.value.outcome is wanted
+
+
+def test_what_reaches_one_node_counts_where_the_step_says_so():
+    drive = Drive([get(1), get(2), get(3)], map_of(a=[1], b=[2]), partial=True)
+    drive.sends((A, [1]), (B, [2]), (C, [3]))
+    drive.answers(errors.Unavailable(), errors.DeadlineExceeded(), [b"3"])
+    assert drive.pause is None
+    assert drive.routing.in_doubt
+    first, second, third = drive.routing.replies()
+    assert isinstance(first, errors.Unavailable)
+    assert isinstance(second, errors.DeadlineExceeded)
+    assert third == b"3"
 
 
 def test_a_lost_connection_is_told_with_the_worst_outcome():
