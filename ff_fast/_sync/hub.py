@@ -194,6 +194,9 @@ class _Thread:
     def _round(self) -> None:
         """Take orders and send what they need; then wait for what comes, and pass it on."""
         self._take_orders()
+        if self._hub._closing:
+            # What told of it may have been taken with the orders.
+            return
         now = time.monotonic()
         if self._connection is None:
             if self._core.waiting:

@@ -7,6 +7,7 @@ import pytest
 import ff_fast
 from ff_fast import ScannerFilter, keys
 
+from ..server.readers import DURABLE, Reader, begin, sequences
 from ..server.test_hub import Heard
 from ..server.workers import Subscription
 from ..shells import KINDS, Opener
@@ -150,3 +151,29 @@ def test_completions_are_told_once_while_slots_move_and_a_primary_dies(
         eids += ended(backend, lane, 1)
         told = [each.execution_id for each in subscription.result(20)]
     assert sorted(told) == sorted(eids)
+
+
+def test_a_tail_brings_every_frame_once_while_its_slot_moves(kind, cluster, lane):
+    with ff_fast.ValkeyBackend.connect(cluster.url) as backend:
+        attempt = begin(backend, lane)
+        slot = keys.key_slot(attempt.eid.encode())
+        home = cluster.node_of(slot)
+        reader = Reader(kind, cluster.url, attempt.eid)
+        waiting = backend.tail(attempt.eid)
+        sent = 0
+        with backend.open_writer(attempt.handle) as writer:
+            for to in (*others(cluster, home), home):
+                for _ in range(20):
+                    sent += 1
+                    writer.write(b"%d" % sent, mode=DURABLE)
+                writer.flush(10)
+                cluster.migrate([slot], to)
+                sent += 1
+                writer.write(b"%d" % sent, mode=DURABLE)
+                writer.flush(10)
+                reader.wait_for(sent)
+        backend.complete(attempt.handle, b"done")
+        assert backend.wait(attempt.eid, timeout=10) == b"done"
+        for items in (reader.result(), list(waiting)):
+            assert sequences(items) == list(range(1, sent + 1))
+            assert [type(each) for each in items[sent:]] == [ff_fast.End]
