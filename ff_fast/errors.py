@@ -885,6 +885,10 @@ class NotACluster(_Connecting):
     )
 
 
+class DeploymentWarning(RuntimeWarning):
+    """A server that can be used and may lose data: it evicts keys, stores nothing on disk, or is of an older version."""
+
+
 class UnsupportedServer(FFError):
     """The server, or a proxy in front of it, lacks a command that the library needs."""
 
