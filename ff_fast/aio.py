@@ -18,6 +18,7 @@ from ff_fast._aio.operations import Operations, of_handler
 from ff_fast._aio.readers import Completions, Follow, Tail
 from ff_fast._aio.worker import Handler, Task, WorkerLoop
 from ff_fast._aio.writers import Writer
+from ff_fast._clients import config_of_client
 from ff_fast._core import operations
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class ValkeyBackend(Operations):
             InvalidInput: The URL is not one of these.
             Unavailable, DeadlineExceeded, TlsFailed: The server cannot be reached.
             AuthenticationFailed, PermissionDenied: It refused the credentials, or a command that connecting needs.
+            CredentialsUnavailable: The credential provider failed.
+            PrimaryNotFound, NotPrimary: No sentinel names the primary, or they do not agree on it yet.
             ClusterModeRequired: It is a node of a cluster.
             LibraryMismatch: It holds a newer contract than this library.
             DeploymentMismatch: It stores another partition count than the configuration names.
@@ -66,6 +69,24 @@ class ValkeyBackend(Operations):
             return backend
 
         return Opening(connecting)
+
+    @classmethod
+    def from_client(cls, client: object, **settings: Any) -> Opening[ValkeyBackend]:
+        """Connect to the servers of a client of redis-py, as it does: address, database, credentials and TLS are its own.
+
+        The backend has connections of its own, and does not use those of the client.
+
+        Args:
+            client: ``redis.Redis`` or ``redis.RedisCluster``, or the same of ``redis.asyncio``; also one that sentinels
+                lead to the primary.
+            **settings: Other fields of :class:`BackendConfig`, as ``partitions`` or ``timeouts``.
+
+        Raises:
+            InvalidType: *client* is something else.
+            InvalidInput: It cannot be followed: it reads from replicas, or uses TLS to the sentinels or the servers alone.
+            FFError: Those of :meth:`connect`.
+        """
+        return cls.connect(config_of_client(client, settings))
 
     @classmethod
     def embedded(cls, *, cluster: bool = False, **options: Any) -> Opening[ValkeyBackend]:

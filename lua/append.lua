@@ -5,8 +5,8 @@
 --        only before the first block, which is one of V or W: its frames were pushed under ids of that time, and are
 --        stored under it
 --   R  REPLAYED_MS  ms later_ms
---        only before the first block: a server that was lost had its frames under ids of `ms`, and the frames behind it
---        under ids of `later_ms`, and they are stored under these again
+--        only before the first block: a server that was lost had its frames under ids of `ms`, and the frames behind
+--        it under ids of `later_ms`, and they are stored under these again
 --   G  LOST         count
 --        the only block of frames of its part: `count` frames were lost with a server, and nobody has them. One entry of
 --        the log says so, under the id of the last one
@@ -78,8 +78,8 @@ local FIXED_ARGS = {
   [LOST] = 1, [RENEWAL] = 3,
   [BLOCK.TRIM_LIVE] = 1, [BLOCK.LIVE_TTL] = 1, [BLOCK.TRIM_LOG] = 1, [BLOCK.ESTIMATOR] = 1, [BLOCK.VISIBLE] = 1,
 }
--- The stream of a block's frames. The log has an entry for each frame, or one for all that are lost; the live window has
--- one for the block.
+-- The stream of a block's frames. The log has an entry for each frame, or one for all that are lost; the live window
+-- has one for the block.
 local FRAMES_IN = {
   [BLOCK.LOG] = 'log', [BLOCK.LOG_FIELDS] = 'log', [LOST] = 'log',
   [BLOCK.LIVE] = 'live', [BLOCK.LIVE_FIELDS] = 'live', [PATCHES] = 'live',

@@ -631,8 +631,9 @@ local function neighbour(entries)
 end
 
 -- Looks for the frame with the id `cursor` in an attempt that began at `created_at`. Returns '' where it is stored, or
--- was and has left, or is one of those that a loss stands for, or would stand before the next frame. Else the stream is not the one in which the cursor was taken:
--- returns the id of the last frame before that place, or '0-0' where ids say nothing about their order.
+-- was and has left, or is one that a loss stands for, or would stand before the next frame. Else the stream is not the
+-- one in which the cursor was taken: returns the id of the last frame before that place, or '0-0' where ids say nothing
+-- about their order.
 function ff.other_place(log_key, live_key, cursor, created_at)
   local call = redis.call
   local ms, sequence = ff.split_id(cursor)

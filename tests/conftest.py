@@ -191,8 +191,10 @@ def raw(request):
 def connect_raw(url: str, **options: object) -> redis.Redis:
     address, _, query = url.partition("?")
     if "cluster=true" in query:
-        hosts = urllib.parse.urlsplit(address).netloc.split(",")
-        return Router([connect_raw(f"valkey://{host}", **options) for host in hosts])
+        user, at, hosts = urllib.parse.urlsplit(address).netloc.rpartition("@")
+        return Router(
+            [connect_raw(f"valkey://{user}{at}{host}", **options) for host in hosts.split(",")]
+        )
     return redis.Redis.from_url(
         url.replace("valkey://", "redis://", 1),
         retry=Retry(NoBackoff(), 0),

@@ -376,7 +376,9 @@ def parse(argv: list[bytes]) -> Request:
             request.frame_arguments += argv[at : at + 2]
             at += 2
     # What has lost its part in the summary may name its key still.
-    assert b"%d" % len(request.key_names) in ({head[-1:], b"2", b"3"} if head[-1:] == b"4" else {head[-1:]})
+    assert b"%d" % len(request.key_names) in (
+        {head[-1:], b"2", b"3"} if head[-1:] == b"4" else {head[-1:]}
+    )
     if push:
         body = push[1:]
         if push[:1] == b"+":
@@ -458,7 +460,8 @@ class Server:
         renewal = request.tail.get(b"N")
         version = self.version
         if renewal:
-            assert not (request.patches or compaction)
+            assert not request.patches
+            assert not compaction
             version = int(renewal[0])
             compaction = renewal
             self.summary = {

@@ -62,6 +62,8 @@ class Connection(asyncio.Protocol):
         self.on_silent: Callable[[float], None] | None = None
         # Takes what the server sends unasked; None drops it.
         self.on_push: Callable[[list[Any]], None] | None = None
+        # Host and port to which it leads.
+        self.address = ("", 0)
         # When it logged in last, in monotonic time.
         self.authenticated_at = 0.0
 
@@ -73,6 +75,7 @@ class Connection(asyncio.Protocol):
 
         server = config.connection
         timeout_s = _transport.request_timeout_s(config)
+        self.address = server.host, server.port
         self.authenticated_at = time.monotonic()
         provider = server.credential_provider
         login = None if provider is None else await ask(provider, timeout_s)

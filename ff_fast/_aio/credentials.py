@@ -34,8 +34,9 @@ async def ask(provider: Any, timeout_s: float) -> Login:
         CredentialsUnavailable: It raised, returned something else, or took longer than *timeout_s* seconds.
     """
     failure: FFError
+    limit = asyncio.timeout(timeout_s)
     try:
-        async with asyncio.timeout(timeout_s) as limit:
+        async with limit:
             found = await _found(provider)
         return login_of(found)
     except FFError as error:

@@ -136,13 +136,14 @@ class Hub:
         retry: BackendRetry,
         *,
         by_slot: bool = False,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._connect_one = connect
         self._spawn = spawn
         # Sends a step on the connection of the calls.
         self._request = request
         self._timeout_s = timeout_s
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop or asyncio.get_running_loop()
         self._core = HubCore(by_slot=by_slot)
         self._retries = Retries(retry, retry_timeouts=True)
         self._connection: Connection | None = None
@@ -557,6 +558,7 @@ class Hubs:
                 nodes.timeout_s,
                 ONCE,
                 by_slot=True,
+                loop=self._loop,
             )
         return found
 

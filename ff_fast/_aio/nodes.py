@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
 from ff_fast._aio.connection import Connection, run_steps
-from ff_fast._aio.sentinel import resolve
+from ff_fast._aio.sentinel import resolve, resolve_replica
 from ff_fast._core import nodes
 from ff_fast._core.deployment import READS
 from ff_fast._core.routing import Routing, Send
@@ -41,6 +41,10 @@ Request = Callable[[Step], Awaitable[list[object]]]
 
 CALLS_IN_FLIGHT = 256
 """Bound of the requests in flight on the shared connection; beyond it calls queue, and open batches grow."""
+
+
+READ_AGAIN_S = 1.0
+"""How long the primary answers in place of a replica that has failed, in seconds."""
 
 
 async def result_of(task: asyncio.Task[T]) -> T:
@@ -237,7 +241,8 @@ class Node:
         if self._stopped:
             raise self._gone()
         connection = Connection()
-        self._reached = await resolve(self.config)
+        reached = resolve_replica if role == READS and self.address is None else resolve
+        self._reached = await reached(self.config)
         await connection.open(self._reached)
         if self._owner.opened is not None:
             self._owner.opened(connection)
@@ -402,6 +407,11 @@ class Nodes:
         self._refreshed_at = -inf
         self._forgetting: asyncio.TimerHandle | None = None
         self._replicas = config.read_from == "replica" and self.topology is not None
+        # Sentinels name the replicas.
+        self._reads_of_service = (
+            config.read_from == "replica" and server.sentinel_service is not None
+        )
+        self._read_at = -inf
 
     @property
     def stopped(self) -> bool:
@@ -576,6 +586,8 @@ class Nodes:
         if self.topology is None:
             if own is not None:
                 return partial(own.send, self.first)
+            if replicas and self._reads_of_service:
+                return partial(self._read, longest=longest)
             shared = self.first.shared
             return shared.request if longest == inf else partial(shared.request, longest=longest)
         return partial(
@@ -585,6 +597,15 @@ class Nodes:
             replicas=replicas and self._replicas,
             own=own,
         )
+
+    async def _read(self, step: Step, longest: float = inf) -> list[object]:
+        """Send *step* to a replica, or to the primary where there is none, or it has failed a moment ago."""
+        if time.monotonic() >= self._read_at:
+            try:
+                return await self.first.reads.request(step, longest)
+            except FFError:
+                self._read_at = time.monotonic() + READ_AGAIN_S
+        return await self.first.shared.request(step, longest)
 
     async def request(
         self,

@@ -15,6 +15,7 @@ from ff_fast._aio.connection import Connection, run_steps
 from ff_fast._aio.credentials import Credentials
 from ff_fast._aio.hub import Hub, Hubs
 from ff_fast._aio.nodes import Nodes, Own
+from ff_fast._aio.sentinel import Watch
 from ff_fast._core import claiming
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.steps import Retries
@@ -49,10 +50,16 @@ class Pool:
             None if provider is None else Credentials(provider, self._timeout_s, self._spawn)
         )
         self._deployment = Deployment(
-            config.partitions, config.max_payload_bytes, config.replay_ms, config.replay_bytes
+            config.partitions,
+            config.max_payload_bytes,
+            config.replay_ms,
+            config.replay_bytes,
+            config.connection.client_name,
         )
-        opened = None if self._credentials is None else self._credentials.opened_by
-        self._nodes = Nodes(config, self._deployment, self._spawn, opened)
+        self._watch: Watch | None = None
+        if config.connection.sentinel_service is not None:
+            self._watch = Watch(config, self._switched)
+        self._nodes = Nodes(config, self._deployment, self._spawn, self._opened)
         self._hub = self._make_hub()
         self._waits = Waits(self._nodes)
 
@@ -130,8 +137,24 @@ class Pool:
         """Abort the connections, without waiting."""
         self._nodes.stop()
         self._hub.stop()
+        if self._watch is not None:
+            self._watch.stop()
         if self._credentials is not None:
             self._credentials.stop()
+
+    def _opened(self, connection: Connection) -> None:
+        if self._credentials is not None:
+            self._credentials.opened_by(connection)
+        if self._watch is not None and not self._watch.begun:
+            self._watch.begun = True
+            _ = self._spawn(self._watch.run())
+
+    def _switched(self, address: tuple[str, int]) -> None:
+        """Give up the connections that lead elsewhere than to the new primary."""
+        for node in self._nodes.all():
+            for connection in list(node.connections):
+                if connection.address != address:
+                    connection.abort()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = self._loop.create_task(coroutine)

@@ -344,7 +344,7 @@ class Writer(SharedWriter):
     def _on_lost_opening(self) -> None:
         if not self._reopening:
             self._reopening = True
-            _ = self._pool._spawn(self._reopen())
+            self._opener = self._pool._spawn(self._reopen())
 
     async def _reopen(self) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 import warnings
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from ff_fast.errors import (
     ClusterModeRequired,
     Corruption,
     DeploymentMismatch,
+    DeploymentWarning,
     FunctionMissing,
     LibraryMismatch,
     PermissionDenied,
@@ -26,7 +28,7 @@ from ff_fast.errors import (
 from ff_fast.types import DEFAULT_PAYLOAD_LIMIT
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Set
+    from collections.abc import Container, Hashable
 
 READS = "reads"
 """Role of a connection whose reads a replica may answer."""
@@ -34,6 +36,7 @@ READS = "reads"
 _READONLY = Command(b"", pack_command(b"READONLY"))
 
 _BUSY_SWEEP_S = 30.0
+_PERSISTENCE = Command(b"", pack_command(b"CONFIG", b"GET", b"appendonly", b"save"))
 _LANES = 1_024
 """Lanes, and kinds of workers on them, that are remembered."""
 _NOT_MINE_TO_LOAD = "The server has lost the function library and this user may not load it; connect as one that may."
@@ -50,7 +53,7 @@ class Deployment:
     """
 
     __slots__ = (
-        "_configured", "_known", "_offers", "_sweeps", "max_payload_bytes", "partitions", "places",
+        "_client_name", "_configured", "_known", "_looked", "_offers", "_sweeps", "max_payload_bytes", "partitions", "places",
     )  # fmt: skip
 
     def __init__(
@@ -59,9 +62,14 @@ class Deployment:
         max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT,
         replay_ms: int = 0,
         replay_bytes: int = 0,
+        client_name: str | None = None,
     ) -> None:
         self._configured = partitions
+        # Of all connections; None is their role.
+        self._client_name = client_name
         self._known = False
+        # Whether the server was looked at.
+        self._looked = False
         # Lane and capabilities -> times of the first claim and the last sweep. Bounded, since there may be a lane for
         # each user.
         self._sweeps: dict[Hashable, tuple[float, float]] = {}
@@ -103,7 +111,7 @@ class Deployment:
             del self._sweeps[next(iter(self._sweeps))]
         self._sweeps[lane] = (seen, swept)
 
-    def prepare(self, role: str | None = None, slots: Set[int] | None = None) -> Steps[bool]:
+    def prepare(self, role: str | None = None, slots: Container[int] | None = None) -> Steps[bool]:
         """Check a new connection: load the library if it is missing or different, and compare the partition count.
 
         Args:
@@ -113,7 +121,8 @@ class Deployment:
         Returns:
             Whether the library was checked; a node that has no slots, or does not know yet that it has them, is not asked.
 
-        Warns (``RuntimeWarning``), on the first connection, of a server that evicts any key when its memory is full.
+        Warns (``DeploymentWarning``), on the first connection, of a server that evicts any key when its memory is full, that
+        stores nothing on disk, or that is of an older version.
 
         Raises:
             LibraryMismatch: The server holds a newer contract.
@@ -125,7 +134,7 @@ class Deployment:
             return (yield from self._prepare_node(role, slots))
         version = ops.version()
         # Servers that do not know these commands, and users without the right, go on without a name.
-        *_, reply = yield Step((*_names(role), version.command()))
+        *_, reply = yield Step((*_names(role, self._client_name), version.command()))
         if isinstance(reply, Exception) and shows_cluster(str(reply)):
             raise ClusterModeRequired
         held = yield from self._check_library(version, reply)
@@ -135,9 +144,9 @@ class Deployment:
         self._agree(stored)
         return True
 
-    def _prepare_node(self, role: str | None, slots: Set[int]) -> Steps[bool]:
+    def _prepare_node(self, role: str | None, slots: Container[int]) -> Steps[bool]:
         key = None if role == READS else keys.key_in(slots)
-        names = (*_names(role), *((_READONLY,) if role == READS else ()))
+        names = (*_names(role, self._client_name), *((_READONLY,) if role == READS else ()))
         if key is None:
             if names:
                 yield Step(names)
@@ -189,8 +198,9 @@ class Deployment:
             else:
                 # Asked again: another library may read no partition count.
                 held = yield from ops.call(version)
-        if held.eviction_policy.startswith("allkeys") and not self._known:
-            warnings.warn(_evicts(held.eviction_policy), RuntimeWarning, stacklevel=1)
+        if not self._looked:
+            self._looked = True
+            yield from _look(held)
         return held
 
     def _agree(self, stored: int) -> None:
@@ -226,22 +236,44 @@ def _count(stored: object) -> int:
     return int(stored)
 
 
-def _names(role: str | None) -> tuple[Command, ...]:
+def _names(role: str | None, name: str | None) -> tuple[Command, ...]:
     """Return the commands that tell the server who connects."""
     if role is None:
         return ()
     return (
-        Command(b"", pack_command(b"CLIENT", b"SETNAME", b"ff_fast:" + role.encode())),
+        Command(b"", pack_command(b"CLIENT", b"SETNAME", (name or f"ff_fast:{role}").encode())),
         Command(b"", pack_command(b"CLIENT", b"SETINFO", b"LIB-NAME", b"ff_fast")),
         Command(b"", pack_command(b"CLIENT", b"SETINFO", b"LIB-VER", _library.VERSION.encode())),
     )
 
 
-def _evicts(policy: str) -> str:
-    return (
-        f"The server's maxmemory-policy is {policy}: when its memory is full, it deletes frames, leases and executions "
-        "without an error. Set it to noeviction."
-    )
+def _look(held: ops.Version) -> Steps[None]:
+    """Warn, once, of everything by which the server loses data, as far as it can be known."""
+    faults: list[str] = []
+    if held.eviction_policy.startswith("allkeys"):
+        faults.append(
+            f"The server's maxmemory-policy is {held.eviction_policy}: when its memory is full, it deletes frames, leases"
+            " and executions without an error. Set it to noeviction."
+        )
+    if held.settings:
+        (settings,) = yield Step((_PERSISTENCE,))
+        # Many services refuse the command.
+        if isinstance(settings, list) and dict(
+            zip(settings[::2], settings[1::2], strict=False)
+        ) == {b"appendonly": b"no", b"save": b""}:
+            faults.append(
+                "The server stores nothing on disk: what it holds is lost when it restarts. Set appendonly to yes."
+            )
+    if _is_older(held.engine):
+        faults.append(f"The server is {held.engine}. Use Valkey 7.2 or newer.")
+    if faults:
+        warnings.warn(" ".join(faults), DeploymentWarning, stacklevel=1)
+
+
+def _is_older(engine: str) -> bool:
+    """Whether the server is older than Valkey 7.2, which began as Redis 7.2."""
+    found = re.match(r"(?:Valkey|Redis) ([0-9]{1,4})\.([0-9]{1,4})", engine)
+    return found is not None and (int(found[1]), int(found[2])) < (7, 2)
 
 
 def _unreadable() -> Corruption:

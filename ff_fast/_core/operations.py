@@ -167,16 +167,15 @@ def _releasing(
 
     def releasing() -> Steps[T]:
         place = on.places.find(lease_id)
-        last_id = None
+        compares = True
         # A server that is replaced meanwhile may lack frames again.
         left = _REPLAYS
         while True:
             if place is not None and not fails:
                 place.tell_losses()
-            sent = on.places.last_id(lease_id, last_sequence) if last_id is None else last_id
+            known = on.places.last_id(lease_id, last_sequence) if compares else b""
             try:
-                value = yield from steps(sent)
-                break
+                value = yield from steps(known)
             except SequenceGap:
                 left -= 1
                 if left and place is not None and (yield from writers.stored_again(attempt, place)):
@@ -184,23 +183,24 @@ def _releasing(
                 if not fails:
                     on.places.tell(lease_id)
                     raise
-                last_id = b""
+                compares = False
             except FFError as error:
                 if is_lease_lost(error):
                     on.places.forget(lease_id)
                 raise
-        on.places.confirm(lease_id)
-        try:
-            if reach is not None:
-                yield from reach.steps(sent)
-        except NotReplicated:
-            if releases(value):
-                on.places.forget(lease_id)
-            raise
-        # Not before: a try that follows a lost reply compares the last frame as well.
-        if releases(value):
-            on.places.forget(lease_id)
-        return value
+            else:
+                on.places.confirm(lease_id)
+                try:
+                    if reach is not None:
+                        yield from reach.steps(known)
+                except NotReplicated:
+                    if releases(value):
+                        on.places.forget(lease_id)
+                    raise
+                # Not before: a try that follows a lost reply compares the last frame as well.
+                if releases(value):
+                    on.places.forget(lease_id)
+                return value
 
     return Call(
         releasing,

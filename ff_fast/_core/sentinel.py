@@ -47,6 +47,28 @@ ROLE = Step((Command(b"", pack_command(b"HELLO", b"2")),))
 """Asks a server for its role. ``HELLO`` needs no right that a user may lack, unlike ``ROLE``."""
 
 
+HELLO = Step((Command(b"", pack_command(b"HELLO", b"3")),))
+"""Lets a sentinel push, so that what it pushes is no reply."""
+
+SUBSCRIBE = pack_command(b"SUBSCRIBE", b"+switch-master")
+
+LOOK_EVERY_S = 5.0
+"""How often a sentinel that pushes nothing is asked whether it is alive, in seconds."""
+
+LOOK_AGAIN_S = 0.5
+"""Pause before other sentinels are asked where none answers, in seconds."""
+
+
+def switched_to(push: object, service: str | None) -> _Address | None:
+    """Return the address of the primary that a pushed message tells of; None if it is another message."""
+    if not isinstance(push, list) or len(push) != 3 or push[:2] != [b"message", b"+switch-master"]:
+        return None
+    words = bytes(push[2]).split()
+    if len(words) != 5 or words[0].decode("utf-8", "replace") != service:
+        return None
+    return _address(words[3], words[4])
+
+
 def check_role(reply: object, resolved: ValkeyConnection) -> None:
     """Check the answer to `ROLE` at the address that a sentinel named.
 
@@ -158,12 +180,18 @@ class Search:
         host, port = address
         return self._config.replace(connection=connection.replace(host=host, port=port))
 
+    def unknown(self) -> FFError:
+        """Return the error of a sentinel that does not know the service."""
+        return self._failure()
+
     def _failure(self) -> FFError:
         for error in self._failures:
             if isinstance(error, AuthenticationFailed | PermissionDenied):
                 error.args = (
-                    f"A sentinel of the service {self._service} refused the credentials; check sentinel_username and"
-                    " sentinel_password.",
+                    (
+                        f"A sentinel of the service {self._service} refused the credentials; check sentinel_username"
+                        " and sentinel_password."
+                    ),
                 )
                 return error
             if isinstance(error, TlsFailed):
@@ -182,6 +210,12 @@ class Search:
         )
         missing.service, missing.sentinels = self._service, sentinels
         return missing
+
+
+def primary_in(reply: object) -> _Address | None:
+    """Return the address in a sentinel's answer; None where it names none."""
+    found = _primary_in(reply)
+    return None if found is None else found[0]
 
 
 def _primary_in(reply: object) -> list[_Address] | None:

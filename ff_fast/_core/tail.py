@@ -367,7 +367,7 @@ class TailCore(Inbox):
         self.lease_at = now + min(max(left, 0.001), longest)
         self.look_at = inf
         if self.doubted or self._ahead_since is not None:
-            self.look_at = now + self._pause()
+            self.look_at = now + self.pause_s()
         elif not self.confirmed:
             self.look_at = now + _UNSUBSCRIBED_S
         elif self.asked_at < self.settled_at and lease_left_ms is not None and not self.exclude:
@@ -541,9 +541,9 @@ class TailCore(Inbox):
             self.due = True
         elif self._looked:
             self._looked = False
-            self.look_at = min(self.look_at, now + self._pause())
+            self.look_at = min(self.look_at, now + self.pause_s())
 
-    def _pause(self) -> float:
+    def pause_s(self) -> float:
         """Return the pause before the next read of what storage does not have yet."""
         pause, self._hole_s = self._hole_s, min(2 * self._hole_s, _LONGEST_HOLE_S)
         return pause
@@ -590,7 +590,7 @@ def read_page(core: TailCore, count: int, max_bytes: int) -> Steps[StreamPage]:
         items = core.receive(reply)
         if core.ahead:
             # The frame of the cursor may be on its way to storage.
-            yield Pause(core._pause())
+            yield Pause(core.pause_s())
             core.due = True
             continue
         some = [item for item in items if isinstance(item, StreamFrame)]

@@ -139,8 +139,8 @@ def open_writer(
         place = places.find(attempt.fields.lease_id)
         if place is not None and place.held is not None and opened.last_sequence < place.sequence:
             # The server has lost frames of the writer before.
-            if (yield from _replayed(attempt, place, writer_id, opened)) is None:
-                opened = yield from ops.call(opening)
+            refused = yield from _replayed(attempt, place, writer_id, opened)
+            opened = opened if refused is not None else (yield from ops.call(opening))
         if complete:
             known = places.open(attempt.fields.lease_id).sequence
             if opened.last_sequence < known:
@@ -254,11 +254,11 @@ def stored_again(attempt: ops.Attempt, place: Place) -> Steps[bool]:
     if place.held is None or not place.held.writer:
         return False
     writer = place.writer
-    if writer is not None and writer._failure is None:
+    if writer is not None:
         writer._ask()
-        while writer._failure is None and not writer._idle:
+        while not (writer._idle or writer._stopped):
             yield Pause(_SETTLE_S)
-        if writer._failure is None:
+        if not writer._stopped:
             return True
     return (yield from _replayed(attempt, place, place.held.writer)) is None
 

@@ -4,7 +4,7 @@ An entry id is ``<ms>-<sequence>``: server time, and the sequence of the entry's
 are field lists:
 
     log entry        payload [frame_type] [prev] [correlation_id] [encoding] [source]
-    loss entry       lost prev, in the log: how many frames up to its sequence were lost with a server
+    loss entry       lost prev
     live entry       payload (of one frame) or run (of several)
                      [mode] [frame_type] [prev] [correlation_id] [encoding] [source]
                      [patch_kind [pointer]] [summary_version]
@@ -13,7 +13,8 @@ are field lists:
 A field with its default value is left out. Defaults: mode ``durable`` in the log and
 ``best_effort`` in the live window, frame type ``token``, encoding ``utf8``, source ``worker``.
 The first visible (not best-effort) frame after best-effort frames has ``prev``: the sequence of the
-visible frame before it, 0 for none. ``summary_version`` is that of the entry's last frame.
+visible frame before it, 0 for none. ``summary_version`` is that of the entry's last frame. A loss
+entry stands in the log, and says how many frames up to its own sequence were lost with a server.
 
 A run holds consecutive frames that share all these fields. It stores what differs:
 

@@ -2195,6 +2195,11 @@ cdef class WriterCore:
         """The same as `error`, for a look that tells nobody."""
         return self._error
 
+    @property
+    def _stopped(self):
+        """Whether the writer has an error."""
+        return self._error is not None
+
     def _tell_losses(self):
         """Return how many frames are lost if the writer goes now and nobody was told of; the caller
         tells."""

@@ -47,6 +47,8 @@ class Connection:
         from redis.retry import Retry
 
         server = config.connection
+        # Host and port to which it leads.
+        self.address = server.host, server.port
         # When it logged in last, in monotonic time.
         self.authenticated_at = time.monotonic()
         # Logs it in again before a request; None where nothing is renewed.

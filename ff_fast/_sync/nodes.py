@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from ff_fast._sync.connection import Connection
     from ff_fast.types import BackendConfig
 
+READ_AGAIN_S = 1.0
+"""How long the primary answers in place of a replica that has failed, in seconds."""
+
 # How long a look may take before another thread looks as well.
 _PATIENCE_S = 10.0
 
@@ -85,6 +88,11 @@ class Node:
     def doubt(self, since: float) -> None:
         """Trust no connection any more that was not heard of since a point in monotonic time."""
         self._doubted_at = max(self._doubted_at, since)
+
+    def leave(self, address: tuple[str, int]) -> None:
+        """Trust no idle connection any more if one of them leads elsewhere than to *address*."""
+        if any(connection.address != address for connection in list(self._idle)):
+            self.doubt(time.monotonic())
 
     def note_silence(self, connection: Connection) -> None:
         """Note when a connection that is given up fell silent, if it did."""
@@ -143,6 +151,9 @@ class Nodes:
         self._config = config
         self._ask = ask
         self.only = Node(config)
+        # The replicas of a service that sentinels watch, and since when they may be asked: one has failed before.
+        self.reads = Node(config, replica=True)
+        self.read_at = 0.0 if config.connection.sentinel_service is not None else inf
         self._primaries: dict[Address, Node] = {}
         self._replicas: dict[Address, Node] = {}
         self.topology: Topology | None = None
@@ -204,7 +215,7 @@ class Nodes:
     def all(self) -> list[Node]:
         """Return the servers that are known."""
         if self.topology is None:
-            return [self.only]
+            return [self.only, self.reads]
         return [*self._primaries.values(), *self._replicas.values()]
 
     def failed(self, node: Node, error: FFError) -> None:
@@ -337,6 +348,11 @@ class Requests:
         nodes = self._nodes
         topology = nodes.topology
         if topology is None:
+            if self._replicas and time.monotonic() >= nodes.read_at:
+                try:
+                    return self._on(nodes.reads).request(step, self._longest)
+                except FFError:
+                    nodes.read_at = time.monotonic() + READ_AGAIN_S
             return self._on(nodes.only).request(step, self._longest)
         if step.alone:
             return self._request_alone(step)

@@ -18,7 +18,7 @@ from ff_fast._sync.connection import Connection, run_steps
 from ff_fast._sync.credentials import Credentials
 from ff_fast._sync.hub import Hub, Hubs
 from ff_fast._sync.nodes import Node, Nodes, Requests
-from ff_fast._sync.sentinel import resolve
+from ff_fast._sync.sentinel import Watch, resolve, resolve_replica
 from ff_fast.errors import FFError, ForkedClient
 from ff_fast.types import BackendTimeouts
 
@@ -36,13 +36,20 @@ class Pool:
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
         self._deployment = Deployment(
-            config.partitions, config.max_payload_bytes, config.replay_ms, config.replay_bytes
+            config.partitions,
+            config.max_payload_bytes,
+            config.replay_ms,
+            config.replay_bytes,
+            config.connection.client_name,
         )
         self._pid = os.getpid()
         # Calls are refused, and then connections.
         self._closed = self._stopped = False
         provider = config.connection.credential_provider
         self._credentials = None if provider is None else Credentials(provider)
+        self._watch: Watch | None = None
+        if config.connection.sentinel_service is not None:
+            self._watch = Watch(config, partial(_switched, weakref.ref(self)))
         self._nodes = Nodes(config, self._ask)
         # Single calls in C change it, so no lock is needed that an interrupt or a finaliser could leave locked.
         self._busy: dict[int, weakref.ref[Connection]] = {}
@@ -79,6 +86,8 @@ class Pool:
             # The writers' and the readers' connections are among them.
             connection.abort()
         self._hub.stop()
+        if self._watch is not None:
+            self._watch.stop()
 
     def _forked(self) -> None:
         """Reset the state in a forked child."""
@@ -119,7 +128,8 @@ class Pool:
     def _open(self, node: Node, config: BackendConfig) -> Connection:
         """Open a connection that is not checked yet."""
         try:
-            node.reached = resolve(config)
+            reached = resolve_replica if node is self._nodes.reads else resolve
+            node.reached = reached(config)
             connection = Connection(node.reached)
         except FFError:
             node.failed_at = time.monotonic()
@@ -129,6 +139,8 @@ class Pool:
         if self._credentials is not None:
             self._credentials.opened_by(connection)
         self._busy[id(connection)] = weakref.ref(connection)
+        if self._watch is not None:
+            self._watch.start()
         if self._stopped:
             # close() has already aborted the connections it knew, so it would never wake this thread.
             self._release(connection)
@@ -267,3 +279,17 @@ def _sweep(
             return
         pool._close_idle(time.monotonic() - _transport.MAX_IDLE_S, keep=1)
         del pool
+
+
+def _switched(found: weakref.ref[Pool], address: tuple[str, int] | None) -> bool:
+    """Give up the connections that lead elsewhere than to the new primary; return whether the pool is still there."""
+    pool = found()
+    if pool is None:
+        return False
+    if address is not None:
+        for connection in [busy() for busy in list(pool._busy.values())]:
+            if connection is not None and connection.address != address:
+                connection.abort()
+        for node in pool._nodes.all():
+            node.leave(address)
+    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import unquote_to_bytes
 
 from ff_fast import keys
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from dataclasses import KW_ONLY
     from datetime import timedelta
-    from typing import Any, Protocol
+    from typing import Protocol
 
     class CredentialProvider(Protocol):
         """What a provider of credentials has; those of redis-py, and of the packages of cloud services, have it."""
@@ -188,7 +188,8 @@ class ValkeyConnection(Value):
                 f"seeds must be a tuple of pairs of host and port, not {type(self.seeds).__name__}."
             )
         seeds: list[tuple[str, int]] = []
-        for seed in self.seeds:
+        given: tuple[object, ...] = tuple(self.seeds)
+        for seed in given:
             if not isinstance(seed, (tuple, list)) or len(seed) != 2:
                 raise InvalidType("A seed must be a pair of host and port.")
             _check_host(check_type("the host of a seed", seed[0], str))
@@ -236,8 +237,9 @@ class ValkeyConnection(Value):
                 raise InvalidInput("client_name has visible ASCII characters only, no blank.")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        make, (kind, fields) = super().__reduce__()
-        return make, (kind, {k: fields[k] for k in fields if k not in self._uncompared})  # type: ignore[attr-defined]
+        make, (kind, _) = super().__reduce__()
+        fields = self._fields().items()
+        return make, (kind, {name: value for name, value in fields if name not in self._uncompared})
 
 
 def _check_host(host: str) -> None:
@@ -423,6 +425,7 @@ def _from_url(url: str) -> BackendConfig:
     if cluster not in ("true", "false"):
         raise InvalidInput("cluster must be true or false.")
     (host, port), *seeds = addresses
+    texts: dict[str, Any] = {name: _unquote(text) for name, text in given.items()}
     connection = ValkeyConnection(
         host,
         port,
@@ -434,7 +437,7 @@ def _from_url(url: str) -> BackendConfig:
         unix_path=unix_path,
         seeds=tuple(seeds),
         sentinel_service=service,
-        **{name: _unquote(text) for name, text in given.items()},
+        **texts,
     )
     return BackendConfig(
         connection,

@@ -24,7 +24,7 @@ from ff_fast.types import BackendConfig, ClaimPolicy
 
 from ..conftest import connect_raw
 from ..faults.chaos import ChaosProxy
-from ..faults.stored import claimed
+from ..faults.stored import claimed, stored_once
 from ..shells import KINDS, Shell
 from ..waiting import wait_until
 from . import sites
@@ -133,6 +133,8 @@ async def through_a_failover(site, lane, failover, *, writing):
             handle = await asyncio.wait_for(waiting, 15)
             assert handle.execution_id == other
             await backend.complete(handle)
+        # On the server that is the primary now, not on the one that was.
+        await asyncio.to_thread(stored_once, site.primary.url, eid, payloads)
 
     async def break_it():
         await begun.wait()
@@ -179,14 +181,12 @@ async def test_a_sentinel_that_is_of_no_use_is_passed_over(shell, site, lane, fa
     with FakeSentinel(USELESS[fault](site)) as fake:
         began = time.monotonic()
         url = before(fake.port, site.url)
-        try:
-            backend = await shell.connect(url, timeout=1.0)
-        except NotPrimary as error:
+        if fault == "names the replica":
             # The next try asks another one first; a backend that runs does so by itself.
-            assert fault == "names the replica"
-            assert error.outcome is Outcome.NOT_APPLIED
-            backend = await shell.connect(url, timeout=1.0)
-        async with backend:
+            with pytest.raises(NotPrimary) as caught:
+                await shell.connect(url, timeout=1.0)
+            assert caught.value.outcome is Outcome.NOT_APPLIED
+        async with await shell.connect(url, timeout=1.0) as backend:
             await claimed(backend, lane)
         assert fake.asked
         assert time.monotonic() - began < 5.0
@@ -201,7 +201,7 @@ async def test_a_sentinel_that_is_down_is_passed_over(shell, site, lane):
 
 async def test_the_sentinels_and_the_service_are_named_where_there_is_no_primary(shell, site):
     sentinels = site.url.split("/")[2].split(",")
-    with pytest.raises(PrimaryNotFound, match="of the service other.*that answered") as caught:
+    with pytest.raises(PrimaryNotFound, match=r"of the service other.*that answered") as caught:
         await shell.connect(site.url.rsplit("/", 1)[0] + "/other")
     error = caught.value
     assert error.service == "other"
@@ -273,3 +273,21 @@ async def test_the_replicas_are_those_that_the_sentinels_name(shell, site):
     (replica,) = (each.connection for each in found)
     assert (replica.host, replica.port) == ("127.0.0.1", sites.port_of(other(site).url))
     assert replica.sentinel_service is None
+
+
+async def test_reads_go_to_a_replica_where_the_caller_says_so(shell, site, lane):
+    with connect_raw(site.primary.url) as primary, connect_raw(other(site).url) as replica:
+        primary.ping()
+        async with await shell.connect(f"{site.url}?read_from=replica") as backend:
+            eid, handle = await claimed(backend, lane)
+            await asyncio.to_thread(wait_until, site.replicated)
+            replica.config_resetstat()
+            assert (await backend.describe(eid)).state == "active"
+            assert "fcall_ro" in " ".join(replica.info("commandstats"))
+            # Nothing is written there, and the primary answers where the replica does not.
+            await backend.complete(handle)
+            replica.execute_command("CLIENT", "PAUSE", 1, "WRITE")
+            replica.client_kill_filter(_type="normal", skipme=True)
+            replica.config_set("maxclients", 1)
+            assert (await backend.describe(eid)).state == "completed"
+            replica.config_set("maxclients", 10_000)

@@ -57,7 +57,7 @@ class Stream:
 async def streams(backend, lane, count, **options):
     made = []
     for number in range(count):
-        eid = await backend.create_execution(lane=lane)
+        await backend.create_execution(lane=lane)
         handle = await backend.claim(lane=lane, lease_ttl_ms=600_000, **WORKER)
         assert handle is not None, number
         stream = Stream(number, handle.fields().execution_id, handle, MODES[number % 3])
@@ -156,7 +156,8 @@ async def test_writers_of_other_nodes_go_on_while_one_is_dead(shell, replicated_
             assert outcome.frame_count == 2
         # They are stored by the new primary, which has no replica yet.
         flushes = (stream.writer.flush(20) for stream in there)
-        for stream, error in zip(there, await asyncio.gather(*flushes, return_exceptions=True)):
+        errors = await asyncio.gather(*flushes, return_exceptions=True)
+        for stream, error in zip(there, errors, strict=True):
             assert isinstance(error, ff_fast.NotReplicated), error
             assert (error.replicas, error.outcome) == (0, ff_fast.Outcome.APPLIED)
             assert stream.writer.last_sequence == 2

@@ -47,6 +47,7 @@ from ..waiting import wait_until, wait_until_async
 from .failover import Past
 from .stored import claimed
 
+
 class Forgetful(Shell):
     """Its backends keep nothing of what was acknowledged, as after the time for which they do."""
 

@@ -72,6 +72,7 @@ def listening(raw):
     return [c for c in raw.client_list() if int(c["ssub"]) >= keys.DEFAULT_PARTITIONS]
 
 
+@pytest.mark.cluster
 def test_every_way_to_end_is_told_once(kind, server, backend, lane, namespace, scope, raw):
     begun = server_ms(raw)
     subscription = Subscription(kind, server.url, scope, here(raw), count=14)
@@ -170,6 +171,7 @@ def test_results_of_any_size(kind, server, scope, end, raw, size):
     assert told.payload_bytes == (result[:size] or None)
 
 
+@pytest.mark.cluster
 def test_a_cursor_goes_on_without_hole_or_repeat(kind, server, scope, end, raw):
     cursor = here(raw)
     eids = [end(b"%d" % n) for n in range(40)]

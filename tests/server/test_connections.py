@@ -37,6 +37,7 @@ def claimed(backend, lane):
     return eid, backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
 
 
+@pytest.mark.standalone("its URL is made of one address")
 def test_a_url_of_every_scheme(connect, server, tcp_server, lane):
     port = tcp_server.url.rpartition(":")[2]
     for url in (
@@ -61,6 +62,7 @@ def test_what_is_no_address(backend, target):
         backend.connect(target)
 
 
+@pytest.mark.standalone("each node has connections of its own")
 def test_calls_and_writers_share_few_connections(connect, server, lane):
     """The blocking shell has one for calls and one for writers; the asyncio shell one for both."""
     with connect_raw(server.url) as raw:

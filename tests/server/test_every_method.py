@@ -22,6 +22,7 @@ from ff_fast import (
     keys,
 )
 
+from ..conftest import connect_raw
 from ..shells import KINDS, WORKER
 from ..unit.test_shells import CLASSES, public
 from .workers import handler_for
@@ -72,6 +73,9 @@ def scenario(shell, kind, url, lane, names):
     embedded = made.of((yield made.embedded()))
     yield embedded.close()
     assert embedded.closed
+    with connect_raw(url) as client:
+        copied = made.of((yield made.from_client(client)))
+    yield copied.close()
     backend = made.of((yield made.connect(url)))
     try:
         yield from calls(backend, lane)
@@ -254,6 +258,7 @@ def works(backend, kind, lane):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cluster
 def test_every_name_is_used(kind, server, lane):
     shell = ff_fast if kind == "sync" else aio
     names = defaultdict(set)

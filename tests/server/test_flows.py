@@ -108,6 +108,7 @@ def test_unknown_and_cancelled_flows_take_no_member(world):
     assert world.create(flow_id=flow, execution_id=member) == member
 
 
+@pytest.mark.cluster
 def test_cancel_all(world, family):
     flow, eids, handles = family
     outcome = world.backend.cancel_flow(flow, ALL, reason="enough")
@@ -126,6 +127,7 @@ def test_cancel_all(world, family):
     assert (again.policy, again.cancelled_members, again.open_members) == (ALL, 0, 0)
 
 
+@pytest.mark.cluster
 def test_cancel_pending_lets_run_what_runs(world, family):
     flow, eids, handles = family
     outcome = world.backend.cancel_flow(flow, PENDING)

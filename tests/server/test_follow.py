@@ -669,6 +669,7 @@ def test_a_wait_ends_at_its_time_and_the_execution_goes_on(world, shell):
         assert shell.wait(eid, timeout) == b"done"
 
 
+@pytest.mark.standalone("it looks inside the hub of one server")
 def test_a_cancelled_wait_leaves_nothing_behind(world, server):
     eid, handle = world.owned()
 

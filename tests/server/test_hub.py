@@ -12,6 +12,8 @@ from ff_fast.errors import PermissionDenied, Unavailable, UnsupportedServer
 from ..conftest import connect_raw
 from ..shells import KINDS, Opener, config
 
+pytestmark = pytest.mark.standalone("it looks inside the hub of one server")
+
 
 class Heard:
     """A listener that notes everything."""

@@ -698,7 +698,7 @@ def test_a_function_that_fails_is_named_with_its_place(create, backend, raw):
 def test_what_a_function_may_not_do_is_named(create, opener, engine, raw, lane):
     eid = create()
     raw.execute_command("ACL", "SETUSER", lane, "on", ">p", "~*", "&*", "+@all", "-hgetall")
-    url = engine.url.replace("unix://", f"unix://{lane}:p@")
+    url = engine.url.replace("://", f"://{lane}:p@", 1)
     backend = opener(url)
     with pytest.raises(errors.PermissionDenied) as caught:
         backend.describe(eid)

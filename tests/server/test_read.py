@@ -470,6 +470,7 @@ def test_a_tail_dials_once(backend, raw, attempt):
     assert raw.info("stats")["total_connections_received"] == before
 
 
+@pytest.mark.standalone("one server watches its commands")
 def test_reads_are_fcall_ro_and_the_functions_carry_no_writes(backend, raw, attempt):
     write(backend, attempt, [("durable", "a"), ("summary", "b")])
     with counted(raw, "fcall_ro", "fcall") as calls:

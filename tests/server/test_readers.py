@@ -76,6 +76,7 @@ def test_a_look_without_a_wait_sees_what_has_come_in_asyncio(server, attempt):
     assert whole(asyncio.run(main()))
 
 
+@pytest.mark.standalone("a proxy stands before one server")
 def test_a_time_out_also_ends_the_wait_for_a_connection(server, attempt):
     async def main(proxy):
         async with aio.ValkeyBackend.connect(proxy.url) as backend:
@@ -92,6 +93,7 @@ def test_a_time_out_also_ends_the_wait_for_a_connection(server, attempt):
 
 
 @pytest.mark.parametrize("how", ["aclose", "drop"])
+@pytest.mark.standalone("a proxy stands before one server")
 def test_a_reader_that_was_left_while_it_connected_leaves_nothing(how, server, attempt):
     async def main(proxy):
         async with aio.ValkeyBackend.connect(proxy.url) as backend:
@@ -143,6 +145,7 @@ def test_reads_that_were_made_before_they_are_awaited(server, attempt):
     assert whole(asyncio.run(main()))
 
 
+@pytest.mark.standalone("a proxy stands before one server")
 def test_short_waits_get_on_where_connecting_takes_longer(server, attempt):
     async def main(proxy):
         async with aio.ValkeyBackend.connect(proxy.url) as backend:
@@ -311,6 +314,7 @@ def test_a_reader_that_has_ended_listens_no_more(backend, attempt):
     assert (tail._asked, tail._attached) == (None, None)
 
 
+@pytest.mark.standalone("it looks inside the hub of one server")
 def test_a_reader_that_has_ended_listens_no_more_in_asyncio(server, attempt):
     async def main():
         async with aio.ValkeyBackend.connect(server.url) as backend:

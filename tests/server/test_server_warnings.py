@@ -113,7 +113,9 @@ def test_an_older_version_is_told(connect):
 
 
 def second_version():
-    asked = subprocess.run([second_engine(), "--version"], capture_output=True, text=True, check=True)
+    asked = subprocess.run(
+        [second_engine(), "--version"], capture_output=True, text=True, check=True
+    )
     return tuple(int(part) for part in asked.stdout.partition("v=")[2].split(".")[:2])
 
 

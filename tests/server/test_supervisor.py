@@ -55,6 +55,7 @@ def due_now(raw, *eids, kind="lease"):
         raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"{kind}:{eid}": now - 1})
 
 
+@pytest.mark.cluster
 def test_a_lapsed_lease_makes_way_for_another_worker(supervisor, backend, lane):
     eid = backend.create_execution(lane=lane)
     backend.claim(lane=lane, **WORKER, lease_ttl_ms=50)
@@ -116,6 +117,7 @@ def test_the_backlog_of_a_cancelled_flow_is_worked_off(supervisor, backend, lane
     assert {backend.describe(eid).state for eid in members} == {"cancelled"}
 
 
+@pytest.mark.cluster
 def test_several_supervisors_fire_each_timer_once(kind, server, backend, lane, raw):
     eids = [backend.create_execution(lane=lane) for _ in range(60)]
     for _ in eids:

@@ -87,6 +87,7 @@ def server_ms(raw):
 
 @pytest.mark.parametrize("state", ["not claimed", "no frame", "some frames"])
 @pytest.mark.parametrize("how", ["complete", "fail"])
+@pytest.mark.cluster
 def test_an_idle_reader_sees_the_end_at_once(kind, how, state, backend, server, raw, lane):
     def measure():
         eid = backend.create_execution(lane=lane)
@@ -139,6 +140,7 @@ def expiry(raw, attempt):
     return head_of(raw, attempt.head).lease_expires_at
 
 
+@pytest.mark.cluster
 def test_a_blocked_reader_hears_of_a_dead_producer(kind, backend, server, raw, lane):
     attempt = begin(backend, lane, lease_ttl_ms=800)
     write(backend, attempt, 2)
@@ -384,6 +386,7 @@ def test_a_server_that_comes_back_without_its_data(kind, lane):
             reader.result()
 
 
+@pytest.mark.cluster
 def test_a_tail_goes_on_after_its_connection_was_killed(kind, backend, server, raw, attempt):
     write(backend, attempt, 2)
     reader = Reader(kind, server.url, attempt.eid)
@@ -508,6 +511,7 @@ def test_a_tail_that_is_left_listens_no_more(backend, raw, attempt, monkeypatch)
         wait_until(lambda: listeners(raw, attempt) == 0)
 
 
+@pytest.mark.standalone("each node has connections of its own")
 def test_many_tails_of_a_backend_share_two_connections(
     kind, server, raw, backend, attempt, monkeypatch
 ):
@@ -529,6 +533,7 @@ def test_many_tails_of_a_backend_share_two_connections(
     wait_until(lambda: clients(raw) == before)
 
 
+@pytest.mark.standalone("it looks inside the hub of one server")
 def test_asyncio_tails_closed_or_cancelled_leave_nothing(
     server, raw, backend, attempt, monkeypatch
 ):

@@ -53,6 +53,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cluster
 def test_each_kind_fires_once(world, kind):
     eid = armed(world, kind)
     before = len(world.backend.describe(eid).history)

@@ -53,6 +53,7 @@ def ledger(world, eid):
     return world.backend.describe(eid).usage
 
 
+@pytest.mark.cluster
 def test_every_dimension_is_counted(world, budget):
     b = budget(hard={"input_tokens": 100})
     eid, handle = world.owned(budgets=[b])

@@ -118,12 +118,10 @@ class Scene:
             self.tag, member.encode(), kind, eid or self.child, ScannerFilter.NOOP
         )
 
-    def append(self, *blocks, first=4):
+    def append(self, *blocks, first=4, push=b" push"):
         attempt = self.attempt
         args = (part for block in blocks for part in block)
-        argv = streams.part_of(
-            attempt.stream_keys, self.writer, b"%d" % (first - 1), b" push", *args
-        )
+        argv = streams.part_of(attempt.stream_keys, self.writer, b"%d" % (first - 1), push, *args)
         return ops.Op(b"ff_append", attempt.stream_keys, argv, None)
 
     # -- ops ----------------------------------------------------------------------------------------
@@ -204,6 +202,10 @@ CALLS = {
         lambda s: s.append([b"E", b"1.5"], [b"H", b"1"], [b"K", b"100"]),
         lambda s: s.append([b"E", b"1.5"], S.live(b"a"), [b"H", b""]),
         lambda s: s.append(S.live(b"again"), S.log(b"a"), first=4),
+        lambda s: s.append(
+            [b"G", b"5"], [b"H", b""], [b"N", b"7", b"{}", b"json-merge-patch:"], push=b" "
+        ),
+        lambda s: s.append([b"R", *2 * [b"1000000000000"]], S.live(b"a"), S.log(b"b"), push=b" "),
     ],
     "ff_renew_lease": [lambda s: ops.renew_lease(s.attempt, 1000)],
     "ff_report_progress": [lambda s: ops.report_progress(s.attempt, 5, "m")],

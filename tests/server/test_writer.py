@@ -792,6 +792,7 @@ def test_writers_of_two_attempts_do_not_mix(another, backend):
     assert [payloads(stream) for stream in streams] == sent
 
 
+@pytest.mark.standalone("each node has connections of its own")
 def test_fifty_streams_share_a_connection(another, backend, raw):
     streams = [another() for _ in range(50)]
     before = len(raw.client_list())

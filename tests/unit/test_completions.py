@@ -8,7 +8,7 @@ from ff_fast._core import completions
 from ff_fast._core.completions import CompletionCore
 from ff_fast.types import CompletionPayload, ScannerFilter
 
-from .script import functions, run
+from .script import functions, request_of, words
 
 UUID = "550e8400-e29b-41d4-a716-446655440000"
 EIDS = [f"{{fp:{index}}}:{UUID}" for index in range(2)]
@@ -22,19 +22,46 @@ GONE = [0, b"execution_not_found"]
 
 
 def read(core, *replies):
-    return run(core.read(), replies)
+    """Let *core* ask until it has items or nothing to ask; return what it asked for, and its items or an error."""
+    replies = iter(replies)
+    asked = []
+    try:
+        while not (items := core.take()) and (step := core.step()) is not None:
+            commands = words(request_of(step))
+            asked += commands
+            if items := core.receive(*[next(replies) for _ in commands]):
+                break
+    except errors.FFError as error:
+        items = error
+    assert next(replies, EOFError) is EOFError
+    return asked, items
 
 
 def core(after="start", scope=EVERYTHING):
-    return CompletionCore(2, after, scope)
+    """A subscription whose channels are confirmed."""
+    new = CompletionCore(2, after, scope)
+    listen(new)
+    return new
 
 
-def xread(*ids, streams=(0, 1), block=True):
-    return [
-        *(b"XREAD", b"COUNT", b"%d" % (completions._REPLY_RECORDS // len(streams))),
-        *((b"BLOCK", b"5000") if block else ()),
-        *(b"STREAMS", *(STREAMS[index] for index in streams), *ids),
-    ]
+def listen(core):
+    for _, listener in core.part.listeners:
+        listener.doubt(True)
+
+
+def tell(core, *indexes):
+    for index in indexes:
+        core.part.listeners[index][1].told(b"C")
+
+
+def xrange(index, after, of=1):
+    count = b"%d" % (completions._REPLY_RECORDS // of)
+    return [b"XRANGE", STREAMS[index], b"(" + after, b"+", b"COUNT", count]
+
+
+def stored(last=b"10-1", added=1):
+    """What XINFO says of a stream with something to read."""
+    return kept(b"1-0", added, added, last)
 
 
 def entry(identity=b"10-1", index=1, **more):
@@ -46,10 +73,6 @@ def entry(identity=b"10-1", index=1, **more):
         **more,
     }
     return [identity, [part.encode() for pair in fields.items() for part in pair]]
-
-
-def record(index=1, identity=b"10-1", **more):
-    return [STREAMS[index], [entry(identity, index, **more)]]
 
 
 def kept(first=b"5-0", length=3, added=3, last=b"7-0", deleted=b"0-0"):
@@ -71,43 +94,120 @@ def passed(index, identity):
 def test_a_new_subscription_begins_behind_the_last_record_of_each_partition():
     new = core(None)
     assert new.start is None
-    asked, found = read(new, kept(last=b"7-3"), NO_KEY, None)
-    assert asked == [*LOOK, xread(b"7-3", b"0-0")]
-    assert (found, new.start) == ([], "0-0,0:7-3:3")
-    # It has begun; nothing can have been trimmed since, so nothing else is asked.
-    assert read(new, None) == ([xread(b"7-3", b"0-0")], [])
+    assert read(new, kept(last=b"7-3"), NO_KEY) == (LOOK, [])
+    assert new.start == "0-0,0:7-3:3"
+    # Nothing is asked before something is pushed.
+    assert read(new) == ([], [])
+    tell(new, 1)
+    asked, found = read(new, [entry()])
+    assert asked == [xrange(1, b"0-0")]
+    assert [each.cursor for each in found] == ["0-0,0:7-3:3,1:a-1:1"]
+
+
+def test_the_first_look_waits_for_all_channels_or_a_short_time(monkeypatch):
+    new = CompletionCore(2, None, EVERYTHING)
+    new.part.listeners[0][1].doubt(True)
+    assert read(new) == ([], [])
+    now = completions.monotonic() + completions._SUBSCRIBE_S
+    monkeypatch.setattr(completions, "monotonic", lambda: now)
+    assert new.wake_at <= now
+    assert read(new, NO_KEY, NO_KEY)[0] == LOOK
+    # What is not listened to is looked at often.
+    assert read(new) == ([], [])
+    now += completions._UNSUBSCRIBED_S
+    assert new.wake_at <= now
+    assert read(new, NO_KEY)[0] == LOOK[1:]
+    listen(new)
+    assert read(new, NO_KEY, NO_KEY)[0] == LOOK
+    assert new.wake_at > now + 10
+
+
+def test_a_lost_push_is_found_by_a_look(monkeypatch):
+    running = core()
+    read(running, NO_KEY, NO_KEY)
+    now = running.wake_at
+    monkeypatch.setattr(completions, "monotonic", lambda: now)
+    asked, found = read(running, NO_KEY, stored(), [entry()])
+    assert asked == [*LOOK, xrange(1, b"0-0")]
+    assert len(found) == 1
+
+
+def test_a_channel_that_was_lost_is_looked_at_when_it_is_back():
+    running = core()
+    read(running, NO_KEY, NO_KEY)
+    listener = running.part.listeners[1][1]
+    listener.doubt(False)
+    assert read(running) == ([], [])
+    listener.doubt(True)
+    asked, found = read(running, stored(), [entry()])
+    assert asked == [LOOK[1], xrange(1, b"0-0")]
+    assert len(found) == 1
+
+
+def test_a_partition_that_cannot_answer_keeps_no_other_from_being_read(monkeypatch):
+    running = core()
+    read(running, NO_KEY, NO_KEY)
+    tell(running, 0, 1)
+    asked, found = read(running, errors.Unavailable(), [entry()])
+    assert asked == [xrange(0, b"0-0", 2), xrange(1, b"0-0", 2)]
+    assert len(found) == 1
+    now = running.wake_at
+    monkeypatch.setattr(completions, "monotonic", lambda: now)
+    asked, found = read(running, stored(), [entry(index=0)])
+    assert asked == [LOOK[0], xrange(0, b"0-0")]
+    assert len(found) == 1
+    tell(running, 0, 1)
+    assert len(read(running, hiredis.ReplyError("CLUSTERDOWN no"), [entry(b"11-0")])[1]) == 1
+    tell(running, 0, 1)
+    # Where none can, the error is raised.
+    assert type(read(running, errors.Unavailable(), errors.Unavailable())[1]) is errors.Unavailable
+
+
+def test_a_failed_subscription_is_raised():
+    running = core()
+    running.part.listeners[0][1].failed(errors.Unavailable())
+    with pytest.raises(errors.Unavailable):
+        running.step()
 
 
 def test_from_the_start_everything_that_is_kept_is_read():
-    asked, found = read(core(), NO_KEY, kept(added=9), [record()])
-    assert asked == [*LOOK, xread(b"0-0", b"0-0")]
+    asked, found = read(core(), NO_KEY, kept(b"5-0", 3, 9), [entry()])
+    assert asked == [*LOOK, xrange(1, b"0-0")]
     assert found == [CompletionPayload(EIDS[1], "success", None, 10, None, "0-0,1:a-1:7")]
 
 
 def test_a_cursor_goes_on_in_each_partition_behind_what_it_brought():
     running = core("0-0,0:4:1,1:7-1:3")
     assert running.start == "0-0,0:4:1,1:7-1:3"
-    records = [record(0, b"8-1"), record(1, b"90-1", flow_id=UUID)]
-    abouts = kept(b"4-0", 1, 1, b"4-0"), kept(last=b"7-1")
-    asked, found = read(running, *abouts, THERE, THERE, records)
-    assert asked == [*LOOK, passed(0, b"4-0"), passed(1, b"7-1"), xread(b"4-0", b"7-1")]
+    abouts = kept(b"4-0", 2, 2, b"8-1"), kept(b"5-0", 4, 4, b"90-1")
+    entries = [entry(b"8-1", 0)], [entry(b"90-1", 1, flow_id=UUID)]
+    asked, found = read(running, *abouts, THERE, THERE, *entries)
+    places = passed(0, b"4-0"), passed(1, b"7-1")
+    assert asked == [*LOOK, *places, xrange(0, b"4-0", 2), xrange(1, b"7-1", 2)]
     assert [each.cursor for each in found] == ["0-0,0:8-1:2,1:7-1:3", "0-0,0:8-1:2,1:2i-1:4"]
     assert found[1].flow_id == UUID
-    assert read(running, None)[0] == [xread(b"8-1", b"90-1")]
+    tell(running, 1, 0)
+    assert read(running, [], [])[0] == [xrange(1, b"90-1", 2), xrange(0, b"8-1", 2)]
 
 
 def test_an_id_is_a_place_in_every_partition():
-    asked, _ = read(core("6-0"), kept(last=b"5-2"), kept(last=b"7-0"), None)
+    running = core("6-0")
+    asked, _ = read(running, kept(last=b"5-2"), kept(last=b"7-0"), [])
+    assert asked[2:] == [xrange(1, b"6-0")]
     # Whatever comes is behind the last record, also if the id is a time that the server's clock has still to reach.
-    assert asked[2] == xread(b"5-2", b"6-0")
+    tell(running, 0)
+    assert read(running, [])[0] == [xrange(0, b"5-2")]
 
 
 def test_after_a_lost_connection_it_reads_again_from_where_it_stood():
     running = core("4-0")
-    assert type(read(running, kept(), kept(), errors.Unavailable())[1]) is errors.Unavailable
+    assert (
+        type(read(running, kept(), kept(), errors.Unavailable(), errors.Unavailable())[1])
+        is errors.Unavailable
+    )
     running.restart()
-    asked, _ = read(running, kept(), kept(), None)
-    assert asked == [*LOOK, xread(b"4-0", b"4-0")]
+    asked, _ = read(running, kept(), kept(), [], [])
+    assert asked == [*LOOK, xrange(0, b"4-0", 2), xrange(1, b"4-0", 2)]
 
 
 def test_a_cursor_before_what_is_kept_is_refused(subtests):
@@ -137,7 +237,19 @@ def test_a_cursor_before_what_is_kept_is_refused(subtests):
             if lost:
                 assert type(read(running, about, NO_KEY, *there)[1]) is errors.InvalidCursor
             else:
-                assert read(running, about, NO_KEY, *there, None)[1] == []
+                behind = (
+                    running._places.get(0, running._base)[:2] < completions._Stream.of(about).last
+                )
+                assert (
+                    read(
+                        running,
+                        about,
+                        NO_KEY,
+                        *there,
+                        *([[]] if behind or after == "start" else []),
+                    )[1]
+                    == []
+                )
 
 
 def test_a_bad_cursor_is_refused(subtests):
@@ -152,8 +264,9 @@ def test_a_bad_cursor_is_refused(subtests):
 
 def test_a_namespace_leaves_others_out_and_goes_on_behind_them():
     running = core(scope=ScannerFilter(namespace="another"))
-    assert read(running, NO_KEY, NO_KEY, [record()])[1] == []
-    assert read(running, None)[0] == [xread(b"0-0", b"10-1")]
+    assert read(running, NO_KEY, stored(), [entry()])[1] == []
+    tell(running, 1)
+    assert read(running, [])[0] == [xrange(1, b"10-1")]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +281,7 @@ def test_a_namespace_leaves_others_out_and_goes_on_behind_them():
 )
 def test_a_tag_is_read_from_the_execution(tags, wanted):
     running = core(scope=EVERYTHING.with_instance_tag("a.b", "c"))
-    asked, found = read(running, NO_KEY, NO_KEY, [record()], tags)
+    asked, found = read(running, NO_KEY, stored(), [entry()], tags)
     assert functions(asked)[3:] == ["ff_read_tags"]
     assert [each.execution_id for each in found] == [EIDS[1]] * wanted
 
@@ -178,7 +291,7 @@ def test_a_tag_is_read_from_the_execution(tags, wanted):
     [([1, b"OK", b"large"], b"large"), ([1, b"OK", b""], None), (GONE, None), (WRONGTYPE, None)],
 )
 def test_a_result_is_read_from_the_execution(reply, payload):
-    asked, (found,) = read(core(), NO_KEY, NO_KEY, [record(payload_bytes="5")], reply)
+    asked, (found,) = read(core(), NO_KEY, stored(), [entry(payload_bytes="5")], reply)
     assert functions(asked)[3:] == ["ff_read_payload"]
     assert asked[3][4] == keys.result(EIDS[1])
     assert (found.payload_bytes, found.outcome) == (payload, "success")
@@ -192,7 +305,7 @@ def test_results_are_asked_for_as_many_as_make_one_answer():
         for n, size in enumerate(sizes, 1)
     ]
     told, groups = [], []
-    replies = [NO_KEY, NO_KEY, [[STREAMS[1], entries]]]
+    replies = [NO_KEY, kept(b"1-0", 8, 8, b"8-0"), entries]
     # Each read takes the largest group that fits; one that takes all leaves nothing to ask.
     for asks in (1, 3, 1, 1):
         asked, found = read(running, *replies, *[[1, b"OK", b"x"]] * asks)
@@ -202,19 +315,21 @@ def test_results_are_asked_for_as_many_as_make_one_answer():
     assert groups == [["ff_read_payload"] * asks for asks in (1, 3, 1, 1)]
     assert [each.cursor for each in told] == [f"0-0,1:{n}:{n}" for n in range(1, 9)]
     assert [each.payload_bytes for each in told] == [b"x" if size else None for size in sizes]
-    assert read(running, None)[0] == [xread(b"0-0", b"8-0")]
+    assert read(running) == ([], [])
 
 
-def test_a_partition_that_has_more_is_read_on_alone_and_then_all(monkeypatch):
-    monkeypatch.setattr(completions, "_REPLY_RECORDS", 4)
+def test_a_partition_that_has_more_is_read_on_in_turn_with_the_others(monkeypatch):
+    monkeypatch.setattr(completions, "_REPLY_RECORDS", 2)
     running = core()
-    two = [[STREAMS[1], [entry(b"1-0"), entry(b"2-0")]]]
-    asked, _ = read(running, NO_KEY, NO_KEY, two)
-    assert asked[2][2] == b"2"
-    asked, found = read(running, [[STREAMS[1], [entry(b"3-0")] * 4]])
-    assert asked == [xread(b"2-0", streams=[1], block=False)]
-    assert len(found) == 4
-    assert read(running, None)[0] == [xread(b"0-0", b"3-0")]
+    two = kept(b"1-0", 3, 3, b"3-0"), kept(b"1-0", 3, 3, b"3-0")
+    one = [entry(b"1-0", 0)], [entry(b"1-0")]
+    read(running, *two, *one)
+    tell(running, 0)
+    asked, _ = read(running, [entry(b"2-0", 0)], [])
+    assert asked == [xrange(0, b"1-0", 2), xrange(1, b"1-0", 2)]
+    asked, _ = read(running, [])
+    assert asked == [xrange(0, b"2-0")]
+    assert read(running) == ([], [])
 
 
 def test_a_foreign_record_is_passed_over(subtests):
@@ -234,23 +349,22 @@ def test_a_foreign_record_is_passed_over(subtests):
     ):
         with subtests.test(foreign=str(foreign)[:80]):
             running = core()
-            asked, found = read(running, NO_KEY, NO_KEY, [[STREAMS[1], [foreign, entry(b"11-0")]]])
+            asked, found = read(running, NO_KEY, stored(b"11-0", 2), [foreign, entry(b"11-0")])
             assert len(asked) == 3
             assert [each.cursor for each in found] == ["0-0,1:b:2"]
 
 
 def test_a_key_of_another_type_takes_one_partition_out_until_it_is_gone():
     running = core(None)
-    read(running, kept(), kept(), None)
-    # Seen by a read, which looks again.
-    assert read(running, WRONGTYPE) == ([xread(b"7-0", b"7-0")], [])
-    asked, found = read(running, kept(), WRONGTYPE, THERE, WRONGTYPE, [record(0, b"8-0")])
-    places = passed(0, b"7-0"), passed(1, b"7-0")
-    assert asked == [*LOOK, *places, xread(b"7-0", streams=[0])]
+    read(running, kept(), kept())
+    tell(running, 0, 1)
+    asked, found = read(running, [entry(b"8-0", 0)], WRONGTYPE)
+    assert asked == [xrange(0, b"7-0", 2), xrange(1, b"7-0", 2)]
     assert len(found) == 1
-    asked, _ = read(running, kept(last=b"8-0"), kept(), THERE, THERE, None)
-    assert asked == [*LOOK, passed(0, b"8-0"), passed(1, b"7-0"), xread(b"8-0", b"7-0")]
-    assert read(running, None)[0] == [xread(b"8-0", b"7-0")]
+    tell(running, 1)
+    asked, found = read(running, [entry(b"9-0")])
+    assert asked == [xrange(1, b"7-0")]
+    assert len(found) == 1
     error = read(core(None), WRONGTYPE, WRONGTYPE)[1]
     assert type(error) is errors.Corruption
 
@@ -260,13 +374,13 @@ def test_a_key_of_another_type_takes_one_partition_out_until_it_is_gone():
     [
         ([NOPERM, NO_KEY], errors.PermissionDenied),
         ([NO_KEY, [b"length", b"x"]], errors.ProtocolError),
-        ([NO_KEY, NO_KEY, NOPERM], errors.PermissionDenied),
-        ([NO_KEY, NO_KEY, b"text"], errors.ProtocolError),
-        ([NO_KEY, NO_KEY, [record(payload_bytes="5")], NOPERM], errors.PermissionDenied),
+        ([NO_KEY, stored(), NOPERM], errors.PermissionDenied),
+        ([NO_KEY, stored(), b"text"], errors.ProtocolError),
+        ([NO_KEY, stored(), [entry(payload_bytes="5")], NOPERM], errors.PermissionDenied),
     ],
 )
 def test_a_refused_read_passes_nothing(replies, error):
     running = core()
     assert type(read(running, *replies)[1]) is error
     running.restart()
-    assert read(running, NO_KEY, NO_KEY, None)[0][2] == xread(b"0-0", b"0-0")
+    assert read(running, NO_KEY, stored(), [])[0][2] == xrange(1, b"0-0")

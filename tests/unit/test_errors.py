@@ -36,6 +36,7 @@ NOT_APPLIED = {
     "lease_expired": errors.LeaseExpired,
     "writer_superseded": errors.WriterSuperseded,
     "sequence_gap": errors.SequenceGap,
+    "frames_lost": errors.FramesLost,
     "execution_not_active": errors.ExecutionNotActive,
     "execution_failed": errors.ExecutionFailed,
     "execution_cancelled": errors.ExecutionCancelled,
@@ -78,6 +79,7 @@ UNKNOWN_RETRYABLE = {
     "outcome_unknown": errors.OutcomeUnknown,
     "deadline_exceeded": errors.DeadlineExceeded,
 }
+APPLIED_RETRYABLE = {"not_replicated": errors.NotReplicated}
 UNKNOWN = {
     "protocol_error": errors.ProtocolError,
     "internal_function_error": errors.InternalFunctionError,
@@ -87,6 +89,7 @@ TABLE = [
     for classes, retryable, outcome in (
         (NOT_APPLIED, False, Outcome.NOT_APPLIED),
         (RETRYABLE, True, Outcome.NOT_APPLIED),
+        (APPLIED_RETRYABLE, True, Outcome.APPLIED),
         (UNKNOWN_RETRYABLE, True, Outcome.UNKNOWN),
         (UNKNOWN, False, Outcome.UNKNOWN),
     )
@@ -99,6 +102,7 @@ def make(cls):
     arguments = {
         errors.PayloadTooLarge: ((10, 11), {}),
         errors.SequenceGap: ((5, 9), {}),
+        errors.FramesLost: ((5, 8), {}),
         errors.SummaryConflict: ((2, 1), {}),
         errors.LibraryMismatch: ((4, 3), {}),
         errors.DeploymentMismatch: ((256, 64), {}),
@@ -320,6 +324,12 @@ def test_server_errors_by_their_first_word(subtests):
         ("READONLY You can't write against a read only replica.", errors.NotPrimary),
         ("BUSY Valkey is busy running a script.", errors.ServerBusy),
         ("NOREPLICAS Not enough good replicas to write.", errors.NotEnoughReplicas),
+        ("ERR WAIT cannot be used with replica instances.", errors.NotPrimary),
+        ("ERR WAITAOF cannot be used with replica instances.", errors.NotPrimary),
+        (
+            "ERR WAITAOF cannot be used when numlocal is set but appendonly is disabled.",
+            errors.UnsupportedServer,
+        ),
         ("ERR Function not found", errors.FunctionMissing),
         ("WRONGTYPE Operation against a key", errors.Corruption),
         ("ERR The ID specified in XADD is equal or smaller than the target", errors.Corruption),

@@ -14,7 +14,7 @@ ROOMS = {
     "values": ["errors", "types", "keys", "_library", "_text", "embedded"],
     "hot paths": ["_hot"],
     "core": ["_core"],
-    "transport": ["_transport", "_connect_errors", "_process"],
+    "transport": ["_transport", "_connect_errors", "_clients", "_process"],
     "shells": ["_sync", "_aio", "client", "aio"],
     "public names": ["__init__"],
     "around": ["cli", "_cli", "_demo", "data", "__main__"],

@@ -153,6 +153,11 @@ def line(limit=256, *, empty=False):
     return bad if empty else [*bad, ("", InvalidInput)]
 
 
+LEVELS = {
+    "durability": [("synced", InvalidType), (1, InvalidType)],
+    "durability_timeout": [*ABOVE_ZERO, (0.0005, InvalidInput)],
+}
+
 CLAIMER = {
     "worker_id": NAMES,
     "worker_instance_id": NAMES,
@@ -198,6 +203,7 @@ REFUSALS = {
             "handle": FOREIGN,
             "payload": [*DOCUMENTS, (None, InvalidType)],
             "last_sequence": [(-1, InvalidInput), (2**53, InvalidInput), (1.5, InvalidType)],
+            **LEVELS,
         },
     ),
     "fail": (
@@ -206,11 +212,12 @@ REFUSALS = {
             "handle": FOREIGN,
             "reason": [(None, InvalidType), (b"x", InvalidType), ("\ud800", InvalidInput)],
             "failure_class": [("permanent", InvalidType), (None, InvalidType)],
+            **LEVELS,
         },
     ),
     "cancel": (
         {"target": EID},
-        {"target": [*IDS, FOREIGN[-1]], "reason": line(4096), "grace": DURATIONS},
+        {"target": [*IDS, FOREIGN[-1]], "reason": line(4096), "grace": DURATIONS, **LEVELS},
     ),
     "progress": (
         {"handle": HANDLE},
@@ -253,6 +260,7 @@ REFUSALS = {
             "timeout": DURATIONS,
             "on_timeout": [("fail", InvalidType), (None, InvalidType)],
             "reason": line(),
+            **LEVELS,
         },
     ),
     "deliver_signal": (
@@ -404,6 +412,7 @@ REFUSALS = {
                 (1.001, InvalidInput),
                 (timedelta(seconds=2), InvalidInput),
             ],
+            **LEVELS,
         },
     ),
     "append_frame": (
@@ -412,6 +421,7 @@ REFUSALS = {
             "handle": FOREIGN,
             "frame": [(bad, InvalidType) for bad in (b"x", None, "x", 7)],
             "timeout": DURATIONS,
+            **LEVELS,
         },
     ),
     "keep_lease": ({"handle": HANDLE}, {"handle": FOREIGN}),

@@ -256,7 +256,13 @@ CALLS = {
     ),
     "ff_fail_execution": (
         ops.fail_execution(ATTEMPT, FailureReason("why", b"\xff"), FailureClass.TIMEOUT),
-        {**FENCE, "message": b"why", "failure_class": b"timeout", "detail": b"\xff"},
+        {
+            **FENCE,
+            "last_id": b"",
+            "message": b"why",
+            "failure_class": b"timeout",
+            "detail": b"\xff",
+        },
         [],
     ),
     "ff_report_progress": (

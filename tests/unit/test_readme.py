@@ -106,7 +106,7 @@ def test_methods_exist_in_both_shells():
 
 def test_error_table_is_that_of_the_classes():
     rows = re.findall(
-        r"^\|.*\| (not applied|unknown) \| (yes|no) \| (.*) \|$", README, re.MULTILINE
+        r"^\|.*\| (not applied|applied|unknown) \| (yes|no) \| (.*) \|$", README, re.MULTILINE
     )
     stated = {
         name: (outcome, retryable)
@@ -121,7 +121,7 @@ def test_error_table_is_that_of_the_classes():
         and cls is not FFError
     }
     assert stated == actual
-    assert {outcome.value for outcome in Outcome} == {"not_applied", "unknown"}
+    assert {outcome.value for outcome in Outcome} == {"not_applied", "applied", "unknown"}
 
 
 def test_reasons_are_those_of_the_code():

@@ -80,7 +80,8 @@ def test_a_bound_operation_looks_like_a_method(shell):
     # So pickle finds it by its name.
     assert pickle.loads(pickle.dumps(complete)) is complete
     signature = inspect.signature(complete)
-    assert list(signature.parameters) == ["self", "handle", "payload", "last_sequence"]
+    assert list(signature.parameters)[:4] == ["self", "handle", "payload", "last_sequence"]
+    assert list(signature.parameters)[4:] == ["durability", "durability_timeout"]
     assert signature.return_annotation == "None"
     assert "Calling it again is safe." in complete.__doc__
     assert inspect.iscoroutinefunction(complete) == (shell is aio)

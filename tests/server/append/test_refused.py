@@ -352,6 +352,7 @@ def test_a_repeat_is_looked_for_in_both_streams(stream, next_ms):
 
 
 @pytest.mark.parametrize("head", [b"", b"head", b"ff:stream:x:head", b"ff:stream:x:0:heads"])
+@pytest.mark.standalone("keys of several slots in one command")
 def test_no_key_of_a_head_is_no_execution(stream, head):
     before = stream.everything()
     names = (head, stream.log)

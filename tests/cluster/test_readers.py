@@ -1,0 +1,152 @@
+"""Readers of a cluster while its slots move, its primaries hand over and its nodes die."""
+
+import uuid
+
+import pytest
+
+import ff_fast
+from ff_fast import ScannerFilter, keys
+
+from ..server.test_hub import Heard
+from ..server.workers import Subscription
+from ..shells import KINDS, Opener
+from ..waiting import wait_until
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def connect(kind):
+    opener = Opener(kind)
+    yield opener
+    opener.close()
+
+
+def channel(partition):
+    return f"ff:stream:{{fp:{partition}}}:{uuid.uuid4()}:0:head".encode()
+
+
+def others(cluster, node):
+    return [each for each in cluster.primaries if each is not node]
+
+
+class Listening:
+    """A channel of each primary with a listener, and what was published on it."""
+
+    def __init__(self, backend, cluster):
+        self.backend, self.cluster = backend, cluster
+        self.heard, self.sent = {}, {}
+        for node in cluster.primaries:
+            mine = set(cluster.slots_of(node))
+            partition = next(
+                i for i in range(256) if keys.key_slot(keys.slot_tag(i).encode()) in mine
+            )
+            name = channel(partition)
+            self.heard[name], self.sent[name] = Heard(), []
+            backend._hub.listen(name, self.heard[name])
+        self.settled()
+
+    def settled(self):
+        """Wait until every channel is listened to at the node that has its slot."""
+
+        def there():
+            return all(
+                each.doubts[-1:] == [True]
+                and self.cluster.node_of(keys.key_slot(name)).command(
+                    "PUBSUB", "SHARDNUMSUB", name.decode()
+                )[1]
+                == 1
+                for name, each in self.heard.items()
+            )
+
+        self.backend.wait_until(there, 15)
+
+    def publish(self):
+        """Publish on every channel, and see that its listener hears it."""
+        for name, listener in self.heard.items():
+            message = b"%d" % len(self.sent[name])
+            self.cluster.node_of(keys.key_slot(name)).command(
+                "SPUBLISH", name.decode(), message.decode()
+            )
+            self.sent[name].append(message)
+            self.backend.wait_until(lambda: listener.messages == self.sent[name])  # noqa: B023
+
+    def check(self):
+        for name, listener in self.heard.items():
+            assert listener.messages == self.sent[name]
+            assert listener.errors == []
+
+
+def test_a_channel_goes_with_its_slot(connect, cluster):
+    listening = Listening(connect(cluster.url), cluster)
+    listening.publish()
+    name = next(iter(listening.heard))
+    slot = keys.key_slot(name)
+    home = cluster.node_of(slot)
+    for to in (*others(cluster, home), home):
+        cluster.migrate([slot], to)
+        listening.settled()
+        listening.publish()
+    listening.check()
+    # Those of other slots have heard nothing of it.
+    assert all(each.doubts == [True] for at, each in listening.heard.items() if at != name)
+
+
+def test_channels_of_a_primary_go_to_the_replica_that_takes_over(connect, replicated_cluster):
+    cluster = replicated_cluster
+    listening = Listening(connect(cluster.url), cluster)
+    listening.publish()
+    for handover in ("planned", "killed"):
+        names = list(listening.heard)
+        old = cluster.node_of(keys.key_slot(names[0]))
+        (new,) = cluster.replicas_of(old)
+        before = {name: len(each.doubts) for name, each in listening.heard.items()}
+        if handover == "planned":
+            cluster.failover(new)
+        else:
+            cluster.kill(old)
+            cluster.wait_until_stable()
+        listening.settled()
+        listening.publish()
+        for name in names[1:]:
+            assert len(listening.heard[name].doubts) == before[name]
+        if handover == "killed":
+            cluster.restart(old)
+    listening.check()
+
+
+def ended(backend, namespace, count):
+    """Executions that end in many partitions."""
+    eids = [backend.create_execution(lane=namespace, namespace=namespace) for _ in range(count)]
+    for eid in eids:
+        backend.cancel(eid)
+    return eids
+
+
+def test_completions_are_told_once_while_slots_move_and_a_primary_dies(
+    kind, replicated_cluster, lane
+):
+    cluster = replicated_cluster
+    with ff_fast.ValkeyBackend.connect(cluster.url) as backend:
+        subscription = Subscription(kind, cluster.url, ScannerFilter(namespace=lane))
+        wait_until(lambda: subscription.begun)
+        eids = ended(backend, lane, 20)
+        first, second, *_ = cluster.primaries
+        slots = [s for s in range(16384) if s in set(cluster.slots_of(first))]
+        tags = {keys.key_slot(keys.slot_tag(i).encode()) for i in range(256)}
+        moved = [slot for slot in slots if slot in tags][:30]
+        for to in (second, first):
+            cluster.migrate(moved, to)
+            eids += ended(backend, lane, 20)
+        wait_until(lambda: len(subscription.items) == len(eids), 15)
+        cluster.kill(first)
+        eids += ended(backend, lane, 20)
+        wait_until(lambda: len(subscription.items) >= len(eids), 15)
+        cluster.restart(first)
+        subscription.ended.set()
+        eids += ended(backend, lane, 1)
+        told = [each.execution_id for each in subscription.result(20)]
+    assert sorted(told) == sorted(eids)
