@@ -28,7 +28,7 @@ from ff_fast.errors import (
 from ff_fast.types import DEFAULT_PAYLOAD_LIMIT
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Hashable
+    from collections.abc import Hashable, Set
 
 READS = "reads"
 """Role of a connection whose reads a replica may answer."""
@@ -111,7 +111,7 @@ class Deployment:
             del self._sweeps[next(iter(self._sweeps))]
         self._sweeps[lane] = (seen, swept)
 
-    def prepare(self, role: str | None = None, slots: Container[int] | None = None) -> Steps[bool]:
+    def prepare(self, role: str | None = None, slots: Set[int] | None = None) -> Steps[bool]:
         """Check a new connection: load the library if it is missing or different, and compare the partition count.
 
         Args:
@@ -144,7 +144,7 @@ class Deployment:
         self._agree(stored)
         return True
 
-    def _prepare_node(self, role: str | None, slots: Container[int]) -> Steps[bool]:
+    def _prepare_node(self, role: str | None, slots: Set[int]) -> Steps[bool]:
         key = None if role == READS else keys.key_in(slots)
         names = (*_names(role, self._client_name), *((_READONLY,) if role == READS else ()))
         if key is None:
