@@ -269,7 +269,6 @@ def works(backend, kind, lane):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.cluster
 def test_every_name_is_used(kind, server, lane):
     shell = ff_fast if kind == "sync" else aio
     names = defaultdict(set)
