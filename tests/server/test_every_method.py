@@ -4,10 +4,13 @@ What each does is tested elsewhere. Here nothing may be missing: a name that the
 """
 
 import asyncio
+import contextlib
 import inspect
+import urllib.parse
 from collections import defaultdict
 
 import pytest
+import redis
 
 import ff_fast
 from ff_fast import (
@@ -67,13 +70,21 @@ def spec(waitpoint):
     )
 
 
+def client_of(url):
+    """A client of redis-py."""
+    if "cluster=true" in url:
+        host, port = urllib.parse.urlsplit(url).netloc.split(",")[0].split(":")
+        return redis.RedisCluster(host=host, port=int(port))
+    return connect_raw(url)
+
+
 def scenario(shell, kind, url, lane, names):
     """Uses everything; yields what the asyncio shell awaits."""
     made = Used(shell.ValkeyBackend, names)
     embedded = made.of((yield made.embedded()))
     yield embedded.close()
     assert embedded.closed
-    with connect_raw(url) as client:
+    with contextlib.closing(client_of(url)) as client:
         copied = made.of((yield made.from_client(client)))
     yield copied.close()
     backend = made.of((yield made.connect(url)))
@@ -258,7 +269,6 @@ def works(backend, kind, lane):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.cluster
 def test_every_name_is_used(kind, server, lane):
     shell = ff_fast if kind == "sync" else aio
     names = defaultdict(set)
