@@ -76,9 +76,9 @@ def draw(report: Report, folder: Path, note: str) -> list[Path]:
             for panel, axes in zip(shown, all_axes[0], strict=True):
                 draw_lines(axes, panel, report.series[panel.series])
             made.append(saved(figure, folder / f"{name}.png", note))
-    if report.costs:
+    if bars := capacity.bars(report.costs):
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        draw_bars(axes, capacity.bars(report.costs))
+        draw_bars(axes, bars)
         made.append(saved(figure, folder / "capacity.png", note))
     return made
 

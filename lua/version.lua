@@ -6,9 +6,9 @@
 --
 -- `partitions` is the partition count of the deployment, '' where none is stored yet. Nothing is stored in `probe`: its
 -- slot is another one, so that a node of a cluster refuses the call. `eviction_policy` is that of the server, '' where
--- its memory has no limit. `engine` is name and version of the server, and `settings` is '1' where the caller may ask for
--- the settings of persistence, which a function may not. A server of ff_fast.embedded, which is thrown away, tells neither.
--- All are '' where the caller may not read INFO: a refused command would fill the log of ACL violations.
+-- its memory has no limit. `engine` is name and version of the server, and `settings` is '1' where the caller may ask
+-- for the settings of persistence, which a function may not. A server of ff_fast.embedded, which is thrown away, tells
+-- neither. All are '' where the caller may not read INFO: a refused command would fill the log of ACL violations.
 redis.register_function({
   function_name = 'ff_version',
   callback = function(keys)

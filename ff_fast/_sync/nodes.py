@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from math import inf
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol, Self
@@ -12,6 +11,7 @@ from ff_fast import _transport
 from ff_fast._core import nodes as core
 from ff_fast._core.routing import Routing
 from ff_fast._core.topology import Address, Topology, address_of
+from ff_fast._sync.connection import Node
 from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
@@ -34,100 +34,6 @@ READ_AGAIN_S = 1.0
 
 # How long a look may take before another thread looks as well.
 _PATIENCE_S = 10.0
-
-
-class Node:
-    """One server: the idle connections to it.
-
-    Single calls in C change its state, so no lock is needed that an interrupt or a finaliser could leave locked.
-
-    Attributes:
-        config: The configuration with the address of this server.
-        reached: The same with the address that sentinels have named last.
-        address: Where it listens; None for the one server of a backend without a cluster.
-        replica: It is asked as a replica.
-        library_missing: A function was not found there: the next connection that is taken loads the library.
-        failed_at: When it could not be reached, in monotonic time.
-        gone: It has left the cluster; no connection to it stays.
-        place: A version of the topology, and the slots that this server has in it.
-    """
-
-    def __init__(
-        self, config: BackendConfig, address: Address | None = None, *, replica: bool = False
-    ) -> None:
-        self.config = self.reached = config
-        self.address = address
-        self.replica = replica
-        self.library_missing = False
-        self.failed_at = 0.0
-        self.gone = False
-        self.place: tuple[int, frozenset[int]] = (0, frozenset())
-        # The most recently used is at the right.
-        self._idle: deque[Connection] = deque()
-        # The latest time at which a connection fell silent, or the server was no primary any more. A connection that was
-        # heard of before may be as dead.
-        self._doubted_at = 0.0
-
-    @property
-    def idle(self) -> int:
-        """Number of idle connections."""
-        return len(self._idle)
-
-    @property
-    def heard_at(self) -> float:
-        """When the connection that was used last was heard of, in monotonic time; 0 if none is idle."""
-        try:
-            return self._idle[-1].heard_at
-        except IndexError:
-            return 0.0
-
-    def trusts(self, connection: Connection) -> bool:
-        """Whether *connection*, which owes nothing, was heard of since another one fell silent."""
-        return connection.heard_at >= self._doubted_at
-
-    def doubt(self, since: float) -> None:
-        """Trust no connection any more that was not heard of since a point in monotonic time."""
-        self._doubted_at = max(self._doubted_at, since)
-
-    def leave(self, address: tuple[str, int]) -> None:
-        """Trust no idle connection any more if one of them leads elsewhere than to *address*."""
-        if any(connection.address != address for connection in list(self._idle)):
-            self.doubt(time.monotonic())
-
-    def note_silence(self, connection: Connection) -> None:
-        """Note when a connection that is given up fell silent, if it did."""
-        if connection.silent_since is not None:
-            self.doubt(connection.silent_since)
-
-    def take(self) -> Connection | None:
-        """Return an idle connection that works, as far as is known; None if there is none."""
-        while True:
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                return None
-            if self.trusts(connection) and connection.reusable:
-                return connection
-            connection.close()
-
-    def give(self, connection: Connection, most: int) -> None:
-        """Keep a connection for the next caller; one that owes a reply, or finds *most* idle ones, is closed."""
-        self.note_silence(connection)
-        if len(self._idle) < most and connection.reusable and self.trusts(connection):
-            self._idle.append(connection)
-        else:
-            connection.close()
-        if self.gone:
-            self.close_idle()
-
-    def close_idle(self, before: float = float("inf"), keep: int = 0) -> None:
-        """Close the idle connections that were last heard of before a point in monotonic time, but for *keep* of them."""
-        try:
-            while len(self._idle) > keep and self._idle[0].heard_at < before:
-                self._idle.popleft().close()
-        except IndexError:
-            # There is none left; another thread may have taken the one that was looked at.
-            return
 
 
 class Nodes:

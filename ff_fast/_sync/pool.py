@@ -14,10 +14,10 @@ from ff_fast import _process, _transport
 from ff_fast._core.deployment import READS, Deployment
 from ff_fast._core.steps import Retries
 from ff_fast._sync.claims import wait_in_line
-from ff_fast._sync.connection import Connection, run_steps
+from ff_fast._sync.connection import Connection, Node, run_steps
 from ff_fast._sync.credentials import Credentials
 from ff_fast._sync.hub import Hub, Hubs
-from ff_fast._sync.nodes import Node, Nodes, Requests
+from ff_fast._sync.nodes import Nodes, Requests
 from ff_fast._sync.sentinel import Watch, resolve, resolve_replica
 from ff_fast.errors import FFError, ForkedClient
 from ff_fast.types import BackendTimeouts

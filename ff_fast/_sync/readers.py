@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from ff_fast._core.steps import Step
-    from ff_fast._sync.connection import Connection
-    from ff_fast._sync.nodes import Node
+    from ff_fast._sync.connection import Connection, Node
     from ff_fast._sync.pool import Pool
 
 T = TypeVar("T", bound=readers.HasCursor)

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
     from ff_fast._core.durability import Ask, Level
     from ff_fast._hot.writer import Call
-    from ff_fast._sync.connection import Connection
-    from ff_fast._sync.nodes import Node
+    from ff_fast._sync.connection import Connection, Node
     from ff_fast._sync.pool import Pool
 
 LOOK_S = 0.5

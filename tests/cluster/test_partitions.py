@@ -93,15 +93,15 @@ async def test_a_minority_accepts_nothing_and_its_callers_are_told_in_time(shell
         assert (await backend.describe(eid)).tags == {}
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["the primary is gone", "it comes back"])
 async def test_what_a_minority_accepted_is_replayed_to_the_majority(
-    shell, replicated_cluster, lane, late
+    shell, replicated_cluster, lane
 ):
     cluster = replicated_cluster
     primary = cluster.primaries[0]
     (replica,) = cluster.replicas_of(primary)
+    # A writer turns away from a server that is silent sooner than a reader gives up what it has seen.
     async with (
-        await shell.connect(cluster.url) as backend,
+        await shell.connect(cluster.url, timeout=1.0) as backend,
         await shell.connect(cluster.url) as other,
     ):
         eid, handle = await claimed_on(backend, cluster, primary, lane)
@@ -113,12 +113,11 @@ async def test_what_a_minority_accepted_is_replayed_to_the_majority(
         with stopped([primary]):
             replica.command("CLUSTER", "FAILOVER", "TAKEOVER")
             let_follow(replica)
-            if not late:
-                await put(writer, 11, 15)
         await put(writer, writer.next_sequence, 15)
         await writer.close(20)
         await backend.complete(handle)
         await whole(backend, eid, 15)
         items = await asyncio.wait_for(reading, 20)
+        assert [item for item in items[:-1] if not isinstance(item, StreamFrame)] == []
         assert [item.payload for item in items[:-1]] == [b"%d" % n for n in range(1, 16)]
         await asyncio.to_thread(cluster.wait_until_stable)

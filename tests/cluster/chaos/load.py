@@ -64,6 +64,8 @@ class Execution:
 
     Attributes:
         created: What the call that created it was told.
+        over: It has ended, and its readers with it.
+        is_gone: No server has it any more.
         reads: A reader for each attempt that was read: its items, and the error that ended it.
     """
 
@@ -75,6 +77,7 @@ class Execution:
         self.attempts = collections.defaultdict(Attempt)
         self.reads = []
         self.over = asyncio.Event()
+        self.is_gone = False
 
     def payload(self, attempt, sequence):
         return frame(self.eid, attempt, sequence, self.burst)
@@ -285,6 +288,8 @@ class Load:
                 self.counts[f"{error.code} {outcome_of(error)}"] += 1
                 if error.code == "frames_lost":
                     attempt.lost.append(range(error.first, error.last + 1))
+                    if error.first <= attempt.safe:
+                        self._report(f"{error!r}: up to {attempt.safe} was to be on a replica")
                 elif error.code == "not_replicated":
                     pass
                 elif not error.retryable or self.over:

@@ -128,10 +128,10 @@ async def _break(settings, scenario, site, report):
     report.fault("healed")
     for known in await load.drain(HEALED_S):
         report.violation(f"{known.eid} has not ended {HEALED_S:g} s after the last fault")
-    await _told(load)
     for known in load.executions.values():
         for text in await check.execution(load, known, lossy=scenario.lossy):
             report.violation(f"{known.eid}: {text}")
+    await _told(load)
     for text in check.completions(load, lossy=scenario.lossy):
         report.violation(text)
     await load.stop()
