@@ -304,6 +304,12 @@ def _unquoted(text):
 # -- the work of all users ------------------------------------------------------------------------------------------------
 
 
+def _hears_nothing(backend):
+    """Whether a backend listens to no channel any more; in a cluster it has a hub for each node."""
+    hubs = getattr(backend._hub, "_hubs", None)
+    return all(hub._core.empty for hub in ([backend._hub] if hubs is None else [*hubs.values()]))
+
+
 class Life:
     """The whole life of executions, each part by the user whose work it is.
 
@@ -442,7 +448,7 @@ class Life:
         assert not tail.next_batch(0.01)
         tail.close()
         # Soon it listens no more.
-        tailer.wait_until(lambda: tailer._hub._core.empty)
+        tailer.wait_until(lambda: _hears_nothing(tailer))
         self.by("ff_tailer").describe(running)
         self.by("ff_tailer").describe_stream(running, 0)
         self.by("ff_worker").fail(handle, "broken", FailureClass.INFRA_CRASH)
@@ -570,7 +576,7 @@ class Life:
         worker._hub.listen(channel, listener)
         worker.wait_until(lambda: worker._hub.confirmed(channel))
         worker._hub.unlisten(channel, listener)
-        worker.wait_until(lambda: worker._hub._core.empty)
+        worker.wait_until(lambda: _hears_nothing(worker))
 
     def cancels(self):
         eid = self.created(lane="g")
