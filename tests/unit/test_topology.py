@@ -125,11 +125,22 @@ def test_who_was_heard_of_last_is_asked_first():
     assert nodes.to_ask({TWO: 1.0, THREE: 2.0, ONE: 0.0}, topology, ()) == [ONE, THREE, TWO]
 
 
-def test_a_server_without_a_cluster_is_told_apart():
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ERR This instance has cluster support disabled",
+        # A Sentinel.
+        "ERR unknown command 'CLUSTER', with args beginning with: 'SLOTS'",
+    ],
+)
+def test_a_server_without_a_cluster_is_told_apart(text):
     with pytest.raises(errors.NotACluster, match="connect without cluster=true") as caught:
-        nodes.learn(Topology(), [Exception("ERR This instance has cluster support disabled")], ONE)
+        nodes.learn(Topology(), [Exception(text)], ONE)
     assert (caught.value.host, caught.value.port) == ONE
     assert not caught.value.retryable
+
+
+def test_who_may_not_ask_for_the_topology_is_told():
     with pytest.raises(errors.PermissionDenied):
         nodes.learn(Topology(), [Exception("NOPERM no permissions")], ONE)
 
