@@ -36,6 +36,7 @@ from ff_fast.errors import (
     ExecutionSuspended,
     FFError,
     ForkedClient,
+    FramesLost,
     InternalFunctionError,
     InvalidType,
     LeaseExpired,
@@ -186,6 +187,7 @@ _OF_ATTEMPT = (
     ExecutionSuspended,
     WriterSuperseded,
     SequenceGap,
+    FramesLost,
 )
 
 

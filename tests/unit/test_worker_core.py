@@ -683,6 +683,7 @@ CLASSES = {
     "a lost lease": (errors.StaleOwner(), TRANSIENT),
     "another writer": (errors.WriterSuperseded(), TRANSIENT),
     "a stream that lost frames": (errors.SequenceGap(1, 2), TRANSIENT),
+    "a stream that says which frames it lost": (errors.FramesLost(1, 2), TRANSIENT),
     "a malformed answer": (errors.ProtocolError(), TRANSIENT),
     "a function that stopped": (errors.InternalFunctionError(), TRANSIENT),
     "wrong credentials": (errors.AuthenticationFailed(), TRANSIENT),
