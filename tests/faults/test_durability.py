@@ -343,10 +343,12 @@ def test_the_end_of_a_task_and_its_frames_have_the_level_of_the_worker(state, ki
         return ENDS[state]()
 
     levels, found = [], []
-    with ff_fast.ValkeyBackend.connect(linked.url) as backend:
-        with Worker(kind, linked.url, work, lane=lane, durability=REPLICATED):
-            eid = backend.create_execution(lane=lane)
-            wait_until(lambda: backend.describe(eid).state == state)
+    with (
+        ff_fast.ValkeyBackend.connect(linked.url) as backend,
+        Worker(kind, linked.url, work, lane=lane, durability=REPLICATED),
+    ):
+        eid = backend.create_execution(lane=lane)
+        wait_until(lambda: backend.describe(eid).state == state)
     assert (levels, found) == ([REPLICATED], [1])
 
 

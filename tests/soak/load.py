@@ -437,9 +437,11 @@ class Load:
         )
         if ends[what] is not None:
             mark = keys.new_uuid()
-            await self._marked(
-                execution, what, mark, self._perhaps_cancelled(backend, dice, ends[what](mark))
-            )
+            call = ends[what](mark)
+            if not self.draining:
+                # One that is broken off while it waits for a writer is never sent.
+                call = self._perhaps_cancelled(backend, dice, call)
+            await self._marked(execution, what, mark, call)
 
     async def _write(self, backend, dice, execution, handle):
         """Write frames that carry marks; what a writer says of each is held against the stream."""
