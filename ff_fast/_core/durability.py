@@ -75,6 +75,9 @@ class Level(NamedTuple):
         return self.durability != Durability.stored()
 
 
+STORED = Level(Durability.stored(), DEFAULT_TIMEOUT_S)
+
+
 class Evidence(NamedTuple):
     """What shows that something stands on the server that answers it.
 

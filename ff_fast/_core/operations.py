@@ -1513,6 +1513,7 @@ class WorkerOptions(NamedTuple):
     Attributes:
         claim: Makes the next claim.
         mode: Mode of frames that name none.
+        level: What the frames and the end of a task shall reach.
         concurrency: Number of handlers that run at once.
         stop: The caller's event.
         on_cancel: What befalls a handler that shall stop; None is the shell's default.
@@ -1521,6 +1522,7 @@ class WorkerOptions(NamedTuple):
 
     claim: Callable[[], Call[Handle | None]]
     mode: StreamMode | None
+    level: Level
     concurrency: int
     stop: StopEvent | None
     on_cancel: OnCancel | None
@@ -1544,6 +1546,8 @@ def run_worker(
     stop: StopEvent | None = None,
     on_cancel: OnCancel | None = None,
     cancel_grace: float | timedelta = 2.0,
+    durability: Durability | None = None,
+    durability_timeout: float | timedelta = DEFAULT_TIMEOUT_S,
 ) -> WorkerOptions:
     """Claim executions of a lane and call *handler* with a `Task` for each, until stopped.
 
@@ -1582,8 +1586,12 @@ def run_worker(
             :mod:`ff_fast.aio` and ``TELL`` in blocking workers, which accept no other.
         cancel_grace: Time that a handler has to stop by itself before it is cancelled, in seconds or as a ``timedelta``.
             The grace of whoever cancels ends it too: the lease is lost then.
+        durability: Level that frames have reached when ``task.flush`` returns, and with the end of each task all of its
+            frames and the end; None is ``Durability.stored()``. An end that does not reach it is logged: it is stored.
+        durability_timeout: Longest wait for that, in seconds or as a ``timedelta``, at least 1 ms.
 
     Raises:
+        UnsupportedServer: *durability* is ``synced``, and the server keeps no append-only file.
         InvalidInput: An argument is not accepted.
     """
     check_int("concurrency", concurrency, 1, 10_000)
@@ -1604,4 +1612,5 @@ def run_worker(
     )
     # Checks the arguments.
     next_claim()
-    return WorkerOptions(next_claim, mode, concurrency, stop, on_cancel, grace_s)
+    level = Level.checked(durability, durability_timeout)
+    return WorkerOptions(next_claim, mode, level, concurrency, stop, on_cancel, grace_s)

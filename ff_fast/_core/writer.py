@@ -98,7 +98,7 @@ class WriterOptions(NamedTuple):
     max_unacknowledged_bytes: int = MAX_UNACKNOWLEDGED_BYTES
     linger_ms: float = 0.0
     max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
-    level: Level = Level(Durability.stored(), durability.DEFAULT_TIMEOUT_S)
+    level: Level = durability.STORED
 
 
 class WriterState(NamedTuple):
@@ -647,6 +647,11 @@ def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
         FFError: The writer failed.
     """
     return close_to(writer, timeout_s(timeout), writer._level)
+
+
+def store_and_close(writer: SharedWriter, limit_s: float | None) -> Wait[None]:
+    """Close a writer whose frames reach their level by the call that follows; at most *limit_s* seconds."""
+    return close_to(writer, limit_s, durability.STORED)
 
 
 def close_to(writer: SharedWriter, limit_s: float | None, level: Level) -> Wait[None]:
