@@ -15,7 +15,6 @@ from ..router import Router
 from ..shells import Opener
 
 (IN_A_CLUSTER,) = re.findall(r"`(\+cluster\|slots[^`]*)`", README)
-(FOR_LEVELS,) = re.findall(r"`(\+wait [^`]*)`", README)
 
 
 @pytest.fixture
@@ -27,8 +26,7 @@ def guarded(cluster, monkeypatch):
         raw.flushall()
         for node in raw.nodes:
             for name, rules in ACL.items():
-                more = FOR_LEVELS if name == "ff_worker" else ""
-                allow(node, name, f"{rules} {IN_A_CLUSTER} {more}")
+                allow(node, name, f"{rules} {IN_A_CLUSTER}")
             node.acl_log_reset()
         yield cluster, raw
         raw.flushall()
