@@ -333,6 +333,7 @@ async def test_closing_ends_every_call_to_every_node(shell, proxied, lane):
 # -- many callers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_sixteen_threads_while_slots_move_and_connections_break(cluster, proxied, lane, seed):  # noqa: F811
     """Everybody gets the answer to his own question."""
     proxy, dice = proxied.proxy, random.Random(seed)
@@ -374,6 +375,7 @@ def test_sixteen_threads_while_slots_move_and_connections_break(cluster, proxied
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 async def test_streams_on_all_nodes_are_whole_whatever_breaks_on_one(shell, proxied, lane, seed):  # noqa: F811
     dice = random.Random(seed)
     payloads = [b"%d" % i for i in range(300)]
