@@ -10,7 +10,7 @@ from ff_fast.errors import FFError, Outcome
 
 from .test_partitions import claimed_on, put, replicated_to, whole
 
-pytestmark = pytest.mark.chaos
+pytestmark = pytest.mark.long
 
 
 def slot_of(eid):

@@ -63,7 +63,7 @@ def allow(raw, name, rules):
 
 
 def as_user(server, name, password=PASSWORD):
-    return server.url.replace("unix://", f"unix://{name}:{password}@", 1)
+    return server.url.replace("://", f"://{name}:{password}@", 1)
 
 
 # -- what the Lua functions may run ---------------------------------------------------------------------------------------

@@ -407,6 +407,7 @@ async def test_the_end_reaches_a_tail_through_cuts(shell, proxy, server, lane, s
     assert [item.payload for item in items[:-1]] == [b"%d" % i for i in range(2_000)]
 
 
+@pytest.mark.standalone("a proxy stands before one server")
 async def test_a_connection_lost_while_nothing_is_written_costs_nothing(shell, server, lane):
     with ChaosProxy(server.url) as proxy:
         async with await shell.connect(proxy.url) as backend:
