@@ -10,7 +10,7 @@ import pytest
 
 from ff_fast import aio, errors, keys
 from ff_fast.errors import Outcome
-from ff_fast.types import BackendConfig, BackendTimeouts
+from ff_fast.types import BackendConfig, BackendTimeouts, ClaimPolicy
 
 from ..shells import WORKER, Shell
 from ..waiting import wait_until_async
@@ -150,6 +150,57 @@ async def test_silence_of_a_node_closes_no_connection_to_another_one(cluster, la
             if node.address in before and before[node.address] is not None:
                 assert node.shared.connection is before[node.address]
         await backend.cancel(eid)
+
+
+@pytest.fixture
+def partial(cluster):
+    """The cluster goes on while it lacks a node."""
+    cover = "cluster-require-full-coverage"
+    for node in cluster.nodes:
+        node.command("CONFIG", "SET", cover, "no")
+    yield cluster
+    for node in cluster.nodes:
+        node.command("CONFIG", "SET", cover, "yes")
+    cluster.wait_until_stable()
+
+
+async def test_looks_at_all_partitions_find_what_the_other_nodes_have(shell, partial, lane):
+    cluster = partial
+    silent, *rest = cluster.nodes
+    lane = next(
+        each
+        for each in (f"{lane}-{i}" for i in range(100))
+        if cluster.node_of(keys.key_slot(keys.ready(each))) is rest[0]
+    )
+    async with await shell.connect(fast(cluster.url)) as backend:
+        lapsed = await execution_at(backend, cluster, rest[1], lane)
+        handle = await backend.claim(lane=lane, **WORKER, lease_ttl_ms=1_000)
+        assert handle.execution_id == lapsed
+        unhinted = await execution_at(backend, cluster, rest[1], lane)
+        beyond = await execution_at(backend, cluster, silent, lane)
+        # A lost hint; a sweep finds the execution.
+        rest[0].command("DEL", keys.ready(lane))
+
+        async def found():
+            tokens = await backend.find_reclaimable(10_000)
+            return lapsed in {each.grant.execution_id for each in tokens}
+
+        await wait_until_async(found)
+        with stopped(silent):
+            handle = await backend.claim(lane=lane, **WORKER)
+            assert handle.execution_id == unhinted
+            assert await found()
+            await backend.complete(handle)
+            # "There is none" would not be known to be true.
+            with pytest.raises(errors.FFError):
+                await backend.claim(lane=lane, **WORKER)
+            patient = ClaimPolicy.with_max_wait(1.2)
+            assert await backend.claim(lane=lane, **WORKER, policy=patient) is None
+        # What did not answer was not forgotten.
+        handle = await backend.claim(lane=lane, **WORKER)
+        assert handle.execution_id == beyond
+        await backend.complete(handle)
+        await backend.cancel(lapsed)
 
 
 # -- cancelled callers -----------------------------------------------------------------------------------------------
