@@ -4,16 +4,19 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 
 import pytest
 
 from ff_fast import aio, errors, keys
+from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import Outcome
 from ff_fast.types import BackendConfig, BackendTimeouts, ClaimPolicy
 
 from ..shells import WORKER, Shell
 from ..waiting import wait_until_async
+from .sites import port_of
 from .test_calls import WAITS, claimed_at, create_many, execution_at, few_retries, slot_of, working
 
 
@@ -61,6 +64,19 @@ async def test_slots_that_move_to_a_node_without_the_library(shell, cluster, lan
             assert await backend.read_result(eid) == b"r"
         finally:
             await asyncio.to_thread(cluster.migrate, [slot], home)
+
+
+async def test_seeds_that_are_of_no_use_are_passed_over(shell, cluster, lane):
+    """Nobody listens at the first, and the second is no node of a cluster."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        down = f"127.0.0.1:{listener.getsockname()[1]}"
+    with EmbeddedServer(tcp=True) as server:
+        host, port = cluster.nodes[0].address
+        seeds = f"{down},127.0.0.1:{port_of(server.url)}"
+        async with await shell.connect(f"valkey://{seeds},{host}:{port}/?cluster=true") as backend:
+            await backend.cancel(await backend.create_execution(lane=lane))
+        with pytest.raises(errors.NotACluster):
+            await shell.connect(f"valkey://{seeds}/?cluster=true")
 
 
 # -- slots and names -------------------------------------------------------------------------------------------------
