@@ -245,12 +245,6 @@ def send_one(one: Command, block_s: float = 0.0) -> Steps[list[bytes]]:
     return checked(reply)
 
 
-def server_ms(key: bytes) -> Steps[int]:
-    """Ask the server that holds *key* for its time, in ms since the epoch."""
-    (reply,) = yield Step((Command(key, pack_command(b"TIME")),))
-    return time_ms(reply)
-
-
 def time_ms(reply: object) -> int:
     """Return the time in the reply to ``TIME``, in ms since the epoch."""
     seconds, micros = checked(reply)
