@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from ff_fast import keys
 from ff_fast._core import ops
 from ff_fast._core.steps import Command, Step, Steps, checked, is_foreign
-from ff_fast._core.tail import longest_wait
+from ff_fast._core.tail import LONGEST_S, jittered
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
     Corruption,
@@ -45,9 +45,14 @@ _REPLY_RECORDS = 1_024
 _RESULT_BYTES = 1 << 20
 _GROUP = 64
 
-# How long the first look waits for the subscription, and how often a partition is looked at without one, in seconds.
-_SUBSCRIBE_S = 0.5
+# How often a partition is looked at that is not subscribed to, in seconds.
 _UNSUBSCRIBED_S = 1.0
+# How often all partitions are looked at, in seconds: at least, and for each of them. A look costs the server about a
+# microsecond a partition.
+_LOOK_S = 5.0
+_LOOK_S_EACH = 0.02
+# How long a read goes on beyond its time to find where a subscription begins, in seconds.
+_FIRST_LOOK_S = 1.0
 
 _LAST_ID = (2**64 - 1, 2**64 - 1)
 _OUTCOMES = frozenset({"success", "failed", "cancelled", "expired"})
@@ -177,8 +182,8 @@ class CompletionCore:
     """
 
     __slots__ = (
-        "_base", "_begun", "_first", "_foreign", "_from", "_look_at", "_looked_at", "_partitions", "_places", "_records",
-        "_scope", "_silent", "_step", "_steps", "_texts", "part",
+        "_base", "_begun", "_first", "_first_look_until", "_foreign", "_from", "_look_at", "_looked_at", "_partitions",
+        "_places", "_records", "_scope", "_silent", "_step", "_steps", "_texts", "part",
     )  # fmt: skip
 
     ended = False
@@ -198,8 +203,9 @@ class CompletionCore:
         self._step: Step | None = None
         # Whether all partitions were looked at; when they are again, and when that was, in monotonic time.
         self._begun = False
-        self._look_at = monotonic() + _SUBSCRIBE_S
-        self._looked_at = self._look_at
+        self._look_at = self._looked_at = 0.0
+        # None before the first read.
+        self._first_look_until: float | None = None
         self.part = CompletionWatch(partitions)
         # Where the first look begins: "now", "start" or at a cursor.
         self._from = "now" if after is None else "start" if after == "start" else "cursor"
@@ -254,6 +260,7 @@ class CompletionCore:
         if cursor is not None:
             self._move(cursor)
         self._records.clear()
+        self._silent.clear()
         self._steps = self._step = None
         self._look_at = 0.0
         self.part = CompletionWatch(self._partitions)
@@ -263,9 +270,17 @@ class CompletionCore:
     @property
     def wake_at(self) -> float:
         """When to ask for a step although nothing was pushed, in monotonic time."""
-        if self.part.deaf or self._silent:
+        if self.part.deaf.keys() ^ self._silent.keys():
             return min(self._look_at, self._looked_at + _UNSUBSCRIBED_S)
         return self._look_at
+
+    def patience(self, until: float | None) -> float | None:
+        """Return until when to wait: also a read that has no time finds where the subscription begins."""
+        if until is None or self._begun:
+            return until
+        if self._first_look_until is None:
+            self._first_look_until = monotonic() + _FIRST_LOOK_S
+        return max(until, self._first_look_until)
 
     def take(self) -> list[CompletionPayload]:
         """Return completions that were read before, if nothing is to be asked about them."""
@@ -301,19 +316,23 @@ class CompletionCore:
         return self._run(self._steps, list(replies))
 
     def _doubted(self, now: float) -> Sequence[int]:
-        """Return the partitions that have to be looked at."""
+        """Return the partitions that have to be looked at.
+
+        One that has not answered is left alone while it is deaf: its node is gone or silent, and each look at it would
+        keep the others waiting. It is looked at once it is subscribed to again.
+        """
         watch = self.part
-        if now >= self._look_at or not (self._begun or watch.deaf):
+        if now >= self._look_at:
             watch.doubted.clear()
             self._looked_at = now
-            self._look_at = now + longest_wait()
-            return range(self._partitions)
-        if not self._begun:
-            # The first look is at all of them, once all subscriptions are there.
-            return ()
+            longest = min(max(_LOOK_S, _LOOK_S_EACH * self._partitions), LONGEST_S)
+            self._look_at = now + jittered(longest)
+            left_alone = watch.deaf.keys() & self._silent.keys() if self._begun else ()
+            return [index for index in range(self._partitions) if index not in left_alone]
         if now >= self._looked_at + _UNSUBSCRIBED_S:
             self._looked_at = now
-            watch.doubted |= watch.deaf | self._silent
+            for index in watch.deaf.keys() ^ self._silent.keys():
+                watch.doubted[index] = None
         return _take(watch.doubted)
 
     def _run(
@@ -351,7 +370,7 @@ class CompletionCore:
         """Return what partitions have answered, without those that cannot for the time being: they are looked at again.
 
         Raises:
-            FFError: None of them can.
+            FFError: None of all partitions can, or it is not known yet where the subscription begins.
         """
         answered: list[tuple[int, object]] = []
         failure: FFError | None = None
@@ -368,7 +387,7 @@ class CompletionCore:
                 failure = failure or error
             else:
                 answered.append((index, reply))
-        if failure is not None and not (answered and self._begun):
+        if failure is not None and (not self._begun or len(self._silent) == self._partitions):
             raise failure
         return answered
 

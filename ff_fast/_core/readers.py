@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ff_fast.types import BackendRetry
 
 
+SILENT_S = 1.0
+"""How long a node may be silent to a read that others have answered, in seconds. They wait no longer for it."""
+
+
 class HasCursor(Protocol):
     """An item with the cursor from which reading continues after it."""
 
@@ -46,6 +50,13 @@ COMPLETIONS = """Reads executions that end. Made by ``backend.subscribe_completi
     Iterate it, or take all items of one answer at a time with :meth:`next_batch`. A timeout or a cancellation loses
     nothing: the next read continues.
     """
+
+
+class Patient(Protocol):
+    """A source whose first read may need more time than it has."""
+
+    def patience(self, until: float | None, /) -> float | None:
+        """Return until when a read waits whose time is up at *until*, in monotonic time."""
 
 
 class Place(Protocol):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Self, TypeVar
+from math import inf
+from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from ff_fast import _transport
 from ff_fast._core import readers
-from ff_fast._core.follow import Ended, WaitCore
+from ff_fast._core.follow import Ended
 from ff_fast._core.follow import Item as FollowItem
 from ff_fast._core.routing import refusal
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import BlockingItems, Turn
 from ff_fast._sync.connection import PENDING
 from ff_fast._sync.hub import Bell
-from ff_fast.errors import FFError, InvalidInput
+from ff_fast.errors import DeadlineExceeded, FFError, InvalidInput
 from ff_fast.types import CompletionPayload
 
 if TYPE_CHECKING:
@@ -123,6 +124,9 @@ class Asked:
         self._alone = False
         # On which replies are owed, and the places of these; the next one is the last in its list.
         self._owing: list[tuple[Connection, list[int]]] = []
+        # Since when all nodes are asked, and whether one of them has answered.
+        self._sent_at = 0.0
+        self._answered = False
 
     def send(self, step: Step, *, load: bool) -> None:
         """Send each command to the node of its slot.
@@ -151,30 +155,59 @@ class Asked:
                 if connection is not None:
                     self._give_back(*self._owing.pop())
                 self._failed(node, indexes, error)
+        self._sent_at = time.monotonic()
 
     def receive(self, until: float | None) -> list[object] | None:
         """Return the replies, in order; None if they have not all arrived by *until*, in monotonic time.
 
-        Where several nodes were asked, the error of one stands for each of its replies.
+        Where several nodes were asked, the error of one stands for each of its replies; so does its silence.
 
         Raises:
             FFError: The read failed; it may be repeated if the error says so.
         """
+        unheard = 0
         while self._owing:
             connection, indexes = self._owing[-1]
+            # As long as nobody has answered, each is tried before one of them is waited for.
+            patient = self._alone or (not self._answered and unheard >= len(self._owing))
             try:
-                while indexes:
-                    reply = connection.receive(until)
-                    if reply is PENDING:
-                        return None
-                    self._replies[indexes.pop()] = reply
-                    error = refusal(reply)
-                    if error is not None:
-                        self._pool._nodes.failed(connection.node, error)
+                reply = self._receive_from(connection, indexes, inf if until is None else until, patient)
             except FFError as error:
                 self._failed(connection.node, indexes, error)
-            self._give_back(*self._owing.pop())
+                reply = None
+            if reply is not PENDING:
+                self._give_back(*self._owing.pop())
+            elif until is not None and time.monotonic() >= until:
+                return None
+            else:
+                unheard += 1
+                self._owing.insert(0, self._owing.pop())
         return self._replies
+
+    def _receive_from(
+        self, connection: Connection, indexes: list[int], until: float, patient: bool
+    ) -> object:
+        """Receive what one node owes; return `PENDING` if its time is up, or it is silent and others may not be.
+
+        Raises:
+            FFError: It has failed, or is silent while others have answered.
+        """
+        while indexes:
+            silent_at = inf if patient else max(self._sent_at, connection.heard_at) + readers.SILENT_S
+            reply = connection.receive(min(until, silent_at))
+            if reply is not PENDING:
+                self._answered = True
+                self._replies[indexes.pop()] = reply
+                error = refusal(reply)
+                if error is not None:
+                    self._pool._nodes.failed(connection.node, error)
+            elif time.monotonic() >= until or not self._answered:
+                return PENDING
+            elif time.monotonic() >= max(self._sent_at, connection.heard_at) + readers.SILENT_S:
+                # No other connection to the node is trusted that was not heard of since, as that of the hub.
+                connection.silent_since = self._sent_at
+                raise DeadlineExceeded
+        return None
 
     def _failed(self, node: Node, indexes: list[int], error: FFError) -> None:
         self._pool._nodes.failed(node, error)
@@ -298,14 +331,16 @@ class Follow(PushReader[FollowItem]):
     __doc__ = readers.FOLLOW
 
 
-class Waiting(PushReader[Ended]):
-    """Waits for the end of an execution."""
-
-    _source: WaitCore
+class PatientReader(PushReader[T]):
+    """Base of the readers whose first read may go on beyond its time."""
 
     def _advance(self, until: float | None) -> bool:
-        return super()._advance(self._source.patience(until))
+        return super()._advance(cast("readers.Patient", self._source).patience(until))
 
 
-class Completions(PushReader[CompletionPayload]):
+class Waiting(PatientReader[Ended]):
+    """Waits for the end of an execution."""
+
+
+class Completions(PatientReader[CompletionPayload]):
     __doc__ = readers.COMPLETIONS

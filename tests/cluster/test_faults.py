@@ -6,12 +6,13 @@ import gc
 import random
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import ff_fast
-from ff_fast import _transport, aio, keys
+from ff_fast import ScannerFilter, _transport, aio, keys
 from ff_fast._core import claiming
 from ff_fast.errors import DeadlineExceeded, FFError, ForkedClient, Unavailable
 from ff_fast.types import ClaimPolicy
@@ -20,7 +21,8 @@ from ..faults.chaos import DOWN, UP, ChaosProxy
 from ..faults.conftest import seed  # noqa: F401
 from ..faults.stored import stored_once
 from ..faults.test_process import in_child, interrupts, together
-from ..shells import WORKER, config
+from ..server.workers import Subscription
+from ..shells import KINDS, WORKER, config
 from ..waiting import wait_until, wait_until_async
 
 TIMEOUT_S = 0.3
@@ -217,6 +219,36 @@ async def test_a_lease_on_a_silent_node_is_lost_in_time(shell, proxied, lane):
         stopped = keeper.stop()
         if stopped is not None:
             await stopped
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_completions_of_the_other_nodes_are_told_while_one_is_silent(kind, proxied, lane):
+    """And those of the silent one when it is back."""
+    slots = proxied.slots()
+    with ff_fast.ValkeyBackend.connect(proxied.url) as backend:
+        subscription = Subscription(kind, proxied.url, ScannerFilter(namespace=lane))
+        wait_until(lambda: subscription.begun)
+        eids = [backend.create_execution(lane=lane, namespace=lane) for _ in range(30)]
+        mine = [eid for eid in eids if slot_of(eid) in slots]
+        others = [eid for eid in eids if slot_of(eid) not in slots]
+        proxied.proxy.hold(UP, DOWN)
+        for eid in others[:8]:
+            backend.cancel(eid)
+            # A read that includes the silent node takes a second; the request timeout is 5 seconds.
+            wait_until(lambda: _told(subscription, eid), 3.5)  # noqa: B023
+            time.sleep(0.9)
+        proxied.proxy.release()
+        for eid in mine:
+            backend.cancel(eid)
+        wait_until(lambda: all(_told(subscription, eid) for eid in mine), 15)
+        subscription.ended.set()
+        backend.cancel(others[8])
+        told = [each.execution_id for each in subscription.result(20)]
+    assert sorted(told) == sorted([*mine, *others[:9]])
+
+
+def _told(subscription, eid):
+    return any(each.execution_id == eid for each in subscription.items)
 
 
 async def _true(value):
