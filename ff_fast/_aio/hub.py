@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ff_fast import _transport
 from ff_fast._aio.connection import BROKEN, LOST
-from ff_fast._core import hub
+from ff_fast._core import hub, readers
 from ff_fast._core.hub import (
     HELLO,
     ONCE,
@@ -22,7 +22,6 @@ from ff_fast._core.hub import (
     subscription_error,
 )
 from ff_fast._core.nodes import no_owner
-from ff_fast._core.readers import SILENT_S
 from ff_fast._core.routing import refusal
 from ff_fast._core.steps import Retries, Step
 from ff_fast._core.topology import address_of
@@ -200,7 +199,7 @@ class Hub:
         """Return whether the server owes a reply, or a connection, since then, and nothing has come for a while."""
         if self._connection is not None:
             since = max(since, self._connection.silent_since)
-        return time.monotonic() - since >= SILENT_S
+        return time.monotonic() - since >= readers.SILENT_S
 
     def stop(self) -> None:
         """Fail everything, without waiting; the connection is the pool's to abort."""
@@ -420,8 +419,8 @@ class RoutedRead:
         self._open = nodes
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
-        if nodes > 1:
-            self._look_later(SILENT_S)
+        if step.partial:
+            self._look_later(readers.SILENT_S)
         self._replies: list[object] = [None] * len(step.commands)
         self.step = step
         self.parts: list[_PartOfRead] = []
@@ -445,11 +444,10 @@ class RoutedRead:
             self._timer = None
 
     def _look(self) -> None:
-        """Wait no longer for nodes that are silent while others have answered."""
-        self._look_later(SILENT_S / 4)
-        if any(part.read.done for part in self.parts):
-            for part in self.parts:
-                part.leave_silent()
+        """Wait no longer for nodes that are silent."""
+        self._look_later(readers.SILENT_S / 4)
+        for part in self.parts:
+            part.leave_silent()
 
     def put(self, indexes: list[int], replies: list[object]) -> None:
         """Take what one node has answered."""
@@ -462,9 +460,9 @@ class RoutedRead:
             self._on_done()
 
     def fail(self, indexes: list[int], error: FFError) -> None:
-        """Take the error of one node. Where others were asked as well, it stands for each of its replies."""
-        if len(indexes) == len(self._replies):
-            self.error = error
+        """Take the error of one node. In a partial step it stands for each of its replies."""
+        if not self.step.partial:
+            self.error = self.error or error
         self.put(indexes, [error] * len(indexes))
 
     def take(self) -> list[object]:

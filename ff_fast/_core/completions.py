@@ -183,7 +183,7 @@ class CompletionCore:
 
     __slots__ = (
         "_base", "_begun", "_first", "_first_look_until", "_foreign", "_from", "_look_at", "_looked_at", "_partitions",
-        "_places", "_records", "_scope", "_silent", "_step", "_steps", "_texts", "part",
+        "_places", "_records", "_refusing", "_scope", "_silent", "_step", "_steps", "_texts", "part",
     )  # fmt: skip
 
     ended = False
@@ -194,10 +194,12 @@ class CompletionCore:
         self._base = _Place(0, 0, 0)
         self._places: dict[int, _Place] = {}
         self._texts: dict[int, str] = {}
-        # Records that were read and not passed yet; the partitions without a stream, and those that could not answer.
+        # Records that were read and not passed yet; the partitions without a stream, those whose node has not answered,
+        # and those whose node has said that it cannot for the time being.
         self._records: deque[_Record] = deque()
         self._foreign: set[int] = set()
         self._silent: dict[int, None] = {}
+        self._refusing: dict[int, None] = {}
         # The read under way, and what it asks for.
         self._steps: Steps[list[CompletionPayload]] | None = None
         self._step: Step | None = None
@@ -261,6 +263,7 @@ class CompletionCore:
             self._move(cursor)
         self._records.clear()
         self._silent.clear()
+        self._refusing.clear()
         self._steps = self._step = None
         self._look_at = 0.0
         self.part = CompletionWatch(self._partitions)
@@ -270,7 +273,7 @@ class CompletionCore:
     @property
     def wake_at(self) -> float:
         """When to ask for a step although nothing was pushed, in monotonic time."""
-        if self.part.deaf.keys() ^ self._silent.keys():
+        if self._watched():
             return min(self._look_at, self._looked_at + _UNSUBSCRIBED_S)
         return self._look_at
 
@@ -331,9 +334,12 @@ class CompletionCore:
             return [index for index in range(self._partitions) if index not in left_alone]
         if now >= self._looked_at + _UNSUBSCRIBED_S:
             self._looked_at = now
-            for index in watch.deaf.keys() ^ self._silent.keys():
-                watch.doubted[index] = None
+            watch.doubted |= dict.fromkeys(self._watched())
         return _take(watch.doubted)
+
+    def _watched(self) -> set[int]:
+        """Return the partitions that are looked at often."""
+        return self.part.deaf.keys() - self._silent.keys() | self._refusing.keys()
 
     def _run(
         self, steps: Steps[list[CompletionPayload]], replies: list[object] | None = None
@@ -377,17 +383,21 @@ class CompletionCore:
         for index, reply in replies:
             self._foreign.discard(index)
             self._silent.pop(index, None)
+            self._refusing.pop(index, None)
             error = reply
             if isinstance(reply, Exception) and not isinstance(reply, FFError):
                 error = from_server_error(str(reply))
             if is_foreign(reply):
                 self._foreign.add(index)
             elif isinstance(error, FFError) and error.retryable:
-                self._silent[index] = None
+                unheard = isinstance(reply, FFError)
+                (self._silent if unheard else self._refusing)[index] = None
                 failure = failure or error
             else:
                 answered.append((index, reply))
-        if failure is not None and (not self._begun or len(self._silent) == self._partitions):
+        if failure is not None and (
+            not self._begun or len(self._silent) + len(self._refusing) == self._partitions
+        ):
             raise failure
         return answered
 
@@ -410,7 +420,7 @@ class CompletionCore:
             Command(name, pack_command(b"XRANGE", name, identity, identity))
             for _, name, identity in passed
         ]
-        replies = yield Step(infos + records, large=True)
+        replies = yield Step(infos + records, large=True, partial=True)
         abouts: dict[int, _Stream] = {}
         for index, reply in self._answered(zip(indexes, replies, strict=False)):
             if isinstance(reply, Exception) and "no such key" not in str(reply):
@@ -481,7 +491,7 @@ class CompletionCore:
             after = b"(" + place.identity if place[:2] < _LAST_ID else place.identity
             request = pack_command(b"XRANGE", name, after, b"+", b"COUNT", b"%d" % count)
             commands.append(Command(name, request))
-        replies = yield Step(commands, large=True)
+        replies = yield Step(commands, large=True, partial=True)
         for index, reply in self._answered(zip(indexes, replies, strict=True)):
             entries = cast("list[tuple[bytes, list[bytes]]]", checked(reply))
             self._records.extend(_Record(index, identity, fields) for identity, fields in entries)
@@ -569,7 +579,7 @@ def _ask(calls: Iterable[ops.Op[T]]) -> Steps[list[T | None]]:
     asked = list(calls)
     if not asked:
         return []
-    replies = yield Step([op.command() for op in asked], large=True)
+    replies = yield Step([op.command() for op in asked], large=True, partial=True)
     return [_kept(op, reply) for op, reply in zip(asked, replies, strict=True)]
 
 

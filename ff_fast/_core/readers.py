@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 SILENT_S = 1.0
-"""How long a node may be silent to a read that others have answered, in seconds. They wait no longer for it."""
+"""How long a node may be silent to a partial step of a reader, in seconds, before the reader goes on without it."""
 
 
 class HasCursor(Protocol):
@@ -102,7 +102,7 @@ class PushSource(Place, Protocol[T]):
     def receive(self) -> Callable[..., list[T]]:
         """Returns the items in the replies to the last step, each of them an argument.
 
-        Where they come from several nodes, an ``FFError`` stands for each reply of one that has failed.
+        For a partial step an ``FFError`` stands for each reply of a node that has failed.
         """
 
 

@@ -120,13 +120,12 @@ class Asked:
     def __init__(self, pool: Pool, count: int) -> None:
         self._pool = pool
         self._replies: list[object] = [None] * count
-        # Whether one node is asked for everything.
-        self._alone = False
+        # Whether the error of a node stands for its replies.
+        self._partial = False
         # On which replies are owed, and the places of these; the next one is the last in its list.
         self._owing: list[tuple[Connection, list[int]]] = []
-        # Since when all nodes are asked, and whether one of them has answered.
+        # Since when all nodes are asked.
         self._sent_at = 0.0
-        self._answered = False
 
     def send(self, step: Step, *, load: bool) -> None:
         """Send each command to the node of its slot.
@@ -136,11 +135,17 @@ class Asked:
             load: Load the library where it is missing.
         """
         nodes = self._pool._nodes
+        self._partial = step.partial and nodes.topology is not None
         places: dict[Node, list[int]] = {}
         for index, command in enumerate(step.commands):
-            places.setdefault(nodes.of(command.slot), []).append(index)
-        self._alone = len(places) == 1
-        for node, indexes in places.items():
+            try:
+                places.setdefault(nodes.of(command.slot), []).append(index)
+            except FFError as error:
+                if not self._partial:
+                    raise
+                self._replies[index] = error
+        # Those last that have failed before: connecting to them may take its time.
+        for node, indexes in sorted(places.items(), key=lambda each: each[0].failed_at):
             part = step
             if len(places) > 1:
                 part = step._replace(commands=[step.commands[index] for index in indexes])
@@ -160,58 +165,40 @@ class Asked:
     def receive(self, until: float | None) -> list[object] | None:
         """Return the replies, in order; None if they have not all arrived by *until*, in monotonic time.
 
-        Where several nodes were asked, the error of one stands for each of its replies; so does its silence.
+        In a partial step the error of a node stands for each of its replies; so does its silence for a second.
 
         Raises:
             FFError: The read failed; it may be repeated if the error says so.
         """
-        unheard = 0
         while self._owing:
             connection, indexes = self._owing[-1]
-            # As long as nobody has answered, each is tried before one of them is waited for.
-            patient = self._alone or (not self._answered and unheard >= len(self._owing))
             try:
-                reply = self._receive_from(connection, indexes, inf if until is None else until, patient)
+                while indexes:
+                    silent_at = self._silent_at(connection)
+                    reply = connection.receive(min(inf if until is None else until, silent_at))
+                    if reply is not PENDING:
+                        self._replies[indexes.pop()] = reply
+                        error = refusal(reply)
+                        if error is not None:
+                            self._pool._nodes.failed(connection.node, error)
+                    elif self._silent_at(connection) <= time.monotonic():
+                        # No other connection to the node is trusted that was not heard of since, as that of the hub.
+                        connection.silent_since = self._sent_at
+                        raise DeadlineExceeded
+                    elif until is not None and time.monotonic() >= until:
+                        return None
             except FFError as error:
                 self._failed(connection.node, indexes, error)
-                reply = None
-            if reply is not PENDING:
-                self._give_back(*self._owing.pop())
-            elif until is not None and time.monotonic() >= until:
-                return None
-            else:
-                unheard += 1
-                self._owing.insert(0, self._owing.pop())
+            self._give_back(*self._owing.pop())
         return self._replies
 
-    def _receive_from(
-        self, connection: Connection, indexes: list[int], until: float, patient: bool
-    ) -> object:
-        """Receive what one node owes; return `PENDING` if its time is up, or it is silent and others may not be.
-
-        Raises:
-            FFError: It has failed, or is silent while others have answered.
-        """
-        while indexes:
-            silent_at = inf if patient else max(self._sent_at, connection.heard_at) + readers.SILENT_S
-            reply = connection.receive(min(until, silent_at))
-            if reply is not PENDING:
-                self._answered = True
-                self._replies[indexes.pop()] = reply
-                error = refusal(reply)
-                if error is not None:
-                    self._pool._nodes.failed(connection.node, error)
-            elif time.monotonic() >= until or not self._answered:
-                return PENDING
-            elif time.monotonic() >= max(self._sent_at, connection.heard_at) + readers.SILENT_S:
-                # No other connection to the node is trusted that was not heard of since, as that of the hub.
-                connection.silent_since = self._sent_at
-                raise DeadlineExceeded
-        return None
+    def _silent_at(self, connection: Connection) -> float:
+        """Return from when on a node that owes a reply is taken for silent, in monotonic time."""
+        return max(self._sent_at, connection.heard_at) + readers.SILENT_S if self._partial else inf
 
     def _failed(self, node: Node, indexes: list[int], error: FFError) -> None:
         self._pool._nodes.failed(node, error)
-        if self._alone:
+        if not self._partial:
             raise error
         for index in indexes:
             self._replies[index] = error

@@ -173,8 +173,9 @@ def test_a_partition_that_cannot_answer_keeps_no_other_from_being_read(monkeypat
     assert len(found) == 1
     now = running.wake_at
     monkeypatch.setattr(completions, "monotonic", lambda: now)
-    asked, found = read(running, stored(), [entry(index=0)])
-    assert asked == [LOOK[0], xrange(0, b"0-0")]
+    there = [[b"10-1", []]]
+    asked, found = read(running, stored(), stored(), there, [entry(index=0)])
+    assert asked == [*LOOK, passed(1, b"10-1"), xrange(0, b"0-0")]
     assert len(found) == 1
     tell(running, 0, 1)
     assert len(read(running, hiredis.ReplyError("CLUSTERDOWN no"), [entry(b"11-0")])[1]) == 1
