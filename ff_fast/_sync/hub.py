@@ -202,7 +202,8 @@ class _Thread:
             self._core.fail(error)
 
     def _take_orders(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        # There is nothing, or it is closed.
+        with contextlib.suppress(OSError):
             while self._woken.recv(4096):
                 pass
         while self._hub._orders:

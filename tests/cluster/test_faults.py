@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import os
 import random
 import signal
 import threading
@@ -364,6 +365,40 @@ async def test_closing_ends_every_call_to_every_node(shell, proxied, lane):
     await wait_until_async(lambda: _true(proxied.proxy.waiting(UP)))
     await asyncio.wait_for(backend.close(), 5)
     results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+    assert all(isinstance(result, FFError) for result in results), results
+    proxied.proxy.release()
+
+
+def test_closing_leaves_no_descriptor_although_somebody_keeps_the_backend(cluster, lane):
+    def descriptors():
+        return sorted(os.listdir("/proc/self/fd"))
+
+    gc.collect()
+    before = descriptors()
+    backend = ff_fast.ValkeyBackend.connect(cluster.url)
+    done = backend.subscribe_completions(ScannerFilter(namespace=lane))
+    done.next_batch(0.01)
+    tail = backend.follow(backend.create_execution(lane=lane))
+    tail.next_batch(0.01)
+    assert len(descriptors()) > len(before)
+    backend.close()
+    assert descriptors() == before
+    assert backend.closed
+    assert not tail.closed
+
+
+async def test_closing_ends_readers_of_a_silent_node(shell, proxied, lane):
+    backend = await shell.connect(proxied.url)
+    mine, _ = await spread(backend, lane, proxied.slots())
+    waiting = [asyncio.ensure_future(backend.wait(eid)) for eid in mine[:2]]
+    await asyncio.sleep(0.05)
+    # What is open is cut, and what is opened again hears nothing.
+    proxied.proxy.hold(UP, DOWN)
+    proxied.proxy.cut_all()
+    waiting += [asyncio.ensure_future(backend.wait(eid)) for eid in mine[2:]]
+    await asyncio.sleep(0.3)
+    await asyncio.wait_for(backend.close(), 3)
+    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 3)
     assert all(isinstance(result, FFError) for result in results), results
     proxied.proxy.release()
 
