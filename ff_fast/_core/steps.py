@@ -260,8 +260,10 @@ def checked(reply: object) -> list[bytes]:
     """Return the list in the reply to a plain command; empty for a number or nil.
 
     Raises:
-        FFError: The server refused the command, or the reply has another type.
+        FFError: The server refused the command, its node did not answer, or the reply has another type.
     """
+    if isinstance(reply, FFError):
+        raise reply
     if isinstance(reply, Exception):
         raise from_server_error(str(reply))
     if reply is None or isinstance(reply, int):
