@@ -97,12 +97,18 @@ def _reads(known, streams, *, lossy):
                     yield f"{name} got {item!r}"
                 continue
             at = first
+            if at in got:
+                yield f"{name} got frame {at} twice"
             got.add(at)
             if item.payload != known.payload(attempt, at):
                 yield f"{name} got another frame {at} than was written"
         if attempt not in streams or isinstance(items[-1], Exception):
             continue
-        stored = {each.sequence for each in streams[attempt][0]}
+        frames, _, reason = streams[attempt]
+        # An end that was lost after it was read may be followed by another one.
+        if items[-1].reason != reason and not (lossy and attempt + 1 < len(streams)):
+            yield f"{name} ended as {items[-1].reason}, and the attempt as {reason}"
+        stored = {each.sequence for each in frames}
         if skipped := stored - got - gone:
             yield f"{name} has skipped {min(skipped)} to {max(skipped)}"
 
@@ -115,3 +121,5 @@ def completions(load, *, lossy):
             continue
         if known.created == DONE and times != 1 and not (lossy and times):
             yield f"the subscriber was told {times} times of the end of {eid}"
+    for eid in load.completions.keys() - load.executions.keys():
+        yield f"the subscriber was told of the end of {eid}, that nobody created"
