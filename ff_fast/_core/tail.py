@@ -65,8 +65,9 @@ _HOLE_S = 0.03
 _LONGEST_HOLE_S = 0.5
 _GIVE_UP_S = 2.0
 # How long frames that storage lacks may be on their way there: those of a cursor that were only pushed, and those that a
-# failover has lost, which their writer stores again. More of them begin the time anew.
-_AHEAD_S = 2.0
+# failover has lost, which their writer stores again: twice the default time limit of a call, by which a writer finds out
+# that a server is silent. More of them begin the time anew.
+_AHEAD_S = 10.0
 
 Item = StreamFrame | Gap | End
 Id = tuple[int, int]
@@ -449,8 +450,8 @@ class TailCore(Inbox):
         if page.closed_reason or page.lease_left_ms is None:
             # Nobody can store them any more.
             return False
-        if self.stored < self.sequence:
-            return self.stored <= page.last_sequence
+        if self.stored < self.sequence and self.stored <= page.last_sequence:
+            return True
         if self.ms == 0:
             # Such a place may be that of any frame.
             return False

@@ -145,7 +145,7 @@ def test_a_frame_that_a_reader_got_twice_is_reported(world):
 
 def test_a_gap_that_goes_back_to_what_was_read_is_reported(world):
     world.read[4:4] = [Gap(5, 3, "cursor_ahead"), *world.read[2:4]]
-    reported(world, "got frame 3 twice")
+    reported(world, "got 3 to 4 twice")
 
 
 def test_a_frame_that_a_reader_got_with_another_payload_is_reported(world):

@@ -85,7 +85,7 @@ def _reads(known, streams, *, lossy):
             continue
         if isinstance(items[-1], Exception) and not lossy:
             yield f"{name} was told {items[-1]!r}"
-        at, got, gone = 0, set(), set()
+        at, got, gone, again = 0, set(), set(), []
         for item in items[:-1]:
             first = item.sequence if isinstance(item, StreamFrame) else item.first_missing
             if first != at + 1:
@@ -98,10 +98,13 @@ def _reads(known, streams, *, lossy):
                 continue
             at = first
             if at in got:
-                yield f"{name} got frame {at} twice"
+                again.append(at)
             got.add(at)
             if item.payload != known.payload(attempt, at):
                 yield f"{name} got another frame {at} than was written"
+        if again:
+            gaps = [item for item in items if isinstance(item, Gap)]
+            yield f"{name} got {again[0]} to {again[-1]} twice, behind {gaps}"
         if attempt not in streams or isinstance(items[-1], Exception):
             continue
         frames, _, reason = streams[attempt]
