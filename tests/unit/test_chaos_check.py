@@ -51,9 +51,9 @@ class World:
     def read(self):
         return self.known.reads[0]
 
-    def frame(self, sequence, payload=None, attempt=0):
+    def frame(self, sequence, payload=None, attempt=0, ms=1):
         return StreamFrame(
-            stream_id=f"1-{sequence}",
+            stream_id=f"{ms}-{sequence}",
             frame_type="token",
             payload=payload or self.known.payload(attempt, sequence),
             ts_ms=1,
@@ -146,6 +146,17 @@ def test_a_frame_that_a_reader_got_twice_is_reported(world):
 def test_a_gap_that_goes_back_to_what_was_read_is_reported(world):
     world.read[4:4] = [Gap(5, 3, "cursor_ahead"), *world.read[2:4]]
     reported(world, "got 3 to 4 twice")
+
+
+def test_a_frame_of_a_claim_that_was_lost_may_be_read_before_that_of_the_next_one(world):
+    world.read[0:0] = [world.frame(1, ms=0), world.frame(2, ms=0), Gap(3, 1, "cursor_ahead")]
+    assert world.found(lossy=True) == []
+    reported(world, "got Gap", lossy=[False])
+
+
+def test_a_frame_that_a_reader_got_in_place_of_the_one_that_is_stored_is_reported(world):
+    world.read[2] = world.frame(3, ms=0)
+    reported(world, "got 0-3, and 1-3 is stored")
 
 
 def test_a_frame_that_a_reader_got_with_another_payload_is_reported(world):
