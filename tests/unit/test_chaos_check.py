@@ -238,7 +238,7 @@ def test_an_execution_that_is_gone_is_reported_unless_it_may_be(world):
     reported(world, "there is no such execution")
 
 
-@pytest.mark.parametrize(("times", "lossy"), [(0, [False, True]), (2, [False])])
+@pytest.mark.parametrize("times, lossy", [(0, [False, True]), (2, [False])])
 def test_a_completion_that_is_told_twice_or_never_is_reported(world, times, lossy):
     world.completions[EID] = times
     reported(world, f"told {times} times", lossy=lossy)
