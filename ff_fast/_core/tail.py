@@ -458,8 +458,8 @@ class TailCore(Inbox):
         if page.closed_reason or page.lease_left_ms is None:
             # Nobody can store them any more.
             return False
-        if self.stored < self.sequence:
-            return self.stored <= page.last_sequence
+        if self.stored < self.sequence and self.stored <= page.last_sequence:
+            return True
         if self.ms == 0:
             # Such a place may be that of any frame.
             return False
