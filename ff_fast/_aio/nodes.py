@@ -22,7 +22,6 @@ from ff_fast._core.topology import Address, Topology, address_of
 from ff_fast.errors import (
     FFError,
     FunctionMissing,
-    NotACluster,
     Redirected,
     Unavailable,
     from_server_error,
@@ -530,22 +529,19 @@ class Nodes:
             for address, node in self._nodes.items()
             if address is not None and node.shared.connection is not None and not node.silent
         }
-        failure: FFError | None = None
-        for address in nodes.to_ask(heard, self.topology, self._seeds):
-            node = self.at(address)
+        look = nodes.Look(self.topology, heard, self._seeds)
+        for address in look.addresses:
             try:
                 async with asyncio.timeout(min(nodes.ASK_S, self.timeout_s)):
-                    replies = await node.shared.request(nodes.SLOTS)
-                nodes.learn(self.topology, replies, address)
+                    replies = await self.at(address).shared.request(nodes.SLOTS)
             except TimeoutError:
-                failure = failure or nodes.silent(address)
-            except NotACluster:
-                raise
+                look.failed(address, nodes.silent(address))
             except FFError as error:
-                failure = failure or error
+                look.failed(address, error)
             else:
-                return
-        raise failure or nodes.no_owner()
+                if look.answered(address, replies):
+                    return
+        raise look.failure()
 
     def _forget(self) -> None:
         """Let the nodes go that have left the cluster, once nobody waits for them."""

@@ -369,7 +369,7 @@ class Writer(SharedWriter):
         loop = asyncio.get_running_loop()
         deadline = None if wait.timeout_s is None else loop.time() + wait.timeout_s
         await self._progress(wait, loop, deadline)
-        if wait.level is not None:
+        if wait.level is not None and self._lacks(wait.level, wait.last):
             await self._reach(wait.level, deadline)
         return wait.value()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 from ff_fast import keys
 from ff_fast._core.steps import Command, Step, Steps
 from ff_fast._hot.resp import pack_fcall
-from ff_fast.errors import MAX_INT, Corruption, ProtocolError, for_code, from_server_error
+from ff_fast.errors import MAX_INT, Corruption, FFError, ProtocolError, for_code, from_server_error
 from ff_fast.types import (
     DEFAULT_PAYLOAD_LIMIT,
     CancelFlowPolicy,
@@ -96,6 +96,8 @@ class Op(NamedTuple, Generic[T]):
             FFError: The function refused, the server answered with an error, or the reply has another form
                 (``ProtocolError``).
         """
+        if isinstance(reply, FFError):
+            raise reply
         if isinstance(reply, Exception):
             raise from_server_error(str(reply), self.function.decode())
         if isinstance(reply, list) and len(reply) >= 2 and isinstance(reply[1], bytes):

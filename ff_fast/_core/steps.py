@@ -245,12 +245,6 @@ def send_one(one: Command, block_s: float = 0.0) -> Steps[list[bytes]]:
     return checked(reply)
 
 
-def server_ms(key: bytes) -> Steps[int]:
-    """Ask the server that holds *key* for its time, in ms since the epoch."""
-    (reply,) = yield Step((Command(key, pack_command(b"TIME")),))
-    return time_ms(reply)
-
-
 def time_ms(reply: object) -> int:
     """Return the time in the reply to ``TIME``, in ms since the epoch."""
     seconds, micros = checked(reply)
@@ -266,8 +260,10 @@ def checked(reply: object) -> list[bytes]:
     """Return the list in the reply to a plain command; empty for a number or nil.
 
     Raises:
-        FFError: The server refused the command, or the reply has another type.
+        FFError: The server refused the command, its node did not answer, or the reply has another type.
     """
+    if isinstance(reply, FFError):
+        raise reply
     if isinstance(reply, Exception):
         raise from_server_error(str(reply))
     if reply is None or isinstance(reply, int):

@@ -711,6 +711,8 @@ cdef class WriterCore:
     cdef long long _replay_from
     # The server has lost the opening of this writer. It is opened again before anything is sent.
     cdef readonly bint _opening_lost
+    # How often it had to store frames again.
+    cdef readonly int _replays
     # Sequence of the first frame of this writer, and the number of its opening.
     cdef readonly long long _first_sequence
     cdef long long _opening
@@ -1759,6 +1761,7 @@ cdef class WriterCore:
         cdef long long last = self._acked_sequence
         cdef long long ms = self._held._before_ms
         self._replay_from = -1
+        self._replays += 1
         if held:
             last = (<Batch>held[0]).first_sequence - 1
         if last > stored and self._summary_version > 0:

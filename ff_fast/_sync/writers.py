@@ -502,7 +502,7 @@ class Writer(SharedWriter):
         deadline = None if wait.timeout_s is None else time.monotonic() + wait.timeout_s
         if not wait.done():
             self._progress(wait, deadline)
-        if wait.level is not None:
+        if wait.level is not None and self._lacks(wait.level, wait.last):
             self._reach(wait.level, deadline)
         return wait.value()
 
