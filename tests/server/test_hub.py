@@ -10,6 +10,7 @@ from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import PermissionDenied, Unavailable, UnsupportedServer
 
 from ..conftest import connect_raw
+from ..router import node_of
 from ..shells import KINDS, Opener, config
 
 
@@ -121,6 +122,8 @@ def test_a_channel_is_unsubscribed_soon_after_its_last_listener_left(
 def test_a_killed_connection_is_made_again_and_its_listeners_hear_of_it(connect, raw, server):
     backend = connect(server.url)
     name = channel()
+    # An id of a connection is one of its own node.
+    raw = node_of(raw, name)
     listener = listened(backend, name)
     for i in range(20):
         listener.doubts.clear()
