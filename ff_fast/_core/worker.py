@@ -282,7 +282,9 @@ TASK = """One claimed execution, the argument of a handler.
 class TaskState(Generic[W, K]):
     """The part of a task that is the same in both shells."""
 
-    def __init__(self, handle: Handle, mode: StreamMode | None = None, level: Level = STORED) -> None:
+    def __init__(
+        self, handle: Handle, mode: StreamMode | None = None, level: Level = STORED
+    ) -> None:
         fields = handle.fields()
         self.handle = handle
         self._mode = mode
