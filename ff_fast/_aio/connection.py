@@ -149,7 +149,9 @@ class Connection(asyncio.Protocol):
         if not self.receivers:
             self.silent_since = time.monotonic()
         self.receivers.extend(receivers)
-        self._transport.write(request)
+        # A write that has failed closes the transport before `connection_lost`, and asyncio logs every further one.
+        if not self._transport.is_closing():
+            self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self.silent_since = time.monotonic()

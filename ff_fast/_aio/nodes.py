@@ -661,12 +661,16 @@ class Nodes:
             if error is not None:
                 raise error
 
+    def as_sent(self, step: Step) -> Step:
+        """Return *step* as it goes to these servers."""
+        return step if self.topology is None else step.in_cluster
+
     async def alone(self, step: Step) -> list[object]:
         """Send a step whole, to the node of its first command, on a connection that nobody else uses."""
         node = self.of(step.commands[0].slot)
         connection = await node.acquire()
         try:
-            replies = await connection.request(step, self.timeout_s)
+            replies = await connection.request(self.as_sent(step), self.timeout_s)
             self.look_at(node, connection, replies)
         except FFError as error:
             self.failed(node, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from ff_fast._core.steps import Command, Step
@@ -94,7 +95,8 @@ class Look:
 def _learn(topology: Topology, replies: list[object], asked: Address) -> None:
     (reply,) = replies
     if isinstance(reply, Exception):
-        if "cluster support disabled" in str(reply):
+        # Sentinels, and most proxies, have no such command.
+        if re.search("cluster support disabled|unknown command", str(reply)):
             error = NotACluster()
             error.host, error.port = asked
             raise error

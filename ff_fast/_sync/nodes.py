@@ -275,7 +275,7 @@ class Requests:
         """Send a step that must not be split; refusals come back as replies."""
         node = self._nodes.of(step.commands[0].slot)
         try:
-            replies = self._on(node).request(step, self._longest)
+            replies = self._on(node).request(step.in_cluster, self._longest)
         except FFError as error:
             self._nodes.failed(node, error)
             raise

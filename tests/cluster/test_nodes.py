@@ -151,6 +151,7 @@ async def test_a_silent_node_keeps_no_call_to_another_one_waiting(shell, cluster
             await backend.cancel(each)
 
 
+@pytest.mark.long
 async def test_silence_of_a_node_closes_no_connection_to_another_one(cluster, lane):
     silent = cluster.nodes[1]
     async with aio.ValkeyBackend.connect(fast(cluster.url)) as backend:
@@ -320,6 +321,7 @@ async def test_reads_go_to_replicas_where_the_caller_says_so(shell, replicated_c
         assert asked(primary)
 
 
+@pytest.mark.long
 async def test_calls_wait_for_the_successor_of_a_dead_primary(replicated_cluster, lane):
     """Both shells at once, and at the end of the module: a failover takes seconds, and a start of a node, too."""
     cluster = replicated_cluster

@@ -153,6 +153,7 @@ async def test_a_planned_failover_amid_streams_and_waiting_claims(sentinels, lan
     await through_a_failover(sentinels, lane, sentinels.failover, writing=True)
 
 
+@pytest.mark.long
 async def test_a_killed_primary_amid_streams_and_waiting_claims(sentinels, lane):
     def kill():
         sentinels.wait_for_another(sentinels.kill())

@@ -337,6 +337,7 @@ async def test_a_rotated_password_amid_a_stream_loses_nothing(
 # -- TLS and names -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.standalone("a proxy stands before one server")
 async def test_a_tls_context_of_the_caller_is_used(shell, server, lane):
     import trustme
 

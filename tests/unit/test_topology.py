@@ -130,6 +130,8 @@ def test_who_was_heard_of_last_is_asked_first():
 
 
 NO_CLUSTER = "ERR This instance has cluster support disabled"
+# Of a Sentinel.
+NO_COMMAND = "ERR unknown command 'CLUSTER', with args beginning with: 'SLOTS'"
 
 
 def look(*answers):
@@ -143,12 +145,16 @@ def look(*answers):
     return found.failure()
 
 
-def test_a_server_without_a_cluster_is_told_apart():
-    error = look(errors.Unavailable(), Exception(NO_CLUSTER), errors.Unavailable())
+@pytest.mark.parametrize("refusal", [NO_CLUSTER, NO_COMMAND])
+def test_a_server_without_a_cluster_is_told_apart(refusal):
+    error = look(errors.Unavailable(), Exception(refusal), errors.Unavailable())
     assert isinstance(error, errors.NotACluster)
     assert "connect without cluster=true" in str(error)
     assert (error.host, error.port) == TWO
     assert not error.retryable
+
+
+def test_who_may_not_ask_for_the_topology_is_told():
     assert isinstance(look(Exception("NOPERM no permissions")), errors.PermissionDenied)
 
 
