@@ -994,7 +994,7 @@ class Redirected(FFError):
     _sentence = "Another cluster node owns the slot; the cluster is being changed, try again later."
 
     def __init__(self, *, ask: bool, slot: int, address: str) -> None:
-        super().__init__()
+        super().__init__(f"{self._sentence} The slot is {slot}, its node {address}.")
         self.ask = ask
         self.slot = slot
         self.address = address

@@ -42,10 +42,6 @@ CALLS_IN_FLIGHT = 256
 """Bound of the requests in flight on the shared connection; beyond it calls queue, and open batches grow."""
 
 
-READ_AGAIN_S = 1.0
-"""How long the primary answers in place of a replica that has failed, in seconds."""
-
-
 async def result_of(task: asyncio.Task[T]) -> T:
     """Wait for a task of the backend that several callers share, and return its result or raise its error."""
     # Awaiting the task directly would cancel it along with a cancelled caller.
@@ -600,7 +596,7 @@ class Nodes:
             try:
                 return await self.first.reads.request(step, longest)
             except FFError:
-                self._read_at = time.monotonic() + READ_AGAIN_S
+                self._read_at = time.monotonic() + nodes.READ_AGAIN_S
         return await self.first.shared.request(step, longest)
 
     async def request(

@@ -35,6 +35,9 @@ SILENT_S = 0.2
 FORGET_EVERY_S = 1.0
 """After this time, in seconds, a node that has left the cluster is looked at again if somebody waited for it."""
 
+READ_AGAIN_S = 1.0
+"""How long the primary answers in place of a replica that has failed, in seconds."""
+
 SLOTS = Step((Command(b"", pack_command(b"CLUSTER", b"SLOTS")),))
 
 

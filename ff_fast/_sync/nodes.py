@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from ff_fast._sync.connection import Connection
     from ff_fast.types import BackendConfig
 
-READ_AGAIN_S = 1.0
-"""How long the primary answers in place of a replica that has failed, in seconds."""
-
 # How long a look may take before another thread looks as well.
 _PATIENCE_S = 10.0
 
@@ -259,7 +256,7 @@ class Requests:
                 try:
                     return self._on(nodes.reads).request(step, self._longest)
                 except FFError:
-                    nodes.read_at = time.monotonic() + READ_AGAIN_S
+                    nodes.read_at = time.monotonic() + core.READ_AGAIN_S
             return self._on(nodes.only).request(step, self._longest)
         if step.alone:
             return self._request_alone(step)

@@ -511,6 +511,7 @@ def test_a_cluster_node_is_recognised(text, is_one):
 def test_redirects(text, ask, slot, address):
     error = errors.from_server_error(text)
     assert isinstance(error, errors.Redirected)
+    assert error.address in str(error)
     assert (error.ask, error.slot, error.address) == (ask, slot, address)
 
 
