@@ -324,7 +324,7 @@ async def test_frames_that_are_synced_survive_the_death_of_the_server(shell, lan
 async def test_frames_that_are_stored_again_have_to_reach_their_level_again(shell, linked, lane):
     options = {"durability": REPLICATED, "durability_timeout": 0.1}
     async with await shell.connect(linked.url, replay_ms=60_000) as backend:
-        eid, handle, writer = await opened(backend, lane, **options)
+        eid, _, writer = await opened(backend, lane, **options)
         with connect_raw(linked.primary.url) as raw:
             past = Past(raw, eid)
             for n in range(1, 4):
