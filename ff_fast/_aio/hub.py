@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ff_fast import _transport
 from ff_fast._aio.connection import BROKEN, LOST
-from ff_fast._core import hub
+from ff_fast._core import hub, readers
 from ff_fast._core.hub import (
     HELLO,
     ONCE,
@@ -25,7 +25,7 @@ from ff_fast._core.nodes import no_owner
 from ff_fast._core.routing import refusal
 from ff_fast._core.steps import Retries, Step
 from ff_fast._core.topology import address_of
-from ff_fast.errors import FFError, OutcomeUnknown, ProtocolError, Redirected
+from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError, Redirected
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -194,6 +194,12 @@ class Hub:
     async def request(self, step: Step) -> list[object]:
         """Send *step* in turn with other reads, and return the replies, in order."""
         return await answer_to(self, step)
+
+    def silent(self, since: float) -> bool:
+        """Return whether the server owes a reply, or a connection, since then, and nothing has come for a while."""
+        if self._connection is not None:
+            since = max(since, self._connection.silent_since)
+        return time.monotonic() - since >= readers.SILENT_S
 
     def stop(self) -> None:
         """Fail everything, without waiting; the connection is the pool's to abort."""
@@ -389,9 +395,11 @@ class RoutedRead:
     """One read of a reader, whose commands go to the nodes of their slots. See :class:`Read` for the attributes."""
 
     __slots__ = (
+        "_loop",
         "_on_done",
         "_open",
         "_replies",
+        "_timer",
         "done",
         "error",
         "final",
@@ -400,9 +408,19 @@ class RoutedRead:
         "step",
     )
 
-    def __init__(self, step: Step, on_done: Callable[[], None], nodes: int) -> None:
+    def __init__(
+        self,
+        step: Step,
+        on_done: Callable[[], None],
+        nodes: int,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
         self._on_done = on_done
         self._open = nodes
+        self._loop = loop
+        self._timer: asyncio.TimerHandle | None = None
+        if step.partial:
+            self._look_later(readers.SILENT_S)
         self._replies: list[object] = [None] * len(step.commands)
         self.step = step
         self.parts: list[_PartOfRead] = []
@@ -413,8 +431,23 @@ class RoutedRead:
 
     def drop(self) -> None:
         """Forget a read whose answer nobody waits for."""
+        self._look_no_more()
         for part in self.parts:
             part.read.drop()
+
+    def _look_later(self, seconds: float) -> None:
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    def _look_no_more(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        """Wait no longer for nodes that are silent."""
+        self._look_later(readers.SILENT_S / 4)
+        for part in self.parts:
+            part.leave_silent()
 
     def put(self, indexes: list[int], replies: list[object]) -> None:
         """Take what one node has answered."""
@@ -422,13 +455,14 @@ class RoutedRead:
             self._replies[index] = reply
         self._open -= 1
         if not self._open:
+            self._look_no_more()
             self.done = True
             self._on_done()
 
     def fail(self, indexes: list[int], error: FFError) -> None:
-        """Take the error of one node. Where others were asked as well, it stands for each of its replies."""
-        if len(indexes) == len(self._replies):
-            self.error = error
+        """Take the error of one node. In a partial step it stands for each of its replies."""
+        if not self.step.partial:
+            self.error = self.error or error
         self.put(indexes, [error] * len(indexes))
 
     def take(self) -> list[object]:
@@ -445,20 +479,31 @@ class RoutedRead:
 class _PartOfRead:
     """What one node is asked in a read."""
 
-    __slots__ = ("_address", "_hubs", "_indexes", "_whole", "read")
+    __slots__ = ("_address", "_began", "_hubs", "_indexes", "_left", "_whole", "read")
 
     def __init__(self, hubs: Hubs, whole: RoutedRead, address: Address, indexes: list[int]) -> None:
         self._hubs = hubs
         self._whole = whole
         self._address = address
         self._indexes = indexes
+        self._left = False
+        self._began = time.monotonic()
         step = whole.step
         if len(indexes) < len(step.commands):
             step = step._replace(commands=[step.commands[index] for index in indexes])
         self.read = hubs._at(address).read(step, self)
 
+    def leave_silent(self) -> None:
+        """Wait no longer for the node if it is silent."""
+        if not (self.read.done or self._left) and self._hubs._at(self._address).silent(self._began):
+            self._left = True
+            self.read.drop()
+            self._whole.fail(self._indexes, DeadlineExceeded())
+
     def __call__(self) -> None:
         whole, read = self._whole, self.read
+        if self._left:
+            return
         whole.sent_at = max(whole.sent_at, read.sent_at)
         if read.error is not None:
             self._hubs._failed(self._address, read.error)
@@ -523,7 +568,7 @@ class Hubs:
             slot = command.slot
             assert slot is not None
             places.setdefault(self._topology.primary(slot), []).append(index)
-        read = RoutedRead(step, on_done, len(places))
+        read = RoutedRead(step, on_done, len(places), self._loop)
         for address, indexes in places.items():
             if address is not None:
                 read.parts.append(_PartOfRead(self, read, address, indexes))

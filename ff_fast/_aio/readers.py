@@ -8,10 +8,10 @@ import os
 import time
 import weakref
 from math import inf
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from ff_fast._core import readers
-from ff_fast._core.follow import Ended, WaitCore
+from ff_fast._core.follow import Ended
 from ff_fast._core.follow import Item as FollowItem
 from ff_fast._core.tail import Item
 from ff_fast._hot.feed import Bell, Inbox
@@ -239,14 +239,16 @@ class Follow(PushReader[FollowItem]):
     __doc__ = readers.FOLLOW
 
 
-class Waiting(PushReader[Ended]):
-    """Waits for the end of an execution."""
-
-    _source: WaitCore
+class PatientReader(PushReader[T]):
+    """Base of the readers whose first read may go on beyond its time."""
 
     async def _advance(self, until: float | None) -> bool:
-        return await super()._advance(self._source.patience(until))
+        return await super()._advance(cast("readers.Patient", self._source).patience(until))
 
 
-class Completions(PushReader[CompletionPayload]):
+class Waiting(PatientReader[Ended]):
+    """Waits for the end of an execution."""
+
+
+class Completions(PatientReader[CompletionPayload]):
     __doc__ = readers.COMPLETIONS

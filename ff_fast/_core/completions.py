@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from ff_fast import keys
 from ff_fast._core import ops
 from ff_fast._core.steps import Command, Step, Steps, checked, is_foreign
-from ff_fast._core.tail import longest_wait
+from ff_fast._core.tail import LONGEST_S, jittered
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
     Corruption,
@@ -45,9 +45,14 @@ _REPLY_RECORDS = 1_024
 _RESULT_BYTES = 1 << 20
 _GROUP = 64
 
-# How long the first look waits for the subscription, and how often a partition is looked at without one, in seconds.
-_SUBSCRIBE_S = 0.5
+# How often a partition is looked at that is not subscribed to, in seconds.
 _UNSUBSCRIBED_S = 1.0
+# How often all partitions are looked at, in seconds: at least, and for each of them. A look costs the server about a
+# microsecond a partition.
+_LOOK_S = 5.0
+_LOOK_S_EACH = 0.02
+# How long a read goes on beyond its time to find where a subscription begins, in seconds.
+_FIRST_LOOK_S = 1.0
 
 _LAST_ID = (2**64 - 1, 2**64 - 1)
 _OUTCOMES = frozenset({"success", "failed", "cancelled", "expired"})
@@ -177,8 +182,8 @@ class CompletionCore:
     """
 
     __slots__ = (
-        "_base", "_begun", "_first", "_foreign", "_from", "_look_at", "_looked_at", "_partitions", "_places", "_records",
-        "_scope", "_silent", "_step", "_steps", "_texts", "part",
+        "_base", "_begun", "_first", "_first_look_until", "_foreign", "_from", "_look_at", "_looked_at", "_partitions",
+        "_places", "_records", "_refusing", "_scope", "_silent", "_step", "_steps", "_texts", "part",
     )  # fmt: skip
 
     ended = False
@@ -189,17 +194,20 @@ class CompletionCore:
         self._base = _Place(0, 0, 0)
         self._places: dict[int, _Place] = {}
         self._texts: dict[int, str] = {}
-        # Records that were read and not passed yet; the partitions without a stream, and those that could not answer.
+        # Records that were read and not passed yet; the partitions without a stream, those whose node has not answered,
+        # and those whose node has said that it cannot for the time being.
         self._records: deque[_Record] = deque()
         self._foreign: set[int] = set()
         self._silent: dict[int, None] = {}
+        self._refusing: dict[int, None] = {}
         # The read under way, and what it asks for.
         self._steps: Steps[list[CompletionPayload]] | None = None
         self._step: Step | None = None
         # Whether all partitions were looked at; when they are again, and when that was, in monotonic time.
         self._begun = False
-        self._look_at = monotonic() + _SUBSCRIBE_S
-        self._looked_at = self._look_at
+        self._look_at = self._looked_at = 0.0
+        # None before the first read.
+        self._first_look_until: float | None = None
         self.part = CompletionWatch(partitions)
         # Where the first look begins: "now", "start" or at a cursor.
         self._from = "now" if after is None else "start" if after == "start" else "cursor"
@@ -254,6 +262,8 @@ class CompletionCore:
         if cursor is not None:
             self._move(cursor)
         self._records.clear()
+        self._silent.clear()
+        self._refusing.clear()
         self._steps = self._step = None
         self._look_at = 0.0
         self.part = CompletionWatch(self._partitions)
@@ -263,9 +273,17 @@ class CompletionCore:
     @property
     def wake_at(self) -> float:
         """When to ask for a step although nothing was pushed, in monotonic time."""
-        if self.part.deaf or self._silent:
+        if self._watched():
             return min(self._look_at, self._looked_at + _UNSUBSCRIBED_S)
         return self._look_at
+
+    def patience(self, until: float | None) -> float | None:
+        """Return until when to wait: also a read that has no time finds where the subscription begins."""
+        if until is None or self._begun:
+            return until
+        if self._first_look_until is None:
+            self._first_look_until = monotonic() + _FIRST_LOOK_S
+        return max(until, self._first_look_until)
 
     def take(self) -> list[CompletionPayload]:
         """Return completions that were read before, if nothing is to be asked about them."""
@@ -301,20 +319,27 @@ class CompletionCore:
         return self._run(self._steps, list(replies))
 
     def _doubted(self, now: float) -> Sequence[int]:
-        """Return the partitions that have to be looked at."""
+        """Return the partitions that have to be looked at.
+
+        One that has not answered is left alone while it is deaf: its node is gone or silent, and each look at it would
+        keep the others waiting. It is looked at once it is subscribed to again.
+        """
         watch = self.part
-        if now >= self._look_at or not (self._begun or watch.deaf):
+        if now >= self._look_at:
             watch.doubted.clear()
             self._looked_at = now
-            self._look_at = now + longest_wait()
-            return range(self._partitions)
-        if not self._begun:
-            # The first look is at all of them, once all subscriptions are there.
-            return ()
+            longest = min(max(_LOOK_S, _LOOK_S_EACH * self._partitions), LONGEST_S)
+            self._look_at = now + jittered(longest)
+            left_alone = watch.deaf.keys() & self._silent.keys() if self._begun else ()
+            return [index for index in range(self._partitions) if index not in left_alone]
         if now >= self._looked_at + _UNSUBSCRIBED_S:
             self._looked_at = now
-            watch.doubted |= watch.deaf | self._silent
+            watch.doubted |= dict.fromkeys(self._watched())
         return _take(watch.doubted)
+
+    def _watched(self) -> set[int]:
+        """Return the partitions that are looked at often."""
+        return self.part.deaf.keys() - self._silent.keys() | self._refusing.keys()
 
     def _run(
         self, steps: Steps[list[CompletionPayload]], replies: list[object] | None = None
@@ -351,24 +376,28 @@ class CompletionCore:
         """Return what partitions have answered, without those that cannot for the time being: they are looked at again.
 
         Raises:
-            FFError: None of them can.
+            FFError: None of all partitions can, or it is not known yet where the subscription begins.
         """
         answered: list[tuple[int, object]] = []
         failure: FFError | None = None
         for index, reply in replies:
             self._foreign.discard(index)
             self._silent.pop(index, None)
+            self._refusing.pop(index, None)
             error = reply
             if isinstance(reply, Exception) and not isinstance(reply, FFError):
                 error = from_server_error(str(reply))
             if is_foreign(reply):
                 self._foreign.add(index)
             elif isinstance(error, FFError) and error.retryable:
-                self._silent[index] = None
+                unheard = isinstance(reply, FFError)
+                (self._silent if unheard else self._refusing)[index] = None
                 failure = failure or error
             else:
                 answered.append((index, reply))
-        if failure is not None and not (answered and self._begun):
+        if failure is not None and (
+            not self._begun or len(self._silent) + len(self._refusing) == self._partitions
+        ):
             raise failure
         return answered
 
@@ -391,7 +420,7 @@ class CompletionCore:
             Command(name, pack_command(b"XRANGE", name, identity, identity))
             for _, name, identity in passed
         ]
-        replies = yield Step(infos + records, large=True)
+        replies = yield Step(infos + records, large=True, partial=True)
         abouts: dict[int, _Stream] = {}
         for index, reply in self._answered(zip(indexes, replies, strict=False)):
             if isinstance(reply, Exception) and "no such key" not in str(reply):
@@ -462,7 +491,7 @@ class CompletionCore:
             after = b"(" + place.identity if place[:2] < _LAST_ID else place.identity
             request = pack_command(b"XRANGE", name, after, b"+", b"COUNT", b"%d" % count)
             commands.append(Command(name, request))
-        replies = yield Step(commands, large=True)
+        replies = yield Step(commands, large=True, partial=True)
         for index, reply in self._answered(zip(indexes, replies, strict=True)):
             entries = cast("list[tuple[bytes, list[bytes]]]", checked(reply))
             self._records.extend(_Record(index, identity, fields) for identity, fields in entries)
@@ -550,7 +579,7 @@ def _ask(calls: Iterable[ops.Op[T]]) -> Steps[list[T | None]]:
     asked = list(calls)
     if not asked:
         return []
-    replies = yield Step([op.command() for op in asked], large=True)
+    replies = yield Step([op.command() for op in asked], large=True, partial=True)
     return [_kept(op, reply) for op, reply in zip(asked, replies, strict=True)]
 
 

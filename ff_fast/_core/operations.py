@@ -637,7 +637,9 @@ def delay(on: Deployment, handle: Handle, delay: float | timedelta) -> Call[int]
         Time at which it can be claimed again, in ms since the epoch by the server's clock.
 
     Raises:
-        SequenceGap: The stream has lost frames which this backend knows to be stored, as after a failover.
+        FramesLost: The server has lost frames in a failover that this backend does not keep any more. Nothing was
+            released; call again to go on without them.
+        SequenceGap: The stream has lost frames which this backend knows to be stored, and the backend keeps none.
         LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
             gone.
     """
@@ -654,7 +656,9 @@ def wait_children(on: Deployment, handle: Handle) -> Call[None]:
     The same attempt continues afterwards; at once if no child is open.
 
     Raises:
-        SequenceGap: The stream has lost frames which this backend knows to be stored, as after a failover.
+        FramesLost: The server has lost frames in a failover that this backend does not keep any more. Nothing was
+            released; call again to go on without them.
+        SequenceGap: The stream has lost frames which this backend knows to be stored, and the backend keeps none.
         LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
             gone.
     """
@@ -777,7 +781,9 @@ def suspend(
     Raises:
         NotReplicated: *durability* was not confirmed in time. The call is applied; repeating it asks again.
         InvalidToken, WaitpointClosed: A waitpoint of the condition has another token, or is closed.
-        SequenceGap: The stream has lost frames which this backend knows to be stored, as after a failover.
+        FramesLost: The server has lost frames in a failover that this backend does not keep any more. Nothing was
+            released; call again to go on without them.
+        SequenceGap: The stream has lost frames which this backend knows to be stored, and the backend keeps none.
         LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
             gone.
     """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 from ff_fast import keys
 from ff_fast._core.steps import Command, Step, Steps
 from ff_fast._hot.resp import pack_fcall
-from ff_fast.errors import MAX_INT, Corruption, ProtocolError, for_code, from_server_error
+from ff_fast.errors import MAX_INT, Corruption, FFError, ProtocolError, for_code, from_server_error
 from ff_fast.types import (
     DEFAULT_PAYLOAD_LIMIT,
     CancelFlowPolicy,
@@ -80,10 +80,14 @@ class Op(NamedTuple, Generic[T]):
 
     def command(self) -> Command:
         """Return the call as one command, for the node of its keys."""
+        request = pack_fcall(self.function, self.keys, self.argv, self.read_only)
         # A function that only reads, and meets a key on its way, is called again.
-        absent = None if self.read_only else keys.absent(self.keys[0])
+        return Command(self.keys[0], request, None if self.read_only else self._guarded)
+
+    def _guarded(self) -> bytes:
+        absent = keys.absent(self.keys[0])
         named = self.keys if absent is None else (*self.keys, absent)
-        return Command(self.keys[0], pack_fcall(self.function, named, self.argv, self.read_only))
+        return pack_fcall(self.function, named, self.argv)
 
     def answer(self, reply: object) -> T:
         """Return the caller's value.
@@ -92,6 +96,8 @@ class Op(NamedTuple, Generic[T]):
             FFError: The function refused, the server answered with an error, or the reply has another form
                 (``ProtocolError``).
         """
+        if isinstance(reply, FFError):
+            raise reply
         if isinstance(reply, Exception):
             raise from_server_error(str(reply), self.function.decode())
         if isinstance(reply, list) and len(reply) >= 2 and isinstance(reply[1], bytes):

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ff_fast.types import BackendRetry
 
 
+SILENT_S = 1.0
+"""How long a node may be silent to a partial step of a reader, in seconds, before the reader goes on without it."""
+
+
 class HasCursor(Protocol):
     """An item with the cursor from which reading continues after it."""
 
@@ -46,6 +50,13 @@ COMPLETIONS = """Reads executions that end. Made by ``backend.subscribe_completi
     Iterate it, or take all items of one answer at a time with :meth:`next_batch`. A timeout or a cancellation loses
     nothing: the next read continues.
     """
+
+
+class Patient(Protocol):
+    """A source whose first read may need more time than it has."""
+
+    def patience(self, until: float | None, /) -> float | None:
+        """Return until when a read waits whose time is up at *until*, in monotonic time."""
 
 
 class Place(Protocol):
@@ -91,7 +102,7 @@ class PushSource(Place, Protocol[T]):
     def receive(self) -> Callable[..., list[T]]:
         """Returns the items in the replies to the last step, each of them an argument.
 
-        Where they come from several nodes, an ``FFError`` stands for each reply of one that has failed.
+        For a partial step an ``FFError`` stands for each reply of a node that has failed.
         """
 
 

@@ -37,10 +37,13 @@ class Command(NamedTuple):
     Attributes:
         key: One of the command's keys; empty if any node may answer.
         request: The command as it goes on the wire.
+        guarded: Makes the request for a cluster, where it is another one: it names one more key (see `keys.absent`), which
+            costs time on both sides, and nothing moves away from a standalone server.
     """
 
     key: bytes
     request: bytes
+    guarded: Callable[[], bytes] | None = None
 
     @property
     def slot(self) -> int | None:
@@ -78,6 +81,19 @@ class Step(NamedTuple):
     def request(self) -> bytes:
         """All commands as one request, for a server that has every slot."""
         return b"".join([each.request for each in self.commands])
+
+    @property
+    def in_cluster(self) -> Step:
+        """The step as it goes to nodes of a cluster."""
+        commands = self.commands
+        if all(each.guarded is None for each in commands):
+            return self
+        return self._replace(
+            commands=[
+                each if each.guarded is None else Command(each.key, each.guarded())
+                for each in commands
+            ]
+        )
 
 
 class Pause(NamedTuple):
@@ -229,12 +245,6 @@ def send_one(one: Command, block_s: float = 0.0) -> Steps[list[bytes]]:
     return checked(reply)
 
 
-def server_ms(key: bytes) -> Steps[int]:
-    """Ask the server that holds *key* for its time, in ms since the epoch."""
-    (reply,) = yield Step((Command(key, pack_command(b"TIME")),))
-    return time_ms(reply)
-
-
 def time_ms(reply: object) -> int:
     """Return the time in the reply to ``TIME``, in ms since the epoch."""
     seconds, micros = checked(reply)
@@ -250,8 +260,10 @@ def checked(reply: object) -> list[bytes]:
     """Return the list in the reply to a plain command; empty for a number or nil.
 
     Raises:
-        FFError: The server refused the command, or the reply has another type.
+        FFError: The server refused the command, its node did not answer, or the reply has another type.
     """
+    if isinstance(reply, FFError):
+        raise reply
     if isinstance(reply, Exception):
         raise from_server_error(str(reply))
     if reply is None or isinstance(reply, int):

@@ -54,8 +54,10 @@ _LARGEST_LOOK = 256
 _FIRST_COUNTS = (512, 16)
 _LARGEST_COUNTS = (1024, 64)
 
-# Times in seconds. Longest wait of a tail that nothing is pushed to; see `longest_wait`.
-_LONGEST_S = 60.0
+LONGEST_S = 60.0
+"""Longest wait of a reader that nothing is pushed to, in seconds."""
+
+# Times in seconds.
 # How long the first read waits for the subscription, and how often storage is asked without one.
 _SUBSCRIBE_S = 0.5
 _UNSUBSCRIBED_S = 1.0
@@ -84,9 +86,14 @@ def _text(ms: int, sequence: int) -> str:
     return f"{ms}-{sequence}"
 
 
+def jittered(longest: float) -> float:
+    """Return *longest* less a random share, so that readers that began together look one by one."""
+    return longest * (1 - random.random() / 4)  # noqa: S311 - no secret
+
+
 def longest_wait() -> float:
-    """Return how long a reader waits that nothing is pushed to, in seconds: those that began together look one by one."""
-    return _LONGEST_S * (1 - random.random() / 4)  # noqa: S311 - no secret
+    """Return how long a reader waits that nothing is pushed to, in seconds."""
+    return jittered(LONGEST_S)
 
 
 def _id(raw: object) -> Id:
@@ -451,8 +458,8 @@ class TailCore(Inbox):
         if page.closed_reason or page.lease_left_ms is None:
             # Nobody can store them any more.
             return False
-        if self.stored < self.sequence:
-            return self.stored <= page.last_sequence
+        if self.stored < self.sequence and self.stored <= page.last_sequence:
+            return True
         if self.ms == 0:
             # Such a place may be that of any frame.
             return False

@@ -139,10 +139,16 @@ class _Thread:
         self._woken, self._waking = socket.socketpair()
         self._woken.setblocking(False)
         self._waking.setblocking(False)
+        self._ended = False
+        # Threads that are about to wake this one; an interrupt may leave one here that is not.
+        self._wakers: deque[None] = deque()
         # At most one; the first that puts itself here runs.
         self._runs: dict[str, threading.Thread] = {}
 
     def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._woken.close()
         self._waking.close()
 
@@ -153,15 +159,26 @@ class _Thread:
             thread = threading.Thread(target=self._main, name="ff_fast readers", daemon=True)
             with contextlib.suppress(RuntimeError):
                 thread.start()
-        # A full buffer wakes it as well; it is closed where a finaliser gives the order at the end of the interpreter.
-        with contextlib.suppress(OSError):
-            self._waking.send(b".")
+        # Noted first: a socket that is closed while another thread sends may be another socket by then.
+        self._wakers.append(None)
+        try:
+            if not self._ended:
+                # A full buffer wakes it as well.
+                with contextlib.suppress(OSError):
+                    self._waking.send(b".")
+        finally:
+            self._wakers.pop()
+            if self._ended and not self._wakers:
+                self._close()
 
     def end(self) -> None:
         self.wake()
         thread = self._runs.get("")
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        self._ended = True
+        if not self._wakers:
+            self._close()
 
     # -- the thread ----------------------------------------------------------------------------------------------
 
@@ -185,7 +202,8 @@ class _Thread:
             self._core.fail(error)
 
     def _take_orders(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        # There is nothing, or it is closed.
+        with contextlib.suppress(OSError):
             while self._woken.recv(4096):
                 pass
         while self._hub._orders:

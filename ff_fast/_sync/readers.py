@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Self, TypeVar
+from math import inf
+from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from ff_fast import _transport
 from ff_fast._core import readers
-from ff_fast._core.follow import Ended, WaitCore
+from ff_fast._core.follow import Ended
 from ff_fast._core.follow import Item as FollowItem
 from ff_fast._core.routing import refusal
 from ff_fast._core.tail import Item
 from ff_fast._hot.items import BlockingItems, Turn
 from ff_fast._sync.connection import PENDING
 from ff_fast._sync.hub import Bell
-from ff_fast.errors import FFError, InvalidInput
+from ff_fast.errors import DeadlineExceeded, FFError, InvalidInput
 from ff_fast.types import CompletionPayload
 
 if TYPE_CHECKING:
@@ -119,10 +120,12 @@ class Asked:
     def __init__(self, pool: Pool, count: int) -> None:
         self._pool = pool
         self._replies: list[object] = [None] * count
-        # Whether one node is asked for everything.
-        self._alone = False
+        # Whether the error of a node stands for its replies.
+        self._partial = False
         # On which replies are owed, and the places of these; the next one is the last in its list.
         self._owing: list[tuple[Connection, list[int]]] = []
+        # Since when all nodes are asked.
+        self._sent_at = 0.0
 
     def send(self, step: Step, *, load: bool) -> None:
         """Send each command to the node of its slot.
@@ -132,11 +135,17 @@ class Asked:
             load: Load the library where it is missing.
         """
         nodes = self._pool._nodes
+        self._partial = step.partial and nodes.topology is not None
         places: dict[Node, list[int]] = {}
         for index, command in enumerate(step.commands):
-            places.setdefault(nodes.of(command.slot), []).append(index)
-        self._alone = len(places) == 1
-        for node, indexes in places.items():
+            try:
+                places.setdefault(nodes.of(command.slot), []).append(index)
+            except FFError as error:
+                if not self._partial:
+                    raise
+                self._replies[index] = error
+        # Those last that have failed before: connecting to them may take its time.
+        for node, indexes in sorted(places.items(), key=lambda each: each[0].failed_at):
             part = step
             if len(places) > 1:
                 part = step._replace(commands=[step.commands[index] for index in indexes])
@@ -151,11 +160,12 @@ class Asked:
                 if connection is not None:
                     self._give_back(*self._owing.pop())
                 self._failed(node, indexes, error)
+        self._sent_at = time.monotonic()
 
     def receive(self, until: float | None) -> list[object] | None:
         """Return the replies, in order; None if they have not all arrived by *until*, in monotonic time.
 
-        Where several nodes were asked, the error of one stands for each of its replies.
+        In a partial step the error of a node stands for each of its replies; so does its silence for a second.
 
         Raises:
             FFError: The read failed; it may be repeated if the error says so.
@@ -164,21 +174,31 @@ class Asked:
             connection, indexes = self._owing[-1]
             try:
                 while indexes:
-                    reply = connection.receive(until)
-                    if reply is PENDING:
+                    silent_at = self._silent_at(connection)
+                    reply = connection.receive(min(inf if until is None else until, silent_at))
+                    if reply is not PENDING:
+                        self._replies[indexes.pop()] = reply
+                        error = refusal(reply)
+                        if error is not None:
+                            self._pool._nodes.failed(connection.node, error)
+                    elif self._silent_at(connection) <= time.monotonic():
+                        # No other connection to the node is trusted that was not heard of since, as that of the hub.
+                        connection.silent_since = self._sent_at
+                        raise DeadlineExceeded
+                    elif until is not None and time.monotonic() >= until:
                         return None
-                    self._replies[indexes.pop()] = reply
-                    error = refusal(reply)
-                    if error is not None:
-                        self._pool._nodes.failed(connection.node, error)
             except FFError as error:
                 self._failed(connection.node, indexes, error)
             self._give_back(*self._owing.pop())
         return self._replies
 
+    def _silent_at(self, connection: Connection) -> float:
+        """Return from when on a node that owes a reply is taken for silent, in monotonic time."""
+        return max(self._sent_at, connection.heard_at) + readers.SILENT_S if self._partial else inf
+
     def _failed(self, node: Node, indexes: list[int], error: FFError) -> None:
         self._pool._nodes.failed(node, error)
-        if self._alone:
+        if not self._partial:
             raise error
         for index in indexes:
             self._replies[index] = error
@@ -298,14 +318,16 @@ class Follow(PushReader[FollowItem]):
     __doc__ = readers.FOLLOW
 
 
-class Waiting(PushReader[Ended]):
-    """Waits for the end of an execution."""
-
-    _source: WaitCore
+class PatientReader(PushReader[T]):
+    """Base of the readers whose first read may go on beyond its time."""
 
     def _advance(self, until: float | None) -> bool:
-        return super()._advance(self._source.patience(until))
+        return super()._advance(cast("readers.Patient", self._source).patience(until))
 
 
-class Completions(PushReader[CompletionPayload]):
+class Waiting(PatientReader[Ended]):
+    """Waits for the end of an execution."""
+
+
+class Completions(PatientReader[CompletionPayload]):
     __doc__ = readers.COMPLETIONS

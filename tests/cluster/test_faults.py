@@ -3,16 +3,18 @@
 import asyncio
 import contextlib
 import gc
+import os
 import random
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import ff_fast
-from ff_fast import _transport, aio, keys
-from ff_fast._core import claiming
+from ff_fast import ScannerFilter, _transport, aio, keys
+from ff_fast._core import claiming, completions, hub, readers
 from ff_fast.errors import DeadlineExceeded, FFError, ForkedClient, Unavailable
 from ff_fast.types import ClaimPolicy
 
@@ -20,7 +22,8 @@ from ..faults.chaos import DOWN, UP, ChaosProxy
 from ..faults.conftest import seed  # noqa: F401
 from ..faults.stored import stored_once
 from ..faults.test_process import in_child, interrupts, together
-from ..shells import WORKER, config
+from ..server.workers import Subscription
+from ..shells import KINDS, WORKER, config
 from ..waiting import wait_until, wait_until_async
 
 TIMEOUT_S = 0.3
@@ -219,6 +222,42 @@ async def test_a_lease_on_a_silent_node_is_lost_in_time(shell, proxied, lane):
             await stopped
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_completions_of_the_other_nodes_are_told_while_one_is_silent(
+    kind, proxied, lane, monkeypatch
+):
+    """And those of the silent one when it is back. A read of that node alone would take 5 seconds, the request timeout."""
+    monkeypatch.setattr(readers, "SILENT_S", 0.1)
+    monkeypatch.setattr(hub, "LINGER_S", 0.05)
+    monkeypatch.setattr(completions, "_LOOK_S", 0.4)
+    monkeypatch.setattr(completions, "_LOOK_S_EACH", 0)
+    slots = proxied.slots()
+    with ff_fast.ValkeyBackend.connect(proxied.url) as backend:
+        subscription = Subscription(kind, proxied.url, ScannerFilter(namespace=lane))
+        wait_until(lambda: subscription.begun)
+        eids = [backend.create_execution(lane=lane, namespace=lane) for _ in range(30)]
+        mine = [eid for eid in eids if slot_of(eid) in slots]
+        others = [eid for eid in eids if slot_of(eid) not in slots]
+        proxied.proxy.hold(UP, DOWN)
+        for eid in others[:8]:
+            backend.cancel(eid)
+            wait_until(lambda: _told(subscription, eid), 2)  # noqa: B023
+            # Over several looks at all partitions.
+            time.sleep(0.2)
+        proxied.proxy.release()
+        for eid in mine:
+            backend.cancel(eid)
+        wait_until(lambda: all(_told(subscription, eid) for eid in mine), 15)
+        subscription.ended.set()
+        backend.cancel(others[8])
+        told = [each.execution_id for each in subscription.result(20)]
+    assert sorted(told) == sorted([*mine, *others[:9]])
+
+
+def _told(subscription, eid):
+    return any(each.execution_id == eid for each in subscription.items)
+
+
 async def _true(value):
     return value
 
@@ -263,7 +302,7 @@ def test_interrupts_at_any_moment_amid_steps_over_three_nodes(cluster, lane, see
         eids = [backend.create_execution(lane=lane) for _ in range(12)]
         interrupted = 0
         with interrupts(seed) as gate:
-            while interrupted < 60:
+            while interrupted < 30:
                 with contextlib.suppress(KeyboardInterrupt):
                     gate.open = True
                     for eid in eids:
@@ -305,7 +344,7 @@ def test_a_fork_amid_calls_to_three_nodes(cluster, lane):
                 assert [own.describe(eid).execution_id for eid in eids] == eids
             gc.collect()
 
-        for _ in range(3):
+        for _ in range(2):
             in_child(child)
             assert [backend.describe(eid).execution_id for eid in eids] == eids
             assert not of_lane(backend.find_reclaimable(), lane)
@@ -330,9 +369,44 @@ async def test_closing_ends_every_call_to_every_node(shell, proxied, lane):
     proxied.proxy.release()
 
 
+def test_closing_leaves_no_descriptor_although_somebody_keeps_the_backend(cluster, lane):
+    def descriptors():
+        return sorted(os.listdir("/proc/self/fd"))
+
+    gc.collect()
+    before = descriptors()
+    backend = ff_fast.ValkeyBackend.connect(cluster.url)
+    done = backend.subscribe_completions(ScannerFilter(namespace=lane))
+    done.next_batch(0.01)
+    tail = backend.follow(backend.create_execution(lane=lane))
+    tail.next_batch(0.01)
+    assert len(descriptors()) > len(before)
+    backend.close()
+    assert descriptors() == before
+    assert backend.closed
+    assert not tail.closed
+
+
+async def test_closing_ends_readers_of_a_silent_node(shell, proxied, lane):
+    backend = await shell.connect(proxied.url)
+    mine, _ = await spread(backend, lane, proxied.slots())
+    waiting = [asyncio.ensure_future(backend.wait(eid)) for eid in mine[:2]]
+    await asyncio.sleep(0.05)
+    # What is open is cut, and what is opened again hears nothing.
+    proxied.proxy.hold(UP, DOWN)
+    proxied.proxy.cut_all()
+    waiting += [asyncio.ensure_future(backend.wait(eid)) for eid in mine[2:]]
+    await asyncio.sleep(0.3)
+    await asyncio.wait_for(backend.close(), 3)
+    results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 3)
+    assert all(isinstance(result, FFError) for result in results), results
+    proxied.proxy.release()
+
+
 # -- many callers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_sixteen_threads_while_slots_move_and_connections_break(cluster, proxied, lane, seed):  # noqa: F811
     """Everybody gets the answer to his own question."""
     proxy, dice = proxied.proxy, random.Random(seed)
@@ -374,6 +448,7 @@ def test_sixteen_threads_while_slots_move_and_connections_break(cluster, proxied
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 async def test_streams_on_all_nodes_are_whole_whatever_breaks_on_one(shell, proxied, lane, seed):  # noqa: F811
     dice = random.Random(seed)
     payloads = [b"%d" % i for i in range(300)]

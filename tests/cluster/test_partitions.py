@@ -14,7 +14,7 @@ from ff_fast.errors import FFError, Outcome
 from ..waiting import wait_until
 from .sites import cut_off, let_follow
 
-pytestmark = pytest.mark.chaos
+pytestmark = pytest.mark.long
 
 
 def partition_of(cluster, node):

@@ -1,5 +1,6 @@
 """Readers of a cluster while its slots move, its primaries hand over and its nodes die."""
 
+import threading
 import uuid
 
 import pytest
@@ -9,8 +10,8 @@ from ff_fast import ScannerFilter, keys
 
 from ..server.readers import DURABLE, Reader, begin, sequences
 from ..server.test_hub import Heard
-from ..server.workers import Subscription
-from ..shells import KINDS, Opener
+from ..server.workers import Subscription, Worker, opened, until
+from ..shells import KINDS, Opener, Reading
 from ..waiting import wait_until
 
 
@@ -96,6 +97,7 @@ def test_a_channel_goes_with_its_slot(connect, cluster):
     assert all(each.doubts == [True] for at, each in listening.heard.items() if at != name)
 
 
+@pytest.mark.long
 def test_channels_of_a_primary_go_to_the_replica_that_takes_over(connect, replicated_cluster):
     cluster = replicated_cluster
     listening = Listening(connect(cluster.url), cluster)
@@ -127,6 +129,7 @@ def ended(backend, namespace, count):
     return eids
 
 
+@pytest.mark.long
 def test_completions_are_told_once_while_slots_move_and_a_primary_dies(
     kind, replicated_cluster, lane
 ):
@@ -153,6 +156,7 @@ def test_completions_are_told_once_while_slots_move_and_a_primary_dies(
     assert sorted(told) == sorted(eids)
 
 
+@pytest.mark.long
 def test_a_tail_brings_every_frame_once_while_its_slot_moves(kind, cluster, lane):
     with ff_fast.ValkeyBackend.connect(cluster.url) as backend:
         attempt = begin(backend, lane)
@@ -177,3 +181,69 @@ def test_a_tail_brings_every_frame_once_while_its_slot_moves(kind, cluster, lane
         for items in (reader.result(), list(waiting)):
             assert sequences(items) == list(range(1, sent + 1))
             assert [type(each) for each in items[sent:]] == [ff_fast.End]
+
+
+class Following(Reading):
+    """A follow of an execution to its end."""
+
+    def __init__(self, kind, url, eid):
+        self._eid = eid
+        super().__init__(kind, url)
+
+    def open(self):
+        return self.backend.follow(self._eid)
+
+
+def of_node(backend, cluster, node, lane):
+    """An execution whose slot *node* has; it waits in a lane of its own."""
+    slots = set(cluster.slots_of(node))
+    for i in range(1_000):
+        eid = backend.create_execution(lane=f"{lane}-{i}")
+        if keys.key_slot(keys.core(eid)) in slots:
+            return eid, f"{lane}-{i}"
+        backend.cancel(eid)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("handover", ["planned", pytest.param("killed", marks=pytest.mark.chaos)])
+def test_readers_and_workers_hear_on_after_a_failover(kind, replicated_cluster, lane, handover):
+    """A tail and a follow bring every frame once, a worker hears of a cancellation; nobody waits for a look or a renewal."""
+    cluster = replicated_cluster
+    seen = []
+    go_on = threading.Event()
+
+    def handle(task):
+        writer = yield opened(task)
+        for part in range(2):
+            for i in range(20):
+                writer.write(b"%d" % (20 * part + i), mode=DURABLE)
+            yield writer.flush(20)
+            yield until(task, go_on.is_set)
+        seen.append((yield task.wait_cancelled(20)))
+
+    with ff_fast.ValkeyBackend.connect(cluster.url) as backend:
+        old = cluster.primaries[0]
+        (new,) = cluster.replicas_of(old)
+        eid, lane = of_node(backend, cluster, old, lane)
+        with Worker(kind, cluster.url, handle, lane=lane, lease_ttl_ms=600_000):
+            wait_until(lambda: backend.describe(eid).attempt_index is not None)
+            tailing, following = Reader(kind, cluster.url, eid), Following(kind, cluster.url, eid)
+            wait_until(lambda: len(tailing.items) >= 20 and len(following.items) >= 21)
+            if handover == "planned":
+                cluster.failover(new)
+            else:
+                cluster.kill(old)
+            go_on.set()
+            wait_until(lambda: len(tailing.items) >= 40 and len(following.items) >= 41, 20)
+            assert not backend.cancel(eid, grace=60).cancelled
+            wait_until(lambda: seen, 20)
+            with pytest.raises(ff_fast.ExecutionCancelled):
+                backend.wait(eid, timeout=20)
+            for items in (tailing.result(20), following.result(20)):
+                frames = [each for each in items if isinstance(each, ff_fast.StreamFrame)]
+                assert sequences(frames) == list(range(1, 41))
+                assert not [each for each in items if isinstance(each, ff_fast.Gap)]
+                assert isinstance(items[-1], ff_fast.End)
+    assert seen == [True]
+    if handover == "killed":
+        cluster.restart(old)

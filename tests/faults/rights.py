@@ -63,7 +63,7 @@ def allow(raw, name, rules):
 
 
 def as_user(server, name, password=PASSWORD):
-    return server.url.replace("unix://", f"unix://{name}:{password}@", 1)
+    return server.url.replace("://", f"://{name}:{password}@", 1)
 
 
 # -- what the Lua functions may run ---------------------------------------------------------------------------------------
@@ -306,6 +306,12 @@ def _unquoted(text):
 # -- the work of all users ------------------------------------------------------------------------------------------------
 
 
+def _hears_nothing(backend):
+    """Whether a backend listens to no channel any more; in a cluster it has a hub for each node."""
+    hubs = getattr(backend._hub, "_hubs", None)
+    return all(hub._core.empty for hub in ([backend._hub] if hubs is None else [*hubs.values()]))
+
+
 class Life:
     """The whole life of executions, each part by the user whose work it is.
 
@@ -450,7 +456,7 @@ class Life:
         assert not tail.next_batch(0.01)
         tail.close()
         # Soon it listens no more.
-        tailer.wait_until(lambda: tailer._hub._core.empty)
+        tailer.wait_until(lambda: _hears_nothing(tailer))
         self.by("ff_tailer").describe(running)
         self.by("ff_tailer").describe_stream(running, 0)
         self.by("ff_worker").fail(handle, "broken", FailureClass.INFRA_CRASH)
@@ -578,7 +584,7 @@ class Life:
         worker._hub.listen(channel, listener)
         worker.wait_until(lambda: worker._hub.confirmed(channel))
         worker._hub.unlisten(channel, listener)
-        worker.wait_until(lambda: worker._hub._core.empty)
+        worker.wait_until(lambda: _hears_nothing(worker))
 
     def cancels(self):
         eid = self.created(lane="g")

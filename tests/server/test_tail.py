@@ -340,7 +340,7 @@ def test_a_bad_cursor_is_refused_before_anything_is_sent(after, backend, raw, at
 def test_a_stream_deleted_while_a_reader_is_blocked(
     kind, backend, server, raw, attempt, monkeypatch
 ):
-    monkeypatch.setattr(tail_core, "_LONGEST_S", 0.1)
+    monkeypatch.setattr(tail_core, "LONGEST_S", 0.1)
     write(backend, attempt, 3)
     reader = Reader(kind, server.url, attempt.eid)
     reader.wait_for(3)
@@ -357,7 +357,7 @@ def test_a_stream_deleted_while_a_reader_is_blocked(
 def test_an_execution_deleted_while_a_reader_is_blocked(
     kind, backend, server, raw, attempt, monkeypatch
 ):
-    monkeypatch.setattr(tail_core, "_LONGEST_S", 0.1)
+    monkeypatch.setattr(tail_core, "LONGEST_S", 0.1)
     reader = Reader(kind, server.url, attempt.eid)
     wait_listening(raw)
     raw.delete(*raw.keys(f"*{attempt.eid}*"))
@@ -366,7 +366,7 @@ def test_an_execution_deleted_while_a_reader_is_blocked(
 
 
 def test_a_key_that_became_something_else(kind, backend, server, raw, attempt, monkeypatch):
-    monkeypatch.setattr(tail_core, "_LONGEST_S", 0.1)
+    monkeypatch.setattr(tail_core, "LONGEST_S", 0.1)
     reader = Reader(kind, server.url, attempt.eid)
     wait_listening(raw)
     raw.set(attempt.log, "no stream")

@@ -104,22 +104,42 @@ def test_a_new_subscription_begins_behind_the_last_record_of_each_partition():
     assert [each.cursor for each in found] == ["0-0,0:7-3:3,1:a-1:1"]
 
 
-def test_the_first_look_waits_for_all_channels_or_a_short_time(monkeypatch):
+def test_it_begins_with_its_first_read_whatever_is_subscribed_to(monkeypatch):
     new = CompletionCore(2, None, EVERYTHING)
-    new.part.listeners[0][1].doubt(True)
-    assert read(new) == ([], [])
-    now = completions.monotonic() + completions._SUBSCRIBE_S
+    now = completions.monotonic()
     monkeypatch.setattr(completions, "monotonic", lambda: now)
-    assert new.wake_at <= now
+    # Also a read that has no time finds where it begins.
+    assert new.patience(now) == now + completions._FIRST_LOOK_S
+    assert new.patience(None) is None
     assert read(new, NO_KEY, NO_KEY)[0] == LOOK
+    assert new.start == "0-0"
+    assert new.patience(now) == now
     # What is not listened to is looked at often.
     assert read(new) == ([], [])
     now += completions._UNSUBSCRIBED_S
     assert new.wake_at <= now
-    assert read(new, NO_KEY)[0] == LOOK[1:]
+    assert read(new, NO_KEY, NO_KEY)[0] == LOOK
     listen(new)
     assert read(new, NO_KEY, NO_KEY)[0] == LOOK
-    assert new.wake_at > now + 10
+    assert new.wake_at > now + completions._UNSUBSCRIBED_S
+
+
+def test_a_partition_whose_node_is_gone_is_looked_at_when_it_is_listened_to_again(monkeypatch):
+    running = core()
+    read(running, NO_KEY, NO_KEY)
+    now = completions.monotonic()
+    monkeypatch.setattr(completions, "monotonic", lambda: now)
+    running.part.listeners[1][1].doubt(False)
+    now += completions._UNSUBSCRIBED_S
+    # That it does not answer is no failure of the subscription, which goes on with the others.
+    assert read(running, errors.Unavailable()) == (LOOK[1:], [])
+    for _ in range(3):
+        now = running.wake_at
+        assert read(running, NO_KEY) == (LOOK[:1], [])
+    running.part.listeners[1][1].doubt(True)
+    asked, found = read(running, stored(), [entry()])
+    assert asked == [LOOK[1], xrange(1, b"0-0")]
+    assert len(found) == 1
 
 
 def test_a_lost_push_is_found_by_a_look(monkeypatch):
@@ -153,8 +173,9 @@ def test_a_partition_that_cannot_answer_keeps_no_other_from_being_read(monkeypat
     assert len(found) == 1
     now = running.wake_at
     monkeypatch.setattr(completions, "monotonic", lambda: now)
-    asked, found = read(running, stored(), [entry(index=0)])
-    assert asked == [LOOK[0], xrange(0, b"0-0")]
+    there = [[b"10-1", []]]
+    asked, found = read(running, stored(), stored(), there, [entry(index=0)])
+    assert asked == [*LOOK, passed(1, b"10-1"), xrange(0, b"0-0")]
     assert len(found) == 1
     tell(running, 0, 1)
     assert len(read(running, hiredis.ReplyError("CLUSTERDOWN no"), [entry(b"11-0")])[1]) == 1
