@@ -176,9 +176,6 @@ def _releasing(
             known = on.places.last_id(lease_id, last_sequence) if compares else b""
             try:
                 value = yield from steps(known)
-                on.places.confirm(lease_id)
-                if reach is not None:
-                    yield from reach.steps(known)
             except SequenceGap:
                 left -= 1
                 if left and place is not None and (yield from writers.stored_again(attempt, place)):
@@ -187,15 +184,19 @@ def _releasing(
                     on.places.tell(lease_id)
                     raise
                 compares = False
-            except NotReplicated:
-                if releases(value):
-                    on.places.forget(lease_id)
-                raise
             except FFError as error:
                 if is_lease_lost(error):
                     on.places.forget(lease_id)
                 raise
             else:
+                on.places.confirm(lease_id)
+                try:
+                    if reach is not None:
+                        yield from reach.steps(known)
+                except NotReplicated:
+                    if releases(value):
+                        on.places.forget(lease_id)
+                    raise
                 # Not before: a try that follows a lost reply compares the last frame as well.
                 if releases(value):
                     on.places.forget(lease_id)

@@ -632,7 +632,7 @@ def flush_to(writer: SharedWriter, limit_s: float | None, level: Level) -> Wait[
     if writer._lacks(level, last):
         # What is asked for the level shows as well that the server has them.
         writer._seal_soon()
-        done = partial(writer._has, last)
+        done: Callable[[], bool] = partial(writer._has, last)
     else:
         done = settle(writer, limit_s).done
     return Wait(done, writer._tell_confirmed, limit_s, level, last)
