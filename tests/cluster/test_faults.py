@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import gc
-import os
+import pathlib
 import random
 import signal
 import threading
@@ -371,7 +371,7 @@ async def test_closing_ends_every_call_to_every_node(shell, proxied, lane):
 
 def test_closing_leaves_no_descriptor_although_somebody_keeps_the_backend(cluster, lane):
     def descriptors():
-        return sorted(os.listdir("/proc/self/fd"))
+        return sorted(each.name for each in pathlib.Path("/proc/self/fd").iterdir())
 
     gc.collect()
     before = descriptors()
