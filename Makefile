@@ -33,13 +33,13 @@ demo: build ## Stream a text through an embedded server: make demo RATE=1000 ARG
 	$(BIN)/ff-fast demo $(if $(RATE),--rate $(RATE)) $(ARGS)
 
 # pytest-benchmark, when make bench has installed it, warns about worker processes.
-QUICK := -m "not packaging and not chaos"
-test: build ## Run the whole suite but the packaging tests: make test ARGS="tests/unit -k keys"
+QUICK := -m "not packaging and not long"
+test: build ## Run the whole suite but packaging and long tests: make test ARGS="tests/unit -k keys"
 	$(PYTEST) $(PARALLEL) $(QUICK) $(ARGS)
 
-test-cluster: build ## Run the tests that share a server against a cluster in its place, then those that break clusters
+test-cluster: build ## Run the tests that share a server against a cluster in its place, then every long test
 	FF_FAST_TEST_CLUSTER=1 $(PYTEST) $(PARALLEL) $(QUICK) tests/server tests/faults $(ARGS)
-	$(PYTEST) -n 2 --dist worksteal -m chaos tests/cluster $(ARGS)
+	$(PYTEST) $(PARALLEL) -m long $(ARGS)
 
 unit: build ## Run the tests that need no server, in seconds
 	$(PYTEST) $(PARALLEL) tests/unit $(ARGS)

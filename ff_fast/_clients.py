@@ -38,7 +38,8 @@ def config_of_client(client: object, settings: Mapping[str, Any]) -> BackendConf
 
     Raises:
         InvalidType: *client* is no client of redis-py or of a library made of it.
-        InvalidInput: It reaches replicas of a service, or its sentinels in another way than its servers.
+        InvalidInput: It reaches replicas of a service, or its sentinels in another way than its servers, or no TLS context
+            can be made as it would.
     """
     nodes, pool = getattr(client, "nodes_manager", None), getattr(client, "connection_pool", None)
     if nodes is not None and hasattr(nodes, "startup_nodes"):
@@ -145,4 +146,11 @@ def _tls(given: Mapping[str, Any], used: object) -> dict[str, Any]:
 
     made: dict[str, Any] = {"cert_reqs": "required", "check_hostname": True}
     made |= {_TLS_SETTINGS[name]: value for name, value in chosen.items()}
-    return {"tls": True, "ssl_context": RedisSSLContext(**made).get()}
+    try:
+        context = RedisSSLContext(**made).get()
+    except (OSError, ValueError):
+        # Of a bad certificate too. What it says may name a file or hold a part of it.
+        context = None
+    if context is None:
+        raise InvalidInput("The client's TLS settings are of no use; check its ssl_ arguments.")
+    return {"tls": True, "ssl_context": context}

@@ -101,7 +101,8 @@ def _after_handshake(error: FFError, config: BackendConfig) -> FFError:
         )
     if isinstance(error, InternalFunctionError):
         return Unavailable(
-            f"The server at {where} refused the first commands of every client; check that it is Valkey 7.2 or newer."
+            f"The server at {where} refused the first commands of every client; check that it is Valkey 7.2 or newer, and no"
+            " Sentinel: that takes a URL with valkey+sentinel://."
         )
     # Only steps of connecting were sent, so the caller's call was not applied.
     error.outcome = Outcome.NOT_APPLIED

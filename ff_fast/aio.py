@@ -38,7 +38,10 @@ class ValkeyBackend(Operations):
 
     @classmethod
     def connect(cls, target: str | BackendConfig) -> Opening[ValkeyBackend]:
-        """Connect to a server. Load the function library if it is missing, older, or another build of this contract.
+        """Connect to a server, a cluster, or the primary that sentinels name.
+
+        The function library is loaded if it is missing, older, or another build of this contract. A server that evicts any
+        key, stores nothing on disk or is older than Valkey 7.2 is told of by one ``DeploymentWarning``.
 
         ``async with ValkeyBackend.connect(url) as backend``, or ``await`` it.
 
@@ -53,7 +56,7 @@ class ValkeyBackend(Operations):
             AuthenticationFailed, PermissionDenied: It refused the credentials, or a command that connecting needs.
             CredentialsUnavailable: The credential provider failed.
             PrimaryNotFound, NotPrimary: No sentinel names the primary, or they do not agree on it yet.
-            ClusterModeRequired: It is a node of a cluster.
+            ClusterModeRequired, NotACluster: It is a node of a cluster and ``cluster=true`` is not set, or the reverse.
             LibraryMismatch: It holds a newer contract than this library.
             DeploymentMismatch: It stores another partition count than the configuration names.
         """

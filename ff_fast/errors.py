@@ -806,7 +806,8 @@ class AuthenticationFailed(_Connecting, PermissionError):
 class CredentialsUnavailable(_Connecting):
     """The provider of credentials raised, or returned something else than credentials.
 
-    It is retryable where the provider's error was one of the system, as a lost connection or a timeout.
+    It is retryable where the provider's error was one of the system, as a lost connection or a timeout. What the provider
+    said or returned is not in it.
     """
 
     code = "credentials_unavailable"
@@ -886,7 +887,10 @@ class NotACluster(_Connecting):
 
 
 class DeploymentWarning(RuntimeWarning):
-    """A server that can be used and may lose data: it evicts keys, stores nothing on disk, or is of an older version."""
+    """A server that can be used and may lose data: it evicts any key, stores nothing on disk, or is older than Valkey 7.2.
+
+    Connecting warns once a backend, in one text with all that was found; what the user may not ask is left out.
+    """
 
 
 class UnsupportedServer(FFError):

@@ -40,7 +40,7 @@ SECOND_ENGINE_REQUIRED = os.environ.get("FF_FAST_REQUIRE_SECOND_ENGINE", "") not
 IN_CLUSTER = os.environ.get("FF_FAST_TEST_CLUSTER", "") not in ("", "0")
 
 # Fixtures that stand before, or change, one server.
-ON_ONE_SERVER = frozenset({"proxy", "pair", "own_server"})
+ON_ONE_SERVER = frozenset({"proxy", "slow", "pair", "own_server"})
 
 # CI looks for regressions, and the same commit must give the same answer; elsewhere every run
 # looks somewhere new.  Deadlines measure the machine's other load.

@@ -203,6 +203,11 @@ def config(url, *, timeout=None, retries=None, factor=None, base=None, **kept):
     )
 
 
+def with_option(url, option):
+    """*url* with one more parameter; that of a cluster has some."""
+    return f"{url}{'&' if '?' in url else '?'}{option}"
+
+
 # -- in a thread beside the test ------------------------------------------------------------------------------------------
 
 

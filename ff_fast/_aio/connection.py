@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
 from ff_fast._aio.credentials import ask
-from ff_fast._core.sentinel import ROLE, check_role
+from ff_fast._core.sentinel import ROLE, ask_another_first, check_role
 from ff_fast._core.steps import AwaitHint, Pause, Step, Steps
 from ff_fast._hot.resp import ReplyGuard, take_reply
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError, Unavailable
@@ -92,8 +92,13 @@ class Connection(asyncio.Protocol):
         if server.ssl_context is not None:
             _transport.use_context(connection, server.ssl_context)
         failure: FFError | None = None
+        task = asyncio.current_task()
+        cancelling = 0 if task is None else task.cancelling()
         try:
             await connection.connect()
+            if task is not None and task.cancelling() > cancelling:
+                # Python 3.11's wait_for(), by which redis-py sends, may drop a cancellation.
+                raise asyncio.CancelledError
         except Exception as error:  # noqa: BLE001 - every failure becomes an error of connecting
             failure = _transport.connect_error(error, config)
         except BaseException:
@@ -101,6 +106,8 @@ class Connection(asyncio.Protocol):
             raise
         if failure is not None:
             await connection.disconnect(nowait=True)
+            if server.sentinel_service is not None:
+                ask_another_first(server)
             raise failure
         # The handshake has read all its replies, so another protocol object can take over here.
         self._stream = _transport.take_stream(connection)
@@ -142,7 +149,9 @@ class Connection(asyncio.Protocol):
         if not self.receivers:
             self.silent_since = time.monotonic()
         self.receivers.extend(receivers)
-        self._transport.write(request)
+        # A write that has failed closes the transport before `connection_lost`, and asyncio logs every further one.
+        if not self._transport.is_closing():
+            self._transport.write(request)
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self.silent_since = time.monotonic()

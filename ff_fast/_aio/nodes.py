@@ -22,7 +22,6 @@ from ff_fast._core.topology import Address, Topology, address_of
 from ff_fast.errors import (
     FFError,
     FunctionMissing,
-    NotACluster,
     Redirected,
     Unavailable,
     from_server_error,
@@ -530,22 +529,19 @@ class Nodes:
             for address, node in self._nodes.items()
             if address is not None and node.shared.connection is not None and not node.silent
         }
-        failure: FFError | None = None
-        for address in nodes.to_ask(heard, self.topology, self._seeds):
-            node = self.at(address)
+        look = nodes.Look(self.topology, heard, self._seeds)
+        for address in look.addresses:
             try:
                 async with asyncio.timeout(min(nodes.ASK_S, self.timeout_s)):
-                    replies = await node.shared.request(nodes.SLOTS)
-                nodes.learn(self.topology, replies, address)
+                    replies = await self.at(address).shared.request(nodes.SLOTS)
             except TimeoutError:
-                failure = failure or nodes.silent(address)
-            except NotACluster:
-                raise
+                look.failed(address, nodes.silent(address))
             except FFError as error:
-                failure = failure or error
+                look.failed(address, error)
             else:
-                return
-        raise failure or nodes.no_owner()
+                if look.answered(address, replies):
+                    return
+        raise look.failure()
 
     def _forget(self) -> None:
         """Let the nodes go that have left the cluster, once nobody waits for them."""
@@ -669,12 +665,16 @@ class Nodes:
             if error is not None:
                 raise error
 
+    def as_sent(self, step: Step) -> Step:
+        """Return *step* as it goes to these servers."""
+        return step if self.topology is None else step.in_cluster
+
     async def alone(self, step: Step) -> list[object]:
         """Send a step whole, to the node of its first command, on a connection that nobody else uses."""
         node = self.of(step.commands[0].slot)
         connection = await node.acquire()
         try:
-            replies = await connection.request(step, self.timeout_s)
+            replies = await connection.request(self.as_sent(step), self.timeout_s)
             self.look_at(node, connection, replies)
         except FFError as error:
             self.failed(node, error)

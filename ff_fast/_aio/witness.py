@@ -115,7 +115,7 @@ class _Put:
         self._failure: FFError | None = None
 
     def send(self, timeout_s: float) -> None:
-        step = self._question.step
+        step = self._witness._nodes.as_sent(self._question.step)
         self._missing = len(step.commands)
         # A server that has fallen silent.
         late = _transport.wait_s(timeout_s, step)

@@ -31,6 +31,7 @@ from ff_fast._core.worker import (
     forwarded,
     is_handlers_own,
 )
+from ff_fast._core.writer import store_and_close
 from ff_fast.errors import FFError, InvalidType
 from ff_fast.types import OnCancel
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from ff_fast._aio.operations import Operations
     from ff_fast._core.deployment import Deployment
+    from ff_fast._core.durability import Level
     from ff_fast._core.operations import Call, WorkerOptions
     from ff_fast.types import Handle, ResumeSignal, StreamMode, SuspendOutcome
 
@@ -68,7 +70,7 @@ def releasing(
 
     async def method(self: Task, /, *args: P.args, **kwargs: P.kwargs) -> NoReturn:
         call = make(self._backend._deployment, self.handle, *args, **kwargs)
-        await self._close(None)
+        await self._close()
         await self._backend._do(call)
         self._released = True
         raise TaskReleased
@@ -83,11 +85,11 @@ def suspending(
 
     async def method(self: Task, /, *args: P.args, **kwargs: P.kwargs) -> tuple[ResumeSignal, ...]:
         call = make(self._backend._deployment, self.handle, *args, **kwargs)
-        await self._close(None)
+        await self._close()
         if not (await self._backend._do(call)).already_satisfied:
             self._released = True
             raise TaskReleased
-        self._current_writer = await self._backend.open_writer(self.handle, mode=self._mode)
+        self._current_writer = await self._backend.open_writer(self.handle, **self._writing)
         self.signals = await self._backend.observe_signals(self.handle)
         return self.signals
 
@@ -97,10 +99,11 @@ def suspending(
 class Task(TaskState[Writer, LeaseKeeper]):
     __doc__ = worker_core.TASK
 
-    def __init__(self, backend: Operations, handle: Handle, mode: StreamMode | None) -> None:
-        super().__init__(handle)
+    def __init__(
+        self, backend: Operations, handle: Handle, mode: StreamMode | None, level: Level
+    ) -> None:
+        super().__init__(handle, mode, level)
         self._backend = backend
-        self._mode = mode
 
     flush = forwarded(Writer.flush)
     progress = of_task(operations.progress)
@@ -122,10 +125,16 @@ class Task(TaskState[Writer, LeaseKeeper]):
         assert self._keeper is not None
         return self.cancelled or await self._keeper.wait_cancelled(timeout)
 
-    async def _close(self, timeout_s: float | None) -> None:
-        """Store all written frames, and close the writer."""
+    async def _close(self) -> None:
+        """Close the writer before the handler gives the lease up: what was written has reached its level."""
         if self._current_writer is not None:
-            await self._current_writer.close(timeout_s)
+            await self._current_writer.close()
+
+    async def _store_and_close(self, timeout_s: float | None) -> None:
+        """Store all written frames, and close the writer."""
+        writer = self._current_writer
+        if writer is not None:
+            await writer._wait(store_and_close(writer, timeout_s))
 
 
 class _Interrupt:
@@ -251,11 +260,9 @@ class WorkerLoop:
 
     async def run_one(self, handle: Handle) -> bool:
         """Run the handler for one claimed execution, and end the execution; return whether it is over for this worker."""
-        task = Task(self._backend, handle, self._options.mode)
+        task = Task(self._backend, handle, self._options.mode, self._options.level)
         async with self._backend.keep_lease(handle, task._lose) as task._keeper:
-            actions = worker_core.attend(
-                self._backend, task, self._options.mode, self._cancel_after_s
-            )
+            actions = worker_core.attend(self._backend, task, self._cancel_after_s)
             return await self._drive(task, actions)
 
     async def _drive(self, task: Task, actions: Actions) -> bool:
@@ -286,7 +293,7 @@ class WorkerLoop:
             case CallHandler(cancel_after_s):
                 return await self._call(task, cancel_after_s)
             case CloseWriter(timeout_s):
-                await task._close(timeout_s)
+                await task._store_and_close(timeout_s)
             case WaitLost(seconds):
                 assert task._keeper is not None
                 await task._keeper.wait_lost(seconds)

@@ -79,6 +79,8 @@ class Sender(OnLoop):
         self._shared = node.shared
         self.node = node
         self._alone = node.address is None
+        if not self._alone:
+            self.spread()
         self._most_calls = writer_core.CALLS_IN_FLIGHT if self._alone else CALLS_IN_FLIGHT
         # Whether the pump runs in this turn of the loop, and the timer that runs it later.
         self._pump_scheduled = False
@@ -369,7 +371,7 @@ class Writer(SharedWriter):
         loop = asyncio.get_running_loop()
         deadline = None if wait.timeout_s is None else loop.time() + wait.timeout_s
         await self._progress(wait, loop, deadline)
-        if wait.level is not None:
+        if wait.level is not None and self._lacks(wait.level, wait.last):
             await self._reach(wait.level, deadline)
         return wait.value()
 

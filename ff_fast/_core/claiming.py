@@ -215,7 +215,7 @@ def _find(on: Deployment, state: Claim, offer: Offer) -> Steps[tuple[list[Head],
             if found is not None:
                 return [found], True
             due = on.sweep_due((offer.lane, offer.tokens), every)
-            if due and (yield from ready.sweep(offer, on.partitions)):
+            if due and (yield from ready.sweep(offer, on.partitions, patient=False)):
                 continue
             # Somebody else may have taken a hint and not claimed yet.
             records = records or (yield from _records(offer))
@@ -245,7 +245,7 @@ def serve_at_once(on: Deployment, offer: Offer, _: Waiter | None = None) -> Step
     if len(heads) >= count:
         return
     due = on.sweep_due((offer.lane, offer.tokens), _SWEEP_IMMEDIATE_S)
-    if due and (yield from ready.sweep(offer, on.partitions)):
+    if due and (yield from ready.sweep(offer, on.partitions, patient=False)):
         return
     # The claims that have a hint claim first: what they leave is what the look finds.
     yield Pause(0)
@@ -295,7 +295,8 @@ def serve(on: Deployment, offer: Offer, leader: Waiter | None = None) -> Steps[N
     elif heads is not None:
         # Somebody else may have taken a hint and not claimed yet.
         began = time.monotonic()
-        for head in (yield from ready.hinted_heads(offer, (yield from _records(offer)))):
+        records = yield from _records(offer)
+        for head in (yield from ready.hinted_heads(offer, records, patient=True)):
             if not line.give(head):
                 break
         line.looked_at = began

@@ -75,6 +75,9 @@ class Level(NamedTuple):
         return self.durability != Durability.stored()
 
 
+STORED = Level(Durability.stored(), DEFAULT_TIMEOUT_S)
+
+
 class Evidence(NamedTuple):
     """What shows that something stands on the server that answers it.
 
@@ -134,18 +137,22 @@ class Ask:
         evidence: What shows that they stand on the server.
         level: The level.
         until: The end of the wait, in monotonic time.
+        replays: How often the writer had to store frames again when the question was made.
         reached: The level, once it was confirmed.
         seen: What was confirmed at last, where that is less.
         failure: Why this question was not answered; of one that is retryable, it is asked again.
         wake: Called when the question has ended.
     """
 
-    __slots__ = ("evidence", "failure", "level", "open", "reached", "seen", "until", "wake")
+    __slots__ = (
+        "evidence", "failure", "level", "open", "reached", "replays", "seen", "until", "wake",
+    )  # fmt: skip
 
-    def __init__(self, evidence: Evidence, level: Level, until: float) -> None:
+    def __init__(self, evidence: Evidence, level: Level, until: float, replays: int = 0) -> None:
         self.evidence = evidence
         self.level = level
         self.until = until
+        self.replays = replays
         self.reached: Durability | None = None
         self.seen = Durability.stored()
         self.failure: FFError | None = None

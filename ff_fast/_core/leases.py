@@ -254,10 +254,12 @@ class KeptLeases:
             if now >= self._deaf_until:
                 # It fails for all partitions at once.
                 self._deaf_until = now + pause_s
-                _log.warning(
-                    "Workers hear of cancellations and lost leases with their next renewal only: %s",
-                    error,
-                )
+                if not error.retryable:
+                    # An outage needs no word of it: the renewals meet it too.
+                    _log.warning(
+                        "Workers hear of cancellations and lost leases with their next renewal only: %s",
+                        error,
+                    )
             self._look_later(pause_s)
 
     def _look_later(self, seconds: float) -> None:

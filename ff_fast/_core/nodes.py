@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from ff_fast._core.steps import Command, Step
 from ff_fast._core.topology import Address
 from ff_fast._hot.resp import pack_command
-from ff_fast.errors import NotACluster, Unavailable, from_server_error
+from ff_fast.errors import (
+    DeadlineExceeded,
+    FFError,
+    NotACluster,
+    OutcomeUnknown,
+    Unavailable,
+    from_server_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,35 +43,57 @@ def seeds(server: ValkeyConnection) -> tuple[Address, ...]:
     return tuple(Address(*each) for each in ((server.host, server.port), *server.seeds))
 
 
-def to_ask(
-    heard: Mapping[Address, float], topology: Topology, seeds: tuple[Address, ...]
-) -> list[Address]:
-    """Return whom to ask for the topology, in order.
+class Look:
+    """One question to the nodes of a cluster, one after the other, for the topology.
 
     Those that have told it come after the others: a node that is cut off from the cluster knows only how it was.
 
     Args:
-        heard: The nodes with a connection that works, and when they were last heard of.
         topology: What is known.
+        heard: The nodes with a connection that works, and when they were last heard of.
         seeds: The nodes that the configuration names.
+
+    Attributes:
+        addresses: Whom to ask, in order, until one has told.
     """
-    told = topology.told
-    latest = sorted(heard, key=lambda address: (told.get(address, 0), -heard[address]))
-    return list(dict.fromkeys([*latest, *topology.addresses, *seeds]))
+
+    def __init__(
+        self, topology: Topology, heard: Mapping[Address, float], seeds: tuple[Address, ...]
+    ) -> None:
+        told = topology.told
+        latest = sorted(heard, key=lambda address: (told.get(address, 0), -heard[address]))
+        self._topology = topology
+        self._failure: FFError | None = None
+        self.addresses = list(dict.fromkeys([*latest, *topology.addresses, *seeds]))
+
+    def answered(self, address: Address, replies: list[object]) -> bool:
+        """Take the replies to :data:`SLOTS`; return whether the node has told the topology."""
+        try:
+            _learn(self._topology, replies, address)
+        except FFError as error:
+            self.failed(address, error)
+            return False
+        return True
+
+    def failed(self, address: Address, error: FFError) -> None:
+        """Note that a node could not be asked, or did not answer."""
+        if isinstance(error, DeadlineExceeded | OutcomeUnknown):
+            # Nothing was to be applied.
+            error = silent(address)
+        # The first counts; what will not pass tells more than what may.
+        if self._failure is None or (self._failure.retryable and not error.retryable):
+            self._failure = error
+
+    def failure(self) -> FFError:
+        """Return the error that tells best why nobody has told the topology."""
+        return self._failure or no_owner()
 
 
-def learn(topology: Topology, replies: list[object], asked: Address) -> None:
-    """Take the replies to :data:`SLOTS`.
-
-    Raises:
-        NotACluster: The server is none of a cluster.
-        ProtocolError: The reply is not understood.
-        Unavailable: The server knows of no slots.
-        FFError: The server refused.
-    """
+def _learn(topology: Topology, replies: list[object], asked: Address) -> None:
     (reply,) = replies
     if isinstance(reply, Exception):
-        if "cluster support disabled" in str(reply):
+        # Sentinels, and most proxies, have no such command.
+        if re.search("cluster support disabled|unknown command", str(reply)):
             error = NotACluster()
             error.host, error.port = asked
             raise error

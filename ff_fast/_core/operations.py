@@ -176,6 +176,9 @@ def _releasing(
             known = on.places.last_id(lease_id, last_sequence) if compares else b""
             try:
                 value = yield from steps(known)
+                on.places.confirm(lease_id)
+                if reach is not None:
+                    yield from reach.steps(known)
             except SequenceGap:
                 left -= 1
                 if left and place is not None and (yield from writers.stored_again(attempt, place)):
@@ -184,19 +187,15 @@ def _releasing(
                     on.places.tell(lease_id)
                     raise
                 compares = False
+            except NotReplicated:
+                if releases(value):
+                    on.places.forget(lease_id)
+                raise
             except FFError as error:
                 if is_lease_lost(error):
                     on.places.forget(lease_id)
                 raise
             else:
-                on.places.confirm(lease_id)
-                try:
-                    if reach is not None:
-                        yield from reach.steps(known)
-                except NotReplicated:
-                    if releases(value):
-                        on.places.forget(lease_id)
-                    raise
                 # Not before: a try that follows a lost reply compares the last frame as well.
                 if releases(value):
                     on.places.forget(lease_id)
@@ -637,7 +636,9 @@ def delay(on: Deployment, handle: Handle, delay: float | timedelta) -> Call[int]
         Time at which it can be claimed again, in ms since the epoch by the server's clock.
 
     Raises:
-        SequenceGap: The stream has lost frames which this backend knows to be stored, as after a failover.
+        FramesLost: The server has lost frames in a failover that this backend does not keep any more. Nothing was
+            released; call again to go on without them.
+        SequenceGap: The stream has lost frames which this backend knows to be stored, and the backend keeps none.
         LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
             gone.
     """
@@ -654,7 +655,9 @@ def wait_children(on: Deployment, handle: Handle) -> Call[None]:
     The same attempt continues afterwards; at once if no child is open.
 
     Raises:
-        SequenceGap: The stream has lost frames which this backend knows to be stored, as after a failover.
+        FramesLost: The server has lost frames in a failover that this backend does not keep any more. Nothing was
+            released; call again to go on without them.
+        SequenceGap: The stream has lost frames which this backend knows to be stored, and the backend keeps none.
         LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
             gone.
     """
@@ -777,7 +780,9 @@ def suspend(
     Raises:
         NotReplicated: *durability* was not confirmed in time. The call is applied; repeating it asks again.
         InvalidToken, WaitpointClosed: A waitpoint of the condition has another token, or is closed.
-        SequenceGap: The stream has lost frames which this backend knows to be stored, as after a failover.
+        FramesLost: The server has lost frames in a failover that this backend does not keep any more. Nothing was
+            released; call again to go on without them.
+        SequenceGap: The stream has lost frames which this backend knows to be stored, and the backend keeps none.
         LeaseExpired, StaleOwner, StateLost, ExecutionNotActive, ExecutionSuspended, ExecutionNotFound: The lease is
             gone.
     """
@@ -1507,6 +1512,7 @@ class WorkerOptions(NamedTuple):
     Attributes:
         claim: Makes the next claim.
         mode: Mode of frames that name none.
+        level: What the frames and the end of a task shall reach.
         concurrency: Number of handlers that run at once.
         stop: The caller's event.
         on_cancel: What befalls a handler that shall stop; None is the shell's default.
@@ -1515,6 +1521,7 @@ class WorkerOptions(NamedTuple):
 
     claim: Callable[[], Call[Handle | None]]
     mode: StreamMode | None
+    level: Level
     concurrency: int
     stop: StopEvent | None
     on_cancel: OnCancel | None
@@ -1538,6 +1545,8 @@ def run_worker(
     stop: StopEvent | None = None,
     on_cancel: OnCancel | None = None,
     cancel_grace: float | timedelta = 2.0,
+    durability: Durability | None = None,
+    durability_timeout: float | timedelta = DEFAULT_TIMEOUT_S,
 ) -> WorkerOptions:
     """Claim executions of a lane and call *handler* with a `Task` for each, until stopped.
 
@@ -1576,8 +1585,12 @@ def run_worker(
             :mod:`ff_fast.aio` and ``TELL`` in blocking workers, which accept no other.
         cancel_grace: Time that a handler has to stop by itself before it is cancelled, in seconds or as a ``timedelta``.
             The grace of whoever cancels ends it too: the lease is lost then.
+        durability: Level that frames have reached when ``task.flush`` returns, and with the end of each task all of its
+            frames and the end; None is ``Durability.stored()``. An end that does not reach it is logged: it is stored.
+        durability_timeout: Longest wait for that, in seconds or as a ``timedelta``, at least 1 ms.
 
     Raises:
+        UnsupportedServer: *durability* is ``synced``, and the server keeps no append-only file.
         InvalidInput: An argument is not accepted.
     """
     check_int("concurrency", concurrency, 1, 10_000)
@@ -1598,4 +1611,5 @@ def run_worker(
     )
     # Checks the arguments.
     next_claim()
-    return WorkerOptions(next_claim, mode, concurrency, stop, on_cancel, grace_s)
+    level = Level.checked(durability, durability_timeout)
+    return WorkerOptions(next_claim, mode, level, concurrency, stop, on_cancel, grace_s)

@@ -80,10 +80,14 @@ class Op(NamedTuple, Generic[T]):
 
     def command(self) -> Command:
         """Return the call as one command, for the node of its keys."""
+        request = pack_fcall(self.function, self.keys, self.argv, self.read_only)
         # A function that only reads, and meets a key on its way, is called again.
-        absent = None if self.read_only else keys.absent(self.keys[0])
+        return Command(self.keys[0], request, None if self.read_only else self._guarded)
+
+    def _guarded(self) -> bytes:
+        absent = keys.absent(self.keys[0])
         named = self.keys if absent is None else (*self.keys, absent)
-        return Command(self.keys[0], pack_fcall(self.function, named, self.argv, self.read_only))
+        return pack_fcall(self.function, named, self.argv)
 
     def answer(self, reply: object) -> T:
         """Return the caller's value.

@@ -139,9 +139,12 @@ def _publish(hints: list[Command]) -> Steps[bool]:
     return False
 
 
-def heads_of(lane: str, places: list[tuple[str, int]]) -> Steps[list[Head | None]]:
-    """Return the best execution of each place, which is a requirement and a partition; None where there is none."""
-    found: list[Head | None] = []
+def heads_of(lane: str, places: list[tuple[str, int]]) -> Steps[list[Head | FFError | None]]:
+    """Return the best execution of each place, which is a requirement and a partition.
+
+    It is None where there is none, and an error where the node of the partition did not answer.
+    """
+    found: list[Head | FFError | None] = []
     for start in range(0, len(places), _HEADS_A_STEP):
         part = places[start : start + _HEADS_A_STEP]
         replies = yield Step(
@@ -152,15 +155,41 @@ def heads_of(lane: str, places: list[tuple[str, int]]) -> Steps[list[Head | None
                     *(b"0", b"0", b"WITHSCORES"),
                 )
                 for needs, partition in part
-            ]
+            ],
+            partial=True,
         )
-        for (needs, partition), best in zip(part, map(listed, replies), strict=True):
-            found.append(Head(float(best[1]), needs, partition) if best else None)
+        for (needs, partition), reply in zip(part, replies, strict=True):
+            if isinstance(reply, FFError):
+                found.append(reply)
+            else:
+                best = listed(reply)
+                found.append(Head(float(best[1]), needs, partition) if best else None)
     return found
 
 
-def sweep(offer: Offer, partitions: int) -> Steps[bool]:
-    """Publish a hint for every partition with work for *offer*; return whether any has."""
+def _heads_in(found: list[Head | FFError | None], *, patient: bool) -> list[Head]:
+    """Return the executions that :func:`heads_of` has found.
+
+    Args:
+        found: Its result.
+        patient: It does not matter now what stands at nodes that did not answer.
+
+    Raises:
+        FFError: There are none, and a node did not answer.
+    """
+    heads = [each for each in found if isinstance(each, Head)]
+    unread = next((each for each in found if isinstance(each, FFError)), None)
+    if unread is not None and not heads and not patient:
+        raise unread
+    return heads
+
+
+def sweep(offer: Offer, partitions: int, *, patient: bool = True) -> Steps[bool]:
+    """Publish a hint for every partition with work for *offer*; return whether any has.
+
+    Raises:
+        FFError: None has, a node of a cluster did not answer, and the caller is not *patient*.
+    """
     lane = offer.lane
     places = [("", index) for index in range(partitions)]
     if offer.tokens:
@@ -169,15 +198,17 @@ def sweep(offer: Offer, partitions: int) -> Steps[bool]:
             [
                 command(b"SRANDMEMBER", keys.needs(keys.slot_tag(index), lane), limit)
                 for index in range(partitions)
-            ]
+            ],
+            partial=True,
         )
-        for index, required in enumerate(map(listed, replies)):
-            for each in required:
+        for index, reply in enumerate(replies):
+            # What does not answer here does not answer below.
+            for each in () if isinstance(reply, FFError) else listed(reply):
                 offer.learn(each)
                 needs = each.decode("utf-8", "replace")
                 if needs in offer.needs:
                     places.append((needs, index))
-    heads = [head for head in (yield from heads_of(lane, places)) if head is not None]
+    heads = _heads_in((yield from heads_of(lane, places)), patient=patient)
     yield from publish_heads(lane, heads)
     return bool(heads)
 
@@ -198,12 +229,18 @@ def hinted_records(lane: str, required: list[str]) -> list[Command]:
     return [command(b"HGETALL", keys.hinted(lane, needs)) for needs in required]
 
 
-def hinted_heads(offer: Offer, records: list[tuple[str, object]]) -> Steps[list[Head]]:
+def hinted_heads(
+    offer: Offer, records: list[tuple[str, object]], *, patient: bool = False
+) -> Steps[list[Head]]:
     """Return those of the hinted partitions that have work, best first; forget those that have none.
 
     Args:
         offer: Whose records they are.
         records: Each requirement, with the reply to its command of :func:`hinted_records`.
+        patient: The caller looks again if nodes do not answer.
+
+    Raises:
+        FFError: None has, a node of a cluster did not answer, and the caller is not *patient*.
     """
     places: list[tuple[str, int]] = []
     read: list[tuple[str, bytes, bytes]] = []
@@ -234,4 +271,4 @@ def hinted_heads(offer: Offer, records: list[tuple[str, object]]) -> Steps[list[
                 for needs, pairs in forget.items()
             ]
         )
-    return sorted(head for head in heads if head is not None)
+    return sorted(_heads_in(heads, patient=patient))

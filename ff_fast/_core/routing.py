@@ -97,7 +97,7 @@ class Routing:
         replicas: bool = False,
         until: float = inf,
     ) -> None:
-        self._step = step
+        self._step = step = step.in_cluster
         self._topology = topology
         self._retries = retries
         self._replicas = replicas and not step.block_s

@@ -78,12 +78,17 @@ def check_role(reply: object, resolved: ValkeyConnection) -> None:
     # A server that does not tell refuses writes, if it is a replica.
     fields = dict(zip(reply[::2], reply[1::2], strict=False)) if isinstance(reply, list) else {}
     if fields.get(b"role", b"master") != b"master":
-        service, sentinels = resolved.sentinel_service, resolved.seeds
-        _note_first(service, sentinels, _first.get((service, sentinels), 0) + 1)
+        ask_another_first(resolved)
         raise NotPrimary(
-            f"A sentinel of the service {service} named {resolved.host}:{resolved.port}, which is a replica; try again"
+            f"A sentinel of the service {resolved.sentinel_service} named {resolved.host}:{resolved.port}, which is a replica; try again"
             " when the sentinels have agreed on a primary."
         )
+
+
+def ask_another_first(resolved: ValkeyConnection) -> None:
+    """Ask another sentinel first from now on: the one that was asked named a server that is no primary, or is down."""
+    service, sentinels = resolved.sentinel_service, resolved.seeds
+    _note_first(service, sentinels, _first.get((service, sentinels), 0) + 1)
 
 
 def _note_first(service: str | None, sentinels: tuple[_Address, ...], index: int) -> None:

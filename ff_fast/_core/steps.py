@@ -37,10 +37,13 @@ class Command(NamedTuple):
     Attributes:
         key: One of the command's keys; empty if any node may answer.
         request: The command as it goes on the wire.
+        guarded: Makes the request for a cluster, where it is another one: it names one more key (see `keys.absent`), which
+            costs time on both sides, and nothing moves away from a standalone server.
     """
 
     key: bytes
     request: bytes
+    guarded: Callable[[], bytes] | None = None
 
     @property
     def slot(self) -> int | None:
@@ -78,6 +81,19 @@ class Step(NamedTuple):
     def request(self) -> bytes:
         """All commands as one request, for a server that has every slot."""
         return b"".join([each.request for each in self.commands])
+
+    @property
+    def in_cluster(self) -> Step:
+        """The step as it goes to nodes of a cluster."""
+        commands = self.commands
+        if all(each.guarded is None for each in commands):
+            return self
+        return self._replace(
+            commands=[
+                each if each.guarded is None else Command(each.key, each.guarded())
+                for each in commands
+            ]
+        )
 
 
 class Pause(NamedTuple):
@@ -227,12 +243,6 @@ def send_one(one: Command, block_s: float = 0.0) -> Steps[list[bytes]]:
     """Send one plain command and return its answer as :func:`checked` reads it."""
     (reply,) = yield Step((one,), block_s)
     return checked(reply)
-
-
-def server_ms(key: bytes) -> Steps[int]:
-    """Ask the server that holds *key* for its time, in ms since the epoch."""
-    (reply,) = yield Step((Command(key, pack_command(b"TIME")),))
-    return time_ms(reply)
 
 
 def time_ms(reply: object) -> int:

@@ -10,7 +10,7 @@ from ff_fast import keys
 from ff_fast._core import ops
 from ff_fast._core.flows import MEMBERS_A_CALL
 from ff_fast._core.ready import publish_hints, with_hints
-from ff_fast._core.steps import Command, Step, Steps, checked, command, server_ms, time_ms
+from ff_fast._core.steps import Command, Step, Steps, checked, command, time_ms
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
     Corruption,
@@ -69,7 +69,7 @@ class Supervision:
         Raises:
             FFError: The server does not answer; of a cluster, a node, after the timers of the others have fired.
         """
-        now_ms = yield from self._server_ms()
+        now_ms = yield from _server_ms(self._on.partitions)
         now = b"%d" % now_ms
         offsets = dict.fromkeys(range(self._on.partitions), 0)
         fired = 0
@@ -100,19 +100,6 @@ class Supervision:
         if unread is not None:
             raise unread
         return fired
-
-    def _server_ms(self) -> Steps[int]:
-        """Ask for the server's time; in a cluster the first node that answers counts."""
-        partitions = self._on.partitions
-        reply: object = None
-        for index in range(0, partitions, max(partitions // _NODES_ASKED, 1)):
-            key = keys.timers(keys.slot_tag(index))
-            (reply,) = yield Step((Command(key, _TIME),), partial=True)
-            if not isinstance(reply, FFError):
-                break
-        if isinstance(reply, FFError):
-            raise reply
-        return time_ms(reply)
 
     def _fire(self, partition: int, members: list[bytes], now_ms: int) -> Steps[tuple[int, int]]:
         slot_tag = keys.slot_tag(partition)
@@ -189,15 +176,35 @@ def _members(page: object) -> list[bytes]:
         return []
 
 
+def _server_ms(partitions: int) -> Steps[int]:
+    """Ask for the server's time; in a cluster the first node that answers counts."""
+    reply: object = None
+    for index in range(0, partitions, max(partitions // _NODES_ASKED, 1)):
+        key = keys.timers(keys.slot_tag(index))
+        (reply,) = yield Step((Command(key, _TIME),), partial=True)
+        if not isinstance(reply, FFError):
+            break
+    if isinstance(reply, FFError):
+        raise reply
+    return time_ms(reply)
+
+
 def find_reclaimable(partitions: int, limit: int) -> Steps[list[ReclaimToken]]:
-    """Find at most *limit* active executions of all partitions whose lease has lapsed."""
-    now_ms = yield from server_ms(keys.timers(keys.slot_tag(0)))
+    """Find at most *limit* active executions of all partitions whose lease has lapsed.
+
+    Raises:
+        FFError: The server does not answer; of a cluster, a node, and there are none at the others.
+    """
+    now_ms = yield from _server_ms(partitions)
     now = b"%d" % now_ms
     tokens: list[ReclaimToken] = []
+    unread: FFError | None = None
     indexes, offset = list(range(partitions)), 0
     while indexes:
         due = [_due(index, now, offset) for index in indexes]
-        pages = [_members(page) for page in (yield Step(due))]
+        replies = yield Step(due, partial=True)
+        unread = next((each for each in replies if isinstance(each, FFError)), unread)
+        pages = [[] if isinstance(each, FFError) else _members(each) for each in replies]
         for member in [member for page in pages for member in page]:
             kind, _, execution_id = member.decode("utf-8", "replace").partition(":")
             if kind != "lease" or not re.fullmatch(rf"\{{fp:\d+\}}:{_UUID}", execution_id):
@@ -218,6 +225,8 @@ def find_reclaimable(partitions: int, limit: int) -> Steps[list[ReclaimToken]]:
             index for index, page in zip(indexes, pages, strict=True) if page[_DUE_A_CALL - 1 :]
         ]
         offset += _DUE_A_CALL
+    if unread is not None and not tokens:
+        raise unread
     return tokens
 
 

@@ -66,9 +66,11 @@ _UNSUBSCRIBED_S = 1.0
 _HOLE_S = 0.03
 _LONGEST_HOLE_S = 0.5
 _GIVE_UP_S = 2.0
-# How long frames that storage lacks may be on their way there: those of a cursor that were only pushed, and those that a
-# failover has lost, which their writer stores again. More of them begin the time anew.
-_AHEAD_S = 2.0
+# How long frames that storage lacks may be on their way there, at most and while the lease is held: those of a cursor that
+# were only pushed, and those that a failover has lost, which their writer stores again. It finds out within the time limit
+# of its backend, 5 s unless configured, and may lose the same again on its way to the next server. More of them begin the
+# time anew.
+_AHEAD_S = 15.0
 
 Item = StreamFrame | Gap | End
 Id = tuple[int, int]
@@ -456,8 +458,8 @@ class TailCore(Inbox):
         if page.closed_reason or page.lease_left_ms is None:
             # Nobody can store them any more.
             return False
-        if self.stored < self.sequence:
-            return self.stored <= page.last_sequence
+        if self.stored < self.sequence and self.stored <= page.last_sequence:
+            return True
         if self.ms == 0:
             # Such a place may be that of any frame.
             return False

@@ -23,6 +23,7 @@ from typing import (
 from ff_fast import keys
 from ff_fast._core import operations, ops
 from ff_fast._core.binding import dressed
+from ff_fast._core.durability import STORED, can_reach
 from ff_fast._core.leases import is_lease_lost
 from ff_fast._core.ready import with_hints
 from ff_fast._core.steps import Step, Steps
@@ -36,16 +37,19 @@ from ff_fast.errors import (
     ExecutionSuspended,
     FFError,
     ForkedClient,
+    FramesLost,
     InternalFunctionError,
     InvalidType,
     LeaseExpired,
     LibraryMismatch,
+    NotReplicated,
     Outcome,
     ProtocolError,
     SequenceGap,
     StaleOwner,
     StateLost,
     TlsFailed,
+    UnsupportedServer,
     WriterSuperseded,
     WrongLoop,
 )
@@ -58,6 +62,7 @@ from ff_fast.types import (
 
 if TYPE_CHECKING:
     from ff_fast._core.deployment import Deployment
+    from ff_fast._core.durability import Level
     from ff_fast._core.operations import Call
     from ff_fast.types import Handle, ResumeSignal, StreamMode
 
@@ -172,6 +177,7 @@ _ENDS_WORKER = (
     TlsFailed,
     ClusterModeRequired,
     LibraryMismatch,
+    UnsupportedServer,
     DeploymentMismatch,
     ForkedClient,
     WrongLoop,
@@ -186,6 +192,7 @@ _OF_ATTEMPT = (
     ExecutionSuspended,
     WriterSuperseded,
     SequenceGap,
+    FramesLost,
 )
 
 
@@ -275,9 +282,13 @@ TASK = """One claimed execution, the argument of a handler.
 class TaskState(Generic[W, K]):
     """The part of a task that is the same in both shells."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(
+        self, handle: Handle, mode: StreamMode | None = None, level: Level = STORED
+    ) -> None:
         fields = handle.fields()
         self.handle = handle
+        self._mode = mode
+        self._level = level
         self.execution_id = fields.execution_id
         self.attempt_index = fields.attempt_index
         self.resumed = handle.kind is HandleKind.RESUMED
@@ -291,6 +302,19 @@ class TaskState(Generic[W, K]):
     def _lose(self, error: FFError) -> None:
         """Refuse all further writes, since the lease is gone."""
         self._lost = error
+
+    @property
+    def _writing(self) -> dict[str, Any]:
+        """What the task's writers are opened with."""
+        return {"mode": self._mode, **self._reaching}
+
+    @property
+    def _reaching(self) -> dict[str, Any]:
+        """The level that the end of the task, and all before it, shall reach."""
+        return {
+            "durability": self._level.durability,
+            "durability_timeout": self._level.timeout_s,
+        }
 
     @property
     def _holds_lease(self) -> bool:
@@ -367,7 +391,10 @@ class CallHandler(NamedTuple):
 
 
 class CloseWriter(NamedTuple):
-    """Store everything that was written, and close the task's writer; *timeout_s* bounds the wait."""
+    """Store everything that was written, and close the task's writer; *timeout_s* bounds the wait.
+
+    Its durability is not waited for: that of the end covers it.
+    """
 
     timeout_s: float | None = None
 
@@ -412,7 +439,6 @@ class Backend(Protocol):
 def attend(
     backend: Backend,
     task: TaskState[Any, Any],
-    mode: StreamMode | None,
     cancel_after_s: float | None = None,
 ) -> Actions:
     """Call the handler for one claimed execution, and end the execution by the handler's result or exception.
@@ -426,7 +452,7 @@ def attend(
     """
     try:
         try:
-            yield from _load(backend._deployment, task, mode)
+            yield from _load(backend._deployment, task)
         except FFError as error:
             return (yield from _not_started(backend, task, error))
         yield from _handle(backend, task, cancel_after_s)
@@ -458,9 +484,9 @@ def _not_started(backend: Backend, task: TaskState[Any, Any], error: FFError) ->
     return True
 
 
-def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) -> Ending:
+def _load(on: Deployment, task: TaskState[Any, Any]) -> Ending:
     """Read the task's payload and signals and open its writer, in one round trip."""
-    request = operations.open_writer(on, task.handle, mode=mode)
+    request = operations.open_writer(on, task.handle, **task._writing)
     attempt = ops.Attempt.of(task.handle)
     writer_id = ops.writer_id(attempt)
     opening = ops.open_writer(
@@ -471,6 +497,7 @@ def _load(on: Deployment, task: TaskState[Any, Any], mode: StreamMode | None) ->
     observing = ops.observe_signals(attempt)
 
     def steps() -> Steps[WriterState]:
+        yield from can_reach(task._level.durability, keys.slot_tag_of(task.execution_id))
         commands = [reading.command(), opening.command()]
         if task.resumed or task.attempt_index > 0:
             # A cancellation that was requested of an earlier lease still holds, and no push tells this one of it.
@@ -511,7 +538,7 @@ def _handle(backend: Backend, task: TaskState[Any, Any], cancel_after_s: float |
         yield from _cancel(backend, task)
         return
     try:
-        call = operations.complete(backend._deployment, task.handle, result)
+        call = operations.complete(backend._deployment, task.handle, result, **task._reaching)
         yield from _end(backend, task, call)
     except FFError as error:
         if isinstance(error, _ENDS_WORKER):
@@ -533,7 +560,8 @@ def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -
 
 def _fail(backend: Backend, task: TaskState[Any, Any], failure: Failure) -> Ending:
     try:
-        yield from _end(backend, task, operations.fail(backend._deployment, task.handle, *failure))
+        call = operations.fail(backend._deployment, task.handle, *failure, **task._reaching)
+        yield from _end(backend, task, call)
     except FFError as error:
         if isinstance(error, _ENDS_WORKER):
             raise
@@ -565,7 +593,9 @@ def _cancellation(task: TaskState[Any, Any]) -> Call[Any]:
         else:
             reason = description.cancellation_reason or reason
         op = ops.cancel_execution(eid, reason, 0, task.handle.fields().lease_id)
-        return (yield from with_hints(op, keys.partition_index(eid)))
+        cancelled = yield from with_hints(op, keys.partition_index(eid))
+        yield from operations.Reach(lambda _: op, *task._level).steps()
+        return cancelled
 
     return operations.Call(steps)
 
@@ -579,6 +609,9 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Ending
     while task._may_end and not backend.closed:
         try:
             yield Run(call)
+        except NotReplicated as error:
+            _log.warning("Execution %s has ended. %s", task.execution_id, error)
+            return
         except FFError as error:
             if is_lease_lost(error) or (error.retryable and not task._holds_lease):
                 return

@@ -6,6 +6,7 @@ import copy
 import time
 import warnings
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ff_fast import keys
@@ -72,13 +73,15 @@ class Wait(NamedTuple, Generic[T]):
         done: Whether the wait is over; evaluated after every progress.
         value: Result of the wait, once it is over.
         timeout_s: Longest wait in seconds; None waits until the writer succeeds or fails.
-        level: What the stored frames have to reach then; None for no more.
+        level: What the frames up to *last* have to reach then; None for no more.
+        last: Their last sequence.
     """
 
     done: Callable[[], bool]
     value: Callable[[], T]
     timeout_s: float | None
     level: Level | None = None
+    last: int = 0
 
 
 def timeout_s(timeout: float | timedelta | None) -> float | None:
@@ -98,7 +101,7 @@ class WriterOptions(NamedTuple):
     max_unacknowledged_bytes: int = MAX_UNACKNOWLEDGED_BYTES
     linger_ms: float = 0.0
     max_payload_bytes: int = DEFAULT_PAYLOAD_LIMIT
-    level: Level = Level(Durability.stored(), durability.DEFAULT_TIMEOUT_S)
+    level: Level = durability.STORED
 
 
 class WriterState(NamedTuple):
@@ -316,8 +319,10 @@ class SharedWriter(WriterCore):
     def __init__(self, state: WriterState, home: Home | None = None) -> None:
         self._places = state.places
         self._level = state.options.level
-        # The newest frame that has reached a level with all before it, and the level.
+        # The newest frame that has reached a level with all before it, and the level. Frames that are stored again after
+        # that have to reach it again.
         self._confirmed = (0, 0)
+        self._confirmed_replays = 0
         self._reached = Durability.stored()
         self._lease_id = state.attempt.fields.lease_id
         self._attempt = state.attempt
@@ -406,21 +411,29 @@ class SharedWriter(WriterCore):
             durability=self._reached,
         )
 
+    def _has(self, last: int) -> bool:
+        """Whether the frames up to *last* are acknowledged."""
+        return self.last_sequence >= last
+
     def _lacks(self, level: Level, last: int) -> bool:
         """Whether the frames up to *last* are not known to have reached a level."""
         if not level.asks or last == 0:
             return False
-        return self._confirmed[1] < last or not self._reached.covers(level.durability)
+        return (
+            self._confirmed[1] < last
+            or self._confirmed_replays != self._replays
+            or not self._reached.covers(level.durability)
+        )
 
     def _question(self, level: Level, deadline: float | None) -> Ask:
         """Return the question whether all acknowledged frames have reached *level*, to be put until *deadline*."""
+        replays = self._replays
         place = ops.entry_id(self.last_id)
         until = time.monotonic() + level.timeout_s
         if deadline is not None:
             until = min(until, deadline)
-        return Ask(
-            durability.of_frames(self._attempt.stream_keys, self._writer_name, place), level, until
-        )
+        evidence = durability.of_frames(self._attempt.stream_keys, self._writer_name, place)
+        return Ask(evidence, level, until, replays)
 
     def _asks_again(self, ask: Ask, deadline: float | None) -> bool:
         """Return whether to put a question again, given how it has ended.
@@ -432,8 +445,12 @@ class SharedWriter(WriterCore):
         """
         if ask.reached is not None:
             # Threads may have asked at the same time; the newer answer says more.
-            if ask.place >= self._confirmed or not self._reached.covers(ask.reached):
+            if ask.replays > self._confirmed_replays or (
+                ask.replays == self._confirmed_replays
+                and (ask.place >= self._confirmed or not self._reached.covers(ask.reached))
+            ):
                 self._confirmed, self._reached = ask.place, ask.reached
+                self._confirmed_replays = ask.replays
             return False
         if self.error is not None:
             raise copy.copy(self.error)
@@ -609,13 +626,16 @@ def flush(
 def flush_to(writer: SharedWriter, limit_s: float | None, level: Level) -> Wait[AppendFrameOutcome]:
     """Flush a writer up to another level than its own; at most *limit_s* seconds."""
     last = writer.next_sequence - 1
+    if not level.asks or last == 0:
+        wait = settle(writer, limit_s)
+        return Wait(wait.done, writer._tell, limit_s)
     if writer._lacks(level, last):
-        writer._seal_soon()
         # What is asked for the level shows as well that the server has them.
-        return Wait(lambda: writer.last_sequence >= last, writer._tell_confirmed, limit_s, level)
-    wait = settle(writer, limit_s)
-    value = writer._tell_confirmed if level.asks and last else writer._tell
-    return Wait(wait.done, value, limit_s)
+        writer._seal_soon()
+        done = partial(writer._has, last)
+    else:
+        done = settle(writer, limit_s).done
+    return Wait(done, writer._tell_confirmed, limit_s, level, last)
 
 
 def settle(writer: SharedWriter, limit: float | None) -> Wait[None]:
@@ -649,6 +669,11 @@ def close(writer: SharedWriter, timeout: float | timedelta | None = None) -> Wai
     return close_to(writer, timeout_s(timeout), writer._level)
 
 
+def store_and_close(writer: SharedWriter, limit_s: float | None) -> Wait[None]:
+    """Close a writer whose frames reach their level by the call that follows; at most *limit_s* seconds."""
+    return close_to(writer, limit_s, durability.STORED)
+
+
 def close_to(writer: SharedWriter, limit_s: float | None, level: Level) -> Wait[None]:
     """Close a writer, at another level than its own; at most *limit_s* seconds."""
     if isinstance(writer._failure, WriterClosed):
@@ -656,8 +681,8 @@ def close_to(writer: SharedWriter, limit_s: float | None, level: Level) -> Wait[
     if writer.error is not None:
         raise copy.copy(writer.error)
     writer._seal_last()
-    lacks = writer._lacks(level, writer.next_sequence - 1)
-    return Wait(lambda: writer._idle, writer._end_closed, limit_s, level if lacks else None)
+    last = writer.next_sequence - 1
+    return Wait(lambda: writer._idle, writer._end_closed, limit_s, level, last)
 
 
 def _nothing() -> None:

@@ -98,6 +98,11 @@ cdef enum:
     # While calls carry the parts of several writers, this is between two of them: a call costs the
     # server as much as four of its parts, and readers take it for no delay.
     PACE_US = 2000
+    # The same for the sends of an outbox whose calls are of one slot each. The writers are spread
+    # over the nodes and each node's over its slots: with the times of a lone server every node
+    # would wake up as often as that one, for a part of the work.
+    SPREAD_FULL_PARTS = 256
+    SPREAD_PACE_US = 5000
     # A longer push says that there are frames, and readers read them.
     PUSH_BYTES = 8192
     PUSH_FRAMES = 256
@@ -711,6 +716,8 @@ cdef class WriterCore:
     cdef long long _replay_from
     # The server has lost the opening of this writer. It is opened again before anything is sent.
     cdef readonly bint _opening_lost
+    # How often it had to store frames again.
+    cdef readonly int _replays
     # Sequence of the first frame of this writer, and the number of its opening.
     cdef readonly long long _first_sequence
     cdef long long _opening
@@ -1759,6 +1766,7 @@ cdef class WriterCore:
         cdef long long last = self._acked_sequence
         cdef long long ms = self._held._before_ms
         self._replay_from = -1
+        self._replays += 1
         if held:
             last = (<Batch>held[0]).first_sequence - 1
         if last > stored and self._summary_version > 0:
@@ -2588,8 +2596,11 @@ cdef class Outbox:
     # When the oldest ready one registered, and when the last call was made, in µs.
     cdef long long _ready_us
     cdef long long _sent_us
-    # A moving average of the parts of a call.
+    # A moving average of the parts of a call, or of a send.
     cdef double _usual_parts
+    # So many parts are sent without waiting for more, and so far apart are two sends.
+    cdef Py_ssize_t _full_parts
+    cdef long long _pace_us
     cdef readonly Py_ssize_t _calls_in_flight
     # Groups that are to be stored later, oldest first: when in µs, the writer, and which group.
     cdef object _held
@@ -2601,6 +2612,8 @@ cdef class Outbox:
 
     def __init__(self, double linger_ms=0.0, tuple lost=(), unsigned long thread=0, running=None,
                  loop=None):
+        self._full_parts = FULL_PARTS
+        self._pace_us = PACE_US
         self._ready = []
         self._held = deque()
         self._kept = deque()
@@ -2619,6 +2632,11 @@ cdef class Outbox:
     def _on_wrong_thread(self):
         """Called in place of `_on_ready` where a writer must not register; raises."""
 
+    def spread(self):
+        """Pace what is sent for `next_calls`, whose calls are of one slot each."""
+        self._full_parts = SPREAD_FULL_PARTS
+        self._pace_us = SPREAD_PACE_US
+
     @property
     def ready(self):
         """How many writers are ready."""
@@ -2630,7 +2648,7 @@ cdef class Outbox:
         return len(self._held) != 0
 
     cdef bint _is_full(self) noexcept:
-        return self._hurried > 0 or len(self._ready) - self._at >= FULL_PARTS
+        return self._hurried > 0 or len(self._ready) - self._at >= self._full_parts
 
     cdef int register(self, WriterCore writer, bint hurried) except -1:
         if self._thread and (
@@ -2646,7 +2664,7 @@ cdef class Outbox:
         # The first hurried one ends the wait for more, and so do enough of the others.
         if (
             not self._told or (hurried and self._hurried == 1)
-            or len(self._ready) - self._at == FULL_PARTS
+            or len(self._ready) - self._at == self._full_parts
         ):
             self._tell()
         return 0
@@ -2763,7 +2781,7 @@ cdef class Outbox:
         if not self._pressed:
             due += self._linger_us
         if self._usual_parts >= 2.0 or self._calls_in_flight:
-            due = max(due, self._sent_us + PACE_US)
+            due = max(due, self._sent_us + self._pace_us)
         return max(due - now_us(), 0) / 1e6
 
     def next_call(self):

@@ -11,7 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
-from ff_fast._core.sentinel import ROLE, check_role
+from ff_fast._core.sentinel import ROLE, ask_another_first, check_role
 from ff_fast._core.steps import AwaitHint, Pause, Step, Steps
 from ff_fast._hot.resp import ReplyGuard, take_reply
 from ff_fast._sync.credentials import ask
@@ -80,6 +80,8 @@ class Connection:
             raise
         if failure is not None:
             connection.disconnect()
+            if server.sentinel_service is not None:
+                ask_another_first(server)
             raise failure
         self._pid = os.getpid()
         self._timeout = _transport.request_timeout_s(config)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import threading
 import time
 from typing import TYPE_CHECKING
 
-from ff_fast._core.credentials import Login, Renewals, failure_of, login_of
+from ff_fast._core.credentials import RENEW_SOON_S, Login, Renewals, failure_of, login_of
 from ff_fast.errors import CredentialsUnavailable, FFError
 
 if TYPE_CHECKING:
@@ -60,9 +59,12 @@ class Credentials(Renewals):
         if time.monotonic() >= self.ask_at and not self._asking:
             self._asking = True
             thread = threading.Thread(target=self._ask, name="ff_fast credentials", daemon=True)
-            # At the end of the interpreter no thread starts.
-            with contextlib.suppress(RuntimeError):
+            try:
                 thread.start()
+            except RuntimeError:
+                # There are too many threads, or the interpreter ends.
+                self._asking = False
+                self.ask_at = time.monotonic() + RENEW_SOON_S
         return self.renewal(connection.authenticated_at)
 
     def _ask(self) -> None:

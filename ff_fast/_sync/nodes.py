@@ -13,7 +13,6 @@ from ff_fast._core.routing import Routing
 from ff_fast._core.topology import Address, Topology, address_of
 from ff_fast._sync.connection import Node
 from ff_fast.errors import (
-    DeadlineExceeded,
     FFError,
     FunctionMissing,
     NotPrimary,
@@ -170,27 +169,29 @@ class Nodes:
             raise failure
 
     def _look(self, topology: Topology, until: float) -> FFError | None:
-        """Ask one node after the other until one tells; return the last error if none does."""
-        failure: FFError | None = None
+        """Ask one node after the other until one tells; return the error if none does."""
         working = {
             node.address: node.heard_at
             for node in self.all()
             if node.address is not None and node.heard_at > node.failed_at
         }
-        for address in core.to_ask(working, topology, self._seeds):
+        look = core.Look(topology, working, self._seeds)
+        for address in look.addresses:
             node = self._primaries.get(address) or self._node(address)
             longest = min(core.ASK_S, until - time.monotonic())
             if longest <= 0:
-                return failure or DeadlineExceeded()
+                return _transport.not_sent_in_time()
             try:
-                core.learn(topology, self._ask(node, core.SLOTS, longest), address)
+                replies = self._ask(node, core.SLOTS, longest)
             except FFError as error:
                 node.failed_at = time.monotonic()
-                failure = error
+                look.failed(address, error)
             else:
-                self._forget(topology)
-                return None
-        return failure
+                if look.answered(address, replies):
+                    self._forget(topology)
+                    return None
+                node.failed_at = time.monotonic()
+        return look.failure()
 
     def _forget(self, topology: Topology) -> None:
         """Close what is idle at nodes that have left the cluster."""
@@ -277,7 +278,7 @@ class Requests:
         """Send a step that must not be split; refusals come back as replies."""
         node = self._nodes.of(step.commands[0].slot)
         try:
-            replies = self._on(node).request(step, self._longest)
+            replies = self._on(node).request(step.in_cluster, self._longest)
         except FFError as error:
             self._nodes.failed(node, error)
             raise

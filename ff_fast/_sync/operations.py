@@ -67,7 +67,8 @@ def _later(seconds: float, call: Callable[[], None]) -> threading.Timer:
 
 def _put(question: durability.Question, connection: Connection, until: float) -> None:
     """Put a question, and take the replies that come until shortly after *until*, in monotonic time."""
-    connection.send(question.step)
+    in_cluster = connection.node.address is not None
+    connection.send(question.step.in_cluster if in_cluster else question.step)
     more = True
     while more:
         reply = connection.receive(until + _ANSWERS_S)

@@ -27,6 +27,7 @@ from ff_fast._core.worker import (
     forwarded,
     is_handlers_own,
 )
+from ff_fast._core.writer import store_and_close
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.writers import Writer
 from ff_fast.errors import FFError, InvalidInput, InvalidType
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from ff_fast._core.deployment import Deployment
+    from ff_fast._core.durability import Level
     from ff_fast._core.operations import Call, WorkerOptions
     from ff_fast._sync.operations import Operations
     from ff_fast.types import Handle, ResumeSignal, StreamMode, SuspendOutcome
@@ -64,7 +66,7 @@ def releasing(
 
     def method(self: Task, /, *args: P.args, **kwargs: P.kwargs) -> NoReturn:
         call = make(self._backend._deployment, self.handle, *args, **kwargs)
-        self._close(None)
+        self._close()
         self._backend._do(call)
         self._released = True
         raise TaskReleased
@@ -79,11 +81,11 @@ def suspending(
 
     def method(self: Task, /, *args: P.args, **kwargs: P.kwargs) -> tuple[ResumeSignal, ...]:
         call = make(self._backend._deployment, self.handle, *args, **kwargs)
-        self._close(None)
+        self._close()
         if not self._backend._do(call).already_satisfied:
             self._released = True
             raise TaskReleased
-        self._current_writer = self._backend.open_writer(self.handle, mode=self._mode)
+        self._current_writer = self._backend.open_writer(self.handle, **self._writing)
         self.signals = self._backend.observe_signals(self.handle)
         return self.signals
 
@@ -93,10 +95,11 @@ def suspending(
 class Task(TaskState[Writer, LeaseKeeper]):
     __doc__ = worker_core.TASK
 
-    def __init__(self, backend: Operations, handle: Handle, mode: StreamMode | None) -> None:
-        super().__init__(handle)
+    def __init__(
+        self, backend: Operations, handle: Handle, mode: StreamMode | None, level: Level
+    ) -> None:
+        super().__init__(handle, mode, level)
         self._backend = backend
-        self._mode = mode
 
     flush = forwarded(Writer.flush)
     progress = of_task(operations.progress)
@@ -118,10 +121,16 @@ class Task(TaskState[Writer, LeaseKeeper]):
         assert self._keeper is not None
         return self.cancelled or self._keeper.wait_cancelled(timeout)
 
-    def _close(self, timeout_s: float | None) -> None:
-        """Store all written frames, and close the writer."""
+    def _close(self) -> None:
+        """Close the writer before the handler gives the lease up: what was written has reached its level."""
         if self._current_writer is not None:
-            self._current_writer.close(timeout_s)
+            self._current_writer.close()
+
+    def _store_and_close(self, timeout_s: float | None) -> None:
+        """Store all written frames, and close the writer."""
+        writer = self._current_writer
+        if writer is not None:
+            writer._wait(store_and_close(writer, timeout_s))
 
 
 class WorkerLoop:
@@ -216,9 +225,9 @@ class WorkerLoop:
 
     def run_one(self, handle: Handle) -> bool:
         """Run the handler for one claimed execution, and end the execution; return whether it is over for this worker."""
-        task = Task(self._backend, handle, self._options.mode)
+        task = Task(self._backend, handle, self._options.mode, self._options.level)
         with self._backend.keep_lease(handle, task._lose) as task._keeper:
-            return self._drive(task, worker_core.attend(self._backend, task, self._options.mode))
+            return self._drive(task, worker_core.attend(self._backend, task))
 
     def _drive(self, task: Task, actions: Actions) -> bool:
         try:
@@ -242,7 +251,7 @@ class WorkerLoop:
             case CallHandler():
                 return self._call(task)
             case CloseWriter(timeout_s):
-                task._close(timeout_s)
+                task._store_and_close(timeout_s)
             case WaitLost(seconds):
                 assert task._keeper is not None
                 task._keeper.wait_lost(seconds)

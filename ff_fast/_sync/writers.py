@@ -62,6 +62,8 @@ class Sender(Outbox):
         self._owner = owner
         self._pool = pool
         self.node = node
+        if node.address is not None:
+            self.spread()
         # Writers with the time at which their batch must be sent, and None for a look at what is due. One call in C
         # puts an entry, so an interrupt cannot leave half of one.
         self._inbox: SimpleQueue[tuple[float, Writer] | None] = SimpleQueue()
@@ -502,7 +504,7 @@ class Writer(SharedWriter):
         deadline = None if wait.timeout_s is None else time.monotonic() + wait.timeout_s
         if not wait.done():
             self._progress(wait, deadline)
-        if wait.level is not None:
+        if wait.level is not None and self._lacks(wait.level, wait.last):
             self._reach(wait.level, deadline)
         return wait.value()
 

@@ -315,7 +315,7 @@ class Durability(Value):
     Made by name: :meth:`stored`, :meth:`replicated`, :meth:`synced`.
 
     Attributes:
-        replicas: Number of replicas that have it.
+        replicas: Number of replicas that have it, 0 to 64.
         on_disk: The append-only files have it: that of the primary, and those of the *replicas*.
     """
 
@@ -335,12 +335,16 @@ class Durability(Value):
 
     @classmethod
     def replicated(cls, replicas: int = 1) -> Durability:
-        """Return the level at which so many replicas, 1 to 64, have it in memory as well."""
+        """Return the level at which so many replicas, 1 to 64, have it in memory as well, by ``WAIT``."""
         return cls(check_int("replicas", replicas, 1, MAX_REPLICAS))
 
     @classmethod
     def synced(cls, replicas: int = 0) -> Durability:
-        """Return the level at which it is in the append-only files of the primary and of so many replicas, 0 to 64."""
+        """Return the level at which it is in the append-only files of the primary and of so many replicas, 0 to 64.
+
+        ``WAITAOF`` tells, which Valkey and Redis have since 7.2; a server without such a file is refused with
+        ``UnsupportedServer``.
+        """
         return cls(replicas, on_disk=True)
 
     def covers(self, other: Durability) -> bool:

@@ -11,10 +11,9 @@ from . import sites
 
 
 @pytest.fixture(scope="session")
-def cluster():
+def cluster(cluster_server):
     """Three primaries; a test gives back every slot that it moves."""
-    with sites.cluster() as running:
-        yield running
+    return cluster_server
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from .chaos.__main__ import main
 from .chaos.run import Settings, run
 from .chaos.scenarios import SCENARIOS
 
-pytestmark = pytest.mark.chaos
+pytestmark = pytest.mark.long
 # Long enough for two faults of each kind.
 SECONDS, EVERY = 4.0, 2.0
 

@@ -46,6 +46,7 @@ def test_what_a_node_refuses_is_raised(cluster):
         cluster.nodes[0].command("CLUSTER", "NO-SUCH-THING")
 
 
+@pytest.mark.long
 def test_a_replica_takes_over_and_the_old_primary_follows_it(replicated_cluster):
     cluster = replicated_cluster
     primary = cluster.node_of(SLOT)
@@ -58,6 +59,7 @@ def test_a_replica_takes_over_and_the_old_primary_follows_it(replicated_cluster)
     assert cluster.primary_of(primary) is None
 
 
+@pytest.mark.long
 def test_a_killed_primary_comes_back_as_a_replica(replicated_cluster):
     cluster = replicated_cluster
     primary = cluster.node_of(SLOT)
@@ -71,6 +73,7 @@ def test_a_killed_primary_comes_back_as_a_replica(replicated_cluster):
     assert cluster.primary_of(primary) is replica
 
 
+@pytest.mark.long
 def test_a_node_joins_and_leaves():
     with EmbeddedCluster(1) as cluster:
         (first,) = cluster.nodes
@@ -113,6 +116,7 @@ def test_a_backend_brings_its_cluster_and_supervises_it(lane):
     assert not any(alive(pid) for pid in pids)
 
 
+@pytest.mark.long
 def test_an_asyncio_backend_brings_its_cluster(lane):
     async def main():
         async with aio.ValkeyBackend.embedded(cluster=True, primaries=1) as backend:

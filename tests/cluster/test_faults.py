@@ -302,7 +302,7 @@ def test_interrupts_at_any_moment_amid_steps_over_three_nodes(cluster, lane, see
         eids = [backend.create_execution(lane=lane) for _ in range(12)]
         interrupted = 0
         with interrupts(seed) as gate:
-            while interrupted < 60:
+            while interrupted < 30:
                 with contextlib.suppress(KeyboardInterrupt):
                     gate.open = True
                     for eid in eids:
@@ -344,7 +344,7 @@ def test_a_fork_amid_calls_to_three_nodes(cluster, lane):
                 assert [own.describe(eid).execution_id for eid in eids] == eids
             gc.collect()
 
-        for _ in range(3):
+        for _ in range(2):
             in_child(child)
             assert [backend.describe(eid).execution_id for eid in eids] == eids
             assert not of_lane(backend.find_reclaimable(), lane)
@@ -406,6 +406,7 @@ async def test_closing_ends_readers_of_a_silent_node(shell, proxied, lane):
 # -- many callers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_sixteen_threads_while_slots_move_and_connections_break(cluster, proxied, lane, seed):  # noqa: F811
     """Everybody gets the answer to his own question."""
     proxy, dice = proxied.proxy, random.Random(seed)
@@ -447,6 +448,7 @@ def test_sixteen_threads_while_slots_move_and_connections_break(cluster, proxied
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 async def test_streams_on_all_nodes_are_whole_whatever_breaks_on_one(shell, proxied, lane, seed):  # noqa: F811
     dice = random.Random(seed)
     payloads = [b"%d" % i for i in range(300)]

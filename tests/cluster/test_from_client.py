@@ -57,6 +57,7 @@ async def test_a_client_of_a_cluster(kind, of, cluster, lane):
     await close(client)
 
 
+@pytest.mark.long
 async def test_a_client_that_sentinels_lead(sentinels, lane):
     places = [("127.0.0.1", port_of(each.url)) for each in sentinels.sentinels.servers]
     client = Sentinel(places).master_for(SERVICE)

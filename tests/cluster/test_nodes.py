@@ -4,16 +4,19 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 
 import pytest
 
 from ff_fast import aio, errors, keys
+from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import Outcome
-from ff_fast.types import BackendConfig, BackendTimeouts
+from ff_fast.types import BackendConfig, BackendTimeouts, ClaimPolicy
 
 from ..shells import WORKER, Shell
 from ..waiting import wait_until_async
+from .sites import port_of
 from .test_calls import WAITS, claimed_at, create_many, execution_at, few_retries, slot_of, working
 
 
@@ -61,6 +64,19 @@ async def test_slots_that_move_to_a_node_without_the_library(shell, cluster, lan
             assert await backend.read_result(eid) == b"r"
         finally:
             await asyncio.to_thread(cluster.migrate, [slot], home)
+
+
+async def test_seeds_that_are_of_no_use_are_passed_over(shell, cluster, lane):
+    """Nobody listens at the first, and the second is no node of a cluster."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        down = f"127.0.0.1:{listener.getsockname()[1]}"
+    with EmbeddedServer(tcp=True) as server:
+        host, port = cluster.nodes[0].address
+        seeds = f"{down},127.0.0.1:{port_of(server.url)}"
+        async with await shell.connect(f"valkey://{seeds},{host}:{port}/?cluster=true") as backend:
+            await backend.cancel(await backend.create_execution(lane=lane))
+        with pytest.raises(errors.NotACluster):
+            await shell.connect(f"valkey://{seeds}/?cluster=true")
 
 
 # -- slots and names -------------------------------------------------------------------------------------------------
@@ -135,6 +151,7 @@ async def test_a_silent_node_keeps_no_call_to_another_one_waiting(shell, cluster
             await backend.cancel(each)
 
 
+@pytest.mark.long
 async def test_silence_of_a_node_closes_no_connection_to_another_one(cluster, lane):
     silent = cluster.nodes[1]
     async with aio.ValkeyBackend.connect(fast(cluster.url)) as backend:
@@ -150,6 +167,57 @@ async def test_silence_of_a_node_closes_no_connection_to_another_one(cluster, la
             if node.address in before and before[node.address] is not None:
                 assert node.shared.connection is before[node.address]
         await backend.cancel(eid)
+
+
+@pytest.fixture
+def partial(cluster):
+    """The cluster goes on while it lacks a node."""
+    cover = "cluster-require-full-coverage"
+    for node in cluster.nodes:
+        node.command("CONFIG", "SET", cover, "no")
+    yield cluster
+    for node in cluster.nodes:
+        node.command("CONFIG", "SET", cover, "yes")
+    cluster.wait_until_stable()
+
+
+async def test_looks_at_all_partitions_find_what_the_other_nodes_have(shell, partial, lane):
+    cluster = partial
+    silent, *rest = cluster.nodes
+    lane = next(
+        each
+        for each in (f"{lane}-{i}" for i in range(100))
+        if cluster.node_of(keys.key_slot(keys.ready(each))) is rest[0]
+    )
+    async with await shell.connect(fast(cluster.url)) as backend:
+        lapsed = await execution_at(backend, cluster, rest[1], lane)
+        handle = await backend.claim(lane=lane, **WORKER, lease_ttl_ms=1_000)
+        assert handle.execution_id == lapsed
+        unhinted = await execution_at(backend, cluster, rest[1], lane)
+        beyond = await execution_at(backend, cluster, silent, lane)
+        # A lost hint; a sweep finds the execution.
+        rest[0].command("DEL", keys.ready(lane))
+
+        async def found():
+            tokens = await backend.find_reclaimable(10_000)
+            return lapsed in {each.grant.execution_id for each in tokens}
+
+        await wait_until_async(found)
+        with stopped(silent):
+            handle = await backend.claim(lane=lane, **WORKER)
+            assert handle.execution_id == unhinted
+            assert await found()
+            await backend.complete(handle)
+            # "There is none" would not be known to be true.
+            with pytest.raises(errors.FFError):
+                await backend.claim(lane=lane, **WORKER)
+            patient = ClaimPolicy.with_max_wait(1.2)
+            assert await backend.claim(lane=lane, **WORKER, policy=patient) is None
+        # What did not answer was not forgotten.
+        handle = await backend.claim(lane=lane, **WORKER)
+        assert handle.execution_id == beyond
+        await backend.complete(handle)
+        await backend.cancel(lapsed)
 
 
 # -- cancelled callers -----------------------------------------------------------------------------------------------
@@ -253,6 +321,7 @@ async def test_reads_go_to_replicas_where_the_caller_says_so(shell, replicated_c
         assert asked(primary)
 
 
+@pytest.mark.long
 async def test_calls_wait_for_the_successor_of_a_dead_primary(replicated_cluster, lane):
     """Both shells at once, and at the end of the module: a failover takes seconds, and a start of a node, too."""
     cluster = replicated_cluster

@@ -97,6 +97,7 @@ def test_a_channel_goes_with_its_slot(connect, cluster):
     assert all(each.doubts == [True] for at, each in listening.heard.items() if at != name)
 
 
+@pytest.mark.long
 def test_channels_of_a_primary_go_to_the_replica_that_takes_over(connect, replicated_cluster):
     cluster = replicated_cluster
     listening = Listening(connect(cluster.url), cluster)
@@ -128,6 +129,7 @@ def ended(backend, namespace, count):
     return eids
 
 
+@pytest.mark.long
 def test_completions_are_told_once_while_slots_move_and_a_primary_dies(
     kind, replicated_cluster, lane
 ):
@@ -154,6 +156,7 @@ def test_completions_are_told_once_while_slots_move_and_a_primary_dies(
     assert sorted(told) == sorted(eids)
 
 
+@pytest.mark.long
 def test_a_tail_brings_every_frame_once_while_its_slot_moves(kind, cluster, lane):
     with ff_fast.ValkeyBackend.connect(cluster.url) as backend:
         attempt = begin(backend, lane)

@@ -19,6 +19,7 @@ from ff_fast.errors import (
     Outcome,
     PrimaryNotFound,
     TlsFailed,
+    Unavailable,
 )
 from ff_fast.types import BackendConfig, ClaimPolicy
 
@@ -152,6 +153,7 @@ async def test_a_planned_failover_amid_streams_and_waiting_claims(sentinels, lan
     await through_a_failover(sentinels, lane, sentinels.failover, writing=True)
 
 
+@pytest.mark.long
 async def test_a_killed_primary_amid_streams_and_waiting_claims(sentinels, lane):
     def kill():
         sentinels.wait_for_another(sentinels.kill())
@@ -164,12 +166,20 @@ async def test_a_killed_primary_amid_streams_and_waiting_claims(sentinels, lane)
 
 USELESS = {
     "names the replica": lambda site: names(sites.port_of(other(site).url)),
+    "names a server that is down": lambda _: names(closed_port()),
     "does not know the service": lambda _: b"*-1\r\n",
     "loads": lambda _: b"-LOADING\r\n",
     "names nothing of use": lambda _: b"*2\r\n$3\r\na b\r\n$1\r\nx\r\n",
     "is slow": lambda _: None,
     "answers no RESP": lambda _: b"HTTP/1.1 400 Bad Request\r\n",
 }
+
+MISLED = {"names the replica": NotPrimary, "names a server that is down": Unavailable}
+
+
+def closed_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 def other(site):
@@ -181,9 +191,9 @@ async def test_a_sentinel_that_is_of_no_use_is_passed_over(shell, site, lane, fa
     with FakeSentinel(USELESS[fault](site)) as fake:
         began = time.monotonic()
         url = before(fake.port, site.url)
-        if fault == "names the replica":
+        if misled := MISLED.get(fault):
             # The next try asks another one first; a backend that runs does so by itself.
-            with pytest.raises(NotPrimary) as caught:
+            with pytest.raises(misled) as caught:
                 await shell.connect(url, timeout=1.0)
             assert caught.value.outcome is Outcome.NOT_APPLIED
         async with await shell.connect(url, timeout=1.0) as backend:
@@ -193,9 +203,7 @@ async def test_a_sentinel_that_is_of_no_use_is_passed_over(shell, site, lane, fa
 
 
 async def test_a_sentinel_that_is_down_is_passed_over(shell, site, lane):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    async with await shell.connect(before(port, site.url)) as backend:
+    async with await shell.connect(before(closed_port(), site.url)) as backend:
         await claimed(backend, lane)
 
 

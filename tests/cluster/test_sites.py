@@ -1,9 +1,13 @@
 """The deployments that other tests stand on do what they say."""
 
+import pytest
+
 from ff_fast import keys
 
 from ..conftest import connect_raw
 from .sites import ClusterFailover, ask
+
+pytestmark = pytest.mark.long
 
 KEY = "of one shard"
 SLOT = keys.key_slot(KEY.encode())

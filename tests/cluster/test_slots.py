@@ -10,7 +10,7 @@ from ff_fast.errors import FFError, Outcome
 
 from .test_partitions import claimed_on, put, replicated_to, whole
 
-pytestmark = pytest.mark.chaos
+pytestmark = pytest.mark.long
 
 
 def slot_of(eid):
@@ -67,7 +67,8 @@ async def test_a_stream_is_whole_while_its_slot_moves(shell, cluster, lane):
     ):
         eid, handle = await claimed_on(backend, cluster, source, lane)
         reading = asyncio.ensure_future(other.items(eid))
-        writer = await backend.open_writer(handle)
+        # As many as it takes until the slot is there; the log keeps all of them.
+        writer = await backend.open_writer(handle, retention_maxlen=1_000_000)
         first = 1
         for to in (target, source, target, source):
             moved = asyncio.ensure_future(asyncio.to_thread(cluster.migrate, [slot_of(eid)], to))

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 
+import pytest
+
 import ff_fast
 from ff_fast import StreamMode, keys
 
@@ -113,14 +115,16 @@ async def back_and_forth(cluster, made):
         await asyncio.to_thread(cluster.migrate, moving, to)
 
 
-async def test_streams_are_whole_while_their_slots_move(shell, cluster, lane):
+@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.long)])
+async def test_streams_are_whole_while_their_slots_move(count, shell, cluster, lane):
     async with await shell.connect(cluster.url) as backend:
-        made = await streams(backend, lane, 200)
+        made = await streams(backend, lane, count)
         assert len({cluster.node_of(stream.slot) for stream in made}) == 3
         await written_while(made, back_and_forth(cluster, made))
         await ended(backend, made)
 
 
+@pytest.mark.long
 async def test_streams_are_whole_after_a_planned_failover(shell, replicated_cluster, lane):
     cluster = replicated_cluster
     async with await shell.connect(cluster.url) as backend:
@@ -135,6 +139,7 @@ async def test_streams_are_whole_after_a_planned_failover(shell, replicated_clus
         await ended(backend, made)
 
 
+@pytest.mark.long
 async def test_writers_of_other_nodes_go_on_while_one_is_dead(shell, replicated_cluster, lane):
     """What was acknowledged as replicated is there after the death of the primary."""
     cluster = replicated_cluster

@@ -23,6 +23,7 @@ from ff_fast import (
     CancelFlowWait,
     CapabilitySet,
     ClaimPolicy,
+    Durability,
     End,
     FailureClass,
     FFError,
@@ -41,6 +42,7 @@ from ff_fast import (
 from ff_fast._core import claiming
 from ff_fast._core import supervision as supervision_core
 from ff_fast._core.operations import Call
+from ff_fast.errors import NotReplicated, UnsupportedServer
 
 from ..heads import set_head
 
@@ -51,7 +53,7 @@ GPU = CapabilitySet({"gpu"})
 
 
 # Commands that Redis has since 7.2. An ACL may not name what the server does not know.
-_NEWER = {"+client|setinfo"}
+_NEWER = {"+client|setinfo", "+waitaof"}
 
 
 def allow(raw, name, rules):
@@ -61,7 +63,7 @@ def allow(raw, name, rules):
 
 
 def as_user(server, name, password=PASSWORD):
-    return server.url.replace("unix://", f"unix://{name}:{password}@", 1)
+    return server.url.replace("://", f"://{name}:{password}@", 1)
 
 
 # -- what the Lua functions may run ---------------------------------------------------------------------------------------
@@ -304,6 +306,12 @@ def _unquoted(text):
 # -- the work of all users ------------------------------------------------------------------------------------------------
 
 
+def _hears_nothing(backend):
+    """Whether a backend listens to no channel any more; in a cluster it has a hub for each node."""
+    hubs = getattr(backend._hub, "_hubs", None)
+    return all(hub._core.empty for hub in ([backend._hub] if hubs is None else [*hubs.values()]))
+
+
 class Life:
     """The whole life of executions, each part by the user whose work it is.
 
@@ -358,6 +366,12 @@ class Life:
         assert handle is not None
         return worker, handle
 
+    def waits(self, call, *arguments, **options):
+        """Make a call at each level of durability; the server has neither a replica nor an append-only file."""
+        for level in (Durability.replicated(), Durability.synced()):
+            with contextlib.suppress(NotReplicated, UnsupportedServer):
+                call(*arguments, durability=level, durability_timeout=0.001, **options)
+
     def created(self, **options):
         """An execution that requires capabilities, so that its hints register these."""
         return self.by("ff_producer").create_execution(required_capabilities=GPU, **options)
@@ -409,7 +423,7 @@ class Life:
         worker.renew(handle)
         worker.renew(handle, lease_ttl_ms=20_000)
         worker.progress(handle, 40, "reading")
-        worker.complete(handle, b"answer")
+        self.waits(worker.complete, handle, b"answer")
         worker.complete(handle, b"answer")
         # The first finds a partition that had work, and forgets it.
         assert worker.claim(lane="a") is None
@@ -442,7 +456,7 @@ class Life:
         assert not tail.next_batch(0.01)
         tail.close()
         # Soon it listens no more.
-        tailer.wait_until(lambda: tailer._hub._core.empty)
+        tailer.wait_until(lambda: _hears_nothing(tailer))
         self.by("ff_tailer").describe(running)
         self.by("ff_tailer").describe_stream(running, 0)
         self.by("ff_worker").fail(handle, "broken", FailureClass.INFRA_CRASH)
@@ -570,13 +584,13 @@ class Life:
         worker._hub.listen(channel, listener)
         worker.wait_until(lambda: worker._hub.confirmed(channel))
         worker._hub.unlisten(channel, listener)
-        worker.wait_until(lambda: worker._hub._core.empty)
+        worker.wait_until(lambda: _hears_nothing(worker))
 
     def cancels(self):
         eid = self.created(lane="g")
         worker, handle = self.claimed("g")
         worker.create_waitpoint(handle)
-        self.by("ff_operator").cancel(eid, reason="too expensive", grace=60)
+        self.waits(self.by("ff_operator").cancel, eid, reason="too expensive", grace=60)
         worker = self.by("ff_worker")
         assert worker.renew(handle).cancel_requested
         self.listens(worker, eid)

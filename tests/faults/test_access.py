@@ -319,6 +319,7 @@ def tls_url(proxy, ca_file=None, host="localhost", **files):
     return f"valkeys://{host}:{proxy.address[1]}" + (f"?{joined}" if joined else "")
 
 
+@pytest.mark.standalone("a proxy stands before one server")
 async def test_tls_with_a_trusted_authority(shell, server, authority, ca_file, lane):
     with terminator(server, authority.issue_cert("localhost")) as proxy:
         async with await shell.connect(tls_url(proxy, ca_file)) as backend:
@@ -360,6 +361,7 @@ UNTRUSTED = {
 
 
 @pytest.mark.parametrize("name", UNTRUSTED)
+@pytest.mark.standalone("a proxy stands before one server")
 async def test_tls_that_cannot_be_trusted_is_refused_once(shell, name, server, authority, ca_file):
     certificate, trusted = UNTRUSTED[name](authority)
     with terminator(server, certificate) as proxy:
@@ -376,6 +378,7 @@ async def test_tls_that_cannot_be_trusted_is_refused_once(shell, name, server, a
         assert (caught.value.host, caught.value.port) == ("localhost", proxy.address[1])
 
 
+@pytest.mark.standalone("a proxy stands before one server")
 async def test_tls_with_a_client_certificate(shell, server, authority, ca_file, tmp_path, lane):
     mine = authority.issue_cert("worker@example.com")
     pem = tmp_path / "mine.pem"
@@ -390,6 +393,7 @@ async def test_tls_with_a_client_certificate(shell, server, authority, ca_file, 
         assert isinstance(caught.value, TlsFailed | Unavailable)
 
 
+@pytest.mark.standalone("a proxy stands before one server")
 async def test_tls_files_that_are_not_there(shell, server, authority):
     with terminator(server, authority.issue_cert("localhost")) as proxy:
         for path in ("/nowhere/ca.pem", "/etc/passwd"):
@@ -404,6 +408,7 @@ async def test_tls_to_a_server_without_it(shell, proxy):
         await shell.connect(tls_url(proxy), timeout=0.5, retries=0)
 
 
+@pytest.mark.standalone("a proxy stands before one server")
 async def test_plain_to_a_server_with_tls(shell, server, authority):
     with terminator(server, authority.issue_cert("localhost")) as proxy:
         with pytest.raises(FFError) as caught:
@@ -411,6 +416,7 @@ async def test_plain_to_a_server_with_tls(shell, server, authority):
         assert caught.value.outcome is Outcome.NOT_APPLIED
 
 
+@pytest.mark.standalone("a proxy stands before one server")
 def test_the_terminator_itself(server, authority):
     with terminator(server, authority.issue_cert("localhost")) as proxy:
         context = ssl.create_default_context()

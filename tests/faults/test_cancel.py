@@ -6,6 +6,7 @@ import contextlib
 import pytest
 
 from ff_fast import Frame, FrameKind, aio, keys
+from ff_fast._aio.connection import Connection
 from ff_fast.errors import DeadlineExceeded, WriterClosed
 
 from ..shells import config
@@ -232,3 +233,27 @@ async def test_a_timeout_of_flush_leaves_the_frames_on_their_way(proxy, server, 
     await writer.close()
     await backend.close()
     stored_once(server.url, eid, [b"1"])
+
+
+async def test_no_cancellation_is_lost_while_a_connection_is_made(server):
+    """redis-py sends the commands of the handshake by a function of asyncio that may drop one."""
+    loop = asyncio.get_running_loop()
+    given = config(server.url)
+    given = given.replace(connection=given.connection.replace(db=1))
+    cancelled = []
+    for step in range(60):
+        connection = Connection()
+        task = asyncio.create_task(connection.open(given))
+        for _ in range(step):
+            await asyncio.sleep(0)
+        # Between a future of the handshake and the task that waits for it.
+        struck = loop.create_future()
+        loop.call_soon(lambda task=task, struck=struck: struck.set_result(task.cancel()))
+        await asyncio.wait({task})
+        if await struck:
+            assert task.cancelled()
+            assert connection.closed
+            cancelled.append(step)
+        connection.abort()
+        await connection.wait_closed()
+    assert cancelled

@@ -4,13 +4,16 @@ import asyncio
 import logging
 import ssl
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from redis.auth.token import SimpleToken
 from redis.credentials import CredentialProvider, StreamingCredentialProvider
 
 from ff_fast._core import credentials
+from ff_fast._sync import credentials as of_sync
 from ff_fast.errors import (
     AuthenticationFailed,
     CredentialsUnavailable,
@@ -20,7 +23,7 @@ from ff_fast.types import BackendConfig, BackendTimeouts, ClaimPolicy
 
 from ..conftest import connect_raw
 from ..shells import Shell
-from ..waiting import wait_until_async
+from ..waiting import wait_until, wait_until_async
 from .stored import claimed, stored_once
 from .test_access import terminator
 
@@ -334,6 +337,7 @@ async def test_a_rotated_password_amid_a_stream_loses_nothing(
 # -- TLS and names -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.standalone("a proxy stands before one server")
 async def test_a_tls_context_of_the_caller_is_used(shell, server, lane):
     import trustme
 
@@ -357,3 +361,25 @@ async def test_connections_have_the_chosen_name(shell, own_server, guarded, lane
         names = {each["name"] for each in guarded.client_list() if each["name"]}
         assert names == {"chat-api"}
         await finish(backend, lane, using)
+
+
+def test_renewal_goes_on_after_a_thread_could_not_be_started(monkeypatch):
+    asked = []
+    renewing = of_sync.Credentials(lambda: asked.append(None) or ("u", "p"))
+    connection = SimpleNamespace(authenticated_at=time.monotonic(), credentials=None)
+
+    def fails(_):
+        raise RuntimeError
+
+    renewing.opened_by(connection)
+    renewing.ask_at = 0.0
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fails)
+        assert renewing.due(connection) is None
+    assert not asked
+    # Asked again after a while, by whoever sends next.
+    assert renewing.ask_at > time.monotonic()
+    renewing.ask_at = 0.0
+    renewing.due(connection)
+    wait_until(lambda: renewing.due(connection))
+    assert asked

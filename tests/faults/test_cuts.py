@@ -8,7 +8,9 @@ import pytest
 
 import ff_fast
 from ff_fast import Frame, FrameKind, StreamMode, aio
+from ff_fast._aio.connection import LOST
 from ff_fast._core.deployment import Deployment
+from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
@@ -19,7 +21,7 @@ from ff_fast.errors import (
 
 from ..conftest import connect_raw
 from ..shells import KINDS, Shell, config
-from ..waiting import wait_until_async
+from ..waiting import wait_until, wait_until_async
 from .chaos import DOWN, UP, ChaosProxy
 from .stored import claimed, frames, stored_once
 
@@ -317,6 +319,20 @@ async def test_an_idle_connection_that_ended_is_noticed_before_it_is_used(shell,
         await backend.renew(handle)
 
 
+async def test_what_is_sent_behind_a_write_that_failed_is_lost_with_it(proxy, caplog):
+    async with await aio.ValkeyBackend.connect(config(proxy.url)) as backend:
+        connection = backend._nodes.first.shared.connection
+        # The loop does not run, so it hears of the reset by the first write.
+        proxy.cut_all("rst")
+        wait_until(lambda: proxy.connections == 0)
+        told = []
+        for _ in range(20):
+            connection.send(pack_command(b"PING"), [told.append])
+        await wait_until_async(lambda: _true(connection.closed))
+        assert told == [LOST] * 20
+    assert [each.message for each in caplog.records if each.name == "asyncio"] == []
+
+
 async def test_a_black_hole_ends_at_the_deadline(shell, proxy, server, lane):
     async with await shell.connect(proxy.url, timeout=0.4) as backend:
         eid, handle = await claimed(backend, lane)
@@ -407,6 +423,7 @@ async def test_the_end_reaches_a_tail_through_cuts(shell, proxy, server, lane, s
     assert [item.payload for item in items[:-1]] == [b"%d" % i for i in range(2_000)]
 
 
+@pytest.mark.standalone("a proxy stands before one server")
 async def test_a_connection_lost_while_nothing_is_written_costs_nothing(shell, server, lane):
     with ChaosProxy(server.url) as proxy:
         async with await shell.connect(proxy.url) as backend:

@@ -9,7 +9,8 @@ import signal
 import pytest
 
 import ff_fast
-from ff_fast import Durability, Frame, FrameKind, Outcome
+from ff_fast import Durability, End, Frame, FrameKind, Outcome, keys
+from ff_fast._core import durability
 from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import (
     DeadlineExceeded,
@@ -20,12 +21,15 @@ from ff_fast.errors import (
 )
 
 from ..conftest import connect_raw
-from ..waiting import wait_until_async
+from ..server.workers import Worker
+from ..shells import KINDS
+from ..waiting import wait_until, wait_until_async
 from .chaos import ChaosProxy
-from .failover import Failover
+from .failover import Failover, Past
 from .stored import claimed
 
 REPLICATED = Durability.replicated()
+SYNCED = Durability.synced()
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +317,141 @@ async def test_frames_that_are_synced_survive_the_death_of_the_server(shell, lan
                 await writer.flush(20)
             # It was stored all the same.
             assert writer.last_sequence == 2
+
+
+# -- what a failover has lost ------------------------------------------------------------------------------------------
+
+
+async def test_frames_that_are_stored_again_have_to_reach_their_level_again(shell, linked, lane):
+    options = {"durability": REPLICATED, "durability_timeout": 0.1}
+    async with await shell.connect(linked.url, replay_ms=60_000) as backend:
+        eid, handle, writer = await opened(backend, lane, **options)
+        with connect_raw(linked.primary.url) as raw:
+            past = Past(raw, eid)
+            for n in range(1, 4):
+                writer.write(b"%d" % n)
+            assert (await writer.flush(20)).durability == REPLICATED
+            with stalled(linked):
+                past.come(cut=False)
+                with pytest.raises(NotReplicated):
+                    await writer.flush(20)
+                assert writer.last_sequence == 3
+                with pytest.raises(NotReplicated):
+                    await writer.close(20)
+            assert (await writer.flush(20)).durability == REPLICATED
+            with stalled(linked):
+                past.come(cut=False)
+                frame = Frame(b"3", FrameKind.EVENT, seq=3)
+                with pytest.raises(NotReplicated):
+                    await backend.append_frame(handle, frame)
+        assert (await writer.flush(20)).durability == REPLICATED
+
+
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize("cut", [True, False])
+async def test_an_end_that_is_lost_before_it_has_its_level_is_made_again_with_its_frames(
+    cut, closed, shell, linked, lane, monkeypatch
+):
+    monkeypatch.setattr(durability, "_LONGEST_S", 0.05)
+    async with await shell.connect(linked.url, replay_ms=60_000) as backend:
+        eid, handle, writer = await opened(backend, lane)
+        with connect_raw(linked.primary.url) as raw:
+            past = Past(raw, eid)
+            for n in range(1, 4):
+                writer.write(b"%d" % n)
+            await (writer.close(20) if closed else writer.flush(20))
+            with stalled(linked):
+                ending = asyncio.ensure_future(
+                    backend.complete(handle, b"r", durability=REPLICATED, durability_timeout=10)
+                )
+
+                async def ended():
+                    return (await backend.describe(eid)).state == "completed"
+
+                await wait_until_async(ended)
+                past.come(cut=cut)
+            await ending
+        items = await backend.items(eid)
+        assert [item.payload for item in items[:-1]] == [b"1", b"2", b"3"]
+        assert items[-1] == End("attempt_success")
+        assert await backend.read_result(eid) == b"r"
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+ENDS = {
+    "completed": lambda: b"result",
+    "failed": lambda: (_ for _ in ()).throw(ValueError("no")),
+}
+
+
+@pytest.mark.parametrize("state", ENDS)
+def test_the_end_of_a_task_and_its_frames_have_the_level_of_the_worker(state, kind, linked, lane):
+    def work(task):
+        task.write(b"1")
+        levels.append((yield task.flush(5)).durability)
+        with connect_raw(linked.replica.url) as replica:
+            found.append(replica.xlen(keys.stream(task.execution_id, 0)))
+        task.write(b"2")
+        return ENDS[state]()
+
+    levels, found = [], []
+    with (
+        ff_fast.ValkeyBackend.connect(linked.url) as backend,
+        Worker(kind, linked.url, work, lane=lane, durability=REPLICATED),
+    ):
+        eid = backend.create_execution(lane=lane)
+        wait_until(lambda: backend.describe(eid).state == state)
+    assert (levels, found) == ([REPLICATED], [1])
+
+
+def test_an_end_that_does_not_reach_the_level_is_applied_once_and_logged(
+    kind, linked, lane, caplog
+):
+    def work(task):
+        task.write(b"1")
+        return b"result"
+
+    with ff_fast.ValkeyBackend.connect(linked.url) as backend, stalled(linked):
+        options = {"durability": REPLICATED, "durability_timeout": 0.05}
+        with Worker(kind, linked.url, work, lane=lane, **options):
+            eid = backend.create_execution(lane=lane)
+            wait_until(lambda: backend.describe(eid).state == "completed")
+            wait_until(lambda: any(eid in each for each in caplog.messages))
+        found = backend.describe(eid)
+        assert (found.attempt_count, found.retry_count) == (1, 0)
+        assert len([each for each in caplog.messages if eid in each]) == 1
+
+
+def test_a_handler_that_gives_its_lease_up_is_told_that_the_level_is_not_reached(
+    kind, linked, lane
+):
+    def work(task):
+        task.write(b"1")
+        try:
+            yield task.delay(3600)
+        except NotReplicated as error:
+            told.append(error.outcome)
+        return b"result"
+
+    told = []
+    with ff_fast.ValkeyBackend.connect(linked.url) as backend, stalled(linked):
+        options = {"durability": REPLICATED, "durability_timeout": 0.05}
+        with Worker(kind, linked.url, work, lane=lane, **options):
+            eid = backend.create_execution(lane=lane)
+            wait_until(lambda: backend.describe(eid).state == "completed")
+    assert told == [Outcome.APPLIED]
+
+
+def test_a_worker_whose_level_the_server_cannot_confirm_ends(kind, server, lane):
+    with ff_fast.ValkeyBackend.connect(server.url) as backend:
+        backend.create_execution(lane=lane)
+        worker = Worker(kind, server.url, lambda task: b"", lane=lane, durability=SYNCED)
+        with pytest.raises(UnsupportedServer), worker:
+            wait_until(lambda: worker.error is not None)

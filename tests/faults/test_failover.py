@@ -42,7 +42,7 @@ from ..heads import head_of, set_head
 from ..server.readers import Reader, begin
 from ..server.streams import server_ms
 from ..server.workers import Worker
-from ..shells import KINDS, Shell
+from ..shells import KINDS, Shell, with_option
 from ..waiting import wait_until, wait_until_async
 from .failover import Past
 from .stored import claimed
@@ -334,8 +334,8 @@ def test_the_attempt_of_a_worker_fails_where_its_frames_are_lost(kind, server, r
         yield task.flush(5)
         past.come()
 
-    with ff_fast.ValkeyBackend.connect(f"{server.url}?replay_ms=0") as backend:
-        with Worker(kind, f"{server.url}?replay_ms=0", lose, lane=lane):
+    with ff_fast.ValkeyBackend.connect(with_option(server.url, "replay_ms=0")) as backend:
+        with Worker(kind, with_option(server.url, "replay_ms=0"), lose, lane=lane):
             eid = backend.create_execution(lane=lane)
             wait_until(lambda: backend.describe(eid).state == "failed")
         assert backend.describe(eid).failure_reason.startswith("SequenceGap: ")
@@ -467,7 +467,7 @@ async def test_no_frame_is_skipped_in_silence_whatever_the_clocks_say(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tail_whose_server_is_replaced_under_its_connection(kind, mode, server, raw, lane):
-    with ff_fast.ValkeyBackend.connect(f"{server.url}?replay_ms=0") as backend:
+    with ff_fast.ValkeyBackend.connect(with_option(server.url, "replay_ms=0")) as backend:
         attempt = begin(backend, lane, 600_000)
         writer = backend.open_writer(attempt.handle, mode=MODES[mode])
         for n in range(1, 11):

@@ -25,7 +25,7 @@ from ff_fast.errors import FramesLost, SequenceGap, StateLost
 from ..heads import head_of, set_head
 from ..server.readers import Reader
 from ..server.workers import Worker
-from ..shells import KINDS
+from ..shells import KINDS, with_option
 from ..waiting import wait_until, wait_until_async
 from .failover import Past
 from .stored import claimed
@@ -410,7 +410,7 @@ def test_an_attempt_that_lost_its_tail_is_no_success(kind, server, raw, lane):
         past.come()
 
     with ff_fast.ValkeyBackend.connect(server.url) as backend:
-        with Worker(kind, f"{server.url}?replay_bytes=1", work, lane=lane):
+        with Worker(kind, with_option(server.url, "replay_bytes=1"), work, lane=lane):
             eid = backend.create_execution(lane=lane)
             wait_until(lambda: backend.describe(eid).state == "failed")
         assert backend.describe(eid).failure_reason.startswith("FramesLost: ")

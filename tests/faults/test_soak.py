@@ -14,6 +14,7 @@ WEIGHTS = {name: fault.weight for name, fault in FAULTS.items()}
 KINDS = ("all_connections_cut", "a_worker_killed", "functions_flushed")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_short_soak_finds_nothing(monkeypatch):
     monkeypatch.setattr(run, "WARM_S", 0.2)

@@ -53,10 +53,12 @@ async def test_kills_by_force_with_a_log_that_is_synced_each_second(shell, lane)
             assert payloads[lost.got - 1 :] == [frame.payload for frame in lost.unstored]
 
 
-async def test_a_kill_by_force_with_snapshots_alone_tells_what_they_lack(shell, lane):
+@pytest.mark.parametrize("replay_ms", [60_000, 0])
+async def test_a_kill_by_force_with_snapshots_alone_loses_what_nobody_keeps(replay_ms, shell, lane):
+    """A writer stores again what it keeps, and is told of what it does not keep."""
     with EmbeddedServer(save="3600 1") as server, contextlib.ExitStack() as stack:
         raw = stack.enter_context(connect_raw(server.url))
-        async with await shell.connect(server.url) as backend:
+        async with await shell.connect(server.url, replay_ms=replay_ms) as backend:
             eid, handle = await claimed(backend, lane)
             writer = await backend.open_writer(handle)
             for i in range(1, 11):
@@ -70,21 +72,26 @@ async def test_a_kill_by_force_with_snapshots_alone_tells_what_they_lack(shell, 
             os.kill(server.pid, signal.SIGKILL)
             await asyncio.to_thread(server.restart)
             writer.write(b"21")
-            with pytest.raises(SequenceGap) as caught:
+            payloads = [b"%d" % i for i in range(1, 22)]
+            if replay_ms:
                 await writer.flush(20)
-            assert (caught.value.expected, caught.value.got) == (11, 21)
-            assert [frame.payload for frame in caught.value.unstored] == [b"21"]
-            with pytest.raises(SequenceGap):
-                writer.write(b"22")
+            else:
+                with pytest.raises(SequenceGap) as caught:
+                    await writer.flush(20)
+                assert (caught.value.expected, caught.value.got) == (11, 21)
+                assert [frame.payload for frame in caught.value.unstored] == [b"21"]
+                with pytest.raises(SequenceGap):
+                    writer.write(b"22")
+                # The lease of the snapshot is this worker's own, so it may go on from what is stored.
+                writer = await backend.open_writer(handle)
+                assert writer.next_sequence == 11
+                writer.write(b"11 again")
+                payloads[10:] = [b"11 again"]
             with pytest.raises(ExecutionNotFound):
                 await backend.describe(later)
-            # The lease of the snapshot is this worker's own, so it may go on from what is stored.
-            writer = await backend.open_writer(handle)
-            assert writer.next_sequence == 11
-            writer.write(b"11 again")
             await writer.close()
             await backend.complete(handle)
-        stored_once(server.url, eid, [*(b"%d" % i for i in range(1, 11)), b"11 again"])
+        stored_once(server.url, eid, payloads)
 
 
 # -- a full disk -----------------------------------------------------------------------------------------------------------

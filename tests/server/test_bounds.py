@@ -8,6 +8,7 @@ import ff_fast
 from ff_fast import End, StreamFrame, TailVisibility
 from ff_fast._core import tail as tail_core
 
+from ..shells import with_option
 from .readers import BEST_EFFORT, DURABLE, SUMMARY, Stepper, begin, sequences
 
 ALL, EXCLUDE = TailVisibility.ALL, TailVisibility.EXCLUDE_BEST_EFFORT
@@ -123,7 +124,9 @@ def test_a_reader_that_waited_gets_few_of_the_largest_frames_at_once(server, raw
     huge = bytes(1 << 20)
     with (
         ff_fast.ValkeyBackend.connect(server.url) as usual,
-        ff_fast.ValkeyBackend.connect(f"{server.url}?max_payload_bytes={1 << 20}") as large,
+        ff_fast.ValkeyBackend.connect(
+            with_option(server.url, f"max_payload_bytes={1 << 20}")
+        ) as large,
     ):
         attempt = begin(usual, lane)
         early = Weighing(raw, tail_core.TailCore(attempt.eid, 0, None, ALL))

@@ -94,6 +94,7 @@ def count_signals(needed, *specs, distinct=CountKind.DISTINCT_SIGNALS):
 
 
 @pytest.mark.parametrize("needed, satisfied", [(1_400, True), (1_401, False)])
+@pytest.mark.standalone("one server watches its commands")
 def test_early_signals_are_applied_a_bounded_number_in_a_call(world, needed, satisfied):
     eid, handle = world.owned()
     points = waitpoints(world, handle, 14)
@@ -115,6 +116,7 @@ def test_early_signals_are_applied_a_bounded_number_in_a_call(world, needed, sat
         assert len(world.backend.observe_signals(world.claim())) == 1_401
 
 
+@pytest.mark.standalone("one server watches its commands")
 def test_early_signals_that_nothing_waits_for_are_not_looked_at(world):
     counts = []
     for number in (3, 600):
@@ -129,6 +131,7 @@ def test_early_signals_that_nothing_waits_for_are_not_looked_at(world):
     assert counts[0] == counts[1] < 100
 
 
+@pytest.mark.standalone("one server watches its commands")
 def test_a_condition_with_a_leaf_for_each_of_many_signals_is_bounded(world):
     """Each leaf takes the first signal that it matches, and no signal meets the leaves of another name."""
     eid, handle = world.owned()
@@ -145,6 +148,7 @@ def test_a_condition_with_a_leaf_for_each_of_many_signals_is_bounded(world):
     ]
 
 
+@pytest.mark.standalone("one server watches its commands")
 def test_many_nodes_that_each_count_every_signal_are_bounded(world):
     eid, handle = world.owned()
     (point,) = waitpoints(world, handle, 1)
@@ -172,6 +176,7 @@ def test_a_suspension_that_was_given_up_half_way_loses_no_signal(world):
 
 
 @pytest.mark.parametrize("how", ["complete", "fail", "cancel", "lapse"])
+@pytest.mark.standalone("one server watches its commands")
 def test_an_end_costs_the_same_with_any_number_of_waitpoints_and_signals(world, how):
     ends = {
         "complete": lambda eid, handle: world.backend.complete(handle),
@@ -198,6 +203,7 @@ def test_an_end_costs_the_same_with_any_number_of_waitpoints_and_signals(world, 
 
 
 @pytest.mark.parametrize("policy", [CancelFlowPolicy.CANCEL_ALL, CancelFlowPolicy.CANCEL_PENDING])
+@pytest.mark.standalone("one server watches its commands")
 def test_cancelling_a_flow_looks_at_each_member_once(world, policy):
     costs = []
     for number in (40, 400):
@@ -257,6 +263,7 @@ def test_the_numbers_of_tags_and_dimensions_have_a_limit(world):
     ],
     ids=["a frame", "a run", "nothing published", "nothing stored"],
 )
+@pytest.mark.standalone("one server watches its commands")
 def test_each_part_of_a_shared_append_costs_the_same(world, part, commands):
     made = []
     for number in (1, 2, 32):
@@ -272,6 +279,7 @@ def test_each_part_of_a_shared_append_costs_the_same(world, part, commands):
     assert made == [1 + commands, 1 + 2 * commands, 1 + 32 * commands]
 
 
+@pytest.mark.standalone("one server watches its commands")
 def test_the_largest_shared_append_is_bounded(world):
     """It has 128 parts and 1,024 entries, at 1.6 ms; each refused part reads two hashes."""
     streams = opened_streams(world, 32)

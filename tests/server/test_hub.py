@@ -12,8 +12,6 @@ from ff_fast.errors import PermissionDenied, Unavailable, UnsupportedServer
 from ..conftest import connect_raw
 from ..shells import KINDS, Opener, config
 
-pytestmark = pytest.mark.standalone("it looks inside the hub of one server")
-
 
 class Heard:
     """A listener that notes everything."""
@@ -182,6 +180,7 @@ def test_a_connection_without_channels_is_closed(connect, server, raw, monkeypat
         published(backend, client, name, listened(backend, name), b"back")
 
 
+@pytest.mark.standalone("it looks inside the hub of one server")
 def test_a_subscription_that_the_server_ends_is_made_again(connect, server, raw):
     """As where a slot moves: the server says so without being asked."""
     backend = connect(server.url)
@@ -203,7 +202,7 @@ def test_a_user_without_the_channel_hears_what_to_do(connect, server, raw):
     """And the channels that it may use go on."""
     may = channel()
     name = user(raw, ["+@all", f"&{may.decode()}"])
-    backend = connect(server.url.replace("unix://", f"unix://{name}:pw@"))
+    backend = connect(server.url.replace("://", f"://{name}:pw@", 1))
     refused, allowed = Heard(), Heard()
     for each, listener in ((channel(), refused), (may, allowed)):
         backend._hub.listen(each, listener)
@@ -217,7 +216,7 @@ def test_a_user_without_the_channel_hears_what_to_do(connect, server, raw):
 
 def test_a_user_who_may_not_subscribe_or_name_connections(connect, server, raw):
     name = user(raw, ["+@all", "-ssubscribe", "-client", "allchannels"])
-    backend = connect(server.url.replace("unix://", f"unix://{name}:pw@"))
+    backend = connect(server.url.replace("://", f"://{name}:pw@", 1))
     listener = Heard()
     backend._hub.listen(channel(), listener)
     backend.wait_until(lambda: listener.errors)

@@ -7,7 +7,7 @@ import pytest
 from ff_fast import Frame, FrameKind, PatchKind, StreamMode, TextDecoder, errors
 from ff_fast._core import operations
 
-from ..shells import KINDS, Opener
+from ..shells import KINDS, Opener, with_option
 from .streams import Stream, live, log, patches
 
 MIB = 1 << 20
@@ -34,7 +34,7 @@ def opener(request):
 @pytest.fixture
 def generous(opener, server):
     """A backend whose payloads may have 1 MiB."""
-    return opener(f"{server.url}?max_payload_bytes={MIB}")
+    return opener(with_option(server.url, f"max_payload_bytes={MIB}"))
 
 
 def same(found, wanted):
@@ -86,7 +86,7 @@ def test_payloads_of_a_mib_are_read_whole_by_every_reader(
 
 def test_the_limit_of_a_backend_holds_for_every_way_to_write(opener, server, raw, lane):
     for limit in (1_000, 65_536, MIB):
-        backend = opener(f"{server.url}?max_payload_bytes={limit}")
+        backend = opener(with_option(server.url, f"max_payload_bytes={limit}"))
         stream = Stream(raw, backend, lane)
         writer = backend.open_writer(stream.handle)
         commands = raw.info("commandstats").get("cmdstat_fcall", {}).get("calls", 0)

@@ -282,7 +282,8 @@ def test_frames_lost_before_the_end(kind, backend, server, raw, attempt):
 
 
 @pytest.mark.parametrize("ms", ["0", "9999999999999"])
-def test_a_cursor_ahead_of_the_log(kind, ms, backend, server, attempt):
+def test_a_cursor_ahead_of_the_log(kind, ms, backend, server, attempt, monkeypatch):
+    monkeypatch.setattr(tail_core, "_AHEAD_S", 0.3)
     write(backend, attempt, 3)
     reader = Reader(kind, server.url, attempt.eid, after=f"{ms}-50")
     reader.wait_for(1)

@@ -212,7 +212,7 @@ def test_a_user_who_may_not_publish_moves_an_execution_all_the_same(engine, worl
     )
     eid, handle = world.owned()
     with (
-        ff_fast.ValkeyBackend.connect(engine.url.replace("unix://", "unix://mute:any@", 1)) as mute,
+        ff_fast.ValkeyBackend.connect(engine.url.replace("://", "://mute:any@", 1)) as mute,
         listening(world, eid) as listener,
     ):
         mute.renew(handle)

@@ -78,6 +78,7 @@ class Load:
         self._backends = []
         self._tasks = set()
         self._reading = 0
+        self._subscribed = set()
         self.stopping = False
         """No new executions; those that are there go on."""
         self.draining = False
@@ -108,9 +109,7 @@ class Load:
                 self._spawn(f"caller {kind}", self._call_by_hand, hasty, self._own_dice(kind, i))
 
     async def _subscribers_wait(self):
-        with self.site.raw() as raw:
-            waiting = [c for c in raw.client_list() if "b" in c["flags"] and c["cmd"] == "xread"]
-        return len(waiting) == len(self.account.completions)
+        return self._subscribed == self.account.completions.keys()
 
     def _own_dice(self, kind, number):
         return random.Random(f"{self._seed}/{kind}/{number}")
@@ -260,7 +259,10 @@ class Load:
         while not self.over:
             for each in await self._next_batch(backend, completions, dice):
                 self.account.completed(name, each)
-            if completions.cursor is not None and dice.random() < 0.1:
+            if completions.cursor is None:
+                continue
+            self._subscribed.add(name)
+            if dice.random() < 0.1:
                 await _close(backend, completions)
                 completions = backend.wrapped.subscribe_completions(after=completions.cursor)
         await _close(backend, completions)
@@ -435,9 +437,11 @@ class Load:
         )
         if ends[what] is not None:
             mark = keys.new_uuid()
-            await self._marked(
-                execution, what, mark, self._perhaps_cancelled(backend, dice, ends[what](mark))
-            )
+            call = ends[what](mark)
+            if not self.draining:
+                # One that is broken off while it waits for a writer is never sent.
+                call = self._perhaps_cancelled(backend, dice, call)
+            await self._marked(execution, what, mark, call)
 
     async def _write(self, backend, dice, execution, handle):
         """Write frames that carry marks; what a writer says of each is held against the stream."""

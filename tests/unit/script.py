@@ -5,7 +5,6 @@ No test but this module looks into a :class:`Step`.
 
 import hiredis
 
-from ff_fast import keys
 from ff_fast._core.steps import Pause
 from ff_fast.errors import FFError
 
@@ -22,27 +21,13 @@ def block_of(step):
     return step.block_s
 
 
-def without_absent(command):
-    """The call of a function without the key that is never written; any other command as it is."""
-    if command[0] == b"FCALL":
-        last = 2 + int(command[2])
-        if command[last] == keys.absent(command[3]):
-            return [
-                *command[:2],
-                b"%d" % (int(command[2]) - 1),
-                *command[3:last],
-                *command[last + 1 :],
-            ]
-    return command
-
-
 def words(request):
     """The commands of a packed request, each as the list of its words."""
     reader = hiredis.Reader()
     reader.feed(request)
     commands = []
     while (command := reader.gets()) is not False:
-        commands.append(without_absent(command) if isinstance(command, list) else command)
+        commands.append(command)
     return commands
 
 

@@ -1,6 +1,7 @@
 """The configuration that a client of redis-py stands for, without a server."""
 
 import ssl
+import traceback
 
 import pytest
 import redis
@@ -67,6 +68,13 @@ def test_tls_as_files_or_as_a_context(kind):
         # As the client does.
         named = options.get("ssl_check_hostname", verifies)
         assert found.ssl_context.check_hostname is named
+
+
+@both
+def test_tls_settings_of_no_use_are_told_without_their_text(kind):
+    with pytest.raises(InvalidInput, match="check its ssl_ arguments") as caught:
+        connection(KINDS[kind].Redis(ssl=True, ssl_ca_data=CANARY))
+    assert CANARY not in "".join(traceback.format_exception(caught.value))
 
 
 @both

@@ -9,6 +9,7 @@ import pytest
 
 from ff_fast import _library, errors, keys
 from ff_fast._core import ops
+from ff_fast._core.steps import Step
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import Corruption, Outcome, ProtocolError
 from ff_fast.types import (
@@ -527,7 +528,14 @@ def test_keys_and_arguments_are_those_that_the_header_names(subtests):
 def test_the_request_is_the_call(subtests):
     for name, (op, _, _) in CALLS.items():
         with subtests.test(f"{name!r:.60}"):
-            command, function, count, *rest = parsed(op.command().request)
+            called = op.command()
+            command, function, count, *rest = parsed(called.request)
+            assert command == (b"FCALL_RO" if op.read_only else b"FCALL")
+            assert (function, count) == (name.encode(), b"%d" % len(op.keys))
+            assert rest == [*op.keys, *op.argv]
+            # In a cluster, a call that writes names one more key.
+            (sent,) = Step((called,)).in_cluster.commands
+            command, function, count, *rest = parsed(sent.request)
             assert command == (b"FCALL_RO" if op.read_only else b"FCALL")
             absent = [] if op.read_only else [keys.absent(op.keys[0])]
             assert (function, count) == (name.encode(), b"%d" % len([*op.keys, *absent]))

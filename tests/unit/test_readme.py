@@ -14,6 +14,7 @@ from ff_fast._core import writer as writer_core
 from ff_fast._demo import plan
 
 from ..conftest import ROOT
+from .test_fault_matrix import DEFINED
 
 README = (ROOT / "README.md").read_text("utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -29,7 +30,7 @@ def printed(capsys):
 
 
 def test_examples_run_as_they_stand(capsys):
-    sync, asynchronous, events, work = EXAMPLES
+    sync, asynchronous, events, work, servers, durable = EXAMPLES
     exec(compile(sync, "README.md", "exec"), {"__name__": "__main__"})
     assert printed(capsys) == [
         "b'Hello'",
@@ -52,6 +53,11 @@ def test_examples_run_as_they_stand(capsys):
     assert asyncio.run(sent(names["events"], '{"tokens": 2}')) == [document, *frames, end]
     exec(compile(work, "README.md", "exec"), {"__name__": "__main__"})
     assert printed(capsys) == ["Draft: 42.", "Approved by Ada"]
+    names = {"__name__": "__main__"}
+    exec(compile(servers, "README.md", "exec"), names)
+    assert names["config"].connection.seeds == (("node-2.example", 7000),)
+    exec(compile(durable, "README.md", "exec"), {"__name__": "__main__"})
+    assert printed(capsys) == ["Durability(replicas=0, on_disk=True)"]
 
 
 async def sent(events, patch):
@@ -131,6 +137,26 @@ def test_reasons_are_those_of_the_code():
     assert sorted(ends) == sorted(get_args(types.EndReason))
 
 
+def test_each_line_of_what_a_crash_costs_has_its_test():
+    table = README[README.index("### What a crash costs") :].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) > 12
+    for row in rows[1:]:
+        assert len(row) == 5, row
+        (named,) = re.findall(r"`(test_\w+)`", row[-1])
+        assert named in DEFINED
+
+
+def test_the_urls_of_servers_are_understood(subtests):
+    table = README[README.index("\n## Servers") :].split("\n\n")[1]
+    urls = re.findall(r"`((?:valkey|redis|unix)[a-z+]*://[^`]+)`", table)
+    assert len(urls) >= 4
+    for url in urls:
+        written = url.replace("[:port][/db]", ":6379/0").replace("[/db]", "/0")
+        with subtests.test(url):
+            types.BackendConfig.from_url(re.sub(r"[\[\]]", "", written))
+
+
 def test_figures_are_those_of_the_code():
     config = types.BestEffortLiveConfig(1)
     prose = " ".join(README.split())
@@ -173,7 +199,11 @@ def test_make_targets_and_extras_exist():
 
 
 def test_links_lead_somewhere():
+    headings = re.findall(r"^##+ (.*)$", README, re.MULTILINE)
     for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in {heading.lower().replace(" ", "-") for heading in headings}
+            continue
         assert target.startswith("https://") or (ROOT / target).is_file()
 
 

@@ -13,7 +13,7 @@ from ff_fast._core.steps import (
     checked,
     command,
     send_one,
-    server_ms,
+    time_ms,
 )
 from ff_fast.types import BackendRetry
 
@@ -139,5 +139,5 @@ def test_an_answer_that_is_none(reply, error):
         checked(reply)
 
 
-def test_the_time_of_the_server_of_a_key():
-    assert run(server_ms(b"k"), [[b"1700000000", b"5999"]]) == ([[b"TIME"]], 1_700_000_000_005)
+def test_the_time_of_a_server():
+    assert time_ms([b"1700000000", b"5999"]) == 1_700_000_000_005

@@ -553,6 +553,39 @@ def test_a_cursor_of_a_frame_that_is_not_stored_yet(feed, attempt, clock):
     assert found == [Gap(10, 5, "cursor_ahead")]
 
 
+@pytest.mark.parametrize("pushed", [False, True])
+def test_frames_that_a_failover_has_lost_are_waited_for_and_not_read_twice(
+    pushed, feed, attempt, clock
+):
+    reader = live_reader(feed, attempt)
+    ms = attempt.now_ms()
+    feed.told(attempt.store(b"a", ms=ms))
+    feed.told(attempt.store(b"b", b"c", ms=ms))
+    assert reader.told() == [b"a", b"b", b"c"]
+    feed.doubt(False)
+    feed.doubt(True)
+    assert reader.run() == []
+    assert reader.core.stored == 3
+    if pushed:
+        feed.told(push_of(b"f", ms, 4, [block_of(b"V", [], [b"d"])]))
+        assert reader.told() == [b"d"]
+        assert reader.core.stored == 3
+    # The new primary has the first one alone, until the writer has found out.
+    del attempt.log[1:]
+    attempt.last = attempt.visible = 1
+    feed.doubt(False)
+    clock.now += 0.5
+    feed.doubt(True)
+    until = clock.now + 9
+    while clock.now < until:
+        assert reader.run() == []
+        clock.now = min(reader.core.wake_at, until)
+    attempt.store(b"b", b"c", b"d", ms=ms)
+    feed.told(attempt.store(b"e"))
+    clock.now = reader.core.wake_at
+    assert reader.told() == [b"d", b"e"][pushed:]
+
+
 def test_a_push_names_its_frames():
     message = push_of(
         b"F",

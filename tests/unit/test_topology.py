@@ -116,22 +116,62 @@ def test_addresses_in_redirects():
     assert str(ONE) == "10.0.0.1:7001"
 
 
+def asked(heard, topology, seeds):
+    return nodes.Look(topology, heard, seeds).addresses
+
+
 def test_who_was_heard_of_last_is_asked_first():
     topology = learned((0, 5, node(ONE)), (6, 9, node(TWO), node(THREE)))
-    assert nodes.to_ask({}, topology, (ASKED, ONE)) == [ONE, TWO, THREE, ASKED]
-    assert nodes.to_ask({TWO: 1.0, THREE: 2.0}, topology, (ASKED,)) == [THREE, TWO, ONE, ASKED]
-    for asked in (THREE, TWO):
-        topology.learn([[0, 5, node(ONE)], [6, 9, node(TWO), node(THREE)]], asked)
-    assert nodes.to_ask({TWO: 1.0, THREE: 2.0, ONE: 0.0}, topology, ()) == [ONE, THREE, TWO]
+    assert asked({}, topology, (ASKED, ONE)) == [ONE, TWO, THREE, ASKED]
+    assert asked({TWO: 1.0, THREE: 2.0}, topology, (ASKED,)) == [THREE, TWO, ONE, ASKED]
+    for told in (THREE, TWO):
+        topology.learn([[0, 5, node(ONE)], [6, 9, node(TWO), node(THREE)]], told)
+    assert asked({TWO: 1.0, THREE: 2.0, ONE: 0.0}, topology, ()) == [ONE, THREE, TWO]
 
 
-def test_a_server_without_a_cluster_is_told_apart():
-    with pytest.raises(errors.NotACluster, match="connect without cluster=true") as caught:
-        nodes.learn(Topology(), [Exception("ERR This instance has cluster support disabled")], ONE)
-    assert (caught.value.host, caught.value.port) == ONE
-    assert not caught.value.retryable
-    with pytest.raises(errors.PermissionDenied):
-        nodes.learn(Topology(), [Exception("NOPERM no permissions")], ONE)
+NO_CLUSTER = "ERR This instance has cluster support disabled"
+# Of a Sentinel.
+NO_COMMAND = "ERR unknown command 'CLUSTER', with args beginning with: 'SLOTS'"
+
+
+def look(*answers):
+    """What becomes of a look at a node for each of the answers, none of which tells the topology."""
+    found = nodes.Look(Topology(), {}, ())
+    for address, answer in zip((ONE, TWO, THREE), answers, strict=False):
+        if isinstance(answer, errors.FFError):
+            found.failed(address, answer)
+        else:
+            assert not found.answered(address, [answer])
+    return found.failure()
+
+
+@pytest.mark.parametrize("refusal", [NO_CLUSTER, NO_COMMAND])
+def test_a_server_without_a_cluster_is_told_apart(refusal):
+    error = look(errors.Unavailable(), Exception(refusal), errors.Unavailable())
+    assert isinstance(error, errors.NotACluster)
+    assert "connect without cluster=true" in str(error)
+    assert (error.host, error.port) == TWO
+    assert not error.retryable
+
+
+def test_who_may_not_ask_for_the_topology_is_told():
+    assert isinstance(look(Exception("NOPERM no permissions")), errors.PermissionDenied)
+
+
+@pytest.mark.parametrize("silence", [errors.DeadlineExceeded(), errors.OutcomeUnknown()])
+def test_a_question_for_the_topology_applies_nothing(silence):
+    error = look(silence, [], None)
+    assert isinstance(error, errors.Unavailable)
+    assert error.outcome is errors.Outcome.NOT_APPLIED
+    assert (error.host, error.port) == ONE
+
+
+def test_a_node_that_tells_ends_the_look():
+    topology = Topology()
+    found = nodes.Look(topology, {}, (ONE, TWO))
+    assert not found.answered(ONE, [Exception(NO_CLUSTER)])
+    assert found.answered(TWO, [[[0, 16_383, node(TWO)]]])
+    assert topology.primary(7) == TWO
 
 
 def test_a_key_for_a_node_is_in_one_of_its_slots():

@@ -98,7 +98,7 @@ class Attended:
         for name, value in task.items():
             setattr(self.task, name, value)
         self._outcomes = defaultdict(list, {k: list(v) for k, v in (outcomes or {}).items()})
-        self._drive(attend(self.backend, self.task, None))
+        self._drive(attend(self.backend, self.task))
 
     def _drive(self, actions):
         try:
@@ -346,10 +346,10 @@ RENEWED = [*OK, b"1000", b"4", b"0"]
 
 def loading(replies, kind=HandleKind.FRESH, mode=None, attempt_index=0):
     """The first action of a worker, carried out: what was asked, its value, and the task."""
-    task = TaskState(handle_of(attempt_index).replace(kind=kind))
+    task = TaskState(handle_of(attempt_index).replace(kind=kind), mode)
     task._keeper = SimpleNamespace(told=[], _ask_to_stop=lambda: task._keeper.told.append("stop"))
     backend = SimpleNamespace(closed=False, _deployment=Deployment(4))
-    action = next(attend(backend, task, mode))
+    action = next(attend(backend, task))
     asked, value = run(action.call.steps(), replies)
     return functions(asked), value, task
 
@@ -579,9 +579,7 @@ def test_a_closed_backend_hands_nothing_back():
 
 
 def test_a_worker_that_is_thrown_away_does_nothing():
-    attended = attend(
-        SimpleNamespace(closed=False, _deployment=Deployment(4)), TaskState(HANDLE), None
-    )
+    attended = attend(SimpleNamespace(closed=False, _deployment=Deployment(4)), TaskState(HANDLE))
     next(attended)
     attended.close()
 
@@ -683,6 +681,7 @@ CLASSES = {
     "a lost lease": (errors.StaleOwner(), TRANSIENT),
     "another writer": (errors.WriterSuperseded(), TRANSIENT),
     "a stream that lost frames": (errors.SequenceGap(1, 2), TRANSIENT),
+    "a stream that says which frames it lost": (errors.FramesLost(1, 2), TRANSIENT),
     "a malformed answer": (errors.ProtocolError(), TRANSIENT),
     "a function that stopped": (errors.InternalFunctionError(), TRANSIENT),
     "wrong credentials": (errors.AuthenticationFailed(), TRANSIENT),

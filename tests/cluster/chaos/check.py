@@ -85,7 +85,8 @@ def _reads(known, streams, *, lossy):
             continue
         if isinstance(items[-1], Exception) and not lossy:
             yield f"{name} was told {items[-1]!r}"
-        at, got, gone = 0, set(), set()
+        # What is written by another claim after a failover has lost the first one has other ids.
+        at, got, gone, again = 0, {}, set(), []
         for item in items[:-1]:
             first = item.sequence if isinstance(item, StreamFrame) else item.first_missing
             if first != at + 1:
@@ -97,14 +98,26 @@ def _reads(known, streams, *, lossy):
                     yield f"{name} got {item!r}"
                 continue
             at = first
-            got.add(at)
+            if got.get(at) == item.stream_id:
+                again.append(at)
+            got[at] = item.stream_id
             if item.payload != known.payload(attempt, at):
                 yield f"{name} got another frame {at} than was written"
+        if again:
+            gaps = [item for item in items if isinstance(item, Gap)]
+            yield f"{name} got {again[0]} to {again[-1]} twice, behind {gaps}"
         if attempt not in streams or isinstance(items[-1], Exception):
             continue
-        stored = {each.sequence for each in streams[attempt][0]}
-        if skipped := stored - got - gone:
+        frames, _, reason = streams[attempt]
+        # An end that was lost after it was read may be followed by another one.
+        if items[-1].reason != reason and not (lossy and attempt + 1 < len(streams)):
+            yield f"{name} ended as {items[-1].reason}, and the attempt as {reason}"
+        stored = {each.sequence: each.stream_id for each in frames}
+        if skipped := stored.keys() - got.keys() - gone:
             yield f"{name} has skipped {min(skipped)} to {max(skipped)}"
+        for sequence in stored.keys() & got.keys():
+            if stored[sequence] != got[sequence]:
+                yield f"{name} got {got[sequence]}, and {stored[sequence]} is stored"
 
 
 def completions(load, *, lossy):
@@ -115,3 +128,5 @@ def completions(load, *, lossy):
             continue
         if known.created == DONE and times != 1 and not (lossy and times):
             yield f"the subscriber was told {times} times of the end of {eid}"
+    for eid in load.completions.keys() - load.executions.keys():
+        yield f"the subscriber was told of the end of {eid}, that nobody created"

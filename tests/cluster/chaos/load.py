@@ -17,7 +17,7 @@ from ff_fast.errors import FFError, InvalidCursor
 
 from ...server.workers import handler_for
 from ...shells import Shell
-from ...soak.account import DONE, UNKNOWN, outcome_of
+from ...soak.account import DONE, NOT_APPLIED, UNKNOWN, outcome_of
 from ...soak.child import sleep
 from ...soak.job import MODES, Burst, frame
 
@@ -25,7 +25,10 @@ LEASE_MS = 30_000
 RETENTION_S = 600.0
 PATIENT = RetryPolicy(max_retries=100, delay=0.05, max_delay=0.2, max_reclaims=100)
 FLUSH_S = 30.0
-"""Time limit of a flush; a call has that of the backend, and its retries."""
+"""Time limit of a flush."""
+CALL_S = 20.0
+"""Longest time of a call: twice the time limit of the backend, since a connection may have died in silence, the pauses
+of its retries, and what a busy machine takes."""
 BURSTS = tuple(Burst(1 << 30, mode, 40) for mode in ("durable", "best_effort"))
 FLUSH_EVERY = 20
 TERMINAL = ("completed", "failed", "cancelled", "expired")
@@ -183,8 +186,9 @@ class Load:
         for backend in self._backends:
             await backend.close()
 
-    async def _repeated(self, call):
-        """Repeat a call that may be repeated until it is answered."""
+    async def _repeated(self, call, refused=None):
+        """Repeat a call that may be repeated until it is answered; see `_hold` for *refused*."""
+        refuted = True
         while True:
             try:
                 return await self._timed(call())
@@ -192,14 +196,40 @@ class Load:
                 if not error.retryable or self.over:
                     raise
                 self.counts[f"repeated after {error.code}"] += 1
+                refuted = refuted and outcome_of(error) == NOT_APPLIED
+                if refuted and refused:
+                    await self._hold(error, refused)
             await asyncio.sleep(0.05)
 
-    async def _timed(self, call):
+    async def _hold(self, error, refused):
+        """Report a call that was *not applied*, and yet was: *refused* finds out, while nobody repeats the call."""
+        self.counts[f"held against the server after {error.code}"] += 1
+        if not await refused():
+            self._report(f"a call was applied, and its caller told {error!r}")
+
+    async def _is_absent(self, eid):
+        try:
+            await self._repeated(lambda: self.reads.describe(eid))
+        except ff_fast.ExecutionNotFound:
+            return True
+        return False
+
+    async def _is_open(self, handle):
+        try:
+            found = await self._repeated(lambda: self.reads.describe(handle.execution_id))
+        except ff_fast.ExecutionNotFound:
+            return True
+        return found.state not in TERMINAL or found.attempt_count > handle.attempt_index + 1
+
+    async def _timed(self, call, longest=CALL_S):
         began = time.monotonic()
         try:
             return await call
         finally:
-            self.slowest = max(self.slowest, time.monotonic() - began)
+            took = time.monotonic() - began
+            self.slowest = max(self.slowest, took)
+            if took > longest:
+                self._report(f"{getattr(call, '__qualname__', call)} took {took:.1f} s")
 
     # -- executions ----------------------------------------------------------------------------------------------
 
@@ -210,7 +240,9 @@ class Load:
         self.executions[eid] = execution
         self._spawn(f"reader of {eid}", self._read(execution, dice))
         options = {"retry": PATIENT, "retention": RETENTION_S, "execution_id": eid}
-        await self._repeated(lambda: self.writes.create_execution(lane=lane, **options))
+        await self._repeated(
+            lambda: self.writes.create_execution(lane=lane, **options), lambda: self._is_absent(eid)
+        )
         execution.created = DONE
         return execution
 
@@ -246,6 +278,7 @@ class Load:
             await self._patiently(
                 attempt,
                 lambda: self.writes.complete(handle, execution.eid.encode(), **options),
+                refused=lambda: self._is_open(handle),
             )
             attempt.completed = True
             attempt.is_safe = bool(options)
@@ -265,11 +298,11 @@ class Load:
                 writer.write(payload)
                 await asyncio.sleep(1 / self.rate)
                 if sequence % FLUSH_EVERY == 0 or sequence == execution.length:
-                    await self._patiently(attempt, lambda: writer.flush(FLUSH_S))
+                    await self._patiently(attempt, lambda: writer.flush(FLUSH_S), FLUSH_S + 5)
                     attempt.acknowledged = sequence
                     if options:
                         attempt.safe = sequence
-            await self._patiently(attempt, lambda: writer.close(FLUSH_S))
+            await self._patiently(attempt, lambda: writer.close(FLUSH_S), FLUSH_S + 5)
         except FFError as error:
             # `write` raises what the writer has failed with.
             attempt.error = error
@@ -279,13 +312,17 @@ class Load:
             with contextlib.suppress(FFError, Told):
                 await writer.close(0.1)
 
-    async def _patiently(self, attempt, call):
+    async def _patiently(self, attempt, call, longest=CALL_S, refused=None):
         """Make a call for an attempt: what may be repeated is, and what is lost is noted."""
+        refuted = True
         while True:
             try:
-                return await self._timed(call())
+                return await self._timed(call(), longest)
             except FFError as error:
                 self.counts[f"{error.code} {outcome_of(error)}"] += 1
+                refuted = refuted and outcome_of(error) == NOT_APPLIED
+                if refuted and refused and not self.over:
+                    await self._hold(error, refused)
                 if error.code == "frames_lost":
                     attempt.lost.append(range(error.first, error.last + 1))
                     if error.first <= attempt.safe:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,6 +14,9 @@ from .site import ClusterSite, PairSite, SentinelsSite
 
 TAILS_S = (0.2, 0.5, 2.5)
 """How much a replica lacks, in seconds: what a writer still holds, and what it does not."""
+
+STALLS_S = (0.7, 3.0, 7.0)
+"""Below the node timeout, past it, and past the time limit of a call."""
 
 
 class Pace:
@@ -53,6 +58,32 @@ async def kill(site, dice, pace, note):
         await asyncio.to_thread(cluster.kill, node)
         # The others agree once its replica has taken over.
         await asyncio.to_thread(cluster.wait_until_stable)
+        await asyncio.to_thread(cluster.restart, node)
+
+
+async def stall(site, dice, pace, note):
+    """A primary stands still: for a moment, or until its replica has taken over, which it has to find out."""
+    cluster = site.cluster
+    async for _ in pace:
+        node = dice.choice(cluster.primaries)
+        length = dice.choice(STALLS_S)
+        note(f"{node.address} stands still for {length:g} s")
+        os.kill(node.pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(length)
+        finally:
+            os.kill(node.pid, signal.SIGCONT)
+        await asyncio.to_thread(cluster.wait_until_stable)
+
+
+async def crash(site, dice, pace, note):
+    """A primary without replicas, which syncs its log before it answers, is killed and started again."""
+    cluster = site.cluster
+    async for _ in pace:
+        node = dice.choice(cluster.primaries)
+        note(f"{node.address} is killed")
+        await asyncio.to_thread(cluster.kill, node)
+        await asyncio.sleep(dice.uniform(0.0, 3.0))
         await asyncio.to_thread(cluster.restart, node)
 
 
@@ -166,5 +197,7 @@ SCENARIOS = {
     "pair": Scenario(pair, PairSite, 3.0, lossy=True),
     "sentinel": Scenario(pair, SentinelsSite, 5.0, lossy=True),
     "partition": Scenario(partition, _with_fronts, 3.0),
+    "stall": Scenario(stall, lambda: ClusterSite(replicas=3), 5.0, lossy=True),
+    "crash": Scenario(crash, lambda: ClusterSite(durable=True), 5.0),
     "rolling": Scenario(rolling, lambda: ClusterSite(replicas=3), 1.0),
 }

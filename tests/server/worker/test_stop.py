@@ -339,7 +339,7 @@ def test_who_may_not_listen_hears_it_from_a_renewal(kind, server, raw, backend, 
         yield own.complete(handle)
 
     try:
-        on_backend(kind, server.url.replace("unix://", f"unix://{name}:p@", 1), steps)
+        on_backend(kind, server.url.replace("://", f"://{name}:p@", 1), steps)
     finally:
         raw.execute_command("ACL", "DELUSER", name)
     assert len([each for each in caplog.messages if "next renewal only" in each]) == 1
