@@ -205,7 +205,7 @@ def of_node(backend, cluster, node, lane):
     raise AssertionError
 
 
-@pytest.mark.parametrize("handover", ["planned", pytest.param("killed", marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("handover", ["planned", pytest.param("killed", marks=pytest.mark.long)])
 def test_readers_and_workers_hear_on_after_a_failover(kind, replicated_cluster, lane, handover):
     """A tail and a follow bring every frame once, a worker hears of a cancellation; nobody waits for a look or a renewal."""
     cluster = replicated_cluster
