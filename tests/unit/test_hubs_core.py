@@ -101,6 +101,14 @@ class Site:
                 del self.seats[at, channel]
                 seat.failed(Unavailable())
 
+    def kill(self, name):
+        """A node is gone; others take over its channels."""
+        gone = self.owners[name]
+        self.die(name)
+        for channel, owner in self.owners.items():
+            if owner == gone:
+                self.owners[channel] = self.chance.choice([each for each in NODES if each != gone])
+
     def settle(self, _=None):
         self.core.settle(self.now)
 
@@ -116,7 +124,7 @@ def test_every_channel_ends_up_where_its_slot_is(part):
         chance = random.Random(seed)
         site = Site(chance)
         doings = [
-            *[site.join] * 4, *[site.leave] * 2, *[site.move] * 2, *[site.serve] * 4, site.die,
+            *[site.join] * 4, *[site.leave] * 2, *[site.move] * 2, *[site.serve] * 4, site.die, site.kill,
             site.learn, *[site.settle] * 4,
         ]  # fmt: skip
         for _ in range(120):
