@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -93,7 +94,7 @@ def run(settings, say=lambda text: None):
 async def _run(settings, scenario, site, report):
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(settings.streams * 3 + 50, "chaos"))
-    loop.set_exception_handler(lambda _, context: report.violation(f"the loop: {context}"))
+    loop.set_exception_handler(lambda _, context: report.violation(_told_by_the_loop(context)))
     before = _descriptors()
     await _break(settings, scenario, site, report)
     if left := asyncio.all_tasks() - {asyncio.current_task()}:
@@ -105,6 +106,11 @@ async def _run(settings, scenario, site, report):
         wait_until(lambda: _descriptors() <= before, 10)
     except AssertionError:
         report.violation(f"{_descriptors() - before} descriptors are left")
+
+
+def _told_by_the_loop(context):
+    error = context.get("exception")
+    return f"the loop: {context} {''.join(traceback.format_exception(error)) if error else ''}"
 
 
 async def _break(settings, scenario, site, report):
