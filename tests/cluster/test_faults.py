@@ -3,12 +3,12 @@
 import asyncio
 import contextlib
 import gc
-import os
 import random
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -371,7 +371,7 @@ async def test_closing_ends_every_call_to_every_node(shell, proxied, lane):
 
 def test_closing_leaves_no_descriptor_although_somebody_keeps_the_backend(cluster, lane):
     def descriptors():
-        return sorted(os.listdir("/proc/self/fd"))
+        return sorted(Path("/proc/self/fd").iterdir())
 
     gc.collect()
     before = descriptors()
