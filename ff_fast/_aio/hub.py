@@ -296,11 +296,16 @@ class Hub:
         self._tick()
 
     def _pushed(self, push: list[object]) -> None:
-        if self._core.received(push) is not None:
+        connection = self._connection
+        due = (
+            push[0] != b"smessage"
+            and connection is not None
+            and bool(connection.receivers)
+            and connection.receivers[0] == self._refused
+        )
+        if self._core.received(push, due=due) is not None:
             self._retries.reset()
-            connection = self._connection
-            if connection is not None:
-                # Every earlier reply has come, so its place is the first.
+            if connection is not None and connection is self._connection:
                 connection.receivers.popleft()
         elif push[0] == b"sunsubscribe":
             # The server has ended a subscription.

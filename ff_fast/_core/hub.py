@@ -296,8 +296,13 @@ class HubCore(_Attached):
             for at in range(0, len(group), most)
         ]
 
-    def received(self, push: Sequence[object]) -> Asked | None:
-        """Take a push; return the request that it answers completely."""
+    def received(self, push: Sequence[object], *, due: bool) -> Asked | None:
+        """Take a push; return the request that it answers completely.
+
+        Args:
+            push: The push.
+            due: Whether every reply before the answer to the oldest request has come. Until then no push is that answer.
+        """
         kind = push[0]
         if kind == b"smessage":
             _, channel, message = push
@@ -310,7 +315,7 @@ class HubCore(_Attached):
         if kind not in (b"ssubscribe", b"sunsubscribe") or not isinstance(push[1], bytes):
             return None
         channel = push[1]
-        asked = self._asked[0] if self._asked else None
+        asked = self._asked[0] if due and self._asked else None
         if asked is None or asked.kind != kind or channel not in asked.channels:
             # The server has ended it: its slot belongs to another node.
             if kind == b"sunsubscribe":

@@ -235,7 +235,8 @@ class _Thread:
         timeout_s = min(hub.LINGER_S, self._timeout_s / 2)
         for reply in connection.listen(self._woken, now + timeout_s):
             if connection.is_push(reply):
-                if self._core.received(reply) is not None:
+                due = bool(self._receivers) and self._receivers[0] is not None
+                if self._core.received(reply, due=due) is not None:
                     self._retries.reset()
                     self._receivers.popleft()
             else:

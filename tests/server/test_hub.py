@@ -189,7 +189,7 @@ def test_a_subscription_that_the_server_ends_is_made_again(connect, server, raw)
     backend = connect(server.url)
     name = channel()
     listener = listened(backend, name)
-    backend._hub._core.received([b"sunsubscribe", name, 0])
+    backend._hub._core.received([b"sunsubscribe", name, 0], due=False)
     assert listener.doubts == [True, False]
     backend._hub.listen(channel(), Heard())
     backend.wait_until(lambda: listener.doubts == [True, False, True])

@@ -71,7 +71,7 @@ class Connection:
         if isinstance(answer, Exception):
             assert self.core.refused(answer) is None
         else:
-            self.core.received(answer)
+            self.core.received(answer, due=True)
         for name, listeners in self.listeners.items():
             self.listeners[name] = [each for each in listeners if each.error is None]
 
@@ -120,3 +120,17 @@ def test_every_listener_has_its_channel_or_an_error(part, monkeypatch):
             assert it.core.confirmed(name) == (name in wanted), seed
             assert all(each.subscribed for each in listeners), seed
         assert it.core.empty == (not wanted), seed
+
+
+def test_a_channel_that_the_server_ends_answers_no_request_whose_turn_has_not_come():
+    core = HubCore()
+    listener = Listener()
+    core.listen(b"c", listener)
+    core.requests(0.0)
+    assert core.received([b"ssubscribe", b"c", 1], due=True) is not None
+    core.unlisten(b"c", listener, 0.0)
+    (asked,) = core.requests(60.0)
+    assert asked.kind == b"sunsubscribe"
+    # The slot has moved, and replies to what was sent before that request are owed.
+    assert core.received([b"sunsubscribe", b"c", 0], due=False) is None
+    assert core.received([b"sunsubscribe", b"c", 0], due=True) is asked
