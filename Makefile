@@ -16,7 +16,7 @@ COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING
 
 # Workers that have nothing left take tests from the others.
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
-PARALLEL := -n 3 --dist worksteal
+PARALLEL := -n 4 --dist worksteal
 
 .PHONY: build demo test test-cluster unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
 

@@ -107,6 +107,7 @@ def test_a_cluster_has_a_primary(counts):
         EmbeddedCluster(*counts)
 
 
+@pytest.mark.long
 def test_a_backend_brings_its_cluster_and_supervises_it(lane):
     with ff_fast.ValkeyBackend.embedded(cluster=True, primaries=1) as backend:
         pids = [node.pid for node in backend._server.nodes]

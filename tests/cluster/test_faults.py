@@ -143,6 +143,7 @@ async def test_cuts_at_random_bytes_on_one_node(shell, proxied, lane, seed, monk
 # -- silence -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 async def test_a_silent_node_is_silent_for_its_own_slots_alone(shell, proxied, lane):
     async with await shell.connect(proxied.url, timeout=TIMEOUT_S) as backend:
         mine, others = await spread(backend, lane, proxied.slots())
@@ -173,6 +174,7 @@ async def test_connections_to_one_node_that_died_in_silence_are_replaced(shell, 
             assert (await backend.describe(eid)).execution_id == eid
 
 
+@pytest.mark.long
 async def test_a_claim_ends_in_time_where_the_node_of_its_lane_is_silent(
     shell, proxied, lane, monkeypatch
 ):
@@ -205,6 +207,7 @@ async def _blocked(node):
     return b"blocked_clients:0\r" not in node.command("INFO", "clients")
 
 
+@pytest.mark.long
 async def test_a_lease_on_a_silent_node_is_lost_in_time(shell, proxied, lane):
     async with await shell.connect(proxied.url, timeout=TIMEOUT_S) as backend:
         slots = proxied.slots()
@@ -222,6 +225,7 @@ async def test_a_lease_on_a_silent_node_is_lost_in_time(shell, proxied, lane):
             await stopped
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_completions_of_the_other_nodes_are_told_while_one_is_silent(
     kind, proxied, lane, monkeypatch
@@ -371,7 +375,7 @@ async def test_closing_ends_every_call_to_every_node(shell, proxied, lane):
 
 def test_closing_leaves_no_descriptor_although_somebody_keeps_the_backend(cluster, lane):
     def descriptors():
-        return sorted(each.name for each in Path("/proc/self/fd").iterdir())
+        return len(list(Path("/proc/self/fd").iterdir()))
 
     gc.collect()
     before = descriptors()
@@ -380,9 +384,9 @@ def test_closing_leaves_no_descriptor_although_somebody_keeps_the_backend(cluste
     done.next_batch(0.01)
     tail = backend.follow(backend.create_execution(lane=lane))
     tail.next_batch(0.01)
-    assert len(descriptors()) > len(before)
+    assert descriptors() > before
     backend.close()
-    assert descriptors() == before
+    wait_until(lambda: descriptors() <= before)
     assert backend.closed
     assert not tail.closed
 
@@ -483,6 +487,7 @@ async def test_streams_on_all_nodes_are_whole_whatever_breaks_on_one(shell, prox
         stored_once(proxied.url, handle.execution_id, payloads)
 
 
+@pytest.mark.long
 async def test_a_supervisor_fires_the_timers_of_the_nodes_that_answer(shell, proxied, lane):
     async with await shell.connect(proxied.url, timeout=TIMEOUT_S) as backend:
         slots = proxied.slots()

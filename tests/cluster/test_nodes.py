@@ -131,6 +131,7 @@ async def test_a_slot_without_an_owner_is_waited_for(cluster, lane):
 # -- silence ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 async def test_a_silent_node_keeps_no_call_to_another_one_waiting(shell, cluster, lane):
     silent = cluster.nodes[1]
     async with await shell.connect(fast(cluster.url)) as backend:
@@ -181,6 +182,7 @@ def partial(cluster):
     cluster.wait_until_stable()
 
 
+@pytest.mark.long
 async def test_looks_at_all_partitions_find_what_the_other_nodes_have(shell, partial, lane):
     cluster = partial
     silent, *rest = cluster.nodes
@@ -269,6 +271,7 @@ async def test_calls_go_on_through_planned_failovers(shell, replicated_cluster, 
             await asyncio.to_thread(cluster.failover, replica)
 
 
+@pytest.mark.long
 async def test_a_claim_that_waits_outlives_the_failover_of_its_lane(
     shell, replicated_cluster, lane
 ):

@@ -3,12 +3,15 @@
 import asyncio
 import contextlib
 
+import pytest
+
 from ff_fast import End
 
 from ..faults.stored import claimed
 from .chaos.site import PairSite
 
 
+@pytest.mark.long
 async def test_a_planned_failover_of_a_pair_loses_nothing(shell, lane):
     """``FAILOVER`` waits until the replica has everything, so that nobody needs what writers keep."""
     with contextlib.closing(PairSite()) as site:

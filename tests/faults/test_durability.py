@@ -235,6 +235,7 @@ async def stored(writer, last):
     return writer.last_sequence == last
 
 
+@pytest.mark.long
 async def test_no_level_is_claimed_for_frames_that_a_failover_has_lost(shell, pair, lane):
     async with await shell.connect(pair.url) as backend:
         _, _, writer = await opened(backend, lane, durability=REPLICATED, durability_timeout=2)
@@ -266,6 +267,7 @@ async def test_a_primary_that_becomes_a_replica_confirms_nothing(shell, pair, la
             raw.replicaof("NO", "ONE")
 
 
+@pytest.mark.long
 async def test_a_server_that_falls_silent_is_waited_for_until_the_time_is_up(shell, lane):
     with EmbeddedServer() as server:
         async with await shell.connect(server.url, timeout=1) as backend:

@@ -401,6 +401,7 @@ async def test_a_failure_is_not_held_up_by_a_loss(shell, server, raw, lane):
         assert (await backend.items(eid))[5:] == [Gap(6, 11, "lost"), End("attempt_failure")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_attempt_that_lost_its_tail_is_no_success(kind, server, raw, lane):
     def work(task):
