@@ -446,6 +446,9 @@ class _Seat:
         # First: who joins meanwhile looks at it.
         self.confirmed = subscribed
         entry = self.entry
+        if subscribed:
+            # The subscription may be lost before the core has seen it.
+            entry.retries.reset()
         if entry.seat is self:
             entry.doubt(subscribed)
             if not subscribed:
@@ -595,7 +598,6 @@ class HubsCore(_Attached):
                 self._failed(entry, no_owner(), None, now)
         for entry in list(self._unsettled.values()):
             if entry.confirmed:
-                entry.retries.reset()
                 del self._unsettled[entry.channel]
             elif entry.due_at <= now:
                 entry.due_at = now + _LOOK_S

@@ -235,6 +235,7 @@ async def test_a_timeout_of_flush_leaves_the_frames_on_their_way(proxy, server, 
     stored_once(server.url, eid, [b"1"])
 
 
+@pytest.mark.standalone("a cluster has one database")
 async def test_no_cancellation_is_lost_while_a_connection_is_made(server):
     """redis-py sends the commands of the handshake by a function of asyncio that may drop one."""
     loop = asyncio.get_running_loop()

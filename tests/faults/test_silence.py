@@ -229,6 +229,7 @@ async def test_a_running_handler_of_asyncio_outlives_dead_connections(proxy, ser
 # -- idle connections --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.standalone("each node has connections of its own")
 async def test_a_burst_of_readers_takes_a_handful_of_connections(shell, server, lane):
     with connect_raw(server.url) as raw:
         before = len(raw.client_list())

@@ -20,6 +20,8 @@ from ff_fast.errors import FFError, InvalidInput, MissingDependency
 
 from ..conftest import ROOT, connect_raw
 
+pytestmark = pytest.mark.standalone("it is about one server")
+
 
 def alive(pid: int) -> bool:
     """Whether the process runs; a dead one that nobody has reaped does not."""

@@ -106,6 +106,7 @@ TAKEN = {
 }
 
 
+@pytest.mark.standalone("one connection listens to one node")
 @pytest.mark.parametrize("how", TAKEN)
 def test_whoever_takes_an_attempt_tells_its_holder(world, heard, how):
     flow = world.create_flow() if "flow" in how else None
@@ -138,6 +139,7 @@ OWN = {
 }
 
 
+@pytest.mark.standalone("one connection listens to one node")
 def test_calls_of_the_holder_itself_tell_nobody(world, heard):
     for call in OWN.values():
         eid, handle = world.owned()
@@ -150,6 +152,7 @@ def test_calls_of_the_holder_itself_tell_nobody(world, heard):
             assert heard(eid) == []
 
 
+@pytest.mark.standalone("one connection listens to one node")
 def test_a_request_is_told_and_who_waits_has_no_holder(world, heard):
     eid, _ = world.owned()
     waiting = world.create()
@@ -160,6 +163,7 @@ def test_a_request_is_told_and_who_waits_has_no_holder(world, heard):
     assert [told for told in heard(waiting) if waiting in told] == []
 
 
+@pytest.mark.standalone("one connection listens to one node")
 def test_who_may_not_publish_cancels_all_the_same(world, heard):
     eid, _ = world.owned()
     heard(eid)
