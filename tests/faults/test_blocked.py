@@ -95,7 +95,8 @@ def test_a_subscription_goes_on(kind, how, own, raw, backend, lane):
             how(raw, client)
         eids.append(backend.create_execution(lane=lane, namespace=lane))
         backend.cancel(eids[-1])
-    assert [item.execution_id for item in subscription.result()] == eids
+    # Those of several partitions have no order.
+    assert sorted(item.execution_id for item in subscription.result()) == sorted(eids)
 
 
 @pytest.mark.parametrize("how", HOW)
