@@ -27,7 +27,7 @@ from ..conftest import connect_raw
 from ..faults.chaos import ChaosProxy
 from ..faults.stored import claimed, stored_once
 from ..shells import KINDS, Shell
-from ..waiting import wait_until
+from ..waiting import wait_until, wait_until_async
 from . import sites
 
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
@@ -186,6 +186,7 @@ def other(site):
     return next(each for each in site.servers if each is not site.primary)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", USELESS)
 async def test_a_sentinel_that_is_of_no_use_is_passed_over(shell, site, lane, fault):
     with FakeSentinel(USELESS[fault](site)) as fake:
@@ -290,8 +291,13 @@ async def test_reads_go_to_a_replica_where_the_caller_says_so(shell, site, lane)
             eid, handle = await claimed(backend, lane)
             await asyncio.to_thread(wait_until, site.replicated)
             replica.config_resetstat()
-            assert (await backend.describe(eid)).state == "active"
-            assert "fcall_ro" in " ".join(replica.info("commandstats"))
+
+            async def read_there():
+                assert (await backend.describe(eid)).state == "active"
+                return "fcall_ro" in " ".join(replica.info("commandstats"))
+
+            # After a failure the primary answers for a moment.
+            await wait_until_async(read_there)
             # Nothing is written there, and the primary answers where the replica does not.
             await backend.complete(handle)
             replica.execute_command("CLIENT", "PAUSE", 1, "WRITE")

@@ -384,6 +384,7 @@ ENDS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("state", ENDS)
 def test_the_end_of_a_task_and_its_frames_have_the_level_of_the_worker(state, kind, linked, lane):
     def work(task):

@@ -87,6 +87,7 @@ async def test_a_writer_stores_again_what_a_failover_has_lost(mode, pair, shell,
         assert len(items) == 12
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 async def test_a_running_tail_gets_every_frame_once_though_the_writer_says_nothing(
     mode, shell, server, raw, lane
