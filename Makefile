@@ -82,7 +82,7 @@ sanitize: ## Run the suite on a build with AddressSanitizer and UndefinedBehavio
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		../venv/bin/python -m pytest -s --timeout 300 $(QUICK) $(ARGS)
+		../venv/bin/python -m pytest -s --timeout 300 -n 2 --dist worksteal $(QUICK) $(ARGS)
 
 wheel-test: build ## Build sdist and wheel, install them elsewhere, load the Lua from there
 	$(PYTEST) -m packaging tests/packaging $(ARGS)
