@@ -26,21 +26,17 @@ from ff_fast.errors import (
     Redirected,
     TlsFailed,
     Unavailable,
+    causes,
     credentials_error,
     from_server_error,
     shows_cluster,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ff_fast.errors import TlsFault
     from ff_fast.types import BackendConfig, ValkeyConnection
 
 _E = TypeVar("_E", bound=OSError)
-
-_MOST_CAUSES = 8
-"""Bound of the walk along a chain of causes."""
 
 
 def connect_error(error: BaseException, config: BackendConfig, timeout: float) -> FFError:
@@ -54,7 +50,7 @@ def connect_error(error: BaseException, config: BackendConfig, timeout: float) -
         timeout: Timeout of connecting, in seconds.
     """
     found = _after_handshake(error, config) if isinstance(error, FFError) else None
-    for cause in () if found else _causes(error):
+    for cause in () if found else causes(error):
         found = _from_cause(cause, config, timeout)
         if found is not None:
             break
@@ -69,16 +65,6 @@ def connect_error(error: BaseException, config: BackendConfig, timeout: float) -
         # The next connect asks the provider again, which may have others by then.
         found.retryable = True
     return _with_address(found, config.connection)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    # redis-py wraps errors in its own, as cause or as context.
-    cause: BaseException | None = error
-    for _ in range(_MOST_CAUSES):
-        if cause is None:
-            return
-        yield cause
-        cause = cause.__cause__ or cause.__context__
 
 
 def _after_handshake(error: FFError, config: BackendConfig) -> FFError:

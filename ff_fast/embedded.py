@@ -171,7 +171,26 @@ def _forget_all() -> None:
 os.register_at_fork(after_in_child=_forget_all)
 
 
-class EmbeddedServer:
+class _Stopping:
+    """Stops at the end of a ``with`` block."""
+
+    def stop(self) -> None:
+        """Stop; calling it again does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+class EmbeddedServer(_Stopping):
     """A Valkey server of one's own, started by the constructor and gone with its owner.
 
     It listens on a Unix socket in a private directory, with *tcp* also on a free port of the loopback
@@ -291,17 +310,6 @@ class EmbeddedServer:
         self._finalizer.detach()
         self._life.end(keep_directory=True)
         self._launch()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url} pid={self.pid}>"
@@ -501,7 +509,7 @@ class _View:
         return self.slots == other.slots and self.primary_of == other.primary_of
 
 
-class EmbeddedCluster:
+class EmbeddedCluster(_Stopping):
     """A Valkey Cluster of one's own on the loopback interface, for demos and tests.
 
     It lives as long as its owner, as an :class:`EmbeddedServer` does, and takes about 2.5 s to start: a
@@ -762,17 +770,6 @@ class EmbeddedCluster:
         """End all nodes and remove their directories. Calling it again does nothing."""
         for node in self.nodes:
             node.stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url}>"

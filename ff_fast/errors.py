@@ -22,7 +22,7 @@ import re
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 ExecutionState = Literal[
     "waiting",
@@ -1021,6 +1021,20 @@ class InternalFunctionError(FFError):
     code = "internal_function_error"
     outcome = Outcome.UNKNOWN
     _sentence = "A server function stopped with an error; the call may have been applied in part."
+
+
+_MOST_CAUSES = 8
+"""Bound of the walk along a chain of causes."""
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield *error* and what has led to it, as cause or as context: libraries wrap errors in their own."""
+    cause: BaseException | None = error
+    for _ in range(_MOST_CAUSES):
+        if cause is None:
+            return
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 # -- from answers to errors --------------------------------------------------------------------------

@@ -49,13 +49,7 @@ class Pool:
         self._credentials = (
             None if provider is None else Credentials(provider, self._timeout_s, self._spawn)
         )
-        self._deployment = Deployment(
-            config.partitions,
-            config.max_payload_bytes,
-            config.replay_ms,
-            config.replay_bytes,
-            config.connection.client_name,
-        )
+        self._deployment = Deployment.of(config)
         self._watch: Watch | None = None
         if config.connection.sentinel_service is not None:
             self._watch = Watch(config, self._switched)

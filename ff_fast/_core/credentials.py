@@ -10,7 +10,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ff_fast._hot.resp import pack_command
-from ff_fast.errors import CredentialsUnavailable, FFError
+from ff_fast.errors import CredentialsUnavailable, FFError, causes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,9 +25,6 @@ Tokens of cloud services live 15 minutes and more, and connections that never lo
 
 RENEW_SOON_S = 30.0
 """After which time the provider is asked again where it failed, or the server refused what it gave, in seconds."""
-
-_MOST_CAUSES = 8
-"""Bound of the walk along a chain of causes."""
 
 
 class Login(NamedTuple):
@@ -81,17 +78,8 @@ def failure_of(error: BaseException) -> CredentialsUnavailable:
     failure = CredentialsUnavailable(
         f"The credential provider raised {type(error).__name__}; look into its own log."
     )
-    failure.retryable = any(isinstance(each, OSError) for each in _causes(error))
+    failure.retryable = any(isinstance(each, OSError) for each in causes(error))
     return failure
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    for _ in range(_MOST_CAUSES):
-        if cause is None:
-            return
-        yield cause
-        cause = cause.__cause__ or cause.__context__
 
 
 class Renewals:

@@ -30,6 +30,8 @@ from ff_fast.types import DEFAULT_PAYLOAD_LIMIT
 if TYPE_CHECKING:
     from collections.abc import Hashable, Set
 
+    from ff_fast.types import BackendConfig
+
 READS = "reads"
 """Role of a connection whose reads a replica may answer."""
 
@@ -77,6 +79,17 @@ class Deployment:
         self.partitions = keys.DEFAULT_PARTITIONS if partitions is None else partitions
         self.max_payload_bytes = max_payload_bytes
         self.places = Places(replay_ms, replay_bytes)
+
+    @classmethod
+    def of(cls, config: BackendConfig) -> Deployment:
+        """Return the deployment of a backend with that configuration, before its first connection."""
+        return cls(
+            config.partitions,
+            config.max_payload_bytes,
+            config.replay_ms,
+            config.replay_bytes,
+            config.connection.client_name,
+        )
 
     def offer(self, lane: str, tokens: tuple[str, ...]) -> Offer:
         """Return what workers with these capabilities know of a lane."""

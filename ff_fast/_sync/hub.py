@@ -52,11 +52,49 @@ class Bell:
             self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
 
 
-class Hub:
-    """All channels of a backend's readers at one server, on one connection. Its thread begins with the first channel.
+class _Face:
+    """What readers ask of one hub, or of those of a cluster. It becomes an order to the thread that has the core.
 
-    Other threads only put orders: single calls in C, so that no interrupt leaves half of one or a lock that is taken.
+    Orders are single calls in C, so that no interrupt leaves half of one or a lock that is taken.
     """
+
+    _core: HubCore | HubsCore
+
+    def _order(self, order: Callable[[], None]) -> None:
+        """Let the thread carry out *order*; begin the thread with the first one."""
+        raise NotImplementedError
+
+    @property
+    def _begun(self) -> bool:
+        """Whether the thread has begun, so that there may be something to detach."""
+        raise NotImplementedError
+
+    def listen(self, channel: bytes, listener: Listener) -> None:
+        """Pass pushes of *channel* to *listener*, which hears first that the subscription is confirmed."""
+        self._order(lambda: self._core.listen(channel, listener, time.monotonic()))
+
+    def unlisten(self, channel: bytes, listener: Listener) -> None:
+        """Pass nothing more to *listener*."""
+        self._order(lambda: self._core.unlisten(channel, listener, time.monotonic()))
+
+    def attach(self, part: Part) -> None:
+        """Let *part* of a reader hear its channels."""
+        self._order(lambda: self._core.attach(part, time.monotonic()))
+
+    def detach(self, part: Part) -> None:
+        """Let *part* go; does nothing if it is not attached."""
+        if self._begun:
+            self._order(lambda: self._core.detach(part, time.monotonic()))
+
+    def confirmed(self, channel: bytes) -> bool:
+        """Return whether the node has confirmed the subscription on the connection that is open."""
+        return self._core.confirmed(channel)
+
+
+class Hub(_Face):
+    """All channels of a backend's readers at one server, on one connection. Its thread begins with the first channel."""
+
+    _core: HubCore
 
     def __init__(
         self,
@@ -79,26 +117,9 @@ class Hub:
         self._orders: deque[Callable[[], None]] = deque()
         self._closing = False
 
-    def listen(self, channel: bytes, listener: Listener) -> None:
-        """Pass pushes of *channel* to *listener*, which hears first that the subscription is confirmed."""
-        self._order(lambda: self._core.listen(channel, listener, time.monotonic()))
-
-    def unlisten(self, channel: bytes, listener: Listener) -> None:
-        """Pass nothing more to *listener*."""
-        self._order(lambda: self._core.unlisten(channel, listener, time.monotonic()))
-
-    def attach(self, part: Part) -> None:
-        """Let *part* of a reader hear its channel."""
-        self._order(lambda: self._core.attach(part, time.monotonic()))
-
-    def detach(self, part: Part) -> None:
-        """Let *part* go; does nothing if it is not attached."""
-        if self._threads:
-            self._order(lambda: self._core.detach(part, time.monotonic()))
-
-    def confirmed(self, channel: bytes) -> bool:
-        """Return whether the server has confirmed the subscription on the connection that is open."""
-        return self._core.confirmed(channel)
+    @property
+    def _begun(self) -> bool:
+        return bool(self._threads)
 
     def _order(self, order: Callable[[], None]) -> None:
         self._orders.append(order)
@@ -325,11 +346,10 @@ class _Thread:
             self._hub._discard(connection)
 
 
-class Hubs:
-    """The hubs of a cluster, one a node, behind the face of one. A thread gives them their channels.
+class Hubs(_Face):
+    """The hubs of a cluster, one a node, behind the face of one. A thread gives them their channels."""
 
-    Other threads only put orders, as for a :class:`Hub`.
-    """
+    _core: HubsCore
 
     def __init__(
         self,
@@ -356,26 +376,9 @@ class Hubs:
         self._runs: dict[str, threading.Thread] = {}
         self._closing = False
 
-    def listen(self, channel: bytes, listener: Listener) -> None:
-        """Pass pushes of *channel* to *listener*, which hears first that the subscription is confirmed."""
-        self._order(lambda: self._core.listen(channel, listener, time.monotonic()))
-
-    def unlisten(self, channel: bytes, listener: Listener) -> None:
-        """Pass nothing more to *listener*."""
-        self._order(lambda: self._core.unlisten(channel, listener, time.monotonic()))
-
-    def attach(self, part: Part) -> None:
-        """Let *part* of a reader hear its channels."""
-        self._order(lambda: self._core.attach(part, time.monotonic()))
-
-    def detach(self, part: Part) -> None:
-        """Let *part* go; does nothing if it is not attached."""
-        if self._runs:
-            self._order(lambda: self._core.detach(part, time.monotonic()))
-
-    def confirmed(self, channel: bytes) -> bool:
-        """Return whether a node has confirmed the subscription on the connection that is open."""
-        return self._core.confirmed(channel)
+    @property
+    def _begun(self) -> bool:
+        return bool(self._runs)
 
     def _order(self, order: Callable[[], None]) -> None:
         self._orders.append(order)

@@ -35,13 +35,7 @@ class Pool:
 
     def __init__(self, config: BackendConfig) -> None:
         self.config = config
-        self._deployment = Deployment(
-            config.partitions,
-            config.max_payload_bytes,
-            config.replay_ms,
-            config.replay_bytes,
-            config.connection.client_name,
-        )
+        self._deployment = Deployment.of(config)
         self._pid = os.getpid()
         # Calls are refused, and then connections.
         self._closed = self._stopped = False
