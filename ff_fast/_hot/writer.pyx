@@ -2544,12 +2544,47 @@ cdef class Home:
 
 @cython.final
 cdef class _Group:
-    """The writers of one slot in a send, and their parts."""
+    """The writers of a call that is to be made, and their parts."""
 
     cdef list writers
     cdef list parts
     cdef Py_ssize_t frames
     cdef Py_ssize_t size
+    # It has a part that goes alone.
+    cdef bint alone
+
+    def __cinit__(self):
+        self.writers = []
+        self.parts = []
+
+    cdef bint has_room(self, WriterCore writer):
+        """Whether what *writer* sends next may go with the others."""
+        cdef Py_ssize_t count = len(self.parts)
+        return count == 0 or not (
+            count >= CALL_PARTS or writer._next_is_alone()
+            or self.frames + writer._next_frames() > CALL_FRAMES
+            or self.size + writer._next_bytes() > CALL_BYTES
+        )
+
+    cdef Py_ssize_t add(self, WriterCore writer) except -1:
+        """Take what *writer* sends now; return its size, 0 for nothing."""
+        cdef _Part part
+        try:
+            part = writer._next_part()
+        except MemoryError:
+            # Its frames are in its open batch, and the next one registers it again.
+            return 0
+        if part is None:
+            return 0
+        self.writers.append(writer)
+        self.parts.append(part)
+        self.size += part.size()
+        if type(part) is Push:
+            self.frames += 1
+        else:
+            self.frames += (<Batch>part).frame_count
+            self.alone = (<Batch>part).alone
+        return part.size()
 
 
 cdef class Outbox:
@@ -2774,84 +2809,31 @@ cdef class Outbox:
 
         When writers are left, the shell goes on without being told.
         """
-        cdef list writers = []
-        cdef list parts = []
         cdef Py_ssize_t last = len(self._ready)
-        cdef Py_ssize_t frames = 0
-        cdef Py_ssize_t size = 0
-        cdef Py_ssize_t count = 0
         cdef WriterCore writer
-        cdef _Part part
         cdef Call call
+        cdef _Group group = _Group.__new__(_Group)
         cdef int collecting = PyGC_Disable()
         self._packing = True
         self._calls = next_look()
         try:
-            while self._at < last and count < CALL_PARTS:
-                writer = <WriterCore>self._ready[self._at]
-                if count and (
-                    writer._next_is_alone()
-                    or frames + writer._next_frames() > CALL_FRAMES
-                    or size + writer._next_bytes() > CALL_BYTES
-                ):
-                    break
-                self._ready[self._at] = None
-                self._at += 1
-                if writer._hurried:
-                    self._hurried -= 1
-                # A writer whose registration was interrupted is here twice.
-                if writer._asked == self._calls:
-                    continue
-                writer._asked = self._calls
-                try:
-                    part = writer._next_part()
-                except MemoryError:
-                    # Its frames are in its open batch, and the next one registers it again.
-                    continue
-                if part is None:
-                    continue
-                writers.append(writer)
-                parts.append(part)
-                count += 1
-                size += part.size()
-                if type(part) is Push:
-                    frames += 1
-                    continue
-                frames += (<Batch>part).frame_count
-                if (<Batch>part).alone:
-                    break
-            if self._at == len(self._ready):
-                self._ready = []
-                self._at = 0
-                self._hurried = 0
-                self._pressed = False
-            self._told = self._at < len(self._ready)
-            if self._told:
-                self._ready_us = now_us()
-            if not count:
+            while (
+                self._at < last and not group.alone
+                and group.has_room(<WriterCore>self._ready[self._at])
+            ):
+                writer = self._take_ready()
+                if writer is not None:
+                    group.add(writer)
+            self._end_look()
+            if not group.parts:
                 return None
-            call = self._made(writers, parts)
-            self._sent_us = now_us()
-            self._usual_parts += (count - self._usual_parts) / 8.0
+            call = self._made(group)
+            self._sent(len(group.parts))
             return call
         finally:
             self._packing = False
             if collecting:
                 PyGC_Enable()
-
-    cdef Call _made(self, list writers, list parts):
-        cdef Call call = Call.__new__(Call)
-        call._outbox = self
-        call._writers = writers
-        call._parts = parts
-        call.home = (<WriterCore>writers[0])._home
-        self._calls_in_flight += 1
-        try:
-            call.message = packed_call(parts)
-        except MemoryError:
-            call._lose(self)
-            raise
-        return call
 
     def next_calls(self):
         """Return the calls to send now, in one write: of each slot one or more, each within the
@@ -2861,8 +2843,8 @@ cdef class Outbox:
         cdef Py_ssize_t last = len(self._ready)
         cdef Py_ssize_t count = 0
         cdef Py_ssize_t size = 0
+        cdef Py_ssize_t added
         cdef WriterCore writer
-        cdef _Part part
         cdef _Group group
         cdef int collecting = PyGC_Disable()
         self._packing = True
@@ -2870,67 +2852,83 @@ cdef class Outbox:
         try:
             try:
                 while self._at < last and size < SEND_BYTES and len(calls) < SEND_CALLS:
-                    writer = <WriterCore>self._ready[self._at]
-                    self._ready[self._at] = None
-                    self._at += 1
-                    if writer._hurried:
-                        self._hurried -= 1
-                    # A writer whose registration was interrupted is here twice.
-                    if writer._asked == self._calls:
+                    writer = self._take_ready()
+                    if writer is None:
                         continue
-                    writer._asked = self._calls
                     group = groups.get(writer._home)
-                    if group is not None and (
-                        len(group.parts) >= CALL_PARTS or writer._next_is_alone()
-                        or group.frames + writer._next_frames() > CALL_FRAMES
-                        or group.size + writer._next_bytes() > CALL_BYTES
-                    ):
+                    if group is not None and not group.has_room(writer):
                         del groups[writer._home]
-                        calls.append(self._made(group.writers, group.parts))
+                        calls.append(self._made(group))
                         group = None
-                    try:
-                        part = writer._next_part()
-                    except MemoryError:
-                        # Its frames are in its open batch, and the next one registers it again.
-                        continue
-                    if part is None:
-                        continue
                     if group is None:
                         group = _Group.__new__(_Group)
-                        group.writers, group.parts = [], []
-                        groups[writer._home] = group
-                    group.writers.append(writer)
-                    group.parts.append(part)
-                    group.size += part.size()
-                    count += 1
-                    size += part.size()
-                    if type(part) is Push:
-                        group.frames += 1
+                    added = group.add(writer)
+                    if not added:
                         continue
-                    group.frames += (<Batch>part).frame_count
-                    if (<Batch>part).alone:
-                        del groups[writer._home]
-                        calls.append(self._made(group.writers, group.parts))
+                    count += 1
+                    size += added
+                    if group.alone:
+                        groups.pop(writer._home, None)
+                        calls.append(self._made(group))
+                    else:
+                        groups[writer._home] = group
             finally:
                 # Also after an error: what was taken is in flight.
                 for group in groups.values():
-                    calls.append(self._made(group.writers, group.parts))
-                if self._at == len(self._ready):
-                    self._ready = []
-                    self._at = 0
-                    self._hurried = 0
-                    self._pressed = False
-                self._told = self._at < len(self._ready)
-                if self._told:
-                    self._ready_us = now_us()
+                    calls.append(self._made(group))
+                self._end_look()
             if calls:
-                self._sent_us = now_us()
-                self._usual_parts += (count - self._usual_parts) / 8.0
+                self._sent(count)
             return calls
         finally:
             self._packing = False
             if collecting:
                 PyGC_Enable()
+
+    cdef WriterCore _take_ready(self):
+        """Take the next writer that is ready; None if it was taken in this look already."""
+        cdef WriterCore writer = <WriterCore>self._ready[self._at]
+        self._ready[self._at] = None
+        self._at += 1
+        if writer._hurried:
+            self._hurried -= 1
+        # A writer whose registration was interrupted is here twice.
+        if writer._asked == self._calls:
+            return None
+        writer._asked = self._calls
+        return writer
+
+    cdef int _end_look(self) except -1:
+        """Note what is left; the shell goes on with it without being told."""
+        if self._at == len(self._ready):
+            self._ready = []
+            self._at = 0
+            self._hurried = 0
+            self._pressed = False
+        self._told = self._at < len(self._ready)
+        if self._told:
+            self._ready_us = now_us()
+        return 0
+
+    cdef Call _made(self, _Group group):
+        cdef Call call = Call.__new__(Call)
+        call._outbox = self
+        call._writers = group.writers
+        call._parts = group.parts
+        call.home = (<WriterCore>group.writers[0])._home
+        self._calls_in_flight += 1
+        try:
+            call.message = packed_call(group.parts)
+        except MemoryError:
+            call._lose(self)
+            raise
+        return call
+
+    cdef int _sent(self, Py_ssize_t parts) except -1:
+        """Note that so many parts are sent now."""
+        self._sent_us = now_us()
+        self._usual_parts += (parts - self._usual_parts) / 8.0
+        return 0
 
     def homes(self):
         """Return the homes of the writers that are ready."""
