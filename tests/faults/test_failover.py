@@ -19,8 +19,6 @@ from ff_fast import (
     StreamMode,
     SummaryView,
     TailVisibility,
-    WaitpointKind,
-    WaitpointSpec,
     keys,
 )
 from ff_fast._core import ops, places, tail
@@ -45,6 +43,7 @@ from ..server.workers import Worker
 from ..shells import KINDS, Shell, with_option
 from ..waiting import wait_until, wait_until_async
 from .failover import Past
+from .releases import complete, delay, suspend, wait_children
 from .stored import claimed
 
 
@@ -200,23 +199,6 @@ async def written_by_append_frame(backend, handle, raw, eid):
 
 
 WRITTEN = [written_by_open, written_by_closed, written_by_two, written_by_append_frame]
-
-
-async def complete(backend, handle):
-    await backend.complete(handle)
-
-
-async def delay(backend, handle):
-    await backend.delay(handle, 0)
-
-
-async def wait_children(backend, handle):
-    await backend.wait_children(handle)
-
-
-async def suspend(backend, handle):
-    point = await backend.create_waitpoint(handle)
-    await backend.suspend(handle, WaitpointSpec(WaitpointKind.EXTERNAL, b"", point.hmac_token))
 
 
 RELEASES = [complete, delay, wait_children, suspend]

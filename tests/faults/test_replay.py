@@ -16,8 +16,6 @@ from ff_fast import (
     StreamFrame,
     StreamMode,
     TailVisibility,
-    WaitpointKind,
-    WaitpointSpec,
     keys,
 )
 from ff_fast.errors import FramesLost, SequenceGap, StateLost
@@ -28,6 +26,7 @@ from ..server.workers import Worker
 from ..shells import KINDS, with_option
 from ..waiting import wait_until, wait_until_async
 from .failover import Past
+from .releases import complete, delay, fail, suspend, wait_children
 from .stored import claimed
 
 ALL, EXCLUDE = TailVisibility.ALL, TailVisibility.EXCLUDE_BEST_EFFORT
@@ -115,27 +114,6 @@ async def test_a_running_tail_gets_every_frame_once_though_the_writer_says_nothi
 
 
 # -- calls that release the lease ------------------------------------------------------------------------------------
-
-
-async def complete(backend, handle):
-    await backend.complete(handle)
-
-
-async def fail(backend, handle):
-    await backend.fail(handle, "reason")
-
-
-async def delay(backend, handle):
-    await backend.delay(handle, 0)
-
-
-async def wait_children(backend, handle):
-    await backend.wait_children(handle)
-
-
-async def suspend(backend, handle):
-    point = await backend.create_waitpoint(handle)
-    await backend.suspend(handle, WaitpointSpec(WaitpointKind.EXTERNAL, b"", point.hmac_token))
 
 
 RELEASES = [complete, fail, delay, wait_children, suspend]
