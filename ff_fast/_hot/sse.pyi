@@ -1,0 +1,42 @@
+from collections.abc import Callable, Container, Iterable
+from typing import Any, Literal, final
+
+@final
+class Events:
+    """Joins the items of batches, in order, to server-sent events.
+
+    Args:
+        other: Returns the bytes for an item that is not a frame.
+        kind: How a payload becomes data.
+        ids: Each event has an id.
+        types: Each event has the type of its frame, where that is not *default*.
+        default: The type that needs no name.
+        reserved: Types that other events have; a frame of one gets ``frame-`` in front of it.
+        carry: Bytes at the beginning of a character that the client has not got.
+    """
+
+    def __init__(
+        self,
+        other: Callable[[Any], bytes],
+        *,
+        kind: Literal["text", "json", "base64"] = "text",
+        ids: bool = True,
+        types: bool = False,
+        default: str = "token",
+        reserved: Container[str] = ...,
+        carry: bytes = b"",
+    ) -> None: ...
+    def join(self, items: Iterable[object]) -> bytes:
+        """Return the events of a batch."""
+
+def event(
+    data: bytes | str,
+    *,
+    id: str | None = None,  # noqa: A002 - the name of the field
+    event: str | None = None,
+    retry: int | None = None,
+) -> bytes:
+    """Return one event."""
+
+def unfinished_bytes(text: bytes) -> int:
+    """Return how many bytes at the end of *text* begin a character that they do not complete."""

@@ -1,0 +1,413 @@
+"""Iterators of bytes over an execution, for any framework: asynchronous and blocking.
+
+Reading, pacing, heartbeats and farewells are the same for all of them; a response of a framework only passes the chunks on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ff_fast import keys
+from ff_fast._core.follow import follow_place
+from ff_fast.errors import FFError, InvalidType
+from ff_fast.types import TailVisibility, seconds
+from ff_fast.web.framing import EventFraming, Framing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import timedelta
+
+    import ff_fast
+    from ff_fast import aio
+
+HEARTBEAT_S = 15.0
+"""How long a response is silent before it shows that it lives, in seconds."""
+
+# How long the first read may take before the execution is asked for by itself: one that nobody has claimed has nothing to
+# be read, and its client shall get an answer.
+_FIRST_READ_S = 0.05
+# How often open responses are looked after.
+_LOOK_S = 0.2
+# When clients come again that a shutdown has sent away: not all at once.
+_RETRY_MS = (200, 2_000)
+# Most chunks that one loop sends in a second without being asked to: more readers get larger ones. And the longest pause
+# that comes of it.
+_CHUNKS_PER_S = 10_000
+_LONGEST_PACE_S = 0.1
+
+
+def resume_place(framing: Framing, after: str | None) -> str | None:
+    """Return the cursor that a client means by *after*; None for the beginning, which ``""`` and ``-1`` mean too.
+
+    Raises:
+        InvalidCursor: It is none.
+    """
+    if after is None or after in ("", "-1"):
+        return None
+    cursor = framing.place(after)
+    return None if follow_place(cursor) is None else cursor
+
+
+class _Reading:
+    """What both kinds of iterators have checked before they read."""
+
+    def __init__(
+        self,
+        execution_id: str,
+        after: str | None,
+        framing: Framing | None,
+        visibility: TailVisibility,
+        heartbeat: float | timedelta,
+        pace: float | timedelta | None,
+    ) -> None:
+        self.execution_id = keys.canonical_execution_id(execution_id)
+        self.framing = EventFraming() if framing is None else framing
+        if not isinstance(self.framing, Framing):
+            raise InvalidType(f"framing must be a Framing, not {type(framing).__name__}.")
+        self.after = after or None
+        self.cursor = resume_place(self.framing, after)
+        self.visibility = visibility
+        self.heartbeat_s = seconds("heartbeat", heartbeat)
+        self.pace_s = None if pace is None else seconds("pace", pace, zero=True)
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of ``follow``."""
+        return {
+            "after": self.cursor,
+            "snapshot": self.framing.snapshot and self.cursor is None,
+            "visibility": self.visibility,
+        }
+
+
+class Chunks(_Reading):
+    """The chunks of a response, as bytes; an asynchronous iterator. Made by :func:`events`.
+
+    Attributes:
+        finished: The end of the execution was among the chunks.
+    """
+
+    def __init__(self, backend: aio.ValkeyBackend, *args: Any) -> None:
+        super().__init__(*args)
+        self._backend = backend
+        self._reader: aio.Follow | None = None
+        self._first: list[Any] | None = None
+        self._begun = False
+        self._over = False
+        self._stopping = False
+        self._next_at = 0.0
+        self.finished = False
+
+    async def open(self) -> None:
+        """Begin to read, so that what cannot be read is known before anything is sent.
+
+        Raises:
+            FFError: It cannot be read.
+        """
+        if self._reader is not None:
+            return
+        self._reader = reader = self._backend.follow(self.execution_id, **self.options())
+        _Watch.of_running_loop().add(self)
+        try:
+            self._first = await reader.next_batch(_FIRST_READ_S)
+            if not self._first:
+                await self._backend.describe(self.execution_id)
+        except BaseException:
+            await self.aclose()
+            raise
+
+    @property
+    def has_nothing_new(self) -> bool:
+        """Whether the client had got the end already, by the first read."""
+        first = self._first
+        return (
+            self.framing.ids
+            and self.cursor is not None
+            and first is not None
+            and len(first) == 1
+            and self._reader is not None
+            and self._reader.ended
+            and first[0].cursor == self.cursor
+        )
+
+    def stop(self) -> None:
+        """End the chunks with a farewell: the server shuts down."""
+        self._stopping = True
+        if self._reader is not None:
+            _close_now(self._reader)
+
+    def abandon(self) -> None:
+        """End the chunks without a word: the client has gone."""
+        self._over = True
+        if self._reader is not None:
+            _close_now(self._reader)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await self.open()
+        reader = self._reader
+        assert reader is not None
+        if not self._begun:
+            self._begun = True
+            chunk = self.framing.begin(self.after)
+            first, self._first = self._first, None
+            if first:
+                chunk += self._framed(first)
+            if chunk:
+                return chunk
+        while not self._over:
+            try:
+                items = await self._next_batch(reader)
+            except FFError as error:
+                if self._over:
+                    break
+                await self._close()
+                if self._stopping:
+                    return self.framing.shutdown(random.randint(*_RETRY_MS))  # noqa: S311 - no secret
+                chunk = self.framing.failed(error)
+            else:
+                chunk = self._framed(items) if items else self.framing.heartbeat()
+            if chunk:
+                return chunk
+        await self.aclose()
+        raise StopAsyncIteration
+
+    async def _next_batch(self, reader: aio.Follow) -> list[Any]:
+        pace = self.pace_s
+        if pace is None:
+            pace = min(_Watch.of_running_loop().count / _CHUNKS_PER_S, _LONGEST_PACE_S)
+        pause = self._next_at - time.monotonic()
+        if pause > 0:
+            await asyncio.sleep(pause)
+        items = await reader.next_batch(self.heartbeat_s)
+        self._next_at = time.monotonic() + pace
+        return items
+
+    def _framed(self, items: list[Any]) -> bytes:
+        assert self._reader is not None
+        if self._reader.ended:
+            self._over = self.finished = True
+        return self.framing.items(items)
+
+    async def _close(self) -> None:
+        self._over = True
+        _Watch.of_running_loop().remove(self)
+        if self._reader is not None:
+            await self._reader.aclose()
+
+    async def aclose(self) -> None:
+        """Stop reading, and let the reader go."""
+        self._begun = True
+        await self._close()
+
+
+def _close_now(reader: aio.Follow) -> None:
+    """Close *reader*, so that a waiting read ends with an error."""
+    closing = reader.aclose()
+    try:
+        closing.send(None)
+    except StopIteration:
+        return
+
+
+def events(
+    backend: aio.ValkeyBackend,
+    execution_id: str,
+    *,
+    after: str | None = None,
+    framing: Framing | None = None,
+    visibility: TailVisibility = TailVisibility.ALL,
+    heartbeat: float | timedelta = HEARTBEAT_S,
+    pace: float | timedelta | None = None,
+) -> Chunks:
+    """Return the chunks of a response that streams an execution: an asynchronous iterator of bytes, for any framework.
+
+    Arguments are checked at once. Whether the execution exists is known with ``await chunks.open()``, or with the first
+    chunk: what fails before it is raised, what fails after it ends the chunks as the framing says. Close it with
+    ``aclose()`` when the client has gone, and cancel a task that waits for a chunk at any time.
+
+    Args:
+        backend: The backend of the asyncio shell.
+        execution_id: Id of the execution.
+        after: What the client has sent as ``Last-Event-ID``: None, ``""`` and ``-1`` are the beginning.
+        framing: What the chunks look like; None is ``EventFraming()``. It serves one response.
+        visibility: Whether best-effort frames are delivered.
+        heartbeat: How long nothing may come before a heartbeat does, in seconds or as a ``timedelta``.
+        pace: The shortest time between two chunks, in seconds or as a ``timedelta``; frames that come meanwhile share the
+            next one. None is almost nothing for a few open responses, and 0.1 s for a thousand in this process.
+
+    Raises:
+        InvalidId: *execution_id* is not one.
+        InvalidCursor: *after* is not one.
+        InvalidInput: Another argument is not accepted.
+    """
+    return Chunks(backend, execution_id, after, framing, visibility, heartbeat, pace)
+
+
+def iter_events(
+    backend: ff_fast.ValkeyBackend,
+    execution_id: str,
+    *,
+    after: str | None = None,
+    framing: Framing | None = None,
+    visibility: TailVisibility = TailVisibility.ALL,
+    heartbeat: float | timedelta = HEARTBEAT_S,
+    pace: float | timedelta = 0.0,
+) -> BlockingChunks:
+    """Return the chunks of a response as an iterator of bytes that blocks: for WSGI, Flask, and Django without ASGI.
+
+    As :func:`events`, with a backend of the blocking shell. A server of WSGI calls ``close()`` when the client has gone, which
+    it notices when it sends the next heartbeat. Each open response occupies a thread.
+    """
+    return BlockingChunks(backend, execution_id, after, framing, visibility, heartbeat, pace)
+
+
+class BlockingChunks(_Reading):
+    """The chunks of a response, as bytes; an iterator. Made by :func:`iter_events`.
+
+    Attributes:
+        finished: The end of the execution was among the chunks.
+    """
+
+    def __init__(self, backend: ff_fast.ValkeyBackend, *args: Any) -> None:
+        super().__init__(*args)
+        self._backend = backend
+        self._chunks: Iterator[bytes] | None = None
+        self._reader: ff_fast.Follow | None = None
+        self._first: list[Any] = []
+        self.finished = False
+
+    def open(self) -> None:
+        """Begin to read, so that what cannot be read is known before anything is sent.
+
+        Raises:
+            FFError: It cannot be read.
+        """
+        if self._reader is not None:
+            return
+        self._reader = reader = self._backend.follow(self.execution_id, **self.options())
+        try:
+            self._first = reader.next_batch(_FIRST_READ_S)
+            if not self._first:
+                self._backend.describe(self.execution_id)
+        except BaseException:
+            reader.close()
+            raise
+        self._chunks = self._read(reader)
+
+    def _read(self, reader: ff_fast.Follow) -> Iterator[bytes]:
+        framing = self.framing
+        chunk = framing.begin(self.after)
+        items, self._first = self._first, []
+        try:
+            if items:
+                chunk += framing.items(items)
+            if chunk:
+                yield chunk
+            while not reader.ended:
+                if self.pace_s:
+                    time.sleep(self.pace_s)
+                try:
+                    items = reader.next_batch(self.heartbeat_s)
+                except FFError as error:
+                    yield framing.failed(error)
+                    return
+                chunk = framing.items(items) if items else framing.heartbeat()
+                if reader.ended:
+                    self.finished = True
+                if chunk:
+                    yield chunk
+            self.finished = True
+        finally:
+            reader.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        self.open()
+        assert self._chunks is not None
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """Stop reading, and let the reader go."""
+        if self._reader is not None:
+            self._reader.close()
+        self._chunks = iter(())
+
+
+class _Watch:
+    """Looks after the open responses of one loop: whether the server shuts down."""
+
+    _of_loop: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Watch]] = (
+        weakref.WeakKeyDictionary()
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._open: dict[Chunks, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self.count = 0
+
+    @classmethod
+    def of_running_loop(cls) -> _Watch:
+        loop = asyncio.get_running_loop()
+        found = cls._of_loop.get(loop)
+        if found is None:
+            found = cls._of_loop[loop] = cls(loop)
+        return found
+
+    def add(self, chunks: Chunks) -> None:
+        self._open[chunks] = None
+        self.count = len(self._open)
+        if self._timer is None:
+            self._wait()
+
+    def remove(self, chunks: Chunks) -> None:
+        self._open.pop(chunks, None)
+        self.count = len(self._open)
+        if not self._open and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wait(self) -> None:
+        loop = self._loop()
+        if loop is not None:
+            self._timer = loop.call_later(_LOOK_S, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if server_stops():
+            self.stop()
+        if self._open:
+            self._wait()
+
+    def stop(self) -> None:
+        for chunks in list(self._open):
+            chunks.stop()
+
+
+def server_stops() -> bool:
+    """Whether the server of this process was told to shut down, as far as that can be seen.
+
+    uvicorn waits for open responses and tells them nothing; but the handler of its signals is a method of the server.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        server = getattr(signal.getsignal(number), "__self__", None)
+        if getattr(server, "should_exit", False) is True:
+            return True
+    return False
+
+
+def end_responses() -> None:
+    """End all open responses of the running loop with a farewell, so that their clients come again elsewhere.
+
+    For servers other than uvicorn, which is noticed by itself: call it where the process learns that it is to end.
+    """
+    _Watch.of_running_loop().stop()

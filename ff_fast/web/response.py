@@ -1,0 +1,298 @@
+"""Responses of Starlette, and so of FastAPI."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+from typing import TYPE_CHECKING
+
+from ff_fast import keys
+from ff_fast.errors import (
+    AttemptNotFound,
+    ExecutionNotActive,
+    ExecutionNotFound,
+    FFError,
+    InvalidCursor,
+    InvalidId,
+    InvalidInput,
+    InvalidToken,
+    InvalidType,
+    MissingDependency,
+)
+from ff_fast.types import TailVisibility, seconds
+from ff_fast.web.framing import EventFraming, Framing
+from ff_fast.web.reading import HEARTBEAT_S, Chunks, events
+from ff_fast.web.tickets import check_token
+
+try:
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+except ImportError as error:
+    raise MissingDependency(
+        "ff_fast.web needs Starlette for its responses; run: pip install 'ff_fast[web]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from datetime import timedelta
+
+    from starlette.background import BackgroundTask
+    from starlette.types import Receive, Scope, Send
+
+    from ff_fast import aio
+
+    Authorize = Callable[[Request, str], object]
+
+SEND_TIMEOUT_S = 30.0
+"""How long a client may take nothing before its response is closed, in seconds."""
+
+
+def error_response(error: FFError) -> Response:
+    """Return the answer to a request that cannot be served, as JSON: ``{"error": {"code", "message"}}``.
+
+    400 for a bad cursor, 403 for a bad token, 404 for an id that no execution has, 503 with ``Retry-After`` where the server
+    cannot be reached and a retry may pass.
+
+    Raises:
+        FFError: *error* itself, if it is none of these.
+    """
+    headers = {"cache-control": "no-store"}
+    if isinstance(error, (InvalidId, ExecutionNotFound, AttemptNotFound)):
+        status = 404
+    elif isinstance(error, InvalidToken):
+        status = 403
+    elif isinstance(error, InvalidCursor):
+        status = 400
+    elif error.retryable:
+        status = 503
+        headers["retry-after"] = "1"
+    else:
+        raise error
+    return JSONResponse({"error": {"code": error.code, "message": str(error)}}, status, headers)
+
+
+def _forbidden() -> Response:
+    return JSONResponse(
+        {"error": {"code": "forbidden", "message": "You may not use this stream."}},
+        403,
+        {"cache-control": "no-store"},
+    )
+
+
+async def refusal(
+    request: Request,
+    execution_id: str,
+    authorize: Authorize | None,
+    token_key: bytes | Sequence[bytes] | None,
+    can: str,
+) -> Response | None:
+    """Return the response that refuses *request*; None if it is permitted.
+
+    Raises:
+        FFError: See :func:`error_response`.
+    """
+    if token_key is not None:
+        check_token(token_key, _token(request), execution_id, can=can)
+    if authorize is not None:
+        try:
+            allowed = authorize(request, execution_id)
+            if inspect.isawaitable(allowed):
+                allowed = await allowed
+        except PermissionError as error:
+            if isinstance(error, FFError):
+                raise
+            return _forbidden()
+        if not allowed:
+            return _forbidden()
+    return None
+
+
+def _token(request: Request) -> str | None:
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and given:
+        return given.strip()
+    return request.query_params.get("token")
+
+
+def requested_place(request: Request) -> str | None:
+    """Return the cursor that *request* names: by ``Last-Event-ID``, else by ``?after=`` or ``?lastEventId=``."""
+    for given in (
+        request.headers.get("last-event-id"),
+        request.query_params.get("after"),
+        request.query_params.get("lastEventId"),
+    ):
+        if given is not None:
+            return given
+    return None
+
+
+class StreamResponse(Response):
+    """Streams an execution to an HTTP client, from where the client left off to its end.
+
+    An unknown execution is 404, a malformed cursor 400, a client that may not read 403, and a client that has got the end
+    already 204. ``HEAD`` answers the same without a body. While nothing comes, a comment every *heartbeat* seconds keeps
+    the connection. A client that disconnects, or that takes nothing for *send_timeout* seconds, ends the response and its
+    reader. When the server shuts down, the response ends and tells the client to come again.
+
+    Args:
+        backend: The backend, of the asyncio shell, on the loop of the server.
+        execution_id: Id of the execution, as it is or as it stands in a URL.
+        request: The request; None takes it from what the server passes.
+        framing: Makes the framing of this response: a class, or a function without arguments.
+        after: Cursor to begin after; None takes what the client names by ``Last-Event-ID``, ``?after=`` or ``?lastEventId=``.
+            ``""`` and ``-1`` are the beginning.
+        visibility: Whether best-effort frames are delivered.
+        heartbeat: How long nothing may come before a heartbeat does, in seconds or as a ``timedelta``.
+        authorize: Called with the request and the id before anything is read, and awaited if it returns an awaitable. The client
+            is refused with 403 where it returns anything false, or raises ``PermissionError``; an ``HTTPException`` passes.
+        token_key: The key of :func:`stream_token`, or several: the client must show a token, by ``?token=`` or as ``Bearer``.
+        send_timeout: How long a client may take nothing, in seconds or as a ``timedelta``.
+        pace: See :func:`events`.
+        headers: Further headers.
+        background: Runs after the response.
+
+    Raises:
+        InvalidInput: An argument that is not the client's is not accepted.
+    """
+
+    def __init__(
+        self,
+        backend: aio.ValkeyBackend,
+        execution_id: str,
+        request: Request | None = None,
+        *,
+        framing: Callable[[], Framing] = EventFraming,
+        after: str | None = None,
+        visibility: TailVisibility = TailVisibility.ALL,
+        heartbeat: float | timedelta = HEARTBEAT_S,
+        authorize: Authorize | None = None,
+        token_key: bytes | Sequence[bytes] | None = None,
+        send_timeout: float | timedelta = SEND_TIMEOUT_S,
+        pace: float | timedelta | None = None,
+        headers: Mapping[str, str] | None = None,
+        background: BackgroundTask | None = None,
+    ) -> None:
+        self._backend = backend
+        self._execution_id = execution_id
+        self._request = request
+        self._after = after
+        self._visibility = visibility
+        self._heartbeat = seconds("heartbeat", heartbeat)
+        self._authorize = authorize
+        self._token_key = token_key
+        self._send_timeout = seconds("send_timeout", send_timeout)
+        self._pace = None if pace is None else seconds("pace", pace, zero=True)
+        self._framing = framing()
+        if not isinstance(self._framing, Framing):
+            raise InvalidType("framing must make a Framing.")
+        self.status_code = 200
+        self.media_type = self._framing.media_type
+        self.background = background
+        self.init_headers({**self._framing.headers, **(headers or {})})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = self._request or Request(scope, receive, send)
+        try:
+            answer = await self._prepare(request)
+        except FFError as error:
+            answer = error_response(error)
+        if isinstance(answer, Chunks):
+            try:
+                await self._stream(answer, receive, send)
+            finally:
+                await answer.aclose()
+        else:
+            await answer(scope, receive, send)
+        if self.background is not None:
+            await self.background()
+
+    async def _prepare(self, request: Request) -> Chunks | Response:
+        """Return the chunks, or the response to a request that gets none."""
+        eid = keys.canonical_execution_id(self._execution_id)
+        refused = await refusal(request, eid, self._authorize, self._token_key, "read")
+        if refused is not None:
+            return refused
+        after = requested_place(request) if self._after is None else self._after
+        chunks = events(
+            self._backend,
+            eid,
+            after=after,
+            framing=self._framing,
+            visibility=self._visibility,
+            heartbeat=self._heartbeat,
+            pace=self._pace,
+        )
+        if request.method == "HEAD":
+            await self._backend.describe(eid)
+            return _Head(self)
+        await chunks.open()
+        if chunks.has_nothing_new:
+            await chunks.aclose()
+            return Response(status_code=204, headers={"cache-control": "no-store"})
+        return chunks
+
+    async def _stream(self, chunks: Chunks, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(_disconnected(receive))
+        gone.add_done_callback(lambda _: chunks.abandon())
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for chunk in chunks:
+                async with asyncio.timeout(self._send_timeout):
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            gone.cancel()
+
+
+class _Head(Response):
+    """The head of a stream that was asked for by ``HEAD``."""
+
+    def __init__(self, stream: Response) -> None:
+        self.status_code = stream.status_code
+        self.body = b""
+        self.background = None
+        self.raw_headers = stream.raw_headers
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def stop_response(
+    backend: aio.ValkeyBackend,
+    execution_id: str,
+    request: Request | None = None,
+    *,
+    authorize: Authorize | None = None,
+    token_key: bytes | Sequence[bytes] | None = None,
+    reason: str = "stopped by the client",
+    grace: float | timedelta | None = None,
+) -> Response:
+    """Cancel an execution for a client that has asked for it, and return the answer: ``{"success": true}``.
+
+    Readers get their end, and the worker is told. An execution that has ended is left as it is, with the same answer.
+
+    Args:
+        backend: The backend, of the asyncio shell.
+        execution_id: Id of the execution.
+        request: The request, which *authorize* and *token_key* need.
+        authorize: As of :class:`StreamResponse`.
+        token_key: As of :class:`StreamResponse`; the token must permit ``stop``.
+        reason: Why, for whoever reads about the cancellation.
+        grace: How long the worker may still write, in seconds or as a ``timedelta``; None ends the streams at once.
+    """
+    if request is None and (authorize is not None or token_key is not None):
+        raise InvalidInput("authorize and token_key need the request.")
+    try:
+        eid = keys.canonical_execution_id(execution_id)
+        if request is not None:
+            refused = await refusal(request, eid, authorize, token_key, "stop")
+            if refused is not None:
+                return refused
+        with contextlib.suppress(ExecutionNotActive):
+            await backend.cancel(eid, reason=reason, grace=grace)
+    except FFError as error:
+        return error_response(error)
+    return JSONResponse({"success": True}, headers={"cache-control": "no-store"})
