@@ -145,6 +145,7 @@ class Hub:
         self._timeout_s = timeout_s
         self._loop = loop or asyncio.get_running_loop()
         self._core = HubCore(by_slot=by_slot)
+        self._routes = self._core.routes
         self._retries = Retries(retry, retry_timeouts=True)
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -295,11 +296,16 @@ class Hub:
         self._idle_since = None
         self._tick()
 
-    def _pushed(self, push: list[object]) -> None:
+    def _pushed(self, push: list[Any]) -> None:
+        if push[0] == b"smessage":
+            # Nearly every push is one; the core would do the same.
+            route = self._routes.get(push[1])
+            if route is not None:
+                route(push[2])
+            return
         connection = self._connection
         due = (
-            push[0] != b"smessage"
-            and connection is not None
+            connection is not None
             and bool(connection.receivers)
             and connection.receivers[0] == self._refused
         )

@@ -42,8 +42,8 @@ _RETRY_MS = (200, 2_000)
 _TICK_S = 0.005
 # Most chunks that one loop sends in a second without being asked to: more readers get larger ones. And the longest pause
 # that comes of it.
-_CHUNKS_PER_S = 10_000
-_LONGEST_PACE_S = 0.1
+_CHUNKS_PER_S = 8_000
+_LONGEST_PACE_S = 0.125
 
 
 def resume_place(framing: Framing, after: str | None) -> str | None:
@@ -81,8 +81,8 @@ class _Reading:
         self.after = after or None
         self.cursor = resume_place(self.framing, after)
         self.visibility = visibility
-        self.heartbeat_s = seconds("heartbeat", heartbeat)
-        self.pace_s = None if pace is None else seconds("pace", pace, zero=True)
+        self.heartbeat_s = seconds("heartbeat", heartbeat, zero=False)
+        self.pace_s = None if pace is None else seconds("pace", pace)
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of ``follow``."""
@@ -101,19 +101,21 @@ class Chunks(_Reading):
         sending_since: When the client was given what it has not taken yet, in monotonic time; None if it has taken all.
             For whoever sends the chunks, so that a client that takes nothing is noticed.
         send_timeout: How long that may be, in seconds.
-        on_stuck: Called when it was longer.
+        on_stuck: Called when it was longer, behind :meth:`abandon`.
+        stuck: It was.
     """
 
     __slots__ = (
-        "__weakref__", "_backend", "_begun", "_bell", "_first", "_next_at", "_over", "_reader", "_stopping", "_watch",
-        "finished", "on_stuck", "send_timeout", "sending_since",
+        "__weakref__", "_backend", "_begun", "_bell", "_items", "_last", "_next_at", "_over", "_reader", "_stopping", "_watch",
+        "finished", "on_stuck", "send_timeout", "sending_since", "stuck",
     )  # fmt: skip
 
     def __init__(self, backend: aio.ValkeyBackend, *args: Any) -> None:
         super().__init__(*args)
         self._backend = backend
         self._reader: aio.Follow | None = None
-        self._first: list[Any] | None = None
+        self._items: list[Any] | None = None
+        self._last = b""
         self._begun = False
         self._over = False
         self._stopping = False
@@ -121,6 +123,7 @@ class Chunks(_Reading):
         self.finished = False
         self.sending_since: float | None = None
         self.send_timeout = inf
+        self.stuck = False
         self.on_stuck: Callable[[], object] | None = None
 
     async def open(self) -> None:
@@ -137,8 +140,8 @@ class Chunks(_Reading):
         self._reader = reader = self._backend.follow(self.execution_id, **self.options())
         self._watch.add(self)
         try:
-            self._first = await reader.next_batch(_FIRST_READ_S)
-            if not self._first:
+            self._items = await reader.next_batch(_FIRST_READ_S)
+            if not self._items:
                 await self._backend.describe(self.execution_id)
         except BaseException:
             await self.aclose()
@@ -147,7 +150,7 @@ class Chunks(_Reading):
     @property
     def has_nothing_new(self) -> bool:
         """Whether the client had got the end already, by the first read."""
-        first = self._first
+        first = self._items
         return (
             self.framing.ids
             and self.cursor is not None
@@ -163,9 +166,10 @@ class Chunks(_Reading):
         self._stopping = True
         self._wake()
 
-    def abandon(self) -> None:
+    def abandon(self, _: object = None) -> None:
         """End the chunks without a word: the client has gone."""
         self._over = True
+        self._last = b""
         self._wake()
 
     def _wake(self) -> None:
@@ -177,41 +181,69 @@ class Chunks(_Reading):
         return self
 
     async def __anext__(self) -> bytes:
-        reader = self._reader
-        if not self._begun:
-            await self.open()
-            reader = self._reader
-            self._begun = True
-            chunk = self.framing.begin(self.after)
-            first, self._first = self._first, None
-            if first:
-                chunk += self._framed(first)
+        while True:
+            chunk = self.ready()
             if chunk:
                 return chunk
-        assert reader is not None
-        while not self._over:
-            pause = self._next_at - monotonic()
-            if pause > 0 and not self._stopping:
-                self._watch.ring(self._bell, self._next_at)
-                await self._bell
-                continue
-            try:
-                items = await reader.next_batch(self.heartbeat_s)
-            except FFError as error:
-                if self._over:
-                    break
-                await self._close()
-                if self._stopping:
-                    return self.framing.shutdown(random.randint(*_RETRY_MS))  # noqa: S311 - no secret
-                chunk = self.framing.failed(error)
-            else:
-                pace = self.pace_s
-                self._next_at = monotonic() + (self._watch.pace if pace is None else pace)
-                chunk = self._framed(items) if items else self.framing.heartbeat()
-            if chunk:
-                return chunk
+            if self._over:
+                break
+            await self.wait()
         await self.aclose()
         raise StopAsyncIteration
+
+    @property
+    def over(self) -> bool:
+        """Whether the last chunk was taken."""
+        return self._over and not self._last
+
+    def ready(self) -> bytes:
+        """Return the next chunk if there is one without waiting; empty if there is none."""
+        if self._last:
+            last, self._last = self._last, b""
+            return last
+        reader = self._reader
+        if reader is None or self._over:
+            return b""
+        items = self._items
+        if items is None:
+            now = monotonic()
+            if now < self._next_at or self._stopping:
+                return b""
+            items = reader._take_ready()
+            if not items:
+                return b""
+            self._next_at = now + (self._watch.pace if self.pace_s is None else self.pace_s)
+        else:
+            self._items = None
+        framing = self.framing
+        if self._begun:
+            return self._framed(items) if items else framing.heartbeat()
+        self._begun = True
+        return framing.begin(self.after) + (self._framed(items) if items else b"")
+
+    async def wait(self) -> None:
+        """Wait until there may be a chunk."""
+        reader = self._reader
+        if reader is None:
+            await self.open()
+            return
+        if self._over:
+            return
+        if monotonic() < self._next_at and not self._stopping:
+            self._watch.ring(self._bell, self._next_at)
+            await self._bell
+            return
+        try:
+            self._items = await reader.next_batch(self.heartbeat_s)
+            self._next_at = monotonic() + (self._watch.pace if self.pace_s is None else self.pace_s)
+        except FFError as error:
+            if self._over:
+                return
+            await self._close()
+            if self._stopping:
+                self._last = self.framing.shutdown(random.randint(*_RETRY_MS))  # noqa: S311 - no secret
+            else:
+                self._last = self.framing.failed(error)
 
     def _framed(self, items: list[Any]) -> bytes:
         if isinstance(items[-1], End):
@@ -220,13 +252,14 @@ class Chunks(_Reading):
 
     async def _close(self) -> None:
         self._over = True
+        self._items = None
         if self._reader is not None:
             self._watch.remove(self)
             await self._reader.aclose()
 
     async def aclose(self) -> None:
         """Stop reading, and let the reader go."""
-        self._begun = True
+        self._last = b""
         await self._close()
 
 
@@ -263,7 +296,7 @@ def events(
         visibility: Whether best-effort frames are delivered.
         heartbeat: How long nothing may come before a heartbeat does, in seconds or as a ``timedelta``.
         pace: The shortest time between two chunks, in seconds or as a ``timedelta``; frames that come meanwhile share the
-            next one. None is almost nothing for a few open responses, and 0.1 s for a thousand in this process.
+            next one. None is almost nothing for a few open responses, and 0.125 s for a thousand in this process.
 
     Raises:
         InvalidId: *execution_id* is not one.
@@ -439,6 +472,8 @@ class _Watch:
             since = chunks.sending_since
             if since is not None and now - since > chunks.send_timeout:
                 chunks.sending_since = None
+                chunks.stuck = True
+                chunks.abandon()
                 if chunks.on_stuck is not None:
                     chunks.on_stuck()
         if self._open and self._timer is None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+from functools import cache, partial
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ff_fast import keys
 from ff_fast.errors import (
@@ -118,14 +119,10 @@ def _token(request: Request) -> str | None:
 
 def requested_place(request: Request) -> str | None:
     """Return the cursor that *request* names: by ``Last-Event-ID``, else by ``?after=`` or ``?lastEventId=``."""
-    for given in (
-        request.headers.get("last-event-id"),
-        request.query_params.get("after"),
-        request.query_params.get("lastEventId"),
-    ):
-        if given is not None:
-            return given
-    return None
+    given = request.headers.get("last-event-id")
+    if given is None and request.scope.get("query_string"):
+        given = request.query_params.get("after", request.query_params.get("lastEventId"))
+    return given
 
 
 class StreamResponse(Response):
@@ -150,7 +147,7 @@ class StreamResponse(Response):
         token_key: The key of :func:`stream_token`, or several: the client must show a token, by ``?token=`` or as ``Bearer``.
         send_timeout: How long a client may take nothing, in seconds or as a ``timedelta``.
         pace: See :func:`events`.
-        headers: Further headers.
+        headers: Further headers; one of a name that the framing has replaces it.
         background: Runs after the response.
 
     Raises:
@@ -179,18 +176,24 @@ class StreamResponse(Response):
         self._request = request
         self._after = after
         self._visibility = visibility
-        self._heartbeat = seconds("heartbeat", heartbeat)
+        self._heartbeat = seconds("heartbeat", heartbeat, zero=False)
         self._authorize = authorize
         self._token_key = token_key
-        self._send_timeout = seconds("send_timeout", send_timeout)
-        self._pace = None if pace is None else seconds("pace", pace, zero=True)
+        self._send_timeout = seconds("send_timeout", send_timeout, zero=False)
+        self._pace = None if pace is None else seconds("pace", pace)
         self._framing = framing()
         if not isinstance(self._framing, Framing):
             raise InvalidType("framing must make a Framing.")
         self.status_code = 200
         self.media_type = self._framing.media_type
         self.background = background
-        self.init_headers({**self._framing.headers, **(headers or {})})
+        more = [
+            (name.lower().encode("latin-1"), value.encode("latin-1"))
+            for name, value in (headers or {}).items()
+        ]
+        names = {name for name, _ in more}
+        own = _encoded(self.media_type, *self._framing.headers.items())
+        self.raw_headers = [*(each for each in own if each[0] not in names), *more]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = self._request or Request(scope, receive, send)
@@ -236,27 +239,23 @@ class StreamResponse(Response):
     async def _stream(self, chunks: Chunks, receive: Receive, send: Send) -> None:
         task = asyncio.current_task()
         gone = asyncio.ensure_future(_disconnected(receive))
-        gone.add_done_callback(lambda _: chunks.abandon())
-        stuck = False
-
-        def on_stuck() -> None:
-            nonlocal stuck
-            stuck = True
-            chunks.abandon()
-            if not _abort(receive) and task is not None:
-                task.cancel()
-
+        gone.add_done_callback(chunks.abandon)
         chunks.send_timeout = self._send_timeout
-        chunks.on_stuck = on_stuck
+        chunks.on_stuck = partial(_drop, receive, task)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for chunk in chunks:
+            # As `async for`, which costs a coroutine for each chunk.
+            while not chunks.over:
+                chunk = chunks.ready()
+                if not chunk:
+                    await chunks.wait()
+                    continue
                 chunks.sending_since = monotonic()
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunks.sending_since = None
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except asyncio.CancelledError:
-            if not stuck or task is None or task.uncancel() > 0:
+            if not chunks.stuck or task is None or task.uncancel() > 0:
                 raise
         except OSError:
             # What a server of ASGI 2.4 raises when the client has gone.
@@ -266,17 +265,19 @@ class StreamResponse(Response):
             gone.cancel()
 
 
-def _abort(receive: Receive) -> bool:
-    """Drop the connection of a client that takes nothing; return whether it could be.
+def _drop(receive: Receive, task: asyncio.Task[Any] | None) -> None:
+    """Drop the connection of a client that takes nothing.
 
     A server closes a connection when its client has taken what was sent, and this one never does. The protocol has no word for
-    it; but ``receive`` is a method of uvicorn's request, which knows the transport, unless a middleware has wrapped it.
+    it; but ``receive`` is a method of uvicorn's request, which knows the transport, unless a middleware has wrapped it. Then the
+    task that sends is cancelled, and the connection is left to the server.
     """
     transport = getattr(getattr(receive, "__self__", None), "transport", None)
-    if transport is None or not hasattr(transport, "abort"):
-        return False
-    transport.abort()
-    return True
+    abort = getattr(transport, "abort", None)
+    if abort is not None:
+        abort()
+    elif task is not None:
+        task.cancel()
 
 
 class _Head(Response):
@@ -287,6 +288,17 @@ class _Head(Response):
         self.body = b""
         self.background = None
         self.raw_headers = stream.raw_headers
+
+
+@cache
+def _encoded(media_type: str, *headers: tuple[str, str]) -> list[tuple[bytes, bytes]]:
+    """Return headers as a server takes them: the same objects for all responses of a framing."""
+    is_text = media_type.startswith("text/") and "charset=" not in media_type
+    charset = "; charset=utf-8" if is_text else ""
+    return [
+        (name.encode("latin-1"), value.encode("latin-1"))
+        for name, value in (("content-type", media_type + charset), *headers)
+    ]
 
 
 async def _disconnected(receive: Receive) -> None:

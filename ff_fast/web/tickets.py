@@ -43,7 +43,7 @@ def stream_token(
     Raises:
         InvalidInput: An argument is not accepted.
     """
-    lasts = seconds("expires_in", expires_in)
+    lasts = seconds("expires_in", expires_in, zero=False)
     wanted = [can] if isinstance(can, str) else list(can)
     if not wanted or not set(wanted) <= set(_SCOPES):
         raise InvalidInput("can must name 'read', 'stop', or both.")

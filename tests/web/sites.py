@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import uvicorn
 from starlette.applications import Starlette
 
-from ff_fast import aio
+from ff_fast import aio, web
 from tests.waiting import wait_until
 
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
@@ -57,8 +57,9 @@ class Site:
         return asyncio.run_coroutine_threadsafe(awaitable, self.loop).result(10)
 
     def __exit__(self, *_):
+        # On a thread uvicorn has no handler of signals, by which responses learn that it ends.
+        self.loop.call_soon_threadsafe(web.end_responses)
         self.server.should_exit = True
-        self.server.force_exit = True
         self._thread.join(10)
         assert not self._thread.is_alive()
 
