@@ -50,6 +50,9 @@ function ff.check_claim(execution, known, take_over)
   end
   if resumed then
     ff.read_head(ff.attempt_key(execution, 'head', index))
+  elseif take_over then
+    ff.core_number(execution, 'reclaim_count')
+    ff.core_number(execution, 'max_reclaims')
   end
   if not take_over and index ~= '0' then
     local previous = ff.text(tonumber(index) - 1)

@@ -128,6 +128,8 @@ class OpenedStream(StreamState[Writer, LeaseKeeper]):
                 await writer._wait(store_and_close(writer, timeout_s))
             case WaitLost(seconds):
                 await self._kept.wait_lost(seconds)
+            case _:
+                pass  # no action of a stream
         return None
 
     async def __aenter__(self) -> Self:

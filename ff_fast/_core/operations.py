@@ -257,12 +257,7 @@ def _ttl_ms(name: str, value: int | timedelta) -> int:
     return milliseconds(name, value, 1, MAX_TTL_MS)
 
 
-def document(what: str, value: object) -> bytes:
-    """Return a payload or a result as bytes.
-
-    Raises:
-        InvalidType, InvalidPayload, PayloadTooLarge: It is none.
-    """
+def _document(what: str, value: object) -> bytes:
     return _bounded(what, payload_bytes(value), MAX_DOCUMENT)
 
 
@@ -366,7 +361,7 @@ def create_execution(
         parent_id=parent,
         budget_ids=[keys.opaque_id("A budget id", budget) for budget in budgets],
         retry=policy,
-        payload=document("payload of an execution", payload),
+        payload=_document("payload of an execution", payload),
         tags=_tags({} if tags is None else tags),
     )
 
@@ -507,7 +502,7 @@ def complete(
             gone.
     """
     attempt = _attempt(handle)
-    result = document("result", payload)
+    result = _document("result", payload)
     if last_sequence is not None:
         check_int("last_sequence", last_sequence, 0, MAX_INT)
     partition = keys.partition_index(attempt.execution_id)
@@ -1554,7 +1549,7 @@ def open_stream(
         attempt_id=keys.new_uuid(),
         writer_text=ops.writer_text(),
         max_payload_bytes=on.max_payload_bytes,
-        payload=document("payload of an execution", payload),
+        payload=_document("payload of an execution", payload),
         tags=_tags({} if tags is None else tags),
     )
     state = claiming.Claim(

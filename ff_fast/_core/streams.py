@@ -9,7 +9,6 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 
 from ff_fast._core import operations, ops
@@ -35,6 +34,8 @@ from ff_fast.errors import FFError, InvalidInput, NotReplicated
 from ff_fast.types import FailureClass
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
     from ff_fast._core.durability import Level
     from ff_fast.types import FailOutcome, FailureReason, Handle
 
@@ -147,8 +148,7 @@ def complete(stream: StreamState[Any, Any], payload: bytes | str | None = None) 
         FFError: It is not complete: the lease is lost, or frames are. While the lease is held it has failed for that.
     """
     _ = stream._producing
-    result = operations.document("result", b"" if payload is None else payload)
-    return _completed(stream, result)
+    return _completed(stream, b"" if payload is None else payload)
 
 
 def fail(
@@ -187,7 +187,7 @@ def left(stream: StreamState[Any, Any], error: BaseException | None) -> Ending:
     if stream.handle is None or stream._released:
         return
     if error is None:
-        yield from _completed(stream, b"")
+        yield from _completed(stream)
         return
     try:
         if isinstance(error, Exception):
@@ -199,15 +199,20 @@ def left(stream: StreamState[Any, Any], error: BaseException | None) -> Ending:
         _log.warning("Stream %s was not ended: %s", stream.execution_id, refused)
 
 
-def _completed(stream: StreamState[Any, Any], payload: bytes) -> Ending:
+def _completed(stream: StreamState[Any, Any], payload: bytes | str = b"") -> Ending:
+    # What is no result is refused before anything is done.
+    call = operations.complete(
+        stream._backend._deployment, stream._lease, payload, **stream._reaching
+    )
+    return _completed_by(stream, call)
+
+
+def _completed_by(stream: StreamState[Any, Any], call: operations.Call[None]) -> Ending:
     try:
         yield CloseWriter()
         if stream._cancel_requested:
             yield from _cancelled(stream)
             return
-        call = operations.complete(
-            stream._backend._deployment, stream._lease, payload, **stream._reaching
-        )
         yield from _over(stream, call)
     except FFError as error:
         if is_lease_lost(error) and (yield from _was_cancelled(stream)):

@@ -112,6 +112,8 @@ class OpenedStream(StreamState[Writer, LeaseKeeper]):
                 writer._wait(store_and_close(writer, timeout_s))
             case WaitLost(seconds):
                 self._kept.wait_lost(seconds)
+            case _:
+                pass  # no action of a stream
         return None
 
     def __enter__(self) -> Self:
