@@ -499,6 +499,28 @@ def take_over(
     return handle
 
 
+def produce(
+    on: Deployment,
+    state: Claim,
+    op: ops.Op[ops.Produced | None],
+    execution_id: str,
+    lease_id: str,
+) -> Steps[ops.Produced | None]:
+    """Claim the execution of a named stream, unless somebody else produces it."""
+    state.lease = keys.partition_index(execution_id), lease_id
+    try:
+        produced = yield from ops.call(op)
+    except FFError as error:
+        if error.outcome is not Outcome.UNKNOWN:
+            state.lease = None
+        raise
+    if produced is None:
+        state.lease = None
+    elif state.abandoned:
+        yield from give_back(on, state)
+    return produced
+
+
 def give_back(on: Deployment, state: Claim) -> Steps[None]:
     """Give back what a claim has taken for a caller that has gone: its execution, and its hint."""
     # Whoever leads may have taken hints that it has not handed out.
