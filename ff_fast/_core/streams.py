@@ -76,6 +76,10 @@ class StreamState(Holder[W, K], Generic[W, K]):
         self.handle = handle
         self.role: Literal["producer", "consumer"] = "consumer" if handle is None else "producer"
 
+    def _check_producer(self) -> None:
+        if self.handle is None:
+            raise InvalidInput(_CONSUMER)
+
     @property
     def _lease(self) -> Handle:
         assert self.handle is not None
@@ -88,8 +92,8 @@ class StreamState(Holder[W, K], Generic[W, K]):
         Raises:
             InvalidInput: This is a consumer.
         """
-        if self._keeper is None:
-            raise InvalidInput(_CONSUMER)
+        self._check_producer()
+        assert self._keeper is not None
         return self._keeper
 
     @property
@@ -115,8 +119,8 @@ class StreamState(Holder[W, K], Generic[W, K]):
             InvalidInput: This is a consumer.
             FFError: The lease is gone.
         """
-        if self._current_writer is None:
-            raise InvalidInput(_CONSUMER)
+        self._check_producer()
+        assert self._current_writer is not None
         if self._lost is not None:
             raise copy.copy(self._lost)
         return self._current_writer
@@ -138,7 +142,7 @@ def of_writer(
 def complete(stream: StreamState[Any, Any], payload: bytes | str | None = None) -> Ending:
     """Store all frames, and complete the stream with *payload* as its result. Leaving the block does nothing more.
 
-    A stream whose cancellation is requested ends as cancelled.
+    A stream that somebody has cancelled, or asked to be, ends as cancelled all the same.
 
     Args:
         payload: Result, at most 16 MiB; None for none.
@@ -147,7 +151,7 @@ def complete(stream: StreamState[Any, Any], payload: bytes | str | None = None) 
         InvalidInput: This is a consumer.
         FFError: It is not complete: the lease is lost, or frames are. While the lease is held it has failed for that.
     """
-    _ = stream._producing
+    stream._check_producer()
     return _completed(stream, b"" if payload is None else payload)
 
 
@@ -171,7 +175,7 @@ def fail(
         InvalidInput: This is a consumer.
         FFError: The lease is lost, or the server cannot be reached.
     """
-    _ = stream._producing
+    stream._check_producer()
     call = operations.fail(
         stream._backend._deployment, stream._lease, reason, failure_class, **stream._reaching
     )
@@ -195,8 +199,9 @@ def left(stream: StreamState[Any, Any], error: BaseException | None) -> Ending:
         else:
             yield from _cancelled(stream, HAND_BACK_S)
     except (FFError, TimeoutError) as refused:
-        # The error of the block is the cause.
-        _log.warning("Stream %s was not ended: %s", stream.execution_id, refused)
+        # The error of the block is the cause. A stream whose lease is lost is somebody else's.
+        if not (isinstance(refused, FFError) and is_lease_lost(refused)):
+            _log.warning("Stream %s was not ended: %s", stream.execution_id, refused)
 
 
 def _completed(stream: StreamState[Any, Any], payload: bytes | str = b"") -> Ending:
