@@ -111,9 +111,9 @@ class OpenedStream(StreamState[Writer, LeaseKeeper]):
         """
         return self.cancelled or await self._kept.wait_cancelled(timeout)
 
-    async def _end(self, actions: Generator[Action, Any, T]) -> T:
+    async def _end(self, actions: Generator[Action, Any, T], limit_s: float | None = None) -> T:
         try:
-            return await drive(actions, self._perform)
+            return await drive(actions, self._perform, limit_s)
         finally:
             if self._released and self._keeper is not None:
                 await self._keeper.stop()
@@ -142,7 +142,7 @@ class OpenedStream(StreamState[Writer, LeaseKeeper]):
         where: TracebackType | None,
     ) -> None:
         try:
-            await self._end(streams_core.left(self, error))
+            await self._end(streams_core.left(self, error), streams_core.limit_s(error))
         finally:
             if self._keeper is not None:
                 await self._keeper.stop()

@@ -138,11 +138,13 @@ class Task(TaskState[Writer, LeaseKeeper]):
 
 
 async def drive(
-    actions: Generator[Action, Any, T], perform: Callable[[Action], Awaitable[object]]
+    actions: Generator[Action, Any, T],
+    perform: Callable[[Action], Awaitable[object]],
+    limit_s: float | None = None,
 ) -> T:
-    """Perform the actions of the core, and return what comes of them."""
+    """Perform the actions of the core, in *limit_s* seconds, and return what comes of them."""
     # The caller that cancels the task waits for it, so the actions after an interrupt have a deadline.
-    until: float | None = None
+    until = None if limit_s is None else time.monotonic() + limit_s
     try:
         action = next(actions)
         while True:

@@ -182,6 +182,11 @@ def fail(
     return _failed_by(stream, call)
 
 
+def limit_s(error: BaseException | None) -> float | None:
+    """Return how long leaving a block by *error* may take: who interrupts it waits for it."""
+    return None if error is None or isinstance(error, Exception) else HAND_BACK_S
+
+
 def left(stream: StreamState[Any, Any], error: BaseException | None) -> Ending:
     """End a stream whose block was left, by *error* or without one.
 
@@ -197,7 +202,7 @@ def left(stream: StreamState[Any, Any], error: BaseException | None) -> Ending:
         if isinstance(error, Exception):
             yield from _failed(stream, failure_of(error))
         else:
-            yield from _cancelled(stream, HAND_BACK_S)
+            yield from _cancelled(stream, HAND_BACK_S / 2)
     except (FFError, TimeoutError) as refused:
         # The error of the block is the cause. A stream whose lease is lost is somebody else's.
         if not (isinstance(refused, FFError) and is_lease_lost(refused)):

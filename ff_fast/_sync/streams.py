@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -62,6 +63,8 @@ class OpenedStream(StreamState[Writer, LeaseKeeper]):
     __doc__ = streams_core.OPENED_STREAM
 
     _backend: Operations
+    # The deadline of what ends the stream, in monotonic time.
+    _until = float("inf")
 
     def __init__(
         self, backend: Operations, request: StreamRequest, produced: Production | None
@@ -95,7 +98,9 @@ class OpenedStream(StreamState[Writer, LeaseKeeper]):
         """
         return self.cancelled or self._kept.wait_cancelled(timeout)
 
-    def _end(self, actions: Generator[Action, Any, T]) -> T:
+    def _end(self, actions: Generator[Action, Any, T], limit_s: float | None = None) -> T:
+        if limit_s is not None:
+            self._until = time.monotonic() + limit_s
         try:
             return drive(actions, self._perform)
         finally:
@@ -105,7 +110,7 @@ class OpenedStream(StreamState[Writer, LeaseKeeper]):
     def _perform(self, action: Action) -> object:
         match action:
             case Run(call):
-                return self._backend._do(call)
+                return self._backend._do(call, until=self._until)
             case CloseWriter(timeout_s):
                 writer = self._current_writer
                 assert writer is not None
@@ -126,7 +131,7 @@ class OpenedStream(StreamState[Writer, LeaseKeeper]):
         where: TracebackType | None,
     ) -> None:
         try:
-            self._end(streams_core.left(self, error))
+            self._end(streams_core.left(self, error), streams_core.limit_s(error))
         finally:
             if self._keeper is not None:
                 self._keeper.stop()
