@@ -935,15 +935,23 @@ redis.register_function('ff_append', function(keys, args)
   return answers
 end)
 
--- Makes `writer`, which is not the one of the attempt, its writer. Returns what the writer continues from: the last id,
--- the last visible sequence, the state of the estimator, the version of the summary, and the number of writers so far.
--- The caller has read the summary's version, and has published that something changes: before the first write of its
--- call, so that a user who may not publish learns it there, and not from readers that are late.
-function ff.open_writer(head, head_key, version, writer, payload_limit)
+-- What a writer continues from, of the meta hash and the summary of an attempt.
+function ff.written_before(head_key, summary_key)
+  local call = redis.call
+  local before = call(
+    'HMGET', ff.meta_beside(head_key), 'visible_sequence', 'estimator', 'writer_openings', 'payload_limit'
+  )
+  before[5] = call('HGET', summary_key, 'version') or '0'
+  return before
+end
+
+-- Makes `writer` the writer of an attempt. Returns what it continues from: the last id, the last visible sequence, the
+-- state of the estimator, the version of the summary, and the number of writers so far. `before` was read before the
+-- first write of the call. So was published that something changes: a user who may not publish learns it there, and not
+-- from readers that are late.
+function ff.open_writer(head, head_key, before, writer, payload_limit)
   local call, meta_key = redis.call, ff.meta_beside(head_key)
-  local visible_sequence, estimator, openings, limit_before = unpack(call(
-    'HMGET', meta_key, 'visible_sequence', 'estimator', 'writer_openings', 'payload_limit'
-  ))
+  local visible_sequence, estimator, openings, limit_before, version = unpack(before, 1, 5)
   local _, sequence = ff.split_id(head.last_id)
   if head.writer ~= writer then
     openings = ff.text((tonumber(openings or '0') or 0) + 1)
@@ -982,11 +990,10 @@ redis.register_function('ff_open_writer', function(keys, args)
     return refused
   end
   local head = ff.read_head(head_key)
-  local version = call('HGET', summary_key, 'version') or '0'
+  local before = ff.written_before(head_key, summary_key)
   if head.writer ~= writer then
-    ff.expect('meta', ff.meta_beside(head_key))
     -- Frames that the writer before has pushed and not stored are lost: readers look.
     call('SPUBLISH', head_key, PUSH.CHANGED)
   end
-  return ff.ok(ff.open_writer(head, head_key, version, writer, payload_limit))
+  return ff.ok(ff.open_writer(head, head_key, before, writer, payload_limit))
 end)

@@ -81,10 +81,8 @@ redis.register_function('ff_open_stream', function(keys, args)
     index = not take_over and fields.interrupted == '1' and fields.current_attempt_index or fields.total_attempt_count
   end
   local head_key = ff.attempt_key(execution, 'head', index)
-  local version = call('HGET', ff.attempt_key(execution, 'summary', index), 'version') or '0'
-  if granted then
-    ff.expect('meta', ff.meta_beside(head_key))
-  elseif not exists and #args > 12 then
+  local before = ff.written_before(head_key, ff.attempt_key(execution, 'summary', index))
+  if not exists and #args > 12 then
     ff.expect('tags', tags_key)
   end
   call('SPUBLISH', head_key, ff.PUSH.CHANGED)
@@ -96,7 +94,7 @@ redis.register_function('ff_open_stream', function(keys, args)
   granted = granted
     or ff.grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)
   local writer = table.concat({ index, lease_digest, granted[4], writer_text }, ':')
-  for _, value in ipairs({ ff.open_writer(execution.heads[index], head_key, version, writer, payload_limit) }) do
+  for _, value in ipairs({ ff.open_writer(execution.heads[index], head_key, before, writer, payload_limit) }) do
     granted[#granted + 1] = value
   end
   return ff.ok(unpack(granted))

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+from urllib.parse import quote
 
 import pytest
 
@@ -559,3 +560,25 @@ def test_one_with_many_attempts_is_removed_in_several_calls(world, shell, open_s
     world.raw.hset(keys.core(eid), "total_attempt_count", 400)
     shell.delete_execution(eid)
     assert world.keys_of(eid) == set()
+
+
+# -- ids ------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_id_that_users_meet_needs_no_escape_in_a_url(world, shell, open_stream):
+    done = world.backend.subscribe_completions(after="start")
+    with open_stream() as stream:
+        stream.write(b"a")
+        lease = stream.handle.fields()
+        point = shell.create_waitpoint(stream.handle)
+        signal = shell.deliver_signal(stream.execution_id, point, "go")
+    flow = world.create_flow()
+    completion = done.next_batch(10)[-1]
+    done.close()
+    items = followed(shell, stream.execution_id)
+    met = [
+        keys.url_id(stream.execution_id), flow, point.waitpoint_id, signal.signal_id,
+        lease.lease_id, lease.attempt_id, completion.cursor, "start",
+        *(item.cursor for item in items), items[1].stream_id,
+    ]  # fmt: skip
+    assert [each for each in met if quote(each, safe="") != each] == []
