@@ -145,8 +145,8 @@ function ff.enqueue(execution)
   ff.with_hints(execution.hints, { fields.lane_id, needs, score })
 end
 
--- Undoes ff.enqueue for an execution that moves to another state. The timer of a named stream that is taken over is that
--- of its lease from then on.
+-- Undoes ff.enqueue for an execution that moves to another state. The timer of a named stream that is taken over is
+-- that of its lease from then on.
 local function dequeue(execution, to)
   if ff.is_named(execution) then
     if to ~= 'active' then
