@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from ff_fast._core.durability import Level
-    from ff_fast.types import FailOutcome, FailureReason, Handle
+    from ff_fast.types import ExecutionState, FailOutcome, FailureReason, Handle
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,6 +48,12 @@ _CONSUMER = (
     "Somebody else produces this stream: only where `role` is producer it can be written and ended."
 )
 
+_CANCELLED: frozenset[ExecutionState] = frozenset({"cancelled"})
+_RELEASED: frozenset[ExecutionState] = frozenset(
+    {"waiting", "delayed", "waiting_children", "suspended", "failed"}
+)
+"""States into which nobody but the holder of its lease moves the attempt of a named stream, by a call with the handle."""
+
 _log = logging.getLogger("ff_fast")
 
 OPENED_STREAM = """A named stream, as `open_stream` opens it: a context manager.
@@ -55,7 +61,7 @@ OPENED_STREAM = """A named stream, as `open_stream` opens it: a context manager.
     Leaving the block of a producer stores all frames and completes the stream; it raises what keeps that from being done.
     An exception of the block fails the stream, with its type and text as the reason. An ``asyncio.CancelledError``, an
     interrupt, an exit and a ``GeneratorExit`` cancel it. A stream that somebody has cancelled ends as cancelled, whatever
-    the block does. For a consumer, leaving does nothing. A producer that is dropped without leaving its block, or that
+    the block does, and one whose lease was released by a call with its ``handle`` as that call has said. For a consumer, leaving does nothing. A producer that is dropped without leaving its block, or that
     cannot reach the server, is lost when its lease lapses.
 
     Attributes:
@@ -196,7 +202,7 @@ def left(stream: StreamState[Any, Any], error: BaseException | None) -> Ending:
     if stream.handle is None or stream._released:
         return
     if error is None:
-        yield from _completed(stream)
+        yield from _completed(stream, over=_CANCELLED | _RELEASED)
         return
     try:
         if isinstance(error, Exception):
@@ -209,15 +215,21 @@ def left(stream: StreamState[Any, Any], error: BaseException | None) -> Ending:
             _log.warning("Stream %s was not ended: %s", stream.execution_id, refused)
 
 
-def _completed(stream: StreamState[Any, Any], payload: bytes | str = b"") -> Ending:
+def _completed(
+    stream: StreamState[Any, Any],
+    payload: bytes | str = b"",
+    over: frozenset[ExecutionState] = _CANCELLED,
+) -> Ending:
     # What is no result is refused before anything is done.
     call = operations.complete(
         stream._backend._deployment, stream._lease, payload, **stream._reaching
     )
-    return _completed_by(stream, call)
+    return _completed_by(stream, call, over)
 
 
-def _completed_by(stream: StreamState[Any, Any], call: operations.Call[None]) -> Ending:
+def _completed_by(
+    stream: StreamState[Any, Any], call: operations.Call[None], over: frozenset[ExecutionState]
+) -> Ending:
     try:
         yield CloseWriter()
         if stream._cancel_requested:
@@ -225,7 +237,7 @@ def _completed_by(stream: StreamState[Any, Any], call: operations.Call[None]) ->
             return
         yield from _over(stream, call)
     except FFError as error:
-        if is_lease_lost(error) and (yield from _was_cancelled(stream)):
+        if is_lease_lost(error) and (yield from _is_over(stream, over)):
             stream._released = True
             return
         with contextlib.suppress(FFError):
@@ -294,10 +306,14 @@ def _cancelled(stream: StreamState[Any, Any], limit_s: float | None = None) -> E
     yield from _over(stream, call, limit_s)
 
 
-def _was_cancelled(stream: StreamState[Any, Any]) -> Generator[Action, Any, bool]:
-    """Whether somebody has cancelled the execution."""
+def _is_over(
+    stream: StreamState[Any, Any], over: frozenset[ExecutionState]
+) -> Generator[Action, Any, bool]:
+    """Whether the execution is in one of these states, and has no later attempt."""
     state: ops.State | None = None
     with contextlib.suppress(FFError):
         call = operations.Call(lambda: ops.call(ops.read_state(stream.execution_id)), writes=False)
         state = yield Run(call)
-    return state is not None and state.state == "cancelled"
+    if state is None or state.state not in over:
+        return False
+    return state.state == "cancelled" or state.attempt_index == stream._lease.attempt_index

@@ -475,6 +475,28 @@ def test_a_producer_may_give_its_stream_up_for_a_while(world, shell, open_stream
     assert told(followed(shell, eid)) == [0, "a", "b", ("success", None)]
 
 
+@pytest.mark.parametrize("how", ["delay", "fail", "complete"])
+def test_what_was_done_with_the_handle_is_left_as_it_is(world, shell, open_stream, how):
+    with open_stream() as stream:
+        stream.write(b"a")
+        stream.flush(5)
+        if how == "delay":
+            shell.delay(stream.handle, 60)
+        elif how == "fail":
+            shell.fail(stream.handle, "no")
+        else:
+            shell.complete(stream.handle, b"r")
+    state = {"delay": "delayed", "fail": "failed", "complete": "completed"}[how]
+    assert world.state(stream.execution_id) == state
+
+
+def test_a_stream_that_has_failed_is_not_completed(open_stream):
+    with open_stream() as stream:
+        stream.fail("no")
+        with pytest.raises(errors.ExecutionNotActive):
+            stream.complete(b"r")
+
+
 def test_a_stream_is_taken_over_more_often_than_a_worker_is_replaced(world, open_stream):
     eid = open_stream().execution_id
     world.raw.hset(keys.core(eid), "reclaim_count", 1000)
