@@ -493,3 +493,62 @@ async def test_frames_that_a_failover_lost_are_stored_again_before_the_end(shell
         async with stream:
             stream.write(b"c")
         assert await followed(backend, eid) == [0, b"a", b"b", b"c", ("success", None)]
+
+
+# -- removal, and the end of a program --------------------------------------------------------------------------------
+
+
+async def test_a_removal_whose_reply_is_lost_has_removed(shell, proxy, raw, opening):
+    options, eid = opening
+    async with await shell.connect(proxy.url, retries=5, factor=1) as backend:
+        async with await backend.open_stream(**options):
+            pass
+        proxy.cut_after(DOWN, 1)
+        await backend.delete_execution(eid)
+        assert proxy.cuts == 1
+        assert raw.keys(f"*{eid[-36:]}*") == []
+        with pytest.raises(errors.ExecutionNotFound):
+            await backend.delete_execution(eid)
+
+
+DROPPED = {
+    "sync": """
+import sys
+import ff_fast
+backend = ff_fast.ValkeyBackend.connect(sys.argv[1])
+stream = backend.open_stream("chat", namespace=sys.argv[2], ttl=60)
+stream.write("a")
+stream.flush()
+print(stream.role)
+""",
+    "asyncio": """
+import asyncio, sys
+from ff_fast import aio
+
+async def main():
+    async with aio.ValkeyBackend.connect(sys.argv[1]) as backend:
+        stream = await backend.open_stream("chat", namespace=sys.argv[2], ttl=60)
+        stream.write("a")
+        await stream.flush()
+        print(stream.role)
+
+asyncio.run(main())
+""",
+    "exit": """
+import sys
+import ff_fast
+with ff_fast.ValkeyBackend.connect(sys.argv[1]) as backend:
+    with backend.open_stream("chat", namespace=sys.argv[2], ttl=60) as stream:
+        stream.write("a")
+        print(stream.role)
+        sys.exit(0)
+""",
+}
+
+
+@pytest.mark.parametrize("how", DROPPED)
+def test_a_program_that_ends_amid_a_stream_ends_in_silence(server, raw, lane, run_python, how):
+    assert run_python(DROPPED[how], server.url, lane) == "producer\n"
+    eid = keys.execution_id_for("chat", namespace=lane)
+    assert state_of(raw, eid) == ("cancelled" if how == "exit" else "active")
+    assert [frame.payload for frame in frames(server.url, eid)] == [b"a"]

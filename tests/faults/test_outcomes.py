@@ -47,6 +47,8 @@ CALLS = {
     "wait_children": lambda b, ids: b.wait_children(ids["handle"]),
     "create_waitpoint": lambda b, ids: b.create_waitpoint(ids["handle"]),
     "open_writer": lambda b, ids: b.open_writer(ids["handle"]),
+    "open_stream": lambda b, ids: b.open_stream(ids["lane"]),
+    "delete_execution": lambda b, ids: b.delete_execution(ids["eid"]),
     "append_frame": lambda b, ids: b.append_frame(ids["handle"], Frame(b"x", FrameKind.EVENT)),
     "set_tags": lambda b, ids: b.set_tags(ids["eid"], {"a.b": "c"}),
     "create_flow": lambda b, ids: b.create_flow(ids["flow"]),
