@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ff_fast import _transport
 from ff_fast._aio.credentials import ask
@@ -111,8 +111,8 @@ class Connection(asyncio.Protocol):
             raise failure
         # The handshake has read all its replies, so another protocol object can take over here.
         self._stream = _transport.take_stream(connection)
-        transport = self._stream.transport
-        assert isinstance(transport, asyncio.Transport)
+        # No check by isinstance: the transports of uvloop are of no class of asyncio.
+        transport = cast("asyncio.Transport", self._stream.transport)
         transport.set_protocol(self)
         self._transport = transport
         self._closed_transport = asyncio.get_running_loop().create_future()

@@ -61,6 +61,10 @@ class Readable(readers.ReaderState[T], AsyncItems[T]):
             FFError: The same errors as iterating.
         """
         deadline = readers.deadline(timeout)
+        if not self._reading:
+            ready = self._take_ready()
+            if ready:
+                return ready
         while self._empty:
             if not await self._read(deadline):
                 return []

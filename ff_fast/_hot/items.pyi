@@ -50,6 +50,9 @@ class AsyncItems(Items[_T]):
     def _pop(self) -> _T:
         """Return the next item. There must be one."""
 
+    def _take_ready(self) -> list[_T]:
+        """Take all items that are there without waiting, of the last answer or pushed."""
+
     def _attach(self, inbox: Inbox, bell: Bell) -> None:
         """Take pushes from *inbox* from here on; *bell*, its ``on_wake``, says when there are any."""
 

@@ -197,6 +197,17 @@ cdef class AsyncItems(Items):
         """Return the next item. There must be one."""
         return self.take()
 
+    def _take_ready(self):
+        """Take all items that are there without waiting, of the last answer or pushed; as a list."""
+        cdef list ready
+        if self.is_empty() and not self.has_push():
+            return []
+        ready = self._batch if self._next == 0 else self._batch[self._next:]
+        self._last = ready[len(ready) - 1]
+        self._batch = []
+        self._next = 0
+        return ready
+
 
 @cython.final
 @cython.freelist(8)

@@ -10,16 +10,19 @@ import random
 import signal
 import time
 import weakref
+from math import ceil, inf
+from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ff_fast import keys
 from ff_fast._core.follow import follow_place
+from ff_fast._hot.feed import Bell
 from ff_fast.errors import FFError, InvalidType
-from ff_fast.types import TailVisibility, seconds
+from ff_fast.types import End, TailVisibility, seconds
 from ff_fast.web.framing import EventFraming, Framing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from datetime import timedelta
 
     import ff_fast
@@ -35,6 +38,8 @@ _FIRST_READ_S = 0.05
 _LOOK_S = 0.2
 # When clients come again that a shutdown has sent away: not all at once.
 _RETRY_MS = (200, 2_000)
+# Responses that pause are woken together, so often.
+_TICK_S = 0.005
 # Most chunks that one loop sends in a second without being asked to: more readers get larger ones. And the longest pause
 # that comes of it.
 _CHUNKS_PER_S = 10_000
@@ -55,6 +60,10 @@ def resume_place(framing: Framing, after: str | None) -> str | None:
 
 class _Reading:
     """What both kinds of iterators have checked before they read."""
+
+    __slots__ = (
+        "after", "cursor", "execution_id", "framing", "heartbeat_s", "pace_s", "visibility",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -89,7 +98,16 @@ class Chunks(_Reading):
 
     Attributes:
         finished: The end of the execution was among the chunks.
+        sending_since: When the client was given what it has not taken yet, in monotonic time; None if it has taken all.
+            For whoever sends the chunks, so that a client that takes nothing is noticed.
+        send_timeout: How long that may be, in seconds.
+        on_stuck: Called when it was longer.
     """
+
+    __slots__ = (
+        "__weakref__", "_backend", "_begun", "_bell", "_first", "_next_at", "_over", "_reader", "_stopping", "_watch",
+        "finished", "on_stuck", "send_timeout", "sending_since",
+    )  # fmt: skip
 
     def __init__(self, backend: aio.ValkeyBackend, *args: Any) -> None:
         super().__init__(*args)
@@ -101,6 +119,9 @@ class Chunks(_Reading):
         self._stopping = False
         self._next_at = 0.0
         self.finished = False
+        self.sending_since: float | None = None
+        self.send_timeout = inf
+        self.on_stuck: Callable[[], object] | None = None
 
     async def open(self) -> None:
         """Begin to read, so that what cannot be read is known before anything is sent.
@@ -110,8 +131,11 @@ class Chunks(_Reading):
         """
         if self._reader is not None:
             return
+        loop = asyncio.get_running_loop()
+        self._bell = Bell(loop)
+        self._watch = _Watch.of_loop(loop)
         self._reader = reader = self._backend.follow(self.execution_id, **self.options())
-        _Watch.of_running_loop().add(self)
+        self._watch.add(self)
         try:
             self._first = await reader.next_batch(_FIRST_READ_S)
             if not self._first:
@@ -137,23 +161,26 @@ class Chunks(_Reading):
     def stop(self) -> None:
         """End the chunks with a farewell: the server shuts down."""
         self._stopping = True
-        if self._reader is not None:
-            _close_now(self._reader)
+        self._wake()
 
     def abandon(self) -> None:
         """End the chunks without a word: the client has gone."""
         self._over = True
+        self._wake()
+
+    def _wake(self) -> None:
         if self._reader is not None:
             _close_now(self._reader)
+            self._bell()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
-        await self.open()
         reader = self._reader
-        assert reader is not None
         if not self._begun:
+            await self.open()
+            reader = self._reader
             self._begun = True
             chunk = self.framing.begin(self.after)
             first, self._first = self._first, None
@@ -161,9 +188,15 @@ class Chunks(_Reading):
                 chunk += self._framed(first)
             if chunk:
                 return chunk
+        assert reader is not None
         while not self._over:
+            pause = self._next_at - monotonic()
+            if pause > 0 and not self._stopping:
+                self._watch.ring(self._bell, self._next_at)
+                await self._bell
+                continue
             try:
-                items = await self._next_batch(reader)
+                items = await reader.next_batch(self.heartbeat_s)
             except FFError as error:
                 if self._over:
                     break
@@ -172,33 +205,23 @@ class Chunks(_Reading):
                     return self.framing.shutdown(random.randint(*_RETRY_MS))  # noqa: S311 - no secret
                 chunk = self.framing.failed(error)
             else:
+                pace = self.pace_s
+                self._next_at = monotonic() + (self._watch.pace if pace is None else pace)
                 chunk = self._framed(items) if items else self.framing.heartbeat()
             if chunk:
                 return chunk
         await self.aclose()
         raise StopAsyncIteration
 
-    async def _next_batch(self, reader: aio.Follow) -> list[Any]:
-        pace = self.pace_s
-        if pace is None:
-            pace = min(_Watch.of_running_loop().count / _CHUNKS_PER_S, _LONGEST_PACE_S)
-        pause = self._next_at - time.monotonic()
-        if pause > 0:
-            await asyncio.sleep(pause)
-        items = await reader.next_batch(self.heartbeat_s)
-        self._next_at = time.monotonic() + pace
-        return items
-
     def _framed(self, items: list[Any]) -> bytes:
-        assert self._reader is not None
-        if self._reader.ended:
+        if isinstance(items[-1], End):
             self._over = self.finished = True
         return self.framing.items(items)
 
     async def _close(self) -> None:
         self._over = True
-        _Watch.of_running_loop().remove(self)
         if self._reader is not None:
+            self._watch.remove(self)
             await self._reader.aclose()
 
     async def aclose(self) -> None:
@@ -343,7 +366,13 @@ class BlockingChunks(_Reading):
 
 
 class _Watch:
-    """Looks after the open responses of one loop: whether the server shuts down."""
+    """Looks after the open responses of one loop, with one timer for all.
+
+    A timer for each pause and for each chunk that is sent would cost as much as the chunk.
+
+    Attributes:
+        pace: The shortest time between two chunks of a response that names none.
+    """
 
     _of_loop: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Watch]] = (
         weakref.WeakKeyDictionary()
@@ -353,11 +382,12 @@ class _Watch:
         self._loop = weakref.ref(loop)
         self._open: dict[Chunks, None] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self.count = 0
+        # What is to be woken, by the tick at which it is.
+        self._pausing: dict[int, list[Bell]] = {}
+        self.pace = 0.0
 
     @classmethod
-    def of_running_loop(cls) -> _Watch:
-        loop = asyncio.get_running_loop()
+    def of_loop(cls, loop: asyncio.AbstractEventLoop) -> _Watch:
         found = cls._of_loop.get(loop)
         if found is None:
             found = cls._of_loop[loop] = cls(loop)
@@ -365,16 +395,35 @@ class _Watch:
 
     def add(self, chunks: Chunks) -> None:
         self._open[chunks] = None
-        self.count = len(self._open)
+        self._count()
         if self._timer is None:
             self._wait()
 
     def remove(self, chunks: Chunks) -> None:
-        self._open.pop(chunks, None)
-        self.count = len(self._open)
+        if self._open.pop(chunks, self) is self:
+            return
+        self._count()
         if not self._open and self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _count(self) -> None:
+        self.pace = min(len(self._open) / _CHUNKS_PER_S, _LONGEST_PACE_S)
+
+    def ring(self, bell: Bell, at: float) -> None:
+        """Ring *bell* at *at*, in monotonic time, or a tick later."""
+        tick = ceil(at / _TICK_S)
+        waiting = self._pausing.get(tick)
+        if waiting is None:
+            waiting = self._pausing[tick] = []
+            loop = self._loop()
+            if loop is not None:
+                loop.call_later(tick * _TICK_S - monotonic(), self._tick, tick)
+        waiting.append(bell)
+
+    def _tick(self, tick: int) -> None:
+        for bell in self._pausing.pop(tick):
+            bell()
 
     def _wait(self) -> None:
         loop = self._loop()
@@ -385,7 +434,14 @@ class _Watch:
         self._timer = None
         if server_stops():
             self.stop()
-        if self._open:
+        now = monotonic()
+        for chunks in list(self._open):
+            since = chunks.sending_since
+            if since is not None and now - since > chunks.send_timeout:
+                chunks.sending_since = None
+                if chunks.on_stuck is not None:
+                    chunks.on_stuck()
+        if self._open and self._timer is None:
             self._wait()
 
     def stop(self) -> None:
@@ -410,4 +466,4 @@ def end_responses() -> None:
 
     For servers other than uvicorn, which is noticed by itself: call it where the process learns that it is to end.
     """
-    _Watch.of_running_loop().stop()
+    _Watch.of_loop(asyncio.get_running_loop()).stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from ff_fast import keys
@@ -233,16 +234,49 @@ class StreamResponse(Response):
         return chunks
 
     async def _stream(self, chunks: Chunks, receive: Receive, send: Send) -> None:
+        task = asyncio.current_task()
         gone = asyncio.ensure_future(_disconnected(receive))
         gone.add_done_callback(lambda _: chunks.abandon())
+        stuck = False
+
+        def on_stuck() -> None:
+            nonlocal stuck
+            stuck = True
+            chunks.abandon()
+            if not _abort(receive) and task is not None:
+                task.cancel()
+
+        chunks.send_timeout = self._send_timeout
+        chunks.on_stuck = on_stuck
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for chunk in chunks:
-                async with asyncio.timeout(self._send_timeout):
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                chunks.sending_since = monotonic()
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                chunks.sending_since = None
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            if not stuck or task is None or task.uncancel() > 0:
+                raise
+        except OSError:
+            # What a server of ASGI 2.4 raises when the client has gone.
+            return
         finally:
+            chunks.on_stuck = None
             gone.cancel()
+
+
+def _abort(receive: Receive) -> bool:
+    """Drop the connection of a client that takes nothing; return whether it could be.
+
+    A server closes a connection when its client has taken what was sent, and this one never does. The protocol has no word for
+    it; but ``receive`` is a method of uvicorn's request, which knows the transport, unless a middleware has wrapped it.
+    """
+    transport = getattr(getattr(receive, "__self__", None), "transport", None)
+    if transport is None or not hasattr(transport, "abort"):
+        return False
+    transport.abort()
+    return True
 
 
 class _Head(Response):
