@@ -82,6 +82,9 @@ class StreamState(Holder[W, K], Generic[W, K]):
         self.handle = handle
         self.role: Literal["producer", "consumer"] = "consumer" if handle is None else "producer"
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(role={self.role!r}, execution_id={self.execution_id!r})"
+
     def _check_producer(self) -> None:
         if self.handle is None:
             raise InvalidInput(_CONSUMER)

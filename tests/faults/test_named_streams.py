@@ -495,6 +495,22 @@ async def test_frames_that_a_failover_lost_are_stored_again_before_the_end(shell
         assert await followed(backend, eid) == [0, b"a", b"b", b"c", ("success", None)]
 
 
+async def test_a_stream_whose_opening_a_failover_has_lost_is_opened_again(shell, pair, opening):
+    options, eid = opening
+    async with await shell.connect(pair.url) as backend:
+        await asyncio.to_thread(pair.stall)
+        stream = await backend.open_stream(**options)
+        stream.write(b"a")
+        await stream.flush(SOON)
+        await asyncio.to_thread(pair.promote)
+        async with await backend.open_stream(**options) as again:
+            assert again.role == "producer"
+            again.write(b"b")
+        await stream.wait_cancelled(SOON)
+        assert stream.cancelled
+        assert await followed(backend, eid) == [0, b"b", ("success", None)]
+
+
 # -- removal, and the end of a program --------------------------------------------------------------------------------
 
 
