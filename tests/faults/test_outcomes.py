@@ -201,12 +201,17 @@ async def test_a_fence_that_refuses_a_batch_leaves_nothing_unknown(shell, server
         writer = await backend.open_writer(handle)
         await backend.complete(handle)
         written = 0
-        # A write is refused from the answer to the first batch on.
-        with pytest.raises(FFError) as caught:
+
+        async def write():
+            nonlocal written
             while written < 3_000:
                 writer.write(b"%d" % written)
                 written += 1
             await writer.flush(5)
+
+        # A write is refused from the answer to the first batch on.
+        with pytest.raises(FFError) as caught:
+            await write()
         assert caught.value.outcome is Outcome.NOT_APPLIED
         assert len(caught.value.unstored) == written
 
