@@ -48,7 +48,7 @@ _CONSUMER = (
     "Somebody else produces this stream: only where `role` is producer it can be written and ended."
 )
 
-_CANCELLED: frozenset[ExecutionState] = frozenset({"cancelled"})
+_ENDED: frozenset[ExecutionState] = frozenset({"cancelled", "completed"})
 _RELEASED: frozenset[ExecutionState] = frozenset(
     {"waiting", "delayed", "waiting_children", "suspended", "failed"}
 )
@@ -205,7 +205,7 @@ def left(stream: StreamState[Any, Any], error: BaseException | None) -> Ending:
     if stream.handle is None or stream._released:
         return
     if error is None:
-        yield from _completed(stream, over=_CANCELLED | _RELEASED)
+        yield from _completed(stream, over=_ENDED | _RELEASED)
         return
     try:
         if isinstance(error, Exception):
@@ -221,7 +221,7 @@ def left(stream: StreamState[Any, Any], error: BaseException | None) -> Ending:
 def _completed(
     stream: StreamState[Any, Any],
     payload: bytes | str = b"",
-    over: frozenset[ExecutionState] = _CANCELLED,
+    over: frozenset[ExecutionState] = _ENDED,
 ) -> Ending:
     # What is no result is refused before anything is done.
     call = operations.complete(
@@ -240,7 +240,9 @@ def _completed_by(
             return
         yield from _over(stream, call)
     except FFError as error:
-        if is_lease_lost(error) and (yield from _is_over(stream, over)):
+        # Also the end that this call has made, and whose reply was lost, shows as a lease that is lost.
+        lost = is_lease_lost(error) or not stream._holds_lease
+        if lost and (yield from _is_over(stream, over)):
             stream._released = True
             return
         with contextlib.suppress(FFError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 import signal
 import subprocess
@@ -160,7 +161,8 @@ async def test_an_exception_is_not_replaced_by_a_server_that_is_gone(shell, prox
         stream = await backend.open_stream(**options, lease_ttl_ms=600)
         with away(proxy):
             proxy.refuse()
-            proxy.cut_after(UP, 1)
+            # Every connection that is open.
+            proxy.cut_by(itertools.repeat((UP, 1, "rst")))
             with pytest.raises(ZeroDivisionError):
                 async with stream:
                     1 / 0  # noqa: B018
