@@ -16,7 +16,16 @@ from ff_fast._core.tail import StreamPage
 from ff_fast._core.worker import TaskFailed, TaskReleased
 from ff_fast._hot.frames import StreamFrame
 from ff_fast._text import TextDecoder
-from ff_fast.client import Completions, Follow, LeaseKeeper, Tail, Task, ValkeyBackend, Writer
+from ff_fast.client import (
+    Completions,
+    Follow,
+    LeaseKeeper,
+    OpenedStream,
+    Tail,
+    Task,
+    ValkeyBackend,
+    Writer,
+)
 from ff_fast.errors import (
     AttemptNotFound,
     AuthenticationFailed,
@@ -256,6 +265,7 @@ __all__ = [
     "NotPrimary",
     "NotReplicated",
     "OnCancel",
+    "OpenedStream",
     "OutOfMemory",
     "Outcome",
     "OutcomeUnknown",

@@ -39,6 +39,7 @@ PARTS = (
     "lease",
     "finish",
     "append",
+    "named",
     "read",
     "waitpoint",
     "usage",

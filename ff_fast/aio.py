@@ -16,10 +16,12 @@ from ff_fast._aio.leases import LeaseKeeper
 from ff_fast._aio.opening import Opening
 from ff_fast._aio.operations import Operations, of_handler
 from ff_fast._aio.readers import Completions, Follow, Tail
+from ff_fast._aio.streams import OpenedStream
 from ff_fast._aio.worker import Handler, Task, WorkerLoop
 from ff_fast._aio.writers import Writer
 from ff_fast._clients import config_of_client
 from ff_fast._core import operations
+from ff_fast._core.binding import bind
 
 if TYPE_CHECKING:
     from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
@@ -147,10 +149,29 @@ class ValkeyBackend(Operations):
     def __reduce__(self) -> Any:
         raise TypeError(_transport.NOT_PICKLED)
 
+    def _open_stream(self, request: operations.StreamRequest) -> Opening[OpenedStream]:
+        async def opening() -> OpenedStream:
+            return OpenedStream(self, request, await self._do(request.call))
+
+        return Opening(opening)
+
+    open_stream = bind(
+        operations.open_stream, _open_stream, "Opening[OpenedStream]", "ValkeyBackend"
+    )
+
     async def _run_worker(self, handler: Handler, options: operations.WorkerOptions) -> None:
         await WorkerLoop(self, handler, options).run()
 
     run_worker = of_handler(operations.run_worker, _run_worker)
 
 
-__all__ = ["Completions", "Follow", "LeaseKeeper", "Tail", "Task", "ValkeyBackend", "Writer"]
+__all__ = [
+    "Completions",
+    "Follow",
+    "LeaseKeeper",
+    "OpenedStream",
+    "Tail",
+    "Task",
+    "ValkeyBackend",
+    "Writer",
+]

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Self
 from ff_fast import _transport
 from ff_fast._clients import config_of_client
 from ff_fast._core import operations
-from ff_fast._core.binding import of_handler
+from ff_fast._core.binding import bind, of_handler
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.operations import Operations
 from ff_fast._sync.readers import Completions, Follow, Tail
+from ff_fast._sync.streams import OpenedStream
 from ff_fast._sync.worker import Handler, Task, WorkerLoop
 from ff_fast._sync.writers import Writer
 
@@ -145,10 +146,24 @@ class ValkeyBackend(Operations):
     def __reduce__(self) -> Any:
         raise TypeError(_transport.NOT_PICKLED)
 
+    def _open_stream(self, request: operations.StreamRequest) -> OpenedStream:
+        return OpenedStream(self, request, self._do(request.call))
+
+    open_stream = bind(operations.open_stream, _open_stream, "OpenedStream", "ValkeyBackend")
+
     def _run_worker(self, handler: Handler, options: operations.WorkerOptions) -> None:
         WorkerLoop(self, handler, options).run()
 
     run_worker = of_handler(operations.run_worker, _run_worker)
 
 
-__all__ = ["Completions", "Follow", "LeaseKeeper", "Tail", "Task", "ValkeyBackend", "Writer"]
+__all__ = [
+    "Completions",
+    "Follow",
+    "LeaseKeeper",
+    "OpenedStream",
+    "Tail",
+    "Task",
+    "ValkeyBackend",
+    "Writer",
+]

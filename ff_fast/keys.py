@@ -76,6 +76,7 @@ import os
 import re
 from binascii import crc_hqx
 from functools import lru_cache
+from hashlib import sha1
 from typing import TYPE_CHECKING
 
 from .errors import InvalidId, InvalidInput, InvalidType, check_int
@@ -88,6 +89,9 @@ MAX_PARTITIONS = 65_535
 """The partition count is stored as an unsigned 16-bit number, as in FlowFabric."""
 
 MAX_ATTEMPT_INDEX = 2**32 - 1
+NAME_LIMIT = 512
+"""Limit of the name of a stream, in bytes of UTF-8."""
+
 FREE_TEXT_LIMIT = 256
 """Default limit of free text such as a worker's name, in bytes of UTF-8."""
 
@@ -97,12 +101,16 @@ CLUSTER_PROBE = b"ff:config:cluster"
 """A key that is never written. Its slot is another one than that of the partition count."""
 """The partition count of the deployment, stored once; ``ff_version`` answers it."""
 
+# The namespace, in the sense of RFC 9562, of the UUIDs that names stand for. Another one gives every name another id.
+_NAMES = bytes.fromhex("122273cdc4db44398e9a2e898f681f5f")
+
 # So many consecutive numbers give a key in each of the slots.
 _KEYS_TO_TRY = 1 << 18
 
 # Patterns are text: re compiles and keeps them at their first use, not at import.
 _UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 _EXECUTION_ID = r"\{fp:(0|[1-9][0-9]{0,4})\}:(" + _UUID + ")"
+_URL_ID = "fp(0|[1-9][0-9]{0,4})-(" + _UUID + ")"
 _LANE = r"[\x20-\x7e]{1,64}"
 # C0, DEL, C1 and the two Unicode line separators: what breaks a log line or a terminal.
 _CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
@@ -125,6 +133,43 @@ def new_execution_id(num_partitions: int = DEFAULT_PARTITIONS) -> str:
     check_int("num_partitions", num_partitions, 1, MAX_PARTITIONS)
     identity = _new_uuid()
     return f"{{fp:{crc_hqx(identity, 0) % num_partitions}}}:{_uuid_text(identity)}"
+
+
+def execution_id_for(
+    name: str, *, namespace: str = "default", num_partitions: int = DEFAULT_PARTITIONS
+) -> str:
+    """Return the execution id that a name stands for: the same one in every process, and at any time.
+
+    It is a UUID of version 5 over namespace and name, in a partition that follows from it.
+
+    Args:
+        name: 1 to 512 bytes of UTF-8 without control characters.
+        namespace: Tenant, free text of at most 256 bytes. Equal names of two namespaces are two ids.
+        num_partitions: Partition count of the deployment, 1 to 65535; with another count a name has another id.
+
+    Raises:
+        InvalidId: *name* or *namespace* is not such a text.
+    """
+    check_int("num_partitions", num_partitions, 1, MAX_PARTITIONS)
+    free_text("name", name, NAME_LIMIT)
+    free_text("namespace", namespace)
+    # Neither text has the separator in it.
+    named = f"{namespace}\0{name}".encode()
+    digest = sha1(_NAMES + named, usedforsecurity=False).digest()
+    identity = _versioned(digest[:16], 5)
+    return f"{{fp:{crc_hqx(identity, 0) % num_partitions}}}:{_uuid_text(identity)}"
+
+
+def url_id(execution_id: str | bytes) -> str:
+    """Return an execution id of letters, digits and hyphens alone, ``fp86-<uuid>``, for URLs, headers and cookies.
+
+    Whatever takes an execution id takes this form as well.
+
+    Raises:
+        InvalidId, InvalidType: As of `canonical_execution_id`.
+    """
+    eid = canonical_execution_id(execution_id)
+    return f"fp{partition_index(eid)}-{eid[-36:]}"
 
 
 def execution_id_for_flow(flow_id: str, num_partitions: int = DEFAULT_PARTITIONS) -> str:
@@ -151,7 +196,7 @@ def new_execution_id_beside(eid: str) -> str:
 def canonical_execution_id(text: str | bytes) -> str:
     """Return the one canonical form of an execution id, ``{fp:N}:<uuid>`` in lower case.
 
-    N is a decimal number from 0 to 65535 without sign or leading zeros.  It is not compared with
+    The form of `url_id`, ``fpN-<uuid>``, is accepted too.  N is a decimal number from 0 to 65535 without sign or leading zeros.  It is not compared with
     the deployment's partition count: an id keeps the partition it was made with.
 
     Raises:
@@ -163,7 +208,7 @@ def canonical_execution_id(text: str | bytes) -> str:
         text = text.decode("latin-1")
     if not isinstance(text, str):
         raise InvalidType(f"An execution id must be str or bytes, not {type(text).__name__}.")
-    found = re.fullmatch(_EXECUTION_ID, text)
+    found = re.fullmatch(_EXECUTION_ID, text) or re.fullmatch(_URL_ID, text)
     if found is None or int(found[1]) > 65_535:
         raise InvalidId(
             "An execution id must look like {fp:<partition>}:<uuid>; pass it unchanged."
@@ -305,8 +350,13 @@ def new_uuid() -> str:
 
 
 def _new_uuid() -> bytes:
-    identity = bytearray(os.urandom(16))
-    identity[6] = identity[6] & 0x0F | 0x40  # version 4, RFC 9562 §5.4
+    return _versioned(os.urandom(16), 4)
+
+
+def _versioned(random: bytes, version: int) -> bytes:
+    """Return a UUID of a version that is made of 16 bytes, RFC 9562 §5."""
+    identity = bytearray(random)
+    identity[6] = identity[6] & 0x0F | version << 4
     identity[8] = identity[8] & 0x3F | 0x80
     return bytes(identity)
 

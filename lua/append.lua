@@ -935,6 +935,36 @@ redis.register_function('ff_append', function(keys, args)
   return answers
 end)
 
+-- What a writer continues from, of the meta hash and the summary of an attempt.
+function ff.written_before(head_key, summary_key)
+  local call = redis.call
+  local before = call(
+    'HMGET', ff.meta_beside(head_key), 'visible_sequence', 'estimator', 'writer_openings', 'payload_limit'
+  )
+  before[5] = call('HGET', summary_key, 'version') or '0'
+  return before
+end
+
+-- Makes `writer` the writer of an attempt. Returns what it continues from: the last id, the last visible sequence, the
+-- state of the estimator, the version of the summary, and the number of writers so far. `before` was read before the
+-- first write of the call. So was published that something changes: a user who may not publish learns it there, and not
+-- from readers that are late.
+function ff.open_writer(head, head_key, before, writer, payload_limit)
+  local call, meta_key = redis.call, ff.meta_beside(head_key)
+  local visible_sequence, estimator, openings, limit_before, version = unpack(before, 1, 5)
+  local _, sequence = ff.split_id(head.last_id)
+  if head.writer ~= writer then
+    openings = ff.text((tonumber(openings or '0') or 0) + 1)
+    head.writer = writer
+    ff.write_head(head_key, head)
+    call('HSET', meta_key, 'writer_base', ff.text(sequence + 1), 'writer_openings', openings)
+    if (integer(payload_limit) or 0) > (integer(limit_before) or ff.USUAL_PAYLOAD) then
+      call('HSET', meta_key, 'payload_limit', payload_limit)
+    end
+  end
+  return head.last_id, visible_sequence or ff.text(sequence), estimator or '', version, openings
+end
+
 -- ff_open_writer
 --   keys:    core head summary
 --   args:    writer lease_id payload_limit
@@ -959,24 +989,11 @@ redis.register_function('ff_open_writer', function(keys, args)
   if refused[2] ~= 'writer_superseded' then
     return refused
   end
-  local head, meta_key = ff.read_head(head_key), ff.meta_beside(head_key)
-  local visible_sequence, estimator, openings, limit_before = unpack(call(
-    'HMGET', meta_key, 'visible_sequence', 'estimator', 'writer_openings', 'payload_limit'
-  ))
-  local version = call('HGET', summary_key, 'version') or '0'
-  local _, sequence = ff.split_id(head.last_id)
+  local head = ff.read_head(head_key)
+  local before = ff.written_before(head_key, summary_key)
   if head.writer ~= writer then
-    local base = ff.text(sequence + 1)
-    openings = ff.text((tonumber(openings or '0') or 0) + 1)
-    -- Frames that the writer before has pushed and not stored are lost: readers look. This comes before the first
-    -- write, so that a user who may not publish learns it here, and not from readers that are late.
+    -- Frames that the writer before has pushed and not stored are lost: readers look.
     call('SPUBLISH', head_key, PUSH.CHANGED)
-    head.writer = writer
-    ff.write_head(head_key, head)
-    call('HSET', meta_key, 'writer_base', base, 'writer_openings', openings)
-    if (integer(payload_limit) or 0) > (integer(limit_before) or ff.USUAL_PAYLOAD) then
-      call('HSET', meta_key, 'payload_limit', payload_limit)
-    end
   end
-  return ff.ok(head.last_id, visible_sequence or ff.text(sequence), estimator or '', version, openings)
+  return ff.ok(ff.open_writer(head, head_key, before, writer, payload_limit))
 end)

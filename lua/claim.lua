@@ -35,7 +35,7 @@ end
 
 -- Refuses the claim where foreign data would stop it behind its first write. With `take_over` the execution is active,
 -- and its next attempt is claimed. `known` as in ff.check_move.
-local function check_claim(execution, known, take_over)
+function ff.check_claim(execution, known, take_over)
   local fields = execution.fields
   local resumed = not take_over and fields.interrupted == '1'
   ff.check_move(execution, known)
@@ -50,6 +50,9 @@ local function check_claim(execution, known, take_over)
   end
   if resumed then
     ff.read_head(ff.attempt_key(execution, 'head', index))
+  elseif take_over then
+    ff.core_number(execution, 'reclaim_count')
+    ff.core_number(execution, 'max_reclaims')
   end
   if not take_over and index ~= '0' then
     local previous = ff.text(tonumber(index) - 1)
@@ -59,7 +62,7 @@ local function check_claim(execution, known, take_over)
 end
 
 -- The answer about a lease that is held.
-local function grant_of(execution, expires_at)
+function ff.grant_of(execution, expires_at)
   local fields = execution.fields
   local index = fields.current_attempt_index
   local resumed = fields.lease_continues == '1' or fields.reclaimed == index
@@ -71,7 +74,7 @@ end
 
 -- Puts a waiting execution under a lease. An interrupted attempt continues its stream; else a new attempt begins.
 -- Returns execution_id attempt_index attempt_id lease_epoch expires_at_ms kind.
-local function grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, new_attempt_id)
+function ff.grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, new_attempt_id)
   local call = redis.call
   local fields, now, lease_digest = execution.fields, execution.now, ff.lease_digest(lease_id)
   local resumed = fields.interrupted == '1'
@@ -118,7 +121,7 @@ local function grant_lease(execution, worker_id, worker_instance_id, lease_id, l
   if limit > 0 then
     ff.set_timer(execution, 'attempt', now + limit)
   end
-  return grant_of(execution, expires_at)
+  return ff.grant_of(execution, expires_at)
 end
 
 -- The active execution of a partition that is under this lease; nil if there is none.
@@ -133,10 +136,10 @@ local function held_under(leases_key, lease_id)
 end
 
 -- The lease of a call that is made again after a lost reply, with its end; nil where it is not held.
-local function granted_before(execution)
+function ff.granted_before(execution)
   local expires_at = execution and ff.lease_expires_at(execution)
   if expires_at and expires_at > execution.now then
-    return grant_of(execution, ff.text(expires_at))
+    return ff.grant_of(execution, ff.text(expires_at))
   end
   return nil
 end
@@ -149,7 +152,7 @@ local function member(core_key, needs, eligible_key)
     -- The index and the leases were read; the first write of a grant is to the timers.
     local known = { timers = true, leases = true, meta = true, head = true }
     known.eligible = execution.fields.lane_id and ff.eligible_key(execution) == eligible_key
-    check_claim(execution, known)
+    ff.check_claim(execution, known)
     return ff.flow_verdict_of(execution, 'waiting') == 'run' and execution or nil
   end
   return nil
@@ -176,7 +179,7 @@ redis.register_function('ff_claim', function(keys, args)
     return ff.err('invalid_input', 'lease_ttl_ms')
   end
   hint_score = tonumber(hint_score)
-  local granted = granted_before(held_under(leases_key, lease_id))
+  local granted = ff.granted_before(held_under(leases_key, lease_id))
   if granted then
     granted[#granted + 1] = head_score(eligible_key)
     return ff.ok(unpack(granted))
@@ -196,7 +199,7 @@ redis.register_function('ff_claim', function(keys, args)
         if hint_score and tonumber(page[i + 1]) > hint_score then
           return ff.reply('BEHIND', page[i + 1])
         end
-        granted = grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)
+        granted = ff.grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)
         granted[#granted + 1] = page[i + 3] or head_score(eligible_key)
         return ff.ok(unpack(granted))
       end
@@ -229,7 +232,7 @@ end)
 -- Claims one execution by its id. With reclaim '1' an active execution whose lease has lapsed is taken over as well:
 -- its old attempt ends as producer_lost, and a new one begins. Where that lapse was one too many, the status is ENDED,
 -- and the answer has the hints `(lane_id required_capabilities eligible_score)...` alone. A call whose lease is held
--- grants it again.
+-- grants it again. The execution of a named stream is for ff_open_stream alone.
 redis.register_function('ff_claim_execution', function(keys, args)
   local core_key = keys[1]
   local worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id, reclaim = unpack(args, 1, 6)
@@ -241,10 +244,13 @@ redis.register_function('ff_claim_execution', function(keys, args)
     return ff.err('execution_not_found')
   end
   if execution.state == 'active' and execution.fields.current_lease_digest == ff.lease_digest(lease_id) then
-    local granted = granted_before(execution)
+    local granted = ff.granted_before(execution)
     if granted then
       return ff.ok(unpack(granted))
     end
+  end
+  if ff.is_named(execution) then
+    return ff.err('execution_not_claimable', execution.state)
   end
   local lacking = missing(offered_by(args, 7), execution.fields.required_capabilities)
   if lacking ~= '' then
@@ -256,14 +262,14 @@ redis.register_function('ff_claim_execution', function(keys, args)
   if ff.flow_verdict_of(execution, 'waiting') ~= 'run' or not (take_over or execution.state == 'waiting') then
     return ff.err('execution_not_claimable', execution.state)
   end
-  check_claim(execution, nil, take_over)
+  ff.check_claim(execution, nil, take_over)
   if take_over then
     ff.lapse(execution)
     if execution.state ~= 'waiting' then
       return ff.with_hints(ff.reply('ENDED'), execution.hints)
     end
   end
-  return ff.ok(unpack(grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)))
+  return ff.ok(unpack(ff.grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)))
 end)
 
 -- ff_give_back

@@ -1,7 +1,7 @@
 -- Creation, description, tags.
 
 -- Most tags of an execution.
-local MAX_TAGS = 256
+ff.MAX_TAGS = 256
 
 -- The numbers among the arguments of ff_create_execution that must be at most 2^53-1 and whole.
 local function all_integers(...)
@@ -33,14 +33,14 @@ redis.register_function('ff_create_execution', function(keys, args)
     not all_integers(priority, retention_ms, delay_ms, deadline_ms, retry_max, retry_delay_ms,
       retry_multiplier_percent, retry_max_delay_ms, retry_jitter_percent, max_reclaims, attempt_timeout_ms)
     or tonumber(priority) > 9000 or tonumber(retention_ms) < 1 or (#args - 20) % 2 ~= 0
-    or (#args - 20) / 2 > MAX_TAGS
+    or (#args - 20) / 2 > ff.MAX_TAGS
   then
     return ff.err('invalid_input', 'argument')
   end
   local existing = ff.load(core_key)
   if existing then
     local fields, hints = existing.fields, {}
-    if existing.state == 'waiting' then
+    if existing.state == 'waiting' and not ff.is_named(existing) then
       local score = ff.eligible_score(tonumber(fields.priority), tonumber(fields.created_at))
       hints = { fields.lane_id, fields.required_capabilities, score }
     end
@@ -226,7 +226,7 @@ redis.register_function({
 redis.register_function('ff_set_tags', function(keys, args)
   local call = redis.call
   local core_key, tags_key = unpack(keys, 1, 2)
-  if #args == 0 or #args % 2 ~= 0 or #args / 2 > MAX_TAGS then
+  if #args == 0 or #args % 2 ~= 0 or #args / 2 > ff.MAX_TAGS then
     return ff.err('invalid_input', 'tags')
   end
   if call('EXISTS', core_key) == 0 then
@@ -236,7 +236,7 @@ redis.register_function('ff_set_tags', function(keys, args)
   for i = 1, #args, 2 do
     new = new + 1 - call('HEXISTS', tags_key, args[i])
   end
-  if call('HLEN', tags_key) + new > MAX_TAGS then
+  if call('HLEN', tags_key) + new > ff.MAX_TAGS then
     return ff.err('invalid_input', 'tags')
   end
   ff.write_list('HSET', tags_key, args)

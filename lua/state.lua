@@ -6,7 +6,7 @@
 
 -- From a state to the states that may follow it.
 ff.TRANSITIONS = {
-  waiting = { active = true, cancelled = true, expired = true },
+  waiting = { active = true, failed = true, cancelled = true, expired = true },
   delayed = { waiting = true, cancelled = true, expired = true },
   waiting_children = { waiting = true, cancelled = true, expired = true },
   active = {
@@ -87,6 +87,11 @@ function ff.attempt_key(execution, name, index)
   return ff.key(name, execution.slot_tag, execution.id .. ':' .. index)
 end
 
+-- Whether the execution is that of a named stream, which is in no lane: those who know its name produce it.
+function ff.is_named(execution)
+  return execution.fields.lane_id == ''
+end
+
 -- Executions of a lane that require the same capabilities wait in one set of their partition: a worker looks at no
 -- execution that it may not have. Returns its key.
 function ff.eligible_key(execution)
@@ -108,15 +113,29 @@ end
 
 -- Refuses the call where the indexes of an execution that waits are foreign data.
 function ff.expect_index(execution)
+  if ff.is_named(execution) then
+    ff.core_number(execution, 'takeover_ms')
+    return
+  end
   ff.expect('eligible', ff.eligible_key(execution))
   if execution.fields.required_capabilities ~= '' then
     ff.expect('needs', needs_key(execution))
   end
 end
 
--- Lets workers find an execution that waits, and adds the hint for its lane.
+-- When a named stream that waits for a producer ends without one.
+function ff.takeover_until(execution)
+  return execution.now + tonumber(execution.fields.takeover_ms)
+end
+
+-- Lets workers find an execution that waits, and adds the hint for its lane. That of a named stream stands in no index:
+-- its timer ends it unless somebody takes it over.
 function ff.enqueue(execution)
   local fields = execution.fields
+  if ff.is_named(execution) then
+    ff.set_timer(execution, 'lease', ff.takeover_until(execution))
+    return
+  end
   local needs = fields.required_capabilities
   local score = ff.eligible_score(tonumber(fields.priority), tonumber(fields.created_at))
   redis.call('ZADD', ff.eligible_key(execution), score, execution.id)
@@ -126,7 +145,15 @@ function ff.enqueue(execution)
   ff.with_hints(execution.hints, { fields.lane_id, needs, score })
 end
 
-local function dequeue(execution)
+-- Undoes ff.enqueue for an execution that moves to another state. The timer of a named stream that is taken over is
+-- that of its lease from then on.
+local function dequeue(execution, to)
+  if ff.is_named(execution) then
+    if to ~= 'active' then
+      ff.clear_timer(execution, 'lease')
+    end
+    return
+  end
   local key, needs = ff.eligible_key(execution), execution.fields.required_capabilities
   redis.call('ZREM', key, execution.id)
   if needs ~= '' and redis.call('EXISTS', key) == 0 then
@@ -376,6 +403,33 @@ local function expire_keys(execution)
   end
 end
 
+-- Removes the keys of some attempts of an ended execution; `first` and `last` are their indexes.
+function ff.remove_attempts(execution, first, last)
+  for index = first, last do
+    local names = {}
+    for i, name in ipairs(ATTEMPT_KEYS) do
+      names[i] = ff.attempt_key(execution, name, ff.text(index))
+    end
+    redis.call('UNLINK', unpack(names))
+  end
+end
+
+-- Removes every other key of an ended execution, and what names it elsewhere in its slot.
+function ff.remove_execution(execution)
+  local call, flow_id = redis.call, execution.fields.flow_id
+  for kind in pairs(ff.TIMERS) do
+    ff.clear_timer(execution, kind)
+  end
+  if flow_id then
+    call('SREM', ff.key('flow_members', execution.slot_tag, flow_id), execution.id)
+  end
+  for _, names in ipairs({ RARE_KEYS, WAITPOINT_KEYS, EXECUTION_KEYS }) do
+    for _, name in ipairs(names) do
+      call('UNLINK', ff.execution_key(execution, name))
+    end
+  end
+end
+
 -- The writes that come with a terminal state.
 local function conclude(execution, attempt, reason)
   ff.end_stream(execution, attempt, reason)
@@ -491,7 +545,7 @@ function ff.move(execution, to, reason)
   end
   local attempt = open_attempt(execution)
   if from == 'waiting' then
-    dequeue(execution)
+    dequeue(execution, to)
   elseif from == 'delayed' then
     ff.clear_timer(execution, 'delay')
   elseif from == 'active' then

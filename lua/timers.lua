@@ -11,8 +11,18 @@ local function wanted(execution, namespace, tag_name, tag_value)
 end
 
 local FIRE = {}
+ff.TIMERS = FIRE
 
 function FIRE.lease(execution)
+  if execution.state == 'waiting' and ff.is_named(execution) then
+    -- Nobody has taken the stream over in time. Of one that never had a producer there is nothing to be kept.
+    if execution.fields.total_attempt_count == '0' then
+      ff.set(execution, 'retention_ms', execution.fields.takeover_ms)
+    end
+    ff.set(execution, 'failure_reason', 'producer_lost', 'failure_class', 'infra_crash')
+    ff.move(execution, 'failed', 'producer_lost')
+    return 'done'
+  end
   if execution.state ~= 'active' then
     return 'done'
   end
@@ -21,6 +31,9 @@ function FIRE.lease(execution)
     return 'later', expires_at
   end
   ff.lapse(execution)
+  if execution.state == 'waiting' and ff.is_named(execution) then
+    return 'later', ff.takeover_until(execution)
+  end
   return 'done'
 end
 

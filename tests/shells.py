@@ -28,7 +28,7 @@ WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 
 
 _READERS = (aio.Tail, aio.Follow, aio.Completions)
-_WRAPPED = (aio.Writer, *_READERS)
+_WRAPPED = (aio.Writer, aio.OpenedStream, *_READERS)
 
 
 class _Blocking:
@@ -146,6 +146,9 @@ class Opener:
 PLAIN = {"write", "write_frame", "wrapped"}
 
 
+_AWAITED = (aio.Writer, ff_fast.Writer, aio.OpenedStream, ff_fast.OpenedStream)
+
+
 class _Awaited:
     def __init__(self, wrapped):
         self.wrapped = wrapped
@@ -156,12 +159,12 @@ class _Awaited:
             return value
 
         async def call(*args, **options):
-            if isinstance(self.wrapped, aio.ValkeyBackend | aio.Writer):
+            if isinstance(self.wrapped, aio.ValkeyBackend | aio.Writer | aio.OpenedStream):
                 result = value(*args, **options)
                 result = await result if inspect.isawaitable(result) else result
             else:
                 result = await asyncio.to_thread(value, *args, **options)
-            return _Awaited(result) if isinstance(result, aio.Writer | ff_fast.Writer) else result
+            return _Awaited(result) if isinstance(result, _AWAITED) else result
 
         return call
 
@@ -174,8 +177,13 @@ class _Awaited:
     async def __aenter__(self):
         return self
 
-    async def __aexit__(self, *_):
-        await self.close()
+    async def __aexit__(self, *raised):
+        if isinstance(self.wrapped, aio.OpenedStream):
+            await self.wrapped.__aexit__(*raised)
+        elif isinstance(self.wrapped, ff_fast.OpenedStream):
+            await asyncio.to_thread(self.wrapped.__exit__, *raised)
+        else:
+            await self.close()
 
 
 class Shell:

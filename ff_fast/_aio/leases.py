@@ -137,13 +137,16 @@ class LeaseKeeper:
         if self._on_told is not None:
             self._on_told()
 
-    async def stop(self) -> None:
-        """Stop renewing; the lease lapses by itself unless the execution ends first."""
+    def _end(self) -> None:
         self._stopped = True
         self._timer.cancel()
         self._leave(self)
         self._over.set()
         self._told.set()
+
+    async def stop(self) -> None:
+        """Stop renewing; the lease lapses by itself unless the execution ends first."""
+        self._end()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])

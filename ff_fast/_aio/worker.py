@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from ff_fast import _process
@@ -17,7 +18,6 @@ from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import dressed
 from ff_fast._core.worker import (
     Action,
-    Actions,
     CallHandler,
     CloseWriter,
     Raised,
@@ -135,6 +135,32 @@ class Task(TaskState[Writer, LeaseKeeper]):
         writer = self._current_writer
         if writer is not None:
             await writer._wait(store_and_close(writer, timeout_s))
+
+
+async def drive(
+    actions: Generator[Action, Any, T],
+    perform: Callable[[Action], Awaitable[object]],
+    limit_s: float | None = None,
+) -> T:
+    """Perform the actions of the core, in *limit_s* seconds, and return what comes of them."""
+    # The caller that cancels the task waits for it, so the actions after an interrupt have a deadline.
+    until = None if limit_s is None else time.monotonic() + limit_s
+    try:
+        action = next(actions)
+        while True:
+            try:
+                left = None if until is None else until - time.monotonic()
+                async with asyncio.timeout(left):
+                    value = await perform(action)
+            except BaseException as error:  # noqa: BLE001 - the core decides what it means
+                if until is None and not isinstance(error, Exception):
+                    until = time.monotonic() + worker_core.HAND_BACK_S
+                action = actions.throw(error)
+            else:
+                action = actions.send(value)
+    except StopIteration as stop:
+        value_of: T = stop.value
+        return value_of
 
 
 class _Interrupt:
@@ -263,26 +289,7 @@ class WorkerLoop:
         task = Task(self._backend, handle, self._options.mode, self._options.level)
         async with self._backend.keep_lease(handle, task._lose) as task._keeper:
             actions = worker_core.attend(self._backend, task, self._cancel_after_s)
-            return await self._drive(task, actions)
-
-    async def _drive(self, task: Task, actions: Actions) -> bool:
-        # The caller that cancels the worker waits for it, so the actions after an interrupt have a deadline.
-        until: float | None = None
-        try:
-            action = next(actions)
-            while True:
-                try:
-                    left = None if until is None else until - time.monotonic()
-                    async with asyncio.timeout(left):
-                        value = await self._perform(task, action)
-                except BaseException as error:  # noqa: BLE001 - the core decides what it means
-                    if until is None and not isinstance(error, Exception):
-                        until = time.monotonic() + worker_core.HAND_BACK_S
-                    action = actions.throw(error)
-                else:
-                    action = actions.send(value)
-        except StopIteration as stop:
-            return bool(stop.value)
+            return await drive(actions, partial(self._perform, task))
 
     async def _perform(self, task: Task, action: Action) -> object:
         match action:

@@ -31,6 +31,7 @@ def bind(
     make: Callable[Concatenate[Deployment, P], R],
     carry_out: Callable[[S, R], T],
     returns: str | None = None,
+    owner: str = "Operations",
 ) -> Callable[Concatenate[S, P], T]:
     """Return a method that calls *make* with its arguments and passes the result to *carry_out*.
 
@@ -38,13 +39,14 @@ def bind(
         make: The operation of the core.
         carry_out: The shell's part.
         returns: Annotation of the result; None takes the operation's.
+        owner: Name of the class that gets the method.
     """
 
     def method(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return carry_out(self, make(self._deployment, *args, **kwargs))
 
     method.__module__ = carry_out.__module__
-    return dressed("Operations", method, make, returns)
+    return dressed(owner, method, make, returns)
 
 
 HANDLER = inspect.Parameter("handler", inspect.Parameter.POSITIONAL_ONLY, annotation="Handler")

@@ -75,6 +75,7 @@ class Claim:
     Attributes:
         lease: Partition and lease id of a claim call that was sent; None again once its reply has shown that it granted
             nothing, or the caller has the handle.
+        doubted: The lease of a claim call whose reply was lost.
         hint_taken: A hint was popped, or may have been, and nothing has come of it yet.
         blocked: The server holds back a reply until there is a hint.
         abandoned: Nobody waits for the result any more.
@@ -91,13 +92,14 @@ class Claim:
     """
 
     __slots__ = (
-        "abandoned", "behind", "blocked", "call", "dismissed", "failure", "given", "hint_taken", "joined_at", "lease",
-        "left_line", "request", "shares", "until", "wake",
+        "abandoned", "behind", "blocked", "call", "dismissed", "doubted", "failure", "given", "hint_taken", "joined_at",
+        "lease", "left_line", "request", "shares", "until", "wake",
     )  # fmt: skip
 
     def __init__(self, request: ClaimRequest) -> None:
         self.request = request
         self.lease: tuple[int, str] | None = None
+        self.doubted: tuple[int, str] | None = None
         self.hint_taken = False
         self.blocked = False
         self.abandoned = False
@@ -111,6 +113,19 @@ class Claim:
         self.wake: Callable[[], None] = _nobody
         self.until = 0.0
         self.joined_at = 0.0
+
+    def refused(self, error: FFError) -> bool:
+        """Note that a claim call has failed; return whether nothing is held under its lease.
+
+        A refusal says nothing of an earlier try under the same lease whose reply was lost.
+        """
+        if self.lease is None:
+            return True
+        if error.outcome is Outcome.UNKNOWN:
+            self.doubted = self.lease
+        elif self.doubted != self.lease:
+            self.lease = None
+        return self.lease is None
 
     @property
     def waits(self) -> bool:
@@ -459,8 +474,7 @@ def _make(state: Claim, op: ops.Op[ops.Claimed], head: Head) -> Steps[Handle | N
             if answer.handle is not None or answer.next_score is None or answer.behind:
                 break
     except FFError as error:
-        if error.outcome is not Outcome.UNKNOWN:
-            state.lease = None
+        if state.refused(error):
             with contextlib.suppress(FFError):
                 yield from ready.publish_heads(lane, [head])
                 state.hint_taken = False
@@ -491,12 +505,32 @@ def take_over(
             yield from ready.publish_hints(hints, partition)
             raise ExecutionNotClaimable
     except FFError as error:
-        if error.outcome is not Outcome.UNKNOWN:
-            state.lease = None
+        state.refused(error)
         raise
     if state.abandoned:
         yield from give_back(on, state)
     return handle
+
+
+def produce(
+    on: Deployment,
+    state: Claim,
+    op: ops.Op[ops.Produced | None],
+    execution_id: str,
+    lease_id: str,
+) -> Steps[ops.Produced | None]:
+    """Claim the execution of a named stream, unless somebody else produces it."""
+    state.lease = keys.partition_index(execution_id), lease_id
+    try:
+        produced = yield from ops.call(op)
+    except FFError as error:
+        state.refused(error)
+        raise
+    if produced is None:
+        state.lease = None
+    elif state.abandoned:
+        yield from give_back(on, state)
+    return produced
 
 
 def give_back(on: Deployment, state: Claim) -> Steps[None]:

@@ -58,7 +58,7 @@ _LAST_ID = (2**64 - 1, 2**64 - 1)
 _OUTCOMES = frozenset({"success", "failed", "cancelled", "expired"})
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _CURSOR = re.compile(
-    r"(\d{1,16})-(\d{1,16})((?:,[0-9a-z]{1,4}:[0-9a-z]{1,13}(?:-[0-9a-z]{1,13})?:[0-9a-z]{0,13})*)",
+    r"(\d{1,16})-(\d{1,16})((?:~[0-9a-z]{1,4}\.[0-9a-z]{1,13}(?:-[0-9a-z]{1,13})?\.[0-9a-z]{0,13})*)",
     re.ASCII,
 )
 
@@ -89,7 +89,7 @@ class _Place(NamedTuple):
         """Return its part of a cursor, about 16 bytes."""
         sequence = f"-{_base36(self.sequence)}" if self.sequence else ""
         stored = "" if self.stored is None else _base36(self.stored)
-        return f",{_base36(index)}:{_base36(self.ms)}{sequence}:{stored}"
+        return f"~{_base36(index)}.{_base36(self.ms)}{sequence}.{stored}"
 
 
 class _Record(NamedTuple):
@@ -234,8 +234,8 @@ class CompletionCore:
         # Of an id that is no place of a partition the number is not known.
         self._base = _Place(ms, sequence, None if ms else 0)
         self._places, self._texts = {}, {}
-        for part in found[3].split(",")[1:]:
-            index, identity, stored = part.split(":")
+        for part in found[3].split("~")[1:]:
+            index, identity, stored = part.split(".")
             ms_text, _, sequence_text = identity.partition("-")
             place = _Place(
                 int(ms_text, 36),

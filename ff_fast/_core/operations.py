@@ -22,13 +22,15 @@ from ff_fast._core.completions import CompletionCore
 from ff_fast._core.durability import DEFAULT_TIMEOUT_S, Level
 from ff_fast._core.follow import Ended, FollowCore, WaitCore
 from ff_fast._core.leases import LeaseClock, is_lease_lost, told_as
-from ff_fast._core.steps import Step, Steps, applied_in_part
+from ff_fast._core.steps import Pause, Step, Steps, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
 from ff_fast.errors import (
     MAX_INT,
     DeadlineExceeded,
+    ExecutionNotFound,
     FFError,
+    InvalidId,
     InvalidInput,
     InvalidType,
     NotReplicated,
@@ -1344,10 +1346,30 @@ def open_writer(
             write.
     """
     attempt = _attempt(handle)
+    options = _writer_options(
+        on,
+        mode,
+        retention_maxlen,
+        max_unacknowledged_bytes,
+        linger,
+        Level.checked(durability, durability_timeout),
+    )
+    call = Call(lambda: writers.open_writer(attempt, options, on.places))
+    return WriterRequest(attempt.fields.lease_id, options, call)
+
+
+def _writer_options(
+    on: Deployment,
+    mode: StreamMode | None,
+    retention_maxlen: int,
+    max_unacknowledged_bytes: int,
+    linger: float | timedelta,
+    level: Level,
+) -> writers.WriterOptions:
     linger_s = seconds("linger", linger, zero=True)
     if linger_s > 1:
         raise InvalidInput("linger must be at most a second.")
-    options = writers.WriterOptions(
+    return writers.WriterOptions(
         mode=_checked("mode", mode, StreamMode, StreamMode.durable()),
         retention_maxlen=check_int("retention_maxlen", retention_maxlen, 1, 2**40),
         max_unacknowledged_bytes=check_int(
@@ -1358,10 +1380,8 @@ def open_writer(
         ),
         linger_ms=linger_s * 1000,
         max_payload_bytes=on.max_payload_bytes,
-        level=Level.checked(durability, durability_timeout),
+        level=level,
     )
-    call = Call(lambda: writers.open_writer(attempt, options, on.places))
-    return WriterRequest(attempt.fields.lease_id, options, call)
 
 
 def _implicit_writer(on: Deployment, handle: Handle) -> WriterRequest:
@@ -1425,6 +1445,187 @@ def append_frame(
         writers.timeout_s(timeout),
         Level.checked(durability, durability_timeout),
     )
+
+
+# -- named streams ---------------------------------------------------------------------------------------------------
+
+
+def execution_id_for(on: Deployment, name: str, *, namespace: str = "default") -> str:
+    """Return the execution id that a name stands for in this deployment. Nothing is sent.
+
+    Args:
+        name: 1 to 512 bytes of UTF-8 without control characters.
+        namespace: Tenant, free text of at most 256 bytes. Equal names of two namespaces are two ids.
+
+    Raises:
+        InvalidId: *name* or *namespace* is not such a text.
+    """
+    return keys.execution_id_for(name, namespace=namespace, num_partitions=on.partitions)
+
+
+class Production(NamedTuple):
+    """What the producer of a named stream gets: its lease, and what its writer is made from."""
+
+    handle: Handle
+    writer: writers.WriterState
+
+
+class StreamRequest(NamedTuple):
+    """Checked arguments of `open_stream`: the execution, the level of its frames and end, and the call that opens it."""
+
+    execution_id: str
+    level: Level
+    call: Call[Production | None]
+
+
+def open_stream(
+    on: Deployment,
+    name: str,
+    *,
+    namespace: str = "default",
+    mode: StreamMode | None = None,
+    ttl: float | timedelta = 86_400.0,
+    lease_ttl_ms: int | timedelta = 30_000,
+    takeover: float | timedelta = 60.0,
+    payload: bytes | str = b"",
+    tags: Mapping[str, str] | None = None,
+    retention_maxlen: int = writers.RETENTION_MAXLEN,
+    max_unacknowledged_bytes: int = writers.MAX_UNACKNOWLEDGED_BYTES,
+    linger: float | timedelta = 0.0,
+    durability: Durability | None = None,
+    durability_timeout: float | timedelta = DEFAULT_TIMEOUT_S,
+) -> StreamRequest:
+    """Produce the stream of a name, or learn that somebody else does: see `OpenedStream`. One call of the server.
+
+    Whoever opens a name first is its ``producer``: the execution is created, under a lease that is kept in the background,
+    and its writer is open. Everybody else is a ``consumer``, until the execution is gone. It is in no lane, so no worker
+    ever claims it. Leaving the ``with`` block completes it, an exception fails it, and a cancellation, an interrupt or an
+    exit cancels it.
+
+    A producer that dies loses its lease: readers of its attempt get the end ``producer_lost``, and the next one who opens
+    the name becomes the producer of a new attempt, which `follow` goes on with. If nobody does so within *takeover* after
+    a supervisor has found the lapse, the execution ends as failed, with ``producer_lost``. What has ended stays ended:
+    whoever opens the name is a consumer until it is removed, *ttl* after the end or by `delete_execution`.
+
+    Args:
+        name: 1 to 512 bytes of UTF-8 without control characters, whose id is that of `execution_id_for`; or an execution
+            id. That of an execution which was created for the workers of a lane makes a consumer.
+        namespace: Tenant, free text of at most 256 bytes; a part of what the name stands for.
+        mode: Mode of frames that name none; None is durable.
+        ttl: Time that all its data is kept after its end, at least 1 ms; in seconds or as a ``timedelta``, as the others.
+            This and the next four are those of the call that creates the execution, but for the lease's.
+        lease_ttl_ms: Length of the lease, in ms or as a ``timedelta``: so long readers wait for a producer that has died.
+        takeover: Time from a lapse in which another producer may go on, at least 1 ms.
+        payload: Input, at most 16 MiB, which `describe` leaves out.
+        tags: ``namespace.name`` to text.
+        retention_maxlen: Number of the newest durable frames to keep at least, 1 to 2^40.
+        max_unacknowledged_bytes: Limit beyond which ``write`` raises ``Overloaded``: at most 16 GiB, and at least
+            64 KiB or the backend's ``max_payload_bytes``, if that is more.
+        linger: Longest wait of a batch for more frames, 0 to 1 s.
+        durability: Level that frames have reached when ``flush`` returns, and with the end all frames and the end; None is
+            ``Durability.stored()``.
+        durability_timeout: Longest wait for that, at least 1 ms.
+
+    Raises:
+        InvalidInput: An argument is not accepted.
+        UnsupportedServer: *durability* is ``synced``, and the server keeps no append-only file.
+        OutcomeUnknown: The server could not be reached again after a lost reply. Calling again is safe: what the lost call
+            has opened is given back by this backend, or lapses.
+    """
+    eid = _stream_id(on, name, namespace)
+    ttl_ms = _ttl_ms("lease_ttl_ms", lease_ttl_ms)
+    level = Level.checked(durability, durability_timeout)
+    options = _writer_options(on, mode, retention_maxlen, max_unacknowledged_bytes, linger, level)
+    instance = f"{socket.gethostname()}-{os.getpid()}"
+    lease_id = keys.new_uuid()
+    op = ops.open_stream(
+        eid,
+        namespace=namespace,
+        retention_ms=_positive_ms("ttl", ttl),
+        takeover_ms=_positive_ms("takeover", takeover),
+        worker_instance_id=instance,
+        lease_id=lease_id,
+        lease_ttl_ms=ttl_ms,
+        attempt_id=keys.new_uuid(),
+        writer_text=ops.writer_text(),
+        max_payload_bytes=on.max_payload_bytes,
+        payload=_document("payload of an execution", payload),
+        tags=_tags({} if tags is None else tags),
+    )
+    state = claiming.Claim(
+        claiming.ClaimRequest(
+            "", ops.NAMED_WORKER.decode(), instance, ttl_ms, CapabilitySet(), max_wait_s=None
+        )
+    )
+
+    def opening() -> Steps[Production | None]:
+        yield from levels.can_reach(level.durability, keys.slot_tag_of(eid))
+        produced = yield from claiming.produce(on, state, op, eid, lease_id)
+        if produced is None:
+            return None
+        with applied_in_part():
+            attempt = ops.Attempt.of(produced.handle)
+            writer = yield from writers.continue_writer(
+                attempt, produced.writer_id, produced.opened, options, on.places
+            )
+        return Production(produced.handle, writer)
+
+    return StreamRequest(eid, level, Call(opening, claim=state))
+
+
+def _stream_id(on: Deployment, name: str, namespace: str) -> str:
+    keys.free_text("namespace", namespace)
+    keys.free_text("name", name, keys.NAME_LIMIT)
+    try:
+        eid = keys.canonical_execution_id(name)
+    except InvalidId:
+        return execution_id_for(on, name, namespace=namespace)
+    if keys.partition_index(eid) >= on.partitions:
+        raise InvalidId("The execution id is of a partition that this deployment does not have.")
+    return eid
+
+
+_READ_END_S = 0.25
+"""Time, in seconds, in which readers learn the end of an execution before its keys are removed."""
+
+
+def delete_execution(on: Deployment, execution_id: str, *, reason: str = "deleted") -> Call[None]:
+    """Remove an execution with its streams, its payload and its result.
+
+    One that has not ended is cancelled first; its readers get that end, and it is removed a quarter of a second later. A
+    reader that has not read the end by then gets ``ExecutionNotFound``. The name of a stream is free again.
+
+    Args:
+        execution_id: Id of the execution.
+        reason: Why it is cancelled, at most 4096 bytes of text.
+
+    Raises:
+        ExecutionNotFound: There is no such execution.
+    """
+    eid = keys.canonical_execution_id(execution_id)
+    op = ops.delete_execution(eid, _line("reason", reason, 4096))
+    partition = keys.partition_index(eid)
+    # Whether a try before may have removed it, whose answer was lost.
+    sent = False
+
+    def steps() -> Steps[None]:
+        nonlocal sent
+        again = sent
+        sent = True
+        while True:
+            try:
+                deleted = yield from ready.with_hints(op, partition)
+            except ExecutionNotFound:
+                if again:
+                    return
+                raise
+            if deleted.cancelled:
+                yield Pause(_READ_END_S)
+            elif not deleted.more:
+                return
+            again = True
+
+    return Call(steps)
 
 
 # -- loops -----------------------------------------------------------------------------------------------------------

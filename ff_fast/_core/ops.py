@@ -59,6 +59,10 @@ T = TypeVar("T")
 Fields = Sequence[bytes]
 
 
+NAMED_WORKER = b"open_stream"
+"""The worker id of those who produce named streams."""
+
+
 class Op(NamedTuple, Generic[T]):
     """One call of a Lua function.
 
@@ -445,9 +449,18 @@ def writer_id(attempt: Attempt) -> bytes:
 
     It is stored where readers read, so it must not hold the lease id.
     """
-    index, lease_id, epoch = attempt.fence
+    return _writer_id(attempt.fence, writer_text())
+
+
+def writer_text() -> str:
+    """Return a fresh text for the id of a writer."""
+    return keys.new_uuid()[:13]
+
+
+def _writer_id(fence: tuple[bytes, bytes, bytes], text: str) -> bytes:
+    index, lease_id, epoch = fence
     digest = hashlib.sha1(lease_id, usedforsecurity=False).hexdigest().encode()
-    return b":".join((index, digest, epoch, keys.new_uuid()[:13].encode()))
+    return b":".join((index, digest, epoch, text.encode()))
 
 
 def open_writer(
@@ -463,27 +476,103 @@ def open_writer_of(
 ) -> Op[Opened]:
     """The same for an attempt that is named by its parts."""
 
-    def parse(_: bytes, fields: list[object]) -> Opened:
-        last_id, visible, estimator, summary_version, opening = map(_text, fields)
-        opened = Opened(
-            *entry_id(last_id),
-            int(visible),
-            estimator.encode(),
-            int(summary_version),
-            int(opening),
-        )
-        # The writer counts on from these.
-        if not all(0 <= number <= MAX_INT for number in opened if isinstance(number, int)):
-            raise ValueError("no count")
-        return opened
-
     names = (
         keys.core(execution_id),
         keys.head(execution_id, attempt_index),
         keys.summary(execution_id, attempt_index),
     )
     given = (writer, lease_id.encode(), number(max_payload_bytes))
-    return Op(b"ff_open_writer", names, given, parse)
+    return Op(b"ff_open_writer", names, given, lambda status, fields: _opened(fields))
+
+
+def _opened(fields: list[object]) -> Opened:
+    last_id, visible, estimator, summary_version, opening = map(_text, fields)
+    opened = Opened(
+        *entry_id(last_id),
+        int(visible),
+        estimator.encode(),
+        int(summary_version),
+        int(opening),
+    )
+    # The writer counts on from these.
+    if not all(0 <= number <= MAX_INT for number in opened if isinstance(number, int)):
+        raise ValueError("no count")
+    return opened
+
+
+class Produced(NamedTuple):
+    """A named stream that was opened to be produced: its lease, and the writer of its attempt."""
+
+    handle: Handle
+    writer_id: bytes
+    opened: Opened
+
+
+def open_stream(
+    execution_id: str,
+    *,
+    namespace: str,
+    retention_ms: int,
+    takeover_ms: int,
+    worker_instance_id: str,
+    lease_id: str,
+    lease_ttl_ms: int,
+    attempt_id: str,
+    writer_text: str,
+    max_payload_bytes: int,
+    payload: bytes,
+    tags: Mapping[str, str],
+) -> Op[Produced | None]:
+    """Create an execution, put it under a lease and open its writer; None where somebody else produces it."""
+
+    def parse(status: bytes, fields: list[object]) -> Produced | None:
+        if status == b"CONSUMER":
+            return None
+        handle = _claimed_handle(fields, lease_id, lease_ttl_ms, "", worker_instance_id)
+        return Produced(
+            handle, _writer_id(Attempt.of(handle).fence, writer_text), _opened(fields[6:])
+        )
+
+    return Op(
+        b"ff_open_stream",
+        (keys.core(execution_id), keys.payload(execution_id), keys.tags(execution_id)),
+        (
+            execution_id.encode(),
+            namespace.encode(),
+            number(retention_ms),
+            number(takeover_ms),
+            NAMED_WORKER,
+            worker_instance_id.encode(),
+            lease_id.encode(),
+            number(lease_ttl_ms),
+            attempt_id.encode(),
+            writer_text.encode(),
+            number(max_payload_bytes),
+            payload,
+            *(part.encode() for pair in tags.items() for part in pair),
+        ),
+        parse,
+    )
+
+
+class Deleted(NamedTuple):
+    """What one call has done: *cancelled* an execution that had not ended, or removed it or, with *more*, a part of it."""
+
+    cancelled: bool
+    more: bool
+
+
+def delete_execution(execution_id: str, reason: str) -> Op[tuple[Deleted, Hints]]:
+    """Remove an ended execution; cancel any other one."""
+    return Op(
+        b"ff_delete_execution",
+        (keys.core(execution_id),),
+        (reason.encode(),),
+        lambda status, fields: (
+            Deleted(status == b"CANCELLED", status == b"MORE"),
+            _hints(fields, 0),
+        ),
+    )
 
 
 class Range(NamedTuple):

@@ -216,7 +216,8 @@ def find_reclaimable(partitions: int, limit: int) -> Steps[list[ReclaimToken]]:
             except (ExecutionNotFound, Corruption, InternalFunctionError, ProtocolError):
                 # Gone meanwhile, or foreign data in its keys.
                 continue
-            if found.state == "active" and stream.lease_left == 0:
+            # That of a named stream is in no lane: whoever opens its name takes it over.
+            if found.state == "active" and found.lane and stream.lease_left == 0:
                 tokens.append(reclaim_token(execution_id, found.lane, now_ms))
                 if len(tokens) == limit:
                     return tokens

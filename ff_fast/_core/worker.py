@@ -279,21 +279,16 @@ TASK = """One claimed execution, the argument of a handler.
     """
 
 
-class TaskState(Generic[W, K]):
-    """The part of a task that is the same in both shells."""
+class Holder(Generic[W, K]):
+    """Somebody who holds a lease and its writer, and ends the execution.
 
-    def __init__(
-        self, handle: Handle, mode: StreamMode | None = None, level: Level = STORED
-    ) -> None:
-        fields = handle.fields()
-        self.handle = handle
-        self._mode = mode
+    Attributes:
+        execution_id: Id of the execution.
+    """
+
+    def __init__(self, execution_id: str, level: Level) -> None:
+        self.execution_id = execution_id
         self._level = level
-        self.execution_id = fields.execution_id
-        self.attempt_index = fields.attempt_index
-        self.resumed = handle.kind is HandleKind.RESUMED
-        self.payload: bytes = b""
-        self.signals: tuple[ResumeSignal, ...] = ()
         self._keeper: K | None = None
         self._current_writer: W | None = None
         self._lost: FFError | None = None
@@ -302,11 +297,6 @@ class TaskState(Generic[W, K]):
     def _lose(self, error: FFError) -> None:
         """Refuse all further writes, since the lease is gone."""
         self._lost = error
-
-    @property
-    def _writing(self) -> dict[str, Any]:
-        """What the task's writers are opened with."""
-        return {"mode": self._mode, **self._reaching}
 
     @property
     def _reaching(self) -> dict[str, Any]:
@@ -333,6 +323,34 @@ class TaskState(Generic[W, K]):
         )
 
     @property
+    def _cancel_requested(self) -> bool:
+        """Whether a cancellation is requested; every push, append and renewal may say so."""
+        return (self._current_writer is not None and self._current_writer.cancel_requested) or (
+            self._keeper is not None and self._keeper.cancel_requested
+        )
+
+
+class TaskState(Holder[W, K]):
+    """The part of a task that is the same in both shells."""
+
+    def __init__(
+        self, handle: Handle, mode: StreamMode | None = None, level: Level = STORED
+    ) -> None:
+        fields = handle.fields()
+        super().__init__(fields.execution_id, level)
+        self.handle = handle
+        self._mode = mode
+        self.attempt_index = fields.attempt_index
+        self.resumed = handle.kind is HandleKind.RESUMED
+        self.payload: bytes = b""
+        self.signals: tuple[ResumeSignal, ...] = ()
+
+    @property
+    def _writing(self) -> dict[str, Any]:
+        """What the task's writers are opened with."""
+        return {"mode": self._mode, **self._reaching}
+
+    @property
     def writer(self) -> W:
         """The writer of the attempt.
 
@@ -355,13 +373,6 @@ class TaskState(Generic[W, K]):
     def lost(self) -> bool:
         """Whether the lease is lost, or the backend is closed: nothing can be written, and the result is discarded."""
         return not self._holds_lease and not self._released
-
-    @property
-    def _cancel_requested(self) -> bool:
-        """Whether a cancellation is requested; every push, append and renewal may say so."""
-        return (self._current_writer is not None and self._current_writer.cancel_requested) or (
-            self._keeper is not None and self._keeper.cancel_requested
-        )
 
 
 # -- from a claim to an end --------------------------------------------------------------------------------------------
@@ -520,16 +531,16 @@ def _load(on: Deployment, task: TaskState[Any, Any]) -> Ending:
 
 
 def _handle(backend: Backend, task: TaskState[Any, Any], cancel_after_s: float | None) -> Ending:
-    end: Returned | Raised | Stopped = yield CallHandler(cancel_after_s)
-    if isinstance(end, Stopped):
+    ended: Returned | Raised | Stopped = yield CallHandler(cancel_after_s)
+    if isinstance(ended, Stopped):
         # Where the server may still accept an end, it gets the reason.
-        end = Raised(task._lost or TaskFailed(CANCEL_REASON, FailureClass.CANCELLED))
-    if isinstance(end, Raised):
-        if not (task._released and is_release(end.error)):
-            yield from _failed(backend, task, end.error)
+        ended = Raised(task._lost or TaskFailed(CANCEL_REASON, FailureClass.CANCELLED))
+    if isinstance(ended, Raised):
+        if not (task._released and is_release(ended.error)):
+            yield from _failed(backend, task, ended.error)
         return
     try:
-        result = result_of(end.value)
+        result = result_of(ended.value)
         yield CloseWriter()
     except Exception as error:  # noqa: BLE001 - the attempt ends with it
         yield from _failed(backend, task, error)
@@ -571,7 +582,7 @@ def _fail(backend: Backend, task: TaskState[Any, Any], failure: Failure) -> Endi
 
 def _cancel(backend: Backend, task: TaskState[Any, Any]) -> Ending:
     try:
-        yield from _end(backend, task, _cancellation(task))
+        yield from _end(backend, task, cancellation(task.execution_id, task.handle, task._level))
     except FFError as error:
         if isinstance(error, _ENDS_WORKER):
             raise
@@ -579,12 +590,18 @@ def _cancel(backend: Backend, task: TaskState[Any, Any]) -> Ending:
         yield from _fail(backend, task, Failure(failure_of(error).reason, FailureClass.CANCELLED))
 
 
-def _cancellation(task: TaskState[Any, Any]) -> Call[Any]:
-    """Return the call that ends a task as cancelled, with the reason of the cancellation request."""
-    eid = task.execution_id
+def cancellation(eid: str, handle: Handle, level: Level, unasked: str = CANCEL_REASON) -> Call[Any]:
+    """Return the call with which the holder of a lease ends the execution as cancelled.
+
+    Args:
+        eid: Id of the execution.
+        handle: The lease.
+        level: What the end shall reach.
+        unasked: The reason, where nobody has requested the cancellation.
+    """
 
     def steps() -> Steps[object]:
-        reason = CANCEL_REASON
+        reason = unasked
         try:
             description = yield from ops.call(ops.describe_execution(eid))
         except FFError as error:
@@ -592,9 +609,9 @@ def _cancellation(task: TaskState[Any, Any]) -> Call[Any]:
                 raise
         else:
             reason = description.cancellation_reason or reason
-        op = ops.cancel_execution(eid, reason, 0, task.handle.fields().lease_id)
+        op = ops.cancel_execution(eid, reason, 0, handle.fields().lease_id)
         cancelled = yield from with_hints(op, keys.partition_index(eid))
-        yield from operations.Reach(lambda _: op, *task._level).steps()
+        yield from operations.Reach(lambda _: op, *level).steps()
         return cancelled
 
     return operations.Call(steps)

@@ -309,6 +309,8 @@ class Operations(Pool):
     describe_stream = method(operations.describe_stream)
     read_stream = method(operations.read_stream)
     read_summary = method(operations.read_summary)
+    delete_execution = method(operations.delete_execution)
+    execution_id_for = bind(operations.execution_id_for, lambda _, value: value, "str")
     tail = bind(operations.tail, _tail, "Tail")
     follow = bind(operations.follow, _follow, "Follow")
     wait = bind(operations.wait, _wait, "bytes")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from ff_fast import _process
@@ -14,7 +15,6 @@ from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import dressed
 from ff_fast._core.worker import (
     Action,
-    Actions,
     CallHandler,
     CloseWriter,
     Raised,
@@ -133,6 +133,22 @@ class Task(TaskState[Writer, LeaseKeeper]):
             writer._wait(store_and_close(writer, timeout_s))
 
 
+def drive(actions: Generator[Action, Any, T], perform: Callable[[Action], object]) -> T:
+    """Perform the actions of the core, and return what comes of them."""
+    try:
+        action = next(actions)
+        while True:
+            try:
+                value = perform(action)
+            except BaseException as error:  # noqa: BLE001 - the core decides what it means
+                action = actions.throw(error)
+            else:
+                action = actions.send(value)
+    except StopIteration as stop:
+        value_of: T = stop.value
+        return value_of
+
+
 class WorkerLoop:
     """Claims executions of one lane and runs a handler for each, on *concurrency* threads."""
 
@@ -227,20 +243,7 @@ class WorkerLoop:
         """Run the handler for one claimed execution, and end the execution; return whether it is over for this worker."""
         task = Task(self._backend, handle, self._options.mode, self._options.level)
         with self._backend.keep_lease(handle, task._lose) as task._keeper:
-            return self._drive(task, worker_core.attend(self._backend, task))
-
-    def _drive(self, task: Task, actions: Actions) -> bool:
-        try:
-            action = next(actions)
-            while True:
-                try:
-                    value = self._perform(task, action)
-                except BaseException as error:  # noqa: BLE001 - the core decides what it means
-                    action = actions.throw(error)
-                else:
-                    action = actions.send(value)
-        except StopIteration as stop:
-            return bool(stop.value)
+            return drive(worker_core.attend(self._backend, task), partial(self._perform, task))
 
     def _perform(self, task: Task, action: Action) -> object:
         match action:

@@ -90,7 +90,7 @@ class HandleFields(Value):
         lease_id: Id of the lease, a secret.
         lease_epoch: Grant of ownership, from 1; 0 means never leased.
         lease_ttl_ms: Length of the lease as granted, in ms.
-        lane_id: Lane of the claim.
+        lane_id: Lane of the claim; empty for the producer of a named stream.
         worker_instance_id: Worker instance of the claim.
     """
 
@@ -113,7 +113,8 @@ class HandleFields(Value):
         keys.opaque_id("lease_id", self.lease_id)
         check_int("lease_epoch", self.lease_epoch, 0, MAX_INT)
         check_int("lease_ttl_ms", self.lease_ttl_ms, 1, MAX_INT)
-        keys.lane_id(self.lane_id)
+        if self.lane_id:
+            keys.lane_id(self.lane_id)
         keys.free_text("worker_instance_id", self.worker_instance_id)
 
 
@@ -168,7 +169,7 @@ class Handle(Value):
             lease_id: Likewise.
             lease_epoch: 0 to 2^53-1.
             lease_ttl_ms: 1 to 2^53-1.
-            lane_id: 1 to 64 printable ASCII characters.
+            lane_id: 1 to 64 printable ASCII characters; empty for the producer of a named stream.
             worker_instance_id: One line of text of at most 256 bytes.
 
         Raises:

@@ -605,7 +605,7 @@ class ExecutionDescription(Value):
     Attributes:
         execution_id: Its id.
         state: Its state.
-        lane: Its lane.
+        lane: Its lane; empty for a named stream, which is in none.
         namespace: Its namespace.
         priority: Its priority, 0 to 9000; higher ones are claimed first.
         required_capabilities: Capabilities that its worker must offer.

@@ -396,6 +396,7 @@ class Life:
         self.cancels()
         self.flows()
         self.loses()
+        self.names()
         self.subscribes()
 
     def streams(self):
@@ -653,6 +654,31 @@ class Life:
             eid = self.created(lane=f"i-{kind}", deadline=60, attempt_timeout=60)
             self.claimed(f"i-{kind}")
             self.supervised(eid, kind)
+
+    def names(self):
+        """Named streams: produced, taken over, ended, and removed."""
+        worker = self.by("ff_worker")
+        stream = worker.open_stream("n", payload=b"prompt", tags={"app.x": "1"})
+        eid = stream.execution_id
+        stream.write(b"a")
+        stream.flush(5)
+        assert worker.open_stream("n").role == "consumer"
+        self.due(eid, "lease")
+        worker = self.by("ff_worker")
+        other = worker.open_stream("n")
+        assert other.role == "producer"
+        other.complete(b"done")
+        # What the lost producer would learn by a push, and in the end by itself.
+        stream._keeper._end()
+        self.by("ff_operator").delete_execution(eid)
+        worker = self.by("ff_worker")
+        stream = worker.open_stream("n")
+        stream._keeper._end()
+        self.supervised(eid, "lease")
+        self.supervised(eid, "lease")
+        flow_id = self.by("ff_producer").create_flow()
+        eid = self.created(lane="n", flow_id=flow_id)
+        self.by("ff_operator").delete_execution(eid)
 
     def subscribes(self):
         tailer = self.by("ff_tailer")

@@ -16,12 +16,13 @@ import ff_fast
 from ff_fast import CancelFlowPolicy, CancelFlowWait, CapabilitySet, ClaimPolicy, aio, keys
 from ff_fast._core import claiming, operations, ops
 from ff_fast._core.supervision import reclaim_token
-from ff_fast.errors import DeadlineExceeded, FFError, OutOfMemory, StaleOwner
+from ff_fast.errors import DeadlineExceeded, FFError, Outcome, OutOfMemory, StaleOwner
 
 from ..conftest import connect_raw
 from ..heads import head_of, set_head
 from ..waiting import wait_until, wait_until_async
 from .chaos import DOWN
+from .test_outcomes import away, lose_one_reply_and_then_refuse
 
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 GPU = CapabilitySet(["gpu"])
@@ -105,6 +106,26 @@ async def test_no_work_is_lost_to_a_hint_that_is_refused(shell, tight, lane):
             rest = await claim_all(backend, lane)
             assert sorted(rest) == sorted(states)
     assert granted
+
+
+# -- replies that are lost, and refusals behind them -------------------------------------------------
+
+
+async def test_a_take_over_whose_reply_was_lost_is_given_back_whatever_follows(
+    shell, proxy, raw, lane
+):
+    async with await shell.connect(proxy.url, retries=2, factor=1) as backend:
+        eid = await backend.create_execution(lane=lane)
+        await backend.claim(lane=lane, **WORKER)
+        set_head(raw, keys.head(eid, 0), lease_expires_at=1)
+        with away(proxy):
+            lose_one_reply_and_then_refuse(proxy)
+            with pytest.raises(FFError) as caught:
+                await backend.claim_from_reclaim(reclaim_token(eid, lane, 1), **WORKER)
+        assert caught.value.outcome is Outcome.UNKNOWN
+        # The blocking shell gives back with its next claim.
+        await backend.claim(lane=f"{lane}-other", **WORKER)
+        await wait_until_async(lambda: _now(lambda: core_of(raw, eid)["state"] == "waiting"))
 
 
 # -- callers that go away ----------------------------------------------------------------------------

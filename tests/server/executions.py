@@ -172,8 +172,8 @@ class World:
             kind = name.decode("utf-8", "replace").partition(":")[0]
             if eid.encode() in name and kind in kinds:
                 self.raw.zadd(key, {name: 1})
-        if "lease" in kinds:
-            index = self.core(eid)["current_attempt_index"]
+        index = self.core(eid).get("current_attempt_index")
+        if "lease" in kinds and index is not None:
             set_head(self.raw, keys.head(eid, int(index)), lease_expires_at=1)
 
     def call(self, op):

@@ -94,6 +94,7 @@ def scenario(shell, kind, url, lane, names):
         yield from reads(backend, lane)
         yield from suspends(backend, lane)
         yield from works(backend, kind, lane)
+        yield from names_streams(backend, lane)
     finally:
         yield backend.close()
 
@@ -266,6 +267,25 @@ def works(backend, kind, lane):
     yield backend.run_worker(handler_for(kind, handler), lane=lane, stop=Stop())
     assert (yield backend.describe(given_up)).state == "delayed"
     assert (yield backend.describe(done)).state == "completed"
+
+
+def names_streams(backend, lane):
+    opened = yield backend.open_stream(lane, namespace=lane)
+    stream, eid = backend.of(opened), opened.execution_id
+    assert opened.role == "producer"
+    assert eid == opened.handle.execution_id == backend.execution_id_for(lane, namespace=lane)
+    assert stream.write("a") == 1
+    yield stream.drain()
+    assert (yield stream.flush()).frame_count == stream.writer.last_sequence == 1
+    assert not stream.cancelled
+    assert not (yield stream.wait_cancelled(0.001))
+    following = backend.of(stream.follow(snapshot=True))
+    assert len((yield following.next_batch(5))) > 0
+    yield following.close()
+    yield stream.complete("r")
+    assert (yield stream.wait(5)) == b"r"
+    yield backend.delete_execution(keys.url_id(eid))
+    yield backend.of((yield backend.open_stream(lane, namespace=lane))).fail("no")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -141,6 +141,39 @@ class Scene:
             "attempt_id": keys.new_uuid(),
         }  # fmt: skip
 
+    def opening(self, eid=None, **options):
+        given = {
+            "namespace": "default", "retention_ms": 60_000, "takeover_ms": 60_000,
+            "worker_instance_id": "w-1", "lease_id": keys.new_uuid(), "lease_ttl_ms": 60_000,
+            "attempt_id": keys.new_uuid(), "writer_text": "0a1b", "max_payload_bytes": 65_536,
+            "payload": b"p", "tags": {"a.b": "c"}, **options,
+        }  # fmt: skip
+        return ops.open_stream(eid or beside(self.parent), **given)
+
+    def named(self, lapsed=False, given_back=False):
+        """An opening of a named stream that has a producer, or has lost it."""
+        lease_id, eid = keys.new_uuid(), beside(self.parent)
+        op = self.opening(eid, lease_id=lease_id)
+        produced = op.answer(self.call(op))
+        self.eids += (eid,)
+        if lapsed:
+            set_head(self.raw, keys.head(eid, 0), lease_expires_at=1)
+        elif given_back:
+            attempt = ops.Attempt.of(produced.handle)
+            given = streams.part_of(
+                attempt.stream_keys, produced.writer_id, b"0", b" push", *streams.log(b"a")
+            )
+            self.call(ops.Op(b"ff_append", attempt.stream_keys, given, None))
+            self.call(ops.give_back(keys.index_of(self.tag), lease_id))
+        else:
+            return op
+        return self.opening(eid)
+
+    def ended(self):
+        """An execution that has ended, with all that one may have."""
+        self.backend.complete(self.handle, b"r")
+        return ops.delete_execution(self.child, "why")
+
     def untouched(self):
         """A claim of an execution that needs a capability, given back before anything was written."""
         needy = CapabilitySet({"gpu"})
@@ -190,6 +223,16 @@ CALLS = {
     "ff_hint": [lambda s: ops.hint(LANE, "gpu", b"1", 0, b"m", b"1000")],
     "ff_forget_hints": [lambda s: s.forgetting()],
     "ff_open_writer": [lambda s: ops.open_writer(s.attempt, ops.writer_id(s.attempt))],
+    "ff_open_stream": [
+        lambda s: s.opening(),
+        lambda s: s.named(),
+        lambda s: s.named(lapsed=True),
+        lambda s: s.named(given_back=True),
+    ],
+    "ff_delete_execution": [
+        lambda s: ops.delete_execution(s.child, "why"),
+        lambda s: s.ended(),
+    ],
     "ff_append": [
         lambda s: s.append(S.log(b"a", b"b"), [b"K", b"100"], [b"E", b"1.5"]),
         lambda s: s.append(S.live(b"a", b"b"), [b"T", b"0-0"], [b"P", b"100000"], [b"H", b"1"]),
@@ -255,6 +298,8 @@ CALLS = {
     "ff_fire_timer": [
         lambda s: s.lapsed().due("lease"),
         lambda s: s.lapsed().cancelled().due("lease"),
+        lambda s: (s.named(lapsed=True), s.due("lease", s.eids[-1]))[1],
+        lambda s: (s.named(given_back=True), s.due("lease", s.eids[-1]))[1],
         lambda s: s.due("attempt"),
         lambda s: s.due("deadline"),
         lambda s: s.due("cancel"),

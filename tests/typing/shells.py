@@ -37,6 +37,19 @@ def blocking(backend: ff_fast.ValkeyBackend, handle: Handle, spec: WaitpointSpec
         reveal_type(writer.flush(timeout=1))  # -> AppendFrameOutcome
         reveal_type(writer.drain())  # -> None
         reveal_type(writer.close())  # -> None
+    reveal_type(backend.execution_id_for("chat"))  # -> str
+    with backend.open_stream("chat", ttl=timedelta(days=1)) as stream:
+        reveal_type(stream.role)  # -> Literal['producer', 'consumer']
+        reveal_type(stream.writer)  # -> Writer | None
+        reveal_type(stream.handle)  # -> Handle | None
+        reveal_type(stream.write(b"x"))  # -> int
+        reveal_type(stream.flush())  # -> AppendFrameOutcome
+        reveal_type(stream.follow(snapshot=True))  # -> Follow
+        reveal_type(stream.wait(1))  # -> bytes
+        reveal_type(stream.wait_cancelled(1))  # -> bool
+        reveal_type(stream.complete("answer"))  # -> None
+        reveal_type(stream.fail("no"))  # -> FailOutcome
+    reveal_type(backend.delete_execution("id"))  # -> None
     with backend.tail("id", after=None) as tail:
         reveal_type(tail)  # -> Tail
         reveal_type(next(tail))  # -> StreamFrame | Gap | End
@@ -91,6 +104,16 @@ async def asynchronous(backend: aio.ValkeyBackend, handle: Handle, spec: Waitpoi
         reveal_type(await writer.flush())  # -> AppendFrameOutcome
     opened = await backend.open_writer(handle)
     reveal_type(opened)  # -> Writer
+    reveal_type(backend.execution_id_for("chat"))  # -> str
+    async with backend.open_stream("chat") as stream:
+        reveal_type(stream)  # -> OpenedStream
+        reveal_type(stream.write(b"x"))  # -> int
+        reveal_type(await stream.flush())  # -> AppendFrameOutcome
+        reveal_type(stream.follow())  # -> Follow
+        reveal_type(await stream.wait(1))  # -> bytes
+        reveal_type(await stream.complete())  # -> None
+        reveal_type(await stream.fail("no"))  # -> FailOutcome
+    reveal_type(await backend.delete_execution("id"))  # -> None
     async with backend.tail("id") as tail:
         reveal_type(await anext(tail))  # -> StreamFrame | Gap | End
         reveal_type(await tail.next_batch())  # -> list[StreamFrame | Gap | End]

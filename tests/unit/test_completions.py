@@ -95,13 +95,13 @@ def test_a_new_subscription_begins_behind_the_last_record_of_each_partition():
     new = core(None)
     assert new.start is None
     assert read(new, kept(last=b"7-3"), NO_KEY) == (LOOK, [])
-    assert new.start == "0-0,0:7-3:3"
+    assert new.start == "0-0~0.7-3.3"
     # Nothing is asked before something is pushed.
     assert read(new) == ([], [])
     tell(new, 1)
     asked, found = read(new, [entry()])
     assert asked == [xrange(1, b"0-0")]
-    assert [each.cursor for each in found] == ["0-0,0:7-3:3,1:a-1:1"]
+    assert [each.cursor for each in found] == ["0-0~0.7-3.3~1.a-1.1"]
 
 
 def test_it_begins_with_its_first_read_whatever_is_subscribed_to(monkeypatch):
@@ -194,18 +194,18 @@ def test_a_failed_subscription_is_raised():
 def test_from_the_start_everything_that_is_kept_is_read():
     asked, found = read(core(), NO_KEY, kept(b"5-0", 3, 9), [entry()])
     assert asked == [*LOOK, xrange(1, b"0-0")]
-    assert found == [CompletionPayload(EIDS[1], "success", None, 10, None, "0-0,1:a-1:7")]
+    assert found == [CompletionPayload(EIDS[1], "success", None, 10, None, "0-0~1.a-1.7")]
 
 
 def test_a_cursor_goes_on_in_each_partition_behind_what_it_brought():
-    running = core("0-0,0:4:1,1:7-1:3")
-    assert running.start == "0-0,0:4:1,1:7-1:3"
+    running = core("0-0~0.4.1~1.7-1.3")
+    assert running.start == "0-0~0.4.1~1.7-1.3"
     abouts = kept(b"4-0", 2, 2, b"8-1"), kept(b"5-0", 4, 4, b"90-1")
     entries = [entry(b"8-1", 0)], [entry(b"90-1", 1, flow_id=UUID)]
     asked, found = read(running, *abouts, THERE, THERE, *entries)
     places = passed(0, b"4-0"), passed(1, b"7-1")
     assert asked == [*LOOK, *places, xrange(0, b"4-0", 2), xrange(1, b"7-1", 2)]
-    assert [each.cursor for each in found] == ["0-0,0:8-1:2,1:7-1:3", "0-0,0:8-1:2,1:2i-1:4"]
+    assert [each.cursor for each in found] == ["0-0~0.8-1.2~1.7-1.3", "0-0~0.8-1.2~1.2i-1.4"]
     assert found[1].flow_id == UUID
     tell(running, 1, 0)
     assert read(running, [], [])[0] == [xrange(1, b"90-1", 2), xrange(0, b"8-1", 2)]
@@ -238,19 +238,19 @@ def test_a_cursor_before_what_is_kept_is_refused(subtests):
         ("4-0", kept(), False),
         ("start", kept(added=9), False),
         # Six records were trimmed. A place behind six has missed none, although its own record is gone.
-        ("0-0,0:4-0:6", kept(added=9), False),
-        ("0-0,0:4-0:5", kept(added=9), True),
+        ("0-0~0.4-0.6", kept(added=9), False),
+        ("0-0~0.4-0.5", kept(added=9), True),
         ("0-0", kept(added=9), True),
         # All were trimmed.
-        ("0-0,0:4-0:9", kept(b"0-0", 0, 9, b"4-0"), False),
-        ("0-0,0:4-0:8", kept(b"0-0", 0, 9, b"7-0"), True),
+        ("0-0~0.4-0.9", kept(b"0-0", 0, 9, b"4-0"), False),
+        ("0-0~0.4-0.8", kept(b"0-0", 0, 9, b"7-0"), True),
         # The stream is not the one that was read, or is gone.
-        ("0-0,0:8-0:3", kept(), True),
-        ("0-0,0:8-0:3", NO_KEY, True),
+        ("0-0~0.8-0.3", kept(), True),
+        ("0-0~0.8-0.3", NO_KEY, True),
         # Its record is not among those that are kept; if somebody deleted records up to there, that says nothing.
-        ("0-0,0:6-0:2", kept(), True),
-        ("0-0,0:6-0:2", kept(deleted=b"6-0"), False),
-        ("0-0,0:7-0:3", kept(deleted=b"7-0"), False),
+        ("0-0~0.6-0.2", kept(), True),
+        ("0-0~0.6-0.2", kept(deleted=b"6-0"), False),
+        ("0-0~0.7-0.3", kept(deleted=b"7-0"), False),
     ):
         with subtests.test(after=after, about=about):
             running = core(after)
@@ -276,8 +276,8 @@ def test_a_cursor_before_what_is_kept_is_refused(subtests):
 def test_a_bad_cursor_is_refused(subtests):
     large = "zzzzzzzzzzzzz"
     for after in (
-        *("", "now", "1-2,", "1-2,3:4", "1-2,2:1-1", "1-2\n", "1-2,1:1:1:1", 7, b"0-0"),
-        f"0-0,0:{large}",
+        *("", "now", "1-2~", "1-2~3.4", "1-2~2.1-1", "1-2\n", "1-2~1.1.1.1", 7, b"0-0"),
+        f"0-0~0.{large}",
     ):
         with subtests.test(after=after), pytest.raises(errors.InvalidCursor):
             core(after)
@@ -334,7 +334,7 @@ def test_results_are_asked_for_as_many_as_make_one_answer():
         told += found
         replies = []
     assert groups == [["ff_read_payload"] * asks for asks in (1, 3, 1, 1)]
-    assert [each.cursor for each in told] == [f"0-0,1:{n}:{n}" for n in range(1, 9)]
+    assert [each.cursor for each in told] == [f"0-0~1.{n}.{n}" for n in range(1, 9)]
     assert [each.payload_bytes for each in told] == [b"x" if size else None for size in sizes]
     assert read(running) == ([], [])
 
@@ -372,7 +372,7 @@ def test_a_foreign_record_is_passed_over(subtests):
             running = core()
             asked, found = read(running, NO_KEY, stored(b"11-0", 2), [foreign, entry(b"11-0")])
             assert len(asked) == 3
-            assert [each.cursor for each in found] == ["0-0,1:b:2"]
+            assert [each.cursor for each in found] == ["0-0~1.b.2"]
 
 
 def test_a_key_of_another_type_takes_one_partition_out_until_it_is_gone():

@@ -4,6 +4,7 @@ import inspect
 import re
 import uuid
 from binascii import crc_hqx
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -153,6 +154,76 @@ def test_bad_execution_ids(subtests):
     ):
         with subtests.test(f"{text!r:.60}"), pytest.raises(InvalidId, match="must look like"):
             keys.canonical_execution_id(text)
+
+
+@given(execution_ids)
+def test_an_id_for_a_url_needs_no_escape_and_stands_for_the_same(eid):
+    form = keys.url_id(eid)
+    assert re.fullmatch(r"[A-Za-z0-9-]+", form)
+    assert quote(form, safe="") == form
+    assert keys.canonical_execution_id(form) == eid
+    assert keys.canonical_execution_id(form.encode()) == eid
+    assert keys.url_id(form) == keys.url_id(eid.encode()) == form
+    tag, _, identity = form.partition("-")
+    assert keys.canonical_execution_id(f"{tag}-{identity.upper()}") == eid
+
+
+def test_bad_ids_of_a_url(subtests):
+    for text in (
+        "fp-" + UUID,
+        "fp05-" + UUID,
+        "fp65536-" + UUID,
+        "FP5-" + UUID,
+        "fp5:" + UUID,
+        "fp5" + UUID,
+        "{fp5}-" + UUID,
+        "fp5-" + UUID + "\n",
+        "fp5-" + UUID.replace("-", ""),
+        "fp5-" + UUID[:-1] + "/",
+    ):
+        with subtests.test(f"{text!r:.60}"), pytest.raises(InvalidId, match="must look like"):
+            keys.url_id(text)
+
+
+texts = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1, max_size=64)
+
+
+@given(texts, texts, st.integers(1, 65_535))
+def test_a_name_stands_for_one_id(name, namespace, count):
+    eid = keys.execution_id_for(name, namespace=namespace, num_partitions=count)
+    assert keys.canonical_execution_id(eid) == eid
+    identity = uuid.UUID(eid[-36:])
+    assert identity == uuid.uuid5(uuid.UUID(bytes=keys._NAMES), f"{namespace}\0{name}")
+    assert keys.partition_index(eid) == crc_hqx(identity.bytes, 0) % count
+
+
+def test_a_name_keeps_its_id():
+    # Whoever has stored a name finds its stream by it: these never change.
+    assert keys.execution_id_for("chat") == "{fp:159}:c4ca0da1-7d4e-589c-bf13-46a85c444e03"
+    assert keys.execution_id_for("chat", namespace="tenant é") == (
+        "{fp:135}:b19730f3-8f4e-50be-90d8-2c62ba427c36"
+    )
+
+
+def test_no_two_names_are_one():
+    made = [
+        keys.execution_id_for(name, namespace=namespace)
+        for namespace, name in [("a", "b c"), ("a b", "c"), ("ab", "c"), ("a", "bc"), ("c", "ab")]
+    ]
+    assert len(set(made)) == len(made)
+
+
+def test_bad_names(subtests):
+    for name in ("", "a\0b", "a\n", "\x85", "\u2028", "\ud800", "é" * 257, "x" * 513):
+        with subtests.test(f"{name!r:.60}"), pytest.raises(InvalidId, match=r"^name must be"):
+            keys.execution_id_for(name)
+    assert keys.execution_id_for("é" * 256)
+    with pytest.raises(InvalidId, match=r"^namespace must be"):
+        keys.execution_id_for("a", namespace="x" * 257)
+    with pytest.raises(InvalidType):
+        keys.execution_id_for(b"a")
+    with pytest.raises(InvalidInput):
+        keys.execution_id_for("a", num_partitions=0)
 
 
 @given(st.text() | st.binary())

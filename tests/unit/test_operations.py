@@ -167,6 +167,37 @@ CLAIMER = {
 
 # -- operation: arguments that it takes, and for each parameter what it refuses -------------------------------------------
 
+WRITING = {
+    "mode": MODES,
+    "retention_maxlen": [
+        (0, InvalidInput),
+        (2**40 + 1, InvalidInput),
+        (1.5, InvalidType),
+    ],
+    "max_unacknowledged_bytes": [
+        (0, InvalidInput),
+        ((1 << 16) - 1, InvalidInput),
+        ((1 << 34) + 1, InvalidInput),
+        ("1", InvalidType),
+    ],
+    "linger": [
+        *DURATIONS,
+        (1.001, InvalidInput),
+        (timedelta(seconds=2), InvalidInput),
+    ],
+    **LEVELS,
+}
+
+STREAM_NAMES = [
+    ("", InvalidId),
+    ("a\x00", InvalidId),
+    ("a\x85b", InvalidId),
+    ("\ud800", InvalidId),
+    ("é" * 257, InvalidId),
+    (b"name", InvalidType),
+    (None, InvalidType),
+]
+
 REFUSALS = {
     "create_execution": (
         {},
@@ -333,6 +364,25 @@ REFUSALS = {
         },
     ),
     "describe_flow": ({"flow_id": UUID}, {"flow_id": [*UUIDS, (None, InvalidType)]}),
+    "execution_id_for": ({"name": "n"}, {"name": STREAM_NAMES, "namespace": NAMES}),
+    "open_stream": (
+        {"name": "n"},
+        {
+            # The deployment of these tests has four partitions.
+            "name": [*STREAM_NAMES, (f"{{fp:4}}:{UUID}", InvalidId), (f"fp4-{UUID}", InvalidId)],
+            "namespace": NAMES,
+            "ttl": ABOVE_ZERO,
+            "lease_ttl_ms": TTLS,
+            "takeover": ABOVE_ZERO,
+            "payload": [*DOCUMENTS, (None, InvalidType)],
+            "tags": TAGS,
+            **WRITING,
+        },
+    ),
+    "delete_execution": (
+        {"execution_id": EID},
+        {"execution_id": IDS, "reason": [("", InvalidInput), ("a\nb", InvalidInput), (7, InvalidType)]},
+    ),
     "set_tags": (
         {"execution_id": EID, "tags": {"a.b": "c"}},
         {"execution_id": IDS, "tags": [*TAGS, ({}, InvalidInput), (None, InvalidType)]},
@@ -391,29 +441,7 @@ REFUSALS = {
             ],
         },
     ),
-    "open_writer": (
-        {"handle": HANDLE},
-        {
-            "handle": FOREIGN,
-            "mode": MODES,
-            "retention_maxlen": [
-                (0, InvalidInput),
-                (2**40 + 1, InvalidInput),
-                (1.5, InvalidType),
-            ],
-            "max_unacknowledged_bytes": [
-                (0, InvalidInput),
-                ((1 << 16) - 1, InvalidInput),
-                ((1 << 34) + 1, InvalidInput),
-                ("1", InvalidType),
-            ],
-            "linger": [
-                *DURATIONS,
-                (1.001, InvalidInput),
-                (timedelta(seconds=2), InvalidInput),
-            ],
-            **LEVELS,
-        },
+    "open_writer": ({"handle": HANDLE}, {"handle": FOREIGN, **WRITING},
     ),
     "append_frame": (
         {"handle": HANDLE, "frame": Frame(b"x", FrameKind.STDOUT)},

@@ -49,16 +49,17 @@ PARTS = _library._read_parts()
 EID = "{fp:86}:550e8400-e29b-41d4-a716-446655440000"
 LEASE = "11111111-2222-4333-8444-555555555555"
 INDEX = 3
-HANDLE = Handle.encode(
-    execution_id=EID,
-    attempt_index=INDEX,
-    attempt_id="attempt-1",
-    lease_id=LEASE,
-    lease_epoch=4,
-    lease_ttl_ms=30_000,
-    lane_id="lane 1",
-    worker_instance_id="worker-1",
-)
+CLAIMED = {
+    "execution_id": EID,
+    "attempt_index": INDEX,
+    "attempt_id": "attempt-1",
+    "lease_id": LEASE,
+    "lease_epoch": 4,
+    "lease_ttl_ms": 30_000,
+    "worker_instance_id": "worker-1",
+}
+HANDLE = Handle.encode(**CLAIMED, lane_id="lane 1")
+IN_NO_LANE = Handle.encode(**CLAIMED, lane_id="")
 ATTEMPT = ops.Attempt.of(HANDLE)
 FLOW = "99999999-2222-4333-8444-555555555555"
 PARENT = "{fp:86}:660e8400-e29b-41d4-a716-446655440000"
@@ -393,6 +394,38 @@ CALLS = {
         {"writer": WRITER, "lease_id": LEASE.encode(), "payload_limit": b"70000"},
         [],
     ),
+    "ff_open_stream": (
+        ops.open_stream(
+            EID,
+            namespace="tenant",
+            retention_ms=60,
+            takeover_ms=61,
+            worker_instance_id="worker-1",
+            lease_id=LEASE,
+            lease_ttl_ms=30_000,
+            attempt_id="attempt-1",
+            writer_text="0a1b",
+            max_payload_bytes=70_000,
+            payload=b"p\x00",
+            tags={"a.b": "ż"},
+        ),
+        {
+            "execution_id": EID.encode(),
+            "namespace": b"tenant",
+            "retention_ms": b"60",
+            "takeover_ms": b"61",
+            "worker_id": b"open_stream",
+            "worker_instance_id": b"worker-1",
+            "lease_id": LEASE.encode(),
+            "lease_ttl_ms": b"30000",
+            "attempt_id": b"attempt-1",
+            "writer_text": b"0a1b",
+            "payload_limit": b"70000",
+            "payload": b"p\x00",
+        },
+        [b"a.b", "ż".encode()],
+    ),
+    "ff_delete_execution": (ops.delete_execution(EID, "why"), {"reason": b"why"}, []),
     "ff_read_range": (
         ops.read_range(
             EID,
@@ -746,6 +779,27 @@ ANSWERS = {
     "ff_set_tags": ([b"2"], 2),
     "ff_read_tags": ([[b"a.b", "ż".encode()]], {"a.b": "ż"}),
     "ff_open_writer": ([b"7-8", b"6", b"1.5", b"2", b"3"], ops.Opened(7, 8, 6, b"1.5", 2, 3)),
+    "ff_open_stream": (
+        [
+            EID.encode(),
+            b"3",
+            b"attempt-1",
+            b"4",
+            b"99",
+            b"fresh",
+            b"7-8",
+            b"6",
+            b"1.5",
+            b"2",
+            b"3",
+        ],
+        ops.Produced(
+            IN_NO_LANE,
+            b":".join((b"3", hashlib.sha1(LEASE.encode()).hexdigest().encode(), b"4", b"0a1b")),
+            ops.Opened(7, 8, 6, b"1.5", 2, 3),
+        ),
+    ),
+    "ff_delete_execution": ([*HINTS], (ops.Deleted(cancelled=False, more=False), HINTED)),
     "ff_read_range": (
         [[], b"1-2", b"1", [], b"1-3", b"", b"7-8", b"6", b"expired", b"50", b"1", b"4-5", b"9"],
         ops.Range(

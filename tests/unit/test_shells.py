@@ -9,7 +9,9 @@ import pytest
 import ff_fast
 from ff_fast import aio
 
-CLASSES = ("ValkeyBackend", "Writer", "Task", "LeaseKeeper", "Tail", "Follow", "Completions")
+CLASSES = (
+    "ValkeyBackend", "Writer", "Task", "LeaseKeeper", "OpenedStream", "Tail", "Follow", "Completions",
+)  # fmt: skip
 
 # The same thing under the name that Python's own protocols give it.
 ASYNC_NAMES = {"aclose": "close"}

@@ -9,6 +9,7 @@ import pytest
 from ff_fast import TaskFailed, TaskReleased, errors
 from ff_fast._core import operations, worker
 from ff_fast._core.deployment import Deployment
+from ff_fast._core.durability import STORED
 from ff_fast._core.worker import (
     CallHandler,
     CloseWriter,
@@ -598,7 +599,7 @@ def test_a_cancelled_task_ends_with_the_reason_of_whoever_asked(told, reason):
     core = [*DESCRIBED[0], *told]
     described = [*OK, core, *DESCRIBED[1:]]
     cancelled = [*OK, b"cancelled", b"active"]
-    asked, value = run(worker._cancellation(TaskState(HANDLE)).steps(), [described, cancelled])
+    asked, value = run(worker.cancellation(EID, HANDLE, STORED).steps(), [described, cancelled])
     assert functions(asked) == ["ff_describe_execution", "ff_cancel_execution"]
     assert asked[1][4:] == [reason, b"0", HANDLE.fields().lease_id.encode()]
     assert value.cancelled

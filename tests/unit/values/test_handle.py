@@ -120,7 +120,7 @@ def test_bad_handle_fields(subtests):
         *({"lease_ttl_ms": bad} for bad in (0, 2**53, None)),
         *({"lease_id": bad} for bad in ("", "a\n", "x" * 65, None, b"l")),
         {"execution_id": "x"},
-        {"lane_id": ""},
+        {"lane_id": "\n"},
         {"worker_instance_id": "a\n"},
     ):
         with subtests.test(f"{fields!r:.60}"), pytest.raises(InvalidInput):
