@@ -2,7 +2,6 @@
 
 import base64
 import codecs
-import json
 import re
 
 from ff_fast import StreamFrame
@@ -88,12 +87,7 @@ class Events:
 
     def data(self, text):
         if self.kind == "json":
-            return (
-                json.dumps(decoded(text), ensure_ascii=False)
-                .replace("\\b", "\\u0008")
-                .replace("\\f", "\\u000c")
-                .encode()
-            )
+            return b'"%b"' % "".join(map(escaped, decoded(text))).encode()
         return text
 
     def made(self, frame, cursor, data):
@@ -101,6 +95,13 @@ class Events:
         if self.types and frame.frame_type != self.default:
             kind = ("frame-" if frame.frame_type in self.reserved else "") + frame.frame_type
         return event(data, id=cursor if self.ids else None, event=kind)
+
+
+def escaped(character):
+    if character in '"\\':
+        return "\\" + character
+    short = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character)
+    return short or (f"\\u{ord(character):04x}" if character < " " else character)
 
 
 def decoded(text):
