@@ -64,6 +64,8 @@ class Readable(readers.ReaderState[T], AsyncItems[T]):
         if not self._reading:
             ready = self._take_ready()
             if ready:
+                if self.ended:
+                    self._let_go()
                 return ready
         while self._empty:
             if not await self._read(deadline):

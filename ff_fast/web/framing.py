@@ -177,7 +177,7 @@ class EventFraming(Framing):
 class DataFraming(Framing):
     """Payloads that are messages of their own, such as JSON: each is the ``data`` of an event without a name.
 
-    Nothing else is sent, except *done* after the end of a success.
+    Nothing else is sent, except *done* after the end of a success, and comments that tell of gaps and of other ends.
 
     Args:
         done: Data of the last event, such as ``[DONE]``; None sends none.
@@ -193,8 +193,13 @@ class DataFraming(Framing):
         return self._events.join(items)
 
     def _other(self, item: Item) -> bytes:
-        if isinstance(item, End) and self._done is not None and item.outcome == "success":
-            return event(self._done, id=item.cursor if self.ids else None)
+        if isinstance(item, Gap):
+            return b": gap, %b\n\n" % item.reason.encode()
+        if isinstance(item, End):
+            if item.outcome != "success":
+                return b": end, %b\n\n" % item.reason.encode()
+            if self._done is not None:
+                return event(self._done, id=item.cursor if self.ids else None)
         return b""
 
 

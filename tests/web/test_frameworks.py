@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import threading
 import wsgiref.simple_server
 
@@ -96,6 +97,24 @@ async def test_chunks_that_are_left_let_their_reader_go(backend_of, lane):
         await wait_until_async(gone)
         with pytest.raises(StopAsyncIteration):
             await anext(chunks)
+
+
+@anyio
+@pytest.mark.parametrize("how", ["dropped", "closed elsewhere"])
+async def test_chunks_that_nobody_awaits_any_more_let_their_reader_go(backend_of, lane, how):
+    async def gone():
+        gc.collect()
+        return not backend._hub._core.routes
+
+    async with backend_of() as backend:
+        eid, _ = await stream_of(backend, lane, end=False)
+        chunks = web.events(backend, eid)
+        await anext(chunks)
+        if how == "dropped":
+            del chunks
+        else:
+            await asyncio.to_thread(chunks.close)
+        await wait_until_async(gone)
 
 
 @anyio

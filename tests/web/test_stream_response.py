@@ -1,9 +1,11 @@
 import httpx
 import pytest
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.routing import Route
 
-from ff_fast import web
+from ff_fast import BackendConfig, BackendRetry, aio, keys, web
+from ff_fast.embedded import EmbeddedServer
 from tests.web.sites import EventSource, stream_of, text_of
 
 pytestmark = pytest.mark.anyio
@@ -63,6 +65,44 @@ async def test_a_client_that_has_the_end_is_told_that_nothing_follows(backend_of
             last = EventSource().parse((await client.get(f"/{eid}")).content)[-1]
             again = await client.get(f"/{eid}", headers={"last-event-id": last.id})
     assert (again.status_code, again.content) == (204, b"")
+
+
+async def test_the_id_of_a_url_is_one(backend_of, lane):
+    async with backend_of() as backend:
+        eid, _ = await stream_of(backend, lane, [b"a"])
+        async with client_of(backend) as client:
+            answer = await client.get(f"/{keys.url_id(eid)}")
+    assert text_of(EventSource().parse(answer.content)) == "a"
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_server_that_cannot_be_reached_is_503(method):
+    with EmbeddedServer() as server:
+        config = BackendConfig.from_url(server.url).replace(retry=BackendRetry(number_of_retries=0))
+        backend = await aio.ValkeyBackend.connect(config)
+    async with backend, client_of(backend) as client:
+        answer = await client.request(method, f"/{UNKNOWN}")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+
+
+async def test_headers_of_the_application_come_before_those_of_the_framing(backend_of, lane):
+    headers = {"Cache-Control": "no-store", "X-Own": "1"}
+    async with backend_of() as backend:
+        eid, _ = await stream_of(backend, lane, [b"a"])
+        async with client_of(backend, headers=headers) as client:
+            answer = await client.get(f"/{eid}")
+    assert answer.headers.get_list("cache-control") == ["no-store"]
+    assert answer.headers["x-own"] == "1"
+
+
+async def test_what_follows_a_response_follows_it(backend_of, lane):
+    ran = []
+    async with backend_of() as backend:
+        eid, _ = await stream_of(backend, lane, [b"a"])
+        async with client_of(backend, background=BackgroundTask(ran.append, 1)) as client:
+            await client.get(f"/{eid}")
+            await client.get(f"/{UNKNOWN}")
+    assert ran == [1, 1]
 
 
 UNKNOWN = "{fp:1}:00000000-0000-4000-8000-000000000000"
