@@ -190,7 +190,12 @@ class Chunks(_Reading):
                 return chunk
             if self._over:
                 break
-            await self.wait()
+            try:
+                await self.wait()
+            except BaseException:
+                # Frameworks cancel the task that waits, and close generators alone.
+                self.abandon()
+                raise
         await self.aclose()
         raise StopAsyncIteration
 
@@ -294,8 +299,8 @@ def events(
     """Return the chunks of a response that streams an execution: an asynchronous iterator of bytes, for any framework.
 
     Arguments are checked at once. Whether the execution exists is known with ``await chunks.open()``, or with the first
-    chunk: what fails before it is raised, what fails after it ends the chunks as the framing says. Close it with
-    ``aclose()`` when the client has gone, and cancel a task that waits for a chunk at any time.
+    chunk: what fails before it is raised, what fails after it ends the chunks as the framing says. When the client has gone,
+    close it with ``aclose()``, or cancel the task that waits for a chunk, which ends it as it ends a generator.
 
     Args:
         backend: The backend of the asyncio shell.
