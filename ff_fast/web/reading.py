@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 15.0
 """How long a response is silent before it shows that it lives, in seconds."""
 
+FAREWELL_S = 0.5
+"""How long a client has to take the last bytes of a server that shuts down, in seconds."""
+
 # How long the first read may take before the execution is asked for by itself: one that nobody has claimed has nothing to
 # be read, and its client shall get an answer.
 _FIRST_READ_S = 0.05
@@ -203,6 +206,11 @@ class Chunks(_Reading):
     def over(self) -> bool:
         """Whether the last chunk was taken."""
         return self._over and not self._last
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server shuts down."""
+        return self._stopping
 
     def ready(self) -> bytes:
         """Return the next chunk if there is one without waiting; empty if there is none."""
@@ -479,12 +487,14 @@ class _Watch:
 
     def _look(self) -> None:
         self._timer = None
-        if server_stops():
+        stops = server_stops()
+        if stops:
             self.stop()
         now = monotonic()
         for chunks in list(self._open):
             since = chunks.sending_since
-            if since is not None and now - since > chunks.send_timeout:
+            longest = min(chunks.send_timeout, FAREWELL_S) if stops else chunks.send_timeout
+            if since is not None and now - since > longest:
                 chunks.sending_since = None
                 chunks.stuck = True
                 chunks.abandon()

@@ -24,7 +24,7 @@ from ff_fast.errors import (
 )
 from ff_fast.types import TailVisibility, seconds
 from ff_fast.web.framing import EventFraming, Framing
-from ff_fast.web.reading import HEARTBEAT_S, Chunks, events
+from ff_fast.web.reading import FAREWELL_S, HEARTBEAT_S, Chunks, events
 from ff_fast.web.tickets import check_token
 
 try:
@@ -253,7 +253,14 @@ class StreamResponse(Response):
                 chunks.sending_since = monotonic()
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunks.sending_since = None
+            chunks.sending_since = monotonic()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+            chunks.sending_since = None
+            if chunks.stopping:
+                # The server waits until every client has taken all, and some never do.
+                abort = _abort_of(receive)
+                if abort is not None:
+                    asyncio.get_running_loop().call_later(FAREWELL_S, abort)
         except asyncio.CancelledError:
             if not chunks.stuck or task is None or task.uncancel() > 0:
                 raise
@@ -266,18 +273,23 @@ class StreamResponse(Response):
 
 
 def _drop(receive: Receive, task: asyncio.Task[Any] | None) -> None:
-    """Drop the connection of a client that takes nothing.
-
-    A server closes a connection when its client has taken what was sent, and this one never does. The protocol has no word for
-    it; but ``receive`` is a method of uvicorn's request, which knows the transport, unless a middleware has wrapped it. Then the
-    task that sends is cancelled, and the connection is left to the server.
-    """
-    transport = getattr(getattr(receive, "__self__", None), "transport", None)
-    abort = getattr(transport, "abort", None)
+    """Drop the connection of a client that takes nothing; where it cannot be dropped, cancel the task that sends."""
+    abort = _abort_of(receive)
     if abort is not None:
         abort()
     elif task is not None:
         task.cancel()
+
+
+def _abort_of(receive: Receive) -> Callable[[], None] | None:
+    """Return what drops the connection of a request, if it can be found.
+
+    A server closes a connection when its client has taken what was sent, and a client may never do so. The protocol has no word
+    for it; but ``receive`` is a method of uvicorn's request, which knows the transport, unless a middleware has wrapped it.
+    """
+    transport = getattr(getattr(receive, "__self__", None), "transport", None)
+    abort: Callable[[], None] | None = getattr(transport, "abort", None)
+    return abort
 
 
 class _Head(Response):

@@ -1,6 +1,7 @@
 """Responses of a real uvicorn, over sockets: readers that come, hang up, do not read, and a server that goes."""
 
 import asyncio
+import contextlib
 import signal
 import subprocess
 import sys
@@ -277,9 +278,9 @@ class Elsewhere:
         self.port = port
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_open_responses_do_not_hold_up_a_shutdown(server, backend, lane, tmp_path, loop):
-    eid, _ = producing(backend, lane)
+@contextlib.contextmanager
+def elsewhere(server, tmp_path, loop):
+    """An application in a process of its own: where it listens, and the process."""
     program = tmp_path / "app.py"
     program.write_text(APP)
     with subprocess.Popen(
@@ -289,16 +290,38 @@ def test_open_responses_do_not_hold_up_a_shutdown(server, backend, lane, tmp_pat
         text=True,
     ) as process:
         try:
-            site = Elsewhere(int(process.stdout.readline()))
-            readers = [Reader(site, f"/{eid}") for _ in range(10)]
-            for reader in readers:
-                reader.read_until(lambda reader: reader.events)
-            process.send_signal(signal.SIGTERM)
-            process.wait(10)
-            for reader in readers:
-                assert reader.read_all().ended
-                assert b"retry: " in reader.body
-                reader.hang_up()
-            assert process.stderr.read() == ""
+            yield Elsewhere(int(process.stdout.readline())), process
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_open_responses_do_not_hold_up_a_shutdown(server, backend, lane, tmp_path, loop):
+    eid, _ = producing(backend, lane)
+    with elsewhere(server, tmp_path, loop) as (here, process):
+        readers = [Reader(here, f"/{eid}") for _ in range(10)]
+        for reader in readers:
+            reader.read_until(lambda reader: reader.events)
+        process.send_signal(signal.SIGTERM)
+        process.wait(10)
+        for reader in readers:
+            assert reader.read_all().ended
+            assert b"retry: " in reader.body
+            reader.hang_up()
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("size", [20, 60_000])
+def test_clients_that_take_nothing_do_not_hold_up_a_shutdown(server, backend, lane, tmp_path, size):
+    eid, handle = producing(backend, lane)
+    with backend.open_writer(handle) as writer:
+        for _ in range(20_000_000 // size // 50 if size < 100 else 200):
+            writer.write(b"x" * size)
+            writer.drain()
+    with (
+        elsewhere(server, tmp_path, "asyncio") as (here, process),
+        Reader(here, f"/{eid}", receive_buffer=4096) as reader,
+    ):
+        reader.read(100)
+        process.send_signal(signal.SIGTERM)
+        process.wait(5)
