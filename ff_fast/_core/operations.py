@@ -31,7 +31,6 @@ from ff_fast.errors import (
     FFError,
     InvalidInput,
     InvalidType,
-    NotReplicated,
     Outcome,
     PayloadTooLarge,
     SequenceGap,

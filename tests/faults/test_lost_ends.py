@@ -230,7 +230,13 @@ async def test_a_repeat_after_a_level_that_was_not_reached_stores_the_frames_aga
         assert (await backend.items(eid))[:-1] == seen
 
 
-@pytest.mark.parametrize("release", [complete, delay, wait_children, suspend])
+@pytest.mark.parametrize(
+    "release",
+    [
+        complete,
+        *(pytest.param(each, marks=pytest.mark.long) for each in (delay, wait_children, suspend)),
+    ],
+)
 async def test_a_repeat_of_a_release_that_was_lost_with_frames_is_no_success(
     release, shell, server, raw, lane
 ):
