@@ -21,6 +21,7 @@ from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
     FFError,
     InternalFunctionError,
+    NotPrimary,
     PermissionDenied,
     Redirected,
     UnsupportedServer,
@@ -43,7 +44,7 @@ HELLO = Step((Command(b"", pack_command(b"HELLO", b"3")),))
 """Pushes and replies share a connection only in RESP3."""
 
 PING = pack_command(b"HELLO")
-"""Asks for a sign of life. Unlike PING, every user may send it."""
+"""Asks for a sign of life, and for the role of the server. Unlike PING, every user may send it."""
 
 # How long a subscription may be missing before the topology is looked at again, in seconds.
 _LOOK_S = 0.25
@@ -184,11 +185,15 @@ class HubCore(_Attached):
 
     Attributes:
         routes: What takes the pushes of each channel that has listeners.
+        doubts_role: The server may have become a replica: it is to be asked at once.
     """
 
     def __init__(self, *, by_slot: bool = False) -> None:
         super().__init__()
         self._by_slot = by_slot
+        self.doubts_role = False
+        # What the server was when the connection was opened.
+        self._role: object = None
         self._channels: dict[bytes, _Channel] = {}
         self.routes: dict[bytes, Callable[[bytes], None]] = {}
         # To be subscribed; alone: after a refusal of several channels at once, which one of them may have caused.
@@ -327,6 +332,26 @@ class HubCore(_Attached):
             return None
         return self._asked.popleft()
 
+    def opened(self, reply: object) -> FFError | None:
+        """Take the reply to `HELLO` on a new connection; return an error if the connection is of no use.
+
+        A replica of a cluster confirms subscriptions as well. Pushes come to it over another connection, which may lose
+        them while this one stays.
+        """
+        if isinstance(reply, Exception):
+            return subscription_error(str(reply))
+        self.doubts_role = False
+        self._role = _role_in(reply)
+        return NotPrimary() if self._by_slot and self._role == b"replica" else None
+
+    def heard(self, reply: object) -> FFError | None:
+        """Take the reply to `PING`; return an error where the connection has to be made again.
+
+        A server that has become a replica keeps the connections of its clients.
+        """
+        role = _role_in(reply)
+        return NotPrimary() if role == b"replica" != self._role else None
+
     def _answered(self, channel: bytes) -> None:
         found = self._channels[channel]
         found.answers -= 1
@@ -339,6 +364,7 @@ class HubCore(_Attached):
             del self._channels[channel]
 
     def _ended(self, channel: bytes) -> None:
+        self.doubts_role = True
         found = self._channels.get(channel)
         if found is None or not found.confirmed:
             return
@@ -525,6 +551,7 @@ class HubsCore(_Attached):
         # What hubs have told of: a doubt, or an error.
         self._noted: deque[tuple[_Seat, FFError | None]] = deque()
         self._version = topology.version
+        topology.on_learned = wake
 
     def listen(self, channel: bytes, listener: Listener, now: float) -> None:
         """Pass pushes of *channel* to *listener*; it hears first that a node has confirmed the subscription."""
@@ -646,6 +673,13 @@ class HubsCore(_Attached):
             self._forget(entry)
             for listener in entry.listeners:
                 listener.failed(copy.copy(error))
+
+
+def _role_in(reply: object) -> object:
+    """Return the role of the server that a reply to ``HELLO`` tells, in RESP2 or RESP3; None where it tells none."""
+    if isinstance(reply, list):
+        reply = dict(zip(reply[::2], reply[1::2], strict=False))
+    return reply.get(b"role") if isinstance(reply, dict) else None
 
 
 def subscription_error(message: str) -> FFError:
