@@ -237,7 +237,10 @@ class Hub:
             return
         now = time.monotonic()
         for asked in self._core.requests(now):
-            connection.send(asked.request, [self._refused])
+            if asked is None:
+                connection.send(PING, [self._ponged])
+            else:
+                connection.send(asked.request, [self._refused])
         if self._core.doubts_role or now - self._pinged_at >= self._timeout_s:
             self._core.doubts_role = False
             self._pinged_at = now
@@ -397,6 +400,10 @@ class Hub:
 
     def _ponged(self, reply: object) -> None:
         """Take the answer to a PING."""
+        if self._core.late(reply):
+            if self._connection is not None:
+                self._connection.receivers.appendleft(self._ponged)
+            return
         failure = self._core.heard(reply)
         if failure is not None and self._connection is not None:
             self._failure = failure

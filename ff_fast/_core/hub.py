@@ -9,6 +9,7 @@ answer, the next reply does.
 from __future__ import annotations
 
 import copy
+import re
 from collections import deque
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -51,6 +52,9 @@ _LOOK_S = 0.25
 
 ONCE = BackendRetry(number_of_retries=0)
 """Retries of what is tried again elsewhere, or later."""
+
+# How a node refuses what is for a slot, and HELLO never is.
+_REFUSAL = re.compile("MOVED |ASK |TRYAGAIN|CLUSTERDOWN")
 
 _NO_SHARDED_PUBSUB = "The server has no sharded pub/sub, over which readers hear of frames; use Valkey 7.2, Redis 7.0 or newer."
 _NO_RESP3 = "The server or a proxy in front of it does not speak RESP3, which readers need; connect to Valkey 7.2, Redis 7.0 or newer."
@@ -264,9 +268,12 @@ class HubCore(_Attached):
         """Return when the next subscription without listeners ends, in monotonic time."""
         return next(iter(self._left.values()), None)
 
-    def requests(self, now: float) -> list[Asked]:
-        """Return the requests to be sent now, in order."""
-        asked: list[Asked] = []
+    def requests(self, now: float) -> list[Asked | None]:
+        """Return the requests to be sent now, in order; None stands for `PING`.
+
+        A node that gives a slot away ends its subscriptions, and refuses to end them again: a push that looks like the
+        answer may be followed by a refusal. What is answered before the PING behind belongs to no later request.
+        """
         ended = []
         # In the order in which they end.
         for channel, end in self._left.items():
@@ -276,7 +283,8 @@ class HubCore(_Attached):
         for channel in ended:
             del self._left[channel]
             self._channels[channel].wanted = False
-        asked += self._in_pieces(b"sunsubscribe", ended, MOST_CHANNELS)
+        asked = self._in_pieces(b"sunsubscribe", ended, MOST_CHANNELS)
+        last = len(asked)
         for waiting, most in ((self._pending, MOST_CHANNELS), (self._alone, 1)):
             for channel in waiting:
                 self._channels[channel].wanted = True
@@ -286,7 +294,7 @@ class HubCore(_Attached):
             for channel in each.channels:
                 self._channels[channel].answers += 1
         self._asked += asked
-        return asked
+        return [*asked[:last], None, *asked[last:]] if last and self._by_slot else [*asked]
 
     def _in_pieces(self, kind: bytes, channels: list[bytes], most: int) -> list[Asked]:
         groups = [channels]
@@ -331,6 +339,10 @@ class HubCore(_Attached):
         if asked.channels:
             return None
         return self._asked.popleft()
+
+    def late(self, reply: object) -> bool:
+        """Return whether what came in place of the reply to `PING` refuses a request before it: that is still to come."""
+        return self._by_slot and isinstance(reply, Exception) and bool(_REFUSAL.match(str(reply)))
 
     def opened(self, reply: object) -> FFError | None:
         """Take the reply to `HELLO` on a new connection; return an error if the connection is of no use.

@@ -249,7 +249,7 @@ class _Thread:
         if (renewal := self._connection.renewal()) is not None:
             self._send(renewal, None, now)
         for asked in self._core.requests(now):
-            self._send(asked.request, asked, now)
+            self._send(PING if asked is None else asked.request, asked, now)
         self._look(now)
         connection = self._connection
         if connection is None:
@@ -267,6 +267,8 @@ class _Thread:
     def _take(self, reply: object) -> None:
         if not self._receivers:
             raise ProtocolError
+        if self._receivers[0] is None and self._core.late(reply):
+            return
         asked = self._receivers.popleft()
         self._owed_since = time.monotonic()
         if asked is None:

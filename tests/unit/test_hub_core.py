@@ -163,3 +163,22 @@ def test_a_server_that_ends_a_subscription_is_asked_for_its_role():
     assert not core.doubts_role
     core.received([b"sunsubscribe", b"a", 0], due=False)
     assert core.doubts_role
+
+
+def test_a_subscription_that_a_node_ends_as_it_is_asked_to_may_be_refused_behind_that():
+    """The refusal is no answer to what was asked for next."""
+    core = HubCore(by_slot=True)
+    listener = Listener()
+    core.listen(b"{a}", listener)
+    core.requests(0.0)
+    core.received([b"ssubscribe", b"{a}", 1], due=True)
+    core.unlisten(b"{a}", listener, 0.0)
+    core.listen(b"{b}", listener)
+    ended, ping, begun = core.requests(hub_core.LINGER_S)
+    assert (ended.kind, ping, begun.kind) == (b"sunsubscribe", None, b"ssubscribe")
+    assert core.received([b"sunsubscribe", b"{a}", 0], due=True) is ended
+    assert core.late(Exception("MOVED 15495 127.0.0.1:6380"))
+    assert not core.late(PRIMARY)
+    assert not HubCore().late(Exception("MOVED 15495 127.0.0.1:6380"))
+    assert core.received([b"ssubscribe", b"{b}", 1], due=True) is begun
+    assert core.confirmed(b"{b}")
