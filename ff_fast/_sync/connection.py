@@ -84,7 +84,8 @@ class Connection:
                 ask_another_first(server)
             raise failure
         self._pid = os.getpid()
-        self._timeout = _transport.request_timeout_s(config)
+        # Longest wait for a reply, in seconds.
+        self.timeout_s = _transport.request_timeout_s(config)
         self._socket = _transport.take_socket(connection)
         self._wants_read = _transport.wants_read(server.tls)
         self._reader = hiredis.Reader()
@@ -144,7 +145,7 @@ class Connection:
             # Counted first: an interrupt may strike after a part of the request was sent.
             self._owed += len(step.commands)
             self._sent_at = time.monotonic()
-            timeout = min(self._timeout, longest)
+            timeout = min(self.timeout_s, longest)
             self._due = self._sent_at + _transport.wait_s(timeout, step)
             self._large = step.large
             request = step.request
@@ -198,7 +199,7 @@ class Connection:
                     raise self._broken_reply
                 self._reader.feed(data)
                 if self._large:
-                    self._due = max(self._due, self.heard_at + self._timeout)
+                    self._due = max(self._due, self.heard_at + self.timeout_s)
         except TimeoutError:
             failure = self._late()
         except OSError:
@@ -301,7 +302,7 @@ class Connection:
         if self._socket is None:
             raise OutcomeUnknown
         try:
-            self._socket.settimeout(self._timeout)
+            self._socket.settimeout(self.timeout_s)
             self._socket.sendall(request)
         except OSError:
             pass

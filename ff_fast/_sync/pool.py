@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, TypeVar
 
 from ff_fast import _process, _transport
@@ -101,8 +102,13 @@ class Pool:
             retry,
         )
 
-    def _connect(self, role: str = "calls", node: Node | None = None) -> Connection:
-        """Open a connection to *node*; to any server for None."""
+    def _connect(
+        self, role: str = "calls", node: Node | None = None, longest: float = inf
+    ) -> Connection:
+        """Open a connection to *node*; to any server for None.
+
+        *longest* bounds each wait for the server in seconds, where it is shorter than the request timeout.
+        """
         if node is None:
             node = self._nodes.of(None)
         if not self._sweepers and (self._busy or any(each.idle for each in self._nodes.all())):
@@ -111,12 +117,14 @@ class Pool:
             thread = threading.Thread(target=_sweep, args=args, name="ff_fast idle", daemon=True)
             with contextlib.suppress(RuntimeError):
                 thread.start()
-        connection = self._open(node, node.config)
+        timeout_s = _transport.request_timeout_s(node.config)
+        connection = self._open(node, _within(node.config, longest))
         try:
             self._prepare(connection, role)
         except BaseException:
             self._discard(connection)
             raise
+        connection.timeout_s = timeout_s
         return connection
 
     def _open(self, node: Node, config: BackendConfig) -> Connection:
@@ -147,8 +155,7 @@ class Pool:
         if connection is not None:
             self._busy[id(connection)] = weakref.ref(connection)
         else:
-            timeouts = BackendTimeouts(min(_transport.request_timeout_s(node.config), longest))
-            connection = self._open(node, node.config.replace(timeouts=timeouts))
+            connection = self._open(node, _within(node.config, longest))
         try:
             return connection.request(step, longest)
         finally:
@@ -216,11 +223,12 @@ class Pool:
         self._check()
         return self._acquire_at(self._nodes.of(slot))
 
-    def _acquire_at(self, node: Node) -> Connection:
+    def _acquire_at(self, node: Node, longest: float = inf) -> Connection:
+        """Return a connection to *node*; *longest* bounds the waits for the server while one is opened."""
         self._check()
         connection = node.take()
         if connection is None:
-            return self._connect(node=node)
+            return self._connect(node=node, longest=longest)
         self._busy[id(connection)] = weakref.ref(connection)
         return connection
 
@@ -258,6 +266,13 @@ class Pool:
                         retries.settle(error)
                         raise
             time.sleep(pause)
+
+
+def _within(config: BackendConfig, longest: float) -> BackendConfig:
+    """Return *config* with a request timeout of at most *longest*, in seconds."""
+    if longest >= _transport.request_timeout_s(config):
+        return config
+    return config.replace(timeouts=BackendTimeouts(longest))
 
 
 def _sweep(

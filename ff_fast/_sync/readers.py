@@ -136,6 +136,7 @@ class Asked:
         """
         nodes = self._pool._nodes
         self._partial = step.partial and nodes.topology is not None
+        longest = readers.SILENT_S if self._partial else inf
         places: dict[Node, list[int]] = {}
         for index, command in enumerate(step.commands):
             try:
@@ -144,14 +145,14 @@ class Asked:
                 if not self._partial:
                     raise
                 self._replies[index] = error
-        # Those last that have failed before: connecting to them may take its time.
+        # Those last that have failed before: connecting to them may take as long as silence is borne.
         for node, indexes in sorted(places.items(), key=lambda each: each[0].failed_at):
             part = step
             if len(places) > 1:
                 part = step._replace(commands=[step.commands[index] for index in indexes])
             connection = None
             try:
-                connection = self._pool._acquire_at(node)
+                connection = self._pool._acquire_at(node, longest)
                 self._owing.append((connection, indexes[::-1]))
                 if load:
                     self._pool._prepare(connection)

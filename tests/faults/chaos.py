@@ -204,6 +204,15 @@ class ChaosProxy:
         self.close()
 
 
+def _readable(sources, *, wait):
+    """The sockets that have something to read. `select` refuses descriptors from 1,024 on."""
+    poll = select.poll()
+    for source in sources:
+        poll.register(source, select.POLLIN)
+    ready = {descriptor for descriptor, _ in poll.poll(None if wait else 0)}
+    return [source for source in sources if source.fileno() in ready]
+
+
 class _Pair(threading.Thread):
     """One connection and its twin on the other side."""
 
@@ -253,7 +262,7 @@ class _Pair(threading.Thread):
                 if not self._proxy.held(direction)
             }
             pending = [s for s in sources if hasattr(s, "pending") and s.pending()]
-            ready, _, _ = select.select([*sources, self._woken], [], [], 0 if pending else None)
+            ready = _readable([*sources, self._woken], wait=not pending)
             if self._woken in ready:
                 self._woken.recv(4096)
             if self.condemned:
