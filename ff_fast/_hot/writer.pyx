@@ -297,6 +297,20 @@ cdef inline long long last_of(Batch batch) noexcept:
     return batch.first_sequence + batch.frame_count + batch.lost_count - 1
 
 
+@cython.auto_pickle(False)
+cdef class Newest:
+    """The newest frame that is known to be stored under a lease; each acknowledgement moves it.
+
+    Attributes:
+        ms, sequence: Its id; 0 and 0 for none.
+        checked: Sequence up to which the server has confirmed its streams by releasing the lease.
+    """
+
+    cdef public long long ms
+    cdef public long long sequence
+    cdef public long long checked
+
+
 # What is held of a batch, in front of its blocks. A process may hold many small ones, so this is all
 # that is needed to make the batch again.
 cdef struct Record:
@@ -705,6 +719,30 @@ cdef _Shape make_shape(
     return shape
 
 
+cdef _Shape NO_SHAPE = _Shape.__new__(_Shape)
+# Of each mode, the shape of frames with the defaults: many writers share it.
+cdef dict plain_shapes = {}
+
+
+cdef int check_mode(object mode) except -1:
+    if not isinstance(mode, StreamMode):
+        raise InvalidType(f"mode must be a StreamMode, not {type(mode).__name__}.")
+    return 0
+
+
+cdef _Shape plain_shape(object mode):
+    cdef _Shape shape
+    check_mode(mode)
+    shape = plain_shapes.get(mode)
+    # `write` looks for the same object.
+    if shape is None or shape.mode is not mode:
+        shape = make_shape(mode, "token", None, "utf8", "worker")
+        if len(plain_shapes) >= KNOWN_SHAPES:
+            plain_shapes.clear()
+        plain_shapes[mode] = shape
+    return shape
+
+
 cdef class WriterCore:
     """The writer of one attempt: batches frames, resends, takes acknowledgements (see the module).
 
@@ -766,7 +804,8 @@ cdef class WriterCore:
     cdef int _run_count
     cdef int _run_capacity
     cdef list _shapes
-    # The shape of the newest frame, and the shapes of recent arguments.
+    # The shape of the newest frame, and the shapes of recent arguments: None while all frames have
+    # the first one.
     cdef _Shape _shape
     cdef dict _known
     # Sealed batches, oldest first, in three lists that follow one another: refused, and held until
@@ -820,7 +859,7 @@ cdef class WriterCore:
     cdef readonly long long _checked_sequence
     # What the writers of the lease share of it: the place, and what was acknowledged a moment ago,
     # None where nothing is kept.
-    cdef readonly object _place
+    cdef readonly Newest _place
     cdef Held _held
     # The sequence up to which the server has what was acknowledged, -1 while nothing says that it
     # lacks any; all behind it is sent again.
@@ -863,8 +902,7 @@ cdef class WriterCore:
         self._runs = NULL
         # `write` refuses until __init__ has run.
         self._finishing = True
-        self._shape = _Shape.__new__(_Shape)
-        self._known = {}
+        self._shape = NO_SHAPE
         self._shapes = []
         self._returned = []
         self._in_flight = []
@@ -880,7 +918,7 @@ cdef class WriterCore:
         self, *, tuple keys not None, bytes writer not None, mode, tuple opened not None,
         bytes document=None, long long retention_maxlen=10_000,
         Py_ssize_t max_unacknowledged_bytes=32 << 20, double linger_ms=0.0,
-        Py_ssize_t max_payload_bytes=65536, place=None, Outbox outbox=None, Home home=None,
+        Py_ssize_t max_payload_bytes=65536, Newest place=None, Outbox outbox=None, Home home=None,
         bint replays=False,
     ):
         cdef Py_ssize_t end = 0
@@ -936,7 +974,7 @@ cdef class WriterCore:
                 self._patch_kind = self._held.patch_kind
                 self._durable_since_trim = 0
             self._held.opened(self, self._acked_ms, self._acked_sequence)
-        self._shape = self._shape_of(mode, "token", None, "utf8", "worker")
+        self._shape = plain_shape(mode)
         self._finishing = False
 
     # -- writing --------------------------------------------------------------------------------
@@ -945,8 +983,8 @@ cdef class WriterCore:
         self, object mode, object frame_type, object correlation_id, object encoding, object source
     ):
         cdef tuple key
-        if not isinstance(mode, StreamMode):
-            raise InvalidType(f"mode must be a StreamMode, not {type(mode).__name__}.")
+        cdef _Shape shape
+        check_mode(mode)
         # Before the look-up, because a key of another type may be equal.
         check_str("frame_type", frame_type)
         if correlation_id is not None:
@@ -954,6 +992,14 @@ cdef class WriterCore:
         check_str("encoding", encoding)
         check_str("source", source)
         key = (mode, frame_type, correlation_id, encoding, source)
+        if self._known is None:
+            shape = self._shape
+            self._known = {
+                (
+                    shape.mode, shape.frame_type, shape.correlation_id, shape.encoding,
+                    shape.source,
+                ): shape
+            }
         shape = self._known.get(key)
         if shape is None:
             shape = make_shape(mode, frame_type, correlation_id, encoding, source)
@@ -961,7 +1007,7 @@ cdef class WriterCore:
             if len(self._known) >= KNOWN_SHAPES:
                 self._known.clear()
             self._known[key] = shape
-        return <_Shape>shape
+        return shape
 
     cdef int _reserve(self, Py_ssize_t size) except -1:
         """Make room for a frame of *size* bytes and a run. All allocations of `write` are here."""
@@ -1713,7 +1759,7 @@ cdef class WriterCore:
         return (
             self._acked_sequence == self._sequence and self._acked_sequence > checked
             and (
-                self._place is None or self._acked_sequence > <long long>self._place.checked
+                self._place is None or self._acked_sequence > self._place.checked
             )
         )
 
@@ -1836,10 +1882,10 @@ cdef class WriterCore:
             return
         self._opening_lost = False
         self._opening = self._held.opening = opening
-        if sequence > <long long>self._place.sequence:
+        if sequence > self._place.sequence:
             self._end(WriterSuperseded(), False)
             return
-        if sequence == <long long>self._place.sequence and ms != <long long>self._place.ms:
+        if sequence == self._place.sequence and ms != self._place.ms:
             # Another frame has the sequence of the last one.
             self._end(SequenceGap(sequence, sequence + 1), False)
             return
@@ -1926,7 +1972,7 @@ cdef class WriterCore:
         self._unsent_queue().extendleft(batches[::-1])
         self._acked_sequence = stored
         self._checked_sequence = min(self._checked_sequence, stored)
-        self._place.checked = min(<long long>self._place.checked, stored)
+        self._place.checked = min(self._place.checked, stored)
         if last > stored:
             self._place.lose(stored + 1, last)
         return 0
@@ -2065,10 +2111,9 @@ cdef class WriterCore:
         if batch.frame_count or batch.lost_count:
             self._acked_sequence = acked
             self._acked_ms = max(self._acked_ms, values[0])
-            place = self._place
-            if place is not None and acked >= <long long>place.sequence:
-                place.ms = self._acked_ms
-                place.sequence = acked
+            if self._place is not None and acked >= self._place.sequence:
+                self._place.ms = self._acked_ms
+                self._place.sequence = acked
         elif values[0] != self._acked_ms and not batch.again:
             # Another frame has the sequence of the last one.
             self._end(SequenceGap(acked, acked + 1), False)
@@ -2222,7 +2267,7 @@ cdef class WriterCore:
             PyMem_Free(self._runs)
             self._runs = NULL
             self._run_capacity = 0
-        if len(self._known) > IDLE_SHAPES:
+        if self._known is not None and len(self._known) > IDLE_SHAPES:
             self._known.clear()
         return 0
 

@@ -295,7 +295,7 @@ async def test_who_was_superseded_after_the_failover_stores_nothing(shell, serve
 
 
 # Bytes that hold one batch of one frame, and not two.
-BYTES = {"durable": 500, "summary": 700, "best_effort": 500}
+BYTES = {"durable": 120, "summary": 250, "best_effort": 120}
 
 
 async def lost(backend, raw, lane, mode, kept=0):
