@@ -311,8 +311,8 @@ cdef class Newest:
     cdef public long long checked
 
 
-# What is held of a batch, in front of its blocks. A process may hold many small ones, so this is all
-# that is needed to make the batch again.
+# What is held of a batch, in front of its blocks. A process may hold many small ones, so this is
+# what makes the batch again, and no more.
 cdef struct Record:
     # When it was acknowledged, in µs.
     long long kept_us
@@ -513,7 +513,6 @@ cdef class Held:
         cdef Py_ssize_t at = self._start
         cdef Py_ssize_t end = self._end
         cdef Record record
-        cdef Batch batch
         while at < end:
             self._read(&record, at)
             # A batch without frames belongs behind the frame before it.
