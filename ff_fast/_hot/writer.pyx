@@ -448,7 +448,9 @@ cdef class Held:
         """Hold a batch that was acknowledged."""
         self._add(batch, now)
         self._sequence = max(self._sequence, last_of(batch))
-        self.drop(now)
+        # What is too old goes with the looks of the outbox, a few at a time.
+        if self._end - self._start > self._most_bytes:
+            self.drop(now)
         return 0
 
     cdef int _add(self, Batch batch, long long now) except -1:
@@ -3130,7 +3132,14 @@ cdef class Outbox:
             (<WriterCore>item)._notify()
 
     def hand_over(self):
-        """Let all writers that are ready or held register where their homes say."""
+        """Let all writers that are ready or held register where their homes say; what they hold of
+        what was acknowledged goes with them."""
+        kept, self._kept = self._kept, deque()
+        for each in kept:
+            (<Held>each)._listed = False
+            writer = None if (<Held>each).owner is None else (<Held>each).owner()
+            if writer is not None and (<WriterCore>writer)._home is not None:
+                (<WriterCore>writer)._home.outbox._list(<Held>each)
         held, self._held = self._held, deque()
         for _, writer, group in held:
             (<WriterCore>writer)._store_group(group)
