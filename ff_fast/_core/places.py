@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from ff_fast._hot.writer import Held
+from ff_fast._hot.writer import Held, Newest
 from ff_fast.errors import FramesLost
 
 if TYPE_CHECKING:
@@ -23,23 +23,18 @@ MAX_RELEASED = 1024
 """Released leases of which the last frame is remembered, for calls that are repeated."""
 
 
-class Place:
+class Place(Newest):
     """The newest frame of an attempt that is known to be stored. Writers move it with each acknowledgement.
 
     Attributes:
-        ms, sequence: Its id; 0 and 0 for none.
-        checked: Sequence up to which the server has confirmed its streams by releasing the lease.
         told: A caller got ``SequenceGap``: frames up to this one are lost. A writer that is opened then goes on from
             what is stored.
         held: What was acknowledged a moment ago; None where nothing is kept.
     """
 
-    __slots__ = ("_lost", "checked", "held", "ms", "sequence", "told")
+    __slots__ = ("_lost", "held", "told")
 
     def __init__(self, held: Held | None = None) -> None:
-        self.ms = 0
-        self.sequence = 0
-        self.checked = 0
         self.told = False
         self.held = held
         # First and last of the lost frames that the stream tells of, and no caller was told of.
