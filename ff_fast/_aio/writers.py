@@ -223,9 +223,9 @@ class Senders:
     def wait(self, home: SlotHome, sender: Sender, error: FFError | None) -> None:
         """Let the writers of a slot wait after an error, or for the first connection; then they go on.
 
-        Writers that have something in flight may still be with a sender that the slot has left.
+        Writers that have something in flight may still be with a sender that the slot has left, also while they wait.
         """
-        if self._nodes.stopped or home.waits:
+        if self._nodes.stopped:
             return
         if home.outbox is not sender:
             sender.withdraw(home)

@@ -246,8 +246,6 @@ class Sender(Outbox):
 
         Writers that have something in flight may still be here when the slot is elsewhere.
         """
-        if home.waits:
-            return
         if home.outbox is not self:
             self.withdraw(home)
             return
