@@ -49,15 +49,17 @@ class Topology:
     Attributes:
         version: Grows with each map that was learned.
         told: Which version each node has told last.
+        forming: The last question was answered by a node that knows of no slot, and by none that knows more.
         on_learned: Called, on the thread that has learned a map, after it.
     """
 
-    __slots__ = ("_counter", "_owners", "on_learned", "told", "version")
+    __slots__ = ("_counter", "_owners", "forming", "on_learned", "told", "version")
 
     def __init__(self) -> None:
         self._owners = _nobody()
         self._counter = itertools.count(1)
         self.version = 0
+        self.forming = False
         self.told: dict[Address, int] = {}
         self.on_learned: Callable[[], None] = _nobody_asks
 
@@ -112,6 +114,7 @@ class Topology:
         except (ValueError, TypeError, LookupError, AttributeError, UnicodeDecodeError):
             raise ProtocolError from None
         self._owners = owners
+        self.forming = False
         self.version = next(self._counter)
         there = {*self.addresses, asked}
         self.told = {at: told for at, told in self.told.items() if at in there}

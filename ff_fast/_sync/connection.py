@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import socket
+import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -84,8 +85,7 @@ class Connection:
                 ask_another_first(server)
             raise failure
         self._pid = os.getpid()
-        # Longest wait for a reply, in seconds.
-        self.timeout_s = _transport.request_timeout_s(config)
+        self._timeout = _transport.request_timeout_s(config)
         self._socket = _transport.take_socket(connection)
         self._wants_read = _transport.wants_read(server.tls)
         self._reader = hiredis.Reader()
@@ -145,7 +145,7 @@ class Connection:
             # Counted first: an interrupt may strike after a part of the request was sent.
             self._owed += len(step.commands)
             self._sent_at = time.monotonic()
-            timeout = min(self.timeout_s, longest)
+            timeout = min(self._timeout, longest)
             self._due = self._sent_at + _transport.wait_s(timeout, step)
             self._large = step.large
             request = step.request
@@ -199,7 +199,7 @@ class Connection:
                     raise self._broken_reply
                 self._reader.feed(data)
                 if self._large:
-                    self._due = max(self._due, self.heard_at + self.timeout_s)
+                    self._due = max(self._due, self.heard_at + self._timeout)
         except TimeoutError:
             failure = self._late()
         except OSError:
@@ -302,7 +302,7 @@ class Connection:
         if self._socket is None:
             raise OutcomeUnknown
         try:
-            self._socket.settimeout(self.timeout_s)
+            self._socket.settimeout(self._timeout)
             self._socket.sendall(request)
         except OSError:
             pass
@@ -355,6 +355,26 @@ class Connection:
         self.close()
 
 
+class Wanting:
+    """A caller that wants a connection in time: a lock, since an interrupt could leave a Condition locked for ever."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self.error: FFError | None = None
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it is told something, at most *seconds*."""
+        self._lock.acquire(timeout=max(seconds, 0.0))
+
+    def tell(self, error: FFError | None) -> None:
+        """Wake the caller: there is a connection, or the error of making one."""
+        self.error = error
+        # RuntimeError: it is awake.
+        with contextlib.suppress(RuntimeError):
+            self._lock.release()
+
+
 class Node:
     """One server: the idle connections to it.
 
@@ -368,6 +388,8 @@ class Node:
         library_missing: A function was not found there: the next connection that is taken loads the library.
         failed_at: When it could not be reached, in monotonic time.
         gone: It has left the cluster; no connection to it stays.
+        opening: Threads that open a connection for callers that have little time.
+        wanting: These callers.
         place: A version of the topology, and the slots that this server has in it.
     """
 
@@ -381,6 +403,8 @@ class Node:
         self.failed_at = 0.0
         self.gone = False
         self.place: tuple[int, frozenset[int]] = (0, frozenset())
+        self.opening: set[threading.Thread] = set()
+        self.wanting: set[Wanting] = set()
         # The most recently used is at the right.
         self._idle: deque[Connection] = deque()
         # The latest time at which a connection fell silent, or the server was no primary any more. A connection that was

@@ -12,7 +12,7 @@ import weakref
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
-from ff_fast import _process, keys
+from ff_fast import _process, _transport, keys
 from ff_fast._core import durability, operations
 from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
@@ -253,6 +253,7 @@ class Sender(Outbox):
         self._again(home, error)
 
     def _again(self, home: SlotHome, error: FFError) -> None:
+        _transport.name_refuser(error, self.node.reached)
         pause = home.retries.pause(error)
         if pause is None:
             home.fail(error)

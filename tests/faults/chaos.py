@@ -39,6 +39,7 @@ class ChaosProxy:
     """Listens on a free port of the loopback interface, and passes what comes to *target* until told otherwise.
 
     Attributes:
+        pushes_held: Nothing comes down over connections that have subscribed to channels; `release` ends that.
         cut_before: Bytes of a request; the connection is cut, once, before it passes them on.
         rewrite: A function that changes what the server sends next; it is called once.
         chunk: Most bytes that are passed at once.
@@ -57,6 +58,7 @@ class ChaosProxy:
         self._plan = iter(())
         self._cut = None
         self._pairs = set()
+        self.pushes_held = False
         self.cut_before = None
         self.rewrite = None
         self.chunk = 1 << 16
@@ -86,6 +88,7 @@ class ChaosProxy:
         self._wake()
 
     def release(self):
+        self.pushes_held = False
         self._held = {UP: False, DOWN: False}
         self._wake()
 
@@ -226,6 +229,11 @@ class _Pair(threading.Thread):
         self._waker, self._woken = socket.socketpair()
         self.condemned = None
         self.deaf = False
+        self._subscribes = False
+
+    def _holds(self, direction):
+        pushes = direction == DOWN and self._subscribes and self._proxy.pushes_held
+        return pushes or self._proxy.held(direction)
 
     def wake(self):
         with contextlib.suppress(OSError):
@@ -259,7 +267,7 @@ class _Pair(threading.Thread):
             sources = {
                 source: direction
                 for direction, (source, _) in routes.items()
-                if not self._proxy.held(direction)
+                if not self._holds(direction)
             }
             pending = [s for s in sources if hasattr(s, "pending") and s.pending()]
             ready = _readable([*sources, self._woken], wait=not pending)
@@ -270,11 +278,15 @@ class _Pair(threading.Thread):
                 return
             for source in {*ready, *pending} - {self._woken}:
                 direction = sources[source]
-                if self._proxy.held(direction):
+                if self._holds(direction):
                     continue
                 data = source.recv(self._proxy.chunk)
                 if not data:
                     return
+                if direction == UP and b"SSUBSCRIBE" in data and not self._subscribes:
+                    self._subscribes = True
+                    # What is held is the server's to keep, and not the kernel's.
+                    self._server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
                 if self.deaf:
                     self._proxy.swallowed += len(data)
                     continue
