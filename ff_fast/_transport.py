@@ -12,8 +12,11 @@ from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
     InvalidInput,
+    NotEnoughReplicas,
+    NotPrimary,
     Outcome,
     Unavailable,
+    name_server,
 )
 from ff_fast.types import BackendConfig
 
@@ -61,9 +64,10 @@ def wait_s(timeout: float, step: Step) -> float:
 def longest_try_s(until: float) -> float:
     """Return how long one try of a call may take that is of no use after *until*, in monotonic time.
 
-    Half of the time that is left, so that another try may follow, but at least a second.
+    Half of the time that is left, so that another try may follow; a second or less is not divided.
     """
-    return max((until - time.monotonic()) / 2, 1.0)
+    left = until - time.monotonic()
+    return max(left / 2, min(left, 1.0), 1e-3)
 
 
 def connection_arguments(config: BackendConfig, login: Login | None = None) -> dict[str, Any]:
@@ -175,6 +179,13 @@ def connect_error(error: BaseException, config: BackendConfig) -> FFError:
     from ff_fast import _connect_errors  # with ssl, which takes milliseconds to import
 
     return _connect_errors.connect_error(error, config, request_timeout_s(config))
+
+
+def name_refuser(error: FFError, config: BackendConfig) -> None:
+    """Say in *error* which server has refused to write."""
+    if isinstance(error, NotPrimary | NotEnoughReplicas):
+        server = config.connection
+        name_server(error, server.host, server.port, server.unix_path)
 
 
 def not_sent_in_time() -> DeadlineExceeded:

@@ -930,7 +930,7 @@ class StorageUnavailable(FFError):
     )
 
 
-class NotPrimary(FFError):
+class NotPrimary(_Connecting):
     """The call reached a replica; find the primary and repeat."""
 
     code = "not_primary"
@@ -938,12 +938,12 @@ class NotPrimary(FFError):
     _sentence = "The call reached a replica; find the primary and try again."
 
 
-class NotEnoughReplicas(FFError):
+class NotEnoughReplicas(_Connecting):
     """The server has fewer replicas than ``min-replicas-to-write`` demands."""
 
     code = "not_enough_replicas"
     retryable = True
-    _sentence = "The server has too few replicas to accept writes; try again later."
+    _sentence = "The server has fewer replicas than its min-replicas-to-write demands; check the replication, and try again later."
 
 
 class NotReplicated(FFError, TimeoutError):
@@ -1101,12 +1101,30 @@ _ENDS_AT = re.compile(r" script: (?:ff_[a-z0-9_]+, )?on @?user_function:([0-9]{1
 _BEGINS_AT = re.compile(r"(?:ERR )?@?user_function:([0-9]{1,7}): ")
 
 
+_CLUSTER_DOWN = (
+    "The cluster is down: slots have no node that answers, or it is still being formed; check CLUSTER INFO, and try again"
+    " later."
+)
+
 _TOLD_BY = re.compile(r" \(node (\S{1,255}):([0-9]{1,5})\)$")
 
 
 def told_by(message: str, host: str, port: int) -> str:
     """Return a server's error reply with the address of the server, which :func:`from_server_error` finds there."""
     return f"{message} (node {host}:{port})"
+
+
+def name_server(error: FFError, host: str, port: int, unix_path: str | None = None) -> None:
+    """Say in *error* which server it concerns, where that matters and is not told."""
+    named = Unavailable | OutcomeUnknown | DeadlineExceeded | NotPrimary | NotEnoughReplicas
+    if not isinstance(error, named) or error.host is not None or error.unix_path is not None:
+        return
+    where = unix_path or (f"[{host}]" if ":" in host else host) + f":{port}"
+    if unix_path is None:
+        error.host, error.port = host, port
+    else:
+        error.unix_path = unix_path
+    error.args = (f"{error} The server is {where}.", *error.args[1:])
 
 
 def from_server_error(message: str, function: str | None = None) -> FFError:
@@ -1139,11 +1157,12 @@ def from_server_error(message: str, function: str | None = None) -> FFError:
     elif cls is Corruption:
         # Functions ask for foreign data before their first write.
         return _corrupt(message, function)
+    elif word == "CLUSTERDOWN":
+        error = Unavailable(_CLUSTER_DOWN)
     else:
         error = cls()
-    if isinstance(error, Unavailable) and (found := _TOLD_BY.search(message)):
-        error.host, error.port = found[1], int(found[2])
-        error.args = (f"{error} The node is {found[1]}:{found[2]}.",)
+    if found := _TOLD_BY.search(message):
+        name_server(error, found[1], int(found[2]))
     if "@user_function" in message or "ACL failure in script" in message:
         # Lua has no rollback, so writes before the failed command stand.
         error.outcome = Outcome.UNKNOWN

@@ -349,7 +349,17 @@ class Reading(Background):
                 break
         await reader.aclose()
 
-    def result(self, deadline_s=10.0):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Leave nothing behind, however the test ended."""
+        assert self._ready.wait(20)
+        if self.is_alive():
+            self.close_backend()
+        self.join(20)
+
+    def result(self, deadline_s=15.0):
         """What it brought, once it is over."""
         super().result(deadline_s)
         return self.items

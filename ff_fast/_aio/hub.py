@@ -19,7 +19,6 @@ from ff_fast._core.hub import (
     HubsCore,
     Listener,
     Part,
-    subscription_error,
 )
 from ff_fast._core.nodes import no_owner
 from ff_fast._core.routing import refusal
@@ -158,6 +157,8 @@ class Hub:
         self._watch: asyncio.TimerHandle | None = None
         # Since when neither a channel nor a read needs the connection.
         self._idle_since: float | None = None
+        # When the server was last asked for its role.
+        self._pinged_at = 0.0
         self._failure: FFError | None = None
         self._closing = False
 
@@ -237,7 +238,14 @@ class Hub:
             return
         now = time.monotonic()
         for asked in self._core.requests(now):
-            connection.send(asked.request, [self._refused])
+            if asked is None:
+                connection.send(PING, [self._ponged])
+            else:
+                connection.send(asked.request, [self._refused])
+        if self._core.doubts_role or now - self._pinged_at >= self._timeout_s:
+            self._core.doubts_role = False
+            self._pinged_at = now
+            connection.send(PING, [self._ponged])
         requests: list[bytes] = []
         receivers: list[Receiver] = []
         least, most = READS_IN_FLIGHT
@@ -281,8 +289,8 @@ class Hub:
         connection = await self._connect_one("readers")
         try:
             (reply,) = await connection.request(HELLO, self._timeout_s)
-            if isinstance(reply, Exception):
-                raise subscription_error(str(reply))
+            if (failure := self._core.opened(reply)) is not None:
+                raise failure
             if connection.closed:
                 raise OutcomeUnknown
         except BaseException:
@@ -294,6 +302,7 @@ class Hub:
         self._connection = connection
         self._received = connection.received
         self._idle_since = None
+        self._pinged_at = time.monotonic()
         self._tick()
 
     def _pushed(self, push: list[Any]) -> None:
@@ -382,12 +391,9 @@ class Hub:
             return
         now = time.monotonic()
         timeout_s = self._timeout_s
-        if connection.receivers:
-            if now - connection.silent_since >= timeout_s:
-                connection.abort_silent(connection.silent_since)
-                return
-        elif now - connection.heard_at >= timeout_s:
-            connection.send(PING, [self._ponged])
+        if connection.receivers and now - connection.silent_since >= timeout_s:
+            connection.abort_silent(connection.silent_since)
+            return
         if self._core.listening or self._queue or self._in_flight:
             self._idle_since = None
         elif self._idle_since is None:
@@ -400,6 +406,14 @@ class Hub:
 
     def _ponged(self, reply: object) -> None:
         """Take the answer to a PING."""
+        if self._core.late(reply):
+            if self._connection is not None:
+                self._connection.receivers.appendleft(self._ponged)
+            return
+        failure = self._core.heard(reply)
+        if failure is not None and self._connection is not None:
+            self._failure = failure
+            self._connection.abort()
 
 
 class RoutedRead:

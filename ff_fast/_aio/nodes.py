@@ -20,6 +20,7 @@ from ff_fast._core.routing import Routing, Send
 from ff_fast._core.steps import Retries, Step
 from ff_fast._core.topology import Address, Topology, address_of
 from ff_fast.errors import (
+    DeadlineExceeded,
     FFError,
     FunctionMissing,
     Redirected,
@@ -42,10 +43,20 @@ CALLS_IN_FLIGHT = 256
 """Bound of the requests in flight on the shared connection; beyond it calls queue, and open batches grow."""
 
 
-async def result_of(task: asyncio.Task[T]) -> T:
-    """Wait for a task of the backend that several callers share, and return its result or raise its error."""
+async def result_of(task: asyncio.Task[T], longest: float = inf) -> T:
+    """Wait for a task of the backend that several callers share, and return its result or raise its error.
+
+    Args:
+        task: The task, which goes on for the others when this caller's time is up.
+        longest: Longest wait of this caller, in seconds.
+
+    Raises:
+        DeadlineExceeded: The time is up.
+    """
     # Awaiting the task directly would cancel it along with a cancelled caller.
-    await asyncio.wait({task})
+    await asyncio.wait({task}, timeout=None if longest == inf else max(longest, 0.0))
+    if not task.done():
+        raise _transport.not_sent_in_time()
     if task.cancelled():
         raise _transport.closed_error()
     error = task.exception()
@@ -110,15 +121,19 @@ class SharedConnection:
         waits = self.connection is not None and bool(self.connection.receivers)
         return waits or self._connecting is not None
 
-    async def connected(self) -> Connection:
-        """Return the connection; make it again if it was lost. Concurrent callers share one attempt."""
+    async def connected(self, longest: float = inf) -> Connection:
+        """Return the connection; make it again if it was lost. Concurrent callers share one attempt.
+
+        Args:
+            longest: Longest wait for an attempt, in seconds; the attempt goes on.
+        """
         if self.connection is not None and not self.connection.closed:
             return self.connection
         if self.closing:
             raise _transport.closed_error()
         if self._connecting is None:
             self._connecting = self._spawn(self._connect())
-        return await result_of(self._connecting)
+        return await result_of(self._connecting, longest)
 
     async def _connect(self) -> Connection:
         try:
@@ -142,17 +157,24 @@ class SharedConnection:
 
         Args:
             step: The step.
-            longest: Longest time for the replies in seconds, where it is shorter than the request timeout.
+            longest: Longest time in seconds, from connecting to the last reply, where it is shorter than the timeouts.
         """
-        connection = await self.connected()
+        until = inf if longest == inf else time.monotonic() + longest
+        connection = await self.connected(longest)
         began = time.monotonic()
         try:
-            async with asyncio.timeout(self._timeout_s) as waiting, self._turn:
+            async with (
+                asyncio.timeout(min(self._timeout_s, max(until - began, 0.0))) as waiting,
+                self._turn,
+            ):
                 await connection.wait_writable()
                 # The queueing deadline is met; the replies have a deadline of their own.
                 waiting.reschedule(None)
                 self.watch_soon()
-                return await connection.request(step, min(self._timeout_s, longest))
+                left = self._timeout_s
+                if until != inf:
+                    left = min(left, max(until - time.monotonic(), 0.0))
+                return await connection.request(step, left)
         except FFError:
             raise
         except TimeoutError:
@@ -181,6 +203,7 @@ class Node:
     Attributes:
         address: Where it listens; None where there is no cluster.
         config: The configuration of connections to it.
+        reached: The same with the address that sentinels have named last.
         shared: The connection of calls and writers.
         connections: All connections that are open.
         idle: Those that nobody uses; the most recently used is at the right.
@@ -198,8 +221,7 @@ class Node:
         if address is not None:
             server = owner.config.connection.replace(host=address.host, port=address.port, seeds=())
             self.config = owner.config.replace(connection=server)
-        # With the address that sentinels have named last.
-        self._reached = self.config
+        self.reached = self.config
         self.connections: set[Connection] = set()
         self.idle: deque[Connection] = deque()
         self.shared = SharedConnection(self.connect, owner.spawn, owner.timeout_s)
@@ -237,8 +259,8 @@ class Node:
             raise self._gone()
         connection = Connection()
         reached = resolve_replica if role == READS and self.address is None else resolve
-        self._reached = await reached(self.config)
-        await connection.open(self._reached)
+        self.reached = await reached(self.config)
+        await connection.open(self.reached)
         if self._owner.opened is not None:
             self._owner.opened(connection)
         self.connections.add(connection)
@@ -265,17 +287,17 @@ class Node:
         try:
             connection.checked = await run_steps(steps, self._owner.requests_on(connection))
         except FFError as error:
-            failure = _transport.connect_error(error, self._reached)
+            failure = _transport.connect_error(error, self.reached)
         else:
             connection.ready = True
             return
         raise failure
 
-    async def load(self) -> None:
+    async def load(self, longest: float = inf) -> None:
         """Load the library, which a call has found missing; concurrent callers share one attempt."""
         if self._loading is None:
             self._loading = self._owner.spawn(self._load())
-        await result_of(self._loading)
+        await result_of(self._loading, longest)
 
     async def _load(self) -> None:
         try:
@@ -465,7 +487,17 @@ class Nodes:
         if topology is None:
             await self.first.shared.connected()
             return
-        await self.refresh()
+        retries = Retries(self.config.retry)
+        while not topology.known:
+            try:
+                await self.refresh()
+            except FFError as failure:
+                pause = nodes.pause_while_forming(topology, failure, retries)
+                if pause is None:
+                    raise
+            else:
+                break
+            await asyncio.sleep(pause)
         found = await asyncio.gather(
             *(self._check(self.at(address)) for address in topology.primaries),
             return_exceptions=True,
@@ -474,7 +506,6 @@ class Nodes:
             # A node that cannot be reached is another one's to replace.
             if error is not None and not (isinstance(error, FFError) and error.retryable):
                 raise error
-        retries = Retries(self.config.retry)
         await run_steps(self.deployment.agree(), self.caller(retries))
 
     async def _check(self, node: Node) -> None:
@@ -525,13 +556,13 @@ class Nodes:
             for address, node in self._nodes.items()
             if address is not None and node.shared.connection is not None and not node.silent
         }
-        look = nodes.Look(self.topology, heard, self._seeds)
+        look = nodes.Look(self.topology, heard, self._seeds, tls=self.config.connection.tls)
         for address in look.addresses:
             try:
                 async with asyncio.timeout(min(nodes.ASK_S, self.timeout_s)):
                     replies = await self.at(address).shared.request(nodes.SLOTS)
             except TimeoutError:
-                look.failed(address, nodes.silent(address))
+                look.failed(address, DeadlineExceeded())
             except FFError as error:
                 look.failed(address, error)
             else:
@@ -571,7 +602,7 @@ class Nodes:
 
         Args:
             retries: Those of the call.
-            longest: Longest time for the replies in seconds, where it is shorter than the request timeout.
+            longest: Longest time of one try in seconds, where it is shorter than the request timeout.
             replicas: The call changes nothing, so replicas may answer where the configuration says so.
             own: Connections of its own.
         """
@@ -615,7 +646,7 @@ class Nodes:
         until = inf if longest == inf else time.monotonic() + longest
         routing = Routing(step, self.topology, retries, replicas=replicas, until=until)
         if not self.topology.known:
-            await self.refresh()
+            await result_of(self.refresh_soon(), longest)
         while True:
             sends = routing.sends()
             if len(sends) == 1:
@@ -623,7 +654,7 @@ class Nodes:
             elif sends:
                 await self._send_all(routing, sends, longest, own)
             for address in list(routing.missing):
-                await self._load(routing, address)
+                await self._load(routing, address, longest)
             if self.closed:
                 return routing.replies()
             pause = routing.settle()
@@ -696,9 +727,9 @@ class Nodes:
         if not self._stopped:
             _ = self.refresh_soon()
 
-    async def _load(self, routing: Routing, address: Address) -> None:
+    async def _load(self, routing: Routing, address: Address, longest: float) -> None:
         try:
-            await self.at(address).load()
+            await self.at(address).load(longest)
         except FFError as error:
             routing.loaded(address, error)
         else:

@@ -229,6 +229,8 @@ class Pool:
                 # What a claim gives back is sent behind what it sent before, on the same connection.
                 return await run_steps(call.steps(), request, self._waits.wait, self._nodes.alone)
             except FFError as error:
+                if self._nodes.topology is None:
+                    _transport.name_refuser(error, self._nodes.first.reached)
                 pause = None if self._closed else retries.pause(error)
                 if pause is None:
                     retries.settle(error)

@@ -9,7 +9,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
-from ff_fast import _process, keys
+from ff_fast import _process, _transport, keys
 from ff_fast._aio.connection import BROKEN, LOST
 from ff_fast._aio.nodes import CALLS_IN_FLIGHT
 from ff_fast._core import durability
@@ -223,9 +223,9 @@ class Senders:
     def wait(self, home: SlotHome, sender: Sender, error: FFError | None) -> None:
         """Let the writers of a slot wait after an error, or for the first connection; then they go on.
 
-        Writers that have something in flight may still be with a sender that the slot has left.
+        Writers that have something in flight may still be with a sender that the slot has left, also while they wait.
         """
-        if self._nodes.stopped or home.waits:
+        if self._nodes.stopped:
             return
         if home.outbox is not sender:
             sender.withdraw(home)
@@ -247,6 +247,8 @@ class Senders:
         try:
             while True:
                 if error is not None:
+                    if sender is not None:
+                        _transport.name_refuser(error, sender.node.reached)
                     pause = home.retries.pause(error)
                     if pause is None:
                         home.fail(error)

@@ -9,6 +9,7 @@ answer, the next reply does.
 from __future__ import annotations
 
 import copy
+import re
 from collections import deque
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -21,6 +22,7 @@ from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
     FFError,
     InternalFunctionError,
+    NotPrimary,
     PermissionDenied,
     Redirected,
     UnsupportedServer,
@@ -43,13 +45,16 @@ HELLO = Step((Command(b"", pack_command(b"HELLO", b"3")),))
 """Pushes and replies share a connection only in RESP3."""
 
 PING = pack_command(b"HELLO")
-"""Asks for a sign of life. Unlike PING, every user may send it."""
+"""Asks for a sign of life, and for the role of the server. Unlike PING, every user may send it."""
 
 # How long a subscription may be missing before the topology is looked at again, in seconds.
 _LOOK_S = 0.25
 
 ONCE = BackendRetry(number_of_retries=0)
 """Retries of what is tried again elsewhere, or later."""
+
+# How a node refuses what is for a slot, and HELLO never is.
+_REFUSAL = re.compile("MOVED |ASK |TRYAGAIN|CLUSTERDOWN")
 
 _NO_SHARDED_PUBSUB = "The server has no sharded pub/sub, over which readers hear of frames; use Valkey 7.2, Redis 7.0 or newer."
 _NO_RESP3 = "The server or a proxy in front of it does not speak RESP3, which readers need; connect to Valkey 7.2, Redis 7.0 or newer."
@@ -184,11 +189,15 @@ class HubCore(_Attached):
 
     Attributes:
         routes: What takes the pushes of each channel that has listeners.
+        doubts_role: The server may have become a replica: it is to be asked at once.
     """
 
     def __init__(self, *, by_slot: bool = False) -> None:
         super().__init__()
         self._by_slot = by_slot
+        self.doubts_role = False
+        # What the server was when the connection was opened.
+        self._role: object = None
         self._channels: dict[bytes, _Channel] = {}
         self.routes: dict[bytes, Callable[[bytes], None]] = {}
         # To be subscribed; alone: after a refusal of several channels at once, which one of them may have caused.
@@ -259,9 +268,12 @@ class HubCore(_Attached):
         """Return when the next subscription without listeners ends, in monotonic time."""
         return next(iter(self._left.values()), None)
 
-    def requests(self, now: float) -> list[Asked]:
-        """Return the requests to be sent now, in order."""
-        asked: list[Asked] = []
+    def requests(self, now: float) -> list[Asked | None]:
+        """Return the requests to be sent now, in order; None stands for `PING`.
+
+        A node that gives a slot away ends its subscriptions, and refuses to end them again: a push that looks like the
+        answer may be followed by a refusal. What is answered before the PING behind belongs to no later request.
+        """
         ended = []
         # In the order in which they end.
         for channel, end in self._left.items():
@@ -271,7 +283,8 @@ class HubCore(_Attached):
         for channel in ended:
             del self._left[channel]
             self._channels[channel].wanted = False
-        asked += self._in_pieces(b"sunsubscribe", ended, MOST_CHANNELS)
+        asked = self._in_pieces(b"sunsubscribe", ended, MOST_CHANNELS)
+        last = len(asked)
         for waiting, most in ((self._pending, MOST_CHANNELS), (self._alone, 1)):
             for channel in waiting:
                 self._channels[channel].wanted = True
@@ -281,7 +294,7 @@ class HubCore(_Attached):
             for channel in each.channels:
                 self._channels[channel].answers += 1
         self._asked += asked
-        return asked
+        return [*asked[:last], None, *asked[last:]] if last and self._by_slot else [*asked]
 
     def _in_pieces(self, kind: bytes, channels: list[bytes], most: int) -> list[Asked]:
         groups = [channels]
@@ -327,6 +340,30 @@ class HubCore(_Attached):
             return None
         return self._asked.popleft()
 
+    def late(self, reply: object) -> bool:
+        """Return whether what came in place of the reply to `PING` refuses a request before it: that is still to come."""
+        return self._by_slot and isinstance(reply, Exception) and bool(_REFUSAL.match(str(reply)))
+
+    def opened(self, reply: object) -> FFError | None:
+        """Take the reply to `HELLO` on a new connection; return an error if the connection is of no use.
+
+        A replica of a cluster confirms subscriptions as well. Pushes come to it over another connection, which may lose
+        them while this one stays.
+        """
+        if isinstance(reply, Exception):
+            return subscription_error(str(reply))
+        self.doubts_role = False
+        self._role = _role_in(reply)
+        return NotPrimary() if self._by_slot and self._role == b"replica" else None
+
+    def heard(self, reply: object) -> FFError | None:
+        """Take the reply to `PING`; return an error where the connection has to be made again.
+
+        A server that has become a replica keeps the connections of its clients.
+        """
+        role = _role_in(reply)
+        return NotPrimary() if role == b"replica" != self._role else None
+
     def _answered(self, channel: bytes) -> None:
         found = self._channels[channel]
         found.answers -= 1
@@ -339,6 +376,7 @@ class HubCore(_Attached):
             del self._channels[channel]
 
     def _ended(self, channel: bytes) -> None:
+        self.doubts_role = True
         found = self._channels.get(channel)
         if found is None or not found.confirmed:
             return
@@ -525,6 +563,7 @@ class HubsCore(_Attached):
         # What hubs have told of: a doubt, or an error.
         self._noted: deque[tuple[_Seat, FFError | None]] = deque()
         self._version = topology.version
+        topology.on_learned = wake
 
     def listen(self, channel: bytes, listener: Listener, now: float) -> None:
         """Pass pushes of *channel* to *listener*; it hears first that a node has confirmed the subscription."""
@@ -646,6 +685,13 @@ class HubsCore(_Attached):
             self._forget(entry)
             for listener in entry.listeners:
                 listener.failed(copy.copy(error))
+
+
+def _role_in(reply: object) -> object:
+    """Return the role of the server that a reply to ``HELLO`` tells, in RESP2 or RESP3; None where it tells none."""
+    if isinstance(reply, list):
+        reply = dict(zip(reply[::2], reply[1::2], strict=False))
+    return reply.get(b"role") if isinstance(reply, dict) else None
 
 
 def subscription_error(message: str) -> FFError:

@@ -18,8 +18,9 @@ from ff_fast.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from ff_fast._core.steps import Retries
     from ff_fast._core.topology import Topology
     from ff_fast.types import ValkeyConnection
 
@@ -38,6 +39,9 @@ FORGET_EVERY_S = 1.0
 READ_AGAIN_S = 1.0
 """How long the primary answers in place of a replica that has failed, in seconds."""
 
+_MOST_NAMED = 8
+"""Bound of the addresses in one sentence."""
+
 SLOTS = Step((Command(b"", pack_command(b"CLUSTER", b"SLOTS")),))
 
 
@@ -55,22 +59,34 @@ class Look:
         topology: What is known.
         heard: The nodes with a connection that works, and when they were last heard of.
         seeds: The nodes that the configuration names.
+        tls: The connections use TLS.
 
     Attributes:
         addresses: Whom to ask, in order, until one has told.
     """
 
     def __init__(
-        self, topology: Topology, heard: Mapping[Address, float], seeds: tuple[Address, ...]
+        self,
+        topology: Topology,
+        heard: Mapping[Address, float],
+        seeds: tuple[Address, ...],
+        *,
+        tls: bool = False,
     ) -> None:
         told = topology.told
         latest = sorted(heard, key=lambda address: (told.get(address, 0), -heard[address]))
         self._topology = topology
+        self._tls = tls
+        topology.forming = False
         self._failure: FFError | None = None
         self.addresses = list(dict.fromkeys([*latest, *topology.addresses, *seeds]))
 
     def answered(self, address: Address, replies: list[object]) -> bool:
         """Take the replies to :data:`SLOTS`; return whether the node has told the topology."""
+        if not any(replies):
+            # It has left the cluster, or has not joined it yet.
+            self._topology.forming = True
+            return False
         try:
             _learn(self._topology, replies, address)
         except FFError as error:
@@ -82,14 +98,17 @@ class Look:
         """Note that a node could not be asked, or did not answer."""
         if isinstance(error, DeadlineExceeded | OutcomeUnknown):
             # Nothing was to be applied.
-            error = silent(address)
+            error = silent(address, tls=self._tls)
         # The first counts; what will not pass tells more than what may.
         if self._failure is None or (self._failure.retryable and not error.retryable):
             self._failure = error
 
     def failure(self) -> FFError:
         """Return the error that tells best why nobody has told the topology."""
-        return self._failure or no_owner()
+        failure = self._failure
+        if failure is None or (failure.retryable and self._topology.forming):
+            return forming(self.addresses)
+        return failure
 
 
 def _learn(topology: Topology, replies: list[object], asked: Address) -> None:
@@ -101,9 +120,6 @@ def _learn(topology: Topology, replies: list[object], asked: Address) -> None:
             error.host, error.port = asked
             raise error
         raise from_server_error(str(reply))
-    if not reply:
-        # It has left the cluster, or has not joined it yet.
-        raise no_owner()
     topology.learn(reply, asked)
 
 
@@ -121,8 +137,23 @@ def no_owner() -> Unavailable:
     )
 
 
-def silent(address: Address) -> Unavailable:
+def forming(asked: Sequence[Address]) -> Unavailable:
+    """Return the error of nodes that know of no slot."""
+    return Unavailable(
+        f"No node that was asked ({', '.join(map(str, asked[:_MOST_NAMED]))}) has or knows of a slot; the cluster is still"
+        " being formed, or the nodes belong to none: give out the slots, or try again later."
+    )
+
+
+def pause_while_forming(topology: Topology, error: FFError, retries: Retries) -> float | None:
+    """Return how long whoever connects waits for a cluster without slots, in seconds; None if *error* is final."""
+    pause = retries.pause(error) if topology.forming else None
+    return None if pause is None else max(pause, REFRESH_EVERY_S)
+
+
+def silent(address: Address, *, tls: bool = False) -> Unavailable:
     """Return the error of a node that does not answer."""
-    error = Unavailable(f"The node {address} does not answer; try again later.")
+    hint = ", or connect with valkey:// if its port does not use TLS" if tls else ""
+    error = Unavailable(f"The node {address} does not answer; try again later{hint}.")
     error.host, error.port = address
     return error

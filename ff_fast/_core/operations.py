@@ -33,7 +33,6 @@ from ff_fast.errors import (
     InvalidId,
     InvalidInput,
     InvalidType,
-    NotReplicated,
     Outcome,
     PayloadTooLarge,
     SequenceGap,
@@ -178,6 +177,10 @@ def _releasing(
             known = on.places.last_id(lease_id, last_sequence) if compares else b""
             try:
                 value = yield from steps(known)
+                on.places.confirm(lease_id)
+                if reach is not None:
+                    # What was applied may be lost before the level is reached. A question then meets the gap.
+                    yield from reach.steps(known)
             except SequenceGap:
                 left -= 1
                 if left and place is not None and (yield from writers.stored_again(attempt, place)):
@@ -191,17 +194,10 @@ def _releasing(
                     on.places.forget(lease_id)
                 raise
             else:
-                on.places.confirm(lease_id)
-                try:
-                    if reach is not None:
-                        yield from reach.steps(known)
-                except NotReplicated:
-                    if releases(value):
-                        on.places.forget(lease_id)
-                    raise
-                # Not before: a try that follows a lost reply compares the last frame as well.
+                # Not before: a try that follows a lost reply, or a level that was not reached, compares the last frame
+                # as well, and stores again what is held.
                 if releases(value):
-                    on.places.forget(lease_id)
+                    on.places.release(lease_id)
                 return value
 
     return Call(

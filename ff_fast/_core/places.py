@@ -8,9 +8,9 @@ lease.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ff_fast._hot.writer import Held
+from ff_fast._hot.writer import Held, Newest
 from ff_fast.errors import FramesLost
 
 if TYPE_CHECKING:
@@ -19,24 +19,22 @@ if TYPE_CHECKING:
 MAX_PLACES = 16_384
 """Leases that a backend remembers at most; for one that was forgotten, an end is sent without the last frame."""
 
+MAX_RELEASED = 1024
+"""Released leases of which the last frame is remembered, for calls that are repeated."""
 
-class Place:
+
+class Place(Newest):
     """The newest frame of an attempt that is known to be stored. Writers move it with each acknowledgement.
 
     Attributes:
-        ms, sequence: Its id; 0 and 0 for none.
-        checked: Sequence up to which the server has confirmed its streams by releasing the lease.
         told: A caller got ``SequenceGap``: frames up to this one are lost. A writer that is opened then goes on from
             what is stored.
         held: What was acknowledged a moment ago; None where nothing is kept.
     """
 
-    __slots__ = ("_lost", "checked", "held", "ms", "sequence", "told")
+    __slots__ = ("_lost", "held", "told")
 
     def __init__(self, held: Held | None = None) -> None:
-        self.ms = 0
-        self.sequence = 0
-        self.checked = 0
         self.told = False
         self.held = held
         # First and last of the lost frames that the stream tells of, and no caller was told of.
@@ -75,13 +73,18 @@ class Place:
 
 
 class Places:
-    """The place of each lease, from the opening of its first writer until the lease is released or lost."""
+    """The place of each lease, from the opening of its first writer until the lease is released or lost.
 
-    __slots__ = ("_places", "_replay_bytes", "_replay_ms")
+    Of a lease that was released the id of the last frame stays known for a while. A failover may lose the release, and
+    frames with it: a repeat of the call then meets the gap, as the first call would.
+    """
+
+    __slots__ = ("_places", "_released", "_replay_bytes", "_replay_ms")
 
     def __init__(self, replay_ms: int = 0, replay_bytes: int = 0) -> None:
         # Single calls in C change it, so threads need no lock.
         self._places: dict[str, Place] = {}
+        self._released: dict[str, tuple[int, int]] = {}
         self._replay_ms = replay_ms
         self._replay_bytes = replay_bytes
 
@@ -94,11 +97,10 @@ class Places:
         if place is None:
             keeps = self._replay_ms and self._replay_bytes
             held = Held(self._replay_ms, self._replay_bytes) if keeps else None
-            place = self._places.setdefault(lease_id, Place(held))
-        if len(self._places) > MAX_PLACES:
-            # Another thread may change it meanwhile, and forgets the oldest then.
-            with contextlib.suppress(RuntimeError):
-                self._places.pop(next(iter(self._places)), None)
+            new = Place(held)
+            new.ms, new.sequence = self._released.pop(lease_id, (0, 0))
+            place = self._places.setdefault(lease_id, new)
+        _bound(self._places, MAX_PLACES)
         return place
 
     def find(self, lease_id: str) -> Place | None:
@@ -113,7 +115,10 @@ class Places:
             last_sequence: A sequence that the caller knows to be stored, from elsewhere.
         """
         place = self._places.get(lease_id)
-        ms, sequence = (0, 0) if place is None else (place.ms, place.sequence)
+        if place is None:
+            ms, sequence = self._released.get(lease_id, (0, 0))
+        else:
+            ms, sequence = place.ms, place.sequence
         if last_sequence is not None and last_sequence > sequence:
             ms, sequence = 0, last_sequence
         return b"%d-%d" % (ms, sequence) if sequence else b""
@@ -130,8 +135,28 @@ class Places:
         if place is not None:
             place.checked = place.sequence
 
+    def release(self, lease_id: str) -> None:
+        """Note that the server has released a lease: it needs nothing more, unless it loses that."""
+        place = self._places.get(lease_id)
+        if place is not None and place.sequence:
+            self._released[lease_id] = place.ms, place.sequence
+            _bound(self._released, MAX_RELEASED)
+        self._drop(lease_id)
+
     def forget(self, lease_id: str) -> None:
         """Forget a lease that is gone."""
+        self._released.pop(lease_id, None)
+        self._drop(lease_id)
+
+    def _drop(self, lease_id: str) -> None:
         place = self._places.pop(lease_id, None)
         if place is not None and place.held is not None:
             place.held.clear()
+
+
+def _bound(table: dict[str, Any], most: int) -> None:
+    """Forget the oldest of a table that has grown too large."""
+    if len(table) > most:
+        # Another thread may change it meanwhile, and forgets the oldest then.
+        with contextlib.suppress(RuntimeError):
+            table.pop(next(iter(table)), None)

@@ -16,16 +16,16 @@ from ff_fast._core.steps import Command, Step
 from ff_fast._core.topology import Address, address_of
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import (
-    DeadlineExceeded,
     FFError,
     FunctionMissing,
+    NotPrimary,
     Outcome,
-    OutcomeUnknown,
     ProtocolError,
     Redirected,
     Unavailable,
     from_server_error,
     make_unknown,
+    name_server,
     told_by,
 )
 
@@ -170,7 +170,9 @@ class Routing:
         if "script: " in text:
             # A command inside of a function was refused, perhaps after others.
             return
-        if _word(reply) in _REFUSALS:
+        if _word(reply) == "NOREPLICAS":
+            self._replies[index] = Exception(told_by(text, *send.address))
+        elif _word(reply) in _REFUSALS:
             self._refused(index, reply, send)
         elif rest.startswith("Function not found"):
             if send.replica:
@@ -190,7 +192,7 @@ class Routing:
             # A redirect that cannot be read; the reply stands.
             return
         self._again.append(index)
-        if send is not None and isinstance(error, Unavailable):
+        if send is not None and isinstance(error, Unavailable | NotPrimary):
             self._replies[index] = Exception(told_by(str(reply), *send.address))
         if isinstance(error, Redirected) and send is not None:
             address = address_of(error.address, send.address)
@@ -277,9 +279,7 @@ class Routing:
 
 def named(error: FFError, address: Address) -> FFError:
     """Return *error* with the address of the node that it concerns."""
-    if isinstance(error, Unavailable | OutcomeUnknown | DeadlineExceeded) and error.host is None:
-        error.host, error.port = address
-        error.args = (f"{error} The node is {address}.", *error.args[1:])
+    name_server(error, *address)
     return error
 
 

@@ -79,10 +79,12 @@ def check_role(reply: object, resolved: ValkeyConnection) -> None:
     fields = dict(zip(reply[::2], reply[1::2], strict=False)) if isinstance(reply, list) else {}
     if fields.get(b"role", b"master") != b"master":
         ask_another_first(resolved)
-        raise NotPrimary(
+        error = NotPrimary(
             f"A sentinel of the service {resolved.sentinel_service} named {resolved.host}:{resolved.port}, which is a replica; try again"
             " when the sentinels have agreed on a primary."
         )
+        error.host, error.port = resolved.host, resolved.port
+        raise error
 
 
 def ask_another_first(resolved: ValkeyConnection) -> None:

@@ -9,7 +9,7 @@ from ff_fast.errors import ProtocolError
 from ff_fast.keys import SLOTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 # A host that the node does not know; it answers nil, an empty text or this mark for it.
 _UNKNOWN_HOSTS = (None, b"", b"?", "", "?")
@@ -37,6 +37,10 @@ def _nobody() -> Owners:
     return Owners([None] * SLOTS, [()] * SLOTS)
 
 
+def _nobody_asks() -> None:
+    """Hear of a map that was learned."""
+
+
 class Topology:
     """The map of a cluster's slots, as far as it is known. Any thread may read it and change it.
 
@@ -45,15 +49,19 @@ class Topology:
     Attributes:
         version: Grows with each map that was learned.
         told: Which version each node has told last.
+        forming: The last question was answered by a node that knows of no slot, and by none that knows more.
+        on_learned: Called, on the thread that has learned a map, after it.
     """
 
-    __slots__ = ("_counter", "_owners", "told", "version")
+    __slots__ = ("_counter", "_owners", "forming", "on_learned", "told", "version")
 
     def __init__(self) -> None:
         self._owners = _nobody()
         self._counter = itertools.count(1)
         self.version = 0
+        self.forming = False
         self.told: dict[Address, int] = {}
+        self.on_learned: Callable[[], None] = _nobody_asks
 
     @property
     def known(self) -> bool:
@@ -106,10 +114,12 @@ class Topology:
         except (ValueError, TypeError, LookupError, AttributeError, UnicodeDecodeError):
             raise ProtocolError from None
         self._owners = owners
+        self.forming = False
         self.version = next(self._counter)
         there = {*self.addresses, asked}
         self.told = {at: told for at, told in self.told.items() if at in there}
         self.told[asked] = self.version
+        self.on_learned()
 
     def moved(self, slot: int, address: Address) -> None:
         """Take note of a redirect: the node at *address* has *slot*."""

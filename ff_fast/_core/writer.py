@@ -284,11 +284,6 @@ class SlotHome(Home):
         self.recovering = False
         super().__init__(slot, waiting)
 
-    @property
-    def waits(self) -> bool:
-        """Whether nobody sends for the writers."""
-        return self.outbox is self.waiting
-
     def hold(self) -> None:
         """Let the writers wait: also those that are ready already."""
         before, self.outbox = self.outbox, self.waiting

@@ -21,6 +21,19 @@ class Place(Protocol):
     def tell_losses(self) -> None: ...
     def lose(self, first: int, last: int) -> None: ...
 
+@disjoint_base
+class Newest:
+    """The newest frame that is known to be stored under a lease; each acknowledgement moves it.
+
+    Attributes:
+        ms, sequence: Its id; 0 and 0 for none.
+        checked: Sequence up to which the server has confirmed its streams by releasing the lease.
+    """
+
+    ms: int
+    sequence: int
+    checked: int
+
 @final
 class Held:
     """What was acknowledged under a lease a moment ago: the writers of the lease send it again to a server that lacks it.

@@ -41,7 +41,7 @@ from cpython.bytes cimport (
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.unicode cimport PyUnicode_AsUTF8String
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memmove
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import copy
@@ -270,6 +270,8 @@ cdef class Batch(_Part):
     # How many frames it says to be lost; it has no other then.
     cdef readonly long long lost_count
     cdef Py_ssize_t live_count
+    # The keys that it names beside the head.
+    cdef int uses
     # It renews the expiry of the live window.
     cdef bint renews
     # It was sent, and the answer was lost.
@@ -285,8 +287,6 @@ cdef class Batch(_Part):
     # The ms of the ids of its first block and of those behind it: 0 where it is not known yet.
     cdef long long first_ms
     cdef long long later_ms
-    # When it was acknowledged, in µs.
-    cdef long long kept_us
     # It was acknowledged before, by a server that is lost.
     cdef bint again
     # Readers that exclude best-effort frames have every frame before it.
@@ -295,6 +295,41 @@ cdef class Batch(_Part):
 
 cdef inline long long last_of(Batch batch) noexcept:
     return batch.first_sequence + batch.frame_count + batch.lost_count - 1
+
+
+@cython.auto_pickle(False)
+cdef class Newest:
+    """The newest frame that is known to be stored under a lease; each acknowledgement moves it.
+
+    Attributes:
+        ms, sequence: Its id; 0 and 0 for none.
+        checked: Sequence up to which the server has confirmed its streams by releasing the lease.
+    """
+
+    cdef public long long ms
+    cdef public long long sequence
+    cdef public long long checked
+
+
+# What is held of a batch, in front of its blocks. A process may hold many small ones, so this is
+# what makes the batch again, and no more.
+cdef struct Record:
+    # When it was acknowledged, in µs.
+    long long kept_us
+    long long first_sequence
+    long long lost_count
+    long long first_ms
+    long long later_ms
+    # Bytes of the blocks, and their number of arguments.
+    int size
+    int arguments
+    int frame_count
+    char uses
+    char follows_visible
+
+
+cdef inline long long last_of_record(Record* record) noexcept nogil:
+    return record.first_sequence + record.frame_count + record.lost_count - 1
 
 
 @cython.final
@@ -310,9 +345,12 @@ cdef class Held:
         size: Most bytes that are held.
     """
 
-    # The batches, oldest first; None for none, since an empty container takes memory too.
-    cdef object _batches
-    cdef Py_ssize_t _bytes
+    # Owned memory, NULL for none. From `_start` to `_end` it has a record and its blocks for each
+    # batch, oldest first: a batch itself would take several times as much.
+    cdef char* _data
+    cdef Py_ssize_t _start
+    cdef Py_ssize_t _end
+    cdef Py_ssize_t _capacity
     cdef Py_ssize_t _most_bytes
     cdef long long _longest_us
     # The newest acknowledged frame, and the frame before what is held, which is the newest one
@@ -335,12 +373,25 @@ cdef class Held:
     cdef object document
     cdef bytes patch_kind
 
+    def __cinit__(self):
+        self._data = NULL
+
+    def __dealloc__(self):
+        PyMem_Free(self._data)
+
     def __init__(self, long long ms, Py_ssize_t size):
         self._longest_us = 1000 * ms
         self._most_bytes = size
 
     def __len__(self):
-        return 0 if self._batches is None else len(self._batches)
+        cdef Py_ssize_t at = self._start
+        cdef Py_ssize_t count = 0
+        cdef Record record
+        while at < self._end:
+            self._read(&record, at)
+            at += sizeof(Record) + record.size
+            count += 1
+        return count
 
     @property
     def writer(self):
@@ -356,68 +407,147 @@ cdef class Held:
         self.patch_kind = writer._patch_kind
         if sequence != self._sequence:
             # Somebody else has written in between.
-            self._batches = None
-            self._bytes = 0
-        if self._batches is None:
+            self._free()
+        if self._data is NULL:
             self._sequence = self._before_sequence = sequence
             self._before_ms = ms
         return 0
 
+    cdef void _read(self, Record* record, Py_ssize_t at) noexcept nogil:
+        # By a copy, since records are not aligned.
+        memcpy(record, self._data + at, sizeof(Record))
+
+    cdef void _free(self) noexcept:
+        PyMem_Free(self._data)
+        self._data = NULL
+        self._start = self._end = self._capacity = 0
+
+    cdef int _reserve(self, Py_ssize_t size) except -1:
+        """Make room for *size* bytes behind the others."""
+        cdef Py_ssize_t used = self._end - self._start
+        if self._end + size <= self._capacity:
+            return 0
+        if self._start:
+            memmove(self._data, self._data + self._start, <size_t>used)
+            self._start = 0
+            self._end = used
+        # What is held goes from the front, so some room lets it be moved seldom.
+        if used + size + used // 4 > self._capacity:
+            self._resize(used + size + used // 2)
+        return 0
+
+    cdef int _resize(self, Py_ssize_t capacity) except -1:
+        cdef void* moved = PyMem_Realloc(self._data, <size_t>capacity)
+        if moved is NULL:
+            raise MemoryError()
+        self._data = <char*>moved
+        self._capacity = capacity
+        return 0
+
     cdef int keep(self, Batch batch, long long now) except -1:
         """Hold a batch that was acknowledged."""
-        if self._batches is None:
-            self._batches = deque()
-        self._batches.append(batch)
-        batch.kept_us = now
-        self._bytes += PyBytes_GET_SIZE(batch.message)
+        self._add(batch, now)
         self._sequence = max(self._sequence, last_of(batch))
-        return self.drop(now)
+        # What is too old goes with the looks of the outbox, a few at a time.
+        if self._end - self._start > self._most_bytes:
+            self.drop(now)
+        return 0
+
+    cdef int _add(self, Batch batch, long long now) except -1:
+        cdef Record record
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(batch.message) - batch.blocks_at
+        cdef char* out
+        self._reserve(sizeof(Record) + size)
+        record.kept_us = now
+        record.first_sequence = batch.first_sequence
+        record.lost_count = batch.lost_count
+        record.first_ms = batch.first_ms
+        record.later_ms = batch.later_ms
+        record.size = <int>size
+        record.arguments = <int>batch.block_arguments
+        record.frame_count = <int>batch.frame_count
+        record.uses = <char>batch.uses
+        record.follows_visible = batch.follows_visible
+        out = put_raw(self._data + self._end, <char*>&record, sizeof(Record))
+        put_raw(out, PyBytes_AS_STRING(batch.message) + batch.blocks_at, size)
+        self._end += sizeof(Record) + size
+        return 0
 
     def clear(self):
         """Let go of everything."""
-        self._batches = self.document = self.owner = None
-        self._bytes = 0
+        self._free()
+        self.document = self.owner = None
 
-    cdef int drop(self, long long now) except -1:
+    cdef void drop(self, long long now) noexcept:
         """Let go of what is held for long enough, and of what is too much."""
-        cdef Batch batch
-        while self._batches:
-            batch = <Batch>self._batches[0]
-            if self._bytes <= self._most_bytes and (
-                self._doubted or now - batch.kept_us < self._longest_us
+        cdef Record record
+        while self._start < self._end:
+            self._read(&record, self._start)
+            if self._end - self._start <= self._most_bytes and (
+                self._doubted or now - record.kept_us < self._longest_us
             ):
-                break
-            self._batches.popleft()
-            self._bytes -= PyBytes_GET_SIZE(batch.message)
-            self._before_sequence = last_of(batch)
-            self._before_ms = max(self._before_ms, batch.later_ms)
-        return 0
+                return
+            self._start += sizeof(Record) + record.size
+            self._before_sequence = last_of_record(&record)
+            self._before_ms = max(self._before_ms, record.later_ms)
+        self._free()
 
-    cdef list take(self, long long stored):
+    cdef long long look(self, long long now) except -1:
+        """Let go of what is due; return in how many µs more is, 0 where nothing is held."""
+        cdef Record record
+        cdef Py_ssize_t used
+        self.drop(now)
+        if self._data is NULL:
+            return 0
+        used = self._end - self._start
+        if used < self._capacity // 4:
+            # A burst is over.
+            memmove(self._data, self._data + self._start, <size_t>used)
+            self._start = 0
+            self._end = used
+            self._resize(used)
+        self._read(&record, self._start)
+        return min(max(record.kept_us + self._longest_us - now, 1), self._longest_us)
+
+    cdef list take(self, WriterCore writer, long long stored):
         """Return what is held behind sequence *stored*, oldest first, and hold it no longer."""
         cdef list taken = []
-        cdef Batch batch
-        while self._batches:
-            batch = <Batch>self._batches.pop()
+        cdef Py_ssize_t at = self._start
+        cdef Py_ssize_t end = self._end
+        cdef Record record
+        while at < end:
+            self._read(&record, at)
             # A batch without frames belongs behind the frame before it.
-            if last_of(batch) < stored or (
-                last_of(batch) == stored and batch.first_sequence <= stored
+            if taken or last_of_record(&record) > stored or (
+                last_of_record(&record) == stored and record.first_sequence > stored
             ):
-                self._batches.append(batch)
-                break
-            self._bytes -= PyBytes_GET_SIZE(batch.message)
-            taken.append(batch)
-        taken.reverse()
+                if not taken:
+                    self._end = at
+                taken.append(self._batch(writer, &record, at + sizeof(Record)))
+            at += sizeof(Record) + record.size
+        if self._start == self._end:
+            self._free()
         return taken
+
+    cdef Batch _batch(self, WriterCore writer, Record* record, Py_ssize_t at):
+        """Return a batch whose message is its blocks alone."""
+        cdef Batch batch = Batch.__new__(Batch)
+        batch.first_sequence = record.first_sequence
+        batch.frame_count = record.frame_count
+        batch.lost_count = record.lost_count
+        batch.first_ms = record.first_ms
+        batch.later_ms = record.later_ms
+        batch.block_arguments = record.arguments
+        batch.follows_visible = record.follows_visible
+        writer._name_keys(batch, record.uses)
+        batch.message = PyBytes_FromStringAndSize(self._data + at, record.size)
+        return batch
 
     cdef int give_back(self, list batches) except -1:
         """Hold what was taken and not stored again."""
-        cdef Batch batch
+        cdef long long now = now_us()
         for batch in batches:
-            if self._batches is None:
-                self._batches = deque()
-            self._batches.append(batch)
-            self._bytes += PyBytes_GET_SIZE(batch.message)
+            self._add(<Batch>batch, now)
         return 0
 
 
@@ -590,6 +720,30 @@ cdef _Shape make_shape(
     return shape
 
 
+cdef _Shape NO_SHAPE = _Shape.__new__(_Shape)
+# Of each mode, the shape of frames with the defaults: many writers share it.
+cdef dict plain_shapes = {}
+
+
+cdef int check_mode(object mode) except -1:
+    if not isinstance(mode, StreamMode):
+        raise InvalidType(f"mode must be a StreamMode, not {type(mode).__name__}.")
+    return 0
+
+
+cdef _Shape plain_shape(object mode):
+    cdef _Shape shape
+    check_mode(mode)
+    shape = plain_shapes.get(mode)
+    # `write` looks for the same object.
+    if shape is None or shape.mode is not mode:
+        shape = make_shape(mode, "token", None, "utf8", "worker")
+        if len(plain_shapes) >= KNOWN_SHAPES:
+            plain_shapes.clear()
+        plain_shapes[mode] = shape
+    return shape
+
+
 cdef class WriterCore:
     """The writer of one attempt: batches frames, resends, takes acknowledgements (see the module).
 
@@ -651,11 +805,13 @@ cdef class WriterCore:
     cdef int _run_count
     cdef int _run_capacity
     cdef list _shapes
-    # The shape of the newest frame, and the shapes of recent arguments.
+    # The shape of the newest frame, and the shapes of recent arguments: None while all frames have
+    # the first one.
     cdef _Shape _shape
     cdef dict _known
     # Sealed batches, oldest first, in three lists that follow one another: refused, and held until
-    # all batches behind them are answered; in flight; to be sent.
+    # all batches behind them are answered; in flight; to be sent: a deque, or an empty tuple, as an
+    # empty deque takes more than half a KiB.
     cdef list _returned
     cdef list _in_flight
     cdef object _unsent
@@ -704,7 +860,7 @@ cdef class WriterCore:
     cdef readonly long long _checked_sequence
     # What the writers of the lease share of it: the place, and what was acknowledged a moment ago,
     # None where nothing is kept.
-    cdef readonly object _place
+    cdef readonly Newest _place
     cdef Held _held
     # The sequence up to which the server has what was acknowledged, -1 while nothing says that it
     # lacks any; all behind it is sent again.
@@ -747,12 +903,11 @@ cdef class WriterCore:
         self._runs = NULL
         # `write` refuses until __init__ has run.
         self._finishing = True
-        self._shape = _Shape.__new__(_Shape)
-        self._known = {}
+        self._shape = NO_SHAPE
         self._shapes = []
         self._returned = []
         self._in_flight = []
-        self._unsent = deque()
+        self._unsent = ()
 
     def __dealloc__(self):
         PyMem_Free(self._data)
@@ -764,7 +919,7 @@ cdef class WriterCore:
         self, *, tuple keys not None, bytes writer not None, mode, tuple opened not None,
         bytes document=None, long long retention_maxlen=10_000,
         Py_ssize_t max_unacknowledged_bytes=32 << 20, double linger_ms=0.0,
-        Py_ssize_t max_payload_bytes=65536, place=None, Outbox outbox=None, Home home=None,
+        Py_ssize_t max_payload_bytes=65536, Newest place=None, Outbox outbox=None, Home home=None,
         bint replays=False,
     ):
         cdef Py_ssize_t end = 0
@@ -820,7 +975,7 @@ cdef class WriterCore:
                 self._patch_kind = self._held.patch_kind
                 self._durable_since_trim = 0
             self._held.opened(self, self._acked_ms, self._acked_sequence)
-        self._shape = self._shape_of(mode, "token", None, "utf8", "worker")
+        self._shape = plain_shape(mode)
         self._finishing = False
 
     # -- writing --------------------------------------------------------------------------------
@@ -829,8 +984,8 @@ cdef class WriterCore:
         self, object mode, object frame_type, object correlation_id, object encoding, object source
     ):
         cdef tuple key
-        if not isinstance(mode, StreamMode):
-            raise InvalidType(f"mode must be a StreamMode, not {type(mode).__name__}.")
+        cdef _Shape shape
+        check_mode(mode)
         # Before the look-up, because a key of another type may be equal.
         check_str("frame_type", frame_type)
         if correlation_id is not None:
@@ -838,6 +993,14 @@ cdef class WriterCore:
         check_str("encoding", encoding)
         check_str("source", source)
         key = (mode, frame_type, correlation_id, encoding, source)
+        if self._known is None:
+            shape = self._shape
+            self._known = {
+                (
+                    shape.mode, shape.frame_type, shape.correlation_id, shape.encoding,
+                    shape.source,
+                ): shape
+            }
         shape = self._known.get(key)
         if shape is None:
             shape = make_shape(mode, frame_type, correlation_id, encoding, source)
@@ -845,7 +1008,7 @@ cdef class WriterCore:
             if len(self._known) >= KNOWN_SHAPES:
                 self._known.clear()
             self._known[key] = shape
-        return <_Shape>shape
+        return shape
 
     cdef int _reserve(self, Py_ssize_t size) except -1:
         """Make room for a frame of *size* bytes and a run. All allocations of `write` are here."""
@@ -1170,15 +1333,21 @@ cdef class WriterCore:
         cdef long long version = run.base_version + run.count
         return b"%b:%d:%d:%b" % (form, version, run.count, shape.patch_name)
 
-    cdef int _seal(self) except -1:
-        """Make the open batch the last unsent one, and begin a new one.
+    cdef int _seal(self, bint flies=False) except -1:
+        """Make the open batch the last unsent one, or that in flight where it *flies*, and begin a
+        new one.
 
         With a `_count` of 0 the batch has retention work alone. After an error the batch is still
         open.
         """
         cdef int collecting = PyGC_Disable()
+        cdef Batch batch
         try:
-            self._unsent.append(self._sealed())
+            batch = self._sealed()
+            if flies:
+                self._in_flight.append(batch)
+            else:
+                self._unsent_queue().append(batch)
         finally:
             if collecting:
                 PyGC_Enable()
@@ -1194,6 +1363,11 @@ cdef class WriterCore:
         self._pushed = self._pushed_bytes = 0
         self._pushed_to = self._pushed_to_bytes = 0
         return 0
+
+    cdef object _unsent_queue(self):
+        if type(self._unsent) is tuple:
+            self._unsent = deque()
+        return self._unsent
 
     cdef Batch _sealed(self):
         """Return the open batch as a part of a call."""
@@ -1345,6 +1519,7 @@ cdef class WriterCore:
     cdef int _name_keys(self, Batch batch, int uses) noexcept:
         """Name the keys that a batch uses."""
         cdef Py_ssize_t count = 2
+        batch.uses = uses
         if uses & USES_SUMMARY:
             count = 4
         elif uses == (USES_LOG | USES_LIVE):
@@ -1539,10 +1714,14 @@ cdef class WriterCore:
         if not self._unsent:
             if self._may_hold():
                 return self._push()
-            self._seal()
-        batch = <Batch>self._unsent[0]
-        self._in_flight.append(batch)
-        self._unsent.popleft()
+            self._seal(True)
+            batch = <Batch>self._in_flight[len(self._in_flight) - 1]
+        else:
+            batch = <Batch>self._unsent[0]
+            self._in_flight.append(batch)
+            self._unsent.popleft()
+            if not self._unsent:
+                self._unsent = ()
         self._notify()
         return batch
 
@@ -1581,7 +1760,7 @@ cdef class WriterCore:
         return (
             self._acked_sequence == self._sequence and self._acked_sequence > checked
             and (
-                self._place is None or self._acked_sequence > <long long>self._place.checked
+                self._place is None or self._acked_sequence > self._place.checked
             )
         )
 
@@ -1667,7 +1846,8 @@ cdef class WriterCore:
                 (<Batch>batch).doubtful = True
             if self._held is not None and self._in_flight:
                 self._held._doubted = True
-            self._unsent.extendleft((self._returned + self._in_flight)[::-1])
+            if self._returned or self._in_flight:
+                self._unsent_queue().extendleft((self._returned + self._in_flight)[::-1])
             self._returned.clear()
             self._in_flight.clear()
             self._push_lost()
@@ -1703,10 +1883,10 @@ cdef class WriterCore:
             return
         self._opening_lost = False
         self._opening = self._held.opening = opening
-        if sequence > <long long>self._place.sequence:
+        if sequence > self._place.sequence:
             self._end(WriterSuperseded(), False)
             return
-        if sequence == <long long>self._place.sequence and ms != <long long>self._place.ms:
+        if sequence == self._place.sequence and ms != self._place.ms:
             # Another frame has the sequence of the last one.
             self._end(SequenceGap(sequence, sequence + 1), False)
             return
@@ -1753,7 +1933,7 @@ cdef class WriterCore:
         """Queue, before everything else, what was acknowledged and the server has lost; where it is
         not held any more, that it is lost."""
         cdef long long stored = self._replay_from
-        cdef list held = self._held.take(stored)
+        cdef list held = self._held.take(self, stored)
         cdef list batches = []
         cdef list renewal = None
         cdef Batch following = None
@@ -1777,7 +1957,7 @@ cdef class WriterCore:
             held.extend(self._unsent)
             for batch in self._unsent:
                 self._unacknowledged_bytes -= PyBytes_GET_SIZE(batch.message)
-            self._unsent.clear()
+            self._unsent = ()
         if last > stored:
             if held or self._unsent:
                 following = <Batch>(held[0] if held else self._unsent[0])
@@ -1790,10 +1970,10 @@ cdef class WriterCore:
             batches.append(self._renewing(<Batch>batches.pop(), renewal))
         for new in batches:
             self._unacknowledged_bytes += PyBytes_GET_SIZE(new.message)
-        self._unsent.extendleft(batches[::-1])
+        self._unsent_queue().extendleft(batches[::-1])
         self._acked_sequence = stored
         self._checked_sequence = min(self._checked_sequence, stored)
-        self._place.checked = min(<long long>self._place.checked, stored)
+        self._place.checked = min(self._place.checked, stored)
         if last > stored:
             self._place.lose(stored + 1, last)
         return 0
@@ -1819,25 +1999,19 @@ cdef class WriterCore:
         """Return *batch* under the ids that it had, if it was acknowledged; where it is *plain*
         without its part in the summary; with *more* blocks."""
         cdef Batch new = Batch.__new__(Batch)
-        cdef bytes blocks
+        cdef bytes blocks = batch.message[batch.blocks_at:]
         cdef Py_ssize_t arguments = batch.block_arguments
         if plain:
-            argv = without_summary(batch)
+            argv = without_summary(blocks, arguments)
             arguments = len(argv)
             blocks = bulks(argv)
-        else:
-            blocks = batch.message[batch.blocks_at:]
         new.first_sequence = batch.first_sequence
         new.frame_count = batch.frame_count
         new.lost_count = batch.lost_count
         new.first_ms = batch.first_ms
         new.later_ms = batch.later_ms
         new.follows_visible = batch.follows_visible
-        new.keys = batch.keys
-        new.key_count = batch.key_count
-        new.meta_end = batch.meta_end
-        new.keys_start = batch.keys_start
-        new.keys_end = batch.keys_end
+        self._name_keys(new, batch.uses)
         if batch.later_ms:
             return self._written(new, blocks + more, arguments + more_arguments, True)
         new.live_count = batch.live_count
@@ -1849,9 +2023,7 @@ cdef class WriterCore:
 
     cdef Batch _renewing(self, Batch batch, list renewal):
         """Return *batch* with the whole document, whatever the summary is."""
-        batch.keys_start = self._key_ends[0]
-        batch.keys_end = self._key_ends[3]
-        batch.key_count = 4
+        batch.uses = USES_SUMMARY
         return self._rewritten(batch, False, bulks(renewal), 4)
 
     cdef Batch _written(self, Batch batch, bytes blocks, Py_ssize_t arguments, bint again):
@@ -1940,10 +2112,9 @@ cdef class WriterCore:
         if batch.frame_count or batch.lost_count:
             self._acked_sequence = acked
             self._acked_ms = max(self._acked_ms, values[0])
-            place = self._place
-            if place is not None and acked >= <long long>place.sequence:
-                place.ms = self._acked_ms
-                place.sequence = acked
+            if self._place is not None and acked >= self._place.sequence:
+                self._place.ms = self._acked_ms
+                self._place.sequence = acked
         elif values[0] != self._acked_ms and not batch.again:
             # Another frame has the sequence of the last one.
             self._end(SequenceGap(acked, acked + 1), False)
@@ -2097,7 +2268,7 @@ cdef class WriterCore:
             PyMem_Free(self._runs)
             self._runs = NULL
             self._run_capacity = 0
-        if len(self._known) > IDLE_SHAPES:
+        if self._known is not None and len(self._known) > IDLE_SHAPES:
             self._known.clear()
         return 0
 
@@ -2758,6 +2929,7 @@ cdef class Outbox:
         """
         cdef long long now = now_us()
         cdef long long due = 0
+        cdef long long wait
         cdef Held held
         cdef Py_ssize_t left = min(len(self._kept), LOOKS)
         if self._calls_in_flight:
@@ -2766,14 +2938,12 @@ cdef class Outbox:
         while left:
             left -= 1
             held = <Held>self._kept.popleft()
-            held.drop(now)
-            if held._batches:
+            wait = held.look(now)
+            if wait:
                 self._kept.append(held)
                 if due == 0:
-                    due = (<Batch>held._batches[0]).kept_us + held._longest_us - now
-                    due = min(due, held._longest_us)
+                    due = wait
             else:
-                held._batches = None
                 held._listed = False
         if not self._kept:
             return -1.0
@@ -2962,7 +3132,14 @@ cdef class Outbox:
             (<WriterCore>item)._notify()
 
     def hand_over(self):
-        """Let all writers that are ready or held register where their homes say."""
+        """Let all writers that are ready or held register where their homes say; what they hold of
+        what was acknowledged goes with them."""
+        kept, self._kept = self._kept, deque()
+        for each in kept:
+            (<Held>each)._listed = False
+            writer = None if (<Held>each).owner is None else (<Held>each).owner()
+            if writer is not None and (<WriterCore>writer)._home is not None:
+                (<WriterCore>writer)._home.outbox._list(<Held>each)
         held, self._held = self._held, deque()
         for _, writer, group in held:
             (<WriterCore>writer)._store_group(group)
@@ -2988,13 +3165,17 @@ cdef class Outbox:
         return writers
 
 
-def arguments_of(bytes message not None):
-    """Return the arguments of a call after its keys."""
+cdef list parsed(bytes message):
     import hiredis
 
     reader = hiredis.Reader()
     reader.feed(message)
-    parts = reader.gets()
+    return reader.gets()
+
+
+def arguments_of(bytes message not None):
+    """Return the arguments of a call after its keys."""
+    parts = parsed(message)
     return parts[3 + int(parts[2]):]
 
 
@@ -3032,12 +3213,11 @@ cdef list frames_of(Batch batch):
     return frames
 
 
-cdef list without_summary(Batch batch):
+cdef list without_summary(bytes blocks, Py_ssize_t arguments):
     """Return the arguments of the blocks of a batch without its part in the summary: patches stay
     as frames of the live window."""
     cdef list out = []
-    argv = arguments_of(batch.message)
-    argv = argv[len(argv) - batch.block_arguments:]
+    argv = parsed(b"*%d\r\n%b" % (arguments, blocks))
     at = 0
     while at < len(argv):
         letter = argv[at]

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import socket
+import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -354,6 +355,26 @@ class Connection:
         self.close()
 
 
+class Wanting:
+    """A caller that wants a connection in time: a lock, since an interrupt could leave a Condition locked for ever."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self.error: FFError | None = None
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it is told something, at most *seconds*."""
+        self._lock.acquire(timeout=max(seconds, 0.0))
+
+    def tell(self, error: FFError | None) -> None:
+        """Wake the caller: there is a connection, or the error of making one."""
+        self.error = error
+        # RuntimeError: it is awake.
+        with contextlib.suppress(RuntimeError):
+            self._lock.release()
+
+
 class Node:
     """One server: the idle connections to it.
 
@@ -367,6 +388,8 @@ class Node:
         library_missing: A function was not found there: the next connection that is taken loads the library.
         failed_at: When it could not be reached, in monotonic time.
         gone: It has left the cluster; no connection to it stays.
+        opening: Threads that open a connection for callers that have little time.
+        wanting: These callers.
         place: A version of the topology, and the slots that this server has in it.
     """
 
@@ -380,6 +403,8 @@ class Node:
         self.failed_at = 0.0
         self.gone = False
         self.place: tuple[int, frozenset[int]] = (0, frozenset())
+        self.opening: set[threading.Thread] = set()
+        self.wanting: set[Wanting] = set()
         # The most recently used is at the right.
         self._idle: deque[Connection] = deque()
         # The latest time at which a connection fell silent, or the server was no primary any more. A connection that was

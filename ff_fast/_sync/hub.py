@@ -20,7 +20,6 @@ from ff_fast._core.hub import (
     HubsCore,
     Listener,
     Part,
-    subscription_error,
 )
 from ff_fast._core.steps import Retries
 from ff_fast.errors import DeadlineExceeded, FFError, ProtocolError
@@ -155,6 +154,8 @@ class _Thread:
         # Requests whose replies have not come; None stands for a PING.
         self._receivers: deque[Asked | None] = deque()
         self._owed_since = 0.0
+        # When the server was last asked for its role.
+        self._pinged_at = 0.0
         # Since when no channel needs the connection.
         self._idle_since: float | None = None
         self._woken, self._waking = socket.socketpair()
@@ -248,7 +249,7 @@ class _Thread:
         if (renewal := self._connection.renewal()) is not None:
             self._send(renewal, None, now)
         for asked in self._core.requests(now):
-            self._send(asked.request, asked, now)
+            self._send(PING if asked is None else asked.request, asked, now)
         self._look(now)
         connection = self._connection
         if connection is None:
@@ -266,10 +267,14 @@ class _Thread:
     def _take(self, reply: object) -> None:
         if not self._receivers:
             raise ProtocolError
+        if self._receivers[0] is None and self._core.late(reply):
+            return
         asked = self._receivers.popleft()
         self._owed_since = time.monotonic()
         if asked is None:
             self._retries.reset()
+            if (failure := self._core.heard(reply)) is not None:
+                raise failure
             return
         failure = self._core.refused(reply) if isinstance(reply, Exception) else ProtocolError()
         if failure is not None:
@@ -292,7 +297,9 @@ class _Thread:
             if now - since >= timeout_s:
                 connection.silent_since = since
                 raise DeadlineExceeded
-        elif now - connection.heard_at >= timeout_s:
+        if self._core.doubts_role or now - self._pinged_at >= timeout_s:
+            self._core.doubts_role = False
+            self._pinged_at = now
             self._send(PING, None, now)
         if self._core.listening:
             self._idle_since = None
@@ -306,12 +313,13 @@ class _Thread:
         connection = self._hub._connect("readers")
         try:
             (reply,) = connection.request(HELLO)
-            if isinstance(reply, Exception):
-                raise subscription_error(str(reply))
+            if (failure := self._core.opened(reply)) is not None:
+                raise failure
         except BaseException:
             self._hub._discard(connection)
             raise
         self._connection = connection
+        self._pinged_at = time.monotonic()
         self._idle_since = None
 
     def _recover(self, failure: FFError) -> None:

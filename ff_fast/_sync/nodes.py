@@ -69,8 +69,12 @@ class Nodes:
         # locked.
         self._look_at = 0.0
 
-    def of(self, slot: int | None) -> Node:
+    def of(self, slot: int | None, until: float = inf) -> Node:
         """Return the server that holds *slot*; any one for None.
+
+        Args:
+            slot: The slot.
+            until: When the caller's time is up, in monotonic time.
 
         Raises:
             Unavailable: No node is known that holds it.
@@ -79,7 +83,7 @@ class Nodes:
         topology = self.topology
         if topology is None:
             return self.only
-        self.refresh()
+        self.refresh(until)
         if slot is not None:
             address = topology.primary(slot)
             if address is not None:
@@ -172,7 +176,7 @@ class Nodes:
             for node in self.all()
             if node.address is not None and node.heard_at > node.failed_at
         }
-        look = core.Look(topology, working, self._seeds)
+        look = core.Look(topology, working, self._seeds, tls=self._config.connection.tls)
         for address in look.addresses:
             node = self._primaries.get(address) or self._node(address)
             longest = min(core.ASK_S, until - time.monotonic())
@@ -209,7 +213,7 @@ class Connections(Protocol):
     @property
     def closed(self) -> bool: ...
 
-    def _acquire_at(self, node: Node) -> Connection: ...
+    def _acquire_at(self, node: Node, until: float = inf) -> Connection: ...
 
     def _release(self, connection: Connection) -> None: ...
 
@@ -273,7 +277,7 @@ class Requests:
 
     def _request_alone(self, step: Step) -> list[object]:
         """Send a step that must not be split; refusals come back as replies."""
-        node = self._nodes.of(step.commands[0].slot)
+        node = self._nodes.of(step.commands[0].slot, self._until)
         try:
             replies = self._on(node).request(step.in_cluster, self._longest)
         except FFError as error:
@@ -320,7 +324,8 @@ class Requests:
             self._pool._release(self._held.pop(node))
             connection = None
         if connection is None:
-            connection = self._held[node] = self._pool._acquire_at(node)
+            until = inf if self._until == inf else time.monotonic() + self._longest
+            connection = self._held[node] = self._pool._acquire_at(node, until)
             if node.library_missing:
                 # First: where it cannot be loaded, only calls of functions are to fail.
                 node.library_missing = False
@@ -331,6 +336,7 @@ class Requests:
         """Take note of the error with which a try of the call ended."""
         for node in self._held:
             node.library_missing = node.library_missing or isinstance(error, FunctionMissing)
+            _transport.name_refuser(error, node.reached)
             if self._nodes.topology is None:
                 self._nodes.failed(node, error)
 

@@ -213,7 +213,7 @@ class Operations(Pool):
         """Put a question of durability on a connection that nobody else uses; return once it has ended, or is late."""
         ask.begin()
         try:
-            connection = self._acquire(ask.evidence.command.slot)
+            connection = self._acquire(ask.evidence.command.slot, ask.until)
         except FFError as error:
             ask.end(error)
             return

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import threading
 import time
 import weakref
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, TypeVar
 
 from ff_fast import _process, _transport
+from ff_fast._core import nodes as core
 from ff_fast._core.deployment import READS, Deployment
 from ff_fast._core.steps import Retries
 from ff_fast._sync.claims import wait_in_line
-from ff_fast._sync.connection import Connection, Node, run_steps
+from ff_fast._sync.connection import Connection, Node, Wanting, run_steps
 from ff_fast._sync.credentials import Credentials
 from ff_fast._sync.hub import Hub, Hubs
 from ff_fast._sync.nodes import Nodes, Requests
 from ff_fast._sync.sentinel import Watch, resolve, resolve_replica
-from ff_fast.errors import FFError, ForkedClient
+from ff_fast.errors import FFError, ForkedClient, Unavailable
 from ff_fast.types import BackendTimeouts
 
 if TYPE_CHECKING:
@@ -79,6 +82,9 @@ class Pool:
                 continue
             # The writers' and the readers' connections are among them.
             connection.abort()
+        for node in self._nodes.all():
+            for wanting in tuple(node.wanting):
+                wanting.tell(None)
         self._hub.stop()
         if self._watch is not None:
             self._watch.stop()
@@ -167,7 +173,15 @@ class Pool:
         if nodes.topology is None:
             self._release(self._acquire())
             return
-        nodes.refresh()
+        retries = Retries(self.config.retry)
+        while not nodes.topology.known:
+            try:
+                nodes.refresh()
+            except FFError as error:
+                pause = core.pause_while_forming(nodes.topology, error, retries)
+                if pause is None:
+                    raise
+                time.sleep(pause)
         for address in nodes.topology.primaries:
             try:
                 self._release(self._acquire_at(nodes.at(address)))
@@ -175,7 +189,7 @@ class Pool:
                 # A node that cannot be reached is another one's to replace.
                 if not error.retryable:
                     raise
-        with Requests(self, Retries(self.config.retry)) as requests:
+        with Requests(self, retries) as requests:
             run_steps(self._deployment.agree(), requests.request)
 
     def _prepare(self, connection: Connection, role: str | None = None) -> bool:
@@ -211,18 +225,71 @@ class Pool:
         """Whether *connection*, which owes nothing, was heard of since another one of its server fell silent."""
         return connection.node.trusts(connection)
 
-    def _acquire(self, slot: int | None = None) -> Connection:
-        """Return a connection to the server of *slot*, which is the caller's until it is released."""
+    def _acquire(self, slot: int | None = None, until: float = inf) -> Connection:
+        """Return a connection to the server of *slot*, which is the caller's until it is released; see `_acquire_at`."""
         self._check()
-        return self._acquire_at(self._nodes.of(slot))
+        return self._acquire_at(self._nodes.of(slot, until), until)
 
-    def _acquire_at(self, node: Node) -> Connection:
+    def _acquire_at(self, node: Node, until: float = inf) -> Connection:
+        """Return a connection to *node*.
+
+        Args:
+            node: The server.
+            until: When the caller's time is up, in monotonic time. A connection that is made later is the next caller's.
+
+        Raises:
+            DeadlineExceeded: The time is up; nothing was sent.
+        """
         self._check()
         connection = node.take()
         if connection is None:
-            return self._connect(node=node)
+            if until == inf:
+                return self._connect(node=node)
+            connection = self._wait_for(node, until)
         self._busy[id(connection)] = weakref.ref(connection)
         return connection
+
+    def _wait_for(self, node: Node, until: float) -> Connection:
+        """Let other threads connect to *node*, as many as there are callers that wait, and wait for one of them."""
+        wanting = Wanting()
+        node.wanting.add(wanting)
+        try:
+            while True:
+                if len(node.opening) < len(node.wanting):
+                    thread = threading.Thread(
+                        target=self._open_for, args=(node,), name="ff_fast connect", daemon=True
+                    )
+                    node.opening.add(thread)
+                    try:
+                        thread.start()
+                    except RuntimeError:
+                        # At the end of the interpreter no thread starts.
+                        node.opening.discard(thread)
+                        return self._connect(node=node)
+                wanting.wait(until - time.monotonic())
+                self._check()
+                connection = node.take()
+                if connection is not None:
+                    return connection
+                if wanting.error is not None:
+                    raise copy.copy(wanting.error)
+                if time.monotonic() >= until:
+                    raise _transport.not_sent_in_time()
+        finally:
+            node.wanting.discard(wanting)
+
+    def _open_for(self, node: Node) -> None:
+        """Open a connection for whoever comes next."""
+        failure: FFError | None = Unavailable()
+        try:
+            self._release(self._connect(node=node))
+            failure = None
+        except FFError as error:
+            failure = error
+        finally:
+            node.opening.discard(threading.current_thread())
+            for wanting in tuple(node.wanting):
+                wanting.tell(failure)
 
     def _check(self) -> None:
         if self._pid != os.getpid():

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ff_fast._sync.connection import Connection, Node
     from ff_fast._sync.pool import Pool
 
+# Least time for a look at the topology, in seconds.
+_LEAST_S = 0.05
+
 T = TypeVar("T", bound=readers.HasCursor)
 
 
@@ -114,53 +117,78 @@ class Asked:
 
     Args:
         pool: Where the connections come from.
-        count: Number of commands.
+        step: The commands.
+        load: Load the library where it is missing.
     """
 
-    def __init__(self, pool: Pool, count: int) -> None:
+    def __init__(self, pool: Pool, step: Step, *, load: bool) -> None:
         self._pool = pool
-        self._replies: list[object] = [None] * count
+        self._step = step
+        self._load = load
+        self._replies: list[object] = [None] * len(step.commands)
         # Whether the error of a node stands for its replies.
-        self._partial = False
+        self._partial = step.partial and pool._nodes.topology is not None
+        # The nodes that are not asked yet, with the places of their commands, in turn; None before the first look.
+        self._places: list[tuple[Node, list[int]]] | None = None
+        # How long connecting to the first of them is borne, in monotonic time; None before it begins.
+        self._borne_until: float | None = None
         # On which replies are owed, and the places of these; the next one is the last in its list.
         self._owing: list[tuple[Connection, list[int]]] = []
-        # Since when all nodes are asked.
+        # Since when all nodes are asked that are.
         self._sent_at = 0.0
 
-    def send(self, step: Step, *, load: bool) -> None:
-        """Send each command to the node of its slot.
-
-        Args:
-            step: The commands.
-            load: Load the library where it is missing.
-        """
+    def _find(self, until: float) -> list[tuple[Node, list[int]]]:
+        """Return the nodes of the commands, with their places, in the order in which they are asked."""
         nodes = self._pool._nodes
-        self._partial = step.partial and nodes.topology is not None
         places: dict[Node, list[int]] = {}
-        for index, command in enumerate(step.commands):
+        for index, command in enumerate(self._step.commands):
             try:
-                places.setdefault(nodes.of(command.slot), []).append(index)
+                places.setdefault(nodes.of(command.slot, until), []).append(index)
             except FFError as error:
                 if not self._partial:
                     raise
                 self._replies[index] = error
-        # Those last that have failed before: connecting to them may take its time.
-        for node, indexes in sorted(places.items(), key=lambda each: each[0].failed_at):
+        # Those last that have failed before: connecting to them may take as long as silence is borne.
+        return sorted(places.items(), key=lambda each: each[0].failed_at)
+
+    def send(self, until: float | None) -> bool:
+        """Send each command to the node of its slot; the next call goes on where the time was up.
+
+        Returns:
+            Whether all are sent; False if *until*, in monotonic time, has passed while a connection was being made.
+        """
+        late = inf if until is None else until
+        if self._places is None:
+            # Also whoever only looks finds out where slots have gone.
+            self._places = self._find(max(late, time.monotonic() + _LEAST_S))
+        step = self._step
+        while self._places:
+            node, indexes = self._places[0]
             part = step
-            if len(places) > 1:
+            if len(indexes) < len(step.commands):
                 part = step._replace(commands=[step.commands[index] for index in indexes])
+            if self._borne_until is None:
+                self._borne_until = time.monotonic() + readers.SILENT_S if self._partial else inf
             connection = None
             try:
-                connection = self._pool._acquire_at(node)
+                connection = self._pool._acquire_at(node, min(late, self._borne_until))
                 self._owing.append((connection, indexes[::-1]))
-                if load:
+                if self._load:
                     self._pool._prepare(connection)
                 connection.send(part)
             except FFError as error:
                 if connection is not None:
                     self._give_back(*self._owing.pop())
+                elif isinstance(error, DeadlineExceeded):
+                    now = time.monotonic()
+                    if late <= now < self._borne_until:
+                        return False
+                    node.failed_at = now
                 self._failed(node, indexes, error)
-        self._sent_at = time.monotonic()
+            del self._places[0]
+            self._borne_until = None
+            self._sent_at = time.monotonic()
+        return True
 
     def receive(self, until: float | None) -> list[object] | None:
         """Return the replies, in order; None if they have not all arrived by *until*, in monotonic time.
@@ -250,9 +278,10 @@ class PushReader(readers.PushState[T], Readable[T]):
             step = self._next_step()
             if step is None:
                 return self._wait(until, self._source.wake_at)
-            asked = self._asked = Asked(self._pool, len(step.commands))
-            asked.send(step, load=self._library_missing)
+            asked = self._asked = Asked(self._pool, step, load=self._library_missing)
             self._library_missing = False
+        if not asked.send(until):
+            return False
         replies = asked.receive(until)
         if replies is None:
             return False

@@ -12,7 +12,7 @@ import weakref
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
-from ff_fast import _process, keys
+from ff_fast import _process, _transport, keys
 from ff_fast._core import durability, operations
 from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
@@ -246,8 +246,6 @@ class Sender(Outbox):
 
         Writers that have something in flight may still be here when the slot is elsewhere.
         """
-        if home.waits:
-            return
         if home.outbox is not self:
             self.withdraw(home)
             return
@@ -255,6 +253,7 @@ class Sender(Outbox):
         self._again(home, error)
 
     def _again(self, home: SlotHome, error: FFError) -> None:
+        _transport.name_refuser(error, self.node.reached)
         pause = home.retries.pause(error)
         if pause is None:
             home.fail(error)

@@ -276,7 +276,8 @@ class BackendConfig(Value):
             which may lack what was written last.
         replay_ms: How long a writer keeps what was acknowledged, 0 to 60,000 ms, to store it again if a failover has lost
             it. Also takes a ``timedelta``.
-        replay_bytes: Most bytes that a writer keeps for that, 0 to 1 GiB. With 0 in either nothing is kept.
+        replay_bytes: Most bytes that a writer keeps for that, 0 to 1 GiB: the frames as they are sent, and 56 bytes a
+            batch. With 0 in either nothing is kept.
     """
 
     connection: BackendConnection

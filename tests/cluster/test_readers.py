@@ -134,8 +134,10 @@ def test_completions_are_told_once_while_slots_move_and_a_primary_dies(
     kind, replicated_cluster, lane
 ):
     cluster = replicated_cluster
-    with ff_fast.ValkeyBackend.connect(cluster.url) as backend:
-        subscription = Subscription(kind, cluster.url, ScannerFilter(namespace=lane))
+    with (
+        ff_fast.ValkeyBackend.connect(cluster.url) as backend,
+        Subscription(kind, cluster.url, ScannerFilter(namespace=lane)) as subscription,
+    ):
         wait_until(lambda: subscription.begun)
         eids = ended(backend, lane, 20)
         first, second, *_ = cluster.primaries

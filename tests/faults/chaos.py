@@ -39,6 +39,7 @@ class ChaosProxy:
     """Listens on a free port of the loopback interface, and passes what comes to *target* until told otherwise.
 
     Attributes:
+        pushes_held: Nothing comes down over connections that have subscribed to channels; `release` ends that.
         cut_before: Bytes of a request; the connection is cut, once, before it passes them on.
         rewrite: A function that changes what the server sends next; it is called once.
         chunk: Most bytes that are passed at once.
@@ -57,6 +58,7 @@ class ChaosProxy:
         self._plan = iter(())
         self._cut = None
         self._pairs = set()
+        self.pushes_held = False
         self.cut_before = None
         self.rewrite = None
         self.chunk = 1 << 16
@@ -86,6 +88,7 @@ class ChaosProxy:
         self._wake()
 
     def release(self):
+        self.pushes_held = False
         self._held = {UP: False, DOWN: False}
         self._wake()
 
@@ -204,6 +207,15 @@ class ChaosProxy:
         self.close()
 
 
+def _readable(sources, *, wait):
+    """The sockets that have something to read. `select` refuses descriptors from 1,024 on."""
+    poll = select.poll()
+    for source in sources:
+        poll.register(source, select.POLLIN)
+    ready = {descriptor for descriptor, _ in poll.poll(None if wait else 0)}
+    return [source for source in sources if source.fileno() in ready]
+
+
 class _Pair(threading.Thread):
     """One connection and its twin on the other side."""
 
@@ -217,6 +229,11 @@ class _Pair(threading.Thread):
         self._waker, self._woken = socket.socketpair()
         self.condemned = None
         self.deaf = False
+        self._subscribes = False
+
+    def _holds(self, direction):
+        pushes = direction == DOWN and self._subscribes and self._proxy.pushes_held
+        return pushes or self._proxy.held(direction)
 
     def wake(self):
         with contextlib.suppress(OSError):
@@ -250,10 +267,10 @@ class _Pair(threading.Thread):
             sources = {
                 source: direction
                 for direction, (source, _) in routes.items()
-                if not self._proxy.held(direction)
+                if not self._holds(direction)
             }
             pending = [s for s in sources if hasattr(s, "pending") and s.pending()]
-            ready, _, _ = select.select([*sources, self._woken], [], [], 0 if pending else None)
+            ready = _readable([*sources, self._woken], wait=not pending)
             if self._woken in ready:
                 self._woken.recv(4096)
             if self.condemned:
@@ -261,11 +278,15 @@ class _Pair(threading.Thread):
                 return
             for source in {*ready, *pending} - {self._woken}:
                 direction = sources[source]
-                if self._proxy.held(direction):
+                if self._holds(direction):
                     continue
                 data = source.recv(self._proxy.chunk)
                 if not data:
                     return
+                if direction == UP and b"SSUBSCRIBE" in data and not self._subscribes:
+                    self._subscribes = True
+                    # What is held is the server's to keep, and not the kernel's.
+                    self._server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
                 if self.deaf:
                     self._proxy.swallowed += len(data)
                     continue

@@ -295,7 +295,7 @@ async def test_who_was_superseded_after_the_failover_stores_nothing(shell, serve
 
 
 # Bytes that hold one batch of one frame, and not two.
-BYTES = {"durable": 500, "summary": 700, "best_effort": 500}
+BYTES = {"durable": 120, "summary": 250, "best_effort": 120}
 
 
 async def lost(backend, raw, lane, mode, kept=0):
@@ -461,7 +461,7 @@ async def test_the_clock_of_the_new_primary_may_be_behind(mode, shell, server, r
 
 
 async def test_what_is_held_has_a_size(shell, server, lane):
-    async with await shell.connect(server.url, replay_ms=60_000, replay_bytes=4096) as backend:
+    async with await shell.connect(server.url, replay_ms=60_000, replay_bytes=1024) as backend:
         _, handle = await claimed(backend, lane)
         writer = await backend.open_writer(handle)
         await put(writer, 1, 30)

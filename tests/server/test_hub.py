@@ -195,6 +195,22 @@ def test_a_subscription_that_the_server_ends_is_made_again(connect, server, raw)
     backend.wait_until(lambda: listener.doubts == [True, False, True])
 
 
+def test_a_server_that_becomes_a_replica_is_left_for_what_is_at_its_address(connect):
+    """It keeps the connection, and what its primary does not replicate is not pushed there."""
+    with EmbeddedServer() as own, connect_raw(own.url) as client:
+        backend = connect(config(own.url, timeout=0.3))
+        name = channel()
+        listener = listened(backend, name)
+        (before,) = readers(client)
+        client.replicaof("127.0.0.1", 1)
+        backend.wait_until(lambda: listener.doubts == [True, False, True])
+        (after,) = readers(client)
+        assert after["id"] != before["id"]
+        client.replicaof("NO", "ONE")
+        published(backend, client, name, listener, b"on")
+        assert listener.errors == []
+
+
 def user(raw, rules):
     name = f"u{uuid.uuid4().hex[:8]}"
     raw.execute_command("ACL", "SETUSER", name, "on", ">pw", "~*", "resetchannels", *rules)

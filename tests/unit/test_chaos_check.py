@@ -2,15 +2,18 @@
 
 import asyncio
 import collections
+import copy
 from types import SimpleNamespace
 
 import pytest
 
-from ff_fast import End, Gap, StreamFrame
+from ff_fast import End, Gap, StreamFrame, TailVisibility
+from ff_fast._core.tail import TailCore
 from ff_fast.errors import AttemptNotFound, ExecutionNotFound, StateLost
 
-from ..cluster.chaos import check
-from ..cluster.chaos.load import BURSTS, Execution
+from ..cluster.chaos import check, held
+from ..cluster.chaos.held import Held
+from ..cluster.chaos.load import BURSTS, Execution, Load
 from ..soak.account import DONE
 
 EID = "{fp:3}:11111111-1111-4111-8111-111111111111"
@@ -252,3 +255,62 @@ def test_a_completion_of_an_execution_that_nobody_made_is_reported(world):
 def test_an_error_of_a_caller_is_reported_where_nothing_may_be_lost(world):
     world.told.error = StateLost()
     reported(world, "was told StateLost", lossy=[False])
+
+
+# -- what is held ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def empty():
+    return Held()
+
+
+def test_nothing_that_is_held_as_before_is_reported(empty):
+    now = Held()
+    assert [*held.after_the_streams(empty, now), *held.after_everything(empty, now)] == []
+
+
+def test_the_place_of_a_reader_that_is_not_let_go_is_reported(empty):
+    kept = TailCore(EID, 0, None, TailVisibility.ALL)
+    now = Held()
+    assert [*held.after_the_streams(empty, now)] == ["1 places are held of streams that have ended"]
+    assert [*held.after_everything(empty, now)] == ["1 places are held after everything was closed"]
+    del kept
+    assert [*held.after_everything(empty, Held())] == []
+
+
+@pytest.mark.parametrize("kind", [*held.OF_STREAMS, *held.OF_BACKENDS])
+def test_whatever_is_not_let_go_is_reported(empty, kind):
+    now = copy.deepcopy(empty)
+    now.counts[kind] += 1
+    assert [*held.after_everything(empty, now)] == [
+        f"1 {kind} are held after everything was closed"
+    ]
+    now.counts[kind] += held.SUBSCRIPTIONS
+    found = [*held.after_the_streams(empty, now)]
+    assert bool(found) == (kind in held.OF_STREAMS), found
+
+
+def test_memory_that_is_not_given_back_is_reported(empty):
+    kept = bytearray(held.GROWTH_BYTES + (8 << 20))
+    # Resident once it was written to.
+    kept[::4096] = b"1" * len(kept[::4096])
+    assert "the process has grown by" in "".join(held.after_everything(empty, Held()))
+    del kept
+    assert [*held.after_everything(empty, Held())] == []
+
+
+def test_errors_that_were_noted_hold_no_frames():
+    load = Load("sync", None, streams=0, length=0, rate=1, seed=0, report=None)
+    known = load.executions[EID] = Execution(EID, BURSTS[0], LENGTH)
+    try:
+        try:
+            raise ValueError
+        except ValueError as error:
+            raise StateLost from error
+    except StateLost as error:
+        known.attempts[0].error = error
+        known.reads.append([error])
+    load.forget_frames()
+    assert known.attempts[0].error.__traceback__ is None
+    assert known.attempts[0].error.__cause__.__traceback__ is None

@@ -8,6 +8,7 @@ import pytest
 
 from ff_fast._core import hub as hub_core
 from ff_fast._core.hub import HubCore
+from ff_fast.errors import NotPrimary
 
 REFUSAL = "NOPERM this user has no permissions to access one of the channels used as arguments"
 
@@ -134,3 +135,50 @@ def test_a_channel_that_the_server_ends_answers_no_request_whose_turn_has_not_co
     # The slot has moved, and replies to what was sent before that request are owed.
     assert core.received([b"sunsubscribe", b"c", 0], due=False) is None
     assert core.received([b"sunsubscribe", b"c", 0], due=True) is asked
+
+
+REPLICA, PRIMARY = {b"role": b"replica"}, [b"version", b"9.1.0", b"role", b"master"]
+
+
+def test_a_replica_of_a_cluster_is_of_no_use():
+    core = HubCore(by_slot=True)
+    assert isinstance(core.opened(REPLICA), NotPrimary)
+    assert core.opened(PRIMARY) is None
+    assert core.heard(PRIMARY) is None
+    assert isinstance(core.heard(REPLICA), NotPrimary)
+
+
+def test_a_server_that_was_a_replica_from_the_beginning_stays():
+    core = HubCore()
+    assert core.opened(REPLICA) is None
+    assert core.heard(REPLICA) is core.heard(PRIMARY) is core.heard(b"OK") is None
+
+
+def test_a_server_that_ends_a_subscription_is_asked_for_its_role():
+    core = HubCore(by_slot=True)
+    assert core.opened(PRIMARY) is None
+    core.listen(b"a", Listener())
+    core.requests(0.0)
+    core.received([b"ssubscribe", b"a", 1], due=True)
+    assert not core.doubts_role
+    core.received([b"sunsubscribe", b"a", 0], due=False)
+    assert core.doubts_role
+
+
+def test_a_subscription_that_a_node_ends_as_it_is_asked_to_may_be_refused_behind_that():
+    """The refusal is no answer to what was asked for next."""
+    core = HubCore(by_slot=True)
+    listener = Listener()
+    core.listen(b"{a}", listener)
+    core.requests(0.0)
+    core.received([b"ssubscribe", b"{a}", 1], due=True)
+    core.unlisten(b"{a}", listener, 0.0)
+    core.listen(b"{b}", listener)
+    ended, ping, begun = core.requests(hub_core.LINGER_S)
+    assert (ended.kind, ping, begun.kind) == (b"sunsubscribe", None, b"ssubscribe")
+    assert core.received([b"sunsubscribe", b"{a}", 0], due=True) is ended
+    assert core.late(Exception("MOVED 15495 127.0.0.1:6380"))
+    assert not core.late(PRIMARY)
+    assert not HubCore().late(Exception("MOVED 15495 127.0.0.1:6380"))
+    assert core.received([b"ssubscribe", b"{b}", 1], due=True) is begun
+    assert core.confirmed(b"{b}")

@@ -37,6 +37,7 @@ class Site:
     def __init__(self, chance, retries=1000):
         self.chance = chance
         self.now = 0.0
+        self.woken = 0
         self.owners = {name: chance.choice(NODES) for name in CHANNELS}
         self.topology = Topology()
         self.learn()
@@ -47,7 +48,7 @@ class Site:
             BackendRetry(number_of_retries=retries),
             self.listen_at,
             self.unlisten_at,
-            lambda: None,
+            self.wake,
         )
         self.listeners = {name: [] for name in CHANNELS}
 
@@ -57,6 +58,9 @@ class Site:
             for name, owner in self.owners.items()
         ]
         self.topology.learn(slots, NODES[0])
+
+    def wake(self):
+        self.woken += 1
 
     def listen_at(self, address, name, seat):
         self.seats[address, name] = [seat, False]
@@ -185,3 +189,21 @@ def test_a_channel_that_cannot_be_had_fails_its_own_listeners_alone():
         site.now += 60
         site.settle()
     assert [type(each) for each in site.listeners[other][0].errors] == [Unavailable]
+
+
+def test_channels_move_as_soon_as_anybody_has_learned_the_topology():
+    site = Site(random.Random(1))
+    name = CHANNELS[0]
+    site.join(name)
+    site.serve()
+    site.settle()
+    (listener,) = site.listeners[name]
+    owner = site.owners[name] = next(each for each in NODES if each != site.owners[name])
+    woken = site.woken
+    site.learn()
+    assert site.woken == woken + 1
+    site.settle()
+    assert listener.doubts == [True, False]
+    site.serve()
+    assert (owner, name) in site.seats
+    assert listener.doubts == [True, False, True]

@@ -60,3 +60,20 @@ def test_leases_that_nobody_ends_are_forgotten(monkeypatch):
     for lease in "abc":
         known.open(lease).opened(1, 1)
     assert [known.last_id(lease) for lease in "abc"] == [b"", b"1-1", b"1-1"]
+
+
+def test_the_last_frame_of_a_released_lease_stays_known_for_a_while(monkeypatch):
+    monkeypatch.setattr(places, "MAX_RELEASED", 2)
+    known = Places(60_000, 4096)
+    for lease in "abc":
+        known.open(lease).opened(5, 3)
+        known.release(lease)
+        known.release(lease)
+    known.open("unused")
+    known.release("unused")
+    assert [known.last_id(lease) for lease in "abc"] == [b"", b"5-3", b"5-3"]
+    assert (known.last_id("unused"), len(known)) == (b"", 0)
+    # A writer that is opened because the release was lost goes on from there.
+    assert known.open("b").sequence == 3
+    known.forget("c")
+    assert known.last_id("c") == b""

@@ -202,7 +202,7 @@ def test_the_retries_of_the_call_are_the_bound_and_the_refusal_its_end():
     error = errors.from_server_error(str(routing.replies()[0]))
     assert isinstance(error, errors.Unavailable)
     assert (error.host, error.port) == A
-    assert str(error).endswith("The node is h:7001.")
+    assert str(error).endswith("The server is h:7001.")
 
 
 def test_nothing_is_tried_again_after_the_deadline():

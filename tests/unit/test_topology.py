@@ -160,10 +160,18 @@ def test_who_may_not_ask_for_the_topology_is_told():
 
 @pytest.mark.parametrize("silence", [errors.DeadlineExceeded(), errors.OutcomeUnknown()])
 def test_a_question_for_the_topology_applies_nothing(silence):
-    error = look(silence, [], None)
+    error = look(silence, errors.Unavailable())
     assert isinstance(error, errors.Unavailable)
     assert error.outcome is errors.Outcome.NOT_APPLIED
     assert (error.host, error.port) == ONE
+
+
+@pytest.mark.parametrize("slots", [[], None])
+def test_a_node_without_slots_tells_more_than_one_that_does_not_answer(slots):
+    error = look(errors.DeadlineExceeded(), slots, errors.Unavailable())
+    assert "still being formed" in str(error)
+    assert error.retryable
+    assert isinstance(look(slots, Exception("NOPERM no permissions")), errors.PermissionDenied)
 
 
 def test_a_node_that_tells_ends_the_look():

@@ -86,6 +86,13 @@ class Execution:
         return frame(self.eid, attempt, sequence, self.burst)
 
 
+def _forget_frames(error):
+    if isinstance(error, BaseException):
+        error.__traceback__ = None
+        _forget_frames(error.__cause__)
+        _forget_frames(error.__context__)
+
+
 class Told(Exception):  # noqa: N818 - it is no error: the caller was told, and gives its attempt up
     """An error that ends an attempt for its caller."""
 
@@ -164,6 +171,14 @@ class Load:
             left = [each for each in left if not await self._has_ended(each)]
             await asyncio.sleep(0.1)
         return left
+
+    def forget_frames(self):
+        """Let go what the frames of noted errors hold: the writer and the reader that have failed with them."""
+        for execution in self.executions.values():
+            for attempt in execution.attempts.values():
+                _forget_frames(attempt.error)
+            for items in execution.reads:
+                _forget_frames(items[-1] if items else None)
 
     async def _has_ended(self, execution):
         with contextlib.suppress(ff_fast.ExecutionNotFound):

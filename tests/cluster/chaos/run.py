@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...waiting import wait_until, wait_until_async
-from . import check
+from . import check, held
+from .held import Held
 from .load import Load
 from .scenarios import SCENARIOS, Pace
 
@@ -54,6 +55,9 @@ class Report:
         self.counts = {}
         self.executions = 0
         self.slowest = 0.0
+        # What of the library there was under load, and how much more memory the process has at the end.
+        self.held = {}
+        self.grown = 0
         self._say = say
         self._began = time.monotonic()
 
@@ -69,7 +73,7 @@ class Report:
         lines = [f"{count:7}  {what}" for what, count in sorted(self.counts.items())]
         lines.append(
             f"{self.settings.scenario}, {self.settings.shell}: {self.faults} faults, {self.executions} executions, "
-            f"slowest call {self.slowest:.1f} s, seed {self.settings.seed}"
+            f"slowest call {self.slowest:.1f} s, {self.grown >> 20} MiB more, seed {self.settings.seed}"
         )
         lines += [f"VIOLATION {text}" for text in self.violations[:30]]
         return "\n".join([*lines, f"{len(self.violations)} violations"])
@@ -95,8 +99,8 @@ async def _run(settings, scenario, site, report):
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(settings.streams * 3 + 50, "chaos"))
     loop.set_exception_handler(lambda _, context: report.violation(_told_by_the_loop(context)))
-    before = _descriptors()
-    await _break(settings, scenario, site, report)
+    before, empty = _descriptors(), Held()
+    await _break(settings, scenario, site, report, empty)
     if left := asyncio.all_tasks() - {asyncio.current_task()}:
         report.violation(f"tasks are left: {left}")
     await loop.shutdown_default_executor()
@@ -106,6 +110,10 @@ async def _run(settings, scenario, site, report):
         wait_until(lambda: _descriptors() <= before, 10)
     except AssertionError:
         report.violation(f"{_descriptors() - before} descriptors are left")
+    now = Held()
+    report.grown = now.memory - empty.memory
+    for text in held.after_everything(empty, now):
+        report.violation(text)
 
 
 def _told_by_the_loop(context):
@@ -113,8 +121,8 @@ def _told_by_the_loop(context):
     return f"the loop: {context} {''.join(traceback.format_exception(error)) if error else ''}"
 
 
-async def _break(settings, scenario, site, report):
-    """Break the servers under load, then look at what is there."""
+async def _break(settings, scenario, site, report, empty):
+    """Break the servers under load, then look at what is there; nothing was held when it was *empty*."""
     load = Load(
         settings.shell, site,
         streams=settings.streams, length=settings.length, rate=settings.rate, seed=settings.seed,
@@ -126,6 +134,7 @@ async def _break(settings, scenario, site, report):
         return sum(len(known.attempts) for known in load.executions.values()) >= settings.streams
 
     await wait_until_async(writing, 60)
+    report.held = Held().counts
     pace = Pace(settings.seconds, settings.every or scenario.every)
     await scenario.run(site, random.Random(settings.seed), pace, report.fault)
     await asyncio.to_thread(site.heal)
@@ -137,6 +146,9 @@ async def _break(settings, scenario, site, report):
             report.violation(f"{known.eid}: {text}")
     await _told(load)
     for text in check.completions(load, lossy=scenario.lossy):
+        report.violation(text)
+    load.forget_frames()
+    for text in await _let_go(empty):
         report.violation(text)
     await load.stop()
     report.counts = load.counts
@@ -154,6 +166,21 @@ async def _told(load):
         await wait_until_async(all_told, 10)
     except AssertionError:
         return
+
+
+async def _let_go(empty):
+    """Wait until nothing is held of streams that have ended; return what still is."""
+    left = []
+
+    async def gone():
+        left[:] = held.after_the_streams(empty, Held())
+        return not left
+
+    try:
+        await wait_until_async(gone, 10)
+    except AssertionError:
+        return left
+    return []
 
 
 def _descriptors():

@@ -3,12 +3,13 @@
 import copy
 import json
 import random
+import weakref
 
 import pytest
 
 from ff_fast._core.places import Place
 from ff_fast._core.summary import fold
-from ff_fast._hot.writer import Held, WriterCore
+from ff_fast._hot.writer import Held, Home, WriterCore
 from ff_fast.errors import FramesLost, SequenceGap, StateLost, WriterSuperseded
 
 from ...reference_writer import Server, called
@@ -255,3 +256,36 @@ def test_what_is_held_waits_for_the_next_server_however_long_that_takes():
     while world.outbox.keeps:
         world.outbox.let_go_s()
     assert len(held) == 0
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_what_is_held_goes_after_its_time_from_whatever_outbox_the_writer_has(back):
+    world = World(held_ms=1)
+    here, other = world.outbox, Shell()
+    home = Home(None, here)
+    held = Held(1, 1 << 20)
+    writer = world.writer = WriterCore(
+        keys=KEYS, writer=WRITER, mode=DURABLE, opened=(*NEW, 1), home=home, place=Place(held)
+    )  # fmt: skip
+    held.owner = weakref.ref(writer)
+    world.write()
+    world.settle()
+    assert here.keeps
+    home.outbox = other
+    here.hand_over()
+    assert (here.keeps, other.keeps) == (False, True)
+    if back:
+        home.outbox = here
+        other.hand_over()
+        here, other = other, here
+    while other.keeps:
+        other.let_go_s()
+    assert len(held) == 0
+
+
+def test_a_small_frame_is_held_in_a_hundred_bytes():
+    world = World(held_bytes=30 * 100)
+    for _ in range(40):
+        world.write()
+        world.settle()
+    assert len(world.place.held) >= 30
