@@ -198,7 +198,7 @@ cdef class AsyncItems(Items):
         return self.take()
 
     def _take_ready(self):
-        """Take all items that are there without waiting, of the last answer or pushed; as a list."""
+        """Take all items that are there without waiting, of the last answer or pushed."""
         cdef list ready
         if self.is_empty() and not self.has_push():
             return []

@@ -82,8 +82,8 @@ class _Reading:
         self.framing = EventFraming() if framing is None else framing
         if not isinstance(self.framing, Framing):
             raise InvalidType(f"framing must be a Framing, not {type(framing).__name__}.")
-        self.after = after or None
         self.cursor = resume_place(self.framing, after)
+        self.after = None if self.cursor is None else after
         self.visibility = visibility
         self.heartbeat_s = seconds("heartbeat", heartbeat, zero=False)
         self.pace_s = None if pace is None else seconds("pace", pace)
@@ -110,7 +110,7 @@ class Chunks(_Reading):
     """
 
     __slots__ = (
-        "__weakref__", "_backend", "_begun", "_bell", "_items", "_last", "_next_at", "_over", "_reader", "_stopping", "_watch",
+        "__weakref__", "_backend", "_begun", "_bell", "_items", "_last", "_next_at", "_over", "_reader", "_sent_at", "_stopping", "_watch",
         "finished", "on_stuck", "send_timeout", "sending_since", "stuck",
     )  # fmt: skip
 
@@ -123,7 +123,9 @@ class Chunks(_Reading):
         self._begun = False
         self._over = False
         self._stopping = False
+        # When the client may get the next chunk, and could have got the one after the last; in monotonic time.
         self._next_at = 0.0
+        self._sent_at = inf
         self.finished = False
         self.sending_since: float | None = None
         self.send_timeout = inf
@@ -147,6 +149,7 @@ class Chunks(_Reading):
             self._items = await reader.next_batch(_FIRST_READ_S)
             if not self._items:
                 await self._backend.describe(self.execution_id)
+            self._sent_at = monotonic()
         except BaseException:
             await self.aclose()
             raise
@@ -232,10 +235,19 @@ class Chunks(_Reading):
         else:
             self._items = None
         framing = self.framing
-        if self._begun:
-            return self._framed(items) if items else framing.heartbeat()
-        self._begun = True
-        return framing.begin(self.after) + (self._framed(items) if items else b"")
+        if not self._begun:
+            self._begun = True
+            chunk = framing.begin(self.after) + (self._framed(items) if items else b"")
+        elif items:
+            chunk = self._framed(items)
+            if not (chunk or self.finished) and self._next_at - self._sent_at > self.heartbeat_s:
+                # The framing leaves out what comes, and the client hears nothing.
+                chunk = framing.heartbeat()
+        else:
+            chunk = framing.heartbeat()
+        if chunk:
+            self._sent_at = self._next_at
+        return chunk
 
     async def wait(self) -> None:
         """Wait until there may be a chunk."""
@@ -367,7 +379,7 @@ class BlockingChunks(_Reading):
         Raises:
             FFError: It cannot be read.
         """
-        if self._reader is not None:
+        if self._chunks is not None:
             return
         self._reader = reader = self._backend.follow(self.execution_id, **self.options())
         try:
@@ -383,6 +395,7 @@ class BlockingChunks(_Reading):
         framing = self.framing
         chunk = framing.begin(self.after)
         items, self._first = self._first, []
+        sent_at = monotonic()
         try:
             if items:
                 chunk += framing.items(items)
@@ -392,15 +405,18 @@ class BlockingChunks(_Reading):
                 if self.pace_s:
                     time.sleep(self.pace_s)
                 try:
-                    items = reader.next_batch(self.heartbeat_s)
+                    items = reader.next_batch(max(sent_at + self.heartbeat_s - monotonic(), 0.0))
                 except FFError as error:
                     yield framing.failed(error)
                     return
-                chunk = framing.items(items) if items else framing.heartbeat()
+                chunk = framing.items(items) if items else b""
                 if reader.ended:
                     self.finished = True
+                elif not chunk and monotonic() - sent_at >= self.heartbeat_s:
+                    chunk = framing.heartbeat()
                 if chunk:
                     yield chunk
+                    sent_at = monotonic()
             self.finished = True
         finally:
             reader.close()

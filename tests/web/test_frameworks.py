@@ -164,6 +164,68 @@ def test_blocking_chunks_are_the_response(backend, lane):
         web.iter_events(backend, eid, after="nonsense")
 
 
+class Silent(web.EventFraming):
+    """Leaves out every frame."""
+
+    begun: tuple = ()
+
+    def begin(self, cursor):
+        self.begun = (*self.begun, cursor)
+        return b": begin\n\n"
+
+    def items(self, items):
+        return b""
+
+
+@anyio
+@pytest.mark.parametrize("after", [None, "", "-1", "start", "0.0-0"])
+async def test_a_client_hears_that_the_connection_lives_where_it_gets_nothing_of_what_comes(
+    backend_of, lane, after
+):
+    framing = Silent()
+    async with backend_of() as backend:
+        eid, handle = await stream_of(backend, lane, end=False)
+        chunks = web.events(backend, eid, after=after, framing=framing, heartbeat=0.05, pace=0)
+        assert await anext(chunks) == b": begin\n\n"
+        assert framing.begun == (after if after == "0.0-0" else None,)
+
+        async def write():
+            async with backend.open_writer(handle) as writer:
+                while True:
+                    writer.write(b"x")
+                    await asyncio.sleep(0.005)
+
+        writing = asyncio.create_task(write())
+        for _ in range(3):
+            assert await anext(chunks) == b": keep-alive\n\n"
+        writing.cancel()
+        await asyncio.wait({writing})
+        await backend.complete(handle)
+        assert b"".join(await collected(chunks)).replace(b": keep-alive\n\n", b"") == b""
+
+
+def test_blocking_chunks_hear_it_as_well(backend, lane):
+    eid, handle = producing(backend, lane)
+    chunks = web.iter_events(backend, eid, framing=Silent(), heartbeat=0.05)
+    assert next(chunks) == b": begin\n\n"
+    stop = threading.Event()
+
+    def write():
+        with backend.open_writer(handle) as writer:
+            while not stop.wait(0.005):
+                writer.write(b"x")
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    assert [next(chunks) for _ in range(3)] == [b": keep-alive\n\n"] * 3
+    stop.set()
+    writing.join()
+    chunks.close()
+    unopened = web.iter_events(backend, eid)
+    unopened.close()
+    assert list(unopened) == []
+
+
 def test_blocking_chunks_that_are_closed_let_their_reader_go(backend, lane):
     eid, _ = producing(backend, lane)
     chunks = web.iter_events(backend, eid, heartbeat=0.01)
