@@ -276,7 +276,10 @@ class Chunks(_Reading):
     def _framed(self, items: list[Any]) -> bytes:
         if isinstance(items[-1], End):
             self._over = self.finished = True
-        return self.framing.items(items)
+        chunk = self.framing.items(items)
+        if self.framing.done:
+            self._over = True
+        return chunk
 
     async def _close(self) -> None:
         self._over = True
@@ -401,7 +404,7 @@ class BlockingChunks(_Reading):
                 chunk += framing.items(items)
             if chunk:
                 yield chunk
-            while not reader.ended:
+            while not (reader.ended or framing.done):
                 if self.pace_s:
                     time.sleep(self.pace_s)
                 try:
@@ -417,7 +420,7 @@ class BlockingChunks(_Reading):
                 if chunk:
                     yield chunk
                     sent_at = monotonic()
-            self.finished = True
+            self.finished = reader.ended
         finally:
             reader.close()
 
