@@ -70,14 +70,14 @@ class Framing:
         snapshot: A reader without a cursor begins with the summary document of the newest attempt, if it has one.
         ids: The events have ids that :meth:`place` understands, so a client that has got the end, and asks again after it,
             is told with 204 that nothing follows. It stops a browser's ``EventSource``, which asks for ever otherwise.
-        done: The response ends after the last batch, although the execution goes on.
+        over: The framing has said its last word: set by :meth:`items`, it ends the response behind what that returns.
     """
 
     media_type: str = "text/event-stream"
     headers: Mapping[str, str] = HEADERS
     snapshot: bool = False
     ids: bool = False
-    done: bool = False
+    over: bool = False
 
     def place(self, cursor: str) -> str:
         """Return the cursor from which reading goes on, where a client names *cursor*, the id of an event.

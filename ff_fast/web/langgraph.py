@@ -111,7 +111,7 @@ class LangGraphFraming(EventFraming):
         wanted: list[Item] = []
         for item in items:
             if isinstance(item, Gap):
-                self.done = True
+                self.over = True
                 wanted.append(item)
                 break
             if isinstance(item, (Snapshot, AttemptStarted, End)) or self._wants(item):

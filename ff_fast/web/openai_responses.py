@@ -227,7 +227,7 @@ class ResponsesFraming(Framing):
         self._begun = self._after >= base
         self._next = max(base, self._after + 1)
         self._response = empty_response(id)
-        self._over = has_end
+        self._ended = has_end
 
     @staticmethod
     def error_body(code: str, message: str, status: int) -> object:
@@ -236,7 +236,7 @@ class ResponsesFraming(Framing):
     def items(self, items: Sequence[Item]) -> bytes:
         parts: list[bytes] = []
         for item in items:
-            if self.done:
+            if self.over:
                 break
             if isinstance(item, AttemptStarted):
                 parts.append(self._attempt_started(item))
@@ -253,7 +253,7 @@ class ResponsesFraming(Framing):
 
     def _frame(self, frame: StreamFrame) -> bytes:
         number = self._base + frame.sequence - 1
-        if number <= self._after or self._over:
+        if number <= self._after or self._ended:
             return b""
         self._begun = True
         self._next = number + 1
@@ -271,15 +271,15 @@ class ResponsesFraming(Framing):
             payload = b'{"sequence_number":%d,%b' % (number, payload[1:])
         else:
             return b""
-        self._over = kind in _ENDS
+        self._ended = kind in _ENDS
         return event(payload, event=kind)
 
     def _attempt_started(self, started: AttemptStarted) -> bytes:
         later = started.attempt_index - self._attempt
         if later <= 0:
             return b""
-        if self._over:
-            self.done = True
+        if self._ended:
+            self.over = True
             return b""
         if self._begun:
             text = "The response was started again: drop what came so far, and read it from the beginning."
@@ -290,13 +290,13 @@ class ResponsesFraming(Framing):
         return b""
 
     def _gap(self, gap: Gap) -> bytes:
-        if gap.reason == "cursor_ahead" or self._over:
+        if gap.reason == "cursor_ahead" or self._ended:
             # The client says that it has got them.
             return b""
         return self._failed(TRIMMED, "Events of the response are not kept any more.")
 
     def _end(self, end: End) -> bytes:
-        if self._over:
+        if self._ended:
             return b""
         status, error = _status_of(end.outcome, end.error)
         response = {**self._response, "status": status, "error": error}
@@ -307,7 +307,7 @@ class ResponsesFraming(Framing):
         return self._failed(error.code, "The response cannot be read at the moment; go on later.")
 
     def _failed(self, code: str, message: str) -> bytes:
-        self.done = True
+        self.over = True
         return self._made("error", code=code, message=message, param=None)
 
     def _made(self, kind: str, **fields: object) -> bytes:

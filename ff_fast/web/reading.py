@@ -277,7 +277,7 @@ class Chunks(_Reading):
         if isinstance(items[-1], End):
             self._over = self.finished = True
         chunk = self.framing.items(items)
-        if self.framing.done:
+        if self.framing.over:
             self._over = True
         return chunk
 
@@ -404,7 +404,7 @@ class BlockingChunks(_Reading):
                 chunk += framing.items(items)
             if chunk:
                 yield chunk
-            while not (reader.ended or framing.done):
+            while not (reader.ended or framing.over):
                 if self.pace_s:
                     time.sleep(self.pace_s)
                 try:

@@ -43,7 +43,7 @@ class Site:
                 yield
 
         app = Starlette(lifespan=lifespan, middleware=list(self._middleware))
-        config = uvicorn.Config(app, log_level="error", **self._options)
+        config = uvicorn.Config(app, log_level="error", ws="none", **self._options)
         self.server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self.server.serve(sockets=[listening])), daemon=True

@@ -292,7 +292,7 @@ async def test_a_gap_in_the_middle_ends_the_stream_with_an_error():
     assert [(each.event, each.json["code"]) for each in events] == [
         ("error", openai_responses.TRIMMED)
     ]
-    assert framing.done
+    assert framing.over
 
 
 @pytest.mark.parametrize("number", ["-1", "x", "1.5", "9" * 30, "٣"])
