@@ -71,6 +71,8 @@ class Framing:
         ids: The events have ids that :meth:`place` understands, so a client that has got the end, and asks again after it,
             is told with 204 that nothing follows. It stops a browser's ``EventSource``, which asks for ever otherwise.
         over: The framing has said its last word: set by :meth:`items`, it ends the response behind what that returns.
+        rejoin: The framing needs the summary document: set by :meth:`items`, it makes the reader begin anew with it. What
+            that has returned goes out, and the rest of the batch does not count.
     """
 
     media_type: str = "text/event-stream"
@@ -78,6 +80,7 @@ class Framing:
     snapshot: bool = False
     ids: bool = False
     over: bool = False
+    rejoin: bool = False
 
     def place(self, cursor: str) -> str:
         """Return the cursor from which reading goes on, where a client names *cursor*, the id of an event.

@@ -230,9 +230,7 @@ async def run_response(
         authorize: As of :class:`ff_fast.web.StreamResponse`.
         token_key: As of :class:`ff_fast.web.StreamResponse`.
     """
-    from starlette.responses import JSONResponse
-
-    from ff_fast.web.response import error_response, refusal
+    from ff_fast.web.response import error_response, json_response, refusal
 
     try:
         eid = keys.canonical_execution_id(execution_id)
@@ -255,7 +253,7 @@ async def run_response(
         "multitask_strategy": "reject",
         "cancel_reason": described.cancellation_reason,
     }
-    return JSONResponse(run, headers={"cache-control": "no-store"})
+    return json_response(run)
 
 
 def _time(ms: int) -> str:
@@ -281,9 +279,7 @@ async def cancel_response(
         token_key: As of :class:`ff_fast.web.StreamResponse`; the token must permit ``stop``.
         grace: How long the worker may still write, in seconds or as a ``timedelta``; None ends the stream at once.
     """
-    from starlette.responses import JSONResponse
-
-    from ff_fast.web.response import error_response, refusal
+    from ff_fast.web.response import error_response, json_response, refusal
 
     try:
         eid = keys.canonical_execution_id(execution_id)
@@ -296,7 +292,7 @@ async def cancel_response(
             await backend.cancel(eid, reason="cancelled by the client", grace=grace)
     except FFError as error:
         return error_response(error, LangGraphFraming.error_body)
-    return JSONResponse({}, headers={"cache-control": "no-store"})
+    return json_response({})
 
 
 def routes(
@@ -316,8 +312,7 @@ def routes(
         token_key: As of :class:`ff_fast.web.StreamResponse`.
         options: Further arguments of :func:`join_response`.
     """
-    from starlette.routing import Route
-
+    # Before Starlette is imported: this says what to install.
     from ff_fast.web.response import error_response
 
     checks: dict[str, Any] = {"authorize": authorize, "token_key": token_key}
@@ -340,6 +335,8 @@ def routes(
             except InvalidInput:
                 return error_response(ExecutionNotFound(), LangGraphFraming.error_body)
             return await respond(request, eid)
+
+        from starlette.routing import Route
 
         return Route("/threads/{thread_id}/runs/{run_id}" + end, endpoint, methods=[method])
 

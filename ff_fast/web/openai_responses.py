@@ -504,9 +504,7 @@ async def retrieve_response(
         headers: Further headers of the stream.
         options: Further arguments of :class:`ff_fast.web.StreamResponse`.
     """
-    from starlette.responses import JSONResponse
-
-    from ff_fast.web.response import StreamResponse, error_response, refusal
+    from ff_fast.web.response import StreamResponse, error_response, json_response, refusal
 
     try:
         eid = keys.canonical_execution_id(execution_id)
@@ -516,7 +514,7 @@ async def retrieve_response(
         query = request.query_params
         if query.get("stream", "").lower() not in ("true", "1"):
             found = await response_json(backend, eid, response_id=response_id)
-            return JSONResponse(found, headers=_NO_STORE)
+            return json_response(found)
         asked = query.get("starting_after", "")
         if asked and not (asked.isascii() and asked.isdigit() and int(asked) <= _MAX_NUMBER):
             return _bad_request("invalid_value", "starting_after must be an integer from 0.")
@@ -544,13 +542,10 @@ async def retrieve_response(
     )
 
 
-_NO_STORE = {"cache-control": "no-store"}
-
-
 def _bad_request(code: str, message: str) -> Response:
-    from starlette.responses import JSONResponse
+    from ff_fast.web.response import json_response
 
-    return JSONResponse(_error_body(code, message, 400), 400, _NO_STORE)
+    return json_response(_error_body(code, message, 400), 400)
 
 
 class _Place(NamedTuple):
@@ -619,9 +614,7 @@ async def cancel_response(
         reason: Why, for whoever reads about the cancellation.
         grace: How long the worker may still write, in seconds or as a ``timedelta``; None ends the stream at once.
     """
-    from starlette.responses import JSONResponse
-
-    from ff_fast.web.response import error_response, refusal
+    from ff_fast.web.response import error_response, json_response, refusal
 
     try:
         eid = keys.canonical_execution_id(execution_id)
@@ -633,7 +626,7 @@ async def cancel_response(
         found = await response_json(backend, eid, response_id=response_id)
     except FFError as error:
         return error_response(error, _error_body)
-    return JSONResponse(found, headers=_NO_STORE)
+    return json_response(found)
 
 
 def routes(
@@ -653,8 +646,7 @@ def routes(
         token_key: As of :class:`ff_fast.web.StreamResponse`.
         options: Further arguments of :func:`retrieve_response`.
     """
-    from starlette.routing import Route
-
+    # Before Starlette is imported: this says what to install.
     from ff_fast.web.response import error_response
 
     async def answer(
@@ -673,6 +665,8 @@ def routes(
 
     async def cancel(request: Request) -> Response:
         return await answer(request, cancel_response)
+
+    from starlette.routing import Route
 
     return [
         Route("/responses/{response_id}", retrieve, methods=["GET"]),

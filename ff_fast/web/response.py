@@ -79,9 +79,14 @@ def error_response(error: FFError, body: ErrorBody = Framing.error_body) -> Resp
     return JSONResponse(body(error.code, str(error), status), status, headers)
 
 
+def json_response(content: object, status: int = 200) -> Response:
+    """Return an answer as JSON, which no cache keeps."""
+    return JSONResponse(content, status, {"cache-control": "no-store"})
+
+
 def _forbidden(body: ErrorBody) -> Response:
     text = "You may not use this stream."
-    return JSONResponse(body("forbidden", text, 403), 403, {"cache-control": "no-store"})
+    return json_response(body("forbidden", text, 403), 403)
 
 
 async def refusal(
@@ -358,4 +363,4 @@ async def stop_response(
             await backend.cancel(eid, reason=reason, grace=grace)
     except FFError as error:
         return error_response(error)
-    return JSONResponse({"success": True}, headers={"cache-control": "no-store"})
+    return json_response({"success": True})

@@ -158,7 +158,9 @@ def test_an_unknown_run_is_the_error_of_the_sdk(runs, client_of, run_id):
 def test_the_blocking_client_reads_the_same(server, runs, run_id):
     from langgraph_sdk import get_sync_client
 
-    with producer("run", server.url, run_id, COUNT):
-        with get_sync_client(url=runs.url, api_key=None) as client:
-            parts = list(client.runs.join_stream("thread 1", run_id))
+    with (
+        producer("run", server.url, run_id, COUNT),
+        get_sync_client(url=runs.url, api_key=None) as client,
+    ):
+        parts = list(client.runs.join_stream("thread 1", run_id))
     assert text_in(parts) == text_of(COUNT)
