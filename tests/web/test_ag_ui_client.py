@@ -31,9 +31,7 @@ def runs(site, lane):
 def plain(messages):
     """*messages* without the fields that the client adds."""
     names = ("id", "role", "content", "toolCalls", "toolCallId")
-    return [
-        {name: each[name] for name in names if each.get(name) is not None} for each in messages
-    ]
+    return [{name: each[name] for name in names if each.get(name) is not None} for each in messages]
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -92,5 +90,9 @@ def test_what_pydantic_ai_encodes_in_the_worker_is_joined(site, lane, agent):  #
     assert ran["error"] is None
     assert joined["error"] is None
     assert plain(joined["messages"]) == plain(ran["messages"])
-    said = [each["content"] for each in ran["messages"] if each["role"] == "assistant" and "content" in each]
+    said = [
+        each["content"]
+        for each in ran["messages"]
+        if each["role"] == "assistant" and "content" in each
+    ]
     assert TEXT in said

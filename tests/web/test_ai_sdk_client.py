@@ -226,8 +226,7 @@ def agent():
         for at, piece in enumerate(PIECES):
             if at == 60:
                 paused.set()
-                while not go.is_set():
-                    await asyncio.sleep(0.005)
+                await asyncio.to_thread(go.wait, 30)
             yield piece
 
     agent = Agent(FunctionModel(stream_function=answer))
