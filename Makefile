@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := embedded,cli,test,lint
 BUILT := $(VENV)/.built
+WEB := build/web
+WEB_BUILT := $(WEB)/.built
 BENCH_BUILT := $(VENV)/.built-bench
 SANITIZE := build/sanitize
 
@@ -18,7 +20,7 @@ COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 PARALLEL := -n 4 --dist worksteal
 
-.PHONY: build demo test test-cluster unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
+.PHONY: build demo test test-cluster test-web unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
 
 help: ## List the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -33,13 +35,24 @@ demo: build ## Stream a text through an embedded server: make demo RATE=1000 ARG
 	$(BIN)/ff-fast demo $(if $(RATE),--rate $(RATE)) $(ARGS)
 
 # pytest-benchmark, when make bench has installed it, warns about worker processes.
-QUICK := -m "not packaging and not long"
+QUICK := -m "not packaging and not long and not web"
 test: build ## Run the whole suite but packaging and long tests: make test ARGS="tests/unit -k keys"
 	$(PYTEST) $(PARALLEL) $(QUICK) $(ARGS)
 
 test-cluster: build ## Run the tests that share a server against a cluster in its place, then every long test
 	FF_FAST_TEST_CLUSTER=1 $(PYTEST) $(PARALLEL) $(QUICK) tests/server tests/faults $(ARGS)
-	$(PYTEST) $(PARALLEL) -m long $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "long and not web" $(ARGS)
+
+# Its packages come before those of .venv, which it sees as well.
+test-web: $(WEB_BUILT) ## Run the web tests with other people's packages: make test-web ARGS="-k a2a"
+	$(WEB)/venv/bin/python -m pytest -p no:benchmark -n 2 --dist worksteal tests/web $(ARGS)
+
+$(WEB_BUILT): $(BUILT) tests/web/requirements.txt
+	test -x $(WEB)/venv/bin/python || $(BIN)/python -m venv $(WEB)/venv
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(WEB)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ff_fast_venv.pth
+	$(WEB)/venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/web/requirements.txt
+	touch $@
 
 unit: build ## Run the tests that need no server, in seconds
 	$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
