@@ -36,7 +36,7 @@ from ff_fast.types import (
     parse_cursor,
     seconds,
 )
-from ff_fast.web.framing import HEADERS, Framing, event
+from ff_fast.web.framing import HEADERS, Framing
 from ff_fast.web.reading import HEARTBEAT_S, Chunks, server_stops
 from ff_fast.web.response import SEND_TIMEOUT_S, StreamResponse, error_response, refusal
 
@@ -182,7 +182,13 @@ class _Asked:
 def _cursor(given: str | None) -> str:
     """Return the cursor of an answer, which a cache takes for another URL than that of the request."""
     at = int(time.time() - _EPOCH_S) // _INTERVAL_S
-    if given is not None and given.isascii() and given.isdigit() and len(given) <= 16 and int(given) >= at:
+    if (
+        given is not None
+        and given.isascii()
+        and given.isdigit()
+        and len(given) <= 16
+        and int(given) >= at
+    ):
         jitter = random.randint(1, _LARGEST_JITTER_S)  # noqa: S311 - no secret
         return str(int(given) + max(1, jitter // _INTERVAL_S))
     return str(at)
@@ -223,9 +229,23 @@ def _is_cut(tail: bytes) -> bool:
         byte = tail[-length]
         if byte & 0xC0 == 0x80:
             continue
-        wanted = 2 if byte & 0xE0 == 0xC0 else 3 if byte & 0xF0 == 0xE0 else 4 if byte & 0xF8 == 0xF0 else 1
+        wanted = (
+            2
+            if byte & 0xE0 == 0xC0
+            else 3
+            if byte & 0xF0 == 0xE0
+            else 4
+            if byte & 0xF8 == 0xF0
+            else 1
+        )
         return wanted > length
     return False
+
+
+def _event(name: bytes, data: bytes) -> bytes:
+    """Return an event. A client takes one space from the front of a line, so only a line that begins with one gets one."""
+    lines = b"\n" + data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return b"event: %b%b\n\n" % (name, lines.replace(b"\n ", b"\n  ").replace(b"\n", b"\ndata:"))
 
 
 class DurableFraming(Framing):
@@ -242,7 +262,13 @@ class DurableFraming(Framing):
     headers: Mapping[str, str] = HEADERS
 
     def __init__(
-        self, content_type: str, place: Place, tail: Place, *, closed: bool, cursor: str | None = None
+        self,
+        content_type: str,
+        place: Place,
+        tail: Place,
+        *,
+        closed: bool,
+        cursor: str | None = None,
     ) -> None:
         self._kind = kind = _Kind.of(content_type)
         self._place = place
@@ -251,6 +277,9 @@ class DurableFraming(Framing):
         self._cursor = cursor
         self._held: list[StreamFrame] = []
         self._moved = False
+        # How many of the held frames are before a gap, and the place behind it.
+        self._before_gap = 0
+        self._behind_gap = place
         self._is_plain = kind.is_text or kind.is_json
         if not self._is_plain:
             self.headers = {**HEADERS, "stream-sse-data-encoding": "base64"}
@@ -281,16 +310,22 @@ class DurableFraming(Framing):
                 break
         if ends and not closed:
             self.stop()
-        count = len(self._held) if ends else self._kind.whole([each.payload for each in self._held])
+        count = len(self._held)
+        if not ends:
+            # Behind a gap, no more bytes of a character come.
+            count = max(self._kind.whole([each.payload for each in self._held]), self._before_gap)
         sent, self._held = self._held[:count], self._held[count:]
         if not sent:
             return self._control(closed=True) if closed else b""
         body = self._kind.body([each.payload for each in sent])
         self._place = Place.of_cursor(sent[-1].cursor)
+        if self._before_gap == count:
+            self._place = self._behind_gap
+        self._before_gap = 0
         self._moved = True
         if not self._is_plain:
             body = b64encode(body)
-        return event(body, event="data") + self._control(closed=closed)
+        return _event(b"data", body) + self._control(closed=closed)
 
     def _ends_at(self, item: Snapshot | AttemptStarted | Gap) -> bool:
         """Whether the stream of this client cannot go on behind *item*: with its next request it learns that."""
@@ -301,7 +336,12 @@ class DurableFraming(Framing):
             return has_read
         if isinstance(item, Gap):
             # Frames between those that are kept have expired before the client came.
-            return has_read and not (item.reason == "trimmed" and (self._moved or bool(self._held)))
+            if has_read and not (item.reason == "trimmed" and (self._moved or bool(self._held))):
+                return True
+            self._before_gap = len(self._held)
+            self._behind_gap = Place.of_cursor(item.cursor)
+            if not self._held:
+                self._place = self._behind_gap
         return False
 
     @property
@@ -316,13 +356,15 @@ class DurableFraming(Framing):
             data["streamCursor"] = _cursor(self._cursor)
         if closed or self._is_up_to_date:
             data["upToDate"] = True
-        return event(orjson.dumps(data), event="control")
+        return _event(b"control", orjson.dumps(data))
 
 
 class _EventStream(StreamResponse):
     """A response of server-sent events, which lasts for a while."""
 
-    def __init__(self, framing: DurableFraming, lasts_s: float, *args: object, **options: object) -> None:
+    def __init__(
+        self, framing: DurableFraming, lasts_s: float, *args: object, **options: object
+    ) -> None:
         super().__init__(*args, framing=lambda: framing, **options)  # type: ignore[arg-type]
         self._durable = framing
         self._lasts_s = lasts_s
@@ -449,9 +491,12 @@ class _Reader:
             return place, frames
         last = frames[-1]
         place = Place.of_cursor(last.cursor)
+        following = page[len(frames)].sequence if len(frames) < len(page) else None
         for gap in page.gaps:
-            if gap.first_missing == last.sequence + 1:
-                # Whoever continues from here has been told of it.
+            if gap.first_missing > last.sequence and (
+                following is None or gap.next_sequence <= following
+            ):
+                # What has expired between two frames that are kept is no reason to begin again.
                 place = Place.of_cursor(gap.cursor)
         return place, frames
 
@@ -593,7 +638,7 @@ async def read_response(
             visibility=visibility,
             heartbeat=heartbeat,
             send_timeout=send_timeout,
-            headers=more,
+            headers={"content-type": "text/event-stream", **more},
         )
     except _Refused as refusing:
         return _with(refusing.response, more)
@@ -605,7 +650,11 @@ async def _head(reader: _Reader, kind: _Kind) -> Response:
     await reader.look()
     answer = _Answer([], await reader.tail(), up_to_date=False, closed=reader.closed)
     return Response(
-        headers={"content-type": kind.content_type, "cache-control": "no-store", **_position(answer)}
+        headers={
+            "content-type": kind.content_type,
+            "cache-control": "no-store",
+            **_position(answer),
+        }
     )
 
 

@@ -46,7 +46,7 @@ class Stream:
             self.deadline = time.time() + int(self.ttl)
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     def __init__(self, status, **headers):
         self.status = status
         self.headers = headers
@@ -64,13 +64,13 @@ def messages_of(content_type, body, *, empty):
         try:
             value = json.loads(body)
         except ValueError:
-            raise Refused(400) from None
+            raise RefusedError(400) from None
         values = value if isinstance(value, list) else [value]
         if not values and not empty:
-            raise Refused(400)
+            raise RefusedError(400)
         return [json.dumps(each, ensure_ascii=False).encode() for each in values]
     if not body and not empty:
-        raise Refused(400)
+        raise RefusedError(400)
     return [body[at : at + _FRAME_BYTES] for at in range(0, len(body), _FRAME_BYTES)]
 
 
@@ -78,13 +78,13 @@ def lifetime(headers):
     """What a request says of the time that its stream is kept: `Stream-TTL`, `Stream-Expires-At`, and a deadline."""
     ttl, expires_at = headers.get("stream-ttl"), headers.get("stream-expires-at")
     if ttl is not None and (expires_at is not None or not re.fullmatch("0|[1-9][0-9]{0,8}", ttl)):
-        raise Refused(400)
+        raise RefusedError(400)
     if expires_at is None:
         return ttl, expires_at, float("inf") if ttl is None else time.time() + int(ttl)
     try:
         return ttl, expires_at, datetime.fromisoformat(expires_at).timestamp()
     except ValueError:
-        raise Refused(400) from None
+        raise RefusedError(400) from None
 
 
 class Facade:
@@ -116,7 +116,7 @@ class Facade:
             elif request.method == "OPTIONS":
                 return await self._read(uuid.UUID(int=0), request, None)
             elif stream is None:
-                raise Refused(404)
+                raise RefusedError(404)
             elif request.method in ("GET", "HEAD"):
                 if request.method == "GET":
                     stream.touch()
@@ -126,7 +126,7 @@ class Facade:
             else:
                 await self._delete(path)
                 status, headers = 204, {}
-        except Refused as refused:
+        except RefusedError as refused:
             status = refused.status
             headers = {name.replace("_", "-"): value for name, value in refused.headers.items()}
         headers |= {
@@ -183,7 +183,7 @@ class Facade:
             if stream is not None:
                 same = (media_type(content_type), ttl, expires_at) == stream.config
                 if not same or closes != stream.closed:
-                    raise Refused(409)
+                    raise RefusedError(409)
                 status = 200
             else:
                 produced = await self._backend.open_stream(uuid.uuid4().hex)
@@ -192,7 +192,11 @@ class Facade:
                 await self._write(stream, messages, closes=closes)
                 status = 201
         position = await self._position(stream)
-        return status, {"content-type": stream.content_type, "location": str(request.url), **position}
+        return status, {
+            "content-type": stream.content_type,
+            "location": str(request.url),
+            **position,
+        }
 
     async def _append(self, stream, request):
         body = await request.body()
@@ -201,14 +205,14 @@ class Facade:
             if not (closes and not body):
                 content_type = request.headers.get("content-type")
                 if not content_type:
-                    raise Refused(400)
+                    raise RefusedError(400)
                 if stream.closed:
-                    raise Refused(409, **await self._position(stream))
+                    raise RefusedError(409, **await self._position(stream))
                 if media_type(content_type) != media_type(stream.content_type):
-                    raise Refused(409)
+                    raise RefusedError(409)
                 seq = request.headers.get("stream-seq")
                 if seq is not None and stream.seq is not None and seq <= stream.seq:
-                    raise Refused(409)
+                    raise RefusedError(409)
                 messages = messages_of(content_type, body, empty=False)
                 stream.seq = seq if seq is not None else stream.seq
                 await self._write(stream, messages, closes=closes)

@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import contextlib
 import json
@@ -7,10 +8,10 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from ff_fast import aio, keys
+from ff_fast import FailureClass, StreamMode, TailVisibility, keys, web
 from ff_fast.errors import InvalidInput
 from ff_fast.web import durable_streams
-from tests.web.sites import EventSource, stream_of
+from tests.web.sites import WORKER, EventSource, stream_of
 
 pytestmark = pytest.mark.anyio
 
@@ -34,10 +35,10 @@ def client_of(backend, **options):
 
 
 @contextlib.asynccontextmanager
-async def served(backend_of, lane, frames=(), *, end=True, **options):
+async def served(backend_of, lane, frames=(), *, end=True, writer=None, **options):
     """A client, the URL of a stream with *frames*, its backend and its handle."""
     async with backend_of() as backend:
-        eid, handle = await stream_of(backend, lane, frames, end=end)
+        eid, handle = await stream_of(backend, lane, frames, end=end, **(writer or {}))
         async with client_of(backend, **options) as client:
             yield client, "/" + keys.url_id(eid), backend, handle
 
@@ -47,6 +48,15 @@ async def write(backend, handle, *frames):
         for frame in frames:
             writer.write(frame)
         await writer.flush()
+
+
+def read(answer):
+    """What the events of a response hold: the data of all, and each control."""
+    found = events(answer)
+    return (
+        "".join(each for each in found if isinstance(each, str)),
+        [each for each in found if not isinstance(each, str)],
+    )
 
 
 def events(answer):
@@ -78,7 +88,11 @@ async def test_bodies_that_are_cut_anywhere_make_the_whole(backend_of, lane, mon
     frames = [text[at : at + 2] for at in range(0, len(text), 2)]
     for most in (1, 2, 3, 7):
         monkeypatch.setattr(durable_streams, "_FRAMES", most)
-        async with served(backend_of, lane, frames, content_type="application/x-any") as (client, url, *_):
+        async with served(backend_of, lane, frames, content_type="application/x-any") as (
+            client,
+            url,
+            *_,
+        ):
             offsets, read = ["-1"], b""
             while True:
                 answer = await client.get(url, params={"offset": offsets[-1]})
@@ -92,7 +106,12 @@ async def test_bodies_that_are_cut_anywhere_make_the_whole(backend_of, lane, mon
 
 
 async def test_text_ends_with_a_whole_character_until_the_stream_does(backend_of, lane):
-    async with served(backend_of, lane, [b"a", b"\xe2", b"\x82"], end=False) as (client, url, backend, handle):
+    async with served(backend_of, lane, [b"a", b"\xe2", b"\x82"], end=False) as (
+        client,
+        url,
+        backend,
+        handle,
+    ):
         answer = await client.get(url)
         assert answer.content == b"a"
         place = {"offset": answer.headers["stream-next-offset"]}
@@ -156,11 +175,11 @@ async def test_an_execution_that_nobody_has_claimed_is_empty(backend_of, lane):
             assert (await client.head(f"/{eid}")).headers["stream-next-offset"] == offset
             waited = await client.get(f"/{eid}", params={"offset": offset, "live": "long-poll"})
             assert waited.status_code == 204
-            (control,) = events(await client.get(f"/{eid}", params={"offset": offset, "live": "sse"}))
-            assert (control["streamNextOffset"], control["upToDate"]) == (offset, True)
-            handle = await backend.claim(
-                lane=lane, worker_id="w", worker_instance_id="w-1", lease_ttl_ms=60_000
+            (control,) = events(
+                await client.get(f"/{eid}", params={"offset": offset, "live": "sse"})
             )
+            assert (control["streamNextOffset"], control["upToDate"]) == (offset, True)
+            handle = await backend.claim(lane=lane, **WORKER, lease_ttl_ms=60_000)
             await write(backend, handle, b"a")
             assert (await client.get(f"/{eid}", params={"offset": offset})).content == b"a"
             await backend.cancel(eid)
@@ -182,7 +201,13 @@ async def test_what_is_no_offset_is_400(backend_of, lane, live):
             answer = await client.get(url, params=params)
             assert answer.status_code == 400, offset
             assert answer.json()["error"]["code"]
-        for query in ("offset=-1&offset=-1", "live=sse", "live=long-poll", "offset=-1&live=", "offset=-1&live=x"):
+        for query in (
+            "offset=-1&offset=-1",
+            "live=sse",
+            "live=long-poll",
+            "offset=-1&live=",
+            "offset=-1&live=x",
+        ):
             assert (await client.get(f"{url}?{query}")).status_code == 400
 
 
@@ -202,7 +227,11 @@ async def test_writers_are_405(backend_of, method):
 
 
 async def test_a_browser_of_another_origin_reads_where_it_may(backend_of, lane):
-    async with served(backend_of, lane, [b"a"], allow_origin="*", headers={"x-mine": "1"}) as (client, url, *_):
+    async with served(backend_of, lane, [b"a"], allow_origin="*", headers={"x-mine": "1"}) as (
+        client,
+        url,
+        *_,
+    ):
         asked = await client.options(url, headers={"access-control-request-method": "GET"})
         answers = [asked, await client.get(url), await client.get(url, params={"offset": "x"})]
         answers.append(await client.get(url, params={"offset": "-1", "live": "sse"}))
@@ -216,7 +245,11 @@ async def test_a_browser_of_another_origin_reads_where_it_may(backend_of, lane):
 
 
 async def test_the_app_decides_who_reads(backend_of, lane):
-    async with served(backend_of, lane, [b"a"], authorize=lambda request, eid: False) as (client, url, *_):
+    async with served(backend_of, lane, [b"a"], authorize=lambda request, eid: False) as (
+        client,
+        url,
+        *_,
+    ):
         for method in ("GET", "HEAD"):
             answer = await client.request(method, url, params={"offset": "-1", "live": "sse"})
             assert answer.status_code == 403
@@ -228,7 +261,6 @@ async def test_what_was_read_of_a_lost_attempt_is_gone(backend_of, lane):
     ):  # fmt: skip
         first = await client.get(url)
         offset = first.headers["stream-next-offset"]
-        await backend.fail(handle, "again", retry_after=0) if False else None
         await fail_and_claim_again(backend, handle, lane, b"new")
         for params in ({}, {"live": "sse"}, {"live": "long-poll"}):
             answer = await client.get(url, params={"offset": offset, **params})
@@ -239,14 +271,213 @@ async def test_what_was_read_of_a_lost_attempt_is_gone(backend_of, lane):
 
 
 async def fail_and_claim_again(backend, handle, lane, *frames):
-    raise NotImplementedError
+    """Lose the worker of *handle*; another one writes *frames*."""
+    await backend.fail(handle, "lost", FailureClass.INFRA_CRASH)
+    handle = await backend.claim(lane=lane, **WORKER, lease_ttl_ms=60_000)
+    await write(backend, handle, *frames)
+    return handle
 
 
-async def test_a_long_poll_waits_for_a_frame(backend_of, lane, site):
-    pass
+async def test_frames_that_are_trimmed_are_gone_and_the_beginning_is_the_first_that_is_kept(
+    backend_of, lane
+):
+    frames = [b"%d," % at for at in range(2_000)]
+    async with served(backend_of, lane, frames, writer={"retention_maxlen": 10}) as (
+        client,
+        url,
+        *_,
+    ):
+        kept = await client.get(url)
+        assert kept.status_code == 200
+        assert b"".join(frames).endswith(kept.content)
+        assert 0 < kept.content.count(b",") < 1_000
+        early = "0000000000_0000000000000001_0000000000000001"
+        for live in ({}, {"live": "sse"}, {"live": "long-poll"}):
+            answer = await client.get(url, params={"offset": early, **live})
+            assert answer.status_code == 410
+            assert answer.json()["error"]["code"] == "offset_gone"
+        data, controls = read(await client.get(url, params={"offset": "-1", "live": "sse"}))
+        assert (data.encode(), controls[-1]["streamClosed"]) == (kept.content, True)
 
 
-@pytest.mark.parametrize("options", [{"content_type": ""}, {"content_type": "a\r\nb"}, {"long_poll": 0}])
+@pytest.mark.parametrize("live", [{}, {"live": "sse"}, {"live": "long-poll"}])
+async def test_an_offset_beyond_the_end_is_gone(backend_of, lane, live):
+    async with served(backend_of, lane, [b"a"]) as (client, url, *_):
+        for offset in (
+            "0000000000_9999999999999999_0000000000000009",
+            "0000000007_0000000000000001_0000000000000001",
+        ):
+            answer = await client.get(url, params={"offset": offset, **live})
+            assert answer.status_code == 410
+
+
+async def test_best_effort_frames_that_expired_do_not_end_a_reader(backend_of, lane):
+    """Else a client that begins again would come to the same place for ever."""
+    short = StreamMode.best_effort_live(1_000)
+    async with backend_of() as backend:
+        eid = await backend.create_execution(lane=lane, payload=b"p")
+        handle = await backend.claim(lane=lane, **WORKER, lease_ttl_ms=60_000)
+        async with backend.open_writer(handle) as writer:
+            for at in range(6):
+                writer.write(b"%d" % at, mode=short if at in (1, 3, 4) else StreamMode.durable())
+            await writer.flush()
+        await backend.complete(handle)
+        async with client_of(backend, visibility=TailVisibility.EXCLUDE_BEST_EFFORT) as client:
+            answer = await client.get(f"/{eid}")
+            data, controls = read(
+                await client.get(f"/{eid}", params={"offset": "-1", "live": "sse"})
+            )
+    assert answer.content == data.encode() == b"025"
+    assert controls[-1]["streamNextOffset"] == answer.headers["stream-next-offset"]
+
+
+# -- while the stream grows: over a real connection ------------------------------------------------------------------
+
+
+@pytest.fixture
+def served_live(site, lane):
+    """`served_live(**options)`: a site, a function that calls its backend, the URL of a stream, and its handle."""
+
+    def serve(frames=(), **options):
+        def routes(backend):
+            async def stream(request):
+                eid = request.path_params["eid"]
+                return await durable_streams.read_response(backend, eid, request, **options)
+
+            return [Route("/{eid:path}", stream)]
+
+        where = site(routes)
+        eid, handle = where.call(stream_of(where.backend, lane, frames, end=False))
+        return where, f"{where.url}/{keys.url_id(eid)}", handle
+
+    return serve
+
+
+def after(where, seconds, coroutine):
+    """Let *coroutine* run on the site in a moment."""
+
+    async def later():
+        await asyncio.sleep(seconds)
+        await coroutine
+
+    return asyncio.run_coroutine_threadsafe(later(), where.loop)
+
+
+def test_a_long_poll_waits_for_a_frame(served_live):
+    where, url, handle = served_live([b"a"])
+    with httpx.Client() as client:
+        offset = client.get(url, params={"offset": "now"}).headers["stream-next-offset"]
+        for text in (b"b", b"c"):
+            after(where, 0.05, write(where.backend, handle, text))
+            answer = client.get(url, params={"offset": offset, "live": "long-poll"})
+            assert (answer.status_code, answer.content) == (200, text)
+            assert answer.headers["stream-up-to-date"] == "true"
+            assert answer.headers["etag"]
+            offset = answer.headers["stream-next-offset"]
+        after(where, 0.05, where.backend.complete(handle))
+        answer = client.get(url, params={"offset": offset, "live": "long-poll"})
+        assert (answer.status_code, answer.headers["stream-closed"]) == (204, "true")
+        again = client.get(url, params={"offset": offset, "live": "long-poll"})
+        assert (again.status_code, again.headers["stream-closed"]) == (204, "true")
+
+
+def test_a_long_poll_waits_for_the_rest_of_a_character(served_live):
+    where, url, handle = served_live([b"\xe2"])
+    with httpx.Client() as client:
+        after(where, 0.05, write(where.backend, handle, b"\x82", b"\xac"))
+        answer = client.get(url, params={"offset": "-1", "live": "long-poll"})
+    assert answer.text == "€"
+
+
+def test_a_long_poll_ends_in_time(served_live):
+    _, url, _ = served_live([b"a"], long_poll=0.05)
+    with httpx.Client() as client:
+        offset = client.get(url).headers["stream-next-offset"]
+        answer = client.get(url, params={"offset": offset, "live": "long-poll"})
+    assert answer.status_code == 204
+    assert answer.headers["stream-next-offset"] == offset
+    assert answer.headers["stream-up-to-date"] == "true"
+    assert answer.headers["stream-cursor"].isdigit()
+    assert "stream-closed" not in answer.headers
+
+
+def test_a_new_attempt_ends_a_live_reader_that_has_read_the_one_before(served_live, lane):
+    where, url, handle = served_live([b"old"])
+    with httpx.Client() as client:
+        with client.stream("GET", url, params={"offset": "-1", "live": "sse"}) as answer:
+            chunks = answer.iter_bytes()
+            raw = next(chunks)
+            where.call(fail_and_claim_again(where.backend, handle, lane, b"new"))
+            raw += b"".join(chunks)
+        assert b"old" in raw
+        assert b"new" not in raw
+        assert b"streamClosed" not in raw
+        offset = EventSource().parse(raw)[-1].json["streamNextOffset"]
+        for live in ("sse", "long-poll"):
+            assert client.get(url, params={"offset": offset, "live": live}).status_code == 410
+
+
+def test_a_new_attempt_goes_on_for_a_reader_that_has_read_nothing(served_live, lane):
+    where, url, handle = served_live()
+    after(where, 0.05, fail_and_claim_again(where.backend, handle, lane, b"new"))
+    with httpx.Client() as client:
+        answer = client.get(url, params={"offset": "-1", "live": "long-poll"})
+    assert answer.content == b"new"
+
+
+def test_server_sent_events_hold_whole_characters_and_offsets_resume(served_live):
+    text = "Zeit für 🎈 und ❤️: 日本語\n leer".encode() * 3
+    where, url, handle = served_live()
+
+    async def produce():
+        async with where.backend.open_writer(handle) as writer:
+            for at in range(0, len(text), 2):
+                writer.write(text[at : at + 2])
+                await writer.flush()
+        await where.backend.complete(handle)
+
+    after(where, 0.02, produce())
+    with httpx.Client() as client:
+        found = events(client.get(url, params={"offset": "-1", "live": "sse"}))
+        assert "".join(each for each in found if isinstance(each, str)) == text.decode()
+        assert found[-1]["streamClosed"]
+        read = ""
+        for each in found:
+            if isinstance(each, str):
+                read += each
+                continue
+            rest = client.get(url, params={"offset": each["streamNextOffset"]})
+            assert (read + rest.text) == text.decode()
+
+
+def test_a_response_of_events_ends_after_a_while_and_goes_on(served_live):
+    where, url, handle = served_live([b"a"], sse_lasts=0.1)
+    with httpx.Client() as client:
+        data, control = events(client.get(url, params={"offset": "-1", "live": "sse"}))
+        assert (data, control["upToDate"]) == ("a", True)
+        after(where, 0.02, write(where.backend, handle, b"b"))
+        rest = events(
+            client.get(url, params={"offset": control["streamNextOffset"], "live": "sse"})
+        )
+    assert rest[0]["upToDate"]
+    assert rest[1] == "b"
+
+
+def test_a_shutdown_does_not_wait_for_readers(served_live):
+    where, url, _ = served_live([b"a"])
+    with (
+        httpx.Client() as client,
+        client.stream("GET", url, params={"offset": "now", "live": "sse"}) as answer,
+    ):
+        chunks = answer.iter_bytes()
+        assert b"upToDate" in next(chunks)
+        where.loop.call_soon_threadsafe(web.end_responses)
+        assert b"".join(chunks) == b""
+
+
+@pytest.mark.parametrize(
+    "options", [{"content_type": ""}, {"content_type": "a\r\nb"}, {"long_poll": 0}]
+)
 async def test_what_an_app_may_not_ask_for(backend_of, lane, options):
     async with served(backend_of, lane, [b"a"], **options) as (client, url, *_):
         with pytest.raises(InvalidInput):
@@ -257,29 +488,52 @@ async def test_server_sent_events_of_an_ended_stream(backend_of, lane):
     live = {"offset": "-1", "live": "sse"}
     async with served(backend_of, lane, [b"a\nb", b"c\r\n", b"d"]) as (client, url, *_):
         answer = await client.get(url, params=live)
-        data, control = events(answer)
+        data, controls = read(answer)
         assert data == "a\nbc\nd"
+        control = controls[-1]
         assert control.keys() == {"streamNextOffset", "streamClosed", "upToDate"}
-        (last,) = events(await client.get(url, params={**live, "offset": control["streamNextOffset"]}))
+        (last,) = events(
+            await client.get(url, params={**live, "offset": control["streamNextOffset"]})
+        )
         assert last == control
     assert "stream-sse-data-encoding" not in answer.headers
     assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
-    async with served(backend_of, lane, [b"1", b'"2"'], content_type="application/json") as (client, url, *_):
-        assert json.loads(events(await client.get(url, params=live))[0]) == [1, "2"]
-    async with served(backend_of, lane, [b"\0\xff", b"1"], content_type="image/png") as (client, url, *_):
+    async with served(backend_of, lane, [b"1", b'"2"'], content_type="application/json") as (
+        client,
+        url,
+        *_,
+    ):
+        arrays = [
+            each for each in events(await client.get(url, params=live)) if isinstance(each, str)
+        ]
+        assert [item for each in arrays for item in json.loads(each)] == [1, "2"]
+    async with served(backend_of, lane, [b"\0\xff", b"1"], content_type="image/png") as (
+        client,
+        url,
+        *_,
+    ):
         answer = await client.get(url, params=live)
         assert answer.headers["stream-sse-data-encoding"] == "base64"
-        assert base64.b64decode(events(answer)[0]) == b"\0\xff1"
+        assert (
+            b"".join(
+                map(base64.b64decode, filter(lambda each: isinstance(each, str), events(answer)))
+            )
+            == b"\0\xff1"
+        )
 
 
 async def test_a_cursor_moves_on(backend_of, lane):
     async with served(backend_of, lane, [b"a"]) as (client, url, *_):
         cursors = [None]
         for _ in range(5):
-            params = {"offset": "-1", "live": "long-poll"} | ({"cursor": cursors[-1]} if cursors[-1] else {})
+            params = {"offset": "-1", "live": "long-poll"} | (
+                {"cursor": cursors[-1]} if cursors[-1] else {}
+            )
             cursors.append((await client.get(url, params=params)).headers["stream-cursor"])
         values = [int(each) for each in cursors[1:]]
         assert values == sorted(set(values))
         for odd in ("", "x", "-1", "1", "9" * 400, "١"):
-            answer = await client.get(url, params={"offset": "-1", "live": "long-poll", "cursor": odd})
+            answer = await client.get(
+                url, params={"offset": "-1", "live": "long-poll", "cursor": odd}
+            )
             assert abs(int(answer.headers["stream-cursor"]) - values[0]) <= 1
