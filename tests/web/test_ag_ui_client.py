@@ -9,7 +9,7 @@ from starlette.routing import Route
 
 from ff_fast import web
 from ff_fast.web import ag_ui
-from tests.web.nodes import Client
+from tests.web.node import Client
 from tests.web.test_ag_ui import EVENTS, MESSAGES, STARTED, USER
 from tests.web.test_ai_sdk_client import TEXT, agent, opened, worker  # noqa: F401 - fixtures
 
@@ -42,7 +42,7 @@ def test_who_joins_a_run_has_its_messages(runs, opened, count, asked):  # noqa: 
     for event in events[:count]:
         log.write(event)
     stream.flush()
-    with Client("ag_ui.mjs", runs.url, json.dumps([USER])) as client:
+    with Client("ag_ui_agent.mjs", runs.url, json.dumps([USER])) as client:
         first = client.next()
         for event in events[count:]:
             log.write(event)
@@ -81,9 +81,9 @@ def test_what_pydantic_ai_encodes_in_the_worker_is_joined(site, lane, agent):  #
         return [Route("/", run, methods=["POST"])]
 
     here = site(routes)
-    with Client("ag_ui.mjs", here.url, json.dumps([USER])) as runner:
+    with Client("ag_ui_agent.mjs", here.url, json.dumps([USER])) as runner:
         assert agent.paused.wait(30)
-        with Client("ag_ui.mjs", here.url, json.dumps([USER])) as joiner:
+        with Client("ag_ui_agent.mjs", here.url, json.dumps([USER])) as joiner:
             joiner.until(lambda line: line.get("event", {}).get("type") == "MESSAGES_SNAPSHOT")
             agent.go.set()
             ran, joined = runner.rest()[-1], joiner.rest()[-1]

@@ -12,7 +12,7 @@ from starlette.routing import Route
 import ff_fast
 from ff_fast import FailureClass, web
 from ff_fast.web import ai_sdk
-from tests.web.nodes import Client
+from tests.web.node import Client
 
 pytestmark = [pytest.mark.web, pytest.mark.timeout(120)]
 
@@ -94,7 +94,7 @@ def test_a_transport_sends_and_reads(chats, opened):
     stream, chunks = opened("chat")
     head(chunks)
     deltas(stream, chunks, PIECES[:40])
-    with Client("ai_sdk.mjs", "send", f"{chats.url}/api/chat", "chat") as client:
+    with Client("ai_sdk_client.mjs", "send", f"{chats.url}/api/chat", "chat") as client:
         client.until(lambda line: text_in(line["message"]))
         for piece in PIECES[40:]:
             deltas(stream, chunks, [piece])
@@ -110,7 +110,7 @@ def test_a_transport_reconnects_in_the_middle(chats, opened, count):
     stream, chunks = opened("chat")
     head(chunks)
     deltas(stream, chunks, PIECES[:count])
-    with Client("ai_sdk.mjs", "resume", f"{chats.url}/api/chat", "chat") as client:
+    with Client("ai_sdk_client.mjs", "resume", f"{chats.url}/api/chat", "chat") as client:
         client.until(lambda line: line["message"]["parts"])
         for piece in PIECES[count:]:
             deltas(stream, chunks, [piece])
@@ -125,7 +125,7 @@ def test_a_replay_of_a_long_answer_has_one_delta(chats, opened):
     stream, chunks = opened("chat")
     head(chunks)
     deltas(stream, chunks, [f"{i} " for i in range(2_000)])
-    with Client("ai_sdk.mjs", "resume", f"{chats.url}/api/chat", "chat") as client:
+    with Client("ai_sdk_client.mjs", "resume", f"{chats.url}/api/chat", "chat") as client:
         client.until(lambda line: text_in(line["message"]))
         tail(stream, chunks)
         end = client.rest()[-1]
@@ -139,7 +139,7 @@ def test_nothing_to_resume(chats, opened):
     head(chunks)
     tail(stream, chunks)
     for chat in ("none", "ended"):
-        with Client("ai_sdk.mjs", "resume", f"{chats.url}/api/chat", chat) as client:
+        with Client("ai_sdk_client.mjs", "resume", f"{chats.url}/api/chat", chat) as client:
             assert client.rest() == [{"nothing": True}]
 
 
@@ -147,7 +147,7 @@ def test_a_new_attempt_replaces_the_text(chats, opened, worker, lane):
     stream, chunks = opened("chat")
     head(chunks)
     deltas(stream, chunks, ["wrong"])
-    with Client("ai_sdk.mjs", "resume", f"{chats.url}/api/chat", "chat") as client:
+    with Client("ai_sdk_client.mjs", "resume", f"{chats.url}/api/chat", "chat") as client:
         client.until(lambda line: text_in(line["message"]) == "wrong")
         # As a producer that is lost: its lease is given back, and the next who opens the name goes on.
         worker.fail(stream.handle, "lost", FailureClass.INFRA_CRASH)
@@ -167,7 +167,7 @@ def test_a_stopped_answer_is_aborted(chats, opened, worker, lane):
     stream, chunks = opened("chat")
     head(chunks)
     deltas(stream, chunks, ["half"])
-    with Client("ai_sdk.mjs", "resume", f"{chats.url}/api/chat", "chat") as client:
+    with Client("ai_sdk_client.mjs", "resume", f"{chats.url}/api/chat", "chat") as client:
         client.until(lambda line: text_in(line["message"]) == "half")
         worker.cancel(stream.execution_id, reason="enough")
         assert client.rest()[-1]["kinds"][-1] == "abort"
@@ -177,7 +177,7 @@ def test_an_answer_that_fails_is_an_error(chats, opened):
     stream, chunks = opened("chat")
     head(chunks)
     deltas(stream, chunks, ["half"])
-    with Client("ai_sdk.mjs", "resume", f"{chats.url}/api/chat", "chat") as client:
+    with Client("ai_sdk_client.mjs", "resume", f"{chats.url}/api/chat", "chat") as client:
         client.until(lambda line: text_in(line["message"]) == "half")
         stream.fail("no luck")
         assert client.rest()[-1]["error"] == "no luck"
@@ -193,7 +193,7 @@ def test_a_page_with_use_chat_resumes(chats, opened, count):
     if count:
         part = {"type": "text", "text": TEXT[:30]}
         known.append({"id": "m1", "role": "assistant", "parts": [{"type": "step-start"}, part]})
-    with Client("use_chat.mjs", f"{chats.url}/api/chat", "chat", json.dumps(known)) as client:
+    with Client("use_chat_page.mjs", f"{chats.url}/api/chat", "chat", json.dumps(known)) as client:
         if count:
             client.until(lambda line: text_in(line["messages"][-1]) == "".join(PIECES[:count]))
         else:
@@ -270,12 +270,12 @@ def test_what_pydantic_ai_encodes_in_the_worker_is_resumed(site, lane, agent):
 
     here = site(routes)
     api = f"{here.url}/api/chat"
-    with Client("ai_sdk.mjs", "send", api, "chat") as sender:
+    with Client("ai_sdk_client.mjs", "send", api, "chat") as sender:
         assert agent.paused.wait(30)
         # One goes away and comes again in the middle, and another page joins.
         with (
-            Client("ai_sdk.mjs", "resume", api, "chat") as joiner,
-            Client("use_chat.mjs", api, "chat", json.dumps([USER])) as page,
+            Client("ai_sdk_client.mjs", "resume", api, "chat") as joiner,
+            Client("use_chat_page.mjs", api, "chat", json.dumps([USER])) as page,
         ):
             joiner.until(lambda line: text_in(line["message"]))
             page.until(lambda line: text_in(line["messages"][-1]))

@@ -1,5 +1,5 @@
 // A page with useChat({ resume: true }): prints its messages and its status whenever they change, one state a line.
-//   node use_chat.mjs API CHAT MESSAGES
+//   node use_chat_page.mjs API CHAT MESSAGES
 import { JSDOM } from 'jsdom';
 
 const [, , api, id, messages] = process.argv;

@@ -1,4 +1,4 @@
-"""Clients that run in Node, with the packages that `make test-web` has installed."""
+"""Node, and the packages that `make test-web` installs for it."""
 
 import json
 import queue
@@ -7,18 +7,25 @@ import subprocess
 import threading
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
-INSTALLED = ROOT / "build" / "web" / "node"
+NODE_DIR = Path(__file__).parent.parent.parent / "build/web/node"
+
+
+def program(name):
+    """The path of a program that an installed package brings."""
+    return str(NODE_DIR / "node_modules/.bin" / name)
+
+
+def put(name):
+    """Copy a script of this directory to where it finds the packages; return its path there."""
+    return Path(shutil.copy(Path(__file__).parent / name, NODE_DIR / name))
 
 
 class Client:
-    """A script of tests/web/node: each line that it prints is JSON."""
+    """A script of this directory that runs: each line that it prints is JSON."""
 
     def __init__(self, script, *arguments):
-        # Node looks for packages beside the script.
-        path = shutil.copy(Path(__file__).parent / "node" / script, INSTALLED / script)
         self._process = subprocess.Popen(
-            ["node", path, *arguments],
+            ["node", put(script), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

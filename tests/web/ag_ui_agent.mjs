@@ -1,5 +1,5 @@
 // An agent of AG-UI: runs, or joins what runs, and prints each event, then its messages and its state.
-//   node ag_ui.mjs URL MESSAGES
+//   node ag_ui_agent.mjs URL MESSAGES
 import { HttpAgent } from '@ag-ui/client';
 
 const [, , url, messages] = process.argv;

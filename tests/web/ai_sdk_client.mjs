@@ -1,5 +1,5 @@
 // A client of the AI SDK: prints each state of the message that it is reading, one a line.
-//   node ai_sdk.mjs send|resume API CHAT
+//   node ai_sdk_client.mjs send|resume API CHAT
 import { DefaultChatTransport, readUIMessageStream } from 'ai';
 
 const [, , what, api, chatId] = process.argv;
