@@ -348,8 +348,9 @@ async def test_a_hole_between_frames_that_are_kept_is_passed_over_from_every_off
                 writer.write(frame, mode=live if at in gone else StreamMode.durable())
             await writer.flush()
         raw.delete(keys.live(eid, 0))
+        await backend.complete(handle)
         left = b"".join(each for at, each in enumerate(frames) if at not in gone)
-        async with client_of(backend, sse_lasts=0.3) as client:
+        async with client_of(backend) as client:
             offsets, found = ["-1"], b""
             while True:
                 answer = await client.get(f"/{eid}", params={"offset": offsets[-1]})
