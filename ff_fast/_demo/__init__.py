@@ -4,4 +4,5 @@
 - ``check``: the frames that the reader must get, and the comparison.
 - ``view``: figures while it runs, and the outcome.
 - ``run``: the three processes.
+- ``chat``: ``ff-fast demo --web``, a chat in a browser.
 """

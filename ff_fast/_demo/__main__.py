@@ -1,4 +1,4 @@
-"""The entry of the demo's worker and reader: ``python -m ff_fast._demo ROLE DESCRIPTOR``."""
+"""The entry of the demo's processes: ``python -m ff_fast._demo ROLE DESCRIPTOR``."""
 
 import sys
 

@@ -54,8 +54,8 @@ def run(url: str, plan: Plan, view: View) -> list[str]:
     with (
         ValkeyBackend.connect(url) as backend,
         # Both processes load at the same time.
-        _Child("reader") as reader,
-        _Child("worker", url, plan) as worker,
+        Child("reader") as reader,
+        Child("worker", url, plan) as worker,
         view,
     ):
         progress.execution_id = str(worker.receive())
@@ -71,7 +71,7 @@ def run(url: str, plan: Plan, view: View) -> list[str]:
     return [check.difference for check in checks if check.difference]
 
 
-def _follow(worker: _Child, reader: _Child, progress: Progress, view: View) -> Transcript:
+def _follow(worker: Child, reader: Child, progress: Progress, view: View) -> Transcript:
     """Take reports until both processes have finished; return the reader's transcript."""
     children = {child.pipe: child for child in (worker, reader)}
     got: Transcript | None = None
@@ -246,7 +246,7 @@ class DemoError(FFError):
 
 
 def child(role: str, descriptor: str) -> None:
-    """Be the worker or the reader; the task comes through the pipe *descriptor*."""
+    """Be the worker, the reader, or the worker of the chat; the task comes through the pipe *descriptor*."""
     pipe: Connection[Any, Any] = Connection(int(descriptor))
     try:
         task = pipe.recv()
@@ -256,6 +256,10 @@ def child(role: str, descriptor: str) -> None:
                 loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())
             ) as runner:
                 runner.run(_work(pipe, *task))
+        elif role == "chat":
+            from ff_fast._demo import chat  # noqa: PLC0415 - it needs packages that the others do not
+
+            asyncio.run(chat.work(pipe, *task))
         else:
             threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
             _read(pipe, *task)
@@ -274,8 +278,8 @@ def _end_with_parent(pipe: Connection[Any, Any]) -> None:
     os._exit(1)
 
 
-class _Child:
-    """A process of the demo and the pipe to it.
+class Child:
+    """A process of a demo and the pipe to it.
 
     It has a session of its own: a Ctrl-C reaches only the parent, which then ends the child.
     The task goes through the pipe, because a URL may hold a password and command lines are public.
@@ -328,6 +332,12 @@ class _Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def kill(self) -> None:
+        """End the process as a crash of the machine would."""
+        self._process.kill()
+        self._process.wait()
+        self.pipe.close()
 
     def __enter__(self) -> Self:
         return self
