@@ -8,6 +8,7 @@ EXTRAS := embedded,cli,test,lint
 BUILT := $(VENV)/.built
 BENCH_BUILT := $(VENV)/.built-bench
 SANITIZE := build/sanitize
+WEB := build/web
 
 # Python and Lua files are read where they are; only these need a build after a change.
 COMPILED := $(shell find ff_fast -name '*.pyx' -o -name '*.pxd')
@@ -18,7 +19,7 @@ COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 PARALLEL := -n 4 --dist worksteal
 
-.PHONY: build demo test test-cluster unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
+.PHONY: build demo demo-web test test-cluster test-web unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
 
 help: ## List the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -32,14 +33,31 @@ $(BUILT): setup.py pyproject.toml $(COMPILED)
 demo: build ## Stream a text through an embedded server: make demo RATE=1000 ARGS=...
 	$(BIN)/ff-fast demo $(if $(RATE),--rate $(RATE)) $(ARGS)
 
+demo-web: build ## Serve a chat in a browser, with a worker to kill: make demo-web ARGS="--port 9000"
+	$(BIN)/ff-fast demo --web $(ARGS)
+
 # pytest-benchmark, when make bench has installed it, warns about worker processes.
-QUICK := -m "not packaging and not long"
+QUICK := -m "not packaging and not long and not web"
 test: build ## Run the whole suite but packaging and long tests: make test ARGS="tests/unit -k keys"
 	$(PYTEST) $(PARALLEL) $(QUICK) $(ARGS)
 
 test-cluster: build ## Run the tests that share a server against a cluster in its place, then every long test
 	FF_FAST_TEST_CLUSTER=1 $(PYTEST) $(PARALLEL) $(QUICK) tests/server tests/faults $(ARGS)
 	$(PYTEST) $(PARALLEL) -m long $(ARGS)
+
+test-web: $(WEB)/.built ## Run the tests with other people's web packages, and in Chromium, which must be installed
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		{ echo "Chromium and its driver are not installed (Debian: apt install chromium chromium-driver)" >&2; exit 1; }
+	$(WEB)/venv/bin/python -m pytest -p no:benchmark -m web tests/web $(ARGS)
+
+# Its packages are exact, and apart from those of .venv, which it falls back to.
+$(WEB)/.built: $(BUILT) tests/web/requirements.txt
+	test -x $(WEB)/venv/bin/python || $(PYTHON) -m venv $(WEB)/venv
+	$(WEB)/venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/web/requirements.txt
+	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+		echo "import site; site.addsitedir('$$site')" > \
+		"$$($(WEB)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/of_the_project.pth"
+	touch $@
 
 unit: build ## Run the tests that need no server, in seconds
 	$(PYTEST) $(PARALLEL) tests/unit $(ARGS)
