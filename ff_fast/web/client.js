@@ -13,6 +13,8 @@
 const JSON_EVENTS = new Set(["snapshot", "attempt", "gap", "end"]);
 const FIRST_RETRY_MS = 200;
 const LONGEST_RETRY_MS = 10_000;
+/** How long the head of a response may take at first. A browser may send a request on a connection that has died. */
+const FIRST_ANSWER_MS = 4_000;
 
 /** The server refused for good: it does not know the stream, or this client may not read it. */
 export class Refused extends Error {
@@ -70,6 +72,7 @@ export class Stream {
   /** The connection is to be replaced, and at once. */
   #again = false;
   #hurry = false;
+  #failures = 0;
   /** The connection began without an id: what it brings replaces the text. */
   #whole = false;
   #events = 0;
@@ -160,7 +163,6 @@ export class Stream {
   }
 
   async #run() {
-    let failures = 0;
     let refusals = 0;
     while (!this.#over) {
       const events = this.#events;
@@ -183,9 +185,9 @@ export class Stream {
         this.#connection?.abort();
         this.#connection = null;
       }
-      failures = this.#events > events ? 0 : failures + 1;
-      if (!this.#over && !(this.#hurry && failures < 2)) {
-        await this.#pause(Math.max(waitMs, this.#backoff(failures)));
+      this.#failures = this.#events > events ? 0 : this.#failures + 1;
+      if (!this.#over && !(this.#hurry && this.#failures < 2)) {
+        await this.#pause(Math.max(waitMs, this.#backoff()));
       }
     }
   }
@@ -254,8 +256,9 @@ export class Stream {
     return [401, 403].includes(refused.status) && typeof this.#options.headers === "function";
   }
 
-  #backoff(failures) {
-    const most = Math.max(this.#retryMs, Math.min(FIRST_RETRY_MS * 2 ** failures, LONGEST_RETRY_MS));
+  #backoff() {
+    const grown = Math.min(FIRST_RETRY_MS * 2 ** this.#failures, LONGEST_RETRY_MS);
+    const most = Math.max(this.#retryMs, grown);
     return most * (0.5 + Math.random() / 2);
   }
 
@@ -304,6 +307,9 @@ export class Stream {
   };
 
   #look(silence = this.#options.silence) {
+    if (this.#state === "connecting") {
+      silence = Math.min(silence, FIRST_ANSWER_MS * 2 ** this.#failures);
+    }
     if (this.#connection !== null && Date.now() - this.#heardAt > silence) {
       this.#reconnect();
     }

@@ -215,9 +215,12 @@ class Answer:
         return self.raw.decode("utf-8", "ignore")
 
     def write(self, count=None):
-        """Send the next *count* tokens, or all that are left."""
+        """Send the next *count* tokens, or all that are left.
+
+        Best-effort tokens go on to the end of a character, and are in the summary then: they do not stay.
+        """
         until = len(self.tokens) if count is None else self._sent + count
-        while self._sent < until:
+        while self._sent < until or (self._window_ms is not None and not self._fold(1)):
             token = self.tokens[self._sent]
             self._sent += 1
             if self._window_ms is None:
@@ -226,16 +229,19 @@ class Answer:
                 self._writer.write(
                     token, "token", mode=StreamMode.best_effort_live(self._window_ms)
                 )
-                self._fold()
+                self._fold(60)
         self._writer.flush()
 
-    def _fold(self):
+    def _fold(self, size):
+        """Append at least *size* bytes to the summary; return whether it has everything."""
         new = self.raw[len(self._folded) :]
-        if len(new) > 60 and whole(new):
+        if len(new) >= size and whole(new):
             self._folded += new
             self._writer.write(
                 new, "patch", mode=StreamMode.durable_summary(PatchKind.STRING_APPEND("/text"))
             )
+            return True
+        return not new
 
     def finish(self):
         self.write()

@@ -128,7 +128,8 @@ def test_offline_for_five_seconds(pages, backend, lane, requests, how):
         time.sleep(0.1)
     assert page.text == seen
     page.network(on=True)
-    page.wait_for_text(answer.text, deadline_s=3)
+    # The first request may go over a connection that has died.
+    page.wait_for_text(answer.text, deadline_s=10)
     answer.finish()
     ended(page, answer)
     assert None not in requests[1:]
@@ -155,9 +156,9 @@ def test_a_second_tab_joins_in_the_middle(pages, backend, lane, kind):
         ended(page, answer)
 
 
-def test_a_laptop_that_sleeps_past_the_window(pages, backend, lane, requests, raw):
+def test_a_laptop_that_sleeps_past_the_window(pages, backend, lane, requests):
     page = pages(FRAMINGS["summarized"][1])
-    # The smallest window has 64 frames, and each of them is gone after a second.
+    # The window holds half a second, or 64 frames.
     answer = browser.Answer(backend, lane, window_ms=500)
     page.open(answer.execution_id)
     page.wait("window.stream && stream.attempt === 0")
@@ -172,6 +173,10 @@ def test_a_laptop_that_sleeps_past_the_window(pages, backend, lane, requests, ra
         time.sleep(0.15)
     page.network(on=True)
     page.protocol("Page.setWebLifecycleState", state="active")
+    # A page that was frozen is hidden, and paints nothing until somebody looks at it.
+    tab = page.driver.current_window_handle
+    page.new_tab()
+    page.driver.switch_to.window(tab)
     page.wait_for_text(answer.text)
     for _ in range(4):
         answer.write(50)
