@@ -6,9 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := embedded,cli,test,lint
 BUILT := $(VENV)/.built
+WEB := build/web
+WEB_BUILT := $(WEB)/.built
 BENCH_BUILT := $(VENV)/.built-bench
 SANITIZE := build/sanitize
-WEB := build/web
 
 # Python and Lua files are read where they are; only these need a build after a change.
 COMPILED := $(shell find ff_fast -name '*.pyx' -o -name '*.pxd')
@@ -43,20 +44,19 @@ test: build ## Run the whole suite but packaging and long tests: make test ARGS=
 
 test-cluster: build ## Run the tests that share a server against a cluster in its place, then every long test
 	FF_FAST_TEST_CLUSTER=1 $(PYTEST) $(PARALLEL) $(QUICK) tests/server tests/faults $(ARGS)
-	$(PYTEST) $(PARALLEL) -m long $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "long and not web" $(ARGS)
 
-test-web: $(WEB)/.built ## Run the tests with other people's web packages, and in Chromium, which must be installed
+# Its packages come before those of .venv, which it sees as well.
+test-web: $(WEB_BUILT) ## Run the web tests with other people's packages, and Chromium: make test-web ARGS="-k a2a"
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
-		{ echo "Chromium and its driver are not installed (Debian: apt install chromium chromium-driver)" >&2; exit 1; }
-	$(WEB)/venv/bin/python -m pytest -p no:benchmark -m web tests/web $(ARGS)
+		{ echo "Chromium and its driver are not installed (Debian: apt install chromium chromium-driver)." >&2; exit 1; }
+	$(WEB)/venv/bin/python -m pytest -p no:benchmark -n 2 --dist worksteal tests/web $(ARGS)
 
-# Its packages are exact, and apart from those of .venv, which it falls back to.
-$(WEB)/.built: $(BUILT) tests/web/requirements.txt
-	test -x $(WEB)/venv/bin/python || $(PYTHON) -m venv $(WEB)/venv
-	$(WEB)/venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/web/requirements.txt
-	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
-		echo "import site; site.addsitedir('$$site')" > \
-		"$$($(WEB)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/of_the_project.pth"
+$(WEB_BUILT): $(BUILT) tests/web/requirements.txt
+	test -x $(WEB)/venv/bin/python || $(BIN)/python -m venv $(WEB)/venv
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(WEB)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ff_fast_venv.pth
+	$(WEB)/venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/web/requirements.txt
 	touch $@
 
 unit: build ## Run the tests that need no server, in seconds
