@@ -1,5 +1,6 @@
 """Headless Chromium, a page that follows a stream, and a worker whose words are known."""
 
+import contextlib
 import json
 import random
 import re
@@ -44,6 +45,20 @@ def start():
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     return webdriver.Chrome(options, webdriver.ChromeService(found["chromedriver"]))
+
+
+@contextlib.contextmanager
+def closed_tabs(driver):
+    """Close the tabs that are opened meanwhile, and with them their connections."""
+    first = driver.current_window_handle
+    try:
+        yield
+    finally:
+        for tab in driver.window_handles:
+            if tab != first:
+                driver.switch_to.window(tab)
+                driver.close()
+        driver.switch_to.window(first)
 
 
 # -- the page --------------------------------------------------------------------------------------

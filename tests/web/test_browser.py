@@ -22,13 +22,6 @@ FRAMINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def driver():
-    driver = browser.start()
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture
 def backend(server):
     with ff_fast.ValkeyBackend.connect(server.url) as backend:
@@ -43,8 +36,8 @@ def requests():
 @pytest.fixture
 def pages(driver, site, requests):
     """`pages(framing)`: a site behind a proxy, as `pages.proxy`, and the browser, in a tab of its own."""
-    first = driver.current_window_handle
     with contextlib.ExitStack() as stack:
+        stack.enter_context(browser.closed_tabs(driver))
 
         def make(framing, **options):
             served = site(browser.routes(requests, framing=framing, **options))
@@ -55,11 +48,6 @@ def pages(driver, site, requests):
             return made
 
         yield make
-        for tab in driver.window_handles:
-            if tab != first:
-                driver.switch_to.window(tab)
-                driver.close()
-        driver.switch_to.window(first)
 
 
 def ended(page, answer):
