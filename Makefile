@@ -20,7 +20,7 @@ COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 PARALLEL := -n 4 --dist worksteal
 
-.PHONY: build demo demo-web test test-cluster test-web unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
+.PHONY: build demo demo-web test test-cluster test-web pictures unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
 
 help: ## List the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -51,6 +51,10 @@ test-web: $(WEB_BUILT) ## Run the web tests with other people's packages, and Ch
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 		{ echo "Chromium and its driver are not installed (Debian: apt install chromium chromium-driver)." >&2; exit 1; }
 	$(WEB)/venv/bin/python -m pytest -p no:benchmark -n 2 --dist worksteal tests/web $(ARGS)
+
+pictures: $(WEB_BUILT) ## Take the pictures of the chat that are in docs/images
+	mkdir -p docs/images
+	FF_FAST_SCREENSHOTS=docs/images $(WEB)/venv/bin/python -m pytest -p no:benchmark tests/web/test_chat.py
 
 $(WEB_BUILT): $(BUILT) tests/web/requirements.txt
 	test -x $(WEB)/venv/bin/python || $(BIN)/python -m venv $(WEB)/venv

@@ -48,7 +48,9 @@ def add_demo(commands: Commands) -> None:
     )
     parser.add_argument("--plain", action="store_true", help="plain lines, also on a terminal")
     parser.add_argument("--url", metavar="URL", help="server to stream through")
-    parser.add_argument("--web", action="store_true", help="serve a chat in a browser, until Ctrl-C")
+    parser.add_argument(
+        "--web", action="store_true", help="serve a chat in a browser, until Ctrl-C"
+    )
     parser.add_argument(
         "--port",
         type=whole,

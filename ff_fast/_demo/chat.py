@@ -26,7 +26,13 @@ try:
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route
 
-    from ff_fast.web import EventFraming, StreamResponse, client_script, error_response, stop_response
+    from ff_fast.web import (
+        EventFraming,
+        StreamResponse,
+        client_script,
+        error_response,
+        stop_response,
+    )
 except ImportError as error:
     raise MissingDependency(
         "The chat needs Starlette and uvicorn; run: pip install 'ff_fast[web]' uvicorn"

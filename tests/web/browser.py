@@ -1,9 +1,9 @@
 """Headless Chromium, a page that follows a stream, and a worker whose words are known."""
 
 import contextlib
+import itertools
 import json
 import random
-import re
 import shutil
 import urllib.parse
 
@@ -148,7 +148,9 @@ class Pages:
 
     def wait_for_text(self, text, deadline_s=20.0):
         """Wait until the page has as many characters; then they are these."""
-        self.wait(f"document.getElementById('text').textContent.length >= {utf16(text)}", deadline_s)
+        self.wait(
+            f"document.getElementById('text').textContent.length >= {utf16(text)}", deadline_s
+        )
         assert self.text == text
 
     def protocol(self, method, **params):
@@ -274,9 +276,6 @@ def whole(raw):
 
 def split_in_characters(tokens):
     """How many tokens end in the middle of a character."""
-    raw = b""
-    count = 0
-    for token in tokens:
-        raw = (raw + token)[-8:]
-        count += not re.search(rb"(?:^|[\x80-\xbf])?$", raw) or not whole(raw.lstrip(bytes(range(0x80, 0xC0))))
-    return count
+    raw = b"".join(tokens)
+    ends = list(itertools.accumulate(map(len, tokens)))[:-1]
+    return sum(raw[end] & 0xC0 == 0x80 for end in ends)

@@ -109,7 +109,10 @@ def test_a_chat_survives_reloads_a_second_tab_and_a_killed_worker(driver, chat):
         driver.switch_to.window(tab)
         wait("document.getElementById('verdict').textContent")
         assert shown() == text
-        assert run("document.getElementById('verdict').textContent") == "✓ equal to what the worker sent"
+        assert (
+            run("document.getElementById('verdict').textContent")
+            == "✓ equal to what the worker sent"
+        )
         assert run("stream.complete")
     picture(driver, "chat-end")
 
