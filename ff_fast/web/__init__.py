@@ -10,7 +10,8 @@ A browser reads it with ``new EventSource("/streams/...")``, which comes again b
 every character once; :data:`CLIENT_JS`, which :func:`client_script` serves, also survives sleep and what the window has lost.
 :func:`events` and :func:`iter_events` are iterators of bytes for every other framework, and need no package.
 
-What goes over the wire is a :class:`Framing`: :class:`EventFraming` unless another one is passed.
+What goes over the wire is a :class:`Framing`: :class:`EventFraming` unless another one is passed. :mod:`ff_fast.web.ai_sdk` and
+:mod:`ff_fast.web.ag_ui` have those of front ends.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ff_fast.web.chunk_log import ChunkWriter
 from ff_fast.web.framing import DataFraming, EventFraming, Framing, Item, Passthrough, event
 from ff_fast.web.reading import BlockingChunks, Chunks, end_responses, events, iter_events
 from ff_fast.web.script import CLIENT_JS
@@ -37,6 +39,7 @@ _RESPONSES = ("StreamResponse", "client_script", "error_response", "stop_respons
 __all__ = [
     "CLIENT_JS",
     "BlockingChunks",
+    "ChunkWriter",
     "Chunks",
     "DataFraming",
     "EventFraming",
