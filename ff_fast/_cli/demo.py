@@ -82,12 +82,13 @@ def demo(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace, rate_hz: float, count: int) -> int:
-    from ff_fast._demo import chat  # noqa: PLC0415 - it needs packages of its own
+    # Packages of its own.
+    from ff_fast._demo import answers, chat  # noqa: PLC0415
 
     if arguments.port > 65_535:
         raise InvalidInput("--port is a number up to 65535.")
     with _server(arguments.url) as url:
-        chat.serve(url, arguments.port, chat.Answering(rate_hz, count))
+        chat.serve(url, arguments.port, answers.Answering(rate_hz, count))
     return DONE
 
 

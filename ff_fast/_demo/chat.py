@@ -1,23 +1,18 @@
-"""``ff-fast demo --web``: a chat in a browser. One process serves pages and streams, another one writes the answers.
-
-The worker can be killed. What it has written is in the summary of its attempt, with which its successor begins.
-"""
+"""``ff-fast demo --web``: a chat in a browser. One process serves pages and streams, another one writes the answers."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 from pathlib import Path
-from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import orjson
 
-from ff_fast import FFError, PatchKind, StreamMode, aio, keys
-from ff_fast._demo.plan import tokens
-from ff_fast._demo.run import Child, DemoError
+from ff_fast import FFError, aio, keys
+from ff_fast._demo.answers import LANE, Answering
+from ff_fast._demo.processes import Child, DemoError
 from ff_fast.errors import MissingDependency
 
 try:
@@ -40,83 +35,12 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from multiprocessing.connection import Connection
-    from typing import Any
 
     from starlette.requests import Request
 
-_LANE = "chat"
-_LEASE_MS = 2_000
 _RETENTION_S = 3_600.0
 _MAX_QUESTION = 2_000
 _PAGE = Path(__file__).with_name("chat.html")
-
-ANSWER = StreamMode.durable_summary(PatchKind.STRING_APPEND("/text"))
-QUESTION = StreamMode.durable_summary()
-
-
-class Answering(NamedTuple):
-    """How the worker answers: its rate, and the number of tokens."""
-
-    rate_hz: float
-    tokens: int
-
-
-# -- the worker ------------------------------------------------------------------------------------
-
-
-async def work(pipe: Connection[Any, Any], url: str, answering: Answering) -> None:
-    """Be the worker: answer questions until the other end of the pipe is closed."""
-    stop = asyncio.Event()
-
-    def on_message() -> None:
-        asyncio.get_running_loop().remove_reader(pipe.fileno())
-        stop.set()
-
-    asyncio.get_running_loop().add_reader(pipe.fileno(), on_message)
-    async with aio.ValkeyBackend.connect(url) as backend:
-
-        async def answer(task: aio.Task) -> bytes:
-            text = await _written_before(backend, task)
-            task.write(task.payload, "question", mode=QUESTION)
-            if text:
-                task.write(text)
-            sent = 0
-            due = monotonic()
-            for token in tokens(answering.tokens):
-                sent += len(token)
-                if sent <= len(text):
-                    continue
-                due += 1 / answering.rate_hz
-                await asyncio.sleep(due - monotonic())
-                task.write(token)
-                text += token
-            return text
-
-        await backend.run_worker(
-            answer,
-            lane=_LANE,
-            worker_id="ff-fast-chat",
-            worker_instance_id=f"ff-fast-chat-{os.getpid()}",
-            lease_ttl_ms=_LEASE_MS,
-            mode=ANSWER,
-            concurrency=100,
-            cancel_grace=0.0,
-            stop=stop,
-        )
-
-
-async def _written_before(backend: aio.ValkeyBackend, task: aio.Task) -> bytes:
-    """Return what workers that were lost have written of the answer."""
-    for attempt in range(task.attempt_index - 1, -1, -1):
-        summary = await backend.read_summary(task.execution_id, attempt)
-        if summary is not None:
-            text: str = orjson.loads(summary.document_json).get("text", "")
-            return text.encode()
-    return b""
-
-
-# -- the site --------------------------------------------------------------------------------------
 
 
 class Chat:
@@ -161,7 +85,7 @@ class Chat:
     async def _ask(self, request: Request) -> Response:
         question = (await request.body()).decode("utf-8", "replace")[:_MAX_QUESTION]
         eid = await self._backend.create_execution(
-            lane=_LANE, payload=orjson.dumps({"question": question}), retention=_RETENTION_S
+            lane=LANE, payload=orjson.dumps({"question": question}), retention=_RETENTION_S
         )
         return JSONResponse({"id": keys.url_id(eid)})
 
