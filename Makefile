@@ -56,11 +56,14 @@ pictures: $(WEB_BUILT) ## Take the pictures of the chat that are in docs/images
 	mkdir -p docs/images
 	FF_FAST_SCREENSHOTS=docs/images $(WEB)/venv/bin/python -m pytest -p no:benchmark tests/web/test_chat.py
 
-$(WEB_BUILT): $(BUILT) tests/web/requirements.txt
+$(WEB_BUILT): $(BUILT) tests/web/requirements.txt tests/web/package.json tests/web/package-lock.json
 	test -x $(WEB)/venv/bin/python || $(BIN)/python -m venv $(WEB)/venv
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> $$($(WEB)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ff_fast_venv.pth
 	$(WEB)/venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/web/requirements.txt
+	mkdir -p $(WEB)/node
+	cp tests/web/package.json tests/web/package-lock.json $(WEB)/node
+	cd $(WEB)/node && npm ci --silent --no-audit --no-fund
 	touch $@
 
 unit: build ## Run the tests that need no server, in seconds

@@ -246,7 +246,7 @@ class _Story:
         if kind in ("TEXT_MESSAGE_START", "REASONING_MESSAGE_START"):
             role = fields.get("role") or ("assistant" if kind[0] == "T" else "reasoning")
             self.starts[fields["messageId"]] = chunk
-            self._message(fields["messageId"], role)
+            self._message(fields["messageId"], role).setdefault("content", "")
         elif kind in ("TEXT_MESSAGE_CONTENT", "REASONING_MESSAGE_CONTENT"):
             part = chunk.part or fields["messageId"]
             message = self._message(part, "assistant" if kind[0] == "T" else "reasoning")
