@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,7 +123,8 @@ def serve(url: str, port: int, answering: Answering) -> None:
     try:
         listening = socket.create_server(("127.0.0.1", port))
     except OSError as error:
-        raise DemoError(f"Port {port} cannot be used: {error.strerror}. Try --port 0.") from error
+        reason = os.strerror(error.errno or 0)
+        raise DemoError(f"Port {port} cannot be used: {reason}. Try --port 0.") from error
     with listening:
         # uvicorn says so only in its log.
         print(f"Open http://127.0.0.1:{listening.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)  # noqa: T201

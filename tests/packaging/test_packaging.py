@@ -30,7 +30,7 @@ from pathlib import Path
 import redis
 
 import ff_fast
-from ff_fast import _library, data, keys
+from ff_fast import _library, data, keys, web
 from ff_fast.embedded import EmbeddedServer
 
 extensions = [importlib.import_module(name).__file__ for name in sys.argv[1:]]
@@ -50,6 +50,7 @@ print(json.dumps({
     "headers": sorted(_library.headers()),
     "typed": Path(ff_fast.__file__).with_name("py.typed").exists(),
     "text": len(data.text()),
+    "pages": [len(path.read_text("utf-8")) for path in (web.CLIENT_JS, Path(ff_fast.__file__).parent / "_demo" / "chat.html")],
 }))
 """
 
@@ -132,6 +133,7 @@ def assert_complete(found: dict) -> None:
     assert all(file.endswith(".so") for file in found["extensions"])
     assert found["typed"]
     assert found["text"] > 0
+    assert min(found["pages"]) > 0
 
 
 def files_of(wheel: Path) -> list[str]:

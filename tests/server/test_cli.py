@@ -4,6 +4,7 @@ import base64
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -154,6 +155,28 @@ def test_demo_on_a_server_that_is_not_there(run):
     code, out, err = run("demo", "--plain", "--url", "unix:///nowhere/valkey.sock")
     assert (code, out) == (1, b"")
     assert err.startswith("ff-fast: There is no socket at /nowhere/valkey.sock; ")
+
+
+def test_the_chat_names_a_port_that_is_taken(server, run):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, out, err = run("demo", "--web", "--port", str(port), "--url", server.url)
+    assert (code, out) == (1, b"")
+    assert err == f"ff-fast: Port {port} cannot be used: Address already in use. Try --port 0.\n"
+
+
+def test_the_chat_refuses_a_port_that_is_none(run):
+    code, _, err = run("demo", "--web", "--port", "65536", "--url", "unix:///unused")
+    assert (code, err) == (2, "ff-fast: --port is a number up to 65535.\n")
+
+
+def test_the_chat_says_what_it_needs(server, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "ff_fast._demo.chat", raising=False)
+    monkeypatch.delattr("ff_fast._demo.chat", raising=False)
+    code, _, err = run("demo", "--web", "--url", server.url)
+    assert code == 1
+    assert "pip install 'ff_fast[web]' uvicorn" in err
 
 
 def test_demo_exit_code_follows_the_comparison(run, monkeypatch):
