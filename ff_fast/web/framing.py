@@ -90,6 +90,11 @@ class Framing:
         """
         return cursor
 
+    @staticmethod
+    def error_body(code: str, message: str, status: int) -> object:  # noqa: ARG004 - for subclasses
+        """Return the JSON of the answer to a request that is refused."""
+        return {"error": {"code": code, "message": message}}
+
     def begin(self, cursor: str | None) -> bytes:  # noqa: ARG002 - for subclasses
         """Return what comes before the first items.
 
