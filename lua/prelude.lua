@@ -121,7 +121,8 @@ ff.TYPES = {
   meta = 'hash',
   eligible = 'zset', needs = 'set', leases = 'hash', timers = 'zset', completions = 'stream',
   waitpoint_secrets = 'hash', waitpoint_use = 'hash', flow = 'hash', flow_members = 'set', flow_open = 'zset',
-  lane_news = 'zset', task = 'hash', task_events = 'stream', task_order = 'zset', task_due = 'zset', task_facts = 'hash',
+  lane_news = 'zset', task = 'hash', task_events = 'stream', task_order = 'zset',
+  task_due = 'zset', task_facts = 'hash',
 }
 
 -- Refuses the call because of foreign data, before its first write: `name` is the name of the key in ff.KEYS.

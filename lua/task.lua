@@ -1,8 +1,8 @@
 -- Tasks of agents: a document under compare-and-swap, with the log of the events that changed it.
 --
 -- A task is one hash in the slot of its name, and its log a stream beside it. Owners do not see each other's tasks, and
--- may have tasks of one name: the hash has the fields `<owner>:<name>` of each of them, `<owner>` being a digest. The log
--- is common, as those who read it name no owner. What lists the tasks of an owner is in the owner's own slot:
+-- may have tasks of one name: the hash has the fields `<owner>:<name>` of each of them, `<owner>` being a digest. The
+-- log is common, as those who read it name no owner. What lists the tasks of an owner is in the owner's own slot:
 --   order  sorted set: task to the time of its status in microseconds, -1 where it has none
 --   due    sorted set: task to the time in ms at which it is removed
 --   facts  hash: task to `<version> <state> <context>`, as of the last save that was noted
@@ -29,9 +29,9 @@ end
 --   errors:  invalid_input
 --
 -- Stores the document where the stored version is `prev_version`, 0 for none, and appends the event, '' for none.
--- `kind` is 'ended' where the document is that of a task that has ended; 'cancelled' where it is cancelled, which replaces any
--- version of a task that has not ended; else ''. Status CONFLICT: another version is stored. The last save may be
--- repeated, and is recognised by its id. Both keys are removed `ttl_ms` after the last save.
+-- `kind` is 'ended' where the document is that of a task that has ended; 'cancelled' where it is cancelled, which
+-- replaces any version of a task that has not ended; else ''. Status CONFLICT: another version is stored. The last save
+-- may be repeated, and is recognised by its id. Both keys are removed `ttl_ms` after the last save.
 redis.register_function('ff_save_task', function(keys, args)
   local call = redis.call
   local task_key, task_events_key = unpack(keys, 1, 2)
@@ -182,9 +182,9 @@ end)
 --   errors:  invalid_input
 --
 -- Tasks of an owner that have the state and the context, '' for any, and a time of at least `least_us`, the latest
--- first: those that follow the place `below_us` and `below_id`, '+inf' for the beginning. At most `count` of them, found
--- among a bounded number: the next call goes on from `next_us` and `next_id`, '' where none follow. `all` is how
--- many tasks have at least that time, whatever their state and context.
+-- first: those that follow the place `below_us` and `below_id`, '+inf' for the beginning. At most `count` of them,
+-- found among a bounded number: the next call goes on from `next_us` and `next_id`, '' where none follow. `all` is how many
+-- tasks have at least that time, whatever their state and context.
 redis.register_function({
   function_name = 'ff_list_tasks',
   callback = function(keys, args)

@@ -342,7 +342,7 @@ def test_subscribers_of_a_task_that_is_removed_end(replicas, owner):
 
 def test_a_task_is_removed_after_its_time(replicas, owner):
     async def run():
-        async with replicas(ttl=0.15) as [(store, stream)]:
+        async with replicas(ttl=0.15) as [(store, _)]:
             task = task_of(COMPLETED)
             await save(store, task, MISSING, owner, event=text_event(task, "x"))
             assert (await store.list(ListTasksRequest(), owner)).total_size == 1
@@ -485,7 +485,7 @@ asyncio.run(run(*sys.argv[1:]))
 @pytest.mark.cluster
 def test_subscribers_of_a_replica_that_is_killed_end_and_another_goes_on(replicas, owner, server):
     async def run():
-        async with replicas(2, lease_ttl_ms=400) as [(one, stream), (other, late)]:
+        async with replicas(2, lease_ttl_ms=400) as [(_, stream), (other, late)]:
             task_id = str(uuid.uuid4())
             subscribed = asyncio.create_task(collect(stream, task_id))
             child = await asyncio.create_subprocess_exec(
@@ -529,9 +529,9 @@ def test_a_store_that_is_closed_tells_the_subscribers_of_its_tasks(replicas, own
 
 def test_a_task_that_waits_for_input_is_held_by_nobody(replicas, owner):
     async def run():
-        async with replicas(2) as [(store, stream), (other, _)]:
+        async with replicas(2) as [(one, _), (other, _)]:
             task = task_of()
-            for _ in range(3):
+            for store in (one, other, one):
                 stored = await store.get(task.id, owner)
                 version = MISSING if stored is None else stored.version
                 task.status.state = WORKING
@@ -541,10 +541,9 @@ def test_a_task_that_waits_for_input_is_held_by_nobody(replicas, owner):
                 await save(store, task, version, owner)
 
                 async def free():
-                    return await other._run_state(task.id) is None
+                    return await one._run_state(task.id) is None
 
                 await wait_until_async(free)
-                store, other = other, store
 
     asyncio.run(run())
 
