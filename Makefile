@@ -47,11 +47,14 @@ test-cluster: build ## Run the tests that share a server against a cluster in it
 test-web: $(WEB_BUILT) ## Run the web tests with other people's packages: make test-web ARGS="-k a2a"
 	$(WEB)/venv/bin/python -m pytest -p no:benchmark -n 2 --dist worksteal tests/web $(ARGS)
 
-$(WEB_BUILT): $(BUILT) tests/web/requirements.txt
+$(WEB_BUILT): $(BUILT) tests/web/requirements.txt tests/web/package.json tests/web/package-lock.json
 	test -x $(WEB)/venv/bin/python || $(BIN)/python -m venv $(WEB)/venv
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> $$($(WEB)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ff_fast_venv.pth
 	$(WEB)/venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/web/requirements.txt
+	mkdir -p $(WEB)/node
+	cp tests/web/package.json tests/web/package-lock.json $(WEB)/node
+	cd $(WEB)/node && npm ci --silent --no-audit --no-fund
 	touch $@
 
 unit: build ## Run the tests that need no server, in seconds

@@ -15,6 +15,9 @@ def unfinished_bytes(text):
         tail = text[-size:]
         if tail[0] & 0xC0 == 0x80:
             continue
+        if tail[:1] == b"\xed" and tail[1:2] >= b"\xa0":
+            # A surrogate, which no byte completes; the decoder waits for the third one all the same.
+            return 0
         decoder = codecs.getincrementaldecoder("utf-8")()
         try:
             return size if decoder.decode(tail) == "" else 0

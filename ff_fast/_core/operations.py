@@ -1125,7 +1125,8 @@ def read_stream(
     Args:
         execution_id: Id of the execution.
         attempt_index: Attempt, from 0.
-        after: Id of a frame or a cursor, exclusive; None is the beginning.
+        after: Id of a frame or a cursor, exclusive; None is the beginning. `ff_fast.types.cursor_after` makes one of a
+            sequence.
         count: Largest number of frames, 1 to 10,000.
         max_bytes: Bytes of payload after which no further frame is read, 1 to 64 MiB; the last frame may exceed it.
         visibility: Whether best-effort frames are included.
@@ -1181,6 +1182,7 @@ def tail(
         execution_id: Id of the execution.
         attempt_index: Attempt, from 0. The tail waits for one that is not claimed yet.
         after: ``cursor`` of an item, of a page or of a summary, exclusive; None is the beginning.
+            `ff_fast.types.cursor_after` makes one of a sequence.
         visibility: Whether best-effort frames are included.
 
     Raises:
@@ -1220,6 +1222,7 @@ def follow(
         execution_id: Id of the execution.
         after: ``cursor`` of an item, of a page or of a summary, exclusive. None is the beginning: the first attempt, so
             that every reader gets the same; with *snapshot* the newest one, for a reader that joins late.
+            `ff_fast.types.cursor_after` makes a cursor of an attempt and a sequence.
         snapshot: Begin with the summary document of the attempt, if it has one.
         visibility: Whether best-effort frames are included.
 

@@ -500,6 +500,23 @@ def make_cursor(attempt_index: int, ms: int, sequence: int) -> str:
     return f"{attempt_index}.{ms}-{sequence}"
 
 
+def cursor_after(sequence: int, attempt_index: int = 0) -> str:
+    """Return the cursor of a reader that continues after the frame of a sequence.
+
+    For protocols that count: a reader takes it as the ``cursor`` of an item. The cursor of an item is better where there
+    is one, since it also tells whether the server still has that very frame.
+
+    Args:
+        sequence: Position of a frame in its attempt, from 1; 0 is the beginning of the attempt.
+        attempt_index: The attempt, from 0.
+
+    Raises:
+        InvalidInput: An argument is out of range.
+    """
+    check_int("sequence", sequence, 0, MAX_INT)
+    return make_cursor(keys.attempt_index(attempt_index), 0, sequence)
+
+
 # -- gaps and ends ---------------------------------------------------------------------------------
 
 

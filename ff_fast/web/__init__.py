@@ -9,7 +9,8 @@ With Starlette, and so with FastAPI (extra ``web``)::
 A browser reads it with ``new EventSource("/streams/...")``, which comes again by itself after a lost connection, and gets
 every character once. :func:`events` and :func:`iter_events` are iterators of bytes for every other framework, and need no package.
 
-What goes over the wire is a :class:`Framing`: :class:`EventFraming` unless another one is passed.
+What goes over the wire is a :class:`Framing`: :class:`EventFraming` unless another one is passed. :mod:`ff_fast.web.ai_sdk` and
+:mod:`ff_fast.web.ag_ui` have those of front ends.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ff_fast.web.chunk_log import ChunkWriter
 from ff_fast.web.framing import DataFraming, EventFraming, Framing, Item, Passthrough, event
 from ff_fast.web.reading import BlockingChunks, Chunks, end_responses, events, iter_events
 from ff_fast.web.tickets import check_token, stream_token
@@ -29,6 +31,7 @@ _RESPONSES = ("StreamResponse", "error_response", "stop_response")
 
 __all__ = [
     "BlockingChunks",
+    "ChunkWriter",
     "Chunks",
     "DataFraming",
     "EventFraming",

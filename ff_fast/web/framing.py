@@ -70,12 +70,17 @@ class Framing:
         snapshot: A reader without a cursor begins with the summary document of the newest attempt, if it has one.
         ids: The events have ids that :meth:`place` understands, so a client that has got the end, and asks again after it,
             is told with 204 that nothing follows. It stops a browser's ``EventSource``, which asks for ever otherwise.
+        over: The framing has said its last word: set by :meth:`items`, it ends the response behind what that returns.
+        rejoin: The framing needs the summary document: set by :meth:`items`, it makes the reader begin anew with it. What
+            that has returned goes out, and the rest of the batch does not count.
     """
 
     media_type: str = "text/event-stream"
     headers: Mapping[str, str] = HEADERS
     snapshot: bool = False
     ids: bool = False
+    over: bool = False
+    rejoin: bool = False
 
     def place(self, cursor: str) -> str:
         """Return the cursor from which reading goes on, where a client names *cursor*, the id of an event.
@@ -84,6 +89,11 @@ class Framing:
             InvalidCursor: It is no such id.
         """
         return cursor
+
+    @staticmethod
+    def error_body(code: str, message: str, status: int) -> object:  # noqa: ARG004 - for subclasses
+        """Return the JSON of the answer to a request that is refused."""
+        return {"error": {"code": code, "message": message}}
 
     def begin(self, cursor: str | None) -> bytes:  # noqa: ARG002 - for subclasses
         """Return what comes before the first items.

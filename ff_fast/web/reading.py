@@ -88,6 +88,10 @@ class _Reading:
         self.heartbeat_s = seconds("heartbeat", heartbeat, zero=False)
         self.pace_s = None if pace is None else seconds("pace", pace)
 
+    def anew(self) -> dict[str, Any]:
+        """Return the arguments of ``follow`` for a reader that begins with the document."""
+        return {"snapshot": True, "visibility": self.visibility}
+
     def options(self) -> dict[str, Any]:
         """Return the arguments of ``follow``."""
         return {
@@ -276,7 +280,16 @@ class Chunks(_Reading):
     def _framed(self, items: list[Any]) -> bytes:
         if isinstance(items[-1], End):
             self._over = self.finished = True
-        return self.framing.items(items)
+        framing = self.framing
+        chunk = framing.items(items)
+        if framing.over:
+            self._over = True
+        elif framing.rejoin:
+            framing.rejoin = self._over = self.finished = False
+            if self._reader is not None:
+                _close_now(self._reader)
+            self._reader = self._backend.follow(self.execution_id, **self.anew())
+        return chunk
 
     async def _close(self) -> None:
         self._over = True
@@ -397,19 +410,15 @@ class BlockingChunks(_Reading):
         items, self._first = self._first, []
         sent_at = monotonic()
         try:
-            if items:
-                chunk += framing.items(items)
-            if chunk:
-                yield chunk
-            while not reader.ended:
-                if self.pace_s:
-                    time.sleep(self.pace_s)
-                try:
-                    items = reader.next_batch(max(sent_at + self.heartbeat_s - monotonic(), 0.0))
-                except FFError as error:
-                    yield framing.failed(error)
-                    return
-                chunk = framing.items(items) if items else b""
+            while True:
+                if items:
+                    chunk += framing.items(items)
+                    if framing.rejoin and not framing.over:
+                        framing.rejoin = False
+                        reader.close()
+                        self._reader = reader = self._backend.follow(
+                            self.execution_id, **self.anew()
+                        )
                 if reader.ended:
                     self.finished = True
                 elif not chunk and monotonic() - sent_at >= self.heartbeat_s:
@@ -417,7 +426,16 @@ class BlockingChunks(_Reading):
                 if chunk:
                     yield chunk
                     sent_at = monotonic()
-            self.finished = True
+                if reader.ended or framing.over:
+                    return
+                if self.pace_s:
+                    time.sleep(self.pace_s)
+                chunk = b""
+                try:
+                    items = reader.next_batch(max(sent_at + self.heartbeat_s - monotonic(), 0.0))
+                except FFError as error:
+                    yield framing.failed(error)
+                    return
         finally:
             reader.close()
 

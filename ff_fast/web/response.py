@@ -45,16 +45,21 @@ if TYPE_CHECKING:
     from ff_fast import aio
 
     Authorize = Callable[[Request, str], object]
+    ErrorBody = Callable[[str, str, int], object]
 
 SEND_TIMEOUT_S = 30.0
 """How long a client may take nothing before its response is closed, in seconds."""
 
 
-def error_response(error: FFError) -> Response:
-    """Return the answer to a request that cannot be served, as JSON: ``{"error": {"code", "message"}}``.
+def error_response(error: FFError, body: ErrorBody = Framing.error_body) -> Response:
+    """Return the answer to a request that cannot be served, as JSON.
 
     400 for a bad cursor, 403 for a bad token, 404 for an id that no execution has, 503 with ``Retry-After`` where the server
     cannot be reached and a retry may pass.
+
+    Args:
+        error: Why it cannot be served.
+        body: Makes the JSON of the code, the message and the status; see :meth:`Framing.error_body`.
 
     Raises:
         FFError: *error* itself, if it is none of these.
@@ -71,15 +76,17 @@ def error_response(error: FFError) -> Response:
         headers["retry-after"] = "1"
     else:
         raise error
-    return JSONResponse({"error": {"code": error.code, "message": str(error)}}, status, headers)
+    return JSONResponse(body(error.code, str(error), status), status, headers)
 
 
-def _forbidden() -> Response:
-    return JSONResponse(
-        {"error": {"code": "forbidden", "message": "You may not use this stream."}},
-        403,
-        {"cache-control": "no-store"},
-    )
+def json_response(content: object, status: int = 200) -> Response:
+    """Return an answer as JSON, which no cache keeps."""
+    return JSONResponse(content, status, {"cache-control": "no-store"})
+
+
+def _forbidden(body: ErrorBody) -> Response:
+    text = "You may not use this stream."
+    return json_response(body("forbidden", text, 403), 403)
 
 
 async def refusal(
@@ -88,6 +95,7 @@ async def refusal(
     authorize: Authorize | None,
     token_key: bytes | Sequence[bytes] | None,
     can: str,
+    body: ErrorBody = Framing.error_body,
 ) -> Response | None:
     """Return the response that refuses *request*; None if it is permitted.
 
@@ -104,9 +112,9 @@ async def refusal(
         except PermissionError as error:
             if isinstance(error, FFError):
                 raise
-            return _forbidden()
+            return _forbidden(body)
         if not allowed:
-            return _forbidden()
+            return _forbidden(body)
     return None
 
 
@@ -200,7 +208,7 @@ class StreamResponse(Response):
         try:
             answer = await self._prepare(request)
         except FFError as error:
-            answer = error_response(error)
+            answer = error_response(error, self._framing.error_body)
         if isinstance(answer, Chunks):
             try:
                 await self._stream(answer, receive, send)
@@ -214,7 +222,9 @@ class StreamResponse(Response):
     async def _prepare(self, request: Request) -> Chunks | Response:
         """Return the chunks, or the response to a request that gets none."""
         eid = keys.canonical_execution_id(self._execution_id)
-        refused = await refusal(request, eid, self._authorize, self._token_key, "read")
+        refused = await refusal(
+            request, eid, self._authorize, self._token_key, "read", self._framing.error_body
+        )
         if refused is not None:
             return refused
         after = requested_place(request) if self._after is None else self._after
@@ -353,4 +363,4 @@ async def stop_response(
             await backend.cancel(eid, reason=reason, grace=grace)
     except FFError as error:
         return error_response(error)
-    return JSONResponse({"success": True}, headers={"cache-control": "no-store"})
+    return json_response({"success": True})

@@ -168,6 +168,7 @@ def test_every_name_of_the_modules_is_offered_once():
     assert set(types.__all__) - public == helpers | {
         *(
             "Value",
+            "cursor_after",
             "duration_ms",
             "make_cursor",
             "milliseconds",

@@ -1,0 +1,536 @@
+"""The UI message stream: what a client of the AI SDK gets, joins and stops."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from ff_fast import FailureClass, InvalidInput, PatchKind, RetryPolicy, StreamMode, keys, web
+from ff_fast.types import AttemptStarted, End, Gap, Snapshot
+from ff_fast.web import ai_sdk
+from ff_fast.web.chunk_log import ChunkWriter
+from tests.server.executions import World
+from tests.waiting import wait_until_async
+from tests.web.sites import WORKER, stream_of
+from tests.web.test_stream_response import UNKNOWN
+
+anyio = pytest.mark.anyio
+
+START = [
+    {"type": "start", "messageId": "m1"},
+    {"type": "start-step"},
+    {"type": "text-start", "id": "a"},
+]
+STOP = [{"type": "text-end", "id": "a"}, {"type": "finish-step"}]
+FINISH = {"type": "finish", "finishReason": "stop"}
+CHUNKS = [
+    *START,
+    *({"type": "text-delta", "id": "a", "delta": text} for text in ("He", "€l", "l\no")),
+    *STOP,
+    FINISH,
+]
+TEXT = {"type": "text-delta", "id": "a", "delta": "He€ll\no"}
+APPEND = StreamMode.durable_summary(PatchKind.STRING_APPEND("/text"))
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+def sse(chunk):
+    return f"data: {json.dumps(chunk)}\n\n"
+
+
+def chunks_of(raw):
+    """The chunks of a body; the mark of the end is a string."""
+    assert raw.endswith(b"data: [DONE]\n\n")
+    found = []
+    for event in raw.decode().split("\n\n")[:-1]:
+        if not event.startswith(":"):
+            data = event.removeprefix("data: ")
+            found.append(data if data == "[DONE]" else json.loads(data))
+    return found[:-1]
+
+
+def joined(chunks):
+    """*chunks* with the deltas of one part that follow each other in one."""
+    out = []
+    for chunk in chunks:
+        last = out[-1] if out else {}
+        if "delta" in chunk and (last.get("type"), last.get("id")) == (chunk["type"], chunk["id"]):
+            out[-1] = {**last, "delta": last["delta"] + chunk["delta"]}
+        else:
+            out.append(chunk)
+    return out
+
+
+async def written(backend, lane, chunks=(), *, end=True, **options):
+    """An execution whose worker has written *chunks*."""
+    eid = await backend.create_execution(lane=lane, payload=b"p", **options)
+    handle = await backend.claim(lane=lane, **WORKER, lease_ttl_ms=60_000)
+    async with backend.open_writer(handle) as writer:
+        log = ChunkWriter(writer)
+        for chunk in chunks:
+            log.write(chunk)
+        await writer.flush()
+    if end:
+        await backend.complete(handle)
+    return eid, handle
+
+
+async def body_of(backend, eid, **options):
+    framing = ai_sdk.AiSdkFraming(**options)
+    return b"".join([chunk async for chunk in web.events(backend, eid, framing=framing)])
+
+
+def client_of(backend, found, **options):
+    async def send(request):
+        return ai_sdk.message_response(backend, found["chat"], request)
+
+    routes = ai_sdk.routes(backend, lambda request, chat: found.get(chat), **options)
+    app = Starlette(routes=[*routes, Route("/api/chat", send, methods=["POST"])])
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+# -- what is sent -------------------------------------------------------------------------------------------------------
+
+
+@anyio
+async def test_a_late_joiner_gets_each_part_with_one_delta(backend_of, lane):
+    async with backend_of() as backend:
+        eid, _ = await written(backend, lane, CHUNKS)
+        assert chunks_of(await body_of(backend, eid)) == [*START, TEXT, *STOP, FINISH]
+        document = json.loads((await backend.read_summary(eid, 0)).document_json)
+    assert document["log"]["3"] == TEXT
+
+
+@anyio
+@pytest.mark.parametrize("form", [sse, json.dumps, dict, lambda chunk: sse(chunk).encode()])
+async def test_chunks_are_taken_in_every_form_that_an_encoder_makes(backend_of, lane, form):
+    async with backend_of() as backend:
+        eid, _ = await written(
+            backend, lane, [*map(form, CHUNKS), "data: [DONE]\n\n", ": keep-alive\n\n"]
+        )
+        assert chunks_of(await body_of(backend, eid)) == [*START, TEXT, *STOP, FINISH]
+
+
+@anyio
+@pytest.mark.parametrize("form", [sse, json.dumps])
+async def test_frames_that_hold_chunks_need_no_log(backend_of, lane, form):
+    async with backend_of() as backend:
+        eid, _ = await stream_of(backend, lane, [form(chunk).encode() for chunk in CHUNKS])
+        assert chunks_of(await body_of(backend, eid)) == [*START, TEXT, *STOP, FINISH]
+
+
+@anyio
+async def test_who_joins_at_any_chunk_gets_the_same_message(backend_of, lane):
+    """As a client that reads while the worker writes, for every number of chunks that were written when it came."""
+    async with backend_of() as backend:
+        for count in range(len(CHUNKS)):
+            eid, handle = await written(backend, lane, CHUNKS[:0], end=False)
+            async with backend.open_writer(handle) as writer:
+                log = ChunkWriter(writer)
+                for chunk in CHUNKS[:count]:
+                    log.write(chunk)
+                await writer.flush()
+                reading = web.events(backend, eid, framing=ai_sdk.AiSdkFraming())
+                got = [await anext(reading)] if count else []
+                for chunk in CHUNKS[count:]:
+                    log.write(chunk)
+                await writer.flush()
+            await backend.complete(handle)
+            got += [chunk async for chunk in reading]
+            assert joined(chunks_of(b"".join(got))) == [*START, TEXT, *STOP, FINISH], count
+
+
+@anyio
+async def test_parts_that_alternate_keep_their_texts(backend_of, lane):
+    parts = [
+        {"type": "reasoning-start", "id": "r"},
+        {"type": "text-start", "id": "a"},
+        {"type": "reasoning-delta", "id": "r", "delta": "1"},
+        {"type": "text-delta", "id": "a", "delta": "x"},
+        {"type": "reasoning-delta", "id": "r", "delta": "2"},
+        {"type": "text-delta", "id": "a", "delta": "y"},
+        {"type": "reasoning-end", "id": "r"},
+        {"type": "text-end", "id": "a"},
+        # An id that names another part.
+        {"type": "text-start", "id": "a"},
+        {"type": "text-delta", "id": "a", "delta": "z"},
+        {"type": "tool-input-start", "toolCallId": "t", "toolName": "n"},
+        {"type": "tool-input-delta", "toolCallId": "t", "inputTextDelta": '{"a":'},
+        {"type": "tool-input-delta", "toolCallId": "t", "inputTextDelta": "null}"},
+        {"type": "tool-input-available", "toolCallId": "t", "toolName": "n", "input": {"a": None}},
+    ]
+    async with backend_of() as backend:
+        eid, _ = await written(backend, lane, [*START[:2], *parts])
+        got = chunks_of(await body_of(backend, eid))
+    assert got == [
+        *START[:2],
+        *parts[:2],
+        {**parts[2], "delta": "12"},
+        {**parts[3], "delta": "xy"},
+        *parts[6:11],
+        {**parts[11], "inputTextDelta": '{"a":null}'},
+        parts[13],
+        {"type": "text-end", "id": "a"},
+        {"type": "finish"},
+    ]
+
+
+@anyio
+@pytest.mark.parametrize(
+    "delta", ["__ff_null__", "_", "__ff_null", '\0"\\', "x" * 100_000, "€" * 30_000, "😀" * 20_000]
+)
+async def test_a_delta_of_any_text_and_size_comes_unchanged(backend_of, lane, delta):
+    chunks = [*START, *[{"type": "text-delta", "id": "a", "delta": text} for text in (delta, "__")]]
+    async with backend_of() as backend:
+        eid, _ = await written(backend, lane, chunks)
+        got = chunks_of(await body_of(backend, eid))
+    assert "".join(each.get("delta", "") for each in got) == delta + "__"
+
+
+@anyio
+async def test_a_chunk_that_no_frame_can_hold_is_kept_in_pieces(backend_of, lane):
+    output = {"type": "tool-output-available", "toolCallId": "t", "output": "é" * 150_000}
+    async with backend_of() as backend:
+        eid, handle = await written(backend, lane, START, end=False)
+        reading = web.events(backend, eid, framing=ai_sdk.AiSdkFraming())
+        got = [await anext(reading)]
+        async with backend.open_writer(handle) as writer:
+            log = ChunkWriter(writer)
+            log._next = 3
+            log.write(output)
+        await backend.complete(handle)
+        got += [chunk async for chunk in reading]
+        assert output in chunks_of(b"".join(got))
+        assert output in chunks_of(await body_of(backend, eid))
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"type": 1}', "data: nonsense\n\n", "{"])
+def test_what_is_no_chunk_is_refused(text):
+    class Nowhere:
+        def write(self, *_, **__):
+            raise AssertionError
+
+    with pytest.raises(InvalidInput):
+        ChunkWriter(Nowhere()).write(text)
+
+
+# -- plain text ---------------------------------------------------------------------------------------------------------
+
+
+def text_message(*parts):
+    out = [{"type": "start"}, {"type": "start-step"}]
+    for kind, part, text in parts:
+        out += [
+            {"type": f"{kind}-start", "id": part},
+            {"type": f"{kind}-delta", "id": part, "delta": text},
+        ]
+    out += [{"type": f"{kind}-end", "id": part} for kind, part, _ in parts]
+    return [*out, {"type": "finish-step"}, {"type": "finish"}]
+
+
+@anyio
+async def test_plain_text_is_a_message(backend_of, lane):
+    frames = [(b"Hm", "reasoning"), b"a\xe2\x82", b"\xacb", (b"{}", "other")]
+    async with backend_of() as backend:
+        eid, _ = await stream_of(backend, lane, frames)
+        got = chunks_of(await body_of(backend, eid, text=True))
+    assert joined(got) == text_message(("reasoning", "reasoning", "Hm"), ("text", "text", "a€b"))
+
+
+@anyio
+async def test_a_document_of_text_is_a_message(backend_of, lane):
+    async with backend_of() as backend:
+        eid, handle = await written(backend, lane, end=False)
+        async with backend.open_writer(handle, mode=APPEND) as writer:
+            for text in ("He", "llo"):
+                writer.write(text)
+            await writer.flush()
+            reading = web.events(backend, eid, framing=ai_sdk.AiSdkFraming())
+            got = [await anext(reading)]
+            writer.write("!")
+        await backend.complete(handle)
+        got += [chunk async for chunk in reading]
+    deltas = [each["delta"] for each in chunks_of(b"".join(got)) if "delta" in each]
+    assert deltas == ["Hello", "!"]
+    assert joined(chunks_of(b"".join(got))) == text_message(("text", "text", "Hello!"))
+
+
+@anyio
+async def test_a_text_that_is_replaced_is_sent_again(backend_of, lane):
+    async with backend_of() as backend:
+        eid, handle = await written(backend, lane, end=False)
+        async with backend.open_writer(handle, mode=APPEND) as writer:
+            writer.write("wrong")
+            await writer.flush()
+            reading = web.events(backend, eid, framing=ai_sdk.AiSdkFraming())
+            got = [await anext(reading)]
+            writer.write(b'{"text": "right"}', mode=StreamMode.durable_summary())
+            writer.write(", and more")
+        await backend.complete(handle)
+        got += [chunk async for chunk in reading]
+    chunks = chunks_of(b"".join(got))
+    assert {"type": "reset-step"} in chunks
+    after = chunks[chunks.index({"type": "reset-step"}) :]
+    assert "".join(each.get("delta", "") for each in after) == "right, and more"
+
+
+# -- ends ---------------------------------------------------------------------------------------------------------------
+
+
+@anyio
+async def test_what_is_cancelled_is_aborted(backend_of, lane):
+    async with backend_of() as backend:
+        eid, _ = await written(backend, lane, CHUNKS, end=False)
+        await backend.cancel(eid, reason="enough")
+        got = chunks_of(await body_of(backend, eid))
+    assert got[-2:] == [STOP[-1], {"type": "abort", "reason": "enough"}]
+
+
+@anyio
+async def test_what_fails_is_an_error(backend_of, lane):
+    async with backend_of() as backend:
+        eid, handle = await written(backend, lane, CHUNKS, end=False)
+        await backend.fail(handle, "no luck", FailureClass.PERMANENT)
+        got = chunks_of(await body_of(backend, eid))
+    assert got[-1] == {"type": "error", "errorText": "no luck"}
+    assert FINISH not in got
+
+
+@anyio
+async def test_an_error_of_the_worker_is_the_last_chunk(backend_of, lane):
+    error = {"type": "error", "errorText": "the model is away"}
+    async with backend_of() as backend:
+        eid, _ = await written(backend, lane, [*START, error, FINISH])
+        assert chunks_of(await body_of(backend, eid)) == [*START, error]
+
+
+@anyio
+async def test_a_read_that_fails_is_an_error(backend_of, lane):
+    async with backend_of() as backend:
+        eid, _ = await written(backend, lane, START, end=False)
+        reading = web.events(backend, eid, framing=ai_sdk.AiSdkFraming())
+        got = [await anext(reading)]
+        await backend.close()
+        got += [chunk async for chunk in reading]
+    assert chunks_of(b"".join(got))[-1]["type"] == "error"
+
+
+@anyio
+async def test_a_shutdown_is_no_silent_end(backend_of, lane):
+    async with backend_of() as backend:
+        eid, _ = await written(backend, lane, START, end=False)
+        reading = web.events(backend, eid, framing=ai_sdk.AiSdkFraming())
+        got = [await anext(reading)]
+        web.end_responses()
+        got += [chunk async for chunk in reading]
+    assert chunks_of(b"".join(got))[-1]["type"] == "error"
+
+
+@anyio
+async def test_frames_that_are_no_chunks_are_an_error(backend_of, lane):
+    async with backend_of() as backend:
+        eid, _ = await stream_of(backend, lane, [b"{nonsense", b"x"])
+        got = chunks_of(await body_of(backend, eid))
+    assert [each["type"] for each in got] == ["error"]
+
+
+# -- attempts and gaps --------------------------------------------------------------------------------------------------
+
+
+def two_attempts_of(world, framing, first, second):
+    """What a reader gets who has seen the first attempt of an execution, and one who has not."""
+    eid, handle = world.owned(retry=RetryPolicy(1, delay=0))
+
+    def write(chunks):
+        with world.backend.open_writer(handle) as writer:
+            log = ChunkWriter(writer)
+            for chunk in chunks:
+                log.write(chunk)
+
+    write(first)
+    reading = web.iter_events(world.backend, eid, framing=framing())
+    got = next(reading)
+    world.backend.fail(handle, "no luck", FailureClass.TRANSIENT)
+    world.fire(eid, "delay")
+    handle = world.claim()
+    write(second)
+    world.backend.complete(handle)
+    late = web.iter_events(world.backend, eid, framing=framing())
+    return got + b"".join(reading), b"".join(late)
+
+
+def two_attempts(world, first, second):
+    return map(chunks_of, two_attempts_of(world, ai_sdk.AiSdkFraming, first, second))
+
+
+def test_a_new_attempt_takes_back_the_step(server, raw, lane):
+    with World(server.url, raw, lane) as world:
+        got, late = two_attempts(world, CHUNKS[:5], CHUNKS)
+    assert joined(got) == [
+        *START,
+        {**TEXT, "delta": "He€l"},
+        {"type": "reset-step"},
+        START[2],
+        TEXT,
+        *STOP,
+        FINISH,
+    ]
+    assert late == [*START, TEXT, *STOP, FINISH]
+
+
+def test_a_new_attempt_behind_a_finished_step_begins_with_the_next_response(server, raw, lane):
+    with World(server.url, raw, lane) as world:
+        got, late = two_attempts(world, [*START, *STOP, *START[1:]], CHUNKS)
+    assert [each["type"] for each in got][-2:] == ["text-start", "error"]
+    assert late == [*START, TEXT, *STOP, FINISH]
+
+
+SNAPSHOTS = {
+    "0": json.dumps(START[0]),
+    "1": json.dumps(START[1]),
+    "2": json.dumps(START[2]),
+    "3": {"type": "text-delta", "id": "a", "delta": "He"},
+}
+
+
+def snapshot(log, attempt=0):
+    return Snapshot(json.dumps({"log": log}).encode(), 1, attempt, f"{attempt}.1-1")
+
+
+@pytest.mark.parametrize("reason", ["trimmed", "fell_behind", "expired"])
+def test_a_gap_is_filled_from_the_document(reason):
+    framing = ai_sdk.AiSdkFraming()
+    assert TEXT["delta"][:2].encode() in framing.items([snapshot(SNAPSHOTS)])
+    assert framing.items([Gap(5, 9, reason, "0.1-8")]) == b""
+    assert framing.rejoin
+    framing.rejoin = False
+    log = {**SNAPSHOTS, "3": {**SNAPSHOTS["3"], "delta": "Hello"}, "4": json.dumps(STOP[0])}
+    assert framing.items([snapshot(log)]) == (
+        b'data: {"type":"text-delta","id":"a","delta":"llo"}\n\ndata: %b\n\n' % log["4"].encode()
+    )
+    assert not framing.over
+
+
+@pytest.mark.parametrize("reason", ["lost", "rewritten", "cursor_ahead"])
+def test_a_gap_of_another_history_is_an_error(reason):
+    framing = ai_sdk.AiSdkFraming()
+    framing.items([snapshot(SNAPSHOTS)])
+    got = chunks_of(
+        framing.items([Gap(5, 9, reason, "0.1-8"), End("attempt_success", "0.1-9", "success")])
+    )
+    assert [each["type"] for each in got] == ["error"]
+    assert framing.over
+
+
+def test_a_gap_without_a_document_is_an_error():
+    framing = ai_sdk.AiSdkFraming(text=True)
+    framing.items([AttemptStarted(0, "0.0-0")])
+    got = chunks_of(framing.items([Gap(1, 9, "trimmed", "0.1-8")]))
+    assert [each["type"] for each in got] == ["error"]
+    assert framing.over
+
+
+@anyio
+async def test_a_reader_that_falls_behind_misses_no_character(backend_of, lane):
+    """The live window of patches is cut off under a reader that has not read them."""
+    async with backend_of() as backend:
+        eid, handle = await written(backend, lane, end=False)
+        async with backend.open_writer(handle) as writer:
+            log = ChunkWriter(writer)
+            for chunk in CHUNKS[:4]:
+                log.write(chunk)
+            await writer.flush()
+            framing = ai_sdk.AiSdkFraming()
+            reading = web.events(backend, eid, framing=framing)
+            got = [await anext(reading)]
+            joined_again = []
+            follow = backend.follow
+            backend.follow = lambda *args, **options: (
+                joined_again.append(options) or follow(*args, **options)
+            )
+            reading._items = [Gap(5, 9, "fell_behind", "0.1-8")]
+            for chunk in CHUNKS[4:]:
+                log.write(chunk)
+            await writer.flush()
+        await backend.complete(handle)
+        got += [chunk async for chunk in reading]
+    assert joined_again
+    assert joined(chunks_of(b"".join(got))) == [*START, TEXT, *STOP, FINISH]
+
+
+# -- routes -------------------------------------------------------------------------------------------------------------
+
+
+@anyio
+async def test_headers_say_what_it_is(backend_of, lane):
+    async with backend_of() as backend:
+        eid, _ = await written(backend, lane, CHUNKS)
+        async with client_of(backend, {"chat": eid}) as client:
+            answer = await client.post("/api/chat")
+    assert answer.headers["x-vercel-ai-ui-message-stream"] == "v1"
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert chunks_of(answer.content) == [*START, TEXT, *STOP, FINISH]
+
+
+@anyio
+async def test_a_chat_that_streams_is_resumed(backend_of, lane):
+    async with backend_of() as backend:
+        eid, handle = await written(backend, lane, CHUNKS[:-1], end=False)
+        async with client_of(backend, {"chat": keys.url_id(eid)}) as client:
+            reading = asyncio.create_task(client.get("/api/chat/chat/stream"))
+
+            async def read():
+                return bool(backend._hub._core.routes)
+
+            await wait_until_async(read)
+            await backend.complete(handle)
+            answer = await reading
+    assert chunks_of(answer.content) == [*START, TEXT, *STOP, {"type": "finish"}]
+
+
+@anyio
+async def test_nothing_to_resume_is_204(backend_of, lane):
+    async with backend_of() as backend:
+        eid, _ = await written(backend, lane, CHUNKS)
+        found = {"ended": eid, "unknown": UNKNOWN, "bad": "nonsense"}
+        async with client_of(backend, found) as client:
+            for chat in ("none", *found):
+                answer = await client.get(f"/api/chat/{chat}/stream")
+                assert (answer.status_code, answer.content) == (204, b"")
+        async with client_of(backend, found, ended=True) as client:
+            answer = await client.get("/api/chat/ended/stream")
+            assert chunks_of(answer.content) == [*START, TEXT, *STOP, FINISH]
+
+
+@anyio
+async def test_who_may_not_read_learns_nothing(backend_of, lane):
+    async with backend_of() as backend:
+        found = {"chat": UNKNOWN}
+        async with client_of(backend, found, authorize=lambda *_: False) as client:
+            assert (await client.get("/api/chat/chat/stream")).status_code == 403
+            assert (await client.post("/api/chat/chat/stop")).status_code == 403
+
+
+@anyio
+async def test_stopping_cancels_what_is_meant(backend_of, lane):
+    async with backend_of() as backend:
+        eid, _ = await written(backend, lane, START, end=False)
+        async with client_of(backend, {"chat": eid}) as client:
+            for meant in (UNKNOWN, "nonsense"):
+                answer = await client.post("/api/chat/chat/stop", json={"activeStreamId": meant})
+                assert answer.json() == {"success": True}
+            assert (await backend.describe(eid)).outcome is None
+            for _ in range(2):
+                answer = await client.post(
+                    "/api/chat/chat/stop", json={"activeStreamId": keys.url_id(eid)}
+                )
+                assert (answer.status_code, answer.json()) == (200, {"success": True})
+            assert (await backend.describe(eid)).outcome == "cancelled"
+            assert (await client.post("/api/chat/none/stop")).json() == {"success": True}
