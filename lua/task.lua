@@ -183,8 +183,8 @@ end)
 --
 -- Tasks of an owner that have the state and the context, '' for any, and a time of at least `least_us`, the latest
 -- first: those that follow the place `below_us` and `below_id`, '+inf' for the beginning. At most `count` of them,
--- found among a bounded number: the next call goes on from `next_us` and `next_id`, '' where none follow. `all` is how many
--- tasks have at least that time, whatever their state and context.
+-- found among a bounded number: the next call goes on from `next_us` and `next_id`, '' where none follow. `all` is how
+-- many tasks have at least that time, whatever their state and context.
 redis.register_function({
   function_name = 'ff_list_tasks',
   callback = function(keys, args)

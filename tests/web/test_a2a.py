@@ -561,3 +561,138 @@ def test_a_save_whose_reply_is_lost_is_no_conflict(replicas, owner):
             assert await store._do(again) is None
 
     asyncio.run(run())
+
+
+# -- with the request handler of a2a-sdk ------------------------------------------------------------------------------------
+
+
+def handlers(made):
+    """The request handlers of replicas whose agent counts to five, then waits for what the test says."""
+    from a2a.server.agent_execution import AgentExecutor
+    from a2a.server.request_handlers import DefaultRequestHandlerV2
+    from a2a.server.tasks import TaskUpdater
+    from a2a.types.a2a_pb2 import AgentCapabilities, AgentCard
+
+    class Counting(AgentExecutor):
+        def __init__(self):
+            self.go_on = asyncio.Event()
+            self.runs = 0
+
+        async def execute(self, context, event_queue):
+            self.runs += 1
+            task = task_of(
+                SUBMITTED, task_id=context.task_id, context_id=context.context_id, seconds=1_000
+            )
+            await event_queue.enqueue_event(task)
+            updater = TaskUpdater(event_queue, context.task_id, context.context_id)
+            await updater.start_work()
+            for number in range(5):
+                if number == 2:
+                    await self.go_on.wait()
+                await updater.add_artifact(
+                    [Part(text=str(number))], artifact_id="a", append=number > 0
+                )
+            await updater.complete()
+
+        async def cancel(self, context, event_queue):
+            await TaskUpdater(event_queue, context.task_id, context.context_id).cancel()
+
+    card = AgentCard(
+        name="counter",
+        description="It counts.",
+        version="1",
+        capabilities=AgentCapabilities(streaming=True),
+        default_input_modes=["text"],
+        default_output_modes=["text"],
+    )
+    return [
+        DefaultRequestHandlerV2(
+            agent_executor=Counting(), task_store=store, agent_card=card, event_stream=stream
+        )
+        for store, stream in made
+    ]
+
+
+def numbers(events):
+    return [
+        each.artifact.parts[0].text for each in events if isinstance(each, TaskArtifactUpdateEvent)
+    ]
+
+
+def message():
+    from a2a.types.a2a_pb2 import Message, Role, SendMessageRequest
+
+    return SendMessageRequest(
+        message=Message(
+            message_id=uuid.uuid4().hex, role=Role.ROLE_USER, parts=[Part(text="count")]
+        )
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_client_subscribes_on_another_replica_and_misses_nothing(replicas, owner):
+    from a2a.types.a2a_pb2 import GetTaskRequest, SubscribeToTaskRequest
+
+    async def run():
+        async with replicas(2) as made:
+            one, other = handlers(made)
+            sent, task_id, resumed = [], None, []
+
+            async def send():
+                async for event in one.on_message_send_stream(message(), owner):
+                    sent.append(event)  # noqa: PERF401 - the test looks at them meanwhile
+
+            async def resume():
+                request = SubscribeToTaskRequest(id=sent[0].id)
+                async for event in other.on_subscribe_to_task(request, owner):
+                    resumed.append(event)  # noqa: PERF401
+
+            sending = asyncio.create_task(send())
+            await wait_until_async(lambda: _true(numbers(sent) == ["0", "1"]))
+            task_id = sent[0].id
+            resuming = asyncio.create_task(resume())
+            await wait_until_async(lambda: _true(len(resumed) == 1))
+            one.agent_executor.go_on.set()
+            await asyncio.wait_for(asyncio.gather(sending, resuming), 10)
+            assert numbers(sent) == ["0", "1", "2", "3", "4"]
+            # The snapshot has what was before.
+            before = [part.text for part in resumed[0].artifacts[0].parts]
+            assert before + numbers(resumed) == ["0", "1", "2", "3", "4"]
+            assert resumed[-1].status.state == COMPLETED
+            task = await other.on_get_task(GetTaskRequest(id=task_id), owner)
+            assert task.status.state == COMPLETED
+            listed = await other.on_list_tasks(ListTasksRequest(), owner)
+            assert [each.id for each in listed.tasks] == [task_id]
+            for handler in (one, other):
+                await handler.aclose()
+
+    asyncio.run(run())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_client_cancels_on_another_replica(replicas, owner):
+    from a2a.types.a2a_pb2 import CancelTaskRequest
+
+    async def run():
+        async with replicas(2) as made:
+            one, other = handlers(made)
+            sent = []
+
+            async def send():
+                with contextlib.suppress(Exception):
+                    async for event in one.on_message_send_stream(message(), owner):
+                        sent.append(event)  # noqa: PERF401
+
+            sending = asyncio.create_task(send())
+            await wait_until_async(lambda: _true(numbers(sent) == ["0", "1"]))
+            task = await other.on_cancel_task(CancelTaskRequest(id=sent[0].id), owner)
+            assert task.status.state == CANCELED
+            # The replica that runs it learns it by its next save.
+            one.agent_executor.go_on.set()
+            await asyncio.wait_for(sending, 10)
+            stored = await made[0][0].get(sent[0].id, owner)
+            assert stored.task.status.state == CANCELED
+            for handler in (one, other):
+                await handler.aclose()
+
+    asyncio.run(run())
