@@ -20,7 +20,7 @@ COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 PARALLEL := -n 4 --dist worksteal
 
-.PHONY: build demo test test-cluster test-web unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
+.PHONY: build demo demo-web test test-cluster test-web pictures unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
 
 help: ## List the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -34,6 +34,9 @@ $(BUILT): setup.py pyproject.toml $(COMPILED)
 demo: build ## Stream a text through an embedded server: make demo RATE=1000 ARGS=...
 	$(BIN)/ff-fast demo $(if $(RATE),--rate $(RATE)) $(ARGS)
 
+demo-web: build ## Serve a chat in a browser, with a worker to kill: make demo-web ARGS="--port 9000"
+	$(BIN)/ff-fast demo --web $(ARGS)
+
 # pytest-benchmark, when make bench has installed it, warns about worker processes.
 QUICK := -m "not packaging and not long and not web"
 test: build ## Run the whole suite but packaging and long tests: make test ARGS="tests/unit -k keys"
@@ -44,8 +47,14 @@ test-cluster: build ## Run the tests that share a server against a cluster in it
 	$(PYTEST) $(PARALLEL) -m "long and not web" $(ARGS)
 
 # Its packages come before those of .venv, which it sees as well.
-test-web: $(WEB_BUILT) ## Run the web tests with other people's packages: make test-web ARGS="-k a2a"
+test-web: $(WEB_BUILT) ## Run the web tests with other people's packages, and Chromium: make test-web ARGS="-k a2a"
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		{ echo "Chromium and its driver are not installed (Debian: apt install chromium chromium-driver)." >&2; exit 1; }
 	$(WEB)/venv/bin/python -m pytest -p no:benchmark -n 2 --dist worksteal tests/web $(ARGS)
+
+pictures: $(WEB_BUILT) ## Take the pictures of the chat that are in docs/images
+	mkdir -p docs/images
+	FF_FAST_SCREENSHOTS=docs/images $(WEB)/venv/bin/python -m pytest -p no:benchmark tests/web/test_chat.py
 
 $(WEB_BUILT): $(BUILT) tests/web/requirements.txt tests/web/package.json tests/web/package-lock.json
 	test -x $(WEB)/venv/bin/python || $(BIN)/python -m venv $(WEB)/venv

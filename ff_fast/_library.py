@@ -45,6 +45,7 @@ PARTS = (
     "usage",
     "flow",
     "timers",
+    "task",
 )
 """Parts of ``lua/`` in load order; the prelude makes the table that they share."""
 

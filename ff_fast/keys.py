@@ -47,11 +47,16 @@ keys::
     ff:lane:{<lane>}<needs>:hinted           hinted              hash    partition to its last hint
     ff:lane:{<lane>}:needs                   lane_needs          zset    what executions require
     ff:lane:{<lane>}:news:<seen>             lane_news           zset    wakes who knows no newer entry
+    ff:task:{fp:N}:<task>                    task                hash    documents of a task, of each owner
+    ff:task:{fp:N}:<task>:events             task_events         stream  what has changed them
+    ff:tasks:{<owner>}:order                 task_order          zset    tasks of an owner by time of their status
+    ff:tasks:{<owner>}:due                   task_due            zset    when they are removed
+    ff:tasks:{<owner>}:facts                 task_facts          hash    their versions, states and contexts
     ff:config:partitions                     PARTITIONS_CONFIG   string  the partition count
 
 ``<eid>`` is the execution id and contains the slot tag as well; ``<i>`` is the attempt index; ``<needs>`` is empty
 for executions that require no capabilities, else a colon and the required ones, in one text with commas; ``<seen>`` is
-a score in ``lane_needs``.  The second column is the name of a function here, of a row
+a score in ``lane_needs``; ``<task>`` is a UUID that stands for the name of a task, ``<owner>`` a digest of the owner's.  The second column is the name of a function here, of a row
 of ``ff.KEYS`` in ``lua/prelude.lua``, or of both: a key has one name.  A budget, a lane and the
 configuration have slots of their own, because executions of all partitions use them.
 
@@ -62,6 +67,7 @@ it says what was stored, or that there is something to read::
     ff:exec:{fp:N}:<eid>:core                execution_channel   moves of the execution
     ff:part:{fp:N}:leases                    leases_channel      what the holders of its leases have to know
     ff:part:{fp:N}:completions               completions_channel  that an execution of the partition has ended
+    ff:task:{fp:N}:<task>:events             task_channel        that a task was saved or removed
 
 Their messages are in ``lua/prelude.lua``.
 
@@ -546,6 +552,36 @@ def lane_needs(lane: str) -> bytes:
 def lane_news(lane: str, seen: int) -> bytes:
     """Sorted set with one member once `lane_needs` has an entry after the one with the score *seen*."""
     return f"ff:lane:{{{_in_key(lane)}}}:news:{seen}".encode("ascii")
+
+
+def task(slot_tag: str, name: str) -> bytes:
+    """Hash: the documents of a task, of each owner."""
+    return f"ff:task:{slot_tag}:{name}".encode("ascii")
+
+
+def task_events(slot_tag: str, name: str) -> bytes:
+    """Stream: what has changed the documents of a task."""
+    return task(slot_tag, name) + b":events"
+
+
+def task_channel(slot_tag: str, name: str) -> bytes:
+    """That a task was saved or removed. It has the text of the key with its events."""
+    return task_events(slot_tag, name)
+
+
+def task_order(owner: str) -> bytes:
+    """Sorted set: the tasks of an owner, by the time of their status in microseconds."""
+    return f"ff:tasks:{{{owner}}}:order".encode("ascii")
+
+
+def task_due(owner: str) -> bytes:
+    """Sorted set: when the tasks of an owner are removed, in ms."""
+    return f"ff:tasks:{{{owner}}}:due".encode("ascii")
+
+
+def task_facts(owner: str) -> bytes:
+    """Hash: version, state and context of the tasks of an owner."""
+    return f"ff:tasks:{{{owner}}}:facts".encode("ascii")
 
 
 def _part(needs: str) -> str:

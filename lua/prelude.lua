@@ -63,6 +63,11 @@ ff.KEYS = {
   flow_members = { 'ff:flow:', ':', ':members' },
   flow_open = { 'ff:flow:', ':', ':open' },
   lane_news = { 'ff:lane:', ':news:', '' },
+  task = { 'ff:task:', ':', '' },
+  task_events = { 'ff:task:', ':', ':events' },
+  task_order = { 'ff:tasks:', ':order' },
+  task_due = { 'ff:tasks:', ':due' },
+  task_facts = { 'ff:tasks:', ':facts' },
 }
 
 -- The key of that name in ff.KEYS. A key of the partition itself has no owner.
@@ -81,6 +86,7 @@ ff.CHANNELS = {
   execution = ff.KEYS.core,
   leases = { 'ff:part:', ':leases' },
   completions = ff.KEYS.completions,
+  task = ff.KEYS.task_events,
 }
 
 -- The kinds of messages, which are the first byte of each: on the channel of an attempt
@@ -93,6 +99,8 @@ ff.CHANNELS = {
 --   S<state>                                 it has moved to the state
 -- and on the channel of a partition's completions
 --   C                                        there is a new record
+-- and on the channel of a task
+--   R                                        it was saved or removed
 -- On the channel of a partition's leases a message has words: `<what> <execution id> <attempt index>`, from
 -- ff.tell_holder.
 -- Only a writer makes bodies and reads none: ff_fast/_hot/frames.pyx has their form.
@@ -113,7 +121,8 @@ ff.TYPES = {
   meta = 'hash',
   eligible = 'zset', needs = 'set', leases = 'hash', timers = 'zset', completions = 'stream',
   waitpoint_secrets = 'hash', waitpoint_use = 'hash', flow = 'hash', flow_members = 'set', flow_open = 'zset',
-  lane_news = 'zset',
+  lane_news = 'zset', task = 'hash', task_events = 'stream', task_order = 'zset',
+  task_due = 'zset', task_facts = 'hash',
 }
 
 -- Refuses the call because of foreign data, before its first write: `name` is the name of the key in ff.KEYS.

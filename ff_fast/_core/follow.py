@@ -9,7 +9,7 @@ so.
 from __future__ import annotations
 
 from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
 from ff_fast import keys
 from ff_fast._core import ops
@@ -41,6 +41,8 @@ from ff_fast.types import (
 if TYPE_CHECKING:
     from ff_fast.errors import FFError
 
+T = TypeVar("T")
+
 _UNSUBSCRIBED_S = 1.0
 # How long the first look at an execution may take whose end somebody waits for, whatever the time of the wait.
 _FIRST_LOOK_S = 1.0
@@ -65,23 +67,24 @@ def follow_place(after: object) -> tuple[int, StreamCursor] | None:
     return None
 
 
-class StateWatch(Inbox):
-    """Reads the state of an execution whenever it may have changed: a reader of the execution's channel.
+class Watch(Inbox, Generic[T]):
+    """Reads something whenever it may have changed: a reader of its channel.
 
     Attributes:
-        channel: Where the server tells that the execution has moved.
+        channel: Where the server tells of changes.
+        op: Reads it.
     """
 
-    __slots__ = ("_failure", "_op", "channel")
+    __slots__ = ("_failure", "channel", "op")
 
-    def __init__(self, execution_id: str) -> None:
-        self._op = ops.read_state(execution_id)
+    def __init__(self, channel: bytes, op: ops.Op[T]) -> None:
         self._failure: FFError | None = None
-        self.channel = keys.execution_channel(execution_id)
+        self.channel = channel
+        self.op = op
         self.look()
 
     def look(self) -> None:
-        """Read the state with the next step."""
+        """Read it with the next step."""
         self.reading = False
         self.due = True
 
@@ -91,7 +94,7 @@ class StateWatch(Inbox):
         self.doubt(False)
 
     def step(self) -> Step | None:
-        """Return the request for the state; None if it need not be read yet."""
+        """Return the request; None if it need not be read yet."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -101,12 +104,21 @@ class StateWatch(Inbox):
         # A push from here on may tell of what this answer does not know.
         self._begin_reading()
         self.look_at = now + (longest_wait() if self.confirmed else _UNSUBSCRIBED_S)
-        return Step((self._op.command(),))
+        return Step((self.op.command(),), large=self.op.large)
 
-    def receive(self, reply: object) -> ops.State:
-        """Return the state in the reply to the last step."""
+    def receive(self, reply: object) -> T:
+        """Return what the reply to the last step says."""
         self.reading = False
-        return self._op.answer(reply)
+        return self.op.answer(reply)
+
+
+class StateWatch(Watch[ops.State]):
+    """Reads the state of an execution whenever it may have changed."""
+
+    __slots__ = ()
+
+    def __init__(self, execution_id: str) -> None:
+        super().__init__(keys.execution_channel(execution_id), ops.read_state(execution_id))
 
 
 class FollowCore:

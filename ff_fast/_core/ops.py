@@ -126,6 +126,12 @@ def _text(field: object) -> str:
     return field.decode("utf-8", "replace")
 
 
+def _bytes(field: object) -> bytes:
+    if not isinstance(field, bytes):
+        raise Corruption("The server answered with a value of another type; check what wrote it.")
+    return field
+
+
 def _int(field: object) -> int:
     return int(_text(field))
 
@@ -572,6 +578,156 @@ def delete_execution(execution_id: str, reason: str) -> Op[tuple[Deleted, Hints]
             Deleted(status == b"CANCELLED", status == b"MORE"),
             _hints(fields, 0),
         ),
+    )
+
+
+# -- tasks ---------------------------------------------------------------------------------------------------------------
+
+
+class TaskName(NamedTuple):
+    """A task: the slot tag of its name, and the UUID that stands for it in keys."""
+
+    slot_tag: str
+    uuid: str
+
+    @property
+    def keys(self) -> tuple[bytes, bytes]:
+        """The documents, and the log of events."""
+        return keys.task(*self), keys.task_events(*self)
+
+
+def save_task(
+    name: TaskName,
+    owner: str,
+    prev_version: int,
+    kind: str,
+    save_id: str,
+    ttl_ms: int,
+    document: bytes,
+    event: bytes,
+) -> Op[int | None]:
+    """Store a document where the stored version is *prev_version*; return the new one, None where it is another."""
+    return Op(
+        b"ff_save_task",
+        name.keys,
+        (
+            owner.encode(),
+            number(prev_version),
+            kind.encode(),
+            save_id.encode(),
+            number(ttl_ms),
+            document,
+            event,
+        ),
+        lambda status, fields: None if status == b"CONFLICT" else _int(fields[0]),
+    )
+
+
+class TaskRead(NamedTuple):
+    """The document of an owner with its version, 0 where there is none, and events: id, version and text of each.
+
+    *exists* is whether some owner has the task; *more*, whether more events may follow.
+    """
+
+    exists: bool
+    version: int
+    document: bytes
+    more: bool
+    events: list[tuple[str, int, bytes]]
+
+
+def read_task(name: TaskName, owner: str = "", after: str = "0-0", count: int = 0) -> Op[TaskRead]:
+    """Read the document of an owner, or events after an id."""
+
+    def parse(_: bytes, fields: list[object]) -> TaskRead:
+        exists, version, document, more, events = fields
+        flat = cast("list[bytes]", events)
+        return TaskRead(
+            _text(exists) == "1",
+            _int(version),
+            _bytes(document),
+            _text(more) == "1",
+            [
+                (_text(flat[i]), _int(flat[i + 1]), _bytes(flat[i + 2]))
+                for i in range(0, len(flat), 3)
+            ],
+        )
+
+    given = (owner.encode(), after.encode(), number(count))
+    return Op(b"ff_read_task", name.keys, given, parse, read_only=True, large=True)
+
+
+def delete_task(name: TaskName, owner: str) -> Op[bool]:
+    """Remove the task of an owner; return whether there was one."""
+    return Op(
+        b"ff_delete_task",
+        name.keys,
+        (owner.encode(),),
+        lambda status, fields: _text(fields[0]) == "1",
+    )
+
+
+def note_task(
+    owner: str, task_id: str, version: int, time_us: int, state: str, context: str, ttl_ms: int
+) -> Op[bool]:
+    """List a task among those of its owner; with version 0, take it from there. Return whether that was done."""
+    return Op(
+        b"ff_note_task",
+        (keys.task_order(owner), keys.task_due(owner), keys.task_facts(owner)),
+        (
+            task_id.encode(),
+            number(version),
+            number(time_us),
+            state.encode(),
+            context.encode(),
+            number(ttl_ms),
+        ),
+        lambda status, fields: _text(fields[0]) == "1",
+    )
+
+
+class TaskPlace(NamedTuple):
+    """A place in the list of an owner: the time of a status in microseconds, -1 for none, and the task."""
+
+    time_us: int
+    task_id: str
+
+
+class TaskPage(NamedTuple):
+    """Tasks of a list, the place where it goes on, None at its end, and how many have the least time at least."""
+
+    found: list[TaskPlace]
+    then: TaskPlace | None
+    all: int
+
+
+def list_tasks(
+    owner: str, state: str, context: str, least_us: int, below: TaskPlace | None, count: int
+) -> Op[TaskPage]:
+    """Read a part of the list of an owner's tasks that have a state and a context, '' for any; the latest are first."""
+
+    def parse(_: bytes, fields: list[object]) -> TaskPage:
+        places = [
+            TaskPlace(_int(time), _text(task_id))
+            for task_id, time in zip(fields[3::2], fields[4::2], strict=True)
+        ]
+        time, task_id = _text(fields[0]), _text(fields[1])
+        then = TaskPlace(int(time), task_id) if time else None
+        return TaskPage(places, then, _int(fields[2]))
+
+    return Op(
+        b"ff_list_tasks",
+        (keys.task_order(owner), keys.task_facts(owner)),
+        (
+            state.encode(),
+            context.encode(),
+            number(least_us),
+            b"+inf" if below is None else number(below.time_us),
+            b"" if below is None else below.task_id.encode(),
+            number(count),
+        ),
+        parse,
+        read_only=True,
     )
 
 

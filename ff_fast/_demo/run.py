@@ -12,24 +12,21 @@ import asyncio
 import contextlib
 import os
 import selectors
-import subprocess
-import sys
 import threading
 import time
 import uuid
 from array import array
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ff_fast import End, ExecutionNotFound, FFError, Gap, SummaryView, ValkeyBackend, aio
 from ff_fast._demo.check import Transcript, compare, expected, patch_name
 from ff_fast._demo.plan import Plan, script
+from ff_fast._demo.processes import GOODBYE_S, Child, DemoError
 from ff_fast._demo.view import REDRAWS_PER_SECOND, Progress, Read, Sent, View
 
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Any, Self
+    from typing import Any
 
 _LEASE_MS = 30_000
 # Long enough to look at the execution with the other commands.
@@ -37,7 +34,6 @@ _RETENTION_S = 600.0
 _REPORT_S = 0.1
 # Longer than the reader needs to start its tail.
 _HEAD_START_S = 0.2
-_GOODBYE_S = 3.0
 
 
 # -- the caller ------------------------------------------------------------------------------------
@@ -54,8 +50,8 @@ def run(url: str, plan: Plan, view: View) -> list[str]:
     with (
         ValkeyBackend.connect(url) as backend,
         # Both processes load at the same time.
-        _Child("reader") as reader,
-        _Child("worker", url, plan) as worker,
+        Child("reader") as reader,
+        Child("worker", url, plan) as worker,
         view,
     ):
         progress.execution_id = str(worker.receive())
@@ -71,7 +67,7 @@ def run(url: str, plan: Plan, view: View) -> list[str]:
     return [check.difference for check in checks if check.difference]
 
 
-def _follow(worker: _Child, reader: _Child, progress: Progress, view: View) -> Transcript:
+def _follow(worker: Child, reader: Child, progress: Progress, view: View) -> Transcript:
     """Take reports until both processes have finished; return the reader's transcript."""
     children = {child.pipe: child for child in (worker, reader)}
     got: Transcript | None = None
@@ -140,7 +136,7 @@ async def _work(pipe: Connection[Any, Any], url: str, plan: Plan) -> None:
             await backend.complete(handle)
         except asyncio.CancelledError:
             with contextlib.suppress(FFError, TimeoutError):
-                async with asyncio.timeout(_GOODBYE_S / 2):
+                async with asyncio.timeout(GOODBYE_S / 2):
                     await backend.fail(handle, "The demo was interrupted.")
             raise
         finally:
@@ -230,113 +226,22 @@ def _read(pipe: Connection[Any, Any], url: str, eid: str) -> None:
     pipe.send(got._replace(document=document, version=view.version))
 
 
-# -- child processes -------------------------------------------------------------------------------
+def work(pipe: Connection[Any, Any], url: str, plan: Plan) -> None:
+    """Be the worker."""
+    # select() has a resolution of a microsecond, epoll() of a millisecond.
+    with asyncio.Runner(
+        loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())
+    ) as runner:
+        runner.run(_work(pipe, url, plan))
 
 
-class Failed(NamedTuple):
-    """The last message of a child that failed."""
-
-    sentence: str
-
-
-class DemoError(FFError):
-    """A process of the demo stopped early."""
-
-    code = "demo_failed"
-
-
-def child(role: str, descriptor: str) -> None:
-    """Be the worker or the reader; the task comes through the pipe *descriptor*."""
-    pipe: Connection[Any, Any] = Connection(int(descriptor))
-    try:
-        task = pipe.recv()
-        if role == "worker":
-            # select() has a resolution of a microsecond, epoll() of a millisecond.
-            with asyncio.Runner(
-                loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())
-            ) as runner:
-                runner.run(_work(pipe, *task))
-        else:
-            threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
-            _read(pipe, *task)
-        pipe.send(None)
-    except FFError as error:
-        with contextlib.suppress(OSError):
-            pipe.send(Failed(str(error)))
-    except (EOFError, OSError, asyncio.CancelledError):
-        # The parent has gone, or told this process to stop.
-        os._exit(1)
+def read(pipe: Connection[Any, Any], url: str, execution_id: str) -> None:
+    """Be the reader."""
+    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
+    _read(pipe, url, execution_id)
 
 
 def _end_with_parent(pipe: Connection[Any, Any]) -> None:
     with contextlib.suppress(EOFError, OSError):
         pipe.recv()
     os._exit(1)
-
-
-class _Child:
-    """A process of the demo and the pipe to it.
-
-    It has a session of its own: a Ctrl-C reaches only the parent, which then ends the child.
-    The task goes through the pipe, because a URL may hold a password and command lines are public.
-    """
-
-    def __init__(self, role: str, *task: object) -> None:
-        self.role = role
-        self.pipe, theirs = Pipe()
-        # The child imports what this process imports, and nothing of that name in the current directory.
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109 - text
-        self._process = subprocess.Popen(  # noqa: S603 - this interpreter, and arguments of ours
-            [sys.executable, "-P", "-m", "ff_fast._demo", role, str(theirs.fileno())],
-            env={**os.environ, "PYTHONPATH": path},
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
-        if task:
-            self.tell(task)
-
-    def tell(self, message: object) -> None:
-        """Send a message. If the process has gone, the next :meth:`receive` raises."""
-        with contextlib.suppress(OSError):
-            self.pipe.send(message)
-
-    def receive(self) -> object:
-        """Return the next message.
-
-        Raises:
-            DemoError: The process failed, or ended without a message.
-        """
-        try:
-            message: object = self.pipe.recv()
-        except (EOFError, OSError):
-            raise DemoError(f"The {self.role} ended without a message.") from None
-        if isinstance(message, Failed):
-            raise DemoError(f"The {self.role} stopped: {message.sentence}")
-        return message
-
-    def stop(self, *, politely: bool = False) -> None:
-        if politely:
-            self.tell("stop")
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GOODBYE_S)
-        self.pipe.close()
-        try:
-            self._process.wait(_GOODBYE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        # An interrupted worker still fails its attempt, so that readers hear of the end.
-        self.stop(politely=kind is not None and self.role == "worker")

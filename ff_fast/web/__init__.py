@@ -7,7 +7,8 @@ With Starlette, and so with FastAPI (extra ``web``)::
         return StreamResponse(backend, execution_id, request)
 
 A browser reads it with ``new EventSource("/streams/...")``, which comes again by itself after a lost connection, and gets
-every character once. :func:`events` and :func:`iter_events` are iterators of bytes for every other framework, and need no package.
+every character once; :data:`CLIENT_JS`, which :func:`client_script` serves, also survives sleep and what the window has lost.
+:func:`events` and :func:`iter_events` are iterators of bytes for every other framework, and need no package.
 
 What goes over the wire is a :class:`Framing`: :class:`EventFraming` unless another one is passed. :mod:`ff_fast.web.ai_sdk` and
 :mod:`ff_fast.web.ag_ui` have those of front ends.
@@ -21,15 +22,22 @@ from typing import TYPE_CHECKING, Any
 from ff_fast.web.chunk_log import ChunkWriter
 from ff_fast.web.framing import DataFraming, EventFraming, Framing, Item, Passthrough, event
 from ff_fast.web.reading import BlockingChunks, Chunks, end_responses, events, iter_events
+from ff_fast.web.script import CLIENT_JS
 from ff_fast.web.tickets import check_token, stream_token
 
 if TYPE_CHECKING:
-    from ff_fast.web.response import StreamResponse, error_response, stop_response
+    from ff_fast.web.response import (
+        StreamResponse,
+        client_script,
+        error_response,
+        stop_response,
+    )
 
 # Names that need Starlette.
-_RESPONSES = ("StreamResponse", "error_response", "stop_response")
+_RESPONSES = ("StreamResponse", "client_script", "error_response", "stop_response")
 
 __all__ = [
+    "CLIENT_JS",
     "BlockingChunks",
     "ChunkWriter",
     "Chunks",
@@ -40,6 +48,7 @@ __all__ = [
     "Passthrough",
     "StreamResponse",
     "check_token",
+    "client_script",
     "end_responses",
     "error_response",
     "event",

@@ -103,8 +103,8 @@ class ChunkWriter:
     def __init__(self, writer: Writes) -> None:
         self._writer = writer
         self._next = 0
-        # Entries that grow, by type and part.
-        self._growing: dict[tuple[str, str], int] = {}
+        # How the entries that grow are appended to, by type and part.
+        self._growing: dict[tuple[str, str], StreamMode] = {}
         # Entries that the next snapshot of a state makes void.
         self._state: list[int] = []
 
@@ -156,16 +156,17 @@ class ChunkWriter:
             self._merge({str(number): text, **void})
             return
         self._merge({str(number): {"json": ""}, **void})
-        self._append(number, "json", text)
+        self._append(_appending(number, "json"), text)
         self._merge({str(number): {"whole": True}})
 
     def _grow(self, kind: str, part_field: str, field: str, part: str, delta: str) -> None:
-        number = self._growing.get((kind, part))
-        if number is None:
-            number = self._growing[kind, part] = self._entry()
+        mode = self._growing.get((kind, part))
+        if mode is None:
+            number = self._entry()
+            mode = self._growing[kind, part] = _appending(number, field)
             head, delta = delta[:_PIECE], delta[_PIECE:]
             self._merge({str(number): {"type": kind, part_field: part, field: head}})
-        self._append(number, field, delta)
+        self._append(mode, delta)
 
     def _entry(self) -> int:
         number = self._next
@@ -175,10 +176,13 @@ class ChunkWriter:
     def _merge(self, entries: dict[str, Any]) -> None:
         self._writer.write(orjson.dumps({"log": entries}), "chunk", mode=_MERGE)
 
-    def _append(self, number: int, field: str, text: str) -> None:
-        mode = StreamMode.durable_summary(PatchKind.STRING_APPEND(f"/log/{number}/{field}"))
+    def _append(self, mode: StreamMode, text: str) -> None:
         for at in range(0, len(text), _PIECE):
             self._writer.write(text[at : at + _PIECE], "chunk", mode=mode)
+
+
+def _appending(number: int, field: str) -> StreamMode:
+    return StreamMode.durable_summary(PatchKind.STRING_APPEND(f"/log/{number}/{field}"))
 
 
 class _Growing:

@@ -6,9 +6,9 @@ With Starlette, and so with FastAPI::
     async def stream(request: Request, execution_id: str):
         return await durable_streams.read_response(backend, execution_id, request)
 
-A frame is a message, and the end of the execution closes the stream. The stream of a client is that of the newest attempt:
-an offset in an earlier one is 410 as one whose frames are not kept any more, and ``offset=-1`` begins with the first frame
-that is kept. Workers write through ff_fast, so a request that would write is 405.
+A frame is a message, and the end of the execution closes the stream; how it has ended is not told. The stream of a client
+is that of the newest attempt: an offset in an earlier one is 410, as one whose frames are not kept any more, and ``offset=-1``
+begins with the first frame that is kept. Workers write through ff_fast, so a request that would write is 405.
 """
 
 from __future__ import annotations
@@ -335,8 +335,9 @@ class DurableFraming(Framing):
                 self._place = Place(item.attempt_index, 0, 0)
             return has_read
         if isinstance(item, Gap):
-            # Frames between those that are kept have expired before the client came.
-            if has_read and not (item.reason == "trimmed" and (self._moved or bool(self._held))):
+            # What has left between frames that are kept is missing for whoever begins again, too.
+            is_history = (self._moved or bool(self._held)) and not self._is_up_to_date
+            if has_read and not is_history:
                 return True
             self._before_gap = len(self._held)
             self._behind_gap = Place.of_cursor(item.cursor)
@@ -579,8 +580,8 @@ async def read_response(
         request: The request.
         content_type: Of the messages. With ``application/json`` each frame is one JSON document, and a body is an array.
             Text is answered up to the last whole character.
-        visibility: Whether best-effort frames are delivered. One that has expired is missing in later answers, so writers of
-            durable frames suit the protocol.
+        visibility: Whether best-effort frames are delivered. Those that have expired between others are left out without
+            a word, so writers of durable frames suit the protocol.
         authorize: As of :class:`StreamResponse`.
         token_key: As of :class:`StreamResponse`.
         allow_origin: ``Access-Control-Allow-Origin``: which pages of other origins may read, ``*`` for all. None leaves it to

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 from functools import cache, partial
+from hashlib import sha256
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from ff_fast.errors import (
 from ff_fast.types import TailVisibility, seconds
 from ff_fast.web.framing import EventFraming, Framing
 from ff_fast.web.reading import FAREWELL_S, HEARTBEAT_S, Chunks, events
+from ff_fast.web.script import CLIENT_JS
 from ff_fast.web.tickets import check_token
 
 try:
@@ -364,3 +366,21 @@ async def stop_response(
     except FFError as error:
         return error_response(error)
     return json_response({"success": True})
+
+
+async def client_script(request: Request) -> Response:
+    """Return the browser client, an ES module: an endpoint for ``Route("/ff_fast.js", client_script)``.
+
+    A browser keeps it, and asks at each load whether it has changed.
+    """
+    content, tag = _client_script()
+    headers = {"cache-control": "no-cache", "etag": tag}
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(content, headers=headers, media_type="text/javascript")
+
+
+@cache
+def _client_script() -> tuple[bytes, str]:
+    content = CLIENT_JS.read_bytes()
+    return content, f'"{sha256(content).hexdigest()[:16]}"'

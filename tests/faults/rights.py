@@ -13,6 +13,7 @@ import fnmatch
 import functools
 import re
 import socket
+import time
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ from ff_fast import (
     _library,
     keys,
 )
-from ff_fast._core import claiming
+from ff_fast._core import claiming, ops
 from ff_fast._core import supervision as supervision_core
 from ff_fast._core.operations import Call
 from ff_fast.errors import NotReplicated, UnsupportedServer
@@ -397,6 +398,7 @@ class Life:
         self.flows()
         self.loses()
         self.names()
+        self.tasks()
         self.subscribes()
 
     def streams(self):
@@ -679,6 +681,32 @@ class Life:
         flow_id = self.by("ff_producer").create_flow()
         eid = self.created(lane="n", flow_id=flow_id)
         self.by("ff_operator").delete_execution(eid)
+
+    def tasks(self):
+        """Tasks of agents: saved, listed, read, expired and removed. Their events are heard on a channel."""
+        agent, owner = self.by("ff_agent"), "0" * 40
+        name = ops.TaskName("{fp:1}", keys.new_uuid())
+
+        def do(op):
+            return agent._do(Call(lambda: ops.call(op), writes=not op.read_only))
+
+        assert do(ops.note_task(owner, "t", 1, 5, "2", "-", 1))
+        until = time.monotonic() + 0.05
+        assert do(ops.save_task(name, owner, 0, "", "save-1", 60_000, b"d", b"e")) == 1
+        assert do(ops.save_task(name, owner, 0, "", "save-2", 60_000, b"d", b"e")) is None
+        # By then the time of the first one is over.
+        agent.wait_until(lambda: time.monotonic() > until)
+        assert do(ops.note_task(owner, "u", 1, 5, "2", "-", 60_000))
+        assert do(ops.list_tasks(owner, "2", "", -1, None, 5)).found
+        assert do(ops.read_task(name, owner, count=5)).events
+        assert do(ops.delete_task(name, owner))
+        do(ops.note_task(owner, "u", 0, 0, "", "", 60_000))
+        channel, listener = keys.task_channel(*name), SimpleNamespace()
+        listener.told = listener.doubt = listener.failed = lambda _: None
+        agent._hub.listen(channel, listener)
+        agent.wait_until(lambda: agent._hub.confirmed(channel))
+        agent._hub.unlisten(channel, listener)
+        agent.wait_until(lambda: _hears_nothing(agent))
 
     def subscribes(self):
         tailer = self.by("ff_tailer")

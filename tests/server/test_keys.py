@@ -12,6 +12,8 @@ from ff_fast import (
     WaitpointSpec,
     keys,
 )
+from ff_fast._core import ops
+from ff_fast._core.operations import Call
 from ff_fast.embedded import EmbeddedServer
 
 from ..conftest import connect_raw
@@ -73,6 +75,12 @@ def test_every_key_of_a_full_lifecycle_is_in_the_table(world):
     look()
     backend.cancel_flow(flow)
     look()
+    task = ops.TaskName("{fp:0}", keys.new_uuid())
+    for op in (
+        ops.save_task(task, "0" * 40, 0, "", "save-1", 60_000, b"d", b"e"),
+        ops.note_task("0" * 40, "t", 1, 5, "2", "-", 60_000),
+    ):
+        backend._do(Call(lambda op=op: ops.call(op)))
     # Written before a wait for replicas.
     world.raw.set(keys.written("{fp:0}"), 1)
     world.raw.set(keys.PARTITIONS_CONFIG, 256)

@@ -195,6 +195,20 @@ class Scene:
             payload=b"p",
         )  # fmt: skip
 
+    def task(self):
+        name = ops.TaskName(self.tag, keys.new_uuid())
+        self.call(ops.save_task(name, "o" * 40, 0, "", "first", 60_000, b"d", b"e"))
+        return name
+
+    def saving(self, version, kind=""):
+        return ops.save_task(self.task(), "o" * 40, version, kind, "second", 60_000, b"D", b"E")
+
+    def noting(self, version):
+        owner = keys.new_uuid().replace("-", "") + "0" * 8
+        for number in range(2):
+            self.call(ops.note_task(owner, f"t-{number}", 1, 5, "2", "-", 60_000))
+        return ops.note_task(owner, "t-0", version, 6, "3", "-", 60_000)
+
     def suspension(self, needed=2):
         return ops.suspend_execution(
             self.attempt, keys.new_uuid(), self.condition(needed), 600, TimeoutBehavior.FAIL, "r"
@@ -232,6 +246,15 @@ CALLS = {
     "ff_delete_execution": [
         lambda s: ops.delete_execution(s.child, "why"),
         lambda s: s.ended(),
+    ],
+    "ff_save_task": [
+        lambda s: s.saving(1),
+        lambda s: s.saving(7, "cancelled"),
+    ],
+    "ff_delete_task": [lambda s: ops.delete_task(s.task(), "o" * 40)],
+    "ff_note_task": [
+        lambda s: s.noting(2),
+        lambda s: s.noting(0),
     ],
     "ff_append": [
         lambda s: s.append(S.log(b"a", b"b"), [b"K", b"100"], [b"E", b"1.5"]),

@@ -392,7 +392,7 @@ LUA_KEYS = {
         re.MULTILINE,
     )
 }
-PLACES = re.compile(r"\{fp:N\}|<eid>:<i>|<lane><needs>|\{<lane>\}|<\w+>")
+PLACES = re.compile(r"\{fp:N\}|<eid>:<i>|<lane><needs>|\{<lane>\}|\{<owner>\}|<\w+>")
 
 
 def test_the_table_is_complete_and_names_each_key_once():
@@ -435,6 +435,8 @@ SAMPLES = {
     "budget_id": "b-1",
     "needs": "gpu",
     "seen": 7,
+    "name": UUID,
+    "owner": "0" * 40,
 }
 
 

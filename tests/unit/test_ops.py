@@ -68,6 +68,7 @@ SIGNAL_ID = "88888888-2222-4333-8444-555555555555"
 TOKENS = [f"k1:{digit * 40}" for digit in "abc"]
 SECRET = "5e" * 32
 DIGEST = hashlib.sha1(LEASE.encode()).hexdigest().encode()
+TASK = ops.TaskName("{fp:86}", "550e8400-e29b-41d4-a716-446655440000")
 WRITER = b"3:" + DIGEST + b":4:w"
 USAGE = UsageDimensions(10, 0, 30, {"calls": 2, "none": 0})
 AMOUNTS = [b"input_tokens", b"10", b"wall_ms", b"30", b"calls", b"2"]
@@ -109,6 +110,11 @@ KEYS = {
     "open": keys.flow_open("{fp:86}", FLOW),
     "limits": keys.budget_limits("b-1"),
     "charges": keys.budget_charges("b-1", EID),
+    "task": keys.task(*TASK),
+    "task_events": keys.task_events(*TASK),
+    "task_order": keys.task_order("o"),
+    "task_due": keys.task_due("o"),
+    "task_facts": keys.task_facts("o"),
     "partitions": keys.PARTITIONS_CONFIG,
     "probe": keys.CLUSTER_PROBE,
 }
@@ -426,6 +432,49 @@ CALLS = {
         [b"a.b", "ż".encode()],
     ),
     "ff_delete_execution": (ops.delete_execution(EID, "why"), {"reason": b"why"}, []),
+    "ff_save_task": (
+        ops.save_task(TASK, "o", 3, "ended", "save-1", 50, b"d\x00", b"e"),
+        {
+            "owner": b"o",
+            "prev_version": b"3",
+            "kind": b"ended",
+            "save_id": b"save-1",
+            "ttl_ms": b"50",
+            "document": b"d\x00",
+            "event": b"e",
+        },
+        [],
+    ),
+    "ff_read_task": (
+        ops.read_task(TASK, "o", "7-8", 9),
+        {"owner": b"o", "after": b"7-8", "count": b"9"},
+        [],
+    ),
+    "ff_delete_task": (ops.delete_task(TASK, "o"), {"owner": b"o"}, []),
+    "ff_note_task": (
+        ops.note_task("o", "t-ż", 4, 5, "2", "c", 50),
+        {
+            "task_id": "t-ż".encode(),
+            "version": b"4",
+            "time_us": b"5",
+            "state": b"2",
+            "context": b"c",
+            "ttl_ms": b"50",
+        },
+        [],
+    ),
+    "ff_list_tasks": (
+        ops.list_tasks("o", "2", "c", -1, ops.TaskPlace(7, "t"), 9),
+        {
+            "state": b"2",
+            "context": b"c",
+            "least_us": b"-1",
+            "below_us": b"7",
+            "below_id": b"t",
+            "count": b"9",
+        },
+        [],
+    ),
     "ff_read_range": (
         ops.read_range(
             EID,
@@ -800,6 +849,17 @@ ANSWERS = {
         ),
     ),
     "ff_delete_execution": ([*HINTS], (ops.Deleted(cancelled=False, more=False), HINTED)),
+    "ff_save_task": ([b"4"], 4),
+    "ff_read_task": (
+        [b"1", b"4", b"d", b"", [b"7-0", b"3", b"e"]],
+        ops.TaskRead(True, 4, b"d", False, [("7-0", 3, b"e")]),
+    ),
+    "ff_delete_task": ([b"1"], True),
+    "ff_note_task": ([b""], False),
+    "ff_list_tasks": (
+        [b"-1", b"t", b"8", b"a", b"5"],
+        ops.TaskPage([ops.TaskPlace(5, "a")], ops.TaskPlace(-1, "t"), 8),
+    ),
     "ff_read_range": (
         [[], b"1-2", b"1", [], b"1-3", b"", b"7-8", b"6", b"expired", b"50", b"1", b"4-5", b"9"],
         ops.Range(

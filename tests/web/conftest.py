@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from ff_fast import aio
-from tests.web import sites
+from tests.web import browser, sites
 
 
 @pytest.fixture
@@ -21,3 +21,11 @@ def site(server):
         yield lambda routes, **options: stack.enter_context(
             sites.Site(server.url, routes, **options)
         )
+
+
+@pytest.fixture(scope="session")
+def driver():
+    """Headless Chromium; tests use tabs of their own."""
+    driver = browser.start()
+    yield driver
+    driver.quit()

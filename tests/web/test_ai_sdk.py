@@ -8,6 +8,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+import ff_fast
 from ff_fast import FailureClass, InvalidInput, PatchKind, RetryPolicy, StreamMode, keys, web
 from ff_fast.types import AttemptStarted, End, Gap, Snapshot
 from ff_fast.web import ai_sdk
@@ -194,31 +195,77 @@ async def test_a_delta_of_any_text_and_size_comes_unchanged(backend_of, lane, de
     assert "".join(each.get("delta", "") for each in got) == delta + "__"
 
 
+class Kept:
+    """A writer that keeps what it is given."""
+
+    def __init__(self):
+        self.frames = []
+
+    def write(self, payload, kind, *, mode):
+        self.frames.append((payload, kind, mode))
+
+
+def frames_of(chunks):
+    kept = Kept()
+    log = ChunkWriter(kept)
+    for chunk in chunks:
+        log.write(chunk)
+    return kept.frames
+
+
+OUTPUT = {"type": "tool-output-available", "toolCallId": "t", "output": "é\n" * 10_000}
+
+
 @anyio
-async def test_a_chunk_that_no_frame_can_hold_is_kept_in_pieces(backend_of, lane):
-    output = {"type": "tool-output-available", "toolCallId": "t", "output": "é" * 150_000}
+async def test_who_joins_in_the_middle_of_a_chunk_gets_it_whole(backend_of, lane):
+    """A chunk that no frame can hold is kept in pieces."""
+    chunks = [*START, TEXT, OUTPUT, STOP[0]]
+    frames = frames_of(chunks)
+    assert len(frames) > len(chunks) + 3
     async with backend_of() as backend:
-        eid, handle = await written(backend, lane, START, end=False)
-        reading = web.events(backend, eid, framing=ai_sdk.AiSdkFraming())
-        got = [await anext(reading)]
-        async with backend.open_writer(handle) as writer:
-            log = ChunkWriter(writer)
-            log._next = 3
-            log.write(output)
-        await backend.complete(handle)
-        got += [chunk async for chunk in reading]
-        assert output in chunks_of(b"".join(got))
-        assert output in chunks_of(await body_of(backend, eid))
+        for count in range(1, len(frames)):
+            eid, handle = await written(backend, lane, end=False)
+            async with backend.open_writer(handle) as writer:
+                for payload, kind, mode in frames[:count]:
+                    writer.write(payload, kind, mode=mode)
+                await writer.flush()
+                reading = web.events(backend, eid, framing=ai_sdk.AiSdkFraming())
+                await reading.open()
+                got = [reading.ready()]
+                for payload, kind, mode in frames[count:]:
+                    writer.write(payload, kind, mode=mode)
+            await backend.complete(handle)
+            got += [chunk async for chunk in reading]
+            assert chunks_of(b"".join(got)) == [*chunks, {"type": "finish"}], count
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"type": 1}', "data: nonsense\n\n", "{"])
+def test_a_blocking_reader_joins_again_behind_a_gap(server, lane):
+    with ff_fast.ValkeyBackend.connect(server.url) as backend:
+        eid = backend.create_execution(lane=lane, payload=b"p")
+        handle = backend.claim(lane=lane, **WORKER, lease_ttl_ms=60_000)
+        frames = frames_of(CHUNKS)
+        with backend.open_writer(handle) as writer:
+            for payload, kind, mode in frames[:4]:
+                writer.write(payload, kind, mode=mode)
+            writer.flush()
+            reading = web.iter_events(backend, eid, framing=ai_sdk.AiSdkFraming())
+            reading.open()
+            reading._first.append(Gap(5, 9, "fell_behind", "0.1-8"))
+            first = next(reading)
+            for payload, kind, mode in frames[4:]:
+                writer.write(payload, kind, mode=mode)
+        backend.complete(handle)
+        got = first + b"".join(reading)
+    assert reading.finished
+    assert joined(chunks_of(got)) == [*START, TEXT, *STOP, FINISH]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"type": 1}', "data: nonsense\n\n", "{", "text"])
 def test_what_is_no_chunk_is_refused(text):
-    class Nowhere:
-        def write(self, *_, **__):
-            raise AssertionError
-
+    kept = Kept()
     with pytest.raises(InvalidInput):
-        ChunkWriter(Nowhere()).write(text)
+        ChunkWriter(kept).write(text)
+    assert kept.frames == []
 
 
 # -- plain text ---------------------------------------------------------------------------------------------------------

@@ -1,14 +1,19 @@
 """The conformance suite of Durable Streams, over the read side of the library and the write side of these tests."""
 
+import asyncio
 import collections
 import json
 import os
 import subprocess
 
 import pytest
+from starlette.routing import Route
 
+from ff_fast import keys
+from ff_fast.web import durable_streams
 from tests.web import node
 from tests.web.durable_facade import LONG_POLL_S, Facade
+from tests.web.sites import stream_of
 
 pytestmark = [pytest.mark.web, pytest.mark.timeout(300)]
 
@@ -113,3 +118,40 @@ def test_the_suite_passes_but_for_what_is_out_of_scope(site, tmp_path):
     passed = collections.Counter(group for group, _, status, _ in results if status == "passed")
     assert {group: (passed[group], total[group]) for group in total} == PASSED
     assert (total.total(), passed.total()) == (ALL, PASSING)
+
+
+@pytest.mark.parametrize("live", ["sse", "long-poll"])
+def test_the_client_of_the_protocol_reads_every_character_once(site, lane, live):
+    """While they are written, in the middle of characters, over responses that end before the stream does."""
+
+    def routes(backend):
+        async def stream(request):
+            return await durable_streams.read_response(
+                backend, request.path_params["eid"], request, sse_lasts=1.2, long_poll=0.2
+            )
+
+        return [Route("/{eid:path}", stream)]
+
+    text = "".join(f" {at}: für 🎈 und ❤️, 日本語\n" for at in range(200))
+    served = site(routes)
+    eid, handle = served.call(stream_of(served.backend, lane, end=False))
+
+    async def produce():
+        raw = text.encode()
+        async with served.backend.open_writer(handle) as writer:
+            for at in range(0, len(raw), 7):
+                writer.write(raw[at : at + 7])
+                await asyncio.sleep(0.002)
+        await served.backend.complete(handle)
+
+    script = node.put("durable_read.js")
+    with subprocess.Popen(
+        ["node", script.name, f"{served.url}/{keys.url_id(eid)}", live],
+        cwd=node.NODE_DIR,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as reader:
+        asyncio.run_coroutine_threadsafe(produce(), served.loop).result(60)
+        found, errors = reader.communicate(timeout=60)
+    assert (reader.returncode, errors) == (0, b"")
+    assert found.decode() == text

@@ -331,6 +331,79 @@ async def test_best_effort_frames_that_expired_do_not_end_a_reader(backend_of, l
     assert controls[-1]["streamNextOffset"] == answer.headers["stream-next-offset"]
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 2_000])
+async def test_a_hole_between_frames_that_are_kept_is_passed_over_from_every_offset(
+    backend_of, lane, raw, monkeypatch, most
+):
+    """Else a client that is told to begin again comes to the same place for ever."""
+    monkeypatch.setattr(durable_streams, "_FRAMES", most + 1)
+    live = StreamMode.best_effort_live(60_000)
+    frames = [f"{at}é,".encode() for at in range(12)]
+    gone = {0, 3, 4, 7, 11}
+    async with backend_of() as backend:
+        eid = await backend.create_execution(lane=lane, payload=b"p")
+        handle = await backend.claim(lane=lane, **WORKER, lease_ttl_ms=60_000)
+        async with backend.open_writer(handle) as writer:
+            for at, frame in enumerate(frames):
+                writer.write(frame, mode=live if at in gone else StreamMode.durable())
+            await writer.flush()
+        raw.delete(keys.live(eid, 0))
+        await backend.complete(handle)
+        left = b"".join(each for at, each in enumerate(frames) if at not in gone)
+        async with client_of(backend) as client:
+            offsets, found = ["-1"], b""
+            while True:
+                answer = await client.get(f"/{eid}", params={"offset": offsets[-1]})
+                assert answer.status_code == 200
+                found += answer.content
+                if "stream-up-to-date" in answer.headers:
+                    break
+                offsets.append(answer.headers["stream-next-offset"])
+            assert found == left
+            last = {"offset": answer.headers["stream-next-offset"]}
+            assert (await client.get(f"/{eid}", params=last)).status_code == 200
+            data, controls = read(
+                await client.get(f"/{eid}", params={"offset": "-1", "live": "sse"})
+            )
+            assert data.encode() == left
+            for control in controls:
+                place = {"offset": control["streamNextOffset"], "live": "sse"}
+                assert (await client.get(f"/{eid}", params=place)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "text", [" a", "  a\n b\n\n c", "\n", "\n ", ":x", "data: x", "a\n\nevent: control"]
+)
+async def test_lines_of_events_are_those_of_the_text(backend_of, lane, text):
+    async with served(backend_of, lane, [text.encode()]) as (client, url, *_):
+        data, controls = read(await client.get(url, params={"offset": "-1", "live": "sse"}))
+    assert data == text
+    assert len(controls) <= 2
+
+
+@pytest.mark.parametrize(
+    "payloads, count",
+    [
+        ([], 0),
+        ([b"a"], 1),
+        ([b"\xe2"], 0),
+        ([b"a", b"\xe2"], 1),
+        ([b"a", b"\xe2", b"\x82"], 1),
+        ([b"a", b"\xe2", b"\x82", b"\xac"], 4),
+        ([b"\xf0", b"\x9f", b"\x8e"], 0),
+        ([b"\xf0", b"\x9f", b"\x8e", b"\x88"], 4),
+        ([b"\xff"], 1),
+        ([b"\x80", b"\x80", b"\x80"], 3),
+        # No text: it is not held for ever.
+        ([b"\xe2"] * 4, 4),
+        ([b"\xf0\x9f"] * 9, 9),
+    ],
+)
+def test_how_many_payloads_end_with_a_whole_character(payloads, count):
+    assert durable_streams._Kind.of("text/plain").whole(payloads) == count
+    assert durable_streams._Kind.of("image/png").whole(payloads) == len(payloads)
+
+
 # -- while the stream grows: over a real connection ------------------------------------------------------------------
 
 
