@@ -68,6 +68,47 @@ local function read_between(stream_key, after, to, page_size, count, max_bytes, 
   end
 end
 
+-- Last sequence of an entry, and its time; nil where it is none of ours.
+local function place_of(entry)
+  for i = 1, #entry[2], 2 do
+    local name = entry[2][i]
+    if name == 'payload' or name == 'run' or name == 'end' or name == 'lost' then
+      local ms, last = ff.split_id(entry[1])
+      return last, tonumber(ms)
+    end
+  end
+end
+
+-- The id behind which the frames after `sequence` stand; `after` where it cannot be told. Times rise with sequences, so
+-- the time is halved until that of the frame is found: some 20 commands.
+local function seek(stream_key, sequence, after)
+  local first = redis.call('XRANGE', stream_key, '-', '+', 'COUNT', 1)[1]
+  if not first then
+    return after
+  end
+  local newest = redis.call('XREVRANGE', stream_key, '+', '-', 'COUNT', 1)[1]
+  local low, high = tonumber((ff.split_id(first[1]))), tonumber((ff.split_id(newest[1]))) + 1
+  local found
+  while low < high do
+    local middle = math.floor((low + high) / 2)
+    local entry = redis.call('XRANGE', stream_key, ff.text(middle) .. '-0', '+', 'COUNT', 1)[1]
+    local last, ms
+    if entry then
+      last, ms = place_of(entry)
+      if not last then
+        return after
+      end
+    end
+    if last and last <= sequence then
+      found, low = ms, ms + 1
+    else
+      high = middle
+    end
+  end
+  -- Later entries of the same time have greater sequences.
+  return found and ff.text(found) .. '-' .. ff.text(sequence) or after
+end
+
 -- ff_read_range
 --   keys:    core log live head
 --   args:    attempt_index log_after live_after count max_bytes visibility cursor
@@ -84,8 +125,9 @@ end
 -- An attempt is closed by its end, or by the lapse of its lease: nothing can be appended under a lapsed lease, so every
 -- reader gets the same answer by server time. An unclaimed attempt reads as empty.
 --
--- `cursor` is the id of the frame that the reader had last, or ''. Where another stream stands in its place, as after a
--- failover, `place` is the id after which the reader continues, and both streams are read after it; else it is ''.
+-- `cursor` is the id of the frame that the reader had last, or ''; its time may be 0, for any. Where another stream
+-- stands in its place, as after a failover, `place` is the id after which the reader continues, and both streams are
+-- read after it; else it is ''.
 --
 -- No payload of the writers so far is larger than `payload_limit`.
 redis.register_function({
@@ -134,6 +176,12 @@ redis.register_function({
       end
     end
     payload_limit = ff.integer(payload_limit) or (openings and ff.USUAL_PAYLOAD or ff.MAX_PAYLOAD)
+    -- A cursor that is made of a sequence has no time, so the ids of both streams say nothing about it.
+    local sequence = cursor and ff.integer(string.match(cursor, '^0%-(%d+)$') or '')
+    if sequence and sequence > 0 and payload_limit <= ff.USUAL_PAYLOAD then
+      log_after = log_after == cursor and seek(log_key, sequence, log_after) or log_after
+      live_after = live_after == cursor and seek(live_key, sequence, live_after) or live_after
+    end
     local large_page = math.max(LEAST_PAGE, math.min(LARGE_PAGE, math.floor(PAGE_BYTES / math.max(payload_limit, 1))))
     local function page_size(after)
       return large_id and is_before(after, large_id) and large_page or PAGE
@@ -155,10 +203,10 @@ redis.register_function({
     end
     local small = not (large_id and is_before(to, large_id))
     last_id = last_id or '0-0'
-    local _, sequence = ff.split_id(last_id)
+    local _, last_sequence = ff.split_id(last_id)
     return ff.ok(
-      log, log_to, log_more, live, live_to, live_more, last_id, visible_sequence or ff.text(sequence), closed_reason,
-      lease_left, small and '1' or '', place, ff.text(payload_limit)
+      log, log_to, log_more, live, live_to, live_more, last_id, visible_sequence or ff.text(last_sequence),
+      closed_reason, lease_left, small and '1' or '', place, ff.text(payload_limit)
     )
   end,
   flags = { 'no-writes' },

@@ -328,6 +328,9 @@ class TailCore(Inbox):
         return self._read_small(reply, self._small_to)
 
     def _read_range(self, page: ops.Range) -> list[Item]:
+        if self.ms == 0 and 0 < self.sequence == page.last_sequence:
+            # The cursor had no time; the newest frame is the one that it names, and need not be looked for again.
+            self.ms = page.last_ms
         if page.place is None and self.sequence > page.last_sequence and self._may_follow(page):
             self._behind = False
             self._caught_up(page.lease_left_ms)

@@ -22,7 +22,8 @@ from ff_fast import (
 from ff_fast._core import hub as hub_core
 from ff_fast._core import tail as tail_core
 from ff_fast.embedded import EmbeddedServer
-from ff_fast.errors import AttemptNotFound, Corruption, FFError
+from ff_fast.errors import AttemptNotFound, Corruption, FFError, InvalidInput
+from ff_fast.types import cursor_after
 
 from ..conftest import connect_raw
 from ..heads import head_of
@@ -632,3 +633,50 @@ def test_one_step_brings_a_bounded_answer(payload, backend, raw, attempt):
     assert sorted(size for _, size in sizes)[-2] <= 4 << 20
     assert max(count for count, _ in sizes) <= 64 * 1024 + 512
     assert max(size for _, size in sizes) <= 32 << 20
+
+
+KEPT = StreamMode.best_effort_live(60_000)
+
+
+@pytest.mark.parametrize("mode", [DURABLE, KEPT, None])
+def test_a_cursor_of_a_sequence_continues_behind_its_frame(kind, server, backend, attempt, mode):
+    for _ in range(6):
+        if mode is None:
+            for each in (DURABLE, KEPT, SUMMARY):
+                write(backend, attempt, 40, each)
+        else:
+            write(backend, attempt, 120, mode)
+        # So that the frames have several times.
+        time.sleep(0.002)
+    opener = Opener(kind)
+    connected = opener(server.url)
+    for sequence in (0, 1, 119, 120, 121, 333, 719, 720):
+        cursor = cursor_after(sequence)
+        expected = list(range(sequence + 1, 721))
+        page = connected.read_stream(attempt.eid, after=cursor, count=10_000)
+        assert ([frame.sequence for frame in page], page.gaps) == (expected, ())
+        followed = connected.follow(attempt.eid, after=cursor)
+        some = []
+        while len(some) < len(expected) and (batch := followed.next_batch(10)):
+            some += batch
+        assert [item.sequence for item in some] == expected
+        followed.close()
+    opener.close()
+
+
+def test_a_sequence_is_found_without_reading_what_is_before_it(raw, backend, attempt):
+    write(backend, attempt, 4_000, batch=100)
+
+    def commands(sequence):
+        before = raw.info("commandstats")["cmdstat_xrange"]["calls"]
+        page = backend.read_stream(attempt.eid, after=cursor_after(sequence), count=10)
+        assert [frame.sequence for frame in page] == list(range(sequence + 1, sequence + 11))
+        return raw.info("commandstats")["cmdstat_xrange"]["calls"] - before
+
+    assert commands(3_900) < 40
+
+
+@pytest.mark.parametrize("arguments", [(-1,), (2**53,), (1, -1), (1, 2**32), ("1",), (True,)])
+def test_a_cursor_of_no_sequence_is_refused(arguments):
+    with pytest.raises(InvalidInput):
+        cursor_after(*arguments)
