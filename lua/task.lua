@@ -175,6 +175,33 @@ redis.register_function('ff_note_task', function(keys, args)
   return ff.ok('1')
 end)
 
+-- Whether a text is less than another one as the server sorts members: byte by byte, in no language.
+local function is_less(text, other)
+  for i = 1, math.min(#text, #other) do
+    local one, two = string.byte(text, i), string.byte(other, i)
+    if one ~= two then
+      return one < two
+    end
+  end
+  return #text < #other
+end
+
+-- The rank, from the highest, of the first member behind a place, which need not be that of a member.
+local function rank_behind(key, score, member)
+  local low, high = 0, redis.call('ZCARD', key)
+  while low < high do
+    local middle = math.floor((low + high) / 2)
+    local found = redis.call('ZREVRANGE', key, middle, middle, 'WITHSCORES')
+    local its_score = tonumber(found[2])
+    if its_score < score or (its_score == score and is_less(found[1], member)) then
+      high = middle
+    else
+      low = middle + 1
+    end
+  end
+  return low
+end
+
 -- ff_list_tasks
 --   keys:    task_order task_facts
 --   args:    state context least_us below_us below_id count
@@ -196,26 +223,28 @@ redis.register_function({
       return ff.err('invalid_input', 'count')
     end
     local found = { '', '', ff.text(call('ZCOUNT', task_order_key, least_us, '+inf')) }
-    local first, seen = 0, 0
+    local first, seen = below_us == '+inf' and 0 or rank_behind(task_order_key, tonumber(below_us), below_id), 0
+    local least = tonumber(least_us)
     while true do
-      local page = call('ZREVRANGEBYSCORE', task_order_key, below_us, least_us, 'WITHSCORES', 'LIMIT', first, PAGE)
+      local page = call('ZREVRANGE', task_order_key, first, first + PAGE - 1, 'WITHSCORES')
       local ids = {}
       for i = 1, #page, 2 do
         ids[#ids + 1] = page[i]
       end
       local facts = #ids > 0 and call('HMGET', task_facts_key, unpack(ids)) or {}
       for i, id in ipairs(ids) do
-        local time_us = page[2 * i]
-        local passed = tonumber(time_us) == tonumber(below_us) and id >= below_id
+        local time_us = tonumber(page[2 * i])
+        if time_us < least then
+          return ff.ok(unpack(found))
+        end
         local its_state, its_context = string.match(facts[i] or '', '^%d+ (%S*) (%S*)$')
         seen = seen + 1
-        if not passed and its_state and (state == '' or state == its_state)
-          and (context == '' or context == its_context) then
+        if its_state and (state == '' or state == its_state) and (context == '' or context == its_context) then
           found[#found + 1] = id
-          found[#found + 1] = string.format('%.0f', tonumber(time_us))
+          found[#found + 1] = string.format('%.0f', time_us)
         end
         if #found - 3 >= 2 * most or seen >= SCAN_LIMIT then
-          found[1], found[2] = string.format('%.0f', tonumber(time_us)), id
+          found[1], found[2] = string.format('%.0f', time_us), id
           return ff.ok(unpack(found))
         end
       end
