@@ -680,3 +680,14 @@ def test_a_sequence_is_found_without_reading_what_is_before_it(raw, backend, att
 def test_a_cursor_of_no_sequence_is_refused(arguments):
     with pytest.raises(InvalidInput):
         cursor_after(*arguments)
+
+
+def test_a_reader_at_the_end_with_a_cursor_of_a_sequence_is_at_rest(server, lane):
+    # Where payloads may be large, the place is not looked for: the stream is read from its beginning, once.
+    config = ff_fast.BackendConfig.from_url(server.url).replace(max_payload_bytes=1 << 20)
+    with ff_fast.ValkeyBackend.connect(config) as backend:
+        attempt = begin(backend, lane)
+        write(backend, attempt, 700)
+        page = backend.read_stream(attempt.eid, after=cursor_after(700), count=10_000)
+        assert (len(page), page.end_reason) == (0, None)
+        assert page.cursor == f"0.{backend.describe_stream(attempt.eid).last_id}"
