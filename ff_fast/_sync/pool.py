@@ -10,7 +10,7 @@ import time
 import weakref
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ff_fast import _process, _transport
 from ff_fast._core import nodes as core
@@ -28,10 +28,16 @@ from ff_fast.types import BackendTimeouts
 if TYPE_CHECKING:
     from ff_fast._core.operations import Call
     from ff_fast._core.steps import Step
-    from ff_fast._sync.readers import PushReader
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")
+
+
+class Paused(Protocol):
+    """A reader whose last read has left something to be closed."""
+
+    def _abandon(self) -> None:
+        """Close it, unless the reader is being read."""
 
 
 class Pool:
@@ -52,9 +58,7 @@ class Pool:
         # Single calls in C change it, so no lock is needed that an interrupt or a finaliser could leave locked.
         self._busy: dict[int, weakref.ref[Connection]] = {}
         # Readers whose last read has left a reply owed, or a connection being made.
-        self._paused: weakref.WeakValueDictionary[int, PushReader[Any]] = (
-            weakref.WeakValueDictionary()
-        )
+        self._paused: weakref.WeakValueDictionary[int, Paused] = weakref.WeakValueDictionary()
         # At most one thread; the first that puts itself here runs until the lock is released.
         self._sweepers: dict[str, threading.Thread] = {}
         self._sweep_no_more = threading.Lock()
