@@ -160,7 +160,7 @@ async def test_what_two_failovers_have_lost_and_nobody_holds_is_told_on_both_sid
 ):
     chain = await asyncio.to_thread(Chain)
     with contextlib.closing(chain):
-        async with await shell.connect(chain.front.url, replay_bytes=20_000) as backend:
+        async with await shell.connect(chain.front.url, replay_bytes=5_000) as backend:
             eid, handle = await claimed(backend, lane)
             writer = await backend.open_writer(handle, mode=MODES[mode])
             await put(writer, 1, 5)
