@@ -129,6 +129,9 @@ class ReaderState(Generic[T]):
         self._restart()
         if self._closed:
             raise closed_error() from None
+        if closed and error.retryable:
+            # Closing has cut the read off, at whatever point it was.
+            raise Unavailable("The backend is closed; connect again.") from None
         pause = None if closed else self._retries.pause(error)
         if pause is None:
             raise error
