@@ -102,7 +102,7 @@ class Readable(readers.ReaderState[T], BlockingItems[T]):
                     return
             except FFError as error:
                 self._let_go()
-                self._failed(error, closed=self._pool.closed)
+                self._failed(error, _transport.closed_error() if self._pool.closed else None)
         if self._source.ended:
             self._let_go()
 
