@@ -495,9 +495,7 @@ class Nodes:
                 pause = nodes.pause_while_forming(topology, failure, retries)
                 if pause is None:
                     raise
-            else:
-                break
-            await asyncio.sleep(pause)
+                await asyncio.sleep(pause)
         found = await asyncio.gather(
             *(self._check(self.at(address)) for address in topology.primaries),
             return_exceptions=True,

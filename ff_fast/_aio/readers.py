@@ -10,6 +10,7 @@ import weakref
 from math import inf
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
+from ff_fast import _transport
 from ff_fast._core import readers
 from ff_fast._core.follow import Ended
 from ff_fast._core.follow import Item as FollowItem
@@ -90,7 +91,7 @@ class Readable(readers.ReaderState[T], AsyncItems[T]):
                         break
                 except FFError as error:
                     self._let_go()
-                    self._failed(error, closed=self._pool.closed)
+                    self._failed(error, _transport.closed_error() if self._pool.closed else None)
             if self._source.ended:
                 self._let_go()
         except (asyncio.CancelledError, FFError):

@@ -124,12 +124,20 @@ class ReaderState(Generic[T]):
         self._resume_at = 0.0
         self._library_missing = False
 
-    def _failed(self, error: FFError, *, closed: bool) -> None:
-        """Decide what follows a failed read: raise the error, or note when and how the next one may begin."""
+    def _failed(self, error: FFError, closed: FFError | None) -> None:
+        """Decide what follows a failed read: raise the error, or note when and how the next one may begin.
+
+        Args:
+            error: What it failed with.
+            closed: What a call raises where the backend is closed; None while it is open.
+        """
         self._restart()
         if self._closed:
             raise closed_error() from None
-        pause = None if closed else self._retries.pause(error)
+        if closed is not None and error.retryable:
+            # Closing has cut the read off, at whatever point it was.
+            raise closed from None
+        pause = self._retries.pause(error) if closed is None else None
         if pause is None:
             raise error
         self._library_missing = isinstance(error, FunctionMissing)

@@ -10,7 +10,7 @@ import time
 import weakref
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ff_fast import _process, _transport
 from ff_fast._core import nodes as core
@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Paused(Protocol):
+    """A reader whose last read has left something to be closed."""
+
+    def _abandon(self) -> None:
+        """Close it, unless the reader is being read."""
+
+
 class Pool:
     """Connections to the servers of a backend, each used by one thread at a time."""
 
@@ -50,6 +57,8 @@ class Pool:
         self._nodes = Nodes(config, self._ask)
         # Single calls in C change it, so no lock is needed that an interrupt or a finaliser could leave locked.
         self._busy: dict[int, weakref.ref[Connection]] = {}
+        # Readers whose last read has left a reply owed, or a connection being made.
+        self._paused: weakref.WeakValueDictionary[int, Paused] = weakref.WeakValueDictionary()
         # At most one thread; the first that puts itself here runs until the lock is released.
         self._sweepers: dict[str, threading.Thread] = {}
         self._sweep_no_more = threading.Lock()
@@ -70,6 +79,10 @@ class Pool:
         self._closed = True
         if self._pid == os.getpid():
             self._stop()
+            for paused in self._paused.valuerefs():
+                reader = paused()
+                if reader is not None:
+                    reader._abandon()
         with contextlib.suppress(RuntimeError):
             self._sweep_no_more.release()
         self._close_idle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from math import inf
 from typing import TYPE_CHECKING, Self, TypeVar, cast
@@ -101,7 +102,7 @@ class Readable(readers.ReaderState[T], BlockingItems[T]):
                     return
             except FFError as error:
                 self._let_go()
-                self._failed(error, closed=self._pool.closed)
+                self._failed(error, _transport.closed_error() if self._pool.closed else None)
         if self._source.ended:
             self._let_go()
 
@@ -280,10 +281,9 @@ class PushReader(readers.PushState[T], Readable[T]):
                 return self._wait(until, self._source.wake_at)
             asked = self._asked = Asked(self._pool, step, load=self._library_missing)
             self._library_missing = False
-        if not asked.send(until):
-            return False
-        replies = asked.receive(until)
+        replies = asked.receive(until) if asked.send(until) else None
         if replies is None:
+            self._pool._paused[id(self)] = self
             return False
         self._asked = None
         self._put_received(replies)
@@ -321,6 +321,11 @@ class PushReader(readers.PushState[T], Readable[T]):
         asked, self._asked = self._asked, None
         if asked is not None:
             asked.release()
+
+    def _abandon(self) -> None:
+        """Let go for good of what a read has left; a thread that reads does so itself."""
+        with contextlib.suppress(InvalidInput), self._turn:
+            self._let_go()
 
     def close(self) -> None:
         """Stop reading. A waiting read raises an error."""

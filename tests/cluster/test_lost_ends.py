@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 
 import pytest
 
@@ -70,6 +71,7 @@ class Chain:
     """Three servers, each a replica of the one before, and an address that moves along them."""
 
     def __init__(self):
+        self.first_is_dead = threading.Event()
         quick = {"repl_diskless_sync": False, "repl_diskless_load": "on-empty-db", **PROMPT}
         with contextlib.ExitStack() as stack:
             self.servers = [stack.enter_context(EmbeddedServer(**quick)) for _ in range(3)]
@@ -104,6 +106,7 @@ class Chain:
     def lose_both(self, eid):
         """Kill the first server, and the second one once it has got some of the frames again."""
         self.promote(1)
+        self.first_is_dead.set()
         wait_until(lambda: self.stored(1, eid) > 20)
         self.promote(2)
 
@@ -139,6 +142,8 @@ async def test_a_primary_that_dies_while_frames_are_stored_again_loses_nothing(
 
             dying = asyncio.ensure_future(asyncio.to_thread(chain.lose_both, eid))
             if closed:
+                # Else the first server could end the attempt, and nobody would store its frames again.
+                await asyncio.to_thread(chain.first_is_dead.wait, 20)
                 await asyncio.gather(dying, backend.complete(handle))
             else:
                 await dying
@@ -160,7 +165,7 @@ async def test_what_two_failovers_have_lost_and_nobody_holds_is_told_on_both_sid
 ):
     chain = await asyncio.to_thread(Chain)
     with contextlib.closing(chain):
-        async with await shell.connect(chain.front.url, replay_bytes=20_000) as backend:
+        async with await shell.connect(chain.front.url, replay_bytes=5_000) as backend:
             eid, handle = await claimed(backend, lane)
             writer = await backend.open_writer(handle, mode=MODES[mode])
             await put(writer, 1, 5)

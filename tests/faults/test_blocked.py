@@ -116,6 +116,7 @@ def test_an_idle_worker_goes_on(kind, how, own, raw, backend, lane, monkeypatch)
     assert ran == eids
 
 
+@pytest.mark.long
 @pytest.mark.standalone("a proxy stands before one server")
 def test_readers_whose_connection_the_server_cuts_off_for_its_slowness_lose_nothing(kind, lane):
     """The server holds little for a subscriber, and less than one answer of a reader that is behind."""

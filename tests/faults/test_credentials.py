@@ -242,7 +242,8 @@ async def test_open_connections_log_in_again_between_requests(
         else:
             provider.login = ("after", "q")
         sent = 1
-        # Every connection is used now and then; the one of the claim that waits when it is woken.
+        # Every connection is used now and then; the one of the claim that waits when it is woken, and one that many calls
+        # at once have left when there are as many again.
         while True:
             using[2].write(b"%d" % sent)
             sent += 1
@@ -252,7 +253,7 @@ async def test_open_connections_log_in_again_between_requests(
             left = [
                 each for each in guarded.client_list()
                 if each["user"] == "before" and "blocked" not in each.get("flags", "")
-                and each["cmd"] != "bzmpop"
+                and each["cmd"] != "bzmpop" and not (each["name"] == "ff_fast:calls" and int(each["idle"]))
             ]  # fmt: skip
             if not left:
                 break

@@ -37,6 +37,7 @@ async def test_a_lease_that_somebody_else_ended_frees_its_writer(shell, server, 
         assert kept(backend) == (0, 0)
 
 
+@pytest.mark.long
 async def test_leases_that_lapse_in_silence_free_their_writers(shell, server, lane):
     async with await shell.connect(server.url) as backend:
         for _ in range(5):

@@ -665,6 +665,7 @@ def own_threads():
     return [thread for thread in threading.enumerate() if not thread.name.startswith("asyncio_")]
 
 
+@pytest.mark.long
 async def test_three_hundred_lives_leave_nothing(shell, server, lane):
     with connect_raw(server.url) as raw:
         clients = len(raw.client_list())

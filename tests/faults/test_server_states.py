@@ -43,6 +43,7 @@ async def _true(value):
     return value
 
 
+@pytest.mark.long
 async def test_a_frozen_server(shell, own_server, lane):
     async with await shell.connect(own_server.url, timeout=0.4) as backend:
         eid, handle = await claimed(backend, lane)

@@ -225,6 +225,7 @@ def _interrupted(tail, read, interrupt):
         sys.settrace(None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("read", [_iterated, _batched])
 def test_an_interrupt_in_the_middle_of_a_read(read, backend, attempt):
     # Every third point, and others in each variant: every one takes a tail of its own.
