@@ -46,7 +46,9 @@ def blocks_of(text: str, document: str) -> list[Block]:
                 lines[first : first + len(code)] = code
         line = text.count("\n", 0, block.start("shown")) + 1
         source = "\n".join(lines) + "\n"
-        found.append(Block(document, line, block["language"], block["name"], block["shown"], source))
+        found.append(
+            Block(document, line, block["language"], block["name"], block["shown"], source)
+        )
     return found
 
 
