@@ -1,6 +1,7 @@
 """The programs of docs/guides that need other people's packages run as they stand, in the frameworks themselves."""
 
 import asyncio
+import logging
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,15 @@ pytestmark = pytest.mark.web
 
 TOKENS = ("For", "ty", "-two")
 UNKNOWN = "fp1-00000000-0000-4000-8000-000000000000"
+
+
+@pytest.fixture(autouse=True)
+def _logging():
+    """Litestar and Celery put handlers of their own at the root, which must not outlive the test."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
 
 
 @pytest.fixture
