@@ -20,10 +20,9 @@ def anchors(text):
 
 
 def test_every_python_block_has_a_name_and_a_test_that_runs_it():
-    # Those of README.md without a name are run by test_readme.py, which counts them.
     found = documents.blocks("python")
-    assert all(block.name or block.document == "README.md" for block in found)
-    names = [block.name for block in found if block.name]
+    assert not [f"{block.document}:{block.line}" for block in found if block.name is None]
+    names = [block.name for block in found]
     assert len(names) == len(set(names))
     run = set(re.findall(r"""documents\.run\(\s*["']([\w-]+)["']""", TESTS))
     run |= set(re.findall(r"""documents\.program\(\s*["']([\w-]+)["']""", TESTS))

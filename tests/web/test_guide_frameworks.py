@@ -49,7 +49,6 @@ def execution(backend):
 def test_every_recipe_streams_and_resumes(server, execution, subtests):
     for framework, serve in (
         ("fastapi", fastapi),
-        ("fastapi, in the readme", readme),
         ("django async", django_async),
         ("django", django_sync),
         ("flask", flask),
@@ -69,22 +68,6 @@ def test_every_recipe_streams_and_resumes(server, execution, subtests):
 
 def fastapi(url):
     return served.asgi(documents.run("fastapi-stream", url)["app"])
-
-
-def readme(url):
-    from contextlib import asynccontextmanager
-
-    from fastapi import FastAPI
-
-    from ff_fast import aio
-
-    @asynccontextmanager
-    async def lifespan(app):
-        async with aio.ValkeyBackend.connect(url) as backend:
-            documents.run("readme-fastapi", app=app, backend=backend)
-            yield
-
-    return served.asgi(FastAPI(lifespan=lifespan))
 
 
 def litestar(url):
@@ -160,6 +143,21 @@ def django_sync(url):
     names = documents.run("django-sync", url)
     django_urls(names["stream"])
     return ClosingAfter(served.wsgi(WSGIHandler()), names["backend"])
+
+
+def test_the_worker_and_the_endpoint_of_the_readme_run_as_printed(server, tmp_path):
+    """Both are written to files and started, as a reader of the page does."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(documents.program("readme-worker").shown.replace(documents.URL, server.url))
+    process = subprocess.Popen([sys.executable, worker], stdout=subprocess.PIPE, text=True)
+    try:
+        with served.asgi(documents.run("readme-web", server.url)["app"]) as url:
+            chat = httpx.post(f"{url}/chats", content=b"Hi").json()
+            answer = httpx.get(f"{url}/chats/{chat}", timeout=30)
+        assert text_of(EventSource().parse(answer.content)) == "You said: Hi"
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
 
 
 def test_the_first_request_produces_and_others_read(server):

@@ -8,6 +8,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+import ff_fast
 from ff_fast import PatchKind, StreamMode, keys
 from tests import documents
 from tests.web.sites import EventSource, text_of
@@ -52,6 +53,17 @@ def test_a_notebook_streams_and_anybody_reads_it(server, capsys):
         documents.run("notebook-reader", backend=backend)
         assert capsys.readouterr().out == "Forty-two"
         backend.delete_execution(backend.execution_id_for("experiment 7"))
+
+
+def test_what_was_written_by_hand_and_what_takes_its_place_read_alike(server, raw):
+    name = uuid.uuid4().hex
+    before = documents.run("from-xadd-before", client=raw)
+    before["work"](name)
+    assert "".join(before["read"](name)) == "Forty-two"
+    with ff_fast.ValkeyBackend.connect(server.url) as backend:
+        after = documents.run("from-xadd-after", backend=backend, ff_fast=ff_fast)
+        after["work"](name)
+        assert "".join(after["read"](name)) == "Forty-two"
 
 
 @pytest.mark.anyio
