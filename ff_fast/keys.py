@@ -34,6 +34,7 @@ keys::
     ff:idx:{fp:N}:leases                     leases              hash    lease digest to execution
     ff:idx:{fp:N}:timers                     timers              zset    what is due at some time
     ff:part:{fp:N}:completions               completions         stream  executions that ended
+    ff:part:{fp:0}:supervisor                supervisor          string  who supervises the deployment, for some seconds
     ff:part:{fp:N}:written                   written             string  a write that a wait for replicas covers
     ff:sec:{fp:N}:waitpoint_hmac             waitpoint_secrets   hash    secrets that sign tokens
     ff:part:{fp:N}:waitpoints                waitpoint_use       hash    how long secrets are needed
@@ -492,6 +493,11 @@ def timers(slot_tag: str) -> bytes:
 def completions(slot_tag: str) -> bytes:
     """Stream: executions of one partition that ended."""
     return f"ff:part:{slot_tag}:completions".encode("ascii")
+
+
+def supervisor() -> bytes:
+    """String with a TTL: who supervises the deployment."""
+    return f"ff:part:{slot_tag(0)}:supervisor".encode("ascii")
 
 
 def written(slot_tag: str) -> bytes:

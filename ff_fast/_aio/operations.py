@@ -42,6 +42,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _STOP_LOOK_S = 0.05
+_LEAVE_S = 0.5
 _GIVE_BACK_EVERY_S = 0.25
 
 
@@ -234,17 +235,25 @@ class Operations(Pool):
         def stopped() -> bool:
             return self._closed or (request.stop is not None and request.stop.is_set())
 
-        while not stopped():
-            try:
-                await self._run(request.round)
-            except FFError as error:
-                # A retryable error leaves the timers to the next round; any other needs an operator.
-                if not error.retryable and not self._closed:
-                    raise
-            until = time.monotonic() + request.interval_s
-            # *stop* may be any object with is_set(), so it can only be polled.
-            while (left := until - time.monotonic()) > 0 and not stopped():  # noqa: ASYNC110
-                await asyncio.sleep(min(left, _STOP_LOOK_S))
+        try:
+            while not stopped():
+                mine = True
+                try:
+                    mine = await self._run(request.turn)
+                    if mine:
+                        await self._run(request.round)
+                except FFError as error:
+                    # A retryable error leaves the timers to the next round; any other needs an operator.
+                    if not error.retryable and not self._closed:
+                        raise
+                until = time.monotonic() + request.pause_s(mine)
+                # *stop* may be any object with is_set(), so it can only be polled.
+                while (left := until - time.monotonic()) > 0 and not stopped():  # noqa: ASYNC110
+                    await asyncio.sleep(min(left, _STOP_LOOK_S))
+        finally:
+            if not self._closed:
+                with contextlib.suppress(FFError):
+                    await self._run(request.leave, until=time.monotonic() + _LEAVE_S)
 
     create_execution = method(operations.create_execution)
     describe = method(operations.describe)

@@ -1677,19 +1677,38 @@ def keep_lease(
     )
 
 
-class SupervisionRequest(NamedTuple):
-    """Rounds of supervision: the call of one round, the seconds between two, and the event that ends them."""
+SUPERVISE_EVERY_S = 0.25
+"""Time between two rounds of supervision, in seconds."""
 
+
+class SupervisionRequest(NamedTuple):
+    """Rounds of supervision.
+
+    Attributes:
+        turn: Returns whether to make a round.
+        round: Makes one.
+        pause_s: Seconds until the next turn, by what the last one has returned.
+        leave: Lets others supervise.
+        stop: The event that ends the rounds.
+    """
+
+    turn: Call[bool]
     round: Call[int]
-    interval_s: float
+    pause_s: Callable[[bool], float]
+    leave: Call[None]
     stop: StopEvent | None
+
+    @classmethod
+    def standing_by(cls, on: Deployment, stop: StopEvent) -> SupervisionRequest:
+        """Supervise until *stop* is set, while nobody else does: one call in two seconds tells."""
+        return _rounds(on, ScannerFilter(), SUPERVISE_EVERY_S, stop, insists=False)
 
 
 def supervise(
     on: Deployment,
     scope: ScannerFilter | None = None,
     *,
-    interval: float | timedelta = 0.25,
+    interval: float | timedelta = SUPERVISE_EVERY_S,
     stop: StopEvent | None = None,
 ) -> SupervisionRequest:
     """Fire due timers until *stop* is set: lapsed leases, delays, timeouts, deadlines, waitpoints, cancellations.
@@ -1701,10 +1720,35 @@ def supervise(
         interval: Time between two rounds, in seconds or as a ``timedelta``.
         stop: Set it to return after the current round.
     """
-    rounds = supervision.Supervision(on, _scope(scope))
+    filtered = _scope(scope)
+    # Who fires some timers alone stands in for nobody.
+    turn = None if filtered != ScannerFilter() else True
+    return _rounds(on, filtered, seconds("interval", interval, zero=True), stop, insists=turn)
+
+
+def _rounds(
+    on: Deployment,
+    scope: ScannerFilter,
+    interval_s: float,
+    stop: StopEvent | None,
+    *,
+    insists: bool | None,
+) -> SupervisionRequest:
+    name = f"{socket.gethostname()}-{os.getpid()}-{keys.new_uuid()[:8]}"
+    rounds = supervision.Supervision(on, scope)
+    turn = supervision.Turn(name, interval_s, insists=bool(insists))
     return SupervisionRequest(
-        Call(rounds.round, own_connection=True), seconds("interval", interval, zero=True), stop
+        Call(_always if insists is None else turn.take),
+        Call(rounds.round, own_connection=True),
+        lambda mine: turn.pause_s(mine=mine),
+        Call(turn.leave),
+        stop,
     )
+
+
+def _always() -> Steps[bool]:
+    return True
+    yield
 
 
 class WorkerOptions(NamedTuple):
@@ -1718,6 +1762,7 @@ class WorkerOptions(NamedTuple):
         stop: The caller's event.
         on_cancel: What befalls a handler that shall stop; None is the shell's default.
         cancel_grace_s: Seconds until a handler is cancelled.
+        supervise: Whether the worker supervises the deployment while nobody else does.
     """
 
     claim: Callable[[], Call[Handle | None]]
@@ -1727,6 +1772,7 @@ class WorkerOptions(NamedTuple):
     stop: StopEvent | None
     on_cancel: OnCancel | None
     cancel_grace_s: float
+    supervise: bool
 
 
 CLAIM_WAIT_S = 1.0
@@ -1748,6 +1794,7 @@ def run_worker(
     cancel_grace: float | timedelta = 2.0,
     durability: Durability | None = None,
     durability_timeout: float | timedelta = DEFAULT_TIMEOUT_S,
+    supervise: bool = True,
 ) -> WorkerOptions:
     """Claim executions of a lane and call *handler* with a `Task` for each, until stopped.
 
@@ -1766,6 +1813,9 @@ def run_worker(
     An execution that cannot be loaded, or not be ended as its handler ended, fails with the reason, and the worker goes
     on. A worker ends with an error that all its calls would meet: wrong credentials, another library or partition count,
     a missing right to claim.
+
+    The worker also fires due timers, as `supervise` does, while no other process does: of many workers one, and the
+    others ask every two seconds whether it still does.
 
     SIGTERM and SIGINT in the main thread, *stop*, and closing the backend stop the claims; running handlers end first.
     An exit or an interrupt raised by a handler ends the worker and is raised here; the execution goes to another worker
@@ -1789,12 +1839,15 @@ def run_worker(
         durability: Level that frames have reached when ``task.flush`` returns, and with the end of each task all of its
             frames and the end; None is ``Durability.stored()``. An end that does not reach it is logged: it is stored.
         durability_timeout: Longest wait for that, in seconds or as a ``timedelta``, at least 1 ms.
+        supervise: Whether the worker takes part in supervision. False leaves it to others: without a supervisor no lost
+            worker is replaced, and no delay, timeout or deadline takes effect.
 
     Raises:
         UnsupportedServer: *durability* is ``synced``, and the server keeps no append-only file.
         InvalidInput: An argument is not accepted.
     """
     check_int("concurrency", concurrency, 1, 10_000)
+    _checked("supervise", supervise, bool)
     if on_cancel is not None:
         _checked("on_cancel", on_cancel, OnCancel)
     grace_s = seconds("cancel_grace", cancel_grace, zero=True)
@@ -1813,4 +1866,4 @@ def run_worker(
     # Checks the arguments.
     next_claim()
     level = Level.checked(durability, durability_timeout)
-    return WorkerOptions(next_claim, mode, level, concurrency, stop, on_cancel, grace_s)
+    return WorkerOptions(next_claim, mode, level, concurrency, stop, on_cancel, grace_s, supervise)

@@ -82,6 +82,8 @@ _MOST_CAUSES = 1_000
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 5.0
 
+NOT_SUPERVISING = "This worker does not supervise: %s Let another process supervise, or pass supervise=False to run_worker."
+
 _log = logging.getLogger("ff_fast")
 
 

@@ -42,6 +42,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _STOP_LOOK_S = 0.05
+_LEAVE_S = 0.5
 
 _LEFT = 1_024
 
@@ -269,16 +270,24 @@ class Operations(Pool):
         def stopped() -> bool:
             return self._closed or (request.stop is not None and request.stop.is_set())
 
-        while not stopped():
-            try:
-                self._run(request.round)
-            except FFError as error:
-                # A retryable error leaves the timers to the next round; any other needs an operator.
-                if not error.retryable and not self._closed:
-                    raise
-            until = time.monotonic() + request.interval_s
-            while (left := until - time.monotonic()) > 0 and not stopped():
-                time.sleep(min(left, _STOP_LOOK_S))
+        try:
+            while not stopped():
+                mine = True
+                try:
+                    mine = self._run(request.turn)
+                    if mine:
+                        self._run(request.round)
+                except FFError as error:
+                    # A retryable error leaves the timers to the next round; any other needs an operator.
+                    if not error.retryable and not self._closed:
+                        raise
+                until = time.monotonic() + request.pause_s(mine)
+                while (left := until - time.monotonic()) > 0 and not stopped():
+                    time.sleep(min(left, _STOP_LOOK_S))
+        finally:
+            if not self._closed:
+                with contextlib.suppress(FFError):
+                    self._run(request.leave, until=time.monotonic() + _LEAVE_S)
 
     create_execution = method(operations.create_execution)
     describe = method(operations.describe)

@@ -463,6 +463,7 @@ REFUSALS = {
             "concurrency": [(0, InvalidInput), (10_001, InvalidInput), (1.5, InvalidType)],
             "on_cancel": [("cancel", InvalidType), (True, InvalidType)],
             "cancel_grace": DURATIONS,
+            "supervise": [(None, InvalidType), (1, InvalidType), ("yes", InvalidType)],
             **LEVELS,
         },
     ),
