@@ -30,6 +30,7 @@ from ff_fast.errors import FFError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from ff_fast._core.handlers import Worker
     from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
     from ff_fast.types import BackendConfig
 
@@ -172,7 +173,9 @@ class ValkeyBackend(Operations):
         operations.open_stream, _open_stream, "Opening[OpenedStream]", "ValkeyBackend"
     )
 
-    async def _run_worker(self, handler: Handler, options: operations.WorkerOptions) -> None:
+    async def _run_worker(
+        self, handler: Handler | Worker, options: operations.WorkerOptions
+    ) -> None:
         loop = WorkerLoop(self, handler, options)
         async with self._standing_by() if options.supervise else contextlib.nullcontext():
             await loop.run()

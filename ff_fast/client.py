@@ -11,7 +11,8 @@ from ff_fast import _transport
 from ff_fast._clients import config_of_client
 from ff_fast._core import operations
 from ff_fast._core import worker as worker_core
-from ff_fast._core.binding import bind, of_handler
+from ff_fast._core.binding import bind
+from ff_fast._core.handlers import of_handler
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.operations import Operations
 from ff_fast._sync.readers import Completions, Follow, Tail
@@ -23,6 +24,7 @@ from ff_fast.errors import FFError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ff_fast._core.handlers import Worker
     from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
     from ff_fast.types import BackendConfig
 
@@ -164,7 +166,7 @@ class ValkeyBackend(Operations):
 
     open_stream = bind(operations.open_stream, _open_stream, "OpenedStream", "ValkeyBackend")
 
-    def _run_worker(self, handler: Handler, options: operations.WorkerOptions) -> None:
+    def _run_worker(self, handler: Handler | Worker, options: operations.WorkerOptions) -> None:
         loop = WorkerLoop(self, handler, options)
         with self._standing_by() if options.supervise else contextlib.nullcontext():
             loop.run()

@@ -18,8 +18,10 @@ from ff_fast._aio.readers import Completions, Follow, Tail, Waiting
 from ff_fast._aio.witness import Witness
 from ff_fast._aio.writers import Senders, Writer
 from ff_fast._core import claiming, operations
-from ff_fast._core.binding import HANDLER, H, R, S, bind, dressed
+from ff_fast._core.binding import HANDLER, R, S, bind, dressed
+from ff_fast._core.handlers import H, options_of
 from ff_fast._core.leases import KeptLeases
+from ff_fast._core.worker import Attending
 from ff_fast._core.writer import FrameWriters, flush_to, settle
 from ff_fast.errors import FFError, WriterClosed
 
@@ -66,7 +68,8 @@ def of_handler(
     """Return the coroutine method whose first argument is a handler, in front of the operation's."""
 
     async def method(self: S, handler: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await carry_out(self, handler, make(self._deployment, *args, **kwargs))
+        options: dict[str, Any] = options_of(handler, kwargs)
+        return await carry_out(self, handler, make(self._deployment, *args, **options))
 
     return dressed("ValkeyBackend", method, make, "None", HANDLER)
 
@@ -87,6 +90,7 @@ class Operations(Pool):
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
         self._senders = Senders(self._nodes, self._check_thread, config)
+        self._attending = Attending()
         self._kept = KeptLeases(self._hub, self._loop.call_later)
         self._witnesses: dict[tuple[Node, Durability], Witness] = {}
 

@@ -15,6 +15,7 @@ from ff_fast import _transport
 from ff_fast._core import claiming, durability, operations
 from ff_fast._core.binding import bind
 from ff_fast._core.leases import KeptLeases
+from ff_fast._core.worker import Attending
 from ff_fast._core.writer import FrameWriters, flush_to, settle
 from ff_fast._sync.connection import PENDING
 from ff_fast._sync.leases import LeaseKeeper
@@ -91,6 +92,7 @@ class Operations(Pool):
         # Claims under way, with their threads; and those that have left something on the server.
         self._claims: dict[Claim, int] = {}
         self._left: deque[Claim] = deque(maxlen=_LEFT)
+        self._attending = Attending()
         self._kept = KeptLeases(self._hub, _later)
 
     def _stop(self) -> None:

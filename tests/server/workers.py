@@ -64,6 +64,8 @@ def _of_asyncio(handler):
 
 
 def handler_for(kind, handler):
+    if isinstance(handler, ff_fast.Worker):
+        return handler
     return _of_sync(handler) if kind == "sync" else _of_asyncio(handler)
 
 
