@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ff_fast import FFError, InvalidInput, __version__
-from ff_fast._cli import control, demo, read
+from ff_fast._cli import control, demo, read, serve, work
 from ff_fast._cli.shared import (
     FAILED,
     TOKEN_VARIABLE,
@@ -71,6 +71,8 @@ def _parser() -> Parser:
     commands = Commands(parser)
     # --help lists them in this order.
     demo.add_demo(commands)
+    serve.add_server(commands)
+    work.add_worker(commands)
     read.add_follow(commands)
     read.add_tail(commands)
     read.add_summary(commands)

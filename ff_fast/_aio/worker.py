@@ -240,7 +240,7 @@ class WorkerLoop:
         # The caller's event may be shared with other workers, so this loop never sets it.
         self._halt = asyncio.Event()
         self._signalled = False
-        self._drain = worker_core.Drain(options.drain_s)
+        self._drain = worker_core.Drain(options.drain_s, options.stop)
         self._context: object = None
         self._error: BaseException | None = None
         self._cancel_after_s = (

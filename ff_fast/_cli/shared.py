@@ -72,10 +72,19 @@ def add_url(parser: argparse.ArgumentParser) -> None:
 
 def connect(arguments: argparse.Namespace) -> ValkeyBackend:
     """Return a backend of the server that ``--url`` or the environment names."""
+    return ValkeyBackend.connect(url_of(arguments))
+
+
+def url_of(arguments: argparse.Namespace) -> str:
+    """Return the URL that ``--url`` or the environment names.
+
+    Raises:
+        InvalidInput: Neither does.
+    """
     url: str | None = arguments.url or os.environ.get(URL_VARIABLE)
     if not url:
         raise InvalidInput(f"Name the server with --url, or in {URL_VARIABLE}.")
-    return ValkeyBackend.connect(url)
+    return url
 
 
 # -- types of arguments ----------------------------------------------------------------------------

@@ -705,10 +705,12 @@ class Drain:
 
     Args:
         seconds: The time that they have; None has no limit.
+        stop: The event that stops the worker; its attribute ``hurried``, if it has one, ends the time.
     """
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float | None, stop: object = None) -> None:
         self._seconds = seconds
+        self._stop = stop
         self._until: float | None = None
         self._hurried = False
 
@@ -727,7 +729,8 @@ class Drain:
             return False
         if self._until is None:
             self._until = time.monotonic() + self._seconds
-        return self._hurried or time.monotonic() >= self._until
+        hurried = self._hurried or getattr(self._stop, "hurried", False)
+        return hurried or time.monotonic() >= self._until
 
 
 class Patience:
