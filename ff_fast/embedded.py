@@ -34,7 +34,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ff_fast.errors import FFError, InvalidInput, MissingDependency
+from ff_fast.errors import FFError, InvalidInput, MissingDependency, check_int
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -228,8 +228,10 @@ class EmbeddedServer(_Stopping):
         start_timeout_s: float = 10.0,
         **config: ConfigValue,
     ) -> None:
-        if port is not None and (not 0 < port <= 65_535 or port == _PORT_NOT_TO_USE):
-            raise InvalidInput("port must be 1 to 65535, and not 6379.")
+        if port is not None and check_int("port", port, 1, 65_535) == _PORT_NOT_TO_USE:
+            raise InvalidInput(
+                "port must not be 6379, where clients look for a server of somebody else."
+            )
         self._executable = _bundled() if executable is None else Path(executable)
         self._start_timeout_s = start_timeout_s
         directives: dict[str, ConfigValue] = {

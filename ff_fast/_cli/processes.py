@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import signal
+import site
 import socket
 import subprocess
 import sys
@@ -63,6 +64,15 @@ def check_reload() -> None:
         ) from None
 
 
+def _environment(url: str) -> dict[str, str]:
+    """Return the environment of a process, which imports this library and no package of its name in the working directory."""
+    found = {**os.environ, URL_VARIABLE: url}
+    home = str(Path(__file__).parents[2])
+    if home not in site.getsitepackages():
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+    return found
+
+
 class _Child:
     """One process, from its start to its end.
 
@@ -78,7 +88,7 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 process_group=0,
-                env={**os.environ, URL_VARIABLE: url},
+                env=_environment(url),
             )
         self._mine.setblocking(False)
         self.began = time.monotonic()
@@ -192,7 +202,7 @@ class _Parent:
 
     def _start(self, index: int) -> None:
         given = self._arguments
-        command = [sys.executable, "-m", "ff_fast", "worker", *given.targets]
+        command = [sys.executable, "-P", "-m", "ff_fast", "worker", *given.targets]
         command += ["--drain-timeout", str(given.drain_timeout), "--log-level", given.log_level]
         command += ["--bind", given.bind]
         for name in ("lane", "concurrency"):

@@ -220,6 +220,7 @@ class Process:
         self._stop = Stop()
         self._backend: Any = None
         self._errors: list[BaseException] = []
+        self._over = threading.Event()
 
     def run(self) -> int:
         restore = _process.on_stop_signals(self._stop.signalled, twice=True)
@@ -236,6 +237,7 @@ class Process:
                 self._run_sync(workers, endpoints)
         finally:
             restore()
+            self._over.set()
         if self._errors:
             raise self._errors[0]
         return DONE
@@ -324,7 +326,7 @@ class Process:
         """Tell the parent whether the process is ready, stop when the parent is gone, and end what does not end."""
         told: str | None = None
         until = float("inf")
-        while True:
+        while not self._over.is_set():
             why, stop, now = self.why_not_ready(), self._stop, time.monotonic()
             if stop.is_set():
                 until = min(until, now + self._arguments.drain_timeout + HAND_BACK_S + END_S)
