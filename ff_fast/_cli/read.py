@@ -144,29 +144,30 @@ def _visibility(arguments: argparse.Namespace) -> TailVisibility:
 def _show(items: Iterable[Item], arguments: argparse.Namespace) -> None:
     only = None if arguments.type is None else frozenset(arguments.type)
     show = _show_json if arguments.json else _Text(types=arguments.types)
-    cursor = None
+    cursor: str | None = arguments.after
     try:
         for item in items:
             if only is None or not isinstance(item, StreamFrame) or item.frame_type in only:
                 show(item)
             cursor = item.cursor
     except KeyboardInterrupt:
-        if cursor is not None:
-            complain(f"go on with: {_again(arguments, cursor)}")
+        complain(f"go on with: {_again(arguments, cursor)}")
         raise
 
 
-def _again(arguments: argparse.Namespace, cursor: str) -> str:
+def _again(arguments: argparse.Namespace, cursor: str | None) -> str:
     """Return the command that continues after *cursor*."""
     attempt = getattr(arguments, "attempt", None)
-    options = [] if attempt is None else ["--attempt", str(attempt)]
+    options = [] if cursor is None else ["--after", cursor]
+    if attempt is not None:
+        options += ["--attempt", str(attempt)]
     for name in arguments.type or ():
         options += ["--type", name]
     for flag in ("json", "exclude_best_effort", "types"):
         if getattr(arguments, flag):
             options.append(f"--{flag.replace('_', '-')}")
     command = arguments.run.__name__
-    return shlex.join(["ff-fast", command, arguments.execution_id, "--after", cursor, *options])
+    return shlex.join(["ff-fast", command, arguments.execution_id, *options])
 
 
 class _Text:

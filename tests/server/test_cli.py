@@ -390,7 +390,8 @@ def test_tail_ends_on_ctrl_c_with_where_to_go_on_and_on_a_closed_pipe_in_silence
         said = re.fullmatch(r"ff-fast: go on with: ff-fast (.*)\n", err)[1]
     backend.complete(handle)
     code, out, _ = run(*shlex.split(said), "--types")
-    assert (code, out) == (0, b"xy")
+    # A frame may be shown again, where the interrupt came as it was shown.
+    assert (code, out) in ((0, b"xy"), (0, b"xxy"))
 
 
 # -- summary and info ------------------------------------------------------------------------------
