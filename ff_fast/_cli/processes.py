@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 from ff_fast import InvalidInput, MissingDependency, _process
 from ff_fast._cli import health
-from ff_fast._cli.shared import DONE, FAILED, URL_VARIABLE, USAGE
-from ff_fast._cli.work import END_S, LOOK_S
+from ff_fast._cli.shared import DONE, END_S, FAILED, LOOK_S, URL_VARIABLE, USAGE
 from ff_fast._core.worker import HAND_BACK_S
 
 if TYPE_CHECKING:

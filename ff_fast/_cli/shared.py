@@ -24,6 +24,13 @@ FAILED = 1
 USAGE = 2
 
 
+LOOK_S = 0.1
+"""Time between two looks at what may have changed, in seconds."""
+
+END_S = 3.0
+"""How long a process may take for its end behind all handlers, in seconds."""
+
+
 def complain(sentence: str) -> None:
     """Print an error as one line on stderr."""
     print(f"ff-fast: {sentence}", file=sys.stderr)

@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from ff_fast import InvalidInput, ValkeyBackend, Worker, _process, aio
 from ff_fast._cli import health
-from ff_fast._cli.shared import DONE, FAILED, MAX_SECONDS, add_url, number, url_of, whole
+from ff_fast._cli.shared import (
+    DONE,
+    END_S,
+    FAILED,
+    LOOK_S,
+    MAX_SECONDS,
+    add_url,
+    number,
+    url_of,
+    whole,
+)
 from ff_fast._core.worker import HAND_BACK_S
 
 if TYPE_CHECKING:
@@ -26,12 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ff_fast._cli.shared import Commands
-
-LOOK_S = 0.1
-"""Time between two looks at what may have changed, in seconds."""
-
-END_S = 3.0
-"""How long a process may take for its end behind all handlers, in seconds."""
 
 _DRAIN_S = 25.0
 _DRAIN_RELOAD_S = 1.0

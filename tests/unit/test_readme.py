@@ -204,7 +204,7 @@ def test_figures_are_those_of_the_code():
 def test_commands_and_options_exist(capsys):
     rows = re.findall(r"^\| `ff-fast (\w+).*?` \| (.*) \|$", COMMANDS, re.MULTILINE)
     assert [command for command, _ in rows] == [
-        *("demo", "follow", "tail", "summary", "info"),
+        *("demo", "worker", "server", "follow", "tail", "summary", "info"),
         *("supervise", "submit", "inspect", "signal", "cancel"),
     ]
     for command, text in rows:
