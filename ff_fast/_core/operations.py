@@ -21,7 +21,7 @@ from ff_fast._core import writer as writers
 from ff_fast._core.completions import CompletionCore
 from ff_fast._core.durability import DEFAULT_TIMEOUT_S, Level
 from ff_fast._core.follow import Ended, FollowCore, WaitCore
-from ff_fast._core.leases import LeaseClock, is_lease_lost, say_lost, told_as
+from ff_fast._core.leases import LeaseClock, is_ended_by_plan, is_lease_lost, say_lost, told_as
 from ff_fast._core.stats import stats_of
 from ff_fast._core.steps import Pause, Step, Steps, applied_in_part
 from ff_fast._core.summary import fold
@@ -29,7 +29,6 @@ from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
 from ff_fast.errors import (
     MAX_INT,
     DeadlineExceeded,
-    ExecutionNotActive,
     ExecutionNotFound,
     FFError,
     InvalidId,
@@ -1719,9 +1718,7 @@ def keep_lease(
     channel, name = told_as(fields.execution_id, fields.attempt_index)
 
     def lost(error: FFError) -> None:
-        if isinstance(error, (ExecutionNotActive, ExecutionNotFound)) or on.gives_up(
-            fields.lease_id
-        ):
+        if is_ended_by_plan(error) or on.gives_up(fields.lease_id):
             # The execution has ended, or this process has released the lease meanwhile.
             return
         on.tally.note("leases_lost")

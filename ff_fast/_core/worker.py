@@ -24,7 +24,7 @@ from ff_fast import keys
 from ff_fast._core import operations, ops
 from ff_fast._core.binding import dressed
 from ff_fast._core.durability import STORED, can_reach
-from ff_fast._core.leases import is_lease_lost, say_lost
+from ff_fast._core.leases import is_ended_by_plan, is_lease_lost, say_lost
 from ff_fast._core.ready import with_hints
 from ff_fast._core.steps import Step, Steps
 from ff_fast._core.writer import WriterState, continue_writer
@@ -35,8 +35,6 @@ from ff_fast.errors import (
     ClusterModeRequired,
     Corruption,
     DeploymentMismatch,
-    ExecutionNotActive,
-    ExecutionNotFound,
     ExecutionSuspended,
     FFError,
     ForkedClient,
@@ -499,7 +497,8 @@ class _NotEnded(Exception):  # noqa: N818 - no fault of the worker
 def _not_started(backend: Backend, task: TaskState[Any, Any], error: FFError) -> Actions:
     """Fail an execution that cannot be loaded, or hand it back where the server's state is at fault."""
     if is_lease_lost(error):
-        say_lost(error, **task._about)
+        if not is_ended_by_plan(error):
+            say_lost(error, **task._about)
         return True
     if isinstance(error, _ENDS_WORKER):
         raise error
@@ -680,7 +679,7 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Ending
             return
         except FFError as error:
             if is_lease_lost(error) or (error.retryable and not task._holds_lease):
-                if not isinstance(error, (ExecutionNotActive, ExecutionNotFound)):
+                if not is_ended_by_plan(error):
                     say_lost(error, **task._about)
                 return
             if not error.retryable:
