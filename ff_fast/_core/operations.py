@@ -383,6 +383,7 @@ def create_execution(
         retry=policy,
         payload=_document("payload of an execution", payload),
         tags=_tags({} if tags is None else tags),
+        traceparent=None if on.tracing is None else on.tracing.traceparent(),
     )
 
     def steps() -> Steps[str]:
