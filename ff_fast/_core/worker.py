@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -62,9 +62,12 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from ff_fast._core.deployment import Deployment
     from ff_fast._core.durability import Level
     from ff_fast._core.operations import Call
+    from ff_fast._core.traces import Tracing
     from ff_fast.types import Handle, ResumeSignal, StreamMode
 
 HAND_BACK_S = 2.0
@@ -482,8 +485,11 @@ def attend(
             yield from _load(backend._deployment, task)
         except FFError as error:
             return (yield from _not_started(backend, task, error))
-        with _traced(backend._deployment, task):
+        if backend._deployment.tracing is None:
             yield from _handle(backend, task, cancel_after_s)
+        else:
+            with _span(backend._deployment.tracing, task) as task._span:
+                yield from _handle(backend, task, cancel_after_s)
     except _NotEnded:
         return False
     except GeneratorExit:
@@ -494,17 +500,10 @@ def attend(
     return True
 
 
-@contextlib.contextmanager
-def _traced(on: Deployment, task: TaskState[Any, Any]) -> Iterator[None]:
-    """Make the span of an attempt the current one, where there are traces."""
-    if on.tracing is None:
-        yield
-        return
+def _span(tracing: Tracing, task: TaskState[Any, Any]) -> AbstractContextManager[Any]:
+    """Return the span of an attempt, which is the current one in its block."""
     lane = task.handle.fields().lane_id
-    with on.tracing.attempt(
-        lane, task.execution_id, task.attempt_index, task._traceparent
-    ) as task._span:
-        yield
+    return tracing.attempt(lane, task.execution_id, task.attempt_index, task._traceparent)
 
 
 class _NotEnded(Exception):  # noqa: N818 - no fault of the worker
