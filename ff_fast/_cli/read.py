@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import shlex
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import orjson
 from ff_fast import (
     AttemptNotFound,
     AttemptStarted,
+    End,
     Gap,
     Snapshot,
     StreamFrame,
@@ -49,6 +51,11 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="TYPE",
         help="only frames of this type, as in --type token; may be repeated",
+    )
+    parser.add_argument(
+        "--types",
+        action="store_true",
+        help="name the type of frames on stderr whenever it changes (a terminal shows it anyway)",
     )
 
 
@@ -136,18 +143,69 @@ def _visibility(arguments: argparse.Namespace) -> TailVisibility:
 
 def _show(items: Iterable[Item], arguments: argparse.Namespace) -> None:
     only = None if arguments.type is None else frozenset(arguments.type)
-    show = _show_json if arguments.json else _show_text
-    for item in items:
-        if only is None or not isinstance(item, StreamFrame) or item.frame_type in only:
-            show(item)
+    show = _show_json if arguments.json else _Text(types=arguments.types)
+    cursor: str | None = arguments.after
+    try:
+        for item in items:
+            if only is None or not isinstance(item, StreamFrame) or item.frame_type in only:
+                show(item)
+            cursor = item.cursor
+    except KeyboardInterrupt:
+        complain(f"go on with: {_again(arguments, cursor)}")
+        raise
 
 
-def _show_text(item: Item) -> None:
-    if isinstance(item, StreamFrame):
+def _again(arguments: argparse.Namespace, cursor: str | None) -> str:
+    """Return the command that continues after *cursor*."""
+    attempt = getattr(arguments, "attempt", None)
+    options = [] if cursor is None else ["--after", cursor]
+    if attempt is not None:
+        options += ["--attempt", str(attempt)]
+    for name in arguments.type or ():
+        options += ["--type", name]
+    for flag in ("json", "exclude_best_effort", "types"):
+        if getattr(arguments, flag):
+            options.append(f"--{flag.replace('_', '-')}")
+    command = arguments.run.__name__
+    return shlex.join(["ff-fast", command, arguments.execution_id, *options])
+
+
+class _Text:
+    """Shows items as text: payloads on stdout, byte for byte, and all else on stderr.
+
+    On a terminal, which shows both, a line of stderr begins a line.
+    """
+
+    def __init__(self, *, types: bool) -> None:
+        self._terminal = sys.stdout.isatty()
+        self._types = types or self._terminal
+        self._type: str | None = None
+        self._in_line = False
+
+    def __call__(self, item: Item) -> None:
+        if not isinstance(item, StreamFrame):
+            self._break()
+            _tell(item)
+            return
+        if self._types and item.frame_type != self._type:
+            self._type = item.frame_type
+            self._break()
+            complain(f"type: {_one_line(item.frame_type)}")
         out = sys.stdout.buffer
         out.write(item.payload)
         out.flush()
-    elif isinstance(item, Gap):
+        if item.payload:
+            self._in_line = not item.payload.endswith(b"\n")
+
+    def _break(self) -> None:
+        if self._terminal and self._in_line:
+            sys.stdout.buffer.write(b"\n")
+            sys.stdout.buffer.flush()
+            self._in_line = False
+
+
+def _tell(item: Gap | AttemptStarted | Snapshot | End) -> None:
+    if isinstance(item, Gap):
         complain(f"gap: {_missing(item)} ({item.reason})")
     elif isinstance(item, AttemptStarted):
         complain(f"attempt: {item.attempt_index}")

@@ -354,11 +354,14 @@ class Life:
             index = int(self._raw.hget(keys.core(eid), "current_attempt_index"))
             set_head(self._raw, keys.head(eid, index), lease_expires_at=1)
 
-    def supervised(self, eid, *kinds, scope=None):
+    def supervised(self, eid, *kinds, scope=None, user="ff_supervisor"):
         self.due(eid, *kinds)
-        backend = self.by("ff_supervisor")
+        backend = self.by(user)
+        turn = supervision_core.Turn(user, 0.25, insists=user == "ff_supervisor")
+        assert backend._do(Call(turn.take))
         rounds = supervision_core.Supervision(backend._deployment, scope or ScannerFilter())
         backend._do(Call(rounds.round, own_connection=True))
+        backend._do(Call(turn.leave))
 
     def claimed(self, lane, **options):
         worker = self.by("ff_worker")
@@ -396,6 +399,7 @@ class Life:
         self.children()
         self.cancels()
         self.flows()
+        self.stands_by()
         self.loses()
         self.names()
         self.tasks()
@@ -637,6 +641,19 @@ class Life:
                     self.by("ff_signaller").deliver_signal(waiting, waitpoint, "go")
                 self.supervised(delayed, "delay")
                 self.supervised(flow_id, "flow", scope=ScannerFilter(namespace="default"))
+
+    def stands_by(self):
+        """A worker that supervises while nobody else does."""
+        eid = self.created(lane="by", delay=60)
+        self.supervised(eid, "delay", user="ff_worker")
+        worker, handle = self.claimed("by")
+        worker.complete(handle)
+        flow_id = self.by("ff_producer").create_flow()
+        self.created(lane="by", flow_id=flow_id)
+        self.by("ff_operator").cancel_flow(
+            flow_id, CancelFlowPolicy.CANCEL_ALL, CancelFlowWait.NO_WAIT
+        )
+        self.supervised(flow_id, "flow", user="ff_worker")
 
     def loses(self):
         """Leases that lapse, and attempts that take too long."""
