@@ -9,19 +9,22 @@ BUILT := $(VENV)/.built
 WEB := build/web
 WEB_BUILT := $(WEB)/.built
 SITE := build/docs
+WHEELS := build/wheels
+PYTHONS := python3.11 python3.12 python3.13 python3.14
 BENCH_BUILT := $(VENV)/.built-bench
 SANITIZE := build/sanitize
 
 # Python and Lua files are read where they are; only these need a build after a change.
 COMPILED := $(shell find ff_fast -name '*.pyx' -o -name '*.pxd')
 COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING.md README.md LICENSE ff_fast lua tests bench \
-	docs examples tools .ci
+	docs examples tools .ci .github .pre-commit-config.yaml SECURITY.md zensical.toml
 
 # Workers that have nothing left take tests from the others.
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 PARALLEL := -n 4 --dist worksteal
 
-.PHONY: build demo demo-web test test-cluster test-web pictures docs unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
+.PHONY: build demo demo-web test test-cluster test-web pictures docs unit check soak chaos coverage lint types sanitize wheel-test sdist wheels \
+	test-pythons bench bench-quick clean help
 
 help: ## List the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -117,6 +120,23 @@ sanitize: ## Run the suite on a build with AddressSanitizer and UndefinedBehavio
 
 wheel-test: build ## Build sdist and wheel, install them elsewhere, load the Lua from there
 	$(PYTEST) -m packaging tests/packaging $(ARGS)
+
+sdist: $(WHEELS)/.built ## Build the sdist in dist/ and check what PyPI will show of it
+	rm -f dist/*.tar.gz
+	$(WHEELS)/venv/bin/python -m build --sdist --outdir dist
+	$(WHEELS)/venv/bin/python -m twine check --strict dist/*.tar.gz
+
+# On Linux it needs Docker, to list them too little: make wheels ARGS=--print-build-identifiers.
+wheels: $(WHEELS)/.built ## Build every wheel for this platform in dist/ and use each
+	$(WHEELS)/venv/bin/python -m cibuildwheel --output-dir dist $(ARGS)
+
+$(WHEELS)/.built: tools/wheels.txt
+	test -x $(WHEELS)/venv/bin/python || $(PYTHON) -m venv $(WHEELS)/venv
+	$(WHEELS)/venv/bin/python -m pip install --quiet --disable-pip-version-check -r tools/wheels.txt
+	touch $@
+
+test-pythons: ## Run the whole suite on each Python: make test-pythons PYTHONS="python3.12 python3.14" ARGS=tests/unit
+	$(PYTHON) tools/test_pythons.py $(PYTHONS) -- $(QUICK) $(ARGS)
 
 bench: $(BENCH_BUILT) ## Measure against rivals: make bench ARGS=...
 	$(BIN)/python -m bench $(ARGS)

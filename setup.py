@@ -10,7 +10,14 @@ cythonize does not notice that directives or flags have changed:
 
 import os
 import shutil
+import sysconfig
 from pathlib import Path
+
+# Before anything is asked of Cython: a writer and its connection share state without locks, which the GIL protects.
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    raise SystemExit(
+        "ff_fast does not support free-threaded Python: install it with the default build of the same version."
+    )
 
 from Cython.Build import cythonize
 from Cython.Compiler import Options
@@ -39,7 +46,8 @@ if SANITIZE:
 elif DEBUG:
     compile_flags += ["-O0", "-g"]
 else:
-    compile_flags += ["-O3"]
+    # Python's own flags may carry -g, whose tables are five times as large as the code.
+    compile_flags += ["-O3", "-g0"]
 if DEBUG:
     compile_flags += ["-UNDEBUG"]  # Python's own flags carry -DNDEBUG
 if WERROR:

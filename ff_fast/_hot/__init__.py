@@ -21,6 +21,9 @@ def _load(extension: str) -> None:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == name:
             version = ".".join(map(str, sys.version_info[:2]))
+            if "t" in sys.abiflags:
+                message = f"ff_fast does not support free-threaded Python: use the default build of Python {version}."
+                raise ImportError(message, name=name) from error
             problem = f"The extensions of ff_fast are not built for Python {version}"
         elif error.name in (name, extension) and error.path is not None:
             # The dynamic linker names the last part alone.

@@ -66,3 +66,13 @@ def test_another_module_is_missing(checkout):
     error = error_of_import(checkout)
     assert error.strip().endswith("ModuleNotFoundError: No module named 'missing_dependency'")
     assert "make build" not in error
+
+
+def test_a_free_threaded_python_is_named(checkout):
+    program = "import sys; sys.abiflags = 't'; import ff_fast"
+    call = [sys.executable, "-S", "-c", program]
+    done = subprocess.run(call, cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    message = f"ImportError: ff_fast does not support free-threaded Python: use the default build of Python {version}."
+    assert done.stderr.strip().endswith(message)
