@@ -21,11 +21,16 @@ TOKENS = [f"token {number} " for number in range(100)]
 def main() -> int:
     """Print what was used, and return the exit code."""
     package = Path(ff_fast.__file__).parent
-    if package.is_relative_to(Path(__file__).parent.parent) and "site-packages" not in package.parts:
+    if (
+        package.is_relative_to(Path(__file__).parent.parent)
+        and "site-packages" not in package.parts
+    ):
         print(f"this is the checkout, not an installed package: {package}", file=sys.stderr)
         return 1
     sources = {path.stem for path in package.glob("_hot/*.pyi")}
-    files = [Path(str(importlib.import_module(f"{_hot.__name__}.{name}").__file__)) for name in sources]
+    files = [
+        Path(str(importlib.import_module(f"{_hot.__name__}.{name}").__file__)) for name in sources
+    ]
     assert all(file.name.endswith(tuple(EXTENSION_SUFFIXES)) for file in files), files
     assert _library.source()
     assert data.text()

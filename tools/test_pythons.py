@@ -24,7 +24,7 @@ _MADE = (
 
 def version_of(python: Path) -> str | None:
     """The version that *python* says it is; None if it does not run, as a shim of pyenv without its version."""
-    call = [python, "-c", "import platform; print(platform.python_version())"]
+    call: list[str | Path] = [python, "-c", "import platform; print(platform.python_version())"]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
@@ -36,7 +36,7 @@ def places_of(name: str) -> list[Path]:
     pyenv = Path(os.environ.get("PYENV_ROOT", home / ".pyenv"))
     uv = Path(os.environ.get("UV_PYTHON_INSTALL_DIR", home / ".local/share/uv/python"))
     managed = [*pyenv.glob(f"versions/*/bin/{name}"), *uv.glob(f"*/bin/{name}")]
-    return [Path(on_path)] * (on_path is not None) + sorted(managed)
+    return [*([Path(on_path)] if on_path else []), *sorted(managed)]
 
 
 def find(name: str) -> tuple[Path, str] | None:
@@ -57,7 +57,7 @@ def suite(python: Path, version: str, arguments: list[str]) -> int:
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*_MADE))
     subprocess.run([python, "-m", "venv", venv], check=True)
     own = venv / "bin/python"
-    pip = [own, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [own, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, source], check=True)
     (wheel,) = wheels.iterdir()
     requirement = f"ff_fast[embedded,cli,test] @ {wheel.as_uri()}"
@@ -68,7 +68,17 @@ def suite(python: Path, version: str, arguments: list[str]) -> int:
         for name in archive.namelist():
             if name.endswith(".so"):
                 archive.extract(name, source)
-    call = [own, "-m", "pytest", "-p", "no:benchmark", "-n", "4", "--dist", "worksteal"]
+    call: list[str | Path] = [
+        own,
+        "-m",
+        "pytest",
+        "-p",
+        "no:benchmark",
+        "-n",
+        "4",
+        "--dist",
+        "worksteal",
+    ]
     return subprocess.run([*call, *arguments], cwd=source, check=False).returncode
 
 

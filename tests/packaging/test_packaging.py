@@ -77,7 +77,18 @@ def run(*command: object, cwd: Path) -> str:
 def checkout(tmp_path_factory):
     """A copy of the checkout without anything built."""
     copy = tmp_path_factory.mktemp("checkout") / "ff_fast"
-    built = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
+    built = shutil.ignore_patterns(
+        ".git",
+        ".venv",
+        ".*_cache",
+        ".coverage*",
+        ".hypothesis",
+        "build",
+        "dist",
+        "*.egg-info",
+        "*.so",
+        "__pycache__",
+    )
     shutil.copytree(ROOT, copy, ignore=built)
     return copy
 
@@ -158,6 +169,26 @@ def test_sdist_has_the_sources_and_nothing_built(sdist):
     assert not [name for name in names if name.endswith((".c", ".so", ".pyc"))]
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git says what the repository has")
+def test_sdist_has_every_file_of_the_repository(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = {
+        name for name in run("git", "ls-files", cwd=ROOT).splitlines() if (ROOT / name).exists()
+    }
+    assert {
+        name for name in tracked - names if not name.endswith((".gitignore", ".gitkeep"))
+    } == set()
+
+
+def test_extensions_carry_no_debug_tables(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist() if name.endswith(".so")}
+    assert len(files) == len(EXTENSIONS)
+    assert not [name for name, content in files.items() if b".debug_info" in content]
+    assert sum(map(len, files.values())) < 3e6
+
+
 def test_wheel_has_what_is_used_at_run_time(wheel):
     names = files_of(wheel)
     used = below("ff_fast", "*.py", "*.pxd", "*.pyi", "*.txt", "py.typed")
@@ -181,6 +212,9 @@ def test_wheel_of_the_sdist_is_the_same(wheel, wheel_of_sdist):
 def test_wheel_works_elsewhere(probe, wheel_of_sdist):
     found = probe(f"ff_fast[embedded] @ {wheel_of_sdist.as_uri()}")
     assert_complete(found)
+    python = found["home"] / "bin" / "python"
+    said = run(python, ROOT / "tools/check_installed.py", cwd=found["home"])
+    assert said.endswith("; streamed 100 tokens\n")
     assert Path(found["package"]).is_relative_to(found["home"])
 
 
