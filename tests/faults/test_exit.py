@@ -34,6 +34,20 @@ async def main():
     writer.write(b"stored")
     await writer.flush()
 """
+WRITING = """
+import asyncio, sys, threading
+from ff_fast import aio
+
+async def main():
+    global backend, writer
+    backend = await aio.ValkeyBackend.connect(sys.argv[1])
+    eid = await backend.create_execution(lane=sys.argv[2])
+    handle = await backend.claim(lane=sys.argv[2])
+    print(eid, flush=True)
+    writer = await backend.open_writer(handle, linger=1)
+    for i in range(3): writer.write(b"%d" % i)
+
+"""
 
 
 def begun(program, url, lane, **options):
@@ -97,6 +111,34 @@ PROGRAMS = {
 }
 
 
+ASYNC_PROGRAMS = {
+    "a loop that ends": "asyncio.run(main())",
+    "a loop that ends with a task in it": """
+async def both():
+    await main()
+    asyncio.create_task(backend.supervise())
+
+asyncio.run(both())
+""",
+    "a loop that is kept": """
+loop = asyncio.new_event_loop()
+loop.run_until_complete(main())
+""",
+    "a loop on another thread": """
+loop = asyncio.new_event_loop()
+threading.Thread(target=loop.run_forever, daemon=True).start()
+asyncio.run_coroutine_threadsafe(main(), loop).result()
+""",
+}
+
+
+@pytest.mark.parametrize("name", ASYNC_PROGRAMS)
+def test_a_program_of_asyncio_that_ends_stores_what_it_wrote(name, server, lane):
+    child, eid = begun(WRITING + ASYNC_PROGRAMS[name], server.url, lane)
+    assert ended(child) == ""
+    stored_once(server.url, eid, [b"%d" % i for i in range(3)])
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_that_ends_stores_what_it_wrote(name, server, lane):
     body, count = PROGRAMS[name]
@@ -130,6 +172,8 @@ with backend:
     for i in range(7): writer.write(sys.argv[3])
     kept.append(writer)
 
+from ff_fast import _process
+_process.EXIT_S = 0.2
 kept = []
 asyncio.run(main())
 """,
