@@ -358,6 +358,7 @@ def info(arguments: argparse.Namespace) -> int:
                     # Readers are told so, although no supervisor has ended the attempt yet.
                     closed_reason = "producer_lost"
             summary = backend.read_summary(eid, attempt)
+            ends = {each.attempt_index: each.error for each in execution.attempts}
             fields |= {
                 "attempt": attempt,
                 "frames": stream.frame_count,
@@ -365,6 +366,7 @@ def info(arguments: argparse.Namespace) -> int:
                 "live_entries": stream.live_entries,
                 "last_id": stream.last_id,
                 "closed_reason": closed_reason,
+                "error": ends.get(attempt),
                 "summary_version": stream.summary_version or None,
                 "summary_bytes": len(summary.document_json) if summary else None,
             }
@@ -406,6 +408,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     eid = arguments.execution_id
     with connect(arguments) as backend:
         execution = backend.describe(eid)
+        ends = {each.attempt_index: each for each in execution.attempts}
         attempts = []
         for index in range(execution.attempt_count):
             stream = backend.describe_stream(eid, index)
@@ -419,6 +422,8 @@ def inspect(arguments: argparse.Namespace) -> int:
                     "summary_version": stream.summary_version,
                     "closed_reason": stream.closed_reason,
                     "lease_left": stream.lease_left,
+                    "error": ends[index].error if index in ends else None,
+                    "failure_class": ends[index].failure_class if index in ends else None,
                 }
             )
     everything = {**dataclasses.asdict(execution), "attempts": attempts}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
 from ff_fast import keys
+from ff_fast._core.attempts import attempts_of
 from ff_fast._core.steps import Command, Step, Steps
 from ff_fast._hot.resp import pack_fcall
 from ff_fast.errors import MAX_INT, Corruption, FFError, ProtocolError, for_code, from_server_error
@@ -253,10 +254,14 @@ def create_execution(
     retry: RetryPolicy,
     payload: bytes,
     tags: Mapping[str, str],
+    traceparent: str | None = None,
 ) -> Op[tuple[None, Hints]]:
     """Create an execution, or find that it exists."""
     slot_tag = keys.slot_tag_of(execution_id)
     pairs = [part.encode() for pair in tags.items() for part in pair]
+    if traceparent is not None:
+        # No name of a tag is without a dot.
+        pairs += [b"traceparent", traceparent.encode()]
     return Op(
         b"ff_create_execution",
         (
@@ -879,6 +884,7 @@ def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
             {_text(name): _text(value) for name, value in _pairs(flat).items()}
             for flat in (*fields[:3], *fields[4:6])
         )
+        history = tuple(_transition(*_list(entry)) for entry in reversed(_list(fields[3])))
         detail = _pairs(fields[0]).get(b"failure_detail")
         state = cast("ExecutionState", core["state"])
         timeout_ms = int(core["attempt_timeout_ms"])
@@ -937,7 +943,8 @@ def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
             if state == "suspended"
             else None,
             usage={name: int(amount) for name, amount in usage.items()},
-            history=tuple(_transition(*_list(entry)) for entry in reversed(_list(fields[3]))),
+            history=history,
+            attempts=attempts_of(history),
         )
 
     return Op(
@@ -978,6 +985,9 @@ def _transition(identity: object, flat: object) -> StateTransition:
         cast("ExecutionState", entry["to"]),
         int(entry["attempt"]),
         entry.get("reason") or None,
+        # It may be cut within a letter.
+        entry.get("error", "").removesuffix("\ufffd") or None,
+        FailureClass(word) if (word := entry.get("class")) else None,
     )
 
 
@@ -1035,6 +1045,23 @@ def call(op: Op[T]) -> Steps[T]:
 def read_payload(execution_id: str) -> Op[bytes]:
     """Read the payload of an execution."""
     return _read_bytes(execution_id, keys.payload(execution_id))
+
+
+class Input(NamedTuple):
+    """What an execution was created with: its payload, and the ``traceparent`` of whoever created it."""
+
+    payload: bytes
+    traceparent: str | None
+
+
+def read_input(execution_id: str) -> Op[Input]:
+    """Read the payload of an execution, and where it comes from."""
+    op = read_payload(execution_id)
+
+    def parse(status: bytes, fields: list[object]) -> Input:
+        return Input(op.parse(status, fields), _text(fields[1]) if len(fields) > 1 else None)
+
+    return op._replace(parse=parse)  # type: ignore[arg-type, return-value]
 
 
 def read_result(execution_id: str) -> Op[bytes]:

@@ -15,6 +15,7 @@ from ff_fast._core.flows import MEMBERS_A_CALL
 from ff_fast._core.ready import publish_hints, with_hints
 from ff_fast._core.steps import Command, Step, Steps, checked, command, time_ms
 from ff_fast._hot.resp import pack_command
+from ff_fast._log import LOG, say, say_seldom
 from ff_fast.errors import (
     Corruption,
     ExecutionNotFound,
@@ -25,6 +26,8 @@ from ff_fast.errors import (
 from ff_fast.types import ReclaimGrant, ReclaimToken, ScannerFilter
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from ff_fast._core.deployment import Deployment
 
 # Their calls go to the server together, which serves nobody else until the last is done: firing one takes about 50 us.
@@ -40,8 +43,6 @@ _MARK_S = 5.0
 _MARK_AGAIN_S = 1.0
 _LOOK_S = 2.0
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-
-_log = logging.getLogger("ff_fast")
 
 
 def _due(partition: int, now: bytes, offset: int) -> Command:
@@ -149,7 +150,7 @@ class Supervision:
                     members = checked(page)
                 except Corruption:
                     if index not in self._unreadable:
-                        _log.warning("Partition %d is not supervised: foreign timers.", index)
+                        LOG.warning("Partition %d is not supervised: foreign timers.", index)
                     self._unreadable.add(index)
                     continue
                 self._unreadable.discard(index)
@@ -200,7 +201,7 @@ class Supervision:
             done += what == "done"
             deferred += what == "deferred"
         if deferred:
-            _log.warning(
+            LOG.warning(
                 "%d timers of partition %d cannot be fired: their keys hold foreign data. They are tried again in a"
                 " minute.",
                 deferred,
@@ -229,6 +230,65 @@ class Supervision:
             if left == 0:
                 break
         return left
+
+
+class Watch:
+    """Says when a supervisor starts and stops, and when it has no server; a context manager.
+
+    Args:
+        scope: Filter of the executions.
+        aside: It stands by in a worker, which says the same of itself.
+    """
+
+    def __init__(self, scope: ScannerFilter, *, aside: bool = False) -> None:
+        self._aside = aside
+        self._of = "" if scope.is_noop() else f" of {scope}"
+        self._failed_at: float | None = None
+        self._said = False
+
+    def __enter__(self) -> None:
+        self._say(logging.INFO, "A supervisor%s has started.")
+
+    def failed(self, error: FFError) -> None:
+        """Note that a round has failed, and that the next one tries again."""
+        if self._aside:
+            return
+        if self._failed_at is None:
+            self._failed_at = time.monotonic()
+        said = say_seldom(
+            logging.WARNING,
+            "supervisor",
+            error.code,
+            "A supervisor%s has no server: %s Until it has, lost workers, delays and time limits take no effect.",
+            self._of,
+            error,
+        )
+        self._said = self._said or said
+
+    def done(self, fired: int) -> None:
+        """Note that a round was made."""
+        failed_at, self._failed_at = self._failed_at, None
+        if failed_at is not None and self._said:
+            self._said = False
+            seconds = time.monotonic() - failed_at
+            say(logging.INFO, "A supervisor%s goes on after %.1f s.", self._of, seconds)
+        if fired:
+            say(logging.DEBUG, "Timers fired: %d.", fired)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        if isinstance(error, FFError):
+            # No other round would pass.
+            self._say(logging.ERROR, "A supervisor%s has ended with an error: %s", error)
+        else:
+            self._say(logging.INFO, "A supervisor%s has stopped.")
+
+    def _say(self, level: int, message: str, *arguments: object) -> None:
+        say(logging.DEBUG if self._aside else level, message, self._of, *arguments)
 
 
 def _members(page: object) -> list[bytes]:

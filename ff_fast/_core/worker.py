@@ -26,11 +26,12 @@ from ff_fast import keys
 from ff_fast._core import operations, ops
 from ff_fast._core.binding import dressed
 from ff_fast._core.durability import STORED, can_reach
-from ff_fast._core.leases import is_lease_lost
+from ff_fast._core.leases import is_ended_by_plan, is_lease_lost, say_lost
 from ff_fast._core.ready import with_hints
 from ff_fast._core.steps import Step, Steps, command
 from ff_fast._core.writer import WriterState, continue_writer
 from ff_fast._hot.writer import WriterCore
+from ff_fast._log import say, say_seldom
 from ff_fast.errors import (
     AuthenticationFailed,
     ClusterModeRequired,
@@ -63,9 +64,12 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from ff_fast._core.deployment import Deployment
     from ff_fast._core.durability import Level
     from ff_fast._core.operations import Call
+    from ff_fast._core.traces import Tracing
     from ff_fast.types import Handle, ResumeSignal, StreamMode
 
 HAND_BACK_S = 2.0
@@ -85,8 +89,6 @@ _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 5.0
 
 NOT_SUPERVISING = "This worker does not supervise: %s Let another process supervise, or pass supervise=False to run_worker."
-
-_log = logging.getLogger("ff_fast")
 
 
 class TaskReleased(BaseException):
@@ -340,12 +342,20 @@ class TaskState(Holder[W, K]):
     """The part of a task that is the same in both shells."""
 
     def __init__(
-        self, handle: Handle, mode: StreamMode | None = None, level: Level = STORED
+        self,
+        handle: Handle,
+        mode: StreamMode | None = None,
+        level: Level = STORED,
+        worker_id: str | None = None,
     ) -> None:
         fields = handle.fields()
         super().__init__(fields.execution_id, level)
         self.handle = handle
         self._mode = mode
+        self._worker_id = worker_id
+        # The span of whoever created the execution, and that of the attempt; None without traces.
+        self._traceparent: str | None = None
+        self._span: Any = None
         self.attempt_index = fields.attempt_index
         self.resumed = handle.kind is HandleKind.RESUMED
         self.payload: bytes = b""
@@ -353,6 +363,15 @@ class TaskState(Holder[W, K]):
         self.handler: str | None = None
         self.context: Any = None
         self._named = False
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        """What a record about it has."""
+        return {
+            "execution_id": self.execution_id,
+            "attempt_index": self.attempt_index,
+            "worker_id": self._worker_id,
+        }
 
     @property
     def _writing(self) -> dict[str, Any]:
@@ -475,7 +494,11 @@ def attend(
             yield from _load(backend._deployment, task)
         except FFError as error:
             return (yield from _not_started(backend, task, error))
-        yield from _handle(backend, task, cancel_after_s)
+        if backend._deployment.tracing is None:
+            yield from _handle(backend, task, cancel_after_s)
+        else:
+            with _span(backend._deployment.tracing, task) as task._span:
+                yield from _handle(backend, task, cancel_after_s)
     except _NotEnded:
         return False
     except GeneratorExit:
@@ -486,6 +509,12 @@ def attend(
     return True
 
 
+def _span(tracing: Tracing, task: TaskState[Any, Any]) -> AbstractContextManager[Any]:
+    """Return the span of an attempt, which is the current one in its block."""
+    lane = task.handle.fields().lane_id
+    return tracing.attempt(lane, task.execution_id, task.attempt_index, task._traceparent)
+
+
 class _NotEnded(Exception):  # noqa: N818 - no fault of the worker
     """The server refuses for good to end the execution in any way; its lease lapses."""
 
@@ -493,6 +522,8 @@ class _NotEnded(Exception):  # noqa: N818 - no fault of the worker
 def _not_started(backend: Backend, task: TaskState[Any, Any], error: FFError) -> Actions:
     """Fail an execution that cannot be loaded, or hand it back where the server's state is at fault."""
     if is_lease_lost(error):
+        if not is_ended_by_plan(error):
+            say_lost(error, **task._about)
         return True
     if isinstance(error, _ENDS_WORKER):
         raise error
@@ -512,7 +543,7 @@ def _load(on: Deployment, task: TaskState[Any, Any]) -> Ending:
     opening = ops.open_writer(
         attempt, writer_id, max_payload_bytes=request.options.max_payload_bytes
     )
-    reading = ops.read_payload(task.execution_id)
+    reading = ops.read_input(task.execution_id)
     renewing = ops.renew_lease(attempt, attempt.fields.lease_ttl_ms)
     observing = ops.observe_signals(attempt)
 
@@ -532,7 +563,7 @@ def _load(on: Deployment, task: TaskState[Any, Any]) -> Ending:
             required = replies.pop()
             if isinstance(required, bytes):
                 task.handler = keys.handler_in(required.decode("utf-8", "replace").split(","))
-        task.payload = reading.answer(replies[0])
+        task.payload, task._traceparent = reading.answer(replies[0])
         opened = opening.answer(replies[1])
         if len(replies) > 2:
             renewal = renewing.answer(replies[2])
@@ -574,7 +605,24 @@ def _handle(backend: Backend, task: TaskState[Any, Any], cancel_after_s: float |
         yield from _failed(backend, task, error)
 
 
+def _say_raised(task: TaskState[Any, Any], error: BaseException) -> None:
+    """Say with which exception an attempt ends; one that was asked to stop, or has lost its lease, ends as it must."""
+    expected = task._cancel_requested or not task._holds_lease
+    say(
+        logging.DEBUG if expected else logging.ERROR,
+        "Attempt %d of execution %s has raised %s.",
+        task.attempt_index,
+        task.execution_id,
+        type(error).__name__,
+        raised=error,
+        **task._about,
+    )
+
+
 def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Ending:
+    _say_raised(task, error)
+    if task._span is not None and backend._deployment.tracing is not None:
+        backend._deployment.tracing.failed(task._span, error)
     # An error of the writer must not replace the handler's own failure.
     with contextlib.suppress(FFError):
         yield CloseWriter()
@@ -592,13 +640,20 @@ def _fail(backend: Backend, task: TaskState[Any, Any], failure: Failure) -> Endi
     except FFError as error:
         if isinstance(error, _ENDS_WORKER):
             raise
-        _log.error("Execution %s cannot be ended: %s", task.execution_id, error)
+        say(
+            logging.ERROR,
+            "Execution %s cannot be ended, and comes back when its lease lapses: %s",
+            task.execution_id,
+            error,
+            **task._about,
+        )
         raise _NotEnded from None
 
 
 def _cancel(backend: Backend, task: TaskState[Any, Any]) -> Ending:
     try:
-        yield from _end(backend, task, cancellation(task.execution_id, task.handle, task._level))
+        call = cancellation(backend._deployment, task.execution_id, task.handle, task._level)
+        yield from _end(backend, task, call)
     except FFError as error:
         if isinstance(error, _ENDS_WORKER):
             raise
@@ -606,10 +661,13 @@ def _cancel(backend: Backend, task: TaskState[Any, Any]) -> Ending:
         yield from _fail(backend, task, Failure(failure_of(error).reason, FailureClass.CANCELLED))
 
 
-def cancellation(eid: str, handle: Handle, level: Level, unasked: str = CANCEL_REASON) -> Call[Any]:
+def cancellation(
+    on: Deployment, eid: str, handle: Handle, level: Level, unasked: str = CANCEL_REASON
+) -> Call[Any]:
     """Return the call with which the holder of a lease ends the execution as cancelled.
 
     Args:
+        on: The deployment.
         eid: Id of the execution.
         handle: The lease.
         level: What the end shall reach.
@@ -617,6 +675,7 @@ def cancellation(eid: str, handle: Handle, level: Level, unasked: str = CANCEL_R
     """
 
     def steps() -> Steps[object]:
+        on.releases(handle.fields().lease_id)
         reason = unasked
         try:
             description = yield from ops.call(ops.describe_execution(eid))
@@ -627,6 +686,7 @@ def cancellation(eid: str, handle: Handle, level: Level, unasked: str = CANCEL_R
             reason = description.cancellation_reason or reason
         op = ops.cancel_execution(eid, reason, 0, handle.fields().lease_id)
         cancelled = yield from with_hints(op, keys.partition_index(eid))
+        on.tally.note("executions_cancelled")
         yield from operations.Reach(lambda _: op, *level).steps()
         return cancelled
 
@@ -643,10 +703,18 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Ending
         try:
             yield Run(call)
         except NotReplicated as error:
-            _log.warning("Execution %s has ended. %s", task.execution_id, error)
+            say(
+                logging.WARNING,
+                "Execution %s has ended. %s",
+                task.execution_id,
+                error,
+                **task._about,
+            )
             return
         except FFError as error:
             if is_lease_lost(error) or (error.retryable and not task._holds_lease):
+                if not is_ended_by_plan(error):
+                    say_lost(error, **task._about)
                 return
             if not error.retryable:
                 raise
@@ -659,6 +727,14 @@ def hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException)
     """Make the execution claimable now, not when its lease lapses; it counts as a lost worker. Return whether it is."""
     if task._released or backend.closed:
         return False
+    say(
+        logging.WARNING,
+        "Attempt %d of execution %s was broken off by %s; the execution goes to another worker.",
+        task.attempt_index,
+        task.execution_id,
+        type(error).__name__,
+        **task._about,
+    )
     with contextlib.suppress(FFError, TimeoutError):
         with contextlib.suppress(FFError):
             yield CloseWriter(HAND_BACK_S)
@@ -668,6 +744,29 @@ def hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException)
         )
         return True
     return False
+
+
+def say_started(options: operations.WorkerOptions) -> None:
+    say(
+        logging.INFO,
+        "Worker %s has started: lane %s, %d handlers at once.",
+        options.worker_id,
+        options.lane,
+        options.concurrency,
+        worker_id=options.worker_id,
+    )
+
+
+def say_stopped(options: operations.WorkerOptions, error: BaseException | None) -> None:
+    """Say that a worker ends; by *error*, where it is one that every call of it would meet."""
+    if isinstance(error, FFError):
+        text = "Worker %s of lane %s has ended with an error: %s"
+        say(
+            logging.ERROR, text, options.worker_id, options.lane, error, worker_id=options.worker_id
+        )
+    else:
+        text = "Worker %s of lane %s has stopped."
+        say(logging.INFO, text, options.worker_id, options.lane, worker_id=options.worker_id)
 
 
 class Attending:
@@ -751,7 +850,9 @@ class Patience:
             return operations.CLAIM_WAIT_S
         if not isinstance(error, InternalFunctionError | ProtocolError | Corruption):
             raise error
-        _log.error("A claim has failed and will be tried again: %s", error)
+        say_seldom(
+            logging.ERROR, "claim", error.code, "A claim has failed and is tried again: %s", error
+        )
         return _FIRST_PAUSE_S
 
     def attended(self, *, over: bool) -> float:

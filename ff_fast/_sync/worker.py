@@ -97,9 +97,14 @@ class Task(TaskState[Writer, LeaseKeeper]):
     __doc__ = worker_core.TASK
 
     def __init__(
-        self, backend: Operations, handle: Handle, mode: StreamMode | None, level: Level
+        self,
+        backend: Operations,
+        handle: Handle,
+        mode: StreamMode | None,
+        level: Level,
+        worker_id: str | None = None,
     ) -> None:
-        super().__init__(handle, mode, level)
+        super().__init__(handle, mode, level, worker_id)
         self._backend = backend
 
     flush = forwarded(Writer.flush)
@@ -192,6 +197,7 @@ class WorkerLoop:
             self._run()
 
     def _run(self) -> None:
+        worker_core.say_started(self._options)
         restore = _process.on_stop_signals(self._on_signal, twice=self._drain.limited)
         threads = [
             threading.Thread(target=self._slot, name=f"ff_fast worker {index}", daemon=True)
@@ -219,6 +225,7 @@ class WorkerLoop:
         finally:
             restore()
             self._halt.set()
+            worker_core.say_stopped(self._options, self._error)
         if self._error is not None:
             raise self._error
 
@@ -285,8 +292,9 @@ class WorkerLoop:
 
     def run_one(self, handle: Handle) -> bool:
         """Run the handler for one claimed execution, and end the execution; return whether it is over for this worker."""
-        task = Task(self._backend, handle, self._options.mode, self._options.level)
-        task.context, task._named = self._context, self._options.named
+        options = self._options
+        task = Task(self._backend, handle, options.mode, options.level, options.worker_id)
+        task.context, task._named = self._context, options.named
         with (
             self._backend._attending,
             self._backend.keep_lease(handle, task._lose) as task._keeper,

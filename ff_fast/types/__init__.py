@@ -41,6 +41,12 @@ from .handle import (
     HandleKind,
     HandleOpaque,
 )
+from .stats import (
+    FramesByMode,
+    GapsByReason,
+    Histogram,
+    Stats,
+)
 from .stream import (
     SUMMARY_NULL_SENTINEL,
     AppendFrameOutcome,
@@ -81,6 +87,7 @@ from .waitpoint import (
     WaitpointSpec,
 )
 from .work import (
+    AttemptDescription,
     CancelFlowOutcome,
     CancelFlowPolicy,
     CancelFlowWait,
@@ -177,11 +184,17 @@ __all__ = [  # noqa: RUF022 - by topic
     "CancelFlowOutcome",
     "FlowState",
     "FlowDescription",
+    "AttemptDescription",
     "StateTransition",
     "SuspensionDescription",
     "ExecutionDescription",
     "Namespace",
     "ScannerFilter",
+    # numbers
+    "FramesByMode",
+    "GapsByReason",
+    "Histogram",
+    "Stats",
     # configuration
     "BackendTimeouts",
     "BackendRetry",

