@@ -79,8 +79,8 @@ def _terminable() -> Iterator[None]:
         return
 
     def raise_it(number: int, frame: object) -> None:  # noqa: ARG001 - as signal calls it
-        # Once: what ends then may take its time.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # What ends then may take its time, and a second signal is the end of it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, raise_it)
