@@ -1,6 +1,4 @@
-from typing import Any, final
-
-Spread = tuple[int, int, tuple[int, ...]]
+from typing import Any, Self, final
 
 @final
 class Tally:
@@ -25,4 +23,4 @@ class Tally:
 class Listening:
     """A reader that listens: it counts as open until it is let go."""
 
-    def __init__(self, tally: Tally) -> None: ...
+    def __new__(cls, tally: Tally) -> Self: ...
