@@ -88,6 +88,20 @@ class _Reading:
         self.heartbeat_s = seconds("heartbeat", heartbeat, zero=False)
         self.pace_s = None if pace is None else seconds("pace", pace)
 
+    def _holds_end(
+        self, first: list[Any] | None, reader: aio.Follow | ff_fast.Follow | None
+    ) -> bool:
+        """Whether the *first* items are an end that the client named as what it has got last."""
+        return (
+            self.framing.ids
+            and self.cursor is not None
+            and first is not None
+            and len(first) == 1
+            and reader is not None
+            and reader.ended
+            and first[0].cursor == self.cursor
+        )
+
     def anew(self) -> dict[str, Any]:
         """Return the arguments of ``follow`` for a reader that begins with the document."""
         return {"snapshot": True, "visibility": self.visibility}
@@ -160,17 +174,8 @@ class Chunks(_Reading):
 
     @property
     def has_nothing_new(self) -> bool:
-        """Whether the client had got the end already, by the first read."""
-        first = self._items
-        return (
-            self.framing.ids
-            and self.cursor is not None
-            and first is not None
-            and len(first) == 1
-            and self._reader is not None
-            and self._reader.ended
-            and first[0].cursor == self.cursor
-        )
+        """Whether the client had got the end already, by the first read: an answer 204 stops its ``EventSource``."""
+        return self._holds_end(self._items, self._reader)
 
     def stop(self) -> None:
         """End the chunks with a farewell: the server shuts down."""
@@ -404,11 +409,17 @@ class BlockingChunks(_Reading):
             raise
         self._chunks = self._read(reader)
 
+    @property
+    def has_nothing_new(self) -> bool:
+        """Whether the client had got the end already, by the first read: an answer 204 stops its ``EventSource``."""
+        return self._holds_end(self._first, self._reader)
+
     def _read(self, reader: ff_fast.Follow) -> Iterator[bytes]:
         framing = self.framing
         chunk = framing.begin(self.after)
         items, self._first = self._first, []
-        sent_at = monotonic()
+        # A server of WSGI sends the head of the response with its first chunk.
+        sent_at = -inf
         try:
             while True:
                 if items:

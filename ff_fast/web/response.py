@@ -105,7 +105,7 @@ async def refusal(
         FFError: See :func:`error_response`.
     """
     if token_key is not None:
-        check_token(token_key, _token(request), execution_id, can=can)
+        _check_shown(request, token_key, execution_id, can)
     if authorize is not None:
         try:
             allowed = authorize(request, execution_id)
@@ -120,11 +120,19 @@ async def refusal(
     return None
 
 
-def _token(request: Request) -> str | None:
+def _check_shown(
+    request: Request, key: bytes | Sequence[bytes], execution_id: str, can: str
+) -> None:
+    """Raise an error unless *request* shows a good token; the application may use one of the places for its own."""
+    shown: list[str | None] = [*request.query_params.getlist("token")[-1:]]
     kind, _, given = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() == "bearer" and given:
-        return given.strip()
-    return request.query_params.get("token")
+    if kind.lower() == "bearer":
+        shown.append(given.strip())
+    for other in shown[1:]:
+        with contextlib.suppress(InvalidToken):
+            check_token(key, other, execution_id, can=can)
+            return
+    check_token(key, shown[0] if shown else None, execution_id, can=can)
 
 
 def requested_place(request: Request) -> str | None:
@@ -239,13 +247,13 @@ class StreamResponse(Response):
             heartbeat=self._heartbeat,
             pace=self._pace,
         )
-        if request.method == "HEAD":
-            await self._backend.describe(eid)
-            return _Head(self)
         await chunks.open()
         if chunks.has_nothing_new:
             await chunks.aclose()
             return Response(status_code=204, headers={"cache-control": "no-store"})
+        if request.method == "HEAD":
+            await chunks.aclose()
+            return _Head(self)
         return chunks
 
     async def _stream(self, chunks: Chunks, receive: Receive, send: Send) -> None:

@@ -164,6 +164,30 @@ def test_blocking_chunks_are_the_response(backend, lane):
         web.iter_events(backend, eid, after="nonsense")
 
 
+def test_blocking_chunks_begin_at_once_where_there_is_nothing_to_be_read(backend, lane):
+    # A server of WSGI sends no head before the first chunk, and a client waits for it.
+    eid = backend.create_execution(lane=lane, payload=b"p")
+    chunks = web.iter_events(backend, eid, heartbeat=3600)
+    assert next(chunks) == b": keep-alive\n\n"
+    chunks.close()
+    eid, _ = producing(backend, lane)
+    chunks = web.iter_events(backend, eid, after="0.0-0", heartbeat=3600)
+    assert next(chunks) == b": keep-alive\n\n"
+    chunks.close()
+
+
+def test_blocking_chunks_say_that_the_client_has_got_the_end(backend, lane):
+    eid, handle = producing(backend, lane)
+    backend.complete(handle)
+    start, end = EventSource().parse(b"".join(web.iter_events(backend, eid)))
+    for after, nothing in ((None, False), (start.id, False), (end.id, True)):
+        chunks = web.iter_events(backend, eid, after=after)
+        assert not chunks.has_nothing_new
+        chunks.open()
+        assert chunks.has_nothing_new is nothing
+        chunks.close()
+
+
 class Silent(web.EventFraming):
     """Leaves out every frame."""
 

@@ -58,12 +58,13 @@ async def test_names_of_the_beginning(backend_of, lane, after):
     assert text_of(EventSource().parse(answer.content)) == "ab"
 
 
-async def test_a_client_that_has_the_end_is_told_that_nothing_follows(backend_of, lane):
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_client_that_has_the_end_is_told_that_nothing_follows(backend_of, lane, method):
     async with backend_of() as backend:
         eid, _ = await stream_of(backend, lane, [b"a"])
         async with client_of(backend) as client:
             last = EventSource().parse((await client.get(f"/{eid}")).content)[-1]
-            again = await client.get(f"/{eid}", headers={"last-event-id": last.id})
+            again = await client.request(method, f"/{eid}", headers={"last-event-id": last.id})
     assert (again.status_code, again.content) == (204, b"")
 
 
@@ -125,6 +126,9 @@ BAD_PLACES = [
     "0.1-1~zz",
     "0.1-1~61",
     "0.1-1~e282ac",
+    "start~e2",
+    "0-0~e2",
+    "0.0-0~e2",
     "$",
     "0.1-1\t",
 ]
