@@ -28,13 +28,13 @@ HEADERS: Mapping[str, str] = {
 _ID = re.compile(r"([^~]+)(?:~((?:[0-9a-f]{2}){1,3}))?")
 
 
-def split_id(text: str) -> tuple[str, bytes]:
+def split_id(text: object) -> tuple[str, bytes]:
     """Return the cursor in the id of an event, and the bytes of a character that the client has not got.
 
     Raises:
         InvalidCursor: It is not an id that :class:`EventFraming` writes.
     """
-    found = _ID.fullmatch(text)
+    found = _ID.fullmatch(text) if isinstance(text, str) else None
     if found is None:
         raise InvalidCursor
     return found[1], bytes.fromhex(found[2] or "")

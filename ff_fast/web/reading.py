@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import random
 import signal
 import time
@@ -60,6 +61,17 @@ def resume_place(framing: Framing, after: str | None) -> str | None:
         return None
     cursor = framing.place(after)
     return None if follow_place(cursor) is None else cursor
+
+
+def check_backend(backend: object, *, blocking: bool = False) -> None:
+    """Raise ``InvalidType`` unless *backend* is an open one of the shell that is needed."""
+    describe = getattr(backend, "describe", None)
+    if describe is None or inspect.iscoroutinefunction(describe) is blocking:
+        raise InvalidType(
+            "backend must be an open ff_fast.ValkeyBackend; web.events and responses take one of ff_fast.aio."
+            if blocking
+            else "backend must be an open ff_fast.aio.ValkeyBackend; web.iter_events takes a blocking one."
+        )
 
 
 class _Reading:
@@ -133,6 +145,7 @@ class Chunks(_Reading):
     )  # fmt: skip
 
     def __init__(self, backend: aio.ValkeyBackend, *args: Any) -> None:
+        check_backend(backend)
         super().__init__(*args)
         self._backend = backend
         self._reader: aio.Follow | None = None
@@ -384,6 +397,7 @@ class BlockingChunks(_Reading):
     """
 
     def __init__(self, backend: ff_fast.ValkeyBackend, *args: Any) -> None:
+        check_backend(backend, blocking=True)
         super().__init__(*args)
         self._backend = backend
         self._chunks: Iterator[bytes] | None = None

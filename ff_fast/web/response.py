@@ -25,7 +25,7 @@ from ff_fast.errors import (
 )
 from ff_fast.types import TailVisibility, seconds
 from ff_fast.web.framing import EventFraming, Framing
-from ff_fast.web.reading import FAREWELL_S, HEARTBEAT_S, Chunks, events
+from ff_fast.web.reading import FAREWELL_S, HEARTBEAT_S, Chunks, check_backend, events
 from ff_fast.web.script import CLIENT_JS
 from ff_fast.web.tickets import check_token
 
@@ -199,9 +199,7 @@ class StreamResponse(Response):
         self._token_key = token_key
         self._send_timeout = seconds("send_timeout", send_timeout, zero=False)
         self._pace = None if pace is None else seconds("pace", pace)
-        self._framing = framing()
-        if not isinstance(self._framing, Framing):
-            raise InvalidType("framing must make a Framing.")
+        self._framing = _made(framing)
         self.status_code = 200
         self.media_type = self._framing.media_type
         self.background = background
@@ -292,6 +290,13 @@ class StreamResponse(Response):
             gone.cancel()
 
 
+def _made(framing: object) -> Framing:
+    made = framing() if callable(framing) else None
+    if not isinstance(made, Framing):
+        raise InvalidType("framing must be a subclass of Framing, or a function that makes one.")
+    return made
+
+
 def _drop(receive: Receive, task: asyncio.Task[Any] | None) -> None:
     """Drop the connection of a client that takes nothing; where it cannot be dropped, cancel the task that sends."""
     abort = _abort_of(receive)
@@ -361,6 +366,7 @@ async def stop_response(
         reason: Why, for whoever reads about the cancellation.
         grace: How long the worker may still write, in seconds or as a ``timedelta``; None ends the streams at once.
     """
+    check_backend(backend)
     if request is None and (authorize is not None or token_key is not None):
         raise InvalidInput("authorize and token_key need the request.")
     try:

@@ -8,7 +8,7 @@ import wsgiref.simple_server
 import pytest
 
 import ff_fast
-from ff_fast import ExecutionNotFound, InvalidCursor, InvalidId, InvalidInput, web
+from ff_fast import ExecutionNotFound, InvalidCursor, InvalidId, InvalidInput, InvalidType, web
 from tests.waiting import wait_until, wait_until_async
 from tests.web.sites import EventSource, stream_of, text_of
 from tests.web.sockets import Reader
@@ -62,6 +62,22 @@ async def test_what_cannot_be_read_is_raised_before_the_first_chunk(backend_of):
             await chunks.open()
         with pytest.raises(ExecutionNotFound):
             await anext(web.events(backend, UNKNOWN))
+
+
+@anyio
+async def test_what_the_application_has_mixed_up_is_named(backend, backend_of, server, lane):
+    async with backend_of() as other:
+        for mixed in (backend, ff_fast.aio.ValkeyBackend.connect(server.url)):
+            with pytest.raises(InvalidType, match=r"ff_fast\.aio\.ValkeyBackend; web\.iter_events"):
+                web.events(mixed, UNKNOWN)
+            with pytest.raises(InvalidType, match=r"ff_fast\.aio\.ValkeyBackend"):
+                await web.stop_response(mixed, UNKNOWN)
+        with pytest.raises(InvalidType, match=r"ff_fast\.ValkeyBackend; web\.events"):
+            web.iter_events(other, UNKNOWN)
+        with pytest.raises(InvalidType, match="subclass of Framing"):
+            web.StreamResponse(other, UNKNOWN, framing=web.EventFraming())
+        with pytest.raises(InvalidCursor):
+            web.events(other, UNKNOWN, after=7)
 
 
 @anyio
