@@ -8,7 +8,8 @@ import inspect
 from functools import cache, partial
 from hashlib import sha256
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, cast
 
 from ff_fast import keys
 from ff_fast.errors import (
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 
     Authorize = Callable[[Request, str], object]
     ErrorBody = Callable[[str, str, int], object]
+
+# How many functions are looked at for the server's.
+_MOST_WRAPPERS = 100
 
 SEND_TIMEOUT_S = 30.0
 """How long a client may take nothing before its response is closed, in seconds."""
@@ -310,11 +314,26 @@ def _abort_of(receive: Receive) -> Callable[[], None] | None:
     """Return what drops the connection of a request, if it can be found.
 
     A server closes a connection when its client has taken what was sent, and a client may never do so. The protocol has no word
-    for it; but ``receive`` is a method of uvicorn's request, which knows the transport, unless a middleware has wrapped it.
+    for it; but ``receive`` is a method of uvicorn's request, which knows the transport. A middleware that wraps it does so in a
+    closure or in a ``Request``, as Starlette's ``BaseHTTPMiddleware`` does.
     """
-    transport = getattr(getattr(receive, "__self__", None), "transport", None)
-    abort: Callable[[], None] | None = getattr(transport, "abort", None)
-    return abort
+    found: list[object] = [receive]
+    for each in found:
+        owner = getattr(each, "__self__", None)
+        abort = getattr(getattr(owner, "transport", None), "abort", None)
+        if callable(abort) and getattr(owner, "receive", None) == each:
+            return cast("Callable[[], None]", abort)
+        within = [getattr(owner, "_receive", None)]
+        for cell in getattr(each, "__closure__", None) or ():
+            # A variable that is not assigned yet has an empty cell.
+            with contextlib.suppress(ValueError):
+                within.append(cell.cell_contents)
+        found += [
+            other
+            for other in within
+            if isinstance(other, (FunctionType, MethodType)) and other not in found
+        ][: _MOST_WRAPPERS - len(found)]
+    return None
 
 
 class _Head(Response):
