@@ -275,6 +275,9 @@ class StreamResponse(Response):
                 chunks.sending_since = monotonic()
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunks.sending_since = None
+            if gone.done() or chunks.stuck:
+                # A server would keep the connection of a response that is complete.
+                return
             chunks.sending_since = monotonic()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             chunks.sending_since = None

@@ -106,6 +106,23 @@ async def test_what_follows_a_response_follows_it(backend_of, lane):
     assert ran == [1, 1]
 
 
+async def test_a_response_whose_client_has_gone_is_not_completed(backend_of, lane):
+    sent = []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "headers": [], "query_string": b""}
+    async with backend_of() as backend:
+        eid, _ = await stream_of(backend, lane, [b"a"], end=False)
+        await web.StreamResponse(backend, eid)(scope, receive, send)
+        assert not backend._hub._core.routes
+    assert all(each.get("more_body", True) for each in sent)
+
+
 UNKNOWN = "{fp:1}:00000000-0000-4000-8000-000000000000"
 
 
