@@ -33,12 +33,14 @@ cdef class Pushed:
     cdef readonly long long ms
     cdef readonly long long first
     cdef readonly long long last
-    cdef readonly list frames
-    cdef readonly list visible
+    cdef StreamFrame alone
+    cdef list _frames
+    cdef list _visible
     cdef readonly Py_ssize_t size
     cdef readonly long long previous
     cdef readonly str end_reason
     cdef readonly long long lease_ms
+    cdef Py_ssize_t count(self, bint exclude) except -1
 
 
 cdef Pushed read_push(bytes message, unsigned int attempt_index)

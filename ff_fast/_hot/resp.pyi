@@ -6,6 +6,9 @@ def pack_fcall(
     function: bytes, keys: tuple[bytes, ...], argv: tuple[bytes, ...], read_only: bool = False
 ) -> bytes: ...
 def take_reply(gets: Callable[[], object], pushed: type | None = None) -> object: ...
+def take_pushes(
+    gets: Callable[[], object], pushed: type, routes: dict[bytes, Callable[[bytes], None]]
+) -> object: ...
 
 @final
 class ReplyGuard:

@@ -47,8 +47,8 @@ _RETRY_MS = (200, 2_000)
 _TICK_S = 0.005
 # Most chunks that one loop sends in a second without being asked to: more readers get larger ones. And the longest pause
 # that comes of it.
-_CHUNKS_PER_S = 7_000
-_LONGEST_PACE_S = 0.15
+_CHUNKS_PER_S = 5_000
+_LONGEST_PACE_S = 0.2
 
 
 def resume_place(framing: Framing, after: str | None) -> str | None:
@@ -361,7 +361,7 @@ def events(
         visibility: Whether best-effort frames are delivered.
         heartbeat: How long nothing may come before a heartbeat does, in seconds or as a ``timedelta``.
         pace: The shortest time between two chunks, in seconds or as a ``timedelta``; frames that come meanwhile share the
-            next one. None is almost nothing for a few open responses, and 0.14 s for a thousand in this process.
+            next one. None is almost nothing for a few open responses, and 0.2 s for a thousand in this process.
 
     Raises:
         InvalidId: *execution_id* is not one.
