@@ -265,6 +265,10 @@ class StreamResponse(Response):
                 chunks.sending_since = monotonic()
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunks.sending_since = None
+            if self._framing.drops and not (chunks.finished or self._framing.over):
+                abort = _abort_of(receive)
+                if abort is not None:
+                    abort()
             chunks.sending_since = monotonic()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             chunks.sending_since = None
