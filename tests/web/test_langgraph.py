@@ -86,7 +86,7 @@ async def test_a_client_chooses_its_modes(backend_of, lane):
 
 
 @pytest.mark.parametrize(
-    ("asked", "kinds"),
+    "asked, kinds",
     [
         ("messages-tuple", ["messages", "messages/partial"]),
         # As the SDK for JavaScript writes several.
