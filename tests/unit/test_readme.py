@@ -13,11 +13,17 @@ from ff_fast._core import operations
 from ff_fast._core import writer as writer_core
 from ff_fast._demo import plan
 
+from .. import documents
 from ..conftest import ROOT
 from .test_fault_matrix import DEFINED
 
 README = (ROOT / "README.md").read_text("utf-8")
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+# Those with a name are run in the framework that they are about.
+EXAMPLES = [
+    block.shown
+    for block in documents.blocks("python")
+    if block.document == "README.md" and block.name is None
+]
 # Inline code only: what is in fences is run.
 NAMES = set(
     re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL))
