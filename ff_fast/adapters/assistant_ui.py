@@ -387,7 +387,8 @@ class ValkeyResumableStreamStore:
 
     async def _open(self, stream_id: str, ttl_ms: int) -> aio.OpenedStream:
         return await self._backend.open_stream(
-            stream_id,
+            # The text of a client may look like the id of another execution.
+            self._id(stream_id),
             namespace=self._namespace,
             ttl=ttl_ms / 1000,
             lease_ttl_ms=self._lease_ttl_ms,

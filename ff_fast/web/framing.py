@@ -9,7 +9,7 @@ import orjson
 
 from ff_fast._hot import sse
 from ff_fast.errors import InvalidCursor, InvalidInput
-from ff_fast.types import AttemptStarted, End, Gap, Snapshot
+from ff_fast.types import AttemptStarted, End, Gap, Snapshot, split_cursor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,13 +28,13 @@ HEADERS: Mapping[str, str] = {
 _ID = re.compile(r"([^~]+)(?:~((?:[0-9a-f]{2}){1,3}))?")
 
 
-def split_id(text: str) -> tuple[str, bytes]:
+def split_id(text: object) -> tuple[str, bytes]:
     """Return the cursor in the id of an event, and the bytes of a character that the client has not got.
 
     Raises:
         InvalidCursor: It is not an id that :class:`EventFraming` writes.
     """
-    found = _ID.fullmatch(text)
+    found = _ID.fullmatch(text) if isinstance(text, str) else None
     if found is None:
         raise InvalidCursor
     return found[1], bytes.fromhex(found[2] or "")
@@ -177,6 +177,9 @@ class EventFraming(Framing):
     def place(self, cursor: str) -> str:
         place, carry = split_id(cursor)
         if carry:
+            if split_cursor(place)[1].sequence == 0:
+                # At the beginning of an attempt there was no frame that a character could have begun in.
+                raise InvalidCursor
             try:
                 self._events = self._start(carry)
             except ValueError:
@@ -220,7 +223,7 @@ class Passthrough(Framing):
     """Payloads that are text of server-sent events already: a worker has framed them.
 
     A frame should hold whole events. What ends in the middle of one waits for the frame that completes it, and goes out
-    with it. The last event that such frames hold together gets the id of their place, so a client that is cut off before it
+    with it; where none does, it is left out. The last event that such frames hold together gets the id of their place, so a client that is cut off before it
     gets those before it again: with one event a frame it gets each event once. Events with an ``id:`` of their own should
     not be written.
 
@@ -236,10 +239,8 @@ class Passthrough(Framing):
         parts: list[bytes] = []
         for item in items:
             if isinstance(item, (Snapshot, AttemptStarted, Gap, End)):
-                if self._held and not isinstance(item, Snapshot):
-                    # The rest of the event never comes; a client drops what no empty line ends.
-                    parts.append(b"".join(self._held) + (b"" if isinstance(item, End) else b"\n\n"))
-                    self._held = []
+                # The rest of an event that has begun never comes, and half an event is none.
+                self._held = []
                 continue
             if not self.ids:
                 parts.append(item.payload)
@@ -257,7 +258,8 @@ class Passthrough(Framing):
         return b"".join(parts)
 
 
-_BLANK = re.compile(rb"(?:\r\n|\n|\r)(?:\r\n|\n|\r)")
+# CR LF ends one line, not two.
+_BLANK = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
 
 
 def _last_event(text: bytes) -> int | None:

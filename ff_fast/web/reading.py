@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import random
 import signal
 import time
@@ -62,6 +63,17 @@ def resume_place(framing: Framing, after: str | None) -> str | None:
     return None if follow_place(cursor) is None else cursor
 
 
+def check_backend(backend: object, *, blocking: bool = False) -> None:
+    """Raise ``InvalidType`` unless *backend* is an open one of the shell that is needed."""
+    describe = getattr(backend, "describe", None)
+    if describe is None or inspect.iscoroutinefunction(describe) is blocking:
+        raise InvalidType(
+            "backend must be an open ff_fast.ValkeyBackend; web.events and responses take one of ff_fast.aio."
+            if blocking
+            else "backend must be an open ff_fast.aio.ValkeyBackend; web.iter_events takes a blocking one."
+        )
+
+
 class _Reading:
     """What both kinds of iterators have checked before they read."""
 
@@ -87,6 +99,20 @@ class _Reading:
         self.visibility = visibility
         self.heartbeat_s = seconds("heartbeat", heartbeat, zero=False)
         self.pace_s = None if pace is None else seconds("pace", pace)
+
+    def _holds_end(
+        self, first: list[Any] | None, reader: aio.Follow | ff_fast.Follow | None
+    ) -> bool:
+        """Whether the *first* items are an end that the client named as what it has got last."""
+        return (
+            self.framing.ids
+            and self.cursor is not None
+            and first is not None
+            and len(first) == 1
+            and reader is not None
+            and reader.ended
+            and first[0].cursor == self.cursor
+        )
 
     def anew(self) -> dict[str, Any]:
         """Return the arguments of ``follow`` for a reader that begins with the document."""
@@ -119,6 +145,7 @@ class Chunks(_Reading):
     )  # fmt: skip
 
     def __init__(self, backend: aio.ValkeyBackend, *args: Any) -> None:
+        check_backend(backend)
         super().__init__(*args)
         self._backend = backend
         self._reader: aio.Follow | None = None
@@ -160,17 +187,8 @@ class Chunks(_Reading):
 
     @property
     def has_nothing_new(self) -> bool:
-        """Whether the client had got the end already, by the first read."""
-        first = self._items
-        return (
-            self.framing.ids
-            and self.cursor is not None
-            and first is not None
-            and len(first) == 1
-            and self._reader is not None
-            and self._reader.ended
-            and first[0].cursor == self.cursor
-        )
+        """Whether the client had got the end already, by the first read: an answer 204 stops its ``EventSource``."""
+        return self._holds_end(self._items, self._reader)
 
     def stop(self) -> None:
         """End the chunks with a farewell: the server shuts down."""
@@ -379,6 +397,7 @@ class BlockingChunks(_Reading):
     """
 
     def __init__(self, backend: ff_fast.ValkeyBackend, *args: Any) -> None:
+        check_backend(backend, blocking=True)
         super().__init__(*args)
         self._backend = backend
         self._chunks: Iterator[bytes] | None = None
@@ -404,11 +423,17 @@ class BlockingChunks(_Reading):
             raise
         self._chunks = self._read(reader)
 
+    @property
+    def has_nothing_new(self) -> bool:
+        """Whether the client had got the end already, by the first read: an answer 204 stops its ``EventSource``."""
+        return self._holds_end(self._first, self._reader)
+
     def _read(self, reader: ff_fast.Follow) -> Iterator[bytes]:
         framing = self.framing
         chunk = framing.begin(self.after)
         items, self._first = self._first, []
-        sent_at = monotonic()
+        # A server of WSGI sends the head of the response with its first chunk.
+        sent_at = -inf
         try:
             while True:
                 if items:
