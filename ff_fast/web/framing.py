@@ -71,6 +71,8 @@ class Framing:
         ids: The events have ids that :meth:`place` understands, so a client that has got the end, and asks again after it,
             is told with 204 that nothing follows. It stops a browser's ``EventSource``, which asks for ever otherwise.
         over: The framing has said its last word: set by :meth:`items`, it ends the response behind what that returns.
+        drops: Clients take the end of a response for that of the stream. So the connection of one that ends before it, because
+            the server shuts down or a read has failed, is dropped where that can be done, and the client comes again.
         rejoin: The framing needs the summary document: set by :meth:`items`, it makes the reader begin anew with it. What
             that has returned goes out, and the rest of the batch does not count.
     """
@@ -80,6 +82,7 @@ class Framing:
     snapshot: bool = False
     ids: bool = False
     over: bool = False
+    drops: bool = False
     rejoin: bool = False
 
     def place(self, cursor: str) -> str:

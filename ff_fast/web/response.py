@@ -278,6 +278,10 @@ class StreamResponse(Response):
             if gone.done() or chunks.stuck:
                 # A server would keep the connection of a response that is complete.
                 return
+            if self._framing.drops and not (chunks.finished or self._framing.over):
+                abort = _abort_of(receive)
+                if abort is not None:
+                    abort()
             chunks.sending_since = monotonic()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             chunks.sending_since = None
