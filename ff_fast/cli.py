@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ff_fast import FFError, InvalidInput, __version__
-from ff_fast._cli import control, demo, read
+from ff_fast._cli import control, demo, look, read
 from ff_fast._cli.shared import (
     FAILED,
     TOKEN_VARIABLE,
@@ -76,6 +76,7 @@ def _parser() -> Parser:
     read.add_summary(commands)
     read.add_info(commands)
     read.add_inspect(commands)
+    look.add_ls(commands)
     control.add_submit(commands)
     control.add_signal(commands)
     control.add_cancel(commands)

@@ -32,6 +32,9 @@ keys::
     ff:idx:{fp:N}:lane:<lane><needs>:eligible  eligible          zset    executions that can be claimed
     ff:idx:{fp:N}:lane:<lane>:needs          needs               set     what executions there require
     ff:idx:{fp:N}:leases                     leases              hash    lease digest to execution
+    ff:idx:{fp:N}:listed                     listed              zset    executions that have not ended, by state and age
+    ff:idx:{fp:N}:ended:<state>              ended               zset    the newest ones that ended without success
+    ff:idx:{fp:N}:queues                     queues              zset    its eligible sets that are not empty
     ff:idx:{fp:N}:timers                     timers              zset    what is due at some time
     ff:part:{fp:N}:completions               completions         stream  executions that ended
     ff:part:{fp:N}:written                   written             string  a write that a wait for replicas covers
@@ -482,6 +485,21 @@ def needs(slot_tag: str, lane: str) -> bytes:
 def leases(slot_tag: str) -> bytes:
     """Hash: digests of the leases of one partition, and the executions that are under them."""
     return f"ff:idx:{slot_tag}:leases".encode("ascii")
+
+
+def listed(slot_tag: str) -> bytes:
+    """Sorted set: executions of one partition that have not ended, with their lanes, by state and age."""
+    return f"ff:idx:{slot_tag}:listed".encode("ascii")
+
+
+def ended(slot_tag: str, state: str) -> bytes:
+    """Sorted set: the newest executions of one partition that have ended in *state*, by the time of their end."""
+    return f"ff:idx:{slot_tag}:ended:{state}".encode("ascii")
+
+
+def queues(slot_tag: str) -> bytes:
+    """Sorted set: lane and requirements of each eligible set of one partition, as in its key."""
+    return f"ff:idx:{slot_tag}:queues".encode("ascii")
 
 
 def timers(slot_tag: str) -> bytes:

@@ -98,6 +98,7 @@ redis.register_function('ff_create_execution', function(keys, args)
     'retry_multiplier_percent', retry_multiplier_percent, 'retry_max_delay_ms', retry_max_delay_ms,
     'retry_jitter_percent', retry_jitter_percent, 'max_reclaims', max_reclaims,
     'attempt_timeout_ms', attempt_timeout_ms, 'state', delayed and 'delayed' or 'waiting')
+  ff.list_open(execution, delayed and 'delayed' or 'waiting')
   for name, id in pairs({ flow_id = flow_id, parent_id = parent_id, budget_ids = budget_ids }) do
     if #id > 0 then
       call('HSET', core_key, name, id)

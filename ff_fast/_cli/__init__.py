@@ -2,6 +2,7 @@
 
 - ``demo``: demo.
 - ``read``: tail, summary, info, inspect.
+- ``look``: ls.
 - ``control``: submit, signal, cancel, supervise.
 - ``shared``: arguments, exit codes and error messages that several of them use.
 """

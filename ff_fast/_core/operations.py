@@ -11,10 +11,10 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 from ff_fast import keys
-from ff_fast._core import claiming, flows, ops, ready, supervision
+from ff_fast._core import claiming, flows, listing, ops, ready, supervision
 from ff_fast._core import durability as levels
 from ff_fast._core import usage as usage_steps
 from ff_fast._core import writer as writers
@@ -29,6 +29,7 @@ from ff_fast.errors import (
     MAX_INT,
     DeadlineExceeded,
     ExecutionNotFound,
+    ExecutionState,
     FFError,
     InvalidId,
     InvalidInput,
@@ -48,6 +49,7 @@ from ff_fast.types import (
     ClaimPolicy,
     Durability,
     ExecutionDescription,
+    ExecutionPage,
     FailOutcome,
     FailureClass,
     FailureReason,
@@ -55,6 +57,7 @@ from ff_fast.types import (
     Frame,
     Handle,
     HandleKind,
+    LaneSummary,
     LeaseRenewal,
     OnCancel,
     PendingWaitpoint,
@@ -73,6 +76,7 @@ from ff_fast.types import (
     TimeoutBehavior,
     UsageDimensions,
     WaitpointSpec,
+    WorkerSummary,
     duration_ms,
     milliseconds,
     payload_bytes,
@@ -97,6 +101,9 @@ MAX_TAGS = 256
 """Most tags of an execution."""
 
 MAX_TTL_MS = 2**48
+
+STATES: tuple[ExecutionState, ...] = get_args(ExecutionState)
+"""All states of an execution."""
 
 
 class Call(NamedTuple, Generic[T]):
@@ -382,6 +389,77 @@ def describe(on: Deployment, execution_id: str) -> Call[ExecutionDescription]:
         ExecutionNotFound: There is no such execution.
     """
     return _call(ops.describe_execution(keys.canonical_execution_id(execution_id)))
+
+
+def list_executions(
+    on: Deployment,
+    *,
+    lane: str | None = None,
+    state: ExecutionState | None = None,
+    namespace: str | None = None,
+    tag: tuple[str, str] | None = None,
+    after: str | None = None,
+    count: int = 100,
+) -> Call[ExecutionPage]:
+    """List executions, the newest first: by the time of their end, or of their creation while they have not ended.
+
+    Executions that have not ended are all listed. Of those that have, each partition lists the newest 2,000 of a state, of
+    the last day, as long as they are kept. The pages are no snapshot: an execution that ends while they are read may be in
+    two of them or in none.
+
+    A page takes one call a partition, and more where a filter lets little pass; a call takes at most 2 ms of the server.
+
+    Args:
+        lane: Only of this lane; the empty text is for named streams. None is all.
+        state: Only in this state.
+        namespace: Only of this namespace.
+        tag: Only with this tag and value.
+        after: `next` of the page before.
+        count: Greatest number of executions, 1 to 1000. A page may have fewer, and even none, while `next` says that it is
+            not the last one.
+
+    Raises:
+        InvalidCursor: *after* is no cursor of a page.
+        InvalidInput: Another argument is not accepted.
+    """
+    if state is not None and state not in STATES:
+        raise InvalidInput(f"state must be one of {', '.join(STATES)}.")
+    place = None if after is None else listing.Place.of(after)
+    wanted = ops.Filter(
+        STATES if state is None else (state,),
+        None if lane is None else lane and keys.lane_id(lane),
+        None if namespace is None else keys.free_text("namespace", namespace),
+        None if tag is None else _tag(tag),
+    )
+    number = check_int("count", count, 1, 1000)
+    return Call(
+        lambda: listing.executions(on.partitions, wanted, place, number),
+        writes=False,
+        own_connection=True,
+    )
+
+
+def _tag(value: object) -> tuple[str, str]:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise InvalidType(f"tag must be a pair of str, not {type(value).__name__}.")
+    return keys.tag_key(value[0]), keys.free_text("tag value", value[1])
+
+
+def list_lanes(on: Deployment) -> Call[tuple[LaneSummary, ...]]:
+    """Count what is in each lane that has executions, or has had failures within the last hour; the fullest first.
+
+    It takes one call a partition, and one more for each 512 executions of it that neither wait nor have ended.
+    """
+    return Call(lambda: listing.lanes(on.partitions), writes=False, own_connection=True)
+
+
+def list_workers(on: Deployment) -> Call[tuple[WorkerSummary, ...]]:
+    """List the instances of workers that hold leases, those with the most executions first.
+
+    A worker without an execution holds no lease and is not listed. The list takes the calls of `list_executions` for all
+    active executions.
+    """
+    return Call(lambda: listing.workers(on.partitions), writes=False, own_connection=True)
 
 
 def claim(

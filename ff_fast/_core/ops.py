@@ -20,6 +20,7 @@ from ff_fast.types import (
     CancelOutcome,
     CapabilitySet,
     ExecutionDescription,
+    ExecutionSummary,
     FailOutcome,
     FailureClass,
     FailureReason,
@@ -967,6 +968,7 @@ def _suspension(fields: Mapping[str, str], timeout_at_ms: int | None) -> Suspens
         timeout_at_ms,
         TimeoutBehavior(fields["timeout_behavior"]),
         tuple(dict.fromkeys(fields["waitpoint_ids"].split())),
+        _waits(fields),
     )
 
 
@@ -1009,6 +1011,142 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
             keys.summary(execution_id, attempt_index),
         ),
         (number(attempt_index),),
+        parse,
+        read_only=True,
+    )
+
+
+NO_UUID = "00000000-0000-0000-0000-000000000000"
+
+
+class Filter(NamedTuple):
+    """What is listed; None lets all pass."""
+
+    states: tuple[str, ...]
+    lane: str | None = None
+    namespace: str | None = None
+    tag: tuple[str, str] | None = None
+
+
+class Listed(NamedTuple):
+    """A part of the listing of one partition: places with executions, and the place where it continues, None at its end."""
+
+    found: list[tuple[tuple[int, str], ExecutionSummary]]
+    then: tuple[int, str] | None
+
+
+def list_executions(
+    partition: int, wanted: Filter, before: tuple[int, str] | None, count: int
+) -> Op[Listed]:
+    """List executions of a partition behind a place."""
+    slot_tag = keys.slot_tag(partition)
+    tag_name, tag_value = wanted.tag or ("", "")
+
+    def parse(_: bytes, fields: list[object]) -> Listed:
+        ms, identity = _text(fields[0]), _text(fields[1])
+        found = []
+        for flat in _list(fields[2]):
+            told = {_text(name): _text(value) for name, value in _pairs(flat).items()}
+            found.append(((int(told["listed_at"]), told["id"]), _summary(told)))
+        return Listed(found, (int(ms), identity or f"{slot_tag}:{NO_UUID}") if ms else None)
+
+    return Op(
+        b"ff_list_executions",
+        (keys.listed(slot_tag), keys.completions(slot_tag), keys.timers(slot_tag)),
+        (
+            " ".join(wanted.states).encode(),
+            b"" if wanted.lane is None else f" {wanted.lane}".encode(),
+            (wanted.namespace or "").encode(),
+            tag_name.encode(),
+            tag_value.encode(),
+            b"" if before is None else number(before[0]),
+            b"" if before is None else before[1].encode(),
+            number(count),
+        ),
+        parse,
+        read_only=True,
+        large=True,
+    )
+
+
+def _summary(told: Mapping[str, str]) -> ExecutionSummary:
+    state = cast("ExecutionState", told["state"])
+
+    def when(field: str) -> int | None:
+        return int(text) if (text := told.get(field)) else None
+
+    error = told.get("cancellation_reason" if state == "cancelled" else "failure_reason")
+    failure_class = told.get("failure_class")
+    return ExecutionSummary(
+        execution_id=told["id"],
+        state=state,
+        lane=told["lane_id"],
+        namespace=told["namespace"],
+        priority=int(told["priority"]),
+        flow_id=told.get("flow_id"),
+        created_at_ms=int(told["created_at"]),
+        started_at_ms=when("started_at"),
+        finished_at_ms=when("completed_at"),
+        last_transition_at_ms=int(told["last_transition_at"]),
+        due_at_ms=when("due"),
+        attempt_count=int(told["total_attempt_count"]),
+        attempt_index=when("current_attempt_index"),
+        retry_count=int(told["retry_count"]),
+        worker_id=told.get("current_worker_id"),
+        worker_instance_id=told.get("current_worker_instance_id"),
+        lease_expires_at_ms=when("lease"),
+        error=None if state == "completed" else error or None,
+        failure_class=FailureClass(failure_class) if failure_class else None,
+        progress_percent=when("progress_percent"),
+        suspension_reason=told.get("reason"),
+        waiting_for=_waits(told),
+    )
+
+
+def _waits(told: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what a suspension waits for, in the order of its condition."""
+    return tuple(told[name].rstrip() for name in told if name.startswith("waits:"))
+
+
+class LanesPart(NamedTuple):
+    """What is in the queues and lanes of one partition, a part of it.
+
+    *queues* are lane and requirements as in the keys, with the number that waits and the time of the oldest; *counts*
+    are a state, a lane and a number.
+    """
+
+    next_queue: str
+    next_offset: str
+    queues: list[tuple[str, int, int]]
+    counts: list[tuple[str, str, int]]
+
+
+def list_lanes(partition: int, queue_after: str, offset: str) -> Op[LanesPart]:
+    """Read how many executions are in which state, in each lane of a partition."""
+    slot_tag = keys.slot_tag(partition)
+
+    def parse(_: bytes, fields: list[object]) -> LanesPart:
+        queues = list(map(_text, _list(fields[3])))
+        counts = list(map(_text, _list(fields[4])))
+        return LanesPart(
+            _text(fields[0]),
+            _text(fields[1]),
+            [
+                (queue, int(waiting), int(oldest))
+                for queue, waiting, oldest in zip(
+                    queues[::3], queues[1::3], queues[2::3], strict=True
+                )
+            ],
+            [
+                (*name.partition(" ")[::2], int(amount))
+                for name, amount in zip(counts[::2], counts[1::2], strict=True)
+            ],
+        )
+
+    return Op(
+        b"ff_list_lanes",
+        (keys.listed(slot_tag), keys.queues(slot_tag), keys.timers(slot_tag)),
+        (queue_after.encode(), offset.encode()),
         parse,
         read_only=True,
     )

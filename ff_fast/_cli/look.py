@@ -1,0 +1,110 @@
+"""``ff-fast ls``: commands of those who look after a deployment."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING
+
+from ff_fast import FailureClass
+from ff_fast._cli.shared import DONE, add_url, connect, one_line, pair, whole, write_json
+from ff_fast._core.operations import STATES
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ff_fast import ExecutionSummary
+    from ff_fast._cli.shared import Commands
+
+_PAGE = 500
+
+
+# -- ls ---------------------------------------------------------------------------------------------
+
+
+def add_ls(commands: Commands) -> None:
+    parser = commands.add(
+        ls,
+        help_text="list executions, the newest first",
+        description=(
+            "Lists executions, the newest first: by the time of their end, or of their creation while they have"
+            " not ended. Executions that have ended are listed for a day at most."
+        ),
+    )
+    parser.add_argument("--lane", metavar="LANE", help="only of this lane")
+    parser.add_argument("--state", choices=STATES, metavar="STATE", help=", ".join(STATES))
+    parser.add_argument("--namespace", metavar="NAME", help="only of this namespace")
+    parser.add_argument("--tag", type=pair, metavar="TAG=VALUE", help="only those with this tag")
+    parser.add_argument(
+        "--count", type=whole, default=20, metavar="N", help="at most so many (default: 20)"
+    )
+    add_url(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def ls(arguments: argparse.Namespace) -> int:
+    left, after = max(arguments.count, 1), None
+    with connect(arguments) as backend:
+        while left:
+            page = backend.list_executions(
+                lane=arguments.lane,
+                state=arguments.state,
+                namespace=arguments.namespace,
+                tag=arguments.tag,
+                after=after,
+                count=min(left, _PAGE),
+            )
+            for each in page.items:
+                if arguments.json:
+                    write_json(plain(each))
+                else:
+                    print(_line(each))
+            left, after = left - len(page.items), page.next
+            if after is None:
+                break
+    return DONE
+
+
+def plain(value: object) -> dict[str, object]:
+    """Return a value as JSON takes it."""
+    fields = dataclasses.asdict(value)  # type: ignore[call-overload]
+    return {
+        name: each.value if isinstance(each, FailureClass) else each
+        for name, each in fields.items()
+    }
+
+
+def _line(each: ExecutionSummary) -> str:
+    at_ms = each.finished_at_ms or each.created_at_ms
+    told = (
+        f"{each.state:<16} {age(at_ms):>5} {one_line(each.lane) or '-':<12} {each.execution_id}"
+        f" {_remark(each)}"
+    )
+    return told.rstrip()
+
+
+def age(ms: int) -> str:
+    """Return how long ago a time was, such as ``14m``, by the clock of this machine."""
+    seconds = max(time.time() - ms / 1000, 0)
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{int(seconds // size)}{unit}"
+    return f"{int(seconds)}s"
+
+
+def _remark(each: ExecutionSummary) -> str:
+    """Return what matters most about an execution in its state."""
+    if each.state == "active":
+        return f"worker {one_line(each.worker_instance_id)}, attempt {each.attempt_index}"
+    if each.state == "suspended":
+        return f"waits for {one_line(', '.join(each.waiting_for) or each.suspension_reason)}"
+    if each.state == "delayed" and each.error is None:
+        return f"until {until(each.due_at_ms)}"
+    if each.error is not None:
+        return one_line(each.error)[:100]
+    return ""
+
+
+def until(ms: int | None) -> str:
+    """Return how long it is until a time."""
+    return "-" if ms is None else f"{max(ms / 1000 - time.time(), 0):.1f}s from now"
