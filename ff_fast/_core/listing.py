@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _ROUNDS = 24
 _LEAST_ASKED, _MOST_ASKED = 4, 64
 _ACTIVE_A_PAGE = 1_000
+_COUNTED = ("delayed", "waiting_children", "active", "suspended", "failed")
 
 _CURSOR = re.compile(r"(\d{1,13})\.(fp\d{1,5}-[0-9a-f-]{36})", re.ASCII)
 
@@ -131,18 +132,17 @@ def lanes(partitions: int) -> Steps[tuple[LaneSummary, ...]]:
                 oldest[lane] = min(oldest.get(lane, created), created)
             for state, lane, number in answer.counts:
                 counts[lane, state] = counts.get((lane, state), 0) + number
-    found = [
-        LaneSummary(
-            lane,
-            waiting.get(lane, 0),
-            *(
-                counts.get((lane, state), 0)
-                for state in ("delayed", "waiting_children", "active", "suspended", "failed")
-            ),
-            oldest.get(lane),
+    found = []
+    for lane in {*waiting, *(lane for lane, _ in counts)}:
+        told = {state: counts.get((lane, state), 0) for state in _COUNTED}
+        found.append(
+            LaneSummary(
+                lane=lane,
+                waiting=waiting.get(lane, 0),
+                oldest_waiting_at_ms=oldest.get(lane),
+                **told,
+            )
         )
-        for lane in {*waiting, *(lane for lane, _ in counts)}
-    ]
     return tuple(sorted(found, key=lambda each: (-each.waiting - each.active, each.lane)))
 
 

@@ -191,6 +191,8 @@ class Version(NamedTuple):
         eviction_policy: ``maxmemory-policy`` of the server; empty where its memory has no limit, or it is not told.
         engine: Name and version of the server; empty where it is not told, or the server is thrown away anyway.
         settings: Whether the settings of persistence may be asked for.
+        rights: For each right that was asked for ``1`` where the caller has it, ``0`` where not, and ``?`` where the
+            server does not know it.
     """
 
     contract: int
@@ -199,22 +201,25 @@ class Version(NamedTuple):
     eviction_policy: str = ""
     engine: str = ""
     settings: bool = False
+    rights: str = ""
 
 
 def version(
     at: tuple[bytes, ...] = (keys.PARTITIONS_CONFIG, keys.CLUSTER_PROBE),
+    rights: Sequence[str] = (),
 ) -> Op[Version]:
     """Read contract and digest of the server's library, the stored partition count, and what the server is.
 
     Args:
         at: The call's keys. The default ones are in different slots, so every node of a cluster refuses the call; with
             another key, which leads to one node, no count is read.
+        rights: Commands with arguments, in words: whether the caller may run them.
     """
 
     def parse(_: bytes, fields: list[object]) -> Version:
         # A library of another contract may answer fewer fields; its contract must be readable nevertheless.
         contract, digest, *rest = map(_text, fields)
-        partitions, eviction_policy, engine, settings = [*rest, "", "", "", ""][:4]
+        partitions, eviction_policy, engine, settings, granted = [*rest, "", "", "", "", ""][:5]
         return Version(
             int(contract),
             digest,
@@ -222,9 +227,12 @@ def version(
             eviction_policy,
             engine,
             settings == "1",
+            granted,
         )
 
-    return Op(b"ff_version", at, (), parse, read_only=True)
+    return Op(
+        b"ff_version", at, tuple(right.encode() for right in rights), parse, read_only=True
+    )
 
 
 Hints = list[tuple[str, str, bytes]]
@@ -987,8 +995,18 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
     """Read the state of the streams of one attempt."""
 
     def parse(_: bytes, fields: list[object]) -> StreamDescription:
-        meta = {_text(name): _text(value) for name, value in _pairs(fields[0]).items()}
+        meta, attempt, streams = (
+            {_text(name): _text(value) for name, value in _pairs(flat).items()}
+            for flat in (fields[0], *fields[5:])
+        )
         left = _text(fields[4])
+        rate, *window = meta.get("estimator", "").split() or [""]
+        ttl_ms, floor, ceiling = map(int, window) if len(window) == 3 else (None, None, None)
+        live_first = streams.get("live_first")
+
+        def when(text: str | None) -> int | None:
+            return int(text) if text else None
+
         last_id = meta.get("last_id", "0-0")
         frame_count = entry_id(last_id)[1]
         return StreamDescription(
@@ -999,6 +1017,20 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
             summary_version=_int(fields[3]),
             closed_reason=cast("EndReason | None", meta.get("closed_reason")),
             lease_left=int(left) / 1000 if left else None,
+            worker_id=attempt.get("worker_id"),
+            worker_instance_id=attempt.get("worker_instance_id"),
+            claimed_at_ms=when(attempt.get("started_at")),
+            began_at_ms=when(meta.get("created_at")),
+            ended_at_ms=when(meta.get("closed_at")),
+            log_added=int(streams.get("log_added", 0)),
+            log_first_id=streams.get("log_first"),
+            live_first_sequence=entry_id(live_first)[1] - int(streams.get("live_first_frames", 1)) + 1
+            if live_first
+            else None,
+            live_ttl_ms=ttl_ms,
+            live_floor=floor,
+            live_ceiling=ceiling,
+            live_rate_hz=float(rate) if rate else None,
         )
 
     return Op(
@@ -1009,6 +1041,7 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
             keys.live(execution_id, attempt_index),
             keys.head(execution_id, attempt_index),
             keys.summary(execution_id, attempt_index),
+            keys.attempt(execution_id, attempt_index),
         ),
         (number(attempt_index),),
         parse,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ff_fast.errors import ExecutionState
-
 from ._value import Value
 
 if TYPE_CHECKING:
     from dataclasses import KW_ONLY
+
+    from ff_fast.errors import ExecutionState
 
     from .work import FailureClass
 
