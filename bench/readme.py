@@ -1,4 +1,4 @@
-"""Put what the last complete run has found into README.md and bench/README.md: ``python -m bench.readme``."""
+"""Put what the last complete run has found into README.md, bench/RESULTS.md and bench/README.md: ``python -m bench.readme``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bench import capacity, million
-from bench.figures import RowJson, markdown, note
+from bench.figures import RowJson, markdown, note, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,9 +21,83 @@ SHOWN = {
     "latency": "Milliseconds from write to reader: one stream, and many streams of 60 Hz with a reader each",
     "capacity": "Streams of 60 Hz that a core carries: of Valkey, of a worker, of a gateway",
 }
-"""The pictures in README.md, with what they show in words."""
+"""The pictures in bench/RESULTS.md, with what they show in words; README.md has the first one."""
+
+TOLD = [
+    ("P3", "client CPU per best-effort frame, asyncio", "client CPU for a frame, asyncio"),
+    (
+        "P1b",
+        "server CPU per best-effort frame, runs of 64",
+        "server CPU for a frame, in runs of 64",
+    ),
+    (
+        "P4",
+        "acknowledged durable frames, one asyncio worker",
+        "acknowledged frames of one asyncio worker",
+    ),
+    (
+        "P16",
+        "1,000 streams at 60 Hz, each with a reader, best-effort: write to reader, p50",
+        "1,000 streams of 60 Hz with a reader each: write to reader, p50",
+    ),
+    (
+        "P16",
+        "1,000 streams at 60 Hz, each with a reader, best-effort: gateway CPU per frame delivered",
+        "the same: CPU of the reading process for a frame",
+    ),
+    (
+        "P16",
+        "1,000 streams at 60 Hz, each with a reader, best-effort: connections of the readers",
+        "the same: connections of the readers",
+    ),
+    ("P18", "the same: memory of the reading process for each", "memory of each of 5,000 readers"),
+    (
+        "P14",
+        "create to handle in a waiting worker, asyncio, p99",
+        "work created to work begun in a waiting worker, p99",
+    ),
+    (
+        "P20",
+        "cancel to a handler that waits, p99",
+        "cancellation to a handler that waits, p99",
+    ),
+    (
+        "P23",
+        "planned failover, 16 streams on it, 20 times: longest time without an acknowledgement, p99",
+        "longest pause of a writer at a planned failover, p99",
+    ),
+]
+"""Rows in README.md: the id and the words of the row, and what README.md says."""
 
 Result = dict[str, Any]
+
+
+def told(result: Result) -> str:
+    """Return ten rows, for README.md; without a rival where that had not the same job.
+
+    Raises:
+        KeyError: The run has no such row.
+    """
+    rows: dict[tuple[str, str], RowJson] = {}
+    for row in cast("list[RowJson]", result["rows"]):
+        rows.setdefault((row["id"], row["what"]), row)
+    lines = ["| what | ff_fast | beside it |", "| --- | --- | --- |"]
+    for id_, what, words in TOLD:
+        row = rows[id_, what]
+        unit, rival = row["unit"], row["rival"]
+        ours = f"{number(row['ours']['median'])} {unit}".rstrip()
+        other = (
+            ""
+            if rival is None
+            else f"{number(rival['median'])} {unit}".rstrip() + f", {row['rival_name']}"
+        )
+        lines.append(f"| {words} | {ours} | {other} |")
+    judged = [row["met"] for row in cast("list[RowJson]", result["rows"]) if row["met"] is not None]
+    table = "\n".join(lines)
+    return (
+        f"{table}\n\nOf {len(judged)} targets {sum(judged)} are met; [bench/RESULTS.md](bench/RESULTS.md) has every row, those too. "
+        f"{note(result)}."
+    )
 
 
 def numbers(result: Result) -> str:
@@ -33,10 +107,15 @@ def numbers(result: Result) -> str:
 
 
 def pictures(result: Result) -> str:
-    """Return the pictures that README.md shows; nothing for a run that has not drawn them."""
+    """Return the pictures; nothing for a run that has not drawn them."""
     if not result.get("costs"):
         return ""
-    return "\n\n".join(f"![{what}](bench/results/{name}.png)" for name, what in SHOWN.items())
+    return "\n\n".join(f"![{what}](results/{name}.png)" for name, what in SHOWN.items())
+
+
+def picture(result: Result) -> str:
+    """Return the picture that README.md shows; nothing for a run that has not drawn it."""
+    return pictures(result).partition("\n")[0].replace("](", "](bench/")
 
 
 def carried(result: Result) -> str:
@@ -54,8 +133,10 @@ def fleets(result: Result) -> str:
 
 # What stands between the two markers of a name, in which file.
 PARTS: dict[str, tuple[str, Callable[[Result], str]]] = {
-    "pictures": ("README.md", pictures),
-    "numbers": ("README.md", numbers),
+    "told": ("README.md", told),
+    "picture": ("README.md", picture),
+    "pictures": ("bench/RESULTS.md", pictures),
+    "numbers": ("bench/RESULTS.md", numbers),
     "capacity": ("bench/README.md", carried),
     "million": ("bench/README.md", fleets),
 }

@@ -703,7 +703,7 @@ def subscription_error(message: str) -> FFError:
         return UnsupportedServer(_NO_RESP3 if "hello" in message.lower() else _NO_SHARDED_PUBSUB)
     if isinstance(error, PermissionDenied) and error.denied == "channel":
         named = PermissionDenied(
-            "The user may not subscribe to the channel, over which readers hear of frames; add the README's &ff:* channels"
+            "The user may not subscribe to the channel, over which readers hear of frames; add the &ff:* channels of docs/guides/deployment.md"
             " to its ACL."
         )
         named.denied = error.denied

@@ -7,7 +7,9 @@
 
     @app.post("/chat/{turn}")
     async def chat(turn: str, request: Request):
-        return await create_resumable_assistant_stream_response(context, turn, run)
+        return await create_resumable_assistant_stream_response(
+            context=context, stream_id=turn, callback=run
+        )
 
 Every process of the application has such a store over the same deployment, and any of them resumes what another one
 produces.

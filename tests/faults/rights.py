@@ -1,11 +1,11 @@
-"""The ACL users of the README, what each of them does, and which rights that takes.
+"""The ACL users of docs/guides/deployment.md, what each of them does, and which rights that takes.
 
 What a user needs has two sources. `Life` is the work of all users, one part after the other; while it runs on a server,
 MONITOR tells every command and key, also those of the Lua functions, and `ECHO` says whose they are. `may_run` reads
 the Lua files: the commands that a function may run on any path.
 
 A new function or operation gets a step in `Life`, by the user that calls it. `complaints` then tells what to add to
-the README, and what to take away.
+that page, and what to take away.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ from ff_fast.errors import NotReplicated, UnsupportedServer
 
 from ..heads import set_head
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-ACL = dict(re.findall(r"^ACL SETUSER (\S+) (.*)$", README, re.MULTILINE))
+DEPLOYMENT = (Path(__file__).parents[2] / "docs/guides/deployment.md").read_text(encoding="utf-8")
+ACL = dict(re.findall(r"^ACL SETUSER (\S+) (.*)$", DEPLOYMENT, re.MULTILINE))
 PASSWORD = "s3cret-canary"
 GPU = CapabilitySet({"gpu"})
 
@@ -739,7 +739,7 @@ def commands_of(ran):
 
 
 def complaints(user, ran):
-    """What is wrong with a user's line in the README, one sentence for each right."""
+    """What is wrong with a user's line of that page, one sentence for each right."""
     line = Line.of(ACL[user])
     needed = commands_of(ran)
     found = [f"{user} lacks +{right}" for right in sorted(needed - line.commands)]

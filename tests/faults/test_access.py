@@ -1,4 +1,4 @@
-"""Who may connect, and as whom: passwords, refused rights, and TLS. What each user of the README may do: ``test_rights``."""
+"""Who may connect, and as whom: passwords, refused rights, and TLS. What each user of the guide may do: ``test_rights``."""
 
 import contextlib
 import datetime

@@ -1,4 +1,4 @@
-"""Each user of the README's ACL lines can do the whole of its work, and has no right that its work does not take."""
+"""Each user of the ACL lines of docs/guides/deployment.md can do the whole of its work, and has no right that its work does not take."""
 
 import dataclasses
 import threading

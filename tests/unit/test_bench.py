@@ -1,4 +1,4 @@
-"""What the benchmarks print: statistics, the table, and README.md's copy of it. No benchmark runs here."""
+"""What the benchmarks print: statistics, the table, and the documents' copies of it. No benchmark runs here."""
 
 import json
 
@@ -230,7 +230,9 @@ def test_the_pictures_of_a_run_are_shown():
     assert readme.pictures(a_result()) == ""
     shown = readme.pictures({**a_result(), "costs": COSTS})
     for name in ("latency", "capacity"):
-        assert f"](bench/results/{name}.png)" in shown
+        assert f"](results/{name}.png)" in shown
+    assert readme.picture(a_result()) == ""
+    assert readme.picture({**a_result(), "costs": COSTS}).endswith("](bench/results/latency.png)")
 
 
 @pytest.mark.parametrize("name", readme.PARTS)
