@@ -40,25 +40,25 @@ end
 
 -- Ends the attempt of an active execution as failed. The class decides: permanent and cancelled failures never retry,
 -- a crash counts as a lost producer, the others retry while retries are left; else the execution moves to `last`.
--- `...` are fields of the core that say why. Returns the words of the answer.
-function ff.fail_attempt(execution, class, last, reason, ...)
+-- `message` and `detail` say why; `detail` may be nil. Returns the words of the answer.
+function ff.fail_attempt(execution, class, last, reason, message, detail)
   if class == 'infra_crash' then
-    ff.lapse(execution, ...)
+    ff.lapse(execution, message, detail)
     if execution.state == 'waiting' then
       return 'retry_scheduled', ff.text(execution.now)
     end
     return 'terminal_failed', '0'
   end
   local retries, most = ff.core_number(execution, 'retry_count'), ff.core_number(execution, 'retry_max')
+  ff.set_failure(execution, message, class, detail)
   if class ~= 'permanent' and class ~= 'cancelled' and retries < most then
     local due = execution.now + retry_delay(execution)
-    ff.set(execution, 'retry_count', ff.text(retries + 1), ...)
+    ff.set(execution, 'retry_count', ff.text(retries + 1))
     ff.end_attempt(execution, reason)
     ff.move(execution, 'delayed', reason)
     ff.set_timer(execution, 'delay', due)
     return 'retry_scheduled', ff.text(due)
   end
-  ff.set(execution, ...)
   ff.move(execution, last, reason)
   return 'terminal_failed', '0'
 end
@@ -76,8 +76,7 @@ redis.register_function('ff_fail_execution', function(keys, args)
   if not execution then
     return reply
   end
-  local outcome, due = ff.fail_attempt(execution, failure_class, 'failed', 'attempt_failure',
-    'failure_reason', message, 'failure_class', failure_class, 'failure_detail', detail)
+  local outcome, due = ff.fail_attempt(execution, failure_class, 'failed', 'attempt_failure', message, detail)
   ff.save_reply(execution, 'failed', outcome, due)
   return ff.with_hints(ff.ok('failed', outcome, due), execution.hints)
 end)

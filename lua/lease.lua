@@ -61,13 +61,16 @@ redis.register_function('ff_report_progress', function(keys, args)
 end)
 
 -- Handles the lapse of an active execution's lease: its producer is lost. The attempt ends, and the execution waits for
--- another worker, unless that has happened too often. `...` are fields of the core in which the worker itself has said
--- why.
-function ff.lapse(execution, ...)
+-- another worker, unless that has happened too often. `message` and `detail` are what the worker itself has said of it;
+-- nil where it said nothing.
+function ff.lapse(execution, message, detail)
   local count, most = ff.core_number(execution, 'reclaim_count') + 1, ff.core_number(execution, 'max_reclaims')
-  ff.set(execution, 'reclaim_count', ff.text(count), ...)
+  ff.set(execution, 'reclaim_count', ff.text(count))
+  if message then
+    ff.set_failure(execution, message, 'infra_crash', detail)
+  end
   if count > most then
-    if not ... then
+    if not message then
       ff.set(execution, 'failure_reason', 'max_reclaims_exceeded', 'failure_class', 'infra_crash')
     end
     ff.move(execution, 'failed', 'producer_lost')

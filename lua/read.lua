@@ -231,18 +231,6 @@ redis.register_function({
   flags = { 'no-writes' },
 })
 
--- What ended an execution, for its reader; '' after a success. A failure that was retried before says nothing about
--- the end of a suspension.
-local function end_error(state, fields, reason)
-  if state == 'completed' then
-    return ''
-  end
-  if reason == 'suspension_timeout' then
-    return reason
-  end
-  return (state == 'cancelled' and fields.cancellation_reason or fields.failure_reason) or ''
-end
-
 -- ff_read_state
 --   keys:    core
 --   args:
@@ -274,7 +262,7 @@ redis.register_function({
     local index = ff.text(claimed and attempts - 1 or attempts)
     reason = reason or redis.call('HGET', ff.attempt_key(execution, 'meta', index), 'closed_reason') or ended
     return ff.ok(
-      state, index, claimed and '1' or '', '', reason, ff.OUTCOMES[state], end_error(state, fields, reason),
+      state, index, claimed and '1' or '', '', reason, ff.OUTCOMES[state], ff.end_error(execution, reason),
       state == 'failed' and fields.failure_class or ''
     )
   end,

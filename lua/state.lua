@@ -27,7 +27,7 @@ ff.END_REASONS = {
 }
 
 -- Records of completions that a partition keeps, about: so many, and for a day. A record takes some 130 bytes, at most
--- 700, so 256 partitions of which each is full take 70 MB.
+-- 960, so 256 partitions of which each is full take 70 MB.
 local COMPLETION_MAXLEN, COMPLETION_MS = '2000', 86400000
 
 -- The states of an execution that has not ended, with their numbers in the index of open executions: a score is the
@@ -215,6 +215,28 @@ function ff.set(execution, ...)
   end
 end
 
+-- Bytes of the message of a failure that its entry in the history keeps, and the record of the end.
+local ATTEMPT_ERROR, COMPLETION_ERROR = 1024, 256
+
+-- Says in the core why an attempt fails; the entry of its end in the history gets the beginning of that.
+function ff.set_failure(execution, message, class, detail)
+  ff.set(execution, 'failure_reason', message, 'failure_class', class, 'failure_detail', detail or '')
+  execution.error, execution.error_class = message, class
+end
+
+-- What ended an execution, for its reader; '' after a success. A failure that was retried before says nothing about
+-- the end of a suspension.
+function ff.end_error(execution, reason)
+  local state, fields = execution.state, execution.fields
+  if state == 'completed' then
+    return ''
+  end
+  if reason == 'suspension_timeout' then
+    return reason
+  end
+  return (state == 'cancelled' and fields.cancellation_reason or fields.failure_reason) or ''
+end
+
 function ff.set_timer(execution, kind, due_ms)
   redis.call('ZADD', execution.timers_key, ff.text(due_ms), kind .. ':' .. execution.id)
 end
@@ -388,7 +410,7 @@ end
 -- The record of an ended execution, for subscribers of completions. It has no result: a subscriber reads that from the
 -- execution, which keeps it for its retention. Ids continue behind the last one wherever the clock goes, as long as the
 -- key exists; so it has no TTL, and a trim leaves it.
-local function publish_completion(execution)
+local function publish_completion(execution, reason)
   local fields, result = execution.fields, execution.result
   local record = {
     'execution_id', execution.id, 'outcome', ff.OUTCOMES[execution.state], 'namespace', fields.namespace,
@@ -401,6 +423,10 @@ local function publish_completion(execution)
   if result and #result > 0 then
     record[#record + 1] = 'payload_bytes'
     record[#record + 1] = ff.text(#result)
+  end
+  if execution.state ~= 'completed' then
+    record[#record + 1] = 'error'
+    record[#record + 1] = string.sub(ff.end_error(execution, reason), 1, COMPLETION_ERROR)
   end
   -- XADD trims by one bound; each has its turn.
   local bound, value = 'MAXLEN', COMPLETION_MAXLEN
@@ -490,7 +516,7 @@ local function conclude(execution, attempt, reason)
   ff.set(execution, 'completed_at', ff.text(execution.now), 'outcome', ff.OUTCOMES[execution.state])
   leave_flow(execution)
   list_ended(execution)
-  publish_completion(execution)
+  publish_completion(execution, reason)
   expire_keys(execution)
   wake_parent(execution)
 end
@@ -616,8 +642,18 @@ function ff.move(execution, to, reason)
   end
   execution.state = to
   ff.set(execution, 'state', to, 'last_transition_at', ff.text(execution.now))
-  redis.pcall('XADD', ff.execution_key(execution, 'history'), 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to,
-    'attempt', attempt, 'reason', reason or '')
+  local history_key, message = ff.execution_key(execution, 'history'), execution.error
+  if to == 'cancelled' then
+    message = fields.cancellation_reason
+  end
+  if message then
+    redis.pcall('XADD', history_key, 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to, 'attempt', attempt,
+      'reason', reason or '', 'error', string.sub(message, 1, ATTEMPT_ERROR), 'class', execution.error_class or '')
+    execution.error, execution.error_class = nil, nil
+  else
+    redis.pcall('XADD', history_key, 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to, 'attempt', attempt,
+      'reason', reason or '')
+  end
   ff.publish(execution.core_key, PUSH.STATE .. to)
   if to == 'active' or (from == 'active' and not ff.OUTCOMES[to]) then
     -- A lease begins, or no longer ends.

@@ -46,8 +46,7 @@ end
 
 function FIRE.attempt(execution)
   if execution.state == 'active' then
-    ff.fail_attempt(execution, 'timeout', 'expired', 'attempt_timeout', 'failure_reason', 'attempt_timeout',
-      'failure_class', 'timeout')
+    ff.fail_attempt(execution, 'timeout', 'expired', 'attempt_timeout', 'attempt_timeout')
   end
   return 'done'
 end

@@ -16,6 +16,7 @@ from ff_fast._hot.resp import ReplyGuard, take_reply
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError, Unavailable
 
 if TYPE_CHECKING:
+    from ff_fast._core.contact import Contact
     from ff_fast.types import BackendConfig
 
 T = TypeVar("T")
@@ -60,6 +61,8 @@ class Connection(asyncio.Protocol):
         self.on_can_write: Callable[[], None] | None = None
         self.on_lost: list[Callable[[Connection], None]] = []
         self.on_silent: Callable[[float], None] | None = None
+        # Hears of its loss, where that is a fault: it was in use, and nobody here has ended it.
+        self.contact: Contact | None = None
         # Takes what the server sends unasked; None drops it.
         self.on_push: Callable[[list[Any]], None] | None = None
         # Host and port to which it leads.
@@ -186,6 +189,7 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> None:
         # asyncio would first flush the write buffer, which may never finish.
+        self._say_lost(OutcomeUnknown())
         self.abort()
 
     def pause_writing(self) -> None:
@@ -200,7 +204,13 @@ class Connection(asyncio.Protocol):
         if self._closed_transport is not None and not self._closed_transport.done():
             self._closed_transport.set_result(None)
         self._stream = None
+        if self._transport is not None:
+            self._say_lost(OutcomeUnknown())
         self._fail_receivers()
+
+    def _say_lost(self, failure: FFError) -> None:
+        if self.contact is not None and (self.receivers or self.on_push is not None):
+            self.contact.lost(failure)
 
     def abort(self) -> None:
         """Close the connection at once; every receiver gets `LOST`."""
@@ -216,14 +226,17 @@ class Connection(asyncio.Protocol):
 
     def _abort_broken(self) -> None:
         """Abort the connection; the receiver of the broken reply gets `BROKEN`, those after it `LOST`."""
+        self._say_lost(ProtocolError())
         if self._transport is not None and self.receivers:
             self.receivers.popleft()(BROKEN)
         self.abort()
 
     def abort_silent(self, since: float) -> None:
         """Abort the connection, over which nothing has come since then although replies were owed."""
-        if self.on_silent is not None and self._transport is not None:
-            self.on_silent(since)
+        if self._transport is not None:
+            self._say_lost(DeadlineExceeded())
+            if self.on_silent is not None:
+                self.on_silent(since)
         self.abort()
 
     def late(self, sent_at: float) -> DeadlineExceeded:

@@ -15,6 +15,7 @@ from ff_fast import _transport
 from ff_fast._aio.connection import Connection, run_steps
 from ff_fast._aio.sentinel import resolve, resolve_replica
 from ff_fast._core import nodes
+from ff_fast._core.contact import Contact, name_of
 from ff_fast._core.deployment import READS
 from ff_fast._core.routing import Routing, Send
 from ff_fast._core.steps import Retries, Step
@@ -207,6 +208,7 @@ class Node:
         shared: The connection of calls and writers.
         connections: All connections that are open.
         idle: Those that nobody uses; the most recently used is at the right.
+        contact: Whether it can be reached.
     """
 
     def __init__(self, owner: Nodes, address: Address | None) -> None:
@@ -222,6 +224,7 @@ class Node:
             server = owner.config.connection.replace(host=address.host, port=address.port, seeds=())
             self.config = owner.config.replace(connection=server)
         self.reached = self.config
+        self.contact = Contact(name_of(self.config.connection), owner.deployment.tally)
         self.connections: set[Connection] = set()
         self.idle: deque[Connection] = deque()
         self.shared = SharedConnection(self.connect, owner.spawn, owner.timeout_s)
@@ -259,14 +262,20 @@ class Node:
             raise self._gone()
         connection = Connection()
         reached = resolve_replica if role == READS and self.address is None else resolve
-        self.reached = await reached(self.config)
-        await connection.open(self.reached)
+        try:
+            self.reached = await reached(self.config)
+            await connection.open(self.reached)
+        except FFError as error:
+            if not self._stopped:
+                self.contact.lost(error)
+            raise
         if self._owner.opened is not None:
             self._owner.opened(connection)
         self.connections.add(connection)
         connection.give_back = self.release
         connection.on_lost.append(self.connections.discard)
         connection.on_silent = self._on_silent
+        connection.contact = self.contact
         try:
             await self.prepare(connection, role)
         except BaseException:
@@ -290,6 +299,7 @@ class Node:
             failure = _transport.connect_error(error, self.reached)
         else:
             connection.ready = True
+            self.contact.made()
             return
         raise failure
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ff_fast._core.steps import Steps
     from ff_fast._core.tail import TailCore
     from ff_fast._core.writer import WriterState
-    from ff_fast.types import AppendFrameOutcome, BackendConfig, Durability, LeaseRenewal
+    from ff_fast.types import AppendFrameOutcome, BackendConfig, Durability, LeaseRenewal, Stats
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -214,6 +214,8 @@ class Operations(Pool):
         self._check()
 
         def lost(error: FFError) -> None:
+            if not self._closed:
+                request.lost(error)
             writer = self._writers.get(request.lease_id)
             if writer is not None:
                 writer._fail(copy.copy(error))
@@ -230,21 +232,29 @@ class Operations(Pool):
         self._kept.add(request.channel, request.name, keeper)
         return keeper
 
+    def _stats(self, count: Callable[[list[Any]], Stats]) -> Stats:
+        return count(self._writers.valuerefs())
+
     async def _supervise(self, request: operations.SupervisionRequest) -> None:
         def stopped() -> bool:
             return self._closed or (request.stop is not None and request.stop.is_set())
 
-        while not stopped():
-            try:
-                await self._run(request.round)
-            except FFError as error:
-                # A retryable error leaves the timers to the next round; any other needs an operator.
-                if not error.retryable and not self._closed:
-                    raise
-            until = time.monotonic() + request.interval_s
-            # *stop* may be any object with is_set(), so it can only be polled.
-            while (left := until - time.monotonic()) > 0 and not stopped():  # noqa: ASYNC110
-                await asyncio.sleep(min(left, _STOP_LOOK_S))
+        with request.watch:
+            while not stopped():
+                try:
+                    fired = await self._run(request.round)
+                except FFError as error:
+                    # A retryable error leaves the timers to the next round; any other needs an operator.
+                    if not error.retryable and not self._closed:
+                        raise
+                    if not self._closed:
+                        request.watch.failed(error)
+                else:
+                    request.watch.done(fired)
+                until = time.monotonic() + request.interval_s
+                # *stop* may be any object with is_set(), so it can only be polled.
+                while (left := until - time.monotonic()) > 0 and not stopped():  # noqa: ASYNC110
+                    await asyncio.sleep(min(left, _STOP_LOOK_S))
 
     create_execution = method(operations.create_execution)
     describe = method(operations.describe)
@@ -279,6 +289,7 @@ class Operations(Pool):
     read_stream = method(operations.read_stream)
     read_summary = method(operations.read_summary)
     delete_execution = method(operations.delete_execution)
+    stats = bind(operations.stats, _stats, "Stats")
     execution_id_for = bind(operations.execution_id_for, lambda _, value: value, "str")
     tail = bind(operations.tail, _tail, "Tail")
     follow = bind(operations.follow, _follow, "Follow")

@@ -201,9 +201,11 @@ class PushReader(readers.PushState[T], Readable[T]):
             part.on_wake = self._ring
         self._attached = part
         self._hub.attach(part)
+        self._opened()
 
     def _leave(self) -> None:
         attached, self._attached = self._attached, None
+        self._listening = None
         if attached is not None:
             self._detach()
             self._hub.detach(attached)

@@ -100,9 +100,14 @@ class Task(TaskState[Writer, LeaseKeeper]):
     __doc__ = worker_core.TASK
 
     def __init__(
-        self, backend: Operations, handle: Handle, mode: StreamMode | None, level: Level
+        self,
+        backend: Operations,
+        handle: Handle,
+        mode: StreamMode | None,
+        level: Level,
+        worker_id: str | None = None,
     ) -> None:
-        super().__init__(handle, mode, level)
+        super().__init__(handle, mode, level, worker_id)
         self._backend = backend
 
     flush = forwarded(Writer.flush)
@@ -235,6 +240,7 @@ class WorkerLoop:
     async def run(self) -> None:
         """Run until the caller's event, SIGTERM or SIGINT (in the main thread), or the backend's close."""
         loop = asyncio.get_running_loop()
+        worker_core.say_started(self._options)
         restore = _process.on_stop_signals(lambda: _tell(loop, self._halt))
         try:
             async with asyncio.TaskGroup() as group:
@@ -248,6 +254,7 @@ class WorkerLoop:
         finally:
             restore()
             self._halt.set()
+            worker_core.say_stopped(self._options, self._error)
         if self._error is not None:
             raise self._error
 
@@ -286,7 +293,8 @@ class WorkerLoop:
 
     async def run_one(self, handle: Handle) -> bool:
         """Run the handler for one claimed execution, and end the execution; return whether it is over for this worker."""
-        task = Task(self._backend, handle, self._options.mode, self._options.level)
+        options = self._options
+        task = Task(self._backend, handle, options.mode, options.level, options.worker_id)
         async with self._backend.keep_lease(handle, task._lose) as task._keeper:
             actions = worker_core.attend(self._backend, task, self._cancel_after_s)
             return await drive(actions, partial(self._perform, task))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # Partitions that are looked at and read at once, and records of one answer of them together; a record has at most some
-# 600 bytes.
+# 900 bytes.
 _LOOKS_AT_ONCE = 256
 _READS_AT_ONCE = 64
 _REPLY_RECORDS = 1_024
@@ -608,6 +608,8 @@ def _completion_of(record: _Record, scope: ScannerFilter) -> tuple[CompletionPay
             outcome=cast("CompletionOutcome", outcome),
             produced_at_ms=int(fields[b"produced_at_ms"]),
             flow_id=None if flow_id is None else flow_id.decode(),
+            # It may be cut within a letter.
+            error=fields.get(b"error", b"").decode("utf-8", "ignore") or None,
         )
         result_bytes = int(fields.get(b"payload_bytes", b"0"))
         namespace = fields[b"namespace"].decode()

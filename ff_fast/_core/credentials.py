@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -10,12 +9,11 @@ import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ff_fast._hot.resp import pack_command
+from ff_fast._log import LOG
 from ff_fast.errors import CredentialsUnavailable, FFError, causes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-_log = logging.getLogger("ff_fast")
 
 RENEW_EVERY_S = 600.0
 """How often open connections log in again with fresh credentials, where the provider does not say when, in seconds.
@@ -123,12 +121,12 @@ class Renewals:
 
     def failed(self, error: FFError) -> None:
         """Note that the provider failed; the connections stay as they are."""
-        _log.warning("Credentials were not renewed: %s", error)
+        LOG.warning("Credentials were not renewed: %s", error)
         self.ask_at = time.monotonic() + RENEW_SOON_S
 
     def refused(self) -> None:
         """Note that the server refused new credentials; the connection stays logged in as it was."""
-        _log.warning("The server refused renewed credentials; they are asked for again.")
+        LOG.warning("The server refused renewed credentials; they are asked for again.")
         self.ask_at = min(self.ask_at, time.monotonic() + RENEW_SOON_S)
 
     def pushed(self, token: object) -> None:
@@ -181,7 +179,7 @@ class _Fan:
 
     def _error(self, error: object) -> _Done:
         # The next connect asks the provider, and reports its error.
-        _log.warning("A credential provider reports %s.", type(error).__name__)
+        LOG.warning("A credential provider reports %s.", type(error).__name__)
         return _DONE
 
 

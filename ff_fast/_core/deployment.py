@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import time
 import warnings
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING
 
 from ff_fast import _library, keys
 from ff_fast._core import ops
-from ff_fast._core.places import Places
+from ff_fast._core.places import Places, bound
 from ff_fast._core.ready import Offer
 from ff_fast._core.steps import Command, Step, Steps, command
 from ff_fast._hot.resp import pack_command
+from ff_fast._hot.tally import Tally
+from ff_fast._log import say
 from ff_fast.errors import (
     ClusterModeRequired,
     Corruption,
@@ -41,6 +44,8 @@ _BUSY_SWEEP_S = 30.0
 _PERSISTENCE = Command(b"", pack_command(b"CONFIG", b"GET", b"appendonly", b"save"))
 _LANES = 1_024
 """Lanes, and kinds of workers on them, that are remembered."""
+_RELEASED = 4_096
+"""Released leases that are remembered."""
 _NOT_MINE_TO_LOAD = "The server has lost the function library and this user may not load it; connect as one that may."
 
 
@@ -52,10 +57,12 @@ class Deployment:
             256.
         max_payload_bytes: Largest payload that writers of this backend accept.
         places: What this backend knows to be stored.
+        tally: What this backend has done, in numbers.
     """
 
     __slots__ = (
-        "_client_name", "_configured", "_known", "_looked", "_offers", "_sweeps", "max_payload_bytes", "partitions", "places",
+        "_client_name", "_configured", "_known", "_looked", "_offers", "_released", "_sweeps", "max_payload_bytes",
+        "partitions", "places", "tally",
     )  # fmt: skip
 
     def __init__(
@@ -78,7 +85,10 @@ class Deployment:
         self._offers: dict[tuple[str, tuple[str, ...]], Offer] = {}
         self.partitions = keys.DEFAULT_PARTITIONS if partitions is None else partitions
         self.max_payload_bytes = max_payload_bytes
-        self.places = Places(replay_ms, replay_bytes)
+        self.tally = Tally()
+        self.places = Places(replay_ms, replay_bytes, self.tally)
+        # Leases that a call of this backend has set out to release. Single calls in C change it.
+        self._released: dict[str, None] = {}
 
     @classmethod
     def of(cls, config: BackendConfig) -> Deployment:
@@ -90,6 +100,15 @@ class Deployment:
             config.replay_bytes,
             config.connection.client_name,
         )
+
+    def releases(self, lease_id: str) -> None:
+        """Note that a call of this backend is about to release a lease: a renewal that is refused then is no loss."""
+        self._released[lease_id] = None
+        bound(self._released, _RELEASED)
+
+    def gives_up(self, lease_id: str) -> bool:
+        """Whether a call of this backend has set out to release a lease."""
+        return lease_id in self._released
 
     def offer(self, lane: str, tokens: tuple[str, ...]) -> Offer:
         """Return what workers with these capabilities know of a lane."""
@@ -175,7 +194,7 @@ class Deployment:
     def load(self) -> Steps[None]:
         """Load the library on a node that has answered that it has none."""
         try:
-            yield from _load()
+            yield from _load(None)
         except PermissionDenied:
             raise FunctionMissing(_NOT_MINE_TO_LOAD) from None
 
@@ -201,7 +220,7 @@ class Deployment:
             raise LibraryMismatch(held.contract, _library.CONTRACT)
         if held is None or held.digest != _library.digest():
             try:
-                yield from _load()
+                yield from _load(held)
             except PermissionDenied:
                 # Whoever may load it does so again. A library of the same contract serves meanwhile.
                 if not self._known or (held is not None and held.contract < _library.CONTRACT):
@@ -295,8 +314,17 @@ def _unreadable() -> Corruption:
     )
 
 
-def _load() -> Steps[None]:
+def _load(held: ops.Version | None) -> Steps[None]:
+    """Load the library in place of the one that the server holds; None for none."""
     load = pack_command(b"FUNCTION", b"LOAD", b"REPLACE", _library.source().encode())
     (reply,) = yield Step((Command(b"", load),))
     if isinstance(reply, Exception):
         raise from_server_error(str(reply))
+    before = "the server had none" if held is None else f"in place of contract {held.contract}"
+    say(
+        logging.INFO,
+        "The function library of contract %d was loaded, digest %.12s; %s.",
+        _library.CONTRACT,
+        _library.digest(),
+        before,
+    )

@@ -39,6 +39,7 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
+    from ff_fast._hot.tally import Tally
     from ff_fast.errors import FFError
 
 T = TypeVar("T")
@@ -134,11 +135,13 @@ class FollowCore:
         start: Cursor of the beginning.
         part: What listens: to the execution between attempts, to the attempt while it streams.
         ended: Whether the end was delivered.
+        tally: Counts what is read; None counts nothing.
     """
 
     __slots__ = (
         "_attempt", "_execution_id", "_final", "_missing", "_over", "_place", "_snapshot", "_snapshot_due",
         "_snapshot_op", "_started", "_sure", "_tail", "_visibility", "_watch", "ended", "part", "start",
+        "tally",
     )  # fmt: skip
 
     def __init__(
@@ -152,6 +155,7 @@ class FollowCore:
         self._execution_id = keys.canonical_execution_id(execution_id)
         self._visibility = visibility
         self._snapshot = snapshot
+        self.tally: Tally | None = None
         self._tail: TailCore | None = None
         place = follow_place(after)
         self.start = _START if place is None else make_cursor(place[0], *place[1])
@@ -263,6 +267,7 @@ class FollowCore:
             self._watch.look()
         else:
             tail = TailCore(self._execution_id, self._attempt, self._place, self._visibility)
+            tail.tally = self.tally
             # What follows the end of an attempt is decided here.
             tail.reads_end = True
             # What has ended is read at once; else the subscription comes first.
@@ -364,6 +369,8 @@ class FollowCore:
         """Return what stands for the frames of an attempt that are not kept any more."""
         self._missing = False
         self._over = self._sure = True
+        if self.tally is not None:
+            self.tally.missed("expired")
         return Gap(self._place.sequence + 1, 1, "expired", self._cursor)
 
 

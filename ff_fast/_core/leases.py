@@ -9,6 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from ff_fast import keys
+from ff_fast._log import LOG, say_seldom
 from ff_fast.errors import FFError, LeaseExpired
 
 if TYPE_CHECKING:
@@ -32,7 +33,23 @@ _SOONEST_LOOK_S = 0.1
 _MOST_UNKNOWN = 64
 """Pushes about leases that are not kept, or not yet: so many are remembered for each partition."""
 
-_log = logging.getLogger("ff_fast")
+
+def say_lost(
+    error: FFError, execution_id: str, attempt_index: int, worker_id: str | None = None
+) -> None:
+    """Say that a lease is lost, once whoever finds it out."""
+    say_seldom(
+        logging.WARNING,
+        "lease",
+        (execution_id, attempt_index),
+        "The lease of attempt %d of execution %s is lost: %s What its worker still does is discarded.",
+        attempt_index,
+        execution_id,
+        error,
+        execution_id=execution_id,
+        attempt_index=attempt_index,
+        worker_id=worker_id,
+    )
 
 
 def is_lease_lost(error: FFError) -> bool:
@@ -256,7 +273,7 @@ class KeptLeases:
                 self._deaf_until = now + pause_s
                 if not error.retryable:
                     # An outage needs no word of it: the renewals meet it too.
-                    _log.warning(
+                    LOG.warning(
                         "Workers hear of cancellations and lost leases with their next renewal only: %s",
                         error,
                     )

@@ -21,13 +21,15 @@ from ff_fast._core import writer as writers
 from ff_fast._core.completions import CompletionCore
 from ff_fast._core.durability import DEFAULT_TIMEOUT_S, Level
 from ff_fast._core.follow import Ended, FollowCore, WaitCore
-from ff_fast._core.leases import LeaseClock, is_lease_lost, told_as
+from ff_fast._core.leases import LeaseClock, is_lease_lost, say_lost, told_as
+from ff_fast._core.stats import stats_of
 from ff_fast._core.steps import Pause, Step, Steps, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
 from ff_fast.errors import (
     MAX_INT,
     DeadlineExceeded,
+    ExecutionNotActive,
     ExecutionNotFound,
     ExecutionState,
     FFError,
@@ -68,6 +70,7 @@ from ff_fast.types import (
     RetryPolicy,
     ScannerFilter,
     SignalOutcome,
+    Stats,
     StreamDescription,
     StreamMode,
     SummaryDocument,
@@ -148,6 +151,27 @@ def _call(op: ops.Op[T]) -> Call[T]:
     return Call(lambda: ops.call(op), writes=not op.read_only)
 
 
+def _is_there(value: object) -> bool:
+    return value is not None
+
+
+def _counting(
+    on: Deployment,
+    event: str,
+    steps: Callable[[], Steps[T]],
+    counts: Callable[[T], bool] = lambda value: True,
+) -> Callable[[], Steps[T]]:
+    """Return *steps* with a count of those that give a value which *counts*."""
+
+    def counting() -> Steps[T]:
+        value = yield from steps()
+        if counts(value):
+            on.tally.note(event)
+        return value
+
+    return counting
+
+
 def _hinted(op: ops.Op[tuple[T, ops.Hints]], execution_id: str) -> Call[T]:
     """Return a call that may make executions claimable, with the hints that it publishes."""
     partition = keys.partition_index(execution_id)
@@ -174,6 +198,7 @@ def _releasing(
     lease_id = attempt.fields.lease_id
 
     def releasing() -> Steps[T]:
+        on.releases(lease_id)
         place = on.places.find(lease_id)
         compares = True
         # A server that is replaced meanwhile may lack frames again.
@@ -498,7 +523,8 @@ def claim(
         max_wait_s=wait.max_wait,
     )
     state = claiming.Claim(request)
-    return Call(lambda: claiming.claim(on, state), claim=state)
+    steps = _counting(on, "executions_claimed", lambda: claiming.claim(on, state), _is_there)
+    return Call(steps, claim=state)
 
 
 def _claimer(
@@ -582,13 +608,14 @@ def complete(
     partition = keys.partition_index(attempt.execution_id)
 
     completing = partial(ops.complete_execution, attempt, result)
-    return _releasing(
+    call = _releasing(
         on,
         attempt,
         lambda last_id: ready.with_hints(completing(last_id), partition),
         last_sequence=last_sequence,
         reach=Reach(completing, durability, durability_timeout),
     )
+    return call._replace(steps=_counting(on, "executions_completed", call.steps))
 
 
 def fail(
@@ -630,13 +657,14 @@ def fail(
     def fail_with(last_id: bytes) -> ops.Op[tuple[FailOutcome, ops.Hints]]:
         return ops.fail_execution(attempt, why, failure_class, last_id)
 
-    return _releasing(
+    call = _releasing(
         on,
         attempt,
         lambda last_id: ready.with_hints(fail_with(last_id), partition),
         fails=True,
         reach=Reach(fail_with, durability, durability_timeout),
     )
+    return call._replace(steps=_counting(on, "executions_failed", call.steps))
 
 
 def cancel(
@@ -676,7 +704,14 @@ def cancel(
         yield from reach.steps()
         return outcome
 
-    return call._replace(steps=steps)
+    return call._replace(
+        steps=_counting(
+            on,
+            "executions_cancelled",
+            steps,
+            lambda outcome: outcome.cancelled,
+        )
+    )
 
 
 def progress(
@@ -792,7 +827,10 @@ def claim_from_reclaim(
         capabilities=request.capabilities.tokens,
     )
     state = claiming.Claim(request)
-    return Call(lambda: claiming.take_over(on, state, op, eid, lease_id), claim=state)
+    steps = _counting(
+        on, "executions_claimed", lambda: claiming.take_over(on, state, op, eid, lease_id)
+    )
+    return Call(steps, claim=state)
 
 
 # -- suspension and signals --------------------------------------------------------------------------------------------
@@ -1220,7 +1258,13 @@ def read_stream(
         return TailCore(execution_id, attempt_index, after, visibility, count, max_bytes)
 
     core()
-    return Call(lambda: read_page(core(), count, max_bytes), writes=False)
+
+    def steps() -> Steps[StreamPage]:
+        page = yield from read_page(core(), count, max_bytes)
+        on.tally.took([*page, *page.gaps])
+        return page
+
+    return Call(steps, writes=False)
 
 
 def read_summary(
@@ -1269,7 +1313,9 @@ def tail(
         Unavailable: The server cannot be reached within the retries of the configuration. Raised by a read; the next
             read tries again.
     """
-    return TailCore(execution_id, attempt_index, after, visibility)
+    core = TailCore(execution_id, attempt_index, after, visibility)
+    core.tally = on.tally
+    return core
 
 
 def follow(
@@ -1313,7 +1359,9 @@ def follow(
     if type(snapshot) is not bool:
         raise InvalidType(f"snapshot must be bool, not {type(snapshot).__name__}.")
     _checked("visibility", visibility, TailVisibility)
-    return FollowCore(execution_id, after, snapshot=snapshot, visibility=visibility)
+    core = FollowCore(execution_id, after, snapshot=snapshot, visibility=visibility)
+    core.tally = on.tally
+    return core
 
 
 class WaitRequest(NamedTuple):
@@ -1717,7 +1765,8 @@ class LeaseRequest(NamedTuple):
         channel: Channel of those pushes.
         clock: Makes the times of its renewals.
         renewal: The call that renews it.
-        on_lost: Callback for its loss.
+        lost: Takes note of its loss.
+        on_lost: The caller's callback for that.
     """
 
     lease_id: str
@@ -1725,6 +1774,7 @@ class LeaseRequest(NamedTuple):
     channel: bytes
     clock: Callable[[], LeaseClock]
     renewal: Call[LeaseRenewal]
+    lost: Callable[[FFError], None]
     on_lost: Callable[[FFError], None] | None
 
 
@@ -1745,22 +1795,50 @@ def keep_lease(
     # A cancellation that was requested of an earlier lease still holds; no push tells this one of it.
     soon = handle.kind is HandleKind.RESUMED or fields.attempt_index > 0
     channel, name = told_as(fields.execution_id, fields.attempt_index)
+
+    def lost(error: FFError) -> None:
+        if isinstance(error, (ExecutionNotActive, ExecutionNotFound)) or on.gives_up(
+            fields.lease_id
+        ):
+            # The execution has ended, or this process has released the lease meanwhile.
+            return
+        on.tally.note("leases_lost")
+        say_lost(error, fields.execution_id, fields.attempt_index)
+
     return LeaseRequest(
         fields.lease_id,
         name,
         channel,
         partial(LeaseClock, fields.lease_ttl_ms, soon=soon),
         renew(on, handle),
+        lost,
         on_lost,
     )
 
 
+def stats(on: Deployment) -> Callable[[Sequence[Callable[[], writers.SharedWriter | None]]], Stats]:
+    """Return what this backend has done since it was opened, and what it is doing, in numbers.
+
+    A plain call that asks no server. The counters are kept once a batch; reading them takes microseconds, and a few more
+    for each open writer.
+    """
+    return partial(stats_of, on)
+
+
 class SupervisionRequest(NamedTuple):
-    """Rounds of supervision: the call of one round, the seconds between two, and the event that ends them."""
+    """Rounds of supervision.
+
+    Attributes:
+        round: The call of one round.
+        interval_s: Seconds between two.
+        stop: The event that ends them.
+        watch: Says what becomes of them.
+    """
 
     round: Call[int]
     interval_s: float
     stop: StopEvent | None
+    watch: supervision.Watch
 
 
 def supervise(
@@ -1779,9 +1857,13 @@ def supervise(
         interval: Time between two rounds, in seconds or as a ``timedelta``.
         stop: Set it to return after the current round.
     """
-    rounds = supervision.Supervision(on, _scope(scope))
+    checked = _scope(scope)
+    rounds = supervision.Supervision(on, checked)
     return SupervisionRequest(
-        Call(rounds.round, own_connection=True), seconds("interval", interval, zero=True), stop
+        Call(rounds.round, own_connection=True),
+        seconds("interval", interval, zero=True),
+        stop,
+        supervision.Watch(checked),
     )
 
 
@@ -1796,6 +1878,8 @@ class WorkerOptions(NamedTuple):
         stop: The caller's event.
         on_cancel: What befalls a handler that shall stop; None is the shell's default.
         cancel_grace_s: Seconds until a handler is cancelled.
+        lane: The lane.
+        worker_id: Name of the worker.
     """
 
     claim: Callable[[], Call[Handle | None]]
@@ -1805,6 +1889,8 @@ class WorkerOptions(NamedTuple):
     stop: StopEvent | None
     on_cancel: OnCancel | None
     cancel_grace_s: float
+    lane: str
+    worker_id: str
 
 
 CLAIM_WAIT_S = 1.0
@@ -1891,4 +1977,6 @@ def run_worker(
     # Checks the arguments.
     next_claim()
     level = Level.checked(durability, durability_timeout)
-    return WorkerOptions(next_claim, mode, level, concurrency, stop, on_cancel, grace_s)
+    return WorkerOptions(
+        next_claim, mode, level, concurrency, stop, on_cancel, grace_s, lane, worker_id
+    )

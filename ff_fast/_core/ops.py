@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
 from ff_fast import keys
+from ff_fast._core.attempts import attempts_of
 from ff_fast._core.steps import Command, Step, Steps
 from ff_fast._hot.resp import pack_fcall
 from ff_fast.errors import MAX_INT, Corruption, FFError, ProtocolError, for_code, from_server_error
@@ -888,6 +889,7 @@ def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
             {_text(name): _text(value) for name, value in _pairs(flat).items()}
             for flat in (*fields[:3], *fields[4:6])
         )
+        history = tuple(_transition(*_list(entry)) for entry in reversed(_list(fields[3])))
         detail = _pairs(fields[0]).get(b"failure_detail")
         state = cast("ExecutionState", core["state"])
         timeout_ms = int(core["attempt_timeout_ms"])
@@ -946,7 +948,8 @@ def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
             if state == "suspended"
             else None,
             usage={name: int(amount) for name, amount in usage.items()},
-            history=tuple(_transition(*_list(entry)) for entry in reversed(_list(fields[3]))),
+            history=history,
+            attempts=attempts_of(history),
         )
 
     return Op(
@@ -988,6 +991,9 @@ def _transition(identity: object, flat: object) -> StateTransition:
         cast("ExecutionState", entry["to"]),
         int(entry["attempt"]),
         entry.get("reason") or None,
+        # It may be cut within a letter.
+        entry.get("error", "").removesuffix("\ufffd") or None,
+        FailureClass(word) if (word := entry.get("class")) else None,
     )
 
 

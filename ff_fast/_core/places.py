@@ -8,12 +8,15 @@ lease.
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ff_fast._hot.writer import Held, Newest
+from ff_fast._log import say
 from ff_fast.errors import FramesLost
 
 if TYPE_CHECKING:
+    from ff_fast._hot.tally import Tally
     from ff_fast._hot.writer import WriterCore
 
 MAX_PLACES = 16_384
@@ -30,12 +33,14 @@ class Place(Newest):
         told: A caller got ``SequenceGap``: frames up to this one are lost. A writer that is opened then goes on from
             what is stored.
         held: What was acknowledged a moment ago; None where nothing is kept.
+        attempt: The execution and its attempt, for records.
     """
 
-    __slots__ = ("_lost", "held", "told")
+    __slots__ = ("_lost", "attempt", "held", "told")
 
     def __init__(self, held: Held | None = None) -> None:
         self.told = False
+        self.attempt: tuple[str, int] | None = None
         self.held = held
         # First and last of the lost frames that the stream tells of, and no caller was told of.
         self._lost: tuple[int, int] | None = None
@@ -49,6 +54,18 @@ class Place(Newest):
 
     def lose(self, first: int, last: int) -> None:
         """Note that frames are lost, which the stream tells its readers."""
+        execution_id, attempt_index = self.attempt or (None, None)
+        say(
+            logging.WARNING,
+            "The server has lost the frames %d to %d of attempt %s of execution %s, which it had acknowledged, and this"
+            " process keeps them no longer.",
+            first,
+            last,
+            attempt_index,
+            execution_id,
+            execution_id=execution_id,
+            attempt_index=attempt_index,
+        )
         if self._lost is not None:
             first, last = min(first, self._lost[0]), max(last, self._lost[1])
         self._lost = first, last
@@ -77,11 +94,17 @@ class Places:
 
     Of a lease that was released the id of the last frame stays known for a while. A failover may lose the release, and
     frames with it: a repeat of the call then meets the gap, as the first call would.
+
+    Attributes:
+        tally: Counts what is written under the leases; None counts nothing.
     """
 
-    __slots__ = ("_places", "_released", "_replay_bytes", "_replay_ms")
+    __slots__ = ("_places", "_released", "_replay_bytes", "_replay_ms", "tally")
 
-    def __init__(self, replay_ms: int = 0, replay_bytes: int = 0) -> None:
+    def __init__(
+        self, replay_ms: int = 0, replay_bytes: int = 0, tally: Tally | None = None
+    ) -> None:
+        self.tally = tally
         # Single calls in C change it, so threads need no lock.
         self._places: dict[str, Place] = {}
         self._released: dict[str, tuple[int, int]] = {}
@@ -100,7 +123,7 @@ class Places:
             new = Place(held)
             new.ms, new.sequence = self._released.pop(lease_id, (0, 0))
             place = self._places.setdefault(lease_id, new)
-        _bound(self._places, MAX_PLACES)
+        bound(self._places, MAX_PLACES)
         return place
 
     def find(self, lease_id: str) -> Place | None:
@@ -140,7 +163,7 @@ class Places:
         place = self._places.get(lease_id)
         if place is not None and place.sequence:
             self._released[lease_id] = place.ms, place.sequence
-            _bound(self._released, MAX_RELEASED)
+            bound(self._released, MAX_RELEASED)
         self._drop(lease_id)
 
     def forget(self, lease_id: str) -> None:
@@ -154,7 +177,7 @@ class Places:
             place.held.clear()
 
 
-def _bound(table: dict[str, Any], most: int) -> None:
+def bound(table: dict[str, Any], most: int) -> None:
     """Forget the oldest of a table that has grown too large."""
     if len(table) > most:
         # Another thread may change it meanwhile, and forgets the oldest then.

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from ff_fast._core.steps import Retries
+from ff_fast._hot.tally import Listening
 from ff_fast.errors import FFError, FunctionMissing, InvalidInput, Unavailable
 from ff_fast.types import End, seconds
 
@@ -175,6 +176,13 @@ class PushState(ReaderState[T]):
     _source: PushSource[T]
     # What the hub knows of this reader; None before the first read, and after the last.
     _attached: Part | None = None
+    # Counts it as open while it is attached.
+    _listening: Listening | None = None
+
+    def _opened(self) -> None:
+        """Note that the hub knows this reader."""
+        tally = getattr(self._source, "tally", None)
+        self._listening = None if tally is None else Listening(tally)
 
     def _put_received(self, replies: list[object]) -> None:
         """Put the items in the replies to the last step."""

@@ -7,12 +7,14 @@ moves the bytes and waits; it decides nothing.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ff_fast import keys
 from ff_fast._hot.resp import pack_command
+from ff_fast._log import say_seldom
 from ff_fast.errors import (
     DeadlineExceeded,
     FFError,
@@ -166,6 +168,7 @@ class Retries:
         "_retry",
         "_retry_timeouts",
         "_sent_again",
+        "_tries",
         "_writes",
     )
 
@@ -183,6 +186,7 @@ class Retries:
         self._loaded = False
         self._sent_again = False
         self._doubtful = False
+        self._tries = 0
 
     def pause(self, error: FFError) -> float | None:
         """Return the seconds to wait before the next attempt; None if *error* is final.
@@ -203,7 +207,19 @@ class Retries:
             self._sent_again = True
         if self._pauses is None:
             self._pauses = backoff(self._retry)
-        return next(self._pauses, None)
+        pause = next(self._pauses, None)
+        if pause is not None:
+            self._tries += 1
+        elif self._tries:
+            say_seldom(
+                logging.WARNING,
+                "retries",
+                error.code,
+                "Gave up after %d retries: %s",
+                self._tries,
+                error,
+            )
+        return pause
 
     @property
     def writes(self) -> bool:
@@ -222,11 +238,13 @@ class Retries:
     def give_up(self) -> None:
         """Retry no more until the next success: another one has used up the retries."""
         self._pauses = iter(())
+        self._tries = 0
 
     def reset(self) -> None:
         """Start again with all retries, after a success."""
         self._pauses = None
         self._loaded = False
+        self._tries = 0
 
 
 @contextlib.contextmanager

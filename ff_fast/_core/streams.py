@@ -30,6 +30,7 @@ from ff_fast._core.worker import (
     cancellation,
     failure_of,
 )
+from ff_fast._log import say
 from ff_fast.errors import FFError, InvalidInput, NotReplicated
 from ff_fast.types import FailureClass
 
@@ -54,7 +55,6 @@ _RELEASED: frozenset[ExecutionState] = frozenset(
 )
 """States into which nobody but the holder of its lease moves the attempt of a named stream, by a call with the handle."""
 
-_log = logging.getLogger("ff_fast")
 
 OPENED_STREAM = """A named stream, as `open_stream` opens it: a context manager.
 
@@ -215,7 +215,13 @@ def left(stream: StreamState[Any, Any], error: BaseException | None) -> Ending:
     except (FFError, TimeoutError) as refused:
         # The error of the block is the cause. A stream whose lease is lost is somebody else's.
         if not (isinstance(refused, FFError) and is_lease_lost(refused)):
-            _log.warning("Stream %s was not ended: %s", stream.execution_id, refused)
+            say(
+                logging.WARNING,
+                "The stream of execution %s was not ended: %s",
+                stream.execution_id,
+                refused,
+                execution_id=stream.execution_id,
+            )
 
 
 def _completed(
@@ -307,7 +313,8 @@ def _failed(stream: StreamState[Any, Any], failure: Failure) -> Ending:
 def _cancelled(stream: StreamState[Any, Any], limit_s: float | None = None) -> Ending:
     with contextlib.suppress(FFError):
         yield CloseWriter(limit_s)
-    call = cancellation(stream.execution_id, stream._lease, stream._level, CANCEL_REASON)
+    on = stream._backend._deployment
+    call = cancellation(on, stream.execution_id, stream._lease, stream._level, CANCEL_REASON)
     yield from _over(stream, call, limit_s)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from typing import TYPE_CHECKING
 
 from ff_fast import keys
@@ -12,6 +13,7 @@ from ff_fast._core.flows import MEMBERS_A_CALL
 from ff_fast._core.ready import publish_hints, with_hints
 from ff_fast._core.steps import Command, Step, Steps, checked, command, time_ms
 from ff_fast._hot.resp import pack_command
+from ff_fast._log import LOG, say, say_seldom
 from ff_fast.errors import (
     Corruption,
     ExecutionNotFound,
@@ -22,6 +24,8 @@ from ff_fast.errors import (
 from ff_fast.types import ReclaimGrant, ReclaimToken, ScannerFilter
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from ff_fast._core.deployment import Deployment
 
 # Their calls go to the server together, which serves nobody else until the last is done: firing one takes about 50 us.
@@ -34,8 +38,6 @@ _CALLS_A_FLOW = 64
 _NODES_ASKED = 4
 _TIME = pack_command(b"TIME")
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-
-_log = logging.getLogger("ff_fast")
 
 
 def _due(partition: int, now: bytes, offset: int) -> Command:
@@ -86,7 +88,7 @@ class Supervision:
                     members = checked(page)
                 except Corruption:
                     if index not in self._unreadable:
-                        _log.warning("Partition %d is not supervised: foreign timers.", index)
+                        LOG.warning("Partition %d is not supervised: foreign timers.", index)
                     self._unreadable.add(index)
                     continue
                 self._unreadable.discard(index)
@@ -137,7 +139,7 @@ class Supervision:
             done += what == "done"
             deferred += what == "deferred"
         if deferred:
-            _log.warning(
+            LOG.warning(
                 "%d timers of partition %d cannot be fired: their keys hold foreign data. They are tried again in a"
                 " minute.",
                 deferred,
@@ -166,6 +168,54 @@ class Supervision:
             if left == 0:
                 break
         return left
+
+
+class Watch:
+    """Says when a supervisor starts and stops, and when it has no server; a context manager."""
+
+    def __init__(self, scope: ScannerFilter) -> None:
+        self._of = "" if scope.is_noop() else f" of {scope}"
+        self._failed_at: float | None = None
+        self._said = False
+
+    def __enter__(self) -> None:
+        say(logging.INFO, "A supervisor%s has started.", self._of)
+
+    def failed(self, error: FFError) -> None:
+        """Note that a round has failed, and that the next one tries again."""
+        if self._failed_at is None:
+            self._failed_at = time.monotonic()
+        said = say_seldom(
+            logging.WARNING,
+            "supervisor",
+            error.code,
+            "A supervisor%s has no server: %s Until it has, lost workers, delays and time limits take no effect.",
+            self._of,
+            error,
+        )
+        self._said = self._said or said
+
+    def done(self, fired: int) -> None:
+        """Note that a round was made."""
+        failed_at, self._failed_at = self._failed_at, None
+        if failed_at is not None and self._said:
+            self._said = False
+            seconds = time.monotonic() - failed_at
+            say(logging.INFO, "A supervisor%s goes on after %.1f s.", self._of, seconds)
+        if fired:
+            say(logging.DEBUG, "Timers fired: %d.", fired)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        if isinstance(error, FFError):
+            # No other round would pass.
+            say(logging.ERROR, "A supervisor%s has ended with an error: %s", self._of, error)
+        else:
+            say(logging.INFO, "A supervisor%s has stopped.", self._of)
 
 
 def _members(page: object) -> list[bytes]:

@@ -312,11 +312,14 @@ class TailCore(Inbox):
         """
         self.reading = False
         try:
-            return self._read(reply)
+            items = self._read(reply)
         except _Rewritten:
             # The server was replaced under the connection. Its state tells where to continue.
             self.restart()
             return []
+        if self.tally is not None:
+            self.tally.took(items)
+        return items
 
     def _read(self, reply: object) -> list[Item]:
         if self._ranged is not None:

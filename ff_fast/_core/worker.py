@@ -24,16 +24,19 @@ from ff_fast import keys
 from ff_fast._core import operations, ops
 from ff_fast._core.binding import dressed
 from ff_fast._core.durability import STORED, can_reach
-from ff_fast._core.leases import is_lease_lost
+from ff_fast._core.leases import is_lease_lost, say_lost
 from ff_fast._core.ready import with_hints
 from ff_fast._core.steps import Step, Steps
 from ff_fast._core.writer import WriterState, continue_writer
 from ff_fast._hot.writer import WriterCore
+from ff_fast._log import say, say_seldom
 from ff_fast.errors import (
     AuthenticationFailed,
     ClusterModeRequired,
     Corruption,
     DeploymentMismatch,
+    ExecutionNotActive,
+    ExecutionNotFound,
     ExecutionSuspended,
     FFError,
     ForkedClient,
@@ -81,8 +84,6 @@ _MOST_CAUSES = 1_000
 
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 5.0
-
-_log = logging.getLogger("ff_fast")
 
 
 class TaskReleased(BaseException):
@@ -334,16 +335,30 @@ class TaskState(Holder[W, K]):
     """The part of a task that is the same in both shells."""
 
     def __init__(
-        self, handle: Handle, mode: StreamMode | None = None, level: Level = STORED
+        self,
+        handle: Handle,
+        mode: StreamMode | None = None,
+        level: Level = STORED,
+        worker_id: str | None = None,
     ) -> None:
         fields = handle.fields()
         super().__init__(fields.execution_id, level)
         self.handle = handle
         self._mode = mode
+        self._worker_id = worker_id
         self.attempt_index = fields.attempt_index
         self.resumed = handle.kind is HandleKind.RESUMED
         self.payload: bytes = b""
         self.signals: tuple[ResumeSignal, ...] = ()
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        """What a record about it has."""
+        return {
+            "execution_id": self.execution_id,
+            "attempt_index": self.attempt_index,
+            "worker_id": self._worker_id,
+        }
 
     @property
     def _writing(self) -> dict[str, Any]:
@@ -484,6 +499,7 @@ class _NotEnded(Exception):  # noqa: N818 - no fault of the worker
 def _not_started(backend: Backend, task: TaskState[Any, Any], error: FFError) -> Actions:
     """Fail an execution that cannot be loaded, or hand it back where the server's state is at fault."""
     if is_lease_lost(error):
+        say_lost(error, **task._about)
         return True
     if isinstance(error, _ENDS_WORKER):
         raise error
@@ -558,7 +574,22 @@ def _handle(backend: Backend, task: TaskState[Any, Any], cancel_after_s: float |
         yield from _failed(backend, task, error)
 
 
+def _say_raised(task: TaskState[Any, Any], error: BaseException) -> None:
+    """Say with which exception an attempt ends; one that was asked to stop, or has lost its lease, ends as it must."""
+    expected = task._cancel_requested or not task._holds_lease
+    say(
+        logging.DEBUG if expected else logging.ERROR,
+        "Attempt %d of execution %s has raised %s.",
+        task.attempt_index,
+        task.execution_id,
+        type(error).__name__,
+        raised=error,
+        **task._about,
+    )
+
+
 def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Ending:
+    _say_raised(task, error)
     # An error of the writer must not replace the handler's own failure.
     with contextlib.suppress(FFError):
         yield CloseWriter()
@@ -576,13 +607,20 @@ def _fail(backend: Backend, task: TaskState[Any, Any], failure: Failure) -> Endi
     except FFError as error:
         if isinstance(error, _ENDS_WORKER):
             raise
-        _log.error("Execution %s cannot be ended: %s", task.execution_id, error)
+        say(
+            logging.ERROR,
+            "Execution %s cannot be ended, and comes back when its lease lapses: %s",
+            task.execution_id,
+            error,
+            **task._about,
+        )
         raise _NotEnded from None
 
 
 def _cancel(backend: Backend, task: TaskState[Any, Any]) -> Ending:
     try:
-        yield from _end(backend, task, cancellation(task.execution_id, task.handle, task._level))
+        call = cancellation(backend._deployment, task.execution_id, task.handle, task._level)
+        yield from _end(backend, task, call)
     except FFError as error:
         if isinstance(error, _ENDS_WORKER):
             raise
@@ -590,10 +628,13 @@ def _cancel(backend: Backend, task: TaskState[Any, Any]) -> Ending:
         yield from _fail(backend, task, Failure(failure_of(error).reason, FailureClass.CANCELLED))
 
 
-def cancellation(eid: str, handle: Handle, level: Level, unasked: str = CANCEL_REASON) -> Call[Any]:
+def cancellation(
+    on: Deployment, eid: str, handle: Handle, level: Level, unasked: str = CANCEL_REASON
+) -> Call[Any]:
     """Return the call with which the holder of a lease ends the execution as cancelled.
 
     Args:
+        on: The deployment.
         eid: Id of the execution.
         handle: The lease.
         level: What the end shall reach.
@@ -601,6 +642,7 @@ def cancellation(eid: str, handle: Handle, level: Level, unasked: str = CANCEL_R
     """
 
     def steps() -> Steps[object]:
+        on.releases(handle.fields().lease_id)
         reason = unasked
         try:
             description = yield from ops.call(ops.describe_execution(eid))
@@ -611,6 +653,7 @@ def cancellation(eid: str, handle: Handle, level: Level, unasked: str = CANCEL_R
             reason = description.cancellation_reason or reason
         op = ops.cancel_execution(eid, reason, 0, handle.fields().lease_id)
         cancelled = yield from with_hints(op, keys.partition_index(eid))
+        on.tally.note("executions_cancelled")
         yield from operations.Reach(lambda _: op, *level).steps()
         return cancelled
 
@@ -627,10 +670,18 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Ending
         try:
             yield Run(call)
         except NotReplicated as error:
-            _log.warning("Execution %s has ended. %s", task.execution_id, error)
+            say(
+                logging.WARNING,
+                "Execution %s has ended. %s",
+                task.execution_id,
+                error,
+                **task._about,
+            )
             return
         except FFError as error:
             if is_lease_lost(error) or (error.retryable and not task._holds_lease):
+                if not isinstance(error, (ExecutionNotActive, ExecutionNotFound)):
+                    say_lost(error, **task._about)
                 return
             if not error.retryable:
                 raise
@@ -643,6 +694,14 @@ def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException
     """Make the execution claimable now, not when its lease lapses; it counts as a lost worker. Return whether it is."""
     if task._released or backend.closed:
         return False
+    say(
+        logging.WARNING,
+        "Attempt %d of execution %s was broken off by %s; the execution goes to another worker.",
+        task.attempt_index,
+        task.execution_id,
+        type(error).__name__,
+        **task._about,
+    )
     with contextlib.suppress(FFError, TimeoutError):
         with contextlib.suppress(FFError):
             yield CloseWriter(HAND_BACK_S)
@@ -652,6 +711,29 @@ def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException
         )
         return True
     return False
+
+
+def say_started(options: operations.WorkerOptions) -> None:
+    say(
+        logging.INFO,
+        "Worker %s has started: lane %s, %d handlers at once.",
+        options.worker_id,
+        options.lane,
+        options.concurrency,
+        worker_id=options.worker_id,
+    )
+
+
+def say_stopped(options: operations.WorkerOptions, error: BaseException | None) -> None:
+    """Say that a worker ends; by *error*, where it is one that every call of it would meet."""
+    if isinstance(error, FFError):
+        text = "Worker %s of lane %s has ended with an error: %s"
+        say(
+            logging.ERROR, text, options.worker_id, options.lane, error, worker_id=options.worker_id
+        )
+    else:
+        text = "Worker %s of lane %s has stopped."
+        say(logging.INFO, text, options.worker_id, options.lane, worker_id=options.worker_id)
 
 
 class Patience:
@@ -672,7 +754,9 @@ class Patience:
             return operations.CLAIM_WAIT_S
         if not isinstance(error, InternalFunctionError | ProtocolError | Corruption):
             raise error
-        _log.error("A claim has failed and will be tried again: %s", error)
+        say_seldom(
+            logging.ERROR, "claim", error.code, "A claim has failed and is tried again: %s", error
+        )
         return _FIRST_PAUSE_S
 
     def attended(self, *, over: bool) -> float:

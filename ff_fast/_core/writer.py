@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 import warnings
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from ff_fast import keys
 from ff_fast._core import durability, ops
@@ -16,8 +17,10 @@ from ff_fast._core.leases import is_lease_lost
 from ff_fast._core.steps import Command, Pause, Retries, Step, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._hot.writer import Home, Outbox, WriterCore
+from ff_fast._log import say, say_seldom
 from ff_fast.errors import (
     DeadlineExceeded,
+    ForkedClient,
     NotReplicated,
     SequenceGap,
     StateLost,
@@ -323,6 +326,7 @@ class SharedWriter(WriterCore):
         self._attempt = state.attempt
         self._home_of_slot = home
         place = self._places.open(self._lease_id)
+        place.attempt = state.attempt.execution_id, state.attempt.attempt_index
         super().__init__(
             keys=state.attempt.stream_keys,
             writer=state.writer_id,
@@ -335,6 +339,7 @@ class SharedWriter(WriterCore):
             linger_ms=state.options.linger_ms,
             max_payload_bytes=state.options.max_payload_bytes,
             home=home,
+            tally=state.places.tally,
         )
         if place.held is not None:
             place.held.owner = weakref.ref(self)
@@ -382,11 +387,64 @@ class SharedWriter(WriterCore):
             self._kept.ask_to_stop(self.execution_id, self.attempt_index)
 
     def _on_end(self, error: FFError) -> None:
+        self._say_end(error)
         if isinstance(error, SequenceGap):
             self._places.tell(self._lease_id)
         # A writer may be superseded, or its opening lost, under a lease that is still held.
         if is_lease_lost(error) and not isinstance(error, (WriterSuperseded, StateLost)):
             self._places.forget(self._lease_id)
+
+    def _say_end(self, error: FFError) -> None:
+        """Say why the writer has stopped, where that is no ordinary end."""
+        if isinstance(error, ForkedClient):
+            return
+        about: dict[str, Any] = {
+            "execution_id": self.execution_id,
+            "attempt_index": self.attempt_index,
+        }
+        if isinstance(error, WriterSuperseded):
+            say(
+                logging.WARNING,
+                "The writer of attempt %d of execution %s was superseded: another one was opened under the same lease."
+                " Frames that were not stored: %d.",
+                self.attempt_index,
+                self.execution_id,
+                len(error.unstored),
+                **about,
+            )
+        elif isinstance(error, SequenceGap):
+            say(
+                logging.WARNING,
+                "The writer of attempt %d of execution %s has stopped: %s Frames that were not stored: %d.",
+                self.attempt_index,
+                self.execution_id,
+                error,
+                len(error.unstored),
+                **about,
+            )
+        elif not error.unstored or isinstance(error, WriterClosed) or is_lease_lost(error):
+            # An ordinary end; or the lease is lost, and its keeper says so.
+            say(
+                logging.DEBUG,
+                "The writer of attempt %d of execution %s has ended: %s",
+                self.attempt_index,
+                self.execution_id,
+                error,
+                **about,
+            )
+        else:
+            # One server's failure ends many writers.
+            say_seldom(
+                logging.ERROR,
+                "writer",
+                error.code,
+                "The writer of attempt %d of execution %s is given up: %s Frames that were not stored: %d.",
+                self.attempt_index,
+                self.execution_id,
+                error,
+                len(error.unstored),
+                **about,
+            )
 
     def outcome(self) -> AppendFrameOutcome:
         """The frames and patches stored so far."""

@@ -1,6 +1,7 @@
 cimport cython
 
 from ff_fast._hot.frames cimport Pushed
+from ff_fast._hot.tally cimport Tally
 
 
 cdef enum:
@@ -53,6 +54,7 @@ cdef class Inbox:
     cdef public double lease_at
     cdef public double look_at
     cdef public object on_wake
+    cdef public Tally tally
     cdef list _queue
     cdef Py_ssize_t _frames
     cdef Py_ssize_t _bytes
@@ -72,6 +74,7 @@ cdef class Inbox:
     cdef int check_place(self) noexcept
     cdef bint must_ask(self) noexcept
     cdef double next_look(self) noexcept
+    cdef int count(self, list items) except -1
     cdef int follow(self, Pushed pushed, list items) except -1
     cdef int add_all(self, Pushed pushed, list items) except -1
     cdef int add_visible(self, Pushed pushed, list items) except -1

@@ -6,6 +6,7 @@ from typing import Any, final
 from typing_extensions import disjoint_base
 
 from ff_fast._hot.frames import Pushed, StreamFrame
+from ff_fast._hot.tally import Tally
 from ff_fast.errors import FFError
 from ff_fast.types import End, EndReason, Gap
 
@@ -65,6 +66,7 @@ class Inbox:
     lease_at: float
     look_at: float
     on_wake: Callable[[], object] | None
+    tally: Tally | None
     def __new__(cls, *_: object, **__: object) -> Inbox: ...
     @property
     def wake_at(self) -> float:

@@ -176,6 +176,7 @@ cdef class Inbox:
         end_reason: Why the attempt ended; None until the end was delivered.
         lease_at, look_at: Monotonic times at which a read is due although nothing was pushed.
         on_wake: Called, on the thread of the feed, when there may be something to take or to ask.
+        tally: Counts the frames that are taken; None counts none.
     """
 
     def __cinit__(self, *_, **__):
@@ -327,6 +328,8 @@ cdef class Inbox:
                     return items
             if again:
                 queue = ahead
+        if items and self.tally is not None:
+            self.tally.lagged(self.ms)
         if ahead is not None:
             self.put_back(ahead, None)
             self._blocked = True
@@ -363,6 +366,11 @@ cdef class Inbox:
     def _hole_filled(self):
         """Nothing is queued that does not follow."""
 
+    cdef int count(self, list items) except -1:
+        if self.tally is not None:
+            self.tally.count_items(items)
+        return 0
+
     cdef int follow(self, Pushed pushed, list items) except -1:
         """Add the items of a push that follow the place, and move behind them."""
         if pushed._kind == PUSHED_END:
@@ -384,13 +392,18 @@ cdef class Inbox:
 
     cdef int add_all(self, Pushed pushed, list items) except -1:
         cdef Py_ssize_t at
+        cdef list frames
         if pushed.first > self.sequence + 1:
             return AHEAD
         at = <Py_ssize_t>(self.sequence + 1 - pushed.first)
         if at == 0:
             items.extend(pushed.frames)
+            if self.tally is not None:
+                self.tally.got(pushed.counts, pushed.payload_bytes)
         else:
-            items.extend(pushed.frames[at:])
+            frames = pushed.frames[at:]
+            items.extend(frames)
+            self.count(frames)
         self.ms = pushed.ms
         self.sequence = pushed.last
         if not pushed.deferred:
@@ -411,6 +424,7 @@ cdef class Inbox:
             frames.append(frame)
         if frames:
             items.extend(frames)
+            self.count(frames)
             self.ms = pushed.ms
             self.sequence = self.stored = sequence
         self.remember(pushed)

@@ -2,6 +2,14 @@ cimport cython
 
 
 cdef enum:
+    # Places of the modes in counts of frames.
+    DURABLE_FRAMES = 0
+    SUMMARY_FRAMES = 1
+    LIVE_FRAMES = 2
+    MODES = 3
+
+
+cdef enum:
     PUSHED_LOOK
     PUSHED_FRAMES
     PUSHED_END
@@ -36,6 +44,9 @@ cdef class Pushed:
     cdef readonly list frames
     cdef readonly list visible
     cdef readonly Py_ssize_t size
+    # The frames by mode, and the bytes of their payloads.
+    cdef Py_ssize_t counts[MODES]
+    cdef Py_ssize_t payload_bytes
     cdef readonly long long previous
     cdef readonly str end_reason
     cdef readonly long long lease_ms

@@ -813,6 +813,9 @@ cdef int add_blocks(
     cdef long long total = 0
     cdef Py_ssize_t hidden = 0
     cdef Py_ssize_t blocks = 0
+    cdef Py_ssize_t known
+    cdef int mode
+    cdef StreamFrame last
     cdef list frames
     while at < end:
         at = take_varint(at + 1, end, &value)
@@ -833,10 +836,18 @@ cdef int add_blocks(
     pushed.frames = frames = []
     at = start
     while at < end:
+        known = len(frames)
         at = add_block(frames, at, end, pushed.ms, &total, attempt_index)
         # All frames of a block share their mode.
-        if (<StreamFrame>frames[len(frames) - 1]).mode == BEST_EFFORT:
+        last = <StreamFrame>frames[len(frames) - 1]
+        if last.mode == BEST_EFFORT:
             hidden += 1
+            mode = LIVE_FRAMES
+        else:
+            mode = DURABLE_FRAMES if last.mode == DURABLE else SUMMARY_FRAMES
+        pushed.counts[mode] += len(frames) - known
+        for known in range(known, len(frames)):
+            pushed.payload_bytes += PyBytes_GET_SIZE((<StreamFrame>frames[known]).payload)
         blocks += 1
     if hidden == 0:
         pushed.visible = frames

@@ -5,6 +5,7 @@ from typing import Protocol, final, type_check_only
 from typing_extensions import disjoint_base
 
 from ff_fast._hot.frames import StreamFrame
+from ff_fast._hot.tally import Tally
 from ff_fast.errors import FFError
 from ff_fast.types import StreamMode
 
@@ -200,6 +201,7 @@ class WriterCore:
         outbox: Outbox | None = None,
         home: Home | None = None,
         replays: bool = False,
+        tally: Tally | None = None,
     ) -> None: ...
     def write(
         self,

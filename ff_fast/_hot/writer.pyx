@@ -62,6 +62,7 @@ from ff_fast._hot.resp cimport (
     put_number,
     put_raw,
 )
+from ff_fast._hot.tally cimport Tally
 from ff_fast._hot.window cimport LiveWindow, parse_rate
 from ff_fast.errors import (
     Corruption,
@@ -269,7 +270,11 @@ cdef class Batch(_Part):
     cdef readonly Py_ssize_t frame_count
     # How many frames it says to be lost; it has no other then.
     cdef readonly long long lost_count
+    # How many frames are in the live window, and how many of these are patches.
     cdef Py_ssize_t live_count
+    cdef Py_ssize_t patch_count
+    # When its first frame was written, in µs.
+    cdef long long written_us
     # The keys that it names beside the head.
     cdef int uses
     # It renews the expiry of the live window.
@@ -765,6 +770,7 @@ cdef class WriterCore:
             move (`ff_fast._core.places.Place`); None for a writer on its own.
         outbox: Takes its parts into calls; None for a writer whose owner asks `_next_batch`.
         home: Says which outbox that is, in place of *outbox*.
+        tally: Counts what is written and acknowledged; None counts nothing.
         replays: The writer stores again what those before it have written, and has their document.
 
     Raises:
@@ -773,6 +779,7 @@ cdef class WriterCore:
     """
 
     cdef object __weakref__
+    cdef Tally _tally
     # Where it registers when a part can be sent; None for a writer that calls `_on_ready`.
     cdef Outbox _outbox
     # Says which outbox that is; None where it is always the same.
@@ -920,7 +927,7 @@ cdef class WriterCore:
         bytes document=None, long long retention_maxlen=10_000,
         Py_ssize_t max_unacknowledged_bytes=32 << 20, double linger_ms=0.0,
         Py_ssize_t max_payload_bytes=65536, Newest place=None, Outbox outbox=None, Home home=None,
-        bint replays=False,
+        bint replays=False, Tally tally=None,
     ):
         cdef Py_ssize_t end = 0
         cdef Py_ssize_t i
@@ -943,6 +950,7 @@ cdef class WriterCore:
             outbox = home.outbox
         self._home = home
         self._outbox = outbox
+        self._tally = tally
         (
             self._acked_ms, self._sequence, self._visible, estimator, self._summary_version, *rest
         ) = opened
@@ -1380,6 +1388,7 @@ cdef class WriterCore:
         cdef bint bare
         cdef Py_ssize_t durable = 0
         cdef Py_ssize_t live = 0
+        cdef Py_ssize_t patches = 0
         cdef Py_ssize_t index, i, value_size, first
         cdef int uses = 0
         cdef Run* run
@@ -1414,6 +1423,7 @@ cdef class WriterCore:
             name = None
             if shape.kind == PATCH:
                 uses |= USES_SUMMARY
+                patches += run.count
                 name = self._pending_field(run, shape)
                 parts += 2
                 total += bulk_size(PyBytes_GET_SIZE(name)) + number_size(run.base_version)
@@ -1421,6 +1431,7 @@ cdef class WriterCore:
             total += head_size(shape, run.count, run.previous, version_after(run, shape), &parts)
             total += bulk_size(self._run_bytes(run, now))
         batch.live_count = live
+        batch.patch_count = patches
         body = self._push_size(now)
         total += bulk_size(body)
         if self._group_ms:
@@ -1478,6 +1489,10 @@ cdef class WriterCore:
         out = put_raw(out, PyBytes_AS_STRING(tail), PyBytes_GET_SIZE(tail))
         assert out - start == total, "sizing pass and writing pass disagree"
         # Nothing below can fail.
+        if self._count:
+            batch.written_us = self._times[0]
+            if self._tally is not None:
+                self._tally.wrote(durable, patches, batch.live_count - patches, self._size)
         batch.alone = self._alone
         if self._group_ms:
             self._fixed_ms = self._group_ms
@@ -1847,6 +1862,8 @@ cdef class WriterCore:
             if self._held is not None and self._in_flight:
                 self._held._doubted = True
             if self._returned or self._in_flight:
+                if self._tally is not None:
+                    self._tally.sent_again(len(self._returned) + len(self._in_flight))
                 self._unsent_queue().extendleft((self._returned + self._in_flight)[::-1])
             self._returned.clear()
             self._in_flight.clear()
@@ -1942,6 +1959,8 @@ cdef class WriterCore:
         cdef long long ms = self._held._before_ms
         self._replay_from = -1
         self._replays += 1
+        if self._tally is not None:
+            self._tally.sent_again(len(held))
         if held:
             last = (<Batch>held[0]).first_sequence - 1
         if last > stored and self._summary_version > 0:
@@ -2015,6 +2034,8 @@ cdef class WriterCore:
         if batch.later_ms:
             return self._written(new, blocks + more, arguments + more_arguments, True)
         new.live_count = batch.live_count
+        new.patch_count = batch.patch_count
+        new.written_us = batch.written_us
         new.renews = batch.renews
         new.doubtful = batch.doubtful
         new.alone = batch.alone
@@ -2100,11 +2121,13 @@ cdef class WriterCore:
         # ones are stored; an earlier refusal was of a resend.
         for earlier in self._returned:
             self._stored(<Batch>earlier)
+            self._count_stored(<Batch>earlier, now)
             self._keep(<Batch>earlier, self._acked_ms, now)
         self._returned.clear()
         self._replay_from = -1
         self._opening_lost = False
         self._stored(batch)
+        self._count_stored(batch, now)
         asked = self._learn(values[2], values[3], now_ms, now)
         if self._held is not None:
             self._held._doubted = False
@@ -2202,6 +2225,14 @@ cdef class WriterCore:
             self._unfixed -= 1
         if batch.live_count:
             self._window.stored(batch.live_count)
+
+    cdef void _count_stored(self, Batch batch, long long now) noexcept:
+        # What is sent again after a failover was counted before.
+        if self._tally is not None and batch.frame_count and not batch.again:
+            self._tally.stored(
+                batch.frame_count - batch.live_count, batch.patch_count,
+                batch.live_count - batch.patch_count, now - batch.written_us,
+            )
 
     cdef int _keep(self, Batch batch, long long ms, long long now) except -1:
         """Hold an acknowledged batch, whose last id has that ms; one that has nothing is let go."""

@@ -12,6 +12,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ff_fast import _transport
+from ff_fast._core.contact import Contact, name_of
 from ff_fast._core.sentinel import ROLE, ask_another_first, check_role
 from ff_fast._core.steps import AwaitHint, Pause, Step, Steps
 from ff_fast._hot.resp import ReplyGuard, take_reply
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ff_fast._core.topology import Address
+    from ff_fast._hot.tally import Tally
     from ff_fast._sync.credentials import Credentials
     from ff_fast.types import BackendConfig, ValkeyConnection
 
@@ -41,6 +43,10 @@ class Connection:
     node: Node
 
     _socket: socket.socket | None = None
+    # Hears of its loss, once it has a node.
+    contact: Contact | None = None
+    # Set when another thread ends it: its loss is no fault.
+    _aborted = False
 
     def __init__(self, config: BackendConfig) -> None:
         import hiredis
@@ -163,7 +169,7 @@ class Connection:
             raise
         else:
             return
-        self.close()
+        self._lose(failure)
         raise failure
 
     def receive(self, until: float | None = None) -> object:
@@ -219,7 +225,7 @@ class Connection:
                 self._renewal_after -= 1
             self._owed -= 1
             return reply
-        self.close()
+        self._lose(failure)
         raise failure
 
     def renewal(self) -> bytes | None:
@@ -282,7 +288,7 @@ class Connection:
             failure = ProtocolError()
         else:
             return found
-        self.close()
+        self._lose(failure)
         raise failure
 
     def _receive_now(self, taken: socket.socket) -> bytes | None:
@@ -308,8 +314,9 @@ class Connection:
             pass
         else:
             return
-        self.close()
-        raise OutcomeUnknown
+        failure = OutcomeUnknown()
+        self._lose(failure)
+        raise failure
 
     def is_push(self, reply: object) -> bool:
         """Return whether the server sent *reply* unasked."""
@@ -332,8 +339,15 @@ class Connection:
         """Return the replies to *step*, which was sent, in order."""
         return [self.receive() for _ in step.commands]
 
+    def _lose(self, failure: FFError) -> None:
+        """Close the connection, which has failed."""
+        self.close()
+        if self.contact is not None and not self._aborted:
+            self.contact.lost(failure)
+
     def abort(self) -> None:
         """Wake the thread that reads from the connection; called from another thread."""
+        self._aborted = True
         taken = self._socket
         if taken is not None:
             with contextlib.suppress(OSError):
@@ -391,11 +405,18 @@ class Node:
         opening: Threads that open a connection for callers that have little time.
         wanting: These callers.
         place: A version of the topology, and the slots that this server has in it.
+        contact: Whether it can be reached.
     """
 
     def __init__(
-        self, config: BackendConfig, address: Address | None = None, *, replica: bool = False
+        self,
+        config: BackendConfig,
+        tally: Tally,
+        address: Address | None = None,
+        *,
+        replica: bool = False,
     ) -> None:
+        self.contact = Contact(name_of(config.connection), tally)
         self.config = self.reached = config
         self.address = address
         self.replica = replica

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ff_fast._core.routing import Send
     from ff_fast._core.steps import Retries, Step
+    from ff_fast._hot.tally import Tally
     from ff_fast._sync.connection import Connection
     from ff_fast.types import BackendConfig
 
@@ -40,6 +41,7 @@ class Nodes:
 
     Args:
         config: The configuration of the backend.
+        tally: Counts the connections that replace lost ones.
         ask: Sends a step to a node to which there may be no connection yet, waits at most some seconds, and returns the
             replies.
 
@@ -48,13 +50,17 @@ class Nodes:
     """
 
     def __init__(
-        self, config: BackendConfig, ask: Callable[[Node, Step, float], list[object]]
+        self,
+        config: BackendConfig,
+        tally: Tally,
+        ask: Callable[[Node, Step, float], list[object]],
     ) -> None:
         self._config = config
+        self._tally = tally
         self._ask = ask
-        self.only = Node(config)
+        self.only = Node(config, tally)
         # The replicas of a service that sentinels watch, and since when they may be asked: one has failed before.
-        self.reads = Node(config, replica=True)
+        self.reads = Node(config, tally, replica=True)
         self.read_at = 0.0 if config.connection.sentinel_service is not None else inf
         self._primaries: dict[Address, Node] = {}
         self._replicas: dict[Address, Node] = {}
@@ -116,7 +122,8 @@ class Nodes:
 
     def _node(self, address: Address, *, replica: bool = False) -> Node:
         server = self._config.connection.replace(host=address.host, port=address.port, seeds=())
-        return Node(self._config.replace(connection=server), address, replica=replica)
+        config = self._config.replace(connection=server)
+        return Node(config, self._tally, address, replica=replica)
 
     def all(self) -> list[Node]:
         """Return the servers that are known."""

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from ff_fast import _transport
 from ff_fast._core import claiming, durability, operations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ff_fast._core.tail import TailCore
     from ff_fast._core.writer import WriterState
     from ff_fast._sync.connection import Connection
-    from ff_fast.types import AppendFrameOutcome, BackendConfig, LeaseRenewal
+    from ff_fast.types import AppendFrameOutcome, BackendConfig, LeaseRenewal, Stats
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -248,6 +248,8 @@ class Operations(Pool):
         self._check()
 
         def lost(error: FFError) -> None:
+            if not self._closed:
+                request.lost(error)
             writer = self._writers.get(request.lease_id)
             if writer is not None:
                 writer._fail(copy.copy(error))
@@ -265,20 +267,28 @@ class Operations(Pool):
             keeper._abandon(_transport.closed_error())
         return keeper
 
+    def _stats(self, count: Callable[[list[Any]], Stats]) -> Stats:
+        return count(self._writers.valuerefs())
+
     def _supervise(self, request: operations.SupervisionRequest) -> None:
         def stopped() -> bool:
             return self._closed or (request.stop is not None and request.stop.is_set())
 
-        while not stopped():
-            try:
-                self._run(request.round)
-            except FFError as error:
-                # A retryable error leaves the timers to the next round; any other needs an operator.
-                if not error.retryable and not self._closed:
-                    raise
-            until = time.monotonic() + request.interval_s
-            while (left := until - time.monotonic()) > 0 and not stopped():
-                time.sleep(min(left, _STOP_LOOK_S))
+        with request.watch:
+            while not stopped():
+                try:
+                    fired = self._run(request.round)
+                except FFError as error:
+                    # A retryable error leaves the timers to the next round; any other needs an operator.
+                    if not error.retryable and not self._closed:
+                        raise
+                    if not self._closed:
+                        request.watch.failed(error)
+                else:
+                    request.watch.done(fired)
+                until = time.monotonic() + request.interval_s
+                while (left := until - time.monotonic()) > 0 and not stopped():
+                    time.sleep(min(left, _STOP_LOOK_S))
 
     create_execution = method(operations.create_execution)
     describe = method(operations.describe)
@@ -313,6 +323,7 @@ class Operations(Pool):
     read_stream = method(operations.read_stream)
     read_summary = method(operations.read_summary)
     delete_execution = method(operations.delete_execution)
+    stats = bind(operations.stats, _stats, "Stats")
     execution_id_for = bind(operations.execution_id_for, lambda _, value: value, "str")
     tail = bind(operations.tail, _tail, "Tail")
     follow = bind(operations.follow, _follow, "Follow")

@@ -54,7 +54,7 @@ class Pool:
         self._watch: Watch | None = None
         if config.connection.sentinel_service is not None:
             self._watch = Watch(config, partial(_switched, weakref.ref(self)))
-        self._nodes = Nodes(config, self._ask)
+        self._nodes = Nodes(config, self._deployment.tally, self._ask)
         # Single calls in C change it, so no lock is needed that an interrupt or a finaliser could leave locked.
         self._busy: dict[int, weakref.ref[Connection]] = {}
         # Readers whose last read has left a reply owed, or a connection being made.
@@ -144,11 +144,14 @@ class Pool:
             reached = resolve_replica if node is self._nodes.reads else resolve
             node.reached = reached(config)
             connection = Connection(node.reached)
-        except FFError:
+        except FFError as error:
             node.failed_at = time.monotonic()
+            if not self._stopped:
+                node.contact.lost(error)
             raise
         node.failed_at = 0.0
         connection.node = node
+        connection.contact = node.contact
         if self._credentials is not None:
             self._credentials.opened_by(connection)
         self._busy[id(connection)] = weakref.ref(connection)
@@ -221,6 +224,7 @@ class Pool:
             failure = _transport.connect_error(error, node.reached)
         else:
             connection.ready = True
+            node.contact.made()
             return checked
         raise failure
 

@@ -309,9 +309,11 @@ class PushReader(readers.PushState[T], Readable[T]):
         part.on_wake = self._bell
         self._attached = part
         self._pool._hub.attach(part)
+        self._opened()
 
     def _leave(self) -> None:
         attached, self._attached = self._attached, None
+        self._listening = None
         if attached is not None:
             self._pool._hub.detach(attached)
 

@@ -96,9 +96,14 @@ class Task(TaskState[Writer, LeaseKeeper]):
     __doc__ = worker_core.TASK
 
     def __init__(
-        self, backend: Operations, handle: Handle, mode: StreamMode | None, level: Level
+        self,
+        backend: Operations,
+        handle: Handle,
+        mode: StreamMode | None,
+        level: Level,
+        worker_id: str | None = None,
     ) -> None:
-        super().__init__(handle, mode, level)
+        super().__init__(handle, mode, level, worker_id)
         self._backend = backend
 
     flush = forwarded(Writer.flush)
@@ -172,6 +177,7 @@ class WorkerLoop:
 
     def run(self) -> None:
         """Run until the caller's event, SIGTERM or SIGINT (in the main thread), or the backend's close."""
+        worker_core.say_started(self._options)
         restore = _process.on_stop_signals(self._on_signal)
         threads = [
             threading.Thread(target=self._slot, name=f"ff_fast worker {index}", daemon=True)
@@ -195,6 +201,7 @@ class WorkerLoop:
         finally:
             restore()
             self._halt.set()
+            worker_core.say_stopped(self._options, self._error)
         if self._error is not None:
             raise self._error
 
@@ -241,7 +248,8 @@ class WorkerLoop:
 
     def run_one(self, handle: Handle) -> bool:
         """Run the handler for one claimed execution, and end the execution; return whether it is over for this worker."""
-        task = Task(self._backend, handle, self._options.mode, self._options.level)
+        options = self._options
+        task = Task(self._backend, handle, options.mode, options.level, options.worker_id)
         with self._backend.keep_lease(handle, task._lose) as task._keeper:
             return drive(worker_core.attend(self._backend, task), partial(self._perform, task))
 

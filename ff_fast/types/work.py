@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from dataclasses import KW_ONLY
     from datetime import timedelta
 
+    from .stream import EndReason
     from .waitpoint import TimeoutBehavior
 
 FlowState = Literal["open", "cancelled"]
@@ -336,6 +337,8 @@ class CompletionPayload(Value):
         produced_at_ms: When it ended, Unix milliseconds by the server's clock; 0 if unknown.
         flow_id: Its flow; None without one.
         cursor: ``after`` of a subscription that continues after it; None outside a subscription.
+        error: What ended it, its first 256 bytes: the message of its last failure, the reason of its cancellation, or
+            which time ran out. None after a success.
     """
 
     execution_id: str
@@ -344,6 +347,7 @@ class CompletionPayload(Value):
     produced_at_ms: int = 0
     flow_id: str | None = None
     cursor: str | None = None
+    error: str | None = None
 
     def __post_init__(self) -> None:
         set_field(self, "execution_id", keys.canonical_execution_id(self.execution_id))
@@ -566,6 +570,9 @@ class StateTransition(Value):
         to_state: State after it.
         attempt_index: Attempt that ran then, or the next one if none ran; from 0.
         reason: A word, or for a suspension the text of the worker; None if the states say it all.
+        error: The first 1024 bytes of the message with which the attempt failed, or of the reason of a cancellation; None
+            for another change.
+        failure_class: Class of that failure; None without one.
     """
 
     at_ms: int
@@ -573,6 +580,31 @@ class StateTransition(Value):
     to_state: ExecutionState
     attempt_index: int
     reason: str | None = None
+    error: str | None = None
+    failure_class: FailureClass | None = None
+
+
+class AttemptDescription(Value):
+    """One attempt of an execution.
+
+    Attributes:
+        attempt_index: The attempt, from 0.
+        started_at_ms: When it was first claimed, Unix milliseconds by the server's clock; None where that is not known any
+            more.
+        ended_at_ms: When it ended; None while it runs, or waits to be continued.
+        end_reason: Why its stream ended; None before.
+        error: Why it did not succeed: the first 1024 bytes of the message with which it failed or of the reason of its
+            cancellation, or a sentence about the worker that was lost or the time that ran out. None after a success, and
+            before its end.
+        failure_class: Class of its failure; None without one.
+    """
+
+    attempt_index: int
+    started_at_ms: int | None = None
+    ended_at_ms: int | None = None
+    end_reason: EndReason | None = None
+    error: str | None = None
+    failure_class: FailureClass | None = None
 
 
 class SuspensionDescription(Value):
@@ -647,6 +679,7 @@ class ExecutionDescription(Value):
         suspension: Its suspension; None unless it is ``suspended``.
         usage: Reported usage by dimension.
         history: Its newest 100 transitions, oldest first.
+        attempts: Its attempts as far as these transitions tell of them, oldest first, each with its own error.
     """
 
     _: KW_ONLY
@@ -691,6 +724,7 @@ class ExecutionDescription(Value):
     suspension: SuspensionDescription | None = None
     usage: Mapping[str, int] = MappingProxyType({})
     history: tuple[StateTransition, ...] = ()
+    attempts: tuple[AttemptDescription, ...] = ()
 
     def __post_init__(self) -> None:
         set_field(self, "tags", dict(self.tags))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 # From the bottom up. A module belongs to the room that names it or the package that it is in.
 ROOMS = {
-    "values": ["errors", "types", "keys", "_library", "_text", "embedded"],
+    "values": ["errors", "types", "keys", "_library", "_log", "_text", "embedded"],
     "hot paths": ["_hot"],
     "core": ["_core"],
     "transport": ["_transport", "_connect_errors", "_clients", "_process"],

@@ -1,0 +1,77 @@
+"""Whether a server can be reached, as the connections to it tell."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from ff_fast._log import say, say_seldom
+
+if TYPE_CHECKING:
+    from ff_fast._hot.tally import Tally
+    from ff_fast.errors import FFError
+    from ff_fast.types import ValkeyConnection
+
+
+def name_of(server: ValkeyConnection) -> str:
+    """Return how a record names the server that a configuration leads to."""
+    if server.sentinel_service is not None:
+        return f"The primary of {server.sentinel_service}"
+    if server.unix_path is not None:
+        return f"The server {server.unix_path}"
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    return f"The server {host}:{server.port}"
+
+
+class Contact:
+    """Says when the connections to one server are lost, and when it answers again.
+
+    Before the first connection it says nothing: whoever connects gets the error.
+
+    Args:
+        name: How a sentence about the server begins.
+        tally: Counts the connections that replace lost ones.
+    """
+
+    __slots__ = ("_lost_at", "_met", "_name", "_said", "_tally")
+
+    def __init__(self, name: str, tally: Tally) -> None:
+        self._name = name
+        self._tally = tally
+        self._met = False
+        # Since when it is lost, in monotonic time, and whether a record says so.
+        self._lost_at: float | None = None
+        self._said = False
+
+    def lost(self, error: FFError) -> None:
+        """Note that a connection is lost, or that none can be made."""
+        if not self._met:
+            return
+        if self._lost_at is None:
+            self._lost_at = time.monotonic()
+        said = say_seldom(
+            logging.WARNING,
+            "contact",
+            self._name,
+            "%s is not reached: %s Connecting again.",
+            self._name,
+            error,
+        )
+        self._said = self._said or said
+
+    def made(self) -> None:
+        """Note that a connection is made, and that the server has answered on it."""
+        self._met = True
+        lost_at, self._lost_at = self._lost_at, None
+        if lost_at is None:
+            return
+        self._tally.note("reconnects")
+        if self._said:
+            self._said = False
+            say(
+                logging.INFO,
+                "%s answers again, %.1f s after a connection to it was lost.",
+                self._name,
+                time.monotonic() - lost_at,
+            )
