@@ -77,6 +77,7 @@ def _parser() -> Parser:
     read.add_info(commands)
     read.add_inspect(commands)
     look.add_ls(commands)
+    look.add_why(commands)
     control.add_submit(commands)
     control.add_signal(commands)
     control.add_cancel(commands)

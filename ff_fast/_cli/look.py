@@ -1,4 +1,4 @@
-"""``ff-fast ls``: commands of those who look after a deployment."""
+"""``ff-fast ls`` and ``why``: commands of those who look after a deployment."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ff_fast import FailureClass
 from ff_fast._cli.shared import DONE, add_url, connect, one_line, pair, whole, write_json
+from ff_fast._core.explain import signal_text
 from ff_fast._core.operations import STATES
 
 if TYPE_CHECKING:
@@ -17,6 +18,34 @@ if TYPE_CHECKING:
     from ff_fast._cli.shared import Commands
 
 _PAGE = 500
+
+
+# -- why --------------------------------------------------------------------------------------------
+
+
+def add_why(commands: Commands) -> None:
+    parser = commands.add(
+        why,
+        help_text="tell the history of an execution: why it failed, who has it, where its frames are",
+        description=(
+            "Tells when an execution was created and claimed, why its attempts ended, who holds its lease or what"
+            " it waits for, and by which rule frames have left its streams."
+        ),
+    )
+    parser.add_argument("execution_id", metavar="EXECUTION_ID")
+    add_url(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON list of sentences")
+
+
+def why(arguments: argparse.Namespace) -> int:
+    with connect(arguments) as backend:
+        told = backend.explain(arguments.execution_id)
+    if arguments.json:
+        write_json(told)
+    else:
+        for sentence in told:
+            print(one_line(sentence))
+    return DONE
 
 
 # -- ls ---------------------------------------------------------------------------------------------
@@ -97,7 +126,8 @@ def _remark(each: ExecutionSummary) -> str:
     if each.state == "active":
         return f"worker {one_line(each.worker_instance_id)}, attempt {each.attempt_index}"
     if each.state == "suspended":
-        return f"waits for {one_line(', '.join(each.waiting_for) or each.suspension_reason)}"
+        signals = " or ".join(map(signal_text, each.waiting_for))
+        return f"waits for {one_line(signals or each.suspension_reason)}"
     if each.state == "delayed" and each.error is None:
         return f"until {until(each.due_at_ms)}"
     if each.error is not None:

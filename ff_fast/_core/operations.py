@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, g
 from ff_fast import keys
 from ff_fast._core import claiming, flows, listing, ops, ready, supervision
 from ff_fast._core import durability as levels
+from ff_fast._core import explain as telling
 from ff_fast._core import usage as usage_steps
 from ff_fast._core import writer as writers
 from ff_fast._core.completions import CompletionCore
@@ -485,6 +486,20 @@ def list_workers(on: Deployment) -> Call[tuple[WorkerSummary, ...]]:
     active executions.
     """
     return Call(lambda: listing.workers(on.partitions), writes=False, own_connection=True)
+
+
+def explain(on: Deployment, execution_id: str) -> Call[tuple[str, ...]]:
+    """Tell the history of an execution in sentences, for people.
+
+    They say when it was created, who claimed it when, why each attempt ended, who holds the lease or what it waits for,
+    and which frames have left its streams by which rule. Texts of callers and workers, such as errors, are in them as
+    they are. Programs take `describe` and `describe_stream`, from which the sentences are made.
+
+    Raises:
+        ExecutionNotFound: There is no such execution.
+    """
+    eid = keys.canonical_execution_id(execution_id)
+    return Call(lambda: telling.explain(eid), writes=False)
 
 
 def claim(

@@ -231,9 +231,7 @@ def version(
             granted,
         )
 
-    return Op(
-        b"ff_version", at, tuple(right.encode() for right in rights), parse, read_only=True
-    )
+    return Op(b"ff_version", at, tuple(right.encode() for right in rights), parse, read_only=True)
 
 
 Hints = list[tuple[str, str, bytes]]
@@ -1030,7 +1028,9 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
             ended_at_ms=when(meta.get("closed_at")),
             log_added=int(streams.get("log_added", 0)),
             log_first_id=streams.get("log_first"),
-            live_first_sequence=entry_id(live_first)[1] - int(streams.get("live_first_frames", 1)) + 1
+            live_first_sequence=entry_id(live_first)[1]
+            - int(streams.get("live_first_frames", 1))
+            + 1
             if live_first
             else None,
             live_ttl_ms=ttl_ms,
