@@ -78,6 +78,8 @@ def _parser() -> Parser:
     read.add_inspect(commands)
     look.add_ls(commands)
     look.add_why(commands)
+    look.add_doctor(commands)
+    look.add_acl(commands)
     control.add_submit(commands)
     control.add_signal(commands)
     control.add_cancel(commands)

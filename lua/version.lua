@@ -36,7 +36,7 @@ redis.register_function({
       for word in string.gmatch(right, '%S+') do
         words[#words + 1] = word
       end
-      local known, may = pcall(redis.acl_check_cmd, unpack(words, 1, 8))
+      local known, may = pcall(redis.acl_check_cmd, unpack(words))
       rights[i] = known and (may and '1' or '0') or '?'
     end
     return ff.ok('@CONTRACT@', '@DIGEST@', partitions, eviction_policy, engine, settings, table.concat(rights))

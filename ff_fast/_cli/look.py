@@ -1,15 +1,17 @@
-"""``ff-fast ls`` and ``why``: commands of those who look after a deployment."""
+"""``ff-fast ls``, ``why``, ``doctor`` and ``acl``: commands of those who look after a deployment."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from typing import TYPE_CHECKING
 
-from ff_fast import FailureClass
-from ff_fast._cli.shared import DONE, add_url, connect, one_line, pair, whole, write_json
+from ff_fast import DeploymentWarning, FailureClass, InvalidInput
+from ff_fast._cli.shared import DONE, FAILED, add_url, connect, one_line, pair, whole, write_json
 from ff_fast._core.explain import signal_text
 from ff_fast._core.operations import STATES
+from ff_fast._core.roles import ROLES, acl_line
 
 if TYPE_CHECKING:
     import argparse
@@ -45,6 +47,70 @@ def why(arguments: argparse.Namespace) -> int:
     else:
         for sentence in told:
             print(one_line(sentence))
+    return DONE
+
+
+# -- doctor -----------------------------------------------------------------------------------------
+
+
+def add_doctor(commands: Commands) -> None:
+    parser = commands.add(
+        doctor,
+        help_text="check server, persistence, library, clock, supervision and rights",
+        description=(
+            "Checks the deployment and the rights of the user that the URL names. It changes nothing, and exits with 1"
+            " if a check has failed."
+        ),
+    )
+    parser.add_argument(
+        "--role",
+        choices=ROLES,
+        metavar="ROLE",
+        help=f"the part that the user plays: {', '.join(ROLES)}",
+    )
+    add_url(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    with warnings.catch_warnings():
+        # It is told below.
+        warnings.simplefilter("ignore", DeploymentWarning)
+        with connect(arguments) as backend:
+            found = backend.diagnose(role=arguments.role)
+    for each in found:
+        if arguments.json:
+            write_json(plain(each))
+        else:
+            print(f"{each.level:<8} {each.check:<12} {each.text}")
+    return FAILED if any(each.level == "failed" for each in found) else DONE
+
+
+# -- acl --------------------------------------------------------------------------------------------
+
+
+def add_acl(commands: Commands) -> None:
+    parser = commands.add(
+        acl,
+        help_text="print the ACL line of a user for a role",
+        description=(
+            "Prints what a server has to be told to make a user with the rights of a role, and no others. With several"
+            " roles it is one user for all of them; without a role there is one for each. Add 'on' and a password."
+        ),
+    )
+    parser.add_argument("roles", nargs="*", metavar="ROLE", help=", ".join(ROLES))
+    parser.add_argument("--user", metavar="NAME", help="name of the user (default: ff_ROLE)")
+    parser.add_argument("--cluster", action="store_true", help="of a cluster, for each node")
+
+
+def acl(arguments: argparse.Namespace) -> int:
+    given = arguments.roles
+    if unknown := [name for name in given if name not in ROLES]:
+        raise InvalidInput(f"There is no role {unknown[0]}. The roles are {', '.join(ROLES)}.")
+    if not given and arguments.user:
+        raise InvalidInput("Name the roles of the user.")
+    for names in [given] if given else [[name] for name in ROLES]:
+        print(acl_line(names, arguments.user, cluster=arguments.cluster))
     return DONE
 
 

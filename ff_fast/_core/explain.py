@@ -6,11 +6,11 @@ import time
 from typing import TYPE_CHECKING
 
 from ff_fast._core import ops
-from ff_fast._core.steps import Steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from ff_fast._core.steps import Steps
     from ff_fast.types import ExecutionDescription, StateTransition, StreamDescription
 
 MOST_ATTEMPTS = 10

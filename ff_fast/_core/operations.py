@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 from ff_fast import keys
-from ff_fast._core import claiming, flows, listing, ops, ready, supervision
+from ff_fast._core import claiming, diagnosis, flows, listing, ops, ready, supervision
 from ff_fast._core import durability as levels
 from ff_fast._core import explain as telling
 from ff_fast._core import usage as usage_steps
@@ -23,6 +23,7 @@ from ff_fast._core.completions import CompletionCore
 from ff_fast._core.durability import DEFAULT_TIMEOUT_S, Level
 from ff_fast._core.follow import Ended, FollowCore, WaitCore
 from ff_fast._core.leases import LeaseClock, is_lease_lost, say_lost, told_as
+from ff_fast._core.roles import ROLES
 from ff_fast._core.stats import stats_of
 from ff_fast._core.steps import Pause, Step, Steps, applied_in_part
 from ff_fast._core.summary import fold
@@ -56,6 +57,7 @@ from ff_fast.types import (
     FailOutcome,
     FailureClass,
     FailureReason,
+    Finding,
     FlowDescription,
     Frame,
     Handle,
@@ -500,6 +502,21 @@ def explain(on: Deployment, execution_id: str) -> Call[tuple[str, ...]]:
     """
     eid = keys.canonical_execution_id(execution_id)
     return Call(lambda: telling.explain(eid), writes=False)
+
+
+def diagnose(on: Deployment, *, role: str | None = None) -> Call[tuple[Finding, ...]]:
+    """Look at the deployment: server, memory policy, persistence, library, clock, supervision, rights of this user.
+
+    Nothing is changed. What this user may not ask for is ``unknown``. In a cluster it is one node that tells of itself.
+
+    Args:
+        role: The part that this user shall play, one of those of ``ff-fast acl``; a right that it lacks is a failure. None
+            tells which roles the user has.
+    """
+    if role is not None and role not in ROLES:
+        raise InvalidInput(f"role must be one of {', '.join(ROLES)}.")
+    names = list(ROLES) if role is None else [role]
+    return Call(lambda: diagnosis.diagnose(on, names, role), writes=False)
 
 
 def claim(

@@ -41,7 +41,14 @@ from .handle import (
     HandleKind,
     HandleOpaque,
 )
-from .listing import ExecutionPage, ExecutionSummary, LaneSummary, WorkerSummary
+from .listing import (
+    ExecutionPage,
+    ExecutionSummary,
+    Finding,
+    FindingLevel,
+    LaneSummary,
+    WorkerSummary,
+)
 from .stats import (
     FramesByMode,
     GapsByReason,
@@ -196,6 +203,8 @@ __all__ = [  # noqa: RUF022 - by topic
     "ExecutionPage",
     "LaneSummary",
     "WorkerSummary",
+    "FindingLevel",
+    "Finding",
     # numbers
     "FramesByMode",
     "GapsByReason",

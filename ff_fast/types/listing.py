@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ._value import Value
 
@@ -12,6 +12,25 @@ if TYPE_CHECKING:
     from ff_fast.errors import ExecutionState
 
     from .work import FailureClass
+
+
+FindingLevel = Literal["ok", "warning", "failed", "unknown"]
+"""How a check has ended; ``unknown`` where this user may not ask."""
+
+
+class Finding(Value):
+    """What a check of a deployment has found.
+
+    Attributes:
+        check: What was looked at: ``server``, ``memory``, ``persistence``, ``library``, ``partitions``, ``clock``,
+            ``supervisor`` or ``rights``.
+        level: How that has ended.
+        text: What was found and what to do, in sentences.
+    """
+
+    check: str
+    level: FindingLevel
+    text: str
 
 
 class ExecutionSummary(Value):
