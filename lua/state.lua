@@ -143,14 +143,14 @@ end
 
 -- Lists an execution under the state in which it has ended.
 local function list_ended(execution)
-  local pcall, state = redis.pcall, execution.state
+  local state = execution.state
   local member = execution.id .. ' ' .. execution.fields.lane_id
-  pcall('ZREM', ff.key('listed', execution.slot_tag), member)
+  redis.pcall('ZREM', ff.key('listed', execution.slot_tag), member)
   if state ~= 'completed' then
     local key = ff.key('ended', execution.slot_tag, state)
-    pcall('ZADD', key, ff.text(execution.now), member)
-    pcall('ZREMRANGEBYRANK', key, '0', ENDED_BEYOND)
-    pcall('PEXPIRE', key, ENDED_MS)
+    redis.pcall('ZADD', key, ff.text(execution.now), member)
+    redis.pcall('ZREMRANGEBYRANK', key, '0', ENDED_BEYOND)
+    redis.pcall('PEXPIRE', key, ENDED_MS)
   end
 end
 

@@ -1,3 +1,6 @@
+-- More than any command needs.
+local WORDS = 12
+
 -- ff_version
 --   keys:    partitions probe
 --   args:    right...
@@ -9,8 +12,8 @@
 -- its memory has no limit. `engine` is name and version of the server, and `settings` is '1' where the caller may ask
 -- for the settings of persistence, which a function may not. A server of ff_fast.embedded, which is thrown away, tells
 -- neither. All are '' where the caller may not read INFO: a refused command would fill the log of ACL violations.
--- `rights` has a letter for each `right`, a command with its arguments and blanks between: 1 where the caller may run it,
--- 0 where not, and ? where the server does not know the command. None of them is run.
+-- `rights` has a letter for each `right`, a command and arguments with blanks between, of which the last one is repeated:
+-- 1 where the caller may run it, 0 where not, and ? where the server does not know the command. None of them is run.
 redis.register_function({
   function_name = 'ff_version',
   callback = function(keys, args)
@@ -36,7 +39,11 @@ redis.register_function({
       for word in string.gmatch(right, '%S+') do
         words[#words + 1] = word
       end
-      local known, may = pcall(redis.acl_check_cmd, unpack(words))
+      -- Servers crash where a command has too few arguments: only this question comes without a check of their number.
+      while #words < WORDS do
+        words[#words + 1] = words[#words] or ''
+      end
+      local known, may = pcall(redis.acl_check_cmd, unpack(words, 1, WORDS))
       rights[i] = known and (may and '1' or '0') or '?'
     end
     return ff.ok('@CONTRACT@', '@DIGEST@', partitions, eviction_policy, engine, settings, table.concat(rights))

@@ -33,13 +33,14 @@ def diagnose(
 ) -> Steps[tuple[Finding, ...]]:
     """Look at everything; *required* is the role that the user must have."""
     rights = {name: _rights(ROLES[name]) for name in roles}
-    asked = [question for each in rights.values() for _, question in each]
-    version = ops.version((keys.PARTITIONS_CONFIG,), asked)
-    clock = Command(keys.PARTITIONS_CONFIG, _TIME)
+    # What is refused would fill the server's log of violations.
+    asked = [f"zrangebyscore ff:idx:{_SOMEWHERE}:timers"]
+    asked += [question for each in rights.values() for _, question in each]
+    held = yield from ops.call(ops.version((keys.PARTITIONS_CONFIG,), asked))
+    may_supervise, granted = held.rights[:1] == "1", held.rights[1:]
     began = time.time()
-    reply, told = yield Step((version.command(), clock))
+    (told,) = yield Step((Command(keys.PARTITIONS_CONFIG, _TIME),))
     ended = time.time()
-    held = version.answer(reply)
     found = [*_server(held)]
     found += yield from _persistence(held)
     found += _library_of(held, on.partitions)
@@ -49,8 +50,11 @@ def diagnose(
     else:
         now_ms = time_ms(told)
         found.append(_clock(now_ms, began, ended))
-    found += yield from _supervisor(on.partitions, now_ms)
-    found += _roles(rights, held.rights, required)
+    if now_ms is None or not may_supervise:
+        found.append(Finding("supervisor", "unknown", "This user may not read timers."))
+    else:
+        found.append((yield from _supervisor(on.partitions, now_ms)))
+    found += _roles(rights, granted, required)
     return tuple(found)
 
 
@@ -123,10 +127,8 @@ def _clock(now_ms: int, began: float, ended: float) -> Finding:
     return Finding("clock", "ok", f"Less than {max(off_ms, 1) / 1000:.3f} s off the server.")
 
 
-def _supervisor(partitions: int, now_ms: int | None) -> Steps[list[Finding]]:
+def _supervisor(partitions: int, now_ms: int) -> Steps[Finding]:
     """Whether timers are long overdue: then nobody fires them."""
-    if now_ms is None:
-        return [Finding("supervisor", "unknown", "The server's time is not known.")]
     before = b"%d" % (now_ms - _OVERDUE_MS)
     replies = yield Step(
         [
@@ -140,48 +142,66 @@ def _supervisor(partitions: int, now_ms: int | None) -> Steps[list[Finding]]:
         partial=True,
     )
     oldest: list[int] = []
-    for reply in replies:
-        if isinstance(reply, Exception):
-            error = reply if isinstance(reply, FFError) else from_server_error(str(reply))
-            if isinstance(error, PermissionDenied):
-                return [Finding("supervisor", "unknown", "This user may not read timers.")]
-            text = f"Timers of a partition cannot be read: {error}"
-            return [Finding("supervisor", "failed", text)]
-        if page := checked(reply):
+    for index, reply in enumerate(replies):
+        try:
+            page = checked(reply)
+        except FFError as error:
+            text = f"The timers of partition {index} cannot be read: {error}"
+            return Finding("supervisor", "failed", text)
+        if page:
             oldest.append(int(float(page[1])))
     if not oldest:
-        return [Finding("supervisor", "ok", "No timer is overdue.")]
+        return Finding("supervisor", "ok", "No timer is overdue.")
     late = (now_ms - min(oldest)) / 1000
     text = (
         f"Timers of {len(oldest)} partitions are overdue, one of them for {late:.0f} s: nobody supervises. Lost"
         " workers are not replaced and retries do not begin. Run a worker or ff-fast supervise."
     )
-    return [Finding("supervisor", "failed", text)]
+    return Finding("supervisor", "failed", text)
 
 
 # -- rights ----------------------------------------------------------------------------------------
 
 
 def _rights(role: Role) -> list[tuple[str, str]]:
-    """Return each rule of a role, with a command that a user may run who has it."""
+    """Return each rule of a role, with a command that a user may run who has it.
+
+    The last argument stands for all that follow.
+    """
     rules = role.rules.split()
+    patterns = [rule for rule in rules if "~" in rule]
+    any_key = _sample(next((rule for rule in patterns if rule.startswith("~")), patterns[0]))
     reading = next(rule for rule in _READING if rule in rules)[1:]
     writing = next((rule for rule in _WRITING if rule in rules), "+set")[1:]
+    channels = [rule for rule in rules if rule.startswith("&")]
     publishing = "spublish" if "+spublish" in rules else "ssubscribe"
     found: list[tuple[str, str]] = []
     for rule in rules:
         if rule.startswith("+"):
-            found.append((rule, rule[1:].replace("|", " ")))
-        elif rule.startswith("&"):
-            found.append((rule, f"{publishing} {rule[1:].replace('*', _SOMEWHERE)} 1"))
-        elif "~" in rule:
-            mode, _, pattern = rule.partition("~")
-            key = pattern.replace("*", _SOMEWHERE)
+            words = rule[1:].replace("|", " ")
+            if words.startswith("fcall"):
+                words += " 0"
+            elif "publish" in words or "subscribe" in words:
+                words += f" {_sample(channels[0])}"
+            elif words == "bzmpop":
+                words += f" 0 1 {any_key}"
+            else:
+                words += f" {any_key}"
+            found.append((rule, words))
+        elif rule in channels:
+            found.append((rule, f"{publishing} {_sample(rule)}"))
+        elif rule in patterns:
+            mode = rule.partition("~")[0]
             if "W" not in mode:
-                found.append((rule, f"{reading} {key}"))
+                found.append((rule, f"{reading} {_sample(rule)}"))
             if "R" not in mode:
-                found.append((rule, f"{writing} {key} 1 1"))
+                found.append((rule, f"{writing} {_sample(rule)}"))
     return found
+
+
+def _sample(rule: str) -> str:
+    """Return a key or a channel that a pattern matches."""
+    return rule[rule.index("ff:") :].replace("*", _SOMEWHERE)
 
 
 def _roles(

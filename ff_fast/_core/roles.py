@@ -35,21 +35,22 @@ ROLES = {
         "+time +type +zadd +zcard +zremrangebyrank +zrevrangebyscore +zscore",
     ),
     "worker": Role(
-        "Claims, opens named streams, takes over from lost workers, streams, reports, suspends, creates children, and ends.",
+        "Claims, opens named streams, takes over from lost workers, streams, reports, suspends, creates children, ends, and supervises.",
         "resetchannels -@all %R~ff:config:* ~ff:exec:* ~ff:attempt:* ~ff:stream:* ~ff:sec:* ~ff:flow:* "
         "~ff:budget:* ~ff:idx:* ~ff:lane:* ~ff:part:* &ff:exec:* &ff:part:* &ff:stream:* +fcall|ff_append "
-        "+fcall|ff_cancel_execution +fcall|ff_charge_budget +fcall|ff_claim +fcall|ff_claim_execution "
-        "+fcall|ff_complete_execution +fcall|ff_create_execution +fcall|ff_create_waitpoint "
-        "+fcall|ff_delay_execution +fcall|ff_fail_execution +fcall|ff_forget_hints +fcall|ff_give_back "
-        "+fcall|ff_hint +fcall|ff_open_stream +fcall|ff_open_writer +fcall|ff_release_charge "
-        "+fcall|ff_renew_lease +fcall|ff_report_progress +fcall|ff_report_usage +fcall|ff_suspend_execution "
-        "+fcall|ff_wait_children +fcall_ro|ff_describe_attempt +fcall_ro|ff_describe_execution "
-        "+fcall_ro|ff_observe_signals +fcall_ro|ff_read_payload +fcall_ro|ff_read_summary "
-        "+fcall_ro|ff_version +bzmpop +client|setinfo +client|setname +del +exists +get +hdel +hexists +hget "
-        "+hgetall +hlen +hmget +hset +lrange +persist +pexpire +pexpireat +rpush +sadd +scard +set +setrange "
-        "+spublish +srandmember +srem +ssubscribe +sunsubscribe +time +type +unlink +wait +waitaof +xadd "
-        "+xinfo|stream +xlen +xrange +xrevrange +xtrim +zadd +zcard +zpopmin +zrange +zrangebylex "
-        "+zrangebyscore +zrem +zremrangebyrank +zrevrangebyscore +zscore",
+        "+fcall|ff_cancel_execution +fcall|ff_cancel_members +fcall|ff_charge_budget +fcall|ff_claim "
+        "+fcall|ff_claim_execution +fcall|ff_complete_execution +fcall|ff_create_execution "
+        "+fcall|ff_create_waitpoint +fcall|ff_delay_execution +fcall|ff_fail_execution +fcall|ff_fire_timer "
+        "+fcall|ff_forget_hints +fcall|ff_give_back +fcall|ff_hint +fcall|ff_open_stream "
+        "+fcall|ff_open_writer +fcall|ff_release_charge +fcall|ff_renew_lease +fcall|ff_report_progress "
+        "+fcall|ff_report_usage +fcall|ff_suspend_execution +fcall|ff_wait_children "
+        "+fcall_ro|ff_describe_attempt +fcall_ro|ff_describe_execution +fcall_ro|ff_observe_signals "
+        "+fcall_ro|ff_read_payload +fcall_ro|ff_read_summary +fcall_ro|ff_version +bzmpop +client|setinfo "
+        "+client|setname +del +exists +get +hdel +hexists +hget +hgetall +hlen +hmget +hset +lrange +persist "
+        "+pexpire +pexpireat +rpush +sadd +scard +set +setrange +spublish +srandmember +srem +ssubscribe "
+        "+sunsubscribe +time +type +unlink +wait +waitaof +xadd +xinfo|stream +xlen +xrange +xrevrange +xtrim "
+        "+zadd +zcard +zpopmin +zrange +zrangebylex +zrangebyscore +zrem +zremrangebyrank +zrevrangebyscore "
+        "+zscore",
     ),
     "supervisor": Role(
         "Fires due timers: expired leases, delays, timeouts, cancellations.",
@@ -62,15 +63,17 @@ ROLES = {
         "+zremrangebyrank +zrevrangebyscore +zscore",
     ),
     "operator": Role(
-        "Cancels and removes executions, cancels flows, and sets budgets.",
-        "resetchannels -@all %R~ff:config:* ~ff:exec:*:core %W~ff:exec:* %W~ff:attempt:* %W~ff:stream:* "
-        "%R~ff:stream:*:head %R~ff:stream:*:meta ~ff:flow:* ~ff:budget:* ~ff:idx:* ~ff:lane:* ~ff:part:* "
-        "%W~ff:sec:* &ff:exec:* &ff:part:* &ff:stream:* +fcall|ff_cancel_execution +fcall|ff_cancel_flow "
-        "+fcall|ff_cancel_members +fcall|ff_create_budget +fcall|ff_delete_execution +fcall|ff_hint "
-        "+fcall_ro|ff_describe_flow +fcall_ro|ff_version +client|setinfo +client|setname +del +exists +get "
-        "+hdel +hget +hgetall +hlen +hmget +hset +persist +pexpire +pexpireat +sadd +scard +set +spublish "
-        "+srem +time +type +unlink +wait +waitaof +xadd +zadd +zcard +zrangebylex +zrem +zremrangebyrank "
-        "+zrevrangebyscore +zscore",
+        "Looks at everything but payloads, cancels and removes executions, cancels flows, and sets budgets.",
+        "resetchannels -@all %R~ff:config:* ~ff:exec:*:core %W~ff:exec:* ~ff:flow:* ~ff:budget:* ~ff:idx:* "
+        "~ff:lane:* ~ff:part:* %W~ff:sec:* ~ff:attempt:* ~ff:stream:* %R~ff:exec:*:history "
+        "%R~ff:exec:*:suspension:current %R~ff:exec:*:tags %R~ff:exec:*:usage &ff:exec:* &ff:part:* "
+        "&ff:stream:* +fcall|ff_cancel_execution +fcall|ff_cancel_flow +fcall|ff_cancel_members "
+        "+fcall|ff_create_budget +fcall|ff_delete_execution +fcall|ff_hint +fcall_ro|ff_describe_attempt "
+        "+fcall_ro|ff_describe_execution +fcall_ro|ff_describe_flow +fcall_ro|ff_list_executions "
+        "+fcall_ro|ff_list_lanes +fcall_ro|ff_version +client|setinfo +client|setname +del +exists +get +hdel "
+        "+hget +hgetall +hlen +hmget +hset +persist +pexpire +pexpireat +sadd +scard +set +spublish +srem "
+        "+time +type +unlink +wait +waitaof +xadd +xinfo|stream +xlen +xrevrange +zadd +zcard +zrangebylex "
+        "+zrangebyscore +zrem +zremrangebyrank +zrevrangebyscore +zscore",
     ),
     "signaller": Role(
         "Delivers signals. It checks tokens, so it can read the secrets that sign them: a user for gateways alone.",
@@ -91,15 +94,16 @@ ROLES = {
         "+zrangebyscore +zrem +zrevrange +zscore",
     ),
     "reader": Role(
-        "Reads: tails, pages, summaries, results, descriptions, completions. No way to write, and no secret.",
+        "Reads: tails, pages, summaries, results, descriptions, listings, completions. No way to write, and no secret.",
         "resetchannels -@all %R~ff:config:* %R~ff:exec:*:core %R~ff:exec:*:history %R~ff:exec:*:result "
-        "%R~ff:exec:*:suspension:current %R~ff:exec:*:tags %R~ff:exec:*:usage %R~ff:attempt:*:summary "
-        "%R~ff:stream:* %R~ff:flow:* %R~ff:idx:*:timers %R~ff:part:* &ff:exec:* &ff:part:* &ff:stream:* "
+        "%R~ff:exec:*:suspension:current %R~ff:exec:*:tags %R~ff:exec:*:usage %R~ff:stream:* %R~ff:flow:* "
+        "%R~ff:part:* %R~ff:attempt:* %R~ff:idx:* &ff:exec:* &ff:part:* &ff:stream:* "
         "+fcall_ro|ff_describe_attempt +fcall_ro|ff_describe_execution +fcall_ro|ff_describe_flow "
-        "+fcall_ro|ff_read_payload +fcall_ro|ff_read_range +fcall_ro|ff_read_state +fcall_ro|ff_read_summary "
-        "+fcall_ro|ff_read_tags +fcall_ro|ff_version +client|setinfo +client|setname +exists +get +hget "
-        "+hgetall +hmget +scard +sscan +ssubscribe +sunsubscribe +time +xinfo|stream +xlen +xrange +xrevrange "
-        "+zcard +zrangebylex +zscore",
+        "+fcall_ro|ff_list_executions +fcall_ro|ff_list_lanes +fcall_ro|ff_read_payload "
+        "+fcall_ro|ff_read_range +fcall_ro|ff_read_state +fcall_ro|ff_read_summary +fcall_ro|ff_read_tags "
+        "+fcall_ro|ff_version +client|setinfo +client|setname +exists +get +hget +hgetall +hmget +scard "
+        "+sscan +ssubscribe +sunsubscribe +time +xinfo|stream +xlen +xrange +xrevrange +zcard +zrangebylex "
+        "+zrangebyscore +zrevrangebyscore +zscore",
     ),
 }
 """Each role by its name."""

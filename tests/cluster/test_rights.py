@@ -133,10 +133,10 @@ async def test_a_node_without_the_library_for_a_user_that_may_not_load_it(shell,
 async def test_a_user_that_may_not_subscribe_on_one_node(shell, guarded, lane):
     cluster, raw = guarded
     bring_library(cluster)
-    take(raw.nodes[1:2], "ff_tailer", "-ssubscribe")
+    take(raw.nodes[1:2], "ff_reader", "-ssubscribe")
     async with (
         await shell.connect(url_of(cluster, "ff_deploy")) as deploy,
-        await shell.connect(url_of(cluster, "ff_tailer")) as tailer,
+        await shell.connect(url_of(cluster, "ff_reader")) as tailer,
     ):
         take(raw.nodes, "ff_deploy", "+@all", "~*", "&*")
         for index, node in enumerate(cluster.nodes):
