@@ -22,7 +22,8 @@ end
 --   errors:  invalid_input flow_not_found flow_already_terminal execution_not_found
 --
 -- The status is DUPLICATE, and nothing is changed, where the execution exists: a caller that lost the reply asks again,
--- and gets the hint again. `flow` is any key of the slot where flow_id is ''.
+-- and gets the hint again. `flow` is any key of the slot where flow_id is ''. The pair `traceparent` is no tag, and stands
+-- in the core: the span of whoever creates the execution.
 redis.register_function('ff_create_execution', function(keys, args)
   local call = redis.call
   local core_key, payload_key, tags_key, flow_key = unpack(keys, 1, 4)
@@ -33,7 +34,7 @@ redis.register_function('ff_create_execution', function(keys, args)
     not all_integers(priority, retention_ms, delay_ms, deadline_ms, retry_max, retry_delay_ms,
       retry_multiplier_percent, retry_max_delay_ms, retry_jitter_percent, max_reclaims, attempt_timeout_ms)
     or tonumber(priority) > 9000 or tonumber(retention_ms) < 1 or (#args - 20) % 2 ~= 0
-    or (#args - 20) / 2 > ff.MAX_TAGS
+    or (#args - 20) / 2 > ff.MAX_TAGS + 1
   then
     return ff.err('invalid_input', 'argument')
   end
@@ -108,7 +109,7 @@ redis.register_function('ff_create_execution', function(keys, args)
     call('SET', payload_key, payload)
   end
   for i = 21, #args, 2 do
-    call('HSET', tags_key, args[i], args[i + 1])
+    call('HSET', args[i] == 'traceparent' and core_key or tags_key, args[i], args[i + 1])
   end
   if #flow_id > 0 then
     local members_key = ff.key('flow_members', slot_tag, flow_id)
@@ -228,18 +229,24 @@ redis.register_function({
 -- ff_read_payload
 --   keys:    core payload
 --   args:
---   returns: payload
+--   returns: payload traceparent
 --   errors:  execution_not_found
 --
--- The payload or the result of an execution: `payload` is the key of either.
+-- The payload or the result of an execution: `payload` is the key of either. The traceparent is left out where there is
+-- none.
 redis.register_function({
   function_name = 'ff_read_payload',
   callback = function(keys)
     local core_key, payload_key = unpack(keys, 1, 2)
-    if redis.call('EXISTS', core_key) == 0 then
+    local state, traceparent = unpack(redis.call('HMGET', core_key, 'state', 'traceparent'))
+    if not state then
       return ff.err('execution_not_found')
     end
-    return ff.ok(redis.call('GET', payload_key) or '')
+    local payload = redis.call('GET', payload_key) or ''
+    if not traceparent then
+      return ff.ok(payload)
+    end
+    return ff.ok(payload, traceparent)
   end,
   flags = { 'no-writes' },
 })

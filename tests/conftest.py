@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
-from ff_fast import _library, embedded
+from ff_fast import _library, _log, embedded
 
 from . import waiting
 from .router import Router
@@ -238,3 +238,9 @@ def run_python(tmp_path):
         return done.stdout
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said(monkeypatch):
+    """No test keeps another's records back."""
+    monkeypatch.setattr(_log, "_told", {})

@@ -33,6 +33,7 @@ from ff_fast.types import DEFAULT_PAYLOAD_LIMIT
 if TYPE_CHECKING:
     from collections.abc import Hashable, Set
 
+    from ff_fast._core.traces import Tracing
     from ff_fast.types import BackendConfig
 
 READS = "reads"
@@ -58,11 +59,12 @@ class Deployment:
         max_payload_bytes: Largest payload that writers of this backend accept.
         places: What this backend knows to be stored.
         tally: What this backend has done, in numbers.
+        tracing: Makes spans; None while nobody has asked for traces.
     """
 
     __slots__ = (
         "_client_name", "_configured", "_known", "_looked", "_offers", "_released", "_sweeps", "max_payload_bytes",
-        "partitions", "places", "tally",
+        "partitions", "places", "tally", "tracing",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +88,7 @@ class Deployment:
         self.partitions = keys.DEFAULT_PARTITIONS if partitions is None else partitions
         self.max_payload_bytes = max_payload_bytes
         self.tally = Tally()
+        self.tracing: Tracing | None = None
         self.places = Places(replay_ms, replay_bytes, self.tally)
         # Leases that a call of this backend has set out to release. Single calls in C change it.
         self._released: dict[str, None] = {}

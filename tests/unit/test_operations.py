@@ -454,6 +454,7 @@ REFUSALS = {
     ),
     "keep_lease": ({"handle": HANDLE}, {"handle": FOREIGN}),
     "supervise": ({}, {"scope": SCOPES, "interval": DURATIONS}),
+    "stats": ({}, {}),
     "run_worker": (
         {},
         {

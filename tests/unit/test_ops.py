@@ -13,6 +13,7 @@ from ff_fast._core.steps import Step
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import Corruption, Outcome, ProtocolError
 from ff_fast.types import (
+    AttemptDescription,
     CancelFlowPolicy,
     CancelOutcome,
     CapabilitySet,
@@ -926,6 +927,7 @@ ANSWERS = {
                 StateTransition(10, "delayed", "waiting", 0),
                 StateTransition(20, "waiting", "active", 0, "resumed"),
             ),
+            attempts=(AttemptDescription(0, 20),),
         ),
     ),
     "ff_describe_attempt": (
