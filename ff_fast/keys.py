@@ -59,7 +59,7 @@ keys::
 
 ``<eid>`` is the execution id and contains the slot tag as well; ``<i>`` is the attempt index; ``<needs>`` is empty
 for executions that require no capabilities, else a colon and the required ones, in one text with commas; ``<seen>`` is
-a score in ``lane_needs``; ``<task>`` is a UUID that stands for the name of a task, ``<owner>`` a digest of the owner's.  The second column is the name of a function here, of a row
+a score in ``lane_needs``; ``<state>`` is ``failed``, ``cancelled`` or ``expired``; ``<task>`` is a UUID that stands for the name of a task, ``<owner>`` a digest of the owner's.  The second column is the name of a function here, of a row
 of ``ff.KEYS`` in ``lua/prelude.lua``, or of both: a key has one name.  A budget, a lane and the
 configuration have slots of their own, because executions of all partitions use them.
 

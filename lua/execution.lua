@@ -169,8 +169,8 @@ redis.register_function({
   flags = { 'no-writes' },
 })
 
--- What the server tells of a stream, added to a field list under a prefix: entries added so far, and the id of the first
--- that stands there, with the number of its frames.
+-- What the server tells of a stream, added to a field list under a prefix: entries added so far, and the id of the
+-- first that stands there, with the number of its frames.
 local function describe_stream(flat, stream_key, prefix)
   local info = redis.pcall('XINFO', 'STREAM', stream_key)
   for i = 1, #info, 2 do
@@ -215,12 +215,15 @@ redis.register_function({
     if head then
       meta[#meta + 1], meta[#meta + 2] = 'last_id', head.last_id
     end
-    local streams = {}
+    local attempt, streams = {}, {}
+    for name, value in pairs(ff.hash_fields(attempt_key, { 'worker_id', 'worker_instance_id', 'started_at' })) do
+      attempt[#attempt + 1], attempt[#attempt + 2] = name, value
+    end
     describe_stream(streams, log_key, 'log')
     describe_stream(streams, live_key, 'live')
     return ff.ok(
       meta, ff.text(call('XLEN', log_key)), ff.text(call('XLEN', live_key)),
-      call('HGET', summary_key, 'version') or '0', left, call('HGETALL', attempt_key), streams
+      call('HGET', summary_key, 'version') or '0', left, attempt, streams
     )
   end,
   flags = { 'no-writes' },

@@ -1,12 +1,12 @@
--- What a deployment has: executions, queues of lanes, and how many executions are in which state. Every function here is
--- `no-writes`, and each call is about one partition and bounded.
+-- What a deployment has: executions, queues of lanes, and how many executions are in which state. Every function here
+-- is `no-writes`, and each call is about one partition and bounded.
 --
 -- Executions that have not ended are members `<execution id> <lane>` of one sorted set, see ff.OPEN_STATES. Those that
 -- ended without success are in one set a state, by the time of their end; those that completed are in the stream of
 -- completions. What an index names and the core denies is left out: keys of an ended execution expire, and the indexes
 -- keep its name a little longer.
 
--- Members that a call looks at, of all indexes together, at some 0.7 us each, and the cores that it reads, at some 4 us.
+-- Members that a call looks at, of all indexes together, at some 0.7 us each, and the cores that it reads, at some 4.
 local MEMBERS, CORES = 512, 128
 -- Executions of one answer.
 local MOST = 64
@@ -82,7 +82,7 @@ local function shortened(text)
   return text and string.sub(text, 1, TEXT)
 end
 
--- The core of a listed execution, as a table; nil where it is not in the state for which it is listed, or is not wanted.
+-- The core of a listed execution, as a table; nil where it is not in the state for which it is listed, or not wanted.
 local function core_of(slot_tag, entry, suffix, namespace, tag_name, tag_value)
   local core_key = ff.key('core', slot_tag, entry.id)
   local fields = ff.hash_fields(core_key, FIELDS)
@@ -217,10 +217,10 @@ end
 --   returns: next_queue next_offset now queues counts
 --   errors:  invalid_input
 --
--- `queues` has for each queue behind `queue_after` its name, as in the keys, how many executions wait in it, and when the
--- oldest was created. `counts` has `<state> <lane>` and a number: of the open executions that do not wait, from `offset`
--- on; and, where that is 0, of the failures of the last hour, of at most 256. Both are flat lists. The next call
--- continues with `next_queue` and `next_offset`, each '' where all was looked at, and '' asks for none of them.
+-- `queues` has for each queue behind `queue_after` its name, as in the keys, how many executions wait in it, and when
+-- the oldest was created. `counts` has `<state> <lane>` and a number: of the open executions that do not wait, from
+-- `offset` on; and, where that is 0, of the failures of the last hour, of at most 256. Both are flat lists. The next
+-- call continues with `next_queue` and `next_offset`, each '' where all was looked at, and '' asks for none of them.
 redis.register_function({
   function_name = 'ff_list_lanes',
   callback = function(keys, args)
@@ -266,7 +266,8 @@ redis.register_function({
       next_offset = #page == 2 * MEMBERS and ff.text(from + MEMBERS) or ''
       if from == 0 then
         local since = ff.text(now - RECENT_MS)
-        local failed = call('ZREVRANGEBYSCORE', ff.key('ended', slot_tag, 'failed'), '+inf', since, 'LIMIT', 0, FAILURES)
+        local ended_key = ff.key('ended', slot_tag, 'failed')
+        local failed = call('ZREVRANGEBYSCORE', ended_key, '+inf', since, 'LIMIT', 0, FAILURES)
         for _, member in ipairs(failed) do
           count('failed', member)
         end

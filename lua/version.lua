@@ -12,8 +12,8 @@ local WORDS = 12
 -- its memory has no limit. `engine` is name and version of the server, and `settings` is '1' where the caller may ask
 -- for the settings of persistence, which a function may not. A server of ff_fast.embedded, which is thrown away, tells
 -- neither. All are '' where the caller may not read INFO: a refused command would fill the log of ACL violations.
--- `rights` has a letter for each `right`, a command and arguments with blanks between, of which the last one is repeated:
--- 1 where the caller may run it, 0 where not, and ? where the server does not know the command. None of them is run.
+-- `rights` has a letter for each `right`, a command and arguments with blanks between, of which the last one is
+-- repeated: 1 where the caller may run it, 0 where not, and ? where the server does not know it. None of them is run.
 redis.register_function({
   function_name = 'ff_version',
   callback = function(keys, args)

@@ -11,7 +11,7 @@ from ff_fast._core.deployment import PERSISTENCE, is_older
 from ff_fast._core.roles import ROLES, Role
 from ff_fast._core.steps import Command, Step, Steps, checked, command, time_ms
 from ff_fast._hot.resp import pack_command
-from ff_fast.errors import FFError, PermissionDenied, from_server_error
+from ff_fast.errors import FFError
 from ff_fast.types import Finding
 
 if TYPE_CHECKING:
