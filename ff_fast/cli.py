@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ff_fast import FFError, InvalidInput, __version__
-from ff_fast._cli import control, demo, look, read
+from ff_fast._cli import control, demo, look, read, top
 from ff_fast._cli.shared import (
     FAILED,
     TOKEN_VARIABLE,
@@ -77,6 +77,7 @@ def _parser() -> Parser:
     read.add_info(commands)
     read.add_inspect(commands)
     look.add_ls(commands)
+    top.add_top(commands)
     look.add_why(commands)
     look.add_doctor(commands)
     look.add_acl(commands)

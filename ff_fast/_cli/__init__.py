@@ -2,7 +2,7 @@
 
 - ``demo``: demo.
 - ``read``: tail, summary, info, inspect.
-- ``look``: ls.
+- ``look``: ls, why, doctor, acl; ``top``: top.
 - ``control``: submit, signal, cancel, supervise.
 - ``shared``: arguments, exit codes and error messages that several of them use.
 """
