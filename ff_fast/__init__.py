@@ -11,6 +11,7 @@ This module is the blocking interface; :mod:`ff_fast.aio` has the same names, aw
 from typing import TYPE_CHECKING
 
 from ff_fast import _library
+from ff_fast._core.handlers import Worker
 from ff_fast._core.summary import SummaryView
 from ff_fast._core.tail import StreamPage
 from ff_fast._core.worker import TaskFailed, TaskReleased
@@ -349,6 +350,7 @@ __all__ = [
     "WaitpointHmac",
     "WaitpointKind",
     "WaitpointSpec",
+    "Worker",
     "WorkerSummary",
     "Writer",
     "WriterClosed",

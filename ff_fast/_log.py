@@ -37,6 +37,8 @@ def say(
     **about: object,
 ) -> None:
     """Make a record; *raised* comes with its traceback, and what is None in *about* is left out."""
+    if not LOG.isEnabledFor(level):
+        return
     extra = {name: value for name, value in about.items() if value is not None}
     LOG.log(level, message, *arguments, exc_info=raised, extra=extra)
 

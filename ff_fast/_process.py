@@ -99,26 +99,30 @@ atexit.register(_tell_of_exit)
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 _stops: list[Callable[[], None]] = []
 _before: dict[int, Any] = {}
-_interrupted = False
+# Interrupts that came, and those that are for the stops alone.
+_interrupts = 0
+_ours = 1
 
 
-def on_stop_signals(stop: Callable[[], None]) -> Callable[[], None]:
+def on_stop_signals(stop: Callable[[], None], *, twice: bool = False) -> Callable[[], None]:
     """Call *stop* on SIGTERM and SIGINT; return the function that ends this. Outside the main thread, do nothing.
 
     Several workers of one loop share the signals. A second SIGINT calls the handler that was installed before.
 
     Args:
         stop: Called inside the signal handler, at any point of the program: it must take no lock.
+        twice: A second SIGINT is for *stop* too, and a third calls the other handler.
     """
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
-    global _interrupted  # noqa: PLW0603 - signals belong to the process
+    global _interrupts, _ours  # noqa: PLW0603 - signals belong to the process
     if not _stops:
-        _interrupted = False
+        _interrupts, _ours = 0, 1
         for number in _NUMBERS:
             before = signal.signal(number, _stop_all)
             # None: the handler was not installed by Python, so signal.signal() cannot restore it.
             _before[number] = signal.SIG_DFL if before is None else before
+    _ours = max(_ours, 1 + twice)
     _stops.append(stop)
 
     def restore() -> None:
@@ -135,12 +139,12 @@ def on_stop_signals(stop: Callable[[], None]) -> Callable[[], None]:
 
 
 def _stop_all(number: int, frame: FrameType | None) -> None:
-    global _interrupted  # noqa: PLW0603
+    global _interrupts  # noqa: PLW0603
     before = _before.get(number)
     if number == signal.SIGINT:
-        if _interrupted and callable(before):
+        if _interrupts >= _ours and callable(before):
             before(number, frame)
             return
-        _interrupted = True
+        _interrupts += 1
     for stop in tuple(_stops):
         stop()

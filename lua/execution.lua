@@ -232,11 +232,10 @@ redis.register_function({
 -- ff_read_payload
 --   keys:    core payload
 --   args:
---   returns: payload traceparent
+--   returns: payload (traceparent)...
 --   errors:  execution_not_found
 --
--- The payload or the result of an execution: `payload` is the key of either. The traceparent is left out where there is
--- none.
+-- The payload or the result of an execution: `payload` is the key of either. There is one traceparent or none.
 redis.register_function({
   function_name = 'ff_read_payload',
   callback = function(keys)

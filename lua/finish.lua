@@ -50,16 +50,15 @@ function ff.fail_attempt(execution, class, last, reason, message, detail)
     return 'terminal_failed', '0'
   end
   local retries, most = ff.core_number(execution, 'retry_count'), ff.core_number(execution, 'retry_max')
-  local retried = class ~= 'permanent' and class ~= 'cancelled' and retries < most
-  local due = retried and execution.now + retry_delay(execution)
-  ff.set_failure(execution, message, class, detail)
-  if retried then
-    ff.set(execution, 'retry_count', ff.text(retries + 1))
+  if class ~= 'permanent' and class ~= 'cancelled' and retries < most then
+    local due = execution.now + retry_delay(execution)
+    ff.set_failure(execution, message, class, detail, 'retry_count', ff.text(retries + 1))
     ff.end_attempt(execution, reason)
     ff.move(execution, 'delayed', reason)
     ff.set_timer(execution, 'delay', due)
     return 'retry_scheduled', ff.text(due)
   end
+  ff.set_failure(execution, message, class, detail)
   ff.move(execution, last, reason)
   return 'terminal_failed', '0'
 end

@@ -65,9 +65,10 @@ end)
 -- nil where it said nothing.
 function ff.lapse(execution, message, detail)
   local count, most = ff.core_number(execution, 'reclaim_count') + 1, ff.core_number(execution, 'max_reclaims')
-  ff.set(execution, 'reclaim_count', ff.text(count))
   if message then
-    ff.set_failure(execution, message, 'infra_crash', detail)
+    ff.set_failure(execution, message, 'infra_crash', detail, 'reclaim_count', ff.text(count))
+  else
+    ff.set(execution, 'reclaim_count', ff.text(count))
   end
   if count > most then
     if not message then

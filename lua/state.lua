@@ -218,9 +218,10 @@ end
 -- Bytes of the message of a failure that its entry in the history keeps, and the record of the end.
 local ATTEMPT_ERROR, COMPLETION_ERROR = 1024, 256
 
--- Says in the core why an attempt fails; the entry of its end in the history gets the beginning of that.
-function ff.set_failure(execution, message, class, detail)
-  ff.set(execution, 'failure_reason', message, 'failure_class', class, 'failure_detail', detail or '')
+-- Says in the core why an attempt fails; the entry of its end in the history gets the beginning of that. `...` are
+-- other fields of the core that change with it.
+function ff.set_failure(execution, message, class, detail, ...)
+  ff.set(execution, 'failure_reason', message, 'failure_class', class, 'failure_detail', detail or '', ...)
   execution.error, execution.error_class = message, class
 end
 

@@ -18,8 +18,10 @@ from ff_fast._aio.readers import Completions, Follow, Tail, Waiting
 from ff_fast._aio.witness import Witness
 from ff_fast._aio.writers import Senders, Writer
 from ff_fast._core import claiming, operations
-from ff_fast._core.binding import HANDLER, H, R, S, bind, dressed
+from ff_fast._core.binding import HANDLER, R, S, bind, dressed
+from ff_fast._core.handlers import H, options_of
 from ff_fast._core.leases import KeptLeases
+from ff_fast._core.worker import Attending
 from ff_fast._core.writer import FrameWriters, flush_to, settle
 from ff_fast.errors import FFError, WriterClosed
 
@@ -42,6 +44,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _STOP_LOOK_S = 0.05
+_LEAVE_S = 0.5
 _GIVE_BACK_EVERY_S = 0.25
 
 
@@ -65,7 +68,8 @@ def of_handler(
     """Return the coroutine method whose first argument is a handler, in front of the operation's."""
 
     async def method(self: S, handler: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await carry_out(self, handler, make(self._deployment, *args, **kwargs))
+        options: dict[str, Any] = options_of(handler, kwargs)
+        return await carry_out(self, handler, make(self._deployment, *args, **options))
 
     return dressed("ValkeyBackend", method, make, "None", HANDLER)
 
@@ -86,6 +90,7 @@ class Operations(Pool):
         self._writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()
         self._frame_writers: FrameWriters[Writer] = FrameWriters(self._writers)
         self._senders = Senders(self._nodes, self._check_thread, config)
+        self._attending = Attending()
         self._kept = KeptLeases(self._hub, self._loop.call_later)
         self._witnesses: dict[tuple[Node, Durability], Witness] = {}
 
@@ -240,21 +245,29 @@ class Operations(Pool):
             return self._closed or (request.stop is not None and request.stop.is_set())
 
         with request.watch:
-            while not stopped():
-                try:
-                    fired = await self._run(request.round)
-                except FFError as error:
-                    # A retryable error leaves the timers to the next round; any other needs an operator.
-                    if not error.retryable and not self._closed:
-                        raise
-                    if not self._closed:
-                        request.watch.failed(error)
-                else:
-                    request.watch.done(fired)
-                until = time.monotonic() + request.interval_s
-                # *stop* may be any object with is_set(), so it can only be polled.
-                while (left := until - time.monotonic()) > 0 and not stopped():  # noqa: ASYNC110
-                    await asyncio.sleep(min(left, _STOP_LOOK_S))
+            try:
+                while not stopped():
+                    mine, fired = True, 0
+                    try:
+                        mine = await self._run(request.turn)
+                        if mine:
+                            fired = await self._run(request.round)
+                    except FFError as error:
+                        # A retryable error leaves the timers to the next round; any other needs an operator.
+                        if not error.retryable and not self._closed:
+                            raise
+                        if not self._closed:
+                            request.watch.failed(error)
+                    else:
+                        request.watch.done(fired)
+                    until = time.monotonic() + request.pause_s(mine)
+                    # *stop* may be any object with is_set(), so it can only be polled.
+                    while (left := until - time.monotonic()) > 0 and not stopped():  # noqa: ASYNC110
+                        await asyncio.sleep(min(left, _STOP_LOOK_S))
+            finally:
+                if not self._closed:
+                    with contextlib.suppress(FFError):
+                        await self._run(request.leave, until=time.monotonic() + _LEAVE_S)
 
     create_execution = method(operations.create_execution)
     describe = method(operations.describe)

@@ -16,6 +16,7 @@ from ff_fast._aio.writers import Writer
 from ff_fast._core import operations
 from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import dressed
+from ff_fast._core.handlers import Worker
 from ff_fast._core.worker import (
     Action,
     CallHandler,
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_DRAIN_LOOK_S = 0.1
 
 Handler = Callable[["Task"], Awaitable[bytes | str | None]]
 
@@ -224,7 +227,16 @@ class _Interrupt:
 class WorkerLoop:
     """Claims executions of one lane and awaits a handler for each, *concurrency* at once."""
 
-    def __init__(self, backend: Operations, handler: Handler, options: WorkerOptions) -> None:
+    def __init__(
+        self, backend: Operations, handler: Handler | Worker, options: WorkerOptions
+    ) -> None:
+        self.lifespan: Callable[[Any], Any] | None = None
+        if isinstance(handler, Worker):
+            options = handler._offering(options)
+            self.lifespan = handler.lifespan
+            if not handler.is_async:
+                raise InvalidType("The handlers must be coroutine functions.")
+            handler = handler._dispatch
         if not callable(handler):
             raise InvalidType("handler must be a coroutine function.")
         self._backend = backend
@@ -232,6 +244,9 @@ class WorkerLoop:
         self._options = options
         # The caller's event may be shared with other workers, so this loop never sets it.
         self._halt = asyncio.Event()
+        self._signalled = False
+        self._drain = worker_core.Drain(options.drain_s, options.stop)
+        self._context: object = None
         self._error: BaseException | None = None
         self._cancel_after_s = (
             None if options.on_cancel is OnCancel.TELL else options.cancel_grace_s
@@ -239,14 +254,26 @@ class WorkerLoop:
 
     async def run(self) -> None:
         """Run until the caller's event, SIGTERM or SIGINT (in the main thread), or the backend's close."""
+        if self.lifespan is None:
+            await self._run()
+            return
+        opened = self.lifespan(self._backend)
+        if hasattr(opened, "__aenter__"):
+            async with opened as self._context:
+                await self._run()
+        else:
+            with opened as self._context:
+                await self._run()
+
+    async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         worker_core.say_started(self._options)
-        restore = _process.on_stop_signals(lambda: _tell(loop, self._halt))
+        restore = _process.on_stop_signals(lambda: self._on_signal(loop), twice=self._drain.limited)
         try:
             async with asyncio.TaskGroup() as group:
                 slots = range(self._options.concurrency)
                 try:
-                    await asyncio.wait([group.create_task(self._slot()) for _ in slots])
+                    await self._ended({group.create_task(self._slot()) for _ in slots})
                 except asyncio.CancelledError:
                     # A handler may keep its cancellation to itself: its slot ends behind it.
                     self._halt.set()
@@ -258,6 +285,25 @@ class WorkerLoop:
         if self._error is not None:
             raise self._error
 
+    async def _ended(self, slots: set[asyncio.Task[None]]) -> None:
+        """Wait for the slots; cancel those whose time to drain is over."""
+        if not self._drain.limited:
+            await asyncio.wait(slots)
+            return
+        while slots and not self._drain.over(stopping=self._stopping):
+            _, slots = await asyncio.wait(slots, timeout=_DRAIN_LOOK_S)
+        if slots:
+            self._halt.set()
+            for slot in slots:
+                slot.cancel()
+            await asyncio.wait(slots)
+
+    def _on_signal(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._signalled:
+            self._drain.hurry()
+        self._signalled = True
+        _tell(loop, self._halt)
+
     @property
     def _stopping(self) -> bool:
         stop = self._options.stop
@@ -266,15 +312,22 @@ class WorkerLoop:
     async def _slot(self) -> None:
         patience = worker_core.Patience()
         try:
+            attending = self._backend._attending
             while not self._stopping:
+                began = time.monotonic()
                 try:
                     handle = await self._backend._do(self._options.claim())
                 except FFError as error:
                     if self._backend.closed:
                         return
+                    attending.reached = False
                     await self._pause(patience.refused(error))
                     continue
-                if handle is not None:
+                attending.reached = True
+                if handle is None:
+                    if self._options.until_idle and attending.idle_since(began):
+                        self._halt.set()
+                else:
                     # Run it even if a stop was requested meanwhile: it is claimed.
                     await self._pause(patience.attended(over=await self.run_one(handle)))
         except asyncio.CancelledError:
@@ -295,9 +348,11 @@ class WorkerLoop:
         """Run the handler for one claimed execution, and end the execution; return whether it is over for this worker."""
         options = self._options
         task = Task(self._backend, handle, options.mode, options.level, options.worker_id)
-        async with self._backend.keep_lease(handle, task._lose) as task._keeper:
-            actions = worker_core.attend(self._backend, task, self._cancel_after_s)
-            return await drive(actions, partial(self._perform, task))
+        task.context, task._named = self._context, options.named
+        with self._backend._attending:
+            async with self._backend.keep_lease(handle, task._lose) as task._keeper:
+                actions = worker_core.attend(self._backend, task, self._cancel_after_s)
+                return await drive(actions, partial(self._perform, task))
 
     async def _perform(self, task: Task, action: Action) -> object:
         match action:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from ff_fast import InvalidInput, PendingWaitpoint, RetryPolicy, ScannerFilter, WaitpointHmac
 from ff_fast._cli.shared import (
     DONE,
+    FAILED,
     MAX_SECONDS,
     TOKEN_VARIABLE,
     add_url,
+    complain,
     connect,
     number,
     pair,
@@ -34,6 +36,7 @@ def add_submit(commands: Commands) -> None:
     )
     parser.add_argument("payload", nargs="?", help="text for the worker (default: stdin)")
     parser.add_argument("--lane", default="default", metavar="LANE", help="lane (default: default)")
+    parser.add_argument("--handler", metavar="NAME", help="name of the handler that runs it")
     parser.add_argument("--namespace", default="default", metavar="NAME", help="tenant")
     parser.add_argument("--priority", type=whole, default=0, metavar="N", help="0 to 9000")
     parser.add_argument(
@@ -49,7 +52,11 @@ def add_submit(commands: Commands) -> None:
 
 
 def submit(arguments: argparse.Namespace) -> int:
-    payload = sys.stdin.buffer.read() if arguments.payload is None else arguments.payload
+    payload = arguments.payload
+    if payload is None:
+        if sys.stdin.isatty():
+            complain("The payload is read from here; end it with Ctrl-D on a line of its own.")
+        payload = sys.stdin.buffer.read()
     with connect(arguments) as backend:
         execution_id = backend.create_execution(
             lane=arguments.lane,
@@ -59,6 +66,7 @@ def submit(arguments: argparse.Namespace) -> int:
             delay=arguments.delay,
             retry=RetryPolicy(max_retries=arguments.retries),
             tags=dict(arguments.tag or ()),
+            handler=arguments.handler,
         )
     print(execution_id)
     return DONE
@@ -106,6 +114,12 @@ def signal(arguments: argparse.Namespace) -> int:
             source_type="cli",
         )
     print(f"{outcome.signal_id} {'duplicate' if outcome.duplicate else outcome.effect}")
+    if outcome.effect.startswith("signal_ignored"):
+        complain(
+            "Nothing at this waitpoint waits for a signal of this name, so it has changed nothing; `ff-fast inspect` shows"
+            " what the execution waits for."
+        )
+        return FAILED
     return DONE
 
 

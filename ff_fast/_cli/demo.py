@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from typing import TYPE_CHECKING
 
 from ff_fast import InvalidInput
-from ff_fast._cli.shared import DONE, FAILED, complain, number, whole
+from ff_fast._cli.shared import DONE, FAILED, URL_VARIABLE, complain, number, whole
 from ff_fast._demo.plan import MAX_TOKENS, MODES, Plan
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ def add_demo(commands: Commands) -> None:
         help_text="stream a text from a worker to a reader and compare every byte",
         description=(
             "A worker process streams a text in three modes at once. A reader process tails it, and"
-            " every byte that arrived is compared with what was sent. Without --url it runs on an"
-            " embedded server, which is removed afterwards. With --web it is a chat in a browser:"
+            " every byte that arrived is compared with what was sent. Where no server is named it runs on"
+            " an embedded one, which is removed afterwards. With --web it is a chat in a browser:"
             " reload the page, open it twice, stop the answer, kill the worker."
         ),
     )
@@ -47,7 +48,11 @@ def add_demo(commands: Commands) -> None:
         help=f"only these of {', '.join(MODES)} (default: all)",
     )
     parser.add_argument("--plain", action="store_true", help="plain lines, also on a terminal")
-    parser.add_argument("--url", metavar="URL", help="server to stream through")
+    parser.add_argument(
+        "--url",
+        metavar="URL",
+        help=f"server to stream through; default: ${URL_VARIABLE}, or an embedded one",
+    )
     parser.add_argument(
         "--web", action="store_true", help="serve a chat in a browser, until Ctrl-C"
     )
@@ -95,6 +100,7 @@ def _chat(arguments: argparse.Namespace, rate_hz: float, count: int) -> int:
 @contextlib.contextmanager
 def _server(url: str | None) -> Iterator[str]:
     """Give the server that was named, or one of the demo's own."""
+    url = url or os.environ.get(URL_VARIABLE)
     if url:
         yield url
         return

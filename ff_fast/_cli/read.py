@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import orjson
 from ff_fast import (
     AttemptNotFound,
     AttemptStarted,
+    End,
     Gap,
     Snapshot,
     StreamFrame,
@@ -58,6 +60,11 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="TYPE",
         help="only frames of this type, as in --type token; may be repeated",
+    )
+    parser.add_argument(
+        "--types",
+        action="store_true",
+        help="name the type of frames on stderr whenever it changes (a terminal shows it anyway)",
     )
 
 
@@ -139,18 +146,69 @@ def _visibility(arguments: argparse.Namespace) -> TailVisibility:
 
 def _show(items: Iterable[Item], arguments: argparse.Namespace) -> None:
     only = None if arguments.type is None else frozenset(arguments.type)
-    show = _show_json if arguments.json else _show_text
-    for item in items:
-        if only is None or not isinstance(item, StreamFrame) or item.frame_type in only:
-            show(item)
+    show = _show_json if arguments.json else _Text(types=arguments.types)
+    cursor: str | None = arguments.after
+    try:
+        for item in items:
+            if only is None or not isinstance(item, StreamFrame) or item.frame_type in only:
+                show(item)
+            cursor = item.cursor
+    except KeyboardInterrupt:
+        complain(f"go on with: {_again(arguments, cursor)}")
+        raise
 
 
-def _show_text(item: Item) -> None:
-    if isinstance(item, StreamFrame):
+def _again(arguments: argparse.Namespace, cursor: str | None) -> str:
+    """Return the command that continues after *cursor*."""
+    attempt = getattr(arguments, "attempt", None)
+    options = [] if cursor is None else ["--after", cursor]
+    if attempt is not None:
+        options += ["--attempt", str(attempt)]
+    for name in arguments.type or ():
+        options += ["--type", name]
+    for flag in ("json", "exclude_best_effort", "types"):
+        if getattr(arguments, flag):
+            options.append(f"--{flag.replace('_', '-')}")
+    command = arguments.run.__name__
+    return shlex.join(["ff-fast", command, arguments.execution_id, *options])
+
+
+class _Text:
+    """Shows items as text: payloads on stdout, byte for byte, and all else on stderr.
+
+    On a terminal, which shows both, a line of stderr begins a line.
+    """
+
+    def __init__(self, *, types: bool) -> None:
+        self._terminal = sys.stdout.isatty()
+        self._types = types or self._terminal
+        self._type: str | None = None
+        self._in_line = False
+
+    def __call__(self, item: Item) -> None:
+        if not isinstance(item, StreamFrame):
+            self._break()
+            _tell(item)
+            return
+        if self._types and item.frame_type != self._type:
+            self._type = item.frame_type
+            self._break()
+            complain(f"type: {_one_line(item.frame_type)}")
         out = sys.stdout.buffer
         out.write(item.payload)
         out.flush()
-    elif isinstance(item, Gap):
+        if item.payload:
+            self._in_line = not item.payload.endswith(b"\n")
+
+    def _break(self) -> None:
+        if self._terminal and self._in_line:
+            sys.stdout.buffer.write(b"\n")
+            sys.stdout.buffer.flush()
+            self._in_line = False
+
+
+def _tell(item: Gap | AttemptStarted | Snapshot | End) -> None:
+    if isinstance(item, Gap):
         complain(f"gap: {_missing(item)} ({item.reason})")
     elif isinstance(item, AttemptStarted):
         complain(f"attempt: {item.attempt_index}")
@@ -303,6 +361,7 @@ def info(arguments: argparse.Namespace) -> int:
                     # Readers are told so, although no supervisor has ended the attempt yet.
                     closed_reason = "producer_lost"
             summary = backend.read_summary(eid, attempt)
+            ends = {each.attempt_index: each.error for each in execution.attempts}
             fields |= {
                 "attempt": attempt,
                 "frames": stream.frame_count,
@@ -310,6 +369,7 @@ def info(arguments: argparse.Namespace) -> int:
                 "live_entries": stream.live_entries,
                 "last_id": stream.last_id,
                 "closed_reason": closed_reason,
+                "error": ends.get(attempt),
                 "summary_version": stream.summary_version or None,
                 "summary_bytes": len(summary.document_json) if summary else None,
             }
@@ -339,6 +399,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     eid = arguments.execution_id
     with connect(arguments) as backend:
         execution = backend.describe(eid)
+        ends = {each.attempt_index: each for each in execution.attempts}
         attempts = []
         for index in range(execution.attempt_count):
             stream = backend.describe_stream(eid, index)
@@ -352,6 +413,8 @@ def inspect(arguments: argparse.Namespace) -> int:
                     "summary_version": stream.summary_version,
                     "closed_reason": stream.closed_reason,
                     "lease_left": stream.lease_left,
+                    "error": ends[index].error if index in ends else None,
+                    "failure_class": ends[index].failure_class if index in ends else None,
                 }
             )
     everything = {**dataclasses.asdict(execution), "attempts": attempts}

@@ -27,6 +27,13 @@ FAILED = 1
 USAGE = 2
 
 
+LOOK_S = 0.1
+"""Time between two looks at what may have changed, in seconds."""
+
+END_S = 3.0
+"""How long a process may take for its end behind all handlers, in seconds."""
+
+
 def complain(sentence: str) -> None:
     """Print an error as one line on stderr."""
     print(f"ff-fast: {sentence}", file=sys.stderr)
@@ -96,10 +103,19 @@ def add_url(parser: argparse.ArgumentParser) -> None:
 
 def connect(arguments: argparse.Namespace) -> ValkeyBackend:
     """Return a backend of the server that ``--url`` or the environment names."""
+    return ValkeyBackend.connect(url_of(arguments))
+
+
+def url_of(arguments: argparse.Namespace) -> str:
+    """Return the URL that ``--url`` or the environment names.
+
+    Raises:
+        InvalidInput: Neither does.
+    """
     url: str | None = arguments.url or os.environ.get(URL_VARIABLE)
     if not url:
         raise InvalidInput(f"Name the server with --url, or in {URL_VARIABLE}.")
-    return ValkeyBackend.connect(url)
+    return url
 
 
 # -- types of arguments ----------------------------------------------------------------------------

@@ -23,7 +23,6 @@ class OnDeployment(Protocol):
 
 
 S = TypeVar("S", bound=OnDeployment)
-H = TypeVar("H")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -49,20 +48,10 @@ def bind(
     return dressed(owner, method, make, returns)
 
 
-HANDLER = inspect.Parameter("handler", inspect.Parameter.POSITIONAL_ONLY, annotation="Handler")
+HANDLER = inspect.Parameter(
+    "handler", inspect.Parameter.POSITIONAL_ONLY, annotation="Handler | Worker"
+)
 """What a worker's method takes in front of the operation's parameters."""
-
-
-def of_handler(
-    make: Callable[Concatenate[Deployment, P], R], carry_out: Callable[[S, H, R], T]
-) -> Callable[Concatenate[S, H, P], T]:
-    """Return a method that takes the shell's kind of handler before the operation's arguments."""
-
-    def method(self: S, handler: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return carry_out(self, handler, make(self._deployment, *args, **kwargs))
-
-    method.__module__ = carry_out.__module__
-    return dressed("ValkeyBackend", method, make, "None", HANDLER)
 
 
 def dressed(

@@ -59,7 +59,7 @@ _NEWEST = b"9007199254740991"
 
 
 class ClaimRequest(NamedTuple):
-    """Checked arguments of a claim."""
+    """Checked arguments of a claim; *plain* is whether it takes executions that require nothing."""
 
     lane: str
     worker_id: str
@@ -67,6 +67,12 @@ class ClaimRequest(NamedTuple):
     lease_ttl_ms: int
     capabilities: CapabilitySet
     max_wait_s: float | None
+    plain: bool = True
+
+    @property
+    def kind(self) -> tuple[str, tuple[str, ...], bool]:
+        """What such a worker may take: lane, capabilities, and whether of executions that require nothing."""
+        return self.lane, self.capabilities.tokens, self.plain
 
 
 class Claim:
@@ -168,7 +174,7 @@ def claim(on: Deployment, state: Claim) -> Steps[Handle | None]:
     A claim takes 2 or 3 round trips: a hint is popped from the lane, the execution is claimed in its partition, and a
     hint goes back if more work stays there. Lane and partition are in different slots, so no single call can do it.
     """
-    offer = on.offer(state.request.lane, state.request.capabilities.tokens)
+    offer = on.offer(*state.request.kind)
     # An earlier try may have been cut off while the server held back its reply.
     state.blocked = False
     handle = None
@@ -186,7 +192,7 @@ def claim(on: Deployment, state: Claim) -> Steps[Handle | None]:
 
 def _claim(on: Deployment, state: Claim, offer: Offer) -> Steps[Handle | None]:
     state.left()
-    if on.sweep_overdue((offer.lane, offer.tokens)):
+    if on.sweep_overdue(offer.kind):
         yield from ready.sweep(offer, on.partitions)
     while not state.abandoned:
         popped, state.behind = True, False
@@ -229,7 +235,7 @@ def _find(on: Deployment, state: Claim, offer: Offer) -> Steps[tuple[list[Head],
             found, records = yield from _pop(state, offer, with_records=offer.idle or state.waits)
             if found is not None:
                 return [found], True
-            due = on.sweep_due((offer.lane, offer.tokens), every)
+            due = on.sweep_due(offer.kind, every)
             if due and (yield from ready.sweep(offer, on.partitions, patient=False)):
                 continue
             # Somebody else may have taken a hint and not claimed yet.
@@ -259,7 +265,7 @@ def serve_at_once(on: Deployment, offer: Offer, _: Waiter | None = None) -> Step
     yield from _hand_out(line, offer, heads)
     if len(heads) >= count:
         return
-    due = on.sweep_due((offer.lane, offer.tokens), _SWEEP_IMMEDIATE_S)
+    due = on.sweep_due(offer.kind, _SWEEP_IMMEDIATE_S)
     if due and (yield from ready.sweep(offer, on.partitions, patient=False)):
         return
     # The claims that have a hint claim first: what they leave is what the look finds.
@@ -293,7 +299,7 @@ def serve(on: Deployment, offer: Offer, leader: Waiter | None = None) -> Steps[N
     line = offer.line
     if not line.waiting:
         return
-    if on.sweep_due((offer.lane, offer.tokens), SWEEP_EVERY_S):
+    if on.sweep_due(offer.kind, SWEEP_EVERY_S):
         yield from ready.sweep(offer, on.partitions)
     if leader is not None:
         # An interrupt may strike before everything is handed out.
@@ -359,6 +365,8 @@ def _block(offer: Offer, until: float) -> Steps[list[Head] | None]:
 
 def _records(offer: Offer) -> Steps[list[tuple[str, object]]]:
     required = list(offer.needs)
+    if not required:
+        return []
     replies = yield Step(ready.hinted_records(offer.lane, required))
     return list(zip(required, replies, strict=True))
 
@@ -565,7 +573,7 @@ def give_back(on: Deployment, state: Claim) -> Steps[None]:
             # Many claims may leave at once, and a look costs a read for each partition.
             yield Step((ready.requeue(lane, head),))
         else:
-            offer = on.offer(lane, state.request.capabilities.tokens)
+            offer = on.offer(*state.request.kind)
             heads = yield from ready.hinted_heads(offer, (yield from _records(offer)))
             yield from ready.publish_heads(lane, heads)
         state.given, state.hint_taken = None, False

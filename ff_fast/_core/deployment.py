@@ -84,7 +84,7 @@ class Deployment:
         # Lane and capabilities -> times of the first claim and the last sweep. Bounded, since there may be a lane for
         # each user.
         self._sweeps: dict[Hashable, tuple[float, float]] = {}
-        self._offers: dict[tuple[str, tuple[str, ...]], Offer] = {}
+        self._offers: dict[tuple[str, tuple[str, ...], bool], Offer] = {}
         self.partitions = keys.DEFAULT_PARTITIONS if partitions is None else partitions
         self.max_payload_bytes = max_payload_bytes
         self.tally = Tally()
@@ -113,13 +113,13 @@ class Deployment:
         """Whether a call of this backend has set out to release a lease."""
         return lease_id in self._released
 
-    def offer(self, lane: str, tokens: tuple[str, ...]) -> Offer:
+    def offer(self, lane: str, tokens: tuple[str, ...], plain: bool = True) -> Offer:
         """Return what workers with these capabilities know of a lane."""
-        found = self._offers.get((lane, tokens))
+        found = self._offers.get((lane, tokens, plain))
         if found is None:
             if len(self._offers) >= _LANES:
                 del self._offers[next(iter(self._offers))]
-            found = self._offers[lane, tokens] = Offer(lane, tokens)
+            found = self._offers[lane, tokens, plain] = Offer(lane, tokens, plain=plain)
         return found
 
     def sweep_due(self, lane: Hashable, every_s: float) -> bool:

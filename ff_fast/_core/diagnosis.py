@@ -34,10 +34,10 @@ def diagnose(
     """Look at everything; *required* is the role that the user must have."""
     rights = {name: _rights(ROLES[name]) for name in roles}
     # What is refused would fill the server's log of violations.
-    asked = [f"zrangebyscore ff:idx:{_SOMEWHERE}:timers"]
+    asked = [f"zrangebyscore ff:idx:{_SOMEWHERE}:timers", f"get {keys.supervisor().decode()}"]
     asked += [question for each in rights.values() for _, question in each]
     held = yield from ops.call(ops.version((keys.PARTITIONS_CONFIG,), asked))
-    may_supervise, granted = held.rights[:1] == "1", held.rights[1:]
+    may_look, may_read_mark, granted = held.rights[:1], held.rights[1:2] == "1", held.rights[2:]
     began = time.time()
     (told,) = yield Step((Command(keys.PARTITIONS_CONFIG, _TIME),))
     ended = time.time()
@@ -50,10 +50,14 @@ def diagnose(
     else:
         now_ms = time_ms(told)
         found.append(_clock(now_ms, began, ended))
-    if now_ms is None or not may_supervise:
+    if now_ms is None or may_look != "1":
         found.append(Finding("supervisor", "unknown", "This user may not read timers."))
     else:
-        found.append((yield from _supervisor(on.partitions, now_ms)))
+        marked = b""
+        if may_read_mark:
+            (mark,) = yield Step((command(b"GET", keys.supervisor()),))
+            marked = mark if isinstance(mark, bytes) else b""
+        found.append((yield from _supervisor(on.partitions, now_ms, marked)))
     found += _roles(rights, granted, required)
     return tuple(found)
 
@@ -127,8 +131,8 @@ def _clock(now_ms: int, began: float, ended: float) -> Finding:
     return Finding("clock", "ok", f"Less than {max(off_ms, 1) / 1000:.3f} s off the server.")
 
 
-def _supervisor(partitions: int, now_ms: int) -> Steps[Finding]:
-    """Whether timers are long overdue: then nobody fires them."""
+def _supervisor(partitions: int, now_ms: int, marked: bytes) -> Steps[Finding]:
+    """Who supervises, and whether timers are long overdue: then nobody fires them."""
     before = b"%d" % (now_ms - _OVERDUE_MS)
     replies = yield Step(
         [
@@ -151,7 +155,9 @@ def _supervisor(partitions: int, now_ms: int) -> Steps[Finding]:
         if page:
             oldest.append(int(float(page[1])))
     if not oldest:
-        return Finding("supervisor", "ok", "No timer is overdue.")
+        who = f"{marked.decode('utf-8', 'replace')} supervises; " if marked else ""
+        text = f"{who}no timer is overdue."
+        return Finding("supervisor", "ok", text[0].upper() + text[1:])
     late = (now_ms - min(oldest)) / 1000
     text = (
         f"Timers of {len(oldest)} partitions are overdue, one of them for {late:.0f} s: nobody supervises. Lost"

@@ -330,6 +330,7 @@ def create_execution(
     flow_id: str | None = None,
     parent_id: str | None = None,
     budgets: Sequence[str] = (),
+    handler: str | None = None,
 ) -> Call[str]:
     """Create an execution that a worker of *lane* can claim, and return its id.
 
@@ -353,6 +354,8 @@ def create_execution(
         flow_id: Flow of the execution.
         parent_id: Execution whose `wait_children` waits for this one.
         budgets: Ids of the budgets that its usage is charged to.
+        handler: Name of the handler that runs it, a required capability of its worker: see :class:`ff_fast.Worker`. None
+            leaves it to any worker's default one.
 
     Raises:
         InvalidInput: An argument is not accepted.
@@ -362,6 +365,9 @@ def create_execution(
     required = _checked(
         "required_capabilities", required_capabilities, CapabilitySet, CapabilitySet()
     )
+    if handler is not None:
+        token = keys.handler_capability(keys.handler_name(handler))
+        required = CapabilitySet((*required.tokens, token))
     policy = _checked("retry", retry, RetryPolicy, RetryPolicy())
     flow = "" if flow_id is None else keys.canonical_uuid("flow_id", flow_id)
     parent = "" if parent_id is None else keys.canonical_execution_id(parent_id)
@@ -549,10 +555,31 @@ def claim(
             that the lost call claimed is given back by this backend, or after its lease has lapsed by a supervisor.
     """
     wait = _checked("policy", policy, ClaimPolicy, ClaimPolicy.immediate())
-    request = claiming.ClaimRequest(
+    return _claim(
+        on,
         keys.lane_id(lane),
         *_claimer(worker_id, worker_instance_id, lease_ttl_ms, capabilities),
         max_wait_s=wait.max_wait,
+    )
+
+
+def _claim(
+    on: Deployment,
+    lane: str,
+    worker_id: str,
+    worker_instance_id: str,
+    lease_ttl_ms: int,
+    capabilities: CapabilitySet,
+    *,
+    max_wait_s: float | None,
+    offered: CapabilitySet | None = None,
+    plain: bool = True,
+) -> Call[Handle | None]:
+    """Return a claim; *offered* are more capabilities, and *plain* whether it takes executions that require nothing."""
+    if offered is not None:
+        capabilities = CapabilitySet((*capabilities.tokens, *offered.tokens))
+    request = claiming.ClaimRequest(
+        lane, worker_id, worker_instance_id, lease_ttl_ms, capabilities, max_wait_s, plain
     )
     state = claiming.Claim(request)
     steps = _counting(on, "executions_claimed", lambda: claiming.claim(on, state), _is_there)
@@ -1855,27 +1882,40 @@ def stats(on: Deployment) -> Callable[[Sequence[Callable[[], writers.SharedWrite
     return partial(stats_of, on)
 
 
+SUPERVISE_EVERY_S = 0.25
+"""Time between two rounds of supervision, in seconds."""
+
+
 class SupervisionRequest(NamedTuple):
     """Rounds of supervision.
 
     Attributes:
-        round: The call of one round.
-        interval_s: Seconds between two.
-        stop: The event that ends them.
+        turn: Returns whether to make a round.
+        round: Makes one.
+        pause_s: Seconds until the next turn, by what the last one has returned.
+        leave: Lets others supervise.
+        stop: The event that ends the rounds.
         watch: Says what becomes of them.
     """
 
+    turn: Call[bool]
     round: Call[int]
-    interval_s: float
+    pause_s: Callable[[bool], float]
+    leave: Call[None]
     stop: StopEvent | None
     watch: supervision.Watch
+
+    @classmethod
+    def standing_by(cls, on: Deployment, stop: StopEvent) -> SupervisionRequest:
+        """Supervise until *stop* is set, while nobody else does: one call in two seconds tells."""
+        return _rounds(on, ScannerFilter(), SUPERVISE_EVERY_S, stop, insists=False)
 
 
 def supervise(
     on: Deployment,
     scope: ScannerFilter | None = None,
     *,
-    interval: float | timedelta = 0.25,
+    interval: float | timedelta = SUPERVISE_EVERY_S,
     stop: StopEvent | None = None,
 ) -> SupervisionRequest:
     """Fire due timers until *stop* is set: lapsed leases, delays, timeouts, deadlines, waitpoints, cancellations.
@@ -1887,14 +1927,36 @@ def supervise(
         interval: Time between two rounds, in seconds or as a ``timedelta``.
         stop: Set it to return after the current round.
     """
-    checked = _scope(scope)
-    rounds = supervision.Supervision(on, checked)
+    filtered = _scope(scope)
+    # Who fires some timers alone stands in for nobody.
+    turn = None if filtered != ScannerFilter() else True
+    return _rounds(on, filtered, seconds("interval", interval, zero=True), stop, insists=turn)
+
+
+def _rounds(
+    on: Deployment,
+    scope: ScannerFilter,
+    interval_s: float,
+    stop: StopEvent | None,
+    *,
+    insists: bool | None,
+) -> SupervisionRequest:
+    name = f"{socket.gethostname()}-{os.getpid()}-{keys.new_uuid()[:8]}"
+    rounds = supervision.Supervision(on, scope)
+    turn = supervision.Turn(name, interval_s, insists=bool(insists))
     return SupervisionRequest(
+        Call(_always if insists is None else turn.take),
         Call(rounds.round, own_connection=True),
-        seconds("interval", interval, zero=True),
+        lambda mine: turn.pause_s(mine=mine),
+        Call(turn.leave),
         stop,
-        supervision.Watch(checked),
+        supervision.Watch(scope, aside=insists is False),
     )
+
+
+def _always() -> Steps[bool]:
+    return True
+    yield
 
 
 class WorkerOptions(NamedTuple):
@@ -1908,19 +1970,27 @@ class WorkerOptions(NamedTuple):
         stop: The caller's event.
         on_cancel: What befalls a handler that shall stop; None is the shell's default.
         cancel_grace_s: Seconds until a handler is cancelled.
+        supervise: Whether the worker supervises the deployment while nobody else does.
+        drain_s: Longest time that handlers have after a stop; None has no limit.
+        until_idle: Whether the worker ends when there is nothing to do.
         lane: The lane.
         worker_id: Name of the worker.
+        named: Whether executions name their handlers.
     """
 
-    claim: Callable[[], Call[Handle | None]]
+    claim: Callable[..., Call[Handle | None]]
     mode: StreamMode | None
     level: Level
     concurrency: int
     stop: StopEvent | None
     on_cancel: OnCancel | None
     cancel_grace_s: float
+    supervise: bool
+    drain_s: float | None
+    until_idle: bool
     lane: str
     worker_id: str
+    named: bool = False
 
 
 CLAIM_WAIT_S = 1.0
@@ -1942,6 +2012,9 @@ def run_worker(
     cancel_grace: float | timedelta = 2.0,
     durability: Durability | None = None,
     durability_timeout: float | timedelta = DEFAULT_TIMEOUT_S,
+    supervise: bool = True,
+    drain_timeout: float | timedelta | None = None,
+    until_idle: bool = False,
 ) -> WorkerOptions:
     """Claim executions of a lane and call *handler* with a `Task` for each, until stopped.
 
@@ -1961,13 +2034,21 @@ def run_worker(
     on. A worker ends with an error that all its calls would meet: wrong credentials, another library or partition count,
     a missing right to claim.
 
+    The worker also fires due timers, as `supervise` does, while no other process does: of many workers one, and the
+    others ask every two seconds whether it still does.
+
     SIGTERM and SIGINT in the main thread, *stop*, and closing the backend stop the claims; running handlers end first.
     An exit or an interrupt raised by a handler ends the worker and is raised here; the execution goes to another worker
     and counts as lost. In asyncio, cancelling the worker cancels its running handlers: the frames that they wrote are
     stored, and their executions go to other workers within about two seconds.
 
+    With *drain_timeout*, handlers that still run so long after a stop, or at a second signal, are interrupted, and their
+    executions go to other workers. In asyncio they are cancelled. A thread cannot be interrupted: it hears that its
+    lease is lost, and is left behind.
+
     Args:
-        handler: An ordinary function; in :mod:`ff_fast.aio` a coroutine function.
+        handler: An ordinary function; in :mod:`ff_fast.aio` a coroutine function. Or a :class:`ff_fast.Worker` with
+            several of them; the arguments given here go before its options.
         lane: Lane to take work from.
         worker_id: Name of the worker.
         worker_instance_id: Name of its process; None takes host name and process id.
@@ -1983,30 +2064,45 @@ def run_worker(
         durability: Level that frames have reached when ``task.flush`` returns, and with the end of each task all of its
             frames and the end; None is ``Durability.stored()``. An end that does not reach it is logged: it is stored.
         durability_timeout: Longest wait for that, in seconds or as a ``timedelta``, at least 1 ms.
+        supervise: Whether the worker takes part in supervision. False leaves it to others: without a supervisor no lost
+            worker is replaced, and no delay, timeout or deadline takes effect.
+        drain_timeout: Longest time that handlers have to end after a stop, in seconds or as a ``timedelta``; None has no
+            limit.
+        until_idle: End when there has been nothing to claim for about a second and no handler of this backend runs.
+            Executions that are delayed, as for a retry, are not waited for.
 
     Raises:
         UnsupportedServer: *durability* is ``synced``, and the server keeps no append-only file.
         InvalidInput: An argument is not accepted.
     """
     check_int("concurrency", concurrency, 1, 10_000)
+    _checked("supervise", supervise, bool)
+    _checked("until_idle", until_idle, bool)
+    drain_s = None if drain_timeout is None else seconds("drain_timeout", drain_timeout, zero=True)
     if on_cancel is not None:
         _checked("on_cancel", on_cancel, OnCancel)
     grace_s = seconds("cancel_grace", cancel_grace, zero=True)
     if mode is not None:
         _checked("mode", mode, StreamMode)
     next_claim = partial(
-        claim,
+        _claim,
         on,
-        lane=lane,
-        worker_id=worker_id,
-        worker_instance_id=worker_instance_id,
-        lease_ttl_ms=lease_ttl_ms,
-        capabilities=capabilities,
-        policy=ClaimPolicy.with_max_wait(CLAIM_WAIT_S),
+        keys.lane_id(lane),
+        *_claimer(worker_id, worker_instance_id, lease_ttl_ms, capabilities),
+        max_wait_s=CLAIM_WAIT_S,
     )
-    # Checks the arguments.
-    next_claim()
     level = Level.checked(durability, durability_timeout)
     return WorkerOptions(
-        next_claim, mode, level, concurrency, stop, on_cancel, grace_s, lane, worker_id
+        next_claim,
+        mode,
+        level,
+        concurrency,
+        stop,
+        on_cancel,
+        grace_s,
+        supervise,
+        drain_s,
+        until_idle,
+        lane,
+        worker_id,
     )

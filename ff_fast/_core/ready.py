@@ -45,8 +45,9 @@ class Offer:
     Attributes:
         lane: The lane.
         tokens: The capabilities that the worker offers.
+        plain: Whether it takes executions that require nothing.
         needs: The registered sets of required capabilities that they cover, as comma-separated text. The first is the
-            empty one.
+            empty one, if it is *plain*.
         seen: Score of the newest entry of the lane's registry that was read.
         idle: Whether the last claim found nothing.
         line: The claims of such workers that wait.
@@ -56,18 +57,35 @@ class Offer:
             record has this mark, its partition needs no second look.
     """
 
-    __slots__ = ("asking", "empty", "idle", "lane", "line", "needs", "rush", "seen", "tokens")
+    __slots__ = (
+        "asking",
+        "empty",
+        "idle",
+        "lane",
+        "line",
+        "needs",
+        "plain",
+        "rush",
+        "seen",
+        "tokens",
+    )
 
-    def __init__(self, lane: str, tokens: Iterable[str]) -> None:
+    def __init__(self, lane: str, tokens: Iterable[str], *, plain: bool = True) -> None:
         self.lane = lane
         self.tokens = frozenset(tokens)
-        self.needs = [""]
+        self.plain = plain
+        self.needs = [""] if plain else []
         self.seen = 0
         self.idle = False
         self.line = Line()
         self.rush = Line()
         self.asking = 0
         self.empty: dict[tuple[str, bytes], bytes] = {}
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What tells workers of this kind from others."""
+        return (self.lane, self.tokens) if self.plain else (self.lane, self.tokens, False)
 
     def read(self, told: list[bytes]) -> bool:
         """Take note of new entries of the registry, with their scores; return whether one is covered."""
@@ -83,7 +101,7 @@ class Offer:
         if needs not in self.needs and self.tokens.issuperset(needs.split(",")):
             if len(self.needs) > _NEEDS_LIMIT:
                 # It is learned anew with the next work that requires it.
-                del self.needs[1]
+                del self.needs[int(self.plain)]
             self.needs.append(needs)
 
 
@@ -191,7 +209,7 @@ def sweep(offer: Offer, partitions: int, *, patient: bool = True) -> Steps[bool]
         FFError: None has, a node of a cluster did not answer, and the caller is not *patient*.
     """
     lane = offer.lane
-    places = [("", index) for index in range(partitions)]
+    places = [("", index) for index in range(partitions if offer.plain else 0)]
     if offer.tokens:
         limit = b"%d" % _NEEDS_OF_A_PARTITION
         replies = yield Step(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import random
 import re
 import time
 from typing import TYPE_CHECKING
@@ -37,6 +39,9 @@ _CALLS_A_FLOW = 64
 # Partitions, most of which are on different nodes, that are asked for the time until one answers.
 _NODES_ASKED = 4
 _TIME = pack_command(b"TIME")
+_MARK_S = 5.0
+_MARK_AGAIN_S = 1.0
+_LOOK_S = 2.0
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
@@ -45,6 +50,63 @@ def _due(partition: int, now: bytes, offset: int) -> Command:
     timers = keys.timers(keys.slot_tag(partition))
     page = (b"LIMIT", b"%d" % offset, b"%d" % _DUE_A_CALL)
     return command(b"ZRANGEBYSCORE", timers, b"-inf", now, *page)
+
+
+class Turn:
+    """Whether this process makes the next round: a mark on the server says who does, until it lapses.
+
+    It saves rounds and guards nothing, as any number may supervise at once.
+
+    Args:
+        name: Names the process in the mark.
+        insists: Make every round, whoever else does; those that do not insist stand by.
+        interval_s: Seconds between two rounds.
+    """
+
+    __slots__ = ("_held_until", "_insists", "_interval_s", "_lasts_ms", "_name")
+
+    def __init__(self, name: str, interval_s: float, *, insists: bool) -> None:
+        self._name = name.encode()
+        self._insists = insists
+        self._interval_s = interval_s
+        self._lasts_ms = b"%d" % (max(_MARK_S, 3 * interval_s) * 1000)
+        self._held_until = 0.0
+
+    def pause_s(self, *, mine: bool) -> float:
+        """Return the seconds until the next round, or until the next look where it is not this process's turn."""
+        return self._interval_s if mine else _LOOK_S * random.uniform(0.75, 1.25)  # noqa: S311
+
+    def take(self) -> Steps[bool]:
+        """Take the mark, or keep it; return whether to make a round.
+
+        Raises:
+            FFError: The server does not answer, or refuses the mark to who does not insist.
+        """
+        key, now = keys.supervisor(), time.monotonic()
+        if now < self._held_until:
+            return True
+        lasts = (b"PX", self._lasts_ms)
+        if self._insists:
+            # Without the right to set the mark, the others supervise too.
+            yield Step((command(b"SET", key, self._name, *lasts),))
+        else:
+            (reply,) = yield Step((command(b"SET", key, self._name, b"NX", b"GET", *lasts),))
+            if isinstance(reply, bytes):
+                if reply != self._name:
+                    return False
+                yield Step((command(b"PEXPIRE", key, self._lasts_ms),))
+            else:
+                # Where the mark is a key of another type, everybody supervises.
+                with contextlib.suppress(Corruption):
+                    checked(reply)
+        self._held_until = now + _MARK_AGAIN_S
+        return True
+
+    def leave(self) -> Steps[None]:
+        """Take the mark away where this process has set it, so that another one need not wait."""
+        if self._held_until:
+            self._held_until = 0.0
+            yield Step((command(b"PEXPIRE", keys.supervisor(), b"0"),))
 
 
 class Supervision:
@@ -171,18 +233,26 @@ class Supervision:
 
 
 class Watch:
-    """Says when a supervisor starts and stops, and when it has no server; a context manager."""
+    """Says when a supervisor starts and stops, and when it has no server; a context manager.
 
-    def __init__(self, scope: ScannerFilter) -> None:
+    Args:
+        scope: Filter of the executions.
+        aside: It stands by in a worker, which says the same of itself.
+    """
+
+    def __init__(self, scope: ScannerFilter, *, aside: bool = False) -> None:
+        self._aside = aside
         self._of = "" if scope.is_noop() else f" of {scope}"
         self._failed_at: float | None = None
         self._said = False
 
     def __enter__(self) -> None:
-        say(logging.INFO, "A supervisor%s has started.", self._of)
+        self._say(logging.INFO, "A supervisor%s has started.")
 
     def failed(self, error: FFError) -> None:
         """Note that a round has failed, and that the next one tries again."""
+        if self._aside:
+            return
         if self._failed_at is None:
             self._failed_at = time.monotonic()
         said = say_seldom(
@@ -213,9 +283,12 @@ class Watch:
     ) -> None:
         if isinstance(error, FFError):
             # No other round would pass.
-            say(logging.ERROR, "A supervisor%s has ended with an error: %s", self._of, error)
+            self._say(logging.ERROR, "A supervisor%s has ended with an error: %s", error)
         else:
-            say(logging.INFO, "A supervisor%s has stopped.", self._of)
+            self._say(logging.INFO, "A supervisor%s has stopped.")
+
+    def _say(self, level: int, message: str, *arguments: object) -> None:
+        say(logging.DEBUG if self._aside else level, message, self._of, *arguments)
 
 
 def _members(page: object) -> list[bytes]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Generator, Iterator
+import threading
+import time
+from collections.abc import Callable, Generator
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -26,7 +28,7 @@ from ff_fast._core.binding import dressed
 from ff_fast._core.durability import STORED, can_reach
 from ff_fast._core.leases import is_ended_by_plan, is_lease_lost, say_lost
 from ff_fast._core.ready import with_hints
-from ff_fast._core.steps import Step, Steps
+from ff_fast._core.steps import Step, Steps, command
 from ff_fast._core.writer import WriterState, continue_writer
 from ff_fast._hot.writer import WriterCore
 from ff_fast._log import say, say_seldom
@@ -62,9 +64,12 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from ff_fast._core.deployment import Deployment
     from ff_fast._core.durability import Level
     from ff_fast._core.operations import Call
+    from ff_fast._core.traces import Tracing
     from ff_fast.types import Handle, ResumeSignal, StreamMode
 
 HAND_BACK_S = 2.0
@@ -82,6 +87,8 @@ _MOST_CAUSES = 1_000
 
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 5.0
+
+NOT_SUPERVISING = "This worker does not supervise: %s Let another process supervise, or pass supervise=False to run_worker."
 
 
 class TaskReleased(BaseException):
@@ -275,6 +282,8 @@ TASK = """One claimed execution, the argument of a handler.
         resumed: Whether it continues after a suspension, a delay, waiting for children, or a lost worker.
         payload: Its input, as passed to `create_execution`.
         signals: The signals that ended its last suspension.
+        handler: Name of the handler that it was created for; None without one, and with a plain function as handler.
+        context: What the lifespan of its worker has yielded; None without one.
     """
 
 
@@ -351,6 +360,9 @@ class TaskState(Holder[W, K]):
         self.resumed = handle.kind is HandleKind.RESUMED
         self.payload: bytes = b""
         self.signals: tuple[ResumeSignal, ...] = ()
+        self.handler: str | None = None
+        self.context: Any = None
+        self._named = False
 
     @property
     def _about(self) -> dict[str, Any]:
@@ -482,29 +494,25 @@ def attend(
             yield from _load(backend._deployment, task)
         except FFError as error:
             return (yield from _not_started(backend, task, error))
-        with _traced(backend._deployment, task):
+        if backend._deployment.tracing is None:
             yield from _handle(backend, task, cancel_after_s)
+        else:
+            with _span(backend._deployment.tracing, task) as task._span:
+                yield from _handle(backend, task, cancel_after_s)
     except _NotEnded:
         return False
     except GeneratorExit:
         raise
     except BaseException as error:
-        yield from _hand_back(backend, task, error)
+        yield from hand_back(backend, task, error)
         raise
     return True
 
 
-@contextlib.contextmanager
-def _traced(on: Deployment, task: TaskState[Any, Any]) -> Iterator[None]:
-    """Make the span of an attempt the current one, where there are traces."""
-    if on.tracing is None:
-        yield
-        return
+def _span(tracing: Tracing, task: TaskState[Any, Any]) -> AbstractContextManager[Any]:
+    """Return the span of an attempt, which is the current one in its block."""
     lane = task.handle.fields().lane_id
-    with on.tracing.attempt(
-        lane, task.execution_id, task.attempt_index, task._traceparent
-    ) as task._span:
-        yield
+    return tracing.attempt(lane, task.execution_id, task.attempt_index, task._traceparent)
 
 
 class _NotEnded(Exception):  # noqa: N818 - no fault of the worker
@@ -520,7 +528,7 @@ def _not_started(backend: Backend, task: TaskState[Any, Any], error: FFError) ->
     if isinstance(error, _ENDS_WORKER):
         raise error
     if error.retryable:
-        return (yield from _hand_back(backend, task, error))
+        return (yield from hand_back(backend, task, error))
     yield from _fail(
         backend, task, failure_of(error)._replace(failure_class=FailureClass.PERMANENT)
     )
@@ -547,7 +555,14 @@ def _load(on: Deployment, task: TaskState[Any, Any]) -> Ending:
             commands.append(renewing.command())
         if task.resumed:
             commands.append(observing.command())
+        if task._named:
+            core = keys.core(task.execution_id)
+            commands.append(command(b"HGET", core, b"required_capabilities"))
         replies = yield Step(commands, large=True)
+        if task._named:
+            required = replies.pop()
+            if isinstance(required, bytes):
+                task.handler = keys.handler_in(required.decode("utf-8", "replace").split(","))
         task.payload, task._traceparent = reading.answer(replies[0])
         opened = opening.answer(replies[1])
         if len(replies) > 2:
@@ -708,7 +723,7 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Ending
             return
 
 
-def _hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Actions:
+def hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Actions:
     """Make the execution claimable now, not when its lease lapses; it counts as a lost worker. Return whether it is."""
     if task._released or backend.closed:
         return False
@@ -752,6 +767,69 @@ def say_stopped(options: operations.WorkerOptions, error: BaseException | None) 
     else:
         text = "Worker %s of lane %s has stopped."
         say(logging.INFO, text, options.worker_id, options.lane, worker_id=options.worker_id)
+
+
+class Attending:
+    """The handlers that run on a backend, over all its workers, and whether the server answers them.
+
+    Attributes:
+        reached: Whether the server has answered the last claim; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.reached: bool | None = None
+        self._lock = threading.Lock()
+        self._count = 0
+        self._ended_at = float("-inf")
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            self._ended_at = time.monotonic()
+
+    def idle_since(self, moment: float) -> bool:
+        """Return whether no handler has run since *moment*, in monotonic time."""
+        return not self._count and self._ended_at < moment
+
+
+STOPPED = "The worker was stopped, and has handed the execution back."
+
+
+class Drain:
+    """How long handlers may run after a stop.
+
+    Args:
+        seconds: The time that they have; None has no limit.
+        stop: The event that stops the worker; its attribute ``hurried``, if it has one, ends the time.
+    """
+
+    def __init__(self, seconds: float | None, stop: object = None) -> None:
+        self._seconds = seconds
+        self._stop = stop
+        self._until: float | None = None
+        self._hurried = False
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit."""
+        return self._seconds is not None
+
+    def hurry(self) -> None:
+        """Let the time be over."""
+        self._hurried = True
+
+    def over(self, *, stopping: bool) -> bool:
+        """Return whether handlers are to be interrupted; the time begins with the first call that is *stopping*."""
+        if self._seconds is None or not stopping:
+            return False
+        if self._until is None:
+            self._until = time.monotonic() + self._seconds
+        hurried = self._hurried or getattr(self._stop, "hurried", False)
+        return hurried or time.monotonic() >= self._until
 
 
 class Patience:

@@ -6,6 +6,9 @@ from ff_fast._hot.frames cimport MODES
 
 cdef enum:
     BUCKETS = 32
+    # One in so many batches that readers take is asked for its lag: a clock costs as much as taking
+    # a small batch.
+    LAG_EVERY = 16
 
 
 cdef struct Spread:
@@ -25,6 +28,7 @@ cdef class Tally:
     cdef Spread _batch_frames
     cdef Spread _write_to_acknowledged_us
     cdef Spread _read_lag_us
+    cdef unsigned int _takes
     cdef dict _gaps
     cdef dict _events
     cdef readonly Py_ssize_t tails_open

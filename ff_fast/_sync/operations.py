@@ -15,6 +15,7 @@ from ff_fast import _transport
 from ff_fast._core import claiming, durability, operations
 from ff_fast._core.binding import bind
 from ff_fast._core.leases import KeptLeases
+from ff_fast._core.worker import Attending
 from ff_fast._core.writer import FrameWriters, flush_to, settle
 from ff_fast._sync.connection import PENDING
 from ff_fast._sync.leases import LeaseKeeper
@@ -42,6 +43,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _STOP_LOOK_S = 0.05
+_LEAVE_S = 0.5
 
 _LEFT = 1_024
 
@@ -90,6 +92,7 @@ class Operations(Pool):
         # Claims under way, with their threads; and those that have left something on the server.
         self._claims: dict[Claim, int] = {}
         self._left: deque[Claim] = deque(maxlen=_LEFT)
+        self._attending = Attending()
         self._kept = KeptLeases(self._hub, _later)
 
     def _stop(self) -> None:
@@ -275,20 +278,28 @@ class Operations(Pool):
             return self._closed or (request.stop is not None and request.stop.is_set())
 
         with request.watch:
-            while not stopped():
-                try:
-                    fired = self._run(request.round)
-                except FFError as error:
-                    # A retryable error leaves the timers to the next round; any other needs an operator.
-                    if not error.retryable and not self._closed:
-                        raise
-                    if not self._closed:
-                        request.watch.failed(error)
-                else:
-                    request.watch.done(fired)
-                until = time.monotonic() + request.interval_s
-                while (left := until - time.monotonic()) > 0 and not stopped():
-                    time.sleep(min(left, _STOP_LOOK_S))
+            try:
+                while not stopped():
+                    mine, fired = True, 0
+                    try:
+                        mine = self._run(request.turn)
+                        if mine:
+                            fired = self._run(request.round)
+                    except FFError as error:
+                        # A retryable error leaves the timers to the next round; any other needs an operator.
+                        if not error.retryable and not self._closed:
+                            raise
+                        if not self._closed:
+                            request.watch.failed(error)
+                    else:
+                        request.watch.done(fired)
+                    until = time.monotonic() + request.pause_s(mine)
+                    while (left := until - time.monotonic()) > 0 and not stopped():
+                        time.sleep(min(left, _STOP_LOOK_S))
+            finally:
+                if not self._closed:
+                    with contextlib.suppress(FFError):
+                        self._run(request.leave, until=time.monotonic() + _LEAVE_S)
 
     create_execution = method(operations.create_execution)
     describe = method(operations.describe)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -13,6 +12,7 @@ from ff_fast import _process
 from ff_fast._core import operations
 from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import dressed
+from ff_fast._core.handlers import Worker, is_coroutine_function
 from ff_fast._core.worker import (
     Action,
     CallHandler,
@@ -30,10 +30,11 @@ from ff_fast._core.worker import (
 from ff_fast._core.writer import store_and_close
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.writers import Writer
-from ff_fast.errors import FFError, InvalidInput, InvalidType
+from ff_fast.errors import FFError, InvalidInput, InvalidType, StaleOwner
 from ff_fast.types import OnCancel
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from datetime import timedelta
 
     from ff_fast._core.deployment import Deployment
@@ -157,8 +158,17 @@ def drive(actions: Generator[Action, Any, T], perform: Callable[[Action], object
 class WorkerLoop:
     """Claims executions of one lane and runs a handler for each, on *concurrency* threads."""
 
-    def __init__(self, backend: Operations, handler: Handler, options: WorkerOptions) -> None:
-        if inspect.iscoroutinefunction(handler) or not callable(handler):
+    def __init__(
+        self, backend: Operations, handler: Handler | Worker, options: WorkerOptions
+    ) -> None:
+        self.lifespan: Callable[[Any], AbstractContextManager[Any]] | None = None
+        coroutines = is_coroutine_function(handler)
+        if isinstance(handler, Worker):
+            options = handler._offering(options)
+            self.lifespan = handler.lifespan
+            coroutines = handler.is_async
+            handler = handler._dispatch
+        if coroutines or not callable(handler):
             raise InvalidType(
                 "handler must be an ordinary function; coroutines are for ff_fast.aio."
             )
@@ -173,12 +183,22 @@ class WorkerLoop:
         # The caller's event may be shared with other workers, so this loop never sets it.
         self._halt = threading.Event()
         self._signalled = False
+        self._drain = worker_core.Drain(options.drain_s, options.stop)
+        self._tasks: set[Task] = set()
+        self._context: object = None
         self._error: BaseException | None = None
 
     def run(self) -> None:
         """Run until the caller's event, SIGTERM or SIGINT (in the main thread), or the backend's close."""
+        if self.lifespan is None:
+            self._run()
+            return
+        with self.lifespan(self._backend) as self._context:
+            self._run()
+
+    def _run(self) -> None:
         worker_core.say_started(self._options)
-        restore = _process.on_stop_signals(self._on_signal)
+        restore = _process.on_stop_signals(self._on_signal, twice=self._drain.limited)
         threads = [
             threading.Thread(target=self._slot, name=f"ff_fast worker {index}", daemon=True)
             for index in range(self._options.concurrency)
@@ -198,6 +218,10 @@ class WorkerLoop:
                     thread.join(0.1)
                     if self._signalled:
                         self._halt.set()
+                    if self._drain.over(stopping=self._stopping):
+                        self._halt.set()
+                        self._leave_behind()
+                        break
         finally:
             restore()
             self._halt.set()
@@ -207,7 +231,20 @@ class WorkerLoop:
 
     def _on_signal(self) -> None:
         # A flag, not an event: the interrupted main thread may hold the event's lock.
+        if self._signalled:
+            self._drain.hurry()
         self._signalled = True
+
+    def _leave_behind(self) -> None:
+        """Hand back the executions whose handlers still run; a thread cannot be interrupted."""
+        until = time.monotonic() + worker_core.HAND_BACK_S
+        for task in list(self._tasks):
+            error = StaleOwner(worker_core.STOPPED)
+            if time.monotonic() < until:
+                actions = worker_core.hand_back(self._backend, task, error)
+                drive(actions, partial(self._perform, task))
+            if task._keeper is not None:
+                task._keeper._abandon(error)
 
     def _stopped_by(self, error: BaseException) -> None:
         if self._error is None:
@@ -227,15 +264,22 @@ class WorkerLoop:
     def _slot(self) -> None:
         patience = worker_core.Patience()
         try:
+            attending = self._backend._attending
             while not self._stopping:
+                began = time.monotonic()
                 try:
                     handle = self._backend._do(self._options.claim())
                 except FFError as error:
                     if self._backend.closed:
                         return
+                    attending.reached = False
                     self._pause(patience.refused(error))
                     continue
-                if handle is not None:
+                attending.reached = True
+                if handle is None:
+                    if self._options.until_idle and attending.idle_since(began):
+                        self._halt.set()
+                else:
                     # Run it even if a stop was requested meanwhile: it is claimed.
                     self._pause(patience.attended(over=self.run_one(handle)))
         except BaseException as error:  # noqa: BLE001 - raised again by run()
@@ -250,8 +294,16 @@ class WorkerLoop:
         """Run the handler for one claimed execution, and end the execution; return whether it is over for this worker."""
         options = self._options
         task = Task(self._backend, handle, options.mode, options.level, options.worker_id)
-        with self._backend.keep_lease(handle, task._lose) as task._keeper:
-            return drive(worker_core.attend(self._backend, task), partial(self._perform, task))
+        task.context, task._named = self._context, options.named
+        with (
+            self._backend._attending,
+            self._backend.keep_lease(handle, task._lose) as task._keeper,
+        ):
+            self._tasks.add(task)
+            try:
+                return drive(worker_core.attend(self._backend, task), partial(self._perform, task))
+            finally:
+                self._tasks.discard(task)
 
     def _perform(self, task: Task, action: Action) -> object:
         match action:

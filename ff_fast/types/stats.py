@@ -123,8 +123,8 @@ class Stats(_Sum, Value):
         leases_lost: Leases that were kept here and were lost.
         batch_frames: Frames of each batch.
         write_to_acknowledged_us: Time from the first frame of a batch to the acknowledgement of the batch, in µs.
-        read_lag_us: Time from the server's stamp of a pushed frame to its reader here, in µs: of the newest frame of each
-            batch that a reader takes. It compares the clocks of two hosts, and the stamp is in whole milliseconds.
+        read_lag_us: Time from the server's stamp of a pushed frame to its reader here, in µs: of the newest frame of one in
+            16 batches that readers take. It compares the clocks of two hosts, and the stamp is in whole milliseconds.
     """
 
     frames_written: FramesByMode = FramesByMode()

@@ -731,6 +731,11 @@ class ExecutionDescription(Value):
         set_field(self, "usage", dict(self.usage))
 
     @property
+    def handler(self) -> str | None:
+        """Name of the handler that it was created for; None without one."""
+        return keys.handler_in(self.required_capabilities.tokens)
+
+    @property
     def retries_left(self) -> int:
         """Number of retries left after transient failures and timeouts."""
         return max(self.retry.max_retries - self.retry_count, 0)

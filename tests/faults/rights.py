@@ -355,11 +355,14 @@ class Life:
             index = int(self._raw.hget(keys.core(eid), "current_attempt_index"))
             set_head(self._raw, keys.head(eid, index), lease_expires_at=1)
 
-    def supervised(self, eid, *kinds, scope=None, by="ff_supervisor"):
+    def supervised(self, eid, *kinds, scope=None, user="ff_supervisor"):
         self.due(eid, *kinds)
-        backend = self.by(by)
+        backend = self.by(user)
+        turn = supervision_core.Turn(user, 0.25, insists=user == "ff_supervisor")
+        assert backend._do(Call(turn.take))
         rounds = supervision_core.Supervision(backend._deployment, scope or ScannerFilter())
         backend._do(Call(rounds.round, own_connection=True))
+        backend._do(Call(turn.leave))
 
     def claimed(self, lane, **options):
         worker = self.by("ff_worker")
@@ -397,12 +400,12 @@ class Life:
         self.children()
         self.cancels()
         self.flows()
+        self.stands_by()
         self.loses()
         self.names()
         self.tasks()
         self.subscribes()
         self.looks()
-        self.supervises()
 
     def streams(self):
         producer = self.by("ff_producer")
@@ -641,6 +644,19 @@ class Life:
                 self.supervised(delayed, "delay")
                 self.supervised(flow_id, "flow", scope=ScannerFilter(namespace="default"))
 
+    def stands_by(self):
+        """A worker that supervises while nobody else does."""
+        eid = self.created(lane="by", delay=60)
+        self.supervised(eid, "delay", user="ff_worker")
+        worker, handle = self.claimed("by")
+        worker.complete(handle)
+        flow_id = self.by("ff_producer").create_flow()
+        self.created(lane="by", flow_id=flow_id)
+        self.by("ff_operator").cancel_flow(
+            flow_id, CancelFlowPolicy.CANCEL_ALL, CancelFlowWait.NO_WAIT
+        )
+        self.supervised(flow_id, "flow", user="ff_worker")
+
     def loses(self):
         """Leases that lapse, and attempts that take too long."""
         eid = self.created(lane="i", retry=RetryPolicy(max_retries=1))
@@ -745,18 +761,6 @@ class Life:
             levels = {each.level for each in looker.diagnose(role=user.removeprefix("ff_"))}
             assert levels <= {"ok", "warning", "unknown"}
         self.by("ff_operator").delete_execution(failed)
-
-    def supervises(self):
-        """A worker fires what is due as a supervisor does."""
-        flow_id = self.by("ff_producer").create_flow()
-        self.created(lane="m", flow_id=flow_id)
-        self.by("ff_operator").cancel_flow(
-            flow_id, CancelFlowPolicy.CANCEL_ALL, CancelFlowWait.NO_WAIT
-        )
-        self.supervised(flow_id, "flow", by="ff_worker")
-        eid = self.created(lane="m")
-        self.claimed("m")
-        self.supervised(eid, "lease", by="ff_worker")
 
 
 WAITING = {

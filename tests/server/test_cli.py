@@ -1,13 +1,17 @@
 """The command ``ff-fast``: its demo, and its look at executions, with exit codes and texts."""
 
 import base64
+import contextlib
+import io
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import orjson
 import pytest
@@ -18,6 +22,7 @@ from ff_fast._demo import check, plan
 from ff_fast._demo import run as demo_run
 
 from ..conftest import ROOT
+from ..waiting import wait_until
 
 UNKNOWN = "{fp:7}:00000000-0000-4000-8000-000000000000"
 
@@ -112,16 +117,44 @@ def test_demo_compares_everything_and_says_so():
     assert re.search(r"^write to reader: p50 [0-9.]+ ms, p99 [0-9.]+ ms", out, re.MULTILINE)
 
 
-def test_demo_on_a_server_of_ones_own_leaves_an_execution_to_look_at(server, run):
-    code, out, err = run(
-        "demo", "--seconds", "0.1", "--modes", "durable,summary", "--plain", "--url", server.url
-    )
+def test_demo_on_the_server_of_the_environment_leaves_an_execution_to_look_at(run):
+    code, out, err = run("demo", "--seconds", "0.1", "--modes", "durable,summary", "--plain")
     assert (code, err) == (0, "")
     eid = re.search(rb"^execution (\S+)$", out, re.MULTILINE)[1].decode()
     assert b"tokens           0 frames" in out
     code, out, err = run("summary", eid)
     assert (code, err) == (0, "")
     assert orjson.loads(out)["tokens"] == 100
+
+
+@pytest.mark.long
+def test_nothing_of_the_demo_is_left_after_sigterm(tmp_path):
+    environment = {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    with subprocess.Popen(
+        [sys.executable, "-m", "ff_fast", "demo", "--seconds", "60", "--plain"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline().startswith("execution")
+        assert process.stdout.readline().startswith("  1.")
+        assert _named(tmp_path)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    assert process.returncode == 143
+    wait_until(lambda: not _named(tmp_path))
+    wait_until(lambda: not list(tmp_path.iterdir()))
+
+
+def _named(folder):
+    """The processes whose command line or environment names a folder."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            told = (each / "cmdline").read_bytes() + (each / "environ").read_bytes()
+            if str(folder).encode() in told:
+                found.append(each.name)
+    return found
 
 
 def test_demo_interrupted_hands_its_execution_back(server, run):
@@ -262,6 +295,20 @@ def test_tail_chooses(run, finished):
     assert run("tail", finished, "--type", "image", "--type", "none")[1] == b"\xff\x00"
 
 
+def test_tail_names_the_types_of_frames_where_it_is_asked_to(run, finished):
+    code, out, err = run("tail", finished, "--types")
+    assert (code, out) == (0, b'Alice was \xff\x00{"n":12345678901234567890.10}beginning')
+    assert re.findall("type: (.*)", err) == ["token", "image", "token"]
+
+
+def test_tail_shows_types_on_a_terminal_at_the_begin_of_a_line(run, finished, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    code, out, err = run("tail", finished)
+    assert code == 0
+    assert out == b'Alice was \n\xff\x00\n{"n":12345678901234567890.10}beginning\n'
+    assert re.findall("type: (.*)", err) == ["token", "image", "token"]
+
+
 def test_tail_as_json_and_from_a_cursor(run, finished):
     code, out, err = run("tail", "--json", "--attempt", "0", finished)
     assert (code, err) == (0, "")
@@ -321,7 +368,9 @@ def test_follow_writes_what_every_attempt_streams(run, backend, lane):
     assert orjson.loads(out.splitlines()[0])["snapshot"] == {"a": 1}
 
 
-def test_tail_ends_in_silence_on_ctrl_c_and_on_a_closed_pipe(backend, claimed, server):
+def test_tail_ends_on_ctrl_c_with_where_to_go_on_and_on_a_closed_pipe_in_silence(
+    backend, claimed, server, run
+):
     eid, handle = claimed
     for how in ("interrupt", "close"):
         backend.append_frame(handle, Frame(b"x", FrameKind.STDOUT))
@@ -334,7 +383,15 @@ def test_tail_ends_in_silence_on_ctrl_c_and_on_a_closed_pipe(backend, claimed, s
                 process.stdout = None
                 backend.append_frame(handle, Frame(b"y", FrameKind.STDOUT))
             _, err = process.communicate(timeout=10)
-        assert (process.returncode, err) == (130 if how == "interrupt" else 141, "")
+        if how == "close":
+            assert (process.returncode, err) == (141, "")
+            continue
+        assert process.returncode == 130
+        said = re.fullmatch(r"ff-fast: go on with: ff-fast (.*)\n", err)[1]
+    backend.complete(handle)
+    code, out, _ = run(*shlex.split(said), "--types")
+    # A frame may be shown again, where the interrupt came as it was shown.
+    assert (code, out) in ((0, b"xy"), (0, b"xxy"))
 
 
 # -- summary and info ------------------------------------------------------------------------------
@@ -457,6 +514,9 @@ def test_submit_inspect_signal_cancel(run, backend, lane, monkeypatch):
     monkeypatch.delenv("FF_FAST_TOKEN", raising=False)
     assert run("signal", eid, waitpoint.waitpoint_id, "go")[0] == 2
     monkeypatch.setenv("FF_FAST_TOKEN", token.reveal())
+    code, out, err = run("signal", eid, waitpoint.waitpoint_id, "stop")
+    assert (code, out.decode().split()[1]) == (1, "signal_ignored_matcher_failed")
+    assert err.startswith("ff-fast: Nothing at this waitpoint waits for a signal of this name")
     code, out, err = run("signal", eid, waitpoint.waitpoint_id, "go", "--payload", "yes")
     assert (code, err) == (0, "")
     assert out.decode().split()[1] == "resume_condition_satisfied"
@@ -483,6 +543,18 @@ def test_submit_takes_the_payload_from_stdin(server, backend, lane):
     handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
     assert handle.fields().execution_id == out.strip()
     assert backend.read_payload(handle) == b"from a pipe"
+
+
+def test_submit_says_that_it_reads_from_a_terminal(run, backend, lane, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"typed"))
+    typed.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", typed)
+    code, out, err = run("submit", "--lane", lane, "--handler", "h")
+    assert code == 0
+    assert "read from here" in err
+    assert backend.describe(out.decode().strip()).handler == "h"
+    capabilities = ff_fast.CapabilitySet(["handler:h"])
+    assert backend.read_payload(backend.claim(lane=lane, capabilities=capabilities)) == b"typed"
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -127,7 +127,22 @@ def test_config_reaches_the_server_byte_for_byte(any_engine):
         assert client.execute_command("DEBUG", "SLEEP", "0")
 
 
-@pytest.mark.parametrize("name", ["port", "unixsocket", "bind", "enable_debug_command"])
+@pytest.mark.parametrize("port", [0, 6379, 65_536, "1"])
+def test_refuses_a_port_that_is_none_or_of_somebody_else(port):
+    with pytest.raises(InvalidInput, match="port"):
+        EmbeddedServer(port=port)
+
+
+def test_listens_on_the_port_that_it_is_given_or_not_at_all():
+    with EmbeddedServer(tcp=True) as first:
+        port = int(first.url.rpartition(":")[2])
+        with pytest.raises(EmbeddedServerError, match="ddress already in use"):
+            EmbeddedServer(port=port)
+    with EmbeddedServer(port=port) as server:
+        assert server.url == f"valkey://127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize("name", ["unixsocket", "bind", "enable_debug_command"])
 def test_refuses_directives_that_it_decides(name):
     with pytest.raises(InvalidInput, match=name.replace("_", "-")):
         EmbeddedServer(**{name: "1"})

@@ -120,6 +120,7 @@ def calls(backend, lane):
     yield backend.report_usage(handle, UsageDimensions(custom={"calls": 2}))
     assert (yield backend.renew(handle)).lease_epoch == 1
     described = yield backend.describe(eid)
+    assert backend.stats().executions_claimed == 1
     assert (described.progress_percent, described.usage) == (40, {"calls": 2})
     page = yield backend.list_executions(lane=lane, state="active")
     assert [each.execution_id for each in page.items] == [eid]

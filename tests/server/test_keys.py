@@ -84,6 +84,8 @@ def test_every_key_of_a_full_lifecycle_is_in_the_table(world):
     # Written before a wait for replicas.
     world.raw.set(keys.written("{fp:0}"), 1)
     world.raw.set(keys.PARTITIONS_CONFIG, 256)
+    # By whoever supervises.
+    world.raw.set(keys.supervisor(), "host-1")
     look()
 
     assert world.state(needy) == "completed"

@@ -64,6 +64,8 @@ def _of_asyncio(handler):
 
 
 def handler_for(kind, handler):
+    if isinstance(handler, ff_fast.Worker):
+        return handler
     return _of_sync(handler) if kind == "sync" else _of_asyncio(handler)
 
 
@@ -71,7 +73,8 @@ class Worker(Background):
     def __init__(self, kind, url, handler, **options):
         super().__init__(kind, url)
         self._handler = handler_for(kind, handler)
-        self._options = options
+        # The suite shares its server, and each test says who supervises.
+        self._options = {"supervise": False, **options}
 
     def work(self, stop):
         return self.backend.run_worker(self._handler, stop=stop, **self._options)

@@ -1,4 +1,4 @@
-"""The examples of README.md and docs/ pass mypy --strict as a user's programs would."""
+"""The examples of README.md, docs/ and examples/ pass mypy --strict as a user's programs would."""
 
 import os
 import re
@@ -46,8 +46,15 @@ def complaints(folder, *blocks: documents.Block) -> list[str]:
     ]
 
 
+def files_of_examples():
+    """The programs of examples/, as blocks."""
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        text = path.read_text("utf-8")
+        yield documents.Block(f"examples/{path.name}", 1, "python", path.stem, text, text)
+
+
 def test_the_examples_type_check(tmp_path):
-    found = complaints(tmp_path, *documents.blocks("python"))
+    found = complaints(tmp_path, *documents.blocks("python"), *files_of_examples())
     assert not found, "mypy --strict on the examples:\n" + "\n".join(found)
 
 

@@ -2,7 +2,8 @@
 
 import inspect
 
-from ff_fast._core.binding import bind, dressed, of_handler
+from ff_fast._core.binding import bind, dressed
+from ff_fast._core.handlers import of_handler
 
 
 class Call:
@@ -51,7 +52,7 @@ def test_a_method_has_the_signature_of_its_operation():
 
     assert shown(Backend.bound) == "(self, /, first: int, *, second: str = b) -> list[int]"
     assert shown(Backend.named) == "(self, /, first: int) -> Writer"
-    assert shown(Backend.handled) == "(self, handler: Handler, /, first: int) -> None"
+    assert shown(Backend.handled) == "(self, handler: Handler | Worker, /, first: int) -> None"
 
 
 def test_the_result_is_what_the_call_answers():

@@ -577,6 +577,13 @@ def test_a_result_is_read_as_a_payload_is():
     assert op.answer([1, b"OK", b"\xff"]) == b"\xff"
 
 
+def test_an_input_is_a_payload_and_where_it_comes_from():
+    op = ops.read_input(EID)
+    assert op[:3] == ops.read_payload(EID)[:3]
+    assert op.answer([1, b"OK", b"\xff"]) == (b"\xff", None)
+    assert op.answer([1, b"OK", b"", b"00-1-2-01"]) == (b"", "00-1-2-01")
+
+
 @pytest.mark.parametrize(
     "fields, version",
     [

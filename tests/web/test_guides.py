@@ -67,6 +67,18 @@ def test_what_was_written_by_hand_and_what_takes_its_place_read_alike(server, ra
 
 
 @pytest.mark.anyio
+async def test_a_worker_of_two_handlers(backend_of):
+    app = documents.run("worker-object")["app"]
+    async with backend_of() as backend:
+        plain = await backend.create_execution(lane="chat", payload="Hi")
+        named = await backend.create_execution(lane="chat", handler="summarise", payload="Hi")
+        await backend.run_worker(app, until_idle=True, supervise=False)
+        assert await backend.wait(named, 10) == b"Hi"
+        frames = [item async for item in backend.follow(plain)]
+        assert frames[1].payload == b"small: Hi"
+
+
+@pytest.mark.anyio
 async def test_the_routes_of_the_browser_client(backend_of):
     async with backend_of() as backend:
         app = Starlette()

@@ -1,0 +1,532 @@
+"""``ff-fast worker`` and ``ff-fast server``: what they run, say and leave behind, with exit codes."""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import ff_fast
+from ff_fast import cli
+from ff_fast._cli import health, processes, work
+from ff_fast._core import operations as operations_core
+
+from ..conftest import ROOT
+from ..waiting import wait_until
+
+MODULE = """
+import asyncio, contextlib, os, signal, threading, time, urllib.request
+import ff_fast
+
+NOT_ONE = 7
+
+def plain(task):
+    task.write(b"plain")
+    return b"plain"
+
+def other(task):
+    return b"other"
+
+async def coroutine(task):
+    task.write(b"coroutine")
+    return b"coroutine"
+
+@contextlib.contextmanager
+def opened(backend):
+    yield "opened"
+
+sync_app = ff_fast.Worker(lane="unused", lifespan=opened)
+async_app = ff_fast.Worker(lane="unused", lifespan=opened)
+
+@sync_app.handler("name")
+def named(task):
+    return task.context
+
+@async_app.handler("name")
+async def named_too(task):
+    return task.context
+
+def slow(task):
+    task.write(b"begun")
+    task.flush()
+    task.wait_cancelled(float(task.payload))
+    return b"lost" if task.lost else b"done"
+
+async def slow_coroutine(task):
+    task.write(b"begun")
+    await task.flush()
+    await asyncio.sleep(float(task.payload))
+    return b"done"
+
+def stubborn(task):
+    task.write(b"begun")
+    task.flush()
+    time.sleep(600)
+
+async def stubborn_coroutine(task):
+    task.write(b"begun")
+    await task.flush()
+    time.sleep(600)
+
+def pid(task):
+    return str(os.getpid())
+"""
+
+
+@pytest.fixture
+def backend(server):
+    with ff_fast.ValkeyBackend.connect(server.url) as connected:
+        yield connected
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module in the working directory, which no other test has imported."""
+    name = f"jobs_{os.getpid()}_{time.monotonic_ns()}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return name
+
+
+@pytest.fixture
+def run(server, monkeypatch, capfd, module):
+    """Run the command in this process, until there is nothing to do."""
+    monkeypatch.setenv(cli.URL_VARIABLE, server.url)
+    monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
+
+    def run(*argv):
+        try:
+            code = cli.main(["worker", *argv])
+        except SystemExit as stop:
+            code = stop.code
+        return code, capfd.readouterr().err
+
+    return run
+
+
+@contextlib.contextmanager
+def started(server, *argv, **options):
+    """The command in a process of its own; killed at the end, with what it has started."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FF_FAST_URL": server.url}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ff_fast", *argv],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def begun(backend, eid):
+    """Wait until the handler of an execution has written."""
+    wait_until(lambda: backend.describe(eid).attempt_count and list(backend.read_stream(eid, 0)))
+
+
+def state(backend, eid, *states):
+    return wait_until(lambda: (found := backend.describe(eid).state) in states and found)
+
+
+# -- what is run -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("handler", ["plain", "coroutine"])
+def test_a_function_runs_what_names_no_handler(run, backend, lane, module, handler):
+    eids = [backend.create_execution(lane=lane) for _ in range(3)]
+    named = backend.create_execution(lane=lane, handler=handler)
+    assert run(f"{module}:{handler}", "--lane", lane, "--until-idle", "--concurrency", "2")[0] == 0
+    assert {backend.read_result(eid) for eid in eids} == {handler.encode()}
+    assert backend.describe(named).state == "waiting"
+
+
+def test_several_functions_run_by_their_names(run, backend, lane, module):
+    eids = {name: backend.create_execution(lane=lane, handler=name) for name in ("plain", "other")}
+    argv = [f"{module}:plain", f"{module}:other", "--lane", lane, "--until-idle", "--no-supervise"]
+    assert run(*argv)[0] == 0
+    for name, eid in eids.items():
+        assert backend.read_result(eid) == name.encode()
+
+
+@pytest.mark.parametrize("app, function", [("sync_app", "plain"), ("async_app", "coroutine")])
+def test_a_worker_and_a_function_run_beside_each_other(run, backend, lane, module, app, function):
+    named = backend.create_execution(lane=lane, handler="name")
+    plain = backend.create_execution(lane=lane)
+    argv = [f"{module}:{app}", f"{module}:{function}", "--lane", lane, "--until-idle"]
+    assert run(*argv)[0] == 0
+    assert backend.read_result(named) == b"opened"
+    assert backend.read_result(plain) == function.encode()
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["{m}:nothing"], "{m} has no nothing."),
+        (["{m}:NOT_ONE"], "{m}:NOT_ONE is neither a function nor an ff_fast.Worker."),
+        (["{m}"], "{m} must be MODULE:HANDLER."),
+        (["no_module_of_ours:plain"], "There is no module no_module_of_ours here."),
+        (["{m}:plain", "{m}:coroutine"], "are all coroutine functions"),
+        (["{m}:sync_app", "{m}:coroutine"], "must all be coroutine functions"),
+        (["{m}:plain", "--lane", "x\n"], "A lane must be"),
+        (["{m}:plain", "--workers", "0"], "must be at least 1"),
+        (["{m}:plain", "--concurrency", "0"], "must be at least 1"),
+        (["{m}:plain", "--drain-timeout", "-1"], "must be a number"),
+        (["{m}:plain", "--health-port", "65536"], "must be a port"),
+        (["{m}:plain", "--parent-fd", "99"], "--parent-fd is for"),
+        ([], "required: MODULE:HANDLER"),
+    ],
+)
+def test_wrong_usage_is_said_in_a_line(run, module, argv, said):
+    code, err = run(*(each.format(m=module) for each in argv))
+    assert code == 2
+    assert said.format(m=module) in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_a_module_that_cannot_be_imported_shows_why(run, tmp_path):
+    (tmp_path / "broken_of_ours.py").write_text("import absent_of_ours")
+    code, err = run("broken_of_ours:handler")
+    assert code == 2
+    assert "No module named 'absent_of_ours'" in err
+    assert err.splitlines()[-1] == "ff-fast: broken_of_ours cannot be imported: see above."
+
+
+@pytest.mark.parametrize("option, package", [("--metrics-port", "metrics"), ("--reload", "reload")])
+def test_a_package_that_is_missing_is_named(run, module, monkeypatch, option, package):
+    for name in ("prometheus_client", "watchfiles"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, err = run(f"{module}:plain", option, *(["9"] if package == "metrics" else []))
+    assert code == 1
+    assert f"ff_fast[{package}]" in err
+
+
+def test_a_server_that_is_not_there_ends_the_worker(run, module):
+    code, err = run(f"{module}:plain", "--url", "unix:///nowhere/valkey.sock")
+    assert code == 1
+    assert "There is no socket" in err
+
+
+# -- health ----------------------------------------------------------------------------------------
+
+
+def get(port, path):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+@pytest.mark.parametrize("handler", ["slow", "slow_coroutine"])
+def test_readiness_follows_the_worker(server, backend, lane, module, handler, monkeypatch):
+    monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
+    ports = []
+    monkeypatch.setattr(health, "serve", kept(health.serve, ports))
+    arguments = cli._parser().parse_args(
+        [
+            "worker",
+            f"{module}:{handler}",
+            "--lane",
+            lane,
+            "--health-port",
+            "0",
+            "--bind",
+            "127.0.0.1",
+        ]
+    )
+    arguments.drain_timeout = 20
+    process = work.Process(arguments, server.url)
+    running = threading.Thread(target=process.run, daemon=True)
+    eid = backend.create_execution(lane=lane, payload=b"0.3")
+    running.start()
+    try:
+        begun(backend, eid)
+        (port,) = ports
+        wait_until(lambda: get(port, "/ready") == (200, b"ready\n"))
+        assert get(port, "/live") == (200, b"live\n")
+        assert get(port, "/metrics")[0] == get(port, "/other")[0] == 404
+        process._backend._attending.reached = False
+        if backend.describe(eid).state == "active":
+            assert get(port, "/ready") == (503, b"unreachable\n")
+        process._stop.set()
+        assert get(port, "/ready") == (503, b"stopping\n")
+        assert get(port, "/live")[0] == 200
+    finally:
+        process._stop.set()
+        running.join(20)
+    assert not running.is_alive()
+    # It was not interrupted.
+    assert backend.read_result(eid) == b"done"
+
+
+def kept(serve, ports):
+    def serving(*arguments):
+        ports.append(serve(*arguments))
+        return ports[-1]
+
+    return serving
+
+
+def test_a_port_that_is_taken_is_said(run, module):
+    endpoints = health.Endpoints()
+    port = health.serve(endpoints, "127.0.0.1", 0)
+    code, err = run(f"{module}:plain", "--health-port", str(port), "--bind", "127.0.0.1")
+    assert code == 2
+    assert f"Port {port} of 127.0.0.1 cannot be had" in err
+
+
+def test_metrics_are_on_their_path(monkeypatch):
+    endpoints = health.Endpoints()
+    endpoints.metrics = lambda: ("text/x", b"ff_fast_up 1\n")
+    assert endpoints.answer("/metrics") == (200, "text/x", b"ff_fast_up 1\n")
+    assert endpoints.answer("/live")[0] == endpoints.answer("/ready")[0] == 404
+
+
+# -- signals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_sigterm_lets_a_handler_end(server, backend, lane, module):
+    eid = backend.create_execution(lane=lane, payload=b"0.5")
+    with started(server, "worker", f"{module}:slow_coroutine", "--lane", lane) as process:
+        begun(backend, eid)
+        process.send_signal(signal.SIGTERM)
+        later = backend.create_execution(lane=lane, payload=b"0")
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, "Traceback" in err) == (0, False)
+    assert backend.read_result(eid) == b"done"
+    assert backend.describe(later).attempt_count == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["drain", "second signal", "second interrupt"])
+@pytest.mark.parametrize("handler", ["slow", "slow_coroutine"])
+def test_a_handler_that_outlasts_the_drain_is_interrupted(
+    server, backend, lane, module, handler, how
+):
+    eid = backend.create_execution(lane=lane, payload=b"600")
+    drain = "0.2" if how == "drain" else "600"
+    argv = ("worker", f"{module}:{handler}", "--lane", lane, "--drain-timeout", drain)
+    with started(server, *argv) as process:
+        begun(backend, eid)
+        number = signal.SIGINT if how == "second interrupt" else signal.SIGTERM
+        process.send_signal(number)
+        if how != "drain":
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.5)
+            process.send_signal(number)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, "Traceback" in err) == (0, False)
+    # Handed back: the lease of 30 s has not lapsed.
+    handle = wait_until(lambda: backend.claim(lane=lane), 5)
+    assert handle.fields().execution_id == eid
+    assert [frame.payload for frame in backend.read_stream(eid, 0)] == [b"begun"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("handler", ["stubborn", "stubborn_coroutine"])
+def test_a_handler_that_cannot_be_interrupted_keeps_no_process(
+    server, backend, lane, module, handler
+):
+    eid = backend.create_execution(lane=lane)
+    argv = ("worker", f"{module}:{handler}", "--lane", lane, "--drain-timeout", "0.1")
+    with started(server, *argv) as process:
+        begun(backend, eid)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    # A thread is left behind; a loop that is blocked is ended with its process.
+    assert process.returncode == (0 if handler == "stubborn" else 1)
+    assert ("does not end" in err) == (handler != "stubborn")
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def children(process):
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in listed.split()]
+
+
+def pids_of(backend, lane, count):
+    """The processes that run executions, once there are *count*."""
+    seen = set()
+
+    def more():
+        eid = backend.create_execution(lane=lane)
+        state(backend, eid, "completed")
+        seen.add(int(backend.read_result(eid)))
+        return len(seen) >= count
+
+    wait_until(more, 60)
+    return seen
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_processes_of_a_command_end_with_it(server, backend, lane, module, number):
+    argv = ("worker", f"{module}:pid", "--lane", lane, "--workers", "2")
+    with started(server, *argv) as process:
+        pids = pids_of(backend, lane, 2)
+        assert pids == set(children(process))
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, "Traceback" in err) == (0, False)
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.long
+def test_the_processes_of_a_command_that_is_killed_end_too(server, backend, lane, module):
+    argv = ("worker", f"{module}:pid", "--lane", lane, "--workers", "2")
+    with started(server, *argv) as process:
+        pids = pids_of(backend, lane, 2)
+        process.kill()
+        wait_until(lambda: not any(map(alive, pids)), 30)
+
+
+@pytest.mark.long
+def test_a_process_that_dies_is_started_again(server, backend, lane, module):
+    argv = ("worker", f"{module}:pid", "--lane", lane, "--workers", "2", "--health-port", "0")
+    with started(server, *argv, "--bind", "127.0.0.1") as process:
+        port = int(re.search(r"on port (\d+)", process.stderr.readline())[1])
+        pids = pids_of(backend, lane, 2)
+        wait_until(lambda: get(port, "/ready") == (200, b"ready\n"))
+        os.kill(min(pids), signal.SIGKILL)
+        wait_until(lambda: get(port, "/ready") == (503, b"starting\n"))
+        wait_until(lambda: get(port, "/ready") == (200, b"ready\n"), 30)
+        assert len(set(children(process)) - pids) == 1
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "has ended by SIGKILL; it is started again in 0.5 s" in err
+
+
+@pytest.mark.long
+def test_processes_that_are_idle_end_the_command(server, backend, lane, module):
+    eids = [backend.create_execution(lane=lane) for _ in range(20)]
+    argv = ("worker", f"{module}:pid", "--lane", lane, "--workers", "2", "--until-idle")
+    with started(server, *argv) as process:
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert all(backend.describe(eid).state == "completed" for eid in eids)
+
+
+@pytest.mark.long
+def test_what_no_process_can_import_ends_the_command(server, module):
+    with started(server, "worker", f"{module}:nothing", "--workers", "2") as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"{module} has no nothing." in err
+
+
+def test_ports_of_several_processes_may_not_overlap(run, module, monkeypatch):
+    monkeypatch.setattr(health, "check_metrics", lambda: None)
+    argv = (f"{module}:plain", "--workers", "3", "--metrics-port", "9000", "--health-port", "9002")
+    code, err = run(*argv)
+    assert code == 2
+    assert "one port a process" in err
+
+
+def test_the_pauses_between_starts_grow(monkeypatch, caplog, server):
+    arguments = cli._parser().parse_args(["worker", "a:b", "--workers", "2"])
+    parent = processes._Parent(arguments, server.url)
+    parent._due.clear()
+
+    class Ended:
+        began = time.monotonic()
+        replaced = False
+
+    caplog.set_level(logging.WARNING, "ff_fast")
+    for _ in range(8):
+        parent._ended(0, Ended, -9)
+    pauses = [float(each) for each in re.findall(r"again in ([\d.]+) s", caplog.text)]
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    Ended.began -= 60
+    parent._ended(0, Ended, 1)
+    assert caplog.text.rstrip().endswith("with code 1; it is started again in 0.5 s")
+
+
+@pytest.mark.long
+def test_reload_runs_the_module_as_it_was_changed(server, backend, lane, module, tmp_path):
+    pytest.importorskip("watchfiles")
+    file = tmp_path / f"{module}.py"
+    with started(server, "worker", f"{module}:plain", "--lane", lane, "--reload") as process:
+
+        def answers(text):
+            eid = backend.create_execution(lane=lane)
+            state(backend, eid, "completed")
+            return backend.read_result(eid) == text
+
+        wait_until(lambda: answers(b"plain"), 30)
+        file.write_text("this is not Python")
+        wait_until(lambda: "waits for a change" in process.stderr.readline(), 30)
+        file.write_text(MODULE.replace('return b"plain"', 'return b"changed"'))
+        wait_until(lambda: answers(b"changed"), 30)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+# -- server ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_a_development_server_prints_its_url_and_ends_with_the_command(server):
+    with started(server, "server", "--unix") as process:
+        url = process.stdout.readline().strip()
+        with ff_fast.ValkeyBackend.connect(url) as backend:
+            # It has a supervisor.
+            eid = backend.create_execution(lane="x", deadline=0.01)
+            state(backend, eid, "expired")
+        assert Path(url.removeprefix("unix://")).exists()
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 0
+    wait_until(lambda: not Path(url.removeprefix("unix://")).exists())
+
+
+@pytest.mark.long
+def test_a_development_server_keeps_its_data_where_it_is_told_to(server, tmp_path):
+    folder = tmp_path / "data"
+    seen = []
+    for _ in range(2):
+        with started(server, "server", "--dir", str(folder)) as process:
+            url = process.stdout.readline().strip()
+            assert url.startswith("valkey://127.0.0.1:")
+            with ff_fast.ValkeyBackend.connect(url) as backend:
+                if not seen:
+                    seen.append(backend.create_execution(lane="x"))
+                assert backend.describe(seen[0]).state == "waiting"
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=20)
+        assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--port", "6379"], ["--port", "65536"], ["--unix", "--port", "7000"], ["--dir", "/proc/x"]],
+)
+def test_a_development_server_says_what_it_cannot_do(argv, capfd):
+    assert cli.main(["server", *argv]) == 2
+    assert re.fullmatch(r"ff-fast: [^\n]+\n", capfd.readouterr().err)
