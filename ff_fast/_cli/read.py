@@ -193,7 +193,7 @@ class _Text:
         if self._types and item.frame_type != self._type:
             self._type = item.frame_type
             self._break()
-            complain(f"type: {_one_line(item.frame_type)}")
+            complain(f"type: {one_line(item.frame_type)}")
         out = sys.stdout.buffer
         out.write(item.payload)
         out.flush()

@@ -1,22 +1,20 @@
-"""The users of the ACL lines of docs/guides/deployment.md can do their work in a cluster, with the rights that it adds."""
+"""The users of the roles can do their work in a cluster, with the rights that a cluster adds."""
 
 import asyncio
-import re
 
 import pytest
 
 from ff_fast import Durability, Frame, FrameKind
 from ff_fast._core import hub as hub_core
+from ff_fast._core.roles import IN_A_CLUSTER
 from ff_fast.errors import FunctionMissing, NotReplicated, PermissionDenied, UnsupportedServer
 
 from ..conftest import connect_raw
-from ..faults.rights import ACL, DEPLOYMENT, PASSWORD, Life, allow
+from ..faults.rights import ACL, PASSWORD, Life, allow
 from ..faults.test_rights import FEW
 from ..router import Router
 from ..shells import WORKER, Opener, config
 from .test_calls import execution_at
-
-(IN_A_CLUSTER,) = re.findall(r"`(\+cluster\|slots[^`]*)`", DEPLOYMENT)
 
 
 @pytest.fixture

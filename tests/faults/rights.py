@@ -15,7 +15,6 @@ import re
 import socket
 import time
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -48,7 +47,6 @@ from ff_fast.errors import NotReplicated, UnsupportedServer
 
 from ..heads import set_head
 
-DEPLOYMENT = (Path(__file__).parents[2] / "docs/guides/deployment.md").read_text(encoding="utf-8")
 ACL = {f"ff_{name}": role.rules for name, role in ROLES.items()}
 PASSWORD = "s3cret-canary"
 GPU = CapabilitySet({"gpu"})
@@ -747,6 +745,9 @@ class Life:
         self.suspended("l", tags=options["tags"])
         self.created(**options)
         self.claimed("l")
+        # What it stops to listen to would count as the next user's.
+        reader = self.by("ff_reader")
+        reader.wait_until(lambda: _hears_nothing(reader))
         for user in ("ff_reader", "ff_operator"):
             looker = self.by(user)
             page = looker.list_executions(tag=("app.l", "1"))
