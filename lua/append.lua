@@ -198,7 +198,8 @@ local function value_ok(letter, value)
     local ms, sequence = string.match(value, '^(%d+)%-(%d+)$')
     return integer(ms) and integer(sequence)
   elseif letter == BLOCK.ESTIMATOR then
-    return #value <= 96 and string.find(value, '^%d+%.?%d*[ %d]*$')
+    local rate = #value <= 96 and string.match(value, '^(%d+%.?%d*)[ %d]*$')
+    return rate and #rate <= 32
   end
   local number = integer(value)
   if letter == BLOCK.VISIBLE then

@@ -1148,14 +1148,14 @@ def test_further_answers(subtests):
         (
             "ff_describe_attempt",
             b"OK",
-            [[], b"0", b"0", b"0", b""],
+            [[], b"0", b"0", b"0", b"", [], []],
             StreamDescription("0-0", 0, 0, 0, 0, None, None),
         ),
         # Claimed, and nothing written: the id of the claim is not one of a frame.
         (
             "ff_describe_attempt",
             b"OK",
-            [[b"last_id", b"1700000000000-0"], b"0", b"0", b"0", b"80"],
+            [[b"last_id", b"1700000000000-0"], b"0", b"0", b"0", b"80", [], []],
             StreamDescription("0-0", 0, 0, 0, 0, None, 0.08),
         ),
         ("ff_read_tags", b"OK", [[]], {}),
