@@ -8,6 +8,7 @@ EXTRAS := embedded,cli,test,lint
 BUILT := $(VENV)/.built
 WEB := build/web
 WEB_BUILT := $(WEB)/.built
+SITE := build/docs
 BENCH_BUILT := $(VENV)/.built-bench
 SANITIZE := build/sanitize
 
@@ -20,7 +21,7 @@ COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 PARALLEL := -n 4 --dist worksteal
 
-.PHONY: build demo demo-web test test-cluster test-web pictures unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
+.PHONY: build demo demo-web test test-cluster test-web pictures docs unit check soak chaos coverage lint types sanitize wheel-test bench bench-quick clean help
 
 help: ## List the tasks
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -65,6 +66,11 @@ $(WEB_BUILT): $(BUILT) tests/web/requirements.txt tests/web/package.json tests/w
 	cp tests/web/package.json tests/web/package-lock.json $(WEB)/node
 	cd $(WEB)/node && npm ci --silent --no-audit --no-fund
 	touch $@
+
+docs: build docs/requirements.txt ## Build the site of the documentation, with warnings as errors, and check its links
+	test -x $(SITE)/venv/bin/python || $(PYTHON) -m venv $(SITE)/venv
+	$(SITE)/venv/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	$(BIN)/python -m tools.build_docs $(SITE)/venv/bin/zensical
 
 unit: build ## Run the tests that need no server, in seconds
 	$(PYTEST) $(PARALLEL) tests/unit $(ARGS)

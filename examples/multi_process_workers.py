@@ -6,7 +6,6 @@ Run it:   pip install 'ff_fast[embedded]'
 
 import multiprocessing
 import os
-import threading
 import time
 
 import ff_fast
@@ -32,9 +31,6 @@ def work(url: str) -> None:
 def main() -> None:
     context = multiprocessing.get_context("spawn")  # a backend does not survive a fork
     with EmbeddedServer() as server, ff_fast.ValkeyBackend.connect(server.url) as backend:
-        stop = threading.Event()
-        supervisor = threading.Thread(target=backend.supervise, kwargs={"stop": stop})
-        supervisor.start()  # hands the work of the dead to others; also: ff-fast supervise
         workers = [context.Process(target=work, args=(server.url,)) for _ in range(4)]
         for worker in workers:
             worker.start()
@@ -56,8 +52,6 @@ def main() -> None:
         for worker in workers:
             worker.terminate()  # lets handlers end
             worker.join()
-        stop.set()
-        supervisor.join()
 
 
 if __name__ == "__main__":

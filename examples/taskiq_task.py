@@ -12,17 +12,18 @@ from taskiq import Context, InMemoryBroker, TaskiqDepends, TaskiqEvents, TaskiqS
 
 from ff_fast import StreamFrame, aio
 
-broker = InMemoryBroker()  # in production one that other processes reach
+# Its worker is this process. In production take one that other processes reach.
+broker = InMemoryBroker()
 
 
-@broker.on_event(TaskiqEvents.CLIENT_STARTUP, TaskiqEvents.WORKER_STARTUP)
+@broker.on_event(TaskiqEvents.WORKER_STARTUP)
 async def connect(state: TaskiqState) -> None:
     url = os.environ.get("FF_FAST_URL")
     opening = aio.ValkeyBackend.connect(url) if url else aio.ValkeyBackend.embedded()
     state.backend = await opening
 
 
-@broker.on_event(TaskiqEvents.CLIENT_SHUTDOWN, TaskiqEvents.WORKER_SHUTDOWN)
+@broker.on_event(TaskiqEvents.WORKER_SHUTDOWN)
 async def disconnect(state: TaskiqState) -> None:
     await state.backend.close()
 

@@ -532,10 +532,10 @@ class EmbeddedCluster(_Stopping):
     Args:
         primaries: How many servers share the slots.
         replicas: How many servers replicate one of them, in turn.
-        executable, debug_command: As of :class:`EmbeddedServer`.
         node_timeout_ms: After how long a silent node counts as failed.
         deadline_s: How long the start, or a change, may take.
-        **config: Directives of every node's configuration file.
+        **config: Directives of every node's configuration file; ``executable`` and ``debug_command`` are those of
+            :class:`EmbeddedServer`.
 
     Raises:
         MissingDependency, EmbeddedServerError, InvalidInput: As of :class:`EmbeddedServer`.

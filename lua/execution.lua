@@ -22,8 +22,8 @@ end
 --   errors:  invalid_input flow_not_found flow_already_terminal execution_not_found
 --
 -- The status is DUPLICATE, and nothing is changed, where the execution exists: a caller that lost the reply asks again,
--- and gets the hint again. `flow` is any key of the slot where flow_id is ''. The pair `traceparent` is no tag, and stands
--- in the core: the span of whoever creates the execution.
+-- and gets the hint again. `flow` is any key of the slot where flow_id is ''. The pair `traceparent` is no tag, and
+-- stands in the core: the span of whoever creates the execution.
 redis.register_function('ff_create_execution', function(keys, args)
   local call = redis.call
   local core_key, payload_key, tags_key, flow_key = unpack(keys, 1, 4)

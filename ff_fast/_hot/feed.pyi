@@ -12,7 +12,11 @@ from ff_fast.types import End, EndReason, Gap
 
 @final
 class Bell:
-    """Wakes one asyncio task that waits for a reader, any number of times."""
+    """Wakes one asyncio task that waits for a reader, any number of times.
+
+    It is what a task awaits, in place of a future for each wait: a task asks only for the methods
+    below. A feed refers to it, and it refers to no reader but by a task that waits.
+    """
 
     def __init__(self, loop: AbstractEventLoop) -> None: ...
     def __call__(self) -> None:
@@ -48,7 +52,28 @@ class Ringer:
 
 @disjoint_base
 class Inbox:
-    """Place of a reader in an attempt, and the pushes that it has not taken yet."""
+    """Place of a reader in an attempt, and the pushes that it has not taken yet.
+
+    A push is taken if its frames follow the place, by their ids: what overlaps must have the ids
+    that the reader knows. Everything else makes a read due. The queue has a bound; beyond it all is
+    dropped, and a read is due.
+
+    Attributes:
+        ms, sequence: Id of the last frame that was delivered or reported missing.
+        stored: Sequence up to which what the reader got is known to be stored.
+        due: A read must be made, since something may have been missed.
+        reading: A read is under way; no push is taken meanwhile.
+        doubted: The place may not be in storage; no push is taken until a read has found it there.
+        confirmed: The server has confirmed the subscription, and it was not lost since.
+        settled_at: Monotonic time from which storage has the frames that were pushed before the
+            subscription.
+        asked_at: Monotonic time of the last request, at the earliest.
+        reads_end: A push that tells of the end makes a read due, which delivers it.
+        end_reason: Why the attempt ended; None until the end was delivered.
+        lease_at, look_at: Monotonic times at which a read is due although nothing was pushed.
+        on_wake: Called, on the thread of the feed, when there may be something to take or to ask.
+        tally: Counts the frames that are taken; None counts none.
+    """
 
     attempt_index: int
     ms: int
@@ -76,7 +101,7 @@ class Inbox:
         """Queue what was pushed, from the thread of the feed."""
 
     def doubt(self, subscribed: bool) -> None:
-        """Note that the server has confirmed the subscription, or that it is lost."""
+        """Note that the subscription was confirmed, or is lost: pushes may have been missed."""
 
     def take(self) -> list[StreamFrame | Gap | End]:
         """Return the items of the pushes that follow the place, in order."""
@@ -89,7 +114,11 @@ class Inbox:
 
 @final
 class Feed:
-    """The channel of one attempt, and the readers that listen to it. It is a listener of the hub."""
+    """The channel of one attempt, and the readers that listen to it. It is a listener of the hub.
+
+    Attributes:
+        channel: Name of the channel.
+    """
 
     @property
     def channel(self) -> bytes: ...

@@ -4,7 +4,30 @@ from ff_fast.types import EndReason, FrameMode, Gap, GapReason, PatchKind
 
 @final
 class StreamFrame:
-    """One frame of a stream, as a reader gets it. Immutable, compared by value, hashable."""
+    """One frame of a stream, as a reader gets it. Immutable, compared by value, hashable.
+
+    Attributes:
+        stream_id: ``<server ms>-<sequence>``, its id in the stream of the attempt.
+        cursor: Where a reader goes on behind this frame; opaque, and safe in a URL. ``Gap`` and
+            ``End`` have one too.
+        attempt_index: The attempt, from 0.
+        sequence: Position in the attempt, dense, from 1.
+        frame_type: Classifier that the worker chose; ``token`` by default.
+        payload: The bytes that were written, 0 to 65,536.
+        ts_ms: When the frame was written, in ms since the epoch by the server's clock.
+        mode: Wire token of the stream mode: ``durable``, ``summary`` or ``best_effort``.
+        encoding: What the worker says of the payload: ``utf8``, ``binary`` or another text; nothing
+            is converted.
+        source: Who made the frame; ``worker`` by default.
+        correlation_id: Text that the worker gave, or None.
+        summary_version: Version of the summary after this patch, from 1; None outside mode
+            ``summary``.
+        patch_kind: How the payload changes the summary; None outside mode ``summary``.
+
+    Raises:
+        Corruption: *stream_id* is not an id.
+        TypeError: An argument has the wrong type.
+    """
 
     def __init__(
         self,
@@ -27,7 +50,7 @@ class StreamFrame:
 
     @property
     def cursor(self) -> str:
-        """Where a reader goes on behind this frame; opaque, and safe in a URL. ``Gap`` and ``End`` have one too."""
+        """Where a reader goes on behind this frame; opaque, and safe in a URL."""
 
     @property
     def attempt_index(self) -> int:
@@ -77,6 +100,19 @@ class StreamFrame:
 
 @final
 class Entries:
+    """The frames of some entries of one stream.
+
+    Attributes:
+        frames: The frames, in order. One of the mode ``lost`` stands for lost frames: they begin
+            behind its `_previous`, and the last visible frame before has the sequence
+            `_summary_version`. `assemble` makes a gap of it.
+        end_reason: Why the attempt ended; None if the end entry is not among the entries.
+        taken: How many entries were decoded; the next one is beyond the limit.
+        foreign: How many of these another program wrote; they are left out.
+        rewound: Whether one is later than the cursor and has no later sequence: the stream is not
+            the one in which the cursor was taken.
+    """
+
     @property
     def frames(self) -> list[StreamFrame]: ...
     @property
@@ -98,9 +134,41 @@ def decode_entries(
     after_ms: int = 0,
     newest: tuple[int, int] | None = None,
     attempt_index: int = 0,
-) -> Entries: ...
-def weigh_entries(entries: list[list[object]]) -> tuple[int, int]: ...
-def decode_run(run: bytes, count: int) -> list[bytes]: ...
+) -> Entries:
+    """Return the :class:`Entries` of one stream.
+
+    Args:
+        entries: ``[[id, [field, value, ...]], ...]``, all bytes, as XRANGE and ff_read_range
+            answer.
+        after: Sequence of the cursor; frames up to it are left out. A run may begin before it.
+        limit: ``(ms, sequence)`` of the last id to decode; None decodes all entries.
+        exclude_best_effort: Leave best-effort frames out.
+        live: The stream is the live window, not the log.
+        after_ms: ms of the cursor; 0 if it is not known.
+        newest: ``(ms, sequence)`` of the newest frame of the attempt, if it is known: a payload
+            that another program put behind it is no frame.
+        attempt_index: The attempt of the stream.
+
+    Raises:
+        Corruption: An entry that has ff_fast's fields does not have their form.
+    """
+
+def weigh_entries(entries: list[list[object]]) -> tuple[int, int]:
+    """Return about how many frames *entries* hold, and how many bytes of values.
+
+    Nothing is decoded. A damaged run is counted, and `decode_entries` refuses it.
+
+    Raises:
+        Corruption: *entries* is not ``[[id, [field, value, ...]], ...]``.
+    """
+
+def decode_run(run: bytes, count: int) -> list[bytes]:
+    """Return the *count* payloads of a run in the summary hash, where a run has no fields.
+
+    Raises:
+        Corruption: *run* is not a run of *count* frames.
+    """
+
 def assemble(
     log: Entries,
     live: Entries,
@@ -109,11 +177,39 @@ def assemble(
     exclude_best_effort: bool,
     reason: GapReason,
     attempt_index: int = 0,
-) -> tuple[list[StreamFrame | Gap], int, int, EndReason | None]: ...
+) -> tuple[list[StreamFrame | Gap], int, int, EndReason | None]:
+    """Merge the entries of both streams up to one id, with a gap wherever frames are missing.
+
+    Args:
+        log: Entries of the log.
+        live: Entries of the live window, without the frames that the reader excludes.
+        ms: Id of the last delivered frame: ms
+        sequence: and sequence.
+        exclude_best_effort: Missing best-effort frames are no gap.
+        reason: Reason of all gaps found here.
+        attempt_index: The attempt of the stream.
+
+    Returns:
+        ``(items, ms, sequence, end_reason)``. *items* are ``StreamFrame`` and ``Gap`` in sequence
+        order, *ms* and *sequence* the id of the last one. *end_reason* is None before the end.
+    """
 
 @final
 class Pushed:
-    """What a message on the channel of an attempt says. All readers of the attempt share it."""
+    """What a message on the channel of an attempt says. All readers of the attempt share it.
+
+    Attributes:
+        kind: ``frames``, ``end``, ``lease``, or ``look`` for everything else.
+        deferred: The frames are not stored yet.
+        ms, last: Id of the last frame, or of the end.
+        first: Sequence of the first frame.
+        frames: The frames. Readers copy from the list and never change it.
+        visible: Those that a reader gets that excludes best-effort frames.
+        size: Bytes of the message.
+        previous: Sequence of the last visible frame before the end.
+        end_reason: Why the attempt ended.
+        lease_ms: When the lease ends, in ms from here.
+    """
 
     @property
     def kind(self) -> Literal["look", "frames", "end", "lease"]: ...
@@ -145,4 +241,4 @@ class Pushed:
     def lease_ms(self) -> int: ...
 
 def decode_push(message: bytes, attempt_index: int = 0) -> Pushed:
-    """Return what a message on the channel of an attempt says. A message that is damaged says: look."""
+    """Return the :class:`Pushed` of a message. One that is damaged says: look."""

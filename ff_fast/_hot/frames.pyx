@@ -128,7 +128,7 @@ cdef object patch_kind_of(bytes wire, bytes pointer):
 @cython.no_gc
 @cython.freelist(256)
 cdef class StreamFrame:
-    """One frame of a stream, as a reader gets it. Immutable.
+    """One frame of a stream, as a reader gets it. Immutable, compared by value, hashable.
 
     Attributes:
         stream_id: ``<server ms>-<sequence>``, its id in the stream of the attempt.
@@ -179,7 +179,7 @@ cdef class StreamFrame:
 
     @property
     def cursor(self):
-        """Where reading goes on behind this frame."""
+        """Where a reader goes on behind this frame; opaque, and safe in a URL."""
         return f"{self.attempt_index}.{self._ms}-{self.sequence}"
 
     @property

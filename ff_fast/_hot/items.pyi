@@ -9,6 +9,8 @@ _T = TypeVar("_T")
 
 @disjoint_base
 class Items(Generic[_T]):
+    """Base of both shells' readers: holds the items of the answers that were read."""
+
     def __new__(cls, *_: object, **__: object) -> Self: ...
     @classmethod
     def __class_getitem__(cls, item: Any) -> type[Self]: ...  # noqa: ANN401 - as typing has it
@@ -32,18 +34,31 @@ class Items(Generic[_T]):
 
 @disjoint_base
 class Turn:
-    """Lets one in at a time: ``with turn`` raises the error that *error* returns while one is in."""
+    """Lets one in at a time: ``with turn`` raises the error that *error* returns while one is in.
+
+    In C, because an interrupt can strike between the call that takes a lock and the ``try`` behind
+    it, and leave the lock taken for ever.
+    """
 
     def __init__(self, error: Callable[[], Exception]) -> None: ...
     def __enter__(self) -> None: ...
     def __exit__(self, *_: object) -> None: ...
 
 class BlockingItems(Items[_T]):
+    """An iterator. ``_fill()`` of the subclass puts the items of an answer; false says the end."""
+
     def __iter__(self) -> Self: ...
     def __next__(self) -> _T: ...
 
 @disjoint_base
 class AsyncItems(Items[_T]):
+    """An asynchronous iterator. ``_next_item()`` of the subclass is awaited if nothing is left.
+
+    With an inbox, what is pushed is taken and waited for without it: it is awaited where a read is
+    due or under way, where the timer of the shell would be late, on another loop, and behind the
+    end.
+    """
+
     _looks_at: float
     def __aiter__(self) -> Self: ...
     def __anext__(self) -> Coroutine[Any, Any, _T]: ...
@@ -61,7 +76,11 @@ class AsyncItems(Items[_T]):
 
 @final
 class NextItem(Generic[_T]):
-    """A coroutine that returns the next item, which is taken when it runs."""
+    """A coroutine that returns the next item, which is taken when it runs.
+
+    One that is cancelled before it began has taken none. It is a class because Python's coroutine
+    for each item costs twice as much.
+    """
 
     def __await__(self) -> Generator[Any, Any, _T]: ...
     def __iter__(self) -> Self: ...

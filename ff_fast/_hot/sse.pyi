@@ -7,11 +7,11 @@ class Events:
 
     Args:
         other: Returns the bytes for an item that is not a frame.
-        kind: How a payload becomes data.
+        kind: How a payload becomes data: ``text``, ``json`` or ``base64``.
         ids: Each event has an id.
-        types: Each event has the type of its frame, where that is not *default*.
+        types: Each event has the type of its frame, where that is not `default`.
         default: The type that needs no name.
-        reserved: Types that other events have; a frame of one gets ``frame-`` in front of it.
+        reserved: Types that other events have; a frame of one gets `frame-` in front of it.
         carry: Bytes at the beginning of a character that the client has not got.
     """
 
@@ -36,7 +36,14 @@ def event(
     event: str | None = None,
     retry: int | None = None,
 ) -> bytes:
-    """Return one event."""
+    """Return one event.
+
+    Args:
+        data: Text or bytes, of any number of lines.
+        id: The id; text of one line.
+        event: The type of the event; a control character in it becomes a space.
+        retry: Milliseconds.
+    """
 
 def unfinished_bytes(text: bytes) -> int:
     """Return how many bytes at the end of *text* begin a character that they do not complete."""

@@ -37,7 +37,10 @@ class Newest:
 
 @final
 class Held:
-    """What was acknowledged under a lease a moment ago: the writers of the lease send it again to a server that lacks it.
+    """What was acknowledged under a lease a moment ago: the writers of the lease send it again to a
+    server that lacks it.
+
+    The sequences of what is held follow one another, and end with the newest acknowledged frame.
 
     Args:
         ms: How long a batch is held.
@@ -47,7 +50,8 @@ class Held:
     owner: Callable[[], WriterCore | None] | None
     def __init__(self, ms: int, size: int) -> None: ...
     def __len__(self) -> int: ...
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        """Let go of everything."""
     @property
     def writer(self) -> bytes | None:
         """Id of the newest writer; None before the first one."""
@@ -62,7 +66,12 @@ class Held:
 
 @final
 class Batch:
-    """A sealed batch, kept until it is acknowledged."""
+    """A sealed batch, kept until it is acknowledged.
+
+    Attributes:
+        first_sequence: Sequence of its first frame.
+        frame_count: How many frames it has; 0 for retention work alone.
+    """
 
     @property
     def arguments(self) -> bytes:
@@ -98,7 +107,14 @@ class Push:
 
 @final
 class Call:
-    """One call of ``ff_append`` with the parts of several writers; as a function, it takes the reply."""
+    """One call of ff_append with the parts of several writers; as a function, it takes the reply.
+
+    Attributes:
+        message: The request as it goes on the wire; None once it was taken.
+        accepted: Whether the server has applied a part.
+        error: The last error of a part that is sent again; None for none.
+        home: The home of its writers, which is the same for all; None where they have none.
+    """
 
     @property
     def message(self) -> bytes | None:
@@ -118,12 +134,20 @@ class Call:
 
     def __len__(self) -> int: ...
     def __call__(self, reply: object) -> None: ...
-    def take(self) -> bytes: ...
-    def lost(self) -> None: ...
+    def take(self) -> bytes:
+        """Return the request, and keep it no longer: its batches have all that is sent again."""
+    def lost(self) -> None:
+        """The connection is lost: the parts are sent again."""
 
 @disjoint_base
 class Home:
-    """Where the writers of one slot register; without a cluster, where all do."""
+    """Where the writers of one slot register; without a cluster, where all do.
+
+    Attributes:
+        slot: The slot; None without a cluster.
+        outbox: That of the node that has the slot. Writers follow as their answers come; those that
+            are ready already, by `Outbox.withdraw`.
+    """
 
     outbox: Outbox
 
@@ -136,8 +160,18 @@ class Home:
 class Outbox:
     """The writers of one connection that have something to send.
 
-    A writer registers itself. The shell overrides ``_on_ready`` and ``_on_answer``, asks `wait_s` when to send, and sends
-    what `next_call` returns, or `next_calls`.
+    A writer registers itself. The shell overrides `_on_ready` and `_on_answer`, asks `wait_s` when
+    to send, and sends what `next_call` returns, or `next_calls`.
+
+    All but `register` is for the thread that owns the connection; no method lets another thread run
+    between a check and the change that relies on it.
+
+    Args:
+        linger_ms: How long what is ready waits for more, 0 to 1000 ms.
+        lost: What a call gets in place of a reply when there is none.
+        thread: Ident of the only thread whose writers may register; 0 for any.
+        running: Returns the event loop that runs in this thread, and
+        loop: what it must be; None for any.
     """
 
     def __init__(
@@ -148,17 +182,43 @@ class Outbox:
         running: Callable[[], AbstractEventLoop | None] | None = None,
         loop: AbstractEventLoop | None = None,
     ) -> None: ...
-    def next_call(self) -> Call | None: ...
-    def next_calls(self) -> list[Call]: ...
-    def homes(self) -> set[Home]: ...
-    def withdraw(self, home: Home) -> None: ...
-    def hand_over(self) -> None: ...
-    def wait_s(self) -> float: ...
-    def hold_s(self) -> float: ...
-    def let_go_s(self) -> float: ...
-    def doubt(self) -> None: ...
-    def take_ready(self) -> list[WriterCore]: ...
-    def forget(self) -> None: ...
+    def next_call(self) -> Call | None:
+        """Return the call to send now, or None. Its parts are in flight from here on.
+
+        When writers are left, the shell goes on without being told.
+        """
+    def next_calls(self) -> list[Call]:
+        """Return the calls to send now, in one write: of each slot one or more, each within the
+        bounds of a call, and all within those of a send. Else as `next_call`.
+        """
+    def homes(self) -> set[Home]:
+        """Return the homes of the writers that are ready."""
+    def withdraw(self, home: Home) -> None:
+        """Let the writers of *home* that are ready register where it says."""
+    def hand_over(self) -> None:
+        """Let all writers that are ready or held register where their homes say; what they hold of
+        what was acknowledged goes with them.
+        """
+    def wait_s(self) -> float:
+        """Return in how many seconds the next call is due, 0 for now; -1 if nothing is ready."""
+    def hold_s(self) -> float:
+        """Register the writers whose group is due to be stored; return in how many seconds others
+        are, -1 if none is held.
+        """
+    def let_go_s(self) -> float:
+        """Let go of what was held for long enough; return in how many seconds to look again, -1 if
+        nothing is held.
+
+        A look takes a bounded time, so it may be asked for again soon.
+        """
+    def doubt(self) -> None:
+        """Note that the connection is lost: writers ask the next server whether it has what they
+        hold.
+        """
+    def take_ready(self) -> list[WriterCore]:
+        """Return the writers that are ready; they register again with their next frame."""
+    def forget(self) -> None:
+        """Drop what is ready and held: the writers have failed."""
     def _on_ready(self) -> None: ...
     def _on_answer(self, call: Call) -> None: ...
     def _on_wrong_thread(self) -> None: ...
@@ -179,10 +239,32 @@ class Outbox:
 
 @disjoint_base
 class WriterCore:
-    """The writer of one attempt: batches frames, resends, takes acknowledgements.
+    """The writer of one attempt: batches frames, resends, takes acknowledgements (see the module).
 
-    A shell subclasses it, moves the bytes and overrides the hooks ``_on_ready``, ``_on_linger`` and
-    ``_on_progress``. What has no underscore is for users.
+    A shell subclasses it, moves the bytes and overrides the hooks `_on_ready`, `_on_linger` and
+    `_on_progress`. What has no underscore is for users.
+
+    Args:
+        keys: head, log, live and summary key of the attempt.
+        writer: Writer id of `ff_open_writer`, which is the fence of every append.
+        mode: Mode of frames that name none.
+        opened: Answer of `ff_open_writer`: ms and sequence of the last id, last visible sequence,
+            stored rate, summary version, and the number of the opening if it is known.
+        document: The summary at that version; None for version 0.
+        retention_maxlen: Least number of durable frames that the log keeps, from 1.
+        max_unacknowledged_bytes: `write` raises ``Overloaded`` instead of keeping more, from 1.
+        linger_ms: How long a batch waits for more frames, 0 to 1000 ms; 0 sends at once.
+        max_payload_bytes: Largest payload that `write` accepts, 1 byte to 1 MiB.
+        place: The newest frame of the attempt that is known to be stored, which acknowledgements
+            move (`ff_fast._core.places.Place`); None for a writer on its own.
+        outbox: Takes its parts into calls; None for a writer whose owner asks `_next_batch`.
+        home: Says which outbox that is, in place of *outbox*.
+        tally: Counts what is written and acknowledged; None counts nothing.
+        replays: The writer stores again what those before it have written, and has their document.
+
+    Raises:
+        InvalidInput: A number is out of range.
+        Corruption: The stored rate or *document* is not in the form that ff_fast writes.
     """
 
     def __init__(
@@ -338,4 +420,5 @@ class WriterCore:
     @_has_waiters.setter
     def _has_waiters(self, value: bool, /) -> None: ...
 
-def arguments_of(message: bytes) -> Sequence[bytes]: ...
+def arguments_of(message: bytes) -> Sequence[bytes]:
+    """Return the arguments of a call after its keys."""

@@ -60,3 +60,17 @@ def wsgi(app):
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextlib.contextmanager
+def celery(app):
+    """`with celery(app)`: a worker on a thread. What the program has connected to Celery's signals is forgotten afterwards."""
+    from celery import signals
+    from celery.contrib.testing.worker import start_worker
+
+    try:
+        with start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=20):
+            yield
+    finally:
+        for signal in (signals.worker_process_init, signals.worker_process_shutdown):
+            signal.receivers = []

@@ -124,14 +124,12 @@ def test_a_graph_is_joined_by_its_own_sdk():
 @web
 @pytest.mark.filterwarnings("ignore")
 def test_a_task_of_celery_streams_once():
-    from celery.contrib.testing.worker import start_worker
-
     module = imported("celery_task")
     module.app.conf.update(result_backend="cache+memory://")
     chat = uuid.uuid4().hex
     found = []
     reader = threading.Thread(target=lambda: found.extend(module.read(chat)))
-    with start_worker(module.app, pool="solo", perform_ping_check=False, shutdown_timeout=20):
+    with served.celery(module.app):
         module.answer.delay(chat, "6 x 7?").get(timeout=20)
         reader.start()
         module.answer.delay(chat, "6 x 7?").get(timeout=20)

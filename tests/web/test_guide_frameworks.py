@@ -145,19 +145,21 @@ def django_sync(url):
     return ClosingAfter(served.wsgi(WSGIHandler()), names["backend"])
 
 
-def test_the_worker_and_the_endpoint_of_the_readme_run_as_printed(server, tmp_path):
-    """Both are written to files and started, as a reader of the page does."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(documents.program("readme-worker").shown.replace(documents.URL, server.url))
-    process = subprocess.Popen([sys.executable, worker], stdout=subprocess.PIPE, text=True)
+def test_the_worker_and_the_endpoint_of_the_readme_run_as_printed(server, tmp_path, monkeypatch):
+    """Both are files, which the commands of the page start."""
+    monkeypatch.setenv("FF_FAST_URL", server.url)
+    (tmp_path / "worker.py").write_text(documents.program("readme-worker").shown)
+    command = [sys.executable, "-m", "ff_fast", "worker", "worker:answer"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
-        with served.asgi(documents.run("readme-web", server.url)["app"]) as url:
+        with served.asgi(documents.run("readme-web")["app"]) as url:
             chat = httpx.post(f"{url}/chats", content=b"Hi").json()
             answer = httpx.get(f"{url}/chats/{chat}", timeout=30)
         assert text_of(EventSource().parse(answer.content)) == "You said: Hi"
     finally:
         process.terminate()
         process.communicate(timeout=20)
+    assert process.returncode == 0
 
 
 def test_the_first_request_produces_and_others_read(server):
@@ -185,14 +187,12 @@ def test_the_first_request_produces_and_others_read(server):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_task_of_celery_streams(server, backend):
-    from celery.contrib.testing.worker import start_worker
-
     names = documents.run("celery-task", server.url)
     app = names["app"]
     app.conf.update(broker_url="memory://", result_backend="cache+memory://")
     chat = uuid.uuid4().hex
     eid = backend.execution_id_for(chat)
-    with start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=20):
+    with served.celery(app):
         first = names["answer"].delay(chat, "6 x 7?")
         first.get(timeout=20)
         names["answer"].delay(chat, "6 x 7?").get(timeout=20)
