@@ -220,7 +220,7 @@ def canonical_execution_id(text: str | bytes) -> str:
     found = re.fullmatch(_EXECUTION_ID, text) or re.fullmatch(_URL_ID, text)
     if found is None or int(found[1]) > 65_535:
         raise InvalidId(
-            "An execution id must look like {fp:<partition>}:<uuid>; pass it unchanged."
+            "An execution id must look like {fp:<partition>}:<uuid> or fp<partition>-<uuid>; pass it unchanged."
         )
     return f"{{fp:{found[1]}}}:{found[2].lower()}"
 

@@ -1583,7 +1583,8 @@ def open_stream(
 
     Args:
         name: 1 to 512 bytes of UTF-8 without control characters, whose id is that of `execution_id_for`; or an execution
-            id. That of an execution which was created for the workers of a lane makes a consumer.
+            id, of any namespace. That of an execution which was created for the workers of a lane makes a consumer. Text that a
+            client chooses may look like an id: pass ``execution_id_for(text, namespace=...)``, for which it is a name.
         namespace: Tenant, free text of at most 256 bytes; a part of what the name stands for.
         mode: Mode of frames that name none; None is durable.
         ttl: Time that all its data is kept after its end, at least 1 ms; in seconds or as a ``timedelta``, as the others.

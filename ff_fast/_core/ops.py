@@ -673,16 +673,25 @@ def delete_task(name: TaskName, owner: str) -> Op[bool]:
 
 
 def note_task(
-    owner: str, task_id: str, version: int, time_us: int, state: str, context: str, ttl_ms: int
+    owner: str,
+    task_id: str,
+    version: int,
+    time_us: int | None,
+    state: str,
+    context: str,
+    ttl_ms: int,
 ) -> Op[bool]:
-    """List a task among those of its owner; with version 0, take it from there. Return whether that was done."""
+    """List a task among those of its owner; without a time, take it from there. Return whether that was done.
+
+    Version 0 is that of a task about to be stored.
+    """
     return Op(
         b"ff_note_task",
         (keys.task_order(owner), keys.task_due(owner), keys.task_facts(owner)),
         (
             task_id.encode(),
             number(version),
-            number(time_us),
+            b"" if time_us is None else number(time_us),
             state.encode(),
             context.encode(),
             number(ttl_ms),

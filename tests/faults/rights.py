@@ -717,7 +717,7 @@ class Life:
         assert do(ops.list_tasks(owner, "2", "", -1, None, 5)).found
         assert do(ops.read_task(name, owner, count=5)).events
         assert do(ops.delete_task(name, owner))
-        do(ops.note_task(owner, "u", 0, 0, "", "", 60_000))
+        do(ops.note_task(owner, "u", 0, None, "", "", 60_000))
         channel, listener = keys.task_channel(*name), SimpleNamespace()
         listener.told = listener.doubt = listener.failed = lambda _: None
         agent._hub.listen(channel, listener)

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from ..conftest import ROOT
-from ..waiting import wait_until
 from .chaos import DOWN, UP
 from .stored import frames, stored_once
 
@@ -111,7 +110,7 @@ LOSSES = {
 w = backend.open_writer(handle)
 w.write(b"stored")
 w.flush()
-input()
+input('flushed ')
 ff_fast._process.EXIT_S = 0.2
 for i in range(7): w.write(sys.argv[3])
 """,
@@ -121,12 +120,12 @@ with backend:
     w = backend.open_writer(handle)
     w.write(b"stored")
     w.flush()
-    input()
+    input('flushed ')
     for i in range(7): w.write(sys.argv[3])
 """,
     "its loop has ended, and it is kept": ASYNC
     + """
-    input()
+    input('flushed ')
     for i in range(7): writer.write(sys.argv[3])
     kept.append(writer)
 
@@ -135,7 +134,7 @@ asyncio.run(main())
 """,
     "its backend of asyncio is closed": ASYNC
     + """
-    input()
+    input('flushed ')
     for i in range(7): writer.write(sys.argv[3])
     await backend.close()
 
@@ -147,8 +146,9 @@ asyncio.run(main())
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_program_that_loses_frames_says_how_many(name, proxy, server, lane):
     child, eid = begun(LOSSES[name], proxy.url, lane)
-    # It waits for a line before it writes the rest.
-    wait_until(lambda: [frame.payload for frame in frames(server.url, eid)] == [b"stored"], 10)
+    # It has the acknowledgement, and waits for a line before it writes the rest.
+    assert child.stdout.read(len("flushed ")) == "flushed "
+    assert [frame.payload for frame in frames(server.url, eid)] == [b"stored"]
     proxy.hold(UP, DOWN)
     said = ended(child)
     assert re.search(

@@ -8,11 +8,15 @@ from ff_fast._core import ops
 from ff_fast._core import supervision as supervision_core
 from ff_fast._core.operations import Call
 
+from .. import router
 from ..heads import set_head
 
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 TERMINAL = ("completed", "failed", "cancelled", "expired")
 
+
+TIMERS = [keys.timers(f"{{fp:{index}}}") for index in range(keys.DEFAULT_PARTITIONS)]
+"""The timers of all partitions."""
 
 NEEDS = ("", "gpu")
 """What the executions of these tests require."""
@@ -44,8 +48,7 @@ class World:
         self.lane = lane
         self.scope = ScannerFilter(namespace=lane)
         # A round counts what it fires, so timers that earlier tests left on the server must be gone.
-        for key in list(self.raw.scan_iter("ff:idx:*:timers")):
-            self.raw.delete(key)
+        router.delete(raw, TIMERS)
 
     def __enter__(self):
         return self
