@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from ff_fast import FFError, InvalidInput, __version__
-from ff_fast._cli import control, demo, read, serve, work
+from ff_fast._cli import control, demo, look, read, serve, top, work
 from ff_fast._cli.shared import (
     FAILED,
     TOKEN_VARIABLE,
@@ -107,6 +107,11 @@ def _parser() -> Parser:
     read.add_summary(commands)
     read.add_info(commands)
     read.add_inspect(commands)
+    look.add_ls(commands)
+    top.add_top(commands)
+    look.add_why(commands)
+    look.add_doctor(commands)
+    look.add_acl(commands)
     control.add_submit(commands)
     control.add_signal(commands)
     control.add_cancel(commands)

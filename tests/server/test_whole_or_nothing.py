@@ -518,7 +518,11 @@ def check_every_damage(backend, raw, url, make):
                 assert not changed, where
             elif b"NONE" in reply:
                 # What cannot be claimed leaves the index, and comes back with a timer.
-                index = {keys.eligible(scene.tag, LANE), keys.timers(scene.tag)}
+                index = {
+                    keys.eligible(scene.tag, LANE),
+                    keys.queues(scene.tag),
+                    keys.timers(scene.tag),
+                }
                 put_back(raw, before, {name, *index})
                 assert raw.execute_command("DEBUG", "DIGEST") == digest, where
             elif b"deferred" in reply:
