@@ -7,11 +7,15 @@ import time
 from typing import TYPE_CHECKING
 
 from ff_fast._log import say, say_seldom
+from ff_fast.errors import OutcomeUnknown
 
 if TYPE_CHECKING:
     from ff_fast._hot.tally import Tally
     from ff_fast.errors import FFError
     from ff_fast.types import ValkeyConnection
+
+
+_IDLE_S = 30.0
 
 
 def name_of(server: ValkeyConnection) -> str:
@@ -44,9 +48,16 @@ class Contact:
         self._lost_at: float | None = None
         self._said = False
 
-    def lost(self, error: FFError) -> None:
-        """Note that a connection is lost, or that none can be made."""
-        if not self._met:
+    def lost(self, error: FFError, *, idle_s: float = 0.0) -> None:
+        """Note that a connection is lost, or that none can be made.
+
+        A server may close what was idle for long, and its end shows with the next request: that is no loss.
+
+        Args:
+            error: What showed it.
+            idle_s: How long nothing had come over the connection when the last request was sent, in seconds.
+        """
+        if not self._met or (idle_s > _IDLE_S and isinstance(error, OutcomeUnknown)):
             return
         if self._lost_at is None:
             self._lost_at = time.monotonic()

@@ -47,7 +47,8 @@ def say_lost(
     say_seldom(
         logging.WARNING,
         "lease",
-        (execution_id, attempt_index),
+        # An outage loses all leases of a process.
+        error.code,
         "The lease of attempt %d of execution %s is lost: %s What its worker still does is discarded.",
         attempt_index,
         execution_id,

@@ -343,7 +343,7 @@ class Connection:
         """Close the connection, which has failed."""
         self.close()
         if self.contact is not None and not self._aborted:
-            self.contact.lost(failure)
+            self.contact.lost(failure, idle_s=self._sent_at - self.heard_at)
 
     def abort(self) -> None:
         """Wake the thread that reads from the connection; called from another thread."""
