@@ -267,7 +267,7 @@ class Node:
             await connection.open(self.reached)
         except FFError as error:
             # Without a replica the primary is asked.
-            if not self._stopped and role != READS:
+            if role != READS and not self.stopped:
                 self.contact.lost(error)
             raise
         if self._owner.opened is not None:
