@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 _IDLE_S = 30.0
 
 
-def name_of(server: ValkeyConnection) -> str:
-    """Return how a record names the server that a configuration leads to."""
+def name_of(server: ValkeyConnection, *, replica: bool = False) -> str:
+    """Return how a record names the server that a configuration leads to, or of a service a replica."""
     if server.sentinel_service is not None:
-        return f"The primary of {server.sentinel_service}"
+        return f"{'A replica' if replica else 'The primary'} of {server.sentinel_service}"
     if server.unix_path is not None:
         return f"The server {server.unix_path}"
     host = f"[{server.host}]" if ":" in server.host else server.host

@@ -9,7 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from ff_fast import keys
-from ff_fast._log import LOG, say_seldom
+from ff_fast._log import say, say_seldom
 from ff_fast.errors import ExecutionNotActive, ExecutionNotFound, FFError, LeaseExpired
 
 if TYPE_CHECKING:
@@ -280,7 +280,8 @@ class KeptLeases:
                 self._deaf_until = now + pause_s
                 if not error.retryable:
                     # An outage needs no word of it: the renewals meet it too.
-                    LOG.warning(
+                    say(
+                        logging.WARNING,
                         "Workers hear of cancellations and lost leases with their next renewal only: %s",
                         error,
                     )

@@ -416,7 +416,7 @@ class Node:
         *,
         replica: bool = False,
     ) -> None:
-        self.contact = Contact(name_of(config.connection), tally)
+        self.contact = Contact(name_of(config.connection, replica=replica), tally)
         self.config = self.reached = config
         self.address = address
         self.replica = replica
