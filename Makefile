@@ -15,7 +15,7 @@ SANITIZE := build/sanitize
 # Python and Lua files are read where they are; only these need a build after a change.
 COMPILED := $(shell find ff_fast -name '*.pyx' -o -name '*.pxd')
 COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING.md README.md LICENSE ff_fast lua tests bench \
-	docs examples tools .ci
+	docs examples tools zensical.toml .ci
 
 # Workers that have nothing left take tests from the others.
 PYTEST := $(BIN)/python -m pytest -p no:benchmark

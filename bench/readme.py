@@ -34,16 +34,20 @@ TOLD = [
         "an answer of 2,000 tokens, resumed in the middle: first byte, p99",
         "an answer of 2,000 tokens, resumed in the middle: first byte, p99",
     ),
-    ("P3", "client CPU per best-effort frame, asyncio", "client CPU for a frame, asyncio"),
+    (
+        "P3",
+        "client CPU per best-effort frame, asyncio",
+        "client CPU for a best-effort frame, asyncio",
+    ),
     (
         "P1b",
         "server CPU per best-effort frame, runs of 64",
-        "server CPU for a frame, in runs of 64",
+        "server CPU for a best-effort frame, in runs of 64",
     ),
     (
         "P4",
         "acknowledged durable frames, one asyncio worker",
-        "acknowledged frames of one asyncio worker",
+        "acknowledged durable frames of one asyncio worker",
     ),
     (
         "P16",

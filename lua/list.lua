@@ -7,9 +7,9 @@
 -- keep its name a little longer.
 
 -- Members that a call looks at, of all indexes together, at some 0.7 us each, and the cores that it reads, at some 4.
-local MEMBERS, CORES = 512, 128
--- Executions of one answer.
-local MOST = 64
+local MEMBERS, CORES = 384, 96
+-- Executions of one answer, and bytes of texts that are read for it, but for the last one.
+local MOST, READ = 48, 262144
 -- Bytes of a text that others have written, of a condition that is unpacked to be told, and signals of it.
 local TEXT, CONDITION = 512, 512
 -- Queues of one answer, and the failures that are looked at: how many, and how old.
@@ -32,20 +32,21 @@ end
 -- Adds members of a sorted set behind the place (`ms`, `id`), in the order of the listing. `base` is what their scores
 -- have beyond the time. Returns the last place that was looked at; nil where the set has no more behind it.
 local function from_set(found, key, state, base, ms, id, suffix, count)
-  local call = redis.call
-  local before = tonumber(ms)
+  local before, offset, at, last_id = tonumber(ms), 0, nil, nil
+  local page
   local from = ff.text(base + (before or ff.STATE_SPAN - 1))
-  -- Those with the time of the place itself, up to the place, come first, and are passed over.
-  local page = call('ZREVRANGEBYSCORE', key, from, ff.text(base), 'WITHSCORES', 'LIMIT', 0, count)
-  local at, last_id
-  for i = 1, #page, 2 do
-    local score = tonumber(page[i + 1])
-    local member_id, lane = string.match(page[i], '^(%S+)( .*)$')
-    at, last_id = score - base, member_id or page[i]
-    if member_id and (suffix == '' or lane == suffix) and (not before or precedes(before, id, at, member_id)) then
-      found[#found + 1] = { ms = at, id = member_id, state = state }
+  repeat
+    -- Those with the time of the place itself, up to the place, come first, and are passed over.
+    page = redis.call('ZREVRANGEBYSCORE', key, from, ff.text(base), 'WITHSCORES', 'LIMIT', offset, count)
+    for i = 1, #page, 2 do
+      local member_id, lane = string.match(page[i], '^(%S+)( .*)$')
+      at, last_id = tonumber(page[i + 1]) - base, member_id or page[i]
+      if member_id and (suffix == '' or lane == suffix) and (not before or precedes(before, id, at, member_id)) then
+        found[#found + 1] = { ms = at, id = member_id, state = state }
+      end
     end
-  end
+    offset = offset + count
+  until #page < 2 * count or not before or precedes(before, id, at, last_id)
   if #page < 2 * count then
     return nil
   end
@@ -54,26 +55,30 @@ end
 
 -- The same of the completions: their records stand by the time of the end.
 local function from_completions(found, key, ms, id, count)
-  local page = redis.call('XREVRANGE', key, ms == '' and '+' or ms, '-', 'COUNT', count)
-  local before, at = tonumber(ms), nil
-  for _, entry in ipairs(page) do
-    local fields, member_id, outcome = entry[2], nil, nil
-    at = tonumber((ff.split_id(entry[1]))) or 0
-    for i = 1, #fields, 2 do
-      if fields[i] == 'execution_id' then
-        member_id = fields[i + 1]
-      elseif fields[i] == 'outcome' then
-        outcome = fields[i + 1]
+  local before, from, at = tonumber(ms), ms == '' and '+' or ms, nil
+  local page
+  repeat
+    page = redis.call('XREVRANGE', key, from, '-', 'COUNT', count)
+    for _, entry in ipairs(page) do
+      local fields, member_id, outcome = entry[2], nil, nil
+      at = tonumber((ff.split_id(entry[1]))) or 0
+      for i = 1, #fields, 2 do
+        if fields[i] == 'execution_id' then
+          member_id = fields[i + 1]
+        elseif fields[i] == 'outcome' then
+          outcome = fields[i + 1]
+        end
       end
+      if member_id and outcome == 'success' and (not before or precedes(before, id, at, member_id)) then
+        found[#found + 1] = { ms = at, id = member_id, state = 'completed' }
+      end
+      from = '(' .. entry[1]
     end
-    if member_id and outcome == 'success' and (not before or precedes(before, id, at, member_id)) then
-      found[#found + 1] = { ms = at, id = member_id, state = 'completed' }
-    end
-  end
+    -- Records of one time stand in the order of their ends, so all of the last time may not have been read.
+  until #page < count or not before or precedes(before, id, at + 1, '')
   if #page < count then
     return nil
   end
-  -- Records of one time stand in the order of their ends, so all of the last time may not have been read.
   return at + 1, ''
 end
 
@@ -154,6 +159,10 @@ redis.register_function({
     end
     local found, horizon_ms, horizon_id = {}, nil, nil
     local page = math.floor(MEMBERS / math.max(#wanted, 1))
+    if lane_suffix == '' and namespace == '' and tag_name == '' then
+      -- Most of what is found is listed.
+      page = math.min(page, 2 * limit + 8)
+    end
     for _, state in ipairs(wanted) do
       local number, ms, id = ff.OPEN_STATES[state], nil, nil
       if number then
@@ -172,7 +181,7 @@ redis.register_function({
     table.sort(found, function(one, other)
       return precedes(one.ms, one.id, other.ms, other.id)
     end)
-    local listed, looked = {}, 0
+    local listed, looked, read = {}, 0, 0
     for _, entry in ipairs(found) do
       if horizon_ms and precedes(horizon_ms, horizon_id, entry.ms, entry.id) then
         break
@@ -180,10 +189,11 @@ redis.register_function({
       local intact, fields = ff.guarded(core_of, slot_tag, entry, lane_suffix, namespace, tag_name, tag_value)
       looked = looked + 1
       if intact and fields then
+        read = read + #(fields.failure_reason or '') + #(fields.cancellation_reason or '')
         local whole, flat = ff.guarded(told_of, slot_tag, entry, fields)
         listed[#listed + 1] = whole and flat or nil
       end
-      if #listed >= math.min(limit, MOST) or looked >= CORES then
+      if #listed >= math.min(limit, MOST) or looked >= CORES or read >= READ then
         horizon_ms, horizon_id = entry.ms, entry.id
         break
       end

@@ -134,9 +134,9 @@ end)
 --   returns: noted
 --   errors:  invalid_input
 --
--- Lists a task among those of its owner, as of a version of it, unless a later one is noted. Version 0 is that of a task
--- about to be stored, and is noted unless the task is listed. Without a time, '', the task is taken from the list. Tasks
--- whose time is over are taken from it, some of them in each call.
+-- Lists a task among those of its owner, as of a version of it, unless a later one is noted. Version 0 is that of a
+-- task about to be stored, and is noted unless the task is listed. Without a time, '', the task is taken from the list.
+-- Tasks whose time is over are taken from it, some of them in each call.
 redis.register_function('ff_note_task', function(keys, args)
   local call = redis.call
   local task_order_key, task_due_key, task_facts_key = unpack(keys, 1, 3)

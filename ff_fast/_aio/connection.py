@@ -216,7 +216,7 @@ class Connection(asyncio.Protocol):
 
     def _say_lost(self, failure: FFError) -> None:
         if self.contact is not None and (self.receivers or self.on_push is not None):
-            self.contact.lost(failure)
+            self.contact.lost(failure, idle_s=self.silent_since - self.heard_at)
 
     def abort(self) -> None:
         """Close the connection at once; every receiver gets `LOST`."""

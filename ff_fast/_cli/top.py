@@ -115,7 +115,11 @@ def _screen(arguments: argparse.Namespace) -> Iterator[Callable[[_Look], None]]:
             yield _show_lines
             return
         with Live(screen=True, auto_refresh=False) as live:
-            yield lambda look: live.update(Text("\n".join(_lines(look))), refresh=True)
+            yield lambda look: live.update(
+                # Of a narrow terminal the ends of lines are beyond the edge.
+                Text("\n".join(_lines(look)), no_wrap=True, overflow="crop"),
+                refresh=True,
+            )
 
 
 def _show_lines(look: _Look) -> None:

@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 
 # Rounds of one page: a filter that lets little pass ends a page before it is full.
 _ROUNDS = 24
-_LEAST_ASKED, _MOST_ASKED = 4, 64
+_LEAST_ASKED, _MOST_ASKED = 4, 48
 _ACTIVE_A_PAGE = 1_000
 _COUNTED = ("delayed", "waiting_children", "active", "suspended", "failed")
 
+# No execution of its millisecond stands behind it.
+_LEAST = "{fp:0}:00000000-0000-0000-0000-000000000000"
 _CURSOR = re.compile(r"(\d{1,13})\.(fp\d{1,5}-[0-9a-f-]{36})", re.ASCII)
 
 
 class Place(NamedTuple):
-    """Place of an execution in the listing: greater ones come first."""
+    """Place of an execution in the listing: greater ones come first. Without an id it is behind all of its time."""
 
     ms: int
     execution_id: str
@@ -42,7 +44,7 @@ class Place(NamedTuple):
     @property
     def cursor(self) -> str:
         """Its cursor."""
-        return f"{self.ms}.{keys.url_id(self.execution_id)}"
+        return f"{self.ms}.{keys.url_id(self.execution_id or _LEAST)}"
 
 
 class _Partition:

@@ -482,7 +482,7 @@ def _tag(value: object) -> tuple[str, str]:
 def list_lanes(on: Deployment) -> Call[tuple[LaneSummary, ...]]:
     """Count what is in each lane that has executions, or has had failures within the last hour; the fullest first.
 
-    It takes one call a partition, and one more for each 512 executions of it that neither wait nor have ended.
+    It takes one call a partition, and one more for each 384 executions of it that neither wait nor have ended.
     """
     return Call(lambda: listing.lanes(on.partitions), writes=False, own_connection=True)
 

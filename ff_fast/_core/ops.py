@@ -1068,9 +1068,6 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
     )
 
 
-NO_UUID = "00000000-0000-0000-0000-000000000000"
-
-
 class Filter(NamedTuple):
     """What is listed; None lets all pass."""
 
@@ -1100,7 +1097,7 @@ def list_executions(
         for flat in _list(fields[2]):
             told = {_text(name): _text(value) for name, value in _pairs(flat).items()}
             found.append(((int(told["listed_at"]), told["id"]), _summary(told)))
-        return Listed(found, (int(ms), identity or f"{slot_tag}:{NO_UUID}") if ms else None)
+        return Listed(found, (int(ms), identity) if ms else None)
 
     return Op(
         b"ff_list_executions",

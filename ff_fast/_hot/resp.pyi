@@ -50,8 +50,8 @@ def take_pushes(
 ) -> object:
     """Hand what is published on channels to their *routes*, and return the first reply that is not.
 
-    *gets* is the method of a ``hiredis.Reader``, *pushed* the type of its pushes. A push on a channel
-    without a route is dropped.
+    *gets* is the method of a ``hiredis.Reader``, *pushed* the type of its pushes. A push on a
+    channel without a route is dropped.
     """
 
 @final

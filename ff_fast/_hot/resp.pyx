@@ -260,8 +260,8 @@ def take_reply(gets not None, pushed=None):
 def take_pushes(gets not None, pushed not None, dict routes not None):
     """Hand what is published on channels to their *routes*, and return the first reply that is not.
 
-    *gets* is the method of a ``hiredis.Reader``, *pushed* the type of its pushes. A push on a channel
-    without a route is dropped.
+    *gets* is the method of a ``hiredis.Reader``, *pushed* the type of its pushes. A push on a
+    channel without a route is dropped.
     """
     cdef list push
     while True:

@@ -169,7 +169,8 @@ cdef class LiveWindow:
         )
 
     cpdef bytes take_rate(self, bint closing, long long now_us):
-        """Return what to store with a batch that is sealed now: the rate in frames a second, ttl, floor and ceiling.
+        """Return what to store with a batch that is sealed now: the rate in frames a second, ttl,
+        floor and ceiling.
 
         None within a second of the last time, unless the writer is *closing*.
         """

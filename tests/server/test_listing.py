@@ -140,6 +140,21 @@ def test_pages_have_each_execution_once_the_newest_first(shell, world, states):
     assert set(states.values()) < set(ids(whole.items))
 
 
+def test_many_of_one_millisecond_are_listed_once_each(world, raw):
+    eids = [world.create(execution_id=f"{{fp:1}}:{keys.new_uuid()}") for _ in range(60)]
+    for eid in eids:
+        raw.zadd(keys.listed("{fp:1}"), {f"{eid} {world.lane}": 10**13 + 1_700_000_000_000})
+    assert ids(everything(world.backend, count=1)) == sorted(eids, reverse=True)
+    for eid in eids:
+        raw.xadd(
+            keys.completions("{fp:1}"),
+            {"execution_id": eid, "outcome": "success"},
+            "1700000000000-*",
+        )
+        raw.hset(keys.core(eid), "state", "completed")
+    assert ids(everything(world.backend, count=1)) == sorted(eids, reverse=True)
+
+
 def test_filters_by_lane_namespace_and_tag(shell, world):
     mine = world.create(tags={"app.user": "ada"})
     other = world.create(namespace="other", tags={"app.user": "bob"})
