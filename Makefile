@@ -23,6 +23,9 @@ COPIED := setup.py pyproject.toml MANIFEST.in Makefile CHANGELOG.md CONTRIBUTING
 PYTEST := $(BIN)/python -m pytest -p no:benchmark
 PARALLEL := -n 4 --dist worksteal
 
+# Compiled modules are kept whatever the environment says: to compile all tests takes each worker process 7 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: build demo demo-web test test-cluster test-web pictures docs unit check soak chaos coverage lint types sanitize wheel-test sdist wheels \
 	test-pythons bench bench-quick clean help
 

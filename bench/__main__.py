@@ -23,7 +23,9 @@ from bench.rows import GROUPS, Group
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RIVALS = ("redis", "hiredis", "coredis", "valkey-glide", "orjson")
+RIVALS = ("redis", "hiredis", "coredis", "valkey-glide", "orjson", "sse-starlette", "fastapi")
+# What web rows run on.
+WEB = ("uvicorn", "starlette", "uvloop", "httptools", "h11")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,7 +126,7 @@ def circumstances(stage: Stage, options: Options) -> dict[str, object]:
         "transport": "unix socket",
         "versions": {
             "ff_fast": importlib.import_module("ff_fast").__version__,
-            **{rival: importlib.metadata.version(rival) for rival in RIVALS},
+            **{rival: importlib.metadata.version(rival) for rival in (*RIVALS, *WEB)},
         },
     }
 

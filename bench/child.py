@@ -1,7 +1,7 @@
 """The process of a contender: jobs on standard input, answers on standard output, one JSON line each.
 
 A job may be an asynchronous generator: a job of several stages. Each value is an answer, after which it waits for the
-next line; its event loop runs meanwhile. Its last answer is null.
+next line; its event loop runs meanwhile. Its last answer is null. With the argument ``uvloop`` that loop is uvloop's.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ def main() -> None:
     # Answers get a descriptor of their own: libraries may print to standard output.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    factory = None
+    if sys.argv[1:] == ["uvloop"]:
+        factory = importlib.import_module("uvloop").new_event_loop
     while line := sys.stdin.readline():
         request = json.loads(line)
         module, _, name = request["job"].partition(":")
         done = getattr(importlib.import_module(module), name)(**request["args"])
         if inspect.isasyncgen(done):
-            done = asyncio.run(in_stages(done, answers))
+            done = in_stages(done, answers)
         if inspect.iscoroutine(done):
-            done = asyncio.run(done)
+            with asyncio.Runner(loop_factory=factory) as runner:
+                done = runner.run(done)
         print(json.dumps(done), file=answers, flush=True)
 
 

@@ -158,12 +158,13 @@ class Wire:
 class Worker:
     """A process that runs jobs of :mod:`bench.jobs` and :mod:`bench.rivals`, one after the other.
 
-    A job is named ``module:function``; its arguments and its answer are JSON.
+    A job is named ``module:function``; its arguments and its answer are JSON. Asynchronous jobs run on a loop of asyncio, or
+    on one of *uvloop*.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, uvloop: bool = False) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.child"],
+            [sys.executable, "-m", "bench.child", *(["uvloop"] if uvloop else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,

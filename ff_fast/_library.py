@@ -27,7 +27,7 @@ VERSION = "0.1.0"
 NAME = "ff_fast"
 """The library's name on the server."""
 
-CONTRACT = 1
+CONTRACT = 2
 """A client loads its library over a lower contract, and never over a higher one."""
 
 PARTS = (
@@ -45,6 +45,7 @@ PARTS = (
     "usage",
     "flow",
     "timers",
+    "list",
     "task",
 )
 """Parts of ``lua/`` in load order; the prelude makes the table that they share."""

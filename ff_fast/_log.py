@@ -39,8 +39,10 @@ def say(
     """Make a record; *raised* comes with its traceback, and what is None in *about* is left out."""
     if not LOG.isEnabledFor(level):
         return
+    # A record may be kept, and an error has the frames that it went through, with the connections in them.
+    texts = [str(each) if isinstance(each, BaseException) else each for each in arguments]
     extra = {name: value for name, value in about.items() if value is not None}
-    LOG.log(level, message, *arguments, exc_info=raised, extra=extra)
+    LOG.log(level, message, *texts, exc_info=raised, extra=extra)
 
 
 def say_seldom(

@@ -25,6 +25,7 @@ from ff_fast._clients import config_of_client
 from ff_fast._core import operations
 from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import bind
+from ff_fast._log import say
 from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from ff_fast.types import BackendConfig
 
 _SUPERVISOR_ENDS_S = 0.5
-
-_log = logging.getLogger("ff_fast")
 
 
 class ValkeyBackend(Operations):
@@ -205,7 +204,7 @@ class ValkeyBackend(Operations):
         try:
             await self._supervise(operations.SupervisionRequest.standing_by(self._deployment, stop))
         except FFError as error:
-            _log.warning(worker_core.NOT_SUPERVISING, error)
+            say(logging.WARNING, worker_core.NOT_SUPERVISING, error)
 
     run_worker = of_handler(operations.run_worker, _run_worker)
 

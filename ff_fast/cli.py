@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from ff_fast import FFError, InvalidInput, __version__
-from ff_fast._cli import control, demo, read, serve, work
+from ff_fast._cli import control, demo, look, read, serve, top, work
 from ff_fast._cli.shared import (
     FAILED,
     TOKEN_VARIABLE,
@@ -79,8 +79,8 @@ def _terminable() -> Iterator[None]:
         return
 
     def raise_it(number: int, frame: object) -> None:  # noqa: ARG001 - as signal calls it
-        # Once: what ends then may take its time.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # What ends then may take its time, and a second signal is the end of it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, raise_it)
@@ -107,6 +107,11 @@ def _parser() -> Parser:
     read.add_summary(commands)
     read.add_info(commands)
     read.add_inspect(commands)
+    look.add_ls(commands)
+    top.add_top(commands)
+    look.add_why(commands)
+    look.add_doctor(commands)
+    look.add_acl(commands)
     control.add_submit(commands)
     control.add_signal(commands)
     control.add_cancel(commands)

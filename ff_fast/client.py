@@ -13,6 +13,7 @@ from ff_fast._core import operations
 from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import bind
 from ff_fast._core.handlers import of_handler
+from ff_fast._log import say
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.operations import Operations
 from ff_fast._sync.readers import Completions, Follow, Tail
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from ff_fast.types import BackendConfig
 
 _SUPERVISOR_ENDS_S = 0.5
-
-_log = logging.getLogger("ff_fast")
 
 
 class ValkeyBackend(Operations):
@@ -202,7 +201,7 @@ class ValkeyBackend(Operations):
         try:
             self._supervise(operations.SupervisionRequest.standing_by(self._deployment, stop))
         except FFError as error:
-            _log.warning(worker_core.NOT_SUPERVISING, error)
+            say(logging.WARNING, worker_core.NOT_SUPERVISING, error)
 
     run_worker = of_handler(operations.run_worker, _run_worker)
 

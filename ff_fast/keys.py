@@ -32,6 +32,9 @@ keys::
     ff:idx:{fp:N}:lane:<lane><needs>:eligible  eligible          zset    executions that can be claimed
     ff:idx:{fp:N}:lane:<lane>:needs          needs               set     what executions there require
     ff:idx:{fp:N}:leases                     leases              hash    lease digest to execution
+    ff:idx:{fp:N}:listed                     listed              zset    executions that have not ended, by state and age
+    ff:idx:{fp:N}:ended:<state>              ended               zset    the newest ones that ended without success
+    ff:idx:{fp:N}:queues                     queues              zset    its eligible sets that are not empty
     ff:idx:{fp:N}:timers                     timers              zset    what is due at some time
     ff:part:{fp:N}:completions               completions         stream  executions that ended
     ff:part:{fp:0}:supervisor                supervisor          string  who supervises the deployment, for some seconds
@@ -57,7 +60,7 @@ keys::
 
 ``<eid>`` is the execution id and contains the slot tag as well; ``<i>`` is the attempt index; ``<needs>`` is empty
 for executions that require no capabilities, else a colon and the required ones, in one text with commas; ``<seen>`` is
-a score in ``lane_needs``; ``<task>`` is a UUID that stands for the name of a task, ``<owner>`` a digest of the owner's.  The second column is the name of a function here, of a row
+a score in ``lane_needs``; ``<state>`` is ``failed``, ``cancelled`` or ``expired``; ``<task>`` is a UUID that stands for the name of a task, ``<owner>`` a digest of the owner's.  The second column is the name of a function here, of a row
 of ``ff.KEYS`` in ``lua/prelude.lua``, or of both: a key has one name.  A budget, a lane and the
 configuration have slots of their own, because executions of all partitions use them.
 
@@ -220,7 +223,7 @@ def canonical_execution_id(text: str | bytes) -> str:
     found = re.fullmatch(_EXECUTION_ID, text) or re.fullmatch(_URL_ID, text)
     if found is None or int(found[1]) > 65_535:
         raise InvalidId(
-            "An execution id must look like {fp:<partition>}:<uuid>; pass it unchanged."
+            "An execution id must look like {fp:<partition>}:<uuid> or fp<partition>-<uuid>; pass it unchanged."
         )
     return f"{{fp:{found[1]}}}:{found[2].lower()}"
 
@@ -513,6 +516,21 @@ def needs(slot_tag: str, lane: str) -> bytes:
 def leases(slot_tag: str) -> bytes:
     """Hash: digests of the leases of one partition, and the executions that are under them."""
     return f"ff:idx:{slot_tag}:leases".encode("ascii")
+
+
+def listed(slot_tag: str) -> bytes:
+    """Sorted set: executions of one partition that have not ended, with their lanes, by state and age."""
+    return f"ff:idx:{slot_tag}:listed".encode("ascii")
+
+
+def ended(slot_tag: str, state: str) -> bytes:
+    """Sorted set: the newest executions of one partition that have ended in *state*, by the time of their end."""
+    return f"ff:idx:{slot_tag}:ended:{state}".encode("ascii")
+
+
+def queues(slot_tag: str) -> bytes:
+    """Sorted set: lane and requirements of each eligible set of one partition, as in its key."""
+    return f"ff:idx:{slot_tag}:queues".encode("ascii")
 
 
 def timers(slot_tag: str) -> bytes:

@@ -32,7 +32,8 @@
 --   K  TRIM_LOG     maxlen
 --        how many entries to keep in the log, at least
 --   E  ESTIMATOR    estimator
---        the state of the rate estimator, from which a later writer of the attempt continues
+--        the rate, from which a later writer of the attempt continues, and with blanks between them ttl, floor and
+--        ceiling of the live window, for those who look at it
 --   H  VISIBLE      visible_sequence
 --        the batch ends with best-effort frames, and the last visible frame is this one, 0 for none; or '': the last
 --        frame is visible from here on. Sent when it changes
@@ -197,7 +198,8 @@ local function value_ok(letter, value)
     local ms, sequence = string.match(value, '^(%d+)%-(%d+)$')
     return integer(ms) and integer(sequence)
   elseif letter == BLOCK.ESTIMATOR then
-    return #value <= 32 and string.find(value, '^%d+%.?%d*$')
+    local rate = #value <= 96 and string.match(value, '^(%d+%.?%d*)[ %d]*$')
+    return rate and #rate <= 32
   end
   local number = integer(value)
   if letter == BLOCK.VISIBLE then

@@ -199,6 +199,7 @@ redis.register_function('ff_claim', function(keys, args)
         if hint_score and tonumber(page[i + 1]) > hint_score then
           return ff.reply('BEHIND', page[i + 1])
         end
+        execution.others_wait = page[i + 2] ~= nil
         granted = ff.grant_lease(execution, worker_id, worker_instance_id, lease_id, lease_ttl_ms, attempt_id)
         granted[#granted + 1] = page[i + 3] or head_score(eligible_key)
         return ff.ok(unpack(granted))
@@ -217,8 +218,11 @@ redis.register_function('ff_claim', function(keys, args)
     dropped, last = dropped + #page / 2, PAGE - 1
   end
   local next_score = head_score(eligible_key)
-  if next_score == '' and required_capabilities ~= '' then
-    call('SREM', needs_key, required_capabilities)
+  if next_score == '' then
+    ff.forget_queue(slot_tag, string.match(eligible_key, ':lane:(.*):eligible$'))
+    if required_capabilities ~= '' then
+      call('SREM', needs_key, required_capabilities)
+    end
   end
   return ff.reply('NONE', next_score)
 end)

@@ -22,8 +22,8 @@ end
 --   errors:  invalid_input flow_not_found flow_already_terminal execution_not_found
 --
 -- The status is DUPLICATE, and nothing is changed, where the execution exists: a caller that lost the reply asks again,
--- and gets the hint again. `flow` is any key of the slot where flow_id is ''. The pair `traceparent` is no tag, and stands
--- in the core: the span of whoever creates the execution.
+-- and gets the hint again. `flow` is any key of the slot where flow_id is ''. The pair `traceparent` is no tag, and
+-- stands in the core: the span of whoever creates the execution.
 redis.register_function('ff_create_execution', function(keys, args)
   local call = redis.call
   local core_key, payload_key, tags_key, flow_key = unpack(keys, 1, 4)
@@ -99,6 +99,7 @@ redis.register_function('ff_create_execution', function(keys, args)
     'retry_multiplier_percent', retry_multiplier_percent, 'retry_max_delay_ms', retry_max_delay_ms,
     'retry_jitter_percent', retry_jitter_percent, 'max_reclaims', max_reclaims,
     'attempt_timeout_ms', attempt_timeout_ms, 'state', delayed and 'delayed' or 'waiting')
+  ff.list_open(execution, delayed and 'delayed' or 'waiting')
   for name, id in pairs({ flow_id = flow_id, parent_id = parent_id, budget_ids = budget_ids }) do
     if #id > 0 then
       call('HSET', core_key, name, id)
@@ -168,16 +169,38 @@ redis.register_function({
   flags = { 'no-writes' },
 })
 
+-- What the server tells of a stream, added to a field list under a prefix: entries added so far, and the id of the
+-- first that stands there, with the number of its frames.
+local function describe_stream(flat, stream_key, prefix)
+  local info = redis.pcall('XINFO', 'STREAM', stream_key)
+  for i = 1, #info, 2 do
+    local name, value = info[i], info[i + 1]
+    if name == 'entries-added' then
+      flat[#flat + 1], flat[#flat + 2] = prefix .. '_added', ff.text(value)
+    elseif name == 'first-entry' and value then
+      flat[#flat + 1], flat[#flat + 2] = prefix .. '_first', value[1]
+      for at = 1, #value[2], 2 do
+        if value[2][at] == 'run' then
+          flat[#flat + 1], flat[#flat + 2] = prefix .. '_first_frames', ff.text(ff.run_count(value[2][at + 1]))
+        end
+      end
+    end
+  end
+end
+
 -- ff_describe_attempt
---   keys:    core log live head summary
+--   keys:    core log live head summary attempt
 --   args:    attempt_index
---   returns: meta log_entries live_entries summary_version lease_left_ms
+--   returns: meta log_entries live_entries summary_version lease_left_ms attempt streams
 --   errors:  execution_not_found
+--
+-- `meta`, `attempt` and `streams` are field lists. `streams` has for the log and the live window `<which>_added`, the
+-- entries added so far, `<which>_first`, the id of the first entry, and `live_first_frames`, how many frames that is.
 redis.register_function({
   function_name = 'ff_describe_attempt',
   callback = function(keys, args)
     local call = redis.call
-    local core_key, log_key, live_key, head_key, summary_key = unpack(keys, 1, 5)
+    local core_key, log_key, live_key, head_key, summary_key, attempt_key = unpack(keys, 1, 6)
     local attempt_index = args[1]
     local state, current_index = unpack(call('HMGET', core_key, 'state', 'current_attempt_index'))
     if not state then
@@ -192,9 +215,15 @@ redis.register_function({
     if head then
       meta[#meta + 1], meta[#meta + 2] = 'last_id', head.last_id
     end
+    local attempt, streams = {}, {}
+    for name, value in pairs(ff.hash_fields(attempt_key, { 'worker_id', 'worker_instance_id', 'started_at' })) do
+      attempt[#attempt + 1], attempt[#attempt + 2] = name, value
+    end
+    describe_stream(streams, log_key, 'log')
+    describe_stream(streams, live_key, 'live')
     return ff.ok(
       meta, ff.text(call('XLEN', log_key)), ff.text(call('XLEN', live_key)),
-      call('HGET', summary_key, 'version') or '0', left
+      call('HGET', summary_key, 'version') or '0', left, attempt, streams
     )
   end,
   flags = { 'no-writes' },

@@ -30,6 +30,15 @@ ff.END_REASONS = {
 -- 960, so 256 partitions of which each is full take 70 MB.
 local COMPLETION_MAXLEN, COMPLETION_MS = '2000', 86400000
 
+-- The states of an execution that has not ended, with their numbers in the index of open executions: a score is the
+-- number times 10^13 and the time of creation in ms, so those in one state stand together, by age.
+ff.OPEN_STATES = { waiting = 1, delayed = 2, waiting_children = 3, active = 4, suspended = 5 }
+ff.STATE_SPAN = 10000000000000
+
+-- Executions that a partition lists of each state in which they end without success, the newest ones, and how long
+-- after the last of them. Those that completed are found among the completions.
+local ENDED_BEYOND, ENDED_MS = '-2001', '86400000'
+
 local KEYS, PUSH = ff.KEYS, ff.PUSH
 
 -- Keys that expire together after the execution has ended. Most executions have none of the second list, and those of
@@ -102,7 +111,7 @@ function ff.eligible_key(execution)
       lane = lane .. ':' .. in_key(needs)
     end
     key = ff.key('eligible', execution.slot_tag, lane)
-    execution.eligible_key = key
+    execution.eligible_key, execution.queue = key, lane
   end
   return key
 end
@@ -123,6 +132,38 @@ function ff.expect_index(execution)
   end
 end
 
+-- The indexes for those who look at a deployment are echoes of what the cores say: foreign data there refuses nothing.
+
+-- Lists an execution under its state, which is no end. `state` is that which it has from then on.
+function ff.list_open(execution, state)
+  local fields = execution.fields
+  redis.pcall('ZADD', ff.key('listed', execution.slot_tag),
+    ff.text(ff.OPEN_STATES[state] * ff.STATE_SPAN + fields.created_at), execution.id .. ' ' .. fields.lane_id)
+end
+
+-- Lists an execution under the state in which it has ended.
+local function list_ended(execution)
+  local state = execution.state
+  local member = execution.id .. ' ' .. execution.fields.lane_id
+  redis.pcall('ZREM', ff.key('listed', execution.slot_tag), member)
+  if state ~= 'completed' then
+    local key = ff.key('ended', execution.slot_tag, state)
+    redis.pcall('ZADD', key, ff.text(execution.now), member)
+    redis.pcall('ZREMRANGEBYRANK', key, '0', ENDED_BEYOND)
+    redis.pcall('PEXPIRE', key, ENDED_MS)
+  end
+end
+
+-- Lists the queue of an execution that waits: its lane and what it requires, as they stand in the key of the set.
+local function list_queue(execution)
+  redis.pcall('ZADD', ff.key('queues', execution.slot_tag), '0', execution.queue)
+end
+
+-- Takes an empty queue off the list of queues.
+function ff.forget_queue(slot_tag, queue)
+  redis.pcall('ZREM', ff.key('queues', slot_tag), queue)
+end
+
 -- When a named stream that waits for a producer ends without one.
 function ff.takeover_until(execution)
   return execution.now + tonumber(execution.fields.takeover_ms)
@@ -139,6 +180,7 @@ function ff.enqueue(execution)
   local needs = fields.required_capabilities
   local score = ff.eligible_score(tonumber(fields.priority), tonumber(fields.created_at))
   redis.call('ZADD', ff.eligible_key(execution), score, execution.id)
+  list_queue(execution)
   if needs ~= '' then
     redis.call('SADD', needs_key(execution), needs)
   end
@@ -156,8 +198,11 @@ local function dequeue(execution, to)
   end
   local key, needs = ff.eligible_key(execution), execution.fields.required_capabilities
   redis.call('ZREM', key, execution.id)
-  if needs ~= '' and redis.call('EXISTS', key) == 0 then
-    redis.call('SREM', needs_key(execution), needs)
+  if not execution.others_wait and redis.call('EXISTS', key) == 0 then
+    ff.forget_queue(execution.slot_tag, execution.queue)
+    if needs ~= '' then
+      redis.call('SREM', needs_key(execution), needs)
+    end
   end
 end
 
@@ -447,6 +492,8 @@ function ff.remove_execution(execution)
   for kind in pairs(ff.TIMERS) do
     ff.clear_timer(execution, kind)
   end
+  redis.pcall('ZREM', ff.key('ended', execution.slot_tag, execution.state),
+    execution.id .. ' ' .. execution.fields.lane_id)
   if flow_id then
     call('SREM', ff.key('flow_members', execution.slot_tag, flow_id), execution.id)
   end
@@ -469,6 +516,7 @@ local function conclude(execution, attempt, reason)
   ff.clear_timer(execution, 'cancel')
   ff.set(execution, 'completed_at', ff.text(execution.now), 'outcome', ff.OUTCOMES[execution.state])
   leave_flow(execution)
+  list_ended(execution)
   publish_completion(execution, reason)
   expire_keys(execution)
   wake_parent(execution)
@@ -611,6 +659,9 @@ function ff.move(execution, to, reason)
   if to == 'active' or (from == 'active' and not ff.OUTCOMES[to]) then
     -- A lease begins, or no longer ends.
     ff.publish(ff.attempt_key(execution, 'head', attempt), PUSH.CHANGED)
+  end
+  if ff.OPEN_STATES[to] then
+    ff.list_open(execution, to)
   end
   if to == 'waiting' then
     -- What a cancelled flow holds waits in no index: no worker will ever have it.

@@ -134,33 +134,34 @@ end)
 --   returns: noted
 --   errors:  invalid_input
 --
--- Lists a task among those of its owner, as of a version of it, unless a later one is noted; with version 0 it is taken
--- from the list. Tasks whose time is over are taken from it, some of them in each call.
+-- Lists a task among those of its owner, as of a version of it, unless a later one is noted. Version 0 is that of a
+-- task about to be stored, and is noted unless the task is listed. Without a time, '', the task is taken from the list.
+-- Tasks whose time is over are taken from it, some of them in each call.
 redis.register_function('ff_note_task', function(keys, args)
   local call = redis.call
   local task_order_key, task_due_key, task_facts_key = unpack(keys, 1, 3)
   local task_id, version, time_us, state, context, ttl_ms = unpack(args, 1, 6)
   local number, ttl = ff.integer(version), ff.integer(ttl_ms)
-  if not number or not ttl or ttl < 1 or not (time_us == '-1' or ff.integer(time_us)) then
+  if not number or not ttl or ttl < 1 or not (time_us == '' or time_us == '-1' or ff.integer(time_us)) then
     return ff.err('invalid_input', 'argument')
   end
   ff.expect('task_order', task_order_key)
   local now = ff.now_ms()
   local facts, due = call('HGET', task_facts_key, task_id), call('ZSCORE', task_due_key, task_id)
-  local noted = facts and due and tonumber(due) > now and ff.integer(string.match(facts, '^(%d+) ')) or 0
+  local noted = facts and due and tonumber(due) > now and ff.integer(string.match(facts, '^(%d+) '))
   local late = call('ZRANGEBYSCORE', task_due_key, '-inf', ff.text(now), 'LIMIT', '0', '64')
   if #late > 0 then
     call('ZREM', task_due_key, unpack(late))
     call('ZREM', task_order_key, unpack(late))
     call('HDEL', task_facts_key, unpack(late))
   end
-  if number == 0 then
+  if time_us == '' then
     call('ZREM', task_due_key, task_id)
     call('ZREM', task_order_key, task_id)
     call('HDEL', task_facts_key, task_id)
     return ff.ok('1')
   end
-  if noted > number then
+  if noted and (number == 0 or noted > number) then
     return ff.ok('')
   end
   call('ZADD', task_order_key, time_us, task_id)

@@ -504,18 +504,24 @@ local function take_waitpoints(execution, waitpoints, suspension_id)
   ff.write_list('HSET', ff.execution_key(execution, 'waitpoints'), flat)
 end
 
--- The open suspension as a field list: what it waits for, without what has contributed to it.
-function ff.describe_suspension(execution)
+-- The open suspension as a field list: what it waits for, without what has contributed to it. `waits:<n>` are kind and
+-- matcher of its leaves, each once. A condition of more than `most_bytes` is left out.
+function ff.describe_suspension(execution, most_bytes)
   local key = ff.execution_key(execution, 'suspension')
   local names = { 'suspension_id', 'attempt_index', 'created_at', 'timeout_behavior', 'reason' }
-  local flat, ids = {}, {}
+  local flat, ids, told, waits = {}, {}, {}, 0
   for name, value in pairs(ff.hash_fields(key, names)) do
     flat[#flat + 1], flat[#flat + 2] = name, value
   end
   local packed, node_count = unpack(redis.call('HMGET', key, 'condition', 'node_count'))
-  local condition = stored_condition(packed)
+  local condition = most_bytes and #(packed or '') > most_bytes and {} or stored_condition(packed)
   for at = 3 * (ff.integer(node_count) or 0) + 1, #condition, 4 do
     ids[#ids + 1] = condition[at + 1]
+    local wait = (condition[at + 2] or '') .. ' ' .. (condition[at + 3] or '')
+    if not told[wait] then
+      told[wait], waits = true, waits + 1
+      flat[#flat + 1], flat[#flat + 2] = 'waits:' .. waits, wait
+    end
   end
   flat[#flat + 1], flat[#flat + 2] = 'waitpoint_ids', table.concat(ids, ' ')
   return flat

@@ -15,6 +15,7 @@ _PLACES = {
     "<lane>": r"[A-Za-z0-9._~%-]+",
     "<needs>": r"(?::[A-Za-z0-9._~%-]+)?",
     "<seen>": r"\d+",
+    "<state>": r"[a-z]+",
     "<task>": r"[0-9a-f-]{36}",
     "<owner>": r"[0-9a-f]{40}",
     "<budget>": r"[A-Za-z0-9_-]+",

@@ -60,6 +60,18 @@ def node_of(raw, key):
     return raw.node_of(key) if isinstance(raw, Router) else raw
 
 
+def delete(raw, names):
+    """Delete keys, in one request to each server that has some."""
+    if not isinstance(raw, Router):
+        raw.delete(*names)
+        return
+    for node, its in raw.by_node(names).items():
+        with node.pipeline(transaction=False) as pipe:
+            for name in its:
+                pipe.delete(name)
+            pipe.execute()
+
+
 class Router(redis.Redis):
     """Sends a command to the node that has its key, and one without a key to all nodes.
 
@@ -86,6 +98,13 @@ class Router(redis.Redis):
     def node_of(self, key):
         """Client of the node that has a key."""
         return self._owners[slot_of(key)]
+
+    def by_node(self, names):
+        """Keys by the client of their node."""
+        found = {}
+        for name in names:
+            found.setdefault(self.node_of(name), []).append(name)
+        return found
 
     def execute_command(self, *args, **options):
         key = first_key(args)

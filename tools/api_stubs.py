@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 ROOT = Path(__file__).parent.parent
-PLAIN = ("errors", "keys", "embedded")
+PLAIN = ("embedded", "errors", "keys", "metrics", "tracing")
 """Modules whose sources say everything."""
 
 _ROLE = re.compile(r":(?:class|func|meth|attr|data|mod|exc):`~?([^`]+)`")

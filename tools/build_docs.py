@@ -132,6 +132,8 @@ def reference() -> dict[str, str]:
         ),
         "adapters": "# ff_fast.adapters\n\n"
         + "\n\n".join(module(f"ff_fast.adapters.{name}") for name in ("assistant_ui", "a2a")),
+        "metrics": "# Metrics and traces\n\n"
+        + "\n\n".join(module(f"ff_fast.{name}") for name in ("metrics", "tracing")),
         "keys": "# ff_fast.keys\n\n" + module("ff_fast.keys"),
         "embedded": "# ff_fast.embedded\n\n" + module("ff_fast.embedded"),
     }

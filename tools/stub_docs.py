@@ -18,7 +18,9 @@ HOT = Path(__file__).parent.parent / "ff_fast/_hot"
 def _runtime(owner: object, name: str) -> tuple[object, str]:
     """What a name stands for in a compiled module or class, and its docstring."""
     found = inspect.getattr_static(owner, name, None)
-    return found, inspect.cleandoc(getattr(found, "__doc__", None) or "")
+    # None is a name that the module lacks, and has a docstring of its own from Python 3.13 on.
+    doc = None if found is None else getattr(found, "__doc__", None)
+    return found, inspect.cleandoc(doc or "")
 
 
 def _quoted(doc: str, column: int) -> list[str]:

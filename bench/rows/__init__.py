@@ -18,6 +18,7 @@ from bench.rows import (
     server_cost,
     summary,
     throughput,
+    web,
     window,
 )
 
@@ -57,5 +58,8 @@ GROUPS = (
     Group(("P21",), cluster.cost),
     Group(("P22",), cluster.replicated),
     Group(("P23", "P24"), cluster.failovers),
+    Group(("P25",), web.many_streams),
+    Group(("P26",), web.one_stream),
+    Group(("P27",), web.answers),
     Group(("growth",), growth.run),
 )

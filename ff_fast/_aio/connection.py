@@ -12,7 +12,7 @@ from ff_fast import _transport
 from ff_fast._aio.credentials import ask
 from ff_fast._core.sentinel import ROLE, ask_another_first, check_role
 from ff_fast._core.steps import AwaitHint, Pause, Step, Steps
-from ff_fast._hot.resp import ReplyGuard, take_reply
+from ff_fast._hot.resp import ReplyGuard, take_pushes, take_reply
 from ff_fast.errors import DeadlineExceeded, FFError, OutcomeUnknown, ProtocolError, Unavailable
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Connection(asyncio.Protocol):
         self.contact: Contact | None = None
         # Takes what the server sends unasked; None drops it.
         self.on_push: Callable[[list[Any]], None] | None = None
+        # What takes the messages of each channel; `on_push` has the other pushes.
+        self.routes: dict[bytes, Callable[[bytes], None]] | None = None
         # Host and port to which it leads.
         self.address = ("", 0)
         # When it logged in last, in monotonic time.
@@ -164,11 +166,15 @@ class Connection(asyncio.Protocol):
             return
         reader = self._reader
         reader.feed(data)
-        pushed, on_push = self._pushed, self.on_push
+        pushed, on_push, routes = self._pushed, self.on_push, self.routes
         skipped = pushed if on_push is None else None
         while self._transport is not None:
             try:
-                reply = take_reply(reader.gets, skipped)
+                reply = (
+                    take_reply(reader.gets, skipped)
+                    if routes is None
+                    else take_pushes(reader.gets, pushed, routes)
+                )
             except self._broken_reply:
                 self._abort_broken()
                 return
@@ -210,7 +216,7 @@ class Connection(asyncio.Protocol):
 
     def _say_lost(self, failure: FFError) -> None:
         if self.contact is not None and (self.receivers or self.on_push is not None):
-            self.contact.lost(failure)
+            self.contact.lost(failure, idle_s=self.silent_since - self.heard_at)
 
     def abort(self) -> None:
         """Close the connection at once; every receiver gets `LOST`."""

@@ -144,7 +144,6 @@ class Hub:
         self._timeout_s = timeout_s
         self._loop = loop or asyncio.get_running_loop()
         self._core = HubCore(by_slot=by_slot)
-        self._routes = self._core.routes
         self._retries = Retries(retry, retry_timeouts=True)
         self._connection: Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -297,6 +296,7 @@ class Hub:
             connection.abort()
             raise
         connection.on_push = self._pushed
+        connection.routes = self._core.routes
         connection.on_can_write = self._go
         connection.on_lost.append(self._lost)
         self._connection = connection
@@ -306,12 +306,6 @@ class Hub:
         self._tick()
 
     def _pushed(self, push: list[Any]) -> None:
-        if push[0] == b"smessage":
-            # Nearly every push is one; the core would do the same.
-            route = self._routes.get(push[1])
-            if route is not None:
-                route(push[2])
-            return
         connection = self._connection
         due = (
             connection is not None

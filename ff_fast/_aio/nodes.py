@@ -266,7 +266,8 @@ class Node:
             self.reached = await reached(self.config)
             await connection.open(self.reached)
         except FFError as error:
-            if not self._stopped:
+            # Without a replica the primary is asked.
+            if role != READS and not self.stopped:
                 self.contact.lost(error)
             raise
         if self._owner.opened is not None:

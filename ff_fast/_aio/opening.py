@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
+from ff_fast.errors import InvalidInput
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
     from types import TracebackType
@@ -27,14 +29,28 @@ T = TypeVar("T", bound=_Closing)
 
 
 class Opening(Generic[T]):
-    """A backend or a writer that is not open yet; ``await`` and ``async with`` open it and give the object."""
+    """A backend, a writer or a stream that is not open yet; ``await`` and ``async with`` open it and give the object.
+
+    It opens once: what it has opened has an identity on the server, which two objects must not share.
+    """
 
     def __init__(self, opening: Callable[[], Coroutine[Any, Any, T]]) -> None:
         self._opening = opening
         self._opened: T | None = None
+        self._taken = False
 
     def __await__(self) -> Generator[Any, None, T]:
-        return self._opening().__await__()
+        return self._open().__await__()
+
+    async def _open(self) -> T:
+        if self._taken:
+            raise InvalidInput("This was opened already; make the call again to open another one.")
+        self._taken = True
+        try:
+            return await self._opening()
+        except Exception:
+            self._taken = False
+            raise
 
     async def __aenter__(self) -> T:
         self._opened = await self

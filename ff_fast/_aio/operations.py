@@ -271,6 +271,11 @@ class Operations(Pool):
 
     create_execution = method(operations.create_execution)
     describe = method(operations.describe)
+    explain = method(operations.explain)
+    diagnose = method(operations.diagnose)
+    list_executions = method(operations.list_executions)
+    list_lanes = method(operations.list_lanes)
+    list_workers = method(operations.list_workers)
     claim = method(operations.claim)
     read_payload = method(operations.read_payload)
     renew = method(operations.renew)

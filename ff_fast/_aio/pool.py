@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
+import weakref
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ff_fast import _transport
+from ff_fast import _process, _transport
 from ff_fast._aio.claims import Waits
 from ff_fast._aio.connection import Connection, run_steps
 from ff_fast._aio.credentials import Credentials
@@ -22,7 +24,7 @@ from ff_fast._core.steps import Retries
 from ff_fast.errors import FFError, ForkedClient, FunctionMissing, NotPrimary, WrongLoop
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import AsyncGenerator, Coroutine
 
     from ff_fast._core.claiming import Claim
     from ff_fast._core.operations import Call
@@ -56,6 +58,12 @@ class Pool:
         self._nodes = Nodes(config, self._deployment, self._spawn, self._opened)
         self._hub = self._make_hub()
         self._waits = Waits(self._nodes)
+        # A loop closes its asynchronous generators before it ends, as asyncio.run() does.
+        ends = _until_loop_ends(weakref.ref(self))
+        self._loop_end = weakref.finalize(self, _close_now, ends)
+        self._loop_end.atexit = False
+        with contextlib.suppress(StopIteration):
+            ends.__anext__().send(None)
 
     def _make_hub(self) -> Hub | Hubs:
         nodes, retry = self._nodes, self.config.retry
@@ -75,6 +83,7 @@ class Pool:
         What is written is stored first, and claims under way give back what they took, where that takes a short time.
         """
         self._closed = self._nodes.closed = True
+        self._loop_end()
         if self._pid != os.getpid():
             # The parent still uses the sockets and the loop's selector, which a fork shares.
             return
@@ -85,6 +94,17 @@ class Pool:
         finally:
             # Everything is aborted before the next await, in which the caller may be cancelled.
             await self._abort()
+
+    async def _end_with_loop(self) -> None:
+        """Store what is written, within a bound, and close: the loop ends, and nobody has closed the backend."""
+        self._loop_end.detach()
+        if self._pid != os.getpid():
+            return
+        self._store_soon()
+        until = time.monotonic() + _process.EXIT_S
+        while time.monotonic() < until and not self._stored():  # noqa: ASYNC110 - there is no one event
+            await asyncio.sleep(claiming.SETTLE_LOOK_S)
+        await self.close()
 
     async def _finish(self) -> None:
         settling = self._loop.create_task(self._settle())
@@ -240,3 +260,19 @@ class Pool:
                     # A new connection finds the new primary.
                     self._nodes.first.shared.retire(used)
             await asyncio.sleep(pause)
+
+
+async def _until_loop_ends(found: weakref.ref[Pool]) -> AsyncGenerator[None, None]:
+    """Close a backend at the end of its loop."""
+    try:
+        yield
+    finally:
+        pool = found()
+        if pool is not None and not pool._closed:
+            await pool._end_with_loop()
+
+
+def _close_now(ends: AsyncGenerator[None, None]) -> None:
+    """Close the generator of a backend that is closed or gone, which waits for nothing."""
+    with contextlib.suppress(StopIteration):
+        ends.aclose().__await__().send(None)

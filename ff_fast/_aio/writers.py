@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -27,6 +28,7 @@ from ff_fast.errors import (
     OutcomeUnknown,
     Redirected,
     WriterClosed,
+    WrongLoop,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_EXIT_LOOK_S = 0.002
 
 
 class OnLoop(Outbox):
@@ -296,10 +300,24 @@ class Senders:
             outbox.forget()
 
     def _finish_soon(self) -> None:
-        """Do nothing at the end of the interpreter: the loop has ended, so nothing can be sent."""
+        """Store what is written at the end of the interpreter, where the loop has not ended before."""
+        if self.stored or self._loop.is_closed():
+            return
+        if self._loop.is_running():
+            # On another thread.
+            self._loop.call_soon_threadsafe(self.store_soon)
+        else:
+            with contextlib.suppress(WrongLoop):
+                self.check_thread()
+                self._loop.run_until_complete(self._store(time.monotonic() + _process.EXIT_S))
+
+    async def _store(self, until: float) -> None:
+        self.store_soon()
+        while time.monotonic() < until and not self.stored:  # noqa: ASYNC110 - there is no one event
+            await asyncio.sleep(_EXIT_LOOK_S)
 
     def _finished(self) -> bool:
-        return True
+        return not self._loop.is_running() or self.stored
 
     def _warn_of_losses(self) -> None:
         for writer in list(self.writers):

@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import shlex
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import orjson
@@ -21,7 +20,17 @@ from ff_fast import (
     TailVisibility,
     ValkeyBackend,
 )
-from ff_fast._cli.shared import DONE, FAILED, add_url, complain, connect, whole
+from ff_fast._cli.shared import (
+    DONE,
+    FAILED,
+    add_url,
+    complain,
+    connect,
+    one_line,
+    when,
+    whole,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -68,12 +77,6 @@ def _attempt(backend: ValkeyBackend, arguments: argparse.Namespace) -> int:
 def _newest(execution: ExecutionDescription) -> int:
     # Before the first claim there is no attempt; its number is known all the same, and can be tailed.
     return execution.attempt_index or 0
-
-
-def _write_json(value: object, option: int = 0) -> None:
-    out = sys.stdout.buffer
-    out.write(orjson.dumps(value, option=option) + b"\n")
-    out.flush()
 
 
 # -- follow and tail -------------------------------------------------------------------------------
@@ -190,7 +193,7 @@ class _Text:
         if self._types and item.frame_type != self._type:
             self._type = item.frame_type
             self._break()
-            complain(f"type: {_one_line(item.frame_type)}")
+            complain(f"type: {one_line(item.frame_type)}")
         out = sys.stdout.buffer
         out.write(item.payload)
         out.flush()
@@ -213,7 +216,7 @@ def _tell(item: Gap | AttemptStarted | Snapshot | End) -> None:
         sys.stdout.buffer.write(item.document_json + b"\n")
         complain(f"snapshot: version {item.version} of attempt {item.attempt_index}")
     else:
-        error = "" if item.error is None else f" ({_one_line(item.error)})"
+        error = "" if item.error is None else f" ({one_line(item.error)})"
         complain(f"end: {item.reason}{error}")
 
 
@@ -246,7 +249,7 @@ def _show_json(item: Item) -> None:
         line = {"end": item.reason}
         if item.outcome is not None:
             line |= {"outcome": item.outcome, "error": item.error}
-    _write_json(line | {"cursor": item.cursor})
+    write_json(line | {"cursor": item.cursor})
 
 
 def _frame_fields(frame: StreamFrame) -> dict[str, object]:
@@ -336,9 +339,9 @@ def info(arguments: argparse.Namespace) -> int:
             "lane": execution.lane,
             "namespace": execution.namespace,
             "priority": execution.priority,
-            "created": _when(execution.created_at_ms),
-            "started": _when(execution.started_at_ms),
-            "finished": _when(execution.finished_at_ms),
+            "created": when(execution.created_at_ms),
+            "started": when(execution.started_at_ms),
+            "finished": when(execution.finished_at_ms),
             "attempts": attempts,
         }
         if execution.state == "active":
@@ -371,24 +374,12 @@ def info(arguments: argparse.Namespace) -> int:
                 "summary_bytes": len(summary.document_json) if summary else None,
             }
     if arguments.json:
-        _write_json(fields)
+        write_json(fields)
         return DONE
     for name, value in fields.items():
         if value is not None:
-            print(f"{name.replace('_', ' '):<22}{_one_line(value)}")
+            print(f"{name.replace('_', ' '):<22}{one_line(value)}")
     return DONE
-
-
-def _one_line(value: object) -> str:
-    """Return a worker's or caller's text with its control characters escaped."""
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(value))
-
-
-def _when(ms: int | None) -> str | None:
-    if ms is None:
-        return None
-    at = time.gmtime(ms // 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', at)}.{ms % 1000:03d}Z"
 
 
 # -- inspect ---------------------------------------------------------------------------------------
@@ -431,5 +422,5 @@ def inspect(arguments: argparse.Namespace) -> int:
     everything["retries_left"] = execution.retries_left
     if execution.failure_detail is not None:
         everything["failure_detail"] = execution.failure_detail.decode("utf-8", "replace")
-    _write_json(everything, orjson.OPT_INDENT_2)
+    write_json(everything, orjson.OPT_INDENT_2)
     return DONE

@@ -7,7 +7,10 @@ import contextlib
 import math
 import os
 import sys
+import time
 from typing import TYPE_CHECKING
+
+import orjson
 
 from ff_fast import InvalidInput, ValkeyBackend
 
@@ -34,6 +37,27 @@ END_S = 3.0
 def complain(sentence: str) -> None:
     """Print an error as one line on stderr."""
     print(f"ff-fast: {sentence}", file=sys.stderr)
+
+
+# -- output -----------------------------------------------------------------------------------------
+
+
+def write_json(value: object, option: int = 0) -> None:
+    out = sys.stdout.buffer
+    out.write(orjson.dumps(value, option=option) + b"\n")
+    out.flush()
+
+
+def one_line(value: object) -> str:
+    """Return a worker's or caller's text with its control characters escaped."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(value))
+
+
+def when(ms: int | None) -> str | None:
+    if ms is None:
+        return None
+    at = time.gmtime(ms // 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', at)}.{ms % 1000:03d}Z"
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ff_fast._log import say, say_seldom
+from ff_fast.errors import OutcomeUnknown
 
 if TYPE_CHECKING:
     from ff_fast._hot.tally import Tally
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
     from ff_fast.types import ValkeyConnection
 
 
-def name_of(server: ValkeyConnection) -> str:
-    """Return how a record names the server that a configuration leads to."""
+_IDLE_S = 30.0
+
+
+def name_of(server: ValkeyConnection, *, replica: bool = False) -> str:
+    """Return how a record names the server that a configuration leads to, or of a service a replica."""
     if server.sentinel_service is not None:
-        return f"The primary of {server.sentinel_service}"
+        return f"{'A replica' if replica else 'The primary'} of {server.sentinel_service}"
     if server.unix_path is not None:
         return f"The server {server.unix_path}"
     host = f"[{server.host}]" if ":" in server.host else server.host
@@ -44,9 +48,16 @@ class Contact:
         self._lost_at: float | None = None
         self._said = False
 
-    def lost(self, error: FFError) -> None:
-        """Note that a connection is lost, or that none can be made."""
-        if not self._met:
+    def lost(self, error: FFError, *, idle_s: float = 0.0) -> None:
+        """Note that a connection is lost, or that none can be made.
+
+        A server may close what was idle for long, and its end shows with the next request: that is no loss.
+
+        Args:
+            error: What showed it.
+            idle_s: How long nothing had come over the connection when the last request was sent, in seconds.
+        """
+        if not self._met or (idle_s > _IDLE_S and isinstance(error, OutcomeUnknown)):
             return
         if self._lost_at is None:
             self._lost_at = time.monotonic()

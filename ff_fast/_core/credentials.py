@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -9,7 +10,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ff_fast._hot.resp import pack_command
-from ff_fast._log import LOG
+from ff_fast._log import LOG, say
 from ff_fast.errors import CredentialsUnavailable, FFError, causes
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Renewals:
 
     def failed(self, error: FFError) -> None:
         """Note that the provider failed; the connections stay as they are."""
-        LOG.warning("Credentials were not renewed: %s", error)
+        say(logging.WARNING, "Credentials were not renewed: %s", error)
         self.ask_at = time.monotonic() + RENEW_SOON_S
 
     def refused(self) -> None:

@@ -42,7 +42,7 @@ READS = "reads"
 _READONLY = Command(b"", pack_command(b"READONLY"))
 
 _BUSY_SWEEP_S = 30.0
-_PERSISTENCE = Command(b"", pack_command(b"CONFIG", b"GET", b"appendonly", b"save"))
+PERSISTENCE = Command(b"", pack_command(b"CONFIG", b"GET", b"appendonly", b"save"))
 _LANES = 1_024
 """Lanes, and kinds of workers on them, that are remembered."""
 _RELEASED = 4_096
@@ -291,7 +291,7 @@ def _look(held: ops.Version) -> Steps[None]:
             " and executions without an error. Set it to noeviction."
         )
     if held.settings:
-        (settings,) = yield Step((_PERSISTENCE,))
+        (settings,) = yield Step((PERSISTENCE,))
         # Many services refuse the command.
         if isinstance(settings, list) and dict(
             zip(settings[::2], settings[1::2], strict=False)
@@ -299,13 +299,13 @@ def _look(held: ops.Version) -> Steps[None]:
             faults.append(
                 "The server stores nothing on disk: what it holds is lost when it restarts. Set appendonly to yes."
             )
-    if _is_older(held.engine):
+    if is_older(held.engine):
         faults.append(f"The server is {held.engine}. Use Valkey 7.2 or newer.")
     if faults:
         warnings.warn(" ".join(faults), DeploymentWarning, stacklevel=1)
 
 
-def _is_older(engine: str) -> bool:
+def is_older(engine: str) -> bool:
     """Whether the server is older than Valkey 7.2, which began as Redis 7.2."""
     found = re.match(r"(?:Valkey|Redis) ([0-9]{1,4})\.([0-9]{1,4})", engine)
     return found is not None and (int(found[1]), int(found[2])) < (7, 2)

@@ -273,6 +273,8 @@ class FollowCore:
             # What has ended is read at once; else the subscription comes first.
             tail.due = closed
             self._tail = self.part = tail
+            # The next look at the state has a watch of its own; readers are many.
+            del self._watch
 
     def _begin(self, document: SummaryDocument | None) -> list[Item]:
         """Take the document of the attempt, which the reader begins with."""

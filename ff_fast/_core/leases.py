@@ -9,7 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from ff_fast import keys
-from ff_fast._log import LOG, say_seldom
+from ff_fast._log import say, say_seldom
 from ff_fast.errors import ExecutionNotActive, ExecutionNotFound, FFError, LeaseExpired
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def say_lost(
     say_seldom(
         logging.WARNING,
         "lease",
-        (execution_id, attempt_index),
+        # An outage loses all leases of a process.
+        error.code,
         "The lease of attempt %d of execution %s is lost: %s What its worker still does is discarded.",
         attempt_index,
         execution_id,
@@ -279,7 +280,8 @@ class KeptLeases:
                 self._deaf_until = now + pause_s
                 if not error.retryable:
                     # An outage needs no word of it: the renewals meet it too.
-                    LOG.warning(
+                    say(
+                        logging.WARNING,
                         "Workers hear of cancellations and lost leases with their next renewal only: %s",
                         error,
                     )

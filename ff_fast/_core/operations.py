@@ -11,17 +11,19 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 from ff_fast import keys
-from ff_fast._core import claiming, flows, ops, ready, supervision
+from ff_fast._core import claiming, diagnosis, flows, listing, ops, ready, supervision
 from ff_fast._core import durability as levels
+from ff_fast._core import explain as telling
 from ff_fast._core import usage as usage_steps
 from ff_fast._core import writer as writers
 from ff_fast._core.completions import CompletionCore
 from ff_fast._core.durability import DEFAULT_TIMEOUT_S, Level
 from ff_fast._core.follow import Ended, FollowCore, WaitCore
 from ff_fast._core.leases import LeaseClock, is_ended_by_plan, is_lease_lost, say_lost, told_as
+from ff_fast._core.roles import ROLES
 from ff_fast._core.stats import stats_of
 from ff_fast._core.steps import Pause, Step, Steps, applied_in_part
 from ff_fast._core.summary import fold
@@ -30,6 +32,7 @@ from ff_fast.errors import (
     MAX_INT,
     DeadlineExceeded,
     ExecutionNotFound,
+    ExecutionState,
     FFError,
     InvalidId,
     InvalidInput,
@@ -49,13 +52,16 @@ from ff_fast.types import (
     ClaimPolicy,
     Durability,
     ExecutionDescription,
+    ExecutionPage,
     FailOutcome,
     FailureClass,
     FailureReason,
+    Finding,
     FlowDescription,
     Frame,
     Handle,
     HandleKind,
+    LaneSummary,
     LeaseRenewal,
     OnCancel,
     PendingWaitpoint,
@@ -75,6 +81,7 @@ from ff_fast.types import (
     TimeoutBehavior,
     UsageDimensions,
     WaitpointSpec,
+    WorkerSummary,
     duration_ms,
     milliseconds,
     payload_bytes,
@@ -99,6 +106,9 @@ MAX_TAGS = 256
 """Most tags of an execution."""
 
 MAX_TTL_MS = 2**48
+
+STATES: tuple[ExecutionState, ...] = get_args(ExecutionState)
+"""All states of an execution."""
 
 
 class Call(NamedTuple, Generic[T]):
@@ -413,6 +423,106 @@ def describe(on: Deployment, execution_id: str) -> Call[ExecutionDescription]:
         ExecutionNotFound: There is no such execution.
     """
     return _call(ops.describe_execution(keys.canonical_execution_id(execution_id)))
+
+
+def list_executions(
+    on: Deployment,
+    *,
+    lane: str | None = None,
+    state: ExecutionState | None = None,
+    namespace: str | None = None,
+    tag: tuple[str, str] | None = None,
+    after: str | None = None,
+    count: int = 100,
+) -> Call[ExecutionPage]:
+    """List executions, the newest first: by the time of their end, or of their creation while they have not ended.
+
+    Executions that have not ended are all listed. Of those that have, each partition lists the newest 2,000 of a state, of
+    the last day, as long as they are kept. The pages are no snapshot: an execution that ends while they are read may be in
+    two of them or in none.
+
+    A page takes one call a partition, and more where a filter lets little pass; a call takes at most 2 ms of the server.
+
+    Args:
+        lane: Only of this lane; the empty text is for named streams. None is all.
+        state: Only in this state.
+        namespace: Only of this namespace.
+        tag: Only with this tag and value.
+        after: `next` of the page before.
+        count: Greatest number of executions, 1 to 1000. A page may have fewer, and even none, while `next` says that it is
+            not the last one.
+
+    Raises:
+        InvalidCursor: *after* is no cursor of a page.
+        InvalidInput: Another argument is not accepted.
+    """
+    if state is not None and state not in STATES:
+        raise InvalidInput(f"state must be one of {', '.join(STATES)}.")
+    place = None if after is None else listing.Place.of(after)
+    wanted = ops.Filter(
+        STATES if state is None else (state,),
+        None if lane is None else lane and keys.lane_id(lane),
+        None if namespace is None else keys.free_text("namespace", namespace),
+        None if tag is None else _tag(tag),
+    )
+    number = check_int("count", count, 1, 1000)
+    return Call(
+        lambda: listing.executions(on.partitions, wanted, place, number),
+        writes=False,
+        own_connection=True,
+    )
+
+
+def _tag(value: object) -> tuple[str, str]:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise InvalidType(f"tag must be a pair of str, not {type(value).__name__}.")
+    return keys.tag_key(value[0]), keys.free_text("tag value", value[1])
+
+
+def list_lanes(on: Deployment) -> Call[tuple[LaneSummary, ...]]:
+    """Count what is in each lane that has executions, or has had failures within the last hour; the fullest first.
+
+    It takes one call a partition, and one more for each 384 executions of it that neither wait nor have ended.
+    """
+    return Call(lambda: listing.lanes(on.partitions), writes=False, own_connection=True)
+
+
+def list_workers(on: Deployment) -> Call[tuple[WorkerSummary, ...]]:
+    """List the instances of workers that hold leases, those with the most executions first.
+
+    A worker without an execution holds no lease and is not listed. The list takes the calls of `list_executions` for all
+    active executions.
+    """
+    return Call(lambda: listing.workers(on.partitions), writes=False, own_connection=True)
+
+
+def explain(on: Deployment, execution_id: str) -> Call[tuple[str, ...]]:
+    """Tell the history of an execution in sentences, for people.
+
+    They say when it was created, who claimed it when, why each attempt ended, who holds the lease or what it waits for,
+    and which frames have left its streams by which rule. Texts of callers and workers, such as errors, are in them as
+    they are. Programs take `describe` and `describe_stream`, from which the sentences are made.
+
+    Raises:
+        ExecutionNotFound: There is no such execution.
+    """
+    eid = keys.canonical_execution_id(execution_id)
+    return Call(lambda: telling.explain(eid), writes=False)
+
+
+def diagnose(on: Deployment, *, role: str | None = None) -> Call[tuple[Finding, ...]]:
+    """Look at the deployment: server, memory policy, persistence, library, clock, supervision, rights of this user.
+
+    Nothing is changed. What this user may not ask for is ``unknown``. In a cluster it is one node that tells of itself.
+
+    Args:
+        role: The part that this user shall play, one of those of ``ff-fast acl``; a right that it lacks is a failure. None
+            tells which roles the user has.
+    """
+    if role is not None and role not in ROLES:
+        raise InvalidInput(f"role must be one of {', '.join(ROLES)}.")
+    names = list(ROLES) if role is None else [role]
+    return Call(lambda: diagnosis.diagnose(on, names, role), writes=False)
 
 
 def claim(
@@ -1583,7 +1693,8 @@ def open_stream(
 
     Args:
         name: 1 to 512 bytes of UTF-8 without control characters, whose id is that of `execution_id_for`; or an execution
-            id. That of an execution which was created for the workers of a lane makes a consumer.
+            id, of any namespace. That of an execution which was created for the workers of a lane makes a consumer. Text that a
+            client chooses may look like an id: pass ``execution_id_for(text, namespace=...)``, for which it is a name.
         namespace: Tenant, free text of at most 256 bytes; a part of what the name stands for.
         mode: Mode of frames that name none; None is durable.
         ttl: Time that all its data is kept after its end, at least 1 ms; in seconds or as a ``timedelta``, as the others.

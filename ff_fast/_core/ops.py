@@ -21,6 +21,7 @@ from ff_fast.types import (
     CancelOutcome,
     CapabilitySet,
     ExecutionDescription,
+    ExecutionSummary,
     FailOutcome,
     FailureClass,
     FailureReason,
@@ -191,6 +192,8 @@ class Version(NamedTuple):
         eviction_policy: ``maxmemory-policy`` of the server; empty where its memory has no limit, or it is not told.
         engine: Name and version of the server; empty where it is not told, or the server is thrown away anyway.
         settings: Whether the settings of persistence may be asked for.
+        rights: For each right that was asked for ``1`` where the caller has it, ``0`` where not, and ``?`` where the
+            server does not know it.
     """
 
     contract: int
@@ -199,22 +202,25 @@ class Version(NamedTuple):
     eviction_policy: str = ""
     engine: str = ""
     settings: bool = False
+    rights: str = ""
 
 
 def version(
     at: tuple[bytes, ...] = (keys.PARTITIONS_CONFIG, keys.CLUSTER_PROBE),
+    rights: Sequence[str] = (),
 ) -> Op[Version]:
     """Read contract and digest of the server's library, the stored partition count, and what the server is.
 
     Args:
         at: The call's keys. The default ones are in different slots, so every node of a cluster refuses the call; with
             another key, which leads to one node, no count is read.
+        rights: Commands with arguments, in words: whether the caller may run them.
     """
 
     def parse(_: bytes, fields: list[object]) -> Version:
         # A library of another contract may answer fewer fields; its contract must be readable nevertheless.
         contract, digest, *rest = map(_text, fields)
-        partitions, eviction_policy, engine, settings = [*rest, "", "", "", ""][:4]
+        partitions, eviction_policy, engine, settings, granted = [*rest, "", "", "", "", ""][:5]
         return Version(
             int(contract),
             digest,
@@ -222,9 +228,10 @@ def version(
             eviction_policy,
             engine,
             settings == "1",
+            granted,
         )
 
-    return Op(b"ff_version", at, (), parse, read_only=True)
+    return Op(b"ff_version", at, tuple(right.encode() for right in rights), parse, read_only=True)
 
 
 Hints = list[tuple[str, str, bytes]]
@@ -673,16 +680,25 @@ def delete_task(name: TaskName, owner: str) -> Op[bool]:
 
 
 def note_task(
-    owner: str, task_id: str, version: int, time_us: int, state: str, context: str, ttl_ms: int
+    owner: str,
+    task_id: str,
+    version: int,
+    time_us: int | None,
+    state: str,
+    context: str,
+    ttl_ms: int,
 ) -> Op[bool]:
-    """List a task among those of its owner; with version 0, take it from there. Return whether that was done."""
+    """List a task among those of its owner; without a time, take it from there. Return whether that was done.
+
+    Version 0 is that of a task about to be stored.
+    """
     return Op(
         b"ff_note_task",
         (keys.task_order(owner), keys.task_due(owner), keys.task_facts(owner)),
         (
             task_id.encode(),
             number(version),
-            number(time_us),
+            b"" if time_us is None else number(time_us),
             state.encode(),
             context.encode(),
             number(ttl_ms),
@@ -974,6 +990,7 @@ def _suspension(fields: Mapping[str, str], timeout_at_ms: int | None) -> Suspens
         timeout_at_ms,
         TimeoutBehavior(fields["timeout_behavior"]),
         tuple(dict.fromkeys(fields["waitpoint_ids"].split())),
+        _waits(fields),
     )
 
 
@@ -995,8 +1012,18 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
     """Read the state of the streams of one attempt."""
 
     def parse(_: bytes, fields: list[object]) -> StreamDescription:
-        meta = {_text(name): _text(value) for name, value in _pairs(fields[0]).items()}
+        meta, attempt, streams = (
+            {_text(name): _text(value) for name, value in _pairs(flat).items()}
+            for flat in (fields[0], *fields[5:])
+        )
         left = _text(fields[4])
+        rate, *window = meta.get("estimator", "").split() or [""]
+        ttl_ms, floor, ceiling = map(int, window) if len(window) == 3 else (None, None, None)
+        live_first = streams.get("live_first")
+
+        def when(text: str | None) -> int | None:
+            return int(text) if text else None
+
         last_id = meta.get("last_id", "0-0")
         frame_count = entry_id(last_id)[1]
         return StreamDescription(
@@ -1007,6 +1034,22 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
             summary_version=_int(fields[3]),
             closed_reason=cast("EndReason | None", meta.get("closed_reason")),
             lease_left=int(left) / 1000 if left else None,
+            worker_id=attempt.get("worker_id"),
+            worker_instance_id=attempt.get("worker_instance_id"),
+            claimed_at_ms=when(attempt.get("started_at")),
+            began_at_ms=when(meta.get("created_at")),
+            ended_at_ms=when(meta.get("closed_at")),
+            log_added=int(streams.get("log_added", 0)),
+            log_first_id=streams.get("log_first"),
+            live_first_sequence=entry_id(live_first)[1]
+            - int(streams.get("live_first_frames", 1))
+            + 1
+            if live_first
+            else None,
+            live_ttl_ms=ttl_ms,
+            live_floor=floor,
+            live_ceiling=ceiling,
+            live_rate_hz=float(rate) if rate else None,
         )
 
     return Op(
@@ -1017,8 +1060,142 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
             keys.live(execution_id, attempt_index),
             keys.head(execution_id, attempt_index),
             keys.summary(execution_id, attempt_index),
+            keys.attempt(execution_id, attempt_index),
         ),
         (number(attempt_index),),
+        parse,
+        read_only=True,
+    )
+
+
+class Filter(NamedTuple):
+    """What is listed; None lets all pass."""
+
+    states: tuple[str, ...]
+    lane: str | None = None
+    namespace: str | None = None
+    tag: tuple[str, str] | None = None
+
+
+class Listed(NamedTuple):
+    """A part of the listing of one partition: places with executions, and the place where it continues, None at its end."""
+
+    found: list[tuple[tuple[int, str], ExecutionSummary]]
+    then: tuple[int, str] | None
+
+
+def list_executions(
+    partition: int, wanted: Filter, before: tuple[int, str] | None, count: int
+) -> Op[Listed]:
+    """List executions of a partition behind a place."""
+    slot_tag = keys.slot_tag(partition)
+    tag_name, tag_value = wanted.tag or ("", "")
+
+    def parse(_: bytes, fields: list[object]) -> Listed:
+        ms, identity = _text(fields[0]), _text(fields[1])
+        found = []
+        for flat in _list(fields[2]):
+            told = {_text(name): _text(value) for name, value in _pairs(flat).items()}
+            found.append(((int(told["listed_at"]), told["id"]), _summary(told)))
+        return Listed(found, (int(ms), identity) if ms else None)
+
+    return Op(
+        b"ff_list_executions",
+        (keys.listed(slot_tag), keys.completions(slot_tag), keys.timers(slot_tag)),
+        (
+            " ".join(wanted.states).encode(),
+            b"" if wanted.lane is None else f" {wanted.lane}".encode(),
+            (wanted.namespace or "").encode(),
+            tag_name.encode(),
+            tag_value.encode(),
+            b"" if before is None else number(before[0]),
+            b"" if before is None else before[1].encode(),
+            number(count),
+        ),
+        parse,
+        read_only=True,
+        large=True,
+    )
+
+
+def _summary(told: Mapping[str, str]) -> ExecutionSummary:
+    state = cast("ExecutionState", told["state"])
+
+    def when(field: str) -> int | None:
+        return int(text) if (text := told.get(field)) else None
+
+    error = told.get("cancellation_reason" if state == "cancelled" else "failure_reason")
+    failure_class = told.get("failure_class")
+    return ExecutionSummary(
+        execution_id=told["id"],
+        state=state,
+        lane=told["lane_id"],
+        namespace=told["namespace"],
+        priority=int(told["priority"]),
+        flow_id=told.get("flow_id"),
+        created_at_ms=int(told["created_at"]),
+        started_at_ms=when("started_at"),
+        finished_at_ms=when("completed_at"),
+        last_transition_at_ms=int(told["last_transition_at"]),
+        due_at_ms=when("due"),
+        attempt_count=int(told["total_attempt_count"]),
+        attempt_index=when("current_attempt_index"),
+        retry_count=int(told["retry_count"]),
+        worker_id=told.get("current_worker_id"),
+        worker_instance_id=told.get("current_worker_instance_id"),
+        lease_expires_at_ms=when("lease"),
+        error=None if state == "completed" else error or None,
+        failure_class=FailureClass(failure_class) if failure_class else None,
+        progress_percent=when("progress_percent"),
+        suspension_reason=told.get("reason"),
+        waiting_for=_waits(told),
+    )
+
+
+def _waits(told: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what a suspension waits for, in the order of its condition."""
+    return tuple(told[name].rstrip() for name in told if name.startswith("waits:"))
+
+
+class LanesPart(NamedTuple):
+    """What is in the queues and lanes of one partition, a part of it.
+
+    *queues* are lane and requirements as in the keys, with the number that waits and the time of the oldest; *counts*
+    are a state, a lane and a number.
+    """
+
+    next_queue: str
+    next_offset: str
+    queues: list[tuple[str, int, int]]
+    counts: list[tuple[str, str, int]]
+
+
+def list_lanes(partition: int, queue_after: str, offset: str) -> Op[LanesPart]:
+    """Read how many executions are in which state, in each lane of a partition."""
+    slot_tag = keys.slot_tag(partition)
+
+    def parse(_: bytes, fields: list[object]) -> LanesPart:
+        queues = list(map(_text, _list(fields[3])))
+        counts = list(map(_text, _list(fields[4])))
+        return LanesPart(
+            _text(fields[0]),
+            _text(fields[1]),
+            [
+                (queue, int(waiting), int(oldest))
+                for queue, waiting, oldest in zip(
+                    queues[::3], queues[1::3], queues[2::3], strict=True
+                )
+            ],
+            [
+                (*name.partition(" ")[::2], int(amount))
+                for name, amount in zip(counts[::2], counts[1::2], strict=True)
+            ],
+        )
+
+    return Op(
+        b"ff_list_lanes",
+        (keys.listed(slot_tag), keys.queues(slot_tag), keys.timers(slot_tag)),
+        (queue_after.encode(), offset.encode()),
         parse,
         read_only=True,
     )

@@ -31,7 +31,7 @@ from ff_fast._core.worker import (
     failure_of,
 )
 from ff_fast._log import say
-from ff_fast.errors import FFError, InvalidInput, NotReplicated
+from ff_fast.errors import ExecutionNotActive, FFError, InvalidInput, NotReplicated
 from ff_fast.types import FailureClass
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def _completed_by(
     except FFError as error:
         # Also the end that this call has made, and whose reply was lost, shows as a lease that is lost.
         lost = is_lease_lost(error) or not stream._holds_lease
-        if lost and (yield from _is_over(stream, over)):
+        if lost and (_told_of_cancellation(stream) or (yield from _is_over(stream, over))):
             stream._released = True
             return
         with contextlib.suppress(FFError):
@@ -316,6 +316,12 @@ def _cancelled(stream: StreamState[Any, Any], limit_s: float | None = None) -> E
     on = stream._backend._deployment
     call = cancellation(on, stream.execution_id, stream._lease, stream._level, CANCEL_REASON)
     yield from _over(stream, call, limit_s)
+
+
+def _told_of_cancellation(stream: StreamState[Any, Any]) -> bool:
+    """Whether the server has said that somebody has cancelled it; it may have been removed since."""
+    lost = stream._lost
+    return isinstance(lost, ExecutionNotActive) and lost.terminal_outcome == "cancelled"
 
 
 def _is_over(

@@ -713,7 +713,7 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Ending
             return
         except FFError as error:
             if is_lease_lost(error) or (error.retryable and not task._holds_lease):
-                if not is_ended_by_plan(error):
+                if task._lost is None and not is_ended_by_plan(error):
                     say_lost(error, **task._about)
                 return
             if not error.retryable:

@@ -403,8 +403,11 @@ class SharedWriter(WriterCore):
             "attempt_index": self.attempt_index,
         }
         if isinstance(error, WriterSuperseded):
-            say(
+            # Two that open it in turns would fill the log.
+            say_seldom(
                 logging.WARNING,
+                "superseded",
+                self.execution_id,
                 "The writer of attempt %d of execution %s was superseded: another one was opened under the same lease."
                 " Frames that were not stored: %d.",
                 self.attempt_index,

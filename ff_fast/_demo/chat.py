@@ -52,6 +52,8 @@ class Chat:
         self._answering = answering
         self._backend: aio.ValkeyBackend
         self._worker: Child
+        # Held while a worker takes the place of another one.
+        self._replacing = asyncio.Lock()
         self.app = Starlette(
             lifespan=self._lifespan,
             routes=[
@@ -75,7 +77,8 @@ class Chat:
                 yield
             finally:
                 supervision.cancel()
-                await asyncio.to_thread(self._worker.stop)
+                async with self._replacing:
+                    await asyncio.to_thread(self._worker.stop)
 
     def _start(self) -> Child:
         return Child("chat", self._url, self._answering)
@@ -109,8 +112,9 @@ class Chat:
         return await stop_response(self._backend, request.path_params["id"], request)
 
     async def _kill(self, _: Request) -> Response:
-        await asyncio.to_thread(self._worker.kill)
-        self._worker = self._start()
+        async with self._replacing:
+            await asyncio.to_thread(self._worker.kill)
+            self._worker = self._start()
         return JSONResponse({"success": True})
 
 

@@ -72,6 +72,7 @@ class Inbox:
         end_reason: Why the attempt ended; None until the end was delivered.
         lease_at, look_at: Monotonic times at which a read is due although nothing was pushed.
         on_wake: Called, on the thread of the feed, when there may be something to take or to ask.
+        tally: Counts the frames that are taken; None counts none.
     """
 
     attempt_index: int

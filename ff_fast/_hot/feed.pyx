@@ -226,7 +226,7 @@ cdef class Inbox:
         if self.end_reason is not None:
             return 0
         if pushed._kind == PUSHED_FRAMES:
-            frames = PyList_GET_SIZE(pushed.visible if self.exclude else pushed.frames)
+            frames = pushed.count(self.exclude)
             # Frames that the reader does not want neither wake it nor are a hole: those it wants
             # name the one before.
             if frames == 0 or self._dropping:
@@ -353,7 +353,7 @@ cdef class Inbox:
             ahead.extend(rest)
         for pushed in ahead:
             if pushed._kind == PUSHED_FRAMES:
-                self._frames += PyList_GET_SIZE(pushed.visible if self.exclude else pushed.frames)
+                self._frames += pushed.count(self.exclude)
                 self._bytes += pushed.size
         ahead.extend(self._queue)
         self._queue = ahead
@@ -397,11 +397,14 @@ cdef class Inbox:
             return AHEAD
         at = <Py_ssize_t>(self.sequence + 1 - pushed.first)
         if at == 0:
-            items.extend(pushed.frames)
+            if pushed.alone is not None:
+                items.append(pushed.alone)
+            else:
+                items.extend(pushed._frames)
             if self.tally is not None:
                 self.tally.got(pushed.counts, pushed.payload_bytes)
         else:
-            frames = pushed.frames[at:]
+            frames = pushed._frames[at:]
             items.extend(frames)
             self.count(frames)
         self.ms = pushed.ms
@@ -415,7 +418,7 @@ cdef class Inbox:
         cdef long long sequence = self.sequence
         cdef list frames = []
         cdef StreamFrame frame
-        for frame in pushed.visible:
+        for frame in pushed._visible if pushed.alone is None else (pushed.alone,):
             if frame.sequence <= sequence:
                 continue
             if frame._previous > sequence:

@@ -41,8 +41,9 @@ cdef class Pushed:
     cdef readonly long long ms
     cdef readonly long long first
     cdef readonly long long last
-    cdef readonly list frames
-    cdef readonly list visible
+    cdef StreamFrame alone
+    cdef list _frames
+    cdef list _visible
     cdef readonly Py_ssize_t size
     # The frames by mode, and the bytes of their payloads.
     cdef Py_ssize_t counts[MODES]
@@ -50,6 +51,7 @@ cdef class Pushed:
     cdef readonly long long previous
     cdef readonly str end_reason
     cdef readonly long long lease_ms
+    cdef Py_ssize_t count(self, bint exclude) except -1
 
 
 cdef Pushed read_push(bytes message, unsigned int attempt_index)

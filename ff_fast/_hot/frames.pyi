@@ -203,7 +203,7 @@ class Pushed:
         deferred: The frames are not stored yet.
         ms, last: Id of the last frame, or of the end.
         first: Sequence of the first frame.
-        frames: The frames. Readers copy from the list and never change it.
+        frames: The frames; None unless the kind is ``frames``.
         visible: Those that a reader gets that excludes best-effort frames.
         size: Bytes of the message.
         previous: Sequence of the last visible frame before the end.

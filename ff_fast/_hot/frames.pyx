@@ -59,7 +59,7 @@ from cpython.bytes cimport (
     PyBytes_GET_SIZE,
 )
 from cpython.dict cimport PyDict_GetItem
-from cpython.list cimport PyList_CheckExact
+from cpython.list cimport PyList_CheckExact, PyList_GET_SIZE
 from cpython.object cimport Py_EQ, Py_NE, PyObject
 from libc.string cimport memcmp
 
@@ -708,7 +708,7 @@ cdef class Pushed:
         deferred: The frames are not stored yet.
         ms, last: Id of the last frame, or of the end.
         first: Sequence of the first frame.
-        frames: The frames. Readers copy from the list and never change it.
+        frames: The frames; None unless the kind is ``frames``.
         visible: Those that a reader gets that excludes best-effort frames.
         size: Bytes of the message.
         previous: Sequence of the last visible frame before the end.
@@ -716,9 +716,29 @@ cdef class Pushed:
         lease_ms: When the lease ends, in ms from here.
     """
 
+    # A single frame is in `alone`, without a list: at a model's own pace nearly every push has one,
+    # and the collector would count thousands of lists that wait for their readers. Readers copy
+    # from a list and never change it.
+
     @property
     def kind(self):
         return ("look", "frames", "end", "lease")[self._kind]
+
+    @property
+    def frames(self):
+        return self._frames if self.alone is None else [self.alone]
+
+    @property
+    def visible(self):
+        if self.alone is None:
+            return self._visible
+        return [self.alone] if self.count(True) else []
+
+    cdef Py_ssize_t count(self, bint exclude) except -1:
+        """How many frames a reader gets, of a push of frames."""
+        if self.alone is not None:
+            return 0 if exclude and self.alone.mode == BEST_EFFORT else 1
+        return PyList_GET_SIZE(self._visible if exclude else self._frames)
 
 
 def decode_push(bytes message not None, unsigned int attempt_index=0):
@@ -733,7 +753,7 @@ cdef Pushed read_push(bytes message, unsigned int attempt_index):
         parse_push(pushed, message, attempt_index)
     except Corruption:
         pushed._kind = PUSHED_LOOK
-        pushed.frames = pushed.visible = None
+        pushed.alone = pushed._frames = pushed._visible = None
     return pushed
 
 
@@ -833,7 +853,7 @@ cdef int add_blocks(
         bad_entry()
     pushed.first = pushed.last - total + 1
     total = pushed.first - 1
-    pushed.frames = frames = []
+    frames = []
     at = start
     while at < end:
         known = len(frames)
@@ -849,12 +869,16 @@ cdef int add_blocks(
         for known in range(known, len(frames)):
             pushed.payload_bytes += PyBytes_GET_SIZE((<StreamFrame>frames[known]).payload)
         blocks += 1
+    if len(frames) == 1:
+        pushed.alone = <StreamFrame>frames[0]
+        return 0
+    pushed._frames = frames
     if hidden == 0:
-        pushed.visible = frames
+        pushed._visible = frames
     elif hidden == blocks:
-        pushed.visible = NO_FRAMES
+        pushed._visible = NO_FRAMES
     else:
-        pushed.visible = [frame for frame in frames if (<StreamFrame>frame).mode != BEST_EFFORT]
+        pushed._visible = [frame for frame in frames if (<StreamFrame>frame).mode != BEST_EFFORT]
     return 0
 
 

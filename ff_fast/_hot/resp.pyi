@@ -45,6 +45,15 @@ def take_reply(gets: Callable[[], object], pushed: type | None = None) -> object
     other thread runs while the collector is off.
     """
 
+def take_pushes(
+    gets: Callable[[], object], pushed: type, routes: dict[bytes, Callable[[bytes], None]]
+) -> object:
+    """Hand what is published on channels to their *routes*, and return the first reply that is not.
+
+    *gets* is the method of a ``hiredis.Reader``, *pushed* the type of its pushes. A push on a
+    channel without a route is dropped.
+    """
+
 @final
 class ReplyGuard:
     """Watches the replies of one connection for headers that announce more than any answer has.

@@ -255,3 +255,22 @@ def take_reply(gets not None, pushed=None):
     finally:
         if collecting:
             PyGC_Enable()
+
+
+def take_pushes(gets not None, pushed not None, dict routes not None):
+    """Hand what is published on channels to their *routes*, and return the first reply that is not.
+
+    *gets* is the method of a ``hiredis.Reader``, *pushed* the type of its pushes. A push on a
+    channel without a route is dropped.
+    """
+    cdef list push
+    while True:
+        reply = take_reply(gets)
+        if type(reply) is not pushed:
+            return reply
+        push = <list>reply
+        if len(push) != 3 or push[0] != b"smessage":
+            return reply
+        route = routes.get(push[1])
+        if route is not None:
+            route(push[2])

@@ -13,6 +13,10 @@ from ff_fast._hot.frames cimport DURABLE_FRAMES, LIVE_FRAMES, SUMMARY_FRAMES, St
 from ff_fast.types import Gap
 
 
+cdef extern from *:
+    int clz "__builtin_clzll"(unsigned long long value) noexcept nogil
+
+
 cdef inline long long wall_us() noexcept nogil:
     """Return the time of this host since the epoch, in µs."""
     cdef timespec now
@@ -22,17 +26,15 @@ cdef inline long long wall_us() noexcept nogil:
 
 cdef inline void observe(Spread* spread, long long value) noexcept nogil:
     """Count a value in the bucket of the least power of two that is not below it."""
-    cdef unsigned long long left
     cdef int bucket = 0
     if value < 0:
         value = 0
     spread.count += 1
     spread.total += <unsigned long long>value
-    left = <unsigned long long>value - 1 if value else 0
-    while left and bucket < BUCKETS - 1:
-        left >>= 1
-        bucket += 1
-    spread.buckets[bucket] += 1
+    if value > 1:
+        # How many bits the value before it has.
+        bucket = 64 - clz(<unsigned long long>(value - 1))
+    spread.buckets[bucket if bucket < BUCKETS else BUCKETS - 1] += 1
 
 
 cdef tuple seen(Spread* spread):

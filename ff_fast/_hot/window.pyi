@@ -44,7 +44,8 @@ class LiveWindow:
     def renew_due(self, has_frames: bool, now_us: int) -> bool:
         """Whether a batch that is sealed now, with live frames or without, renews the expiry."""
     def take_rate(self, closing: bool, now_us: int) -> bytes | None:
-        """Return the rate to store with a batch that is sealed now, as text in frames a second.
+        """Return what to store with a batch that is sealed now: the rate in frames a second, ttl,
+        floor and ceiling.
 
         None within a second of the last time, unless the writer is *closing*.
         """

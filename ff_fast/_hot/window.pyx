@@ -44,14 +44,16 @@ cdef double MAX_RATE_HZ = 1e12
 cdef double parse_rate(bytes stored) except -1.0:
     """Return the rate that `take_rate` of an earlier writer has stored; 0 for an empty text.
 
+    What stands behind the rate is for people: a writer has its own ttl, floor and ceiling.
+
     Raises:
         Corruption: It is not a rate.
     """
     cdef double rate = 0.0
     if stored:
         try:
-            rate = float(stored)
-        except ValueError:
+            rate = float(stored.split(None, 1)[0])
+        except (ValueError, IndexError):
             rate = -1.0
         # Not a number fails the comparison too.
         if not 0.0 <= rate <= MAX_RATE_HZ:
@@ -167,14 +169,17 @@ cdef class LiveWindow:
         )
 
     cpdef bytes take_rate(self, bint closing, long long now_us):
-        """Return the rate to store with a batch that is sealed now, as text in frames a second.
+        """Return what to store with a batch that is sealed now: the rate in frames a second, ttl,
+        floor and ceiling.
 
         None within a second of the last time, unless the writer is *closing*.
         """
         if now_us < self._rate_due_us and not closing:
             return None
         self._rate_due_us = now_us + STORE_RATE_EVERY_US
-        return b"%.3f" % min(self._estimator.rate_at(now_us), MAX_RATE_HZ)
+        return b"%.3f %d %d %d" % (
+            min(self._estimator.rate_at(now_us), MAX_RATE_HZ), self.ttl_ms, self.floor, self.ceiling
+        )
 
     cpdef void sealed(self, Py_ssize_t count, bint renews, long long now_us) noexcept:
         """A batch with *count* live frames was sealed; whether it renews the expiry."""

@@ -259,6 +259,7 @@ class WriterCore:
             move (`ff_fast._core.places.Place`); None for a writer on its own.
         outbox: Takes its parts into calls; None for a writer whose owner asks `_next_batch`.
         home: Says which outbox that is, in place of *outbox*.
+        tally: Counts what is written and acknowledged; None counts nothing.
         replays: The writer stores again what those before it have written, and has their document.
 
     Raises:

@@ -343,7 +343,7 @@ class Connection:
         """Close the connection, which has failed."""
         self.close()
         if self.contact is not None and not self._aborted:
-            self.contact.lost(failure)
+            self.contact.lost(failure, idle_s=self._sent_at - self.heard_at)
 
     def abort(self) -> None:
         """Wake the thread that reads from the connection; called from another thread."""
@@ -416,7 +416,7 @@ class Node:
         *,
         replica: bool = False,
     ) -> None:
-        self.contact = Contact(name_of(config.connection), tally)
+        self.contact = Contact(name_of(config.connection, replica=replica), tally)
         self.config = self.reached = config
         self.address = address
         self.replica = replica

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_LEAVE_LOOK_S = 0.01
+
 Handler = Callable[["Task"], bytes | str | None]
 
 
@@ -212,16 +214,15 @@ class WorkerLoop:
             except RuntimeError as error:
                 # Start no more threads; the running ones finish their executions.
                 self._stopped_by(error)
-            for thread in started:
+            while alive := [thread for thread in started if thread.is_alive()]:
                 # A join without a timeout cannot be interrupted by a signal on every platform.
-                while thread.is_alive():
-                    thread.join(0.1)
-                    if self._signalled:
-                        self._halt.set()
-                    if self._drain.over(stopping=self._stopping):
-                        self._halt.set()
-                        self._leave_behind()
-                        break
+                alive[0].join(0.1)
+                if self._signalled:
+                    self._halt.set()
+                if self._drain.over(stopping=self._stopping):
+                    self._halt.set()
+                    self._leave_behind(started)
+                    break
         finally:
             restore()
             self._halt.set()
@@ -235,16 +236,23 @@ class WorkerLoop:
             self._drain.hurry()
         self._signalled = True
 
-    def _leave_behind(self) -> None:
+    def _leave_behind(self, threads: list[threading.Thread]) -> None:
         """Hand back the executions whose handlers still run; a thread cannot be interrupted."""
         until = time.monotonic() + worker_core.HAND_BACK_S
-        for task in list(self._tasks):
-            error = StaleOwner(worker_core.STOPPED)
-            if time.monotonic() < until:
+        left: set[Task] = set()
+        # The others end when their claims do; what such a claim brings is handed back too.
+        while time.monotonic() < until and (
+            not self._tasks <= left
+            or sum(map(threading.Thread.is_alive, threads)) > len(self._tasks)
+        ):
+            for task in self._tasks - left:
+                left.add(task)
+                error = StaleOwner(worker_core.STOPPED)
                 actions = worker_core.hand_back(self._backend, task, error)
                 drive(actions, partial(self._perform, task))
-            if task._keeper is not None:
-                task._keeper._abandon(error)
+                if task._keeper is not None:
+                    task._keeper._abandon(error)
+            time.sleep(_LEAVE_LOOK_S)
 
     def _stopped_by(self, error: BaseException) -> None:
         if self._error is None:

@@ -141,8 +141,8 @@ class ValkeyTaskStore(_Tasks, VersionedTaskStore):
         # Leases of tasks that run here, and the ends of others that are under way.
         self._runs: dict[str, asyncio.Task[aio.OpenedStream | None]] = {}
         self._ending: dict[str, asyncio.Task[None]] = {}
-        # What the list of its owner was told of a task, and when, in monotonic time.
-        self._noted: dict[tuple[str, str], tuple[tuple[object, ...], float]] = {}
+        # What the list of its owner has of a task, as of which version, and when it was told, in monotonic time.
+        self._noted: dict[tuple[str, str], tuple[tuple[object, ...], int, float]] = {}
 
     async def save(
         self,
@@ -171,7 +171,7 @@ class ValkeyTaskStore(_Tasks, VersionedTaskStore):
         kind = "cancelled" if cancelled else "ended" if state in _ENDED else ""
         if previous == 0 and not cancelled:
             # Before it is stored, so that no task is stored and not listed.
-            await self._note(owner, task, 1)
+            await self._note(owner, task, 0)
         if state in _RUNNING:
             await self._hold(task.id)
         op = ops.save_task(
@@ -268,7 +268,7 @@ class ValkeyTaskStore(_Tasks, VersionedTaskStore):
         self._release(task_id)
         await self._do(ops.delete_task(self._name(task_id), owner))
         self._noted.pop((owner, task_id), None)
-        await self._do(ops.note_task(owner, task_id, 0, 0, "", "", self._ttl_ms))
+        await self._do(ops.note_task(owner, task_id, 0, None, "", "", self._ttl_ms))
 
     async def aclose(self) -> None:
         """Tell the subscribers of all tasks that run here that their replica is gone; call it behind the handler's."""
@@ -287,15 +287,27 @@ class ValkeyTaskStore(_Tasks, VersionedTaskStore):
         if task.status.HasField("timestamp"):
             time_us = min(max(task.status.timestamp.ToMicroseconds(), 0), _MAX_US)
         facts = (time_us, str(task.status.state), _group(task.context_id))
-        last = self._noted.get((owner, task.id))
+        told = None if version == 0 else self._noted.get((owner, task.id))
         now = time.monotonic()
         part_ms = self._ttl_ms // _NOTED_PART
-        if last is not None and last[0] == facts and (now - last[1]) * 1000 < part_ms:
+        if (
+            told is not None
+            and told[0] == facts
+            # Nobody else has saved it in between.
+            and told[1] == version - 1
+            and (now - told[2]) * 1000 < part_ms
+        ):
+            self._noted[owner, task.id] = (facts, version, told[2])
             return
-        await self._do(ops.note_task(owner, task.id, version, *facts, self._ttl_ms + part_ms + 1))
+        noted = await self._do(
+            ops.note_task(owner, task.id, version, *facts, self._ttl_ms + part_ms + 1)
+        )
+        self._noted.pop((owner, task.id), None)
+        if version == 0 and not noted:
+            return
         if len(self._noted) >= _NOTED_TASKS:
             del self._noted[next(iter(self._noted))]
-        self._noted[owner, task.id] = (facts, now)
+        self._noted[owner, task.id] = (facts, version, now)
 
     async def _count(self, owner: str, state: str, group: str, least: int) -> int:
         """Return how many tasks of an owner have that state, that context and at least that time."""
@@ -313,7 +325,7 @@ class ValkeyTaskStore(_Tasks, VersionedTaskStore):
     async def _hold(self, task_id: str) -> None:
         """Hold the lease of a task that runs here."""
         run = self._runs.get(task_id)
-        if run is None:
+        if run is None or _has_no_lease(run):
             run = self._backend._loop.create_task(self._open(task_id))
             self._runs[task_id] = run
         try:
@@ -464,6 +476,14 @@ class ValkeyTaskEventStream(_Tasks, TaskEventStream):
             if not read.more:
                 return found
             place = found[-1].cursor
+
+
+def _has_no_lease(run: asyncio.Task[aio.OpenedStream | None]) -> bool:
+    """Whether another replica had the lease when it was asked for, and may have let it go since; or it is lost."""
+    if not run.done() or run.cancelled() or run.exception() is not None:
+        return False
+    stream = run.result()
+    return stream is None or stream.cancelled
 
 
 def _number(version: TaskVersion) -> int:

@@ -30,7 +30,10 @@ from ff_fast.errors import (
     ExecutionNotFound,
     FFError,
     InvalidCursor,
+    LeaseExpired,
     MissingDependency,
+    StaleOwner,
+    WriterSuperseded,
     check_int,
 )
 from ff_fast.types import End, Gap, split_cursor
@@ -228,10 +231,14 @@ class ValkeyResumableStreamStore:
                 stream.write(chunk, _CHUNK)
             await stream.flush()
         except FFError as error:
-            if error.retryable and not stream.cancelled:
+            # The write may be refused before the keeper of the lease has heard of it.
+            lost = stream.cancelled or isinstance(
+                error, (StaleOwner, LeaseExpired, WriterSuperseded)
+            )
+            if error.retryable and not lost:
                 raise
             status = await self.status(stream_id)
-            if status == "streaming" and not stream.cancelled:
+            if status == "streaming" and not lost:
                 raise
             self._drop(stream_id, production)
             raise _refusal(stream_id, status) from error
@@ -387,7 +394,8 @@ class ValkeyResumableStreamStore:
 
     async def _open(self, stream_id: str, ttl_ms: int) -> aio.OpenedStream:
         return await self._backend.open_stream(
-            stream_id,
+            # The text of a client may look like the id of another execution.
+            self._id(stream_id),
             namespace=self._namespace,
             ttl=ttl_ms / 1000,
             lease_ttl_ms=self._lease_ttl_ms,

@@ -41,6 +41,14 @@ from .handle import (
     HandleKind,
     HandleOpaque,
 )
+from .listing import (
+    ExecutionPage,
+    ExecutionSummary,
+    Finding,
+    FindingLevel,
+    LaneSummary,
+    WorkerSummary,
+)
 from .stats import (
     FramesByMode,
     GapsByReason,
@@ -190,6 +198,13 @@ __all__ = [  # noqa: RUF022 - by topic
     "ExecutionDescription",
     "Namespace",
     "ScannerFilter",
+    # listings
+    "ExecutionSummary",
+    "ExecutionPage",
+    "LaneSummary",
+    "WorkerSummary",
+    "FindingLevel",
+    "Finding",
     # numbers
     "FramesByMode",
     "GapsByReason",

@@ -636,6 +636,19 @@ class StreamDescription(Value):
         summary_version: Number of patches of the summary so far.
         closed_reason: Why the stream ended; None while it has not.
         lease_left: Seconds until the lease expires by the server's clock, 0 after it has; None without a lease.
+        worker_id: Worker that has claimed the attempt last; None before it is claimed, and once its keys have expired.
+        worker_instance_id: Instance of that worker.
+        claimed_at_ms: When it has, Unix milliseconds by the server's clock, as the next ones.
+        began_at_ms: When the attempt began.
+        ended_at_ms: When its stream ended; None while it has not.
+        log_added: Number of entries that the log has been given; those beyond `log_entries` have left it by its
+            retention.
+        log_first_id: Id of the first durable frame kept; None without one.
+        live_first_sequence: First frame of the live window; None where it is empty, or its key has expired.
+        live_ttl_ms: How long a frame of the live window is kept at least, as its writer has said; None before there is one.
+        live_floor: Least number of frames that the window keeps.
+        live_ceiling: Greatest number of frames that it keeps, whatever their age.
+        live_rate_hz: Frames a second at which they were written lately.
     """
 
     last_id: str
@@ -645,3 +658,15 @@ class StreamDescription(Value):
     summary_version: int
     closed_reason: EndReason | None
     lease_left: float | None
+    worker_id: str | None = None
+    worker_instance_id: str | None = None
+    claimed_at_ms: int | None = None
+    began_at_ms: int | None = None
+    ended_at_ms: int | None = None
+    log_added: int = 0
+    log_first_id: str | None = None
+    live_first_sequence: int | None = None
+    live_ttl_ms: int | None = None
+    live_floor: int | None = None
+    live_ceiling: int | None = None
+    live_rate_hz: float | None = None

@@ -618,6 +618,8 @@ class SuspensionDescription(Value):
         timeout_at_ms: When ``on_timeout`` takes effect; None without a limit.
         on_timeout: Action at the timeout.
         waitpoint_ids: Waitpoints that take signals, each once.
+        waiting_for: What these signals must have, each once: ``signal_name`` or ``correlation_id`` with the text, or
+            ``external``, which any signal has.
     """
 
     suspension_id: str
@@ -627,6 +629,7 @@ class SuspensionDescription(Value):
     timeout_at_ms: int | None
     on_timeout: TimeoutBehavior
     waitpoint_ids: tuple[str, ...]
+    waiting_for: tuple[str, ...] = ()
 
 
 class ExecutionDescription(Value):

@@ -6,6 +6,7 @@ A worker writes the events with :class:`ChunkWriter`, or plain text. Who joins g
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from ff_fast import keys
@@ -41,7 +42,7 @@ _ENDS = {end: span for span, (_, end) in _SPANS.items()}
 _IN_MESSAGES = frozenset(
     (
         "TEXT_MESSAGE_START", "TEXT_MESSAGE_CONTENT", "TEXT_MESSAGE_END", "TOOL_CALL_RESULT",
-        "REASONING_MESSAGE_START", "REASONING_MESSAGE_CONTENT", "REASONING_MESSAGE_END",
+        "REASONING_MESSAGE_START", "REASONING_MESSAGE_CONTENT", "REASONING_MESSAGE_END", "MESSAGES_SNAPSHOT",
     )
 )  # fmt: skip
 _OF_TOOLS = frozenset(("TOOL_CALL_START", "TOOL_CALL_ARGS", "TOOL_CALL_END"))
@@ -224,7 +225,7 @@ class AgUiFraming(ChunkFraming):
 
 
 class _Story:
-    """The messages that events tell of.
+    """The messages that a client has made of events, as the clients of the protocol do.
 
     Attributes:
         calls: The events of each tool call.
@@ -233,26 +234,25 @@ class _Story:
     """
 
     def __init__(self, before: Sequence[Mapping[str, Any]]) -> None:
-        self._before = list(before)
-        self._messages: dict[str, dict[str, Any]] = {}
-        # The messages that have a tool call.
-        self._callers: dict[str, str] = {}
+        self._messages: list[dict[str, Any]] = deepcopy([dict(each) for each in before])
         self.calls: dict[str, list[Chunk]] = {}
         self.starts: dict[str, Chunk] = {}
         self.roles: dict[str, str] = {}
 
     def tell(self, chunk: Chunk) -> None:
         kind, fields = chunk.kind, chunk.fields or {}
-        if kind in ("TEXT_MESSAGE_START", "REASONING_MESSAGE_START"):
+        if kind == "MESSAGES_SNAPSHOT":
+            self._messages = [dict(each) for each in fields["messages"]]
+        elif kind in ("TEXT_MESSAGE_START", "REASONING_MESSAGE_START"):
             role = fields.get("role") or ("assistant" if kind[0] == "T" else "reasoning")
             self.starts[fields["messageId"]] = chunk
-            self._message(fields["messageId"], role).setdefault("content", "")
+            self._message(fields["messageId"], role, fields)
         elif kind in ("TEXT_MESSAGE_CONTENT", "REASONING_MESSAGE_CONTENT"):
             part = chunk.part or fields["messageId"]
-            message = self._message(part, "assistant" if kind[0] == "T" else "reasoning")
-            message["content"] = message.get("content", "") + (
-                chunk.text or fields.get("delta", "")
-            )
+            message = self._message(part, "assistant" if kind[0] == "T" else "reasoning", {})
+            content = message.get("content")
+            more = chunk.text or fields.get("delta", "")
+            message["content"] = (content if isinstance(content, str) else "") + more
         elif kind == "TOOL_CALL_START":
             self._call(chunk, fields)
         elif kind == "TOOL_CALL_ARGS":
@@ -260,49 +260,85 @@ class _Story:
         elif kind == "TOOL_CALL_END":
             self.calls[fields["toolCallId"]].append(chunk)
         elif kind == "TOOL_CALL_RESULT":
-            message = self._message(fields["messageId"], fields.get("role") or "tool")
-            message |= {"toolCallId": fields["toolCallId"], "content": fields["content"]}
+            self._result(fields)
 
-    def _message(self, part: str, role: str) -> dict[str, Any]:
+    def _find(self, part: str) -> dict[str, Any] | None:
+        found = (each for each in reversed(self._messages) if each.get("id") == part)
+        return next(found, None)
+
+    def _message(self, part: str, role: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         self.roles.setdefault(part, role)
-        return self._messages.setdefault(part, {"id": part, "role": role})
+        message = self._find(part)
+        if message is None:
+            more = {name: fields[name] for name in ("name", "subagentRunId") if fields.get(name)}
+            message = {"id": part, "role": role, "content": "", **more}
+            self._messages.append(message)
+        return message
+
+    def _calls_of(self, call: str) -> tuple[int, list[dict[str, Any]]] | None:
+        """Return the place of the message that has a tool call, and its calls."""
+        for at, message in enumerate(self._messages):
+            calls = message.get("toolCalls") or []
+            if any(each["id"] == call for each in calls):
+                return at, calls
+        return None
 
     def _call(self, chunk: Chunk, fields: dict[str, Any]) -> None:
         call = fields["toolCallId"]
-        parent = fields.get("parentMessageId") or call
-        message = self._message(parent, "assistant")
-        function = {"name": fields["toolCallName"], "arguments": ""}
-        message.setdefault("toolCalls", []).append(
-            {"id": call, "type": "function", "function": function}
-        )
-        self._callers[call] = parent
         self.calls[call] = [chunk]
+        if self._calls_of(call) is not None:
+            return
+        parent = fields.get("parentMessageId") or call
+        message = self._find(parent)
+        if message is None or message.get("role") != "assistant":
+            message = {"id": call if message else parent, "role": "assistant"}
+            self._messages.append(message)
+        function = {"name": fields["toolCallName"], "arguments": ""}
+        made = {"id": call, "type": "function", "function": function}
+        message["toolCalls"] = [*(message.get("toolCalls") or []), made]
 
     def _argue(self, call: str, chunk: Chunk) -> None:
         self.calls[call].append(chunk)
-        for each in self._messages[self._callers[call]]["toolCalls"]:
+        found = self._calls_of(call)
+        for each in () if found is None else found[1]:
             if each["id"] == call:
-                each["function"]["arguments"] += chunk.text or (chunk.fields or {}).get("delta", "")
+                more = chunk.text or (chunk.fields or {}).get("delta", "")
+                each["function"] = {
+                    **each["function"],
+                    "arguments": each["function"]["arguments"] + more,
+                }
+
+    def _result(self, fields: dict[str, Any]) -> None:
+        call = fields["toolCallId"]
+        result = {
+            "id": fields["messageId"],
+            "role": fields.get("role") or "tool",
+            "toolCallId": call,
+            "content": fields["content"],
+        }
+        found = self._calls_of(call)
+        at = len(self._messages)
+        if found is not None:
+            # Behind the call, and behind the results of other calls of its message.
+            at = found[0] + 1
+            while at < len(self._messages) and self._messages[at].get("role") == "tool":
+                at += 1
+        self._messages.insert(at, result)
 
     def messages(self, without: set[str]) -> list[Mapping[str, Any]]:
         """Return the conversation and the messages of the run, without the tool calls *without*."""
-        told = [
-            shown
-            for message in self._messages.values()
-            if (shown := _shown(message, without)) is not None
-        ]
-        known = {message["id"] for message in told}
-        return [*(each for each in self._before if each.get("id") not in known), *told]
+        return [shown for each in self._messages if (shown := _shown(each, without)) is not None]
 
 
 def _shown(message: dict[str, Any], without: set[str]) -> dict[str, Any] | None:
     """Return *message* without the tool calls *without*; None if nothing is left."""
-    if "toolCalls" not in message:
-        return message if message["role"] == "tool" else {"content": "", **message}
-    calls = [call for call in message["toolCalls"] if call["id"] not in without]
-    if calls:
-        return {**message, "toolCalls": calls}
-    rest = {name: value for name, value in message.items() if name != "toolCalls"}
+    calls = message.get("toolCalls") or []
+    left = [call for call in calls if call["id"] not in without]
+    if len(left) == len(calls):
+        return message
+    if left:
+        return {**message, "toolCalls": left}
+    rest: dict[str, Any] = {name: value for name, value in message.items() if name != "toolCalls"}
     return rest if "content" in rest else None
 
 

@@ -7,7 +7,9 @@ So the document replays a message with one delta for each part, and the patches 
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Protocol
+from zlib import crc32
 
 import orjson
 
@@ -43,8 +45,21 @@ DELTAS: Mapping[str, tuple[str, str]] = {
 # Chunks after which an id may name another part.
 _BOUNDARIES = frozenset(("start-step", "finish-step", "reset-step"))
 _STATE = frozenset(("STATE_SNAPSHOT", "STATE_DELTA"))
-# How a line of a server-sent event begins.
+# Events that open a message or call where it is not open, and go on with it: their spans, the field that names one, the
+# event of a delta, and the fields of the first event.
+_SPANS: Mapping[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "TEXT_MESSAGE_CHUNK": ("TEXT_MESSAGE", "messageId", "CONTENT", ("role", "name")),
+    "REASONING_MESSAGE_CHUNK": ("REASONING_MESSAGE", "messageId", "CONTENT", ("role",)),
+    "TOOL_CALL_CHUNK": ("TOOL_CALL", "toolCallId", "ARGS", ("toolCallName", "parentMessageId")),
+}
+_ROLES = {"TEXT_MESSAGE": "assistant", "REASONING_MESSAGE": "reasoning"}
+# What does not end the span that such events have opened.
+_ASIDE = frozenset(
+    ("RAW", "ACTIVITY_SNAPSHOT", "ACTIVITY_DELTA", "REASONING_ENCRYPTED_VALUE", "SUBAGENT_STARTED")
+)
+# How a line of a server-sent event begins, and how it ends: other characters that end lines elsewhere may be in JSON.
 _FIELDS = ("data:", ":", "event:", "id:", "retry:")
+_LINES = re.compile("\r\n|\n|\r")
 # Characters of a piece, so that it is a payload in UTF-8 and in JSON.
 _PIECE = 8_000
 _MERGE = StreamMode.durable_summary()
@@ -61,12 +76,15 @@ class Writes(Protocol):
 
 def parse_events(text: str) -> Iterator[str]:
     """Yield the data of the server-sent events in *text*, without the mark of the end."""
-    for event in text.replace("\r\n", "\n").split("\n\n"):
-        data = "\n".join(
-            line[5:].removeprefix(" ") for line in event.split("\n") if line.startswith("data:")
-        )
-        if data and data != "[DONE]":
-            yield data
+    lines: list[str] = []
+    for line in [*_LINES.split(text), ""]:
+        if line.startswith("data:"):
+            lines.append(line[5:].removeprefix(" "))
+        elif not line and lines:
+            data = "\n".join(lines)
+            lines = []
+            if data and data != "[DONE]":
+                yield data
 
 
 def chunk_texts(payload: str | bytes | Mapping[str, Any]) -> Iterator[str]:
@@ -75,7 +93,7 @@ def chunk_texts(payload: str | bytes | Mapping[str, Any]) -> Iterator[str]:
         payload = payload.decode()
     elif not isinstance(payload, str):
         payload = orjson.dumps(payload).decode()
-    if any(line.startswith(_FIELDS) for line in payload.splitlines()):
+    if any(line.startswith(_FIELDS) for line in _LINES.split(payload)):
         yield from parse_events(payload)
     elif payload.strip():
         yield payload
@@ -92,13 +110,14 @@ class ChunkWriter:
                 async for text in adapter.encode_stream(adapter.run_stream()):
                     chunks.write(text)
 
-    Frames in other modes must not be written to the same attempt: who joins begins behind them.
+    Frames in other modes must not be written to the same attempt: who joins begins behind them. ``TEXT_MESSAGE_CHUNK`` of AG-UI
+    and its like are written as the events that they stand for.
 
     Args:
         writer: The writer of an attempt, the task of a worker, or a named stream.
     """
 
-    __slots__ = ("_growing", "_next", "_state", "_writer")
+    __slots__ = ("_growing", "_next", "_span", "_state", "_writer")
 
     def __init__(self, writer: Writes) -> None:
         self._writer = writer
@@ -107,6 +126,8 @@ class ChunkWriter:
         self._growing: dict[tuple[str, str], StreamMode] = {}
         # Entries that the next snapshot of a state makes void.
         self._state: list[int] = []
+        # What is open without an event that says so: the span, the field that names it, and its name.
+        self._span: tuple[str, str, str] | None = None
 
     def write(self, payload: str | bytes | Mapping[str, Any]) -> None:
         """Write one chunk, as JSON or as a mapping, or all that are in a text of server-sent events. Never waits.
@@ -125,7 +146,39 @@ class ChunkWriter:
             kind = chunk.get("type") if isinstance(chunk, dict) else None
             if not isinstance(kind, str):
                 raise InvalidInput("A chunk must be a JSON object with a type.")
+            if kind in _SPANS and chunk.get("subagentRunId") is None:
+                for each in self._spelled(kind, chunk):
+                    self._write(each["type"], each, orjson.dumps(each).decode())
+                continue
+            if self._span is not None and kind not in _ASIDE:
+                self._close()
             self._write(kind, chunk, text)
+
+    def _spelled(self, kind: str, chunk: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the events that one stands for."""
+        span, name, more, fields = _SPANS[kind]
+        part = chunk.get(name)
+        if self._span is None or self._span[0] != span or part not in (None, self._span[2]):
+            if not isinstance(part, str):
+                raise InvalidInput(f"The first {kind} must have a {name}.")
+            if self._span is not None:
+                self._close()
+            self._span = (span, name, part)
+            role = {"role": _ROLES[span]} if span in _ROLES else {}
+            given = {field: chunk[field] for field in fields if chunk.get(field) is not None}
+            yield {"type": f"{span}_START", name: part, **role, **given}
+        known = {"type", "timestamp", name, *fields}
+        rest = {field: chunk[field] for field in chunk.keys() - known if chunk[field] is not None}
+        if rest:
+            yield {"type": f"{span}_{more}", name: self._span[2], "delta": "", **rest}
+
+    def _close(self) -> None:
+        assert self._span is not None
+        span, name, part = self._span
+        self._span = None
+        kind = f"{span}_END"
+        event = {"type": kind, name: part}
+        self._write(kind, event, orjson.dumps(event).decode())
 
     def _write(self, kind: str, chunk: dict[str, Any], text: str) -> None:
         fields = DELTAS.get(kind)
@@ -307,11 +360,6 @@ class ChunkLog:
             growing = self._parts[kind, part] = _Growing(kind, part)
         return self._more(growing, text)
 
-    def sent(self, kind: str, part: str) -> int:
-        """Return how many characters of a part that :meth:`grow` was given."""
-        growing = self._parts.get((kind, part))
-        return 0 if growing is None else growing.sent
-
     @property
     def gathers(self) -> bool:
         """Whether a delta is gathered."""
@@ -367,6 +415,34 @@ class ChunkLog:
         return [*self.flush(), Chunk(text.encode(), fields["type"], fields)]
 
 
+class _Text:
+    """A text that is not in the log: from a member of the document, from frames, or from frames that the document catches up with.
+
+    Attributes:
+        kept: Its length in the document.
+        told: Where the next frame of it begins.
+        sent: How much of it the client has got.
+        check: A checksum of that.
+    """
+
+    __slots__ = ("check", "kept", "sent", "told")
+
+    def __init__(self) -> None:
+        self.kept = self.told = self.sent = self.check = 0
+
+    def new(self, at: int, text: str) -> str:
+        """Return what the client has not got of *text*, which is at the place *at*."""
+        new = text[max(self.sent - at, 0) :]
+        if new:
+            self.sent = at + len(text)
+            self.check = crc32(new.encode(), self.check)
+        return new
+
+    def begins(self, text: str) -> bool:
+        """Whether *text* begins with what the client has got."""
+        return len(text) >= self.sent and crc32(text[: self.sent].encode()) == self.check
+
+
 # Reasons of gaps behind which the document goes on from what was sent.
 _SAME_HISTORY = frozenset(("trimmed", "fell_behind", "expired"))
 _GAP = "A part of the answer was lost."
@@ -379,7 +455,9 @@ class ChunkFraming(Framing):
     Args:
         text: Durable and best-effort frames are text: of type ``reasoning``, or else ``token``; frames of other types are left
             out. Otherwise they are chunks, as JSON or as text of server-sent events. Patches speak for themselves: those of
-            a :class:`ChunkWriter`, or appends to ``/text``, ``/reasoning`` and ``/parts/<id>``.
+            a :class:`ChunkWriter`, or appends to ``/text``, ``/reasoning`` and ``/parts/<id>``. Where a worker writes tokens
+            and keeps them with patches to ``/text``, or ``/reasoning``, a client gets each once; a patch must have all
+            that was written before it.
     """
 
     snapshot = True
@@ -398,8 +476,9 @@ class ChunkFraming(Framing):
         self._held: Chunk | None = None
         # The client has been told how it ended.
         self._told = False
-        # Bytes at the end of the last text, which begin a character.
-        self._carry = b""
+        # Texts by the type of their deltas and their part, and the bytes at their ends that begin a character.
+        self._texts: dict[tuple[str, str], _Text] = {}
+        self._carry: dict[str, bytes] = {}
         self._cursor = ""
 
     # -- what a protocol says ------------------------------------------------------------------------------------------
@@ -502,10 +581,14 @@ class ChunkFraming(Framing):
         if before is None or before == attempt or self._told:
             return []
         done = [each for chunk in self._log.flush() for each in self._send(chunk)]
-        self._log = ChunkLog()
+        self._forget()
         self._held = None
-        self._carry = b""
         return done + self._restarted()
+
+    def _forget(self) -> None:
+        self._log = ChunkLog()
+        self._texts = {}
+        self._carry = {}
 
     def _end(self, end: End) -> list[Chunk]:
         done = self._sent(self._log.flush())
@@ -532,13 +615,16 @@ class ChunkFraming(Framing):
     def _document(self, document: Any) -> list[Chunk]:
         first = not self._log.kept
         chunks: list[Chunk] = []
+        # Frames of text that follow go on where the document ends.
+        self._carry = {}
+        for each in self._texts.values():
+            each.kept = each.told = 0
         for name, value in document.items():
             if name == "log":
                 chunks += self._log.document(value)
             else:
                 for part, kind in self._parts(name, value):
-                    text = value if part == name else value[part]
-                    chunks += self._log.grow(kind, part, text[self._log.sent(kind, part) :])
+                    chunks += self._kept(kind, part, value if part == name else value[part])
         self._log.kept = True
         chunks += self._log.flush()
         return self._joined(chunks) if first else self._sent(chunks)
@@ -561,34 +647,54 @@ class ChunkFraming(Framing):
         _, name, *rest = kind.pointer.split("/")
         value: Any = {rest[0]: ""} if len(rest) == 1 else "" if not rest else None
         for part, delta in self._parts(name, value):
-            return self._log.grow(delta, part, frame.payload.decode())
+            return self._kept(delta, part, frame.payload.decode())
         return []
+
+    def _text(self, kind: str, part: str) -> _Text:
+        found = self._texts.get((kind, part))
+        if found is None:
+            found = self._texts[kind, part] = _Text()
+        return found
+
+    def _kept(self, kind: str, part: str, more: str) -> list[Chunk]:
+        """Return the chunks for *more* of a text in the document."""
+        text = self._text(kind, part)
+        at = text.kept
+        text.kept += len(more)
+        text.told = max(text.told, text.kept)
+        return self._log.grow(kind, part, text.new(at, more))
 
     def _merged(self, patch: dict[str, Any]) -> list[Chunk]:
         chunks: list[Chunk] = []
         for name, value in patch.items():
             if name not in ("text", "reasoning", "parts"):
                 continue
-            values = value if isinstance(value, dict) else {name: value}
-            for part in values:
+            values = value if name == "parts" and isinstance(value, dict) else {name: value}
+            for part, given in values.items():
                 delta = self._reasoning_delta if name == "reasoning" else self._text_delta
-                if self._log.sent(delta, part):
+                text = self._text(delta, part)
+                if not (text.begins(given) if isinstance(given, str) else text.sent == 0):
                     # It was replaced: the document is sent again.
-                    self._log = ChunkLog()
+                    self._forget()
                     self._log.kept = True
                     self.rejoin = True
                     return self._restarted()
-                if isinstance(values[part], str):
-                    chunks += self._log.grow(delta, part, values[part])
+                if isinstance(given, str):
+                    text.kept = 0
+                    chunks += self._kept(delta, part, given)
         return chunks
 
     def _token(self, frame: StreamFrame) -> list[Chunk]:
         reasoning = frame.frame_type == "reasoning"
         if not reasoning and frame.frame_type != "token":
             return []
-        payload = self._carry + frame.payload
-        size = len(payload) - unfinished_bytes(payload)
-        self._carry = payload[size:]
-        text = payload[:size].decode("utf-8", "replace")
         kind = self._reasoning_delta if reasoning else self._text_delta
-        return self._log.grow(kind, "reasoning" if reasoning else "text", text)
+        part = "reasoning" if reasoning else "text"
+        payload = self._carry.get(part, b"") + frame.payload
+        size = len(payload) - unfinished_bytes(payload)
+        self._carry[part] = payload[size:]
+        more = payload[:size].decode("utf-8", "replace")
+        text = self._text(kind, part)
+        at = text.told
+        text.told += len(more)
+        return self._log.grow(kind, part, text.new(at, more))

@@ -9,7 +9,7 @@ import orjson
 
 from ff_fast._hot import sse
 from ff_fast.errors import InvalidCursor, InvalidInput
-from ff_fast.types import AttemptStarted, End, Gap, Snapshot
+from ff_fast.types import AttemptStarted, End, Gap, Snapshot, split_cursor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,13 +28,13 @@ HEADERS: Mapping[str, str] = {
 _ID = re.compile(r"([^~]+)(?:~((?:[0-9a-f]{2}){1,3}))?")
 
 
-def split_id(text: str) -> tuple[str, bytes]:
+def split_id(text: object) -> tuple[str, bytes]:
     """Return the cursor in the id of an event, and the bytes of a character that the client has not got.
 
     Raises:
         InvalidCursor: It is not an id that :class:`EventFraming` writes.
     """
-    found = _ID.fullmatch(text)
+    found = _ID.fullmatch(text) if isinstance(text, str) else None
     if found is None:
         raise InvalidCursor
     return found[1], bytes.fromhex(found[2] or "")
@@ -71,6 +71,8 @@ class Framing:
         ids: The events have ids that :meth:`place` understands, so a client that has got the end, and asks again after it,
             is told with 204 that nothing follows. It stops a browser's ``EventSource``, which asks for ever otherwise.
         over: The framing has said its last word: set by :meth:`items`, it ends the response behind what that returns.
+        drops: Clients take the end of a response for that of the stream. So the connection of one that ends before it, because
+            the server shuts down or a read has failed, is dropped where that can be done, and the client comes again.
         rejoin: The framing needs the summary document: set by :meth:`items`, it makes the reader begin anew with it. What
             that has returned goes out, and the rest of the batch does not count.
     """
@@ -80,6 +82,7 @@ class Framing:
     snapshot: bool = False
     ids: bool = False
     over: bool = False
+    drops: bool = False
     rejoin: bool = False
 
     def place(self, cursor: str) -> str:
@@ -174,6 +177,9 @@ class EventFraming(Framing):
     def place(self, cursor: str) -> str:
         place, carry = split_id(cursor)
         if carry:
+            if split_cursor(place)[1].sequence == 0:
+                # At the beginning of an attempt there was no frame that a character could have begun in.
+                raise InvalidCursor
             try:
                 self._events = self._start(carry)
             except ValueError:
@@ -217,7 +223,7 @@ class Passthrough(Framing):
     """Payloads that are text of server-sent events already: a worker has framed them.
 
     A frame should hold whole events. What ends in the middle of one waits for the frame that completes it, and goes out
-    with it. The last event that such frames hold together gets the id of their place, so a client that is cut off before it
+    with it; where none does, it is left out. The last event that such frames hold together gets the id of their place, so a client that is cut off before it
     gets those before it again: with one event a frame it gets each event once. Events with an ``id:`` of their own should
     not be written.
 
@@ -233,10 +239,8 @@ class Passthrough(Framing):
         parts: list[bytes] = []
         for item in items:
             if isinstance(item, (Snapshot, AttemptStarted, Gap, End)):
-                if self._held and not isinstance(item, Snapshot):
-                    # The rest of the event never comes; a client drops what no empty line ends.
-                    parts.append(b"".join(self._held) + (b"" if isinstance(item, End) else b"\n\n"))
-                    self._held = []
+                # The rest of an event that has begun never comes, and half an event is none.
+                self._held = []
                 continue
             if not self.ids:
                 parts.append(item.payload)
@@ -254,7 +258,8 @@ class Passthrough(Framing):
         return b"".join(parts)
 
 
-_BLANK = re.compile(rb"(?:\r\n|\n|\r)(?:\r\n|\n|\r)")
+# CR LF ends one line, not two.
+_BLANK = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r)")
 
 
 def _last_event(text: bytes) -> int | None:

@@ -53,6 +53,10 @@ _STATUSES = {
 }
 
 
+# The mode that a client names, where it is not the type of its events.
+_TYPES = {"messages-tuple": "messages"}
+
+
 def location(thread_id: str, run_id: str) -> str:
     """Return the path of the stream of a run, for the header ``Location``."""
     return f"{_run_path(thread_id, run_id)}/stream"
@@ -73,12 +77,14 @@ class LangGraphFraming(EventFraming):
 
     Args:
         run_id: Id of the run, for ``metadata``.
-        modes: Send only frames of these types, and those that begin with one of them and ``/`` or ``|``; None sends all.
+        modes: Send only frames of these types, and those that begin with one of them and ``/`` or ``|``; None sends all. The
+            mode ``messages-tuple`` is that of frames of the type ``messages``, as in the API.
         data: What a payload is. ``text``: JSON, which is sent as it is; ``json``: text, which is sent as a JSON string.
     """
 
     # A client that has got the end, and asks again, gets it again: these clients take 204 for a broken connection.
     ids = False
+    drops = True
 
     _RESERVED = frozenset(("metadata", "end", "error", "message"))
 
@@ -90,7 +96,7 @@ class LangGraphFraming(EventFraming):
         data: Literal["text", "json"] = "text",
     ) -> None:
         self._run_id = run_id
-        self._modes = None if modes is None else frozenset(modes)
+        self._modes = None if modes is None else frozenset(_TYPES.get(each, each) for each in modes)
         super().__init__(types=True, data=data)
 
     def _start(self, carry: bytes) -> sse.Events:
@@ -137,9 +143,17 @@ class LangGraphFraming(EventFraming):
             return _event("end", None, item.cursor)
         return _error(item.reason, item.error or "The run has failed.", item.cursor)
 
+    # Lines of comments alone: behind an empty one, the SDK for JavaScript has an event without a name.
+
+    def heartbeat(self) -> bytes:
+        return b": keep-alive\n"
+
+    def shutdown(self, retry_ms: int) -> bytes:  # noqa: ARG002 - the SDKs have times of their own
+        return b": shutting down\n"
+
     def failed(self, error: FFError) -> bytes:
         """Return a comment: the client finds that the run goes on, and comes again."""
-        return b": %b\n\n" % error.code.encode()
+        return b": %b\n" % error.code.encode()
 
 
 def _event(kind: str, data: object, cursor: str | None = None) -> bytes:
@@ -164,7 +178,7 @@ def join_response(
 ) -> Response:
     """Return the stream of a run, from where the client left off to its end.
 
-    ``?stream_mode=`` chooses the types of frames. A reader never cancels a run, so ``?cancel_on_disconnect=`` does nothing.
+    ``?stream_mode=`` chooses the types of frames; it may come several times, or hold a JSON list. A reader never cancels a run, so ``?cancel_on_disconnect=`` does nothing.
 
     Args:
         backend: The backend, of the asyncio shell.
@@ -179,7 +193,7 @@ def join_response(
     """
     from ff_fast.web.response import StreamResponse
 
-    modes = [mode for mode in request.query_params.getlist("stream_mode") if mode] or None
+    modes = _modes(request.query_params.getlist("stream_mode"))
     return StreamResponse(
         backend,
         execution_id,
@@ -193,6 +207,18 @@ def join_response(
         },
         **options,
     )
+
+
+def _modes(given: Sequence[str]) -> list[str] | None:
+    """Return the modes in a query: each by itself, or several as a JSON list, as the SDK for JavaScript writes them."""
+    modes: list[str] = []
+    for each in given:
+        listed = None
+        if each.startswith("["):
+            with contextlib.suppress(ValueError):
+                listed = orjson.loads(each)
+        modes += [each] if listed is None else [mode for mode in listed if isinstance(mode, str)]
+    return [mode for mode in modes if mode] or None
 
 
 def run_status(described: ExecutionDescription) -> str:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
@@ -57,7 +58,8 @@ _BEGINNINGS = frozenset(("response.created", "response.queued", "response.in_pro
 _ENDS = frozenset(("response.completed", "response.failed", "response.incomplete"))
 # Frames of a page that is folded.
 _PAGE = 2_000
-_MAX_NUMBER = 2**53 - 1
+# None, or a number of an event: below that of the last frame that a stream can have.
+_NUMBER = re.compile(r"[0-9]{0,15}")
 
 RESTARTED = "response_restarted"
 TRIMMED = "response_events_expired"
@@ -304,6 +306,11 @@ class ResponsesFraming(Framing):
         return self._made(kind, response=response)
 
     def failed(self, error: FFError) -> bytes:
+        if self._next == 0:
+            self.over = True
+            return super().failed(error)
+        # With the number of the event before it, behind which a client goes on: the next one is that of a frame.
+        self._next -= 1
         return self._failed(error.code, "The response cannot be read at the moment; go on later.")
 
     def _failed(self, code: str, message: str) -> bytes:
@@ -516,7 +523,7 @@ async def retrieve_response(
             found = await response_json(backend, eid, response_id=response_id)
             return json_response(found)
         asked = query.get("starting_after", "")
-        if asked and not (asked.isascii() and asked.isdigit() and int(asked) <= _MAX_NUMBER):
+        if _NUMBER.fullmatch(asked) is None:
             return _bad_request("invalid_value", "starting_after must be an integer from 0.")
         number = int(asked) if asked else None
         place = await _place_of(backend, eid, number)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import random
 import signal
 import time
@@ -46,8 +47,8 @@ _RETRY_MS = (200, 2_000)
 _TICK_S = 0.005
 # Most chunks that one loop sends in a second without being asked to: more readers get larger ones. And the longest pause
 # that comes of it.
-_CHUNKS_PER_S = 7_000
-_LONGEST_PACE_S = 0.15
+_CHUNKS_PER_S = 5_000
+_LONGEST_PACE_S = 0.2
 
 
 def resume_place(framing: Framing, after: str | None) -> str | None:
@@ -60,6 +61,17 @@ def resume_place(framing: Framing, after: str | None) -> str | None:
         return None
     cursor = framing.place(after)
     return None if follow_place(cursor) is None else cursor
+
+
+def check_backend(backend: object, *, blocking: bool = False) -> None:
+    """Raise ``InvalidType`` unless *backend* is an open one of the shell that is needed."""
+    describe = getattr(backend, "describe", None)
+    if describe is None or inspect.iscoroutinefunction(describe) is blocking:
+        raise InvalidType(
+            "backend must be an open ff_fast.ValkeyBackend; web.events and responses take one of ff_fast.aio."
+            if blocking
+            else "backend must be an open ff_fast.aio.ValkeyBackend; web.iter_events takes a blocking one."
+        )
 
 
 class _Reading:
@@ -87,6 +99,20 @@ class _Reading:
         self.visibility = visibility
         self.heartbeat_s = seconds("heartbeat", heartbeat, zero=False)
         self.pace_s = None if pace is None else seconds("pace", pace)
+
+    def _holds_end(
+        self, first: list[Any] | None, reader: aio.Follow | ff_fast.Follow | None
+    ) -> bool:
+        """Whether the *first* items are an end that the client named as what it has got last."""
+        return (
+            self.framing.ids
+            and self.cursor is not None
+            and first is not None
+            and len(first) == 1
+            and reader is not None
+            and reader.ended
+            and first[0].cursor == self.cursor
+        )
 
     def anew(self) -> dict[str, Any]:
         """Return the arguments of ``follow`` for a reader that begins with the document."""
@@ -119,6 +145,7 @@ class Chunks(_Reading):
     )  # fmt: skip
 
     def __init__(self, backend: aio.ValkeyBackend, *args: Any) -> None:
+        check_backend(backend)
         super().__init__(*args)
         self._backend = backend
         self._reader: aio.Follow | None = None
@@ -160,17 +187,8 @@ class Chunks(_Reading):
 
     @property
     def has_nothing_new(self) -> bool:
-        """Whether the client had got the end already, by the first read."""
-        first = self._items
-        return (
-            self.framing.ids
-            and self.cursor is not None
-            and first is not None
-            and len(first) == 1
-            and self._reader is not None
-            and self._reader.ended
-            and first[0].cursor == self.cursor
-        )
+        """Whether the client had got the end already, by the first read: an answer 204 stops its ``EventSource``."""
+        return self._holds_end(self._items, self._reader)
 
     def stop(self) -> None:
         """End the chunks with a farewell: the server shuts down."""
@@ -343,7 +361,7 @@ def events(
         visibility: Whether best-effort frames are delivered.
         heartbeat: How long nothing may come before a heartbeat does, in seconds or as a ``timedelta``.
         pace: The shortest time between two chunks, in seconds or as a ``timedelta``; frames that come meanwhile share the
-            next one. None is almost nothing for a few open responses, and 0.14 s for a thousand in this process.
+            next one. None is almost nothing for a few open responses, and 0.2 s for a thousand in this process.
 
     Raises:
         InvalidId: *execution_id* is not one.
@@ -379,6 +397,7 @@ class BlockingChunks(_Reading):
     """
 
     def __init__(self, backend: ff_fast.ValkeyBackend, *args: Any) -> None:
+        check_backend(backend, blocking=True)
         super().__init__(*args)
         self._backend = backend
         self._chunks: Iterator[bytes] | None = None
@@ -404,11 +423,17 @@ class BlockingChunks(_Reading):
             raise
         self._chunks = self._read(reader)
 
+    @property
+    def has_nothing_new(self) -> bool:
+        """Whether the client had got the end already, by the first read: an answer 204 stops its ``EventSource``."""
+        return self._holds_end(self._first, self._reader)
+
     def _read(self, reader: ff_fast.Follow) -> Iterator[bytes]:
         framing = self.framing
         chunk = framing.begin(self.after)
         items, self._first = self._first, []
-        sent_at = monotonic()
+        # A server of WSGI sends the head of the response with its first chunk.
+        sent_at = -inf
         try:
             while True:
                 if items:

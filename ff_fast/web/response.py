@@ -8,7 +8,8 @@ import inspect
 from functools import cache, partial
 from hashlib import sha256
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, cast
 
 from ff_fast import keys
 from ff_fast.errors import (
@@ -25,7 +26,7 @@ from ff_fast.errors import (
 )
 from ff_fast.types import TailVisibility, seconds
 from ff_fast.web.framing import EventFraming, Framing
-from ff_fast.web.reading import FAREWELL_S, HEARTBEAT_S, Chunks, events
+from ff_fast.web.reading import FAREWELL_S, HEARTBEAT_S, Chunks, check_backend, events
 from ff_fast.web.script import CLIENT_JS
 from ff_fast.web.tickets import check_token
 
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 
     Authorize = Callable[[Request, str], object]
     ErrorBody = Callable[[str, str, int], object]
+
+# How many functions are looked at for the server's.
+_MOST_WRAPPERS = 100
 
 SEND_TIMEOUT_S = 30.0
 """How long a client may take nothing before its response is closed, in seconds."""
@@ -105,7 +109,7 @@ async def refusal(
         FFError: See :func:`error_response`.
     """
     if token_key is not None:
-        check_token(token_key, _token(request), execution_id, can=can)
+        _check_shown(request, token_key, execution_id, can)
     if authorize is not None:
         try:
             allowed = authorize(request, execution_id)
@@ -120,11 +124,19 @@ async def refusal(
     return None
 
 
-def _token(request: Request) -> str | None:
+def _check_shown(
+    request: Request, key: bytes | Sequence[bytes], execution_id: str, can: str
+) -> None:
+    """Raise an error unless *request* shows a good token; the application may use one of the places for its own."""
+    shown: list[str | None] = [*request.query_params.getlist("token")[-1:]]
     kind, _, given = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() == "bearer" and given:
-        return given.strip()
-    return request.query_params.get("token")
+    if kind.lower() == "bearer":
+        shown.append(given.strip())
+    for other in shown[1:]:
+        with contextlib.suppress(InvalidToken):
+            check_token(key, other, execution_id, can=can)
+            return
+    check_token(key, shown[0] if shown else None, execution_id, can=can)
 
 
 def requested_place(request: Request) -> str | None:
@@ -191,9 +203,7 @@ class StreamResponse(Response):
         self._token_key = token_key
         self._send_timeout = seconds("send_timeout", send_timeout, zero=False)
         self._pace = None if pace is None else seconds("pace", pace)
-        self._framing = framing()
-        if not isinstance(self._framing, Framing):
-            raise InvalidType("framing must make a Framing.")
+        self._framing = _made(framing)
         self.status_code = 200
         self.media_type = self._framing.media_type
         self.background = background
@@ -239,13 +249,13 @@ class StreamResponse(Response):
             heartbeat=self._heartbeat,
             pace=self._pace,
         )
-        if request.method == "HEAD":
-            await self._backend.describe(eid)
-            return _Head(self)
         await chunks.open()
         if chunks.has_nothing_new:
             await chunks.aclose()
             return Response(status_code=204, headers={"cache-control": "no-store"})
+        if request.method == "HEAD":
+            await chunks.aclose()
+            return _Head(self)
         return chunks
 
     async def _stream(self, chunks: Chunks, receive: Receive, send: Send) -> None:
@@ -265,6 +275,13 @@ class StreamResponse(Response):
                 chunks.sending_since = monotonic()
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 chunks.sending_since = None
+            if gone.done() or chunks.stuck:
+                # A server would keep the connection of a response that is complete.
+                return
+            if self._framing.drops and not (chunks.finished or self._framing.over):
+                abort = _abort_of(receive)
+                if abort is not None:
+                    abort()
             chunks.sending_since = monotonic()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             chunks.sending_since = None
@@ -284,6 +301,13 @@ class StreamResponse(Response):
             gone.cancel()
 
 
+def _made(framing: object) -> Framing:
+    made = framing() if callable(framing) else None
+    if not isinstance(made, Framing):
+        raise InvalidType("framing must be a subclass of Framing, or a function that makes one.")
+    return made
+
+
 def _drop(receive: Receive, task: asyncio.Task[Any] | None) -> None:
     """Drop the connection of a client that takes nothing; where it cannot be dropped, cancel the task that sends."""
     abort = _abort_of(receive)
@@ -297,11 +321,26 @@ def _abort_of(receive: Receive) -> Callable[[], None] | None:
     """Return what drops the connection of a request, if it can be found.
 
     A server closes a connection when its client has taken what was sent, and a client may never do so. The protocol has no word
-    for it; but ``receive`` is a method of uvicorn's request, which knows the transport, unless a middleware has wrapped it.
+    for it; but ``receive`` is a method of uvicorn's request, which knows the transport. A middleware that wraps it does so in a
+    closure or in a ``Request``, as Starlette's ``BaseHTTPMiddleware`` does.
     """
-    transport = getattr(getattr(receive, "__self__", None), "transport", None)
-    abort: Callable[[], None] | None = getattr(transport, "abort", None)
-    return abort
+    found: list[object] = [receive]
+    for each in found:
+        owner = getattr(each, "__self__", None)
+        abort = getattr(getattr(owner, "transport", None), "abort", None)
+        if callable(abort) and getattr(owner, "receive", None) == each:
+            return cast("Callable[[], None]", abort)
+        within = [getattr(owner, "_receive", None)]
+        for cell in getattr(each, "__closure__", None) or ():
+            # A variable that is not assigned yet has an empty cell.
+            with contextlib.suppress(ValueError):
+                within.append(cell.cell_contents)
+        found += [
+            other
+            for other in within
+            if isinstance(other, (FunctionType, MethodType)) and other not in found
+        ][: _MOST_WRAPPERS - len(found)]
+    return None
 
 
 class _Head(Response):
@@ -353,6 +392,7 @@ async def stop_response(
         reason: Why, for whoever reads about the cancellation.
         grace: How long the worker may still write, in seconds or as a ``timedelta``; None ends the streams at once.
     """
+    check_backend(backend)
     if request is None and (authorize is not None or token_key is not None):
         raise InvalidInput("authorize and token_key need the request.")
     try:

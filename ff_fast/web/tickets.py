@@ -71,12 +71,15 @@ def check_token(
 
     Raises:
         InvalidToken: It was made with another key or for another execution, it permits something else, or it has expired.
+        InvalidInput: A key is not accepted, whatever the token.
     """
+    several = [key] if isinstance(key, bytes) else list(key)
+    for each in several:
+        _check_key(each)
     found = _TOKEN.fullmatch(token) if isinstance(token, str) else None
     if found is None:
         _refuse()
     expires_at, scopes, signature = int(found[1]), found[2], found[3]
-    several = [key] if isinstance(key, bytes) else list(key)
     # Every key is tried, so the time tells nothing.
     matches = [
         hmac.compare_digest(_sign(each, execution_id, expires_at, scopes), signature)
@@ -94,11 +97,15 @@ def _refuse() -> NoReturn:
     raise InvalidToken("The token is not valid for this stream; ask for a new one.")
 
 
-def _sign(key: bytes, execution_id: str, expires_at: int, scopes: str) -> str:
+def _check_key(key: object) -> None:
     if not isinstance(key, bytes):
         raise InvalidType(f"key must be bytes, not {type(key).__name__}.")
     if len(key) < _SHORTEST_KEY:
         raise InvalidInput(f"key must be at least {_SHORTEST_KEY} random bytes.")
+
+
+def _sign(key: bytes, execution_id: str, expires_at: int, scopes: str) -> str:
+    _check_key(key)
     eid = keys.canonical_execution_id(execution_id)
     signed = f"ff_fast stream token 1\0{eid}\0{expires_at}\0{scopes}".encode()
     return urlsafe_b64encode(hmac.digest(key, signed, sha256)).rstrip(b"=").decode()

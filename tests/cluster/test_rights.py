@@ -1,22 +1,20 @@
-"""The users of the ACL lines of docs/guides/deployment.md can do their work in a cluster, with the rights that it adds."""
+"""The users of the roles can do their work in a cluster, with the rights that a cluster adds."""
 
 import asyncio
-import re
 
 import pytest
 
 from ff_fast import Durability, Frame, FrameKind
 from ff_fast._core import hub as hub_core
+from ff_fast._core.roles import IN_A_CLUSTER
 from ff_fast.errors import FunctionMissing, NotReplicated, PermissionDenied, UnsupportedServer
 
 from ..conftest import connect_raw
-from ..faults.rights import ACL, DEPLOYMENT, PASSWORD, Life, allow
+from ..faults.rights import ACL, PASSWORD, Life, allow
 from ..faults.test_rights import FEW
 from ..router import Router
 from ..shells import WORKER, Opener, config
 from .test_calls import execution_at
-
-(IN_A_CLUSTER,) = re.findall(r"`(\+cluster\|slots[^`]*)`", DEPLOYMENT)
 
 
 @pytest.fixture
@@ -133,10 +131,10 @@ async def test_a_node_without_the_library_for_a_user_that_may_not_load_it(shell,
 async def test_a_user_that_may_not_subscribe_on_one_node(shell, guarded, lane):
     cluster, raw = guarded
     bring_library(cluster)
-    take(raw.nodes[1:2], "ff_tailer", "-ssubscribe")
+    take(raw.nodes[1:2], "ff_reader", "-ssubscribe")
     async with (
         await shell.connect(url_of(cluster, "ff_deploy")) as deploy,
-        await shell.connect(url_of(cluster, "ff_tailer")) as tailer,
+        await shell.connect(url_of(cluster, "ff_reader")) as tailer,
     ):
         take(raw.nodes, "ff_deploy", "+@all", "~*", "&*")
         for index, node in enumerate(cluster.nodes):

@@ -1,11 +1,11 @@
-"""The ACL users of docs/guides/deployment.md, what each of them does, and which rights that takes.
+"""The roles of `ff_fast._core.roles`, one user for each, what each of them does, and which rights that takes.
 
 What a user needs has two sources. `Life` is the work of all users, one part after the other; while it runs on a server,
 MONITOR tells every command and key, also those of the Lua functions, and `ECHO` says whose they are. `may_run` reads
 the Lua files: the commands that a function may run on any path.
 
 A new function or operation gets a step in `Life`, by the user that calls it. `complaints` then tells what to add to
-that page, and what to take away.
+the role, and what to take away.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import re
 import socket
 import time
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -43,12 +42,12 @@ from ff_fast import (
 from ff_fast._core import claiming, ops
 from ff_fast._core import supervision as supervision_core
 from ff_fast._core.operations import Call
+from ff_fast._core.roles import ROLES
 from ff_fast.errors import NotReplicated, UnsupportedServer
 
 from ..heads import set_head
 
-DEPLOYMENT = (Path(__file__).parents[2] / "docs/guides/deployment.md").read_text(encoding="utf-8")
-ACL = dict(re.findall(r"^ACL SETUSER (\S+) (.*)$", DEPLOYMENT, re.MULTILINE))
+ACL = {f"ff_{name}": role.rules for name, role in ROLES.items()}
 PASSWORD = "s3cret-canary"
 GPU = CapabilitySet({"gpu"})
 
@@ -404,6 +403,7 @@ class Life:
         self.names()
         self.tasks()
         self.subscribes()
+        self.looks()
 
     def streams(self):
         producer = self.by("ff_producer")
@@ -440,7 +440,7 @@ class Life:
         return eid
 
     def reads(self, eid):
-        tailer = self.by("ff_tailer")
+        tailer = self.by("ff_reader")
         assert tailer.read_stream(eid, 0, count=10)
         tail = tailer.tail(eid, 0)
         while (items := tail.next_batch(5)) and not isinstance(items[-1], End):
@@ -459,13 +459,13 @@ class Life:
         # One that runs: its lease and its timers.
         running = self.created(lane="b", deadline=60, attempt_timeout=60)
         _, handle = self.claimed("b")
-        tail = self.by("ff_tailer").tail(running, 0)
+        tail = self.by("ff_reader").tail(running, 0)
         assert not tail.next_batch(0.01)
         tail.close()
         # Soon it listens no more.
         tailer.wait_until(lambda: _hears_nothing(tailer))
-        self.by("ff_tailer").describe(running)
-        self.by("ff_tailer").describe_stream(running, 0)
+        self.by("ff_reader").describe(running)
+        self.by("ff_reader").describe_stream(running, 0)
         self.by("ff_worker").fail(handle, "broken", FailureClass.INFRA_CRASH)
 
     def refuses_and_waits(self):
@@ -508,7 +508,7 @@ class Life:
         for amount in (3, 6, 50):
             worker.report_usage(handle, UsageDimensions(amount, dedup_key=f"k{amount}"))
         worker.report_usage(handle, UsageDimensions(3, dedup_key="k3"))
-        assert self.by("ff_tailer").describe(eid).usage["input_tokens"] == 9
+        assert self.by("ff_reader").describe(eid).usage["input_tokens"] == 9
         self.by("ff_worker").complete(handle)
 
     def suspended(self, lane, on_timeout=TimeoutBehavior.FAIL, **options):
@@ -541,7 +541,7 @@ class Life:
         assert self.by("ff_worker").suspend(handle, spec).already_satisfied
         worker.complete(handle)
         eid, waitpoint = self.suspended("e")
-        self.by("ff_tailer").describe(eid)
+        self.by("ff_reader").describe(eid)
         self.by("ff_signaller").deliver_signal(eid, waitpoint, "no")
         self.by("ff_signaller").deliver_signal(eid, waitpoint, "go", payload=b"yes")
         worker, handle = self.claimed("e")
@@ -631,7 +631,7 @@ class Life:
             self.created(**options)
             _, handle = self.claimed(options["lane"])
             delayed = self.created(delay=60, **options)
-            assert len(self.by("ff_tailer").describe_flow(flow_id).open_members) == 3
+            assert len(self.by("ff_reader").describe_flow(flow_id).open_members) == 3
             self.by("ff_operator").cancel_flow(flow_id, policy, wait)
             if wait is CancelFlowWait.NO_WAIT:
                 # The members learn of it from whatever comes first.
@@ -717,7 +717,7 @@ class Life:
         assert do(ops.list_tasks(owner, "2", "", -1, None, 5)).found
         assert do(ops.read_task(name, owner, count=5)).events
         assert do(ops.delete_task(name, owner))
-        do(ops.note_task(owner, "u", 0, 0, "", "", 60_000))
+        do(ops.note_task(owner, "u", 0, None, "", "", 60_000))
         channel, listener = keys.task_channel(*name), SimpleNamespace()
         listener.told = listener.doubt = listener.failed = lambda _: None
         agent._hub.listen(channel, listener)
@@ -726,7 +726,7 @@ class Life:
         agent.wait_until(lambda: _hears_nothing(agent))
 
     def subscribes(self):
-        tailer = self.by("ff_tailer")
+        tailer = self.by("ff_reader")
         for scope in (None, ScannerFilter(instance_tag=("app.x", "1"))):
             subscription = tailer.subscribe_completions(scope, after="start")
             assert subscription.next_batch(5)
@@ -734,6 +734,34 @@ class Life:
         subscription = tailer.subscribe_completions()
         subscription.next_batch(0.01)
         subscription.close()
+
+    def looks(self):
+        """Listings, histories and a diagnosis, of executions in all states."""
+        options = {"lane": "l", "tags": {"app.l": "1"}, "retry": RetryPolicy(max_retries=1)}
+        failed = self.created(**options)
+        self.by("ff_worker").fail(self.claimed("l")[1], "broken")
+        self.created(**options)
+        self.by("ff_worker").fail(self.claimed("l")[1], "again", FailureClass.TRANSIENT)
+        self.suspended("l", tags=options["tags"])
+        self.created(**options)
+        self.claimed("l")
+        # What it stops to listen to would count as the next user's.
+        reader = self.by("ff_reader")
+        reader.wait_until(lambda: _hears_nothing(reader))
+        for user in ("ff_reader", "ff_operator"):
+            looker = self.by(user)
+            page = looker.list_executions(tag=("app.l", "1"))
+            states = ["active", "delayed", "failed", "suspended"]
+            assert sorted(each.state for each in page.items) == states
+            assert looker.list_executions().items
+            (lane,) = [each for each in looker.list_lanes() if each.lane == "l"]
+            assert (lane.active, lane.delayed, lane.suspended, lane.failed) == (1, 1, 1, 1)
+            assert looker.list_workers()
+            for each in page.items:
+                assert looker.explain(each.execution_id)
+            levels = {each.level for each in looker.diagnose(role=user.removeprefix("ff_"))}
+            assert levels <= {"ok", "warning", "unknown"}
+        self.by("ff_operator").delete_execution(failed)
 
 
 WAITING = {

@@ -71,7 +71,7 @@ def test_the_partition_count_is_stored_once_and_everybody_may_read_it(own_server
 async def test_what_a_user_may_not_do_is_told_at_once(shell, own_server, guarded, lane):
     async with await shell.connect(own_server.url) as backend:
         eid, handle = await claimed(backend, lane)
-    async with await shell.connect(as_user(own_server, "ff_tailer")) as tailer:
+    async with await shell.connect(as_user(own_server, "ff_reader")) as tailer:
         for call in (
             tailer.create_execution(lane=lane),
             tailer.renew(handle),
@@ -85,7 +85,7 @@ async def test_what_a_user_may_not_do_is_told_at_once(shell, own_server, guarded
             assert not caught.value.retryable
             assert caught.value.denied == "command"
             assert "The user may not run the command " in str(caught.value)
-            assert "ff_tailer" not in f"{caught.value} {vars(caught.value)}"
+            assert "ff_reader" not in f"{caught.value} {vars(caught.value)}"
         assert (await tailer.describe(eid)).state == "active"
 
 

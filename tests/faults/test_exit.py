@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from ..conftest import ROOT
-from ..waiting import wait_until
 from .chaos import DOWN, UP
 from .stored import frames, stored_once
 
@@ -33,6 +32,20 @@ async def main():
     writer = await backend.open_writer(handle)
     writer.write(b"stored")
     await writer.flush()
+"""
+WRITING = """
+import asyncio, sys, threading
+from ff_fast import aio
+
+async def main():
+    global backend, writer
+    backend = await aio.ValkeyBackend.connect(sys.argv[1])
+    eid = await backend.create_execution(lane=sys.argv[2])
+    handle = await backend.claim(lane=sys.argv[2])
+    print(eid, flush=True)
+    writer = await backend.open_writer(handle, linger=1)
+    for i in range(3): writer.write(b"%d" % i)
+
 """
 
 
@@ -97,6 +110,34 @@ PROGRAMS = {
 }
 
 
+ASYNC_PROGRAMS = {
+    "a loop that ends": "asyncio.run(main())",
+    "a loop that ends with a task in it": """
+async def both():
+    await main()
+    asyncio.create_task(backend.supervise())
+
+asyncio.run(both())
+""",
+    "a loop that is kept": """
+loop = asyncio.new_event_loop()
+loop.run_until_complete(main())
+""",
+    "a loop on another thread": """
+loop = asyncio.new_event_loop()
+threading.Thread(target=loop.run_forever, daemon=True).start()
+asyncio.run_coroutine_threadsafe(main(), loop).result()
+""",
+}
+
+
+@pytest.mark.parametrize("name", ASYNC_PROGRAMS)
+def test_a_program_of_asyncio_that_ends_stores_what_it_wrote(name, server, lane):
+    child, eid = begun(WRITING + ASYNC_PROGRAMS[name], server.url, lane)
+    assert ended(child) == ""
+    stored_once(server.url, eid, [b"%d" % i for i in range(3)])
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_that_ends_stores_what_it_wrote(name, server, lane):
     body, count = PROGRAMS[name]
@@ -111,7 +152,7 @@ LOSSES = {
 w = backend.open_writer(handle)
 w.write(b"stored")
 w.flush()
-input()
+input('flushed ')
 ff_fast._process.EXIT_S = 0.2
 for i in range(7): w.write(sys.argv[3])
 """,
@@ -121,21 +162,23 @@ with backend:
     w = backend.open_writer(handle)
     w.write(b"stored")
     w.flush()
-    input()
+    input('flushed ')
     for i in range(7): w.write(sys.argv[3])
 """,
     "its loop has ended, and it is kept": ASYNC
     + """
-    input()
+    input('flushed ')
     for i in range(7): writer.write(sys.argv[3])
     kept.append(writer)
 
+from ff_fast import _process
+_process.EXIT_S = 0.2
 kept = []
 asyncio.run(main())
 """,
     "its backend of asyncio is closed": ASYNC
     + """
-    input()
+    input('flushed ')
     for i in range(7): writer.write(sys.argv[3])
     await backend.close()
 
@@ -147,8 +190,9 @@ asyncio.run(main())
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_program_that_loses_frames_says_how_many(name, proxy, server, lane):
     child, eid = begun(LOSSES[name], proxy.url, lane)
-    # It waits for a line before it writes the rest.
-    wait_until(lambda: [frame.payload for frame in frames(server.url, eid)] == [b"stored"], 10)
+    # It has the acknowledgement, and waits for a line before it writes the rest.
+    assert child.stdout.read(len("flushed ")) == "flushed "
+    assert [frame.payload for frame in frames(server.url, eid)] == [b"stored"]
     proxy.hold(UP, DOWN)
     said = ended(child)
     assert re.search(

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from ff_fast import errors
+from ff_fast._core.leases import say_lost
 
 from ..waiting import wait_until_async
 from .chaos import ChaosProxy
@@ -130,3 +131,30 @@ async def test_a_library_that_is_loaded_is_said(shell, own_server, said):
         assert loaded[0].endswith("the server had none.")
     async with await shell.connect(own_server.url):
         assert len([text for text in _texts(said) if "function library" in text]) == 1
+
+
+async def test_a_connection_that_the_server_closes_after_a_long_idle_time_is_no_loss(
+    shell, proxy, lane, said
+):
+    async with await shell.connect(proxy.url) as backend:
+        await backend.create_execution(lane=lane)
+        writer = await backend.open_writer(await backend.claim(lane=lane))
+        writer.write(b"a")
+        await writer.flush()
+        if shell.kind == "sync":
+            for sender in backend.wrapped._senders._senders.values():
+                sender._connection.heard_at -= 60
+        else:
+            backend.wrapped._nodes.first.shared.connection.heard_at -= 60
+        proxy.cut_all("fin")
+        await wait_until_async(lambda: _true(proxy.connections == 0))
+        writer.write(b"b")
+        await writer.flush()
+        await writer.close()
+        assert [text for level, text in said(logging.WARNING)] == []
+
+
+def test_a_storm_of_lost_leases_is_one_line(caplog):
+    for number in range(100):
+        say_lost(errors.StaleOwner(), f"execution {number}", 0)
+    assert len(caplog.records) == 1

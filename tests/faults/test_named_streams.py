@@ -15,7 +15,7 @@ import ff_fast
 from ff_fast import End, aio, errors, keys
 from ff_fast._core import streams as streams_core
 from ff_fast._core.leases import is_lease_lost
-from ff_fast.errors import FFError, ForkedClient, Outcome, Unavailable
+from ff_fast.errors import FFError, ForkedClient, InvalidInput, Outcome, Unavailable
 
 from ..conftest import connect_raw
 from ..heads import head_of
@@ -260,6 +260,30 @@ async def test_an_opening_that_is_cancelled_leaves_the_name_to_others(server, ra
 
 async def _opened(backend, name, lane):
     return await backend.open_stream(name, namespace=lane, ttl=60)
+
+
+async def test_what_opens_is_opened_once(server, lane):
+    # Two writers with the same lease and writer id would take each other's frames for their own, sent again.
+    async with aio.ValkeyBackend.connect(server.url) as backend:
+        opening = backend.open_stream("chat", namespace=lane)
+        stream = await opening
+        with pytest.raises(InvalidInput, match="opened already"):
+            await opening
+        with pytest.raises(InvalidInput, match="opened already"):
+            async with opening:
+                pass
+        handle = stream.handle
+        writing = backend.open_writer(handle)
+        async with writing as writer:
+            writer.write(b"a")
+        with pytest.raises(InvalidInput, match="opened already"):
+            await writing
+        await backend.complete(handle)
+        # What has failed may be tried again.
+        writing = backend.open_writer(handle)
+        for _ in range(2):
+            with pytest.raises(errors.StreamClosed):
+                await writing
 
 
 async def test_a_cancelled_task_cancels_its_stream(server, lane):

@@ -136,7 +136,7 @@ def test_a_fleet_with_the_workers_rights_outlives_lost_leases_and_cancellations(
 ):
     server, raw = guarded
     opener(as_user(server, "ff_deploy") + FEW)
-    producer, tailer = (opener(as_user(server, name)) for name in ("ff_producer", "ff_tailer"))
+    producer, tailer = (opener(as_user(server, name)) for name in ("ff_producer", "ff_reader"))
     begun = threading.Event()
 
     def handler(task):
@@ -273,7 +273,7 @@ def test_a_worker_waits_for_a_library_that_it_may_not_load(guarded, kind, opener
         yield until(task, lost.is_set)
         return b"well"
 
-    tailer = opener(as_user(server, "ff_tailer"))
+    tailer = opener(as_user(server, "ff_reader"))
     running = Worker(kind, as_user(server, "ff_worker"), handler)
     once = config(as_user(server, "ff_producer"), retries=0)
     with running, ff_fast.ValkeyBackend.connect(once) as producer:
@@ -412,10 +412,10 @@ def test_no_lease_and_no_token_is_stored_anywhere(waiting):
 def test_a_reader_calls_no_function_that_writes(guarded):
     server, raw = guarded
     raw.function_load(_library.source())
-    readable = Line.of(ACL["ff_tailer"]).commands
+    readable = Line.of(ACL["ff_reader"]).commands
     (listed,) = raw.function_list(library="ff_fast")
     functions = dict(zip(listed[::2], listed[1::2], strict=True))[b"functions"]
-    with connect_raw(as_user(server, "ff_tailer")) as tailer:
+    with connect_raw(as_user(server, "ff_reader")) as tailer:
         for _, name, _, _, _, flags in functions:
             for call in ("FCALL", "FCALL_RO"):
                 if f"{call.lower()}|{name.decode()}" in readable:
@@ -431,7 +431,7 @@ def test_what_a_reader_learns_of_a_lease_is_no_lease(waiting):
         eid = backend.create_execution()
         handle = backend.claim(worker_id="w", worker_instance_id="w-1")
         backend.open_writer(handle).close()
-        with connect_raw(as_user(server, "ff_tailer")) as tailer:
+        with connect_raw(as_user(server, "ff_reader")) as tailer:
             digest = tailer.hget(keys.core(eid), "current_lease_digest").decode()
             writer = head_of(tailer, keys.head(eid, 0)).writer.decode()
         assert digest in writer
@@ -465,8 +465,8 @@ def test_each_command_of_the_command_line_runs_as_one_user(guarded, monkeypatch,
     monkeypatch.setenv("FF_FAST_TOKEN", waitpoint.hmac_token.reveal())
     run("ff_signaller", "signal", eid, waitpoint.waitpoint_id, "go")
     for command in ("info", "summary", "inspect"):
-        assert run("ff_tailer", command, eid)
+        assert run("ff_reader", command, eid)
     run("ff_operator", "cancel", eid)
     for command in ("tail", "follow"):
-        assert b"{}" in run("ff_tailer", command, eid)
+        assert b"{}" in run("ff_reader", command, eid)
     assert raw.acl_log() == []

@@ -144,7 +144,10 @@ async def test_many_hints_at_once_serve_as_many_claims(shell, server, raw, lane,
         made = await asyncio.gather(*(maker.create_execution(lane=lane) for _ in range(MANY)))
         handles = await asyncio.wait_for(asyncio.gather(*claims), 20)
         assert sorted(each.fields().execution_id for each in handles) == sorted(made)
-        assert raw.exists(keys.ready(lane)) == 0
+        # One call may serve both executions of a partition, and leave a hint that leads to nothing.
+        partitions = [keys.partition_index(each) for each in made]
+        left = {int(each) for each in raw.zrange(keys.ready(lane), 0, -1)}
+        assert left <= {each for each in partitions if partitions.count(each) > 1}
 
 
 async def test_a_wait_ends_though_the_line_goes_on(shell, server, lane):

@@ -8,11 +8,15 @@ from ff_fast._core import ops
 from ff_fast._core import supervision as supervision_core
 from ff_fast._core.operations import Call
 
+from .. import router
 from ..heads import set_head
 
 WORKER = {"worker_id": "w", "worker_instance_id": "w-1"}
 TERMINAL = ("completed", "failed", "cancelled", "expired")
 
+
+TIMERS = [keys.timers(f"{{fp:{index}}}") for index in range(keys.DEFAULT_PARTITIONS)]
+"""The timers of all partitions."""
 
 NEEDS = ("", "gpu")
 """What the executions of these tests require."""
@@ -35,6 +39,10 @@ def _timers_of(eid, timers):
     }
 
 
+OPEN = ("waiting", "delayed", "waiting_children", "active", "suspended")
+UNSUCCESSFUL = ("failed", "cancelled", "expired")
+
+
 class World:
     """One backend, one lane and a namespace of that name, and a plain client to look behind it."""
 
@@ -44,8 +52,7 @@ class World:
         self.lane = lane
         self.scope = ScannerFilter(namespace=lane)
         # A round counts what it fires, so timers that earlier tests left on the server must be gone.
-        for key in list(self.raw.scan_iter("ff:idx:*:timers")):
-            self.raw.delete(key)
+        router.delete(raw, TIMERS)
 
     def __enter__(self):
         return self
@@ -156,12 +163,36 @@ class World:
                     pipeline.get(keys.head(eid, attempt))
                 heads = [head for head in pipeline.execute() if head is not None]
                 assert all(head.split(b" ")[2] == b"-" for head in heads)
+        assert self.listed(eid) == self.listing(core), state
         assert len(completions) == (state in TERMINAL), state
         if state in TERMINAL:
             assert timers == {}, (state, timers)
             endless = [key for key in self.keys_of(eid) if self.raw.pttl(key) < 0]
             assert endless == [], state
         return look
+
+    def listed(self, eid):
+        """The indexes that list the execution, with its score in each."""
+        tag, member = (
+            keys.slot_tag_of(eid),
+            f"{eid} {self.raw.hget(keys.core(eid), 'lane_id').decode()}",
+        )
+        index = {"open": keys.listed(tag)} | {end: keys.ended(tag, end) for end in UNSUCCESSFUL}
+        with self.raw.pipeline(transaction=False) as pipeline:
+            for key in index.values():
+                pipeline.zscore(key, member)
+            scores = dict(zip(index, pipeline.execute(), strict=True))
+        return {name: int(score) for name, score in scores.items() if score is not None}
+
+    @staticmethod
+    def listing(core):
+        """The same as the core says."""
+        state = core["state"]
+        if state in UNSUCCESSFUL:
+            return {state: int(core["completed_at"])}
+        if state == "completed":
+            return {}
+        return {"open": (OPEN.index(state) + 1) * 10**13 + int(core["created_at"])}
 
     # -- time ---------------------------------------------------------------------------------------
 

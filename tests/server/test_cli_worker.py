@@ -290,7 +290,27 @@ def test_a_port_that_is_taken_is_said(run, module):
     assert f"Port {port} of 127.0.0.1 cannot be had" in err
 
 
-def test_metrics_are_on_their_path(monkeypatch):
+def test_the_metrics_of_a_worker_are_served(run, backend, lane, module, monkeypatch):
+    pytest.importorskip("prometheus_client")
+    shown, ports = [], []
+    monkeypatch.setattr(health, "serve", kept(health.serve, ports))
+    run_worker = ff_fast.ValkeyBackend.run_worker
+
+    def ends(self, *arguments, **options):
+        run_worker(self, *arguments, **options)
+        shown.append(get(ports[0], "/metrics"))
+
+    monkeypatch.setattr(ff_fast.ValkeyBackend, "run_worker", ends)
+    for _ in range(3):
+        backend.create_execution(lane=lane)
+    argv = ("--lane", lane, "--until-idle", "--metrics-port", "0", "--bind", "127.0.0.1")
+    assert run(f"{module}:plain", *argv)[0] == 0
+    ((status, text),) = shown
+    assert status == 200
+    assert re.search(rb"^ff_fast_executions_completed_total 3.0$", text, re.MULTILINE)
+
+
+def test_metrics_are_on_their_path():
     endpoints = health.Endpoints()
     endpoints.metrics = lambda: ("text/x", b"ff_fast_up 1\n")
     assert endpoints.answer("/metrics") == (200, "text/x", b"ff_fast_up 1\n")

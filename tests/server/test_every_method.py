@@ -122,6 +122,12 @@ def calls(backend, lane):
     described = yield backend.describe(eid)
     assert backend.stats().executions_claimed == 1
     assert (described.progress_percent, described.usage) == (40, {"calls": 2})
+    page = yield backend.list_executions(lane=lane, state="active")
+    assert [each.execution_id for each in page.items] == [eid]
+    assert lane in {each.lane for each in (yield backend.list_lanes())}
+    assert "w" in {each.worker_id for each in (yield backend.list_workers())}
+    assert any("holds the lease" in sentence for sentence in (yield backend.explain(eid)))
+    assert "rights" in {each.check for each in (yield backend.diagnose())}
 
     keeper = backend.of(backend.keep_lease(handle))
     assert keeper.held

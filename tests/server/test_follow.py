@@ -528,14 +528,23 @@ def kill_readers(raw):
     return sum(raw.client_kill_filter(_id=each["id"]) for each in found)
 
 
+def cut(reader, raw):
+    """Kill the connection of a reader that has nothing to read, once it has one."""
+
+    def killed():
+        assert reader.next_batch(0.05) == []
+        return kill_readers(raw)
+
+    wait_until(killed)
+
+
 def test_a_lost_connection_loses_nothing(world, shell):
     eid = world.create(retry=AGAIN)
     reader = shell.follow(eid)
-    assert reader.next_batch(0.05) == []
-    assert kill_readers(world.raw)
+    cut(reader, world.raw)
     handle = world.claim()
     assert told(take(reader, 1)) == [0]
-    assert kill_readers(world.raw)
+    cut(reader, world.raw)
     write(world, handle, "a")
     assert told(take(reader, 1)) == ["a"]
     fail(world, handle)

@@ -546,6 +546,25 @@ def test_what_runs_is_cancelled_and_then_removed(server, world, connect, open_st
     assert refused(stream)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["free", "open again"])
+@pytest.mark.parametrize("leave", ["normally", "by complete"])
+def test_a_producer_whose_stream_is_removed_leaves_as_one_that_is_cancelled(
+    shell, open_stream, leave, again
+):
+    with open_stream() as stream:
+        stream.write(b"a")
+        stream.flush(5)
+        shell.delete_execution(stream.execution_id)
+        assert stream.wait_cancelled(10)
+        successor = open_stream() if again else None
+        if leave == "by complete":
+            stream.complete(b"r")
+    if successor is not None:
+        assert successor.role == "producer"
+        successor.complete(b"own")
+        assert successor.wait(5) == b"own"
+
+
 def refused(stream):
     """Whether a producer that has lost its stream learns it when it writes on."""
     try:

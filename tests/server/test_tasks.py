@@ -129,8 +129,17 @@ def test_a_list_is_not_told_of_an_older_version(do, owner):
     assert do(noting(owner, "t", 3, 30, "3"))
     assert not do(noting(owner, "t", 2, 20, "2"))
     assert listed(do, owner)[0] == [ops.TaskPlace(30, "t")]
-    assert do(noting(owner, "t", 0, 0))
+    assert do(noting(owner, "t", 0, None))
     assert listed(do, owner)[0] == []
+
+
+def test_a_task_about_to_be_stored_is_listed_unless_it_is_already(do, owner):
+    assert do(noting(owner, "t", 0, 10, "1"))
+    assert not do(noting(owner, "t", 0, 20, "2"))
+    assert listed(do, owner)[0] == [ops.TaskPlace(10, "t")]
+    assert do(noting(owner, "t", 1, 30, "3"))
+    assert not do(noting(owner, "t", 0, 40, "4"))
+    assert listed(do, owner)[0] == [ops.TaskPlace(30, "t")]
 
 
 def test_tasks_whose_time_is_over_leave_the_list(do, owner, raw):

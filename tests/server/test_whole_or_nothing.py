@@ -203,11 +203,11 @@ class Scene:
     def saving(self, version, kind=""):
         return ops.save_task(self.task(), "o" * 40, version, kind, "second", 60_000, b"D", b"E")
 
-    def noting(self, version):
+    def noting(self, version, time_us=6):
         owner = keys.new_uuid().replace("-", "") + "0" * 8
         for number in range(2):
             self.call(ops.note_task(owner, f"t-{number}", 1, 5, "2", "-", 60_000))
-        return ops.note_task(owner, "t-0", version, 6, "3", "-", 60_000)
+        return ops.note_task(owner, "t-0", version, time_us, "3", "-", 60_000)
 
     def suspension(self, needed=2):
         return ops.suspend_execution(
@@ -254,7 +254,7 @@ CALLS = {
     "ff_delete_task": [lambda s: ops.delete_task(s.task(), "o" * 40)],
     "ff_note_task": [
         lambda s: s.noting(2),
-        lambda s: s.noting(0),
+        lambda s: s.noting(0, None),
     ],
     "ff_append": [
         lambda s: s.append(S.log(b"a", b"b"), [b"K", b"100"], [b"E", b"1.5"]),
@@ -518,7 +518,11 @@ def check_every_damage(backend, raw, url, make):
                 assert not changed, where
             elif b"NONE" in reply:
                 # What cannot be claimed leaves the index, and comes back with a timer.
-                index = {keys.eligible(scene.tag, LANE), keys.timers(scene.tag)}
+                index = {
+                    keys.eligible(scene.tag, LANE),
+                    keys.queues(scene.tag),
+                    keys.timers(scene.tag),
+                }
                 put_back(raw, before, {name, *index})
                 assert raw.execute_command("DEBUG", "DIGEST") == digest, where
             elif b"deferred" in reply:

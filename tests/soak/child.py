@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import logging
 import signal
 import sys
 import threading
@@ -130,6 +131,8 @@ def supervise(kind, url, teller):
 
 
 def main(role, kind, url, lane, file):
+    # Handlers raise and connections break on purpose; what else is on stderr is a fault.
+    logging.getLogger("ff_fast").addHandler(logging.NullHandler())
     teller = Teller(file)
     warnings.showwarning = lambda warning, *_: teller.say("warned", text=str(warning))
     while True:

@@ -249,6 +249,16 @@ def test_the_table_is_told_of_its_run():
         assert said in text
 
 
+def test_the_readme_tells_ten_rows():
+    known = [row(id=id_, what=what) for id_, what, _ in readme.TOLD]
+    text = readme.told(a_result(*known, row(id="P9", what="another", target=None)))
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == [
+        words for _, _, words in readme.TOLD[:10]
+    ]
+    assert "Of 0 targets 0 are met" in text
+
+
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 
 

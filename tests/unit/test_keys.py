@@ -48,6 +48,9 @@ def test_spelling():
     ]
     assert keys.eligible("{fp:7}", "default") == b"ff:idx:{fp:7}:lane:default:eligible"
     assert keys.timers("{fp:7}") == b"ff:idx:{fp:7}:timers"
+    assert keys.listed("{fp:7}") == b"ff:idx:{fp:7}:listed"
+    assert keys.ended("{fp:7}", "failed") == b"ff:idx:{fp:7}:ended:failed"
+    assert keys.queues("{fp:7}") == b"ff:idx:{fp:7}:queues"
     assert keys.completions("{fp:7}") == b"ff:part:{fp:7}:completions"
     assert keys.waitpoint_secrets("{fp:7}") == b"ff:sec:{fp:7}:waitpoint_hmac"
     assert [key("{fp:7}", UUID) for key in OF_FLOW] == [
@@ -437,6 +440,7 @@ SAMPLES = {
     "seen": 7,
     "name": UUID,
     "owner": "0" * 40,
+    "state": "failed",
 }
 
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from ff_fast import _log
+from ff_fast import _log, errors
 from ff_fast._log import say, say_seldom
 
 
@@ -49,3 +49,11 @@ def test_only_so_many_causes_are_remembered(caplog):
         say_seldom(logging.WARNING, "here", number, "It fell.")
     assert len(_log._told) == _log._MOST
     assert len(caplog.records) == _log._MOST + 10
+
+
+def test_a_record_keeps_no_error_and_so_no_connection(caplog):
+    error = errors.Unavailable()
+    say(logging.WARNING, "Lost: %s", error)
+    say_seldom(logging.WARNING, "here", "cause", "Lost: %s", error)
+    assert [record.args for record in caplog.records] == [(str(error),)] * 2
+    assert {record.exc_info for record in caplog.records} == {None}

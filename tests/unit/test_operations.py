@@ -364,6 +364,27 @@ REFUSALS = {
             "reason": line(4096),
         },
     ),
+    "explain": ({"execution_id": EID}, {"execution_id": IDS}),
+    "list_executions": (
+        {},
+        {
+            # The empty text is for named streams.
+            "lane": [each for each in LANES if each[0] != ""],
+            "state": [("", InvalidInput), ("running", InvalidInput), (7, InvalidInput)],
+            "namespace": NAMES,
+            "tag": [
+                ("a.b", InvalidType),
+                (("a.b",), InvalidType),
+                (("ab", "x"), InvalidId),
+                (("a.b", 7), InvalidType),
+            ],
+            "after": [(bad, InvalidCursor) for bad in ("", "0-0", "1", f"1.{EID}", f"x.fp1-{UUID}", 7, b"1")],
+            "count": [(0, InvalidInput), (1001, InvalidInput), (1.0, InvalidType)],
+        },
+    ),
+    "list_lanes": ({}, {}),
+    "list_workers": ({}, {}),
+    "diagnose": ({}, {"role": [("", InvalidInput), ("root", InvalidInput), (7, InvalidInput)]}),
     "describe_flow": ({"flow_id": UUID}, {"flow_id": [*UUIDS, (None, InvalidType)]}),
     "execution_id_for": ({"name": "n"}, {"name": STREAM_NAMES, "namespace": NAMES}),
     "open_stream": (

@@ -19,6 +19,7 @@ from ff_fast.types import (
     CapabilitySet,
     CountKind,
     ExecutionDescription,
+    ExecutionSummary,
     FailOutcome,
     FailureClass,
     FailureReason,
@@ -105,6 +106,9 @@ KEYS = {
     "usage": keys.usage(EID),
     "history": keys.history(EID),
     "timers": keys.timers("{fp:86}"),
+    "listed": keys.listed("{fp:86}"),
+    "queues": keys.queues("{fp:86}"),
+    "completions": keys.completions("{fp:86}"),
     "ring": keys.waitpoint_secrets("{fp:86}"),
     "flow": keys.flow("{fp:86}", FLOW),
     "members": keys.flow_members("{fp:86}", FLOW),
@@ -476,6 +480,27 @@ CALLS = {
         },
         [],
     ),
+    "ff_list_executions": (
+        ops.list_executions(
+            86, ops.Filter(("active", "failed"), "l", "n", ("a.b", "c")), (7, EID), 9
+        ),
+        {
+            "states": b"active failed",
+            "lane_suffix": b" l",
+            "namespace": b"n",
+            "tag_name": b"a.b",
+            "tag_value": b"c",
+            "before_ms": b"7",
+            "before_id": EID.encode(),
+            "count": b"9",
+        },
+        [],
+    ),
+    "ff_list_lanes": (
+        ops.list_lanes(86, "(a", "5"),
+        {"queue_after": b"(a", "offset": b"5"},
+        [],
+    ),
     "ff_read_range": (
         ops.read_range(
             EID,
@@ -562,12 +587,12 @@ def test_an_input_is_a_payload_and_where_it_comes_from():
 @pytest.mark.parametrize(
     "fields, version",
     [
-        ([b"1", b"abc", b""], (1, "abc", None, "", "", False)),
-        ([b"2", b"abc"], (2, "abc", None, "", "", False)),
-        ([b"2", b"abc", b"7"], (2, "abc", 7, "", "", False)),
+        ([b"1", b"abc", b""], (1, "abc", None, "", "", False, "")),
+        ([b"2", b"abc"], (2, "abc", None, "", "", False, "")),
+        ([b"2", b"abc", b"7"], (2, "abc", 7, "", "", False, "")),
         (
-            [b"2", b"abc", b"7", b"allkeys-lru", b"Valkey 9.1.0", b"1", b"more"],
-            (2, "abc", 7, "allkeys-lru", "Valkey 9.1.0", True),
+            [b"2", b"abc", b"7", b"allkeys-lru", b"Valkey 9.1.0", b"1", b"01", b"more"],
+            (2, "abc", 7, "allkeys-lru", "Valkey 9.1.0", True, "01"),
         ),
     ],
 )
@@ -780,6 +805,7 @@ DESCRIBED = [
     [
         *(b"suspension_id", b"s", b"attempt_index", b"1", b"created_at", b"30", b"reason"),
         *(b"approval", b"timeout_behavior", b"fail", b"waitpoint_ids", b"w1 w2 w1"),
+        *(b"waits:1", b"signal_name go", b"waits:2", b"external "),
     ],
 ]
 STORED_SIGNAL = [
@@ -789,8 +815,8 @@ STORED_SIGNAL = [
 ]
 ANSWERS = {
     "ff_version": (
-        [b"1", b"abc", b"256", b"noeviction", b"Valkey 9.1.0", b""],
-        (1, "abc", 256, "noeviction", "Valkey 9.1.0", False),
+        [b"1", b"abc", b"256", b"noeviction", b"Valkey 9.1.0", b"", b"10?"],
+        (1, "abc", 256, "noeviction", "Valkey 9.1.0", False, "10?"),
     ),
     "ff_create_execution": ([b"lane 1", b"", b"-5"], (None, [("lane 1", "", b"-5")])),
     "ff_claim_execution": (
@@ -868,6 +894,48 @@ ANSWERS = {
         [b"-1", b"t", b"8", b"a", b"5"],
         ops.TaskPage([ops.TaskPlace(5, "a")], ops.TaskPlace(-1, "t"), 8),
     ),
+    "ff_list_executions": (
+        [
+            b"9",
+            EID.encode(),
+            [
+                [
+                    *(b"id", EID.encode(), b"listed_at", b"10", b"state", b"suspended"),
+                    *(b"namespace", b"n", b"priority", b"1", b"created_at", b"2", b"lane_id", b"l"),
+                    *(b"last_transition_at", b"10", b"total_attempt_count", b"1", b"retry_count"),
+                    *(b"0", b"failure_reason", b"no", b"failure_class", b"transient"),
+                    *(b"reason", b"approval", b"waits:1", b"signal_name go", b"due", b"12"),
+                ]
+            ],
+        ],
+        ops.Listed(
+            [
+                (
+                    (10, EID),
+                    ExecutionSummary(
+                        execution_id=EID,
+                        state="suspended",
+                        lane="l",
+                        namespace="n",
+                        priority=1,
+                        created_at_ms=2,
+                        last_transition_at_ms=10,
+                        due_at_ms=12,
+                        attempt_count=1,
+                        error="no",
+                        failure_class=FailureClass.TRANSIENT,
+                        suspension_reason="approval",
+                        waiting_for=("signal_name go",),
+                    ),
+                )
+            ],
+            (9, EID),
+        ),
+    ),
+    "ff_list_lanes": (
+        [b"(x", b"512", b"9", [b"l:gpu", b"2", b"7"], [b"active l a", b"3"]],
+        ops.LanesPart("(x", "512", [("l:gpu", 2, 7)], [("active", "l a", 3)]),
+    ),
     "ff_read_range": (
         [[], b"1-2", b"1", [], b"1-3", b"", b"7-8", b"6", b"expired", b"50", b"1", b"4-5", b"9"],
         ops.Range(
@@ -927,7 +995,14 @@ ANSWERS = {
             progress_message="reading",
             progress_at_ms=25,
             suspension=SuspensionDescription(
-                "s", 1, "approval", 30, 90, TimeoutBehavior.FAIL, ("w1", "w2")
+                "s",
+                1,
+                "approval",
+                30,
+                90,
+                TimeoutBehavior.FAIL,
+                ("w1", "w2"),
+                ("signal_name go", "external"),
             ),
             usage={"calls": 2},
             history=(
@@ -939,10 +1014,23 @@ ANSWERS = {
     ),
     "ff_describe_attempt": (
         [
-            [b"last_id", b"9-7", b"closed_reason", b"expired"],
+            [
+                *(b"last_id", b"9-7", b"closed_reason", b"expired"),
+                *(b"estimator", b"250.500 50 64 128"),
+            ],
             *(b"5", b"2", b"1", b"80"),
+            [b"worker_id", b"w", b"worker_instance_id", b"w-1", b"started_at", b"3"],
+            [b"log_added", b"8", b"live_first", b"9-6", b"live_first_frames", b"2"],
         ],
-        StreamDescription("9-7", 7, 5, 2, 1, "expired", 0.08),
+        StreamDescription(
+            *("9-7", 7, 5, 2, 1, "expired", 0.08, "w", "w-1", 3),
+            log_added=8,
+            live_first_sequence=5,
+            live_ttl_ms=50,
+            live_floor=64,
+            live_ceiling=128,
+            live_rate_hz=250.5,
+        ),
     ),
     "ff_read_payload": ([b"\x00\xff"], b"\x00\xff"),
 }
@@ -1060,14 +1148,14 @@ def test_further_answers(subtests):
         (
             "ff_describe_attempt",
             b"OK",
-            [[], b"0", b"0", b"0", b""],
+            [[], b"0", b"0", b"0", b"", [], []],
             StreamDescription("0-0", 0, 0, 0, 0, None, None),
         ),
         # Claimed, and nothing written: the id of the claim is not one of a frame.
         (
             "ff_describe_attempt",
             b"OK",
-            [[b"last_id", b"1700000000000-0"], b"0", b"0", b"0", b"80"],
+            [[b"last_id", b"1700000000000-0"], b"0", b"0", b"0", b"80", [], []],
             StreamDescription("0-0", 0, 0, 0, 0, None, 0.08),
         ),
         ("ff_read_tags", b"OK", [[]], {}),
@@ -1116,7 +1204,7 @@ def test_a_half_understood_answer_is_none(subtests):
             for bad in NO_IDS
         ),
         *(
-            ("ff_describe_attempt", b"OK", [[b"last_id", bad], b"0", b"0", b"0", b""])
+            ("ff_describe_attempt", b"OK", [[b"last_id", bad], b"0", b"0", b"0", b"", [], []])
             for bad in NO_IDS
         ),
     ):

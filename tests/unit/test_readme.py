@@ -205,13 +205,14 @@ def test_commands_and_options_exist(capsys):
     rows = re.findall(r"^\| `ff-fast (\w+).*?` \| (.*) \|$", COMMANDS, re.MULTILINE)
     assert [command for command, _ in rows] == [
         *("demo", "worker", "server", "follow", "tail", "summary", "info"),
-        *("supervise", "submit", "inspect", "signal", "cancel"),
+        *("supervise", "submit", "why", "ls", "top", "doctor", "acl"),
+        *("inspect", "signal", "cancel"),
     ]
     for command, text in rows:
         with pytest.raises(SystemExit, match=r"^0$"):
             cli.main([command, "--help"])
         offered = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-        everywhere = {"--help"} if command == "server" else {"--help", "--url"}
+        everywhere = {"--help"} if command in ("server", "acl") else {"--help", "--url"}
         assert set(re.findall(r"`(--[a-z-]+)`", text)) | everywhere == offered | everywhere
     assert cli.URL_VARIABLE in NAMES
     assert cli.TOKEN_VARIABLE in NAMES

@@ -190,7 +190,7 @@ def described(state=b"active"):
 
 
 def attempt(left=b"0"):
-    return [1, b"OK", [], b"0", b"0", b"0", left]
+    return [1, b"OK", [], b"0", b"0", b"0", left, [], []]
 
 
 def find(*replies, partitions=1, limit=10):

@@ -171,7 +171,11 @@ def test_batch_that_was_on_its_way_for_longer_than_ttl_forces_a_renewal():
 
 def test_rate_is_stored_once_a_second_and_at_the_end():
     window = LiveWindow(1000, 64, 1000, rate_hz=250.0)
-    assert window.take_rate(False, 0) == b"250.000"
+    assert window.take_rate(False, 0) == b"250.000 %d %d %d" % (
+        window.ttl_ms,
+        window.floor,
+        window.ceiling,
+    )
     assert window.take_rate(False, 999_999) is None
     assert window.take_rate(False, 1_000_000) is not None
     assert window.take_rate(True, 1_000_000) is not None

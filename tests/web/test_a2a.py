@@ -464,6 +464,42 @@ def test_a_list_follows_what_becomes_of_a_task(replicas, owner):
     asyncio.run(run())
 
 
+@pytest.mark.cluster
+def test_a_save_that_is_refused_changes_no_list(replicas, owner):
+    async def run():
+        async with replicas(2) as [(one, _), (other, _)]:
+            task = task_of(seconds=1_000)
+            await save(one, task, MISSING, owner)
+            for store in (one, other):
+                late = task_of(INPUT_REQUIRED, task_id=task.id, context_id="c-2", seconds=9_000)
+                with pytest.raises(ConcurrentTaskModificationError):
+                    await save(store, late, MISSING, owner)
+            for asked in (ListTasksRequest(context_id="c-1"), ListTasksRequest(status=WORKING)):
+                assert (await one.list(asked, owner)).tasks == [task]
+            answer = await one.list(ListTasksRequest(page_size=1), owner)
+            assert (answer.tasks, answer.total_size) == ([task], 1)
+
+    asyncio.run(run())
+
+
+def test_a_list_follows_replicas_that_take_turns(replicas, owner):
+    async def run():
+        async with replicas(2) as [(one, _), (other, _)]:
+            task = task_of()
+            version = await save(one, task, MISSING, owner)
+            for store, state in ((other, INPUT_REQUIRED), (one, WORKING), (other, WORKING)):
+                task.status.state = state
+                version = await save(store, task, version, owner)
+                assert (await one.list(ListTasksRequest(status=state), owner)).tasks == [task]
+            # What another replica has removed may be stored again.
+            await other.delete(task.id, owner)
+            assert not (await one.list(ListTasksRequest(), owner)).tasks
+            await save(one, task, MISSING, owner)
+            assert (await one.list(ListTasksRequest(), owner)).tasks == [task]
+
+    asyncio.run(run())
+
+
 REPLICA = """
 import asyncio, os, signal, sys
 sys.path.insert(0, ".")
@@ -523,6 +559,46 @@ def test_a_store_that_is_closed_tells_the_subscribers_of_its_tasks(replicas, own
             await asyncio.sleep(0.05)
             await store.aclose()
             await asyncio.wait_for(subscribed, 5)
+
+    asyncio.run(run())
+
+
+@pytest.mark.cluster
+def test_a_replica_that_goes_on_with_a_task_holds_it_once_the_other_has_let_go(replicas, owner):
+    async def run():
+        async with replicas(3) as [(one, _), (other, _), (_, stream)]:
+            task = task_of()
+            version = await save(one, task, MISSING, owner)
+            # While another one holds it.
+            version = await save(other, task, version, owner)
+            await one.aclose()
+            version = await save(other, task, version, owner, event=text_event(task, "x"))
+            found = []
+            subscribed = asyncio.create_task(collect(stream, task.id, into=found))
+            await wait_until_async(lambda: _true(len(found) == 1))
+            await save(other, task, version, owner, event=text_event(task, "y"))
+            await wait_until_async(lambda: _true(len(found) == 2 or subscribed.done()))
+            await asyncio.sleep(0.05)
+            assert not subscribed.done()
+            await other.aclose()
+            await asyncio.wait_for(subscribed, 5)
+            assert texts(found) == ["x", "y"]
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_has_lost_its_lease_holds_it_again_with_the_next_save(replicas, owner):
+    async def run():
+        async with replicas(lease_ttl_ms=300) as [(store, stream)]:
+            task = task_of()
+            version = await save(store, task, MISSING, owner, event=text_event(task, "x"))
+            # As a process that stands still: nobody renews.
+            held = await store._runs[task.id]
+            await held._keeper.stop()
+            assert texts(await asyncio.wait_for(collect(stream, task.id), 5)) == ["x"]
+            await save(store, task, version, owner)
+            state = await store._run_state(task.id)
+            assert (state.state, state.lapsed, state.attempt_index) == ("active", False, 1)
 
     asyncio.run(run())
 

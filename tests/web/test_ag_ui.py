@@ -7,7 +7,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from ff_fast import FailureClass, web
+from ff_fast import FailureClass, InvalidInput, web
 from ff_fast.types import AttemptStarted, End, Gap, Snapshot
 from ff_fast.web import ag_ui
 from ff_fast.web.chunk_log import ChunkWriter
@@ -91,7 +91,7 @@ def applied(events):
         part = each.get("messageId") or each.get("toolCallId") or each.get("stepName")
         if kind == "RUN_STARTED":
             known = {message["id"] for message in messages}
-            given = each.get("input", {}).get("messages", [])
+            given = json.loads(json.dumps(each.get("input", {}).get("messages", [])))
             messages += [message for message in given if message["id"] not in known]
         elif kind in ("RUN_FINISHED", "RUN_ERROR"):
             ended = True
@@ -110,7 +110,8 @@ def applied(events):
             if kind == "TOOL_CALL_START":
                 parent = each.get("parentMessageId") or part
                 found = [message for message in messages if message["id"] == parent]
-                if not found:
+                if not found or found[0]["role"] != "assistant":
+                    parent = each["toolCallId"] if found else parent
                     found = [{"id": parent, "role": "assistant"}]
                     messages += found
                 function = {"name": each["toolCallName"], "arguments": ""}
@@ -129,14 +130,14 @@ def applied(events):
         elif kind in ("STEP_FINISHED", "TEXT_MESSAGE_END", "TOOL_CALL_END"):
             spans.remove((kind[:4], part))
         elif kind == "TOOL_CALL_RESULT":
-            messages.append(
-                {
-                    "id": each["messageId"],
-                    "role": "tool",
-                    "toolCallId": each["toolCallId"],
-                    "content": each["content"],
-                }
-            )
+            at = len(messages)
+            for place, message in enumerate(messages):
+                if each["toolCallId"] in [call["id"] for call in message.get("toolCalls", [])]:
+                    at = place + 1
+                    while at < len(messages) and messages[at]["role"] == "tool":
+                        at += 1
+            result = {"id": each["messageId"], "role": "tool", "toolCallId": each["toolCallId"]}
+            messages.insert(at, {**result, "content": each["content"]})
     assert ended
     return messages, state
 
@@ -169,6 +170,145 @@ async def test_who_joins_at_any_event_has_the_same_messages(backend_of, lane, me
             assert applied(found) == (MESSAGES if known else MESSAGES[1:], {"b": 2}), count
             assert found[-1] == FINISHED
             assert (found[1]["type"] == "MESSAGES_SNAPSHOT") == known
+
+
+def text_of(part, *deltas, role="assistant", end=True):
+    yield {"type": "TEXT_MESSAGE_START", "messageId": part, "role": role}
+    for delta in deltas:
+        yield {"type": "TEXT_MESSAGE_CONTENT", "messageId": part, "delta": delta}
+    if end:
+        yield {"type": "TEXT_MESSAGE_END", "messageId": part}
+
+
+def call_of(call, parent):
+    named = {"toolCallId": call, "toolCallName": "look", "parentMessageId": parent}
+    yield {"type": "TOOL_CALL_START", **named}
+    yield {"type": "TOOL_CALL_ARGS", "toolCallId": call, "delta": "{"}
+    yield {"type": "TOOL_CALL_ARGS", "toolCallId": call, "delta": "}"}
+    yield {"type": "TOOL_CALL_END", "toolCallId": call}
+
+
+def result_of(call):
+    return {
+        "type": "TOOL_CALL_RESULT",
+        "messageId": f"r-{call}",
+        "toolCallId": call,
+        "content": "y",
+    }
+
+
+TOLD = {"id": "m0", "role": "assistant", "content": "Let me"}
+STORIES = {
+    "snapshot of the worker": [
+        *text_of("m1", "a", "b"),
+        {"type": "MESSAGES_SNAPSHOT", "messages": [USER, {**TOLD, "id": "m1", "content": "A"}]},
+        *text_of("m2", "c", "d"),
+        *call_of("c1", "m2"),
+        result_of("c1"),
+    ],
+    "call of a message from before": [
+        *call_of("c1", "m0"),
+        *text_of("m1", "a"),
+        result_of("c1"),
+        *call_of("c2", "user"),
+    ],
+    "results of two calls behind a text": [
+        *call_of("c1", "m1"),
+        *call_of("c2", "m1"),
+        *text_of("m2", "a"),
+        result_of("c2"),
+        result_of("c1"),
+        *text_of("m3", "b"),
+    ],
+    "text of a message from before": [*text_of("m0", " see"), *text_of("m1", "a")],
+}
+
+
+@anyio
+@pytest.mark.parametrize("story", STORIES)
+async def test_who_joins_at_any_event_has_what_a_client_has_that_read_all(backend_of, lane, story):
+    before = [{"id": "user", "role": "user", "content": "?"}, TOLD]
+    started = {**STARTED, "input": {"messages": before}}
+    events = [started, *STORIES[story]]
+    wanted = applied([*events, FINISHED])
+    async with backend_of() as backend:
+        for count in range(1, len(events) + 1):
+            eid, handle = await written(backend, lane, end=False)
+            async with backend.open_writer(handle) as writer:
+                log = ChunkWriter(writer)
+                for each in events[:count]:
+                    log.write(each)
+                await writer.flush()
+                reading = web.events(backend, eid, framing=ag_ui.AgUiFraming())
+                got = [await anext(reading)]
+                for each in events[count:]:
+                    log.write(each)
+                await writer.flush()
+            await backend.complete(handle)
+            got += [chunk async for chunk in reading]
+            assert applied(events_of(b"".join(got))) == wanted, count
+
+
+CHUNKED = [
+    ASKED,
+    {"type": "TEXT_MESSAGE_CHUNK", "messageId": "m1", "delta": "Hel"},
+    {"type": "TEXT_MESSAGE_CHUNK", "delta": "lo"},
+    {"type": "RAW", "event": {}},
+    {"type": "TEXT_MESSAGE_CHUNK", "messageId": "m1", "delta": "!"},
+    {"type": "TOOL_CALL_CHUNK", "toolCallId": "c1", "toolCallName": "look", "parentMessageId": "m1"},
+    {"type": "TOOL_CALL_CHUNK", "toolCallId": "c1", "delta": "{"},
+    {"type": "TOOL_CALL_CHUNK", "delta": "}"},
+    result_of("c1"),
+    {"type": "REASONING_MESSAGE_CHUNK", "messageId": "m2", "delta": "hm"},
+    {"type": "TEXT_MESSAGE_CHUNK", "messageId": "m3", "role": "assistant", "delta": "Bye", "timestamp": 1},
+]  # fmt: skip
+
+
+@anyio
+async def test_events_that_open_what_they_go_on_with_are_written_as_those_they_stand_for(
+    backend_of, lane
+):
+    async with backend_of() as backend:
+        eid, handle = await written(backend, lane, CHUNKED, end=False)
+        live = web.events(backend, eid, framing=ag_ui.AgUiFraming(messages=[]))
+        got = await anext(live)
+        await backend.complete(handle)
+        got += b"".join([chunk async for chunk in live])
+        document = json.loads((await backend.read_summary(eid, 0)).document_json)
+    told = [
+        json.loads(each) if isinstance(each, str) else each for each in document["log"].values()
+    ]
+    assert [(each["type"], each.get("delta")) for each in told] == [
+        ("RUN_STARTED", None),
+        ("TEXT_MESSAGE_START", None),
+        ("TEXT_MESSAGE_CONTENT", "Hello!"),
+        ("RAW", None),
+        ("TEXT_MESSAGE_END", None),
+        ("TOOL_CALL_START", None),
+        ("TOOL_CALL_ARGS", "{}"),
+        ("TOOL_CALL_END", None),
+        ("TOOL_CALL_RESULT", None),
+        ("REASONING_MESSAGE_START", None),
+        ("REASONING_MESSAGE_CONTENT", "hm"),
+        ("REASONING_MESSAGE_END", None),
+        ("TEXT_MESSAGE_START", None),
+        ("TEXT_MESSAGE_CONTENT", "Bye"),
+    ]
+    found = events_of(got)
+    snapshot = found[1]["messages"]
+    assert [(each["role"], each["content"]) for each in snapshot] == [
+        ("assistant", "Hello!"), ("tool", "y"), ("reasoning", "hm"), ("assistant", "Bye"),
+    ]  # fmt: skip
+    assert snapshot[0]["toolCalls"][0]["function"] == {"name": "look", "arguments": "{}"}
+    assert [each["type"] for each in found[2:]] == [
+        "TEXT_MESSAGE_START", "RAW", "TEXT_MESSAGE_END", "RUN_FINISHED",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["TEXT_MESSAGE_CHUNK", "TOOL_CALL_CHUNK"])
+def test_the_first_event_of_a_message_must_name_it(kind):
+    with pytest.raises(InvalidInput, match="must have a"):
+        ChunkWriter(None).write({"type": kind, "delta": "x"})
 
 
 @anyio

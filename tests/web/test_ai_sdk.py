@@ -9,7 +9,16 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 import ff_fast
-from ff_fast import FailureClass, InvalidInput, PatchKind, RetryPolicy, StreamMode, keys, web
+from ff_fast import (
+    FailureClass,
+    InvalidInput,
+    PatchKind,
+    RetryPolicy,
+    StreamFrame,
+    StreamMode,
+    keys,
+    web,
+)
 from ff_fast.types import AttemptStarted, End, Gap, Snapshot
 from ff_fast.web import ai_sdk
 from ff_fast.web.chunk_log import ChunkWriter
@@ -88,6 +97,15 @@ async def body_of(backend, eid, **options):
     return b"".join([chunk async for chunk in web.events(backend, eid, framing=framing)])
 
 
+def told_in(raw):
+    """The text and the reasoning in a body."""
+    told = {"text": "", "reasoning": ""}
+    for each in chunks_of(raw):
+        if "delta" in each:
+            told[each["type"].removesuffix("-delta")] += each["delta"]
+    return told["text"], told["reasoning"]
+
+
 def client_of(backend, found, **options):
     async def send(request):
         return ai_sdk.message_response(backend, found["chat"], request)
@@ -107,6 +125,20 @@ async def test_a_late_joiner_gets_each_part_with_one_delta(backend_of, lane):
         assert chunks_of(await body_of(backend, eid)) == [*START, TEXT, *STOP, FINISH]
         document = json.loads((await backend.read_summary(eid, 0)).document_json)
     assert document["log"]["3"] == TEXT
+
+
+@anyio
+@pytest.mark.parametrize("text", ["a\u2028data: x", "a\x85: b", "x\x0cid: 1", "\u2029retry: 5"])
+async def test_ends_of_lines_that_json_may_hold_end_no_line(backend_of, lane, text):
+    delta = {"type": "text-delta", "id": "a", "delta": text.replace("\x0c", "")}
+    raw = json.dumps(delta, ensure_ascii=False)
+    async with backend_of() as backend:
+        for form in (raw, f"data: {raw}\n\n", f"event: x\rdata: {raw}\r\r: y\r\r"):
+            eid, _ = await written(backend, lane, [*START, form, *STOP])
+            assert delta in chunks_of(await body_of(backend, eid))
+            frames = [json.dumps(START[0]), json.dumps(START[2]), form]
+            eid, _ = await stream_of(backend, lane, frames)
+            assert delta in chunks_of(await body_of(backend, eid))
 
 
 @anyio
@@ -266,6 +298,97 @@ def test_what_is_no_chunk_is_refused(text):
     with pytest.raises(InvalidInput):
         ChunkWriter(kept).write(text)
     assert kept.frames == []
+
+
+# -- tokens, and a document that keeps them ------------------------------------------------------------------------------
+
+LIVE = StreamMode.best_effort_live(60_000)
+KEPT = {
+    "appended": lambda whole, new: (new, APPEND),
+    "replaced": lambda whole, new: (json.dumps({"text": whole}), StreamMode.durable_summary()),
+}
+
+
+def is_whole(raw):
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@anyio
+@pytest.mark.parametrize("how", KEPT)
+async def test_tokens_that_a_document_catches_up_with_are_told_once(backend_of, lane, how):
+    text = "".join(f"{at} é😀 " for at in range(60))
+    raw = text.encode()
+    kept = 0
+    async with backend_of() as backend:
+        eid, handle = await written(backend, lane, end=False)
+        readers = []
+        async with backend.open_writer(handle) as writer:
+            for at in range(0, len(raw), 7):
+                if at % 70 == 0:
+                    await writer.flush()
+                    readers.append(web.events(backend, eid, framing=ai_sdk.AiSdkFraming(text=True)))
+                    await readers[-1].open()
+                new = raw[kept : at + 7]
+                writer.write(raw[at : at + 7], mode=LIVE)
+                # A reader that comes before the first one gets all from the window.
+                if (kept == 0 or len(new) > 40) and is_whole(new):
+                    payload, mode = KEPT[how](raw[: at + 7].decode(), new)
+                    writer.write(payload, "patch", mode=mode)
+                    kept += len(new)
+        await backend.complete(handle)
+        for reader in readers:
+            found = b"".join([chunk async for chunk in reader])
+            assert told_in(found) == (text, "")
+            assert b"reset-step" not in found
+
+
+def frame(sequence, payload, kind="token", patch=None):
+    mode = "best_effort" if patch is None else "summary"
+    return StreamFrame(
+        stream_id=f"1-{sequence}",
+        frame_type=kind,
+        payload=payload,
+        ts_ms=1,
+        mode=mode,
+        patch_kind=patch,
+    )
+
+
+def test_a_gap_amid_tokens_that_a_document_has_loses_and_doubles_nothing():
+    framing = ai_sdk.AiSdkFraming(text=True)
+    append = PatchKind.STRING_APPEND("/text")
+    frames = [
+        frame(1, b"ab"),
+        frame(2, b"cd\xe2"),
+        frame(3, b"\x82\xac"),
+        frame(4, "abcd€".encode(), patch=append),
+        frame(5, b"ef\xe2"),
+    ]
+    raw = framing.items([AttemptStarted(0, "0.0-0"), *frames, Gap(6, 7, "expired", "0.1-6")])
+    assert framing.rejoin
+    framing.rejoin = False
+    # The document is behind what was told: one frame comes again.
+    document = Snapshot(b'{"text":"abcd\xe2\x82\xac"}', 1, 0, "0.1-4")
+    raw += framing.items([document, frames[4], frame(6, b"\x82\xacg")])
+    raw += framing.items([End("attempt_success", "0.1-9", "success")])
+    assert told_in(raw) == ("abcd€ef€g", "")
+
+
+def test_a_character_that_is_cut_in_the_reasoning_does_not_go_into_the_text():
+    framing = ai_sdk.AiSdkFraming(text=True)
+    frames = [
+        frame(1, b"a\xe2\x82", "reasoning"),
+        frame(2, b"b\xf0\x9f"),
+        frame(3, b"\xac", "reasoning"),
+        frame(4, b"\x98\x80"),
+    ]
+    raw = framing.items([AttemptStarted(0, "0.0-0"), *frames])
+    raw += framing.items([End("attempt_success", "0.1-9", "success")])
+    assert told_in(raw) == ("b😀", "a€")
 
 
 # -- plain text ---------------------------------------------------------------------------------------------------------

@@ -504,6 +504,24 @@ def test_streams_of_two_namespaces_have_nothing_in_common(stores, name):
     asyncio.run(run())
 
 
+def test_an_id_that_looks_like_that_of_an_execution_is_a_name(stores, name):
+    """A client chooses it, and must not reach what is not a stream of the store."""
+
+    async def run():
+        async with stores() as store:
+            eid = store._backend.execution_id_for(name, namespace="another")
+            async with store._backend.open_stream(name, namespace="another") as foreign:
+                foreign.write(b"secret")
+                await foreign.flush()
+                asked = keys.url_id(eid)
+                assert await store.acquire(asked) == "producer"
+                await store.append(asked, b"own")
+                await store.finalize(asked, "done")
+                assert b"".join(await collect(store, asked)) == b"own"
+
+    asyncio.run(run())
+
+
 def test_a_small_backend_limit_splits_chunks(server, name):
     async def run():
         config = BackendConfig(BackendConfig.from_url(server.url).connection, max_payload_bytes=64)

@@ -1,5 +1,8 @@
 """The site of `ff-fast demo --web`, without a browser."""
 
+import asyncio
+from typing import ClassVar
+
 import httpx
 import pytest
 
@@ -16,7 +19,17 @@ def anyio_backend():
     return "asyncio"
 
 
-async def test_a_question_is_answered_once_and_in_full(server):
+class Watched(chat.Child):
+    started: ClassVar[list[chat.Child]] = []
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.started.append(self)
+
+
+async def test_a_question_is_answered_once_and_in_full(server, monkeypatch):
+    monkeypatch.setattr(chat, "Child", Watched)
+    monkeypatch.setattr(Watched, "started", [])
     app = chat.Chat(server.url, answers.Answering(2_000.0, TOKENS)).app
     transport = httpx.ASGITransport(app)
     async with (
@@ -27,7 +40,8 @@ async def test_a_question_is_answered_once_and_in_full(server):
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert (await client.get("/ff_fast.js")).status_code == 200
         # A worker that has nothing to do is killed, and its successor answers.
-        assert (await client.post("/worker/kill")).json() == {"success": True}
+        for killed in await asyncio.gather(*[client.post("/worker/kill") for _ in range(2)]):
+            assert killed.json() == {"success": True}
         path = "/chats/" + (await client.post("/chats", content="Who?")).json()["id"]
         got = EventSource().parse((await client.get(path)).content)
         text = b"".join(plan.tokens(TOKENS)).decode()
@@ -42,3 +56,5 @@ async def test_a_question_is_answered_once_and_in_full(server):
         unknown = "/chats/fp1-00000000-0000-4000-8000-000000000000"
         assert (await client.get(f"{unknown}/result")).status_code == 404
         assert (await client.get(unknown)).status_code == 404
+    assert len(Watched.started) == 3
+    assert all(each._process.poll() is not None for each in Watched.started)

@@ -8,7 +8,7 @@ import wsgiref.simple_server
 import pytest
 
 import ff_fast
-from ff_fast import ExecutionNotFound, InvalidCursor, InvalidId, InvalidInput, web
+from ff_fast import ExecutionNotFound, InvalidCursor, InvalidId, InvalidInput, InvalidType, web
 from tests.waiting import wait_until, wait_until_async
 from tests.web.sites import EventSource, stream_of, text_of
 from tests.web.sockets import Reader
@@ -62,6 +62,22 @@ async def test_what_cannot_be_read_is_raised_before_the_first_chunk(backend_of):
             await chunks.open()
         with pytest.raises(ExecutionNotFound):
             await anext(web.events(backend, UNKNOWN))
+
+
+@anyio
+async def test_what_the_application_has_mixed_up_is_named(backend, backend_of, server, lane):
+    async with backend_of() as other:
+        for mixed in (backend, ff_fast.aio.ValkeyBackend.connect(server.url)):
+            with pytest.raises(InvalidType, match=r"ff_fast\.aio\.ValkeyBackend; web\.iter_events"):
+                web.events(mixed, UNKNOWN)
+            with pytest.raises(InvalidType, match=r"ff_fast\.aio\.ValkeyBackend"):
+                await web.stop_response(mixed, UNKNOWN)
+        with pytest.raises(InvalidType, match=r"ff_fast\.ValkeyBackend; web\.events"):
+            web.iter_events(other, UNKNOWN)
+        with pytest.raises(InvalidType, match="subclass of Framing"):
+            web.StreamResponse(other, UNKNOWN, framing=web.EventFraming())
+        with pytest.raises(InvalidCursor):
+            web.events(other, UNKNOWN, after=7)
 
 
 @anyio
@@ -162,6 +178,30 @@ def test_blocking_chunks_are_the_response(backend, lane):
         web.iter_events(backend, UNKNOWN).open()
     with pytest.raises(InvalidCursor):
         web.iter_events(backend, eid, after="nonsense")
+
+
+def test_blocking_chunks_begin_at_once_where_there_is_nothing_to_be_read(backend, lane):
+    # A server of WSGI sends no head before the first chunk, and a client waits for it.
+    eid = backend.create_execution(lane=lane, payload=b"p")
+    chunks = web.iter_events(backend, eid, heartbeat=3600)
+    assert next(chunks) == b": keep-alive\n\n"
+    chunks.close()
+    eid, _ = producing(backend, lane)
+    chunks = web.iter_events(backend, eid, after="0.0-0", heartbeat=3600)
+    assert next(chunks) == b": keep-alive\n\n"
+    chunks.close()
+
+
+def test_blocking_chunks_say_that_the_client_has_got_the_end(backend, lane):
+    eid, handle = producing(backend, lane)
+    backend.complete(handle)
+    start, end = EventSource().parse(b"".join(web.iter_events(backend, eid)))
+    for after, nothing in ((None, False), (start.id, False), (end.id, True)):
+        chunks = web.iter_events(backend, eid, after=after)
+        assert not chunks.has_nothing_new
+        chunks.open()
+        assert chunks.has_nothing_new is nothing
+        chunks.close()
 
 
 class Silent(web.EventFraming):

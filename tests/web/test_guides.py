@@ -1,6 +1,7 @@
 """The programs of docs/guides that need no more than Starlette run as they stand."""
 
 import asyncio
+import logging
 import uuid
 
 import httpx
@@ -195,3 +196,34 @@ async def test_a_stream_of_the_durable_streams_protocol(backend_of):
             answer = await client.get(f"/log/{name}?offset=-1")
     assert answer.text == "Forty-two"
     assert answer.headers["stream-closed"] == "true"
+
+
+def test_logs_are_set_up():
+    root, level = logging.root.handlers[:], logging.root.level
+    ours = logging.getLogger("ff_fast").level
+    documents.run("logs")
+    assert logging.getLogger("ff_fast").isEnabledFor(logging.INFO)
+    logging.root.handlers[:] = root
+    logging.root.setLevel(level)
+    logging.getLogger("ff_fast").setLevel(ours)
+
+
+def test_prometheus_and_opentelemetry_read_a_backend(server, monkeypatch):
+    import prometheus_client
+
+    registry = prometheus_client.CollectorRegistry()
+    serve = prometheus_client.start_http_server
+    monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
+    monkeypatch.setattr(
+        prometheus_client, "start_http_server", lambda _: serve(0, "127.0.0.1", registry)
+    )
+    with ff_fast.ValkeyBackend.connect(server.url) as backend:
+        names = documents.run("prometheus", backend=backend)
+        documents.run("opentelemetry", backend=backend)
+        try:
+            port = names["server"].server_port
+            assert "ff_fast_frames_written_total" in httpx.get(f"http://127.0.0.1:{port}").text
+        finally:
+            names["server"].shutdown()
+            names["server"].server_close()
+            names["thread"].join()

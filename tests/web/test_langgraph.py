@@ -8,9 +8,11 @@ import pytest
 from starlette.applications import Starlette
 
 from ff_fast import FailureClass, RetryPolicy, keys, web
+from ff_fast.errors import Unavailable
 from ff_fast.web import langgraph
 from tests.server.executions import World
 from tests.web.sites import WORKER, EventSource, stream_of
+from tests.web.sockets import Reader
 
 pytestmark = pytest.mark.anyio
 
@@ -81,6 +83,44 @@ async def test_a_client_chooses_its_modes(backend_of, lane):
             "metadata", "messages", "messages/partial", "updates|sub:1", "end",
         ]  # fmt: skip
         assert len(await read(client, eid, stream_mode="")) == len(FRAMES) + 2
+
+
+@pytest.mark.parametrize(
+    "asked, kinds",
+    [
+        ("messages-tuple", ["messages", "messages/partial"]),
+        # As the SDK for JavaScript writes several.
+        ('["values","updates"]', ["values", "updates|sub:1"]),
+        ('["messages-tuple"]', ["messages", "messages/partial"]),
+        ("[]", [kind for _, kind in FRAMES]),
+        ("[values", []),
+        ("debug", []),
+    ],
+)
+async def test_modes_are_taken_as_the_sdks_write_them(backend_of, lane, asked, kinds):
+    async with backend_of() as backend, client_of(backend) as client:
+        eid, _ = await stream_of(backend, lane, FRAMES)
+        events = await read(client, eid, stream_mode=asked)
+    assert [each.event for each in events] == ["metadata", *kinds, "end"]
+
+
+def test_a_heartbeat_is_no_event():
+    framing = langgraph.LangGraphFraming("run")
+    for said in (framing.heartbeat(), framing.shutdown(500), framing.failed(Unavailable())):
+        assert said.startswith(b":")
+        assert said.count(b"\n") == 1
+
+
+def test_a_response_that_a_shutdown_ends_is_not_complete(site, lane):
+    """The SDK for JavaScript takes a complete response for the end of the run."""
+    here = site(langgraph.routes)
+    eid, _ = here.call(stream_of(here.backend, lane, FRAMES, end=False))
+    with Reader(here, path_of(eid, "/stream")) as reader:
+        reader.read_until(lambda reader: b"event: values" in reader.raw)
+        here.loop.call_soon_threadsafe(web.end_responses)
+        reader.read_all()
+        assert reader.closed
+        assert not reader.ended
 
 
 async def test_text_can_be_sent_as_json_strings(backend_of, lane):

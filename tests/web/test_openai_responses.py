@@ -9,6 +9,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from ff_fast import FailureClass, Gap, InvalidInput, RetryPolicy, StreamMode, keys, web
+from ff_fast.errors import Unavailable
 from ff_fast.web import openai_responses
 from ff_fast.web.openai_responses import ResponsesFraming, TextResponse
 from tests.server.executions import World
@@ -295,13 +296,31 @@ async def test_a_gap_in_the_middle_ends_the_stream_with_an_error():
     assert framing.over
 
 
-@pytest.mark.parametrize("number", ["-1", "x", "1.5", "9" * 30, "٣"])
+@pytest.mark.parametrize(
+    "number", ["-1", "x", "1.5", "9" * 30, "9" * 5_000, str(2**53 - 1), "٣", "1_0", " 1"]
+)
 async def test_a_number_that_is_none_is_refused(backend_of, lane, number):
     async with backend_of() as backend, client_of(backend) as client:
         eid, _ = await answered(backend, lane)
         answer = await client.get(path_of(eid, stream="true", starting_after=number))
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_client_goes_on_behind_a_read_that_has_failed(backend_of, lane):
+    async with backend_of() as backend, client_of(backend) as client:
+        eid, _ = await answered(backend, lane)
+        whole = await events_after(client, eid)
+        frames = list(await backend.read_stream(eid))
+        for count in range(len(frames) + 1):
+            framing = ResponsesFraming("resp_1")
+            read = framing.items(frames[:count]) + framing.failed(Unavailable())
+            events = EventSource().parse(read)
+            # Nothing is lost for a client that goes on behind the last number that it has seen.
+            numbers = [each.json["sequence_number"] for each in events]
+            rest = await events_after(client, eid, numbers[-1] if numbers else None)
+            assert [each.json for each in events[:count]] + rest == whole
+            assert [each.event for each in events[count:]] == ["error"] * (count > 0)
 
 
 @pytest.mark.parametrize("query", [{}, {"stream": "true"}, {"stream": "true", "starting_after": 3}])

@@ -108,6 +108,36 @@ async def test_a_token_opens_its_own_stream(backend_of, lane, how):
             assert (await client.get(f"/{eid}")).status_code == 403
 
 
+@anyio
+async def test_an_application_may_use_one_of_the_two_places_of_a_token_for_its_own(
+    backend_of, lane
+):
+    async with backend_of() as backend:
+        eid, _ = await stream_of(backend, lane, [b"text"])
+        good = web.stream_token(KEY, eid)
+        async with client_of(backend, token_key=KEY) as client:
+            for query, header, status in (
+                (good, "Bearer of-another-kind", 200),
+                ("of-another-kind", f"Bearer {good}", 200),
+                (good, "Bearer", 200),
+                (good, "Basic YTpi", 200),
+                ("of-another-kind", "Bearer of-another-kind", 403),
+                ("", "Bearer", 403),
+            ):
+                answer = await client.get(
+                    f"/{eid}", params={"token": query}, headers={"authorization": header}
+                )
+                assert answer.status_code == status
+
+
+@pytest.mark.parametrize("token", [None, "x", "1.read." + "A" * 43])
+def test_a_key_that_is_none_is_refused_whatever_the_token(token):
+    with pytest.raises(InvalidInput):
+        web.check_token(b"short", token, EID)
+    with pytest.raises(InvalidType):
+        web.check_token([KEY, "a text of many characters"], token, EID)
+
+
 def test_a_token_is_safe_in_a_url():
     assert set(web.stream_token(KEY, EID)) <= set(
         "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-"

@@ -169,6 +169,39 @@ async def test_text_that_is_framed_already_gets_the_id_of_its_place(backend_of, 
             assert (await client.get(f"/{eid}")).content == b"".join(frames)
 
 
+@pytest.mark.parametrize("line", [b"\n", b"\r\n", b"\r"])
+async def test_text_that_is_framed_already_has_lines_of_any_kind(backend_of, lane, line):
+    frames = [b"event: x\n", b"data: 1\n", b"data: 2\n\n", b"data: 3\n\ndata: 4\n\n"]
+    async with backend_of() as backend:
+        eid, _ = await stream_of(backend, lane, [each.replace(b"\n", line) for each in frames])
+        async with client_of(backend, framing=web.Passthrough) as client:
+            whole = (await client.get(f"/{eid}")).content
+    events = EventSource().parse(whole)
+    assert [(each.event, each.data) for each in events] == [
+        ("x", "1\n2"), ("message", "3"), ("message", "4"),
+    ]  # fmt: skip
+    # One id for what completes an event, and none for what does not.
+    assert whole.count(b"id: ") == 2
+    assert [each.id.rpartition("-")[2] for each in events] == ["3", "3", "4"]
+
+
+async def test_half_an_event_of_an_attempt_that_is_left_is_none(backend_of, server, raw, lane):
+    with World(server.url, raw, lane) as world:
+        eid, handle = world.owned(retry=RetryPolicy(1, delay=0))
+        with world.backend.open_writer(handle) as writer:
+            writer.write(b'data: {"a": 1}\n\n')
+            writer.write(b'data: {"b": ')
+        world.backend.fail(handle, "no luck", FailureClass.TRANSIENT)
+        world.fire(eid, "delay")
+        handle = world.claim()
+        with world.backend.open_writer(handle) as writer:
+            writer.write(b'data: {"c": 3}\n\n')
+        world.backend.complete(handle)
+    async with backend_of() as backend, client_of(backend, framing=web.Passthrough) as client:
+        events = EventSource().parse((await client.get(f"/{eid}")).content)
+    assert [each.json for each in events] == [{"a": 1}, {"c": 3}]
+
+
 async def test_messages_alone_end_with_the_word_that_was_asked_for(backend_of, lane):
     async with backend_of() as backend:
         eid, _ = await stream_of(backend, lane, [b'{"a":1}', b'{"b":2}'])

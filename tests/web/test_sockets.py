@@ -181,7 +181,15 @@ def test_middleware_changes_nothing(site, backend, lane, middleware):
         assert reader.read_all().events[-1].event == "end"
 
 
-@pytest.mark.parametrize("middleware", [(), (Middleware(Plain),)])
+class Nested(Plain):
+    """Has read the body, and wraps what its application receives by."""
+
+    async def dispatch(self, request, call_next):
+        await request.body()
+        return await call_next(request)
+
+
+@pytest.mark.parametrize("middleware", [(), (Middleware(Nested), Middleware(Plain))])
 def test_a_client_that_takes_nothing_is_closed(site, backend, lane, middleware):
     here = site(streams(send_timeout=0.3, pace=0), middleware=middleware)
     eid, handle = producing(backend, lane)
@@ -194,10 +202,9 @@ def test_a_client_that_takes_nothing_is_closed(site, backend, lane, middleware):
         wait_until(lambda: open_responses(here) == 1)
         wait_until(lambda: open_responses(here) == 0)
         wait_until(lambda: listening(here) == 0)
-        if not middleware:
-            # The connection as well, though its client never takes what was sent.
-            wait_until(lambda: not here.server.server_state.connections)
-            assert not slow.read_all().ended
+        # The connection as well, though its client never takes what was sent.
+        wait_until(lambda: not here.server.server_state.connections)
+        assert not slow.read_all().ended
     backend.complete(handle)
     with Reader(here, f"/{eid}") as reader:
         assert reader.read_all().events[-1].event == "end"
@@ -278,11 +285,24 @@ class Elsewhere:
         self.port = port
 
 
+WRAPPED = APP.replace(
+    "app = Starlette(",
+    """from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+
+class Plain(BaseHTTPMiddleware):
+    async def dispatch(self, request, call_next):
+        return await call_next(request)
+
+app = Starlette(middleware=[Middleware(Plain)], """,
+)
+
+
 @contextlib.contextmanager
-def elsewhere(server, tmp_path, loop):
+def elsewhere(server, tmp_path, loop, text=APP):
     """An application in a process of its own: where it listens, and the process."""
     program = tmp_path / "app.py"
-    program.write_text(APP)
+    program.write_text(text)
     with subprocess.Popen(
         [sys.executable, program, server.url, loop],
         stdout=subprocess.PIPE,
@@ -311,15 +331,19 @@ def test_open_responses_do_not_hold_up_a_shutdown(server, backend, lane, tmp_pat
         assert process.stderr.read() == ""
 
 
-@pytest.mark.parametrize("size", [20, 60_000])
-def test_clients_that_take_nothing_do_not_hold_up_a_shutdown(server, backend, lane, tmp_path, size):
+@pytest.mark.parametrize(
+    "size, app", [(20, APP), (60_000, APP), (60_000, WRAPPED)], ids=["small", "large", "wrapped"]
+)
+def test_clients_that_take_nothing_do_not_hold_up_a_shutdown(
+    server, backend, lane, tmp_path, size, app
+):
     eid, handle = producing(backend, lane)
     with backend.open_writer(handle) as writer:
         for _ in range(20_000_000 // size // 50 if size < 100 else 200):
             writer.write(b"x" * size)
             writer.drain()
     with (
-        elsewhere(server, tmp_path, "asyncio") as (here, process),
+        elsewhere(server, tmp_path, "asyncio", app) as (here, process),
         Reader(here, f"/{eid}", receive_buffer=4096) as reader,
     ):
         reader.read(100)

@@ -58,12 +58,13 @@ async def test_names_of_the_beginning(backend_of, lane, after):
     assert text_of(EventSource().parse(answer.content)) == "ab"
 
 
-async def test_a_client_that_has_the_end_is_told_that_nothing_follows(backend_of, lane):
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_client_that_has_the_end_is_told_that_nothing_follows(backend_of, lane, method):
     async with backend_of() as backend:
         eid, _ = await stream_of(backend, lane, [b"a"])
         async with client_of(backend) as client:
             last = EventSource().parse((await client.get(f"/{eid}")).content)[-1]
-            again = await client.get(f"/{eid}", headers={"last-event-id": last.id})
+            again = await client.request(method, f"/{eid}", headers={"last-event-id": last.id})
     assert (again.status_code, again.content) == (204, b"")
 
 
@@ -105,6 +106,23 @@ async def test_what_follows_a_response_follows_it(backend_of, lane):
     assert ran == [1, 1]
 
 
+async def test_a_response_whose_client_has_gone_is_not_completed(backend_of, lane):
+    sent = []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "headers": [], "query_string": b""}
+    async with backend_of() as backend:
+        eid, _ = await stream_of(backend, lane, [b"a"], end=False)
+        await web.StreamResponse(backend, eid)(scope, receive, send)
+        assert not backend._hub._core.routes
+    assert all(each.get("more_body", True) for each in sent)
+
+
 UNKNOWN = "{fp:1}:00000000-0000-4000-8000-000000000000"
 
 
@@ -125,6 +143,9 @@ BAD_PLACES = [
     "0.1-1~zz",
     "0.1-1~61",
     "0.1-1~e282ac",
+    "start~e2",
+    "0-0~e2",
+    "0.0-0~e2",
     "$",
     "0.1-1\t",
 ]

@@ -8,6 +8,7 @@ import pytest
 import ff_fast
 from ff_fast import CapabilitySet, InvalidInput, InvalidType, aio
 from ff_fast._core import claiming
+from ff_fast._core import operations as operations_core
 
 from ...waiting import wait_until
 from ..workers import Worker, handler_for
@@ -251,3 +252,28 @@ def test_handlers_that_outlast_the_drain_are_interrupted_and_their_work_goes_on_
     assert [frame.payload for frame in backend.read_stream(eid, 0)] == [b"first"]
     assert handle.fields().execution_id == eid
     backend.complete(handle)
+
+
+def test_what_is_claimed_as_the_worker_is_left_behind_goes_back_too(
+    server, backend, lane, monkeypatch
+):
+    """A blocking worker whose other slots wait in claims: a thread cannot be interrupted in them."""
+    monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.5)
+    held, released = threading.Event(), threading.Event()
+
+    def handler(task):
+        held.set()
+        released.wait(20)
+
+    options = {"lane": lane, "concurrency": 3, "drain_timeout": 0}
+    stubborn = Worker("sync", server.url, handler, **options).begin()
+    eids = {backend.create_execution(lane=lane)}
+    assert held.wait(10)
+    stubborn.ask()
+    eids.add(backend.create_execution(lane=lane))
+    stubborn.join(10)
+    assert not stubborn.is_alive()
+    # With leases of 30 s, both are there for others at once.
+    claimed = [wait_until(lambda: backend.claim(lane=lane), 5).fields() for _ in eids]
+    assert {each.execution_id for each in claimed} == eids
+    released.set()

@@ -1,0 +1,47 @@
+"""The roles: their lines in the guide, and those that the command prints."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ff_fast import cli
+from ff_fast._core.roles import IN_A_CLUSTER, ROLES
+
+GUIDE = (Path(__file__).parents[2] / "docs/guides/deployment.md").read_text("utf-8")
+
+
+def printed(capsys, *argv):
+    assert cli.main(["acl", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_guide_has_what_the_command_prints(capsys):
+    section = GUIDE[GUIDE.index("\n## Access rights") :]
+    assert section.split("```\n")[1] == printed(capsys)
+
+
+def test_each_role_is_printed_as_it_is(capsys):
+    for name, role in ROLES.items():
+        comment, line = printed(capsys, name).splitlines()
+        assert comment == f"# {role.does}"
+        found = re.fullmatch(r"ACL SETUSER (\S+) (.*)", line)
+        assert found[1] == f"ff_{name}"
+        assert set(found[2].split()) == set(role.rules.split())
+
+
+def test_a_user_of_two_roles_has_the_rights_of_both_and_no_rule_twice(capsys):
+    *_, line = printed(capsys, "producer", "reader", "--user", "gateway", "--cluster").splitlines()
+    user, *rules = line.removeprefix("ACL SETUSER ").split()
+    assert user == "gateway"
+    assert rules[:2] == ["resetchannels", "-@all"]
+    assert len(set(rules)) == len(rules)
+    both = {rule for name in ("producer", "reader") for rule in ROLES[name].rules.split()}
+    covered = {rule for rule in both if rule.startswith("%") and rule[2:] in rules}
+    assert set(rules) == both - covered | set(IN_A_CLUSTER.split())
+
+
+@pytest.mark.parametrize("argv", [("root",), ("--user", "x")])
+def test_what_is_no_role_is_wrong_usage(argv, capsys):
+    assert cli.main(["acl", *argv]) == 2
+    assert "role" in capsys.readouterr().err
