@@ -191,7 +191,7 @@ def test_extensions_carry_no_debug_tables(wheel):
 
 def test_wheel_has_what_is_used_at_run_time(wheel):
     names = files_of(wheel)
-    used = below("ff_fast", "*.py", "*.pxd", "*.pyi", "*.txt", "py.typed")
+    used = below("ff_fast", "*.py", "*.pxd", "*.pyi", "*.txt", "*.js", "*.html", "py.typed")
     lua = {f"ff_fast/_lua/{path.name}" for path in (ROOT / "lua").glob("*.lua")}
     assert used | lua == {name for name in names if not name.endswith(".so")}
     built = {name.partition(".")[0].replace("/", ".") for name in names if name.endswith(".so")}
