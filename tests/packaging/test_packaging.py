@@ -152,7 +152,7 @@ def below(folder: str, *patterns: str) -> set[str]:
 def test_sdist_has_the_sources_and_nothing_built(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = below("ff_fast", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.txt", "py.typed")
+    sources = below("ff_fast", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.txt", "*.js", "*.html", "py.typed")
     assert sources | below("lua", "*.lua") | below("tests", "*.py") <= names
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= names
     assert not [name for name in names if name.endswith((".c", ".so", ".pyc"))]
@@ -160,7 +160,7 @@ def test_sdist_has_the_sources_and_nothing_built(sdist):
 
 def test_wheel_has_what_is_used_at_run_time(wheel):
     names = files_of(wheel)
-    used = below("ff_fast", "*.py", "*.pxd", "*.pyi", "*.txt", "py.typed")
+    used = below("ff_fast", "*.py", "*.pxd", "*.pyi", "*.txt", "*.js", "*.html", "py.typed")
     lua = {f"ff_fast/_lua/{path.name}" for path in (ROOT / "lua").glob("*.lua")}
     assert used | lua == {name for name in names if not name.endswith(".so")}
     built = {name.partition(".")[0].replace("/", ".") for name in names if name.endswith(".so")}
