@@ -293,6 +293,8 @@ def test_a_gap_that_nothing_fills_is_told_once(pages, backend, lane, requests):
         time.sleep(0.1)
     page.open(answer.execution_id)
     page.wait("window.stream && seen.gaps.length")
+    # A burst could trim the window under a slow reader, which would be another gap.
+    answer.keep()
     answer.finish()
     page.wait("stream.state === 'ended'")
     assert len(page.run("seen.gaps")) == 1
