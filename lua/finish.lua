@@ -35,7 +35,9 @@ local function retry_delay(execution)
     delay = delay * math.min(factor ^ number(execution, 'retry_count'), 2 ^ 53)
   end
   delay = math.min(delay, number(execution, 'retry_max_delay_ms'))
-  return math.floor(delay * (1 - math.random() * number(execution, 'retry_jitter_percent') / 100))
+  -- By the id: `math.random` begins alike on every server, so the nodes of a cluster would choose the same shares.
+  local share = tonumber(redis.sha1hex(execution.id .. ':' .. number(execution, 'retry_count')):sub(1, 8), 16) / 2 ^ 32
+  return math.floor(delay * (1 - share * number(execution, 'retry_jitter_percent') / 100))
 end
 
 -- Ends the attempt of an active execution as failed. The class decides: permanent and cancelled failures never retry,

@@ -290,6 +290,9 @@ class Pool:
                     return connection
                 if wanting.error is not None:
                     raise copy.copy(wanting.error)
+                if node.gone:
+                    # No connection to it is kept: its slots are elsewhere.
+                    raise Unavailable
                 if time.monotonic() >= until:
                     raise _transport.not_sent_in_time()
         finally:

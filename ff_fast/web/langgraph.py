@@ -27,7 +27,7 @@ import orjson
 
 from ff_fast import keys
 from ff_fast._hot import sse
-from ff_fast.errors import ExecutionNotActive, ExecutionNotFound, FFError, InvalidInput
+from ff_fast.errors import ExecutionNotFound, FFError, InvalidInput
 from ff_fast.types import AttemptStarted, End, Gap, Snapshot
 from ff_fast.web.framing import EventFraming, event
 from ff_fast.web.reading import HEARTBEAT_S
@@ -305,20 +305,19 @@ async def cancel_response(
         token_key: As of :class:`ff_fast.web.StreamResponse`; the token must permit ``stop``.
         grace: How long the worker may still write, in seconds or as a ``timedelta``; None ends the stream at once.
     """
-    from ff_fast.web.response import error_response, json_response, refusal
+    from ff_fast.web.response import json_response, unable_to_stop
 
-    try:
-        eid = keys.canonical_execution_id(execution_id)
-        refused = await refusal(
-            request, eid, authorize, token_key, "stop", LangGraphFraming.error_body
-        )
-        if refused is not None:
-            return refused
-        with contextlib.suppress(ExecutionNotActive):
-            await backend.cancel(eid, reason="cancelled by the client", grace=grace)
-    except FFError as error:
-        return error_response(error, LangGraphFraming.error_body)
-    return json_response({})
+    unable = await unable_to_stop(
+        backend,
+        execution_id,
+        request,
+        authorize,
+        token_key,
+        "cancelled by the client",
+        grace,
+        LangGraphFraming.error_body,
+    )
+    return json_response({}) if unable is None else unable
 
 
 def routes(

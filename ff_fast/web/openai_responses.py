@@ -33,7 +33,6 @@ import orjson
 from ff_fast import keys
 from ff_fast.errors import (
     AttemptNotFound,
-    ExecutionNotActive,
     ExecutionNotFound,
     FFError,
     InvalidInput,
@@ -621,15 +620,15 @@ async def cancel_response(
         reason: Why, for whoever reads about the cancellation.
         grace: How long the worker may still write, in seconds or as a ``timedelta``; None ends the stream at once.
     """
-    from ff_fast.web.response import error_response, json_response, refusal
+    from ff_fast.web.response import error_response, json_response, unable_to_stop
 
+    unable = await unable_to_stop(
+        backend, execution_id, request, authorize, token_key, reason, grace, _error_body
+    )
+    if unable is not None:
+        return unable
     try:
         eid = keys.canonical_execution_id(execution_id)
-        refused = await refusal(request, eid, authorize, token_key, "stop", _error_body)
-        if refused is not None:
-            return refused
-        with contextlib.suppress(ExecutionNotActive):
-            await backend.cancel(eid, reason=reason, grace=grace)
         found = await response_json(backend, eid, response_id=response_id)
     except FFError as error:
         return error_response(error, _error_body)

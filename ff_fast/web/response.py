@@ -395,17 +395,34 @@ async def stop_response(
     check_backend(backend)
     if request is None and (authorize is not None or token_key is not None):
         raise InvalidInput("authorize and token_key need the request.")
+    unable = await unable_to_stop(
+        backend, execution_id, request, authorize, token_key, reason, grace
+    )
+    return json_response({"success": True}) if unable is None else unable
+
+
+async def unable_to_stop(
+    backend: aio.ValkeyBackend,
+    execution_id: str,
+    request: Request | None,
+    authorize: Authorize | None,
+    token_key: bytes | Sequence[bytes] | None,
+    reason: str,
+    grace: float | timedelta | None,
+    body: ErrorBody = Framing.error_body,
+) -> Response | None:
+    """Cancel an execution, unless it has ended; return the answer where the request may not, or the server does not."""
     try:
         eid = keys.canonical_execution_id(execution_id)
         if request is not None:
-            refused = await refusal(request, eid, authorize, token_key, "stop")
+            refused = await refusal(request, eid, authorize, token_key, "stop", body)
             if refused is not None:
                 return refused
         with contextlib.suppress(ExecutionNotActive):
             await backend.cancel(eid, reason=reason, grace=grace)
     except FFError as error:
-        return error_response(error)
-    return json_response({"success": True})
+        return error_response(error, body)
+    return None
 
 
 async def client_script(request: Request) -> Response:

@@ -249,3 +249,18 @@ def test_readers_and_workers_hear_on_after_a_failover(kind, replicated_cluster, 
     assert seen == [True]
     if handover == "killed":
         cluster.restart(old)
+
+
+def test_a_read_goes_on_elsewhere_when_its_node_leaves_before_there_is_a_connection(cluster):
+    with ff_fast.ValkeyBackend.connect(cluster.url) as backend:
+        with backend.open_stream(uuid.uuid4().hex) as stream:
+            stream.write(b"x")
+        slot = keys.key_slot(keys.slot_tag_of(stream.execution_id).encode())
+        node = backend._nodes.of(slot)
+        tail = backend.tail(stream.execution_id)
+        # As it is once another thread has seen that it has left.
+        node.gone = True
+        node.close_idle()
+        assert tail.next_batch(timeout=0.01) == []
+        backend._nodes._primaries.pop(node.address)
+        assert [each.payload for each in tail.next_batch(timeout=30)[:1]] == [b"x"]

@@ -163,7 +163,9 @@ def below(folder: str, *patterns: str) -> set[str]:
 def test_sdist_has_the_sources_and_nothing_built(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = below("ff_fast", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.txt", "py.typed")
+    sources = below(
+        "ff_fast", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.txt", "*.js", "*.html", "py.typed"
+    )
     assert sources | below("lua", "*.lua") | below("tests", "*.py") <= names
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= names
     assert not [name for name in names if name.endswith((".c", ".so", ".pyc"))]

@@ -260,6 +260,10 @@ class Answer:
             return True
         return not new
 
+    def keep(self):
+        """Write durable frames from here on."""
+        self._window_ms = None
+
     def finish(self):
         self.write()
         self._writer.close()
