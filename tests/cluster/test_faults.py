@@ -538,7 +538,7 @@ async def test_streams_on_all_nodes_are_whole_whatever_breaks_on_one(shell, prox
 @pytest.mark.parametrize("who", ["supervisor", "worker"])
 async def test_a_supervisor_fires_the_timers_of_the_nodes_that_answer(
     shell,
-    proxied,  # noqa: F811
+    proxied,
     lane,
     who,
     monkeypatch,
@@ -546,7 +546,9 @@ async def test_a_supervisor_fires_the_timers_of_the_nodes_that_answer(
     async with await shell.connect(proxied.url, timeout=TIMEOUT_S) as backend:
         slots = proxied.slots()
         # The node that is lost has the mark of who supervises.
-        partition = next(n for n in range(256) if keys.key_slot(keys.timers(keys.slot_tag(n))) in slots)
+        partition = next(
+            n for n in range(256) if keys.key_slot(keys.timers(keys.slot_tag(n))) in slots
+        )
         mark = b"ff:part:{fp:%d}:supervisor" % partition
         monkeypatch.setattr(keys, "supervisor", lambda: mark)
         eids = [await backend.create_execution(lane=lane, delay=0.001) for _ in range(12)]
