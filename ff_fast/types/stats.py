@@ -110,7 +110,8 @@ class Stats(_Sum, Value):
         bytes_read: Payload bytes of the read frames.
         batches: Batches of the written frames.
         resends: Batches that were sent again, after a lost connection or a failover.
-        reconnects: Connections that replace one that was lost.
+        reconnects: Times that a server was connected to again after a connection to it was lost, while it was used. Of
+            several that are lost together one counts.
         unacknowledged_bytes: Bytes in memory that wait for the server. A gauge.
         unacknowledged_frames: Frames that wait for the server. A gauge.
         gaps: Gaps that readers were told of, by reason.
