@@ -201,7 +201,10 @@ class Supervision:
             done += what == "done"
             deferred += what == "deferred"
         if deferred:
-            LOG.warning(
+            say_seldom(
+                logging.WARNING,
+                "timers",
+                "foreign",
                 "%d timers of partition %d cannot be fired: their keys hold foreign data. They are tried again in a"
                 " minute.",
                 deferred,

@@ -660,8 +660,10 @@ def _fail(backend: Backend, task: TaskState[Any, Any], failure: Failure) -> Endi
     except FFError as error:
         if isinstance(error, _ENDS_WORKER):
             raise
-        say(
+        say_seldom(
             logging.ERROR,
+            "end",
+            error.code,
             "Execution %s cannot be ended, and comes back when its lease lapses: %s",
             task.execution_id,
             error,
@@ -723,8 +725,10 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Ending
         try:
             yield Run(call)
         except NotReplicated as error:
-            say(
+            say_seldom(
                 logging.WARNING,
+                "end",
+                error.code,
                 "Execution %s has ended. %s",
                 task.execution_id,
                 error,
@@ -750,8 +754,11 @@ def hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException)
     """Make the execution claimable now, not when its lease lapses; it counts as a lost worker. Return whether it is."""
     if task._released or backend.closed:
         return False
-    say(
+    say_seldom(
         logging.WARNING,
+        "broken off",
+        # What stops a worker, or keeps it from its server, meets all its handlers.
+        type(error),
         "Attempt %d of execution %s was broken off by %s; the execution goes to another worker.",
         task.attempt_index,
         task.execution_id,

@@ -416,8 +416,10 @@ class SharedWriter(WriterCore):
                 **about,
             )
         elif isinstance(error, SequenceGap):
-            say(
+            say_seldom(
                 logging.WARNING,
+                "writer",
+                error.code,
                 "The writer of attempt %d of execution %s has stopped: %s Frames that were not stored: %d.",
                 self.attempt_index,
                 self.execution_id,

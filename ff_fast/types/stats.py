@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
+from ff_fast.errors import InvalidInput
+
 from ._value import Value
 
 
@@ -87,7 +89,13 @@ class Histogram(_Sum, Value):
         return (*(float(2**i) for i in range(self.BUCKETS - 1)), float("inf"))
 
     def quantile(self, share: float) -> float:
-        """Return the bound of the bucket below which that share of the values is, 0 to 1; 0.0 without values."""
+        """Return the bound of the bucket below which that share of the values is, 0 to 1; 0.0 without values.
+
+        Raises:
+            InvalidInput: *share* is no number from 0 to 1.
+        """
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise InvalidInput("share must be a number from 0 to 1; 0.99 is the 99th percentile.")
         left = share * self.count
         for bound, number in zip(self.bounds, self.buckets, strict=True):
             left -= number
