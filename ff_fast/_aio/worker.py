@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from ff_fast import _process
 from ff_fast._aio.leases import LeaseKeeper
+from ff_fast._aio.operations import drive
 from ff_fast._aio.writers import Writer
 from ff_fast._core import operations
 from ff_fast._core import worker as worker_core
@@ -143,32 +144,6 @@ class Task(TaskState[Writer, LeaseKeeper]):
         writer = self._current_writer
         if writer is not None:
             await writer._wait(store_and_close(writer, timeout_s))
-
-
-async def drive(
-    actions: Generator[Action, Any, T],
-    perform: Callable[[Action], Awaitable[object]],
-    limit_s: float | None = None,
-) -> T:
-    """Perform the actions of the core, in *limit_s* seconds, and return what comes of them."""
-    # The caller that cancels the task waits for it, so the actions after an interrupt have a deadline.
-    until = None if limit_s is None else time.monotonic() + limit_s
-    try:
-        action = next(actions)
-        while True:
-            try:
-                left = None if until is None else until - time.monotonic()
-                async with asyncio.timeout(left):
-                    value = await perform(action)
-            except BaseException as error:  # noqa: BLE001 - the core decides what it means
-                if until is None and not isinstance(error, Exception):
-                    until = time.monotonic() + worker_core.HAND_BACK_S
-                action = actions.throw(error)
-            else:
-                action = actions.send(value)
-    except StopIteration as stop:
-        value_of: T = stop.value
-        return value_of
 
 
 class _Interrupt:

@@ -52,6 +52,11 @@ def _due(partition: int, now: bytes, offset: int) -> Command:
     return command(b"ZRANGEBYSCORE", timers, b"-inf", now, *page)
 
 
+def stand_by_s() -> float:
+    """Return the seconds until the next look of a process that stands by."""
+    return _LOOK_S * random.uniform(0.75, 1.25)  # noqa: S311
+
+
 class Turn:
     """Whether this process makes the next round: a mark on the server says who does, until it lapses.
 
@@ -63,18 +68,13 @@ class Turn:
         interval_s: Seconds between two rounds.
     """
 
-    __slots__ = ("_held_until", "_insists", "_interval_s", "_lasts_ms", "_name")
+    __slots__ = ("_held_until", "_insists", "_lasts_ms", "_name")
 
     def __init__(self, name: str, interval_s: float, *, insists: bool) -> None:
         self._name = name.encode()
         self._insists = insists
-        self._interval_s = interval_s
         self._lasts_ms = b"%d" % (max(_MARK_S, 3 * interval_s) * 1000)
         self._held_until = 0.0
-
-    def pause_s(self, *, mine: bool) -> float:
-        """Return the seconds until the next round, or until the next look where it is not this process's turn."""
-        return self._interval_s if mine else _LOOK_S * random.uniform(0.75, 1.25)  # noqa: S311
 
     def take(self) -> Steps[bool]:
         """Take the mark, or keep it; return whether to make a round.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
@@ -29,6 +29,7 @@ from ff_fast._core.worker import (
 )
 from ff_fast._core.writer import store_and_close
 from ff_fast._sync.leases import LeaseKeeper
+from ff_fast._sync.operations import drive
 from ff_fast._sync.writers import Writer
 from ff_fast.errors import FFError, InvalidInput, InvalidType, StaleOwner
 from ff_fast.types import OnCancel
@@ -139,22 +140,6 @@ class Task(TaskState[Writer, LeaseKeeper]):
         writer = self._current_writer
         if writer is not None:
             writer._wait(store_and_close(writer, timeout_s))
-
-
-def drive(actions: Generator[Action, Any, T], perform: Callable[[Action], object]) -> T:
-    """Perform the actions of the core, and return what comes of them."""
-    try:
-        action = next(actions)
-        while True:
-            try:
-                value = perform(action)
-            except BaseException as error:  # noqa: BLE001 - the core decides what it means
-                action = actions.throw(error)
-            else:
-                action = actions.send(value)
-    except StopIteration as stop:
-        value_of: T = stop.value
-        return value_of
 
 
 class WorkerLoop:
