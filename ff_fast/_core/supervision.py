@@ -15,7 +15,7 @@ from ff_fast._core.flows import MEMBERS_A_CALL
 from ff_fast._core.ready import publish_hints, with_hints
 from ff_fast._core.steps import Command, Step, Steps, checked, command, time_ms
 from ff_fast._hot.resp import pack_command
-from ff_fast._log import LOG, say, say_seldom
+from ff_fast._log import LOG, Outage, say
 from ff_fast.errors import (
     Corruption,
     ExecutionNotFound,
@@ -243,35 +243,24 @@ class Watch:
     def __init__(self, scope: ScannerFilter, *, aside: bool = False) -> None:
         self._aside = aside
         self._of = "" if scope.is_noop() else f" of {scope}"
-        self._failed_at: float | None = None
-        self._said = False
+        self._outage = Outage("supervisor")
 
     def __enter__(self) -> None:
         self._say(logging.INFO, "A supervisor%s has started.")
 
     def failed(self, error: FFError) -> None:
         """Note that a round has failed, and that the next one tries again."""
-        if self._aside:
-            return
-        if self._failed_at is None:
-            self._failed_at = time.monotonic()
-        said = say_seldom(
-            logging.WARNING,
-            "supervisor",
-            error.code,
-            "A supervisor%s has no server: %s Until it has, lost workers, delays and time limits take no effect.",
-            self._of,
-            error,
-        )
-        self._said = self._said or said
+        if not self._aside:
+            self._outage.fails(
+                error.code,
+                "A supervisor%s has no server: %s Until it has, lost workers, delays and time limits take no effect.",
+                self._of,
+                error,
+            )
 
     def done(self, fired: int) -> None:
         """Note that a round was made."""
-        failed_at, self._failed_at = self._failed_at, None
-        if failed_at is not None and self._said:
-            self._said = False
-            seconds = time.monotonic() - failed_at
-            say(logging.INFO, "A supervisor%s goes on after %.1f s.", self._of, seconds)
+        self._outage.works("A supervisor%s goes on after %.1f s.", self._of)
         if fired:
             say(logging.DEBUG, "Timers fired: %d.", fired)
 
