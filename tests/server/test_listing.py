@@ -257,6 +257,23 @@ def test_foreign_members_and_cores_are_passed_over(world, raw):
     assert ids(everything(world.backend)) == [eid]
 
 
+FIELDS = ("priority", "created_at", "last_transition_at", "lane_id", "namespace", "retry_count")
+
+
+@pytest.mark.parametrize("value", [None, "junk", b"\xff"])
+def test_an_execution_with_foreign_data_hides_no_other_one(world, raw, value):
+    eid, _ = world.owned()
+    for field in FIELDS:
+        broken, _ = world.owned()
+        if value is None:
+            raw.hdel(keys.core(broken), field)
+        else:
+            raw.hset(keys.core(broken), field, value)
+        assert eid in ids(everything(world.backend)), field
+        assert world.backend.list_workers()[0].executions >= 1
+        raw.delete(keys.core(broken))
+
+
 # -- lanes and workers ----------------------------------------------------------------------------------------------------
 
 
