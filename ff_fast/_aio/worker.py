@@ -20,6 +20,7 @@ from ff_fast._core.binding import dressed
 from ff_fast._core.handlers import Worker
 from ff_fast._core.worker import (
     Action,
+    Attend,
     CallHandler,
     CloseWriter,
     Raised,
@@ -34,7 +35,7 @@ from ff_fast._core.worker import (
     is_handlers_own,
 )
 from ff_fast._core.writer import store_and_close
-from ff_fast.errors import FFError, InvalidType
+from ff_fast.errors import InvalidType
 from ff_fast.types import OnCancel
 
 if TYPE_CHECKING:
@@ -285,32 +286,27 @@ class WorkerLoop:
         return self._halt.is_set() or self._backend.closed or (stop is not None and stop.is_set())
 
     async def _slot(self) -> None:
-        patience = worker_core.Patience()
+        serving = worker_core.serve(
+            self._backend, self._options, lambda: self._stopping, self._halt.set
+        )
         try:
-            attending = self._backend._attending
-            while not self._stopping:
-                began = time.monotonic()
-                try:
-                    handle = await self._backend._do(self._options.claim())
-                except FFError as error:
-                    if self._backend.closed:
-                        return
-                    attending.reached = False
-                    await self._pause(patience.refused(error))
-                    continue
-                attending.reached = True
-                if handle is None:
-                    if self._options.until_idle and attending.idle_since(began):
-                        self._halt.set()
-                else:
-                    # Run it even if a stop was requested meanwhile: it is claimed.
-                    await self._pause(patience.attended(over=await self.run_one(handle)))
+            await drive(serving, self._perform_slot)
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 - raised again by run(), when the other slots have ended
             if self._error is None:
                 self._error = error
             self._halt.set()
+
+    async def _perform_slot(self, action: Run | Attend | operations.Rest) -> object:
+        match action:
+            case Run(call):
+                return await self._backend._do(call)
+            case Attend(handle):
+                return await self.run_one(handle)
+            case operations.Rest(seconds):
+                await self._pause(seconds)
+        return None
 
     async def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds

@@ -1902,7 +1902,7 @@ class Ask(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """An action of a supervisor: do nothing for so many seconds."""
+    """An action of a supervisor or a worker: do nothing for so many seconds."""
 
     seconds: float
 

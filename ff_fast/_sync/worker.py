@@ -15,6 +15,7 @@ from ff_fast._core.binding import dressed
 from ff_fast._core.handlers import Worker, is_coroutine_function
 from ff_fast._core.worker import (
     Action,
+    Attend,
     CallHandler,
     CloseWriter,
     Raised,
@@ -31,7 +32,7 @@ from ff_fast._core.writer import store_and_close
 from ff_fast._sync.leases import LeaseKeeper
 from ff_fast._sync.operations import drive
 from ff_fast._sync.writers import Writer
-from ff_fast.errors import FFError, InvalidInput, InvalidType, StaleOwner
+from ff_fast.errors import InvalidInput, InvalidType, StaleOwner
 from ff_fast.types import OnCancel
 
 if TYPE_CHECKING:
@@ -255,28 +256,23 @@ class WorkerLoop:
         )
 
     def _slot(self) -> None:
-        patience = worker_core.Patience()
+        serving = worker_core.serve(
+            self._backend, self._options, lambda: self._stopping, self._halt.set
+        )
         try:
-            attending = self._backend._attending
-            while not self._stopping:
-                began = time.monotonic()
-                try:
-                    handle = self._backend._do(self._options.claim())
-                except FFError as error:
-                    if self._backend.closed:
-                        return
-                    attending.reached = False
-                    self._pause(patience.refused(error))
-                    continue
-                attending.reached = True
-                if handle is None:
-                    if self._options.until_idle and attending.idle_since(began):
-                        self._halt.set()
-                else:
-                    # Run it even if a stop was requested meanwhile: it is claimed.
-                    self._pause(patience.attended(over=self.run_one(handle)))
+            drive(serving, self._perform_slot)
         except BaseException as error:  # noqa: BLE001 - raised again by run()
             self._stopped_by(error)
+
+    def _perform_slot(self, action: Run | Attend | operations.Rest) -> object:
+        match action:
+            case Run(call):
+                return self._backend._do(call)
+            case Attend(handle):
+                return self.run_one(handle)
+            case operations.Rest(seconds):
+                self._pause(seconds)
+        return None
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
