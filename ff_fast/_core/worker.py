@@ -343,6 +343,7 @@ class TaskState(Holder[W, K]):
 
     def __init__(
         self,
+        backend: Any,
         handle: Handle,
         mode: StreamMode | None = None,
         level: Level = STORED,
@@ -350,6 +351,7 @@ class TaskState(Holder[W, K]):
     ) -> None:
         fields = handle.fields()
         super().__init__(fields.execution_id, level)
+        self._backend = backend
         self.handle = handle
         self._mode = mode
         self._worker_id = worker_id

@@ -40,10 +40,9 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from ff_fast._core.deployment import Deployment
-    from ff_fast._core.durability import Level
     from ff_fast._core.operations import Call, WorkerOptions
     from ff_fast._sync.operations import Operations
-    from ff_fast.types import Handle, ResumeSignal, StreamMode, SuspendOutcome
+    from ff_fast.types import Handle, ResumeSignal, SuspendOutcome
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -100,16 +99,7 @@ def suspending(
 class Task(TaskState[Writer, LeaseKeeper]):
     __doc__ = worker_core.TASK
 
-    def __init__(
-        self,
-        backend: Operations,
-        handle: Handle,
-        mode: StreamMode | None,
-        level: Level,
-        worker_id: str | None = None,
-    ) -> None:
-        super().__init__(handle, mode, level, worker_id)
-        self._backend = backend
+    _backend: Operations
 
     flush = forwarded(Writer.flush)
     progress = of_task(operations.progress)
