@@ -1179,8 +1179,8 @@ def list_lanes(partition: int, queue_after: str, offset: str) -> Op[LanesPart]:
     slot_tag = keys.slot_tag(partition)
 
     def parse(_: bytes, fields: list[object]) -> LanesPart:
-        queues = list(map(_text, _list(fields[3])))
-        counts = list(map(_text, _list(fields[4])))
+        queues = list(map(_text, _list(fields[2])))
+        counts = list(map(_text, _list(fields[3])))
         return LanesPart(
             _text(fields[0]),
             _text(fields[1]),
