@@ -581,7 +581,9 @@ def test_a_closed_backend_hands_nothing_back():
 
 
 def test_a_worker_that_is_thrown_away_does_nothing():
-    attended = attend(SimpleNamespace(closed=False, _deployment=Deployment(4)), TaskState(None, HANDLE))
+    attended = attend(
+        SimpleNamespace(closed=False, _deployment=Deployment(4)), TaskState(None, HANDLE)
+    )
     next(attended)
     attended.close()
 
