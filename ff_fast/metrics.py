@@ -262,7 +262,7 @@ class PrometheusCollector:
             found: Histogram = getattr(stats, spread.field)
             histogram = core.HistogramMetricFamily(f"ff_fast_{spread.name}", spread.text)
             buckets = [
-                (utils.floatToGoString(bound), below)
+                (utils.floatToGoString(bound), below)  # type: ignore[no-untyped-call]
                 for bound, below in _cumulated(found, spread.scale)
             ]
             histogram.add_metric([], buckets, found.total * spread.scale)

@@ -70,8 +70,9 @@ def stats_of(
         **events,
         gaps=GapsByReason(**gaps),
         unacknowledged_bytes=sum(each.unacknowledged_bytes for each in open_writers),
+        # The acknowledged one first: another thread may go on in between.
         unacknowledged_frames=sum(
-            each.next_sequence - 1 - each.last_sequence for each in open_writers
+            -each.last_sequence - 1 + each.next_sequence for each in open_writers
         ),
         writers_open=len(open_writers),
     )

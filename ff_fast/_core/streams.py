@@ -218,7 +218,7 @@ def left(stream: StreamState[Any, Any], error: BaseException | None) -> Ending:
             say_seldom(
                 logging.WARNING,
                 "stream",
-                type(refused),
+                type(refused).__name__,
                 "The stream of execution %s was not ended: %s",
                 stream.execution_id,
                 refused,

@@ -769,7 +769,7 @@ def hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException)
         logging.WARNING,
         "broken off",
         # What stops a worker, or keeps it from its server, meets all its handlers.
-        type(error),
+        type(error).__name__,
         "Attempt %d of execution %s was broken off by %s; the execution goes to another worker.",
         task.attempt_index,
         task.execution_id,

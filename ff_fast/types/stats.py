@@ -94,7 +94,7 @@ class Histogram(_Sum, Value):
         Raises:
             InvalidInput: *share* is no number from 0 to 1.
         """
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        if type(share) not in (int, float) or not 0 <= share <= 1:
             raise InvalidInput("share must be a number from 0 to 1; 0.99 is the 99th percentile.")
         left = share * self.count
         for bound, number in zip(self.bounds, self.buckets, strict=True):
