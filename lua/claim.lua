@@ -224,7 +224,7 @@ redis.register_function('ff_claim', function(keys, args)
   end
   local next_score = head_score(eligible_key)
   if next_score == '' then
-    ff.forget_queue(slot_tag, string.match(eligible_key, ':lane:(.*):eligible$'))
+    ff.forget_queue(slot_tag, ff.owner_in('eligible', eligible_key))
     if required_capabilities ~= '' then
       call('SREM', needs_key, required_capabilities)
     end
