@@ -52,6 +52,9 @@ def test_events_are_counted_and_those_that_are_not_known_refused():
     on.tally.note("leases_lost", 2)
     found = stats_of(on, [])
     assert (found.reconnects, found.leases_lost) == (3, 2)
+    on.tally.note("eclipses")
+    with pytest.raises(TypeError):
+        stats_of(on, [])
 
 
 def test_readers_are_open_until_they_are_let_go():
