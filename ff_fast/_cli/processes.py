@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import select
 import signal
@@ -20,6 +19,7 @@ from ff_fast import InvalidInput, MissingDependency, _process
 from ff_fast._cli import health
 from ff_fast._cli.shared import DONE, END_S, FAILED, LOOK_S, URL_VARIABLE, USAGE
 from ff_fast._core.worker import HAND_BACK_S
+from ff_fast._log import LOG
 
 if TYPE_CHECKING:
     import argparse
@@ -30,8 +30,6 @@ _LONGEST_PAUSE_S = 30.0
 _LIVED_S = 10.0
 # A process that is stopped while its interpreter starts has no handler of signals yet.
 _STOPPED = (DONE, -signal.SIGTERM, 128 + signal.SIGTERM)
-
-_log = logging.getLogger("ff_fast")
 
 
 def run(arguments: argparse.Namespace, url: str) -> int:
@@ -152,7 +150,7 @@ class _Parent:
                 endpoints = health.Endpoints()
                 endpoints.ready = self.why_not_ready
                 served = health.serve(endpoints, self._arguments.bind, self._arguments.health_port)
-                _log.info("Serving health on port %d", served)
+                LOG.info("Serving health on port %d", served)
             if self._arguments.reload:
                 threading.Thread(target=self._watch, name="ff-fast reload", daemon=True).start()
             while self._children or (self._waits and not self._stopping):
@@ -218,22 +216,22 @@ class _Parent:
         except OSError as error:
             pause_s = self._later(index)
             text = "Worker process %d cannot be started (%s); it is tried again in %g s"
-            _log.warning(text, index, error.strerror, pause_s)
+            LOG.warning(text, index, error.strerror, pause_s)
             return
-        _log.info("Worker process %d has started, with pid %d", index, child.process.pid)
+        LOG.info("Worker process %d has started, with pid %d", index, child.process.pid)
 
     def _ended(self, index: int, child: _Child, code: int) -> None:
         how = f"by {_signal_name(-code)}" if code < 0 else f"with code {code}"
         if self._stopping:
-            _log.info("Worker process %d has ended %s", index, how)
+            LOG.info("Worker process %d has ended %s", index, how)
             if code not in _STOPPED:
                 self._code = self._code or FAILED
         elif child.replaced:
             self._due[index] = 0.0
         elif code == DONE and self._arguments.until_idle:
-            _log.info("Worker process %d is idle", index)
+            LOG.info("Worker process %d is idle", index)
         elif self._arguments.reload:
-            _log.warning("Worker process %d has ended %s; it waits for a change", index, how)
+            LOG.warning("Worker process %d has ended %s; it waits for a change", index, how)
         elif code == USAGE:
             # It would be refused again.
             self._code = USAGE
@@ -241,7 +239,7 @@ class _Parent:
             if time.monotonic() - child.began > _LIVED_S:
                 self._pauses.pop(index, None)
             pause_s = self._later(index)
-            _log.warning(
+            LOG.warning(
                 "Worker process %d has ended %s; it is started again in %g s", index, how, pause_s
             )
 
@@ -281,10 +279,10 @@ class _Parent:
             for _ in watchfiles.watch(Path.cwd(), watch_filter=watchfiles.PythonFilter()):
                 self._changed.set()
         except Exception as error:  # noqa: BLE001 - of another package, and of the system
-            _log.error("Files cannot be watched, so no change is seen: %s", error)
+            LOG.error("Files cannot be watched, so no change is seen: %s", error)
 
     def _replace(self) -> None:
-        _log.info("A file has changed: starting again")
+        LOG.info("A file has changed: starting again")
         for index in range(self._arguments.workers):
             child = self._children.get(index)
             if child is None:

@@ -7,7 +7,6 @@ import contextlib
 import math
 import os
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import orjson
@@ -54,13 +53,6 @@ def write_json(value: object, option: int = 0) -> None:
 def one_line(value: object) -> str:
     """Return a worker's or caller's text with its control characters escaped."""
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(value))
-
-
-def when(ms: int | None) -> str | None:
-    if ms is None:
-        return None
-    at = time.gmtime(ms // 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', at)}.{ms % 1000:03d}Z"
 
 
 class Parser(argparse.ArgumentParser):

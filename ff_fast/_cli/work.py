@@ -32,6 +32,7 @@ from ff_fast._cli.shared import (
     whole,
 )
 from ff_fast._core.worker import HAND_BACK_S
+from ff_fast._log import LOG
 
 if TYPE_CHECKING:
     import socket
@@ -46,8 +47,6 @@ _IMPORTING = (
     *("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>"),
 )
 _LEVELS = ("debug", "info", "warning", "error")
-
-_log = logging.getLogger("ff_fast")
 
 
 def add_worker(commands: Commands) -> None:
@@ -289,7 +288,7 @@ class Process:
             ports.append(("metrics", arguments.metrics_port))
         for what, port in ports:
             served = health.serve(endpoints, arguments.bind, port)
-            _log.info("Serving %s on port %d", what, served)
+            LOG.info("Serving %s on port %d", what, served)
         return endpoints
 
     def _begin(self, backend: Any, endpoints: health.Endpoints) -> None:  # noqa: ANN401
@@ -362,7 +361,7 @@ class Process:
             if stop.hurried:
                 until = min(until, now + HAND_BACK_S + END_S)
             if now > until:
-                _log.error(
+                LOG.error(
                     "The process is ended, as a handler, a lifespan or an import does not end; executions that it has go on"
                     " when their leases lapse."
                 )
@@ -381,7 +380,7 @@ class Process:
             if gone:
                 parent.close()
                 parent = None
-                _log.warning("The process that started this one has gone.")
+                LOG.warning("The process that started this one has gone.")
                 self._stop.set()
 
 
