@@ -301,7 +301,9 @@ class ForkedClient(FFError):
 
 
 class LibraryMismatch(FFError):
-    """The server's function library has a newer contract than this one.
+    """The server's function library has another contract than this one.
+
+    It is a newer one, or an older one that this client does not load: see `BackendConfig.load_library`.
 
     Args:
         server: Contract of the server's library.
@@ -313,7 +315,7 @@ class LibraryMismatch(FFError):
     def __init__(self, server: object, client: object) -> None:
         super().__init__(
             f"The server holds contract {server} of the function library and this ff_fast speaks"
-            f" contract {client}; upgrade ff_fast, or use another server."
+            f" contract {client}; use the release of ff_fast that the workers of the deployment use, or another server."
         )
         self.server = server
         self.client = client

@@ -917,6 +917,7 @@ def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
             required_capabilities=CapabilitySet(_listed(core["required_capabilities"])),
             flow_id=core.get("flow_id"),
             parent_id=core.get("parent_id"),
+            traceparent=core.get("traceparent"),
             budget_ids=_listed(core.get("budget_ids", "")),
             tags=tags,
             created_at_ms=int(core["created_at"]),

@@ -6,7 +6,10 @@ tests derive them from what the roles do (``tests/faults/rights.py``).
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
+
+from ff_fast.errors import InvalidInput
 
 
 class Role(NamedTuple):
@@ -97,7 +100,7 @@ ROLES = {
         "Reads: tails, pages, summaries, results, descriptions, listings, completions. No way to write, and no secret.",
         "resetchannels -@all %R~ff:config:* %R~ff:exec:*:core %R~ff:exec:*:history %R~ff:exec:*:result "
         "%R~ff:exec:*:suspension:current %R~ff:exec:*:tags %R~ff:exec:*:usage %R~ff:stream:* %R~ff:flow:* "
-        "%R~ff:part:* %R~ff:attempt:* %R~ff:idx:* &ff:exec:* &ff:part:* &ff:stream:* "
+        "%R~ff:part:* %R~ff:attempt:* %R~ff:idx:* %R~ff:lane:* &ff:exec:* &ff:part:* &ff:stream:* "
         "+fcall_ro|ff_describe_attempt +fcall_ro|ff_describe_execution +fcall_ro|ff_describe_flow "
         "+fcall_ro|ff_list_executions +fcall_ro|ff_list_lanes +fcall_ro|ff_read_payload "
         "+fcall_ro|ff_read_range +fcall_ro|ff_read_state +fcall_ro|ff_read_summary +fcall_ro|ff_read_tags "
@@ -127,7 +130,15 @@ def rules_of(names: list[str], *, cluster: bool = False) -> str:
 
 
 def acl_line(names: list[str], user: str | None = None, *, cluster: bool = False) -> str:
-    """Return the ACL line of a user that has these roles together, and what they do as a comment above it."""
+    """Return the ACL line of a user that has these roles together, and what they do as a comment above it.
+
+    Raises:
+        InvalidInput: *user* cannot be the name of a user: what follows a blank in it would be taken as further rules.
+    """
+    if user is not None and re.fullmatch(r"[!-~]{1,256}", user) is None:
+        raise InvalidInput(
+            "The name of a user must be 1 to 256 printable ASCII characters without blank."
+        )
     does = "\n".join(f"# {ROLES[name].does}" for name in names)
     rules = rules_of(names, cluster=cluster)
     return f"{does}\nACL SETUSER {user or f'ff_{names[0]}'} {rules}"

@@ -41,6 +41,14 @@ def test_a_user_of_two_roles_has_the_rights_of_both_and_no_rule_twice(capsys):
     assert set(rules) == both - covered | set(IN_A_CLUSTER.split())
 
 
+@pytest.mark.parametrize("user", ["", "x on nopass +@all", "x\n", "\x1b[31m", "é"])
+def test_a_name_that_brings_rules_of_its_own_is_wrong_usage(user, capsys):
+    assert cli.main(["acl", "reader", "--user", user]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "name of a user" in told.err
+
+
 @pytest.mark.parametrize("argv", [("root",), ("--user", "x")])
 def test_what_is_no_role_is_wrong_usage(argv, capsys):
     assert cli.main(["acl", *argv]) == 2
