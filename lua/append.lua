@@ -541,6 +541,9 @@ local function write_blocks(
     if letter == LOST then
       local count = args[at + 1] + 0
       local visible = call('HGET', meta_key, 'visible_sequence') or format('%d', sequence + skip)
+      local told = call('HMGET', meta_key, 'lost_frames', 'lost_entries')
+      call('HSET', meta_key, 'lost_frames', format('%d', (integer(told[1]) or 0) + count - skip),
+        'lost_entries', format('%d', (integer(told[2]) or 0) + 1))
       sequence = sequence + count
       id = format('%s-%d', ms, sequence)
       call('XADD', log_key, id, 'lost', format('%d', count - skip), 'prev', visible)

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ff_fast import AttemptNotFound, ExecutionNotFound, FFError
+from ff_fast import AttemptNotFound, ExecutionNotFound, FFError, FunctionMissing
 from ff_fast._cli.look import age, plain
 from ff_fast._cli.shared import (
     DONE,
@@ -90,9 +90,10 @@ def top(arguments: argparse.Namespace) -> int:
             try:
                 before = _look(backend, arguments.count, before)
             except FFError as error:
-                if before is None or not error.retryable:
+                lasting = not (error.retryable or isinstance(error, FunctionMissing))
+                if before is None or lasting:
                     raise
-                # A failover or a restart: what was seen last stays, with the reason.
+                # A failover, or a restart after which a worker loads the library: what was seen last stays.
                 before = before._replace(failure=str(error))
             show(before)
             if arguments.once:

@@ -207,7 +207,7 @@ class Deployment:
     def load(self) -> Steps[None]:
         """Load the library on a node that has answered that it has none."""
         if not self._loads:
-            raise FunctionMissing(_NOT_TO_LOAD)
+            raise _not_loaded()
         try:
             yield from _load(None)
         except PermissionDenied:
@@ -238,7 +238,7 @@ class Deployment:
             raise LibraryMismatch(held.contract, _library.CONTRACT)
         if not self._loads:
             if held is None:
-                raise FunctionMissing(_NOT_TO_LOAD)
+                raise _not_loaded()
         elif held is None or held.digest != _library.digest():
             try:
                 yield from _load(held)
@@ -329,6 +329,13 @@ def is_older(engine: str) -> bool:
     """Whether the server is older than Valkey 7.2, which began as Redis 7.2."""
     found = re.match(r"(?:Valkey|Redis) ([0-9]{1,4})\.([0-9]{1,4})", engine)
     return found is not None and (int(found[1]), int(found[2])) < (7, 2)
+
+
+def _not_loaded() -> FunctionMissing:
+    """Return the error of a client that loads no library: no time that it waits brings one."""
+    error = FunctionMissing(_NOT_TO_LOAD)
+    error.retryable = False
+    return error
 
 
 def _unreadable() -> Corruption:

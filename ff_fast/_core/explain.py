@@ -343,21 +343,28 @@ def _frames(index: int, stream: StreamDescription) -> Iterator[str]:
         yield f"Attempt {index} has no frame."
         return
     end = 1 if stream.closed_reason else 0
-    durable = max(stream.log_added - end, 0)
-    live = max(frames - durable, 0)
+    lost = stream.lost_frames
+    durable = max(stream.log_added - end - stream.lost_entries, 0)
+    live = max(frames - durable - lost, 0)
     yield f"Attempt {index} has {frames} frames: {durable} in its log, {live} for its live window."
     left = stream.log_added - stream.log_entries
     if left > 0:
-        kept = stream.log_entries - end
+        # A loss that has left with them counts as one.
+        kept = max(stream.log_entries - end - stream.lost_entries, 0)
         yield (
             f"{left} durable frames of attempt {index} have left the log, the oldest first: it keeps its newest"
             f" {kept}, by the retention_maxlen of their mode."
         )
+    if lost:
+        yield (
+            f"{lost} frames of attempt {index} were lost with a server, after they had been acknowledged, and nobody has"
+            " them: see durability."
+        )
     if live:
-        yield from _window(index, stream, durable, live)
+        yield from _window(index, stream, durable + lost, live)
 
 
-def _window(index: int, stream: StreamDescription, durable: int, live: int) -> Iterator[str]:
+def _window(index: int, stream: StreamDescription, others: int, live: int) -> Iterator[str]:
     first = stream.live_first_sequence
     ttl_s = None if stream.live_ttl_ms is None else stream.live_ttl_ms / 1000
     if first is None:
@@ -367,11 +374,11 @@ def _window(index: int, stream: StreamDescription, durable: int, live: int) -> I
             f" the time{rule}."
         )
         return
-    # Durable frames between them are not told apart, but for their number.
-    gone = first - 1 - durable
+    # Durable and lost frames between them are not told apart, but for their number.
+    gone = first - 1 - others
     if gone <= 0:
         return
-    least = "" if durable == 0 else "At least "
+    least = "" if others == 0 else "At least "
     yield (
         f"{least}{gone} frames of attempt {index} have left the live window, the oldest first: it begins with"
         f" frame {first}."

@@ -1042,6 +1042,8 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
             ended_at_ms=when(meta.get("closed_at")),
             log_added=int(streams.get("log_added", 0)),
             log_first_id=streams.get("log_first"),
+            lost_frames=int(meta.get("lost_frames", 0)),
+            lost_entries=int(meta.get("lost_entries", 0)),
             live_first_sequence=entry_id(live_first)[1]
             - int(streams.get("live_first_frames", 1))
             + 1
