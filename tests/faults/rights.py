@@ -183,8 +183,7 @@ class Line(NamedTuple):
                 mode = found[1] or "RW"
                 patterns.append(Pattern(rule, found[2], "R" in mode, "W" in mode))
             else:
-                # All is taken away first; the lines give only commands, keys and channels.
-                assert rule in ("resetchannels", "-@all"), rule
+                raise AssertionError(rule)
         return cls(frozenset(commands), tuple(patterns), tuple(channels))
 
 

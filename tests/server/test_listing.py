@@ -33,7 +33,7 @@ from ff_fast import (
     keys,
 )
 from ff_fast._cli.top import fitted
-from ff_fast._core.roles import ROLES
+from ff_fast._core.roles import ROLES, acl_line
 from ff_fast.embedded import EmbeddedServer
 
 from ..conftest import PROMPT, connect_raw
@@ -580,6 +580,18 @@ def test_a_user_has_the_role_of_its_line_and_is_told_each_right_that_it_lacks(
     raw.execute_command("ACL", "DELUSER", "looker")
     assert found.level == "failed"
     assert all(rule in found.text for rule in lost)
+
+
+def test_the_line_of_a_role_takes_all_other_rights_of_a_user(own_server, raw):
+    raw.execute_command("ACL", "SETUSER", "looker", "reset", "on", ">pass", "~*", "&*", "+@all")
+    raw.execute_command("ACL", "SETUSER", "looker", "(~secret:* +get)")
+    *_, line = acl_line(["reader"], "looker").splitlines()
+    raw.execute_command(*line.split())
+    for command in (["GET", "secret:1"], ["GET", "other"], ["SPUBLISH", "other", "x"], ["PING"]):
+        told = raw.execute_command("ACL", "DRYRUN", "looker", *command)
+        assert b"has no permissions" in told, command
+    assert raw.execute_command("ACL", "DRYRUN", "looker", "GET", keys.PARTITIONS_CONFIG) == b"OK"
+    raw.execute_command("ACL", "DELUSER", "looker")
 
 
 # -- the commands ---------------------------------------------------------------------------------------------------------
