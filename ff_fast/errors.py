@@ -837,7 +837,7 @@ class PermissionDenied(FFError, PermissionError):
     command: str | None = None
     function: str | None = None
     location: str | None = None
-    _sentence = "The user lacks a permission that the call needs; compare its ACL with that of docs/guides/deployment.md."
+    _sentence = "The user lacks a permission that the call needs; compare its ACL with the line that ff-fast acl prints for its role."
 
 
 TlsFault = Literal[
@@ -1237,7 +1237,7 @@ def _denied(text: str, function: str | None) -> PermissionDenied:
         needs = f" that {function} needs" if function else ""
         at = f" ({location})" if location else ""
         error = PermissionDenied(
-            f"The user may not {what}{needs}{at}; compare its ACL with that of docs/guides/deployment.md."
+            f"The user may not {what}{needs}{at}; compare its ACL with the line that ff-fast acl prints for its role."
         )
     error.denied, error.command = denied, command
     error.function, error.location = function, location

@@ -35,6 +35,10 @@ local function from_set(found, key, state, base, ms, id, suffix, count)
   local before, offset, at, last_id = tonumber(ms), 0, nil, nil
   local page
   local from = ff.text(base + (before or ff.STATE_SPAN - 1))
+  if before and id == '' then
+    -- Nothing of this time is behind the place.
+    from, before = '(' .. from, nil
+  end
   repeat
     -- Those with the time of the place itself, up to the place, come first, and are passed over.
     page = redis.call('ZREVRANGEBYSCORE', key, from, ff.text(base), 'WITHSCORES', 'LIMIT', offset, count)

@@ -6,6 +6,7 @@ argument orders of the Lua functions.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
@@ -1004,7 +1005,7 @@ def _transition(identity: object, flat: object) -> StateTransition:
         int(entry["attempt"]),
         entry.get("reason") or None,
         # It may be cut within a letter.
-        entry.get("error", "").removesuffix("\ufffd") or None,
+        _cut(entry.get("error", "")) or None,
         FailureClass(word) if (word := entry.get("class")) else None,
     )
 
@@ -1099,7 +1100,9 @@ def list_executions(
         found = []
         for flat in _list(fields[2]):
             told = {_text(name): _text(value) for name, value in _pairs(flat).items()}
-            found.append(((int(told["listed_at"]), told["id"]), _summary(told)))
+            # Foreign data in one core hides that execution, and no other.
+            with contextlib.suppress(KeyError, ValueError):
+                found.append(((int(told["listed_at"]), told["id"]), _summary(told)))
         return Listed(found, (int(ms), identity) if ms else None)
 
     return Op(
@@ -1147,17 +1150,22 @@ def _summary(told: Mapping[str, str]) -> ExecutionSummary:
         worker_id=told.get("current_worker_id"),
         worker_instance_id=told.get("current_worker_instance_id"),
         lease_expires_at_ms=when("lease"),
-        error=None if state == "completed" else error or None,
+        error=None if state == "completed" or not error else _cut(error),
         failure_class=FailureClass(failure_class) if failure_class else None,
         progress_percent=when("progress_percent"),
-        suspension_reason=told.get("reason"),
+        suspension_reason=_cut(told["reason"]) if "reason" in told else None,
         waiting_for=_waits(told),
     )
 
 
 def _waits(told: Mapping[str, str]) -> tuple[str, ...]:
     """Return what a suspension waits for, in the order of its condition."""
-    return tuple(told[name].rstrip() for name in told if name.startswith("waits:"))
+    return tuple(_cut(told[name]).rstrip() for name in told if name.startswith("waits:"))
+
+
+def _cut(text: str) -> str:
+    """Return a text of which the server has sent the beginning, perhaps up to the middle of a character."""
+    return text.removesuffix("\ufffd")
 
 
 class LanesPart(NamedTuple):

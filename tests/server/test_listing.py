@@ -228,12 +228,34 @@ def test_each_partition_lists_a_bounded_number_of_failures(world, raw):
     assert ids(everything(world.backend, state="failed")) == [eid]
 
 
+def test_a_text_that_is_cut_ends_with_a_whole_character(world):
+    for start in ("", "x"):
+        _, handle = world.owned()
+        world.backend.fail(handle, start + "é" * 400)
+        error = world.backend.list_executions(state="failed").items[0].error
+        assert error == start + "é" * (len(error) - len(start))
+        assert 500 < len(error.encode()) <= 512
+
+
 def test_an_error_in_a_listing_is_short(world):
     eid, handle = world.owned()
     world.backend.fail(handle, "é" * 10_000)
     (found,) = everything(world.backend, state="failed")
     assert found.execution_id == eid
     assert 250 <= len(found.error) <= 257
+
+
+def test_pages_go_on_behind_foreign_members(world, raw):
+    tag, now = "{fp:1}", world.now()
+    old = world.create(execution_id=f"{tag}:{keys.new_uuid()}")
+    foreign = {f"{number:04}junk x": 10**13 + now + 60_000 for number in range(1000)}
+    raw.zadd(keys.listed(tag), foreign | {b"\xff\xfe": 10**13 + now + 70_000})
+    new = world.create(execution_id=f"{tag}:{keys.new_uuid()}")
+    for count in (1, 2, 100):
+        assert sorted(ids(everything(world.backend, count=count))) == sorted([old, new])
+        assert sorted(ids(everything(world.backend, count=count, lane=world.lane))) == sorted(
+            [old, new]
+        )
 
 
 def test_a_retry_clears_no_place(world):
@@ -270,6 +292,14 @@ def test_foreign_members_and_cores_are_passed_over(world, raw):
     broken = world.create()
     raw.delete(keys.core(broken))
     raw.set(keys.core(broken), "junk")
+    for field, value in (
+        ("priority", "x"),
+        ("failure_class", "x"),
+        ("created_at", ""),
+        ("lane_id", None),
+    ):
+        core = keys.core(world.create())
+        raw.hset(core, field, value) if value is not None else raw.hdel(core, field)
     assert ids(everything(world.backend)) == [eid]
 
 
