@@ -245,6 +245,31 @@ def test_an_error_in_a_listing_is_short(world):
     assert 250 <= len(found.error) <= 257
 
 
+def test_one_call_looks_at_a_bounded_number_of_one_millisecond(world, raw):
+    """As after the server's clock was set back: completions share the last time until it is reached again."""
+    tag, shared = "{fp:1}", 1_700_000_000_000
+    eids = [world.create(execution_id=f"{tag}:{keys.new_uuid()}") for _ in range(4)]
+    pipe = raw.pipeline()
+
+    def completed(eid, ms):
+        pipe.xadd(keys.completions(tag), {"execution_id": eid, "outcome": "success"}, f"{ms}-*")
+
+    for eid in eids[:3]:
+        pipe.hset(keys.core(eid), "state", "completed")
+        pipe.zrem(keys.listed(tag), f"{eid} {world.lane}")
+    completed(eids[2], shared - 1)
+    for _ in range(600):
+        completed(f"{tag}:{keys.new_uuid()}", shared)
+    completed(eids[1], shared)
+    completed(eids[0], shared + 1)
+    for _ in range(2000):
+        pipe.zadd(keys.listed(tag), {f"{tag}:{keys.new_uuid()} x": 10**13 + shared})
+    pipe.zadd(keys.listed(tag), {f"{eids[3]} {world.lane}": 10**13 + shared - 2})
+    pipe.execute()
+    for count in (1, 50):
+        assert ids(everything(world.backend, count=count)) == eids
+
+
 def test_pages_go_on_behind_foreign_members(world, raw):
     tag, now = "{fp:1}", world.now()
     old = world.create(execution_id=f"{tag}:{keys.new_uuid()}")
