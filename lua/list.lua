@@ -239,7 +239,7 @@ end
 -- ff_list_lanes
 --   keys:    listed queues timers
 --   args:    queue_after offset
---   returns: next_queue next_offset now queues counts
+--   returns: next_queue next_offset queues counts
 --   errors:  invalid_input
 --
 -- `queues` has for each queue behind `queue_after` its name, as in the keys, how many executions wait in it, and when
@@ -301,7 +301,7 @@ redis.register_function({
         counts[#counts + 1], counts[#counts + 2] = name, ff.text(sum)
       end
     end
-    return ff.ok(next_queue, next_offset, ff.text(now), queues, counts)
+    return ff.ok(next_queue, next_offset, queues, counts)
   end,
   flags = { 'no-writes' },
 })

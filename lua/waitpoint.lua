@@ -775,7 +775,7 @@ function ff.expire_suspension(execution)
     ff.close_suspension(execution, 'timed_out')
     ff.move(execution, 'waiting', 'suspension_timeout')
   elseif behavior == 'escalate' then
-    ff.clear_timer(execution, 'suspension')
+    ff.clear_timers(execution, 'suspension')
     ff.set(execution, 'escalated_at', ff.text(execution.now))
   elseif behavior == 'cancel' then
     ff.set(execution, 'cancellation_reason', 'suspension_timeout', 'cancelled_from', 'suspended')

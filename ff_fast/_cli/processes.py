@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import select
 import signal
@@ -20,6 +19,7 @@ from ff_fast import InvalidInput, MissingDependency, _process
 from ff_fast._cli import health
 from ff_fast._cli.shared import DONE, END_S, FAILED, LOOK_S, URL_VARIABLE, USAGE
 from ff_fast._core.worker import HAND_BACK_S
+from ff_fast._log import LOG
 
 if TYPE_CHECKING:
     import argparse
@@ -28,8 +28,6 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 # A process that has lived so long has started well.
 _LIVED_S = 10.0
-
-_log = logging.getLogger("ff_fast")
 
 
 def run(arguments: argparse.Namespace, url: str) -> int:
@@ -148,7 +146,7 @@ class _Parent:
                 endpoints = health.Endpoints()
                 endpoints.ready = self.why_not_ready
                 served = health.serve(endpoints, self._arguments.bind, self._arguments.health_port)
-                _log.info("Serving health on port %d", served)
+                LOG.info("Serving health on port %d", served)
             if self._arguments.reload:
                 threading.Thread(target=self._watch, name="ff-fast reload", daemon=True).start()
             while self._children or (self._waits and not self._stopping):
@@ -211,20 +209,20 @@ class _Parent:
             command += ["--metrics-port", str(given.metrics_port and given.metrics_port + index)]
         command += ["--until-idle"] * given.until_idle + ["--no-supervise"] * given.no_supervise
         child = self._children[index] = _Child(command, self._url)
-        _log.info("Worker process %d has started, with pid %d", index, child.process.pid)
+        LOG.info("Worker process %d has started, with pid %d", index, child.process.pid)
 
     def _ended(self, index: int, child: _Child, code: int) -> None:
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
         if self._stopping:
-            _log.info("Worker process %d has ended %s", index, how)
+            LOG.info("Worker process %d has ended %s", index, how)
             if code != DONE:
                 self._code = self._code or FAILED
         elif child.replaced:
             self._due[index] = 0.0
         elif code == DONE and self._arguments.until_idle:
-            _log.info("Worker process %d is idle", index)
+            LOG.info("Worker process %d is idle", index)
         elif self._arguments.reload:
-            _log.warning("Worker process %d has ended %s; it waits for a change", index, how)
+            LOG.warning("Worker process %d has ended %s; it waits for a change", index, how)
         elif code == USAGE:
             # It would be refused again.
             self._code = USAGE
@@ -235,7 +233,7 @@ class _Parent:
             )
             self._pauses[index] = min(2 * pause_s, _LONGEST_PAUSE_S)
             self._due[index] = time.monotonic() + pause_s
-            _log.warning(
+            LOG.warning(
                 "Worker process %d has ended %s; it is started again in %g s", index, how, pause_s
             )
 
@@ -265,7 +263,7 @@ class _Parent:
             self._changed.set()
 
     def _replace(self) -> None:
-        _log.info("A file has changed: starting again")
+        LOG.info("A file has changed: starting again")
         for index in range(self._arguments.workers):
             child = self._children.get(index)
             if child is None:

@@ -27,10 +27,10 @@ from ff_fast._cli.shared import (
     complain,
     look_at,
     one_line,
-    when,
     whole,
     write_json,
 )
+from ff_fast._core.explain import point_in_time
 
 if TYPE_CHECKING:
     import argparse
@@ -317,6 +317,10 @@ def summary(arguments: argparse.Namespace) -> int:
 # -- info ------------------------------------------------------------------------------------------
 
 
+def _when(ms: int | None) -> str | None:
+    return None if ms is None else point_in_time(ms)
+
+
 def add_info(commands: Commands) -> None:
     parser = commands.add(
         info,
@@ -339,9 +343,9 @@ def info(arguments: argparse.Namespace) -> int:
             "lane": execution.lane,
             "namespace": execution.namespace,
             "priority": execution.priority,
-            "created": when(execution.created_at_ms),
-            "started": when(execution.started_at_ms),
-            "finished": when(execution.finished_at_ms),
+            "created": _when(execution.created_at_ms),
+            "started": _when(execution.started_at_ms),
+            "finished": _when(execution.finished_at_ms),
             "attempts": attempts,
         }
         if execution.state == "active":

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import sys
-import time
 import warnings
 from typing import TYPE_CHECKING
 
@@ -63,13 +62,6 @@ def _escaped(text: bytes) -> bytes:
 def one_line(value: object) -> str:
     """Return a worker's or caller's text with its control characters escaped."""
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(value))
-
-
-def when(ms: int | None) -> str | None:
-    if ms is None:
-        return None
-    at = time.gmtime(ms // 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', at)}.{ms % 1000:03d}Z"
 
 
 class Parser(argparse.ArgumentParser):

@@ -30,6 +30,7 @@ from ff_fast._cli.shared import (
     whole,
 )
 from ff_fast._core.worker import HAND_BACK_S
+from ff_fast._log import LOG
 
 if TYPE_CHECKING:
     import socket
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 _DRAIN_S = 25.0
 _DRAIN_RELOAD_S = 1.0
 _LEVELS = ("debug", "info", "warning", "error")
-
-_log = logging.getLogger("ff_fast")
 
 
 def add_worker(commands: Commands) -> None:
@@ -268,7 +267,7 @@ class Process:
             ports.append(("metrics", arguments.metrics_port))
         for what, port in ports:
             served = health.serve(endpoints, arguments.bind, port)
-            _log.info("Serving %s on port %d", what, served)
+            LOG.info("Serving %s on port %d", what, served)
         return endpoints
 
     def _begin(self, backend: Any, endpoints: health.Endpoints) -> None:  # noqa: ANN401
@@ -337,7 +336,7 @@ class Process:
             if stop.hurried:
                 until = min(until, now + HAND_BACK_S + END_S)
             if now > until:
-                _log.error("A handler does not end; its execution goes on when the lease lapses.")
+                LOG.error("A handler does not end; its execution goes on when the lease lapses.")
                 logging.shutdown()
                 os._exit(FAILED)
             if parent is None:
@@ -353,7 +352,7 @@ class Process:
             if gone:
                 parent.close()
                 parent = None
-                _log.warning("The process that started this one has gone.")
+                LOG.warning("The process that started this one has gone.")
                 self._stop.set()
 
 

@@ -121,10 +121,13 @@ def sentences(
         yield from _frames(index, stream)
 
 
-def _at(ms: int | None) -> str:
-    if ms is None:
-        return "an unknown time"
+def point_in_time(ms: int) -> str:
+    """Return Unix milliseconds as text, in UTC: ``2026-11-27T09:00:00.000Z``."""
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(ms // 1000))}.{ms % 1000:03d}Z"
+
+
+def _at(ms: int | None) -> str:
+    return "an unknown time" if ms is None else point_in_time(ms)
 
 
 def _creation(execution: ExecutionDescription) -> Iterator[str]:

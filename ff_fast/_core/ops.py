@@ -1100,9 +1100,10 @@ def list_executions(
         found = []
         for flat in _list(fields[2]):
             told = {_text(name): _text(value) for name, value in _pairs(flat).items()}
-            # Foreign data in one core hides that execution, and no other.
-            with contextlib.suppress(KeyError, ValueError):
-                found.append(((int(told["listed_at"]), told["id"]), _summary(told)))
+            place = int(told["listed_at"]), told["id"]
+            # A core with foreign data is passed over: it must not keep the others from being seen.
+            with contextlib.suppress(ValueError, LookupError):
+                found.append((place, _summary(told)))
         return Listed(found, (int(ms), identity) if ms else None)
 
     return Op(
@@ -1186,8 +1187,8 @@ def list_lanes(partition: int, queue_after: str, offset: str) -> Op[LanesPart]:
     slot_tag = keys.slot_tag(partition)
 
     def parse(_: bytes, fields: list[object]) -> LanesPart:
-        queues = list(map(_text, _list(fields[3])))
-        counts = list(map(_text, _list(fields[4])))
+        queues = list(map(_text, _list(fields[2])))
+        counts = list(map(_text, _list(fields[3])))
         return LanesPart(
             _text(fields[0]),
             _text(fields[1]),

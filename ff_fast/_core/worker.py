@@ -343,6 +343,7 @@ class TaskState(Holder[W, K]):
 
     def __init__(
         self,
+        backend: Any,
         handle: Handle,
         mode: StreamMode | None = None,
         level: Level = STORED,
@@ -350,6 +351,7 @@ class TaskState(Holder[W, K]):
     ) -> None:
         fields = handle.fields()
         super().__init__(fields.execution_id, level)
+        self._backend = backend
         self.handle = handle
         self._mode = mode
         self._worker_id = worker_id
@@ -460,6 +462,12 @@ class Stopped(NamedTuple):
     """The handler was cancelled, as its :class:`CallHandler` says, and has ended with that."""
 
 
+class Attend(NamedTuple):
+    """Run the handler for a claimed execution, and resume with the value of :func:`attend`."""
+
+    handle: Handle
+
+
 Action = Run | UseWriter | CallHandler | CloseWriter | WaitLost
 Actions = Generator[Action, Any, bool]
 Ending = Generator[Action, Any, None]
@@ -473,6 +481,9 @@ class Backend(Protocol):
 
     @property
     def _deployment(self) -> Deployment: ...
+
+    @property
+    def _attending(self) -> Attending: ...
 
 
 def attend(
@@ -866,6 +877,43 @@ class Patience:
         pause_s = self._next_s
         self._next_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         return pause_s
+
+
+def serve(
+    backend: Backend,
+    options: operations.WorkerOptions,
+    stopping: Callable[[], bool],
+    halt: Callable[[], None],
+) -> Generator[Run | Attend | operations.Rest, Any, None]:
+    """Claim one execution after the other and attend to it, until the worker stops; one of its slots.
+
+    Args:
+        backend: The backend.
+        options: Those of the worker.
+        stopping: Whether the worker is to stop.
+        halt: Stops it; called where there is nothing to do, if it ends then.
+
+    Raises:
+        FFError: The worker cannot claim at all.
+    """
+    patience, attending = Patience(), backend._attending
+    while not stopping():
+        began = time.monotonic()
+        try:
+            handle = yield Run(options.claim())
+        except FFError as error:
+            if backend.closed:
+                return
+            attending.reached = False
+            yield operations.Rest(patience.refused(error))
+            continue
+        attending.reached = True
+        if handle is not None:
+            # Attended to even if a stop was requested meanwhile: it is claimed.
+            over = yield Attend(handle)
+            yield operations.Rest(patience.attended(over=over))
+        elif options.until_idle and attending.idle_since(began):
+            halt()
 
 
 def is_handlers_own(error: BaseException) -> bool:

@@ -328,6 +328,23 @@ def test_foreign_members_and_cores_are_passed_over(world, raw):
     assert ids(everything(world.backend)) == [eid]
 
 
+FIELDS = ("priority", "created_at", "last_transition_at", "lane_id", "namespace", "retry_count")
+
+
+@pytest.mark.parametrize("value", [None, "junk", b"\xff"])
+def test_an_execution_with_foreign_data_hides_no_other_one(world, raw, value):
+    eid, _ = world.owned()
+    for field in FIELDS:
+        broken, _ = world.owned()
+        if value is None:
+            raw.hdel(keys.core(broken), field)
+        else:
+            raw.hset(keys.core(broken), field, value)
+        assert eid in ids(everything(world.backend)), field
+        assert world.backend.list_workers()[0].executions >= 1
+        raw.delete(keys.core(broken))
+
+
 # -- lanes and workers ----------------------------------------------------------------------------------------------------
 
 
@@ -360,6 +377,17 @@ def test_a_lane_that_is_empty_leaves_the_list(world, raw):
     world.backend.cancel(world.create())
     assert world.backend.list_lanes() == ()
     assert not raw.exists(*(keys.queues(keys.slot_tag(index)) for index in range(4)))
+
+
+@pytest.mark.parametrize("needs", [(), ("gpu:a100", "b%c")])
+def test_a_queue_of_which_nothing_can_be_claimed_is_forgotten(world, raw, needs):
+    capabilities = CapabilitySet(needs)
+    eid = world.create(required_capabilities=capabilities)
+    raw.delete(keys.core(eid))
+    queues = keys.queues(keys.slot_tag_of(eid))
+    assert raw.zcard(queues) == 1
+    assert world.backend.claim(lane=world.lane, capabilities=capabilities, **WORKER) is None
+    assert not raw.exists(queues)
 
 
 def test_workers_are_those_that_hold_leases(shell, world):

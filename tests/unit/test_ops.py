@@ -933,7 +933,7 @@ ANSWERS = {
         ),
     ),
     "ff_list_lanes": (
-        [b"(x", b"512", b"9", [b"l:gpu", b"2", b"7"], [b"active l a", b"3"]],
+        [b"(x", b"512", [b"l:gpu", b"2", b"7"], [b"active l a", b"3"]],
         ops.LanesPart("(x", "512", [("l:gpu", 2, 7)], [("active", "l a", 3)]),
     ),
     "ff_read_range": (
