@@ -317,14 +317,6 @@ def test_foreign_members_and_cores_are_passed_over(world, raw):
     broken = world.create()
     raw.delete(keys.core(broken))
     raw.set(keys.core(broken), "junk")
-    for field, value in (
-        ("priority", "x"),
-        ("failure_class", "x"),
-        ("created_at", ""),
-        ("lane_id", None),
-    ):
-        core = keys.core(world.create())
-        raw.hset(core, field, value) if value is not None else raw.hdel(core, field)
     assert ids(everything(world.backend)) == [eid]
 
 
