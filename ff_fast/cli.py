@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from typing import TYPE_CHECKING
 
-from ff_fast import FFError, InvalidInput, __version__
+from ff_fast import DeploymentWarning, FFError, InvalidInput, __version__
 from ff_fast._cli import control, demo, look, read, serve, top, work
 from ff_fast._cli.shared import (
     DONE,
@@ -26,6 +27,7 @@ from ff_fast._cli.shared import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import TextIO
 
 __all__ = ["TOKEN_VARIABLE", "URL_VARIABLE", "main"]
 
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _open_streams()
     try:
-        with _terminable():
+        with _terminable(), _warns_in_one_line():
             code = _run(sys.argv[1:] if argv is None else argv)
             sys.stdout.flush()
     except InvalidInput as error:
@@ -89,12 +91,13 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _open_streams() -> None:
-    """Open streams that the caller has closed, so that no file or socket takes their place; all text can be printed."""
+    """Open streams that the caller has closed, so that no file or socket takes their place."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             nothing = os.open(os.devnull, os.O_RDWR)
             setattr(sys, name, open(nothing, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
+        # Texts of others are shown as far as the encoding of the terminal goes.
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
@@ -121,6 +124,29 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+@contextlib.contextmanager
+def _warns_in_one_line() -> Iterator[None]:
+    """Show what there is to say of a server as other sentences, without a place in the source."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, DeploymentWarning):
+                complain(str(message))
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = tell
+        yield
 
 
 def _parser() -> Parser:
