@@ -62,10 +62,7 @@ def run(server, monkeypatch, capfdbinary):
     monkeypatch.setenv(cli.URL_VARIABLE, server.url)
 
     def run(*argv: str) -> tuple[int, bytes, str]:
-        try:
-            code = cli.main(argv)
-        except SystemExit as stop:
-            code = stop.code
+        code = cli.main(argv)
         out, err = capfdbinary.readouterr()
         return code, out, err.decode()
 

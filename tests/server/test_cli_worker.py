@@ -120,10 +120,7 @@ def run(server, monkeypatch, capfd, module):
     monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
 
     def run(*argv):
-        try:
-            code = cli.main(["worker", *argv])
-        except SystemExit as stop:
-            code = stop.code
+        code = cli.main(["worker", *argv])
         return code, capfd.readouterr().err
 
     return run

@@ -6,8 +6,6 @@ import pkgutil
 import re
 from typing import get_args
 
-import pytest
-
 import ff_fast
 from ff_fast import FFError, Outcome, aio, cli, types, web
 from ff_fast._core import operations
