@@ -2009,6 +2009,7 @@ class WorkerOptions(NamedTuple):
         supervise: Whether the worker supervises the deployment while nobody else does.
         drain_s: Longest time that handlers have after a stop; None has no limit.
         until_idle: Whether the worker ends when there is nothing to do.
+        remaining: Tells whether executions of the lane are delayed, or run in any worker.
         lane: The lane.
         worker_id: Name of the worker.
         named: Whether executions name their handlers.
@@ -2024,6 +2025,7 @@ class WorkerOptions(NamedTuple):
     supervise: bool
     drain_s: float | None
     until_idle: bool
+    remaining: Call[bool]
     lane: str
     worker_id: str
     named: bool = False
@@ -2104,8 +2106,9 @@ def run_worker(
             worker is replaced, and no delay, timeout or deadline takes effect.
         drain_timeout: Longest time that handlers have to end after a stop, in seconds or as a ``timedelta``; None has no
             limit.
-        until_idle: End when there has been nothing to claim for about a second and no handler of this backend runs.
-            Executions that are delayed, as for a retry, are not waited for.
+        until_idle: End when there has been nothing to claim for about a second, no handler of this backend runs, and no
+            execution of the lane is delayed, as for a retry, or runs in another worker. With ``supervise=False`` the
+            last two are not waited for, as others bring such work back.
 
     Raises:
         UnsupportedServer: *durability* is ``synced``, and the server keeps no append-only file.
@@ -2139,6 +2142,17 @@ def run_worker(
         supervise,
         drain_s,
         until_idle,
+        Call(partial(_remaining, on, lane), writes=False, own_connection=True),
         lane,
         worker_id,
     )
+
+
+def _remaining(on: Deployment, lane: str) -> Steps[bool]:
+    """Tell whether executions of the lane are delayed, or run."""
+    wanted, place = ops.Filter(("delayed", "active"), lane), None
+    while True:
+        page = yield from listing.executions(on.partitions, wanted, place, 1)
+        if page.items or page.next is None:
+            return bool(page.items)
+        place = listing.Place.of(page.next)

@@ -48,6 +48,7 @@ from ff_fast.errors import (
     LibraryMismatch,
     NotReplicated,
     Outcome,
+    PermissionDenied,
     ProtocolError,
     SequenceGap,
     StaleOwner,
@@ -822,6 +823,7 @@ class Attending:
         self._lock = threading.Lock()
         self._count = 0
         self._ended_at = float("-inf")
+        self._asked_at = float("-inf")
 
     def __enter__(self) -> None:
         with self._lock:
@@ -835,6 +837,15 @@ class Attending:
     def idle_since(self, moment: float) -> bool:
         """Return whether no handler has run since *moment*, in monotonic time."""
         return not self._count and self._ended_at < moment
+
+    def asks(self) -> bool:
+        """Return whether it is time for one of the slots to ask what remains, and count it as asked."""
+        with self._lock:
+            now = time.monotonic()
+            due = now >= self._asked_at + operations.CLAIM_WAIT_S
+            if due:
+                self._asked_at = now
+            return due
 
 
 STOPPED = "The worker was stopped, and has handed the execution back."
@@ -927,10 +938,26 @@ def serve(
         FFError: The worker cannot claim at all.
     """
     patience, attending = Patience(), backend._attending
+    # When the server was asked, and told that nothing is to come. What came back until then is there for one more claim.
+    told_at: float | None = None
     while not stopping():
         began = time.monotonic()
         try:
-            handle = yield Run(options.claim())
+            if told_at is None:
+                handle = yield Run(options.claim())
+            else:
+                began, told_at = told_at, None
+                handle = yield Run(options.claim(max_wait_s=None))
+                if handle is None and attending.idle_since(began):
+                    halt()
+                    return
+            if handle is None and options.until_idle and attending.idle_since(began):
+                if not options.supervise:
+                    halt()
+                elif attending.asks():
+                    asked_at = time.monotonic()
+                    if not (yield from _remains(options)):
+                        told_at = asked_at
         except FFError as error:
             if backend.closed:
                 return
@@ -942,8 +969,23 @@ def serve(
             # Attended to even if a stop was requested meanwhile: it is claimed.
             over = yield Attend(handle)
             yield operations.Rest(patience.attended(over=over))
-        elif options.until_idle and attending.idle_since(began):
-            halt()
+
+
+def _remains(options: operations.WorkerOptions) -> Generator[Run, Any, bool]:
+    """Return whether there are executions that may be claimed some time: delayed, or with a worker that may lose them."""
+    try:
+        remains: bool = yield Run(options.remaining)
+    except PermissionDenied as error:
+        say_seldom(
+            logging.WARNING,
+            "until_idle",
+            error.code,
+            "Worker %s does not wait for retries, delays and other workers: %s",
+            options.worker_id,
+            error,
+        )
+        return False
+    return remains
 
 
 def is_handlers_own(error: BaseException) -> bool:
