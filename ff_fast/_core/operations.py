@@ -1912,15 +1912,21 @@ class SupervisionRequest(NamedTuple):
         watch = supervision.Watch(ScannerFilter.NOOP, aside=True)
         return cls(_round(on, ScannerFilter.NOOP), SUPERVISE_EVERY_S, turn, stop, watch)
 
-    def actions(self, closed: Callable[[], bool]) -> Generator[Ask | Rest, Any, None]:
+    def actions(
+        self, closed: Callable[[], bool], reached: Callable[[bool], None]
+    ) -> Generator[Ask | Rest, Any, None]:
         """Yield what to do, until the event is set or the backend is *closed*.
+
+        Args:
+            closed: Whether the backend is closed.
+            reached: Told each time whether the server has answered who makes the next round.
 
         Raises:
             FFError: No other round would pass.
         """
         with self.watch:
             try:
-                yield from self._rounds(closed)
+                yield from self._rounds(closed, reached)
             except GeneratorExit:
                 raise
             except BaseException:
@@ -1928,7 +1934,9 @@ class SupervisionRequest(NamedTuple):
                 raise
             yield from self._leave(closed)
 
-    def _rounds(self, closed: Callable[[], bool]) -> Generator[Ask | Rest, Any, None]:
+    def _rounds(
+        self, closed: Callable[[], bool], reached: Callable[[bool], None]
+    ) -> Generator[Ask | Rest, Any, None]:
         def stopped() -> bool:
             return closed() or (self.stop is not None and self.stop.is_set())
 
@@ -1936,7 +1944,12 @@ class SupervisionRequest(NamedTuple):
             mine, fired = True, 0
             try:
                 if self.turn is not None:
-                    mine = yield Ask(Call(self.turn.take))
+                    try:
+                        mine = yield Ask(Call(self.turn.take))
+                    except FFError as error:
+                        reached(not error.retryable)
+                        raise
+                    reached(True)
                 if mine:
                     fired = yield Ask(self.round)
             except FFError as error:

@@ -815,7 +815,7 @@ class Attending:
     """The handlers that run on a backend, over all its workers, and whether the server answers them.
 
     Attributes:
-        reached: Whether the server has answered the last claim; None before the first.
+        reached: Whether the server has answered when it was asked last for work, or who supervises; None before.
     """
 
     def __init__(self) -> None:
@@ -833,6 +833,10 @@ class Attending:
         with self._lock:
             self._count -= 1
             self._ended_at = time.monotonic()
+
+    def tell(self, reached: bool) -> None:
+        """Note whether the server has answered."""
+        self.reached = reached
 
     def idle_since(self, moment: float) -> bool:
         """Return whether no handler has run since *moment*, in monotonic time."""
