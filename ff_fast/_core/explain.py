@@ -322,6 +322,9 @@ def _suspension(execution: ExecutionDescription) -> Iterator[str]:
     if suspension is None:
         return
     signals = " or ".join(map(signal_text, suspension.waiting_for)) or "a signal"
+    if suspension.needed > 1:
+        signals = ", ".join(map(signal_text, suspension.waiting_for))
+        signals = f"{suspension.needed} of these, of which it has {suspension.received}: {signals}"
     yield (
         f"It is suspended since {_at(suspension.suspended_at_ms)} and waits for {signals};"
         f" its waitpoints: {', '.join(suspension.waitpoint_ids)}."

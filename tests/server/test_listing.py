@@ -24,6 +24,7 @@ from ff_fast import (
     ExecutionNotFound,
     FailureClass,
     FunctionMissing,
+    ResumeCondition,
     RetryPolicy,
     StreamMode,
     WaitpointKind,
@@ -437,6 +438,22 @@ def test_a_history_tells_what_a_suspended_execution_waits_for(shell, world, stat
     assert "Attempt 0 was suspended: a human must look." in text
     assert "waits for a signal named approve; its waitpoints: " in text
     assert "it times out (fail)" in text
+
+
+def test_a_history_tells_how_many_signals_are_still_missing(shell, world):
+    eid, handle = world.owned()
+    waitpoints = [world.backend.create_waitpoint(handle) for _ in range(2)]
+    specs = [
+        WaitpointSpec(WaitpointKind.SIGNAL_NAME, name, each.hmac_token)
+        for name, each in zip((b"legal", b"price"), waitpoints, strict=True)
+    ]
+    world.backend.suspend(handle, ResumeCondition.all(*specs), reason="two must agree")
+    waits = "of which it has {}: a signal named legal, a signal named price;"
+    assert f"waits for 2 of these, {waits.format(0)}" in told(shell, eid)
+    world.backend.deliver_signal(eid, waitpoints[0], "legal")
+    assert f"waits for 2 of these, {waits.format(1)}" in told(shell, eid)
+    suspension = shell.describe(eid).suspension
+    assert (suspension.needed, suspension.received) == (2, 1)
 
 
 def test_a_history_tells_of_every_state(shell, states):
