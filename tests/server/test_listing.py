@@ -486,6 +486,16 @@ def test_a_history_tells_why_nobody_claims_an_execution(shell, world):
     assert "A worker has heard of it and is about to claim it" in told(shell, eid)
 
 
+def test_a_history_tells_which_children_have_not_ended(shell, world):
+    parent, handle = world.owned()
+    children = [world.create(parent_id=parent, delay=60) for _ in range(3)]
+    world.backend.wait_children(handle)
+    world.backend.cancel(children.pop())
+    text = told(shell, parent)
+    assert "2 of them have not ended: " in text
+    assert all(each in text for each in children)
+
+
 def test_a_history_tells_that_a_cancelled_flow_keeps_an_execution(shell, world):
     flow_id = world.create_flow()
     eid = world.create(flow_id=flow_id)
