@@ -106,14 +106,14 @@ def _look_around(execution: ExecutionDescription, partitions: int) -> Steps[Arou
         except FlowNotFound:
             flow_open = False
     if execution.state == "waiting_children" and may[5]:
-        number, page = yield Step(
+        number, scanned = yield Step(
             (
                 command(b"SCARD", children),
                 command(b"SSCAN", children, b"0", b"COUNT", b"%d" % _CHILDREN),
             )
         )
-        if isinstance(number, int) and isinstance(page, list):
-            some = number, tuple(map(_text, page[1][:_CHILDREN]))
+        if isinstance(number, int) and isinstance(scanned, list):
+            some = number, tuple(map(_text, scanned[1][:_CHILDREN]))
     return Around(now_ms, who, offered, holders, flow_open, some)
 
 
