@@ -262,8 +262,8 @@ class Operations(Pool):
         self._kept.add(request.channel, request.name, keeper)
         return keeper
 
-    def _stats(self, count: Callable[[list[Any]], Stats]) -> Stats:
-        return count(self._writers.valuerefs())
+    def _stats(self, count: Callable[..., Stats]) -> Stats:
+        return count(self._writers.valuerefs(), closed=self._closed)
 
     async def _supervise(self, request: operations.SupervisionRequest) -> None:
         await drive(request.actions(lambda: self._closed), self._supervising)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import time
 import warnings
@@ -57,6 +58,7 @@ class Deployment:
         partitions: Number of partitions: the stored one from the first connection on, before it the configured one or
             256.
         max_payload_bytes: Largest payload that writers of this backend accept.
+        pid: The process that opened the backend.
         places: What this backend knows to be stored.
         tally: What this backend has done, in numbers.
         tracing: Makes spans; None while nobody has asked for traces.
@@ -64,7 +66,7 @@ class Deployment:
 
     __slots__ = (
         "_client_name", "_configured", "_known", "_looked", "_offers", "_released", "_sweeps", "max_payload_bytes",
-        "partitions", "places", "tally", "tracing",
+        "partitions", "pid", "places", "tally", "tracing",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +89,7 @@ class Deployment:
         self._offers: dict[tuple[str, tuple[str, ...], bool], Offer] = {}
         self.partitions = keys.DEFAULT_PARTITIONS if partitions is None else partitions
         self.max_payload_bytes = max_payload_bytes
+        self.pid = os.getpid()
         self.tally = Tally()
         self.tracing: Tracing | None = None
         self.places = Places(replay_ms, replay_bytes, self.tally)

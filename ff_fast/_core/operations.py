@@ -26,7 +26,7 @@ from ff_fast._core.durability import DEFAULT_TIMEOUT_S, Level
 from ff_fast._core.follow import Ended, FollowCore, WaitCore
 from ff_fast._core.leases import LeaseClock, is_ended_by_plan, is_lease_lost, say_lost, told_as
 from ff_fast._core.roles import ROLES
-from ff_fast._core.stats import stats_of
+from ff_fast._core.stats import counting, stats_of
 from ff_fast._core.steps import Pause, Step, Steps, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
@@ -157,23 +157,6 @@ def _call(op: ops.Op[T]) -> Call[T]:
 
 def _is_there(value: object) -> bool:
     return value is not None
-
-
-def _counting(
-    on: Deployment,
-    event: str,
-    steps: Callable[[], Steps[T]],
-    counts: Callable[[T], bool] = lambda value: True,
-) -> Callable[[], Steps[T]]:
-    """Return *steps* with a count of those that give a value which *counts*."""
-
-    def counting() -> Steps[T]:
-        value = yield from steps()
-        if counts(value):
-            on.tally.note(event)
-        return value
-
-    return counting
 
 
 def _hinted(op: ops.Op[tuple[T, ops.Hints]], execution_id: str) -> Call[T]:
@@ -584,7 +567,7 @@ def _claim(
         lane, worker_id, worker_instance_id, lease_ttl_ms, capabilities, max_wait_s, plain
     )
     state = claiming.Claim(request)
-    steps = _counting(on, "executions_claimed", lambda: claiming.claim(on, state), _is_there)
+    steps = counting(on.tally, "executions_claimed", lambda: claiming.claim(on, state), _is_there)
     return Call(steps, claim=state)
 
 
@@ -678,7 +661,7 @@ def complete(
         last_sequence=last_sequence,
         reach=Reach(completing, durability, durability_timeout),
     )
-    return call._replace(steps=_counting(on, "executions_completed", call.steps))
+    return call._replace(steps=counting(on.tally, "executions_completed", call.steps))
 
 
 def fail(
@@ -727,7 +710,7 @@ def fail(
         fails=True,
         reach=Reach(fail_with, durability, durability_timeout),
     )
-    return call._replace(steps=_counting(on, "executions_failed", call.steps))
+    return call._replace(steps=counting(on.tally, "executions_failed", call.steps))
 
 
 def cancel(
@@ -764,17 +747,13 @@ def cancel(
 
     def steps() -> Steps[CancelOutcome]:
         outcome = yield from call.steps()
-        yield from reach.steps()
+        if outcome.cancelled:
+            yield from counting(on.tally, "executions_cancelled", reach.steps)()
+        else:
+            yield from reach.steps()
         return outcome
 
-    return call._replace(
-        steps=_counting(
-            on,
-            "executions_cancelled",
-            steps,
-            lambda outcome: outcome.cancelled,
-        )
-    )
+    return call._replace(steps=steps)
 
 
 def progress(
@@ -890,8 +869,8 @@ def claim_from_reclaim(
         capabilities=request.capabilities.tokens,
     )
     state = claiming.Claim(request)
-    steps = _counting(
-        on, "executions_claimed", lambda: claiming.take_over(on, state, op, eid, lease_id)
+    steps = counting(
+        on.tally, "executions_claimed", lambda: claiming.take_over(on, state, op, eid, lease_id)
     )
     return Call(steps, claim=state)
 
@@ -1751,6 +1730,7 @@ def open_stream(
         produced = yield from claiming.produce(on, state, op, eid, lease_id)
         if produced is None:
             return None
+        on.tally.note("executions_claimed")
         with applied_in_part():
             attempt = ops.Attempt.of(produced.handle)
             writer = yield from writers.continue_writer(
@@ -1877,11 +1857,12 @@ def keep_lease(
     )
 
 
-def stats(on: Deployment) -> Callable[[Sequence[Callable[[], writers.SharedWriter | None]]], Stats]:
+def stats(on: Deployment) -> Callable[..., Stats]:
     """Return what this backend has done since it was opened, and what it is doing, in numbers.
 
     A plain call that asks no server. The counters are kept once a batch; reading them takes microseconds, and a few more
-    for each open writer.
+    for each open writer. A closed backend keeps its counts. In a process that was forked from the one that opened the
+    backend all numbers are 0.
     """
     return partial(stats_of, on)
 

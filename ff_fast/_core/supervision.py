@@ -15,7 +15,7 @@ from ff_fast._core.flows import MEMBERS_A_CALL
 from ff_fast._core.ready import publish_hints, with_hints
 from ff_fast._core.steps import Command, Step, Steps, checked, command, time_ms
 from ff_fast._hot.resp import pack_command
-from ff_fast._log import LOG, Outage, say
+from ff_fast._log import LOG, Outage, say, say_seldom
 from ff_fast.errors import (
     Corruption,
     ExecutionNotFound,
@@ -201,7 +201,10 @@ class Supervision:
             done += what == "done"
             deferred += what == "deferred"
         if deferred:
-            LOG.warning(
+            say_seldom(
+                logging.WARNING,
+                "timers",
+                "foreign",
                 "%d timers of partition %d cannot be fired: their keys hold foreign data. They are tried again in a"
                 " minute.",
                 deferred,

@@ -405,7 +405,8 @@ class SharedWriter(WriterCore):
             level = logging.WARNING
             how, arguments = "was superseded: another one was opened under the same lease.", ()
         elif isinstance(error, SequenceGap):
-            level, how = logging.WARNING, "has stopped: %s"
+            # A failover ends many writers.
+            level, how, cause = logging.WARNING, "has stopped: %s", error.code
         elif not error.unstored or isinstance(error, WriterClosed) or is_lease_lost(error):
             # An ordinary end; or the lease is lost, and its keeper says so.
             level, how = logging.DEBUG, "has ended: %s"

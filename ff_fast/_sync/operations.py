@@ -285,8 +285,8 @@ class Operations(Pool):
             keeper._abandon(_transport.closed_error())
         return keeper
 
-    def _stats(self, count: Callable[[list[Any]], Stats]) -> Stats:
-        return count(self._writers.valuerefs())
+    def _stats(self, count: Callable[..., Stats]) -> Stats:
+        return count(self._writers.valuerefs(), closed=self._closed)
 
     def _supervise(self, request: operations.SupervisionRequest) -> None:
         drive(request.actions(lambda: self._closed), self._supervising)

@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from ff_fast import FramesByMode, Gap, GapsByReason, Histogram, Stats, StreamFrame
+from ff_fast import FramesByMode, Gap, GapsByReason, Histogram, Stats, StreamFrame, errors
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.stats import stats_of
 from ff_fast._hot.tally import Listening, Tally
@@ -133,3 +133,9 @@ def test_a_quantile_is_the_bound_of_its_bucket():
     assert Histogram().quantile(0.5) == 0.0
     assert Histogram(1, 1 << 40, (*[0] * 31, 1)).quantile(0.5) == math.inf
     assert len(few.bounds) == len(few.buckets) == Histogram.BUCKETS
+
+
+@pytest.mark.parametrize("share", [99, -0.1, math.nan, True, "0.5"])
+def test_a_quantile_is_asked_for_by_its_share(share):
+    with pytest.raises(errors.InvalidInput):
+        Histogram().quantile(share)

@@ -761,3 +761,21 @@ def test_a_task_whose_lease_is_lost_refuses_to_write():
 def test_before_it_has_a_writer_a_task_has_heard_of_no_cancellation():
     task = TaskState(None, HANDLE)
     assert (task.cancelled, task.lost) == (False, False)
+
+
+STORMS = {
+    "a result that no replica confirms": (
+        {"handler": [RETURNED], COMPLETE: [errors.NotReplicated()]},
+        "has ended. ",
+    ),
+    "an end that is refused": (REFUSALS["a result and the failure"][0], " cannot be ended"),
+    "an attempt that is broken off": ({"handler": [KeyboardInterrupt()]}, " was broken off"),
+}
+
+
+@pytest.mark.parametrize("what", STORMS)
+def test_what_all_executions_meet_at_once_is_one_line(what, caplog):
+    outcomes, text = STORMS[what]
+    for _ in range(50):
+        Attended(outcomes)
+    assert len([each for each in caplog.messages if text in each]) == 1
