@@ -80,3 +80,35 @@ def say_seldom(
         arguments = (*arguments, int(before[1]))
     say(level, message, *arguments, raised=raised, **about)
     return True
+
+
+class Outage:
+    """Says once that something fails, and once that it works again.
+
+    Args:
+        place: What fails, for :func:`say_seldom`.
+    """
+
+    __slots__ = ("_place", "_said", "_since")
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self._said = False
+        # Since when it fails, in monotonic time; None while it works.
+        self._since: float | None = None
+
+    def fails(self, cause: Hashable, message: str, *arguments: object) -> None:
+        """Note that it fails, which *message* says."""
+        if self._since is None:
+            self._since = time.monotonic()
+        self._said |= say_seldom(logging.WARNING, self._place, cause, message, *arguments)
+
+    def works(self, message: str, *arguments: object) -> bool:
+        """Note that it works, and return whether it had failed; *message* says for how many seconds, its last argument."""
+        since, self._since = self._since, None
+        if since is None:
+            return False
+        if self._said:
+            self._said = False
+            say(logging.INFO, message, *arguments, time.monotonic() - since)
+        return True

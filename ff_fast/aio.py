@@ -47,9 +47,9 @@ class ValkeyBackend(Operations):
     def __init__(self, config: BackendConfig) -> None:
         super().__init__(config)
         self._server: EmbeddedServer | EmbeddedCluster | None = None
-        # Workers that run, and what supervises for them.
+        # The workers that run, with what supervises for them.
         self._workers = 0
-        self._stand_by_ends: tuple[asyncio.Task[None], asyncio.Event] | None = None
+        self._standby: tuple[asyncio.Task[None], asyncio.Event] | None = None
 
     @classmethod
     def connect(cls, target: str | BackendConfig) -> Opening[ValkeyBackend]:
@@ -185,17 +185,17 @@ class ValkeyBackend(Operations):
         if self._server is not None:
             yield
             return
-        self._workers += 1
-        if self._workers == 1:
+        if not self._workers:
             stop = asyncio.Event()
-            self._stand_by_ends = (self._spawn(self._stand_by(stop)), stop)
+            self._standby = (self._spawn(self._stand_by(stop)), stop)
+        self._workers += 1
         try:
             yield
         finally:
             self._workers -= 1
-            if not self._workers and self._stand_by_ends is not None:
-                supervising, stop = self._stand_by_ends
-                self._stand_by_ends = None
+            if not self._workers and self._standby is not None:
+                supervising, stop = self._standby
+                self._standby = None
                 stop.set()
                 await asyncio.wait([supervising], timeout=_SUPERVISOR_ENDS_S)
                 supervising.cancel()

@@ -23,13 +23,28 @@ from ff_fast._sync.writers import Writer
 from ff_fast.errors import FFError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ff_fast._core.handlers import Worker
     from ff_fast.embedded import EmbeddedCluster, EmbeddedServer
     from ff_fast.types import BackendConfig
 
 _SUPERVISOR_ENDS_S = 0.5
+
+
+class _Supervisor:
+    """A thread that supervises.
+
+    Args:
+        supervise: Does so until the event is set.
+    """
+
+    def __init__(self, supervise: Callable[[threading.Event], None]) -> None:
+        self.stop = threading.Event()
+        self.thread = threading.Thread(
+            target=supervise, args=(self.stop,), name="ff_fast supervisor", daemon=True
+        )
+        self.thread.start()
 
 
 class ValkeyBackend(Operations):
@@ -41,10 +56,10 @@ class ValkeyBackend(Operations):
     def __init__(self, config: BackendConfig) -> None:
         super().__init__(config)
         self._server: EmbeddedServer | EmbeddedCluster | None = None
-        self._supervisor: tuple[threading.Thread, threading.Event] | None = None
-        # Workers that run, and what supervises for them.
+        # What supervises an embedded server; and the workers that run, with what supervises for them.
+        self._supervisor: _Supervisor | None = None
         self._workers = 0
-        self._stand_by_ends: tuple[threading.Thread, threading.Event] | None = None
+        self._standby: _Supervisor | None = None
 
     @classmethod
     def connect(cls, target: str | BackendConfig) -> Self:
@@ -117,17 +132,9 @@ class ValkeyBackend(Operations):
             server.stop()
             raise
         backend._server = server
-        backend._start_supervisor()
+        # No other process knows the embedded server, so none supervises it.
+        backend._supervisor = _Supervisor(lambda stop: backend.supervise(stop=stop))
         return backend
-
-    def _start_supervisor(self) -> None:
-        """Supervise the embedded server, which no other process knows."""
-        stop = threading.Event()
-        thread = threading.Thread(
-            target=self.supervise, kwargs={"stop": stop}, name="ff_fast supervisor", daemon=True
-        )
-        self._supervisor = (thread, stop)
-        thread.start()
 
     def close(self) -> None:
         """Close every connection; callers that wait for a reply get an error.
@@ -143,10 +150,10 @@ class ValkeyBackend(Operations):
     def _stop(self) -> None:
         if self._supervisor is not None:
             # The supervisor ends soon: its event is set, and its connection is aborted.
-            self._supervisor[1].set()
+            self._supervisor.stop.set()
         super()._stop()
         if self._supervisor is not None:
-            self._supervisor[0].join()
+            self._supervisor.thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -177,25 +184,20 @@ class ValkeyBackend(Operations):
             yield
             return
         with self._starting:
+            if not self._workers:
+                self._standby = _Supervisor(self._stand_by)
             self._workers += 1
-            if self._workers == 1:
-                stop = threading.Event()
-                thread = threading.Thread(
-                    target=self._stand_by, args=(stop,), name="ff_fast supervisor", daemon=True
-                )
-                thread.start()
-                self._stand_by_ends = (thread, stop)
         try:
             yield
         finally:
+            over = None
             with self._starting:
                 self._workers -= 1
-                ends, self._stand_by_ends = self._stand_by_ends, None
-                if self._workers:
-                    ends, self._stand_by_ends = None, ends
-            if ends is not None:
-                ends[1].set()
-                ends[0].join(_SUPERVISOR_ENDS_S)
+                if not self._workers:
+                    over, self._standby = self._standby, None
+            if over is not None:
+                over.stop.set()
+                over.thread.join(_SUPERVISOR_ENDS_S)
 
     def _stand_by(self, stop: threading.Event) -> None:
         try:

@@ -7,9 +7,11 @@ extra ``metrics``, `instrument` the extra ``otel``.
 from __future__ import annotations
 
 from functools import partial, reduce
+from math import inf
 from operator import add
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from ff_fast import _library
 from ff_fast.errors import InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
@@ -89,8 +91,8 @@ _NUMBERS = (
         "reconnects",
         "reconnects",
         "ff_fast.reconnects",
-        "{connection}",
-        "Connections that replace one that was lost.",
+        "{reconnect}",
+        "Times that a server was connected to again after a connection to it was lost.",
     ),
     _Number("gaps", "gaps", "ff_fast.gaps", "{gap}", "Gaps that readers were told of.", "reason"),
     _Number(
@@ -208,12 +210,13 @@ def _parts(value: Value) -> Iterator[tuple[str, int]]:
         yield name, getattr(value, name)
 
 
-def _cumulated(spread: Histogram, scale: float) -> Iterator[tuple[str, int]]:
-    """Yield the bound of each bucket as text, and how many values are at most that."""
+def _cumulated(spread: Histogram, scale: float) -> Iterator[tuple[float, int]]:
+    """Yield the bound of each bucket, and how many values are at most that."""
     below = 0
     for bound, number in zip(spread.bounds, spread.buckets, strict=True):
         below += number
-        yield "+Inf" if bound == float("inf") else f"{bound * scale:.9g}", below
+        # Without what the binary fraction adds.
+        yield float(f"{bound * scale:.12g}"), below
 
 
 class PrometheusCollector:
@@ -241,7 +244,7 @@ class PrometheusCollector:
 
     def collect(self) -> Iterable[Metric]:
         """Yield the numbers as they are now."""
-        from prometheus_client import core  # noqa: PLC0415 - an extra
+        from prometheus_client import core, utils  # noqa: PLC0415 - an extra
 
         stats = _total(self._backends)
         for number in _NUMBERS:
@@ -258,7 +261,10 @@ class PrometheusCollector:
         for spread in _SPREADS:
             found: Histogram = getattr(stats, spread.field)
             histogram = core.HistogramMetricFamily(f"ff_fast_{spread.name}", spread.text)
-            buckets = list(_cumulated(found, spread.scale))
+            buckets = [
+                (utils.floatToGoString(bound), below)  # type: ignore[no-untyped-call]
+                for bound, below in _cumulated(found, spread.scale)
+            ]
             histogram.add_metric([], buckets, found.total * spread.scale)
             yield histogram
 
@@ -269,6 +275,8 @@ def instrument(*backends: HasStats, meter: Meter | None = None) -> None:
     Frames are ``messaging.client.sent.messages`` and ``messaging.client.consumed.messages``, by the semantic conventions;
     the others begin with ``ff_fast.``. Of a histogram there are three counters: ``.count``, ``.sum``, and ``.bucket`` with
     the attribute ``le``, as no histogram can be observed.
+
+    Call it once in a process: a second call makes the same instruments again, of which OpenTelemetry warns.
 
     Args:
         backends: One backend of either shell, or several, whose numbers are added.
@@ -284,7 +292,7 @@ def instrument(*backends: HasStats, meter: Meter | None = None) -> None:
         raise MissingDependency(
             "The instruments need OpenTelemetry; install it with: pip install 'ff_fast[otel]'."
         ) from None
-    makes = metrics.get_meter("ff_fast") if meter is None else meter
+    makes = metrics.get_meter("ff_fast", _library.VERSION) if meter is None else meter
     _checked(backends)
 
     def observing(
@@ -297,7 +305,12 @@ def instrument(*backends: HasStats, meter: Meter | None = None) -> None:
         return [observed]
 
     for number in _NUMBERS:
-        create = makes.create_observable_gauge if number.gauge else makes.create_observable_counter
+        # A state of several processes adds up, so it is no gauge of OpenTelemetry, which has one value of each.
+        create = (
+            makes.create_observable_up_down_counter
+            if number.gauge
+            else makes.create_observable_counter
+        )
         callbacks = observing(partial(_observed, number))
         create(number.otel, callbacks=callbacks, unit=number.unit, description=number.text)
     for spread in _SPREADS:
@@ -340,4 +353,4 @@ def _summed(spread: _Spread, stats: Stats) -> Iterator[tuple[float, dict[str, st
 
 def _bucketed(spread: _Spread, stats: Stats) -> Iterator[tuple[float, dict[str, str]]]:
     for bound, number in _cumulated(getattr(stats, spread.field), spread.scale):
-        yield number, {"le": bound}
+        yield number, {"le": "+Inf" if bound == inf else str(bound)}

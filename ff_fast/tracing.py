@@ -5,8 +5,10 @@ Needs the extra ``otel``. No frame has a span.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ff_fast import _library
 from ff_fast.errors import MissingDependency
 
 if TYPE_CHECKING:
@@ -29,8 +31,9 @@ def trace(backend: _Backend, tracer: Tracer | None = None) -> None:
 
     `create_execution` stores the W3C ``traceparent`` of the current span with the execution, where only workers see it.
     `run_worker` opens a span ``process <lane>`` of kind ``CONSUMER`` for each attempt, from the moment it is loaded to its
-    end, with a link to the span that created the execution. It is the current span of the handler. An attempt that fails
-    has the status ``ERROR`` and the exception as an event.
+    end, with a link to the span that created the execution. It has no parent, and is the current span of the handler. An
+    attempt that fails, loses its lease or is broken off has the status ``ERROR`` and the exception as an event; one that
+    is cancelled has neither. An attempt that continues after a suspension or a delay gets another span.
 
     Args:
         backend: A backend of either shell.
@@ -45,17 +48,21 @@ def trace(backend: _Backend, tracer: Tracer | None = None) -> None:
         raise MissingDependency(
             "Traces need OpenTelemetry; install it with: pip install 'ff_fast[otel]'."
         ) from None
-    backend._deployment.tracing = _Tracing(tracer or api.get_tracer("ff_fast"))  # noqa: SLF001 - no part of its interface
+    if tracer is None:
+        tracer = api.get_tracer("ff_fast", _library.VERSION)
+    backend._deployment.tracing = _Tracing(tracer)  # noqa: SLF001 - no part of its interface
 
 
 class _Tracing:
     """What the core calls; see :class:`ff_fast._core.traces.Tracing`."""
 
     def __init__(self, tracer: Tracer) -> None:
+        from opentelemetry import context  # noqa: PLC0415 - an extra
         from opentelemetry import trace as api  # noqa: PLC0415 - an extra
         from opentelemetry.trace.propagation import tracecontext  # noqa: PLC0415 - an extra
 
         self._api = api
+        self._root = context.Context()
         self._tracer = tracer
         self._propagator = tracecontext.TraceContextTextMapPropagator()
 
@@ -84,13 +91,20 @@ class _Tracing:
         }
         return self._tracer.start_as_current_span(
             f"process {lane}",
+            # Whatever started the worker goes on for as long as the process.
+            context=self._root,
             kind=self._api.SpanKind.CONSUMER,
             links=links,
             attributes=attributes,
+            # The core tells which error is the attempt's.
+            record_exception=False,
+            set_status_on_exception=False,
         )
 
     def failed(self, span: Span, error: BaseException) -> None:
         name = type(error).__qualname__
         span.set_attribute("error.type", name)
-        span.record_exception(error)
         span.set_status(self._api.Status(self._api.StatusCode.ERROR, name))
+        # str() of the error runs the handler's code.
+        with contextlib.suppress(Exception):
+            span.record_exception(error)

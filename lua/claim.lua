@@ -107,15 +107,20 @@ function ff.grant_lease(execution, worker_id, worker_instance_id, lease_id, leas
   head.lease_expires_at = expires_at
   ff.write_head(head_key, head)
   execution.heads[index] = head
-  ff.move(execution, 'active')
-  ff.set(
-    execution, 'current_attempt_index', index, 'current_attempt_id', attempt_id,
+  local changes = {
+    'current_attempt_index', index, 'current_attempt_id', attempt_id,
     'current_lease_digest', lease_digest, 'current_lease_epoch', epoch, 'lease_ttl_ms', lease_ttl_ms,
     'current_worker_id', worker_id, 'current_worker_instance_id', worker_instance_id,
     'started_at', fields.started_at or ff.text(now),
-    'total_attempt_count', ff.text(resumed and attempts or attempts + 1), 'interrupted', '',
-    'lease_continues', resumed and '1' or ''
-  )
+    'total_attempt_count', ff.text(resumed and attempts or attempts + 1),
+  }
+  if fields.interrupted then
+    -- Most executions are never interrupted, and have neither field.
+    local size = #changes
+    changes[size + 1], changes[size + 2] = 'interrupted', ''
+    changes[size + 3], changes[size + 4] = 'lease_continues', resumed and '1' or ''
+  end
+  ff.move(execution, 'active', nil, unpack(changes))
   call('HSET', ff.key('leases', execution.slot_tag), lease_digest, execution.id)
   local limit = tonumber(resumed and fields.attempt_left_ms or fields.attempt_timeout_ms) or 0
   if limit > 0 then
@@ -219,7 +224,7 @@ redis.register_function('ff_claim', function(keys, args)
   end
   local next_score = head_score(eligible_key)
   if next_score == '' then
-    ff.forget_queue(slot_tag, string.match(eligible_key, ':lane:(.*):eligible$'))
+    ff.forget_queue(slot_tag, ff.owner_in('eligible', eligible_key))
     if required_capabilities ~= '' then
       call('SREM', needs_key, required_capabilities)
     end

@@ -91,14 +91,16 @@ redis.register_function('ff_create_execution', function(keys, args)
     -- The first write: it fails where the index is foreign data.
     ff.enqueue(execution)
   end
-  call('HSET', core_key, 'execution_id', execution_id, 'namespace', namespace, 'lane_id', lane_id,
+  -- What changes later stands first: a small hash is looked through from its beginning.
+  call('HSET', core_key, 'state', delayed and 'delayed' or 'waiting', 'last_transition_at', ff.text(now),
+    'total_attempt_count', '0', 'current_lease_epoch', '0', 'retry_count', '0', 'reclaim_count', '0',
+    'execution_id', execution_id, 'namespace', namespace, 'lane_id', lane_id,
     'priority', priority, 'required_capabilities', required_capabilities, 'retention_ms', retention_ms,
-    'created_at', ff.text(now), 'last_transition_at', ff.text(now), 'total_attempt_count', '0',
-    'current_lease_epoch', '0', 'retry_count', '0', 'reclaim_count', '0', 'retry_max', retry_max,
+    'created_at', ff.text(now), 'retry_max', retry_max,
     'retry_backoff', retry_backoff, 'retry_delay_ms', retry_delay_ms,
     'retry_multiplier_percent', retry_multiplier_percent, 'retry_max_delay_ms', retry_max_delay_ms,
     'retry_jitter_percent', retry_jitter_percent, 'max_reclaims', max_reclaims,
-    'attempt_timeout_ms', attempt_timeout_ms, 'state', delayed and 'delayed' or 'waiting')
+    'attempt_timeout_ms', attempt_timeout_ms)
   ff.list_open(execution, delayed and 'delayed' or 'waiting')
   for name, id in pairs({ flow_id = flow_id, parent_id = parent_id, budget_ids = budget_ids }) do
     if #id > 0 then

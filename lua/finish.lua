@@ -16,12 +16,11 @@ redis.register_function('ff_complete_execution', function(keys, args)
   if not execution then
     return reply
   end
-  ff.save_reply(execution, 'completed')
   if #payload > 0 then
     redis.call('SET', ff.execution_key(execution, 'result'), payload)
   end
   execution.result = payload
-  ff.move(execution, 'completed')
+  ff.move(execution, 'completed', nil, ff.reply_fields(execution, 'completed'))
   return ff.with_hints(ff.ok('completed'), execution.hints)
 end)
 

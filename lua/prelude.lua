@@ -82,6 +82,13 @@ function ff.key(name, slot_tag, owner)
   return parts[1] .. slot_tag .. parts[2]
 end
 
+-- The owner of a key of that name, as ff.key takes it.
+function ff.owner_in(name, key)
+  local parts = ff.KEYS[name]
+  local _, tag_end = string.find(key, '%b{}')
+  return string.sub(key, tag_end + #parts[2] + 1, -#parts[3] - 1)
+end
+
 -- What is published, on channels of sharded pub/sub. Most of them have the text of a key: the head key of an attempt,
 -- the core key of an execution, the completions of a partition. The table in ff_fast/keys.py has them all.
 ff.CHANNELS = {

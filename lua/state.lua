@@ -192,7 +192,7 @@ end
 local function dequeue(execution, to)
   if ff.is_named(execution) then
     if to ~= 'active' then
-      ff.clear_timer(execution, 'lease')
+      ff.clear_timers(execution, 'lease')
     end
     return
   end
@@ -242,8 +242,13 @@ function ff.set_timer(execution, kind, due_ms)
   redis.call('ZADD', execution.timers_key, ff.text(due_ms), kind .. ':' .. execution.id)
 end
 
-function ff.clear_timer(execution, kind)
-  redis.call('ZREM', execution.timers_key, kind .. ':' .. execution.id)
+-- Clears the timers of these kinds, set or not, by one command.
+function ff.clear_timers(execution, ...)
+  local members = { ... }
+  for i, kind in ipairs(members) do
+    members[i] = kind .. ':' .. execution.id
+  end
+  redis.call('ZREM', execution.timers_key, unpack(members))
 end
 
 -- Appends to the reply a lane, required capabilities and a score for each hint: such executions may wait for a worker.
@@ -489,9 +494,11 @@ end
 -- Removes every other key of an ended execution, and what names it elsewhere in its slot.
 function ff.remove_execution(execution)
   local call, flow_id = redis.call, execution.fields.flow_id
+  local kinds = {}
   for kind in pairs(ff.TIMERS) do
-    ff.clear_timer(execution, kind)
+    kinds[#kinds + 1] = kind
   end
+  ff.clear_timers(execution, unpack(kinds))
   redis.pcall('ZREM', ff.key('ended', execution.slot_tag, execution.state),
     execution.id .. ' ' .. execution.fields.lane_id)
   if flow_id then
@@ -512,9 +519,6 @@ local function conclude(execution, attempt, reason)
     -- Who waits for the next attempt learns that none comes.
     ff.publish(ff.attempt_key(execution, 'head', following), PUSH.CHANGED)
   end
-  ff.clear_timer(execution, 'deadline')
-  ff.clear_timer(execution, 'cancel')
-  ff.set(execution, 'completed_at', ff.text(execution.now), 'outcome', ff.OUTCOMES[execution.state])
   leave_flow(execution)
   list_ended(execution)
   publish_completion(execution, reason)
@@ -609,30 +613,37 @@ function ff.tell_holder(execution, what)
     what .. ' ' .. execution.id .. ' ' .. execution.fields.current_attempt_index)
 end
 
+-- The timers that an execution leaves behind with a state, and those that it leaves with its last one.
+local LEAVING_TIMERS = { delayed = { 'delay' }, active = { 'lease', 'attempt' }, suspended = { 'suspension' } }
+local ENDING_TIMERS = {
+  waiting = { 'deadline', 'cancel' }, delayed = { 'delay', 'deadline', 'cancel' },
+  waiting_children = { 'deadline', 'cancel' }, active = { 'lease', 'attempt', 'deadline', 'cancel' },
+  suspended = { 'suspension', 'deadline', 'cancel' },
+}
+
 -- Moves an execution to another state. Every caller has checked its arguments before, and has called ff.check_move; a
 -- transition that the table does not know is a bug of the caller. `reason` says why the stream of the attempt ends,
--- where it does.
-function ff.move(execution, to, reason)
+-- where it does; nil else. `...` are fields of the core that change with the state: name value name value.
+function ff.move(execution, to, reason, ...)
   local call = redis.call
-  local from, fields = execution.state, execution.fields
+  local from, fields, outcome = execution.state, execution.fields, ff.OUTCOMES[to]
   if not (ff.TRANSITIONS[from] and ff.TRANSITIONS[from][to]) then
     error('ff_fast: no transition from ' .. from .. ' to ' .. to)
   end
   local attempt = open_attempt(execution)
+  local timers = (outcome and ENDING_TIMERS or LEAVING_TIMERS)[from]
+  if timers then
+    ff.clear_timers(execution, unpack(timers))
+  end
   if from == 'waiting' then
     dequeue(execution, to)
-  elseif from == 'delayed' then
-    ff.clear_timer(execution, 'delay')
   elseif from == 'active' then
-    ff.clear_timer(execution, 'lease')
-    ff.clear_timer(execution, 'attempt')
-    if not ff.OUTCOMES[to] then
+    if not outcome then
       -- The end of the stream closes it else.
       close_writer(execution, attempt)
     end
     call('HDEL', ff.key('leases', execution.slot_tag), fields.current_lease_digest or '')
   elseif from == 'suspended' then
-    ff.clear_timer(execution, 'suspension')
     ff.count_suspended(execution, -1)
     if to ~= 'waiting' then
       ff.close_suspension(execution, to)
@@ -642,7 +653,12 @@ function ff.move(execution, to, reason)
     ff.count_suspended(execution, 1)
   end
   execution.state = to
-  ff.set(execution, 'state', to, 'last_transition_at', ff.text(execution.now))
+  local now = ff.text(execution.now)
+  if outcome then
+    ff.set(execution, 'state', to, 'last_transition_at', now, 'completed_at', now, 'outcome', outcome, ...)
+  else
+    ff.set(execution, 'state', to, 'last_transition_at', now, ...)
+  end
   local history_key, message = ff.execution_key(execution, 'history'), execution.error
   if to == 'cancelled' then
     message = fields.cancellation_reason
@@ -656,7 +672,7 @@ function ff.move(execution, to, reason)
       'reason', reason or '')
   end
   ff.publish(execution.core_key, PUSH.STATE .. to)
-  if to == 'active' or (from == 'active' and not ff.OUTCOMES[to]) then
+  if to == 'active' or (from == 'active' and not outcome) then
     -- A lease begins, or no longer ends.
     ff.publish(ff.attempt_key(execution, 'head', attempt), PUSH.CHANGED)
   end
@@ -672,7 +688,7 @@ function ff.move(execution, to, reason)
       ff.set(execution, 'cancellation_reason', 'flow cancelled', 'cancelled_from', from)
       ff.move(execution, 'cancelled')
     end
-  elseif ff.OUTCOMES[to] then
+  elseif outcome then
     conclude(execution, attempt, reason or ff.END_REASONS[to])
   end
   if from == 'active' and not execution.by_holder then
@@ -732,9 +748,14 @@ function ff.load_owned(core_key, attempt_index, lease_id, lease_epoch)
   return execution
 end
 
--- Saves the answer of the call that releases the lease, as words; a repeat of the call under this lease gets it again.
+-- The fields of the core that keep the answer of the call that releases the lease, as words; a repeat of the call under
+-- this lease gets it again.
+function ff.reply_fields(execution, ...)
+  return 'released_lease', execution.lease, 'released_as', table.concat({ ... }, ' ')
+end
+
 function ff.save_reply(execution, ...)
-  ff.set(execution, 'released_lease', execution.lease, 'released_as', table.concat({ ... }, ' '))
+  ff.set(execution, ff.reply_fields(execution, ...))
 end
 
 -- The words that were saved under the lease of the call; nil where this lease was not released.

@@ -171,26 +171,24 @@ def _member(name: str, owner: type, value: object) -> str:
 
 def _variables(cls: type) -> dict[str, str]:
     """What the type variables of the bases stand for in a class."""
-    found = {}
-    for owner in cls.__mro__:
-        for base in vars(owner).get("__orig_bases__", ()):
-            origin, arguments = get_origin(base), get_args(base)
-            for variable, meant in zip(
-                getattr(origin, "__parameters__", ()), arguments, strict=False
-            ):
-                if not isinstance(meant, TypeVar):
-                    found[variable.__name__] = getattr(meant, "__name__", None) or str(
-                        getattr(meant, "__forward_arg__", meant)
-                    )
+    meanings = [
+        pair
+        for owner in cls.__mro__
+        for base in vars(owner).get("__orig_bases__", ())
+        for pair in zip(
+            getattr(get_origin(base), "__parameters__", ()), get_args(base), strict=False
+        )
+    ]
+    found = {
+        variable.__name__: getattr(meant, "__name__", None)
+        or str(getattr(meant, "__forward_arg__", meant))
+        for variable, meant in meanings
+        if not isinstance(meant, TypeVar)
+    }
     # Those of a base that is generic over a variable of another name.
-    for owner in cls.__mro__:
-        for base in vars(owner).get("__orig_bases__", ()):
-            origin, arguments = get_origin(base), get_args(base)
-            for variable, meant in zip(
-                getattr(origin, "__parameters__", ()), arguments, strict=False
-            ):
-                if isinstance(meant, TypeVar) and meant.__name__ in found:
-                    found[variable.__name__] = found[meant.__name__]
+    for variable, meant in meanings:
+        if isinstance(meant, TypeVar) and meant.__name__ in found:
+            found[variable.__name__] = found[meant.__name__]
     return found
 
 

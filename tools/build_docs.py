@@ -86,10 +86,10 @@ def write(place: str | Path, text: str) -> None:
 
 def reference() -> dict[str, str]:
     """Return the pages of the API: title and introduction, then a directive for each name."""
-    errors, values, tools = [], [], []
+    errors, values, tools = ["FFError"], [], []
     for name in ff_fast.__all__:
         value = getattr(ff_fast, name)
-        if not isinstance(value, type):
+        if not isinstance(value, type) or value is FFError:
             continue
         if issubclass(value, FFError):
             errors.append(name)
@@ -98,44 +98,42 @@ def reference() -> dict[str, str]:
         elif name not in aio.__all__:
             tools.append(name)
     shells = sorted(set(aio.__all__))
-
-    def named(*names: str) -> str:
-        return "\n\n".join(f"::: {name}" for name in names)
-
-    def module(name: str) -> str:
-        return f"::: {name}"
-
-    blocking = [f"ff_fast.{name}" for name in shells]
+    # Of each page the title with what follows it, and the names of a package.
+    pages = {
+        "blocking": ("ff_fast: the blocking interface", "ff_fast", [*shells, *tools]),
+        "aio": (
+            "ff_fast.aio: the interface of asyncio\n\nValues, errors and frames are those of `ff_fast`.",
+            "ff_fast.aio",
+            shells,
+        ),
+        "values": (
+            "Values\n\nAll are frozen, built by keywords, and in `ff_fast`.",
+            "ff_fast",
+            values,
+        ),
+        "errors": (
+            "Errors, in full\n\n[Errors](../errors.md) has the table: outcome, and whether a repeat may pass.",
+            "ff_fast.errors",
+            errors,
+        ),
+        "web": (
+            "ff_fast.web",
+            "ff_fast.web",
+            ["response", "reading", "framing", "chunk_log", "tickets"],
+        ),
+        "front-ends": (
+            "Front ends",
+            "ff_fast.web",
+            ["ai_sdk", "ag_ui", "openai_responses", "langgraph", "durable_streams"],
+        ),
+        "adapters": ("ff_fast.adapters", "ff_fast.adapters", ["assistant_ui", "a2a"]),
+        "metrics": ("Metrics and traces", "ff_fast", ["metrics", "tracing"]),
+        "keys": ("ff_fast.keys", "ff_fast", ["keys"]),
+        "embedded": ("ff_fast.embedded", "ff_fast", ["embedded"]),
+    }
     return {
-        "blocking": "# ff_fast: the blocking interface\n\n"
-        + named(*blocking, *(f"ff_fast.{name}" for name in tools)),
-        "aio": "# ff_fast.aio: the interface of asyncio\n\nValues, errors and frames are those of `ff_fast`.\n\n"
-        + named(*(f"ff_fast.aio.{name}" for name in shells)),
-        "values": "# Values\n\nAll are frozen, built by keywords, and in `ff_fast`.\n\n"
-        + named(*(f"ff_fast.{name}" for name in values)),
-        "errors": "# Errors, in full\n\n[Errors](../errors.md) has the table: outcome, and whether a repeat may pass.\n\n"
-        + named(
-            *(
-                f"ff_fast.errors.{name}"
-                for name in ["FFError", *(n for n in errors if n != "FFError")]
-            )
-        ),
-        "web": "# ff_fast.web\n\n"
-        + "\n\n".join(
-            module(f"ff_fast.web.{name}")
-            for name in ("response", "reading", "framing", "chunk_log", "tickets")
-        ),
-        "front-ends": "# Front ends\n\n"
-        + "\n\n".join(
-            module(f"ff_fast.web.{name}")
-            for name in ("ai_sdk", "ag_ui", "openai_responses", "langgraph", "durable_streams")
-        ),
-        "adapters": "# ff_fast.adapters\n\n"
-        + "\n\n".join(module(f"ff_fast.adapters.{name}") for name in ("assistant_ui", "a2a")),
-        "metrics": "# Metrics and traces\n\n"
-        + "\n\n".join(module(f"ff_fast.{name}") for name in ("metrics", "tracing")),
-        "keys": "# ff_fast.keys\n\n" + module("ff_fast.keys"),
-        "embedded": "# ff_fast.embedded\n\n" + module("ff_fast.embedded"),
+        page: "\n\n".join([f"# {title}", *(f"::: {package}.{name}" for name in names)])
+        for page, (title, package, names) in pages.items()
     }
 
 

@@ -21,12 +21,12 @@ from ff_fast._core import claiming, operations
 from ff_fast._core.binding import HANDLER, R, S, bind, dressed
 from ff_fast._core.handlers import H, options_of
 from ff_fast._core.leases import KeptLeases
-from ff_fast._core.worker import Attending
+from ff_fast._core.worker import HAND_BACK_S, Attending
 from ff_fast._core.writer import FrameWriters, flush_to, settle
 from ff_fast.errors import FFError, WriterClosed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Generator
 
     from ff_fast._aio.nodes import Node
     from ff_fast._core.claiming import Claim
@@ -42,9 +42,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+A = TypeVar("A")
 
-_STOP_LOOK_S = 0.05
-_LEAVE_S = 0.5
 _GIVE_BACK_EVERY_S = 0.25
 
 
@@ -79,6 +78,32 @@ def method(
 ) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]:
     """Return the coroutine method that sends a call and returns its value."""
     return awaited(make, lambda backend, call: backend._do(call))
+
+
+async def drive(
+    actions: Generator[A, Any, T],
+    perform: Callable[[A], Awaitable[object]],
+    limit_s: float | None = None,
+) -> T:
+    """Perform the actions of the core, in *limit_s* seconds, and return what comes of them."""
+    # The caller that cancels the task waits for it, so the actions after an interrupt have a deadline.
+    until = None if limit_s is None else time.monotonic() + limit_s
+    try:
+        action = next(actions)
+        while True:
+            try:
+                left = None if until is None else until - time.monotonic()
+                async with asyncio.timeout(left):
+                    value = await perform(action)
+            except BaseException as error:  # noqa: BLE001 - the core decides what it means
+                if until is None and not isinstance(error, Exception):
+                    until = time.monotonic() + HAND_BACK_S
+                action = actions.throw(error)
+            else:
+                action = actions.send(value)
+    except StopIteration as stop:
+        value_of: T = stop.value
+        return value_of
 
 
 class Operations(Pool):
@@ -237,37 +262,17 @@ class Operations(Pool):
         self._kept.add(request.channel, request.name, keeper)
         return keeper
 
-    def _stats(self, count: Callable[[list[Any]], Stats]) -> Stats:
-        return count(self._writers.valuerefs())
+    def _stats(self, count: Callable[..., Stats]) -> Stats:
+        return count(self._writers.valuerefs(), closed=self._closed)
 
     async def _supervise(self, request: operations.SupervisionRequest) -> None:
-        def stopped() -> bool:
-            return self._closed or (request.stop is not None and request.stop.is_set())
+        await drive(request.actions(lambda: self._closed), self._supervising)
 
-        with request.watch:
-            try:
-                while not stopped():
-                    mine, fired = True, 0
-                    try:
-                        mine = await self._run(request.turn)
-                        if mine:
-                            fired = await self._run(request.round)
-                    except FFError as error:
-                        # A retryable error leaves the timers to the next round; any other needs an operator.
-                        if not error.retryable and not self._closed:
-                            raise
-                        if not self._closed:
-                            request.watch.failed(error)
-                    else:
-                        request.watch.done(fired)
-                    until = time.monotonic() + request.pause_s(mine)
-                    # *stop* may be any object with is_set(), so it can only be polled.
-                    while (left := until - time.monotonic()) > 0 and not stopped():  # noqa: ASYNC110
-                        await asyncio.sleep(min(left, _STOP_LOOK_S))
-            finally:
-                if not self._closed:
-                    with contextlib.suppress(FFError):
-                        await self._run(request.leave, until=time.monotonic() + _LEAVE_S)
+    async def _supervising(self, action: operations.Ask | operations.Rest) -> object:
+        if isinstance(action, operations.Ask):
+            return await self._run(action.call, until=time.monotonic() + action.limit_s)
+        await asyncio.sleep(action.seconds)
+        return None
 
     create_execution = method(operations.create_execution)
     describe = method(operations.describe)

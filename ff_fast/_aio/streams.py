@@ -7,7 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from ff_fast._aio.leases import LeaseKeeper
-from ff_fast._aio.worker import drive
+from ff_fast._aio.operations import drive
 from ff_fast._aio.writers import Writer
 from ff_fast._core import operations
 from ff_fast._core import streams as streams_core

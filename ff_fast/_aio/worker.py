@@ -6,19 +6,21 @@ import asyncio
 import contextlib
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from ff_fast import _process
 from ff_fast._aio.leases import LeaseKeeper
+from ff_fast._aio.operations import drive
 from ff_fast._aio.writers import Writer
 from ff_fast._core import operations
 from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import dressed
-from ff_fast._core.handlers import Worker
+from ff_fast._core.handlers import Worker, check_handler
 from ff_fast._core.worker import (
     Action,
+    Attend,
     CallHandler,
     CloseWriter,
     Raised,
@@ -33,7 +35,7 @@ from ff_fast._core.worker import (
     is_handlers_own,
 )
 from ff_fast._core.writer import store_and_close
-from ff_fast.errors import FFError, InvalidType
+from ff_fast.errors import InvalidType
 from ff_fast.types import OnCancel
 
 if TYPE_CHECKING:
@@ -41,9 +43,8 @@ if TYPE_CHECKING:
 
     from ff_fast._aio.operations import Operations
     from ff_fast._core.deployment import Deployment
-    from ff_fast._core.durability import Level
     from ff_fast._core.operations import Call, WorkerOptions
-    from ff_fast.types import Handle, ResumeSignal, StreamMode, SuspendOutcome
+    from ff_fast.types import Handle, ResumeSignal, SuspendOutcome
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -102,16 +103,7 @@ def suspending(
 class Task(TaskState[Writer, LeaseKeeper]):
     __doc__ = worker_core.TASK
 
-    def __init__(
-        self,
-        backend: Operations,
-        handle: Handle,
-        mode: StreamMode | None,
-        level: Level,
-        worker_id: str | None = None,
-    ) -> None:
-        super().__init__(handle, mode, level, worker_id)
-        self._backend = backend
+    _backend: Operations
 
     flush = forwarded(Writer.flush)
     progress = of_task(operations.progress)
@@ -143,32 +135,6 @@ class Task(TaskState[Writer, LeaseKeeper]):
         writer = self._current_writer
         if writer is not None:
             await writer._wait(store_and_close(writer, timeout_s))
-
-
-async def drive(
-    actions: Generator[Action, Any, T],
-    perform: Callable[[Action], Awaitable[object]],
-    limit_s: float | None = None,
-) -> T:
-    """Perform the actions of the core, in *limit_s* seconds, and return what comes of them."""
-    # The caller that cancels the task waits for it, so the actions after an interrupt have a deadline.
-    until = None if limit_s is None else time.monotonic() + limit_s
-    try:
-        action = next(actions)
-        while True:
-            try:
-                left = None if until is None else until - time.monotonic()
-                async with asyncio.timeout(left):
-                    value = await perform(action)
-            except BaseException as error:  # noqa: BLE001 - the core decides what it means
-                if until is None and not isinstance(error, Exception):
-                    until = time.monotonic() + worker_core.HAND_BACK_S
-                action = actions.throw(error)
-            else:
-                action = actions.send(value)
-    except StopIteration as stop:
-        value_of: T = stop.value
-        return value_of
 
 
 class _Interrupt:
@@ -237,8 +203,7 @@ class WorkerLoop:
             if not handler.is_async:
                 raise InvalidType("The handlers must be coroutine functions.")
             handler = handler._dispatch
-        if not callable(handler):
-            raise InvalidType("handler must be a coroutine function.")
+        check_handler(handler)
         self._backend = backend
         self._handler = handler
         self._options = options
@@ -310,32 +275,27 @@ class WorkerLoop:
         return self._halt.is_set() or self._backend.closed or (stop is not None and stop.is_set())
 
     async def _slot(self) -> None:
-        patience = worker_core.Patience()
+        serving = worker_core.serve(
+            self._backend, self._options, lambda: self._stopping, self._halt.set
+        )
         try:
-            attending = self._backend._attending
-            while not self._stopping:
-                began = time.monotonic()
-                try:
-                    handle = await self._backend._do(self._options.claim())
-                except FFError as error:
-                    if self._backend.closed:
-                        return
-                    attending.reached = False
-                    await self._pause(patience.refused(error))
-                    continue
-                attending.reached = True
-                if handle is None:
-                    if self._options.until_idle and attending.idle_since(began):
-                        self._halt.set()
-                else:
-                    # Run it even if a stop was requested meanwhile: it is claimed.
-                    await self._pause(patience.attended(over=await self.run_one(handle)))
+            await drive(serving, self._perform_slot)
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 - raised again by run(), when the other slots have ended
             if self._error is None:
                 self._error = error
             self._halt.set()
+
+    async def _perform_slot(self, action: Run | Attend | operations.Rest) -> object:
+        match action:
+            case Run(call):
+                return await self._backend._do(call)
+            case Attend(handle):
+                return await self.run_one(handle)
+            case operations.Rest(seconds):
+                await self._pause(seconds)
+        return None
 
     async def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds

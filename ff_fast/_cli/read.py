@@ -14,6 +14,7 @@ from ff_fast import (
     AttemptNotFound,
     AttemptStarted,
     End,
+    FFError,
     Gap,
     Snapshot,
     StreamFrame,
@@ -25,12 +26,12 @@ from ff_fast._cli.shared import (
     FAILED,
     add_url,
     complain,
-    connect,
+    look_at,
     one_line,
-    when,
     whole,
     write_json,
 )
+from ff_fast._core.explain import point_in_time
 
 if TYPE_CHECKING:
     import argparse
@@ -100,14 +101,14 @@ def add_follow(commands: Commands) -> None:
 
 
 def follow(arguments: argparse.Namespace) -> int:
-    with connect(arguments) as backend:
+    with look_at(arguments) as backend:
         items = backend.follow(
             arguments.execution_id,
             arguments.after,
             snapshot=arguments.snapshot,
             visibility=_visibility(arguments),
         )
-        _show(items, arguments)
+        _show(items, arguments, None)
     return DONE
 
 
@@ -126,7 +127,7 @@ def add_tail(commands: Commands) -> None:
 
 
 def tail(arguments: argparse.Namespace) -> int:
-    with connect(arguments) as backend:
+    with look_at(arguments) as backend:
         attempt = _attempt(backend, arguments)
         items = backend.tail(
             arguments.execution_id,
@@ -134,7 +135,7 @@ def tail(arguments: argparse.Namespace) -> int:
             after=arguments.after,
             visibility=_visibility(arguments),
         )
-        _show(items, arguments)
+        _show(items, arguments, attempt)
     return DONE
 
 
@@ -144,7 +145,8 @@ def _visibility(arguments: argparse.Namespace) -> TailVisibility:
     return TailVisibility.ALL
 
 
-def _show(items: Iterable[Item], arguments: argparse.Namespace) -> None:
+def _show(items: Iterable[Item], arguments: argparse.Namespace, attempt: int | None) -> None:
+    """Show what is read, and say where to go on where that is broken off; *attempt* is the one that is read, if it is one."""
     only = None if arguments.type is None else frozenset(arguments.type)
     show = _show_json if arguments.json else _Text(types=arguments.types)
     cursor: str | None = arguments.after
@@ -153,14 +155,14 @@ def _show(items: Iterable[Item], arguments: argparse.Namespace) -> None:
             if only is None or not isinstance(item, StreamFrame) or item.frame_type in only:
                 show(item)
             cursor = item.cursor
-    except KeyboardInterrupt:
-        complain(f"go on with: {_again(arguments, cursor)}")
+    except (KeyboardInterrupt, FFError) as error:
+        if isinstance(error, KeyboardInterrupt) or cursor != arguments.after:
+            complain(f"go on with: {_again(arguments, cursor, attempt)}")
         raise
 
 
-def _again(arguments: argparse.Namespace, cursor: str | None) -> str:
+def _again(arguments: argparse.Namespace, cursor: str | None, attempt: int | None) -> str:
     """Return the command that continues after *cursor*."""
-    attempt = getattr(arguments, "attempt", None)
     options = [] if cursor is None else ["--after", cursor]
     if attempt is not None:
         options += ["--attempt", str(attempt)]
@@ -169,6 +171,9 @@ def _again(arguments: argparse.Namespace, cursor: str | None) -> str:
     for flag in ("json", "exclude_best_effort", "types"):
         if getattr(arguments, flag):
             options.append(f"--{flag.replace('_', '-')}")
+    if arguments.url and "@" not in arguments.url:
+        # Without a password in it.
+        options += ["--url", arguments.url]
     command = arguments.run.__name__
     return shlex.join(["ff-fast", command, arguments.execution_id, *options])
 
@@ -293,7 +298,7 @@ def add_summary(commands: Commands) -> None:
 
 
 def summary(arguments: argparse.Namespace) -> int:
-    with connect(arguments) as backend:
+    with look_at(arguments) as backend:
         attempt = _attempt(backend, arguments)
         document = backend.read_summary(arguments.execution_id, attempt)
     if document is None:
@@ -317,6 +322,10 @@ def summary(arguments: argparse.Namespace) -> int:
 # -- info ------------------------------------------------------------------------------------------
 
 
+def _when(ms: int | None) -> str | None:
+    return None if ms is None else point_in_time(ms)
+
+
 def add_info(commands: Commands) -> None:
     parser = commands.add(
         info,
@@ -328,7 +337,7 @@ def add_info(commands: Commands) -> None:
 
 def info(arguments: argparse.Namespace) -> int:
     eid = arguments.execution_id
-    with connect(arguments) as backend:
+    with look_at(arguments) as backend:
         execution = backend.describe(eid)
         attempts = execution.attempt_count
         fields: dict[str, object] = {
@@ -339,9 +348,9 @@ def info(arguments: argparse.Namespace) -> int:
             "lane": execution.lane,
             "namespace": execution.namespace,
             "priority": execution.priority,
-            "created": when(execution.created_at_ms),
-            "started": when(execution.started_at_ms),
-            "finished": when(execution.finished_at_ms),
+            "created": _when(execution.created_at_ms),
+            "started": _when(execution.started_at_ms),
+            "finished": _when(execution.finished_at_ms),
             "attempts": attempts,
         }
         if execution.state == "active":
@@ -397,7 +406,7 @@ def add_inspect(commands: Commands) -> None:
 
 def inspect(arguments: argparse.Namespace) -> int:
     eid = arguments.execution_id
-    with connect(arguments) as backend:
+    with look_at(arguments) as backend:
         execution = backend.describe(eid)
         ends = {each.attempt_index: each for each in execution.attempts}
         attempts = []

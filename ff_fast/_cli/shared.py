@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
+import re
 import sys
-import time
+import warnings
 from typing import TYPE_CHECKING
 
 import orjson
 
-from ff_fast import InvalidInput, ValkeyBackend
+from ff_fast import BackendConfig, DeploymentWarning, InvalidInput, ValkeyBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,13 +32,16 @@ USAGE = 2
 LOOK_S = 0.1
 """Time between two looks at what may have changed, in seconds."""
 
+DRAIN_S = 25.0
+"""How long the handlers of a worker have to end after a stop, in seconds."""
+
 END_S = 3.0
 """How long a process may take for its end behind all handlers, in seconds."""
 
 
 def complain(sentence: str) -> None:
-    """Print an error as one line on stderr."""
-    print(f"ff-fast: {sentence}", file=sys.stderr)
+    """Print an error on stderr, most often one line; what it quotes reaches no terminal as a command."""
+    print("\n".join(map(one_line, f"ff-fast: {sentence}".split("\n"))), file=sys.stderr)
 
 
 # -- output -----------------------------------------------------------------------------------------
@@ -44,20 +49,22 @@ def complain(sentence: str) -> None:
 
 def write_json(value: object, option: int = 0) -> None:
     out = sys.stdout.buffer
-    out.write(orjson.dumps(value, option=option) + b"\n")
+    out.write(_escaped(orjson.dumps(value, option=option)) + b"\n")
     out.flush()
+
+
+# What JSON may have as it is and a terminal takes for a command: delete, and the controls from U+0080 on.
+_CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]")
+
+
+def _escaped(text: bytes) -> bytes:
+    """Return JSON with its control characters escaped."""
+    return _CONTROLS.sub(lambda found: b"\\u%04x" % ord(found[0].decode()), text)
 
 
 def one_line(value: object) -> str:
     """Return a worker's or caller's text with its control characters escaped."""
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in str(value))
-
-
-def when(ms: int | None) -> str | None:
-    if ms is None:
-        return None
-    at = time.gmtime(ms // 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', at)}.{ms % 1000:03d}Z"
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,6 +113,15 @@ def connect(arguments: argparse.Namespace) -> ValkeyBackend:
     return ValkeyBackend.connect(url_of(arguments))
 
 
+def look_at(arguments: argparse.Namespace) -> ValkeyBackend:
+    """Return a backend for who looks and changes nothing: it does not load the library, not even a newer one."""
+    config = BackendConfig.from_url(url_of(arguments))
+    with warnings.catch_warnings():
+        # The doctor tells of it.
+        warnings.simplefilter("ignore", DeploymentWarning)
+        return ValkeyBackend.connect(dataclasses.replace(config, load_library=False))
+
+
 def url_of(arguments: argparse.Namespace) -> str:
     """Return the URL that ``--url`` or the environment names.
 
@@ -136,6 +152,13 @@ def whole(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise argparse.ArgumentTypeError("must be a whole number from 0")
     return int(text)
+
+
+def counted(text: str) -> int:
+    count = whole(text)
+    if not count:
+        raise argparse.ArgumentTypeError("must be a whole number from 1")
+    return count
 
 
 def pair(text: str) -> tuple[str, str]:

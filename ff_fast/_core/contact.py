@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from typing import TYPE_CHECKING
 
-from ff_fast._log import say, say_seldom
+from ff_fast._log import Outage
 from ff_fast.errors import OutcomeUnknown
 
 if TYPE_CHECKING:
@@ -38,15 +36,13 @@ class Contact:
         tally: Counts the connections that replace lost ones.
     """
 
-    __slots__ = ("_lost_at", "_met", "_name", "_said", "_tally")
+    __slots__ = ("_met", "_name", "_outage", "_tally")
 
     def __init__(self, name: str, tally: Tally) -> None:
         self._name = name
         self._tally = tally
         self._met = False
-        # Since when it is lost, in monotonic time, and whether a record says so.
-        self._lost_at: float | None = None
-        self._said = False
+        self._outage = Outage("contact")
 
     def lost(self, error: FFError, *, idle_s: float = 0.0) -> None:
         """Note that a connection is lost, or that none can be made.
@@ -59,30 +55,11 @@ class Contact:
         """
         if not self._met or (idle_s > _IDLE_S and isinstance(error, OutcomeUnknown)):
             return
-        if self._lost_at is None:
-            self._lost_at = time.monotonic()
-        said = say_seldom(
-            logging.WARNING,
-            "contact",
-            self._name,
-            "%s is not reached: %s Connecting again.",
-            self._name,
-            error,
-        )
-        self._said = self._said or said
+        self._outage.fails(self._name, "%s is not reached: %s Connecting again.", self._name, error)
 
     def made(self) -> None:
         """Note that a connection is made, and that the server has answered on it."""
         self._met = True
-        lost_at, self._lost_at = self._lost_at, None
-        if lost_at is None:
-            return
-        self._tally.note("reconnects")
-        if self._said:
-            self._said = False
-            say(
-                logging.INFO,
-                "%s answers again, %.1f s after a connection to it was lost.",
-                self._name,
-                time.monotonic() - lost_at,
-            )
+        again = "%s answers again, %.1f s after a connection to it was lost."
+        if self._outage.works(again, self._name):
+            self._tally.note("reconnects")

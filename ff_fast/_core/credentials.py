@@ -10,7 +10,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ff_fast._hot.resp import pack_command
-from ff_fast._log import LOG, say
+from ff_fast._log import say_seldom
 from ff_fast.errors import CredentialsUnavailable, FFError, causes
 
 if TYPE_CHECKING:
@@ -122,12 +122,24 @@ class Renewals:
 
     def failed(self, error: FFError) -> None:
         """Note that the provider failed; the connections stay as they are."""
-        say(logging.WARNING, "Credentials were not renewed: %s", error)
+        say_seldom(
+            logging.WARNING,
+            "credentials",
+            error.code,
+            "Credentials were not renewed: %s",
+            error,
+        )
         self.ask_at = time.monotonic() + RENEW_SOON_S
 
     def refused(self) -> None:
         """Note that the server refused new credentials; the connection stays logged in as it was."""
-        LOG.warning("The server refused renewed credentials; they are asked for again.")
+        # Each connection meets it.
+        say_seldom(
+            logging.WARNING,
+            "credentials",
+            "refused",
+            "The server refused renewed credentials; they are asked for again.",
+        )
         self.ask_at = min(self.ask_at, time.monotonic() + RENEW_SOON_S)
 
     def pushed(self, token: object) -> None:
@@ -180,7 +192,8 @@ class _Fan:
 
     def _error(self, error: object) -> _Done:
         # The next connect asks the provider, and reports its error.
-        LOG.warning("A credential provider reports %s.", type(error).__name__)
+        name = type(error).__name__
+        say_seldom(logging.WARNING, "provider", name, "A credential provider reports %s.", name)
         return _DONE
 
 

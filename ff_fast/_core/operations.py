@@ -6,11 +6,13 @@ before anything is sent, and returns a request for the shell to carry out, in mo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, get_args
 
 from ff_fast import keys
@@ -24,7 +26,7 @@ from ff_fast._core.durability import DEFAULT_TIMEOUT_S, Level
 from ff_fast._core.follow import Ended, FollowCore, WaitCore
 from ff_fast._core.leases import LeaseClock, is_ended_by_plan, is_lease_lost, say_lost, told_as
 from ff_fast._core.roles import ROLES
-from ff_fast._core.stats import stats_of
+from ff_fast._core.stats import counting, stats_of
 from ff_fast._core.steps import Pause, Step, Steps, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._core.tail import MAX_COUNT, StreamPage, TailCore, read_page
@@ -155,23 +157,6 @@ def _call(op: ops.Op[T]) -> Call[T]:
 
 def _is_there(value: object) -> bool:
     return value is not None
-
-
-def _counting(
-    on: Deployment,
-    event: str,
-    steps: Callable[[], Steps[T]],
-    counts: Callable[[T], bool] = lambda value: True,
-) -> Callable[[], Steps[T]]:
-    """Return *steps* with a count of those that give a value which *counts*."""
-
-    def counting() -> Steps[T]:
-        value = yield from steps()
-        if counts(value):
-            on.tally.note(event)
-        return value
-
-    return counting
 
 
 def _hinted(op: ops.Op[tuple[T, ops.Hints]], execution_id: str) -> Call[T]:
@@ -499,15 +484,15 @@ def list_workers(on: Deployment) -> Call[tuple[WorkerSummary, ...]]:
 def explain(on: Deployment, execution_id: str) -> Call[tuple[str, ...]]:
     """Tell the history of an execution in sentences, for people.
 
-    They say when it was created, who claimed it when, why each attempt ended, who holds the lease or what it waits for,
-    and which frames have left its streams by which rule. Texts of callers and workers, such as errors, are in them as
+    They say when it was created with which tags and in which trace, who claimed it when, why each attempt ended, who holds
+    the lease or what it waits for and why nobody claims it, and which frames have left its streams by which rule. Texts of callers and workers, such as errors, are in them as
     they are. Programs take `describe` and `describe_stream`, from which the sentences are made.
 
     Raises:
         ExecutionNotFound: There is no such execution.
     """
     eid = keys.canonical_execution_id(execution_id)
-    return Call(lambda: telling.explain(eid), writes=False)
+    return Call(lambda: telling.explain(eid, on.partitions), writes=False, own_connection=True)
 
 
 def diagnose(on: Deployment, *, role: str | None = None) -> Call[tuple[Finding, ...]]:
@@ -582,8 +567,12 @@ def _claim(
         lane, worker_id, worker_instance_id, lease_ttl_ms, capabilities, max_wait_s, plain
     )
     state = claiming.Claim(request)
-    steps = _counting(on, "executions_claimed", lambda: claiming.claim(on, state), _is_there)
+    steps = counting(on.tally, "executions_claimed", lambda: claiming.claim(on, state), _is_there)
     return Call(steps, claim=state)
+
+
+def _this_process() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _claimer(
@@ -592,12 +581,10 @@ def _claimer(
     lease_ttl_ms: int | timedelta,
     capabilities: CapabilitySet | None,
 ) -> tuple[str, str, int, CapabilitySet]:
-    instance = f"{socket.gethostname()}-{os.getpid()}"
+    instance = _this_process() if worker_instance_id is None else worker_instance_id
     return (
         keys.free_text("worker_id", worker_id),
-        keys.free_text(
-            "worker_instance_id", instance if worker_instance_id is None else worker_instance_id
-        ),
+        keys.free_text("worker_instance_id", instance),
         _ttl_ms("lease_ttl_ms", lease_ttl_ms),
         _checked("capabilities", capabilities, CapabilitySet, CapabilitySet()),
     )
@@ -674,7 +661,7 @@ def complete(
         last_sequence=last_sequence,
         reach=Reach(completing, durability, durability_timeout),
     )
-    return call._replace(steps=_counting(on, "executions_completed", call.steps))
+    return call._replace(steps=counting(on.tally, "executions_completed", call.steps))
 
 
 def fail(
@@ -723,7 +710,7 @@ def fail(
         fails=True,
         reach=Reach(fail_with, durability, durability_timeout),
     )
-    return call._replace(steps=_counting(on, "executions_failed", call.steps))
+    return call._replace(steps=counting(on.tally, "executions_failed", call.steps))
 
 
 def cancel(
@@ -760,17 +747,13 @@ def cancel(
 
     def steps() -> Steps[CancelOutcome]:
         outcome = yield from call.steps()
-        yield from reach.steps()
+        if outcome.cancelled:
+            yield from counting(on.tally, "executions_cancelled", reach.steps)()
+        else:
+            yield from reach.steps()
         return outcome
 
-    return call._replace(
-        steps=_counting(
-            on,
-            "executions_cancelled",
-            steps,
-            lambda outcome: outcome.cancelled,
-        )
-    )
+    return call._replace(steps=steps)
 
 
 def progress(
@@ -886,8 +869,8 @@ def claim_from_reclaim(
         capabilities=request.capabilities.tokens,
     )
     state = claiming.Claim(request)
-    steps = _counting(
-        on, "executions_claimed", lambda: claiming.take_over(on, state, op, eid, lease_id)
+    steps = counting(
+        on.tally, "executions_claimed", lambda: claiming.take_over(on, state, op, eid, lease_id)
     )
     return Call(steps, claim=state)
 
@@ -1721,14 +1704,13 @@ def open_stream(
     ttl_ms = _ttl_ms("lease_ttl_ms", lease_ttl_ms)
     level = Level.checked(durability, durability_timeout)
     options = _writer_options(on, mode, retention_maxlen, max_unacknowledged_bytes, linger, level)
-    instance = f"{socket.gethostname()}-{os.getpid()}"
     lease_id = keys.new_uuid()
     op = ops.open_stream(
         eid,
         namespace=namespace,
         retention_ms=_positive_ms("ttl", ttl),
         takeover_ms=_positive_ms("takeover", takeover),
-        worker_instance_id=instance,
+        worker_instance_id=_this_process(),
         lease_id=lease_id,
         lease_ttl_ms=ttl_ms,
         attempt_id=keys.new_uuid(),
@@ -1739,7 +1721,7 @@ def open_stream(
     )
     state = claiming.Claim(
         claiming.ClaimRequest(
-            "", ops.NAMED_WORKER.decode(), instance, ttl_ms, CapabilitySet(), max_wait_s=None
+            "", ops.NAMED_WORKER.decode(), _this_process(), ttl_ms, CapabilitySet(), max_wait_s=None
         )
     )
 
@@ -1748,6 +1730,7 @@ def open_stream(
         produced = yield from claiming.produce(on, state, op, eid, lease_id)
         if produced is None:
             return None
+        on.tally.note("executions_claimed")
         with applied_in_part():
             attempt = ops.Attempt.of(produced.handle)
             writer = yield from writers.continue_writer(
@@ -1874,11 +1857,12 @@ def keep_lease(
     )
 
 
-def stats(on: Deployment) -> Callable[[Sequence[Callable[[], writers.SharedWriter | None]]], Stats]:
+def stats(on: Deployment) -> Callable[..., Stats]:
     """Return what this backend has done since it was opened, and what it is doing, in numbers.
 
     A plain call that asks no server. The counters are kept once a batch; reading them takes microseconds, and a few more
-    for each open writer.
+    for each open writer. A closed backend keeps its counts. In a process that was forked from the one that opened the
+    backend all numbers are 0.
     """
     return partial(stats_of, on)
 
@@ -1887,29 +1871,93 @@ SUPERVISE_EVERY_S = 0.25
 """Time between two rounds of supervision, in seconds."""
 
 
+_STOP_LOOK_S = 0.05
+_LEAVE_S = 0.5
+
+
+class Ask(NamedTuple):
+    """An action of a supervisor: make a call, in so many seconds, and resume with its value."""
+
+    call: Call[Any]
+    limit_s: float = inf
+
+
+class Rest(NamedTuple):
+    """An action of a supervisor or a worker: do nothing for so many seconds."""
+
+    seconds: float
+
+
 class SupervisionRequest(NamedTuple):
     """Rounds of supervision.
 
     Attributes:
-        turn: Returns whether to make a round.
         round: Makes one.
-        pause_s: Seconds until the next turn, by what the last one has returned.
-        leave: Lets others supervise.
+        interval_s: Seconds between two.
+        turn: Says whether to make the next one, and that to the others; None makes each, and says nothing.
         stop: The event that ends the rounds.
         watch: Says what becomes of them.
     """
 
-    turn: Call[bool]
     round: Call[int]
-    pause_s: Callable[[bool], float]
-    leave: Call[None]
+    interval_s: float
+    turn: supervision.Turn | None
     stop: StopEvent | None
     watch: supervision.Watch
 
     @classmethod
     def standing_by(cls, on: Deployment, stop: StopEvent) -> SupervisionRequest:
         """Supervise until *stop* is set, while nobody else does: one call in two seconds tells."""
-        return _rounds(on, ScannerFilter(), SUPERVISE_EVERY_S, stop, insists=False)
+        turn = supervision.Turn(_supervisor_name(), SUPERVISE_EVERY_S, insists=False)
+        watch = supervision.Watch(ScannerFilter.NOOP, aside=True)
+        return cls(_round(on, ScannerFilter.NOOP), SUPERVISE_EVERY_S, turn, stop, watch)
+
+    def actions(self, closed: Callable[[], bool]) -> Generator[Ask | Rest, Any, None]:
+        """Yield what to do, until the event is set or the backend is *closed*.
+
+        Raises:
+            FFError: No other round would pass.
+        """
+        with self.watch:
+            try:
+                yield from self._rounds(closed)
+            except GeneratorExit:
+                raise
+            except BaseException:
+                yield from self._leave(closed)
+                raise
+            yield from self._leave(closed)
+
+    def _rounds(self, closed: Callable[[], bool]) -> Generator[Ask | Rest, Any, None]:
+        def stopped() -> bool:
+            return closed() or (self.stop is not None and self.stop.is_set())
+
+        while not stopped():
+            mine, fired = True, 0
+            try:
+                if self.turn is not None:
+                    mine = yield Ask(Call(self.turn.take))
+                if mine:
+                    fired = yield Ask(self.round)
+            except FFError as error:
+                # A retryable error leaves the timers to the next round; any other needs an operator.
+                if not error.retryable and not closed():
+                    raise
+                if not closed():
+                    self.watch.failed(error)
+            else:
+                self.watch.done(fired)
+            pause_s = self.interval_s if mine else supervision.stand_by_s()
+            until = time.monotonic() + pause_s
+            # The event may be any object with is_set(), so it can only be polled.
+            while (left := until - time.monotonic()) > 0 and not stopped():
+                yield Rest(min(left, _STOP_LOOK_S))
+
+    def _leave(self, closed: Callable[[], bool]) -> Generator[Ask, Any, None]:
+        """Let others supervise at once."""
+        if self.turn is not None and not closed():
+            with contextlib.suppress(FFError, TimeoutError):
+                yield Ask(Call(self.turn.leave), _LEAVE_S)
 
 
 def supervise(
@@ -1929,35 +1977,22 @@ def supervise(
         stop: Set it to return after the current round.
     """
     filtered = _scope(scope)
+    every_s = seconds("interval", interval, zero=True)
     # Who fires some timers alone stands in for nobody.
-    turn = None if filtered != ScannerFilter() else True
-    return _rounds(on, filtered, seconds("interval", interval, zero=True), stop, insists=turn)
+    turn = None
+    if filtered.is_noop():
+        turn = supervision.Turn(_supervisor_name(), every_s, insists=True)
+    watch = supervision.Watch(filtered)
+    return SupervisionRequest(_round(on, filtered), every_s, turn, stop, watch)
 
 
-def _rounds(
-    on: Deployment,
-    scope: ScannerFilter,
-    interval_s: float,
-    stop: StopEvent | None,
-    *,
-    insists: bool | None,
-) -> SupervisionRequest:
-    name = f"{socket.gethostname()}-{os.getpid()}-{keys.new_uuid()[:8]}"
-    rounds = supervision.Supervision(on, scope)
-    turn = supervision.Turn(name, interval_s, insists=bool(insists))
-    return SupervisionRequest(
-        Call(_always if insists is None else turn.take),
-        Call(rounds.round, own_connection=True),
-        lambda mine: turn.pause_s(mine=mine),
-        Call(turn.leave),
-        stop,
-        supervision.Watch(scope, aside=insists is False),
-    )
+def _round(on: Deployment, scope: ScannerFilter) -> Call[int]:
+    return Call(supervision.Supervision(on, scope).round, own_connection=True)
 
 
-def _always() -> Steps[bool]:
-    return True
-    yield
+def _supervisor_name() -> str:
+    """Return a name of which a process may have several."""
+    return f"{_this_process()}-{keys.new_uuid()[:8]}"
 
 
 class WorkerOptions(NamedTuple):
@@ -2094,16 +2129,16 @@ def run_worker(
     )
     level = Level.checked(durability, durability_timeout)
     return WorkerOptions(
-        next_claim,
-        mode,
-        level,
-        concurrency,
-        stop,
-        on_cancel,
-        grace_s,
-        supervise,
-        drain_s,
-        until_idle,
-        lane,
-        worker_id,
+        claim=next_claim,
+        mode=mode,
+        level=level,
+        concurrency=concurrency,
+        stop=stop,
+        on_cancel=on_cancel,
+        cancel_grace_s=grace_s,
+        supervise=supervise,
+        drain_s=drain_s,
+        until_idle=until_idle,
+        lane=lane,
+        worker_id=worker_id,
     )

@@ -6,6 +6,7 @@ argument orders of the Lua functions.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
@@ -917,6 +918,7 @@ def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
             required_capabilities=CapabilitySet(_listed(core["required_capabilities"])),
             flow_id=core.get("flow_id"),
             parent_id=core.get("parent_id"),
+            traceparent=core.get("traceparent"),
             budget_ids=_listed(core.get("budget_ids", "")),
             tags=tags,
             created_at_ms=int(core["created_at"]),
@@ -991,6 +993,8 @@ def _suspension(fields: Mapping[str, str], timeout_at_ms: int | None) -> Suspens
         TimeoutBehavior(fields["timeout_behavior"]),
         tuple(dict.fromkeys(fields["waitpoint_ids"].split())),
         _waits(fields),
+        int(fields["needed"]),
+        int(fields["received"]),
     )
 
 
@@ -1003,7 +1007,7 @@ def _transition(identity: object, flat: object) -> StateTransition:
         int(entry["attempt"]),
         entry.get("reason") or None,
         # It may be cut within a letter.
-        entry.get("error", "").removesuffix("\ufffd") or None,
+        _cut(entry.get("error", "")) or None,
         FailureClass(word) if (word := entry.get("class")) else None,
     )
 
@@ -1041,6 +1045,8 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
             ended_at_ms=when(meta.get("closed_at")),
             log_added=int(streams.get("log_added", 0)),
             log_first_id=streams.get("log_first"),
+            lost_frames=int(meta.get("lost_frames", 0)),
+            lost_entries=int(meta.get("lost_entries", 0)),
             live_first_sequence=entry_id(live_first)[1]
             - int(streams.get("live_first_frames", 1))
             + 1
@@ -1096,7 +1102,10 @@ def list_executions(
         found = []
         for flat in _list(fields[2]):
             told = {_text(name): _text(value) for name, value in _pairs(flat).items()}
-            found.append(((int(told["listed_at"]), told["id"]), _summary(told)))
+            place = int(told["listed_at"]), told["id"]
+            # A core with foreign data is passed over: it must not keep the others from being seen.
+            with contextlib.suppress(ValueError, LookupError):
+                found.append((place, _summary(told)))
         return Listed(found, (int(ms), identity) if ms else None)
 
     return Op(
@@ -1144,17 +1153,22 @@ def _summary(told: Mapping[str, str]) -> ExecutionSummary:
         worker_id=told.get("current_worker_id"),
         worker_instance_id=told.get("current_worker_instance_id"),
         lease_expires_at_ms=when("lease"),
-        error=None if state == "completed" else error or None,
+        error=None if state == "completed" or not error else _cut(error),
         failure_class=FailureClass(failure_class) if failure_class else None,
         progress_percent=when("progress_percent"),
-        suspension_reason=told.get("reason"),
+        suspension_reason=_cut(told["reason"]) if "reason" in told else None,
         waiting_for=_waits(told),
     )
 
 
 def _waits(told: Mapping[str, str]) -> tuple[str, ...]:
     """Return what a suspension waits for, in the order of its condition."""
-    return tuple(told[name].rstrip() for name in told if name.startswith("waits:"))
+    return tuple(_cut(told[name]).rstrip() for name in told if name.startswith("waits:"))
+
+
+def _cut(text: str) -> str:
+    """Return a text of which the server has sent the beginning, perhaps up to the middle of a character."""
+    return text.removesuffix("\ufffd")
 
 
 class LanesPart(NamedTuple):
@@ -1175,8 +1189,8 @@ def list_lanes(partition: int, queue_after: str, offset: str) -> Op[LanesPart]:
     slot_tag = keys.slot_tag(partition)
 
     def parse(_: bytes, fields: list[object]) -> LanesPart:
-        queues = list(map(_text, _list(fields[3])))
-        counts = list(map(_text, _list(fields[4])))
+        queues = list(map(_text, _list(fields[2])))
+        counts = list(map(_text, _list(fields[3])))
         return LanesPart(
             _text(fields[0]),
             _text(fields[1]),

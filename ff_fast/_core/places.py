@@ -12,7 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ff_fast._hot.writer import Held, Newest
-from ff_fast._log import say
+from ff_fast._log import say_seldom
 from ff_fast.errors import FramesLost
 
 if TYPE_CHECKING:
@@ -55,8 +55,11 @@ class Place(Newest):
     def lose(self, first: int, last: int) -> None:
         """Note that frames are lost, which the stream tells its readers."""
         execution_id, attempt_index = self.attempt or (None, None)
-        say(
+        say_seldom(
             logging.WARNING,
+            "frames",
+            # A failover may lose some of every stream.
+            "lost",
             "The server has lost the frames %d to %d of attempt %s of execution %s, which it had acknowledged, and this"
             " process keeps them no longer.",
             first,

@@ -83,9 +83,9 @@ class Offer:
         self.empty: dict[tuple[str, bytes], bytes] = {}
 
     @property
-    def kind(self) -> tuple[object, ...]:
+    def kind(self) -> tuple[str, frozenset[str], bool]:
         """What tells workers of this kind from others."""
-        return (self.lane, self.tokens) if self.plain else (self.lane, self.tokens, False)
+        return self.lane, self.tokens, self.plain
 
     def read(self, told: list[bytes]) -> bool:
         """Take note of new entries of the registry, with their scores; return whether one is covered."""

@@ -30,7 +30,7 @@ from ff_fast._core.worker import (
     cancellation,
     failure_of,
 )
-from ff_fast._log import say
+from ff_fast._log import say_seldom
 from ff_fast.errors import ExecutionNotActive, FFError, InvalidInput, NotReplicated
 from ff_fast.types import FailureClass
 
@@ -215,8 +215,10 @@ def left(stream: StreamState[Any, Any], error: BaseException | None) -> Ending:
     except (FFError, TimeoutError) as refused:
         # The error of the block is the cause. A stream whose lease is lost is somebody else's.
         if not (isinstance(refused, FFError) and is_lease_lost(refused)):
-            say(
+            say_seldom(
                 logging.WARNING,
+                "stream",
+                type(refused).__name__,
                 "The stream of execution %s was not ended: %s",
                 stream.execution_id,
                 refused,

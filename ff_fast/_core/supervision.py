@@ -15,7 +15,7 @@ from ff_fast._core.flows import MEMBERS_A_CALL
 from ff_fast._core.ready import publish_hints, with_hints
 from ff_fast._core.steps import Command, Step, Steps, checked, command, time_ms
 from ff_fast._hot.resp import pack_command
-from ff_fast._log import LOG, say, say_seldom
+from ff_fast._log import LOG, Outage, say, say_seldom
 from ff_fast.errors import (
     Corruption,
     ExecutionNotFound,
@@ -52,6 +52,11 @@ def _due(partition: int, now: bytes, offset: int) -> Command:
     return command(b"ZRANGEBYSCORE", timers, b"-inf", now, *page)
 
 
+def stand_by_s() -> float:
+    """Return the seconds until the next look of a process that stands by."""
+    return _LOOK_S * random.uniform(0.75, 1.25)  # noqa: S311
+
+
 class Turn:
     """Whether this process makes the next round: a mark on the server says who does, until it lapses.
 
@@ -63,18 +68,13 @@ class Turn:
         interval_s: Seconds between two rounds.
     """
 
-    __slots__ = ("_held_until", "_insists", "_interval_s", "_lasts_ms", "_name")
+    __slots__ = ("_held_until", "_insists", "_lasts_ms", "_name")
 
     def __init__(self, name: str, interval_s: float, *, insists: bool) -> None:
         self._name = name.encode()
         self._insists = insists
-        self._interval_s = interval_s
         self._lasts_ms = b"%d" % (max(_MARK_S, 3 * interval_s) * 1000)
         self._held_until = 0.0
-
-    def pause_s(self, *, mine: bool) -> float:
-        """Return the seconds until the next round, or until the next look where it is not this process's turn."""
-        return self._interval_s if mine else _LOOK_S * random.uniform(0.75, 1.25)  # noqa: S311
 
     def take(self) -> Steps[bool]:
         """Take the mark, or keep it; return whether to make a round.
@@ -86,11 +86,13 @@ class Turn:
         if now < self._held_until:
             return True
         lasts = (b"PX", self._lasts_ms)
-        if self._insists:
-            # Without the right to set the mark, the others supervise too.
-            yield Step((command(b"SET", key, self._name, *lasts),))
-        else:
-            (reply,) = yield Step((command(b"SET", key, self._name, b"NX", b"GET", *lasts),))
+        # Others than who insists leave the mark to whoever has set it.
+        taking = () if self._insists else (b"NX", b"GET")
+        # Its node may be lost, and the others have timers too: then everybody supervises, as without the right to set it.
+        (reply,) = yield Step((command(b"SET", key, self._name, *taking, *lasts),), partial=True)
+        if isinstance(reply, FFError):
+            return True
+        if not self._insists:
             if isinstance(reply, bytes):
                 if reply != self._name:
                     return False
@@ -201,7 +203,10 @@ class Supervision:
             done += what == "done"
             deferred += what == "deferred"
         if deferred:
-            LOG.warning(
+            say_seldom(
+                logging.WARNING,
+                "timers",
+                "foreign",
                 "%d timers of partition %d cannot be fired: their keys hold foreign data. They are tried again in a"
                 " minute.",
                 deferred,
@@ -243,35 +248,24 @@ class Watch:
     def __init__(self, scope: ScannerFilter, *, aside: bool = False) -> None:
         self._aside = aside
         self._of = "" if scope.is_noop() else f" of {scope}"
-        self._failed_at: float | None = None
-        self._said = False
+        self._outage = Outage("supervisor")
 
     def __enter__(self) -> None:
         self._say(logging.INFO, "A supervisor%s has started.")
 
     def failed(self, error: FFError) -> None:
         """Note that a round has failed, and that the next one tries again."""
-        if self._aside:
-            return
-        if self._failed_at is None:
-            self._failed_at = time.monotonic()
-        said = say_seldom(
-            logging.WARNING,
-            "supervisor",
-            error.code,
-            "A supervisor%s has no server: %s Until it has, lost workers, delays and time limits take no effect.",
-            self._of,
-            error,
-        )
-        self._said = self._said or said
+        if not self._aside:
+            self._outage.fails(
+                error.code,
+                "A supervisor%s has no server: %s Until it has, lost workers, delays and time limits take no effect.",
+                self._of,
+                error,
+            )
 
     def done(self, fired: int) -> None:
         """Note that a round was made."""
-        failed_at, self._failed_at = self._failed_at, None
-        if failed_at is not None and self._said:
-            self._said = False
-            seconds = time.monotonic() - failed_at
-            say(logging.INFO, "A supervisor%s goes on after %.1f s.", self._of, seconds)
+        self._outage.works("A supervisor%s goes on after %.1f s.", self._of)
         if fired:
             say(logging.DEBUG, "Timers fired: %d.", fired)
 

@@ -28,6 +28,7 @@ from ff_fast._core.binding import dressed
 from ff_fast._core.durability import STORED, can_reach
 from ff_fast._core.leases import is_ended_by_plan, is_lease_lost, say_lost
 from ff_fast._core.ready import with_hints
+from ff_fast._core.stats import counting
 from ff_fast._core.steps import Step, Steps, command
 from ff_fast._core.writer import WriterState, continue_writer
 from ff_fast._hot.writer import WriterCore
@@ -343,6 +344,7 @@ class TaskState(Holder[W, K]):
 
     def __init__(
         self,
+        backend: Any,
         handle: Handle,
         mode: StreamMode | None = None,
         level: Level = STORED,
@@ -350,6 +352,7 @@ class TaskState(Holder[W, K]):
     ) -> None:
         fields = handle.fields()
         super().__init__(fields.execution_id, level)
+        self._backend = backend
         self.handle = handle
         self._mode = mode
         self._worker_id = worker_id
@@ -460,6 +463,12 @@ class Stopped(NamedTuple):
     """The handler was cancelled, as its :class:`CallHandler` says, and has ended with that."""
 
 
+class Attend(NamedTuple):
+    """Run the handler for a claimed execution, and resume with the value of :func:`attend`."""
+
+    handle: Handle
+
+
 Action = Run | UseWriter | CallHandler | CloseWriter | WaitLost
 Actions = Generator[Action, Any, bool]
 Ending = Generator[Action, Any, None]
@@ -473,6 +482,9 @@ class Backend(Protocol):
 
     @property
     def _deployment(self) -> Deployment: ...
+
+    @property
+    def _attending(self) -> Attending: ...
 
 
 def attend(
@@ -498,7 +510,7 @@ def attend(
             yield from _handle(backend, task, cancel_after_s)
         else:
             with _span(backend._deployment.tracing, task) as task._span:
-                yield from _handle(backend, task, cancel_after_s)
+                yield from _traced(_handle(backend, task, cancel_after_s), backend, task)
     except _NotEnded:
         return False
     except GeneratorExit:
@@ -513,6 +525,26 @@ def _span(tracing: Tracing, task: TaskState[Any, Any]) -> AbstractContextManager
     """Return the span of an attempt, which is the current one in its block."""
     lane = task.handle.fields().lane_id
     return tracing.attempt(lane, task.execution_id, task.attempt_index, task._traceparent)
+
+
+def _traced(steps: Ending, backend: Backend, task: TaskState[Any, Any]) -> Ending:
+    """Note in the span of an attempt what breaks it off."""
+    try:
+        yield from steps
+    except (GeneratorExit, _NotEnded):
+        raise
+    except BaseException as error:
+        _trace_failed(backend, task, error)
+        raise
+
+
+def _trace_failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> None:
+    """Note in the span of an attempt that it has failed; its first error counts, and an end that was asked for is none."""
+    if task._cancel_requested or (isinstance(error, FFError) and is_ended_by_plan(error)):
+        return
+    span, task._span = task._span, None
+    if span is not None and backend._deployment.tracing is not None:
+        backend._deployment.tracing.failed(span, error)
 
 
 class _NotEnded(Exception):  # noqa: N818 - no fault of the worker
@@ -621,8 +653,7 @@ def _say_raised(task: TaskState[Any, Any], error: BaseException) -> None:
 
 def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Ending:
     _say_raised(task, error)
-    if task._span is not None and backend._deployment.tracing is not None:
-        backend._deployment.tracing.failed(task._span, error)
+    _trace_failed(backend, task, task._lost or error)
     # An error of the writer must not replace the handler's own failure.
     with contextlib.suppress(FFError):
         yield CloseWriter()
@@ -640,8 +671,10 @@ def _fail(backend: Backend, task: TaskState[Any, Any], failure: Failure) -> Endi
     except FFError as error:
         if isinstance(error, _ENDS_WORKER):
             raise
-        say(
+        say_seldom(
             logging.ERROR,
+            "end",
+            error.code,
             "Execution %s cannot be ended, and comes back when its lease lapses: %s",
             task.execution_id,
             error,
@@ -686,8 +719,8 @@ def cancellation(
             reason = description.cancellation_reason or reason
         op = ops.cancel_execution(eid, reason, 0, handle.fields().lease_id)
         cancelled = yield from with_hints(op, keys.partition_index(eid))
-        on.tally.note("executions_cancelled")
-        yield from operations.Reach(lambda _: op, *level).steps()
+        reach = operations.Reach(lambda _: op, *level)
+        yield from counting(on.tally, "executions_cancelled", reach.steps)()
         return cancelled
 
     return operations.Call(steps)
@@ -703,8 +736,10 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Ending
         try:
             yield Run(call)
         except NotReplicated as error:
-            say(
+            say_seldom(
                 logging.WARNING,
+                "end",
+                error.code,
                 "Execution %s has ended. %s",
                 task.execution_id,
                 error,
@@ -715,20 +750,26 @@ def _end(backend: Backend, task: TaskState[Any, Any], call: Call[Any]) -> Ending
             if is_lease_lost(error) or (error.retryable and not task._holds_lease):
                 if task._lost is None and not is_ended_by_plan(error):
                     say_lost(error, **task._about)
+                _trace_failed(backend, task, error)
                 return
             if not error.retryable:
                 raise
             yield WaitLost(END_AGAIN_S)
         else:
             return
+    if task._lost is not None:
+        _trace_failed(backend, task, task._lost)
 
 
 def hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Actions:
     """Make the execution claimable now, not when its lease lapses; it counts as a lost worker. Return whether it is."""
     if task._released or backend.closed:
         return False
-    say(
+    say_seldom(
         logging.WARNING,
+        "broken off",
+        # What stops a worker, or keeps it from its server, meets all its handlers.
+        type(error).__name__,
         "Attempt %d of execution %s was broken off by %s; the execution goes to another worker.",
         task.attempt_index,
         task.execution_id,
@@ -866,6 +907,43 @@ class Patience:
         pause_s = self._next_s
         self._next_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         return pause_s
+
+
+def serve(
+    backend: Backend,
+    options: operations.WorkerOptions,
+    stopping: Callable[[], bool],
+    halt: Callable[[], None],
+) -> Generator[Run | Attend | operations.Rest, Any, None]:
+    """Claim one execution after the other and attend to it, until the worker stops; one of its slots.
+
+    Args:
+        backend: The backend.
+        options: Those of the worker.
+        stopping: Whether the worker is to stop.
+        halt: Stops it; called where there is nothing to do, if it ends then.
+
+    Raises:
+        FFError: The worker cannot claim at all.
+    """
+    patience, attending = Patience(), backend._attending
+    while not stopping():
+        began = time.monotonic()
+        try:
+            handle = yield Run(options.claim())
+        except FFError as error:
+            if backend.closed:
+                return
+            attending.reached = False
+            yield operations.Rest(patience.refused(error))
+            continue
+        attending.reached = True
+        if handle is not None:
+            # Attended to even if a stop was requested meanwhile: it is claimed.
+            over = yield Attend(handle)
+            yield operations.Rest(patience.attended(over=over))
+        elif options.until_idle and attending.idle_since(began):
+            halt()
 
 
 def is_handlers_own(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from ff_fast import keys
 from ff_fast._core import durability, ops
@@ -17,7 +17,7 @@ from ff_fast._core.leases import is_lease_lost
 from ff_fast._core.steps import Command, Pause, Retries, Step, applied_in_part
 from ff_fast._core.summary import fold
 from ff_fast._hot.writer import Home, Outbox, WriterCore
-from ff_fast._log import say, say_seldom
+from ff_fast._log import say_seldom
 from ff_fast.errors import (
     DeadlineExceeded,
     ForkedClient,
@@ -398,56 +398,33 @@ class SharedWriter(WriterCore):
         """Say why the writer has stopped, where that is no ordinary end."""
         if isinstance(error, ForkedClient):
             return
-        about: dict[str, Any] = {
-            "execution_id": self.execution_id,
-            "attempt_index": self.attempt_index,
-        }
+        arguments: tuple[object, ...] = (error,)
+        cause: object = (error.code, self.execution_id, self.attempt_index)
         if isinstance(error, WriterSuperseded):
             # Two that open it in turns would fill the log.
-            say_seldom(
-                logging.WARNING,
-                "superseded",
-                self.execution_id,
-                "The writer of attempt %d of execution %s was superseded: another one was opened under the same lease."
-                " Frames that were not stored: %d.",
-                self.attempt_index,
-                self.execution_id,
-                len(error.unstored),
-                **about,
-            )
+            level = logging.WARNING
+            how, arguments = "was superseded: another one was opened under the same lease.", ()
         elif isinstance(error, SequenceGap):
-            say(
-                logging.WARNING,
-                "The writer of attempt %d of execution %s has stopped: %s Frames that were not stored: %d.",
-                self.attempt_index,
-                self.execution_id,
-                error,
-                len(error.unstored),
-                **about,
-            )
+            # A failover ends many writers.
+            level, how, cause = logging.WARNING, "has stopped: %s", error.code
         elif not error.unstored or isinstance(error, WriterClosed) or is_lease_lost(error):
             # An ordinary end; or the lease is lost, and its keeper says so.
-            say(
-                logging.DEBUG,
-                "The writer of attempt %d of execution %s has ended: %s",
-                self.attempt_index,
-                self.execution_id,
-                error,
-                **about,
-            )
+            level, how = logging.DEBUG, "has ended: %s"
         else:
             # One server's failure ends many writers.
-            say_seldom(
-                logging.ERROR,
-                "writer",
-                error.code,
-                "The writer of attempt %d of execution %s is given up: %s Frames that were not stored: %d.",
-                self.attempt_index,
-                self.execution_id,
-                error,
-                len(error.unstored),
-                **about,
-            )
+            level, how, cause = logging.ERROR, "is given up: %s", error.code
+        say_seldom(
+            level,
+            "writer",
+            cause,
+            f"The writer of attempt %d of execution %s {how} Frames that were not stored: %d.",
+            self.attempt_index,
+            self.execution_id,
+            *arguments,
+            len(error.unstored),
+            execution_id=self.execution_id,
+            attempt_index=self.attempt_index,
+        )
 
     def outcome(self) -> AppendFrameOutcome:
         """The frames and patches stored so far."""

@@ -25,7 +25,7 @@ from ff_fast._sync.writers import Senders, Writer
 from ff_fast.errors import DeadlineExceeded, FFError, WriterClosed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from ff_fast._core.claiming import Claim
     from ff_fast._core.completions import CompletionCore
@@ -41,9 +41,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+A = TypeVar("A")
 
-_STOP_LOOK_S = 0.05
-_LEAVE_S = 0.5
 
 _LEFT = 1_024
 
@@ -77,6 +76,22 @@ def _put(question: durability.Question, connection: Connection, until: float) ->
         if reply is PENDING:
             raise DeadlineExceeded
         more = question.take(reply)
+
+
+def drive(actions: Generator[A, Any, T], perform: Callable[[A], object]) -> T:
+    """Perform the actions of the core, and return what comes of them."""
+    try:
+        action = next(actions)
+        while True:
+            try:
+                value = perform(action)
+            except BaseException as error:  # noqa: BLE001 - the core decides what it means
+                action = actions.throw(error)
+            else:
+                action = actions.send(value)
+    except StopIteration as stop:
+        value_of: T = stop.value
+        return value_of
 
 
 class Operations(Pool):
@@ -270,36 +285,17 @@ class Operations(Pool):
             keeper._abandon(_transport.closed_error())
         return keeper
 
-    def _stats(self, count: Callable[[list[Any]], Stats]) -> Stats:
-        return count(self._writers.valuerefs())
+    def _stats(self, count: Callable[..., Stats]) -> Stats:
+        return count(self._writers.valuerefs(), closed=self._closed)
 
     def _supervise(self, request: operations.SupervisionRequest) -> None:
-        def stopped() -> bool:
-            return self._closed or (request.stop is not None and request.stop.is_set())
+        drive(request.actions(lambda: self._closed), self._supervising)
 
-        with request.watch:
-            try:
-                while not stopped():
-                    mine, fired = True, 0
-                    try:
-                        mine = self._run(request.turn)
-                        if mine:
-                            fired = self._run(request.round)
-                    except FFError as error:
-                        # A retryable error leaves the timers to the next round; any other needs an operator.
-                        if not error.retryable and not self._closed:
-                            raise
-                        if not self._closed:
-                            request.watch.failed(error)
-                    else:
-                        request.watch.done(fired)
-                    until = time.monotonic() + request.pause_s(mine)
-                    while (left := until - time.monotonic()) > 0 and not stopped():
-                        time.sleep(min(left, _STOP_LOOK_S))
-            finally:
-                if not self._closed:
-                    with contextlib.suppress(FFError):
-                        self._run(request.leave, until=time.monotonic() + _LEAVE_S)
+    def _supervising(self, action: operations.Ask | operations.Rest) -> object:
+        if isinstance(action, operations.Ask):
+            return self._run(action.call, until=time.monotonic() + action.limit_s)
+        time.sleep(action.seconds)
+        return None
 
     create_execution = method(operations.create_execution)
     describe = method(operations.describe)

@@ -14,7 +14,7 @@ from ff_fast._core.worker import Action, CloseWriter, Run, WaitLost
 from ff_fast._core.writer import store_and_close
 from ff_fast._hot.writer import WriterCore
 from ff_fast._sync.leases import LeaseKeeper
-from ff_fast._sync.worker import drive
+from ff_fast._sync.operations import drive
 from ff_fast._sync.writers import Writer
 
 if TYPE_CHECKING:

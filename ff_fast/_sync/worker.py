@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
@@ -12,9 +12,10 @@ from ff_fast import _process
 from ff_fast._core import operations
 from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import dressed
-from ff_fast._core.handlers import Worker, is_coroutine_function
+from ff_fast._core.handlers import Worker, check_handler, is_coroutine_function
 from ff_fast._core.worker import (
     Action,
+    Attend,
     CallHandler,
     CloseWriter,
     Raised,
@@ -29,8 +30,9 @@ from ff_fast._core.worker import (
 )
 from ff_fast._core.writer import store_and_close
 from ff_fast._sync.leases import LeaseKeeper
+from ff_fast._sync.operations import drive
 from ff_fast._sync.writers import Writer
-from ff_fast.errors import FFError, InvalidInput, InvalidType, StaleOwner
+from ff_fast.errors import InvalidInput, InvalidType, StaleOwner
 from ff_fast.types import OnCancel
 
 if TYPE_CHECKING:
@@ -38,10 +40,9 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from ff_fast._core.deployment import Deployment
-    from ff_fast._core.durability import Level
     from ff_fast._core.operations import Call, WorkerOptions
     from ff_fast._sync.operations import Operations
-    from ff_fast.types import Handle, ResumeSignal, StreamMode, SuspendOutcome
+    from ff_fast.types import Handle, ResumeSignal, SuspendOutcome
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -98,16 +99,7 @@ def suspending(
 class Task(TaskState[Writer, LeaseKeeper]):
     __doc__ = worker_core.TASK
 
-    def __init__(
-        self,
-        backend: Operations,
-        handle: Handle,
-        mode: StreamMode | None,
-        level: Level,
-        worker_id: str | None = None,
-    ) -> None:
-        super().__init__(handle, mode, level, worker_id)
-        self._backend = backend
+    _backend: Operations
 
     flush = forwarded(Writer.flush)
     progress = of_task(operations.progress)
@@ -141,22 +133,6 @@ class Task(TaskState[Writer, LeaseKeeper]):
             writer._wait(store_and_close(writer, timeout_s))
 
 
-def drive(actions: Generator[Action, Any, T], perform: Callable[[Action], object]) -> T:
-    """Perform the actions of the core, and return what comes of them."""
-    try:
-        action = next(actions)
-        while True:
-            try:
-                value = perform(action)
-            except BaseException as error:  # noqa: BLE001 - the core decides what it means
-                action = actions.throw(error)
-            else:
-                action = actions.send(value)
-    except StopIteration as stop:
-        value_of: T = stop.value
-        return value_of
-
-
 class WorkerLoop:
     """Claims executions of one lane and runs a handler for each, on *concurrency* threads."""
 
@@ -170,7 +146,8 @@ class WorkerLoop:
             self.lifespan = handler.lifespan
             coroutines = handler.is_async
             handler = handler._dispatch
-        if coroutines or not callable(handler):
+        check_handler(handler)
+        if coroutines:
             raise InvalidType(
                 "handler must be an ordinary function; coroutines are for ff_fast.aio."
             )
@@ -270,28 +247,23 @@ class WorkerLoop:
         )
 
     def _slot(self) -> None:
-        patience = worker_core.Patience()
+        serving = worker_core.serve(
+            self._backend, self._options, lambda: self._stopping, self._halt.set
+        )
         try:
-            attending = self._backend._attending
-            while not self._stopping:
-                began = time.monotonic()
-                try:
-                    handle = self._backend._do(self._options.claim())
-                except FFError as error:
-                    if self._backend.closed:
-                        return
-                    attending.reached = False
-                    self._pause(patience.refused(error))
-                    continue
-                attending.reached = True
-                if handle is None:
-                    if self._options.until_idle and attending.idle_since(began):
-                        self._halt.set()
-                else:
-                    # Run it even if a stop was requested meanwhile: it is claimed.
-                    self._pause(patience.attended(over=self.run_one(handle)))
+            drive(serving, self._perform_slot)
         except BaseException as error:  # noqa: BLE001 - raised again by run()
             self._stopped_by(error)
+
+    def _perform_slot(self, action: Run | Attend | operations.Rest) -> object:
+        match action:
+            case Run(call):
+                return self._backend._do(call)
+            case Attend(handle):
+                return self.run_one(handle)
+            case operations.Rest(seconds):
+                self._pause(seconds)
+        return None
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds

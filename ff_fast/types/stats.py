@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
+from ff_fast.errors import InvalidInput
+
 from ._value import Value
 
 
@@ -87,7 +89,13 @@ class Histogram(_Sum, Value):
         return (*(float(2**i) for i in range(self.BUCKETS - 1)), float("inf"))
 
     def quantile(self, share: float) -> float:
-        """Return the bound of the bucket below which that share of the values is, 0 to 1; 0.0 without values."""
+        """Return the bound of the bucket below which that share of the values is, 0 to 1; 0.0 without values.
+
+        Raises:
+            InvalidInput: *share* is no number from 0 to 1.
+        """
+        if type(share) not in (int, float) or not 0 <= share <= 1:
+            raise InvalidInput("share must be a number from 0 to 1; 0.99 is the 99th percentile.")
         left = share * self.count
         for bound, number in zip(self.bounds, self.buckets, strict=True):
             left -= number
@@ -110,7 +118,8 @@ class Stats(_Sum, Value):
         bytes_read: Payload bytes of the read frames.
         batches: Batches of the written frames.
         resends: Batches that were sent again, after a lost connection or a failover.
-        reconnects: Connections that replace one that was lost.
+        reconnects: Times that a server was connected to again after a connection to it was lost, while it was used. Of
+            several that are lost together one counts.
         unacknowledged_bytes: Bytes in memory that wait for the server. A gauge.
         unacknowledged_frames: Frames that wait for the server. A gauge.
         gaps: Gaps that readers were told of, by reason.

@@ -620,6 +620,8 @@ class SuspensionDescription(Value):
         waitpoint_ids: Waitpoints that take signals, each once.
         waiting_for: What these signals must have, each once: ``signal_name`` or ``correlation_id`` with the text, or
             ``external``, which any signal has.
+        needed: How many members of its condition must be met.
+        received: How many are.
     """
 
     suspension_id: str
@@ -630,6 +632,8 @@ class SuspensionDescription(Value):
     on_timeout: TimeoutBehavior
     waitpoint_ids: tuple[str, ...]
     waiting_for: tuple[str, ...] = ()
+    needed: int = 1
+    received: int = 0
 
 
 class ExecutionDescription(Value):
@@ -646,6 +650,8 @@ class ExecutionDescription(Value):
         required_capabilities: Capabilities that its worker must offer.
         flow_id: Its flow; None without one.
         parent_id: The execution that may wait for it; None without one.
+        traceparent: The span in which it was created, as in the W3C header; None where its creator was not traced, see
+            `ff_fast.tracing.trace`.
         budget_ids: Budgets that its usage is charged to.
         tags: Its tags.
         created_at_ms: When it was created.
@@ -691,6 +697,7 @@ class ExecutionDescription(Value):
     required_capabilities: CapabilitySet = CapabilitySet()
     flow_id: str | None = None
     parent_id: str | None = None
+    traceparent: str | None = None
     budget_ids: tuple[str, ...] = ()
     tags: Mapping[str, str] = MappingProxyType({})
     created_at_ms: int

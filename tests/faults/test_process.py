@@ -103,6 +103,8 @@ def test_a_forked_child_of_the_blocking_shell(server, lane):
                 with pytest.raises(ForkedClient) as caught:
                     call()
                 assert caught.value.unstored == ()
+            # The parent counts what it has done.
+            assert backend.stats() == ff_fast.Stats()
             backend.close()
             # A client of its own works, beside what it inherited.
             with ff_fast.ValkeyBackend.connect(server.url) as own:
@@ -154,6 +156,7 @@ async def test_a_forked_child_of_the_asyncio_shell(server, lane):
             with pytest.raises(ForkedClient):
                 writer.write(b"child")
             step(writer.flush())
+            assert backend.stats() == ff_fast.Stats()
             step(writer.drain())
             step(writer.close())
             step(backend.describe(eid))

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from ff_fast import FailureClass, RetryPolicy, Stats, StreamMode
+from ff_fast import Durability, FailureClass, NotReplicated, RetryPolicy, Stats, StreamMode
 
 from ..shells import KINDS, WORKER, Opener
 
@@ -111,6 +111,56 @@ def test_what_waits_for_the_server_is_a_gauge(open_backend, lane):
     )
     writer.close()
     assert backend.stats().unacknowledged_frames == 0
+
+
+def test_a_named_stream_is_claimed_and_ended_by_its_producer(open_backend, lane):
+    backend, other = open_backend(), open_backend()
+    with backend.open_stream(lane, namespace=lane) as stream:
+        with other.open_stream(lane, namespace=lane) as consumer:
+            assert consumer.role == "consumer"
+        assert stream.role == "producer"
+    with pytest.raises(ValueError, match="no"), backend.open_stream(lane + "2", namespace=lane):
+        raise ValueError("no")
+    found = backend.stats()
+    assert found.executions_claimed == 2
+    assert (found.executions_completed, found.executions_failed) == (1, 1)
+    assert other.stats().executions_claimed == 0
+
+
+def test_a_backend_that_is_closed_keeps_its_counts_and_has_nothing_open(open_backend, lane):
+    backend = open_backend()
+    eid, handle = claimed(backend, lane)
+    writer = backend.open_writer(handle)
+    writer.write(b"a")
+    writer.flush()
+    tail = backend.tail(eid)
+    took(tail, 1)
+    assert backend.stats().tails_open == 1
+    backend.close()
+    found = backend.stats()
+    assert (found.frames_written.total, found.frames_read.total) == (1, 1)
+    assert (found.tails_open, found.writers_open, found.unacknowledged_bytes) == (0, 0, 0)
+
+
+def test_an_end_that_does_not_reach_its_level_is_counted(open_backend, lane):
+    backend = open_backend()
+    # The shared server has no replica.
+    level = {"durability": Durability.replicated(1), "durability_timeout": 0.001}
+    for end in (
+        lambda handle: backend.complete(handle, **level),
+        lambda handle: backend.fail(handle, "no", **level),
+        lambda handle: backend.cancel(handle, **level),
+        lambda handle: backend.cancel(handle, grace=60, **level),
+    ):
+        handle = claimed(backend, lane)[1]
+        with pytest.raises(NotReplicated):
+            end(handle)
+    found = backend.stats()
+    assert (
+        found.executions_completed,
+        found.executions_failed,
+        found.executions_cancelled,
+    ) == (1, 1, 1)
 
 
 def test_ends_are_counted_by_kind(open_backend, lane):

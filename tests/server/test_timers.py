@@ -68,7 +68,8 @@ def test_what_fires_into_waiting_is_heard_of_at_once(world):
     """No sweep: the hint comes with the fired timer."""
     armed(world, "lease")
     world.round()
-    world.backend._deployment.sweep_due(world.lane, 0)
+    on = world.backend._deployment
+    on.sweep_due(on.offer(world.lane, ()).kind, 0)
     assert world.claim() is not None
 
 

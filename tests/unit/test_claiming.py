@@ -60,7 +60,7 @@ def clock(monkeypatch):
 def swept(*tokens):
     """A deployment of two partitions that a worker with these capabilities has looked at already."""
     on = Deployment(2)
-    assert on.sweep_due(("lane", frozenset(tokens)), 0)
+    assert on.sweep_due(on.offer("lane", tokens).kind, 0)
     return on
 
 

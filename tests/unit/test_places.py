@@ -77,3 +77,10 @@ def test_the_last_frame_of_a_released_lease_stays_known_for_a_while(monkeypatch)
     assert known.open("b").sequence == 3
     known.forget("c")
     assert known.last_id("c") == b""
+
+
+def test_a_failover_that_loses_frames_of_every_stream_is_one_line(caplog):
+    known = Places()
+    for number in range(50):
+        known.open(f"lease {number}").lose(1, 9)
+    assert len(caplog.messages) == 1

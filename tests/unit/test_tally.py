@@ -3,9 +3,10 @@
 import math
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
 
-from ff_fast import FramesByMode, Gap, GapsByReason, Histogram, Stats, StreamFrame
+from ff_fast import FramesByMode, Gap, GapsByReason, Histogram, Stats, StreamFrame, errors
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.stats import stats_of
 from ff_fast._hot.tally import Listening, Tally
@@ -48,9 +49,12 @@ def test_events_are_counted_and_those_that_are_not_known_refused():
     on = Deployment(4)
     for _ in range(3):
         on.tally.note("reconnects")
-    on.tally.note("leases_lost", 2)
+    on.tally.note("leases_lost")
     found = stats_of(on, [])
-    assert (found.reconnects, found.leases_lost) == (3, 2)
+    assert (found.reconnects, found.leases_lost) == (3, 1)
+    on.tally.note("eclipses")
+    with pytest.raises(TypeError):
+        stats_of(on, [])
 
 
 def test_readers_are_open_until_they_are_let_go():
@@ -129,3 +133,9 @@ def test_a_quantile_is_the_bound_of_its_bucket():
     assert Histogram().quantile(0.5) == 0.0
     assert Histogram(1, 1 << 40, (*[0] * 31, 1)).quantile(0.5) == math.inf
     assert len(few.bounds) == len(few.buckets) == Histogram.BUCKETS
+
+
+@pytest.mark.parametrize("share", [99, -0.1, math.nan, True, "0.5"])
+def test_a_quantile_is_asked_for_by_its_share(share):
+    with pytest.raises(errors.InvalidInput):
+        Histogram().quantile(share)

@@ -89,7 +89,7 @@ class Attended:
     """
 
     def __init__(self, outcomes=None, *, closed=False, **task):
-        self.task = TaskState(HANDLE)
+        self.task = TaskState(None, HANDLE)
         self.task._keeper = Keeper()
         self.backend = SimpleNamespace(closed=closed, _deployment=Deployment(4))
         self.did = []
@@ -347,7 +347,7 @@ RENEWED = [*OK, b"1000", b"4", b"0"]
 
 def loading(replies, kind=HandleKind.FRESH, mode=None, attempt_index=0):
     """The first action of a worker, carried out: what was asked, its value, and the task."""
-    task = TaskState(handle_of(attempt_index).replace(kind=kind), mode)
+    task = TaskState(None, handle_of(attempt_index).replace(kind=kind), mode)
     task._keeper = SimpleNamespace(told=[], _ask_to_stop=lambda: task._keeper.told.append("stop"))
     backend = SimpleNamespace(closed=False, _deployment=Deployment(4))
     action = next(attend(backend, task))
@@ -581,7 +581,9 @@ def test_a_closed_backend_hands_nothing_back():
 
 
 def test_a_worker_that_is_thrown_away_does_nothing():
-    attended = attend(SimpleNamespace(closed=False, _deployment=Deployment(4)), TaskState(HANDLE))
+    attended = attend(
+        SimpleNamespace(closed=False, _deployment=Deployment(4)), TaskState(None, HANDLE)
+    )
     next(attended)
     attended.close()
 
@@ -745,7 +747,7 @@ def test_whose_an_error_is(error, release, own):
 
 
 def test_a_task_whose_lease_is_lost_refuses_to_write():
-    task = TaskState(HANDLE)
+    task = TaskState(None, HANDLE)
     task._current_writer = SimpleNamespace(cancel_requested=False, write=lambda payload: 1)
     assert task.write(b"x") == 1
     task._lose(LOST)
@@ -757,5 +759,23 @@ def test_a_task_whose_lease_is_lost_refuses_to_write():
 
 
 def test_before_it_has_a_writer_a_task_has_heard_of_no_cancellation():
-    task = TaskState(HANDLE)
+    task = TaskState(None, HANDLE)
     assert (task.cancelled, task.lost) == (False, False)
+
+
+STORMS = {
+    "a result that no replica confirms": (
+        {"handler": [RETURNED], COMPLETE: [errors.NotReplicated()]},
+        "has ended. ",
+    ),
+    "an end that is refused": (REFUSALS["a result and the failure"][0], " cannot be ended"),
+    "an attempt that is broken off": ({"handler": [KeyboardInterrupt()]}, " was broken off"),
+}
+
+
+@pytest.mark.parametrize("what", STORMS)
+def test_what_all_executions_meet_at_once_is_one_line(what, caplog):
+    outcomes, text = STORMS[what]
+    for _ in range(50):
+        Attended(outcomes)
+    assert len([each for each in caplog.messages if text in each]) == 1
