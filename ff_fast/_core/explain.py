@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ff_fast import keys
 from ff_fast._core import listing, ops
+from ff_fast._core.attempts import BEGUN, cause_of
 from ff_fast._core.steps import Command, Step, Steps, command, time_ms
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import FlowNotFound
@@ -27,12 +28,6 @@ _CHILDREN = 8
 _LATE_MS = 2_000
 """A supervisor fires a timer within this time, in ms."""
 _TIME = pack_command(b"TIME")
-
-_ENDS = {
-    "attempt_timeout": "it ran longer than its time limit",
-    "suspension_timeout": "its suspension lasted too long",
-    "expired": "the deadline of the execution passed",
-}
 
 
 class Around(NamedTuple):
@@ -183,7 +178,7 @@ def _change(change: StateTransition, seen: set[int], stream: StreamDescription |
             "resumed": "The signals that it waited for had come; it waited for a worker.",
             "suspension_timeout": "Its suspension lasted too long; it waited for a worker.",
         }.get(reason or "", _WAITED[change.from_state])
-    return _end(change)
+    return _end(change, begun=index in seen or change.from_state in BEGUN)
 
 
 _WAITED = {
@@ -211,13 +206,14 @@ def _left(change: StateTransition) -> str:
             f"Attempt {index} lost its worker: the lease lapsed without a renewal"
             f"{_because(change.error)}. It waited for another one."
         )
-    return _end(change)
+    return _end(change, begun=True)
 
 
-def _end(change: StateTransition) -> str:
+def _end(change: StateTransition, *, begun: bool) -> str:
     if change.to_state == "completed":
         return f"It completed with attempt {change.attempt_index}."
-    return f"It ended as {change.to_state}, in attempt {change.attempt_index}{_why(change)}"
+    where = f", in attempt {change.attempt_index}" if begun else ""
+    return f"It ended as {change.to_state}{where}{_why(change)}"
 
 
 def _because(text: str | None) -> str:
@@ -227,13 +223,8 @@ def _because(text: str | None) -> str:
 def _why(change: StateTransition) -> str:
     """Tell an error as the end of a sentence, with its class."""
     kind = f" ({change.failure_class.value})" if change.failure_class else ""
-    if change.reason in _ENDS:
-        return f"{kind}: {_ENDS[change.reason]}."
-    if change.error:
-        return f"{kind}: {change.error.rstrip('.')}."
-    if change.reason == "producer_lost":
-        return f"{kind}: its worker was lost, and the lease lapsed."
-    return f"{kind}."
+    why = cause_of(change) or change.error
+    return f"{kind}{_because(why and why.rstrip('.'))}."
 
 
 def _present(

@@ -422,6 +422,24 @@ def test_a_history_tells_why_an_execution_failed_and_who_had_it(shell, world):
     assert "It has ended as failed: still none. Its data is kept until " in text
 
 
+def test_what_ran_out_is_told_in_words(shell, world):
+    slow, _ = world.owned(attempt_timeout=60)
+    late, _ = world.owned(deadline=60)
+    never = world.create(deadline=60)
+    for eid, timer in ((slow, "attempt"), (late, "deadline"), (never, "deadline")):
+        world.fire(eid, timer)
+    (attempt,) = shell.describe(slow).attempts
+    assert attempt.error == "The attempt ran longer than its time limit."
+    text = told(shell, slow)
+    assert "as expired, in attempt 0 (timeout): the attempt ran longer than its time limit." in text
+    (attempt,) = shell.describe(late).attempts
+    assert attempt.error == "The deadline of the execution passed."
+    assert "as expired, in attempt 0: the deadline of the execution passed." in told(shell, late)
+    # Nobody has begun an attempt of it.
+    assert shell.describe(never).attempts == ()
+    assert "It ended as expired: the deadline of the execution passed." in told(shell, never)
+
+
 def test_a_history_tells_of_lost_workers(shell, world):
     eid, _ = world.owned()
     world.due(eid, "lease")

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from ff_fast import (
     _process,
     keys,
 )
+from ff_fast._core import claiming
 from ff_fast._core import operations as operations_core
 
 from ...conftest import ROOT
@@ -46,26 +46,16 @@ def test_two_workers_run_each_of_200_executions_once(worker, backend, lane):
     assert sorted(ran) == sorted(eids)
 
 
-def test_a_worker_wakes_within_milliseconds(kind, server, backend, lane, raw):
-    woken = {}
+def test_a_worker_is_woken_by_each_execution(kind, server, backend, lane, raw, monkeypatch):
+    """Not by a sweep, which takes none here."""
+    monkeypatch.setattr(claiming, "SWEEP_EVERY_S", 3_600.0)
     arrived = threading.Event()
-
-    def handler(task):
-        woken[task.execution_id] = time.perf_counter()
-        arrived.set()
-
-    took = []
-    with Worker(kind, server.url, handler, lane=lane):
+    with Worker(kind, server.url, lambda task: arrived.set(), lane=lane):
         for _ in range(20):
             wait_until(lambda: waits_for_work(raw))
             arrived.clear()
-            began = time.perf_counter()
-            eid = backend.create_execution(lane=lane)
+            backend.create_execution(lane=lane)
             assert arrived.wait(10)
-            took.append((woken[eid] - began) * 1000)
-    print(f"woken after {statistics.median(took):.2f} ms (median), {max(took):.2f} ms at the most")
-    assert statistics.median(took) < 25
-    assert sorted(took)[18] < 50
 
 
 def waits_for_work(raw):
