@@ -154,6 +154,12 @@ def _stop_all(number: int, frame: FrameType | None) -> None:
         before(number, frame)
 
 
+def handler_of(number: int) -> object:
+    """The handler of a signal that the program, or its server, has installed, whether or not workers hear it first."""
+    found = signal.getsignal(number)
+    return _before.get(number) if found is _stop_all else found
+
+
 def _only_interrupts(handler: Callable[..., object]) -> bool:
     """Whether a handler is Python's for SIGINT or that of `asyncio.run`, which end what the stops are to end in order."""
     runner = getattr(getattr(handler, "func", None), "__self__", None)
