@@ -242,7 +242,8 @@ def _present(
         if around.flow_open is False:
             yield "Its flow is cancelled or was removed: no new attempt of it begins."
         else:
-            yield from _queue(execution.lane, around)
+            waited_ms = (around.now_ms or 0) - execution.last_transition_at_ms
+            yield from _queue(execution.lane, around, waited_ms)
     elif state == "delayed":
         yield (
             f"It is delayed until {_at(execution.delay_until_ms)}, when a supervisor lets it be claimed."
@@ -272,14 +273,20 @@ def _present(
         yield f"Its worker is asked to stop{_because(execution.cancellation_reason)}."
 
 
-def _queue(lane: str, around: Around) -> Iterator[str]:
+def _queue(lane: str, around: Around, waited_ms: int) -> Iterator[str]:
     """Tell why no worker has taken what waits in a lane."""
     if around.offered is None:
         return
-    if not around.offered:
-        yield "A worker has heard of it and is about to claim it; if that worker dies, another one finds it."
+    if not around.offered and waited_ms <= _LATE_MS:
+        yield "A worker has heard of it and is about to claim it."
         return
-    yield "No worker that could claim it is idle."
+    if around.offered:
+        yield "No worker that could claim it is idle."
+    else:
+        yield (
+            "A worker has heard of it and has not claimed it, or word of it was lost: the next idle worker that looks at"
+            " the lane finds it."
+        )
     if around.holders:
         yield (
             f"These workers hold leases of lane {lane}: {', '.join(around.holders)}. They are busy, or do not offer what it"

@@ -501,7 +501,11 @@ def test_a_history_tells_why_nobody_claims_an_execution(shell, world):
     assert "No worker that could claim it is idle." in told(shell, eid)
     popped = world.raw.zpopmin(keys.ready(world.lane, "gpu"))
     assert popped
-    assert "A worker has heard of it and is about to claim it" in told(shell, eid)
+    assert "A worker has heard of it and is about to claim it." in told(shell, eid)
+    world.raw.hset(keys.core(eid), "last_transition_at", world.now() - 60_000)
+    text = told(shell, eid)
+    assert "A worker has heard of it and has not claimed it, or word of it was lost" in text
+    assert "These workers hold leases" in text
 
 
 def test_a_history_tells_which_children_have_not_ended(shell, world):
