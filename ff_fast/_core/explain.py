@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ff_fast import keys
 from ff_fast._core import listing, ops
+from ff_fast._core.attempts import BEGUN, cause_of
 from ff_fast._core.steps import Command, Step, Steps, command, time_ms
 from ff_fast._hot.resp import pack_command
 from ff_fast.errors import FlowNotFound
@@ -22,15 +23,11 @@ MOST_ATTEMPTS = 10
 _SHARE_OF_CEILING = 0.9
 _HOLDERS = 8
 """Workers of a lane that are named."""
+_CHILDREN = 8
+"""Children that are named."""
 _LATE_MS = 2_000
 """A supervisor fires a timer within this time, in ms."""
 _TIME = pack_command(b"TIME")
-
-_ENDS = {
-    "attempt_timeout": "it ran longer than its time limit",
-    "suspension_timeout": "its suspension lasted too long",
-    "expired": "the deadline of the execution passed",
-}
 
 
 class Around(NamedTuple):
@@ -42,6 +39,7 @@ class Around(NamedTuple):
         offered: Whether its lane offers it to workers, and none has taken it: none that may claim it is idle.
         holders: Workers that hold leases of its lane, some of them.
         flow_open: Whether its flow is there and not cancelled.
+        children: Children that have not ended: how many, and some of them.
     """
 
     now_ms: int | None = None
@@ -49,6 +47,7 @@ class Around(NamedTuple):
     offered: bool | None = None
     holders: tuple[str, ...] | None = None
     flow_open: bool | None = None
+    children: tuple[int, tuple[str, ...]] | None = None
 
 
 def explain(execution_id: str, partitions: int) -> Steps[tuple[str, ...]]:
@@ -66,6 +65,7 @@ def _look_around(execution: ExecutionDescription, partitions: int) -> Steps[Arou
     """Ask for what the execution depends on, and for nothing that this user may not: servers log refusals."""
     slot_tag = keys.slot_tag_of(execution.execution_id)
     core, supervisor = keys.core(execution.execution_id), keys.supervisor()
+    children = keys.children(execution.execution_id)
     ready = keys.ready(execution.lane, ",".join(execution.required_capabilities.tokens))
     asked = (
         "time",
@@ -73,10 +73,11 @@ def _look_around(execution: ExecutionDescription, partitions: int) -> Steps[Arou
         f"zscore {ready.decode()} 0",
         "fcall_ro ff_list_executions 0",
         "fcall_ro ff_describe_flow 0",
+        f"sscan {children.decode()} 0",
     )
     held = yield from ops.call(ops.version((keys.PARTITIONS_CONFIG,), asked))
     may = [each == "1" for each in held.rights]
-    now_ms = who = offered = holders = flow_open = None
+    now_ms = who = offered = holders = flow_open = some = None
     if may[0]:
         (reply,) = yield Step((Command(core, _TIME),))
         now_ms = None if isinstance(reply, Exception) else time_ms(reply)
@@ -99,7 +100,16 @@ def _look_around(execution: ExecutionDescription, partitions: int) -> Steps[Arou
             flow_open = flow.state == "open"
         except FlowNotFound:
             flow_open = False
-    return Around(now_ms, who, offered, holders, flow_open)
+    if execution.state == "waiting_children" and may[5]:
+        number, scanned = yield Step(
+            (
+                command(b"SCARD", children),
+                command(b"SSCAN", children, b"0", b"COUNT", b"%d" % _CHILDREN),
+            )
+        )
+        if isinstance(number, int) and isinstance(scanned, list):
+            some = number, tuple(map(_text, scanned[1][:_CHILDREN]))
+    return Around(now_ms, who, offered, holders, flow_open, some)
 
 
 def _text(reply: object) -> str:
@@ -117,6 +127,8 @@ def sentences(
     for change in execution.history:
         yield f"{_at(change.at_ms)} {_change(change, seen, streams.get(change.attempt_index))}"
     yield from _present(execution, streams, around)
+    if streams and min(streams):
+        yield f"The workers and frames of attempts 0 to {min(streams) - 1} are not looked at."
     for index, stream in streams.items():
         yield from _frames(index, stream)
 
@@ -146,7 +158,7 @@ def _creation(execution: ExecutionDescription) -> Iterator[str]:
     if execution.parent_id:
         yield f"Its parent is {execution.parent_id}."
     if len(execution.history) >= 100:
-        yield "Only its newest 100 changes are kept."
+        yield "Only its newest 100 changes are told."
 
 
 def _worker(stream: StreamDescription | None) -> str:
@@ -168,7 +180,7 @@ def _change(change: StateTransition, seen: set[int], stream: StreamDescription |
             "resumed": "The signals that it waited for had come; it waited for a worker.",
             "suspension_timeout": "Its suspension lasted too long; it waited for a worker.",
         }.get(reason or "", _WAITED[change.from_state])
-    return _end(change)
+    return _end(change, begun=index in seen or change.from_state in BEGUN)
 
 
 _WAITED = {
@@ -196,13 +208,14 @@ def _left(change: StateTransition) -> str:
             f"Attempt {index} lost its worker: the lease lapsed without a renewal"
             f"{_because(change.error)}. It waited for another one."
         )
-    return _end(change)
+    return _end(change, begun=True)
 
 
-def _end(change: StateTransition) -> str:
+def _end(change: StateTransition, *, begun: bool) -> str:
     if change.to_state == "completed":
         return f"It completed with attempt {change.attempt_index}."
-    return f"It ended as {change.to_state}, in attempt {change.attempt_index}{_why(change)}"
+    where = f", in attempt {change.attempt_index}" if begun else ""
+    return f"It ended as {change.to_state}{where}{_why(change)}"
 
 
 def _because(text: str | None) -> str:
@@ -212,13 +225,8 @@ def _because(text: str | None) -> str:
 def _why(change: StateTransition) -> str:
     """Tell an error as the end of a sentence, with its class."""
     kind = f" ({change.failure_class.value})" if change.failure_class else ""
-    if change.reason in _ENDS:
-        return f"{kind}: {_ENDS[change.reason]}."
-    if change.error:
-        return f"{kind}: {change.error.rstrip('.')}."
-    if change.reason == "producer_lost":
-        return f"{kind}: its worker was lost, and the lease lapsed."
-    return f"{kind}."
+    why = cause_of(change) or change.error
+    return f"{kind}{_because(why and why.rstrip('.'))}."
 
 
 def _present(
@@ -236,7 +244,8 @@ def _present(
         if around.flow_open is False:
             yield "Its flow is cancelled or was removed: no new attempt of it begins."
         else:
-            yield from _queue(execution.lane, around)
+            waited_ms = (around.now_ms or 0) - execution.last_transition_at_ms
+            yield from _queue(execution.lane, around, waited_ms)
     elif state == "delayed":
         yield (
             f"It is delayed until {_at(execution.delay_until_ms)}, when a supervisor lets it be claimed."
@@ -246,6 +255,9 @@ def _present(
             yield f"Retries left: {execution.retries_left}."
     elif state == "waiting_children":
         yield f"It is waiting for its children, since {since}."
+        if around.children is not None:
+            number, some = around.children
+            yield f"{number} of them have not ended: {', '.join(some)}{', …' * (number > len(some))}."
     elif state == "active":
         yield from _lease(execution, streams)
         yield from _supervised(None, around)
@@ -263,14 +275,20 @@ def _present(
         yield f"Its worker is asked to stop{_because(execution.cancellation_reason)}."
 
 
-def _queue(lane: str, around: Around) -> Iterator[str]:
+def _queue(lane: str, around: Around, waited_ms: int) -> Iterator[str]:
     """Tell why no worker has taken what waits in a lane."""
     if around.offered is None:
         return
-    if not around.offered:
-        yield "A worker has heard of it and is about to claim it; if that worker dies, another one finds it."
+    if not around.offered and waited_ms <= _LATE_MS:
+        yield "A worker has heard of it and is about to claim it."
         return
-    yield "No worker that could claim it is idle."
+    if around.offered:
+        yield "No worker that could claim it is idle."
+    else:
+        yield (
+            "A worker has heard of it and has not claimed it, or word of it was lost: the next idle worker that looks at"
+            " the lane finds it."
+        )
     if around.holders:
         yield (
             f"These workers hold leases of lane {lane}: {', '.join(around.holders)}. They are busy, or do not offer what it"
@@ -322,6 +340,9 @@ def _suspension(execution: ExecutionDescription) -> Iterator[str]:
     if suspension is None:
         return
     signals = " or ".join(map(signal_text, suspension.waiting_for)) or "a signal"
+    if suspension.needed > 1:
+        signals = ", ".join(map(signal_text, suspension.waiting_for))
+        signals = f"{suspension.needed} of these, of which it has {suspension.received}: {signals}"
     yield (
         f"It is suspended since {_at(suspension.suspended_at_ms)} and waits for {signals};"
         f" its waitpoints: {', '.join(suspension.waitpoint_ids)}."
@@ -339,6 +360,10 @@ def signal_text(wait: str) -> str:
     return f"a signal {name} {matcher}"
 
 
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _frames(index: int, stream: StreamDescription) -> Iterator[str]:
     """Tell what an attempt has written, and which frames have left its streams by which rule."""
     frames = stream.frame_count
@@ -349,18 +374,18 @@ def _frames(index: int, stream: StreamDescription) -> Iterator[str]:
     lost = stream.lost_frames
     durable = max(stream.log_added - end - stream.lost_entries, 0)
     live = max(frames - durable - lost, 0)
-    yield f"Attempt {index} has {frames} frames: {durable} in its log, {live} for its live window."
+    yield f"Attempt {index} has {_number(frames, 'frame')}: {durable} in its log, {live} for its live window."
     left = stream.log_added - stream.log_entries
     if left > 0:
         # A loss that has left with them counts as one.
         kept = max(stream.log_entries - end - stream.lost_entries, 0)
         yield (
-            f"{left} durable frames of attempt {index} have left the log, the oldest first: it keeps its newest"
+            f"{_number(left, 'durable frame')} of attempt {index} left the log, the oldest first: it keeps its newest"
             f" {kept}, by the retention_maxlen of their mode."
         )
     if lost:
         yield (
-            f"{lost} frames of attempt {index} were lost with a server, after they had been acknowledged, and nobody has"
+            f"A server that failed took {_number(lost, 'acknowledged frame')} of attempt {index} along, and nobody has"
             " them: see durability."
         )
     if live:
@@ -383,7 +408,7 @@ def _window(index: int, stream: StreamDescription, others: int, live: int) -> It
         return
     least = "" if others == 0 else "At least "
     yield (
-        f"{least}{gone} frames of attempt {index} have left the live window, the oldest first: it begins with"
+        f"{least}{_number(gone, 'frame')} of attempt {index} left the live window, the oldest first: it begins with"
         f" frame {first}."
     )
     ceiling = stream.live_ceiling

@@ -2089,6 +2089,7 @@ def run_worker(
     others ask every two seconds whether it still does.
 
     SIGTERM and SIGINT in the main thread, *stop*, and closing the backend stop the claims; running handlers end first.
+    A handler of these signals that the program has installed, as a web server does, is called too.
     An exit or an interrupt raised by a handler ends the worker and is raised here; the execution goes to another worker
     and counts as lost. In asyncio, cancelling the worker cancels its running handlers: the frames that they wrote are
     stored, and their executions go to other workers within about two seconds.
@@ -2145,19 +2146,19 @@ def run_worker(
     )
     level = Level.checked(durability, durability_timeout)
     return WorkerOptions(
-        next_claim,
-        mode,
-        level,
-        concurrency,
-        stop,
-        on_cancel,
-        grace_s,
-        supervise,
-        drain_s,
-        until_idle,
-        Call(partial(_remaining, on, lane), writes=False, own_connection=True),
-        lane,
-        worker_id,
+        claim=next_claim,
+        mode=mode,
+        level=level,
+        concurrency=concurrency,
+        stop=stop,
+        on_cancel=on_cancel,
+        cancel_grace_s=grace_s,
+        supervise=supervise,
+        drain_s=drain_s,
+        until_idle=until_idle,
+        remaining=Call(partial(_remaining, on, lane), writes=False, own_connection=True),
+        lane=lane,
+        worker_id=worker_id,
     )
 
 

@@ -16,17 +16,6 @@ SECRET = "s3cr3t-canary"
 
 
 @pytest.fixture
-def said(caplog):
-    """``said(level)``: the records of that level and above."""
-    caplog.set_level(logging.DEBUG, "ff_fast")
-
-    def of(level):
-        return [each for each in caplog.records if each.name == "ff_fast" and each.levelno >= level]
-
-    return of
-
-
-@pytest.fixture
 def open_shell(kind, server):
     """Opens a backend of the test's shell behind the blocking face."""
     opener = Opener(kind)
@@ -148,6 +137,24 @@ def test_a_lease_that_ends_with_the_execution_is_not_lost(worker, backend, lane,
     worker(handler)
     for _ in range(20):
         assert state(backend.create_execution(lane=lane)) == "completed"
+    assert said(logging.WARNING) == []
+
+
+def test_an_execution_that_ends_under_its_handler_is_no_error_of_the_handler(
+    worker, backend, lane, state, said
+):
+    """The writer may be told of it before the lease is known to be lost."""
+
+    def handler(task):
+        yield opened(task)
+        backend.cancel(task.execution_id, grace=0)
+        while True:
+            task.write(SECRET)
+            yield task.flush()
+
+    worker(handler)
+    for _ in range(10):
+        assert state(backend.create_execution(lane=lane)) == "cancelled"
     assert said(logging.WARNING) == []
 
 
