@@ -32,7 +32,7 @@ from ff_fast._core.stats import counting
 from ff_fast._core.steps import Step, Steps, command
 from ff_fast._core.writer import WriterState, continue_writer
 from ff_fast._hot.writer import WriterCore
-from ff_fast._log import say, say_seldom
+from ff_fast._log import named, say, say_seldom
 from ff_fast.errors import (
     AuthenticationFailed,
     ClusterModeRequired,
@@ -799,12 +799,11 @@ def say_started(options: operations.WorkerOptions) -> None:
 
 
 def say_stopped(options: operations.WorkerOptions, error: BaseException | None) -> None:
-    """Say that a worker ends; by *error*, where it is one that every call of it would meet."""
-    if isinstance(error, FFError):
+    """Say that a worker ends; by *error*, where it is no interrupt or exit."""
+    if isinstance(error, Exception):
         text = "Worker %s of lane %s has ended with an error: %s"
-        say(
-            logging.ERROR, text, options.worker_id, options.lane, error, worker_id=options.worker_id
-        )
+        arguments = options.worker_id, options.lane, named(error)
+        say(logging.ERROR, text, *arguments, worker_id=options.worker_id)
     else:
         text = "Worker %s of lane %s has stopped."
         say(logging.INFO, text, options.worker_id, options.lane, worker_id=options.worker_id)
