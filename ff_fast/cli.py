@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import threading
+import warnings
 from typing import TYPE_CHECKING
 
-from ff_fast import FFError, InvalidInput, __version__
+from ff_fast import DeploymentWarning, FFError, InvalidInput, __version__
 from ff_fast._cli import control, demo, look, read, serve, top, work
 from ff_fast._cli.shared import (
     FAILED,
@@ -23,6 +25,7 @@ from ff_fast._cli.shared import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import TextIO
 
 __all__ = ["TOKEN_VARIABLE", "URL_VARIABLE", "main"]
 
@@ -49,8 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     arguments = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Texts of others are shown as far as the encoding of the terminal goes.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _terminable():
+        with _terminable(), _warns_in_one_line():
             code: int = arguments.run(arguments)
             sys.stdout.flush()
     except InvalidInput as error:
@@ -88,6 +94,29 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+@contextlib.contextmanager
+def _warns_in_one_line() -> Iterator[None]:
+    """Show what there is to say of a server as other sentences, without a place in the source."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, DeploymentWarning):
+                complain(str(message))
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = tell
+        yield
 
 
 def _parser() -> Parser:

@@ -301,7 +301,9 @@ class ForkedClient(FFError):
 
 
 class LibraryMismatch(FFError):
-    """The server's function library has a newer contract than this one.
+    """The server's function library has another contract than this one.
+
+    It is a newer one, or an older one that this client does not load: see `BackendConfig.load_library`.
 
     Args:
         server: Contract of the server's library.
@@ -313,7 +315,7 @@ class LibraryMismatch(FFError):
     def __init__(self, server: object, client: object) -> None:
         super().__init__(
             f"The server holds contract {server} of the function library and this ff_fast speaks"
-            f" contract {client}; upgrade ff_fast, or use another server."
+            f" contract {client}; use the release of ff_fast that the workers of the deployment use, or another server."
         )
         self.server = server
         self.client = client
@@ -835,7 +837,7 @@ class PermissionDenied(FFError, PermissionError):
     command: str | None = None
     function: str | None = None
     location: str | None = None
-    _sentence = "The user lacks a permission that the call needs; compare its ACL with that of docs/guides/deployment.md."
+    _sentence = "The user lacks a permission that the call needs; compare its ACL with the line that ff-fast acl prints for its role."
 
 
 TlsFault = Literal[
@@ -1235,7 +1237,7 @@ def _denied(text: str, function: str | None) -> PermissionDenied:
         needs = f" that {function} needs" if function else ""
         at = f" ({location})" if location else ""
         error = PermissionDenied(
-            f"The user may not {what}{needs}{at}; compare its ACL with that of docs/guides/deployment.md."
+            f"The user may not {what}{needs}{at}; compare its ACL with the line that ff-fast acl prints for its role."
         )
     error.denied, error.command = denied, command
     error.function, error.location = function, location

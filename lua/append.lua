@@ -544,6 +544,9 @@ local function write_blocks(
       sequence = sequence + count
       id = format('%s-%d', ms, sequence)
       call('XADD', log_key, id, 'lost', format('%d', count - skip), 'prev', visible)
+      local told = call('HMGET', meta_key, 'lost_frames', 'lost_entries')
+      call('HSET', meta_key, 'lost_frames', format('%d', (integer(told[1]) or 0) + count - skip),
+        'lost_entries', format('%d', (integer(told[2]) or 0) + 1))
       skip, ms, at = 0, later_ms, at + 2
     elseif frames_in then
       local count, from, first_field, last_field = args[at + 1], at + 2, at + 3, nil

@@ -8,6 +8,9 @@
 
 -- Members that a call looks at, of all indexes together, at some 0.7 us each, and the cores that it reads, at some 4.
 local MEMBERS, CORES = 384, 96
+-- Members and completions of one millisecond that are listed; a record costs some 5 us. There are more only where
+-- somebody else writes to the index, and after the clock was set back: completions then share the last time.
+local SAME_MS, SAME_COMPLETIONS = 1024, 128
 -- Executions of one answer, and bytes of texts that are read for it, but for the last one.
 local MOST, READ = 48, 262144
 -- Bytes of a text that others have written, of a condition that is unpacked to be told, and signals of it.
@@ -33,8 +36,12 @@ end
 -- have beyond the time. Returns the last place that was looked at; nil where the set has no more behind it.
 local function from_set(found, key, state, base, ms, id, suffix, count)
   local before, offset, at, last_id = tonumber(ms), 0, nil, nil
-  local page
+  local page, passed
   local from = ff.text(base + (before or ff.STATE_SPAN - 1))
+  if before and id == '' then
+    -- Nothing of this time is behind the place.
+    from, before = '(' .. from, nil
+  end
   repeat
     -- Those with the time of the place itself, up to the place, come first, and are passed over.
     page = redis.call('ZREVRANGEBYSCORE', key, from, ff.text(base), 'WITHSCORES', 'LIMIT', offset, count)
@@ -46,19 +53,26 @@ local function from_set(found, key, state, base, ms, id, suffix, count)
       end
     end
     offset = offset + count
-  until #page < 2 * count or not before or precedes(before, id, at, last_id)
+    passed = not before or (at and precedes(before, id, at, last_id))
+  until #page < 2 * count or passed or offset >= SAME_MS
   if #page < 2 * count then
     return nil
   end
-  return at, last_id
+  return at, passed and last_id or ''
 end
 
 -- The same of the completions: their records stand by the time of the end.
 local function from_completions(found, key, ms, id, count)
-  local before, from, at = tonumber(ms), ms == '' and '+' or ms, nil
-  local page
+  local before, from, at, looked = tonumber(ms), ms, nil, 0
+  if ms == '' then
+    from = '+'
+  elseif id == '' then
+    from = '(' .. ms .. '-0'
+  end
+  local page, passed
   repeat
     page = redis.call('XREVRANGE', key, from, '-', 'COUNT', count)
+    looked = looked + #page
     for _, entry in ipairs(page) do
       local fields, member_id, outcome = entry[2], nil, nil
       at = tonumber((ff.split_id(entry[1]))) or 0
@@ -75,11 +89,12 @@ local function from_completions(found, key, ms, id, count)
       from = '(' .. entry[1]
     end
     -- Records of one time stand in the order of their ends, so all of the last time may not have been read.
-  until #page < count or not before or precedes(before, id, at + 1, '')
+    passed = not before or (at and precedes(before, id, at + 1, ''))
+  until #page < count or passed or looked >= SAME_COMPLETIONS
   if #page < count then
     return nil
   end
-  return at + 1, ''
+  return passed and at + 1 or at, ''
 end
 
 -- A text that others have written, at most so long.

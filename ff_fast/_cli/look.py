@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from typing import TYPE_CHECKING
 
-from ff_fast import DeploymentWarning, FailureClass, InvalidInput
-from ff_fast._cli.shared import DONE, FAILED, add_url, connect, one_line, pair, whole, write_json
+from ff_fast import FailureClass, InvalidInput
+from ff_fast._cli.shared import DONE, FAILED, add_url, counted, look_at, one_line, pair, write_json
 from ff_fast._core.explain import signal_text
 from ff_fast._core.operations import STATES
 from ff_fast._core.roles import ROLES, acl_line
@@ -40,7 +39,7 @@ def add_why(commands: Commands) -> None:
 
 
 def why(arguments: argparse.Namespace) -> int:
-    with connect(arguments) as backend:
+    with look_at(arguments) as backend:
         told = backend.explain(arguments.execution_id)
     if arguments.json:
         write_json(told)
@@ -73,16 +72,13 @@ def add_doctor(commands: Commands) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    with warnings.catch_warnings():
-        # It is told below.
-        warnings.simplefilter("ignore", DeploymentWarning)
-        with connect(arguments) as backend:
-            found = backend.diagnose(role=arguments.role)
+    with look_at(arguments) as backend:
+        found = backend.diagnose(role=arguments.role)
     for each in found:
         if arguments.json:
             write_json(plain(each))
         else:
-            print(f"{each.level:<8} {each.check:<12} {each.text}")
+            print(f"{each.level:<8} {each.check:<12} {one_line(each.text)}")
     return FAILED if any(each.level == "failed" for each in found) else DONE
 
 
@@ -131,15 +127,15 @@ def add_ls(commands: Commands) -> None:
     parser.add_argument("--namespace", metavar="NAME", help="only of this namespace")
     parser.add_argument("--tag", type=pair, metavar="TAG=VALUE", help="only those with this tag")
     parser.add_argument(
-        "--count", type=whole, default=20, metavar="N", help="at most so many (default: 20)"
+        "--count", type=counted, default=20, metavar="N", help="at most so many (default: 20)"
     )
     add_url(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def ls(arguments: argparse.Namespace) -> int:
-    left, after = max(arguments.count, 1), None
-    with connect(arguments) as backend:
+    left, after = arguments.count, None
+    with look_at(arguments) as backend:
         while left:
             page = backend.list_executions(
                 lane=arguments.lane,

@@ -25,7 +25,7 @@ from ff_fast._cli.shared import (
     FAILED,
     add_url,
     complain,
-    connect,
+    look_at,
     one_line,
     whole,
     write_json,
@@ -100,7 +100,7 @@ def add_follow(commands: Commands) -> None:
 
 
 def follow(arguments: argparse.Namespace) -> int:
-    with connect(arguments) as backend:
+    with look_at(arguments) as backend:
         items = backend.follow(
             arguments.execution_id,
             arguments.after,
@@ -126,7 +126,7 @@ def add_tail(commands: Commands) -> None:
 
 
 def tail(arguments: argparse.Namespace) -> int:
-    with connect(arguments) as backend:
+    with look_at(arguments) as backend:
         attempt = _attempt(backend, arguments)
         items = backend.tail(
             arguments.execution_id,
@@ -293,7 +293,7 @@ def add_summary(commands: Commands) -> None:
 
 
 def summary(arguments: argparse.Namespace) -> int:
-    with connect(arguments) as backend:
+    with look_at(arguments) as backend:
         attempt = _attempt(backend, arguments)
         document = backend.read_summary(arguments.execution_id, attempt)
     if document is None:
@@ -332,7 +332,7 @@ def add_info(commands: Commands) -> None:
 
 def info(arguments: argparse.Namespace) -> int:
     eid = arguments.execution_id
-    with connect(arguments) as backend:
+    with look_at(arguments) as backend:
         execution = backend.describe(eid)
         attempts = execution.attempt_count
         fields: dict[str, object] = {
@@ -401,7 +401,7 @@ def add_inspect(commands: Commands) -> None:
 
 def inspect(arguments: argparse.Namespace) -> int:
     eid = arguments.execution_id
-    with connect(arguments) as backend:
+    with look_at(arguments) as backend:
         execution = backend.describe(eid)
         ends = {each.attempt_index: each for each in execution.attempts}
         attempts = []

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
+import re
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 import orjson
 
-from ff_fast import InvalidInput, ValkeyBackend
+from ff_fast import BackendConfig, DeploymentWarning, InvalidInput, ValkeyBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,8 +37,8 @@ END_S = 3.0
 
 
 def complain(sentence: str) -> None:
-    """Print an error as one line on stderr."""
-    print(f"ff-fast: {sentence}", file=sys.stderr)
+    """Print an error on stderr, most often one line; what it quotes reaches no terminal as a command."""
+    print("\n".join(map(one_line, f"ff-fast: {sentence}".split("\n"))), file=sys.stderr)
 
 
 # -- output -----------------------------------------------------------------------------------------
@@ -43,8 +46,17 @@ def complain(sentence: str) -> None:
 
 def write_json(value: object, option: int = 0) -> None:
     out = sys.stdout.buffer
-    out.write(orjson.dumps(value, option=option) + b"\n")
+    out.write(_escaped(orjson.dumps(value, option=option)) + b"\n")
     out.flush()
+
+
+# What JSON may have as it is and a terminal takes for a command: delete, and the controls from U+0080 on.
+_CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]")
+
+
+def _escaped(text: bytes) -> bytes:
+    """Return JSON with its control characters escaped."""
+    return _CONTROLS.sub(lambda found: b"\\u%04x" % ord(found[0].decode()), text)
 
 
 def one_line(value: object) -> str:
@@ -98,6 +110,15 @@ def connect(arguments: argparse.Namespace) -> ValkeyBackend:
     return ValkeyBackend.connect(url_of(arguments))
 
 
+def look_at(arguments: argparse.Namespace) -> ValkeyBackend:
+    """Return a backend for who looks and changes nothing: it does not load the library, not even a newer one."""
+    config = BackendConfig.from_url(url_of(arguments))
+    with warnings.catch_warnings():
+        # The doctor tells of it.
+        warnings.simplefilter("ignore", DeploymentWarning)
+        return ValkeyBackend.connect(dataclasses.replace(config, load_library=False))
+
+
 def url_of(arguments: argparse.Namespace) -> str:
     """Return the URL that ``--url`` or the environment names.
 
@@ -128,6 +149,13 @@ def whole(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise argparse.ArgumentTypeError("must be a whole number from 0")
     return int(text)
+
+
+def counted(text: str) -> int:
+    count = whole(text)
+    if not count:
+        raise argparse.ArgumentTypeError("must be a whole number from 1")
+    return count
 
 
 def pair(text: str) -> tuple[str, str]:

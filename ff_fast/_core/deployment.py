@@ -49,6 +49,10 @@ _LANES = 1_024
 _RELEASED = 4_096
 """Released leases that are remembered."""
 _NOT_MINE_TO_LOAD = "The server has lost the function library and this user may not load it; connect as one that may."
+_NOT_TO_LOAD = (
+    "The server has no function library of ff_fast: nothing has connected to it yet, or it is another server. A worker"
+    " or a web process loads it; this client does not (load_library)."
+)
 
 
 class Deployment:
@@ -65,8 +69,8 @@ class Deployment:
     """
 
     __slots__ = (
-        "_client_name", "_configured", "_known", "_looked", "_offers", "_released", "_sweeps", "max_payload_bytes",
-        "partitions", "pid", "places", "tally", "tracing",
+        "_client_name", "_configured", "_known", "_loads", "_looked", "_offers", "_released", "_sweeps",
+        "max_payload_bytes", "partitions", "pid", "places", "tally", "tracing",
     )  # fmt: skip
 
     def __init__(
@@ -76,8 +80,12 @@ class Deployment:
         replay_ms: int = 0,
         replay_bytes: int = 0,
         client_name: str | None = None,
+        *,
+        loads: bool = True,
     ) -> None:
         self._configured = partitions
+        # Whether connections may load the library and store the partition count.
+        self._loads = loads
         # Of all connections; None is their role.
         self._client_name = client_name
         self._known = False
@@ -105,6 +113,7 @@ class Deployment:
             config.replay_ms,
             config.replay_bytes,
             config.connection.client_name,
+            loads=config.load_library,
         )
 
     def releases(self, lease_id: str) -> None:
@@ -163,7 +172,8 @@ class Deployment:
         stores nothing on disk, or that is of an older version.
 
         Raises:
-            LibraryMismatch: The server holds a newer contract.
+            LibraryMismatch: The server holds a newer contract, or an older one, and this backend loads none.
+            FunctionMissing: The server holds no library, and this backend loads none.
             ClusterModeRequired: The server is a node of a cluster.
             DeploymentMismatch: The server stores another partition count than this backend uses.
             FFError: The server refused a command.
@@ -199,6 +209,8 @@ class Deployment:
 
     def load(self) -> Steps[None]:
         """Load the library on a node that has answered that it has none."""
+        if not self._loads:
+            raise _not_loaded()
         try:
             yield from _load(None)
         except PermissionDenied:
@@ -222,9 +234,15 @@ class Deployment:
         held: ops.Version | None = None
         with contextlib.suppress(FunctionMissing):
             held = version.answer(reply)
-        if held is not None and held.contract > _library.CONTRACT:
+        if held is not None and (
+            held.contract > _library.CONTRACT
+            or (held.contract < _library.CONTRACT and not self._loads)
+        ):
             raise LibraryMismatch(held.contract, _library.CONTRACT)
-        if held is None or held.digest != _library.digest():
+        if not self._loads:
+            if held is None:
+                raise _not_loaded()
+        elif held is None or held.digest != _library.digest():
             try:
                 yield from _load(held)
             except PermissionDenied:
@@ -253,6 +271,8 @@ class Deployment:
 
     def _store(self) -> Steps[int]:
         """Store the partition count unless one is stored; return the stored one."""
+        if not self._loads:
+            return self.partitions
         key = keys.PARTITIONS_CONFIG
         mine = b"%d" % self.partitions
         written, stored = yield Step((command(b"SET", key, mine, b"NX"), command(b"GET", key)))
@@ -312,6 +332,13 @@ def is_older(engine: str) -> bool:
     """Whether the server is older than Valkey 7.2, which began as Redis 7.2."""
     found = re.match(r"(?:Valkey|Redis) ([0-9]{1,4})\.([0-9]{1,4})", engine)
     return found is not None and (int(found[1]), int(found[2])) < (7, 2)
+
+
+def _not_loaded() -> FunctionMissing:
+    """Return the error of a client that loads no library: no time that it waits brings one."""
+    error = FunctionMissing(_NOT_TO_LOAD)
+    error.retryable = False
+    return error
 
 
 def _unreadable() -> Corruption:

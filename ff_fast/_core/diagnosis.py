@@ -24,6 +24,7 @@ _SKEW_MS = 1_000
 _TIME = pack_command(b"TIME")
 _READING = ("+get", "+exists", "+hgetall")
 _WRITING = ("+set", "+hset", "+pexpire")
+_UNTOLD = ": this user may not ask (INFO), or the server is embedded."
 _SOMEWHERE = "{fp:0}:0"
 """What stands for the wildcard of a pattern where the right to a key is asked for."""
 
@@ -53,10 +54,11 @@ def diagnose(
     if now_ms is None or may_look != "1":
         found.append(Finding("supervisor", "unknown", "This user may not read timers."))
     else:
-        marked = b""
+        marked: bytes | None = None
         if may_read_mark:
             (mark,) = yield Step((command(b"GET", keys.supervisor()),))
-            marked = mark if isinstance(mark, bytes) else b""
+            if not isinstance(mark, Exception):
+                marked = mark if isinstance(mark, bytes) else b""
         found.append((yield from _supervisor(on.partitions, now_ms, marked)))
     found += _roles(rights, granted, required)
     return tuple(found)
@@ -67,7 +69,7 @@ def diagnose(
 
 def _server(held: ops.Version) -> Iterator[Finding]:
     if not held.engine:
-        yield Finding("server", "unknown", "It does not tell this user its version (INFO).")
+        yield Finding("server", "unknown", f"Its version is not told{_UNTOLD}")
     elif is_older(held.engine):
         yield Finding("server", "warning", f"{held.engine}. Use Valkey 7.2 or newer.")
     else:
@@ -79,10 +81,18 @@ def _server(held: ops.Version) -> Iterator[Finding]:
             "failed",
             f"maxmemory-policy is {policy}: a full server deletes frames, leases and executions. Set it to noeviction.",
         )
-    elif held.engine:
-        yield Finding("memory", "ok", f"maxmemory-policy is {policy or 'of no matter: no limit'}.")
+    elif policy.startswith("volatile"):
+        yield Finding(
+            "memory",
+            "warning",
+            f"maxmemory-policy is {policy}: a full server deletes what has a time to live, such as the live windows of"
+            " running streams, and results that are kept. Set it to noeviction.",
+        )
+    elif held.engine or policy:
+        text = f"maxmemory-policy is {policy}." if policy else "maxmemory is not set."
+        yield Finding("memory", "ok", text)
     else:
-        yield Finding("memory", "unknown", "The server does not tell this user (INFO).")
+        yield Finding("memory", "unknown", f"Its limit is not told{_UNTOLD}")
 
 
 def _persistence(held: ops.Version) -> Steps[list[Finding]]:
@@ -101,7 +111,7 @@ def _persistence(held: ops.Version) -> Steps[list[Finding]]:
         Finding(
             "persistence",
             "unknown",
-            "The server does not tell this user (CONFIG GET), or it is embedded.",
+            "It is not told: this user may not ask (CONFIG GET), or the server is embedded.",
         )
     ]
 
@@ -131,8 +141,8 @@ def _clock(now_ms: int, began: float, ended: float) -> Finding:
     return Finding("clock", "ok", f"Less than {max(off_ms, 1) / 1000:.3f} s off the server.")
 
 
-def _supervisor(partitions: int, now_ms: int, marked: bytes) -> Steps[Finding]:
-    """Who supervises, and whether timers are long overdue: then nobody fires them."""
+def _supervisor(partitions: int, now_ms: int, marked: bytes | None) -> Steps[Finding]:
+    """Who supervises, empty for nobody, and whether timers are long overdue: then nobody fires them."""
     before = b"%d" % (now_ms - _OVERDUE_MS)
     replies = yield Step(
         [
@@ -154,14 +164,19 @@ def _supervisor(partitions: int, now_ms: int, marked: bytes) -> Steps[Finding]:
             return Finding("supervisor", "failed", text)
         if page:
             oldest.append(int(float(page[1])))
+    if not oldest and marked == b"":
+        text = "Nobody supervises. No timer is overdue yet. Run a worker or ff-fast supervise."
+        return Finding("supervisor", "warning", text)
     if not oldest:
-        who = f"{marked.decode('utf-8', 'replace')} supervises; " if marked else ""
-        text = f"{who}no timer is overdue."
-        return Finding("supervisor", "ok", text[0].upper() + text[1:])
+        who = f"{marked.decode('utf-8', 'replace')} supervises. " if marked else ""
+        return Finding("supervisor", "ok", f"{who}No timer is overdue.")
     late = (now_ms - min(oldest)) / 1000
+    who = "nobody supervises"
+    if marked:
+        who = f"{marked.decode('utf-8', 'replace')} supervises and does not keep up, or cannot fire them: see its log"
     text = (
-        f"Timers of {len(oldest)} partitions are overdue, one of them for {late:.0f} s: nobody supervises. Lost"
-        " workers are not replaced and retries do not begin. Run a worker or ff-fast supervise."
+        f"Timers of {len(oldest)} partitions are overdue, one of them for {late:.0f} s: {who}. Lost workers are not"
+        " replaced and retries do not begin. Run a worker or ff-fast supervise."
     )
     return Finding("supervisor", "failed", text)
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ff_fast._core import ops
+from ff_fast import keys
+from ff_fast._core import listing, ops
+from ff_fast._core.steps import Command, Step, Steps, command, time_ms
+from ff_fast._hot.resp import pack_command
+from ff_fast.errors import FlowNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from ff_fast._core.steps import Steps
     from ff_fast.types import ExecutionDescription, StateTransition, StreamDescription
 
 MOST_ATTEMPTS = 10
 """Attempts whose streams are looked at, the newest ones."""
 
 _SHARE_OF_CEILING = 0.9
+_HOLDERS = 8
+"""Workers of a lane that are named."""
+_LATE_MS = 2_000
+"""A supervisor fires a timer within this time, in ms."""
+_TIME = pack_command(b"TIME")
 
 _ENDS = {
     "attempt_timeout": "it ran longer than its time limit",
@@ -25,25 +33,90 @@ _ENDS = {
 }
 
 
-def explain(execution_id: str) -> Steps[tuple[str, ...]]:
+class Around(NamedTuple):
+    """What an execution that has not ended depends on; None where it does not matter, or the user may not ask.
+
+    Attributes:
+        now_ms: The server's time.
+        supervisor: Who supervises; empty for nobody.
+        offered: Whether its lane offers it to workers, and none has taken it: none that may claim it is idle.
+        holders: Workers that hold leases of its lane, some of them.
+        flow_open: Whether its flow is there and not cancelled.
+    """
+
+    now_ms: int | None = None
+    supervisor: str | None = None
+    offered: bool | None = None
+    holders: tuple[str, ...] | None = None
+    flow_open: bool | None = None
+
+
+def explain(execution_id: str, partitions: int) -> Steps[tuple[str, ...]]:
     """Read what is to be told, and tell it."""
     execution = yield from ops.call(ops.describe_execution(execution_id))
     first = max(execution.attempt_count - MOST_ATTEMPTS, 0)
     streams: dict[int, StreamDescription] = {}
     for index in range(first, execution.attempt_count):
         streams[index] = yield from ops.call(ops.describe_attempt(execution_id, index))
-    return tuple(sentences(execution, streams))
+    around = Around() if execution.outcome else (yield from _look_around(execution, partitions))
+    return tuple(sentences(execution, streams, around))
+
+
+def _look_around(execution: ExecutionDescription, partitions: int) -> Steps[Around]:
+    """Ask for what the execution depends on, and for nothing that this user may not: servers log refusals."""
+    slot_tag = keys.slot_tag_of(execution.execution_id)
+    core, supervisor = keys.core(execution.execution_id), keys.supervisor()
+    ready = keys.ready(execution.lane, ",".join(execution.required_capabilities.tokens))
+    asked = (
+        "time",
+        f"get {supervisor.decode()}",
+        f"zscore {ready.decode()} 0",
+        "fcall_ro ff_list_executions 0",
+        "fcall_ro ff_describe_flow 0",
+    )
+    held = yield from ops.call(ops.version((keys.PARTITIONS_CONFIG,), asked))
+    may = [each == "1" for each in held.rights]
+    now_ms = who = offered = holders = flow_open = None
+    if may[0]:
+        (reply,) = yield Step((Command(core, _TIME),))
+        now_ms = None if isinstance(reply, Exception) else time_ms(reply)
+    if may[1]:
+        (reply,) = yield Step((command(b"GET", supervisor),))
+        who = None if isinstance(reply, Exception) else _text(reply)
+    if execution.state == "waiting" and execution.lane:
+        if may[2]:
+            partition = b"%d" % keys.partition_index(execution.execution_id)
+            (reply,) = yield Step((command(b"ZSCORE", ready, partition),))
+            offered = None if isinstance(reply, Exception) else reply is not None
+        if may[3]:
+            wanted = ops.Filter(("active",), execution.lane)
+            page = yield from listing.executions(partitions, wanted, None, 100)
+            found = dict.fromkeys(each.worker_instance_id or "" for each in page.items)
+            holders = tuple(found)[:_HOLDERS]
+    if execution.flow_id and may[4]:
+        try:
+            flow = yield from ops.call(ops.describe_flow(execution.flow_id, slot_tag))
+            flow_open = flow.state == "open"
+        except FlowNotFound:
+            flow_open = False
+    return Around(now_ms, who, offered, holders, flow_open)
+
+
+def _text(reply: object) -> str:
+    return reply.decode("utf-8", "replace") if isinstance(reply, bytes) else ""
 
 
 def sentences(
-    execution: ExecutionDescription, streams: Mapping[int, StreamDescription]
+    execution: ExecutionDescription,
+    streams: Mapping[int, StreamDescription],
+    around: Around = Around(),  # noqa: B008 - it is frozen
 ) -> Iterator[str]:
     """Tell of an execution: its creation, its changes, what it is doing, and what has become of its frames."""
     yield from _creation(execution)
     seen: set[int] = set()
     for change in execution.history:
         yield f"{_at(change.at_ms)} {_change(change, seen, streams.get(change.attempt_index))}"
-    yield from _present(execution, streams)
+    yield from _present(execution, streams, around)
     for index, stream in streams.items():
         yield from _frames(index, stream)
 
@@ -63,6 +136,11 @@ def _creation(execution: ExecutionDescription) -> Iterator[str]:
         f"{_at(execution.created_at_ms)} It was created {where}, namespace {execution.namespace},"
         f" priority {execution.priority}."
     )
+    if execution.tags:
+        tags = ", ".join(f"{name}={value}" for name, value in sorted(execution.tags.items()))
+        yield f"Its tags are {tags}."
+    if execution.traceparent:
+        yield f"It was created in the trace {execution.traceparent}."
     if execution.flow_id:
         yield f"It belongs to flow {execution.flow_id}."
     if execution.parent_id:
@@ -144,7 +222,9 @@ def _why(change: StateTransition) -> str:
 
 
 def _present(
-    execution: ExecutionDescription, streams: Mapping[int, StreamDescription]
+    execution: ExecutionDescription,
+    streams: Mapping[int, StreamDescription],
+    around: Around,
 ) -> Iterator[str]:
     state = execution.state
     since = _at(execution.last_transition_at_ms)
@@ -153,18 +233,27 @@ def _present(
         whom = f"a worker of lane {execution.lane}" if execution.lane else "a producer"
         offers = f" that offers {needs}" if needs else ""
         yield f"It is waiting for {whom}{offers}, since {since}."
+        if around.flow_open is False:
+            yield "Its flow is cancelled or was removed: no new attempt of it begins."
+        else:
+            yield from _queue(execution.lane, around)
     elif state == "delayed":
         yield (
             f"It is delayed until {_at(execution.delay_until_ms)}, when a supervisor lets it be claimed."
         )
+        yield from _supervised(execution.delay_until_ms, around)
         if execution.failure_reason:
             yield f"Retries left: {execution.retries_left}."
     elif state == "waiting_children":
         yield f"It is waiting for its children, since {since}."
     elif state == "active":
         yield from _lease(execution, streams)
+        yield from _supervised(None, around)
     elif state == "suspended":
         yield from _suspension(execution)
+        due_ms = execution.suspension.timeout_at_ms if execution.suspension else None
+        if due_ms is not None:
+            yield from _supervised(due_ms, around)
     else:
         kept = (execution.finished_at_ms or 0) + int(execution.retention * 1000)
         why = execution.cancellation_reason if state == "cancelled" else execution.failure_reason
@@ -172,6 +261,36 @@ def _present(
         yield f"It has ended as {state}{told.rstrip('.')}. Its data is kept until {_at(kept)}."
     if execution.cancel_requested and state == "active":
         yield f"Its worker is asked to stop{_because(execution.cancellation_reason)}."
+
+
+def _queue(lane: str, around: Around) -> Iterator[str]:
+    """Tell why no worker has taken what waits in a lane."""
+    if around.offered is None:
+        return
+    if not around.offered:
+        yield "A worker has heard of it and is about to claim it; if that worker dies, another one finds it."
+        return
+    yield "No worker that could claim it is idle."
+    if around.holders:
+        yield (
+            f"These workers hold leases of lane {lane}: {', '.join(around.holders)}. They are busy, or do not offer what it"
+            " requires."
+        )
+    elif around.holders is not None:
+        yield (
+            f"No worker holds a lease of lane {lane}: it seems that none claims from it with these capabilities. Start one:"
+            f" ff-fast worker MODULE:HANDLER --lane {lane}."
+        )
+
+
+def _supervised(due_ms: int | None, around: Around) -> Iterator[str]:
+    """Tell whether somebody fires the timer on which an execution depends."""
+    if around.supervisor == "":
+        yield "Nobody supervises, so its timers take no effect: start a worker, or ff-fast supervise."
+    elif due_ms is not None and around.now_ms is not None and around.now_ms > due_ms + _LATE_MS:
+        who = f"{around.supervisor}, who supervises," if around.supervisor else "a supervisor"
+        late_s = (around.now_ms - due_ms) / 1000
+        yield f"That is {late_s:.0f} s ago, and {who} has not acted on it: see ff-fast doctor."
 
 
 def _lease(
@@ -227,21 +346,28 @@ def _frames(index: int, stream: StreamDescription) -> Iterator[str]:
         yield f"Attempt {index} has no frame."
         return
     end = 1 if stream.closed_reason else 0
-    durable = max(stream.log_added - end, 0)
-    live = max(frames - durable, 0)
+    lost = stream.lost_frames
+    durable = max(stream.log_added - end - stream.lost_entries, 0)
+    live = max(frames - durable - lost, 0)
     yield f"Attempt {index} has {frames} frames: {durable} in its log, {live} for its live window."
     left = stream.log_added - stream.log_entries
     if left > 0:
-        kept = stream.log_entries - end
+        # A loss that has left with them counts as one.
+        kept = max(stream.log_entries - end - stream.lost_entries, 0)
         yield (
             f"{left} durable frames of attempt {index} have left the log, the oldest first: it keeps its newest"
             f" {kept}, by the retention_maxlen of their mode."
         )
+    if lost:
+        yield (
+            f"{lost} frames of attempt {index} were lost with a server, after they had been acknowledged, and nobody has"
+            " them: see durability."
+        )
     if live:
-        yield from _window(index, stream, durable, live)
+        yield from _window(index, stream, durable + lost, live)
 
 
-def _window(index: int, stream: StreamDescription, durable: int, live: int) -> Iterator[str]:
+def _window(index: int, stream: StreamDescription, others: int, live: int) -> Iterator[str]:
     first = stream.live_first_sequence
     ttl_s = None if stream.live_ttl_ms is None else stream.live_ttl_ms / 1000
     if first is None:
@@ -251,11 +377,11 @@ def _window(index: int, stream: StreamDescription, durable: int, live: int) -> I
             f" the time{rule}."
         )
         return
-    # Durable frames between them are not told apart, but for their number.
-    gone = first - 1 - durable
+    # Durable and lost frames between them are not told apart, but for their number.
+    gone = first - 1 - others
     if gone <= 0:
         return
-    least = "" if durable == 0 else "At least "
+    least = "" if others == 0 else "At least "
     yield (
         f"{least}{gone} frames of attempt {index} have left the live window, the oldest first: it begins with"
         f" frame {first}."

@@ -10,7 +10,7 @@ from ff_fast import keys
 from ff_fast._core import ops
 from ff_fast._core.ops import Filter
 from ff_fast._core.steps import Step, Steps
-from ff_fast.errors import InvalidCursor
+from ff_fast.errors import InvalidCursor, InvalidId
 from ff_fast.types import ExecutionPage, LaneSummary, WorkerSummary
 
 if TYPE_CHECKING:
@@ -39,7 +39,16 @@ class Place(NamedTuple):
         found = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None
         if found is None:
             raise InvalidCursor("after must be the next of a page of list_executions, or None.")
-        return cls(int(found[1]), keys.canonical_execution_id(found[2]))
+        execution_id = keys.canonical_execution_id(found[2])
+        return cls(int(found[1]), "" if execution_id == _LEAST else execution_id)
+
+    @classmethod
+    def told(cls, ms: int, member: str) -> Place:
+        """Return the place of a member of an index. Whatever else has the time of a foreign one is passed over with it."""
+        try:
+            return cls(ms, keys.canonical_execution_id(member))
+        except InvalidId:
+            return cls(ms, "")
 
     @property
     def cursor(self) -> str:
@@ -66,7 +75,7 @@ class _Partition:
 
     def told(self, answer: ops.Listed) -> None:
         self.found += [(Place(*place), each) for place, each in answer.found]
-        then = None if answer.then is None else Place(*answer.then)
+        then = None if answer.then is None else Place.told(*answer.then)
         # A place that does not lead on would be asked for without end.
         self.ended = then is None or (self.place is not None and then >= self.place)
         self.place = then

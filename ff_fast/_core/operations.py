@@ -484,15 +484,15 @@ def list_workers(on: Deployment) -> Call[tuple[WorkerSummary, ...]]:
 def explain(on: Deployment, execution_id: str) -> Call[tuple[str, ...]]:
     """Tell the history of an execution in sentences, for people.
 
-    They say when it was created, who claimed it when, why each attempt ended, who holds the lease or what it waits for,
-    and which frames have left its streams by which rule. Texts of callers and workers, such as errors, are in them as
+    They say when it was created with which tags and in which trace, who claimed it when, why each attempt ended, who holds
+    the lease or what it waits for and why nobody claims it, and which frames have left its streams by which rule. Texts of callers and workers, such as errors, are in them as
     they are. Programs take `describe` and `describe_stream`, from which the sentences are made.
 
     Raises:
         ExecutionNotFound: There is no such execution.
     """
     eid = keys.canonical_execution_id(execution_id)
-    return Call(lambda: telling.explain(eid), writes=False)
+    return Call(lambda: telling.explain(eid, on.partitions), writes=False, own_connection=True)
 
 
 def diagnose(on: Deployment, *, role: str | None = None) -> Call[tuple[Finding, ...]]:

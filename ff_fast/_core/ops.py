@@ -918,6 +918,7 @@ def describe_execution(execution_id: str) -> Op[ExecutionDescription]:
             required_capabilities=CapabilitySet(_listed(core["required_capabilities"])),
             flow_id=core.get("flow_id"),
             parent_id=core.get("parent_id"),
+            traceparent=core.get("traceparent"),
             budget_ids=_listed(core.get("budget_ids", "")),
             tags=tags,
             created_at_ms=int(core["created_at"]),
@@ -1004,7 +1005,7 @@ def _transition(identity: object, flat: object) -> StateTransition:
         int(entry["attempt"]),
         entry.get("reason") or None,
         # It may be cut within a letter.
-        entry.get("error", "").removesuffix("\ufffd") or None,
+        _cut(entry.get("error", "")) or None,
         FailureClass(word) if (word := entry.get("class")) else None,
     )
 
@@ -1042,6 +1043,8 @@ def describe_attempt(execution_id: str, attempt_index: int) -> Op[StreamDescript
             ended_at_ms=when(meta.get("closed_at")),
             log_added=int(streams.get("log_added", 0)),
             log_first_id=streams.get("log_first"),
+            lost_frames=int(meta.get("lost_frames", 0)),
+            lost_entries=int(meta.get("lost_entries", 0)),
             live_first_sequence=entry_id(live_first)[1]
             - int(streams.get("live_first_frames", 1))
             + 1
@@ -1148,17 +1151,22 @@ def _summary(told: Mapping[str, str]) -> ExecutionSummary:
         worker_id=told.get("current_worker_id"),
         worker_instance_id=told.get("current_worker_instance_id"),
         lease_expires_at_ms=when("lease"),
-        error=None if state == "completed" else error or None,
+        error=None if state == "completed" or not error else _cut(error),
         failure_class=FailureClass(failure_class) if failure_class else None,
         progress_percent=when("progress_percent"),
-        suspension_reason=told.get("reason"),
+        suspension_reason=_cut(told["reason"]) if "reason" in told else None,
         waiting_for=_waits(told),
     )
 
 
 def _waits(told: Mapping[str, str]) -> tuple[str, ...]:
     """Return what a suspension waits for, in the order of its condition."""
-    return tuple(told[name].rstrip() for name in told if name.startswith("waits:"))
+    return tuple(_cut(told[name]).rstrip() for name in told if name.startswith("waits:"))
+
+
+def _cut(text: str) -> str:
+    """Return a text of which the server has sent the beginning, perhaps up to the middle of a character."""
+    return text.removesuffix("\ufffd")
 
 
 class LanesPart(NamedTuple):

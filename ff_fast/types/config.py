@@ -278,6 +278,9 @@ class BackendConfig(Value):
             it. Also takes a ``timedelta``.
         replay_bytes: Most bytes that a writer keeps for that, 0 to 1 GiB: the frames as they are sent, and 56 bytes a
             batch. With 0 in either nothing is kept.
+        load_library: Whether a connection loads the function library where the server has none or another one, and stores
+            the partition count of a new deployment. Without it a connection changes nothing: it takes any library of the
+            same contract, and is refused with ``FunctionMissing`` or ``LibraryMismatch`` where there is none.
     """
 
     connection: BackendConnection
@@ -290,6 +293,7 @@ class BackendConfig(Value):
     read_from: Literal["primary", "replica"] = "primary"
     replay_ms: int = 1000
     replay_bytes: int = 4 << 20
+    load_library: bool = True
 
     def __post_init__(self) -> None:
         check_type("connection", self.connection, ValkeyConnection)
@@ -302,6 +306,7 @@ class BackendConfig(Value):
             raise InvalidInput("read_from must be 'primary' or 'replica'.")
         set_field(self, "replay_ms", milliseconds("replay_ms", self.replay_ms, 0, 60_000))
         check_int("replay_bytes", self.replay_bytes, 0, 1 << 30)
+        check_type("load_library", self.load_library, bool)
 
     @classmethod
     def valkey(cls, host: str, port: int = 6379) -> BackendConfig:
@@ -323,8 +328,8 @@ class BackendConfig(Value):
 
         Query parameters, each at most once: ``cluster=true``,
         ``partitions=<count>``, ``max_payload_bytes=<bytes>``, ``linger_ms=<ms>``, ``read_from=primary|replica``,
-        ``replay_ms=<ms>``, ``replay_bytes=<bytes>``, ``timeout=<seconds>``, ``tls_ca_file=``, ``tls_cert_file=``,
-        ``tls_key_file=``, ``client_name=``, ``sentinel_username=``, ``sentinel_password=``, and for a Unix socket ``db=``.
+        ``replay_ms=<ms>``, ``replay_bytes=<bytes>``, ``load_library=true|false``, ``timeout=<seconds>``,
+        ``tls_ca_file=``, ``tls_cert_file=``, ``tls_key_file=``, ``client_name=``, ``sentinel_username=``, ``sentinel_password=``, and for a Unix socket ``db=``.
 
         Raises:
             InvalidInput: Any other scheme or parameter, a missing host, a bad port, database or
@@ -345,6 +350,7 @@ _URL_PARAMETERS = (
     "read_from",
     "replay_ms",
     "replay_bytes",
+    "load_library",
     "timeout",
     "tls_ca_file",
     "tls_cert_file",
@@ -422,16 +428,15 @@ def _from_url(url: str) -> BackendConfig:
     replay_ms = _number("replay_ms", given)
     replay_bytes = _number("replay_bytes", given)
     read_from = given.pop("read_from", "primary")
-    cluster = given.pop("cluster", "false")
-    if cluster not in ("true", "false"):
-        raise InvalidInput("cluster must be true or false.")
+    cluster = _flag("cluster", given, default=False)
+    load_library = _flag("load_library", given, default=True)
     (host, port), *seeds = addresses
     texts: dict[str, Any] = {name: _unquote(text) for name, text in given.items()}
     connection = ValkeyConnection(
         host,
         port,
         tls=tls,
-        cluster=cluster == "true",
+        cluster=cluster,
         username=_unquote(username) or None,
         password=_unquote(password) or None,
         db=int(db),
@@ -449,6 +454,7 @@ def _from_url(url: str) -> BackendConfig:
         read_from=read_from,  # type: ignore[arg-type]
         replay_ms=1000 if replay_ms is None else replay_ms,
         replay_bytes=4 << 20 if replay_bytes is None else replay_bytes,
+        load_library=load_library,
     )
 
 
@@ -461,6 +467,14 @@ def _place(text: str, port: str) -> tuple[str, int]:
     if not host or (found[1] and ":" not in host):
         raise InvalidInput("The URL must hold a host; an IPv6 address goes in brackets.")
     return host, int(found[3] or port)
+
+
+def _flag(name: str, given: dict[str, str], *, default: bool) -> bool:
+    """Take a parameter that is true or false out of *given*."""
+    text = given.pop(name, None)
+    if text not in (None, "true", "false"):
+        raise InvalidInput(f"{name} must be true or false.")
+    return default if text is None else text == "true"
 
 
 def _number(name: str, given: dict[str, str]) -> int | None:

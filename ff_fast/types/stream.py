@@ -631,7 +631,7 @@ class StreamDescription(Value):
     Attributes:
         last_id: Id of the newest frame, ``0-0`` for none.
         frame_count: Number of frames appended so far.
-        log_entries: Number of durable frames kept, plus 1 for the end entry.
+        log_entries: Number of durable frames kept, plus 1 for the end entry and 1 for each loss.
         live_entries: Number of entries in the live window; a run of frames is one entry.
         summary_version: Number of patches of the summary so far.
         closed_reason: Why the stream ended; None while it has not.
@@ -644,6 +644,8 @@ class StreamDescription(Value):
         log_added: Number of entries that the log has been given; those beyond `log_entries` have left it by its
             retention.
         log_first_id: Id of the first durable frame kept; None without one.
+        lost_frames: Number of frames that were lost with a server, after they had been acknowledged.
+        lost_entries: Number of losses that the log has been given, of one or more frames in sequence.
         live_first_sequence: First frame of the live window; None where it is empty, or its key has expired.
         live_ttl_ms: How long a frame of the live window is kept at least, as its writer has said; None before there is one.
         live_floor: Least number of frames that the window keeps.
@@ -665,6 +667,8 @@ class StreamDescription(Value):
     ended_at_ms: int | None = None
     log_added: int = 0
     log_first_id: str | None = None
+    lost_frames: int = 0
+    lost_entries: int = 0
     live_first_sequence: int | None = None
     live_ttl_ms: int | None = None
     live_floor: int | None = None

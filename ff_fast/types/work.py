@@ -646,6 +646,8 @@ class ExecutionDescription(Value):
         required_capabilities: Capabilities that its worker must offer.
         flow_id: Its flow; None without one.
         parent_id: The execution that may wait for it; None without one.
+        traceparent: The span in which it was created, as in the W3C header; None where its creator was not traced, see
+            `ff_fast.tracing.trace`.
         budget_ids: Budgets that its usage is charged to.
         tags: Its tags.
         created_at_ms: When it was created.
@@ -691,6 +693,7 @@ class ExecutionDescription(Value):
     required_capabilities: CapabilitySet = CapabilitySet()
     flow_id: str | None = None
     parent_id: str | None = None
+    traceparent: str | None = None
     budget_ids: tuple[str, ...] = ()
     tags: Mapping[str, str] = MappingProxyType({})
     created_at_ms: int

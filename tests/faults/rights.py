@@ -183,8 +183,7 @@ class Line(NamedTuple):
                 mode = found[1] or "RW"
                 patterns.append(Pattern(rule, found[2], "R" in mode, "W" in mode))
             else:
-                # All is taken away first; the lines give only commands, keys and channels.
-                assert rule in ("resetchannels", "-@all"), rule
+                raise AssertionError(rule)
         return cls(frozenset(commands), tuple(patterns), tuple(channels))
 
 
@@ -752,13 +751,15 @@ class Life:
         self.suspended("l", tags=options["tags"])
         self.created(**options)
         self.claimed("l")
+        flow_id = self.by("ff_producer").create_flow()
+        waits = self.created(**options, flow_id=flow_id)
         # What it stops to listen to would count as the next user's.
         reader = self.by("ff_reader")
         reader.wait_until(lambda: _hears_nothing(reader))
         for user in ("ff_reader", "ff_operator"):
             looker = self.by(user)
             page = looker.list_executions(tag=("app.l", "1"))
-            states = ["active", "delayed", "failed", "suspended"]
+            states = ["active", "delayed", "failed", "suspended", "waiting"]
             assert sorted(each.state for each in page.items) == states
             assert looker.list_executions().items
             (lane,) = [each for each in looker.list_lanes() if each.lane == "l"]
@@ -768,7 +769,8 @@ class Life:
                 assert looker.explain(each.execution_id)
             levels = {each.level for each in looker.diagnose(role=user.removeprefix("ff_"))}
             assert levels <= {"ok", "warning", "unknown"}
-        self.by("ff_operator").delete_execution(failed)
+        for eid in (failed, waits):
+            self.by("ff_operator").delete_execution(eid)
 
 
 WAITING = {

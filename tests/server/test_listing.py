@@ -1,24 +1,39 @@
 """Listings of executions, lanes and workers; histories in sentences; the diagnosis of a deployment."""
 
+import contextlib
+import dataclasses
+import io
+import os
+import signal
 import time
+import warnings
+from types import SimpleNamespace
 
+import orjson
 import pytest
 
 import ff_fast
 from ff_fast import (
+    BackendConfig,
+    BackendRetry,
     BestEffortLiveConfig,
+    CancelFlowPolicy,
     CapabilitySet,
     Corruption,
+    DeploymentWarning,
     ExecutionNotFound,
     FailureClass,
+    FunctionMissing,
     RetryPolicy,
     StreamMode,
     WaitpointKind,
     WaitpointSpec,
+    _library,
     cli,
     keys,
 )
-from ff_fast._core.roles import ROLES
+from ff_fast._cli.top import fitted
+from ff_fast._core.roles import ROLES, acl_line
 from ff_fast.embedded import EmbeddedServer
 
 from ..conftest import PROMPT, connect_raw
@@ -213,12 +228,59 @@ def test_each_partition_lists_a_bounded_number_of_failures(world, raw):
     assert ids(everything(world.backend, state="failed")) == [eid]
 
 
+def test_a_text_that_is_cut_ends_with_a_whole_character(world):
+    for start in ("", "x"):
+        _, handle = world.owned()
+        world.backend.fail(handle, start + "é" * 400)
+        error = world.backend.list_executions(state="failed").items[0].error
+        assert error == start + "é" * (len(error) - len(start))
+        assert 500 < len(error.encode()) <= 512
+
+
 def test_an_error_in_a_listing_is_short(world):
     eid, handle = world.owned()
     world.backend.fail(handle, "é" * 10_000)
     (found,) = everything(world.backend, state="failed")
     assert found.execution_id == eid
     assert 250 <= len(found.error) <= 257
+
+
+def test_one_call_looks_at_a_bounded_number_of_one_millisecond(world, raw):
+    """As after the server's clock was set back: completions share the last time until it is reached again."""
+    tag, shared = "{fp:1}", 1_700_000_000_000
+    eids = [world.create(execution_id=f"{tag}:{keys.new_uuid()}") for _ in range(4)]
+    pipe = raw.pipeline()
+
+    def completed(eid, ms):
+        pipe.xadd(keys.completions(tag), {"execution_id": eid, "outcome": "success"}, f"{ms}-*")
+
+    for eid in eids[:3]:
+        pipe.hset(keys.core(eid), "state", "completed")
+        pipe.zrem(keys.listed(tag), f"{eid} {world.lane}")
+    completed(eids[2], shared - 1)
+    for _ in range(600):
+        completed(f"{tag}:{keys.new_uuid()}", shared)
+    completed(eids[1], shared)
+    completed(eids[0], shared + 1)
+    for _ in range(2000):
+        pipe.zadd(keys.listed(tag), {f"{tag}:{keys.new_uuid()} x": 10**13 + shared})
+    pipe.zadd(keys.listed(tag), {f"{eids[3]} {world.lane}": 10**13 + shared - 2})
+    pipe.execute()
+    for count in (1, 50):
+        assert ids(everything(world.backend, count=count)) == eids
+
+
+def test_pages_go_on_behind_foreign_members(world, raw):
+    tag, now = "{fp:1}", world.now()
+    old = world.create(execution_id=f"{tag}:{keys.new_uuid()}")
+    foreign = {f"{number:04}junk x": 10**13 + now + 60_000 for number in range(1000)}
+    raw.zadd(keys.listed(tag), foreign | {b"\xff\xfe": 10**13 + now + 70_000})
+    new = world.create(execution_id=f"{tag}:{keys.new_uuid()}")
+    for count in (1, 2, 100):
+        assert sorted(ids(everything(world.backend, count=count))) == sorted([old, new])
+        assert sorted(ids(everything(world.backend, count=count, lane=world.lane))) == sorted(
+            [old, new]
+        )
 
 
 def test_a_retry_clears_no_place(world):
@@ -389,6 +451,67 @@ def test_a_history_tells_the_reason_of_a_cancellation_and_the_wish_for_one(world
     assert "Its worker is asked to stop: enough." in told(world.backend, states["active"])
 
 
+GPU = CapabilitySet(["gpu"])
+
+
+def test_a_history_tells_why_nobody_claims_an_execution(shell, world):
+    eid = world.create(required_capabilities=GPU)
+    text = told(shell, eid)
+    assert f"It is waiting for a worker of lane {world.lane} that offers gpu, since " in text
+    assert f"No worker holds a lease of lane {world.lane}" in text
+    world.owned()
+    assert f"These workers hold leases of lane {world.lane}: w-1. They are busy" in told(shell, eid)
+    # A worker without the capability has looked.
+    assert world.backend.claim(lane=world.lane, **CLAIM) is None
+    assert "No worker that could claim it is idle." in told(shell, eid)
+    popped = world.raw.zpopmin(keys.ready(world.lane, "gpu"))
+    assert popped
+    assert "A worker has heard of it and is about to claim it" in told(shell, eid)
+
+
+def test_a_history_tells_that_a_cancelled_flow_keeps_an_execution(shell, world):
+    flow_id = world.create_flow()
+    eid = world.create(flow_id=flow_id)
+    world.backend.cancel_flow(flow_id, CancelFlowPolicy.FLOW_ONLY)
+    text = told(shell, eid)
+    assert "Its flow is cancelled or was removed: no new attempt of it begins." in text
+    assert "idle" not in text
+    world.raw.delete(keys.flow(keys.slot_tag_of(eid), flow_id))
+    assert "Its flow is cancelled or was removed" in told(shell, eid)
+
+
+def test_a_history_tells_that_nobody_fires_the_timers(shell, world, raw):
+    eid = world.create(delay=60)
+    assert "Nobody supervises, so its timers take no effect" in told(shell, eid)
+    raw.set(keys.supervisor(), "worker-7", px=60_000)
+    assert "supervises" not in told(shell, eid)
+    raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"delay:{eid}": world.now() - 40_000})
+    assert "worker-7, who supervises, has not acted on it" in told(shell, eid)
+
+
+def test_a_history_tells_with_which_tags_and_in_which_trace_an_execution_was_created(
+    shell, world, raw
+):
+    eid = world.create(tags={"app.user": "ada", "app.by": "web-3"})
+    assert "Its tags are app.by=web-3, app.user=ada." in told(shell, eid)
+    assert shell.describe(eid).traceparent is None
+    trace = f"00-{'a' * 32}-{'b' * 16}-01"
+    raw.hset(keys.core(eid), "traceparent", trace)
+    assert f"It was created in the trace {trace}." in told(shell, eid)
+
+
+def test_a_history_asks_for_nothing_that_the_user_may_not_do(own_server, raw, world):
+    eid = world.create()
+    rules = ROLES["worker"].rules.split()
+    raw.execute_command("ACL", "SETUSER", "looker", "reset", "on", ">pass", *rules)
+    raw.acl_log_reset()
+    url = own_server[0].url.replace("://", "://looker:pass@", 1)
+    with ff_fast.ValkeyBackend.connect(url) as backend:
+        assert "It is waiting for a worker" in told(backend, eid)
+    assert raw.acl_log() == []
+    raw.execute_command("ACL", "DELUSER", "looker")
+
+
 def test_a_history_of_nothing_is_refused(shell):
     with pytest.raises(ExecutionNotFound):
         shell.explain(keys.new_execution_id(4))
@@ -454,10 +577,13 @@ def levels(backend, **options):
     return {each.check: each.level for each in backend.diagnose(**options)}
 
 
-def test_a_healthy_deployment_has_nothing_that_failed(shell):
+def test_a_healthy_deployment_has_nothing_that_failed(shell, raw):
+    raw.set(keys.supervisor(), "worker-7", px=60_000)
     found = levels(shell)
     assert set(found.values()) <= {"ok", "unknown"}
     assert (found["library"], found["clock"], found["supervisor"]) == ("ok", "ok", "ok")
+    raw.delete(keys.supervisor())
+    assert levels(shell)["supervisor"] == "warning"
     (rights,) = [each for each in shell.diagnose() if each.check == "rights"]
     assert all(name in rights.text for name in ROLES)
 
@@ -469,13 +595,42 @@ def test_timers_that_nobody_fires_are_told(shell, world, raw):
     assert found["supervisor"].level == "failed"
     assert "nobody supervises" in found["supervisor"].text
     world.fire(eid, "delay")
-    assert levels(shell)["supervisor"] == "ok"
+    assert levels(shell)["supervisor"] == "warning"
 
 
 def test_who_supervises_is_told(shell, raw):
     raw.set(keys.supervisor(), "worker-7", px=60_000)
     (found,) = [each for each in shell.diagnose() if each.check == "supervisor"]
-    assert found.text == "Worker-7 supervises; no timer is overdue."
+    assert found.text == "worker-7 supervises. No timer is overdue."
+
+
+def test_a_supervisor_that_does_not_keep_up_is_told_by_its_name(shell, world, raw):
+    eid = world.create(delay=60)
+    raw.set(keys.supervisor(), "worker-7", px=60_000)
+    raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"delay:{eid}": world.now() - 40_000})
+    (found,) = [each for each in shell.diagnose() if each.check == "supervisor"]
+    assert found.level == "failed"
+    assert "worker-7 supervises and does not keep up" in found.text
+
+
+@pytest.mark.parametrize(
+    "policy, level",
+    [("allkeys-lru", "failed"), ("volatile-lru", "warning"), ("noeviction", "ok")],
+)
+def test_a_full_server_that_deletes_is_told(own_server, raw, policy, level):
+    raw.config_set("maxmemory", "1gb")
+    raw.config_set("maxmemory-policy", policy)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore", category=DeploymentWarning),
+            ff_fast.ValkeyBackend.connect(own_server[0].url) as backend,
+        ):
+            (found,) = [each for each in backend.diagnose() if each.check == "memory"]
+    finally:
+        raw.config_set("maxmemory", "0")
+        raw.config_set("maxmemory-policy", "noeviction")
+    assert found.level == level
+    assert policy in found.text
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -500,6 +655,18 @@ def test_a_user_has_the_role_of_its_line_and_is_told_each_right_that_it_lacks(
     raw.execute_command("ACL", "DELUSER", "looker")
     assert found.level == "failed"
     assert all(rule in found.text for rule in lost)
+
+
+def test_the_line_of_a_role_takes_all_other_rights_of_a_user(own_server, raw):
+    raw.execute_command("ACL", "SETUSER", "looker", "reset", "on", ">pass", "~*", "&*", "+@all")
+    raw.execute_command("ACL", "SETUSER", "looker", "(~secret:* +get)")
+    *_, line = acl_line(["reader"], "looker").splitlines()
+    raw.execute_command(*line.split())
+    for command in (["GET", "secret:1"], ["GET", "other"], ["SPUBLISH", "other", "x"], ["PING"]):
+        told = raw.execute_command("ACL", "DRYRUN", "looker", *command)
+        assert b"has no permissions" in told, command
+    assert raw.execute_command("ACL", "DRYRUN", "looker", "GET", keys.PARTITIONS_CONFIG) == b"OK"
+    raw.execute_command("ACL", "DELUSER", "looker")
 
 
 # -- the commands ---------------------------------------------------------------------------------------------------------
@@ -561,6 +728,156 @@ def test_doctor_exits_with_1_if_something_failed(run, world, raw):
     eid = world.create(delay=60)
     raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"delay:{eid}": 1})
     assert run("doctor", "--json")[0] == 1
+
+
+ANOTHER = "0123456789ab"
+
+
+def test_who_looks_changes_nothing_on_the_server(own_server, raw, monkeypatch, capsys):
+    monkeypatch.setenv(cli.URL_VARIABLE, own_server[0].url)
+    raw.flushall()
+    raw.function_flush()
+    for argv in (["doctor"], ["ls"], ["top", "--once"], ["why", keys.new_execution_id(4)]):
+        assert cli.main(argv) == 1
+        assert "no function library of ff_fast" in capsys.readouterr().err
+    assert (raw.keys(), raw.function_list()) == ([], [])
+
+    # Another build of the same contract serves, and is told of.
+    other = _library.source().replace(_library.digest(), ANOTHER)
+    raw.function_load(other, replace=True)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert f"digest {ANOTHER}, while this client has {_library.digest()}" in out
+    assert "No count is stored" in out
+    assert cli.main(["ls"]) == 0
+    assert ANOTHER in str(raw.function_list(withcode=True))
+    assert raw.keys() == []
+
+    # An older contract is not replaced either.
+    mine = f"ff.ok('{_library.CONTRACT}', '{ANOTHER}'"
+    assert mine in other
+    raw.function_load(
+        other.replace(mine, f"ff.ok('{_library.CONTRACT - 1}', '{ANOTHER}'"), replace=True
+    )
+    assert cli.main(["doctor"]) == 1
+    assert f"holds contract {_library.CONTRACT - 1} " in capsys.readouterr().err
+    assert ANOTHER in str(raw.function_list(withcode=True))
+
+
+BRISK = BackendRetry(number_of_retries=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backend_that_loads_no_library_says_so_when_the_server_loses_it(own_server, raw, kind):
+    config = BackendConfig.from_url(f"{own_server[0].url}?load_library=false")
+    config = dataclasses.replace(config, retry=BRISK)
+    opener = Opener(kind)
+    backend = opener(config)
+    assert backend.list_executions().items == ()
+    raw.function_flush()
+    for call in (backend.list_executions, lambda: opener(config)):
+        with pytest.raises(FunctionMissing, match="no function library of ff_fast"):
+            call()
+    opener.close()
+    assert raw.function_list() == []
+
+
+NASTY = "\x1b[31m\x9b2J\x7f\u202e\nname"
+
+
+def test_a_server_that_loses_data_is_told_of_in_one_line_and_not_to_who_looks(
+    own_server, raw, capsys
+):
+    raw.config_set("maxmemory", "1gb")
+    raw.config_set("maxmemory-policy", "allkeys-lru")
+    url = ["--url", own_server[0].url]
+    try:
+        with warnings.catch_warnings(action="always", category=DeploymentWarning):
+            assert cli.main(["submit", *url, "prompt"]) == 0
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("ff-fast: The server's maxmemory-policy is allkeys-lru")
+            assert cli.main(["ls", *url]) == 0
+            assert capsys.readouterr().err == ""
+    finally:
+        raw.config_set("maxmemory", "0")
+        raw.config_set("maxmemory-policy", "noeviction")
+
+
+def test_texts_of_others_reach_no_terminal_as_commands(own_server, run, world, raw):
+    eid, handle = world.owned()
+    world.backend.fail(handle, NASTY)
+    raw.set(keys.supervisor(), NASTY.encode(), px=60_000)
+    held, _ = world.owned()
+    raw.hset(keys.core(held), "current_worker_instance_id", NASTY.encode())
+    for argv in (["doctor"], ["doctor", "--json"], ["ls"], ["ls", "--json"], ["why", eid]):
+        code, out = run(*argv)
+        assert (code, "name" in out) == (0, True), argv
+        assert not set(out) & set("\x1b\x9b\x7f"), argv
+    for argv in (["top", "--once"], ["top", "--once", "--json"], ["why", "--json", eid]):
+        assert not set(run(*argv)[1]) & set("\x1b\x9b\x7f"), argv
+    assert orjson.loads(run("why", "--json", eid)[1])[2].count(NASTY) == 1
+
+
+def test_a_terminal_without_the_letters_of_a_text_shows_their_numbers(
+    world, own_server, monkeypatch
+):
+    eid, handle = world.owned()
+    world.backend.fail(handle, "déjà vu")
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    assert cli.main(["why", "--url", own_server[0].url, eid]) == 0
+    assert b"d\\xe9j\\xe0 vu" in out.buffer.getvalue()
+
+
+def test_top_goes_on_when_the_server_is_back(monkeypatch, capsys):
+    with EmbeddedServer(**PROMPT) as server, contextlib.ExitStack() as stack:
+        stack.enter_context(ff_fast.ValkeyBackend.connect(server.url)).create_execution(lane="one")
+
+        def away():
+            os.kill(server.pid, signal.SIGKILL)
+
+        def back():
+            server.restart()
+            again = stack.enter_context(ff_fast.ValkeyBackend.connect(server.url))
+            again.create_execution(lane="two")
+
+        def stop():
+            raise KeyboardInterrupt
+
+        then = iter((away, back, stop))
+        clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: next(then)())
+        monkeypatch.setattr("ff_fast._cli.top.time", clock)
+        config = dataclasses.replace(BackendConfig.from_url(server.url), retry=BRISK)
+        monkeypatch.setattr(
+            "ff_fast._cli.top.look_at", lambda _: ff_fast.ValkeyBackend.connect(config)
+        )
+        assert cli.main(["top", "--url", server.url]) == 130
+    told = capsys.readouterr()
+    assert told.out.index("one") < told.out.index("two")
+    assert told.err.startswith("ff-fast: ")
+    assert len(told.err.splitlines()) == 1
+
+
+def test_each_part_of_top_has_lines_on_a_low_terminal():
+    assert fitted([15, 15, 15], 19) == [6, 6, 7]
+    assert fitted([2, 15, 15], 19) == [2, 8, 9]
+    assert fitted([1, 0, 15], 100) == [1, 0, 15]
+    assert fitted([15, 15, 15], -3) == [1, 1, 1]
+
+
+def test_top_tells_how_many_lines_it_leaves_out(run, world):
+    for number in range(3):
+        world.backend.create_execution(lane=f"lane-{number}")
+    assert "LANE (2 of 3) " in run("top", "--once", "--count", "2")[1]
+    assert "LANE  " in run("top", "--once")[1]
+
+
+@pytest.mark.parametrize("command", ["ls", "top"])
+def test_a_count_of_nothing_is_wrong_usage(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--count", "0"])
+    assert caught.value.code == 2
+    assert "whole number from 1" in capsys.readouterr().err
 
 
 def test_a_time_is_told_as_an_age():

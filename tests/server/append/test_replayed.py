@@ -98,9 +98,23 @@ def test_a_loss_is_stored_once(stream, since):
     answer = stream.append(loss, push=b" ")
     assert stream.repeated(loss, push=b" ") == answer
     assert stream.repeated(again(since + 1, since + 1, lost(3)), push=b" ")[1] == 3
+    told = stream.backend.describe_stream(stream.eid, 0)
+    assert (told.frame_count, told.lost_frames, told.lost_entries) == (5, 5, 1)
     assert stream.append(again(since + 1, since + 2, lost(7)), push=b" ") == (since + 1, 7)
     assert [fields[b"lost"] for _, fields in stream.raw.xrange(stream.log)] == [b"5", b"2"]
     assert stream.frames().gaps == (Gap(1, 6, "lost"), Gap(6, 8, "lost"))
+
+
+def test_a_history_tells_what_was_lost_apart_from_what_was_trimmed(stream, since):
+    stream.append(log(b"1"))
+    for first in (2, 8):
+        ms = server_ms(stream.raw) + first
+        stream.append(again(ms, ms, lost(5)), first=first, push=b" ")
+        stream.append(live(b"x"), first=first + 5)
+    text = "\n".join(stream.backend.explain(stream.eid))
+    assert "Attempt 0 has 13 frames: 1 in its log, 2 for its live window." in text
+    assert "10 frames of attempt 0 were lost with a server" in text
+    assert "left the" not in text
 
 
 def test_a_tail_is_told_at_once(stream, since, listen):

@@ -114,11 +114,11 @@ def test_where_reads_go_and_what_writers_keep():
     assert (config.read_from, config.replay_ms, config.replay_bytes) == ("replica", 0, 1024)
     for bad in (
         {"read_from": "any"}, {"read_from": None}, {"replay_ms": 60_001}, {"replay_ms": -1},
-        {"replay_bytes": -1}, {"replay_bytes": 1 << 31}, {"replay_bytes": 1.5},
+        {"replay_bytes": -1}, {"replay_bytes": 1 << 31}, {"replay_bytes": 1.5}, {"load_library": 0},
     ):  # fmt: skip
         with pytest.raises(InvalidInput, match=next(iter(bad))):
             BackendConfig(ValkeyConnection("h"), **bad)
-    for bad in ("read_from=any", "replay_ms=x", "replay_bytes=-1"):
+    for bad in ("read_from=any", "replay_ms=x", "replay_bytes=-1", "load_library=0", "cluster=yes"):
         with pytest.raises(InvalidInput, match=bad.split("=", maxsplit=1)[0]):
             BackendConfig.from_url(f"valkey://h?{bad}")
 
