@@ -225,6 +225,14 @@ function ff.set_failure(execution, message, class, detail, ...)
   execution.error, execution.error_class = message, class
 end
 
+-- What ends an attempt in this call; nil for nothing that is an error.
+local function error_of(execution)
+  if execution.state == 'cancelled' then
+    return execution.fields.cancellation_reason
+  end
+  return execution.error
+end
+
 -- What ended an execution, for its reader; '' after a success. A failure that was retried before says nothing about
 -- the end of a suspension.
 function ff.end_error(execution, reason)
@@ -262,10 +270,14 @@ end
 -- Adds the end entry to a log, behind what somebody else may have put there: an entry at or after the place of the end
 -- refuses it, and blocked readers would sleep on. The end keeps its sequence, in a millisecond after that entry. A log
 -- that takes no entry at all, being full to the last id or of another type, stays without; meta has the end anyway.
--- Returns the id of the entry.
-local function add_end(log_key, ms, sequence, reason, visible)
+-- `message` is the error of the attempt, or ''. Returns the id of the entry.
+local function add_end(log_key, ms, sequence, reason, visible, message)
   local pcall, id = redis.pcall, string.format('%d-%d', ms, sequence)
-  local added = pcall('XADD', log_key, id, 'end', reason, 'prev', visible)
+  local fields = { 'end', reason, 'prev', visible }
+  if message ~= '' then
+    fields[5], fields[6] = 'error', message
+  end
+  local added = pcall('XADD', log_key, id, unpack(fields))
   if type(added) == 'table' and added.err then
     local info = pcall('XINFO', 'STREAM', log_key)
     for i = 1, #info, 2 do
@@ -273,7 +285,7 @@ local function add_end(log_key, ms, sequence, reason, visible)
         local last_ms = ff.integer(string.match(info[i + 1], '^%d+'))
         if last_ms then
           id = string.format('%d-%d', last_ms + 1, sequence)
-          pcall('XADD', log_key, id, 'end', reason, 'prev', visible)
+          pcall('XADD', log_key, id, unpack(fields))
         end
       end
     end
@@ -302,7 +314,8 @@ end
 
 -- Ends the stream of an attempt: the canonical word in meta, its echo at the end of the log and on the channel of the
 -- attempt, and the retention of every key of the attempt. An attempt that never wrote a frame, or was never claimed,
--- ends the same way. The end entry takes the sequence after the last frame.
+-- ends the same way. The end entry takes the sequence after the last frame. It has the beginning of the error of an
+-- attempt that ends with one, as the history and the push do.
 function ff.end_stream(execution, index, reason)
   local call = redis.call
   local slot_tag, attempt, now = execution.slot_tag, execution.id .. ':' .. index, execution.now
@@ -325,8 +338,11 @@ function ff.end_stream(execution, index, reason)
   end
   call('HSET', meta_key, 'closed_at', ff.text(now), 'closed_reason', reason)
   local visible = meta[2] or ff.text(sequence)
-  local id = add_end(ff.key('stream', slot_tag, attempt), math.max(now, last_ms), sequence + 1, reason, visible)
-  ff.publish(head_key, PUSH.END .. id .. ' ' .. visible .. ' ' .. reason)
+  local message = string.sub(error_of(execution) or '', 1, ATTEMPT_ERROR)
+  local id = add_end(
+    ff.key('stream', slot_tag, attempt), math.max(now, last_ms), sequence + 1, reason, visible, message
+  )
+  ff.publish(head_key, PUSH.END .. id .. ' ' .. visible .. ' ' .. reason .. (message ~= '' and ' ' .. message or ''))
   local retention_ms = execution.fields.retention_ms
   for _, name in ipairs(ATTEMPT_KEYS) do
     call('PEXPIRE', ff.key(name, slot_tag, attempt), retention_ms)
@@ -659,14 +675,11 @@ function ff.move(execution, to, reason, ...)
   else
     ff.set(execution, 'state', to, 'last_transition_at', now, ...)
   end
-  local history_key, message = ff.execution_key(execution, 'history'), execution.error
-  if to == 'cancelled' then
-    message = fields.cancellation_reason
-  end
+  local history_key, message = ff.execution_key(execution, 'history'), error_of(execution)
   if message then
     redis.pcall('XADD', history_key, 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to, 'attempt', attempt,
       'reason', reason or '', 'error', string.sub(message, 1, ATTEMPT_ERROR), 'class', execution.error_class or '')
-    execution.error, execution.error_class = nil, nil
+    execution.error_class = nil
   else
     redis.pcall('XADD', history_key, 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to, 'attempt', attempt,
       'reason', reason or '')
@@ -691,6 +704,7 @@ function ff.move(execution, to, reason, ...)
   elseif outcome then
     conclude(execution, attempt, reason or ff.END_REASONS[to])
   end
+  execution.error = nil
   if from == 'active' and not execution.by_holder then
     ff.tell_holder(execution, 'lost')
   end

@@ -243,3 +243,35 @@ def test_subscribers_of_completions_get_the_error(backend, lane):
             )
         )
         assert found == wanted
+
+
+def test_a_tail_ends_with_the_error_of_its_attempt(open_shell, lane, supervisor):
+    """As it is pushed, and as it is read later."""
+    writer, reader = open_shell(), open_shell()
+    eid = writer.create_execution(lane=lane, retry=RETRY.replace(max_retries=1))
+    wanted = []
+    for end in (
+        lambda handle: writer.fail(handle, "no room " * 3, FailureClass.TRANSIENT),
+        lambda handle: writer.fail(handle, "out of it", FailureClass.INFRA_CRASH),
+        lambda handle: writer.cancel(handle, reason="x" * 1023 + "ż"),
+    ):
+        handle = wait_until(lambda: writer.claim(lane=lane, **WORKER), 10)
+        with writer.open_writer(handle) as frames:
+            frames.write(b"a")
+        tail = reader.tail(eid, len(wanted))
+        assert len(tail.next_batch(10)) == 1
+        end(handle)
+        wanted += tail.next_batch(10)
+    assert [each.reason for each in wanted] == [
+        "attempt_failure",
+        "producer_lost",
+        "attempt_cancelled",
+    ]
+    errors_ = [each.error for each in wanted]
+    assert errors_ == ["no room no room no room ", "out of it", "x" * 1023]
+    for index, end in enumerate(wanted):
+        again = reader.tail(eid, index)
+        assert [*again.next_batch(10)][-1] == end
+        behind = reader.tail(eid, index, after=f"{index}.0-1")
+        assert behind.next_batch(10)[-1].error == end.error
+    assert [each.error for each in writer.describe(eid).attempts] == errors_
