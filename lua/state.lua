@@ -225,14 +225,6 @@ function ff.set_failure(execution, message, class, detail, ...)
   execution.error, execution.error_class = message, class
 end
 
--- What ends an attempt in this call; nil for nothing that is an error.
-local function error_of(execution)
-  if execution.state == 'cancelled' then
-    return execution.fields.cancellation_reason
-  end
-  return execution.error
-end
-
 -- What ended an execution, for its reader; '' after a success. A failure that was retried before says nothing about
 -- the end of a suspension.
 function ff.end_error(execution, reason)
@@ -315,7 +307,7 @@ end
 -- Ends the stream of an attempt: the canonical word in meta, its echo at the end of the log and on the channel of the
 -- attempt, and the retention of every key of the attempt. An attempt that never wrote a frame, or was never claimed,
 -- ends the same way. The end entry takes the sequence after the last frame. It has the beginning of the error of an
--- attempt that ends with one, as the history and the push do.
+-- attempt that ends with one, and so has the push: that of the execution, which may end with it.
 function ff.end_stream(execution, index, reason)
   local call = redis.call
   local slot_tag, attempt, now = execution.slot_tag, execution.id .. ':' .. index, execution.now
@@ -338,7 +330,8 @@ function ff.end_stream(execution, index, reason)
   end
   call('HSET', meta_key, 'closed_at', ff.text(now), 'closed_reason', reason)
   local visible = meta[2] or ff.text(sequence)
-  local message = string.sub(error_of(execution) or '', 1, ATTEMPT_ERROR)
+  local message = ff.OUTCOMES[execution.state] and ff.end_error(execution, reason) or execution.error or ''
+  message = string.sub(message, 1, ATTEMPT_ERROR)
   local id = add_end(
     ff.key('stream', slot_tag, attempt), math.max(now, last_ms), sequence + 1, reason, visible, message
   )
@@ -675,11 +668,14 @@ function ff.move(execution, to, reason, ...)
   else
     ff.set(execution, 'state', to, 'last_transition_at', now, ...)
   end
-  local history_key, message = ff.execution_key(execution, 'history'), error_of(execution)
+  local history_key, message = ff.execution_key(execution, 'history'), execution.error
+  if to == 'cancelled' then
+    message = fields.cancellation_reason
+  end
   if message then
     redis.pcall('XADD', history_key, 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to, 'attempt', attempt,
       'reason', reason or '', 'error', string.sub(message, 1, ATTEMPT_ERROR), 'class', execution.error_class or '')
-    execution.error_class = nil
+    execution.error, execution.error_class = nil, nil
   else
     redis.pcall('XADD', history_key, 'MAXLEN', '~', '1000', '*', 'from', from, 'to', to, 'attempt', attempt,
       'reason', reason or '')
@@ -704,7 +700,6 @@ function ff.move(execution, to, reason, ...)
   elseif outcome then
     conclude(execution, attempt, reason or ff.END_REASONS[to])
   end
-  execution.error = nil
   if from == 'active' and not execution.by_holder then
     ff.tell_holder(execution, 'lost')
   end
