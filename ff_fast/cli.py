@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from ff_fast import DeploymentWarning, FFError, InvalidInput, __version__
 from ff_fast._cli import control, demo, look, read, serve, top, work
 from ff_fast._cli.shared import (
+    DONE,
     FAILED,
     TOKEN_VARIABLE,
     URL_VARIABLE,
@@ -32,6 +34,8 @@ __all__ = ["TOKEN_VARIABLE", "URL_VARIABLE", "main"]
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
 _TERMINATED = 143
+# Errors of a write that its reader has not caused.
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Terminated(BaseException):
@@ -39,25 +43,16 @@ class _Terminated(BaseException):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with *argv* (default: ``sys.argv``) and return its exit code.
+    """Run the command with *argv* (default: ``sys.argv``) and return its exit code; without a command, print the help.
 
     Returns:
-        0: done. 1: the server refused, or the demo found a difference. 2: wrong usage. 130: Ctrl-C.
-        141: the reader of the output has gone. 143: SIGTERM.
+        0: done. 1: the server refused, the demo found a difference, or the output could not be written. 2: wrong usage.
+        130: Ctrl-C. 141: the reader of the output has gone. 143: SIGTERM.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = _parser()
-    if not argv:
-        # To stderr, and no success: a script that lost its arguments must not go on.
-        parser.print_help(sys.stderr)
-        return USAGE
-    arguments = parser.parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Texts of others are shown as far as the encoding of the terminal goes.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    _open_streams()
     try:
         with _terminable(), _warns_in_one_line():
-            code: int = arguments.run(arguments)
+            code = _run(sys.argv[1:] if argv is None else argv)
             sys.stdout.flush()
     except InvalidInput as error:
         complain(str(error))
@@ -70,11 +65,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Terminated:
         return _TERMINATED
     except BrokenPipeError:
-        # The interpreter flushes stdout once more when it exits, and would report the error again.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return _BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN:
+            raise
+        _drop_output()
+        complain(f"The output cannot be written: {error.strerror}.")
+        return FAILED
     return code
+
+
+def _run(argv: Sequence[str]) -> int:
+    parser = _parser()
+    if not argv:
+        parser.print_help()
+        return DONE
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:
+        # Help, the version, or wrong usage.
+        return stop.code if isinstance(stop.code, int) else DONE
+    code: int = arguments.run(arguments)
+    return code
+
+
+def _open_streams() -> None:
+    """Open streams that the caller has closed, so that no file or socket takes their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(nothing, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Texts of others are shown as far as the encoding of the terminal goes.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Drop what is left of the output: the interpreter flushes stdout once more when it exits, and would say so again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import functools
 import importlib.metadata
 import os
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -256,7 +257,12 @@ class EmbeddedServer(_Stopping):
         self._fixed_port = port is not None
         self._port = port or 0
         self._bus_port = 0
-        self._launch()
+        try:
+            self._launch()
+        except BaseException:
+            # An interrupt may come before there is a process that removes it.
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise
 
     # -- properties ------------------------------------------------------------------------------
 

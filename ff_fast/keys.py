@@ -424,6 +424,11 @@ def result(eid: str) -> bytes:
     return _execution(eid, "result")
 
 
+def children(eid: str) -> bytes:
+    """Set: children that have not ended."""
+    return _execution(eid, "children")
+
+
 def tags(eid: str) -> bytes:
     """Hash: user tags."""
     return _execution(eid, "tags")

@@ -505,7 +505,8 @@ local function take_waitpoints(execution, waitpoints, suspension_id)
 end
 
 -- The open suspension as a field list: what it waits for, without what has contributed to it. `waits:<n>` are kind and
--- matcher of its leaves, each once. A condition of more than `most_bytes` is left out.
+-- matcher of its leaves, each once; `needed` and `received` are how many contributions the root needs and has. A
+-- condition of more than `most_bytes` is left out.
 function ff.describe_suspension(execution, most_bytes)
   local key = ff.execution_key(execution, 'suspension')
   local names = { 'suspension_id', 'attempt_index', 'created_at', 'timeout_behavior', 'reason' }
@@ -513,7 +514,7 @@ function ff.describe_suspension(execution, most_bytes)
   for name, value in pairs(ff.hash_fields(key, names)) do
     flat[#flat + 1], flat[#flat + 2] = name, value
   end
-  local packed, node_count = unpack(redis.call('HMGET', key, 'condition', 'node_count'))
+  local packed, node_count, received = unpack(redis.call('HMGET', key, 'condition', 'node_count', 'got:0'))
   local condition = most_bytes and #(packed or '') > most_bytes and {} or stored_condition(packed)
   for at = 3 * (ff.integer(node_count) or 0) + 1, #condition, 4 do
     ids[#ids + 1] = condition[at + 1]
@@ -524,6 +525,8 @@ function ff.describe_suspension(execution, most_bytes)
     end
   end
   flat[#flat + 1], flat[#flat + 2] = 'waitpoint_ids', table.concat(ids, ' ')
+  flat[#flat + 1], flat[#flat + 2] = 'needed', ff.text(ff.integer(condition[2]) or 1)
+  flat[#flat + 1], flat[#flat + 2] = 'received', ff.text(ff.integer(received) or 0)
   return flat
 end
 

@@ -7,6 +7,7 @@ unique names (the ``lane`` fixture, ids that the library makes); nothing is flus
 import functools
 import gc
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -246,6 +247,17 @@ def run_python(tmp_path):
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def said(caplog):
+    """``said(level)``: the records of the library of that level and above."""
+    caplog.set_level(logging.DEBUG, "ff_fast")
+
+    def of(level):
+        return [each for each in caplog.records if each.name == "ff_fast" and each.levelno >= level]
+
+    return of
 
 
 @pytest.fixture(autouse=True)

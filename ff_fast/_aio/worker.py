@@ -17,7 +17,7 @@ from ff_fast._aio.writers import Writer
 from ff_fast._core import operations
 from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import dressed
-from ff_fast._core.handlers import Worker
+from ff_fast._core.handlers import Worker, check_handler
 from ff_fast._core.worker import (
     Action,
     Attend,
@@ -203,8 +203,7 @@ class WorkerLoop:
             if not handler.is_async:
                 raise InvalidType("The handlers must be coroutine functions.")
             handler = handler._dispatch
-        if not callable(handler):
-            raise InvalidType("handler must be a coroutine function.")
+        check_handler(handler)
         self._backend = backend
         self._handler = handler
         self._options = options

@@ -57,6 +57,9 @@ def submit(arguments: argparse.Namespace) -> int:
         if sys.stdin.isatty():
             complain("The payload is read from here; end it with Ctrl-D on a line of its own.")
         payload = sys.stdin.buffer.read()
+    else:
+        # Bytes of the command line that are no text stay what they are.
+        payload = payload.encode("utf-8", "surrogateescape")
     with connect(arguments) as backend:
         execution_id = backend.create_execution(
             lane=arguments.lane,

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import io
+import logging
+import socket
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import TYPE_CHECKING, Any
 
 from ff_fast import InvalidInput, MissingDependency
+from ff_fast._log import say_seldom
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _ANSWER_S = 5.0
+_AT_ONCE = 32
+_TEXT = "text/plain; charset=utf-8"
 
 
 class Endpoints:
@@ -29,15 +38,69 @@ class Endpoints:
 
     def answer(self, path: str) -> tuple[int, str, bytes]:
         """Return status, content type and body."""
-        text = "text/plain; charset=utf-8"
         if self.ready is not None and path == "/live":
-            return 200, text, b"live\n"
+            return 200, _TEXT, b"live\n"
         if self.ready is not None and path == "/ready":
             why = self.ready()
-            return (503, text, f"{why}\n".encode()) if why else (200, text, b"ready\n")
+            return (503, _TEXT, f"{why}\n".encode()) if why else (200, _TEXT, b"ready\n")
         if self.metrics is not None and path == "/metrics":
             return 200, *self.metrics()
-        return 404, text, b"Not here.\n"
+        return 404, _TEXT, b"Not here.\n"
+
+
+class _Until(io.RawIOBase):
+    """Reads a socket until a moment, however slowly the other side writes."""
+
+    def __init__(self, connection: socket.socket, until: float) -> None:
+        self._connection = connection
+        self._until = until
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:  # noqa: ANN401 - a writable buffer
+        self._connection.settimeout(max(self._until - time.monotonic(), 0.001))
+        return self._connection.recv_into(buffer)
+
+
+class _Server(ThreadingHTTPServer):
+    """Answers a bounded number of clients at once; the others wait until one of those has its answer, or is late."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._free = threading.Semaphore(_AT_ONCE)
+        super().__init__((address, port), handler)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            # "::" stands for all addresses, of both kinds.
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # Without the look-up of the machine's name in HTTPServer.
+        TCPServer.server_bind(self)
+        self.server_port = self.server_address[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
+        self._free.acquire()
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401, ARG002
+        error = sys.exception()
+        # A client that goes is none of ours.
+        if not isinstance(error, OSError):
+            say_seldom(logging.ERROR, "health", "", "A request was not answered.", raised=error)
 
 
 def serve(endpoints: Endpoints, address: str, port: int) -> int:
@@ -50,22 +113,38 @@ def serve(endpoints: Endpoints, address: str, port: int) -> int:
     class Handler(BaseHTTPRequestHandler):
         timeout = _ANSWER_S
 
+        def version_string(self) -> str:
+            return "ff_fast"
+
+        def setup(self) -> None:
+            super().setup()
+            until = time.monotonic() + _ANSWER_S
+            self.rfile = io.BufferedReader(_Until(self.connection, until))
+
         def do_GET(self) -> None:
-            status, kind, body = endpoints.answer(self.path.partition("?")[0])
+            path = self.path.partition("?")[0]
+            try:
+                status, kind, body = endpoints.answer(path)
+            except Exception as error:  # noqa: BLE001 - a collector's
+                say_seldom(logging.ERROR, "health", path, "%s has failed.", path, raised=error)
+                status, kind, body = 500, _TEXT, b"See the log.\n"
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command != "HEAD":
+                self.connection.settimeout(_ANSWER_S)
+                self.wfile.write(body)
+
+        do_HEAD = do_GET  # noqa: N815
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             """Say nothing of requests that come every few seconds."""
 
     try:
-        server = ThreadingHTTPServer((address, port), Handler)
+        server = _Server(address, port, Handler)
     except (OSError, OverflowError) as error:
         raise InvalidInput(f"Port {port} of {address} cannot be had: {error}.") from None
-    server.daemon_threads = True
     threading.Thread(target=server.serve_forever, name="ff-fast health", daemon=True).start()
     return server.server_port
 

@@ -188,8 +188,8 @@ def _remark(each: ExecutionSummary) -> str:
     if each.state == "active":
         return f"worker {one_line(each.worker_instance_id)}, attempt {each.attempt_index}"
     if each.state == "suspended":
-        signals = " or ".join(map(signal_text, each.waiting_for))
-        return f"waits for {one_line(signals or each.suspension_reason)}"
+        signals = ", ".join(map(signal_text, each.waiting_for))
+        return f"waits for {one_line(signals or each.suspension_reason or 'signals')}"
     if each.state == "delayed" and each.error is None:
         return f"until {until(each.due_at_ms)}"
     if each.error is not None:

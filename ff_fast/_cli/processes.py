@@ -28,6 +28,8 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 # A process that has lived so long has started well.
 _LIVED_S = 10.0
+# A process that is stopped while its interpreter starts has no handler of signals yet.
+_STOPPED = (DONE, -signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 def run(arguments: argparse.Namespace, url: str) -> int:
@@ -90,6 +92,7 @@ class _Child:
         self._mine.setblocking(False)
         self.began = time.monotonic()
         self.why = "starting"
+        self.drain_s = 0.0
         self.replaced = False
         self._unread = b""
 
@@ -106,7 +109,8 @@ class _Child:
             return False
         *lines, self._unread = (self._unread + received).split(b"\n")
         if lines:
-            self.why = lines[-1].decode("ascii", "replace")
+            drain_s, _, self.why = lines[-1].decode("ascii", "replace").partition(" ")
+            self.drain_s = float(drain_s)
         return bool(received)
 
     def terminate(self) -> None:
@@ -200,22 +204,27 @@ class _Parent:
     def _start(self, index: int) -> None:
         given = self._arguments
         command = [sys.executable, "-P", "-m", "ff_fast", "worker", *given.targets]
-        command += ["--drain-timeout", str(given.drain_timeout), "--log-level", given.log_level]
-        command += ["--bind", given.bind]
-        for name in ("lane", "concurrency"):
+        command += ["--log-level", given.log_level, "--bind", given.bind]
+        for name in ("lane", "concurrency", "drain_timeout"):
             if getattr(given, name) is not None:
-                command += [f"--{name}", str(getattr(given, name))]
+                command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
         if given.metrics_port is not None:
             command += ["--metrics-port", str(given.metrics_port and given.metrics_port + index)]
         command += ["--until-idle"] * given.until_idle + ["--no-supervise"] * given.no_supervise
-        child = self._children[index] = _Child(command, self._url)
+        try:
+            child = self._children[index] = _Child(command, self._url)
+        except OSError as error:
+            pause_s = self._later(index)
+            text = "Worker process %d cannot be started (%s); it is tried again in %g s"
+            LOG.warning(text, index, error.strerror, pause_s)
+            return
         LOG.info("Worker process %d has started, with pid %d", index, child.process.pid)
 
     def _ended(self, index: int, child: _Child, code: int) -> None:
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+        how = f"by {_signal_name(-code)}" if code < 0 else f"with code {code}"
         if self._stopping:
             LOG.info("Worker process %d has ended %s", index, how)
-            if code != DONE:
+            if code not in _STOPPED:
                 self._code = self._code or FAILED
         elif child.replaced:
             self._due[index] = 0.0
@@ -227,15 +236,19 @@ class _Parent:
             # It would be refused again.
             self._code = USAGE
         else:
-            lived = time.monotonic() - child.began
-            pause_s = (
-                _FIRST_PAUSE_S if lived > _LIVED_S else self._pauses.get(index, _FIRST_PAUSE_S)
-            )
-            self._pauses[index] = min(2 * pause_s, _LONGEST_PAUSE_S)
-            self._due[index] = time.monotonic() + pause_s
+            if time.monotonic() - child.began > _LIVED_S:
+                self._pauses.pop(index, None)
+            pause_s = self._later(index)
             LOG.warning(
                 "Worker process %d has ended %s; it is started again in %g s", index, how, pause_s
             )
+
+    def _later(self, index: int) -> float:
+        """Let a process start after a pause, and return its seconds; the next one is longer."""
+        pause_s = self._pauses.get(index, _FIRST_PAUSE_S)
+        self._pauses[index] = min(2 * pause_s, _LONGEST_PAUSE_S)
+        self._due[index] = time.monotonic() + pause_s
+        return pause_s
 
     def _pass_on(self) -> None:
         """Pass each signal on, and kill what does not end in time."""
@@ -243,10 +256,13 @@ class _Parent:
         wanted = min(max(self._signals, 1), 2)
         if self._passed_on < wanted:
             self._passed_on += 1
-            drain_s = self._arguments.drain_timeout if self._passed_on == 1 else 0.0
+            children = self._children.values()
+            drain_s = max((child.drain_s for child in children), default=0.0)
             # The process itself ends earlier.
-            self._until = now + drain_s + HAND_BACK_S + 2 * END_S
-            for child in self._children.values():
+            self._until = now + HAND_BACK_S + 2 * END_S
+            if self._passed_on == 1:
+                self._until += drain_s
+            for child in children:
                 child.terminate()
         if now > self._until:
             self._until = float("inf")
@@ -259,8 +275,11 @@ class _Parent:
     def _watch(self) -> None:
         import watchfiles  # noqa: PLC0415
 
-        for _ in watchfiles.watch(Path.cwd(), watch_filter=watchfiles.PythonFilter()):
-            self._changed.set()
+        try:
+            for _ in watchfiles.watch(Path.cwd(), watch_filter=watchfiles.PythonFilter()):
+                self._changed.set()
+        except Exception as error:  # noqa: BLE001 - of another package, and of the system
+            LOG.error("Files cannot be watched, so no change is seen: %s", error)
 
     def _replace(self) -> None:
         LOG.info("A file has changed: starting again")
@@ -271,3 +290,11 @@ class _Parent:
             elif not child.replaced:
                 child.replaced = True
                 child.terminate()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        # One for real-time programs.
+        return f"signal {number}"

@@ -14,6 +14,7 @@ from ff_fast import (
     AttemptNotFound,
     AttemptStarted,
     End,
+    FFError,
     Gap,
     Snapshot,
     StreamFrame,
@@ -107,7 +108,7 @@ def follow(arguments: argparse.Namespace) -> int:
             snapshot=arguments.snapshot,
             visibility=_visibility(arguments),
         )
-        _show(items, arguments)
+        _show(items, arguments, None)
     return DONE
 
 
@@ -134,7 +135,7 @@ def tail(arguments: argparse.Namespace) -> int:
             after=arguments.after,
             visibility=_visibility(arguments),
         )
-        _show(items, arguments)
+        _show(items, arguments, attempt)
     return DONE
 
 
@@ -144,7 +145,8 @@ def _visibility(arguments: argparse.Namespace) -> TailVisibility:
     return TailVisibility.ALL
 
 
-def _show(items: Iterable[Item], arguments: argparse.Namespace) -> None:
+def _show(items: Iterable[Item], arguments: argparse.Namespace, attempt: int | None) -> None:
+    """Show what is read, and say where to go on where that is broken off; *attempt* is the one that is read, if it is one."""
     only = None if arguments.type is None else frozenset(arguments.type)
     show = _show_json if arguments.json else _Text(types=arguments.types)
     cursor: str | None = arguments.after
@@ -153,14 +155,14 @@ def _show(items: Iterable[Item], arguments: argparse.Namespace) -> None:
             if only is None or not isinstance(item, StreamFrame) or item.frame_type in only:
                 show(item)
             cursor = item.cursor
-    except KeyboardInterrupt:
-        complain(f"go on with: {_again(arguments, cursor)}")
+    except (KeyboardInterrupt, FFError) as error:
+        if isinstance(error, KeyboardInterrupt) or cursor != arguments.after:
+            complain(f"go on with: {_again(arguments, cursor, attempt)}")
         raise
 
 
-def _again(arguments: argparse.Namespace, cursor: str | None) -> str:
+def _again(arguments: argparse.Namespace, cursor: str | None, attempt: int | None) -> str:
     """Return the command that continues after *cursor*."""
-    attempt = getattr(arguments, "attempt", None)
     options = [] if cursor is None else ["--after", cursor]
     if attempt is not None:
         options += ["--attempt", str(attempt)]
@@ -169,6 +171,9 @@ def _again(arguments: argparse.Namespace, cursor: str | None) -> str:
     for flag in ("json", "exclude_best_effort", "types"):
         if getattr(arguments, flag):
             options.append(f"--{flag.replace('_', '-')}")
+    if arguments.url and "@" not in arguments.url:
+        # Without a password in it.
+        options += ["--url", arguments.url]
     command = arguments.run.__name__
     return shlex.join(["ff-fast", command, arguments.execution_id, *options])
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ff_fast import InvalidInput, ValkeyBackend, _process
-from ff_fast._cli.shared import DONE, whole
+from ff_fast._cli.shared import DONE, LOOK_S, whole
+from ff_fast.embedded import EmbeddedServerError
 
 if TYPE_CHECKING:
     import argparse
@@ -32,12 +33,18 @@ def add_server(commands: Commands) -> None:
 
 
 def server(arguments: argparse.Namespace) -> int:
-    stop = threading.Event()
-    restore = _process.on_stop_signals(stop.set)
+    # Without a lock, as a signal handler must be.
+    stops: list[None] = []
+    restore = _process.on_stop_signals(lambda: stops.append(None))
     try:
         with ValkeyBackend.embedded(**_options(arguments)) as backend:
-            print(backend._server.url, flush=True)  # type: ignore[union-attr] # noqa: SLF001
-            stop.wait()
+            started = backend._server  # noqa: SLF001
+            assert started is not None
+            print(started.url, flush=True)
+            while not stops:
+                if not started.running:
+                    raise EmbeddedServerError("The server has ended; start it again.")
+                time.sleep(LOOK_S)
     finally:
         restore()
     return DONE

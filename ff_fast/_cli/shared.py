@@ -32,6 +32,9 @@ USAGE = 2
 LOOK_S = 0.1
 """Time between two looks at what may have changed, in seconds."""
 
+DRAIN_S = 25.0
+"""How long the handlers of a worker have to end after a stop, in seconds."""
+
 END_S = 3.0
 """How long a process may take for its end behind all handlers, in seconds."""
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from datetime import timedelta
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from ff_fast import InvalidInput, ValkeyBackend, Worker, _process, aio
 from ff_fast._cli import health
 from ff_fast._cli.shared import (
     DONE,
+    DRAIN_S,
     END_S,
     FAILED,
     LOOK_S,
@@ -38,8 +40,12 @@ if TYPE_CHECKING:
 
     from ff_fast._cli.shared import Commands
 
-_DRAIN_S = 25.0
 _DRAIN_RELOAD_S = 1.0
+# Where the frames of an import are.
+_IMPORTING = (
+    *(__file__, importlib.__file__),
+    *("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>"),
+)
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -74,7 +80,10 @@ def add_worker(commands: Commands) -> None:
         "--drain-timeout",
         type=number(0, MAX_SECONDS),
         metavar="S",
-        help=f"seconds that handlers have after a stop (default: {_DRAIN_S:g}; with --reload {_DRAIN_RELOAD_S:g})",
+        help=(
+            "seconds that handlers have after a stop (default: the worker's, or"
+            f" {DRAIN_S:g}; with --reload {_DRAIN_RELOAD_S:g})"
+        ),
     )
     parser.add_argument(
         "--health-port", type=_port, metavar="P", help="serve /live and /ready; 0 takes a free port"
@@ -119,8 +128,8 @@ def worker(arguments: argparse.Namespace) -> int:
         level=arguments.log_level.upper(),
         format="%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s",
     )
-    if arguments.drain_timeout is None:
-        arguments.drain_timeout = _DRAIN_RELOAD_S if arguments.reload else _DRAIN_S
+    if arguments.reload and arguments.drain_timeout is None:
+        arguments.drain_timeout = _DRAIN_RELOAD_S
     if arguments.metrics_port is not None:
         health.check_metrics()
     url = url_of(arguments)
@@ -168,23 +177,33 @@ def load(targets: Sequence[str], lane: str | None) -> list[Worker]:
 
 def _imported(target: str) -> object:
     module, colon, path = target.partition(":")
-    if not (module and colon and path):
+    if os.sep in module:
+        name = str(Path(module).with_suffix("")).replace(os.sep, ".")
+        raise InvalidInput(f"{module} must be the name of a module, such as {name}.")
+    if not (module and colon and path) or module.startswith("."):
         raise InvalidInput(f"{target} must be MODULE:HANDLER.")
     try:
         imported = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
-            raise InvalidInput(f"There is no module {error.name} here.") from None
-        traceback.print_exc()
-        raise InvalidInput(f"{module} cannot be imported: see above.") from None
-    except Exception:  # noqa: BLE001 - it is the module's
-        traceback.print_exc()
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - it is the module's
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module}.".startswith(f"{missing}."):
+            hint = f"; leave .py out: {missing[:-3]}" if missing.endswith(".py") else " here"
+            raise InvalidInput(f"There is no module {missing}{hint}.") from None
+        _show_import(error)
         raise InvalidInput(f"{module} cannot be imported: see above.") from None
     try:
         found: object = attrgetter(path)(imported)
     except AttributeError:
         raise InvalidInput(f"{module} has no {path}.") from None
     return found
+
+
+def _show_import(error: BaseException) -> None:
+    """Show an error with the frames of the module alone."""
+    where = error.__traceback__
+    while where is not None and where.tb_frame.f_code.co_filename in _IMPORTING:
+        where = where.tb_next
+    traceback.print_exception(error.with_traceback(where))
 
 
 # -- one process -------------------------------------------------------------------------------------
@@ -222,6 +241,7 @@ class Process:
         self._url = url
         self._stop = Stop()
         self._backend: Any = None
+        self._drain_s = DRAIN_S
         self._errors: list[BaseException] = []
         self._over = threading.Event()
 
@@ -233,6 +253,7 @@ class Process:
                 target=self._mind, args=(parent,), name="ff-fast worker", daemon=True
             ).start()
             workers = load(self._arguments.targets, self._arguments.lane)
+            self._drain_s = max(map(self._drain_of, workers))
             endpoints = self._serve()
             if workers[0].is_async:
                 asyncio.run(self._run_async(workers, endpoints))
@@ -275,14 +296,18 @@ class Process:
         if self._arguments.metrics_port is not None:
             endpoints.metrics = health.prometheus(backend)
 
-    @property
-    def _options(self) -> dict[str, Any]:
+    def _drain_of(self, each: Worker) -> float:
+        """Return how many seconds the handlers of a worker have after a stop."""
+        for given in (self._arguments.drain_timeout, each._options.get("drain_timeout")):  # noqa: SLF001
+            if given is not None:
+                return given.total_seconds() if isinstance(given, timedelta) else float(given)
+        return DRAIN_S
+
+    def _options(self, each: Worker) -> dict[str, Any]:
         arguments = self._arguments
-        options = {
-            "stop": self._stop,
-            "drain_timeout": arguments.drain_timeout,
-            "until_idle": arguments.until_idle,
-        }
+        options = {"stop": self._stop, "drain_timeout": self._drain_of(each)}
+        if arguments.until_idle:
+            options["until_idle"] = True
         if arguments.no_supervise:
             options["supervise"] = False
         for name in ("lane", "concurrency"):
@@ -296,7 +321,7 @@ class Process:
 
             def one(each: Worker) -> None:
                 try:
-                    backend.run_worker(each, **self._options)
+                    backend.run_worker(each, **self._options(each))
                 except BaseException as error:  # noqa: BLE001 - raised again by run()
                     self._failed(error)
 
@@ -315,7 +340,7 @@ class Process:
 
             async def one(each: Worker) -> None:
                 try:
-                    await backend.run_worker(each, **self._options)
+                    await backend.run_worker(each, **self._options(each))
                 except Exception as error:  # noqa: BLE001 - raised again by run()
                     self._failed(error)
 
@@ -327,25 +352,28 @@ class Process:
 
     def _mind(self, parent: socket.socket | None) -> None:
         """Tell the parent whether the process is ready, stop when the parent is gone, and end what does not end."""
-        told: str | None = None
+        told: tuple[str, float] | None = None
         until = float("inf")
         while not self._over.is_set():
             why, stop, now = self.why_not_ready(), self._stop, time.monotonic()
             if stop.is_set():
-                until = min(until, now + self._arguments.drain_timeout + HAND_BACK_S + END_S)
+                until = min(until, now + self._drain_s + HAND_BACK_S + END_S)
             if stop.hurried:
                 until = min(until, now + HAND_BACK_S + END_S)
             if now > until:
-                LOG.error("A handler does not end; its execution goes on when the lease lapses.")
+                LOG.error(
+                    "The process is ended, as a handler, a lifespan or an import does not end; executions that it has go on"
+                    " when their leases lapse."
+                )
                 logging.shutdown()
                 os._exit(FAILED)
             if parent is None:
                 time.sleep(LOOK_S)
                 continue
             try:
-                if why != told:
-                    told = why
-                    parent.sendall(f"{why}\n".encode())
+                if (why, self._drain_s) != told:
+                    told = why, self._drain_s
+                    parent.sendall(f"{self._drain_s} {why}\n".encode())
                 gone = bool(select.select([parent], [], [], LOOK_S)[0]) and not parent.recv(64)
             except OSError:
                 gone = True

@@ -187,6 +187,7 @@ class CompletionCore:
     )  # fmt: skip
 
     ended = False
+    tally = None
 
     def __init__(self, partitions: int, after: str | None, scope: ScannerFilter) -> None:
         self._partitions = partitions

@@ -22,6 +22,8 @@ MOST_ATTEMPTS = 10
 _SHARE_OF_CEILING = 0.9
 _HOLDERS = 8
 """Workers of a lane that are named."""
+_CHILDREN = 8
+"""Children that are named."""
 _LATE_MS = 2_000
 """A supervisor fires a timer within this time, in ms."""
 _TIME = pack_command(b"TIME")
@@ -42,6 +44,7 @@ class Around(NamedTuple):
         offered: Whether its lane offers it to workers, and none has taken it: none that may claim it is idle.
         holders: Workers that hold leases of its lane, some of them.
         flow_open: Whether its flow is there and not cancelled.
+        children: Children that have not ended: how many, and some of them.
     """
 
     now_ms: int | None = None
@@ -49,6 +52,7 @@ class Around(NamedTuple):
     offered: bool | None = None
     holders: tuple[str, ...] | None = None
     flow_open: bool | None = None
+    children: tuple[int, tuple[str, ...]] | None = None
 
 
 def explain(execution_id: str, partitions: int) -> Steps[tuple[str, ...]]:
@@ -66,6 +70,7 @@ def _look_around(execution: ExecutionDescription, partitions: int) -> Steps[Arou
     """Ask for what the execution depends on, and for nothing that this user may not: servers log refusals."""
     slot_tag = keys.slot_tag_of(execution.execution_id)
     core, supervisor = keys.core(execution.execution_id), keys.supervisor()
+    children = keys.children(execution.execution_id)
     ready = keys.ready(execution.lane, ",".join(execution.required_capabilities.tokens))
     asked = (
         "time",
@@ -73,10 +78,11 @@ def _look_around(execution: ExecutionDescription, partitions: int) -> Steps[Arou
         f"zscore {ready.decode()} 0",
         "fcall_ro ff_list_executions 0",
         "fcall_ro ff_describe_flow 0",
+        f"sscan {children.decode()} 0",
     )
     held = yield from ops.call(ops.version((keys.PARTITIONS_CONFIG,), asked))
     may = [each == "1" for each in held.rights]
-    now_ms = who = offered = holders = flow_open = None
+    now_ms = who = offered = holders = flow_open = some = None
     if may[0]:
         (reply,) = yield Step((Command(core, _TIME),))
         now_ms = None if isinstance(reply, Exception) else time_ms(reply)
@@ -99,7 +105,16 @@ def _look_around(execution: ExecutionDescription, partitions: int) -> Steps[Arou
             flow_open = flow.state == "open"
         except FlowNotFound:
             flow_open = False
-    return Around(now_ms, who, offered, holders, flow_open)
+    if execution.state == "waiting_children" and may[5]:
+        number, scanned = yield Step(
+            (
+                command(b"SCARD", children),
+                command(b"SSCAN", children, b"0", b"COUNT", b"%d" % _CHILDREN),
+            )
+        )
+        if isinstance(number, int) and isinstance(scanned, list):
+            some = number, tuple(map(_text, scanned[1][:_CHILDREN]))
+    return Around(now_ms, who, offered, holders, flow_open, some)
 
 
 def _text(reply: object) -> str:
@@ -246,6 +261,9 @@ def _present(
             yield f"Retries left: {execution.retries_left}."
     elif state == "waiting_children":
         yield f"It is waiting for its children, since {since}."
+        if around.children is not None:
+            number, some = around.children
+            yield f"{number} of them have not ended: {', '.join(some)}{', …' * (number > len(some))}."
     elif state == "active":
         yield from _lease(execution, streams)
         yield from _supervised(None, around)
@@ -322,6 +340,9 @@ def _suspension(execution: ExecutionDescription) -> Iterator[str]:
     if suspension is None:
         return
     signals = " or ".join(map(signal_text, suspension.waiting_for)) or "a signal"
+    if suspension.needed > 1:
+        signals = ", ".join(map(signal_text, suspension.waiting_for))
+        signals = f"{suspension.needed} of these, of which it has {suspension.received}: {signals}"
     yield (
         f"It is suspended since {_at(suspension.suspended_at_ms)} and waits for {signals};"
         f" its waitpoints: {', '.join(suspension.waitpoint_ids)}."

@@ -425,6 +425,7 @@ class WaitCore:
     __slots__ = ("_ended_as", "_first_look_until", "_result_op", "ended", "part")
 
     start = None
+    tally = None
 
     def __init__(self, execution_id: str) -> None:
         eid = keys.canonical_execution_id(execution_id)

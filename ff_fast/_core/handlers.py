@@ -90,8 +90,7 @@ class Worker:
     def _register(self, name: str | None, function: F) -> F:
         if name is not None:
             keys.handler_name(name)
-        if not callable(function):
-            raise InvalidType("A handler must be a function.")
+        check_handler(function)
         if name in self._table:
             raise InvalidInput("The worker has a handler of this name.")
         if self._table and self.is_async != is_coroutine_function(function):
@@ -144,11 +143,29 @@ class Worker:
 
 def is_coroutine_function(function: object) -> bool:
     """Return whether a function, a partial or an object with ``__call__`` gives coroutines."""
+    return any(map(inspect.iscoroutinefunction, _called(function)))
+
+
+def _called(function: object) -> tuple[object, object]:
+    """Return what may be the function that a call runs."""
     while isinstance(function, partial):
         function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004
-    )
+    return function, getattr(function, "__call__", None)  # noqa: B004
+
+
+def check_handler(function: object) -> None:
+    """Check that a handler can be called for executions.
+
+    Raises:
+        InvalidType: It is no function, or its calls would run nothing of it.
+    """
+    if not callable(function) or isinstance(function, type):
+        raise InvalidType("A handler must be a function.")
+    for each in _called(function):
+        if inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each):
+            raise InvalidType(
+                "A handler must not be a generator: pass what it streams to task.write, and return the result."
+            )
 
 
 def options_of(handler: object, given: dict[str, Any]) -> dict[str, Any]:

@@ -2129,16 +2129,16 @@ def run_worker(
     )
     level = Level.checked(durability, durability_timeout)
     return WorkerOptions(
-        next_claim,
-        mode,
-        level,
-        concurrency,
-        stop,
-        on_cancel,
-        grace_s,
-        supervise,
-        drain_s,
-        until_idle,
-        lane,
-        worker_id,
+        claim=next_claim,
+        mode=mode,
+        level=level,
+        concurrency=concurrency,
+        stop=stop,
+        on_cancel=on_cancel,
+        cancel_grace_s=grace_s,
+        supervise=supervise,
+        drain_s=drain_s,
+        until_idle=until_idle,
+        lane=lane,
+        worker_id=worker_id,
     )

@@ -993,6 +993,8 @@ def _suspension(fields: Mapping[str, str], timeout_at_ms: int | None) -> Suspens
         TimeoutBehavior(fields["timeout_behavior"]),
         tuple(dict.fromkeys(fields["waitpoint_ids"].split())),
         _waits(fields),
+        int(fields["needed"]),
+        int(fields["received"]),
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ff_fast._core.hub import Part
     from ff_fast._core.steps import Step
+    from ff_fast._hot.tally import Tally
     from ff_fast.types import BackendRetry
 
 
@@ -84,6 +85,10 @@ class PushSource(Place, Protocol[T]):
     @property
     def part(self) -> Part:
         """What listens to a channel of the hub for this source."""
+
+    @property
+    def tally(self) -> Tally | None:
+        """What counts its reader as open while it listens; None counts nothing."""
 
     @property
     def wake_at(self) -> float:
@@ -181,7 +186,7 @@ class PushState(ReaderState[T]):
 
     def _opened(self) -> None:
         """Note that the hub knows this reader."""
-        tally = getattr(self._source, "tally", None)
+        tally = self._source.tally
         self._listening = None if tally is None else Listening(tally)
 
     def _put_received(self, replies: list[object]) -> None:

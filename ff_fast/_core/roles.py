@@ -72,12 +72,12 @@ ROLES = {
         "Looks at everything but payloads, cancels and removes executions, cancels flows, and sets budgets.",
         "%R~ff:config:* ~ff:exec:*:core %W~ff:exec:* ~ff:flow:* ~ff:budget:* ~ff:idx:* "
         "~ff:lane:* ~ff:part:* %W~ff:sec:* ~ff:attempt:* ~ff:stream:* %R~ff:exec:*:history "
-        "%R~ff:exec:*:suspension:current %R~ff:exec:*:tags %R~ff:exec:*:usage &ff:exec:* &ff:part:* "
+        "%R~ff:exec:*:suspension:current %R~ff:exec:*:tags %R~ff:exec:*:usage %R~ff:exec:*:children &ff:exec:* &ff:part:* "
         "&ff:stream:* +fcall|ff_cancel_execution +fcall|ff_cancel_flow +fcall|ff_cancel_members "
         "+fcall|ff_create_budget +fcall|ff_delete_execution +fcall|ff_hint +fcall_ro|ff_describe_attempt "
         "+fcall_ro|ff_describe_execution +fcall_ro|ff_describe_flow +fcall_ro|ff_list_executions "
         "+fcall_ro|ff_list_lanes +fcall_ro|ff_version +client|setinfo +client|setname +del +exists +get +hdel "
-        "+hget +hgetall +hlen +hmget +hset +persist +pexpire +pexpireat +sadd +scard +set +spublish +srem "
+        "+hget +hgetall +hlen +hmget +hset +persist +pexpire +pexpireat +sadd +scard +set +spublish +srem +sscan "
         "+time +type +unlink +wait +waitaof +xadd +xinfo|stream +xlen +xrevrange +zadd +zcard +zrangebylex "
         "+zrangebyscore +zrem +zremrangebyrank +zrevrangebyscore +zscore",
     ),
@@ -101,7 +101,7 @@ ROLES = {
     ),
     "reader": Role(
         "Reads: tails, pages, summaries, results, descriptions, listings, completions. No way to write, and no secret.",
-        "%R~ff:config:* %R~ff:exec:*:core %R~ff:exec:*:history %R~ff:exec:*:result "
+        "%R~ff:config:* %R~ff:exec:*:children %R~ff:exec:*:core %R~ff:exec:*:history %R~ff:exec:*:result "
         "%R~ff:exec:*:suspension:current %R~ff:exec:*:tags %R~ff:exec:*:usage %R~ff:stream:* %R~ff:flow:* "
         "%R~ff:part:* %R~ff:attempt:* %R~ff:idx:* %R~ff:lane:* &ff:exec:* &ff:part:* &ff:stream:* "
         "+fcall_ro|ff_describe_attempt +fcall_ro|ff_describe_execution +fcall_ro|ff_describe_flow "

@@ -86,11 +86,13 @@ class Turn:
         if now < self._held_until:
             return True
         lasts = (b"PX", self._lasts_ms)
-        if self._insists:
-            # Without the right to set the mark, the others supervise too.
-            yield Step((command(b"SET", key, self._name, *lasts),))
-        else:
-            (reply,) = yield Step((command(b"SET", key, self._name, b"NX", b"GET", *lasts),))
+        # Others than who insists leave the mark to whoever has set it.
+        taking = () if self._insists else (b"NX", b"GET")
+        # Its node may be lost, and the others have timers too: then everybody supervises, as without the right to set it.
+        (reply,) = yield Step((command(b"SET", key, self._name, *taking, *lasts),), partial=True)
+        if isinstance(reply, FFError):
+            return True
+        if not self._insists:
             if isinstance(reply, bytes):
                 if reply != self._name:
                     return False

@@ -61,6 +61,7 @@ class TaskEvents:
     __slots__ = ("_after", "_name", "_seen", "ended", "part")
 
     start = "0-0"
+    tally = None
 
     def __init__(self, name: ops.TaskName) -> None:
         self._name = name

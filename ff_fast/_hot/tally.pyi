@@ -14,7 +14,7 @@ class Tally:
         """Count the items of one answer."""
     def missed(self, reason: str) -> None:
         """Count a gap that a reader is told of."""
-    def note(self, event: str, times: int = 1) -> None:
+    def note(self, event: str) -> None:
         """Count something that happens once in a call at most."""
     def snapshot(self) -> dict[str, object]:
         """Return all counts by name; of frames by mode, of values as count, total and buckets."""

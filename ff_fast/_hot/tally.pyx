@@ -124,9 +124,9 @@ cdef class Tally:
         """Count a gap that a reader is told of."""
         self._gaps[reason] = self._gaps.get(reason, 0) + 1
 
-    def note(self, str event not None, int times=1):
+    def note(self, str event not None):
         """Count something that happens once in a call at most."""
-        self._events[event] = self._events.get(event, 0) + times
+        self._events[event] = self._events.get(event, 0) + 1
 
     def snapshot(self):
         """Return all counts by name; of frames by mode, of values as count, total and buckets."""

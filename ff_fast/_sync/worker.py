@@ -12,7 +12,7 @@ from ff_fast import _process
 from ff_fast._core import operations
 from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import dressed
-from ff_fast._core.handlers import Worker, is_coroutine_function
+from ff_fast._core.handlers import Worker, check_handler, is_coroutine_function
 from ff_fast._core.worker import (
     Action,
     Attend,
@@ -146,7 +146,8 @@ class WorkerLoop:
             self.lifespan = handler.lifespan
             coroutines = handler.is_async
             handler = handler._dispatch
-        if coroutines or not callable(handler):
+        check_handler(handler)
+        if coroutines:
             raise InvalidType(
                 "handler must be an ordinary function; coroutines are for ff_fast.aio."
             )

@@ -620,6 +620,8 @@ class SuspensionDescription(Value):
         waitpoint_ids: Waitpoints that take signals, each once.
         waiting_for: What these signals must have, each once: ``signal_name`` or ``correlation_id`` with the text, or
             ``external``, which any signal has.
+        needed: How many members of its condition must be met.
+        received: How many are.
     """
 
     suspension_id: str
@@ -630,6 +632,8 @@ class SuspensionDescription(Value):
     on_timeout: TimeoutBehavior
     waitpoint_ids: tuple[str, ...]
     waiting_for: tuple[str, ...] = ()
+    needed: int = 1
+    received: int = 0
 
 
 class ExecutionDescription(Value):

@@ -535,14 +535,33 @@ async def test_streams_on_all_nodes_are_whole_whatever_breaks_on_one(shell, prox
 
 
 @pytest.mark.long
-async def test_a_supervisor_fires_the_timers_of_the_nodes_that_answer(shell, proxied, lane):
+@pytest.mark.parametrize("who", ["supervisor", "worker"])
+async def test_a_supervisor_fires_the_timers_of_the_nodes_that_answer(
+    shell,
+    proxied,
+    lane,
+    who,
+    monkeypatch,
+):
     async with await shell.connect(proxied.url, timeout=TIMEOUT_S) as backend:
         slots = proxied.slots()
+        # The node that is lost has the mark of who supervises.
+        partition = next(
+            n for n in range(256) if keys.key_slot(keys.timers(keys.slot_tag(n))) in slots
+        )
+        mark = b"ff:part:{fp:%d}:supervisor" % partition
+        monkeypatch.setattr(keys, "supervisor", lambda: mark)
         eids = [await backend.create_execution(lane=lane, delay=0.001) for _ in range(12)]
         others = {eid for eid in eids if slot_of(eid) not in slots}
         proxied.proxy.hold(UP, DOWN)
         stop = threading.Event() if shell.kind == "sync" else asyncio.Event()
-        supervising = asyncio.ensure_future(backend.supervise(interval=0.01, stop=stop))
+        if who == "supervisor":
+            supervising = asyncio.ensure_future(backend.supervise(interval=0.01, stop=stop))
+        else:
+            handler = idle if shell.kind == "sync" else idle_coroutine
+            supervising = asyncio.ensure_future(
+                backend.run_worker(handler, lane=f"{lane}-other", stop=stop)
+            )
 
         async def fired():
             states = {eid: (await backend.describe(eid)).state for eid in others}
@@ -552,3 +571,11 @@ async def test_a_supervisor_fires_the_timers_of_the_nodes_that_answer(shell, pro
         proxied.proxy.release()
         stop.set()
         await supervising
+
+
+def idle(task):
+    """Handles what never comes."""
+
+
+async def idle_coroutine(task):
+    """Handles what never comes."""

@@ -583,6 +583,8 @@ class Life:
         )
         self.created(lane="f", parent_id=parent)
         self.by("ff_worker").wait_children(handle)
+        for user in ("ff_reader", "ff_operator"):
+            assert any(child in sentence for sentence in self.by(user).explain(parent))
         for _ in range(2):
             worker, handle = self.claimed("f")
             worker.complete(handle, b"done")

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ import pytest
 
 import ff_fast
 from ff_fast import Frame, FrameKind, PatchKind, StreamMode, cli, data, keys
+from ff_fast._cli import read
 from ff_fast._demo import check, plan
 from ff_fast._demo import run as demo_run
 
@@ -60,10 +62,7 @@ def run(server, monkeypatch, capfdbinary):
     monkeypatch.setenv(cli.URL_VARIABLE, server.url)
 
     def run(*argv: str) -> tuple[int, bytes, str]:
-        try:
-            code = cli.main(argv)
-        except SystemExit as stop:
-            code = stop.code
+        code = cli.main(argv)
         out, err = capfdbinary.readouterr()
         return code, out, err.decode()
 
@@ -388,10 +387,37 @@ def test_tail_ends_on_ctrl_c_with_where_to_go_on_and_on_a_closed_pipe_in_silence
             continue
         assert process.returncode == 130
         said = re.fullmatch(r"ff-fast: go on with: ff-fast (.*)\n", err)[1]
+        # Another attempt may have begun until then, whose frames have other ids.
+        assert said.endswith(f"--attempt 0 --url {server.url}")
     backend.complete(handle)
     code, out, _ = run(*shlex.split(said), "--types")
     # A frame may be shown again, where the interrupt came as it was shown.
     assert (code, out) in ((0, b"xy"), (0, b"xxy"))
+
+
+def test_a_tail_that_an_error_breaks_off_says_where_to_go_on(run, finished, monkeypatch):
+    def broken(self, *_, **__):
+        yield from itertools.islice(tail(self, finished, 0), 2)
+        raise ff_fast.DeadlineExceeded
+
+    tail = ff_fast.ValkeyBackend.tail
+    _, out, _ = run("tail", finished, "--json")
+    cursor = orjson.loads(out.splitlines()[1])["cursor"]
+    monkeypatch.setattr(ff_fast.ValkeyBackend, "tail", broken)
+    code, out, err = run("tail", finished)
+    assert (code, out) == (1, b"Alice was ")
+    again, error = err.splitlines()
+    assert (
+        again
+        == f"ff-fast: go on with: {shlex.join(['ff-fast', 'tail', finished, '--after', cursor, '--attempt', '0'])}"
+    )
+    assert error == f"ff-fast: {ff_fast.DeadlineExceeded()}"
+
+
+def test_the_command_that_goes_on_has_no_password():
+    argv = ["follow", UNKNOWN, "--url", "valkey://user:s3cret@127.0.0.1:1", "--json"]
+    again = read._again(cli._parser().parse_args(argv), "1-0", None)
+    assert again == f"ff-fast follow '{UNKNOWN}' --after 1-0 --json"
 
 
 # -- summary and info ------------------------------------------------------------------------------
@@ -591,11 +617,59 @@ def test_wrong_usage(run, argv):
     assert re.fullmatch(r"ff-fast: [^\n]+\n", err)
 
 
-def test_without_a_command_it_prints_help_and_fails(run):
+def test_without_a_command_it_prints_its_help(run):
     code, out, err = run()
-    assert (code, out) == (2, b"")
-    assert err.startswith("usage: ff-fast")
-    assert "\n    inspect " in err
+    assert (code, err) == (0, "")
+    assert out == run("--help")[1]
+    assert b"\n    inspect " in out
+
+
+WAYS = {
+    # As the shell writes it: what is said on stderr, and the exit code.
+    "submit x >&-": ("", 0),
+    "submit x 2>&-": ("", 0),
+    "submit <&-": ("", 0),
+    "submit x > /dev/full": (
+        "ff-fast: The output cannot be written: No space left on device.\n",
+        1,
+    ),
+    "ls --json > /dev/full": (
+        "ff-fast: The output cannot be written: No space left on device.\n",
+        1,
+    ),
+    "--help > /dev/full": ("ff-fast: The output cannot be written: No space left on device.\n", 1),
+    "--help | true; exit ${PIPESTATUS[0]}": ("", 141),
+    "ls | true; exit ${PIPESTATUS[0]}": ("", 141),
+    r"submit $'\xff'": ("", 0),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_streams_that_are_closed_or_full(server, backend, way):
+    backend.create_execution()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), cli.URL_VARIABLE: server.url}
+    environment.pop("PYTHONUNBUFFERED", None)
+    ended = subprocess.run(
+        ["/bin/bash", "-c", f'"$0" -Werror -m ff_fast {way}', sys.executable],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (ended.stderr, ended.returncode) == WAYS[way]
+
+
+def test_a_payload_of_the_command_line_need_not_be_text(run, backend, lane):
+    run("submit", "--lane", lane, os.fsdecode(b"\xff\xe2\x82\xac"))
+    assert backend.read_payload(backend.claim(lane=lane)) == b"\xff\xe2\x82\xac"
+
+
+def test_what_the_terminal_has_no_letter_for_is_escaped(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr(cli, "_run", lambda argv: print("\u20ac") or 0)
+    assert cli.main(()) == 0
+    assert sys.stdout.buffer.getvalue() == b"\\u20ac\n"
 
 
 def test_no_server_named(run, monkeypatch):

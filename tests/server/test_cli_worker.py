@@ -1,17 +1,22 @@
 """``ff-fast worker`` and ``ff-fast server``: what they run, say and leave behind, with exit codes."""
 
 import contextlib
+import errno
 import logging
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +25,7 @@ from ff_fast import cli
 from ff_fast._cli import health, processes, work
 from ff_fast._core import operations as operations_core
 
-from ..conftest import ROOT
+from ..conftest import ROOT, connect_raw
 from ..waiting import wait_until
 
 MODULE = """
@@ -79,6 +84,16 @@ async def stubborn_coroutine(task):
 
 def pid(task):
     return str(os.getpid())
+
+def generator(task):
+    yield "token"
+
+async def async_generator(task):
+    yield "token"
+
+class Kind:
+    def __init__(self, task):
+        pass
 """
 
 
@@ -105,10 +120,7 @@ def run(server, monkeypatch, capfd, module):
     monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
 
     def run(*argv):
-        try:
-            code = cli.main(["worker", *argv])
-        except SystemExit as stop:
-            code = stop.code
+        code = cli.main(["worker", *argv])
         return code, capfd.readouterr().err
 
     return run
@@ -179,6 +191,12 @@ def test_a_worker_and_a_function_run_beside_each_other(run, backend, lane, modul
         (["{m}:NOT_ONE"], "{m}:NOT_ONE is neither a function nor an ff_fast.Worker."),
         (["{m}"], "{m} must be MODULE:HANDLER."),
         (["no_module_of_ours:plain"], "There is no module no_module_of_ours here."),
+        (["{m}.py:plain"], "There is no module {m}.py; leave .py out: {m}"),
+        (["./some/{m}.py:plain"], "must be the name of a module, such as some.{m}."),
+        ([".{m}:plain"], ".{m}:plain must be MODULE:HANDLER."),
+        (["{m}:generator"], "A handler must not be a generator"),
+        (["{m}:async_generator"], "A handler must not be a generator"),
+        (["{m}:Kind"], "A handler must be a function."),
         (["{m}:plain", "{m}:coroutine"], "are all coroutine functions"),
         (["{m}:sync_app", "{m}:coroutine"], "must all be coroutine functions"),
         (["{m}:plain", "--lane", "x\n"], "A lane must be"),
@@ -197,12 +215,24 @@ def test_wrong_usage_is_said_in_a_line(run, module, argv, said):
     assert "Traceback" not in err
 
 
-def test_a_module_that_cannot_be_imported_shows_why(run, tmp_path):
-    (tmp_path / "broken_of_ours.py").write_text("import absent_of_ours")
-    code, err = run("broken_of_ours:handler")
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("import absent_of_ours", "ModuleNotFoundError: No module named 'absent_of_ours'"),
+        ("def f():\n  1 / 0\nf()", "ZeroDivisionError: division by zero"),
+        ("import sys\nsys.exit()", "SystemExit"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_shows_why(run, module, tmp_path, text, says):
+    file = tmp_path / f"{module}.py"
+    file.write_text(text)
+    code, err = run(f"{module}:handler")
     assert code == 2
-    assert "No module named 'absent_of_ours'" in err
-    assert err.splitlines()[-1] == "ff-fast: broken_of_ours cannot be imported: see above."
+    *_, last, said = err.splitlines()
+    assert (last, said) == (says, f"ff-fast: {module} cannot be imported: see above.")
+    # None of the frames that import it.
+    assert set(re.findall(r'File "([^"]*)"', err)) == {str(file)}
 
 
 @pytest.mark.parametrize("option, package", [("--metrics-port", "metrics"), ("--reload", "reload")])
@@ -308,6 +338,63 @@ def test_the_metrics_of_a_worker_are_served(run, backend, lane, module, monkeypa
     ((status, text),) = shown
     assert status == 200
     assert re.search(rb"^ff_fast_executions_completed_total 3.0$", text, re.MULTILINE)
+
+
+def talk(port, request):
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(request)
+        return b"".join(iter(lambda: client.recv(4096), b""))
+
+
+def test_what_a_client_may_ask_and_how_it_may_go(caplog):
+    endpoints = health.Endpoints()
+    endpoints.ready = lambda: ""
+    endpoints.metrics = lambda: 1 / 0
+    port = health.serve(endpoints, "127.0.0.1", 0)
+    head, body = talk(port, b"HEAD /ready HTTP/1.1\r\n\r\n").split(b"\r\n\r\n")
+    assert (head.split(b"\r\n")[0], body) == (b"HTTP/1.0 200 OK", b"")
+    assert b"Python" not in head
+    assert talk(port, b"POST /ready HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.0 501")
+    assert b"400" in talk(port, b"\x16\x03\x01\r\n\r\n")
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        # It is reset amid its request.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.sendall(b"GET /re")
+    assert get(port, "/live") == (200, b"live\n")
+    assert caplog.records == []
+    assert get(port, "/metrics") == (500, b"See the log.\n")
+    (record,) = caplog.records
+    assert (record.getMessage(), record.exc_info[0]) == ("/metrics has failed.", ZeroDivisionError)
+
+
+def test_clients_that_are_slow_take_a_bounded_number_of_threads(monkeypatch):
+    monkeypatch.setattr(health, "_ANSWER_S", 0.3)
+    monkeypatch.setattr(health, "_AT_ONCE", 4)
+    endpoints = health.Endpoints()
+    endpoints.ready = lambda: ""
+    port = health.serve(endpoints, "127.0.0.1", 0)
+    before = threading.active_count()
+    with contextlib.ExitStack() as opened:
+        for _ in range(20):
+            client = opened.enter_context(socket.create_connection(("127.0.0.1", port)))
+            client.sendall(b"GET /ready HTTP/1.1\r\n")
+        wait_until(lambda: threading.active_count() == before + 4)
+        # They have no answer in time, one byte after the other does not help, and the next in line are answered.
+        assert get(port, "/ready") == (200, b"ready\n")
+        assert threading.active_count() <= before + 4
+
+
+@pytest.mark.parametrize("address", ["::1", "::"])
+def test_ports_are_bound_to_addresses_of_both_kinds(address):
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("The machine has no IPv6.")
+    endpoints = health.Endpoints()
+    endpoints.ready = lambda: ""
+    port = health.serve(endpoints, address, 0)
+    for host in ("::1", "127.0.0.1") if address == "::" else ("::1",):
+        with socket.create_connection((host, port), 10) as client:
+            client.sendall(b"GET /live HTTP/1.1\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.0 200")
 
 
 def test_metrics_are_on_their_path():
@@ -487,6 +574,50 @@ def test_the_pauses_between_starts_grow(monkeypatch, caplog, server):
     assert caplog.text.rstrip().endswith("with code 1; it is started again in 0.5 s")
 
 
+def test_a_process_that_cannot_be_started_is_tried_again(monkeypatch, caplog, server):
+    arguments = cli._parser().parse_args(["worker", "a:b", "--workers", "2"])
+    parent = processes._Parent(arguments, server.url)
+    parent._due.clear()
+
+    def refused(*_: object):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(processes, "_Child", refused)
+    parent._start(1)
+    assert set(parent._due) == {1}
+    assert caplog.messages == [
+        "Worker process 1 cannot be started (Resource temporarily unavailable); it is tried again in 0.5 s"
+    ]
+
+
+@pytest.mark.parametrize("code, expected", [(0, 0), (-15, 0), (143, 0), (1, 1), (-9, 1)])
+def test_the_exit_code_of_several_processes_that_were_stopped(server, code, expected):
+    # SIGTERM ends an interpreter that is still starting.
+    arguments = cli._parser().parse_args(["worker", "a:b", "--workers", "2"])
+    parent = processes._Parent(arguments, server.url)
+    parent._on_signal()
+    parent._ended(0, None, code)
+    assert parent._code == expected
+
+
+def test_a_process_may_end_by_a_signal_without_a_name(server, caplog):
+    arguments = cli._parser().parse_args(["worker", "a:b", "--workers", "2"])
+    parent = processes._Parent(arguments, server.url)
+    parent._ended(0, SimpleNamespace(began=0.0, replaced=False), -40)
+    assert "has ended by signal 40; it is started again" in caplog.text
+
+
+@pytest.mark.parametrize("given, drain_s", [([], 7.0), (["--drain-timeout", "3"], 3.0)])
+def test_the_drain_of_a_worker_counts_unless_another_one_is_given(server, given, drain_s):
+    arguments = cli._parser().parse_args(["worker", "a:b", *given])
+    process = work.Process(arguments, server.url)
+    app = ff_fast.Worker(drain_timeout=timedelta(seconds=7), until_idle=True)
+    options = process._options(app)
+    assert options["drain_timeout"] == drain_s
+    assert "until_idle" not in options
+    assert process._options(ff_fast.Worker())["drain_timeout"] == (3.0 if given else 25.0)
+
+
 @pytest.mark.long
 def test_reload_runs_the_module_as_it_was_changed(server, backend, lane, module, tmp_path):
     pytest.importorskip("watchfiles")
@@ -541,6 +672,16 @@ def test_a_development_server_keeps_its_data_where_it_is_told_to(server, tmp_pat
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=20)
         assert process.returncode == 0
+
+
+@pytest.mark.long
+def test_a_development_server_that_is_killed_ends_the_command(server):
+    with started(server, "server") as process:
+        url = process.stdout.readline().strip()
+        with contextlib.closing(connect_raw(url)) as raw:
+            os.kill(raw.info("server")["process_id"], signal.SIGKILL)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (1, "ff-fast: The server has ended; start it again.\n")
 
 
 @pytest.mark.parametrize(

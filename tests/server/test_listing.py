@@ -24,6 +24,7 @@ from ff_fast import (
     ExecutionNotFound,
     FailureClass,
     FunctionMissing,
+    ResumeCondition,
     RetryPolicy,
     StreamMode,
     WaitpointKind,
@@ -439,6 +440,22 @@ def test_a_history_tells_what_a_suspended_execution_waits_for(shell, world, stat
     assert "it times out (fail)" in text
 
 
+def test_a_history_tells_how_many_signals_are_still_missing(shell, world):
+    eid, handle = world.owned()
+    waitpoints = [world.backend.create_waitpoint(handle) for _ in range(2)]
+    specs = [
+        WaitpointSpec(WaitpointKind.SIGNAL_NAME, name, each.hmac_token)
+        for name, each in zip((b"legal", b"price"), waitpoints, strict=True)
+    ]
+    world.backend.suspend(handle, ResumeCondition.all(*specs), reason="two must agree")
+    waits = "of which it has {}: a signal named legal, a signal named price;"
+    assert f"waits for 2 of these, {waits.format(0)}" in told(shell, eid)
+    world.backend.deliver_signal(eid, waitpoints[0], "legal")
+    assert f"waits for 2 of these, {waits.format(1)}" in told(shell, eid)
+    suspension = shell.describe(eid).suspension
+    assert (suspension.needed, suspension.received) == (2, 1)
+
+
 def test_a_history_tells_of_every_state(shell, states):
     for state, eid in states.items():
         words = {"active": "holds the lease", "waiting_children": "waiting for its children"}
@@ -467,6 +484,16 @@ def test_a_history_tells_why_nobody_claims_an_execution(shell, world):
     popped = world.raw.zpopmin(keys.ready(world.lane, "gpu"))
     assert popped
     assert "A worker has heard of it and is about to claim it" in told(shell, eid)
+
+
+def test_a_history_tells_which_children_have_not_ended(shell, world):
+    parent, handle = world.owned()
+    children = [world.create(parent_id=parent, delay=60) for _ in range(3)]
+    world.backend.wait_children(handle)
+    world.backend.cancel(children.pop())
+    text = told(shell, parent)
+    assert "2 of them have not ended: " in text
+    assert all(each in text for each in children)
 
 
 def test_a_history_tells_that_a_cancelled_flow_keeps_an_execution(shell, world):
@@ -874,9 +901,7 @@ def test_top_tells_how_many_lines_it_leaves_out(run, world):
 
 @pytest.mark.parametrize("command", ["ls", "top"])
 def test_a_count_of_nothing_is_wrong_usage(command, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main([command, "--count", "0"])
-    assert caught.value.code == 2
+    assert cli.main([command, "--count", "0"]) == 2
     assert "whole number from 1" in capsys.readouterr().err
 
 

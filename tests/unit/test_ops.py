@@ -805,7 +805,16 @@ DESCRIBED = [
     [
         *(b"suspension_id", b"s", b"attempt_index", b"1", b"created_at", b"30", b"reason"),
         *(b"approval", b"timeout_behavior", b"fail", b"waitpoint_ids", b"w1 w2 w1"),
-        *(b"waits:1", b"signal_name go", b"waits:2", b"external "),
+        *(
+            b"waits:1",
+            b"signal_name go",
+            b"waits:2",
+            b"external ",
+            b"needed",
+            b"2",
+            b"received",
+            b"1",
+        ),
     ],
 ]
 STORED_SIGNAL = [
@@ -1003,6 +1012,8 @@ ANSWERS = {
                 TimeoutBehavior.FAIL,
                 ("w1", "w2"),
                 ("signal_name go", "external"),
+                2,
+                1,
             ),
             usage={"calls": 2},
             history=(

@@ -6,8 +6,6 @@ import pkgutil
 import re
 from typing import get_args
 
-import pytest
-
 import ff_fast
 from ff_fast import FFError, Outcome, aio, cli, types, web
 from ff_fast._core import operations
@@ -209,8 +207,7 @@ def test_commands_and_options_exist(capsys):
         *("inspect", "signal", "cancel"),
     ]
     for command, text in rows:
-        with pytest.raises(SystemExit, match=r"^0$"):
-            cli.main([command, "--help"])
+        assert cli.main([command, "--help"]) == 0
         offered = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
         everywhere = {"--help"} if command in ("server", "acl") else {"--help", "--url"}
         assert set(re.findall(r"`(--[a-z-]+)`", text)) | everywhere == offered | everywhere

@@ -16,17 +16,6 @@ SECRET = "s3cr3t-canary"
 
 
 @pytest.fixture
-def said(caplog):
-    """``said(level)``: the records of that level and above."""
-    caplog.set_level(logging.DEBUG, "ff_fast")
-
-    def of(level):
-        return [each for each in caplog.records if each.name == "ff_fast" and each.levelno >= level]
-
-    return of
-
-
-@pytest.fixture
 def open_shell(kind, server):
     """Opens a backend of the test's shell behind the blocking face."""
     opener = Opener(kind)
