@@ -20,12 +20,15 @@ _ENDS = {
 
 _REASONS = frozenset(get_args(EndReason))
 
-_SENTENCES = {
-    "producer_lost": "The worker was lost: its lease lapsed, and nobody had renewed it.",
-    "attempt_timeout": "The attempt ran longer than its time limit.",
-    "suspension_timeout": "The suspension lasted longer than its time limit.",
-    "expired": "The deadline of the execution passed.",
+_CAUSES = {
+    "producer_lost": "the worker was lost: its lease lapsed, and nobody had renewed it",
+    "attempt_timeout": "the attempt ran longer than its time limit",
+    "suspension_timeout": "the suspension lasted longer than its time limit",
+    "expired": "the deadline of the execution passed",
 }
+
+BEGUN = ("active", "suspended", "waiting_children")
+"""States in which an attempt has begun, whatever is known of it."""
 
 
 def _end_of(change: StateTransition) -> str | None:
@@ -35,6 +38,13 @@ def _end_of(change: StateTransition) -> str | None:
         # A suspension whose time is over may resume.
         return None if over is None and change.reason == "suspension_timeout" else change.reason
     return over
+
+
+def cause_of(change: StateTransition) -> str | None:
+    """Return as a clause what was lost or ran out where that ended an attempt; None where a message says why, or nothing."""
+    reason = _end_of(change)
+    # A message that is the reason itself is the server's.
+    return _CAUSES.get(reason or "") if change.error in (None, reason) else None
 
 
 def attempts_of(history: Sequence[StateTransition]) -> tuple[AttemptDescription, ...]:
@@ -48,7 +58,7 @@ def attempts_of(history: Sequence[StateTransition]) -> tuple[AttemptDescription,
                 found[index] = AttemptDescription(index, change.at_ms)
             continue
         if attempt is None:
-            if change.from_state not in ("active", "suspended", "waiting_children"):
+            if change.from_state not in BEGUN:
                 # Nobody has claimed it.
                 continue
             # Its claim is older than the transitions that are known.
@@ -56,9 +66,8 @@ def attempts_of(history: Sequence[StateTransition]) -> tuple[AttemptDescription,
         reason = _end_of(change)
         if reason is None or attempt.ended_at_ms is not None:
             continue
-        error = None
-        if reason != "attempt_success":
-            error = change.error or _SENTENCES.get(reason)
+        cause = cause_of(change)
+        error = change.error if cause is None else f"{cause[0].upper()}{cause[1:]}."
         found[index] = attempt.replace(
             ended_at_ms=change.at_ms,
             end_reason=cast("EndReason", reason),

@@ -246,6 +246,13 @@ class _ReportsCancel(Protocol):
     def cancel_requested(self) -> bool: ...
 
 
+class _Writer(_ReportsCancel, Protocol):
+    """A writer."""
+
+    @property
+    def error(self) -> FFError | None: ...
+
+
 class _HoldsLease(_ReportsCancel, Protocol):
     """A lease keeper."""
 
@@ -257,7 +264,7 @@ class _HoldsLease(_ReportsCancel, Protocol):
 
 P = ParamSpec("P")
 T = TypeVar("T")
-W = TypeVar("W", bound=_ReportsCancel)
+W = TypeVar("W", bound=_Writer)
 K = TypeVar("K", bound=_HoldsLease)
 
 
@@ -323,6 +330,14 @@ class Holder(Generic[W, K]):
             or self._lost is not None
             or (self._keeper is not None and not self._keeper.held)
         )
+
+    @property
+    def _writer_lost_lease(self) -> bool:
+        """Whether the writer has been told, maybe before the keeper, that the lease is lost or the execution has ended."""
+        error = None if self._current_writer is None else self._current_writer.error
+        if error is None or isinstance(error, (WriterSuperseded, StateLost)):
+            return False
+        return is_lease_lost(error)
 
     @property
     def _may_end(self) -> bool:
@@ -639,7 +654,7 @@ def _handle(backend: Backend, task: TaskState[Any, Any], cancel_after_s: float |
 
 def _say_raised(task: TaskState[Any, Any], error: BaseException) -> None:
     """Say with which exception an attempt ends; one that was asked to stop, or has lost its lease, ends as it must."""
-    expected = task._cancel_requested or not task._holds_lease
+    expected = task._cancel_requested or not task._holds_lease or task._writer_lost_lease
     say(
         logging.DEBUG if expected else logging.ERROR,
         "Attempt %d of execution %s has raised %s.",

@@ -57,8 +57,11 @@ def finished(backend, claimed):
 
 
 @pytest.fixture
-def run(server, monkeypatch, capfdbinary):
-    """Run the command in this process on the test's server: exit code, stdout, stderr."""
+def run(server, backend, monkeypatch, capfdbinary):
+    """Run the command in this process on the test's server: exit code, stdout, stderr.
+
+    The server has the library, which commands that look do not load.
+    """
     monkeypatch.setenv(cli.URL_VARIABLE, server.url)
 
     def run(*argv: str) -> tuple[int, bytes, str]:

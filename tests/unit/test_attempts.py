@@ -57,6 +57,15 @@ TRANSIENT = FailureClass.TRANSIENT
             [AttemptDescription(0, 1, 5, "expired", "The deadline of the execution passed.")],
         ),
         (
+            # The server's word for what ran out is no message.
+            [CLAIMED, change(2, "active", "expired", 0, "attempt_timeout", "attempt_timeout")],
+            [
+                AttemptDescription(
+                    0, 1, 2, "attempt_timeout", "The attempt ran longer than its time limit."
+                )
+            ],
+        ),
+        (
             # Cancelled between two attempts: the second never began.
             [
                 CLAIMED,

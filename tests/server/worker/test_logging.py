@@ -151,6 +151,24 @@ def test_a_lease_that_ends_with_the_execution_is_not_lost(worker, backend, lane,
     assert said(logging.WARNING) == []
 
 
+def test_an_execution_that_ends_under_its_handler_is_no_error_of_the_handler(
+    worker, backend, lane, state, said
+):
+    """The writer may be told of it before the lease is known to be lost."""
+
+    def handler(task):
+        yield opened(task)
+        backend.cancel(task.execution_id, grace=0)
+        while True:
+            task.write(SECRET)
+            yield task.flush()
+
+    worker(handler)
+    for _ in range(10):
+        assert state(backend.create_execution(lane=lane)) == "cancelled"
+    assert said(logging.WARNING) == []
+
+
 def test_a_writer_that_another_one_supersedes_is_said_with_what_it_lost(
     kind, open_shell, lane, said
 ):
