@@ -332,12 +332,12 @@ class Holder(Generic[W, K]):
         )
 
     @property
-    def _writer_lost_lease(self) -> bool:
-        """Whether the writer has been told, maybe before the keeper, that the lease is lost or the execution has ended."""
+    def _told_writer(self) -> FFError | None:
+        """What has told the writer, maybe before the keeper, that the lease is lost or the execution has ended."""
         error = None if self._current_writer is None else self._current_writer.error
         if error is None or isinstance(error, (WriterSuperseded, StateLost)):
-            return False
-        return is_lease_lost(error)
+            return None
+        return error if is_lease_lost(error) else None
 
     @property
     def _may_end(self) -> bool:
@@ -654,7 +654,7 @@ def _handle(backend: Backend, task: TaskState[Any, Any], cancel_after_s: float |
 
 def _say_raised(task: TaskState[Any, Any], error: BaseException) -> None:
     """Say with which exception an attempt ends; one that was asked to stop, or has lost its lease, ends as it must."""
-    expected = task._cancel_requested or not task._holds_lease or task._writer_lost_lease
+    expected = task._cancel_requested or not task._holds_lease or task._told_writer is not None
     say(
         logging.DEBUG if expected else logging.ERROR,
         "Attempt %d of execution %s has raised %s.",
@@ -668,7 +668,7 @@ def _say_raised(task: TaskState[Any, Any], error: BaseException) -> None:
 
 def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Ending:
     _say_raised(task, error)
-    _trace_failed(backend, task, task._lost or error)
+    _trace_failed(backend, task, task._lost or task._told_writer or error)
     # An error of the writer must not replace the handler's own failure.
     with contextlib.suppress(FFError):
         yield CloseWriter()

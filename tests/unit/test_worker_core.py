@@ -137,7 +137,7 @@ class Attended:
                     return f"fail {first[-2].decode()}"
                 return functions([first])[0]
             case UseWriter():
-                self.task._current_writer = SimpleNamespace(cancel_requested=False)
+                self.task._current_writer = SimpleNamespace(cancel_requested=False, error=None)
                 return "use writer"
             case CallHandler():
                 return "handler"
