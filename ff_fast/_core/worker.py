@@ -32,7 +32,7 @@ from ff_fast._core.stats import counting
 from ff_fast._core.steps import Step, Steps, command
 from ff_fast._core.writer import WriterState, continue_writer
 from ff_fast._hot.writer import WriterCore
-from ff_fast._log import say, say_seldom
+from ff_fast._log import named, say, say_seldom
 from ff_fast.errors import (
     AuthenticationFailed,
     ClusterModeRequired,
@@ -333,12 +333,12 @@ class Holder(Generic[W, K]):
         )
 
     @property
-    def _writer_lost_lease(self) -> bool:
-        """Whether the writer has been told, maybe before the keeper, that the lease is lost or the execution has ended."""
+    def _told_writer(self) -> FFError | None:
+        """What has told the writer, maybe before the keeper, that the lease is lost or the execution has ended."""
         error = None if self._current_writer is None else self._current_writer.error
         if error is None or isinstance(error, (WriterSuperseded, StateLost)):
-            return False
-        return is_lease_lost(error)
+            return None
+        return error if is_lease_lost(error) else None
 
     @property
     def _may_end(self) -> bool:
@@ -655,7 +655,7 @@ def _handle(backend: Backend, task: TaskState[Any, Any], cancel_after_s: float |
 
 def _say_raised(task: TaskState[Any, Any], error: BaseException) -> None:
     """Say with which exception an attempt ends; one that was asked to stop, or has lost its lease, ends as it must."""
-    expected = task._cancel_requested or not task._holds_lease or task._writer_lost_lease
+    expected = task._cancel_requested or not task._holds_lease or task._told_writer is not None
     say(
         logging.DEBUG if expected else logging.ERROR,
         "Attempt %d of execution %s has raised %s.",
@@ -669,7 +669,7 @@ def _say_raised(task: TaskState[Any, Any], error: BaseException) -> None:
 
 def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Ending:
     _say_raised(task, error)
-    _trace_failed(backend, task, task._lost or error)
+    _trace_failed(backend, task, task._lost or task._told_writer or error)
     # An error of the writer must not replace the handler's own failure.
     with contextlib.suppress(FFError):
         yield CloseWriter()
@@ -815,12 +815,11 @@ def say_started(options: operations.WorkerOptions) -> None:
 
 
 def say_stopped(options: operations.WorkerOptions, error: BaseException | None) -> None:
-    """Say that a worker ends; by *error*, where it is one that every call of it would meet."""
-    if isinstance(error, FFError):
+    """Say that a worker ends; by *error*, where it is no interrupt or exit."""
+    if isinstance(error, Exception):
         text = "Worker %s of lane %s has ended with an error: %s"
-        say(
-            logging.ERROR, text, options.worker_id, options.lane, error, worker_id=options.worker_id
-        )
+        arguments = options.worker_id, options.lane, named(error)
+        say(logging.ERROR, text, *arguments, worker_id=options.worker_id)
     else:
         text = "Worker %s of lane %s has stopped."
         say(logging.INFO, text, options.worker_id, options.lane, worker_id=options.worker_id)
