@@ -154,6 +154,11 @@ def _stop_all(number: int, frame: FrameType | None) -> None:
         before(number, frame)
 
 
+def hears_stop_signals() -> bool:
+    """Whether something of this process stops in order at a signal."""
+    return bool(_stops)
+
+
 def handler_of(number: int) -> object:
     """The handler of a signal that the program, or its server, has installed, whether or not workers hear it first."""
     found = signal.getsignal(number)

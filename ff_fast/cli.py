@@ -12,7 +12,7 @@ import threading
 import warnings
 from typing import TYPE_CHECKING
 
-from ff_fast import DeploymentWarning, FFError, InvalidInput, __version__
+from ff_fast import DeploymentWarning, FFError, InvalidInput, __version__, _process
 from ff_fast._cli import control, demo, look, read, serve, top, work
 from ff_fast._cli.shared import (
     DONE,
@@ -115,6 +115,9 @@ def _terminable() -> Iterator[None]:
         return
 
     def raise_it(number: int, frame: object) -> None:  # noqa: ARG001 - as signal calls it
+        if _process.hears_stop_signals():
+            # A worker or a server ends by itself.
+            return
         # What ends then may take its time, and a second signal is the end of it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise _Terminated
