@@ -9,8 +9,10 @@ cythonize does not notice that directives or flags have changed:
 """
 
 import os
+import re
 import shutil
 import sysconfig
+import tomllib
 from pathlib import Path
 
 # Before anything is asked of Cython: a writer and its connection share state without locks, which the GIL protects.
@@ -59,6 +61,20 @@ mode = "-".join(
 )
 
 
+def long_description() -> str:
+    """README.md as PyPI shows it, which has no other file: links and pictures lead to those of the release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    library = (ROOT / "ff_fast/_library.py").read_text("utf-8")
+    version = re.findall(r'^VERSION = "(.+)"$', library, re.MULTILINE)[0]
+
+    def there(link: re.Match[str]) -> str:
+        kind = "raw" if link[1] else "blob"
+        return f"{link[1]}[{link[2]}]({project['urls']['Homepage']}/{kind}/v{version}/{link[3]})"
+
+    text = (ROOT / "README.md").read_text("utf-8")
+    return re.sub(r"(!?)\[([^\]\n]*)\]\((?!https://|#)([^)\s]+)\)", there, text)
+
+
 class BundleLua(build_py):
     """Copy ``lua/*.lua`` to ``ff_fast/_lua/`` in the wheel.
 
@@ -89,6 +105,8 @@ extensions = [
 ]
 
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     cmdclass={"build_py": BundleLua},
     ext_modules=cythonize(
         extensions,

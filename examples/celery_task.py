@@ -1,10 +1,12 @@
 """A Celery task that streams, also when the broker delivers it twice; anybody reads it by the name of the chat.
 
-Run it:   pip install ff_fast 'celery[redis]'
+Run it:   pip install 'ff_fast[embedded]' 'celery[redis]'
+          ff-fast server --port 7000        (for both; without the variables each is looked for at localhost:6379)
+          export FF_FAST_URL=valkey://localhost:7000 BROKER_URL=redis://localhost:7000/1
           celery -A celery_task worker
 Use it:   from celery_task import answer, read
           answer.delay("chat 1", "6 x 7?")
-          print(*read("chat 1"))
+          print(*read("chat 1"), sep="")
 """
 
 import os

@@ -107,7 +107,8 @@ _ours = 1
 def on_stop_signals(stop: Callable[[], None], *, twice: bool = False) -> Callable[[], None]:
     """Call *stop* on SIGTERM and SIGINT; return the function that ends this. Outside the main thread, do nothing.
 
-    Several workers of one loop share the signals. A second SIGINT calls the handler that was installed before.
+    Several workers of one loop share the signals. A handler that the program had installed, as a web server has, is
+    called after each *stop*. A second SIGINT calls that of Python or asyncio.
 
     Args:
         stop: Called inside the signal handler, at any point of the program: it must take no lock.
@@ -141,10 +142,25 @@ def on_stop_signals(stop: Callable[[], None], *, twice: bool = False) -> Callabl
 def _stop_all(number: int, frame: FrameType | None) -> None:
     global _interrupts  # noqa: PLW0603
     before = _before.get(number)
+    own = callable(before) and not _only_interrupts(before)
     if number == signal.SIGINT:
-        if _interrupts >= _ours and callable(before):
+        if _interrupts >= _ours and callable(before) and not own:
             before(number, frame)
             return
         _interrupts += 1
     for stop in tuple(_stops):
         stop()
+    if callable(before) and own:
+        before(number, frame)
+
+
+def handler_of(number: int) -> object:
+    """The handler of a signal that the program, or its server, has installed, whether or not workers hear it first."""
+    found = signal.getsignal(number)
+    return _before.get(number) if found is _stop_all else found
+
+
+def _only_interrupts(handler: Callable[..., object]) -> bool:
+    """Whether a handler is Python's for SIGINT or that of `asyncio.run`, which end what the stops are to end in order."""
+    runner = getattr(getattr(handler, "func", None), "__self__", None)
+    return handler is signal.default_int_handler or type(runner).__module__ == "asyncio.runners"

@@ -1,6 +1,6 @@
 """Put the pages of the site together, build it, and check it: ``make docs``.
 
-Pages come from docs/, examples/, bench/, tests/README.md, CHANGELOG.md and CONTRIBUTING.md, at the paths that they have in the
+Pages come from docs/, examples/, bench/, tests/README.md, CHANGELOG.md, CONTRIBUTING.md and SECURITY.md, at the paths that they have in the
 repository, so that their links hold; those of docs/ move to the top. The API reference is made of `tools.api_stubs`. A warning of
 the builder, a link that leads nowhere and an anchor that no page has are errors. ``llms.txt`` names every page.
 """
@@ -27,7 +27,7 @@ BUILD = ROOT / "build/docs"
 PAGES = BUILD / "pages"
 SITE = BUILD / "site"
 OTHERS = (
-    *("CHANGELOG.md", "CONTRIBUTING.md", "bench/README.md", "bench/RESULTS.md"),
+    *("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "bench/README.md", "bench/RESULTS.md"),
     *("examples/README.md", "tests/README.md"),
 )
 """Pages outside docs/, which keep their paths."""
@@ -195,17 +195,17 @@ def _source(place: str) -> Path | None:
 def llms() -> str:
     """Return ``llms.txt``: what the project is, and each page with its first sentence."""
     project = _project()
-    lines = [f"# {project['site_name']}", "", f"> {project['site_description']}"]
-    current = None
+    sections: dict[str, list[str]] = {}
     for section, title, place in entries():
-        if section != current:
-            lines += ["", f"## {section or 'Pages'}", ""]
-            current = section
         source = _source(place)
         said = (
             f"Signatures and docstrings of {title}." if source is None else _first_sentence(source)
         )
-        lines.append(f"- [{title}]({place.removesuffix('.md')}.html): {said}")
+        url = f"{project['site_url']}{place.removesuffix('.md')}.html"
+        sections.setdefault(section or "Pages", []).append(f"- [{title}]({url}): {said}")
+    lines = [f"# {project['site_name']}", "", f"> {project['site_description']}"]
+    for section, pages in sections.items():
+        lines += ["", f"## {section}", "", *pages]
     return "\n".join(lines) + "\n"
 
 

@@ -127,6 +127,8 @@ def sentences(
     for change in execution.history:
         yield f"{_at(change.at_ms)} {_change(change, seen, streams.get(change.attempt_index))}"
     yield from _present(execution, streams, around)
+    if streams and min(streams):
+        yield f"The workers and frames of attempts 0 to {min(streams) - 1} are not looked at."
     for index, stream in streams.items():
         yield from _frames(index, stream)
 
@@ -156,7 +158,7 @@ def _creation(execution: ExecutionDescription) -> Iterator[str]:
     if execution.parent_id:
         yield f"Its parent is {execution.parent_id}."
     if len(execution.history) >= 100:
-        yield "Only its newest 100 changes are kept."
+        yield "Only its newest 100 changes are told."
 
 
 def _worker(stream: StreamDescription | None) -> str:
@@ -242,7 +244,8 @@ def _present(
         if around.flow_open is False:
             yield "Its flow is cancelled or was removed: no new attempt of it begins."
         else:
-            yield from _queue(execution.lane, around)
+            waited_ms = (around.now_ms or 0) - execution.last_transition_at_ms
+            yield from _queue(execution.lane, around, waited_ms)
     elif state == "delayed":
         yield (
             f"It is delayed until {_at(execution.delay_until_ms)}, when a supervisor lets it be claimed."
@@ -272,14 +275,20 @@ def _present(
         yield f"Its worker is asked to stop{_because(execution.cancellation_reason)}."
 
 
-def _queue(lane: str, around: Around) -> Iterator[str]:
+def _queue(lane: str, around: Around, waited_ms: int) -> Iterator[str]:
     """Tell why no worker has taken what waits in a lane."""
     if around.offered is None:
         return
-    if not around.offered:
-        yield "A worker has heard of it and is about to claim it; if that worker dies, another one finds it."
+    if not around.offered and waited_ms <= _LATE_MS:
+        yield "A worker has heard of it and is about to claim it."
         return
-    yield "No worker that could claim it is idle."
+    if around.offered:
+        yield "No worker that could claim it is idle."
+    else:
+        yield (
+            "A worker has heard of it and has not claimed it, or word of it was lost: the next idle worker that looks at"
+            " the lane finds it."
+        )
     if around.holders:
         yield (
             f"These workers hold leases of lane {lane}: {', '.join(around.holders)}. They are busy, or do not offer what it"
@@ -351,6 +360,10 @@ def signal_text(wait: str) -> str:
     return f"a signal {name} {matcher}"
 
 
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _frames(index: int, stream: StreamDescription) -> Iterator[str]:
     """Tell what an attempt has written, and which frames have left its streams by which rule."""
     frames = stream.frame_count
@@ -361,18 +374,18 @@ def _frames(index: int, stream: StreamDescription) -> Iterator[str]:
     lost = stream.lost_frames
     durable = max(stream.log_added - end - stream.lost_entries, 0)
     live = max(frames - durable - lost, 0)
-    yield f"Attempt {index} has {frames} frames: {durable} in its log, {live} for its live window."
+    yield f"Attempt {index} has {_number(frames, 'frame')}: {durable} in its log, {live} for its live window."
     left = stream.log_added - stream.log_entries
     if left > 0:
         # A loss that has left with them counts as one.
         kept = max(stream.log_entries - end - stream.lost_entries, 0)
         yield (
-            f"{left} durable frames of attempt {index} have left the log, the oldest first: it keeps its newest"
+            f"{_number(left, 'durable frame')} of attempt {index} left the log, the oldest first: it keeps its newest"
             f" {kept}, by the retention_maxlen of their mode."
         )
     if lost:
         yield (
-            f"{lost} frames of attempt {index} were lost with a server, after they had been acknowledged, and nobody has"
+            f"A server that failed took {_number(lost, 'acknowledged frame')} of attempt {index} along, and nobody has"
             " them: see durability."
         )
     if live:
@@ -395,7 +408,7 @@ def _window(index: int, stream: StreamDescription, others: int, live: int) -> It
         return
     least = "" if others == 0 else "At least "
     yield (
-        f"{least}{gone} frames of attempt {index} have left the live window, the oldest first: it begins with"
+        f"{least}{_number(gone, 'frame')} of attempt {index} left the live window, the oldest first: it begins with"
         f" frame {first}."
     )
     ceiling = stream.live_ceiling

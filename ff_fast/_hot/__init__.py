@@ -9,7 +9,10 @@ import sys
 from importlib import import_module
 
 # In the order of their imports, so that the first one that is missing is the one that is named.
-_EXTENSIONS = ("resp", "rate", "frames", "merge", "window", "tally", "writer", "items", "sse")
+_EXTENSIONS = (
+    *("resp", "rate", "frames", "merge", "window"),
+    *("tally", "writer", "feed", "items", "sse"),
+)
 
 _BUILD = "run `make build` in a checkout, or `pip install .`"
 

@@ -16,7 +16,7 @@ from math import ceil, inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ff_fast import keys
+from ff_fast import _process, keys
 from ff_fast._core.follow import follow_place
 from ff_fast._hot.feed import Bell
 from ff_fast.errors import FFError, InvalidType
@@ -573,7 +573,7 @@ def server_stops() -> bool:
     uvicorn waits for open responses and tells them nothing; but the handler of its signals is a method of the server.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-        server = getattr(signal.getsignal(number), "__self__", None)
+        server = getattr(_process.handler_of(number), "__self__", None)
         if getattr(server, "should_exit", False) is True:
             return True
     return False

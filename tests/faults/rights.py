@@ -778,7 +778,7 @@ class Life:
 WAITING = {
     "worker_id": "w",
     "worker_instance_id": "w-1",
-    "policy": ClaimPolicy.with_max_wait(0.02),
+    "policy": ClaimPolicy.with_max_wait(0.1),
 }
 
 

@@ -6,6 +6,7 @@ Each must bring the compiled extensions and the checkout's Lua, and load it into
 import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -205,6 +206,25 @@ def test_wheel_has_the_version_of_the_package(wheel):
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         about = email.message_from_bytes(archive.read(name))
     assert about["Version"] == ff_fast.__version__
+
+
+def test_pypi_shows_a_page_whose_links_and_pictures_lead_somewhere(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        about = email.message_from_bytes(archive.read(name))
+    assert about["Description-Content-Type"] == "text/markdown"
+    page = about.get_payload()
+    assert page.startswith("# ff_fast\n")
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", page)
+    home = "https://github.com/ff-fast/ff_fast"
+    own = [(picture, link) for picture, link in links if link.startswith(home)]
+    assert {link for _, link in links if not link.startswith(home)} == {"https://valkey.io"}
+    assert len(own) > 10
+    assert {bool(picture) for picture, _ in own} == {False, True}
+    for picture, link in own:
+        place = f"{home}/{'raw' if picture else 'blob'}/v{ff_fast.__version__}/"
+        assert link.startswith(place)
+        assert (ROOT / link.removeprefix(place).partition("#")[0]).is_file(), link
 
 
 def test_wheel_of_the_sdist_is_the_same(wheel, wheel_of_sdist):

@@ -391,7 +391,7 @@ def test_tail_ends_on_ctrl_c_with_where_to_go_on_and_on_a_closed_pipe_in_silence
         assert process.returncode == 130
         said = re.fullmatch(r"ff-fast: go on with: ff-fast (.*)\n", err)[1]
         # Another attempt may have begun until then, whose frames have other ids.
-        assert said.endswith(f"--attempt 0 --url {server.url}")
+        assert said.endswith(f"--attempt 0 --url {shlex.quote(server.url)}")
     backend.complete(handle)
     code, out, _ = run(*shlex.split(said), "--types")
     # A frame may be shown again, where the interrupt came as it was shown.

@@ -23,6 +23,8 @@ from ff_fast import (
     DeploymentWarning,
     ExecutionNotFound,
     FailureClass,
+    Frame,
+    FrameKind,
     FunctionMissing,
     ResumeCondition,
     RetryPolicy,
@@ -501,7 +503,11 @@ def test_a_history_tells_why_nobody_claims_an_execution(shell, world):
     assert "No worker that could claim it is idle." in told(shell, eid)
     popped = world.raw.zpopmin(keys.ready(world.lane, "gpu"))
     assert popped
-    assert "A worker has heard of it and is about to claim it" in told(shell, eid)
+    assert "A worker has heard of it and is about to claim it." in told(shell, eid)
+    world.raw.hset(keys.core(eid), "last_transition_at", world.now() - 60_000)
+    text = told(shell, eid)
+    assert "A worker has heard of it and has not claimed it, or word of it was lost" in text
+    assert "These workers hold leases" in text
 
 
 def test_a_history_tells_which_children_have_not_ended(shell, world):
@@ -557,6 +563,21 @@ def test_a_history_asks_for_nothing_that_the_user_may_not_do(own_server, raw, wo
     raw.execute_command("ACL", "DELUSER", "looker")
 
 
+def test_a_history_tells_which_attempts_it_does_not_look_at(shell, world):
+    retry = RetryPolicy(max_retries=11, delay=0.001)
+    eid = world.create(retry=retry)
+    for number in range(12):
+        if number:
+            world.fire(eid, "delay")
+        handle = world.claim()
+        world.backend.append_frame(handle, Frame(b"{}", FrameKind.EVENT, frame_type="x"))
+        world.backend.fail(handle, "again", FailureClass.TRANSIENT)
+    text = told(shell, eid)
+    assert "The workers and frames of attempts 0 to 1 are not looked at." in text
+    assert "Attempt 2 has 1 frame: 1 in its log, 0 for its live window." in text
+    assert "Attempt 1 has" not in text
+
+
 def test_a_history_of_nothing_is_refused(shell):
     with pytest.raises(ExecutionNotFound):
         shell.explain(keys.new_execution_id(4))
@@ -582,7 +603,7 @@ def test_a_history_tells_that_the_ceiling_of_the_window_dropped_frames(shell, wo
     first = shell.describe_stream(eid, 0).live_first_sequence
     assert 64 <= 1600 - first + 1 < 1600
     assert "Attempt 0 has 1600 frames: 0 in its log, 1600 for its live window." in text
-    assert f"{first - 1} frames of attempt 0 have left the live window" in text
+    assert f"{first - 1} frames of attempt 0 left the live window" in text
     assert "The window is at its ceiling: it keeps 64 frames at most" in text
 
 
@@ -602,7 +623,7 @@ def test_a_history_tells_what_has_left_the_log(shell, world):
     left = stream.log_added - stream.log_entries
     assert left > 0
     assert stream.log_first_id is not None
-    assert f"{left} durable frames of attempt 0 have left the log" in told(shell, eid)
+    assert f"{left} durable frames of attempt 0 left the log" in told(shell, eid)
 
 
 def test_an_attempt_tells_who_has_had_it_and_when(shell, world):
@@ -736,7 +757,7 @@ def test_one_command_says_why_an_execution_failed_why_frames_left_and_who_has_th
     code, out = run("why", failed)
     assert code == 0
     assert "no GPU\\x0aleft" in out
-    assert "have left the live window" in out
+    assert "left the live window" in out
     assert "worker w (w-1), who holds the lease until" in run("why", keys.url_id(held))[1]
     assert run("why", keys.new_execution_id(4))[0] == 1
 

@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 import sys
+import tomllib
 
 import pytest
 
@@ -125,7 +126,14 @@ def test_broken_links_of_a_site_are_found(tmp_path):
 def test_the_list_for_language_models_names_every_page():
     text = build_docs.llms()
     assert text.startswith("# ff_fast\n\n> ")
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert len(headings) == len(set(headings))
+    # It is read out of its place, so its links name the site.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    site = re.escape(project["urls"]["Documentation"])
     for _, title, place in PAGES:
         assert re.search(
-            rf"^- \[{re.escape(title)}\]\({place[:-3]}\.html\): \S.{{10,}}$", text, re.MULTILINE
+            rf"^- \[{re.escape(title)}\]\({site}{place[:-3]}\.html\): \S.{{10,}}$",
+            text,
+            re.MULTILINE,
         )

@@ -40,6 +40,13 @@ def test_every_step_is_a_task_or_a_script_of_the_repository():
     assert not [command for command in commands if "\n" in command or not exists(command)]
 
 
+def test_ci_has_every_task_of_the_workflows():
+    ci = (ROOT / ".ci/run").read_text("utf-8")
+    tasks = {step["run"].split()[1] for _, step in STEPS if step.get("run", "").startswith("make ")}
+    assert {"docs", "sdist", "test-pythons", "wheels"} <= tasks
+    assert not [task for task in tasks if not re.search(rf"^make {task}\b", ci, re.MULTILINE)]
+
+
 def test_every_hook_is_a_task():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"]
     assert [repository["repo"] for repository in hooks] == ["local"]

@@ -298,6 +298,19 @@ app = Starlette(middleware=[Middleware(Plain)], """,
 )
 
 
+WITH_WORKER = APP.replace(
+    """app.state.backend:
+        yield""",
+    """app.state.backend:
+        import asyncio
+        stop = asyncio.Event()
+        worker = asyncio.create_task(app.state.backend.run_worker(print, lane="nothing", stop=stop))
+        yield
+        stop.set()
+        await worker""",
+)
+
+
 @contextlib.contextmanager
 def elsewhere(server, tmp_path, loop, text=APP):
     """An application in a process of its own: where it listens, and the process."""
@@ -315,15 +328,20 @@ def elsewhere(server, tmp_path, loop, text=APP):
             process.kill()
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_open_responses_do_not_hold_up_a_shutdown(server, backend, lane, tmp_path, loop):
+@pytest.mark.parametrize(
+    "loop, app",
+    [("asyncio", APP), ("uvloop", APP), ("asyncio", WITH_WORKER)],
+    ids=["asyncio", "uvloop", "with a worker"],
+)
+def test_open_responses_do_not_hold_up_a_shutdown(server, backend, lane, tmp_path, loop, app):
     eid, _ = producing(backend, lane)
-    with elsewhere(server, tmp_path, loop) as (here, process):
+    with elsewhere(server, tmp_path, loop, app) as (here, process):
         readers = [Reader(here, f"/{eid}") for _ in range(10)]
         for reader in readers:
             reader.read_until(lambda reader: reader.events)
         process.send_signal(signal.SIGTERM)
         process.wait(10)
+        assert process.returncode == -signal.SIGTERM
         for reader in readers:
             assert reader.read_all().ended
             assert b"retry: " in reader.body

@@ -113,8 +113,8 @@ def test_a_history_tells_what_was_lost_apart_from_what_was_trimmed(stream, since
         stream.append(live(b"x"), first=first + 5)
     text = "\n".join(stream.backend.explain(stream.eid))
     assert "Attempt 0 has 13 frames: 1 in its log, 2 for its live window." in text
-    assert "10 frames of attempt 0 were lost with a server" in text
-    assert "left the" not in text
+    assert "A server that failed took 10 acknowledged frames of attempt 0 along" in text
+    assert "of attempt 0 left the" not in text
 
 
 def test_a_tail_is_told_at_once(stream, since, listen):

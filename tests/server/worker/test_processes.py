@@ -1,5 +1,6 @@
 """Several workers, and processes that are signalled, stopped or killed."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -303,30 +304,71 @@ time.time_ns = lambda: _time_ns() + 3600 * 10**9 * {hours}
 # -- signals of the process ------------------------------------------------------------------------
 
 
+@pytest.fixture
+def _handlers():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    after = {number: signal.getsignal(number) for number in before}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after[signal.SIGTERM] == before[signal.SIGTERM]
+
+
+@pytest.mark.usefixtures("_handlers")
 def test_signals_are_shared_and_put_back():
     heard = []
+    own = signal.default_int_handler
+    signal.signal(signal.SIGINT, own)
+    first = _process.on_stop_signals(lambda: heard.append("first"))
+    second = _process.on_stop_signals(lambda: heard.append("second"))
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == ["first", "second"]
+    first()
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == ["first", "second", "second"]
+    heard.clear()
+    signal.raise_signal(signal.SIGINT)
+    # Whoever interrupts twice does not want to wait.
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert heard == ["second"]
+    second()
+    assert signal.getsignal(signal.SIGINT) is own
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_a_program_with_handlers_of_its_own_hears_each_signal_too():
+    heard = []
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        signal.signal(signal.SIGINT, lambda *_: heard.append("before"))
-        own = signal.getsignal(signal.SIGINT)
-        first = _process.on_stop_signals(lambda: heard.append("first"))
-        second = _process.on_stop_signals(lambda: heard.append("second"))
-        signal.raise_signal(signal.SIGTERM)
-        assert heard == ["first", "second"]
-        first()
-        signal.raise_signal(signal.SIGTERM)
-        assert heard == ["first", "second", "second"]
-        heard.clear()
+    for number in before:
+        signal.signal(number, lambda *_: heard.append("program"))
+    restore = _process.on_stop_signals(lambda: heard.append("worker"), twice=True)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGINT):
+        signal.raise_signal(number)
+    assert heard == ["worker", "program"] * 4
+    restore()
+    signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_the_handler_of_asyncio_is_for_a_second_interrupt():
+    heard = []
+
+    async def main():
+        restore = _process.on_stop_signals(lambda: heard.append("worker"))
         signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(0)
+        heard.append("went on")
         signal.raise_signal(signal.SIGINT)
-        # Whoever interrupts twice does not want to wait.
-        assert heard == ["second", "before"]
-        second()
-        assert signal.getsignal(signal.SIGINT) is own
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+        try:
+            await asyncio.sleep(60)
+        finally:
+            restore()
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    assert heard == ["worker", "went on"]
 
 
 def test_elsewhere_than_in_the_main_thread_signals_are_left_alone():
