@@ -1885,7 +1885,7 @@ _STOP_LOOK_S = 0.05
 _LEAVE_S = 0.5
 
 
-class MakeCall(NamedTuple):
+class Ask(NamedTuple):
     """An action of a supervisor: make a call, in so many seconds, and resume with its value."""
 
     call: Call[Any]
@@ -1922,7 +1922,7 @@ class SupervisionRequest(NamedTuple):
         watch = supervision.Watch(ScannerFilter.NOOP, aside=True)
         return cls(_round(on, ScannerFilter.NOOP), SUPERVISE_EVERY_S, turn, stop, watch)
 
-    def actions(self, closed: Callable[[], bool]) -> Generator[MakeCall | Rest, Any, None]:
+    def actions(self, closed: Callable[[], bool]) -> Generator[Ask | Rest, Any, None]:
         """Yield what to do, until the event is set or the backend is *closed*.
 
         Raises:
@@ -1938,7 +1938,7 @@ class SupervisionRequest(NamedTuple):
                 raise
             yield from self._leave(closed)
 
-    def _rounds(self, closed: Callable[[], bool]) -> Generator[MakeCall | Rest, Any, None]:
+    def _rounds(self, closed: Callable[[], bool]) -> Generator[Ask | Rest, Any, None]:
         def stopped() -> bool:
             return closed() or (self.stop is not None and self.stop.is_set())
 
@@ -1946,9 +1946,9 @@ class SupervisionRequest(NamedTuple):
             mine, fired = True, 0
             try:
                 if self.turn is not None:
-                    mine = yield MakeCall(Call(self.turn.take))
+                    mine = yield Ask(Call(self.turn.take))
                 if mine:
-                    fired = yield MakeCall(self.round)
+                    fired = yield Ask(self.round)
             except FFError as error:
                 # A retryable error leaves the timers to the next round; any other needs an operator.
                 if not error.retryable and not closed():
@@ -1963,11 +1963,11 @@ class SupervisionRequest(NamedTuple):
             while (left := until - time.monotonic()) > 0 and not stopped():
                 yield Rest(min(left, _STOP_LOOK_S))
 
-    def _leave(self, closed: Callable[[], bool]) -> Generator[MakeCall, Any, None]:
+    def _leave(self, closed: Callable[[], bool]) -> Generator[Ask, Any, None]:
         """Let others supervise at once."""
         if self.turn is not None and not closed():
             with contextlib.suppress(FFError, TimeoutError):
-                yield MakeCall(Call(self.turn.leave), _LEAVE_S)
+                yield Ask(Call(self.turn.leave), _LEAVE_S)
 
 
 def supervise(
