@@ -14,6 +14,8 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from ff_fast.errors import FFError
+
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
@@ -27,6 +29,11 @@ _MOST = 1_024
 # Of each place and cause: when it was told of, in monotonic time, and how often it was kept back since. Single calls in C
 # change it, so it needs no lock that an interrupt could leave locked; a race costs a line or a count.
 _told: dict[tuple[str, Hashable], list[float]] = {}
+
+
+def named(error: Exception) -> str:
+    """Return what a record may say of an error: the text of one of ours, and of any other its type alone."""
+    return str(error) if isinstance(error, FFError) else f"{type(error).__name__}."
 
 
 def say(

@@ -161,6 +161,11 @@ def handler_of(number: int) -> object:
 
 
 def _only_interrupts(handler: Callable[..., object]) -> bool:
-    """Whether a handler is Python's for SIGINT or that of `asyncio.run`, which end what the stops are to end in order."""
+    """Whether a handler is Python's for SIGINT, that of `asyncio.run`, or of ``ff-fast``.
+
+    They end at once what the stops are to end in order.
+    """
+    if getattr(handler, "__module__", "") == "ff_fast.cli":
+        return True
     runner = getattr(getattr(handler, "func", None), "__self__", None)
     return handler is signal.default_int_handler or type(runner).__module__ == "asyncio.runners"

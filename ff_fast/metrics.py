@@ -6,16 +6,17 @@ extra ``metrics``, `instrument` the extra ``otel``.
 
 from __future__ import annotations
 
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from math import inf
 from operator import add
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 from ff_fast import _library
 from ff_fast.errors import InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from opentelemetry.metrics import CallbackOptions, Meter, Observation
     from prometheus_client import Metric
@@ -195,7 +196,7 @@ _SPREADS = (
 )
 
 
-def _total(backends: tuple[HasStats, ...]) -> Stats:
+def _total(backends: Sequence[HasStats]) -> Stats:
     return reduce(add, (backend.stats() for backend in backends))
 
 
@@ -276,7 +277,7 @@ def instrument(*backends: HasStats, meter: Meter | None = None) -> None:
     the others begin with ``ff_fast.``. Of a histogram there are three counters: ``.count``, ``.sum``, and ``.bucket`` with
     the attribute ``le``, as no histogram can be observed.
 
-    Call it once in a process: a second call makes the same instruments again, of which OpenTelemetry warns.
+    A meter has these instruments once: the numbers of backends that a later call names are added to them.
 
     Args:
         backends: One backend of either shell, or several, whose numbers are added.
@@ -292,14 +293,21 @@ def instrument(*backends: HasStats, meter: Meter | None = None) -> None:
         raise MissingDependency(
             "The instruments need OpenTelemetry; install it with: pip install 'ff_fast[otel]'."
         ) from None
-    makes = metrics.get_meter("ff_fast", _library.VERSION) if meter is None else meter
     _checked(backends)
+    if meter is None:
+        meter = _global_meter()
+    observed_ones = _observed_by.get(meter)
+    if observed_ones is not None:
+        # OpenTelemetry would drop another instrument of the same name without a word.
+        observed_ones += [each for each in backends if each not in observed_ones]
+        return
+    observed_ones = _observed_by[meter] = list(backends)
 
     def observing(
         observe: Callable[[Stats], Iterable[tuple[float, dict[str, str]]]],
     ) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
         def observed(_: CallbackOptions) -> Iterable[Observation]:
-            for value, attributes in observe(_total(backends)):
+            for value, attributes in observe(_total(observed_ones)):
                 yield metrics.Observation(value, {"messaging.system": "ff_fast", **attributes})
 
         return [observed]
@@ -307,9 +315,9 @@ def instrument(*backends: HasStats, meter: Meter | None = None) -> None:
     for number in _NUMBERS:
         # A state of several processes adds up, so it is no gauge of OpenTelemetry, which has one value of each.
         create = (
-            makes.create_observable_up_down_counter
+            meter.create_observable_up_down_counter
             if number.gauge
-            else makes.create_observable_counter
+            else meter.create_observable_counter
         )
         callbacks = observing(partial(_observed, number))
         create(number.otel, callbacks=callbacks, unit=number.unit, description=number.text)
@@ -319,12 +327,24 @@ def instrument(*backends: HasStats, meter: Meter | None = None) -> None:
             ("sum", spread.unit, _summed),
             ("bucket", "1", _bucketed),
         ):
-            makes.create_observable_counter(
+            meter.create_observable_counter(
                 f"{spread.otel}.{ending}",
                 callbacks=observing(partial(observe, spread)),
                 unit=unit,
                 description=spread.text,
             )
+
+
+_observed_by: WeakKeyDictionary[Meter, list[HasStats]] = WeakKeyDictionary()
+"""The backends whose numbers the instruments of a meter give."""
+
+
+@cache
+def _global_meter() -> Meter:
+    """Return the meter of the global provider, which may be set later."""
+    from opentelemetry import metrics  # noqa: PLC0415 - an extra
+
+    return metrics.get_meter("ff_fast", _library.VERSION)
 
 
 _OPERATIONS = {

@@ -262,10 +262,14 @@ end
 -- Adds the end entry to a log, behind what somebody else may have put there: an entry at or after the place of the end
 -- refuses it, and blocked readers would sleep on. The end keeps its sequence, in a millisecond after that entry. A log
 -- that takes no entry at all, being full to the last id or of another type, stays without; meta has the end anyway.
--- Returns the id of the entry.
-local function add_end(log_key, ms, sequence, reason, visible)
+-- `message` is the error of the attempt, or ''. Returns the id of the entry.
+local function add_end(log_key, ms, sequence, reason, visible, message)
   local pcall, id = redis.pcall, string.format('%d-%d', ms, sequence)
-  local added = pcall('XADD', log_key, id, 'end', reason, 'prev', visible)
+  local fields = { 'end', reason, 'prev', visible }
+  if message ~= '' then
+    fields[5], fields[6] = 'error', message
+  end
+  local added = pcall('XADD', log_key, id, unpack(fields))
   if type(added) == 'table' and added.err then
     local info = pcall('XINFO', 'STREAM', log_key)
     for i = 1, #info, 2 do
@@ -273,7 +277,7 @@ local function add_end(log_key, ms, sequence, reason, visible)
         local last_ms = ff.integer(string.match(info[i + 1], '^%d+'))
         if last_ms then
           id = string.format('%d-%d', last_ms + 1, sequence)
-          pcall('XADD', log_key, id, 'end', reason, 'prev', visible)
+          pcall('XADD', log_key, id, unpack(fields))
         end
       end
     end
@@ -302,7 +306,8 @@ end
 
 -- Ends the stream of an attempt: the canonical word in meta, its echo at the end of the log and on the channel of the
 -- attempt, and the retention of every key of the attempt. An attempt that never wrote a frame, or was never claimed,
--- ends the same way. The end entry takes the sequence after the last frame.
+-- ends the same way. The end entry takes the sequence after the last frame. It has the beginning of the error of an
+-- attempt that ends with one, and so has the push: that of the execution, which may end with it.
 function ff.end_stream(execution, index, reason)
   local call = redis.call
   local slot_tag, attempt, now = execution.slot_tag, execution.id .. ':' .. index, execution.now
@@ -325,8 +330,12 @@ function ff.end_stream(execution, index, reason)
   end
   call('HSET', meta_key, 'closed_at', ff.text(now), 'closed_reason', reason)
   local visible = meta[2] or ff.text(sequence)
-  local id = add_end(ff.key('stream', slot_tag, attempt), math.max(now, last_ms), sequence + 1, reason, visible)
-  ff.publish(head_key, PUSH.END .. id .. ' ' .. visible .. ' ' .. reason)
+  local message = ff.OUTCOMES[execution.state] and ff.end_error(execution, reason) or execution.error or ''
+  message = string.sub(message, 1, ATTEMPT_ERROR)
+  local id = add_end(
+    ff.key('stream', slot_tag, attempt), math.max(now, last_ms), sequence + 1, reason, visible, message
+  )
+  ff.publish(head_key, PUSH.END .. id .. ' ' .. visible .. ' ' .. reason .. (message ~= '' and ' ' .. message or ''))
   local retention_ms = execution.fields.retention_ms
   for _, name in ipairs(ATTEMPT_KEYS) do
     call('PEXPIRE', ff.key(name, slot_tag, attempt), retention_ms)

@@ -257,6 +257,7 @@ class Push(NamedTuple):
     frames: list | None = None
     previous: int = 0
     end_reason: str | None = None
+    end_error: str | None = None
     lease_ms: int = 0
 
 
@@ -284,9 +285,11 @@ def parse_push(message, attempt):
         return LOOK
     if kind == b"E":
         previous, _, reason = rest.partition(b" ")
+        reason, space, error = reason.partition(b" ")
         if text(reason) not in get_args(EndReason) or number(previous) >= last:
             return LOOK
-        return Push("end", False, ms, 0, last, None, number(previous), text(reason))
+        told = error.decode("utf-8", "ignore") if space else None
+        return Push("end", False, ms, 0, last, None, number(previous), text(reason), told)
     if not rest:
         return LOOK
     blocks = list(blocks_in(rest))

@@ -266,7 +266,7 @@ class Operations(Pool):
         return count(self._writers.valuerefs(), closed=self._closed)
 
     async def _supervise(self, request: operations.SupervisionRequest) -> None:
-        await drive(request.actions(lambda: self._closed), self._supervising)
+        await drive(request.actions(lambda: self._closed, self._attending.tell), self._supervising)
 
     async def _supervising(self, action: operations.Ask | operations.Rest) -> object:
         if isinstance(action, operations.Ask):

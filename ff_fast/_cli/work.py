@@ -100,7 +100,11 @@ def add_worker(commands: Commands) -> None:
         metavar="ADDRESS",
         help="address of these ports (default: 0.0.0.0)",
     )
-    parser.add_argument("--until-idle", action="store_true", help="end when there is nothing to do")
+    parser.add_argument(
+        "--until-idle",
+        action="store_true",
+        help="end when nothing waits, runs or is delayed, as for a retry (with --no-supervise: when nothing waits)",
+    )
     parser.add_argument(
         "--no-supervise", action="store_true", help="leave retries, delays and timeouts to others"
     )

@@ -159,26 +159,38 @@ def lanes(partitions: int) -> Steps[tuple[LaneSummary, ...]]:
 
 def workers(partitions: int) -> Steps[tuple[WorkerSummary, ...]]:
     """Return the workers that hold leases, those with the most first."""
-    held: dict[tuple[str, str], list[ExecutionSummary]] = {}
+    # Of many executions only sums are kept.
+    held: dict[tuple[str, str], WorkerSummary] = {}
     after: Place | None = None
     while True:
         page = yield from executions(partitions, Filter(("active",)), after, _ACTIVE_A_PAGE)
         for each in page.items:
-            held.setdefault((each.worker_id or "", each.worker_instance_id or ""), []).append(each)
+            name = each.worker_id or "", each.worker_instance_id or ""
+            held[name] = _with(held.get(name), name, each)
         if page.next is None:
             break
         after = Place.of(page.next)
-    found = [
-        WorkerSummary(
-            worker_id,
-            instance_id,
-            tuple(sorted({each.lane for each in theirs})),
-            len(theirs),
-            min(each.last_transition_at_ms for each in theirs),
-            min(each.lease_expires_at_ms or 0 for each in theirs),
-        )
-        for (worker_id, instance_id), theirs in held.items()
-    ]
     return tuple(
-        sorted(found, key=lambda each: (-each.executions, each.worker_id, each.worker_instance_id))
+        sorted(
+            held.values(),
+            key=lambda each: (-each.executions, each.worker_id, each.worker_instance_id),
+        )
+    )
+
+
+def _with(
+    before: WorkerSummary | None, name: tuple[str, str], execution: ExecutionSummary
+) -> WorkerSummary:
+    """Return a worker with one execution more."""
+    lane, claimed_ms = execution.lane, execution.last_transition_at_ms
+    expires_ms = execution.lease_expires_at_ms or 0
+    if before is None:
+        return WorkerSummary(*name, (lane,), 1, claimed_ms, expires_ms)
+    lanes = before.lanes if lane in before.lanes else tuple(sorted((*before.lanes, lane)))
+    return WorkerSummary(
+        *name,
+        lanes,
+        before.executions + 1,
+        min(before.oldest_claim_at_ms, claimed_ms),
+        min(before.next_lease_expires_at_ms, expires_ms),
     )

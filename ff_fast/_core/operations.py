@@ -1922,15 +1922,21 @@ class SupervisionRequest(NamedTuple):
         watch = supervision.Watch(ScannerFilter.NOOP, aside=True)
         return cls(_round(on, ScannerFilter.NOOP), SUPERVISE_EVERY_S, turn, stop, watch)
 
-    def actions(self, closed: Callable[[], bool]) -> Generator[Ask | Rest, Any, None]:
+    def actions(
+        self, closed: Callable[[], bool], reached: Callable[[bool], None]
+    ) -> Generator[Ask | Rest, Any, None]:
         """Yield what to do, until the event is set or the backend is *closed*.
+
+        Args:
+            closed: Whether the backend is closed.
+            reached: Told each time whether the server has answered who makes the next round.
 
         Raises:
             FFError: No other round would pass.
         """
         with self.watch:
             try:
-                yield from self._rounds(closed)
+                yield from self._rounds(closed, reached)
             except GeneratorExit:
                 raise
             except BaseException:
@@ -1938,7 +1944,9 @@ class SupervisionRequest(NamedTuple):
                 raise
             yield from self._leave(closed)
 
-    def _rounds(self, closed: Callable[[], bool]) -> Generator[Ask | Rest, Any, None]:
+    def _rounds(
+        self, closed: Callable[[], bool], reached: Callable[[bool], None]
+    ) -> Generator[Ask | Rest, Any, None]:
         def stopped() -> bool:
             return closed() or (self.stop is not None and self.stop.is_set())
 
@@ -1946,7 +1954,12 @@ class SupervisionRequest(NamedTuple):
             mine, fired = True, 0
             try:
                 if self.turn is not None:
-                    mine = yield Ask(Call(self.turn.take))
+                    try:
+                        mine = yield Ask(Call(self.turn.take))
+                    except FFError as error:
+                        reached(not error.retryable)
+                        raise
+                    reached(True)
                 if mine:
                     fired = yield Ask(self.round)
             except FFError as error:
@@ -2019,6 +2032,7 @@ class WorkerOptions(NamedTuple):
         supervise: Whether the worker supervises the deployment while nobody else does.
         drain_s: Longest time that handlers have after a stop; None has no limit.
         until_idle: Whether the worker ends when there is nothing to do.
+        remaining: Tells whether executions of the lane are delayed, or run in any worker.
         lane: The lane.
         worker_id: Name of the worker.
         named: Whether executions name their handlers.
@@ -2034,6 +2048,7 @@ class WorkerOptions(NamedTuple):
     supervise: bool
     drain_s: float | None
     until_idle: bool
+    remaining: Call[bool]
     lane: str
     worker_id: str
     named: bool = False
@@ -2115,8 +2130,9 @@ def run_worker(
             worker is replaced, and no delay, timeout or deadline takes effect.
         drain_timeout: Longest time that handlers have to end after a stop, in seconds or as a ``timedelta``; None has no
             limit.
-        until_idle: End when there has been nothing to claim for about a second and no handler of this backend runs.
-            Executions that are delayed, as for a retry, are not waited for.
+        until_idle: End when there has been nothing to claim for about a second, no handler of this backend runs, and no
+            execution of the lane is delayed, as for a retry, or runs in another worker. With ``supervise=False`` the
+            last two are not waited for, as others bring such work back.
 
     Raises:
         UnsupportedServer: *durability* is ``synced``, and the server keeps no append-only file.
@@ -2150,6 +2166,17 @@ def run_worker(
         supervise=supervise,
         drain_s=drain_s,
         until_idle=until_idle,
+        remaining=Call(partial(_remaining, on, lane), writes=False, own_connection=True),
         lane=lane,
         worker_id=worker_id,
     )
+
+
+def _remaining(on: Deployment, lane: str) -> Steps[bool]:
+    """Tell whether executions of the lane are delayed, or run."""
+    wanted, place = ops.Filter(("delayed", "active"), lane), None
+    while True:
+        page = yield from listing.executions(on.partitions, wanted, place, 1)
+        if page.items or page.next is None:
+            return bool(page.items)
+        place = listing.Place.of(page.next)

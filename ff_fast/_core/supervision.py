@@ -15,7 +15,7 @@ from ff_fast._core.flows import MEMBERS_A_CALL
 from ff_fast._core.ready import publish_hints, with_hints
 from ff_fast._core.steps import Command, Step, Steps, checked, command, time_ms
 from ff_fast._hot.resp import pack_command
-from ff_fast._log import LOG, Outage, say, say_seldom
+from ff_fast._log import LOG, Outage, named, say, say_seldom
 from ff_fast.errors import (
     Corruption,
     ExecutionNotFound,
@@ -275,9 +275,9 @@ class Watch:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        if isinstance(error, FFError):
+        if isinstance(error, Exception):
             # No other round would pass.
-            self._say(logging.ERROR, "A supervisor%s has ended with an error: %s", error)
+            self._say(logging.ERROR, "A supervisor%s has ended with an error: %s", named(error))
         else:
             self._say(logging.INFO, "A supervisor%s has stopped.")
 

@@ -129,7 +129,8 @@ class TailCore(Inbox):
     """
 
     __slots__ = (
-        "_ahead_of", "_ahead_since", "_asked", "_behind", "_behind_frames", "_count", "_counts", "_exact", "_failure",
+        "_ahead_of", "_ahead_since", "_asked", "_behind", "_behind_frames", "_count", "_counts", "_error", "_exact",
+        "_failure",
         "_half_bytes",
         "_hole_s", "_hole_since", "_keys", "_look_frames", "_looked", "_more", "_pages", "_range_frames", "_ranged",
         "_reason", "_small_to", "channel", "execution_id", "held", "read_to", "start", "visibility",
@@ -163,6 +164,8 @@ class TailCore(Inbox):
         self._behind_frames = self._look_frames if small else _RANGE_FRAMES
         self._half_bytes = max(min(max_bytes, _REPLY_BYTES) // 2, 1)
         self._reason: GapReason = "trimmed"
+        # Of the end entry that was read last.
+        self._error: str | None = None
         self._counts = list(_FIRST_COUNTS)
         self.restart()
         self.due = self._pages
@@ -515,6 +518,7 @@ class TailCore(Inbox):
             self._reason,
             self.attempt_index,
         )
+        self._error = decoded[_LOG].end_error
         return items, ended
 
     def _next_count(self, stream: int, entries: list[list[object]]) -> int:
@@ -533,7 +537,7 @@ class TailCore(Inbox):
     def _end(self, items: list[Item], reason: EndReason) -> list[Item]:
         self.end_reason = reason
         self._drop_pushes()
-        return [*items, End(reason=reason, cursor=self.cursor)]
+        return [*items, End(reason=reason, cursor=self.cursor, error=self._error)]
 
     # -- pushes ------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from ff_fast._core.stats import counting
 from ff_fast._core.steps import Step, Steps, command
 from ff_fast._core.writer import WriterState, continue_writer
 from ff_fast._hot.writer import WriterCore
-from ff_fast._log import say, say_seldom
+from ff_fast._log import named, say, say_seldom
 from ff_fast.errors import (
     AuthenticationFailed,
     ClusterModeRequired,
@@ -48,6 +48,7 @@ from ff_fast.errors import (
     LibraryMismatch,
     NotReplicated,
     Outcome,
+    PermissionDenied,
     ProtocolError,
     SequenceGap,
     StaleOwner,
@@ -332,12 +333,12 @@ class Holder(Generic[W, K]):
         )
 
     @property
-    def _writer_lost_lease(self) -> bool:
-        """Whether the writer has been told, maybe before the keeper, that the lease is lost or the execution has ended."""
+    def _told_writer(self) -> FFError | None:
+        """What has told the writer, maybe before the keeper, that the lease is lost or the execution has ended."""
         error = None if self._current_writer is None else self._current_writer.error
         if error is None or isinstance(error, (WriterSuperseded, StateLost)):
-            return False
-        return is_lease_lost(error)
+            return None
+        return error if is_lease_lost(error) else None
 
     @property
     def _may_end(self) -> bool:
@@ -654,7 +655,7 @@ def _handle(backend: Backend, task: TaskState[Any, Any], cancel_after_s: float |
 
 def _say_raised(task: TaskState[Any, Any], error: BaseException) -> None:
     """Say with which exception an attempt ends; one that was asked to stop, or has lost its lease, ends as it must."""
-    expected = task._cancel_requested or not task._holds_lease or task._writer_lost_lease
+    expected = task._cancel_requested or not task._holds_lease or task._told_writer is not None
     say(
         logging.DEBUG if expected else logging.ERROR,
         "Attempt %d of execution %s has raised %s.",
@@ -668,7 +669,7 @@ def _say_raised(task: TaskState[Any, Any], error: BaseException) -> None:
 
 def _failed(backend: Backend, task: TaskState[Any, Any], error: BaseException) -> Ending:
     _say_raised(task, error)
-    _trace_failed(backend, task, task._lost or error)
+    _trace_failed(backend, task, task._lost or task._told_writer or error)
     # An error of the writer must not replace the handler's own failure.
     with contextlib.suppress(FFError):
         yield CloseWriter()
@@ -814,12 +815,11 @@ def say_started(options: operations.WorkerOptions) -> None:
 
 
 def say_stopped(options: operations.WorkerOptions, error: BaseException | None) -> None:
-    """Say that a worker ends; by *error*, where it is one that every call of it would meet."""
-    if isinstance(error, FFError):
+    """Say that a worker ends; by *error*, where it is no interrupt or exit."""
+    if isinstance(error, Exception):
         text = "Worker %s of lane %s has ended with an error: %s"
-        say(
-            logging.ERROR, text, options.worker_id, options.lane, error, worker_id=options.worker_id
-        )
+        arguments = options.worker_id, options.lane, named(error)
+        say(logging.ERROR, text, *arguments, worker_id=options.worker_id)
     else:
         text = "Worker %s of lane %s has stopped."
         say(logging.INFO, text, options.worker_id, options.lane, worker_id=options.worker_id)
@@ -829,7 +829,7 @@ class Attending:
     """The handlers that run on a backend, over all its workers, and whether the server answers them.
 
     Attributes:
-        reached: Whether the server has answered the last claim; None before the first.
+        reached: Whether the server has answered when it was asked last for work, or who supervises; None before.
     """
 
     def __init__(self) -> None:
@@ -837,6 +837,7 @@ class Attending:
         self._lock = threading.Lock()
         self._count = 0
         self._ended_at = float("-inf")
+        self._asked_at = float("-inf")
 
     def __enter__(self) -> None:
         with self._lock:
@@ -847,9 +848,22 @@ class Attending:
             self._count -= 1
             self._ended_at = time.monotonic()
 
+    def tell(self, reached: bool) -> None:
+        """Note whether the server has answered."""
+        self.reached = reached
+
     def idle_since(self, moment: float) -> bool:
         """Return whether no handler has run since *moment*, in monotonic time."""
         return not self._count and self._ended_at < moment
+
+    def asks(self) -> bool:
+        """Return whether it is time for one of the slots to ask what remains, and count it as asked."""
+        with self._lock:
+            now = time.monotonic()
+            due = now >= self._asked_at + operations.CLAIM_WAIT_S
+            if due:
+                self._asked_at = now
+            return due
 
 
 STOPPED = "The worker was stopped, and has handed the execution back."
@@ -942,10 +956,26 @@ def serve(
         FFError: The worker cannot claim at all.
     """
     patience, attending = Patience(), backend._attending
+    # When the server was asked, and told that nothing is to come. What came back until then is there for one more claim.
+    told_at: float | None = None
     while not stopping():
         began = time.monotonic()
         try:
-            handle = yield Run(options.claim())
+            if told_at is None:
+                handle = yield Run(options.claim())
+            else:
+                began, told_at = told_at, None
+                handle = yield Run(options.claim(max_wait_s=None))
+                if handle is None and attending.idle_since(began):
+                    halt()
+                    return
+            if handle is None and options.until_idle and attending.idle_since(began):
+                if not options.supervise:
+                    halt()
+                elif attending.asks():
+                    asked_at = time.monotonic()
+                    if not (yield from _remains(options)):
+                        told_at = asked_at
         except FFError as error:
             if backend.closed:
                 return
@@ -957,8 +987,23 @@ def serve(
             # Attended to even if a stop was requested meanwhile: it is claimed.
             over = yield Attend(handle)
             yield operations.Rest(patience.attended(over=over))
-        elif options.until_idle and attending.idle_since(began):
-            halt()
+
+
+def _remains(options: operations.WorkerOptions) -> Generator[Run, Any, bool]:
+    """Return whether there are executions that may be claimed some time: delayed, or with a worker that may lose them."""
+    try:
+        remains: bool = yield Run(options.remaining)
+    except PermissionDenied as error:
+        say_seldom(
+            logging.WARNING,
+            "until_idle",
+            error.code,
+            "Worker %s does not wait for retries, delays and other workers: %s",
+            options.worker_id,
+            error,
+        )
+        return False
+    return remains
 
 
 def is_handlers_own(error: BaseException) -> bool:

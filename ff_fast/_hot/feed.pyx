@@ -442,9 +442,8 @@ cdef class Inbox:
             or self.stored != self.sequence
         ):
             return CONTRADICTS
-        items.append(
-            End(reason=pushed.end_reason, cursor=f"{self.attempt_index}.{pushed.ms}-{pushed.last}")
-        )
+        cursor = f"{self.attempt_index}.{pushed.ms}-{pushed.last}"
+        items.append(End(reason=pushed.end_reason, cursor=cursor, error=pushed.end_error))
         self.ms = pushed.ms
         self.sequence = self.stored = pushed.last
         self.end_reason = pushed.end_reason

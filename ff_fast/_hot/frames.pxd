@@ -50,6 +50,7 @@ cdef class Pushed:
     cdef Py_ssize_t payload_bytes
     cdef readonly long long previous
     cdef readonly str end_reason
+    cdef readonly str end_error
     cdef readonly long long lease_ms
     cdef Py_ssize_t count(self, bint exclude) except -1
 

@@ -107,6 +107,7 @@ class Entries:
             behind its `_previous`, and the last visible frame before has the sequence
             `_summary_version`. `assemble` makes a gap of it.
         end_reason: Why the attempt ended; None if the end entry is not among the entries.
+        end_error: The beginning of the error with which it ended; None without one.
         taken: How many entries were decoded; the next one is beyond the limit.
         foreign: How many of these another program wrote; they are left out.
         rewound: Whether one is later than the cursor and has no later sequence: the stream is not
@@ -117,6 +118,8 @@ class Entries:
     def frames(self) -> list[StreamFrame]: ...
     @property
     def end_reason(self) -> EndReason | None: ...
+    @property
+    def end_error(self) -> str | None: ...
     @property
     def taken(self) -> int: ...
     @property
@@ -208,6 +211,7 @@ class Pushed:
         size: Bytes of the message.
         previous: Sequence of the last visible frame before the end.
         end_reason: Why the attempt ended.
+        end_error: The beginning of the error with which it ended; None without one.
         lease_ms: When the lease ends, in ms from here.
     """
 
@@ -237,6 +241,8 @@ class Pushed:
 
     @property
     def end_reason(self) -> EndReason | None: ...
+    @property
+    def end_error(self) -> str | None: ...
     @property
     def lease_ms(self) -> int: ...
 

@@ -34,7 +34,7 @@ What is published on the channel of an attempt (``keys.attempt_channel``), by it
 
     F<ms>-<sequence> [blocks]                    frames that are stored, up to this id
     f<ms>-<sequence> [blocks]                    frames that will be stored under these ids
-    E<ms>-<sequence> <previous visible> <reason> the end, under the id of its entry
+    E<ms>-<sequence> <previous visible> <reason>[ <error>] the end, under the id of its entry
     L<ms>                                        the lease ends in so many ms
     anything else                                something to read
 
@@ -93,6 +93,11 @@ cdef str BEST_EFFORT = "best_effort"
 cdef str TOKEN = "token"
 cdef str UTF8 = "utf8"
 cdef str WORKER = "worker"
+
+
+cdef str beginning_of(bytes raw):
+    """Return a text that may be cut within its last letter; None for none."""
+    return None if raw is None else raw.decode("utf-8", "ignore")
 
 
 cdef str text_of(bytes raw):
@@ -344,6 +349,7 @@ cdef class Entries:
             behind its `_previous`, and the last visible frame before has the sequence
             `_summary_version`. `assemble` makes a gap of it.
         end_reason: Why the attempt ended; None if the end entry is not among the entries.
+        end_error: The beginning of the error with which it ended; None without one.
         taken: How many entries were decoded; the next one is beyond the limit.
         foreign: How many of these another program wrote; they are left out.
         rewound: Whether one is later than the cursor and has no later sequence: the stream is not
@@ -352,6 +358,7 @@ cdef class Entries:
 
     cdef readonly list frames
     cdef readonly str end_reason
+    cdef readonly str end_error
     cdef readonly Py_ssize_t taken
     cdef readonly Py_ssize_t foreign
     cdef readonly bint rewound
@@ -442,7 +449,7 @@ def decode_entries(
     cdef Entries result = Entries.__new__(Entries)
     cdef StreamFrame frame
     cdef list fields
-    cdef bytes name, value, payload, run, previous, version, pointer, end_reason, lost
+    cdef bytes name, value, payload, run, previous, version, pointer, end_reason, end_error, lost
     cdef long long lost_count = 0
     cdef str usual_mode = BEST_EFFORT if live else DURABLE
     cdef const unsigned char* start
@@ -478,7 +485,7 @@ def decode_entries(
         frame.encoding = UTF8
         frame.source = WORKER
         frame._previous = -1
-        payload = run = previous = version = pointer = end_reason = lost = None
+        payload = run = previous = version = pointer = end_reason = end_error = lost = None
         at = 0
         size = len(fields) - 1
         while at < size:
@@ -509,6 +516,8 @@ def decode_entries(
                 frame.source = text_of(value)
             elif is_field(name, "end", 3):
                 end_reason = value
+            elif is_field(name, "error", 5):
+                end_error = value
             elif is_field(name, "lost", 4):
                 lost = value
         if (
@@ -531,6 +540,7 @@ def decode_entries(
         if end_reason is not None and previous is not None and payload is None and run is None:
             number_of(previous, &result._end_previous)
             result.end_reason = text_of(end_reason)
+            result.end_error = beginning_of(end_error)
             result._end_ms = ms
             result._end_sequence = sequence
             if sequence <= after and ms > after_ms:
@@ -713,6 +723,7 @@ cdef class Pushed:
         size: Bytes of the message.
         previous: Sequence of the last visible frame before the end.
         end_reason: Why the attempt ended.
+        end_error: The beginning of the error with which it ended; None without one.
         lease_ms: When the lease ends, in ms from here.
     """
 
@@ -796,7 +807,12 @@ cdef int parse_push(Pushed pushed, bytes message, unsigned int attempt_index) ex
     if kind == c'E':
         space = find_space(at, end)
         parse_number(at, space, &pushed.previous)
-        pushed.end_reason = text_of(PyBytes_FromStringAndSize(space + 1, end - space - 1))
+        at = space = space + 1
+        while space < end and space[0] != c' ':
+            space += 1
+        pushed.end_reason = text_of(PyBytes_FromStringAndSize(at, space - at))
+        if space < end:
+            pushed.end_error = beginning_of(PyBytes_FromStringAndSize(space + 1, end - space - 1))
         if pushed.previous >= pushed.last or pushed.end_reason not in END_REASONS:
             bad_entry()
         pushed._kind = PUSHED_END

@@ -289,7 +289,7 @@ class Operations(Pool):
         return count(self._writers.valuerefs(), closed=self._closed)
 
     def _supervise(self, request: operations.SupervisionRequest) -> None:
-        drive(request.actions(lambda: self._closed), self._supervising)
+        drive(request.actions(lambda: self._closed, self._attending.tell), self._supervising)
 
     def _supervising(self, action: operations.Ask | operations.Rest) -> object:
         if isinstance(action, operations.Ask):

@@ -117,7 +117,7 @@ class Stats(_Sum, Value):
         bytes_written: Payload bytes of the written frames.
         bytes_read: Payload bytes of the read frames.
         batches: Batches of the written frames.
-        resends: Batches that were sent again, after a lost connection or a failover.
+        resends: Batches that were sent again, after a lost connection, a failover, or a refusal that passes.
         reconnects: Times that a server was connected to again after a connection to it was lost, while it was used. Of
             several that are lost together one counts.
         unacknowledged_bytes: Bytes in memory that wait for the server. A gauge.

@@ -551,8 +551,9 @@ class End(Value):
         reason: Why it ended; see :data:`EndReason`. Of an execution: why its last attempt did.
         cursor: ``after`` of a reader that gets the end again. Not compared by ``==``.
         outcome: How the execution ended, where it was followed; None from a tail, which reads one attempt.
-        error: What ended the execution: the message of its failure, the reason of its cancellation, or which time ran
-            out. None after a success, and from a tail.
+        error: What ended it: the message of its failure, the reason of its cancellation, or which time ran out. Of an
+            attempt that a tail reads the first 1,024 bytes; None where its producer was lost and nobody has said more, and
+            after its end. None after a success.
     """
 
     reason: EndReason
@@ -572,7 +573,8 @@ class End(Value):
 
     def __repr__(self) -> str:
         if self.outcome is None:
-            return f"End(reason={self.reason!r}, cursor={self.cursor!r})"
+            error = "" if self.error is None else f", error={self.error!r}"
+            return f"End(reason={self.reason!r}, cursor={self.cursor!r}{error})"
         return super().__repr__()
 
 

@@ -39,7 +39,7 @@ from ff_fast import (
     _library,
     keys,
 )
-from ff_fast._core import claiming, ops
+from ff_fast._core import claiming, operations, ops
 from ff_fast._core import supervision as supervision_core
 from ff_fast._core.operations import Call
 from ff_fast._core.roles import ROLES
@@ -656,6 +656,9 @@ class Life:
         self.supervised(eid, "delay", user="ff_worker")
         worker, handle = self.claimed("by")
         worker.complete(handle)
+        self.created(lane="idle", delay=60)
+        worker = self.by("ff_worker")
+        assert worker._do(operations.run_worker(worker._deployment, lane="idle").remaining)
         flow_id = self.by("ff_producer").create_flow()
         self.created(lane="by", flow_id=flow_id)
         self.by("ff_operator").cancel_flow(

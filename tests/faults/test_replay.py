@@ -377,7 +377,10 @@ async def test_a_failure_is_not_held_up_by_a_loss(shell, server, raw, lane):
         past, _ = await by_closed(backend, handle, raw, eid)
         past.come()
         await backend.fail(handle, "reason")
-        assert (await backend.items(eid))[5:] == [Gap(6, 11, "lost"), End("attempt_failure")]
+        assert (await backend.items(eid))[5:] == [
+            Gap(6, 11, "lost"),
+            End("attempt_failure", error="reason"),
+        ]
 
 
 @pytest.mark.long

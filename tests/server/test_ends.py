@@ -531,7 +531,8 @@ def test_every_state_can_end_from_outside(world, state, how):
     world.check(eid)
     reason = {"cancel": "attempt_cancelled", "deadline": "expired"}[how]
     assert world.backend.describe_stream(eid, attempt).closed_reason == reason
-    assert list(world.backend.tail(eid, attempt)) == [End(reason)]
+    error = {"cancel": "enough", "deadline": "execution_deadline"}[how]
+    assert list(world.backend.tail(eid, attempt)) == [End(reason, error=error)]
     (record,) = world.completions(eid)
     assert record[b"outcome"] == {"cancel": b"cancelled", "deadline": b"expired"}[how]
     assert b"flow_id" not in record
@@ -621,7 +622,7 @@ def test_a_reader_of_an_attempt_that_nobody_claimed_sees_the_end(world, wait_unt
     wait_listening(world.raw)
     world.backend.cancel(eid)
     thread.join(5)
-    assert seen == [End("attempt_cancelled")]
+    assert seen == [End("attempt_cancelled", error="cancelled")]
 
 
 # -- completions -------------------------------------------------------------------------------------

@@ -514,6 +514,7 @@ def test_after_the_end_nothing_is_renewed_or_ended_otherwise(owned, backend, eve
 # -- the end -----------------------------------------------------------------------------------------
 
 REASONS = {"complete": "attempt_success", "fail": "attempt_failure"}
+ERRORS = {"complete": {}, "fail": {b"error": b"reason"}}
 
 
 @pytest.mark.parametrize("how", REASONS)
@@ -531,7 +532,7 @@ def test_the_end_closes_the_stream_and_limits_every_key(owned, backend, raw, eve
     assert reason.decode() == REASONS[how]
     end_id, end = raw.xrevrange(keys.stream(eid, 0), count=1)[0]
     assert end_id.endswith(b"-4")
-    assert end == {b"end": reason, b"prev": b"3"}
+    assert end == {b"end": reason, b"prev": b"3", **ERRORS[how]}
     there = everything(eid)
     names = [keys.core(eid), keys.payload(eid), keys.tags(eid), keys.history(eid)]
     names += [keys.attempt(eid, 0)]
@@ -568,7 +569,7 @@ def test_an_attempt_without_a_frame_ends_the_same_way(owned, backend, raw, how, 
     _calls(backend)[how](handle)
     ((end_id, end),) = raw.xrange(keys.stream(eid, 0))
     assert end_id.endswith(b"-1")
-    assert end == {b"end": REASONS[how].encode(), b"prev": b"0"}
+    assert end == {b"end": REASONS[how].encode(), b"prev": b"0", **ERRORS[how]}
     page = backend.read_stream(eid, 0)
     assert (page, page.end_reason, page.gaps) == ((), REASONS[how], ())
     for key in (keys.stream(eid, 0), keys.head(eid, 0), keys.meta(eid, 0), keys.core(eid)):

@@ -107,7 +107,7 @@ def test_an_idle_reader_sees_the_end_at_once(kind, how, state, backend, server, 
             backend.complete(handle)
         else:
             backend.fail(handle, "it broke")
-        want = End("attempt_success" if how == "complete" else "attempt_failure")
+        want = DONE if how == "complete" else End("attempt_failure", error="it broke")
         assert reader.result()[-1] == want
         return reader.items[-1][0] - began
 

@@ -115,7 +115,8 @@ def listening(world, eid):
 def end_of(world, eid, index=0):
     """What is published of the end of an attempt: the id and the fields of its entry."""
     ((identity, fields),) = world.raw.xrevrange(keys.stream(eid, index), count=1)
-    return b"E%b %b %b" % (identity, fields[b"prev"], fields[b"end"])
+    told = [b"E%b" % identity, fields[b"prev"], fields[b"end"]]
+    return b" ".join([*told, fields[b"error"]] if b"error" in fields else told)
 
 
 @pytest.mark.parametrize("old, new", TRANSITIONS)

@@ -245,7 +245,7 @@ def pushes(draw):
 
 words = st.sampled_from(
     [b"", b"R", b"L", b"L5", b"L05x", b"L" + b"9" * 19, b"E5-3 1 attempt_success", b"E5-3 3 attempt_success", b"E5-3 0 ",
-     b"E5-3 0 attempt", b"E5-0 0 expired", b"E5 0 expired", b"F5-1", b"F5-1 ", b"F-1 V", b"G5-1 V\0\1\1"]
+     b"E5-3 1 attempt_failure no GPU left", b"E5-3 1 expired ", b"E5-3 1 expired \xc5\xbc\xc5", b"E5-3 0 attempt", b"E5-0 0 expired", b"E5 0 expired", b"F5-1", b"F5-1 ", b"F-1 V", b"G5-1 V\0\1\1"]
 )  # fmt: skip
 
 
@@ -257,8 +257,8 @@ def test_a_push_is_decoded_as_the_reference_does(message):
     if want.kind == "lease":
         assert got.lease_ms == want.lease_ms
     elif want.kind == "end":
-        shown = (got.ms, got.last, got.previous, got.end_reason)
-        assert shown == (want.ms, want.last, want.previous, want.end_reason)
+        shown = (got.ms, got.last, got.previous, got.end_reason, got.end_error)
+        assert shown == (want.ms, want.last, want.previous, want.end_reason, want.end_error)
     elif want.kind == "frames":
         shown = (got.deferred, got.ms, got.first, got.last)
         assert shown == (want.deferred, want.ms, want.first, want.last)
@@ -498,3 +498,14 @@ def test_a_frame_needs_an_id(stream_id):
 def test_a_frame_needs_its_fields(name):
     with pytest.raises(TypeError):
         frame(**{name: None})
+
+
+def test_the_error_of_an_end_is_the_text_that_is_whole():
+    end = [b"end", b"attempt_failure", b"prev", b"1"]
+    for fields, error in (
+        (end, None),
+        ([*end, b"error", b""], ""),
+        ([*end, b"error", b"no \xc5\xbc\xc5"], "no \u017c"),
+    ):
+        got = decode_entries([[b"1-2", fields]], 0)
+        assert (got.end_reason, got.end_error) == ("attempt_failure", error)

@@ -127,6 +127,19 @@ def test_opentelemetry_gets_every_number_by_the_semantic_conventions():
     assert len(found) == 18 + 9
 
 
+def test_the_backends_of_later_calls_are_added():
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader])
+    meter = provider.get_meter("test")
+    first = Backend()
+    for backends in ([first], [first], [Backend(), Backend()]):
+        instrument(*backends, meter=meter)
+    (scope,) = reader.get_metrics_data().resource_metrics[0].scope_metrics
+    provider.shutdown()
+    (open_tails,) = [each for each in scope.metrics if each.name == "ff_fast.tails.open"]
+    assert [point.value for point in open_tails.data.data_points] == [30]
+
+
 @pytest.mark.parametrize("make", [PrometheusCollector, instrument])
 def test_without_a_backend_there_is_nothing_to_measure(make):
     with pytest.raises(errors.InvalidInput):

@@ -1,10 +1,11 @@
 """The end of the interpreter: what it asks of the objects that have work left."""
 
+import signal
 import weakref
 
 import pytest
 
-from ff_fast import _process
+from ff_fast import _process, cli
 
 
 class Ending:
@@ -34,3 +35,9 @@ def test_all_begin_before_one_is_waited_for_and_warn_when_time_is_up(monkeypatch
     _process._tell_of_exit()
     assert sorted(said[:2]) == ["a begins", "b begins"]
     assert sorted(said[2:]) == ["a warns", "b warns"]
+
+
+def test_a_worker_of_the_command_line_ends_in_order_at_its_first_signal():
+    with cli._terminable():
+        # It would end the command at once, as it does where no worker runs.
+        assert _process._only_interrupts(signal.getsignal(signal.SIGTERM))

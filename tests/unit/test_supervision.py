@@ -1,12 +1,14 @@
 """Supervision step by step: which timers are fired, and what stays for later."""
 
+import contextlib
 import logging
+import threading
 
 import hiredis
 import pytest
 
 from ff_fast import errors, keys
-from ff_fast._core import supervision
+from ff_fast._core import operations, supervision
 from ff_fast._core.deployment import Deployment
 from ff_fast.types import ScannerFilter
 
@@ -241,3 +243,21 @@ def test_timers_of_other_kinds_stand_before_them():
     asked, tokens = find(other, [], [member("lease")], described(), attempt(), partitions=2)
     assert asked[1:4] == [page(0), page(1), page(0, 32)]
     assert len(tokens) == 1
+
+
+@pytest.mark.parametrize(
+    "error, answered", [(errors.Unavailable(), False), (errors.PermissionDenied(), True)]
+)
+def test_who_stands_by_tells_whether_the_server_answers(error, answered):
+    told = []
+    stop = threading.Event()
+    request = operations.SupervisionRequest.standing_by(Deployment(), stop)._replace(interval_s=0)
+    actions = request.actions(lambda: False, told.append)
+    next(actions)
+    actions.send(True)
+    assert told == [True]
+    # The round, and the next question.
+    assert isinstance(actions.send(0), operations.Ask)
+    with contextlib.suppress(errors.PermissionDenied):
+        actions.throw(error)
+    assert told == [True, answered]

@@ -1,15 +1,17 @@
 """What a worker does with a claimed execution, action by action: no server, no handler, no thread."""
 
 import asyncio
+import logging
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 
-from ff_fast import TaskFailed, TaskReleased, errors
+from ff_fast import ScannerFilter, TaskFailed, TaskReleased, errors
 from ff_fast._core import operations, worker
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.durability import STORED
+from ff_fast._core.supervision import Watch
 from ff_fast._core.worker import (
     CallHandler,
     CloseWriter,
@@ -135,7 +137,7 @@ class Attended:
                     return f"fail {first[-2].decode()}"
                 return functions([first])[0]
             case UseWriter():
-                self.task._current_writer = SimpleNamespace(cancel_requested=False)
+                self.task._current_writer = SimpleNamespace(cancel_requested=False, error=None)
                 return "use writer"
             case CallHandler():
                 return "handler"
@@ -779,3 +781,35 @@ def test_what_all_executions_meet_at_once_is_one_line(what, caplog):
     for _ in range(50):
         Attended(outcomes)
     assert len([each for each in caplog.messages if text in each]) == 1
+
+
+@pytest.mark.parametrize(
+    "error, level, text",
+    [
+        (None, logging.INFO, "Worker w of lane l has stopped."),
+        (KeyboardInterrupt(), logging.INFO, "Worker w of lane l has stopped."),
+        (BARRED, logging.ERROR, f"Worker w of lane l has ended with an error: {BARRED}"),
+        # The text of an error that is not ours may hold anything.
+        (
+            KeyError("s3cr3t"),
+            logging.ERROR,
+            "Worker w of lane l has ended with an error: KeyError.",
+        ),
+    ],
+)
+def test_a_worker_says_how_it_ends(error, level, text, caplog):
+    caplog.set_level(logging.DEBUG, "ff_fast")
+    worker.say_stopped(SimpleNamespace(worker_id="w", lane="l"), error)
+    (record,) = caplog.records
+    assert (record.levelno, record.getMessage(), record.worker_id) == (level, text, "w")
+
+
+def test_a_supervisor_says_how_it_ends(caplog):
+    caplog.set_level(logging.INFO, "ff_fast")
+    for error in (BARRED, KeyError("s3cr3t")):
+        with pytest.raises(type(error)), Watch(ScannerFilter()):
+            raise error
+    assert [each.getMessage() for each in caplog.records if each.levelno == logging.ERROR] == [
+        f"A supervisor has ended with an error: {BARRED}",
+        "A supervisor has ended with an error: KeyError.",
+    ]

@@ -215,6 +215,19 @@ def test_a_worker_ends_when_there_is_nothing_to_do(kind, server, backend, lane, 
     assert backend.claim(lane=lane) is None
 
 
+def test_a_worker_that_leaves_supervision_to_others_waits_for_nothing_that_they_bring(
+    kind, server, backend, lane, app, monkeypatch
+):
+    monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
+    backend.create_execution(lane=lane, delay=600)
+    idle = Worker(
+        kind, server.url, app(default=lambda _: b""), lane=lane, until_idle=True, supervise=False
+    )
+    idle.begin()
+    threading.Thread.join(idle, 20)
+    assert not idle.is_alive()
+
+
 def opened_child(task, lane):
     return task._backend.create_execution(lane=lane, payload=b"child")
 

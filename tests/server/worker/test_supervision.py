@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 import ff_fast
-from ff_fast import RetryPolicy, keys
+from ff_fast import FailureClass, RetryPolicy, keys
 from ff_fast._core import operations as operations_core
 from ff_fast._core import supervision as supervision_core
 from ff_fast.embedded import EmbeddedServer
@@ -64,6 +65,38 @@ def test_a_worker_retries_delays_and_replaces_lost_workers_by_itself(worker, bac
     for eid in (lost, delayed, retried):
         assert state(eid) == "completed"
     assert tried == [0, 1]
+
+
+@pytest.mark.usefixtures("prompt")
+def test_a_worker_that_ends_when_idle_waits_for_retries_and_for_what_others_run(
+    kind, server, backend, lane, monkeypatch
+):
+    monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
+    tries = []
+
+    def handler(task):
+        tries.append(task.execution_id)
+        if tries == [retried]:
+            raise RuntimeError
+        return b"again"
+
+    policy = RetryPolicy(max_retries=1, delay=0.3)
+    retried = backend.create_execution(lane=lane, retry=policy)
+    held = backend.create_execution(lane=lane, priority=9)
+    holder = backend.claim(lane=lane)
+    assert holder.fields().execution_id == held
+    idle = Worker(
+        kind, server.url, handler, lane=lane, until_idle=True, concurrency=3, supervise=True
+    )
+    idle.begin()
+    wait_until(lambda: backend.describe(retried).state == "completed")
+    assert idle.is_alive()
+    # Its holder gives it up, as a worker that is stopped does.
+    backend.fail(holder, "lost", FailureClass.INFRA_CRASH)
+    threading.Thread.join(idle, 20)
+    assert idle.error is None
+    assert not idle.is_alive()
+    assert backend.read_result(held) == backend.read_result(retried) == b"again"
 
 
 @pytest.mark.usefixtures("prompt")
