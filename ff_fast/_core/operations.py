@@ -2099,7 +2099,8 @@ def run_worker(
     others ask every two seconds whether it still does.
 
     SIGTERM and SIGINT in the main thread, *stop*, and closing the backend stop the claims; running handlers end first.
-    A handler of these signals that the program has installed, as a web server does, is called too.
+    A handler of these signals that the program has installed, as a web server does, is called too; an exit that it
+    raises would break off what stops in order, and is not raised.
     An exit or an interrupt raised by a handler ends the worker and is raised here; the execution goes to another worker
     and counts as lost. In asyncio, cancelling the worker cancels its running handlers: the frames that they wrote are
     stored, and their executions go to other workers within about two seconds.
