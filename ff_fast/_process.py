@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -108,7 +109,7 @@ def on_stop_signals(stop: Callable[[], None], *, twice: bool = False) -> Callabl
     """Call *stop* on SIGTERM and SIGINT; return the function that ends this. Outside the main thread, do nothing.
 
     Several workers of one loop share the signals. A handler that the program had installed, as a web server has, is
-    called after each *stop*. A second SIGINT calls that of Python or asyncio.
+    called after each *stop*; the exit or interrupt that it raises is not. A second SIGINT calls that of Python or asyncio.
 
     Args:
         stop: Called inside the signal handler, at any point of the program: it must take no lock.
@@ -151,12 +152,9 @@ def _stop_all(number: int, frame: FrameType | None) -> None:
     for stop in tuple(_stops):
         stop()
     if callable(before) and own:
-        before(number, frame)
-
-
-def hears_stop_signals() -> bool:
-    """Whether something of this process stops in order at a signal."""
-    return bool(_stops)
+        # One that raises is to end the program: the stops do that in order.
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            before(number, frame)
 
 
 def handler_of(number: int) -> object:
@@ -166,11 +164,20 @@ def handler_of(number: int) -> object:
 
 
 def _only_interrupts(handler: Callable[..., object]) -> bool:
-    """Whether a handler is Python's for SIGINT, that of `asyncio.run`, or of ``ff-fast``.
-
-    They end at once what the stops are to end in order.
-    """
-    if getattr(handler, "__module__", "") == "ff_fast.cli":
-        return True
+    """Whether a handler does nothing but end at once what the stops are to end in order: Python's, asyncio's or ours."""
     runner = getattr(getattr(handler, "func", None), "__self__", None)
-    return handler is signal.default_int_handler or type(runner).__module__ == "asyncio.runners"
+    return (
+        handler in (signal.default_int_handler, raise_terminated)
+        or type(runner).__module__ == "asyncio.runners"
+    )
+
+
+class Terminated(BaseException):
+    """SIGTERM has come to a command: what it has started ends with it."""
+
+
+def raise_terminated(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as signal calls it
+    """Raise :class:`Terminated`: the handler of SIGTERM of a command."""
+    # What ends then may take its time, and a second signal is the end of it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated

@@ -38,10 +38,6 @@ _TERMINATED = 143
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-class _Terminated(BaseException):
-    """SIGTERM has come: what the command has started ends with it."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with *argv* (default: ``sys.argv``) and return its exit code; without a command, print the help.
 
@@ -62,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except _Terminated:
+    except _process.Terminated:
         return _TERMINATED
     except BrokenPipeError:
         _drop_output()
@@ -109,20 +105,12 @@ def _drop_output() -> None:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Raise :class:`_Terminated` on SIGTERM, whose default action would leave children and servers to themselves."""
+    """Let SIGTERM raise: its default action would leave children and servers to themselves."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def raise_it(number: int, frame: object) -> None:  # noqa: ARG001 - as signal calls it
-        if _process.hears_stop_signals():
-            # A worker or a server ends by itself.
-            return
-        # What ends then may take its time, and a second signal is the end of it.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, raise_it)
+    before = signal.signal(signal.SIGTERM, _process.raise_terminated)
     try:
         yield
     finally:

@@ -440,6 +440,7 @@ def list_executions(
     Raises:
         InvalidCursor: *after* is no cursor of a page.
         InvalidInput: Another argument is not accepted.
+        Corruption: An index is foreign data.
     """
     if state is not None and state not in STATES:
         raise InvalidInput(f"state must be one of {', '.join(STATES)}.")
@@ -468,6 +469,9 @@ def list_lanes(on: Deployment) -> Call[tuple[LaneSummary, ...]]:
     """Count what is in each lane that has executions, or has had failures within the last hour; the fullest first.
 
     It takes one call a partition, and one more for each 384 executions of it that neither wait nor have ended.
+
+    Raises:
+        Corruption: An index is foreign data.
     """
     return Call(lambda: listing.lanes(on.partitions), writes=False, own_connection=True)
 
@@ -477,6 +481,9 @@ def list_workers(on: Deployment) -> Call[tuple[WorkerSummary, ...]]:
 
     A worker without an execution holds no lease and is not listed. The list takes the calls of `list_executions` for all
     active executions.
+
+    Raises:
+        Corruption: An index is foreign data.
     """
     return Call(lambda: listing.workers(on.partitions), writes=False, own_connection=True)
 
@@ -503,6 +510,9 @@ def diagnose(on: Deployment, *, role: str | None = None) -> Call[tuple[Finding, 
     Args:
         role: The part that this user shall play, one of those of ``ff-fast acl``; a right that it lacks is a failure. None
             tells which roles the user has.
+
+    Raises:
+        InvalidInput: There is no such role.
     """
     if role is not None and role not in ROLES:
         raise InvalidInput(f"role must be one of {', '.join(ROLES)}.")
@@ -2089,7 +2099,8 @@ def run_worker(
     others ask every two seconds whether it still does.
 
     SIGTERM and SIGINT in the main thread, *stop*, and closing the backend stop the claims; running handlers end first.
-    A handler of these signals that the program has installed, as a web server does, is called too.
+    A handler of these signals that the program has installed, as a web server does, is called too; an exit that it
+    raises would break off what stops in order, and is not raised.
     An exit or an interrupt raised by a handler ends the worker and is raised here; the execution goes to another worker
     and counts as lost. In asyncio, cancelling the worker cancels its running handlers: the frames that they wrote are
     stored, and their executions go to other workers within about two seconds.

@@ -351,6 +351,22 @@ def test_a_program_with_handlers_of_its_own_hears_each_signal_too():
 
 
 @pytest.mark.usefixtures("_handlers")
+def test_a_handler_of_the_program_that_exits_breaks_off_no_stop():
+    heard = []
+
+    def leave(*_):
+        heard.append("program")
+        raise SystemExit
+
+    before = signal.signal(signal.SIGTERM, leave)
+    restore = _process.on_stop_signals(lambda: heard.append("worker"))
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == ["worker", "program"]
+    restore()
+    assert signal.signal(signal.SIGTERM, before) is leave
+
+
+@pytest.mark.usefixtures("_handlers")
 def test_the_handler_of_asyncio_is_for_a_second_interrupt():
     heard = []
 
