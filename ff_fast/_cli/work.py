@@ -245,30 +245,39 @@ class Process:
         self._url = url
         self._stop = Stop()
         self._backend: Any = None
-        self._drain_s = DRAIN_S
+        self._drain_s = 0.0
         self._errors: list[BaseException] = []
         self._over = threading.Event()
 
     def run(self) -> int:
-        restore = _process.on_stop_signals(self._stop.signalled, twice=True)
+        parent = _parent_of(self._arguments.parent_fd)
+        threading.Thread(
+            target=self._mind, args=(parent,), name="ff-fast worker", daemon=True
+        ).start()
         try:
-            parent = _parent_of(self._arguments.parent_fd)
-            threading.Thread(
-                target=self._mind, args=(parent,), name="ff-fast worker", daemon=True
-            ).start()
-            workers = load(self._arguments.targets, self._arguments.lane)
-            self._drain_s = max(map(self._drain_of, workers))
-            endpoints = self._serve()
-            if workers[0].is_async:
-                asyncio.run(self._run_async(workers, endpoints))
-            else:
-                self._run_sync(workers, endpoints)
+            try:
+                workers = load(self._arguments.targets, self._arguments.lane)
+                restore = _process.on_stop_signals(self._stop.signalled, twice=True)
+            except (_process.Terminated, KeyboardInterrupt):
+                # An import may take long, and nothing is claimed yet.
+                return DONE
+            try:
+                self._run(workers)
+            finally:
+                restore()
         finally:
-            restore()
             self._over.set()
         if self._errors:
             raise self._errors[0]
         return DONE
+
+    def _run(self, workers: list[Worker]) -> None:
+        self._drain_s = max(map(self._drain_of, workers))
+        endpoints = self._serve()
+        if workers[0].is_async:
+            asyncio.run(self._run_async(workers, endpoints))
+        else:
+            self._run_sync(workers, endpoints)
 
     def why_not_ready(self) -> str:
         """Return why the process is not ready, as one word; empty if it is."""
@@ -366,8 +375,8 @@ class Process:
                 until = min(until, now + HAND_BACK_S + END_S)
             if now > until:
                 LOG.error(
-                    "The process is ended, as a handler, a lifespan or an import does not end; executions that it has go on"
-                    " when their leases lapse."
+                    "The process is ended, as a handler or a lifespan does not end; executions that it has go on when their"
+                    " leases lapse."
                 )
                 logging.shutdown()
                 os._exit(FAILED)

@@ -425,6 +425,14 @@ def test_a_command_that_stops_in_order_is_not_broken_off(monkeypatch, number):
     assert heard == [number, number]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_ends_an_import_at_once(run, module, tmp_path, number):
+    (tmp_path / f"{module}.py").write_text(
+        f"import signal, time\nsignal.raise_signal({int(number)})\ntime.sleep(600)"
+    )
+    assert run(f"{module}:handler") == (0, "")
+
+
 @pytest.mark.long
 def test_sigterm_lets_a_handler_end(server, backend, lane, module):
     eid = backend.create_execution(lane=lane, payload=b"0.5")
