@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import logging
 import os
@@ -254,19 +255,15 @@ class Process:
         threading.Thread(
             target=self._mind, args=(parent,), name="ff-fast worker", daemon=True
         ).start()
-        try:
+        with contextlib.ExitStack() as ends:
+            ends.callback(self._over.set)
             try:
                 workers = load(self._arguments.targets, self._arguments.lane)
-                restore = _process.on_stop_signals(self._stop.signalled, twice=True)
+                ends.callback(_process.on_stop_signals(self._stop.signalled, twice=True))
             except (_process.Terminated, KeyboardInterrupt):
                 # An import may take long, and nothing is claimed yet.
                 return DONE
-            try:
-                self._run(workers)
-            finally:
-                restore()
-        finally:
-            self._over.set()
+            self._run(workers)
         if self._errors:
             raise self._errors[0]
         return DONE
