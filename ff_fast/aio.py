@@ -22,8 +22,7 @@ from ff_fast._aio.streams import OpenedStream
 from ff_fast._aio.worker import Handler, Task, WorkerLoop
 from ff_fast._aio.writers import Writer
 from ff_fast._clients import config_of_client
-from ff_fast._core import operations
-from ff_fast._core import worker as worker_core
+from ff_fast._core import operations, slots
 from ff_fast._core.binding import bind
 from ff_fast._log import say
 from ff_fast.errors import FFError
@@ -204,7 +203,7 @@ class ValkeyBackend(Operations):
         try:
             await self._supervise(operations.SupervisionRequest.standing_by(self._deployment, stop))
         except FFError as error:
-            say(logging.WARNING, worker_core.NOT_SUPERVISING, error)
+            say(logging.WARNING, slots.NOT_SUPERVISING, error)
 
     run_worker = of_handler(operations.run_worker, _run_worker)
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ff_fast import _transport
 from ff_fast._clients import config_of_client
-from ff_fast._core import operations
-from ff_fast._core import worker as worker_core
+from ff_fast._core import operations, slots
 from ff_fast._core.binding import bind
 from ff_fast._core.handlers import of_handler
 from ff_fast._log import say
@@ -203,7 +202,7 @@ class ValkeyBackend(Operations):
         try:
             self._supervise(operations.SupervisionRequest.standing_by(self._deployment, stop))
         except FFError as error:
-            say(logging.WARNING, worker_core.NOT_SUPERVISING, error)
+            say(logging.WARNING, slots.NOT_SUPERVISING, error)
 
     run_worker = of_handler(operations.run_worker, _run_worker)
 

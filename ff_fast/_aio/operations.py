@@ -21,7 +21,8 @@ from ff_fast._core import claiming, operations
 from ff_fast._core.binding import HANDLER, R, S, bind, dressed
 from ff_fast._core.handlers import H, options_of
 from ff_fast._core.leases import KeptLeases
-from ff_fast._core.worker import HAND_BACK_S, Attending
+from ff_fast._core.slots import Attending
+from ff_fast._core.worker import HAND_BACK_S
 from ff_fast._core.writer import FrameWriters, flush_to, settle
 from ff_fast.errors import FFError, WriterClosed
 

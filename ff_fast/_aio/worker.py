@@ -14,13 +14,13 @@ from ff_fast import _process
 from ff_fast._aio.leases import LeaseKeeper
 from ff_fast._aio.operations import drive
 from ff_fast._aio.writers import Writer
-from ff_fast._core import operations
+from ff_fast._core import operations, slots
 from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import dressed
 from ff_fast._core.handlers import Worker, check_handler
+from ff_fast._core.slots import Attend
 from ff_fast._core.worker import (
     Action,
-    Attend,
     CallHandler,
     CloseWriter,
     Raised,
@@ -210,7 +210,7 @@ class WorkerLoop:
         # The caller's event may be shared with other workers, so this loop never sets it.
         self._halt = asyncio.Event()
         self._signalled = False
-        self._drain = worker_core.Drain(options.drain_s, options.stop)
+        self._drain = slots.Drain(options.drain_s, options.stop)
         self._context: object = None
         self._error: BaseException | None = None
         self._cancel_after_s = (
@@ -232,13 +232,13 @@ class WorkerLoop:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        worker_core.say_started(self._options)
+        slots.say_started(self._options)
         restore = _process.on_stop_signals(lambda: self._on_signal(loop), twice=self._drain.limited)
         try:
             async with asyncio.TaskGroup() as group:
-                slots = range(self._options.concurrency)
+                count = self._options.concurrency
                 try:
-                    await self._ended({group.create_task(self._slot()) for _ in slots})
+                    await self._ended({group.create_task(self._slot()) for _ in range(count)})
                 except asyncio.CancelledError:
                     # A handler may keep its cancellation to itself: its slot ends behind it.
                     self._halt.set()
@@ -246,7 +246,7 @@ class WorkerLoop:
         finally:
             restore()
             self._halt.set()
-            worker_core.say_stopped(self._options, self._error)
+            slots.say_stopped(self._options, self._error)
         if self._error is not None:
             raise self._error
 
@@ -275,9 +275,7 @@ class WorkerLoop:
         return self._halt.is_set() or self._backend.closed or (stop is not None and stop.is_set())
 
     async def _slot(self) -> None:
-        serving = worker_core.serve(
-            self._backend, self._options, lambda: self._stopping, self._halt.set
-        )
+        serving = slots.serve(self._backend, self._options, lambda: self._stopping, self._halt.set)
         try:
             await drive(serving, self._perform_slot)
         except asyncio.CancelledError:

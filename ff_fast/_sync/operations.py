@@ -15,7 +15,7 @@ from ff_fast import _transport
 from ff_fast._core import claiming, durability, operations
 from ff_fast._core.binding import bind
 from ff_fast._core.leases import KeptLeases
-from ff_fast._core.worker import Attending
+from ff_fast._core.slots import Attending
 from ff_fast._core.writer import FrameWriters, flush_to, settle
 from ff_fast._sync.connection import PENDING
 from ff_fast._sync.leases import LeaseKeeper

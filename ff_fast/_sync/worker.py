@@ -9,13 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from ff_fast import _process
-from ff_fast._core import operations
+from ff_fast._core import operations, slots
 from ff_fast._core import worker as worker_core
 from ff_fast._core.binding import dressed
 from ff_fast._core.handlers import Worker, check_handler, is_coroutine_function
+from ff_fast._core.slots import Attend
 from ff_fast._core.worker import (
     Action,
-    Attend,
     CallHandler,
     CloseWriter,
     Raised,
@@ -162,7 +162,7 @@ class WorkerLoop:
         # The caller's event may be shared with other workers, so this loop never sets it.
         self._halt = threading.Event()
         self._signalled = False
-        self._drain = worker_core.Drain(options.drain_s, options.stop)
+        self._drain = slots.Drain(options.drain_s, options.stop)
         self._tasks: set[Task] = set()
         self._context: object = None
         self._error: BaseException | None = None
@@ -176,7 +176,7 @@ class WorkerLoop:
             self._run()
 
     def _run(self) -> None:
-        worker_core.say_started(self._options)
+        slots.say_started(self._options)
         restore = _process.on_stop_signals(self._on_signal, twice=self._drain.limited)
         threads = [
             threading.Thread(target=self._slot, name=f"ff_fast worker {index}", daemon=True)
@@ -203,7 +203,7 @@ class WorkerLoop:
         finally:
             restore()
             self._halt.set()
-            worker_core.say_stopped(self._options, self._error)
+            slots.say_stopped(self._options, self._error)
         if self._error is not None:
             raise self._error
 
@@ -224,7 +224,7 @@ class WorkerLoop:
         ):
             for task in self._tasks - left:
                 left.add(task)
-                error = StaleOwner(worker_core.STOPPED)
+                error = StaleOwner(slots.STOPPED)
                 actions = worker_core.hand_back(self._backend, task, error)
                 drive(actions, partial(self._perform, task))
                 if task._keeper is not None:
@@ -247,9 +247,7 @@ class WorkerLoop:
         )
 
     def _slot(self) -> None:
-        serving = worker_core.serve(
-            self._backend, self._options, lambda: self._stopping, self._halt.set
-        )
+        serving = slots.serve(self._backend, self._options, lambda: self._stopping, self._halt.set)
         try:
             drive(serving, self._perform_slot)
         except BaseException as error:  # noqa: BLE001 - raised again by run()

@@ -18,7 +18,7 @@ from ff_fast import (
 )
 from ff_fast._core import hub as hub_core
 from ff_fast._core import operations as operations_core
-from ff_fast._core import worker as worker_core
+from ff_fast._core import slots
 from ff_fast.embedded import EmbeddedServer
 from ff_fast.errors import AuthenticationFailed, FunctionMissing, PermissionDenied, StaleOwner
 
@@ -116,7 +116,7 @@ def test_each_user_can_do_its_work_and_is_refused_nothing(guarded, opener):
 def prompt(monkeypatch):
     """Workers look more often whether they shall stop, and pause briefly."""
     monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
-    monkeypatch.setattr(worker_core, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(slots, "_FIRST_PAUSE_S", 0.01)
 
 
 def ended(backend, eid):

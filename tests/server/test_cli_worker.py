@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 
 import ff_fast
-from ff_fast import cli
+from ff_fast import _process, cli
 from ff_fast._cli import health, processes, work
 from ff_fast._core import operations as operations_core
 
@@ -405,6 +405,24 @@ def test_metrics_are_on_their_path():
 
 
 # -- signals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_stops_in_order_is_not_broken_off(monkeypatch, number):
+    heard = []
+
+    def stops(_):
+        restore = _process.on_stop_signals(lambda: heard.append(number), twice=True)
+        try:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+        finally:
+            restore()
+        return 0
+
+    monkeypatch.setattr(cli, "_run", stops)
+    assert cli.main(()) == 0
+    assert heard == [number, number]
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from ff_fast import ScannerFilter, TaskFailed, TaskReleased, errors
-from ff_fast._core import operations, worker
+from ff_fast._core import operations, slots, worker
 from ff_fast._core.deployment import Deployment
 from ff_fast._core.durability import STORED
 from ff_fast._core.supervision import Watch
@@ -512,7 +512,7 @@ def test_what_every_call_of_a_worker_meets_ends_it(outcomes, did):
 
 
 def test_a_slot_pauses_longer_with_each_failure_in_a_row():
-    patience = worker.Patience()
+    patience = slots.Patience()
     assert patience.attended(over=True) == 0
     unreadable = errors.InternalFunctionError()
     pauses = [patience.attended(over=False) for _ in range(3)]
@@ -537,7 +537,7 @@ def test_a_slot_pauses_longer_with_each_failure_in_a_row():
 )
 def test_a_worker_that_may_not_claim_ends(error):
     with pytest.raises(type(error)):
-        worker.Patience().refused(error)
+        slots.Patience().refused(error)
 
 
 # -- handing back -------------------------------------------------------------------------------------------------------
@@ -799,7 +799,7 @@ def test_what_all_executions_meet_at_once_is_one_line(what, caplog):
 )
 def test_a_worker_says_how_it_ends(error, level, text, caplog):
     caplog.set_level(logging.DEBUG, "ff_fast")
-    worker.say_stopped(SimpleNamespace(worker_id="w", lane="l"), error)
+    slots.say_stopped(SimpleNamespace(worker_id="w", lane="l"), error)
     (record,) = caplog.records
     assert (record.levelno, record.getMessage(), record.worker_id) == (level, text, "w")
 

@@ -16,7 +16,7 @@ from ff_fast import (
     errors,
     keys,
 )
-from ff_fast._core import worker as worker_core
+from ff_fast._core import slots
 
 from ...key_table import TABLE
 from ...shells import WORKER
@@ -30,7 +30,7 @@ OF_AN_EXECUTION = [name for name, row in TABLE.items() if "<eid>" in row.pattern
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(worker_core, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(slots, "_FIRST_PAUSE_S", 0.01)
 
 
 def key_of(name, eid):
