@@ -298,13 +298,20 @@ app = Starlette(middleware=[Middleware(Plain)], """,
 )
 
 
+# Its handler ends when the lifespan does, which is behind the last response.
 WITH_WORKER = APP.replace(
     """app.state.backend:
         yield""",
     """app.state.backend:
-        import asyncio
-        stop = asyncio.Event()
-        worker = asyncio.create_task(app.state.backend.run_worker(print, lane="nothing", stop=stop))
+        import asyncio, uuid
+        stop, begun, lane = asyncio.Event(), asyncio.Event(), uuid.uuid4().hex
+        async def handler(task):
+            begun.set()
+            await stop.wait()
+        backend = app.state.backend
+        await backend.create_execution(lane=lane)
+        worker = asyncio.create_task(backend.run_worker(handler, lane=lane, stop=stop))
+        await begun.wait()
         yield
         stop.set()
         await worker""",
