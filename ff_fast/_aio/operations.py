@@ -269,8 +269,8 @@ class Operations(Pool):
     async def _supervise(self, request: operations.SupervisionRequest) -> None:
         await drive(request.actions(lambda: self._closed, self._attending.tell), self._supervising)
 
-    async def _supervising(self, action: operations.Ask | operations.Rest) -> object:
-        if isinstance(action, operations.Ask):
+    async def _supervising(self, action: operations.MakeCall | operations.Rest) -> object:
+        if isinstance(action, operations.MakeCall):
             return await self._run(action.call, until=time.monotonic() + action.limit_s)
         await asyncio.sleep(action.seconds)
         return None

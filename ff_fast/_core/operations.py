@@ -1885,7 +1885,7 @@ _STOP_LOOK_S = 0.05
 _LEAVE_S = 0.5
 
 
-class Ask(NamedTuple):
+class MakeCall(NamedTuple):
     """An action of a supervisor: make a call, in so many seconds, and resume with its value."""
 
     call: Call[Any]
@@ -1924,7 +1924,7 @@ class SupervisionRequest(NamedTuple):
 
     def actions(
         self, closed: Callable[[], bool], reached: Callable[[bool], None]
-    ) -> Generator[Ask | Rest, Any, None]:
+    ) -> Generator[MakeCall | Rest, Any, None]:
         """Yield what to do, until the event is set or the backend is *closed*.
 
         Args:
@@ -1946,7 +1946,7 @@ class SupervisionRequest(NamedTuple):
 
     def _rounds(
         self, closed: Callable[[], bool], reached: Callable[[bool], None]
-    ) -> Generator[Ask | Rest, Any, None]:
+    ) -> Generator[MakeCall | Rest, Any, None]:
         def stopped() -> bool:
             return closed() or (self.stop is not None and self.stop.is_set())
 
@@ -1955,13 +1955,13 @@ class SupervisionRequest(NamedTuple):
             try:
                 if self.turn is not None:
                     try:
-                        mine = yield Ask(Call(self.turn.take))
+                        mine = yield MakeCall(Call(self.turn.take))
                     except FFError as error:
                         reached(not error.retryable)
                         raise
                     reached(True)
                 if mine:
-                    fired = yield Ask(self.round)
+                    fired = yield MakeCall(self.round)
             except FFError as error:
                 # A retryable error leaves the timers to the next round; any other needs an operator.
                 if not error.retryable and not closed():
@@ -1976,11 +1976,11 @@ class SupervisionRequest(NamedTuple):
             while (left := until - time.monotonic()) > 0 and not stopped():
                 yield Rest(min(left, _STOP_LOOK_S))
 
-    def _leave(self, closed: Callable[[], bool]) -> Generator[Ask, Any, None]:
+    def _leave(self, closed: Callable[[], bool]) -> Generator[MakeCall, Any, None]:
         """Let others supervise at once."""
         if self.turn is not None and not closed():
             with contextlib.suppress(FFError, TimeoutError):
-                yield Ask(Call(self.turn.leave), _LEAVE_S)
+                yield MakeCall(Call(self.turn.leave), _LEAVE_S)
 
 
 def supervise(

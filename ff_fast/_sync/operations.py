@@ -291,8 +291,8 @@ class Operations(Pool):
     def _supervise(self, request: operations.SupervisionRequest) -> None:
         drive(request.actions(lambda: self._closed, self._attending.tell), self._supervising)
 
-    def _supervising(self, action: operations.Ask | operations.Rest) -> object:
-        if isinstance(action, operations.Ask):
+    def _supervising(self, action: operations.MakeCall | operations.Rest) -> object:
+        if isinstance(action, operations.MakeCall):
             return self._run(action.call, until=time.monotonic() + action.limit_s)
         time.sleep(action.seconds)
         return None
