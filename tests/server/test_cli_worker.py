@@ -407,6 +407,7 @@ def test_metrics_are_on_their_path():
 # -- signals ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("capsys")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_command_that_stops_in_order_is_not_broken_off(monkeypatch, number):
     heard = []

@@ -257,7 +257,7 @@ def test_who_stands_by_tells_whether_the_server_answers(error, answered):
     actions.send(True)
     assert told == [True]
     # The round, and the next question.
-    assert isinstance(actions.send(0), operations.Ask)
+    assert isinstance(actions.send(0), operations.MakeCall)
     with contextlib.suppress(errors.PermissionDenied):
         actions.throw(error)
     assert told == [True, answered]
