@@ -468,8 +468,9 @@ class Life:
         tail = self.by("ff_reader").tail(running, 0)
         assert not tail.next_batch(0.01)
         tail.close()
-        # Soon it listens no more.
-        tailer.wait_until(lambda: _hears_nothing(tailer))
+        # A tail that is closed so soon may not have listened yet.
+        for channel in (keys.execution_channel(running), keys.attempt_channel(running, 0)):
+            self.listens(tailer, channel)
         self.by("ff_reader").describe(running)
         self.by("ff_reader").describe_stream(running, 0)
         self.by("ff_worker").fail(handle, "broken", FailureClass.INFRA_CRASH)
@@ -592,14 +593,14 @@ class Life:
         worker, handle = self.claimed("f")
         worker.complete(handle)
 
-    def listens(self, worker, eid):
-        """As a worker does while it keeps a lease, and soon after no more."""
-        channel, listener = keys.leases_channel(keys.slot_tag_of(eid)), SimpleNamespace()
+    def listens(self, backend, channel):
+        """As a worker does while it keeps a lease and a reader while it waits, and soon after no more."""
+        listener = SimpleNamespace()
         listener.told = listener.doubt = listener.failed = lambda _: None
-        worker._hub.listen(channel, listener)
-        worker.wait_until(lambda: worker._hub.confirmed(channel))
-        worker._hub.unlisten(channel, listener)
-        worker.wait_until(lambda: _hears_nothing(worker))
+        backend._hub.listen(channel, listener)
+        backend.wait_until(lambda: backend._hub.confirmed(channel))
+        backend._hub.unlisten(channel, listener)
+        backend.wait_until(lambda: _hears_nothing(backend))
 
     def cancels(self):
         eid = self.created(lane="g")
@@ -608,7 +609,7 @@ class Life:
         self.waits(self.by("ff_operator").cancel, eid, reason="too expensive", grace=60)
         worker = self.by("ff_worker")
         assert worker.renew(handle).cancel_requested
-        self.listens(worker, eid)
+        self.listens(worker, keys.leases_channel(keys.slot_tag_of(eid)))
         # By itself, as a worker does that was asked to stop.
         worker.describe(eid)
         worker.cancel(eid, reason="too expensive")
@@ -729,12 +730,7 @@ class Life:
         assert do(ops.read_task(name, owner, count=5)).events
         assert do(ops.delete_task(name, owner))
         do(ops.note_task(owner, "u", 0, None, "", "", 60_000))
-        channel, listener = keys.task_channel(*name), SimpleNamespace()
-        listener.told = listener.doubt = listener.failed = lambda _: None
-        agent._hub.listen(channel, listener)
-        agent.wait_until(lambda: agent._hub.confirmed(channel))
-        agent._hub.unlisten(channel, listener)
-        agent.wait_until(lambda: _hears_nothing(agent))
+        self.listens(agent, keys.task_channel(*name))
 
     def subscribes(self):
         tailer = self.by("ff_reader")
