@@ -7,6 +7,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any, Self
 
+from ff_fast._core.leases import KeeperState
 from ff_fast._core.writer import timeout_s
 from ff_fast.errors import DeadlineExceeded, FFError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ff_fast.types import LeaseRenewal
 
 
-class LeaseKeeper:
+class LeaseKeeper(KeeperState):
     """Renews a lease in the background until it is stopped or lost: ``async with backend.keep_lease(handle)``.
 
     Made by :meth:`ff_fast.aio.ValkeyBackend.keep_lease`. Closing the backend stops it too.
@@ -33,18 +34,16 @@ class LeaseKeeper:
         self,
         clock: LeaseClock,
         renew: Callable[[], Awaitable[LeaseRenewal]],
+        fail: Callable[[FFError], None],
         on_lost: Callable[[FFError], None],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         leave: Callable[[LeaseKeeper], None],
     ) -> None:
-        self.error: FFError | None = None
-        self.cancel_requested = False
+        super().__init__(clock, fail)
         self._renew = renew
         self._on_lost = on_lost
         self._spawn = spawn
         self._leave = leave
-        self._stopped = False
-        self._clock = clock
         self._over = asyncio.Event()
         self._told = asyncio.Event()
         # Called when a cancellation is requested and when the lease is lost.
@@ -56,9 +55,12 @@ class LeaseKeeper:
         self._timer = self._loop.call_later(clock.wait_s, self._renew_soon)
 
     @property
-    def held(self) -> bool:
-        """Whether the lease is held, as far as this process knows."""
-        return self.error is None and self._clock.held
+    def _may_look(self) -> bool:
+        # The writers belong to the loop. Elsewhere its timer finds out.
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
 
     async def wait_lost(self, seconds: float) -> bool:
         """Wait at most *seconds* until the lease is lost or the keeper is stopped; return whether it is lost."""
@@ -95,9 +97,9 @@ class LeaseKeeper:
             async with asyncio.timeout(max(clock.held_until - time.monotonic(), 0.0)):
                 renewal = await self._renew()
         except FFError as error:
-            self._lost(clock.failed(error))
+            self._lose(clock.failed(error))
         except TimeoutError:
-            self._lost(clock.failed(DeadlineExceeded()))
+            self._lose(clock.failed(DeadlineExceeded()))
         else:
             clock.renewed()
             if renewal.cancel_requested:
@@ -114,23 +116,15 @@ class LeaseKeeper:
             self.cancel_requested = True
             self._tell()
 
-    def _lost(self, error: FFError | None) -> None:
-        # A renewal that fails after stop() is no loss: the execution has usually ended.
-        if error is not None and self.error is None and not self._stopped:
-            self.error = error
-            self._timer.cancel()
-            self._leave(self)
-            self._over.set()
-            self._tell()
-            self._on_lost(error)
+    def _tell_lost(self, error: FFError) -> None:
+        self._timer.cancel()
+        self._leave(self)
+        # Not within whatever has found out: a callback that raises is the loop's to report. Before whoever waits goes on.
+        self._loop.call_soon(self._on_lost, error)
+        self._over.set()
+        self._tell()
 
-    def _abandon(self, error: FFError) -> None:
-        try:
-            self._lost(error)
-        except Exception as failure:  # noqa: BLE001 - the caller's callback must not keep the backend from closing
-            self._loop.call_exception_handler(
-                {"message": "A callback for a lost lease has failed.", "exception": failure}
-            )
+    _abandon = KeeperState._lose
 
     def _tell(self) -> None:
         self._told.set()

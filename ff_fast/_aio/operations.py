@@ -244,13 +244,15 @@ class Operations(Pool):
     def _keep_lease(self, request: operations.LeaseRequest) -> LeaseKeeper:
         self._check()
 
-        def lost(error: FFError) -> None:
-            if not self._closed:
-                request.lost(error)
+        def fail(error: FFError) -> None:
             writer = self._writers.get(request.lease_id)
             if writer is not None:
                 writer._fail(copy.copy(error))
                 self._frame_writers.failed(writer)
+
+        def lost(error: FFError) -> None:
+            if not self._closed:
+                request.lost(error)
             if request.on_lost is not None:
                 request.on_lost(error)
 
@@ -259,7 +261,7 @@ class Operations(Pool):
 
         clock = request.clock()
         leave = partial(self._kept.remove, request.channel, request.name)
-        keeper = LeaseKeeper(clock, renew, lost, self._spawn, leave)
+        keeper = LeaseKeeper(clock, renew, fail, lost, self._spawn, leave)
         self._kept.add(request.channel, request.name, keeper)
         return keeper
 

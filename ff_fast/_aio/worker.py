@@ -308,7 +308,7 @@ class WorkerLoop:
         task = Task(self._backend, handle, options.mode, options.level, options.worker_id)
         task.context, task._named = self._context, options.named
         with self._backend._attending:
-            async with self._backend.keep_lease(handle, task._lose) as task._keeper:
+            async with self._backend.keep_lease(handle) as task._keeper:
                 actions = worker_core.attend(self._backend, task, self._cancel_after_s)
                 return await drive(actions, partial(self._perform, task))
 

@@ -107,9 +107,56 @@ class LeaseClock:
         if is_lease_lost(error) or not error.retryable:
             return error
         if not self.held:
-            return LeaseExpired("The lease could not be renewed before it lapsed.")
+            return lapsed()
         self.wait_s = self._period_s / 4
         return None
+
+
+def lapsed() -> FFError:
+    """Return the error of a lease that has run out by the local clock."""
+    return LeaseExpired("The lease could not be renewed before it lapsed.")
+
+
+class KeeperState:
+    """What a lease keeper of either shell knows.
+
+    Args:
+        clock: Times of the renewals.
+        fail: Fails the writers of the lease; called by whoever finds out that it is lost, so perhaps more than once.
+    """
+
+    def __init__(self, clock: LeaseClock, fail: Callable[[FFError], None]) -> None:
+        self.error: FFError | None = None
+        self.cancel_requested = False
+        self._clock = clock
+        self._fail = fail
+        self._stopped = False
+
+    @property
+    def held(self) -> bool:
+        """Whether the lease is held, as far as this process knows. One that is seen to have lapsed stays lost."""
+        if self.error is None and not self._clock.held and self._may_look:
+            self._lose(lapsed())
+        return self.error is None and self._clock.held
+
+    @property
+    def _may_look(self) -> bool:
+        """Whether whoever looks may fail the writers, too."""
+        return True
+
+    def _lose(self, error: FFError | None) -> None:
+        """Take the lease as lost with *error*, unless that is None."""
+        # A renewal that fails after stop() is no loss: the execution has usually ended.
+        if error is None or self._stopped or self.error is not None:
+            return
+        # Before: whoever sees the loss, on whichever thread, finds no writer that still takes frames.
+        self._fail(error)
+        self.error = error
+        self._tell_lost(error)
+
+    def _tell_lost(self, error: FFError) -> None:
+        """Let the keeper tell of the loss."""
+        raise NotImplementedError
 
 
 # -- pushes ------------------------------------------------------------------------------------------------------------

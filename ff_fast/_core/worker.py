@@ -249,6 +249,9 @@ class _HoldsLease(_ReportsCancel, Protocol):
     @property
     def held(self) -> bool: ...
 
+    @property
+    def error(self) -> FFError | None: ...
+
     def _ask_to_stop(self) -> None: ...
 
 
@@ -297,12 +300,12 @@ class Holder(Generic[W, K]):
         self._level = level
         self._keeper: K | None = None
         self._current_writer: W | None = None
-        self._lost: FFError | None = None
         self._released = False
 
-    def _lose(self, error: FFError) -> None:
-        """Refuse all further writes, since the lease is gone."""
-        self._lost = error
+    @property
+    def _lost(self) -> FFError | None:
+        """With what the lease was lost: nothing more can be written."""
+        return None if self._keeper is None else self._keeper.error
 
     @property
     def _reaching(self) -> dict[str, Any]:
@@ -315,11 +318,7 @@ class Holder(Generic[W, K]):
     @property
     def _holds_lease(self) -> bool:
         """Whether this task still owns the execution, as far as the process knows."""
-        return not (
-            self._released
-            or self._lost is not None
-            or (self._keeper is not None and not self._keeper.held)
-        )
+        return not self._released and (self._keeper is None or self._keeper.held)
 
     @property
     def _told_writer(self) -> FFError | None:

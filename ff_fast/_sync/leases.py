@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Self
 
+from ff_fast._core.leases import KeeperState
 from ff_fast._core.writer import timeout_s
 from ff_fast.errors import FFError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ff_fast.types import LeaseRenewal
 
 
-class LeaseKeeper:
+class LeaseKeeper(KeeperState):
     """Renews a lease in the background until it is stopped or lost. A context manager.
 
     Made by :meth:`ff_fast.ValkeyBackend.keep_lease`. Closing the backend stops it too.
@@ -31,27 +32,20 @@ class LeaseKeeper:
         self,
         clock: LeaseClock,
         renew: Callable[[float], LeaseRenewal],
+        fail: Callable[[FFError], None],
         on_lost: Callable[[FFError], None],
         leave: Callable[[LeaseKeeper], None],
     ) -> None:
-        self.error: FFError | None = None
-        self.cancel_requested = False
+        super().__init__(clock, fail)
         self._renew = renew
         self._on_lost = on_lost
         self._leave = leave
-        self._clock = clock
-        self._stopped = False
         # Set when the lease is to be renewed now, and when the keeper is to end.
         self._due = threading.Event()
         self._over = threading.Event()
         self._told = threading.Event()
         self._thread = threading.Thread(target=self._main, name="ff_fast lease", daemon=True)
         self._thread.start()
-
-    @property
-    def held(self) -> bool:
-        """Whether the lease is held, as far as this process knows."""
-        return self.error is None and self._clock.held
 
     def wait_lost(self, seconds: float) -> bool:
         """Wait at most *seconds* until the lease is lost or the keeper is stopped; return whether it is lost."""
@@ -74,7 +68,7 @@ class LeaseKeeper:
         try:
             while self.error is None:
                 self._due.wait(self._clock.wait_s)
-                if self._stopped:
+                if self._stopped or self.error is not None:
                     break
                 # A push that comes from now on leads to another renewal, as this one may miss what it tells.
                 self._due.clear()
@@ -82,7 +76,7 @@ class LeaseKeeper:
                 try:
                     renewal = self._renew(self._clock.held_until)
                 except FFError as error:
-                    self._lost(self._clock.failed(error))
+                    self._lose(self._clock.failed(error))
                 else:
                     self._clock.renewed()
                     if renewal.cancel_requested:
@@ -91,6 +85,8 @@ class LeaseKeeper:
             self._leave(self)
             self._over.set()
             self._told.set()
+        if self.error is not None:
+            self._on_lost(self.error)
 
     def _renew_soon(self) -> None:
         """Renew now."""
@@ -100,17 +96,12 @@ class LeaseKeeper:
         self.cancel_requested = True
         self._told.set()
 
-    def _lost(self, error: FFError | None) -> None:
-        # A renewal that fails after stop() is no loss: the execution has usually ended.
-        if error is not None and not self._stopped:
-            self.error = error
-            self._over.set()
-            self._told.set()
-            self._on_lost(error)
+    def _tell_lost(self, error: FFError) -> None:  # noqa: ARG002
+        self._due.set()
 
     def _abandon(self, error: FFError) -> None:
         """End with *error*, without waiting for the thread."""
-        self._lost(error)
+        self._lose(error)
         self._end()
 
     def _end(self) -> None:

@@ -265,13 +265,15 @@ class Operations(Pool):
     def _keep_lease(self, request: operations.LeaseRequest) -> LeaseKeeper:
         self._check()
 
-        def lost(error: FFError) -> None:
-            if not self._closed:
-                request.lost(error)
+        def fail(error: FFError) -> None:
             writer = self._writers.get(request.lease_id)
             if writer is not None:
                 writer._fail(copy.copy(error))
                 self._frame_writers.failed(writer)
+
+        def lost(error: FFError) -> None:
+            if not self._closed:
+                request.lost(error)
             if request.on_lost is not None:
                 request.on_lost(error)
 
@@ -279,7 +281,7 @@ class Operations(Pool):
             return self._do(request.renewal, until=until)
 
         leave = partial(self._kept.remove, request.channel, request.name)
-        keeper = LeaseKeeper(request.clock(), renew, lost, leave)
+        keeper = LeaseKeeper(request.clock(), renew, fail, lost, leave)
         self._kept.add(request.channel, request.name, keeper)
         if self._closed:
             keeper._abandon(_transport.closed_error())

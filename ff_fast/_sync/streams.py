@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from ff_fast._core import operations
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from ff_fast._core.deployment import Deployment
     from ff_fast._core.operations import Production, StreamRequest
     from ff_fast._sync.operations import Operations
-    from ff_fast.errors import FFError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,8 +71,7 @@ class OpenedStream(StreamState[Writer, LeaseKeeper]):
         super().__init__(backend, request.execution_id, handle, request.level)
         if produced is not None:
             self._current_writer = backend._use_writer(produced.writer)
-            # The keeper must not keep a stream that its owner has dropped.
-            self._keeper = backend.keep_lease(produced.handle, _loser(weakref.ref(self)))
+            self._keeper = backend.keep_lease(produced.handle)
 
     write = of_writer(WriterCore.write)
     drain = of_writer(Writer.drain)
@@ -140,12 +137,3 @@ class OpenedStream(StreamState[Writer, LeaseKeeper]):
         keeper = self.__dict__.get("_keeper")
         if keeper is not None:
             keeper._end()
-
-
-def _loser(found: weakref.ref[OpenedStream]) -> Callable[[FFError], None]:
-    def lose(error: FFError) -> None:
-        stream = found()
-        if stream is not None:
-            stream._lose(error)
-
-    return lose

@@ -275,7 +275,7 @@ class WorkerLoop:
         task.context, task._named = self._context, options.named
         with (
             self._backend._attending,
-            self._backend.keep_lease(handle, task._lose) as task._keeper,
+            self._backend.keep_lease(handle) as task._keeper,
         ):
             self._tasks.add(task)
             try:

@@ -78,6 +78,10 @@ BARRED = errors.AuthenticationFailed()
 class Keeper:
     held = True
     cancel_requested = False
+    error = None
+
+    def lose(self, error):
+        self.held, self.error = False, error
 
 
 class Attended:
@@ -194,7 +198,7 @@ def cancelled_and_stopped(of):
 
 def refused_and_stopped(of):
     """A renewal was refused for good, as by a missing right: the server still takes an end."""
-    of.task._lose(REFUSED)
+    of.task._keeper.lose(REFUSED)
     return Stopped()
 
 
@@ -202,7 +206,7 @@ def loses(outcome):
     """The lease is lost meanwhile."""
 
     def then(of):
-        of.task._lose(LOST)
+        of.task._keeper.lose(LOST)
         return outcome
 
     return then
@@ -214,8 +218,7 @@ def lapses(of):
 
 def refuses_renewal(of):
     """The keeper stops, since its renewal was refused; the lease runs on until it lapses."""
-    of.task._lose(REFUSED)
-    of.task._keeper.held = False
+    of.task._keeper.lose(REFUSED)
 
 
 def closes(of):
@@ -750,9 +753,10 @@ def test_whose_an_error_is(error, release, own):
 
 def test_a_task_whose_lease_is_lost_refuses_to_write():
     task = TaskState(None, HANDLE)
+    task._keeper = Keeper()
     task._current_writer = SimpleNamespace(cancel_requested=False, write=lambda payload: 1)
     assert task.write(b"x") == 1
-    task._lose(LOST)
+    task._keeper.lose(LOST)
     with pytest.raises(errors.LeaseExpired) as caught:
         task.write(b"x")
     # Each gets an error of its own: a traceback is added to it.

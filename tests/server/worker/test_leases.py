@@ -15,6 +15,7 @@ from ff_fast import (
     errors,
     keys,
 )
+from ff_fast._core import leases
 from ff_fast._core.leases import LeaseClock, is_lease_lost
 
 from ...heads import set_head
@@ -140,15 +141,15 @@ def test_the_keeper_of_asyncio_tells_the_writer_at_once(server, lane):
     asyncio.run(main())
 
 
-def kept(ttl_ms, renew, on_lost):
+def kept(ttl_ms, renew, on_lost, fail=lambda _: None):
     """A keeper of the blocking shell without a backend."""
-    return ff_fast.LeaseKeeper(LeaseClock(ttl_ms), renew, on_lost, lambda _: None)
+    return ff_fast.LeaseKeeper(LeaseClock(ttl_ms), renew, fail, on_lost, lambda _: None)
 
 
-def kept_later(ttl_ms, renew, on_lost):
+def kept_later(ttl_ms, renew, on_lost, fail=lambda _: None):
     """One of the asyncio shell."""
     spawn = asyncio.get_running_loop().create_task
-    return aio.LeaseKeeper(LeaseClock(ttl_ms), renew, on_lost, spawn, lambda _: None)
+    return aio.LeaseKeeper(LeaseClock(ttl_ms), renew, fail, on_lost, spawn, lambda _: None)
 
 
 def _renewing(outcomes):
@@ -186,6 +187,97 @@ def test_a_renewal_that_passes_again_keeps_the_lease():
         assert keeper.held
     assert told == []
     assert not keeper._thread.is_alive()
+
+
+def test_who_sees_a_loss_finds_the_writers_failed():
+    seen = []
+    renew, _ = _renewing([errors.StaleOwner()])
+    told = threading.Event()
+
+    def fail(error):
+        seen.append((keeper.error, keeper.held))
+
+    keeper = kept(300, renew, lambda _: told.set(), fail)
+    assert told.wait(10)
+    assert seen == [(None, True)]
+    assert not keeper.held
+    keeper.stop()
+
+
+def test_a_lease_that_was_seen_to_lapse_stays_lost():
+    begun, answered = threading.Event(), threading.Event()
+    failed, told = [], []
+
+    def renew(_):
+        begun.set()
+        assert answered.wait(10)
+        return ff_fast.LeaseRenewal(1, 1)
+
+    keeper = kept(60, renew, told.append, lambda error: failed.append(threading.get_ident()))
+    assert begun.wait(10)
+    wait_until(lambda: not keeper.held)
+    assert isinstance(keeper.error, errors.LeaseExpired)
+    # By whoever looked, and so before a write that comes behind the look.
+    assert failed == [threading.get_ident()]
+    answered.set()
+    wait_until(lambda: not keeper._thread.is_alive())
+    assert told == [keeper.error]
+    assert not keeper.held
+    keeper.stop()
+
+
+def test_a_lease_of_asyncio_that_was_seen_to_lapse_stays_lost():
+    async def main():
+        failed, told = [], []
+
+        async def renew():
+            return ff_fast.LeaseRenewal(1, 1)
+
+        keeper = kept_later(60, renew, told.append, failed.append)
+        # The loop stands still until the lease has lapsed; another thread looks, and leaves the loop's writers alone.
+        looks = []
+        other = threading.Thread(
+            target=lambda: wait_until(lambda: looks.append(keeper.held) or not looks[-1])
+        )
+        other.start()
+        other.join(10)
+        assert (looks[-1], failed, keeper.error) == (False, [], None)
+        assert not keeper.held
+        assert failed == [keeper.error]
+        # The callback is not called within the look.
+        assert told == []
+        assert await keeper.wait_lost(5)
+        await asyncio.sleep(0)
+        assert told == [keeper.error]
+        assert not keeper.held
+        await keeper.stop()
+
+    asyncio.run(main())
+
+
+def test_a_task_that_sees_its_lease_lapse_writes_no_more(worker, backend, lane, monkeypatch):
+    # No renewal comes in time, no keeper finds out by itself, and nobody tells it.
+    monkeypatch.setattr(leases, "RENEW_AT", 1_000)
+    over = threading.Event()
+    found = []
+
+    def handler(task):
+        writer = yield opened(task)
+        yield until(task, lambda: task.cancelled)
+        for write in (writer.write, task.write, lambda _: task.writer):
+            try:
+                write("too late")
+            except errors.FFError as error:
+                found.append(error)
+        found.append(task.lost)
+        over.set()
+
+    worker(handler, lease_ttl_ms=300, on_cancel=OnCancel.TELL)
+    backend.create_execution(lane=lane)
+    assert over.wait(10)
+    *refused, lost = found
+    assert lost
+    assert [type(error) for error in refused] == [errors.LeaseExpired] * 3
 
 
 def test_a_lease_as_long_as_it_may_be_is_kept():
