@@ -17,7 +17,7 @@ from ff_fast._core import durability
 from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
 from ff_fast._core.operations import Call
-from ff_fast._core.writer import SharedWriter, SlotHome, Wait
+from ff_fast._core.writer import SharedWriter, SlotHome, Wait, warn_of_losses
 from ff_fast._hot.writer import Outbox
 from ff_fast.errors import (
     DeadlineExceeded,
@@ -320,8 +320,7 @@ class Senders:
         return not self._loop.is_running() or self.stored
 
     def _warn_of_losses(self) -> None:
-        for writer in list(self.writers):
-            writer._warn_of_losses()
+        warn_of_losses(list(self.writers))
 
     def _forked(self) -> None:
         """Fail every writer in a forked child."""

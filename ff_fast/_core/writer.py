@@ -40,7 +40,7 @@ from ff_fast.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, MutableMapping
+    from collections.abc import Callable, Iterable, MutableMapping
     from datetime import timedelta
 
     from ff_fast._core.leases import KeptLeases
@@ -304,6 +304,32 @@ class SlotHome(Home):
             writer._fail(copy.copy(error))
 
 
+def warn_of_losses(writers: Iterable[SharedWriter]) -> None:
+    """Warn once of the frames that are lost with *writers*, except with those whose error somebody has seen.
+
+    After a lost lease nobody wants them.
+    """
+    losses = []
+    for writer in writers:
+        lost, why = writer._tell_losses(), writer._failure
+        if lost and not (why is not None and is_lease_lost(why)):
+            losses.append((lost, why, writer))
+    if not losses:
+        return
+    total = sum(lost for lost, _, _ in losses)
+    _, why, first = losses[0]
+    cause = "" if why is None else f" ({why.code})"
+    whose = f"attempt {first.attempt_index} of execution {first.execution_id}"
+    if len(losses) > 1:
+        whose = f"{len(losses)} writers, such as that of {whose},"
+    warnings.warn(
+        f"Frames of {whose} were not acknowledged{cause}: {total}; close a writer before its backend is closed or the"
+        " program ends.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 class SharedWriter(WriterCore):
     """A writer core made from its state."""
 
@@ -497,23 +523,8 @@ class SharedWriter(WriterCore):
                 raise DeadlineExceeded from None
             raise
 
-    def _warn_of_losses(self) -> None:
-        """Warn of frames that are lost with this writer, unless somebody has seen its error.
-
-        After a lost lease nobody wants them.
-        """
-        lost, why = self._tell_losses(), self._failure
-        if lost and not (why is not None and is_lease_lost(why)):
-            cause = "" if why is None else f" ({why.code})"
-            warnings.warn(
-                f"Frames of attempt {self.attempt_index} of execution {self.execution_id} were not acknowledged{cause}: {lost};"
-                " close the writer before its backend is closed or the program ends.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
     def __del__(self) -> None:
-        self._warn_of_losses()
+        warn_of_losses([self])
 
     def write_frame(self, frame: Frame) -> int | None:
         """Write a :class:`Frame`; return None if its ``seq`` is that of a frame this writer has written already.

@@ -17,7 +17,7 @@ from ff_fast._core import durability, operations
 from ff_fast._core import writer as writer_core
 from ff_fast._core.binding import dressed
 from ff_fast._core.steps import Command, Step
-from ff_fast._core.writer import SharedWriter, SlotHome, Wait
+from ff_fast._core.writer import SharedWriter, SlotHome, Wait, warn_of_losses
 from ff_fast._hot.writer import Outbox
 from ff_fast.errors import (
     DeadlineExceeded,
@@ -431,8 +431,7 @@ class Senders:
         return all(writer._failure is not None or writer._idle for writer in self._all())
 
     def _warn_of_losses(self) -> None:
-        for writer in self._all():
-            writer._warn_of_losses()
+        warn_of_losses(self._all())
 
     def _all(self) -> list[Writer]:
         with self.lock:

@@ -7,7 +7,7 @@ import pytest
 from ff_fast import Handle, HandleKind, keys
 from ff_fast._core import ops
 from ff_fast._core.places import Places
-from ff_fast._core.writer import SharedWriter, WriterOptions, WriterState
+from ff_fast._core.writer import SharedWriter, WriterOptions, WriterState, warn_of_losses
 from ff_fast.errors import ForkedClient, LeaseExpired, StaleOwner, Unavailable, WriterClosed
 from ff_fast.types import StreamMode
 
@@ -47,9 +47,7 @@ def test_frames_that_nobody_knows_of_are_warned_of(error):
     writer._next_batch()
     if error is not None:
         writer._fail(error())
-    with pytest.warns(
-        RuntimeWarning, match="were not acknowledged.*: 3; close the writer"
-    ) as caught:
+    with pytest.warns(RuntimeWarning, match="were not acknowledged.*: 3; close a writer") as caught:
         del writer
     assert "secret" not in str(caught[0].message)
 
@@ -71,6 +69,28 @@ def test_losses_that_somebody_knows_of_are_not(error, look):
     look(writer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        del writer
+
+
+def test_losses_of_many_writers_are_one_warning():
+    writers = [opened() for _ in range(5)]
+    for count, writer in enumerate(writers):
+        for _ in range(count):
+            writer.write(b"x")
+        writer._fail(Unavailable())
+    # Nobody wants these.
+    writers[1]._tell_losses()
+    with pytest.warns(RuntimeWarning) as caught:
+        warn_of_losses(writers)
+    (warning,) = caught
+    assert str(warning.message) == (
+        f"Frames of 3 writers, such as that of attempt 0 of execution {writers[2].execution_id}, were not acknowledged"
+        " (unavailable): 9; close a writer before its backend is closed or the program ends."
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_losses(writers)
+        writers.clear()
         del writer
 
 
