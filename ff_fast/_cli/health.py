@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib
 import io
 import logging
@@ -9,12 +11,13 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import TYPE_CHECKING, Any
 
 from ff_fast import InvalidInput, MissingDependency
-from ff_fast._log import say_seldom
+from ff_fast._log import say, say_seldom
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,25 +27,73 @@ _AT_ONCE = 32
 _TEXT = "text/plain; charset=utf-8"
 
 
+STANDSTILL_S = 30.0
+"""How long an event loop may stand still before its process counts as dead, in seconds: a default lease, which lapses."""
+
+
+class Pulse:
+    """Sees from another thread whether the running event loop goes round.
+
+    Args:
+        every_s: Seconds between two looks.
+
+    Attributes:
+        stuck: Whether it has stood still for :data:`STANDSTILL_S`.
+    """
+
+    def __init__(self, every_s: float) -> None:
+        self.stuck = False
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._most = STANDSTILL_S / every_s
+        self._answered = True
+        # Looks, not time: where the whole process was stopped, the loop has missed nothing.
+        self._looks = 0
+
+    def look(self) -> None:
+        """Look, on a thread of its own."""
+        if self._answered:
+            self._answered, self._looks, self.stuck = False, 0, False
+            # A loop that is closed has ended, and does not stand still.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._answer)
+            return
+        self._looks += 1
+        if self._looks >= self._most and not self.stuck and not self._loop.is_closed():
+            self.stuck = True
+            frame = sys._current_frames().get(self._thread)  # noqa: SLF001 - the documented way
+            say(
+                logging.ERROR,
+                "The event loop has stood still for %g s, so leases lapse. Call what blocks with asyncio.to_thread. It is"
+                " here:\n%s",
+                STANDSTILL_S,
+                "".join(traceback.format_stack(frame)).rstrip(),
+            )
+
+    def _answer(self) -> None:
+        self._answered = True
+
+
 class Endpoints:
     """What is served: ``/live``, ``/ready`` and ``/metrics``, each where it was set.
 
     Attributes:
+        live: Returns why the process is to be ended, as one word; empty if it is alive.
         ready: Returns why the worker is not ready, as one word; empty if it is.
         metrics: Returns the content type and the metrics.
     """
 
     def __init__(self) -> None:
+        self.live: Callable[[], str] | None = None
         self.ready: Callable[[], str] | None = None
         self.metrics: Callable[[], tuple[str, bytes]] | None = None
 
     def answer(self, path: str) -> tuple[int, str, bytes]:
         """Return status, content type and body."""
-        if self.ready is not None and path == "/live":
-            return 200, _TEXT, b"live\n"
-        if self.ready is not None and path == "/ready":
-            why = self.ready()
-            return (503, _TEXT, f"{why}\n".encode()) if why else (200, _TEXT, b"ready\n")
+        for name, why_not in (("live", self.live), ("ready", self.ready)):
+            if path == f"/{name}" and why_not is not None:
+                why = why_not()
+                return 503 if why else 200, _TEXT, f"{why or name}\n".encode()
         if self.metrics is not None and path == "/metrics":
             return 200, *self.metrics()
         return 404, _TEXT, b"Not here.\n"

@@ -249,6 +249,7 @@ class Process:
         self._drain_s = 0.0
         self._errors: list[BaseException] = []
         self._over = threading.Event()
+        self._pulse: health.Pulse | None = None
 
     def run(self) -> int:
         parent = _parent_of(self._arguments.parent_fd)
@@ -276,6 +277,10 @@ class Process:
         else:
             self._run_sync(workers, endpoints)
 
+    def why_not_live(self) -> str:
+        """Return why the process is to be ended, as one word; empty if it is alive."""
+        return "blocked" if self._pulse is not None and self._pulse.stuck else ""
+
     def why_not_ready(self) -> str:
         """Return why the process is not ready, as one word; empty if it is."""
         if self._stop.is_set():
@@ -289,7 +294,7 @@ class Process:
         arguments, endpoints = self._arguments, health.Endpoints()
         ports = []
         if arguments.health_port is not None:
-            endpoints.ready = self.why_not_ready
+            endpoints.live, endpoints.ready = self.why_not_live, self.why_not_ready
             ports.append(("health", arguments.health_port))
         if (
             arguments.metrics_port is not None
@@ -345,6 +350,7 @@ class Process:
                     thread.join(LOOK_S)
 
     async def _run_async(self, workers: list[Worker], endpoints: health.Endpoints) -> None:
+        self._pulse = health.Pulse(LOOK_S)
         async with aio.ValkeyBackend.connect(self._url) as backend:
             self._begin(backend, endpoints)
 
@@ -361,11 +367,16 @@ class Process:
         self._stop.set()
 
     def _mind(self, parent: socket.socket | None) -> None:
-        """Tell the parent whether the process is ready, stop when the parent is gone, and end what does not end."""
+        """Mind that the loop goes round, tell the parent whether the process is ready, and end what does not end.
+
+        Where the parent is gone, stop.
+        """
         told: tuple[str, float] | None = None
         until = float("inf")
         while not self._over.is_set():
             why, stop, now = self.why_not_ready(), self._stop, time.monotonic()
+            if self._pulse is not None:
+                self._pulse.look()
             if stop.is_set():
                 until = min(until, now + self._drain_s + HAND_BACK_S + END_S)
             if stop.hurried:

@@ -340,6 +340,46 @@ def test_the_metrics_of_a_worker_are_served(run, backend, lane, module, monkeypa
     assert re.search(rb"^ff_fast_executions_completed_total 3.0$", text, re.MULTILINE)
 
 
+def test_a_loop_that_stands_still_is_not_live(
+    server, backend, lane, module, tmp_path, monkeypatch, said
+):
+    monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
+    monkeypatch.setattr(health, "STANDSTILL_S", 0.3)
+    ports = []
+    monkeypatch.setattr(health, "serve", kept(health.serve, ports))
+    (tmp_path / f"{module}.py").write_text(
+        """
+import threading
+go_on = threading.Event()
+
+async def blocks(task):
+    go_on.wait(20)
+"""
+    )
+    arguments = cli._parser().parse_args(
+        ["worker", f"{module}:blocks", "--lane", lane, "--health-port", "0", "--bind", "127.0.0.1"]
+    )
+    process = work.Process(arguments, server.url)
+    running = threading.Thread(target=process.run, daemon=True)
+    running.start()
+    try:
+        wait_until(lambda: ports)
+        (port,) = ports
+        wait_until(lambda: get(port, "/ready") == (200, b"ready\n"))
+        assert get(port, "/live") == (200, b"live\n")
+        eid = backend.create_execution(lane=lane)
+        wait_until(lambda: get(port, "/live") == (503, b"blocked\n"))
+        (record,) = said(logging.ERROR)
+        assert "go_on.wait(20)" in record.getMessage()
+        sys.modules[module].go_on.set()
+        wait_until(lambda: get(port, "/live") == (200, b"live\n"))
+        wait_until(lambda: backend.describe(eid).state == "completed")
+    finally:
+        process._stop.set()
+        running.join(20)
+    assert not running.is_alive()
+
+
 def talk(port, request):
     with socket.create_connection(("127.0.0.1", port), 10) as client:
         client.sendall(request)
@@ -348,7 +388,7 @@ def talk(port, request):
 
 def test_what_a_client_may_ask_and_how_it_may_go(caplog):
     endpoints = health.Endpoints()
-    endpoints.ready = lambda: ""
+    endpoints.live = endpoints.ready = lambda: ""
     endpoints.metrics = lambda: 1 / 0
     port = health.serve(endpoints, "127.0.0.1", 0)
     head, body = talk(port, b"HEAD /ready HTTP/1.1\r\n\r\n").split(b"\r\n\r\n")
@@ -389,7 +429,7 @@ def test_ports_are_bound_to_addresses_of_both_kinds(address):
     if not socket.has_dualstack_ipv6():
         pytest.skip("The machine has no IPv6.")
     endpoints = health.Endpoints()
-    endpoints.ready = lambda: ""
+    endpoints.live = lambda: ""
     port = health.serve(endpoints, address, 0)
     for host in ("::1", "127.0.0.1") if address == "::" else ("::1",):
         with socket.create_connection((host, port), 10) as client:
