@@ -116,6 +116,10 @@ class LeaseKeeper(KeeperState):
             self.cancel_requested = True
             self._tell()
 
+    def _wake(self) -> None:
+        """Let whoever waits look again whether to stop."""
+        self._told.set()
+
     def _tell_lost(self, error: FFError) -> None:
         self._timer.cancel()
         self._leave(self)

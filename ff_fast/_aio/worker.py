@@ -123,7 +123,7 @@ class Task(TaskState[Writer, LeaseKeeper]):
             Whether it should stop; False after *timeout*.
         """
         assert self._keeper is not None
-        return self.cancelled or await self._keeper.wait_cancelled(timeout)
+        return self.cancelled or await self._keeper.wait_cancelled(timeout) or self.cancelled
 
     async def _close(self) -> None:
         """Close the writer before the handler gives the lease up: what was written has reached its level."""

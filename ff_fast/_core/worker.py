@@ -76,6 +76,8 @@ END_AGAIN_S = 0.25
 
 CANCEL_REASON = "the worker was asked to stop"
 
+STOPPED = "The worker was stopped, and has handed the execution back."
+
 _LONGEST_MESSAGE = 4_096
 
 _MOST_CAUSES = 1_000
@@ -254,6 +256,8 @@ class _HoldsLease(_ReportsCancel, Protocol):
 
     def _ask_to_stop(self) -> None: ...
 
+    def _wake(self) -> None: ...
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -301,10 +305,14 @@ class Holder(Generic[W, K]):
         self._keeper: K | None = None
         self._current_writer: W | None = None
         self._released = False
+        # With what it was taken from its handler, which may still run.
+        self._taken: FFError | None = None
 
     @property
     def _lost(self) -> FFError | None:
         """With what the lease was lost: nothing more can be written."""
+        if self._taken is not None:
+            return self._taken
         return None if self._keeper is None else self._keeper.error
 
     @property
@@ -318,7 +326,9 @@ class Holder(Generic[W, K]):
     @property
     def _holds_lease(self) -> bool:
         """Whether this task still owns the execution, as far as the process knows."""
-        return not self._released and (self._keeper is None or self._keeper.held)
+        if self._released or self._taken is not None:
+            return False
+        return self._keeper is None or self._keeper.held
 
     @property
     def _told_writer(self) -> FFError | None:
@@ -398,6 +408,12 @@ class TaskState(Holder[W, K]):
         return self._current_writer
 
     write = forwarded(WriterCore.write)
+
+    def _take(self) -> None:
+        """Take the execution from its handler: it hears of a lost lease, and its end is not that of the attempt."""
+        self._taken = StaleOwner(STOPPED)
+        if self._keeper is not None:
+            self._keeper._wake()
 
     @property
     def cancelled(self) -> bool:
@@ -760,6 +776,8 @@ def hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException)
     """Make the execution claimable now, not when its lease lapses; it counts as a lost worker. Return whether it is."""
     if task._released or backend.closed:
         return False
+    # Before its writer is closed, which a handler that still runs would take for an error of its own, or for its end.
+    task._take()
     say_seldom(
         logging.WARNING,
         "broken off",

@@ -96,6 +96,10 @@ class LeaseKeeper(KeeperState):
         self.cancel_requested = True
         self._told.set()
 
+    def _wake(self) -> None:
+        """Let whoever waits look again whether to stop."""
+        self._told.set()
+
     def _tell_lost(self, error: FFError) -> None:  # noqa: ARG002
         self._due.set()
 

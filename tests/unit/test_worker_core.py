@@ -83,6 +83,9 @@ class Keeper:
     def lose(self, error):
         self.held, self.error = False, error
 
+    def _wake(self):
+        """Nobody waits."""
+
 
 class Attended:
     """One run of `attend`: what it did, and the error that it ended with.
@@ -274,6 +277,8 @@ def test_an_interrupt_hands_back_and_is_raised(interrupt):
     attended = Attended({"handler": [interrupt]})
     assert attended.did == [*START, "close within 2 s", "fail infra_crash"]
     assert attended.error is interrupt
+    # What the handler has left running hears of it.
+    assert attended.task.lost
 
 
 def test_the_result_is_sent_with_the_fence_of_the_handle():
