@@ -331,6 +331,11 @@ class Holder(Generic[W, K]):
         return self._keeper is None or self._keeper.held
 
     @property
+    def _known_loss(self) -> FFError | None:
+        """With what the lease is lost as far as the holder can see: what it ends then may be a part."""
+        return self._lost if not (self._holds_lease or self._released) else None
+
+    @property
     def _told_writer(self) -> FFError | None:
         """What has told the writer, maybe before the keeper, that the lease is lost or the execution has ended."""
         error = None if self._current_writer is None else self._current_writer.error
@@ -631,7 +636,11 @@ def _handle(backend: Backend, task: TaskState[Any, Any], cancel_after_s: float |
         return
     try:
         result = result_of(ended.value)
+        # The server may not know of the loss: it has renewed the lease, and the answer was late.
+        lost = task._known_loss
         yield CloseWriter()
+        if lost is not None:
+            raise copy.copy(lost)
     except Exception as error:  # noqa: BLE001 - the attempt ends with it
         yield from _failed(backend, task, error)
         return

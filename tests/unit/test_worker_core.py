@@ -205,6 +205,11 @@ def refused_and_stopped(of):
     return Stopped()
 
 
+def refused_and_returned(of):
+    of.task._keeper.lose(REFUSED)
+    return RETURNED
+
+
 def loses(outcome):
     """The lease is lost meanwhile."""
 
@@ -257,7 +262,11 @@ ENDS = {
     "is cancelled, told to stop": (cancelled_and_stopped, ["close", CANCEL]),
     "is cancelled as the lease is lost": (loses(Stopped()), ["close"]),
     "is cancelled as no renewal is accepted": (refused_and_stopped, ["close", "fail permanent"]),
-    "returns after the loss of the lease": (loses(RETURNED), ["close"]),
+    "returns after the loss of the lease": (loses(RETURNED), ["close", "close"]),
+    "returns as no renewal is accepted": (
+        refused_and_returned,
+        ["close", "close", "fail permanent"],
+    ),
     "raises after the loss of the lease": (loses(BROKEN), ["close"]),
 }
 
