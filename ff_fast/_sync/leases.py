@@ -78,8 +78,7 @@ class LeaseKeeper(KeeperState):
                 except FFError as error:
                     self._lose(self._clock.failed(error))
                 else:
-                    self._clock.renewed()
-                    if renewal.cancel_requested:
+                    if self._renewed() and renewal.cancel_requested:
                         self._ask_to_stop()
         finally:
             self._leave(self)
