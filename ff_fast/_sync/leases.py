@@ -106,6 +106,9 @@ class LeaseKeeper(KeeperState):
         """End with *error*, without waiting for the thread."""
         self._lose(error)
         self._end()
+        # The thread may be in a renewal; who waits for a loss does not wait for the end of that.
+        self._over.set()
+        self._told.set()
 
     def _end(self) -> None:
         self._stopped = True

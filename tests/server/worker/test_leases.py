@@ -227,6 +227,28 @@ def test_a_lease_that_was_seen_to_lapse_stays_lost():
     keeper.stop()
 
 
+@pytest.mark.parametrize("waits", ["wait_cancelled", "wait_lost"])
+def test_who_waits_hears_of_a_loss_during_a_renewal(waits):
+    begun, answered = threading.Event(), threading.Event()
+
+    def renew(_):
+        begun.set()
+        assert answered.wait(10)
+        raise errors.Unavailable
+
+    keeper = kept(600, renew, lambda _: None)
+    heard = []
+    waiting = threading.Thread(target=lambda: heard.append(getattr(keeper, waits)(10)))
+    waiting.start()
+    assert begun.wait(10)
+    keeper._abandon(errors.StaleOwner())
+    assert not keeper.held
+    waiting.join(5)
+    assert heard == [True]
+    answered.set()
+    keeper.stop()
+
+
 def test_a_lease_of_asyncio_that_was_seen_to_lapse_stays_lost():
     async def main():
         failed, told = [], []
