@@ -88,7 +88,7 @@ class LeaseKeeper(KeeperState):
             self._again = False
             self._task = self._spawn(self._renewal())
             # A callback also runs for a task that is cancelled before its first step.
-            self._task.add_done_callback(self._renewed)
+            self._task.add_done_callback(self._renewal_over)
 
     async def _renewal(self) -> None:
         clock = self._clock
@@ -101,11 +101,10 @@ class LeaseKeeper(KeeperState):
         except TimeoutError:
             self._lose(clock.failed(DeadlineExceeded()))
         else:
-            clock.renewed()
-            if renewal.cancel_requested:
+            if self._renewed() and renewal.cancel_requested:
                 self._ask_to_stop()
 
-    def _renewed(self, _: object) -> None:
+    def _renewal_over(self, _: object) -> None:
         self._task = None
         if self.error is None and not self._stopped:
             wait_s = 0.0 if self._again else self._clock.wait_s
@@ -115,6 +114,10 @@ class LeaseKeeper(KeeperState):
         if not (self.cancel_requested or self._stopped):
             self.cancel_requested = True
             self._tell()
+
+    def _wake(self) -> None:
+        """Let whoever waits look again whether to stop."""
+        self._told.set()
 
     def _tell_lost(self, error: FFError) -> None:
         self._timer.cancel()

@@ -123,7 +123,7 @@ class Task(TaskState[Writer, LeaseKeeper]):
             Whether it should stop; False after *timeout*.
         """
         assert self._keeper is not None
-        return self.cancelled or await self._keeper.wait_cancelled(timeout)
+        return self.cancelled or await self._keeper.wait_cancelled(timeout) or self.cancelled
 
     async def _close(self) -> None:
         """Close the writer before the handler gives the lease up: what was written has reached its level."""
@@ -211,6 +211,7 @@ class WorkerLoop:
         self._halt = asyncio.Event()
         self._signalled = False
         self._drain = slots.Drain(options.drain_s, options.stop)
+        self._tasks: set[Task] = set()
         self._context: object = None
         self._error: BaseException | None = None
         self._cancel_after_s = (
@@ -242,6 +243,7 @@ class WorkerLoop:
                 except asyncio.CancelledError:
                     # A handler may keep its cancellation to itself: its slot ends behind it.
                     self._halt.set()
+                    self._take_all()
                     raise
         finally:
             restore()
@@ -259,9 +261,15 @@ class WorkerLoop:
             _, slots = await asyncio.wait(slots, timeout=_DRAIN_LOOK_S)
         if slots:
             self._halt.set()
+            self._take_all()
             for slot in slots:
                 slot.cancel()
             await asyncio.wait(slots)
+
+    def _take_all(self) -> None:
+        """Take the executions from the handlers that are about to be cancelled, whatever they make of that."""
+        for task in self._tasks:
+            task._take()
 
     def _on_signal(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._signalled:
@@ -310,7 +318,11 @@ class WorkerLoop:
         with self._backend._attending:
             async with self._backend.keep_lease(handle) as task._keeper:
                 actions = worker_core.attend(self._backend, task, self._cancel_after_s)
-                return await drive(actions, partial(self._perform, task))
+                self._tasks.add(task)
+                try:
+                    return await drive(actions, partial(self._perform, task))
+                finally:
+                    self._tasks.discard(task)
 
     async def _perform(self, task: Task, action: Action) -> object:
         match action:
@@ -328,6 +340,15 @@ class WorkerLoop:
         return None
 
     async def _call(self, task: Task, cancel_after_s: float | None) -> Returned | Raised | Stopped:
+        ended = await self._ended_by(task, cancel_after_s)
+        if task._taken is not None and not task._released:
+            # What it returns or raises then is not the end of the attempt.
+            raise asyncio.CancelledError
+        return ended
+
+    async def _ended_by(
+        self, task: Task, cancel_after_s: float | None
+    ) -> Returned | Raised | Stopped:
         current, keeper = asyncio.current_task(), task._keeper
         assert current is not None
         assert keeper is not None

@@ -131,13 +131,33 @@ class KeeperState:
         self._clock = clock
         self._fail = fail
         self._stopped = False
+        # The end of the lease that somebody has seen to have come, who may not fail the writers; in monotonic time.
+        self._seen_end = 0.0
 
     @property
     def held(self) -> bool:
         """Whether the lease is held, as far as this process knows. One that is seen to have lapsed stays lost."""
-        if self.error is None and not self._clock.held and self._may_look:
+        while self.error is None:
+            end = self._clock.held_until
+            if time.monotonic() < end:
+                return True
+            if self._may_look:
+                self._lose(lapsed())
+                return False
+            self._seen_end = end
+            # Where it was renewed meanwhile, nobody may have heard of this look.
+            if self._clock.held_until == end:
+                return False
+        return False
+
+    def _renewed(self) -> bool:
+        """Note that the server has renewed the lease; return False if somebody has seen it lapse before."""
+        end = self._clock.held_until
+        self._clock.renewed()
+        # Whoever looks notes the end first, and then looks again.
+        if self._seen_end == end:
             self._lose(lapsed())
-        return self.error is None and self._clock.held
+        return self.error is None
 
     @property
     def _may_look(self) -> bool:

@@ -2103,7 +2103,7 @@ def run_worker(
     raises would break off what stops in order, and is not raised.
     An exit or an interrupt raised by a handler ends the worker and is raised here; the execution goes to another worker
     and counts as lost. In asyncio, cancelling the worker cancels its running handlers: the frames that they wrote are
-    stored, and their executions go to other workers within about two seconds.
+    stored, and their executions go to other workers within about two seconds, whatever the handlers return or raise.
 
     With *drain_timeout*, handlers that still run so long after a stop, or at a second signal, are interrupted, and their
     executions go to other workers. In asyncio they are cancelled. A thread cannot be interrupted: it hears that its

@@ -110,9 +110,6 @@ class Attending:
             return due
 
 
-STOPPED = "The worker was stopped, and has handed the execution back."
-
-
 class Drain:
     """How long handlers may run after a stop.
 

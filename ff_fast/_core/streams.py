@@ -241,8 +241,12 @@ def _completed(
 def _completed_by(
     stream: StreamState[Any, Any], call: operations.Call[None], over: frozenset[ExecutionState]
 ) -> Ending:
+    # The server may not know of the loss: it has renewed the lease, and the answer was late.
+    lost_before = stream._known_loss
     try:
         yield CloseWriter()
+        if lost_before is not None:
+            raise copy.copy(lost_before)
         if stream._cancel_requested:
             yield from _cancelled(stream)
             return

@@ -76,6 +76,8 @@ END_AGAIN_S = 0.25
 
 CANCEL_REASON = "the worker was asked to stop"
 
+STOPPED = "The worker was stopped, and has handed the execution back."
+
 _LONGEST_MESSAGE = 4_096
 
 _MOST_CAUSES = 1_000
@@ -254,6 +256,8 @@ class _HoldsLease(_ReportsCancel, Protocol):
 
     def _ask_to_stop(self) -> None: ...
 
+    def _wake(self) -> None: ...
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -301,10 +305,14 @@ class Holder(Generic[W, K]):
         self._keeper: K | None = None
         self._current_writer: W | None = None
         self._released = False
+        # With what it was taken from its handler, which may still run.
+        self._taken: FFError | None = None
 
     @property
     def _lost(self) -> FFError | None:
         """With what the lease was lost: nothing more can be written."""
+        if self._taken is not None:
+            return self._taken
         return None if self._keeper is None else self._keeper.error
 
     @property
@@ -318,7 +326,14 @@ class Holder(Generic[W, K]):
     @property
     def _holds_lease(self) -> bool:
         """Whether this task still owns the execution, as far as the process knows."""
-        return not self._released and (self._keeper is None or self._keeper.held)
+        if self._released or self._taken is not None:
+            return False
+        return self._keeper is None or self._keeper.held
+
+    @property
+    def _known_loss(self) -> FFError | None:
+        """With what the lease is lost as far as the holder can see: what it ends then may be a part."""
+        return self._lost if not (self._holds_lease or self._released) else None
 
     @property
     def _told_writer(self) -> FFError | None:
@@ -398,6 +413,12 @@ class TaskState(Holder[W, K]):
         return self._current_writer
 
     write = forwarded(WriterCore.write)
+
+    def _take(self) -> None:
+        """Take the execution from its handler: it hears of a lost lease, and its end is not that of the attempt."""
+        self._taken = StaleOwner(STOPPED)
+        if self._keeper is not None:
+            self._keeper._wake()
 
     @property
     def cancelled(self) -> bool:
@@ -615,7 +636,11 @@ def _handle(backend: Backend, task: TaskState[Any, Any], cancel_after_s: float |
         return
     try:
         result = result_of(ended.value)
+        # The server may not know of the loss: it has renewed the lease, and the answer was late.
+        lost = task._known_loss
         yield CloseWriter()
+        if lost is not None:
+            raise copy.copy(lost)
     except Exception as error:  # noqa: BLE001 - the attempt ends with it
         yield from _failed(backend, task, error)
         return
@@ -760,6 +785,8 @@ def hand_back(backend: Backend, task: TaskState[Any, Any], error: BaseException)
     """Make the execution claimable now, not when its lease lapses; it counts as a lost worker. Return whether it is."""
     if task._released or backend.closed:
         return False
+    # Before its writer is closed, which a handler that still runs would take for an error of its own, or for its end.
+    task._take()
     say_seldom(
         logging.WARNING,
         "broken off",

@@ -720,10 +720,12 @@ def store_and_close(writer: SharedWriter, limit_s: float | None) -> Wait[None]:
 
 def close_to(writer: SharedWriter, limit_s: float | None, level: Level) -> Wait[None]:
     """Close a writer, at another level than its own; at most *limit_s* seconds."""
-    if isinstance(writer._failure, WriterClosed):
+    # One look: another thread may close it meanwhile.
+    failure = writer._failure
+    if isinstance(failure, WriterClosed):
         return Wait(_true, _nothing, limit_s)
-    if writer.error is not None:
-        raise copy.copy(writer.error)
+    if failure is not None:
+        raise copy.copy(writer.error or failure)
     writer._seal_last()
     last = writer.next_sequence - 1
     return Wait(lambda: writer._idle, writer._end_closed, limit_s, level, last)

@@ -78,8 +78,7 @@ class LeaseKeeper(KeeperState):
                 except FFError as error:
                     self._lose(self._clock.failed(error))
                 else:
-                    self._clock.renewed()
-                    if renewal.cancel_requested:
+                    if self._renewed() and renewal.cancel_requested:
                         self._ask_to_stop()
         finally:
             self._leave(self)
@@ -96,6 +95,10 @@ class LeaseKeeper(KeeperState):
         self.cancel_requested = True
         self._told.set()
 
+    def _wake(self) -> None:
+        """Let whoever waits look again whether to stop."""
+        self._told.set()
+
     def _tell_lost(self, error: FFError) -> None:  # noqa: ARG002
         self._due.set()
 
@@ -103,6 +106,9 @@ class LeaseKeeper(KeeperState):
         """End with *error*, without waiting for the thread."""
         self._lose(error)
         self._end()
+        # The thread may be in a renewal; who waits for a loss does not wait for the end of that.
+        self._over.set()
+        self._told.set()
 
     def _end(self) -> None:
         self._stopped = True

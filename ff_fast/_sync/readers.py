@@ -48,6 +48,9 @@ class Readable(readers.ReaderState[T], BlockingItems[T]):
         def _let_go(self) -> None:
             """Give back what the server or the pool holds for this reader."""
 
+        def _abandon(self) -> None:
+            """Let go, unless it is being read."""
+
         def close(self) -> None:
             """Stop reading."""
 
@@ -76,6 +79,14 @@ class Readable(readers.ReaderState[T], BlockingItems[T]):
 
     def _read(self, until: float | None) -> bool:
         """Read the next items; return whether there are any, in time and before the end."""
+        try:
+            return self._read_in_turn(until)
+        finally:
+            if self._closed:
+                # By another thread, which has left it to this one to let go.
+                self._abandon()
+
+    def _read_in_turn(self, until: float | None) -> bool:
         with self._turn:
             if not self._empty:
                 # Another thread has read them meanwhile.

@@ -119,7 +119,7 @@ class Task(TaskState[Writer, LeaseKeeper]):
             Whether it should stop; False after *timeout*.
         """
         assert self._keeper is not None
-        return self.cancelled or self._keeper.wait_cancelled(timeout)
+        return self.cancelled or self._keeper.wait_cancelled(timeout) or self.cancelled
 
     def _close(self) -> None:
         """Close the writer before the handler gives the lease up: what was written has reached its level."""
@@ -224,7 +224,7 @@ class WorkerLoop:
         ):
             for task in self._tasks - left:
                 left.add(task)
-                error = StaleOwner(slots.STOPPED)
+                error = StaleOwner(worker_core.STOPPED)
                 actions = worker_core.hand_back(self._backend, task, error)
                 drive(actions, partial(self._perform, task))
                 if task._keeper is not None:

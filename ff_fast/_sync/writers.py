@@ -522,8 +522,12 @@ class Writer(SharedWriter):
         self._has_waiters = True
         try:
             while not wait.done():
-                if self.error is not None:
-                    raise copy.copy(self.error)
+                failure = self._failure
+                if failure is not None:
+                    if wait.done():
+                        # Another thread has closed it meanwhile: what is waited for came first.
+                        break
+                    raise copy.copy(self.error or failure)
                 left = -1.0 if deadline is None else max(deadline - time.monotonic(), 0.0)
                 if not waiter.acquire(timeout=left) and not wait.done():
                     raise DeadlineExceeded

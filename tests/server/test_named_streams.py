@@ -18,7 +18,7 @@ from ff_fast import (
     errors,
     keys,
 )
-from ff_fast._core import ops
+from ff_fast._core import leases, ops
 from ff_fast._core.leases import is_lease_lost
 from ff_fast._core.supervision import reclaim_token
 
@@ -398,6 +398,35 @@ def test_a_producer_that_is_lost_is_replaced(world, shell, open_stream, found):
     assert told(rest(reader)) == [1, "b", ("success", None)]
     assert world.timers(eid) == {}
     assert world.backend.describe_stream(eid, 0).closed_reason == "producer_lost"
+
+
+@pytest.mark.parametrize("end", ["complete", "leave"])
+def test_a_producer_that_was_told_of_a_loss_completes_nothing(
+    world, shell, open_stream, monkeypatch, end
+):
+    """The server does not know of it: it has renewed the lease, and no answer came in time."""
+    monkeypatch.setattr(leases, "RENEW_AT", 1_000)
+    stream = open_stream(lease_ttl_ms=300)
+
+    def told():
+        world.backend.renew(stream.handle)
+        return stream.cancelled
+
+    def produce():
+        with stream:
+            stream.write(b"half")
+            stream.flush(5)
+            # A writer that is closed has no error of the loss.
+            stream.writer._fail(errors.WriterClosed())
+            shell.wait_until(told)
+            if end == "complete":
+                stream.complete(b"half")
+
+    with pytest.raises(errors.LeaseExpired):
+        produce()
+    # Its producer has not ended it, or has said that it failed.
+    assert world.state(stream.execution_id) == {"complete": "failed", "leave": "active"}[end]
+    world.backend.delete_execution(stream.execution_id)
 
 
 def test_readers_of_a_stream_that_nobody_takes_over_get_an_end(world, shell, open_stream):

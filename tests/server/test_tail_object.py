@@ -333,6 +333,25 @@ def test_closing_ends_a_read_of_another_thread(backend, attempt, raw):
     assert [type(error) for error in caught] in ([errors.Unavailable], [errors.OutcomeUnknown])
 
 
+def test_a_tail_that_is_closed_as_a_read_ends_listens_no_more(backend, writer, attempt):
+    write(writer, b"1")
+    tail = backend.tail(attempt.eid)
+    read_on = tail._read_on
+
+    def closed_behind(until):
+        read_on(until)
+        closing = threading.Thread(target=tail.close)
+        closing.start()
+        closing.join(10)
+
+    tail._read_on = closed_behind
+    assert [frame.payload for frame in tail.next_batch(10)] == [b"1"]
+    assert tail.closed
+    # Though nobody reads it again, and somebody still refers to it.
+    assert backend.stats().tails_open == 0
+    assert tail._attached is None
+
+
 def test_closing_ends_a_read_of_another_task(server, backend, attempt, raw):
     async def main():
         async with aio.ValkeyBackend.connect(server.url) as own:

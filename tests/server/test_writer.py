@@ -9,6 +9,7 @@ import traceback
 
 import pytest
 
+import ff_fast
 from ff_fast import (
     BestEffortLiveConfig,
     Frame,
@@ -21,6 +22,7 @@ from ff_fast import (
     keys,
 )
 from ff_fast._core import ops
+from ff_fast._core.writer import Wait
 from ff_fast._hot.writer import WriterCore
 from ff_fast.errors import MAX_INT, Outcome
 
@@ -680,6 +682,38 @@ def test_closing_stores_the_rest_and_ends_writing(stream, backend):
     with backend.open_writer(stream.handle) as second:
         assert second.write(b"2") == 2
     assert payloads(stream) == [b"1", b"2"]
+
+
+@pytest.fixture
+def threads(stream, server):
+    """A writer of the blocking shell, with one frame, for tests of what another thread does amid a call."""
+    with ff_fast.ValkeyBackend.connect(server.url) as backend:
+        writer = backend.open_writer(stream.handle)
+        writer.write(b"1")
+        yield writer
+
+
+def test_a_wait_that_is_over_is_no_error_where_another_thread_closes_then(threads):
+    looks = [False, False]
+
+    def done():
+        if len(looks) == 1:
+            # The frame is stored, and the writer is closed, behind this look.
+            threads.close()
+        return looks.pop() if looks else threads.last_sequence == 1
+
+    assert threads._wait(Wait(done, threads.outcome, 10)).frame_count == 1
+
+
+def test_two_threads_may_close_at_once(threads, monkeypatch):
+    def found_open(writer):
+        monkeypatch.undo()
+        assert writer._failure is None
+        writer.close()
+
+    monkeypatch.setattr(ff_fast.Writer, "_failure", property(found_open), raising=False)
+    threads.close()
+    assert threads.last_sequence == 1
 
 
 @pytest.mark.parametrize("mode", [DURABLE, LIVE, MERGE], ids=lambda mode: mode.wire)

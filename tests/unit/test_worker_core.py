@@ -83,6 +83,9 @@ class Keeper:
     def lose(self, error):
         self.held, self.error = False, error
 
+    def _wake(self):
+        """Nobody waits."""
+
 
 class Attended:
     """One run of `attend`: what it did, and the error that it ended with.
@@ -202,6 +205,11 @@ def refused_and_stopped(of):
     return Stopped()
 
 
+def refused_and_returned(of):
+    of.task._keeper.lose(REFUSED)
+    return RETURNED
+
+
 def loses(outcome):
     """The lease is lost meanwhile."""
 
@@ -254,7 +262,11 @@ ENDS = {
     "is cancelled, told to stop": (cancelled_and_stopped, ["close", CANCEL]),
     "is cancelled as the lease is lost": (loses(Stopped()), ["close"]),
     "is cancelled as no renewal is accepted": (refused_and_stopped, ["close", "fail permanent"]),
-    "returns after the loss of the lease": (loses(RETURNED), ["close"]),
+    "returns after the loss of the lease": (loses(RETURNED), ["close", "close"]),
+    "returns as no renewal is accepted": (
+        refused_and_returned,
+        ["close", "close", "fail permanent"],
+    ),
     "raises after the loss of the lease": (loses(BROKEN), ["close"]),
 }
 
@@ -274,6 +286,8 @@ def test_an_interrupt_hands_back_and_is_raised(interrupt):
     attended = Attended({"handler": [interrupt]})
     assert attended.did == [*START, "close within 2 s", "fail infra_crash"]
     assert attended.error is interrupt
+    # What the handler has left running hears of it.
+    assert attended.task.lost
 
 
 def test_the_result_is_sent_with_the_fence_of_the_handle():

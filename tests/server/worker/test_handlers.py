@@ -537,23 +537,41 @@ def test_cancelling_an_asyncio_worker_hands_its_execution_back(server, backend, 
     assert read(backend, eid) == ([b"written, not flushed"], "producer_lost")
 
 
-def test_cancelling_an_asyncio_worker_ends_it_also_where_a_handler_keeps_it_to_itself(
-    server, backend, lane, state
+@pytest.mark.parametrize("how", ["cancelled", "drained"])
+@pytest.mark.parametrize("end", ["returns", "raises"])
+def test_an_interrupted_asyncio_worker_hands_back_what_a_handler_keeps_to_itself(
+    server, backend, lane, how, end
 ):
-    started = threading.Event()
+    """The handler was broken off, and takes that for its end: its text is no result."""
+    started, seen = threading.Event(), []
 
     def handler(task):
+        yield opened(task)
+        task.write("half")
         started.set()
         with contextlib.suppress(asyncio.CancelledError):
             yield until(task, lambda: False)
+        seen.append((task.cancelled, task.lost))
+        if end == "raises":
+            raise ValueError("broken off")
+        return "half"
 
-    running = Worker("asyncio", server.url, handler, lane=lane).begin()
+    drain_s = 0.05 if how == "drained" else None
+    running = Worker("asyncio", server.url, handler, lane=lane, drain_timeout=drain_s).begin()
     eid = backend.create_execution(lane=lane)
     assert started.wait(10)
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        running.result()
-    assert state(eid) == "completed"
+    if how == "drained":
+        running.ask()
+        running.join(10)
+        assert running.error is None
+    else:
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            running.result()
+    assert seen == [(True, True)]
+    handle = backend.claim(lane=lane, **WORKER, policy=ClaimPolicy.with_max_wait(5))
+    assert handle.fields().attempt_index == 1
+    assert read(backend, eid) == ([b"half"], "producer_lost")
 
 
 def test_a_task_group_of_one_handler_is_not_the_next_ones_cancellation(

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -226,6 +227,28 @@ def test_a_lease_that_was_seen_to_lapse_stays_lost():
     keeper.stop()
 
 
+@pytest.mark.parametrize("waits", ["wait_cancelled", "wait_lost"])
+def test_who_waits_hears_of_a_loss_during_a_renewal(waits):
+    begun, answered = threading.Event(), threading.Event()
+
+    def renew(_):
+        begun.set()
+        assert answered.wait(10)
+        raise errors.Unavailable
+
+    keeper = kept(600, renew, lambda _: None)
+    heard = []
+    waiting = threading.Thread(target=lambda: heard.append(getattr(keeper, waits)(10)))
+    waiting.start()
+    assert begun.wait(10)
+    keeper._abandon(errors.StaleOwner())
+    assert not keeper.held
+    waiting.join(5)
+    assert heard == [True]
+    answered.set()
+    keeper.stop()
+
+
 def test_a_lease_of_asyncio_that_was_seen_to_lapse_stays_lost():
     async def main():
         failed, told = [], []
@@ -250,6 +273,57 @@ def test_a_lease_of_asyncio_that_was_seen_to_lapse_stays_lost():
         await asyncio.sleep(0)
         assert told == [keeper.error]
         assert not keeper.held
+        await keeper.stop()
+
+    asyncio.run(main())
+
+
+def test_a_late_renewal_of_asyncio_revives_nothing_that_another_thread_has_seen_lapse():
+    async def main():
+        failed, looks = [], []
+
+        async def renew():
+            # The answer is there before the lease lapses; the loop stands still, and comes to it behind that.
+            other = threading.Thread(
+                target=lambda: wait_until(lambda: looks.append(keeper.held) or not looks[-1])
+            )
+            other.start()
+            other.join(10)
+            return ff_fast.LeaseRenewal(1, 1)
+
+        keeper = kept_later(60, renew, lambda _: None, failed.append)
+        assert await keeper.wait_lost(10)
+        assert not looks[-1]
+        assert isinstance(keeper.error, errors.LeaseExpired)
+        assert failed == [keeper.error]
+        await keeper.stop()
+
+    asyncio.run(main())
+
+
+def test_a_look_that_a_renewal_overtakes_says_what_the_keeper_says(monkeypatch):
+    async def main():
+        async def renew():
+            return ff_fast.LeaseRenewal(1, 1)
+
+        def time_of_look():
+            # The renewal comes between the look at the clock and what follows from it.
+            if not overtaken:
+                overtaken.append(True)
+                keeper._clock.sending()
+                assert keeper._renewed()
+                return end
+            return real()
+
+        overtaken, looks = [], []
+        keeper = kept_later(60_000, renew, lambda _: None, lambda _: None)
+        end, real = keeper._clock.held_until, time.monotonic
+        monkeypatch.setattr(leases, "time", SimpleNamespace(monotonic=time_of_look))
+        other = threading.Thread(target=lambda: looks.append(keeper.held))
+        other.start()
+        other.join(10)
+        assert looks == [True]
+        assert keeper.error is None
         await keeper.stop()
 
     asyncio.run(main())

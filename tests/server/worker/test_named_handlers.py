@@ -2,13 +2,15 @@
 
 import contextlib
 import threading
+import time
 
 import pytest
 
 import ff_fast
-from ff_fast import CapabilitySet, InvalidInput, InvalidType, aio
+from ff_fast import CapabilitySet, InvalidInput, InvalidType, aio, errors
 from ff_fast._core import claiming
 from ff_fast._core import operations as operations_core
+from ff_fast._core import worker as worker_core
 
 from ...waiting import wait_until
 from ..workers import Worker, handler_for
@@ -261,6 +263,93 @@ def test_handlers_that_outlast_the_drain_are_interrupted_and_their_work_goes_on_
     assert [frame.payload for frame in backend.read_stream(eid, 0)] == [b"first"]
     assert handle.fields().execution_id == eid
     backend.complete(handle)
+
+
+def _told_of_it(task):
+    task.write("more")
+
+
+def _keeps_it_to_itself(task):
+    try:
+        task.write("more")
+    except errors.FFError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("writes", [_told_of_it, _keeps_it_to_itself])
+def test_a_handler_that_is_left_behind_does_not_end_what_is_handed_back(
+    server, backend, lane, monkeypatch, writes
+):
+    """It runs on between the close of its writer and the call that hands its execution back."""
+    held, left = threading.Event(), threading.Event()
+    seen = []
+
+    def handler(task):
+        try:
+            task.write("first")
+            held.set()
+            while not (refused := writes(task)):
+                time.sleep(0.001)
+            seen.append((refused, task.cancelled, task.lost, task.wait_cancelled(0)))
+            return "half"
+        finally:
+            left.set()
+
+    def slowly(on, task, error, hand_back=worker_core.hand_back):
+        actions = hand_back(on, task, error)
+        action = next(actions)
+        while True:
+            if isinstance(action, worker_core.Run):
+                assert left.wait(10)
+                # Time enough for the handler's own end.
+                time.sleep(0.1)
+            value = yield action
+            try:
+                action = actions.send(value)
+            except StopIteration as stop:
+                return stop.value
+
+    monkeypatch.setattr(worker_core, "hand_back", slowly)
+    eid = backend.create_execution(lane=lane)
+    stubborn = Worker("sync", server.url, handler, lane=lane, drain_timeout=0.05).begin()
+    assert held.wait(10)
+    stubborn.ask()
+    stubborn.join(10)
+    assert not stubborn.is_alive()
+    assert backend.describe(eid).state == "waiting"
+    backend.complete(wait_until(lambda: backend.claim(lane=lane)))
+    if writes is _keeps_it_to_itself:
+        ((refused, *told),) = seen
+        assert isinstance(refused, errors.StaleOwner)
+        assert told == [True, True, True]
+
+
+def test_a_handler_that_waits_hears_at_once_that_its_execution_is_handed_back(
+    server, backend, lane, monkeypatch
+):
+    held, heard = threading.Event(), threading.Event()
+
+    def handler(task):
+        held.set()
+        if task.wait_cancelled(20) and task.lost:
+            heard.set()
+
+    def slowly(on, task, error, hand_back=worker_core.hand_back):
+        actions = hand_back(on, task, error)
+        first = next(actions)
+        assert heard.wait(10)
+        yield first
+        return (yield from actions)
+
+    monkeypatch.setattr(worker_core, "hand_back", slowly)
+    backend.create_execution(lane=lane)
+    stubborn = Worker("sync", server.url, handler, lane=lane, drain_timeout=0.05).begin()
+    assert held.wait(10)
+    stubborn.ask()
+    stubborn.join(15)
+    assert stubborn.error is None
+    backend.complete(wait_until(lambda: backend.claim(lane=lane)))
 
 
 def test_what_is_claimed_as_the_worker_is_left_behind_goes_back_too(
