@@ -258,8 +258,8 @@ class _Partition:
 class KeptLeases:
     """The leases that a backend keeps, and the channels on which it hears what befalls them.
 
-    Renewals tell the same later, so nothing depends on a push: one that was lost delays, and a false one costs a
-    renewal at most.
+    Renewals tell the same later, so nothing depends on a push: one that was lost delays. Of a loss a push only says that
+    a renewal will tell; a request to stop it is itself, so whoever may publish in the channel may cancel.
 
     Args:
         hub: The hub of the shell.
