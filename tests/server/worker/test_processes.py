@@ -20,9 +20,11 @@ from ff_fast._core import claiming
 from ff_fast._core import operations as operations_core
 
 from ...conftest import ROOT
+from ...heads import set_head
 from ...shells import WORKER
 from ...waiting import wait_until
 from ..readers import counted
+from ..streams import server_ms
 from ..workers import Worker, opened
 from .attempts import read
 
@@ -215,11 +217,20 @@ def process(kind, server, lane):
 FRAMES = [b"frame %d" % n for n in range(5)]
 
 
+def lapse(raw, eid):
+    """Let the lease of a process that is dead run out, by the server's clock."""
+    set_head(raw, keys.head(eid, 0), lease_expires_at=server_ms(raw))
+    raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"lease:{eid}": server_ms(raw)})
+
+
 def test_a_worker_that_is_killed_has_a_successor(
-    process, server, kind, backend, lane, supervisor, state
+    process, server, kind, backend, lane, supervisor, state, raw
 ):
     eid = backend.create_execution(lane=lane)
-    process("streams", 400, expect="flushed").kill()
+    one = process("streams", expect="flushed")
+    one.kill()
+    one.wait(10)
+    lapse(raw, eid)
     found = []
 
     def handler(task):
@@ -236,7 +247,7 @@ def test_a_worker_that_is_killed_has_a_successor(
 
 def test_a_worker_that_was_stopped_is_a_stale_owner_everywhere(process, backend, lane, supervisor):
     eid = backend.create_execution(lane=lane)
-    one = process("streams", 400, expect="flushed")
+    one = process("streams", 1_500, expect="flushed")
     one.send_signal(signal.SIGSTOP)
     handle = backend.claim(lane=lane, **WORKER, policy=ClaimPolicy.with_max_wait(10))
     assert handle.fields().attempt_index == 1
@@ -280,7 +291,7 @@ def test_a_signal_lets_handlers_end(process, backend, lane, state, number):
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
-def test_clocks_of_clients_do_not_matter(process, backend, lane, supervisor, hours):
+def test_clocks_of_clients_do_not_matter(process, backend, lane, supervisor, raw, hours):
     before = f"""
 import time
 _time, _time_ns = time.time, time.time_ns
@@ -288,14 +299,16 @@ time.time = lambda: _time() + 3600 * {hours}
 time.time_ns = lambda: _time_ns() + 3600 * 10**9 * {hours}
 """
     eid = backend.create_execution(lane=lane)
-    one = process("streams", 500, before=before, expect="flushed")
+    one = process("streams", 1_200, before=before, expect="flushed")
     # Its lease is renewed, not lapsed, for longer than it is: by the server's clock.
     first = backend.describe_stream(eid).lease_left
-    assert 0 < first <= 0.5
-    end = time.monotonic() + 0.7
+    assert 0 < first <= 1.2
+    end = time.monotonic() + 1.4
     wait_until(lambda: time.monotonic() > end)
     assert backend.describe(eid).attempt_index == 0
     one.kill()
+    one.wait(10)
+    lapse(raw, eid)
     handle = backend.claim(lane=lane, **WORKER, policy=ClaimPolicy.with_max_wait(10))
     assert handle.fields().attempt_index == 1
     assert read(backend, eid, 0) == (FRAMES, "producer_lost")
