@@ -344,7 +344,7 @@ def test_a_loop_that_stands_still_is_not_live(
     server, backend, lane, module, tmp_path, monkeypatch, said
 ):
     monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
-    monkeypatch.setattr(health, "STANDSTILL_S", 0.3)
+    monkeypatch.setattr(health, "STANDSTILL_S", 1.0)
     ports = []
     monkeypatch.setattr(health, "serve", kept(health.serve, ports))
     (tmp_path / f"{module}.py").write_text(
@@ -360,6 +360,13 @@ async def blocks(task):
         ["worker", f"{module}:blocks", "--lane", lane, "--health-port", "0", "--bind", "127.0.0.1"]
     )
     process = work.Process(arguments, server.url)
+    say, live_until = health.say, []
+
+    def saying(*arguments):
+        live_until.append(process.why_not_live())
+        say(*arguments)
+
+    monkeypatch.setattr(health, "say", saying)
     running = threading.Thread(target=process.run, daemon=True)
     running.start()
     try:
@@ -369,8 +376,10 @@ async def blocks(task):
         assert get(port, "/live") == (200, b"live\n")
         eid = backend.create_execution(lane=lane)
         wait_until(lambda: get(port, "/live") == (503, b"blocked\n"))
+        # The log says it before anybody is told, who may end the process at once.
         (record,) = said(logging.ERROR)
         assert "go_on.wait(20)" in record.getMessage()
+        assert live_until == [""]
         sys.modules[module].go_on.set()
         wait_until(lambda: get(port, "/live") == (200, b"live\n"))
         wait_until(lambda: backend.describe(eid).state == "completed")
