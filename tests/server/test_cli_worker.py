@@ -72,6 +72,20 @@ async def slow_coroutine(task):
     await asyncio.sleep(float(task.payload))
     return b"done"
 
+go_on = threading.Event()
+
+def held(task):
+    task.write(b"begun")
+    task.flush()
+    go_on.wait(30)
+    return b"done"
+
+async def held_coroutine(task):
+    task.write(b"begun")
+    await task.flush()
+    await asyncio.to_thread(go_on.wait, 30)
+    return b"done"
+
 def stubborn(task):
     task.write(b"begun")
     task.flush()
@@ -262,7 +276,7 @@ def get(port, path):
             return error.code, error.read()
 
 
-@pytest.mark.parametrize("handler", ["slow", "slow_coroutine"])
+@pytest.mark.parametrize("handler", ["held", "held_coroutine"])
 def test_readiness_follows_the_worker(server, backend, lane, module, handler, monkeypatch):
     monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
     ports = []
@@ -280,9 +294,11 @@ def test_readiness_follows_the_worker(server, backend, lane, module, handler, mo
         ]
     )
     arguments.drain_timeout = 20
+    # What supervises would say that the server has answered.
+    arguments.no_supervise = True
     process = work.Process(arguments, server.url)
     running = threading.Thread(target=process.run, daemon=True)
-    eid = backend.create_execution(lane=lane, payload=b"0.3")
+    eid = backend.create_execution(lane=lane)
     running.start()
     try:
         begun(backend, eid)
@@ -290,14 +306,15 @@ def test_readiness_follows_the_worker(server, backend, lane, module, handler, mo
         wait_until(lambda: get(port, "/ready") == (200, b"ready\n"))
         assert get(port, "/live") == (200, b"live\n")
         assert get(port, "/metrics")[0] == get(port, "/other")[0] == 404
+        # While the only slot runs a handler, nobody asks the server for work.
         process._backend._attending.reached = False
-        if backend.describe(eid).state == "active":
-            assert get(port, "/ready") == (503, b"unreachable\n")
+        assert get(port, "/ready") == (503, b"unreachable\n")
         process._stop.set()
         assert get(port, "/ready") == (503, b"stopping\n")
         assert get(port, "/live")[0] == 200
     finally:
         process._stop.set()
+        sys.modules[module].go_on.set()
         running.join(20)
     assert not running.is_alive()
     # It was not interrupted.
