@@ -123,7 +123,7 @@ def prompt(monkeypatch):
 
 def ended(backend, eid):
     ends = ("completed", "failed", "cancelled")
-    return wait_until(lambda: (told := backend.describe(eid)).state in ends and told, 10)
+    return wait_until(lambda: (told := backend.describe(eid)).state in ends and told, 20)
 
 
 def lapse(raw, eid):
