@@ -66,14 +66,20 @@ def waits_for_work(raw):
 
 def test_a_worker_that_waits_does_not_poll(kind, server, raw, lane, monkeypatch):
     monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.4)
+    # What it looks at every few seconds is no poll, and may come where the machine is slow.
+    monkeypatch.setattr(claiming, "LOOK_EVERY_S", 3_600.0)
+    monkeypatch.setattr(claiming, "SWEEP_EVERY_S", 3_600.0)
     with Worker(kind, server.url, lambda task: None, lane=lane):
         wait_until(lambda: waits_for_work(raw))
         names = ("bzmpop", "zpopmin", "fcall", "fcall_ro", "zrange", "zadd", "xread")
+        began = time.monotonic()
         with counted(raw, *names) as calls:
             # What is measured: as long as one claim waits, and idle.
             threading.Event().wait(0.4)
-    assert calls["bzmpop"] <= 2
-    assert calls["zpopmin"] <= 2
+        # It may have been longer.
+        most = (time.monotonic() - began) // 0.4 + 1
+    assert calls["bzmpop"] <= most
+    assert calls["zpopmin"] <= most
     assert sum(calls[name] for name in names[2:]) == 0
 
 
