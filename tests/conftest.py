@@ -221,7 +221,7 @@ def lane() -> str:
 
 @pytest.fixture
 def wait_until():
-    """``wait_until(condition, deadline_s=5.0)``; to import it: ``tests.waiting``."""
+    """``wait_until(condition, deadline_s=15.0)``; to import it: ``tests.waiting``."""
     return waiting.wait_until
 
 

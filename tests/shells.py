@@ -63,7 +63,7 @@ class _Blocking:
     def __exit__(self, *raised):
         return self._loop.run_until_complete(self._target.__aexit__(*raised))
 
-    def wait_until(self, condition, deadline_s=5.0):
+    def wait_until(self, condition, deadline_s=15.0):
         """`waiting.wait_until` while the loop runs."""
 
         async def asked():
@@ -100,7 +100,7 @@ class _Sync:
     def __getattr__(self, name):
         return getattr(self._backend, name)
 
-    def wait_until(self, condition, deadline_s=5.0):
+    def wait_until(self, condition, deadline_s=15.0):
         return waiting.wait_until(condition, deadline_s)
 
     def paced(self, rate_hz, seconds, step):
@@ -297,7 +297,7 @@ class Background(threading.Thread):
         self._closing = asyncio.current_task()
         await self.backend.close()
 
-    def result(self, deadline_s=10.0):
+    def result(self, deadline_s=20.0):
         """Wait for its end, and raise what it raised."""
         self.join(deadline_s)
         assert not self.is_alive(), "it still runs"
@@ -313,7 +313,7 @@ class Background(threading.Thread):
         if kind is None:
             self.result()
         else:
-            self.join(10)
+            self.join(20)
 
 
 class Reading(Background):

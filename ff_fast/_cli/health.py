@@ -60,7 +60,6 @@ class Pulse:
             return
         self._looks += 1
         if self._looks >= self._most and not self.stuck and not self._loop.is_closed():
-            self.stuck = True
             frame = sys._current_frames().get(self._thread)  # noqa: SLF001 - the documented way
             say(
                 logging.ERROR,
@@ -69,6 +68,8 @@ class Pulse:
                 STANDSTILL_S,
                 "".join(traceback.format_stack(frame)).rstrip(),
             )
+            # Behind the record: whoever is told may end the process at once.
+            self.stuck = True
 
     def _answer(self) -> None:
         self._answered = True

@@ -368,7 +368,7 @@ async def test_tls_that_cannot_be_trusted_is_refused_once(shell, name, server, a
         began = time.monotonic()
         with pytest.raises(TlsFailed) as caught:
             await shell.connect(tls_url(proxy, ca_file if trusted else None))
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 4
         assert proxy.accepted == 1
         assert caught.value.outcome is Outcome.NOT_APPLIED
         assert caught.value.__context__ is None

@@ -238,7 +238,7 @@ async def test_refused_port(shell, proxy):
     began = loop.time()
     with pytest.raises(Unavailable) as caught:
         await shell.connect(proxy.url, retries=3, factor=1)
-    assert loop.time() - began < 2
+    assert loop.time() - began < 4
     assert caught.value.outcome is Outcome.NOT_APPLIED
     assert caught.value.__context__ is None
     proxy.listen()
@@ -278,7 +278,7 @@ async def test_a_port_that_accepts_nobody(shell):
         began = loop.time()
         with pytest.raises(DeadlineExceeded) as caught:
             await shell.connect(f"valkey://127.0.0.1:{port}", timeout=0.3)
-        assert 0.25 < loop.time() - began < 2
+        assert 0.25 < loop.time() - began < 4
         assert caught.value.outcome is Outcome.NOT_APPLIED
         for each in fill:
             each.close()
@@ -297,7 +297,7 @@ async def test_many_callers_of_a_deaf_server_wait_one_deadline_together(proxy):
     )
     assert {type(result) for result in results} == {DeadlineExceeded}
     assert len({id(result) for result in results}) == 50
-    assert loop.time() - began < 2
+    assert loop.time() - began < 5
     proxy.release()
     await backend.close()
 
@@ -344,11 +344,11 @@ async def test_a_black_hole_ends_at_the_deadline(shell, proxy, server, lane):
         with pytest.raises(DeadlineExceeded) as caught:
             await backend.renew(handle)
         assert caught.value.outcome is Outcome.UNKNOWN
-        assert 0.35 < loop.time() - began < 1.5
+        assert 0.35 < loop.time() - began < 4
         began = loop.time()
         with pytest.raises(DeadlineExceeded):
             await writer.flush(0.2)
-        assert loop.time() - began < 1
+        assert loop.time() - began < 4
         assert writer.error is None
         proxy.release()
         await writer.flush(10)

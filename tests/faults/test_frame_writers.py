@@ -41,7 +41,7 @@ async def test_a_lease_that_somebody_else_ended_frees_its_writer(shell, server, 
 async def test_leases_that_lapse_in_silence_free_their_writers(shell, server, lane):
     async with await shell.connect(server.url) as backend:
         for _ in range(5):
-            _, handle = await claimed(backend, lane, lease_ttl_ms=100)
+            _, handle = await claimed(backend, lane, lease_ttl_ms=1_500)
             await backend.append_frame(handle, event(b"1"))
         eid, _ = await claimed(backend, lane)
 
@@ -54,7 +54,7 @@ async def test_leases_that_lapse_in_silence_free_their_writers(shell, server, la
 
 async def test_a_kept_lease_that_is_lost_frees_its_writer(shell, server, lane):
     async with await shell.connect(server.url) as backend:
-        eid, handle = await claimed(backend, lane, lease_ttl_ms=300)
+        eid, handle = await claimed(backend, lane)
         await backend.append_frame(handle, event(b"1"))
         keeper = backend.wrapped.keep_lease(handle)
         await backend.cancel(eid)

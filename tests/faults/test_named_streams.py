@@ -13,6 +13,7 @@ import pytest
 
 import ff_fast
 from ff_fast import End, aio, errors, keys
+from ff_fast._core import leases as leases_core
 from ff_fast._core import streams as streams_core
 from ff_fast._core.leases import is_lease_lost
 from ff_fast.errors import FFError, ForkedClient, InvalidInput, Outcome, Unavailable
@@ -431,7 +432,7 @@ KILLED = """
 import sys, time
 import ff_fast
 with ff_fast.ValkeyBackend.connect(sys.argv[1]) as backend:
-    stream = backend.open_stream("chat", namespace=sys.argv[2], ttl=60, lease_ttl_ms=600)
+    stream = backend.open_stream("chat", namespace=sys.argv[2], ttl=60, lease_ttl_ms=1_500)
     for number in range(3):
         stream.write(str(number))
     stream.flush()
@@ -477,10 +478,12 @@ async def test_a_lost_stream_that_nobody_takes_over_ends(shell, server, opening)
         assert found == [0, ("failed", "producer_lost")]
 
 
-async def test_a_stream_is_renewed_while_its_block_runs(shell, server, raw, opening):
+async def test_a_stream_is_renewed_while_its_block_runs(shell, server, raw, opening, monkeypatch):
+    # Soon, and the lease does not lapse on a machine that stands still for a while.
+    monkeypatch.setattr(leases_core, "RENEW_AT", 0.005)
     options, eid = opening
     async with await shell.connect(server.url) as backend:
-        async with await backend.open_stream(**options, lease_ttl_ms=300) as stream:
+        async with await backend.open_stream(**options, lease_ttl_ms=30_000) as stream:
             ends = head_of(raw, keys.head(eid, 0)).lease_expires_at
             await wait_until_async(
                 lambda: _now(head_of(raw, keys.head(eid, 0)).lease_expires_at > ends + 400)

@@ -17,6 +17,7 @@ from ff_fast import (
     keys,
 )
 from ff_fast._core import hub as hub_core
+from ff_fast._core import leases as leases_core
 from ff_fast._core import operations as operations_core
 from ff_fast._core import slots
 from ff_fast.embedded import EmbeddedServer
@@ -114,14 +115,15 @@ def test_each_user_can_do_its_work_and_is_refused_nothing(guarded, opener):
 
 @pytest.fixture
 def prompt(monkeypatch):
-    """Workers look more often whether they shall stop, and pause briefly."""
+    """Workers look more often whether they shall stop, pause briefly, and renew long leases soon: none lapses by chance."""
+    monkeypatch.setattr(leases_core, "RENEW_AT", 0.007)
     monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.05)
     monkeypatch.setattr(slots, "_FIRST_PAUSE_S", 0.01)
 
 
 def ended(backend, eid):
     ends = ("completed", "failed", "cancelled")
-    return wait_until(lambda: (told := backend.describe(eid)).state in ends and told, 10)
+    return wait_until(lambda: (told := backend.describe(eid)).state in ends and told, 20)
 
 
 def lapse(raw, eid):
@@ -149,7 +151,7 @@ def test_a_fleet_with_the_workers_rights_outlives_lost_leases_and_cancellations(
         return b"well"
 
     url = as_user(server, "ff_worker")
-    fleet = [Worker(kind, url, handler, lease_ttl_ms=300) for _ in range(2)]
+    fleet = [Worker(kind, url, handler) for _ in range(2)]
     with fleet[0], fleet[1], Supervisor(kind, as_user(server, "ff_supervisor")):
         lost = producer.create_execution(payload=b"long")
         assert begun.wait(10)
@@ -220,7 +222,7 @@ def test_a_right_that_is_missing_fails_the_attempt_that_needs_it_and_no_worker(
         return handler(task)
 
     with ff_fast.ValkeyBackend.connect(server.url + FEW) as backend:
-        with Worker(kind, as_user(server, "ff_worker"), once, lease_ttl_ms=600):
+        with Worker(kind, as_user(server, "ff_worker"), once):
             eid = backend.create_execution(retry=RetryPolicy(max_retries=3))
             if "cancel" in function or "describe" in function:
                 assert called.wait(10)
@@ -311,9 +313,7 @@ def test_a_user_that_is_deleted_ends_its_workers_without_a_storm(guarded, kind, 
         begun.set()
         yield until(task, lambda: task.cancelled)
 
-    running = Worker(
-        kind, as_user(server, "ff_worker"), handler, concurrency=4, lease_ttl_ms=600
-    ).begin()
+    running = Worker(kind, as_user(server, "ff_worker"), handler, concurrency=4).begin()
     if busy:
         opener(as_user(server, "ff_producer")).create_execution()
         assert begun.wait(10)

@@ -76,7 +76,7 @@ class Reader(Reading):
     def got(self):
         return [item for _, item in self.items]
 
-    def result(self, deadline_s=10.0):
+    def result(self, deadline_s=20.0):
         """What the tail yielded, once it is over."""
         super().result(deadline_s)
         return self.got

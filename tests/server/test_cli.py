@@ -384,7 +384,7 @@ def test_tail_ends_on_ctrl_c_with_where_to_go_on_and_on_a_closed_pipe_in_silence
                 process.stdout.close()
                 process.stdout = None
                 backend.append_frame(handle, Frame(b"y", FrameKind.STDOUT))
-            _, err = process.communicate(timeout=10)
+            _, err = process.communicate(timeout=40)
         if how == "close":
             assert (process.returncode, err) == (141, "")
             continue
@@ -515,7 +515,7 @@ def test_supervise_brings_back_what_a_lost_worker_held(backend, server, lane, wa
     with start("supervise", "--url", server.url, "--namespace", f"n-{lane}") as process:
         wait_until(lambda: backend.describe(mine).state == "waiting")
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=10)
+        out, err = process.communicate(timeout=40)
     assert (process.returncode, out, err) == (130, "", "")
     assert backend.describe(other).state == "active"
     handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
@@ -567,7 +567,7 @@ def test_submit_inspect_signal_cancel(run, backend, lane, monkeypatch):
 def test_submit_takes_the_payload_from_stdin(server, backend, lane):
     command = ("submit", "--url", server.url, "--lane", lane)
     with start(*command, stdin=subprocess.PIPE) as process:
-        out, err = process.communicate("from a pipe", timeout=10)
+        out, err = process.communicate("from a pipe", timeout=40)
     assert (process.returncode, err) == (0, "")
     handle = backend.claim(lane=lane, worker_id="w", worker_instance_id="w-1")
     assert handle.fields().execution_id == out.strip()
@@ -687,7 +687,7 @@ def test_a_server_that_is_not_there_is_not_waited_for(run):
     assert code == 1
     assert err.startswith("ff-fast: Connecting to 127.0.0.1:1 was refused; ")
     assert "s3cret" not in err
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize(

@@ -646,10 +646,11 @@ def plain(item):
 
 
 def test_an_append_under_a_lapsed_lease_is_refused_so_the_end_stands(backend, server, raw, lane):
-    attempt = begin(backend, lane, lease_ttl_ms=800)
+    attempt = begin(backend, lane)
     writer = backend.open_writer(attempt.handle)
     writer.write(b"x")
     writer.flush()
+    backend.renew(attempt.handle, 50)
     items = collect("sync", server.url, attempt.eid)
     assert items[-1] == End("producer_lost")
     writer.write(b"too late")

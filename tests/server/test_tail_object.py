@@ -276,11 +276,13 @@ def test_an_interrupt_at_any_moment_loses_and_doubles_nothing(server, backend, w
 
 def test_a_second_reader_of_one_tail_is_refused(server, backend, attempt, raw):
     tail = backend.tail(attempt.eid)
-    reading = threading.Thread(target=tail.next_batch, args=(1,))
+    reading = threading.Thread(target=tail.next_batch, args=(20,))
     reading.start()
     wait_listening(raw)
     with pytest.raises(errors.InvalidInput, match="for each"):
         tail.next_batch(0)
+    with backend.open_writer(attempt.handle) as writer:
+        writer.write(b"x")
     reading.join()
 
     async def main():
@@ -290,7 +292,7 @@ def test_a_second_reader_of_one_tail_is_refused(server, backend, attempt, raw):
             await asyncio.sleep(0)
             with pytest.raises(errors.InvalidInput, match="for each"):
                 await other.next_batch(0)
-            assert await first == []
+            assert [each.payload for each in await first] == [b"x"]
 
     asyncio.run(main())
 

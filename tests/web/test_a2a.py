@@ -508,7 +508,7 @@ from tests.web.test_a2a import *
 async def run(url, task_id, user):
     context = ServerCallContext(user=Named(user))
     async with aio.ValkeyBackend.connect(url) as backend:
-        store = ValkeyTaskStore(backend, lease_ttl_ms=400)
+        store = ValkeyTaskStore(backend, lease_ttl_ms=1_500)
         task = task_of(task_id=task_id)
         version = await save(store, task, MISSING, context, event=text_event(task, "one"))
         await save(store, task, version, context, event=text_event(task, "two"))
@@ -521,7 +521,7 @@ asyncio.run(run(*sys.argv[1:]))
 @pytest.mark.cluster
 def test_subscribers_of_a_replica_that_is_killed_end_and_another_goes_on(replicas, owner, server):
     async def run():
-        async with replicas(2, lease_ttl_ms=400) as [(_, stream), (other, late)]:
+        async with replicas(2) as [(_, stream), (other, late)]:
             task_id = str(uuid.uuid4())
             subscribed = asyncio.create_task(collect(stream, task_id))
             child = await asyncio.create_subprocess_exec(
@@ -589,7 +589,7 @@ def test_a_replica_that_goes_on_with_a_task_holds_it_once_the_other_has_let_go(r
 
 def test_a_replica_that_has_lost_its_lease_holds_it_again_with_the_next_save(replicas, owner):
     async def run():
-        async with replicas(lease_ttl_ms=300) as [(store, stream)]:
+        async with replicas(lease_ttl_ms=1_000) as [(store, stream)]:
             task = task_of()
             version = await save(store, task, MISSING, owner, event=text_event(task, "x"))
             # As a process that stands still: nobody renews.

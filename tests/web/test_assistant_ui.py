@@ -344,12 +344,13 @@ def test_readers_of_a_stream_that_is_removed_end_in_silence(stores, name):
 
 def test_a_stream_to_which_nothing_is_appended_is_removed_after_its_time(stores, name):
     async def run():
-        async with stores(2, default_ttl_ms=150) as (producer, other):
+        async with stores(2, default_ttl_ms=1_000) as (producer, other):
             await producer.acquire(name)
             await producer.acquire(name + "-kept", ttl_ms=60_000)
             reading = asyncio.create_task(collect(other, name))
+            # Longer than the time, in steps that are far shorter.
             for _ in range(4):
-                await asyncio.sleep(0.06)
+                await asyncio.sleep(0.3)
                 await producer.append(name, b"x")
             assert await other.status(name) == "streaming"
             assert await asyncio.wait_for(reading, 5) == [b"x"] * 4
@@ -433,7 +434,7 @@ from ff_fast.adapters.assistant_ui import ValkeyResumableStreamStore
 
 async def run(url, name):
     async with aio.ValkeyBackend.connect(url) as backend:
-        store = ValkeyResumableStreamStore(backend, lease_ttl_ms=400)
+        store = ValkeyResumableStreamStore(backend, lease_ttl_ms=1_500)
         assert await store.acquire(name) == "producer"
         await store.append(name, b"one")
         await store.append(name, b"two")
@@ -448,7 +449,7 @@ def test_readers_of_a_producer_that_is_killed_are_told_and_another_begins_anew(
     stores, name, server
 ):
     async def run():
-        async with stores(2, lease_ttl_ms=400) as (one, other):
+        async with stores(2) as (one, other):
             child = await asyncio.create_subprocess_exec(
                 sys.executable, "-c", PRODUCER, server.url, name
             )
@@ -476,7 +477,7 @@ def test_readers_of_a_producer_that_is_killed_are_told_and_another_begins_anew(
 
 def test_a_producer_that_has_lost_its_lease_can_write_nothing(stores, name):
     async def run():
-        async with stores(2, lease_ttl_ms=300) as (paused, other):
+        async with stores(lease_ttl_ms=1_000) as paused, stores() as other:
             await paused.acquire(name)
             await paused.append(name, b"old")
             # As a process that stands still: nobody renews.

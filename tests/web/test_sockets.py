@@ -191,7 +191,8 @@ class Nested(Plain):
 
 @pytest.mark.parametrize("middleware", [(), (Middleware(Nested), Middleware(Plain))])
 def test_a_client_that_takes_nothing_is_closed(site, backend, lane, middleware):
-    here = site(streams(send_timeout=0.3, pace=0), middleware=middleware)
+    # Long enough to be seen open.
+    here = site(streams(send_timeout=1.5, pace=0), middleware=middleware)
     eid, handle = producing(backend, lane)
     with backend.open_writer(handle) as writer:
         for _ in range(200):

@@ -100,9 +100,10 @@ def test_a_stream_is_closed_by_the_end_of_its_execution(stream, end):
 
 
 def test_a_lease_lapses_by_the_servers_clock(raw, backend, lane, wait_until):
-    stream = Stream(raw, backend, lane, lease_ttl_ms=300)
+    stream = Stream(raw, backend, lane)
     stream.open()
     assert stream.append(log(b"x"))[1] == 1
+    backend.renew(stream.handle, 50)
     expires_at = head_of(raw, stream.head).lease_expires_at
     wait_until(lambda: server_ms(raw) >= expires_at)
     stream.refused("lease_expired", log(b"y"), first=2)

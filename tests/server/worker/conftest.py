@@ -50,7 +50,7 @@ def worker(kind, server, lane):
     for one in started:
         one.ask()
     for one in started:
-        one.join(10)
+        one.join(20)
         assert not one.is_alive()
 
 
@@ -60,6 +60,6 @@ def state(backend):
 
     def wait(eid, *expected):
         expected = expected or ("completed", "failed", "cancelled", "expired")
-        return wait_until(lambda: (found := backend.describe(eid).state) in expected and found, 10)
+        return wait_until(lambda: (found := backend.describe(eid).state) in expected and found, 20)
 
     return wait

@@ -24,6 +24,7 @@ from ff_fast import (
     aio,
     errors,
 )
+from ff_fast._core import leases as leases_core
 
 from ...shells import WORKER
 from ...waiting import wait_until
@@ -497,15 +498,17 @@ def test_a_worker_in_a_forked_child_says_so(kind, server, lane):
 
 
 def test_a_renewal_tells_a_handler_that_never_writes_of_a_cancellation(
-    worker, backend, lane, state
+    worker, backend, lane, state, monkeypatch
 ):
+    # Soon, and the lease does not lapse on a machine that stands still for a while.
+    monkeypatch.setattr(leases_core, "RENEW_AT", 0.005)
     started = threading.Event()
 
     def handler(task):
         started.set()
         yield until(task, lambda: task.cancelled)
 
-    worker(handler, lease_ttl_ms=600)
+    worker(handler)
     eid = backend.create_execution(lane=lane)
     assert started.wait(10)
     backend.cancel(eid, grace=20)

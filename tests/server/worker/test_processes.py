@@ -20,9 +20,11 @@ from ff_fast._core import claiming
 from ff_fast._core import operations as operations_core
 
 from ...conftest import ROOT
+from ...heads import set_head
 from ...shells import WORKER
 from ...waiting import wait_until
 from ..readers import counted
+from ..streams import server_ms
 from ..workers import Worker, opened
 from .attempts import read
 
@@ -64,14 +66,20 @@ def waits_for_work(raw):
 
 def test_a_worker_that_waits_does_not_poll(kind, server, raw, lane, monkeypatch):
     monkeypatch.setattr(operations_core, "CLAIM_WAIT_S", 0.4)
+    # What it looks at every few seconds is no poll, and may come where the machine is slow.
+    monkeypatch.setattr(claiming, "LOOK_EVERY_S", 3_600.0)
+    monkeypatch.setattr(claiming, "SWEEP_EVERY_S", 3_600.0)
     with Worker(kind, server.url, lambda task: None, lane=lane):
         wait_until(lambda: waits_for_work(raw))
         names = ("bzmpop", "zpopmin", "fcall", "fcall_ro", "zrange", "zadd", "xread")
+        began = time.monotonic()
         with counted(raw, *names) as calls:
             # What is measured: as long as one claim waits, and idle.
             threading.Event().wait(0.4)
-    assert calls["bzmpop"] <= 2
-    assert calls["zpopmin"] <= 2
+        # It may have been longer.
+        most = (time.monotonic() - began) // 0.4 + 1
+    assert calls["bzmpop"] <= most
+    assert calls["zpopmin"] <= most
     assert sum(calls[name] for name in names[2:]) == 0
 
 
@@ -215,11 +223,20 @@ def process(kind, server, lane):
 FRAMES = [b"frame %d" % n for n in range(5)]
 
 
+def lapse(raw, eid):
+    """Let the lease of a process that is dead run out, by the server's clock."""
+    set_head(raw, keys.head(eid, 0), lease_expires_at=server_ms(raw))
+    raw.zadd(keys.timers(keys.slot_tag_of(eid)), {f"lease:{eid}": server_ms(raw)})
+
+
 def test_a_worker_that_is_killed_has_a_successor(
-    process, server, kind, backend, lane, supervisor, state
+    process, server, kind, backend, lane, supervisor, state, raw
 ):
     eid = backend.create_execution(lane=lane)
-    process("streams", 400, expect="flushed").kill()
+    one = process("streams", expect="flushed")
+    one.kill()
+    one.wait(10)
+    lapse(raw, eid)
     found = []
 
     def handler(task):
@@ -236,7 +253,7 @@ def test_a_worker_that_is_killed_has_a_successor(
 
 def test_a_worker_that_was_stopped_is_a_stale_owner_everywhere(process, backend, lane, supervisor):
     eid = backend.create_execution(lane=lane)
-    one = process("streams", 400, expect="flushed")
+    one = process("streams", 1_500, expect="flushed")
     one.send_signal(signal.SIGSTOP)
     handle = backend.claim(lane=lane, **WORKER, policy=ClaimPolicy.with_max_wait(10))
     assert handle.fields().attempt_index == 1
@@ -280,7 +297,7 @@ def test_a_signal_lets_handlers_end(process, backend, lane, state, number):
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
-def test_clocks_of_clients_do_not_matter(process, backend, lane, supervisor, hours):
+def test_clocks_of_clients_do_not_matter(process, backend, lane, supervisor, raw, hours):
     before = f"""
 import time
 _time, _time_ns = time.time, time.time_ns
@@ -288,14 +305,16 @@ time.time = lambda: _time() + 3600 * {hours}
 time.time_ns = lambda: _time_ns() + 3600 * 10**9 * {hours}
 """
     eid = backend.create_execution(lane=lane)
-    one = process("streams", 500, before=before, expect="flushed")
+    one = process("streams", 1_200, before=before, expect="flushed")
     # Its lease is renewed, not lapsed, for longer than it is: by the server's clock.
     first = backend.describe_stream(eid).lease_left
-    assert 0 < first <= 0.5
-    end = time.monotonic() + 0.7
+    assert 0 < first <= 1.2
+    end = time.monotonic() + 1.4
     wait_until(lambda: time.monotonic() > end)
     assert backend.describe(eid).attempt_index == 0
     one.kill()
+    one.wait(10)
+    lapse(raw, eid)
     handle = backend.claim(lane=lane, **WORKER, policy=ClaimPolicy.with_max_wait(10))
     assert handle.fields().attempt_index == 1
     assert read(backend, eid, 0) == (FRAMES, "producer_lost")

@@ -328,13 +328,17 @@ def test_what_a_lost_connection_has_missed_is_asked_for(worker, backend, lane, s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_who_may_not_listen_hears_it_from_a_renewal(kind, server, raw, backend, lane, caplog):
+def test_who_may_not_listen_hears_it_from_a_renewal(
+    kind, server, raw, backend, lane, caplog, monkeypatch
+):
+    # Soon, and the lease does not lapse on a machine that stands still for a while.
+    monkeypatch.setattr(leases_core, "RENEW_AT", 0.005)
     name = f"deaf-{lane}"
     raw.execute_command("ACL", "SETUSER", name, "on", ">p", "~*", "resetchannels", "+@all")
 
     def steps(own):
         eid = backend.create_execution(lane=lane)
-        handle = yield own.claim(lane=lane, **WORKER, lease_ttl_ms=300)
+        handle = yield own.claim(lane=lane, **WORKER, lease_ttl_ms=30_000)
         keeper = own.keep_lease(handle)
         backend.cancel(eid, grace=60)
         assert (yield keeper.wait_cancelled(20))

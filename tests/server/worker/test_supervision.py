@@ -9,7 +9,7 @@ import threading
 import pytest
 
 import ff_fast
-from ff_fast import FailureClass, RetryPolicy, keys
+from ff_fast import FailureClass, RetryPolicy, aio, client, keys
 from ff_fast._core import operations as operations_core
 from ff_fast._core import supervision as supervision_core
 from ff_fast.embedded import EmbeddedServer
@@ -37,6 +37,10 @@ def no_mark(raw):
 def prompt(monkeypatch):
     monkeypatch.setattr(supervision_core, "_LOOK_S", 0.05)
     monkeypatch.setattr(operations_core, "SUPERVISE_EVERY_S", 0.02)
+    # A worker that ends waits until its mark is gone, however slow the machine is; else the mark would lapse.
+    monkeypatch.setattr(operations_core, "_LEAVE_S", 10.0)
+    for shell in (client, aio):
+        monkeypatch.setattr(shell, "_SUPERVISOR_ENDS_S", 10.0)
 
 
 def timers_due(raw):
