@@ -131,6 +131,8 @@ class KeeperState:
         self._clock = clock
         self._fail = fail
         self._stopped = False
+        # Two may find out at once; there is one loss.
+        self._finding = threading.Lock()
         # The end of the lease that somebody has seen to have come, who may not fail the writers; in monotonic time.
         self._seen_end = 0.0
 
@@ -171,7 +173,10 @@ class KeeperState:
             return
         # Before: whoever sees the loss, on whichever thread, finds no writer that still takes frames.
         self._fail(error)
-        self.error = error
+        with self._finding:
+            if self.error is not None:
+                return
+            self.error = error
         self._tell_lost(error)
 
     def _tell_lost(self, error: FFError) -> None:
