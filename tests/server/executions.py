@@ -121,10 +121,12 @@ class World:
 
     def is_held(self, core):
         """Whether a cancelled flow keeps it from all workers."""
-        if core["state"] != "waiting" or not core.get("flow_id") or core.get("interrupted") == "1":
+        if core["state"] != "waiting" or not core.get("flow_id"):
             return False
         flow = keys.flow(keys.slot_tag_of(core["execution_id"]), core["flow_id"])
-        return self.raw.hget(flow, "state") != b"open"
+        state, policy = self.raw.hmget(flow, "state", "cancel_policy")
+        # One that waits for a worker to go on counts as running, which nothing but the cancellation of all stops.
+        return state != b"open" and (core.get("interrupted") != "1" or policy == b"cancel_all")
 
     def completions(self, eid):
         records = self.raw.xrange(keys.completions(keys.slot_tag_of(eid)))
