@@ -8,6 +8,7 @@ import threading
 import uuid
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -616,6 +617,8 @@ def is_met(tree, signals):
     return len(tokens) >= needed
 
 
+# Some twenty seconds of work; the machine may be slow.
+@pytest.mark.timeout(180)
 def test_lifecycle_model(lane):
     with (
         EmbeddedServer() as server,
@@ -628,7 +631,7 @@ def test_lifecycle_model(lane):
         run_state_machine_as_test(
             Lifecycle,
             settings=settings(
-                max_examples=80,
+                max_examples=60,
                 stateful_step_count=40,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
