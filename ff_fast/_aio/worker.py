@@ -105,6 +105,7 @@ class Task(TaskState[Writer, LeaseKeeper]):
 
     _backend: Operations
 
+    drain = forwarded(Writer.drain)
     flush = forwarded(Writer.flush)
     progress = of_task(operations.progress)
     report_usage = of_task(operations.report_usage)

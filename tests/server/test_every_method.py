@@ -257,6 +257,7 @@ def works(backend, kind, lane):
             left.discard("delay")
             yield task.delay(60)
         assert task.write("x") == 1
+        yield task.drain()
         yield task.flush()
         assert task.writer.next_sequence == 2
         yield task.progress(1)

@@ -75,6 +75,7 @@ def blocking(backend: ff_fast.ValkeyBackend, handle: Handle, spec: WaitpointSpec
 
 def handled(task: ff_fast.Task) -> bytes:
     reveal_type(task.write("x", "token"))  # -> int
+    reveal_type(task.drain())  # -> None
     reveal_type(task.flush())  # -> AppendFrameOutcome
     reveal_type(task.writer)  # -> Writer
     reveal_type(task.progress(50))  # -> None
@@ -135,6 +136,7 @@ async def asynchronous(backend: aio.ValkeyBackend, handle: Handle, spec: Waitpoi
 
 async def handled_later(task: aio.Task) -> str | None:
     reveal_type(task.write("x"))  # -> int
+    reveal_type(await task.drain())  # -> None
     reveal_type(await task.flush())  # -> AppendFrameOutcome
     reveal_type(await task.progress(message="half"))  # -> None
     reveal_type(await task.wait_cancelled())  # -> bool

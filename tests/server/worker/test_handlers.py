@@ -44,6 +44,7 @@ def test_a_handler_streams_and_its_result_is_stored(worker, backend, lane, state
         yield opened(task)
         for word in (b"one", b"two"):
             task.write(word)
+        yield task.drain()
         yield task.flush()
         task.write("three")
         assert not task.cancelled
