@@ -288,7 +288,9 @@ end)
 --   errors:
 --
 -- Undoes a claim whose lease never reached a worker; given_back is 0 where no such lease is held. The execution waits
--- again, as if it had not been claimed: no worker counts as lost, and its next attempt takes the same index.
+-- again, as if it had not been claimed: no worker counts as lost, and its next attempt takes the same index. A lease
+-- that has lapsed is left to its timer: readers may have been told that its producer is lost, so the attempt cannot
+-- begin again.
 redis.register_function({
   function_name = 'ff_give_back',
   callback = function(keys, args)
@@ -296,7 +298,7 @@ redis.register_function({
     local leases_key = keys[1]
     local lease_id = args[1]
     local execution = held_under(leases_key, lease_id)
-    if not execution then
+    if not execution or ff.lease_expires_at(execution) <= execution.now then
       return ff.ok('0')
     end
     ff.check_move(execution)
@@ -304,17 +306,14 @@ redis.register_function({
     local index = fields.current_attempt_index
     execution.by_holder = true
     local head_key = ff.attempt_key(execution, 'head', index)
-    local head = ff.read_head(head_key)
-    execution.heads[index] = head
-    local _, sequence = ff.split_id(head and head.last_id or '0-0')
+    local head = execution.heads[index]
+    local _, sequence = ff.split_id(head.last_id)
     if not sequence then
       ff.corrupt('head')
     end
     local begun = fields.lease_continues == '1' or sequence > 0
-    if head then
-      head.lease_expires_at = 0
-      ff.write_head(head_key, head)
-    end
+    head.lease_expires_at = 0
+    ff.write_head(head_key, head)
     if begun then
       ff.interrupt_attempt(execution)
     else

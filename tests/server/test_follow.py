@@ -202,8 +202,6 @@ def test_a_claim_that_is_given_back_starts_no_second_attempt(world, shell):
     eid, handle = world.owned()
     reader = shell.follow(eid)
     assert told(take(reader, 1)) == [0]
-    # Its lease has lapsed before it is given back, so that a tail of the attempt has ended.
-    world.due(eid, "lease")
     world.raw.spublish(keys.attempt_channel(eid, 0), "R")
     assert reader.next_batch(0.05) == []
     world.call(give_back(handle))
@@ -212,6 +210,23 @@ def test_a_claim_that_is_given_back_starts_no_second_attempt(world, shell):
     write(world, handle, "a")
     world.backend.complete(handle)
     assert told(rest(reader)) == ["a", ("success", None)]
+
+
+def test_a_claim_that_is_given_back_after_its_lease_is_a_lost_worker(world, shell):
+    """A tail has ended with it, and no frame of the attempt may follow."""
+    eid, handle = world.owned()
+    reader = shell.follow(eid)
+    assert told(take(reader, 1)) == [0]
+    world.due(eid, "lease")
+    (ended,) = world.backend.tail(eid, 0)
+    assert ended.reason == "producer_lost"
+    assert world.call(give_back(handle))[0] is False
+    world.fire(eid, "lease")
+    handle = world.claim()
+    assert handle.attempt_index == 1
+    write(world, handle, "a")
+    world.backend.complete(handle)
+    assert told(rest(reader)) == [1, "a", ("success", None)]
 
 
 def give_back(handle):
