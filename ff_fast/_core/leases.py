@@ -125,6 +125,11 @@ class KeeperState:
         fail: Fails the writers of the lease; called by whoever finds out that it is lost, so perhaps more than once.
     """
 
+    if TYPE_CHECKING:
+
+        def _tell_lost(self, error: FFError) -> None:
+            """Let the keeper tell of the loss."""
+
     def __init__(self, clock: LeaseClock, fail: Callable[[FFError], None]) -> None:
         self.error: FFError | None = None
         self.cancel_requested = False
@@ -178,10 +183,6 @@ class KeeperState:
                 return
             self.error = error
         self._tell_lost(error)
-
-    def _tell_lost(self, error: FFError) -> None:
-        """Let the keeper tell of the loss."""
-        raise NotImplementedError
 
 
 # -- pushes ------------------------------------------------------------------------------------------------------------
